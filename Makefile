@@ -1,0 +1,30 @@
+# Each target sets itself up: it uses the active virtual environment, or makes .venv, and installs the pinned set.
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.lowmem-grpo-installed
+SEED ?= 0
+
+.PHONY: demo test test-slow test-gpu lint
+
+demo: $(INSTALLED)
+	$(PYTHON) -m lowmem_grpo.cli demo --seed $(SEED)
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	$(PYTHON) -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -c constraints.txt torch
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
