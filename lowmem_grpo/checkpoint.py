@@ -1,0 +1,184 @@
+"""Checkpoints: small, complete, in safetensors and JSON, and never half-written.
+
+checkpoint-N/ holds the adapter in PEFT's format, the tokenizer, optimizer.safetensors, random_states.safetensors and
+trainer_state.json. A folder is written under a temporary name, flushed to the disk and then renamed.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowmem_grpo.policy import Policy
+
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save_checkpoint(
+    output_dir: Path, policy: Policy, optimizer, scheduler, scaler, state: dict[str, Any], randomness: dict[str, Any]
+) -> Path:
+    """Write checkpoint-{state["step"]} and return its folder; one that is there already is left as it is.
+
+    Raises:
+        OSError: the disk refused; nothing under the final name has changed.
+    """
+    folder = output_dir / f"checkpoint-{state['step']}"
+    if folder.exists():
+        return folder
+
+    def write(temporary: Path) -> None:
+        policy.save(temporary)
+        tensors, plain = _flatten_optimizer(optimizer.state_dict())
+        save_file(tensors, temporary / "optimizer.safetensors")
+        save_file(randomness["tensors"], temporary / "random_states.safetensors")
+        saved = {
+            **state, "optimizer": plain, "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
+            "python_random": randomness["python"], "numpy_random": randomness["numpy"],
+        }  # fmt: skip
+        saved["scheduler"].pop("lr_lambdas", None)  # functions; the schedule is built anew from the config
+        (temporary / "trainer_state.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+
+    write_folder(folder, write)
+    return folder
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) -> dict[str, Any]:
+    """Restore everything in place and return the state that was saved.
+
+    Raises:
+        ValueError: the folder is no checkpoint of this package, or one of another adapter.
+    """
+    state = read_state(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    own = policy.trainable_parameters()
+    # PEFT leaves the adapter's name out of the file's keys.
+    adapter = policy.model.active_adapter
+    keys = {name: name.replace(f".{adapter}.", ".") for name in own}
+    if set(keys.values()) != set(weights) or any(own[n].shape != weights[k].shape for n, k in keys.items()):
+        raise ValueError(
+            f"{folder} holds another adapter than this run's: model or lora settings differ from the run it is of"
+        )
+    with torch.no_grad():
+        for name, key in keys.items():
+            own[name].copy_(weights[key])
+    optimizer.load_state_dict(_restore_optimizer(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
+    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    restore_randomness(
+        {
+            "tensors": load_file(folder / "random_states.safetensors"),
+            "python": state["python_random"],
+            "numpy": state["numpy_random"],
+        }
+    )
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no trainer_state.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
+    """The folder to resume from, or None for a fresh start.
+
+    Raises:
+        ValueError: there is none to resume from, or a fresh start would mix with an earlier run's checkpoints.
+    """
+    existing = checkpoints(output_dir)
+    if isinstance(resume_from_checkpoint, str):
+        read_state(Path(resume_from_checkpoint))
+        return Path(resume_from_checkpoint)
+    if resume_from_checkpoint:
+        if not existing:
+            raise ValueError(
+                f"resume_from_checkpoint=True, but {output_dir} has no checkpoint; leave it out to start anew"
+            )
+        return existing[-1]
+    if existing:
+        raise ValueError(
+            f"{output_dir} holds {existing[-1].name} of an earlier run; "
+            "set resume_from_checkpoint=True to continue it, or choose another output_dir"
+        )
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
+    if save_total_limit is not None:
+        for folder in checkpoints(output_dir)[:-save_total_limit]:
+            shutil.rmtree(folder)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, flush it to the disk, and put it in the place of `folder` by a rename."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _flush(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def randomness() -> dict[str, Any]:
+    """The states of every generator that a step may draw from: Python's, NumPy's, torch's on the CPU and each GPU."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return {"tensors": tensors, "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def restore_randomness(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["tensors"]["cpu"])
+    for name, state in saved["tensors"].items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, name)
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(saved["numpy"]))
+
+
+def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors named `{parameter}.{entry}`, the rest as plain values)."""
+    tensors = {f"{i}.{key}": value.contiguous() for i, entry in state["state"].items() for key, value in entry.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _restore_optimizer(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": plain["param_groups"]}

@@ -1,0 +1,147 @@
+"""The command `lowmem-grpo`: train, demo."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from lowmem_grpo.config import SECTIONS, GRPOConfig, describe, field_types, from_text, refuse_unknown_fields
+
+TRAIN_EXAMPLE = """\
+example:
+  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
+      --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
+"""
+# What a run is about, besides GRPOConfig's fields: flag, further names, help.
+INPUTS = (
+    ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
+    ("dataset", ("--dataset_name", "--train_dataset"), "hub id, or JSONL, JSON, CSV or Parquet file, to train on"),
+    ("eval_dataset", (), "the same, to measure greedy rewards on; a hub dataset's test split"),
+    ("reward_funcs", (), "one or more: accuracy_reward, think_format_reward, your_module.function"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 2 for bad input, in one sentence on standard error."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
+    try:
+        refuse_unknown_flags(parser, options.command, rest)
+        return options.run(given)
+    except (ValueError, TypeError) as error:
+        if not is_about_input(error):
+            raise
+        print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowmem-grpo", description="GRPO on one small GPU.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train_parser = commands.add_parser(
+        "train", help="train a model", description="Train LoRA adapters on a 4-bit model with GRPO.",
+        epilog=TRAIN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage="lowmem-grpo train --model M --dataset D --reward_funcs F [F ...] [options]",
+    )  # fmt: skip
+    train_parser.set_defaults(run=run_train)
+    inputs = train_parser.add_argument_group("what to train, on what, for what")
+    for name, aliases, text in INPUTS:
+        many = "+" if name == "reward_funcs" else None
+        inputs.add_argument(
+            f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many
+        )
+    inputs.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+    group = inputs
+    for field in dataclasses.fields(GRPOConfig):
+        if field.name in SECTIONS:
+            group = train_parser.add_argument_group(SECTIONS[field.name])
+        words = describe(field_types()[field.name])
+        default = str(field.default).lower() if field.default in (None, True, False) else field.default
+        many = "+" if "a list" in words else None
+        text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
+        group.add_argument(f"--{field.name}", metavar="X", help=text, nargs=many)
+
+    demo_parser = commands.add_parser("demo", help="train the embedded model on the embedded task, on a CPU")
+    demo_parser.set_defaults(run=run_demo)
+    demo_parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
+    demo_parser.add_argument("--output_dir", default=None, help="a new folder (default demo-output/TIME)")
+    return parser
+
+
+def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:
+    """Unknown flags of `train` get the configuration's own words, with the remedy or the nearest name."""
+    if command == "train":
+        refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
+    if rest:
+        raise ValueError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
+
+
+def run_train(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given)
+    config = GRPOConfig(**fields)
+    from lowmem_grpo.train import train
+
+    result = train(
+        inputs["model"],
+        inputs["reward_funcs"],
+        inputs["dataset"],
+        eval_dataset=inputs.get("eval_dataset"),
+        config=config,
+    )
+    print(f"adapter: {Path(result.output_dir) / 'adapter'}")
+    return 0
+
+
+def run_demo(given: dict[str, Any]) -> int:
+    from lowmem_grpo.demo.run import run
+
+    run(**given)
+    return 0
+
+
+def read_settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(inputs, config fields) from the flags and the YAML file that --config names; flags win.
+
+    Raises:
+        ValueError, TypeError: an unreadable file, an unknown name, a value that does not fit, or a missing input.
+    """
+    settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
+    settings.pop("config", None)
+    aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
+    settings = {aliases.get(name, name): value for name, value in settings.items()}
+    inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
+    for name in ("model", "dataset", "reward_funcs"):
+        if not inputs.get(name):
+            raise ValueError(f"--{name} is missing; see `lowmem-grpo train --help`")
+    refuse_unknown_fields(settings)
+    return inputs, {name: from_text(name, value) for name, value in settings.items()}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config file {path!r} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config file {path!r} must be a mapping of settings, such as `learning_rate: 1e-5`")
+    return settings
+
+
+def is_about_input(error: BaseException) -> bool:
+    """Whether this package raised the error on purpose; a library's, or a bug's, needs its traceback."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    origin = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return origin == "lowmem_grpo.config" if isinstance(error, TypeError) else origin.startswith("lowmem_grpo.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

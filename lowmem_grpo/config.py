@@ -1,0 +1,299 @@
+"""GRPOConfig: every setting of a run, with TRL's names and defaults wherever TRL has one.
+
+Standard library only. The README lists each deliberate difference from TRL.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text, which the CLI and the README's reference print."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Settings of one training run, in the order in which the loop meets them.
+
+    Raises:
+        TypeError: a field of TRL's that is not supported here (with the remedy), or a misspelt one (with the nearest).
+        ValueError: a value out of its range, or one that contradicts another.
+    """
+
+    output_dir: str = option("grpo-output", "folder for checkpoints, the adapter and metrics.jsonl")
+    resume_from_checkpoint: str | bool | None = option(
+        None, "a checkpoint folder, or true for the newest in output_dir"
+    )
+    seed: int = option(42, "seed of the adapter's initial values, the data order and the sampling")
+    use_cpu: bool = option(False, "train on the CPU even where there is a GPU")
+
+    model_init_kwargs: dict[str, Any] | None = option(None, "keyword arguments for from_pretrained, as JSON on the CLI")
+    trust_remote_code: bool = option(False, "run modelling code that comes with the model")
+    load_in_4bit: bool = option(True, "hold the frozen base in NF4 with double quantization")
+    bf16: bool | None = option(None, "compute in bfloat16; by default on, unless fp16 is")
+    fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
+
+    lora_r: int = option(16, "rank of the LoRA adapters")
+    lora_alpha: int = option(32, "LoRA scale, divided by lora_r")
+    lora_dropout: float = option(0.0, "dropout on the adapters' input")
+    lora_target_modules: str | list[str] = option("all-linear", "modules that get an adapter")
+
+    dataset_config: str | None = option(None, "configuration name of a hub dataset")
+    dataset_split: str = option("train", "split of train_dataset to train on")
+    system_prompt: str | None = option(None, "system message for chat prompts that have none")
+    chat_template_kwargs: dict[str, Any] | None = option(None, "keyword arguments for the chat template, as JSON")
+    max_prompt_length: int | None = option(512, "prompts of more tokens are dropped and counted")
+    shuffle_dataset: bool = option(True, "draw the prompts of an epoch in random order")
+    num_train_epochs: float = option(3.0, "passes over the data, if max_steps does not say")
+    max_steps: int = option(-1, "number of steps; -1 lets num_train_epochs say")
+
+    prompts_per_step: int = option(8, "prompts in a step; each is answered num_generations times")
+    num_generations: int = option(8, "completions sampled for each prompt (its group)")
+    max_completion_length: int = option(512, "tokens after which a completion is cut off")
+    temperature: float = option(1.0, "sampling temperature")
+    top_p: float = option(1.0, "nucleus sampling; 1 is off")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 is off")
+    min_p: float | None = option(None, "least probability relative to the likeliest token")
+    repetition_penalty: float = option(1.0, "penalty on tokens already in the text; 1 is off")
+    rollout_token_budget: int = option(65536, "most tokens, padding included, that are sampled at once")
+
+    reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "what the advantages' standard deviation is over"
+    )
+    mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
+
+    beta: float = option(0.0, "weight of the KL to the reference; 0 skips the reference pass")
+    use_bias_correction_kl: bool = option(True, "multiply the KL by the ratio, which makes its gradient unbiased")
+    num_iterations: int = option(1, "optimizer steps on each rollout")
+    epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; epsilon by default")
+    delta: float | None = option(None, "upper bound of the unclipped ratio (two-sided clipping)")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = option(
+        "dapo", "what the sum of the token losses is divided by"
+    )
+    token_budget: int = option(16384, "most tokens, padding included, in a micro-batch of an update")
+
+    learning_rate: float = option(1e-5, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "its schedule"
+    )
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    adam_beta1: float = option(0.9, "AdamW's first decay rate")
+    adam_beta2: float = option(0.999, "AdamW's second decay rate")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down")
+
+    eval_steps: int | None = option(None, "evaluate every so many steps, besides before and after training")
+    log_completions: bool = option(False, "write each step's completions to output_dir/completions/")
+    save_steps: int = option(20, "write a checkpoint every so many steps, besides at the end")
+    save_total_limit: int | None = option(None, "keep only the newest checkpoints")
+
+    def __new__(cls, **given: Any):
+        refuse_unknown_fields(given)
+        return object.__new__(cls)
+
+    def __post_init__(self):
+        for name, annotation in field_types().items():
+            if not _fits(getattr(self, name), annotation):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not {describe(annotation)}")
+        for name in _POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: a group needs at least 2 completions, "
+                "since an advantage compares a completion with the others of its prompt"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}; 1 switches it off")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}; None switches it off")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
+        if self.epsilon > 1:
+            raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set; choose one")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
+        if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
+            raise ValueError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
+
+    @property
+    def upper_epsilon(self) -> float:
+        """epsilon_high, or epsilon where that is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of torch's dtype for everything but the fp32 adapters: bfloat16, float16 or float32."""
+        if self.fp16:
+            return "float16"
+        return "float32" if self.bf16 is False else "bfloat16"
+
+
+# Where `--help` and the README start a new section: the first field of each.
+SECTIONS = {
+    "output_dir": "the run", "model_init_kwargs": "model", "lora_r": "adapters", "dataset_config": "data",
+    "prompts_per_step": "rollout", "reward_weights": "rewards and advantages", "beta": "objective",
+    "learning_rate": "optimizer", "eval_steps": "evaluation, logs and checkpoints",
+}  # fmt: skip
+
+_POSITIVE = (
+    "lora_r", "lora_alpha", "num_train_epochs", "prompts_per_step", "max_completion_length", "max_prompt_length",
+    "temperature", "repetition_penalty", "rollout_token_budget", "num_iterations", "token_budget", "adam_epsilon",
+    "max_grad_norm", "eval_steps", "save_steps", "save_total_limit",
+)  # fmt: skip
+_NOT_NEGATIVE = ("top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed")
+
+_STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
+_ONE_GPU = "one process trains on one GPU; remove it"
+_RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
+_CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to send them elsewhere"
+_AFTER = "upload output_dir/adapter after training, with `hf upload`"
+_LATER = "it is not supported yet; remove it"
+
+# TRL 1.16's fields that this package does not have, by remedy. A test compares the whole list with TRL's own class.
+_TRL_FIELDS = {
+    _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation "
+    "auto_find_batch_size per_device_eval_batch_size eval_accumulation_steps",
+    _ONE_GPU: "average_tokens_across_devices log_on_each_node log_level_replica save_on_each_node "
+    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
+    "fsdp_config deepspeed local_rank parallelism_config accelerator_config ds3_gather_for_generation",
+    _RESIDENT: "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+    "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
+    "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_importance_sampling_correction "
+    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+    "vllm_importance_sampling_cap use_transformers_continuous_batching transformers_continuous_batching_config "
+    "use_transformers_paged cache_implementation use_cache",
+    _CALLBACK: "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
+    "log_completions_hub_repo include_for_metrics batch_eval_metrics",
+    _AFTER: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "every step is logged, so there is no interval to set; remove it": "logging_strategy logging_steps "
+    "logging_first_step logging_nan_inf_filter log_level disable_tqdm include_num_input_tokens_seen "
+    "skip_memory_metrics log_multimodal num_completions_to_print log_unique_prompts",
+    "evaluation runs before and after training whenever there is an eval_dataset; use eval_steps": "eval_strategy "
+    "eval_delay eval_on_start do_train do_eval do_predict",
+    "set save_steps, which writes everything that a resume needs": "save_strategy save_only_model ignore_data_skip "
+    "restore_callback_states_from_checkpoint enable_jit_checkpoint",
+    "the head is always computed in fp32 tiles; remove it": "cast_lm_head_to_fp32",
+    "dropout is lora_dropout, 0 by default; set that": "disable_dropout",
+    "every dataset column reaches the reward functions; remove it": "remove_unused_columns label_names",
+    "sampling settings have fields of their own (temperature, top_p, ...); use those": "generation_kwargs",
+    "the data order follows seed; set that": "data_seed train_sampling_strategy length_column_name",
+    "prompts are tokenized once, in this process; remove it": "dataloader_drop_last dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
+    "dataloader_multiprocessing_context",
+    "only 'token' is supported yet; remove it": "importance_sampling_level",
+    _LATER: "lr_scheduler_kwargs optim optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
+    "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
+    "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config neftune_noise_alpha "
+    "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object load_best_model_at_end "
+    "metric_for_best_model greater_is_better full_determinism debug router_aux_loss_coef num_generations_eval "
+    "pad_to_multiple_of sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+    "vespo_lambda_neg multi_objective_aggregation sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
+    "top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
+    "entropy_target max_tool_calling_iterations off_policy_mask_threshold",
+}
+UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
+
+
+def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
+    """Raise TypeError for the first name that is no field, with the remedy for TRL's and the nearest name otherwise."""
+    known = [field.name for field in dataclasses.fields(GRPOConfig)]
+    for name in given:
+        if name in UNSUPPORTED:
+            raise TypeError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see `lowmem-grpo train --help` for the fields"
+            raise TypeError(f"GRPOConfig has no field {name!r}; {hint}")
+
+
+def field_types() -> dict[str, Any]:
+    return typing.get_type_hints(GRPOConfig)
+
+
+def from_text(name: str, value: Any) -> Any:
+    """A field's value from a command line or a YAML file, where 1e-5 may arrive as a string.
+
+    `value` is a string, a list of strings, or anything YAML makes. Raises ValueError when it does not fit the field.
+    """
+    annotation = field_types()[name]
+    for member in _members(annotation):
+        read = _READ.get(typing.get_origin(member) or member)
+        try:
+            converted = read(value, member) if read else value
+        except (ValueError, TypeError, AttributeError, KeyError):
+            continue
+        if _fits(converted, member):
+            return converted
+    raise ValueError(f"{name}: {value!r} is not {describe(annotation)}")
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words: `a number or none`."""
+    words = [_WORDS.get(m) or f"one of {', '.join(typing.get_args(m))}" for m in _members(annotation, in_order=True)]
+    return " or ".join(words)
+
+
+def _members(annotation: Any, in_order: bool = False) -> list[Any]:
+    """The members of a union; strict types first, since every text is a str."""
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    members = list(typing.get_args(annotation)) if union else [annotation]
+    return members if in_order else sorted(members, key=lambda member: member is str)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a Python value belongs to an annotation; an int serves as a float, a bool never as a number."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, member) for member in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or annotation)
+
+
+def _read_list(value: Any, annotation: Any) -> list:
+    item = typing.get_args(annotation)[0]
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return [float(v) for v in value] if item is float else value
+
+
+def _read_dict(value: Any, annotation: Any) -> dict:
+    return value if isinstance(value, dict) else json.loads(value)
+
+
+_READ: dict[Any, typing.Callable[[Any, Any], Any]] = {
+    bool: lambda value, _: value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()],
+    int: lambda value, _: int(value) if isinstance(value, str) else value,
+    float: lambda value, _: float(value) if isinstance(value, str) else value,
+    types.NoneType: lambda value, _: {"none": None, "null": None}[value.lower()] if value is not None else None,
+    list: _read_list,
+    dict: _read_dict,
+}
+_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "none",
+    list[str]: "a list of texts", list[float]: "a list of numbers", dict[str, Any]: "a mapping (JSON in a command)",
+}  # fmt: skip

@@ -1,0 +1,153 @@
+"""Datasets to prompts: a hub id, a local file, or a Dataset becomes a list of tokenized Prompts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.rollout import Prompt
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Hub datasets that need a configuration name, so that nobody has to look it up.
+DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
+
+
+def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
+    """A Dataset with a `prompt` column from a hub id, a JSONL, JSON, CSV or Parquet file, a Dataset, or a list of rows.
+
+    `question` and `answer` columns without a `prompt` (GSM8K) become a chat `prompt` and a `solution`.
+
+    Raises:
+        ValueError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
+    """
+    rows = _load(dataset, config, name, split or config.dataset_split)
+    if isinstance(rows, (DatasetDict, dict)):
+        raise ValueError(f"{name} has the splits {', '.join(rows)}; pass one of them")
+    if isinstance(rows, IterableDataset):
+        raise ValueError(f"{name} is a streaming dataset, which is not supported yet; pass a Dataset")
+    if len(rows) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one row with a prompt")
+    columns = rows.column_names
+    if "prompt" not in columns and {"question", "answer"} <= set(columns):
+        return rows.map(_from_question_and_answer, desc=None)
+    if "prompt" not in columns:
+        raise ValueError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
+    return rows
+
+
+def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
+    if isinstance(dataset, list):
+        return Dataset.from_list(dataset)
+    if not isinstance(dataset, str):
+        if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset, dict)):
+            raise ValueError(
+                f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
+            )
+        return dataset
+    path = Path(dataset).expanduser()
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise ValueError(f"{name} {dataset!r} is not a file on this machine")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
+        try:
+            return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            raise ValueError(f"{name} {dataset!r} cannot be read as {READERS[path.suffix]}: {_cause(error)}") from error
+    try:
+        return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split)
+    except Exception as error:
+        raise ValueError(
+            f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
+            f"CSV or Parquet file nor a dataset the hub gives: {_cause(error)}"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _from_question_and_answer(row: dict) -> dict:
+    return {"prompt": [{"role": "user", "content": row["question"]}], "solution": row["answer"]}
+
+
+def tokenize_prompts(
+    rows: Dataset, tokenizer, config: GRPOConfig, *, name: str = "train_dataset"
+) -> tuple[list[Prompt], int]:
+    """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
+
+    A string is tokenized as it is; a chat goes through the chat template, or, where the tokenizer has none, becomes a
+    transcript that ends in `Assistant:`.
+
+    Raises:
+        ValueError: a prompt is neither, or none is left.
+    """
+    limit = config.max_prompt_length
+    prompts = [_prompt(row, tokenizer, config, name) for row in rows]
+    if all(isinstance(p.text, str) for p in prompts) and (config.system_prompt or config.chat_template_kwargs):
+        raise ValueError(
+            f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
+            'make the prompts lists such as [{"role": "user", "content": ...}], or leave the two out'
+        )
+    if config.chat_template_kwargs and tokenizer.chat_template is None:
+        raise ValueError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
+    short = [p for p in prompts if limit is None or len(p.ids) <= limit]
+    if not short:
+        shortest = min(len(p.ids) for p in prompts)
+        raise ValueError(
+            f"every prompt of {name} is longer than max_prompt_length={limit}; the shortest has {shortest} tokens"
+        )
+    return short, len(prompts) - len(short)
+
+
+def _prompt(row: Any, tokenizer, config: GRPOConfig, name: str) -> Prompt:
+    text = row["prompt"]
+    columns = {key: value for key, value in row.items() if key != "prompt"}
+    if isinstance(text, str) and text:
+        return Prompt(text, tokenizer(text)["input_ids"], columns)
+    if not (
+        isinstance(text, list) and text and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in text)
+    ):
+        raise ValueError(
+            f"{name} has a prompt {json.dumps(text)[:60]}; a prompt is a text or a list of role and content"
+        )
+    messages: list[dict] = [{"role": m["role"], "content": m["content"]} for m in text]
+    if config.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    if tokenizer.chat_template is None:
+        return Prompt(messages, tokenizer(transcript(messages))["input_ids"], columns)
+    rendered = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **(config.chat_template_kwargs or {})
+    )
+    # The template writes its own special tokens.
+    return Prompt(messages, tokenizer(rendered, add_special_tokens=False)["input_ids"], columns)
+
+
+def transcript(messages: list[dict]) -> str:
+    """A chat for a base model without a chat template."""
+    return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])
+
+
+def prompts_at(prompts: Sequence[Prompt], position: int, count: int, *, seed: int, shuffle: bool) -> list[Prompt]:
+    """`count` prompts from `position` of the endless stream of epochs, each in a random order of its own.
+
+    A function of its arguments alone, so that a resumed run sees the prompts it would have seen.
+    """
+    orders: dict[int, list[int]] = {}
+    drawn = []
+    for index in range(position, position + count):
+        epoch, place = divmod(index, len(prompts))
+        if epoch not in orders:
+            orders[epoch] = _order(len(prompts), seed + epoch) if shuffle else list(range(len(prompts)))
+        drawn.append(prompts[orders[epoch][place]])
+    return drawn
+
+
+def _order(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,343 @@
+"""Policy: one frozen 4-bit base with LoRA adapters. The reference is the same model with the adapters switched off."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.packing import MicroBatch
+
+
+class Head(NamedTuple):
+    """How a model turns hidden states into logits: softcap(logit_scale (h . W + b))."""
+
+    weight: Tensor  # (V, D), frozen
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+class Policy:
+    """A language model that answers, and that learns through its adapters alone.
+
+    Attributes:
+        model: the peft model; only its LoRA parameters, fp32, ask for a gradient.
+        base: the model inside it, whose linear layers carry the adapters.
+        decoder: the model without its head. linear_logprobs is the head wherever probabilities are trained on.
+        dtype: of all computation but the adapters' masters.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
+        self.decoder: nn.Module = self.base.get_decoder()
+        self.head = read_head(self.base)
+        self.device = self.head.weight.device
+        self.eos_token_ids = eos_token_ids(self.base, tokenizer)
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        probe_head(self.base, self.head)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability under temperature of each of the batch's N tokens, and the entropy there: (N,) fp32 each.
+
+        The log-probabilities carry the gradient where it is enabled; the entropies never do.
+        """
+        with self.autocast():
+            hidden = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (R, T, D)
+        rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
+        return linear_logprobs(
+            rows, self.head.weight, batch.labels, bias=self.head.bias, temperature=temperature,
+            logit_scale=self.head.logit_scale, softcap=self.head.softcap, return_entropy=True,
+        )  # fmt: skip
+
+    def autocast(self) -> torch.autocast:
+        """Casts the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Without gradients, dropout or checkpointing; the training mode is restored afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """The frozen model that training started from: inference with the adapters off."""
+        with self.inference(), self.model.disable_adapter():
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format, and the tokenizer beside it."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
+    """A Policy from a hub id, a model folder, a 4-bit checkpoint, an adapter folder, or a loaded model.
+
+    A loaded model is changed in place: its linear layers become 4-bit if config says so, and it gets adapters.
+
+    Raises:
+        ValueError: the model cannot be found, or cannot be trained here; the message has the remedy.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    dtype = getattr(torch, config.compute_dtype)
+    if (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError("this GPU has no bfloat16; set fp16=True")
+    if device.type == "cpu":
+        # One compiled kernel a shape is cached otherwise: 600 MiB more after 60 steps of changing lengths.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    peft_model = _load_model(model, config, peft_config, device, dtype)
+    for module in peft_model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
+            # repacked weight then raises, or silently loses the adapters' gradient.
+            module.support_avx512bf16_for_cpu = False
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        _enable_checkpointing(peft_model.get_base_model())
+    peft_model.train()
+    return Policy(peft_model, tokenizer, dtype)
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # transformers renamed it; the old name warns where there is a new one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
+    if isinstance(model, PeftModel):
+        if config.load_in_4bit and not _is_4bit(model):
+            raise ValueError(
+                "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
+            )
+        _want_no_peft_config(peft_config, "the model already has an adapter")
+        _train_adapter(model)
+        return model
+    if isinstance(model, PreTrainedModel):
+        dense: Any = model
+        if not _is_4bit(dense):
+            if config.load_in_4bit:
+                quantize_linears(dense, device, dtype)
+            dense.to(device=device, dtype=dtype)
+        return _add_adapter(dense, config, peft_config)
+    if _is_adapter(model):
+        _want_no_peft_config(peft_config, f"{model} is an adapter")
+        base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
+        return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
+    return _add_adapter(_load_base(model, config, device, dtype), config, peft_config)
+
+
+def find_model(model: str, config: GRPOConfig) -> None:
+    """Raise ValueError now, in one sentence, if a model named by a text cannot be found: no weights are read."""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        raise ValueError(f"model {model!r} is not a folder on this machine")
+    if _is_adapter(model):
+        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        if not base:
+            raise ValueError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
+        return find_model(base, config)
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {model!r} is neither a model folder nor a model the hub gives: {first_line}"
+        ) from error
+
+
+def _is_adapter(model: str) -> bool:
+    return (Path(model) / "adapter_config.json").is_file()
+
+
+def _load_base(name: str, config: GRPOConfig, device, dtype) -> PreTrainedModel:
+    find_model(name, config)
+    arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
+    saved = getattr(
+        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code), "quantization_config", None
+    )
+    method = None if saved is None else saved.get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"model {name!r} is quantized with {method}; only bitsandbytes 4-bit or unquantized models work"
+        )
+    if method is None and config.load_in_4bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(name, **arguments, **(config.model_init_kwargs or {}))
+
+
+def quantize_linears(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every linear layer but the head on the device in NF4 with double quantization, in place and one at a time.
+
+    The dense weight is let go before the next layer's turn, so the device never holds more than one.
+    """
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        with torch.device("meta"):
+            small = Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
+        weight: Any = Params4bit  # its __new__ has the arguments, which a type checker does not see
+        small.weight = weight(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
+        small.bias = linear.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, small.to(device))  # the move quantizes
+
+
+def _is_4bit(model: nn.Module) -> bool:
+    return any(isinstance(module, Linear4bit) for module in model.modules())
+
+
+def _want_no_peft_config(peft_config, why: str) -> None:
+    if peft_config is not None:
+        raise ValueError(f"peft_config is given, but {why}; leave it out to continue that adapter")
+
+
+def _add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraConfig | None) -> PeftModel:
+    if peft_config is None:
+        peft_config = LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
+        )  # fmt: skip
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
+    # peft still reads a name that transformers has given up; nothing is wrong.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"no adapter could be added: {error}") from error
+
+
+def _train_adapter(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and f".{model.active_adapter}." in name)
+
+
+def load_tokenizer(model, config: GRPOConfig):
+    """The tokenizer that comes with a model, by its name or the name it was loaded from; an adapter's is its base's."""
+    name = model if isinstance(model, str) else model.name_or_path
+    if _is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer comes with {name!r}; pass one as tokenizer=") from error
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
+    """Every id that ends a completion: the model's, its generation config's and the tokenizer's."""
+    given = (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
+    if not ids:
+        raise ValueError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
+    return sorted(ids)
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a model, with its scale and softcap. Raises ValueError if it is trained or adapted."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+    weight = getattr(output, "weight", None)
+    if type(output).__module__.startswith("peft.") or weight is None or weight.requires_grad:
+        raise ValueError(
+            "the head is trained or has an adapter, which is not supported yet; "
+            "leave lm_head and the embeddings out of target_modules and modules_to_save"
+        )
+    if not weight.is_floating_point():
+        raise ValueError("the head is quantized; load the model with lm_head left out of the quantization")
+    config = model.config.get_text_config()
+    # Granite divides its logits, Cohere multiplies them.
+    logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(weight, getattr(output, "bias", None), logit_scale, getattr(config, "final_logit_softcapping", None))
+
+
+def probe_head(model: PreTrainedModel, head: Head) -> None:
+    """Compare head with what the model itself makes of hidden states, in fp32; raise ValueError where they differ.
+
+    Random hidden states are scaled until the largest logit reaches twice the softcap (or 30), where a missing scale or
+    softcap shows; a zero row shows a missing bias. Only the head runs, in slices, never the decoder.
+    """
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, head.weight.shape[1], generator=draw).to(head.weight.device)
+    largest = _head_in_fp32(head.weight, head.bias, hidden).abs().max() * head.logit_scale
+    hidden *= 2 * (head.softcap or 15.0) / largest
+    hidden[0] = 0
+    theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
+    labels = torch.stack([theirs[0].argmin(), theirs[1].argmax(), theirs[2].argmin(), theirs[3].argmax()])
+    with torch.no_grad():
+        ours = linear_logprobs(
+            hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+        )
+    gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
+    if not gap < 1e-3:
+        raise ValueError(
+            f"the head of {type(model).__name__} does something besides bias, scale and tanh softcap: its "
+            f"log-probabilities are {gap:.2g} away from ours; this model is not supported"
+        )
+
+
+def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The model's own fp32 logits (R, V) for given last hidden states (R, D)."""
+    output = model.get_output_embeddings()
+    assert output is not None
+    given = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    with (
+        torch.no_grad(),
+        _forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
+        _forward_replaced(output, lambda states: _head_in_fp32(output.weight, output.bias, states)),
+    ):
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # accelerate may have put one on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _head_in_fp32(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    """hidden W^T + b in fp32, without an fp32 copy of the whole weight."""
+    logits = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(4096)], dim=-1)
+    return logits if bias is None else logits + bias.float()

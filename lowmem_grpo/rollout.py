@@ -1,0 +1,47 @@
+"""What crosses from sampling to the update: prompts, completions, and everything a step knows about them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a dataset, tokenized."""
+
+    text: str | list[dict]  # as the dataset has it: a string, or a list of chat messages
+    ids: list[int]
+    columns: dict  # the row's other columns, which the reward functions get
+
+
+@dataclass(frozen=True)
+class Completion:
+    ids: list[int]  # the end-of-sequence token included, where one was sampled
+    logprobs: Tensor | None  # (T,) fp32 on the CPU: under temperature, before any truncation; None if not asked for
+    finish: str  # "eos" or "length"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = prompts x num_generations completions, group after group, and M tokens, completion after completion.
+
+    Tensors over tokens are flat, (M,): token t of completion b stands at offsets[b] + t. So a micro-batch in any layout
+    reads and writes them by index.
+    """
+
+    prompts: list[Prompt]  # B / num_generations
+    completions: list[Completion]  # B
+    offsets: Tensor  # (B + 1,) int64
+    sampling_logprobs: Tensor | None  # (M,) fp32, by the policy that sampled; None if nothing will ask
+    rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply
+    advantages: Tensor  # (B,) fp32
+    completion_mask: Tensor  # (B,) bool: whether the completion's tokens count
+    metrics: dict[str, float]  # lengths, rewards, and what the reward functions logged
+    table: dict[str, list]  # B rows for people to read: prompt, completion, rewards, advantage, logged columns
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.completions) // len(self.prompts)
+
+    def prompt_of(self, completion: int) -> Prompt:
+        return self.prompts[completion // self.num_generations]

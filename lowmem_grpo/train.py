@@ -1,0 +1,338 @@
+"""train(): GRPO on one device, from top to bottom."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler, set_seed
+
+from lowmem_grpo import checkpoint as checkpoints
+from lowmem_grpo.advantages import group_advantages
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
+from lowmem_grpo.evaluate import as_text, evaluate
+from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.interruption import Interruption
+from lowmem_grpo.memory import Meter
+from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
+from lowmem_grpo.objective import policy_loss, token_weights
+from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
+from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rollout import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    history: list[dict[str, Any]]  # one dict a step, under TRL's metric names; a resumed run's earlier steps included
+    eval_history: list[dict[str, Any]]  # one dict an evaluation, the one before training first
+    output_dir: str  # adapter/ has the trained adapter, checkpoint-N/ everything that a resume needs
+    policy: Policy
+
+
+def train(
+    model: Any,
+    reward_funcs: Any,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    config: GRPOConfig | None = None,
+    peft_config: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = (),
+) -> TrainResult:
+    """Train LoRA adapters on a frozen 4-bit model with GRPO (https://arxiv.org/abs/2402.03300).
+
+    Args:
+        model: hub id, model folder, 4-bit checkpoint, adapter folder to continue from, or a loaded model, which is
+            changed in place.
+        reward_funcs: one or several functions or names: a built-in's, or `module.function`. Each is tried once on two
+            made-up completions before the model is loaded.
+        train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column.
+        eval_dataset: likewise; greedy rewards on it before, after and every eval_steps. A hub dataset's `test` split.
+        peft_config: a LoraConfig in place of the config's lora fields.
+        callbacks: called with (step, metrics, policy) after every step.
+
+    Raises:
+        ValueError, TypeError: bad input, in one sentence with the remedy, before any long work starts.
+    """
+    config = config or GRPOConfig()
+    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN))
+    if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
+        raise ValueError(
+            f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"
+        )
+    output_dir = writable_folder(config.output_dir)
+    resume = checkpoints.find_checkpoint(output_dir, config.resume_from_checkpoint)
+    rows = load_rows(train_dataset, config)
+    eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
+    if isinstance(model, str):
+        find_model(model, config)
+    trial = rows[:2]
+    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+    tokenizer = tokenizer or load_tokenizer(model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config)
+    eval_prompts = [] if eval_rows is None else tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")[0]
+    check_budgets(prompts + eval_prompts, config)
+
+    set_seed(config.seed)
+    policy = load_policy(model, tokenizer, config, peft_config)
+    parameters = list(policy.trainable_parameters().values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    total_steps = config.max_steps
+    if total_steps < 0:
+        total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
+    )
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
+    state = {"step": 0, "data_position": 0, "num_tokens": 0}
+    if resume is not None:
+        state = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
+        state = {key: state[key] for key in ("step", "data_position", "num_tokens")}
+    log = MetricsLog(output_dir, state["step"])
+    (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+
+    def save(randomness: dict[str, Any]) -> Path:
+        folder = checkpoints.save_checkpoint(output_dir, policy, optimizer, scheduler, scaler, state, randomness)
+        checkpoints.remove_old_checkpoints(output_dir, config.save_total_limit)
+        return folder
+
+    def evaluate_now() -> None:
+        if eval_prompts:
+            log.write({"step": state["step"], **evaluate(policy, eval_prompts, rewards, config, state["step"])})
+
+    with Progress(total_steps) as progress, Interruption() as interruption:
+        if dropped:
+            progress.say(
+                f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
+            )
+        if state["step"] == 0:
+            evaluate_now()
+        randomness = checkpoints.randomness()  # of the last finished step, so that a step cut short is begun anew
+        try:
+            while state["step"] < total_steps:
+                step, started = state["step"] + 1, time.perf_counter()
+                randomness = checkpoints.randomness()
+                meter = Meter(policy.device)
+
+                # 1. Rollout: the policy answers every prompt num_generations times; rewards; group advantages.
+                batch_of_prompts = prompts_at(
+                    prompts,
+                    state["data_position"],
+                    config.prompts_per_step,
+                    seed=config.seed,
+                    shuffle=config.shuffle_dataset,
+                )
+                with meter.phase("rollout"):
+                    rollout = collect_rollout(policy, batch_of_prompts, rewards, config, step)
+
+                # 2. The reference: the same model with its adapters off.
+                with meter.phase("reference"):
+                    ref_logprobs = reference_logprobs(policy, rollout, config)
+
+                # 3. Update: micro-batches, whose gradients add up, and one optimizer step; num_iterations times.
+                with interruption.held(), meter.phase("update"):
+                    learning_rate = scheduler.get_last_lr()[0]
+                    tokens = TokenMeter(rollout, policy.device)
+                    for _ in range(config.num_iterations):
+                        loss = backward(policy, rollout, ref_logprobs, tokens, scaler, config)
+                        scaler.unscale_(optimizer)
+                        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                        scaler.step(optimizer)
+                        scaler.update()
+                        optimizer.zero_grad()
+                    scheduler.step()
+                    state = {
+                        "step": step,
+                        "data_position": state["data_position"] + config.prompts_per_step,
+                        "num_tokens": state["num_tokens"] + count_tokens(rollout),
+                    }
+
+                # 4. Report.
+                metrics = {
+                    "step": step,
+                    "epoch": state["data_position"] / len(prompts),
+                    "loss": loss.item(),
+                    "grad_norm": grad_norm.item(),
+                    "learning_rate": learning_rate,
+                    "num_tokens": state["num_tokens"],
+                    **rollout.metrics,
+                    **tokens.metrics(),
+                    **meter.metrics,
+                    "step_time": time.perf_counter() - started,
+                }
+                log.write(metrics)
+                progress.step(metrics)
+                if config.log_completions:
+                    write_completions(output_dir, step, rollout.table)
+                if step == total_steps or (config.eval_steps and step % config.eval_steps == 0):
+                    evaluate_now()
+                for callback in callbacks:
+                    callback(step, metrics, policy)
+                randomness = checkpoints.randomness()
+                if step == total_steps or step % config.save_steps == 0:
+                    save(randomness)
+        except BaseException:
+            if not interruption.holding:
+                progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
+            raise
+    checkpoints.write_folder(output_dir / "adapter", policy.save)
+    lines = log.lines()
+    return TrainResult(
+        history=[line for line in lines if "loss" in line],
+        eval_history=[line for line in lines if "eval_reward" in line],
+        output_dir=str(output_dir),
+        policy=policy,
+    )
+
+
+def collect_rollout(
+    policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
+) -> Rollout:
+    """Sample num_generations completions of each prompt, score them, and compare each with its group."""
+    params = SamplingParams(
+        max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
+        top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip
+    completions = sample(
+        policy, [prompt.ids for prompt in prompts], config.num_generations, params,
+        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
+        logprobs=config.num_iterations > 1,
+    )  # fmt: skip
+    asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
+    texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
+    columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
+    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
+    compared = group_advantages(
+        scores.rewards, num_generations=config.num_generations, reward_weights=config.reward_weights,
+        scale_rewards=config.scale_rewards,
+    )  # fmt: skip
+    finished = torch.tensor([completion.finish == "eos" for completion in completions])
+    lengths = torch.tensor([0] + [len(completion.ids) for completion in completions])
+    known = [completion.logprobs for completion in completions if completion.logprobs is not None]
+    return Rollout(
+        prompts=prompts,
+        completions=completions,
+        offsets=lengths.cumsum(0),
+        sampling_logprobs=torch.cat(known).to(policy.device) if known else None,
+        rewards=scores.rewards,
+        advantages=compared.advantages,
+        completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
+        metrics={
+            **length_metrics(completions),
+            **reward_metrics(rewards.names, scores.rewards, compared),
+            **scores.metrics,
+        },
+        table={
+            "prompt": [p.text for p in asked],
+            "completion": texts,
+            **dict(zip(rewards.names, scores.rewards.T.tolist(), strict=True)),
+            "advantage": compared.advantages.tolist(),
+            **scores.extra_columns,
+        },
+    )
+
+
+def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig):
+    """The rollout's counted completions, packed under token_budget."""
+    return pack(
+        [rollout.prompt_of(b).ids for b in range(len(rollout.completions))],
+        [completion.ids for completion in rollout.completions],
+        token_budget=config.token_budget,
+        pad_token_id=policy.pad_token_id,
+        device=policy.device,
+        keep=rollout.completion_mask.tolist(),
+    )
+
+
+def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig) -> Tensor | None:
+    """Log-probabilities (M,) of the rollout's tokens under the reference, or None where beta is 0."""
+    if config.beta == 0:
+        return None
+    logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
+    with policy.as_reference():
+        for batch in micro_batches(policy, rollout, config):
+            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)[0]
+    return logprobs
+
+
+def backward(
+    policy: Policy,
+    rollout: Rollout,
+    ref_logprobs: Tensor | None,  # (M,)
+    tokens: TokenMeter,
+    scaler: torch.amp.GradScaler,
+    config: GRPOConfig,
+) -> Tensor:
+    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch; return the loss, a scalar."""
+    weights = token_weights(
+        rollout.offsets.diff(), rollout.completion_mask,
+        loss_type=config.loss_type, max_completion_length=config.max_completion_length,
+    ).to(policy.device)  # fmt: skip
+    advantages = rollout.advantages.to(policy.device)
+    total = torch.zeros((), device=policy.device)
+    for batch in micro_batches(policy, rollout, config):
+        logprobs, entropy = policy.logprobs(batch, config.temperature)  # (N,) each
+        loss, stats = policy_loss(
+            logprobs,
+            old_logprobs(rollout, batch, logprobs),
+            None if ref_logprobs is None else ref_logprobs[batch.tokens],
+            advantages[batch.sequences],
+            weights[batch.sequences],
+            epsilon_low=config.epsilon,
+            epsilon_high=config.upper_epsilon,
+            delta=config.delta,
+            beta=config.beta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+        )
+        scaler.scale(loss).backward()
+        total += loss.detach()
+        tokens.add(batch, logprobs, entropy, stats)
+    return total
+
+
+def old_logprobs(rollout: Rollout, batch: MicroBatch, logprobs: Tensor) -> Tensor:
+    """Of the policy before the update, (N,): the sampler's, or where a rollout serves one update only, logprobs'."""
+    if rollout.sampling_logprobs is None:
+        return logprobs.detach()
+    return rollout.sampling_logprobs[batch.tokens]
+
+
+def count_tokens(rollout: Rollout) -> int:
+    """Tokens of every completion with its prompt, as TRL counts them."""
+    return sum(len(rollout.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(rollout.completions))
+
+
+def writable_folder(output_dir: str) -> Path:
+    """Make output_dir. Raises ValueError if nothing can be written there."""
+    folder = Path(output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {output_dir!r} cannot be written: {error.strerror}; choose another folder"
+        ) from error
+    return folder
+
+
+def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
+    """Raise ValueError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
+    longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
+    for name in ("token_budget", "rollout_token_budget"):
+        if longest > getattr(config, name):
+            raise ValueError(
+                f"the longest prompt and its completion may have {longest} tokens, more than {name}="
+                f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
+            )
