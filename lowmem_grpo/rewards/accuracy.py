@@ -1,0 +1,79 @@
+"""accuracy_reward: is the answer of a completion mathematically equal to the gold one?"""
+
+import re
+
+from lowmem_grpo.rewards.math_pool import math_equal
+from lowmem_grpo.rewards.text import completion_text
+
+NUMBER = re.compile(r"(?:(?<![\d.)])-)?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def accuracy_reward(
+    completions: list, solution: list | None = None, answer: list | None = None, log_extra=None, **kwargs
+) -> list[float | None]:
+    r"""1.0 where the completion's answer equals the gold one, 0.0 where not, None where there is no gold answer.
+
+    The answer is the last `\boxed{}`, else the last answer tag, else what follows the last `####`, else the last
+    number. Gold comes from the column `solution`, else `answer`, and is read the same way; a gold text with none of
+    the four forms stands for itself. Plain numbers are compared exactly; anything else by math-verify, in worker
+    processes with a time limit, past which an answer counts as wrong.
+
+    Raises:
+        ValueError: the dataset has neither column.
+    """
+    gold_column = solution if solution is not None else answer
+    if gold_column is None:
+        raise ValueError("accuracy_reward needs the gold answers: a dataset column named solution or answer")
+    golds = [gold_answer(gold) for gold in gold_column]
+    given = [extract_answer(completion_text(completion)) for completion in completions]
+    if log_extra is not None:
+        log_extra("extracted_answer", given)
+    asked = [(gold, own) for gold, own in zip(golds, given, strict=True) if gold and own]
+    verdicts = dict(zip(asked, math_equal(asked), strict=True))
+    return [
+        None if not gold else float(bool(own) and verdicts[gold, own]) for gold, own in zip(golds, given, strict=True)
+    ]
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order."""
+    marked = _marked_answer(text)
+    if marked is not None:
+        return marked
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def gold_answer(gold) -> str | None:
+    """The gold answer in a dataset's column, where a text without any mark stands for itself."""
+    if gold is None:
+        return None
+    marked = _marked_answer(str(gold))
+    return str(gold).strip() if marked is None else marked
+
+
+def _marked_answer(text: str) -> str | None:
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    tags = ANSWER_TAG.findall(text)
+    if tags:
+        return tags[-1].strip()
+    if "####" in text:
+        line = text.rsplit("####", 1)[1].strip()
+        return line.splitlines()[0].strip() if line else ""
+    return None
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`, whose braces may be nested; None if there is none or it never closes."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start + len(r"\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + len(r"\boxed{") : position].strip()
+    return None
