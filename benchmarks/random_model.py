@@ -1,0 +1,66 @@
+"""A model of a real shape with random weights, and a byte-level BPE tokenizer trained on the spot.
+
+    python -m lowmem_grpo.benchmarks.random_model --shape qwen2.5-0.5b --text train.jsonl --output_dir DIR
+
+Memory and speed do not depend on what the weights are, so such a model measures them without a download.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+# Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
+SHAPES = {
+    "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936, True),
+    "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
+    "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
+    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 152064, False),
+}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(text: Path, vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train([str(text)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_config(shape: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    return Qwen2Config(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def make_random_model(shape: str, text: Path, output_dir: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(text)
+    model = AutoModelForCausalLM.from_config(make_config(shape, tokenizer), dtype=torch.bfloat16)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--text", type=Path, required=True, help="file to train the tokenizer on")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    make_random_model(**vars(parser.parse_args()))
