@@ -1,0 +1,191 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_train import ROWS, adapters, length_reward, run
+from tiny_models import DEMO_MODEL
+
+from lowmem_grpo import checkpoint
+from lowmem_grpo.interruption import Interruption
+
+TIMES = ("time/", "step_time", "memory/")
+
+
+def comparable(history):
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in history]
+
+
+def noisy_reward(completions, **kwargs):
+    """Draws from every generator that a checkpoint promises to keep."""
+    return [random.random() + np.random.rand() + torch.rand(1).item() + v for v in length_reward(completions)]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def callback(now, metrics, policy):
+        if now == step:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("changes", [{}, {"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
+    changes = {
+        "rewards": noisy_reward,
+        "max_steps": 5,
+        "save_steps": 2,
+        "beta": 0.1,
+        "lr_scheduler_type": "cosine",
+        **changes,
+    }
+    whole = run(tmp_path / "whole", **changes)
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", callbacks=[stop_at(4)], **changes)
+    os.rename(tmp_path / "cut/out/checkpoint-4", tmp_path / "elsewhere")  # as if the machine had died at step 4
+    resumed = run(tmp_path / "cut", resume_from_checkpoint=True, **changes)
+    assert comparable(resumed.history) == comparable(whole.history)
+    for name, value in adapters(resumed).items():
+        assert torch.equal(value, adapters(whole)[name]), name
+
+
+def test_a_crash_in_a_reward_loses_no_finished_step(tmp_path):
+    calls = []
+
+    def crashes_late(completions, **kwargs):
+        calls.append(0)
+        if len(calls) == 5:  # the trial and three steps went well
+            raise OSError("the judge is gone")
+        return length_reward(completions)
+
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        run(tmp_path, rewards=crashes_late, max_steps=6)
+    assert (tmp_path / "out/checkpoint-3").is_dir()
+    assert [
+        line["step"] for line in run(tmp_path, rewards=length_reward, max_steps=6, resume_from_checkpoint=True).history
+    ] == list(range(1, 7))
+
+
+def test_a_checkpoint_holds_no_pickles_and_loads_in_peft(tmp_path):
+    run(tmp_path, max_steps=1)
+    files = {path.name for path in (tmp_path / "out/checkpoint-1").iterdir()}
+    assert files >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "optimizer.safetensors",
+        "random_states.safetensors",
+        "trainer_state.json",
+    }
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA"
+
+
+def test_a_fresh_start_does_not_mix_with_an_earlier_run(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run; set resume_from_checkpoint=True"):
+        run(tmp_path, max_steps=1)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="holds another adapter than this run's"):
+        run(tmp_path, max_steps=2, resume_from_checkpoint=True, lora_r=4)
+
+
+def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
+    first = run(tmp_path, max_steps=1)
+    again = run(tmp_path, max_steps=1, resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert again.history == first.history
+
+
+def test_a_folder_that_could_not_be_filled_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "adapter"
+    checkpoint.write_folder(folder, lambda f: (f / "a").write_text("old"))
+
+    def fails(f):
+        (f / "a").write_text("new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_folder(folder, fails)
+    assert (folder / "a").read_text(encoding="utf-8") == "old"
+    checkpoint.write_folder(folder, lambda f: (f / "b").write_text("newer"))
+    assert [path.name for path in folder.iterdir()] == ["b"]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_path):
+    run(tmp_path, max_steps=2, save_steps=1)
+    path = tmp_path / "out/metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 3, "loss": 9}\n{"step": 4, "lo')
+    result = run(tmp_path, max_steps=3, resume_from_checkpoint=True)
+    assert [line["step"] for line in result.history] == [1, 2, 3]
+    assert result.history[2]["loss"] != 9
+
+
+def test_a_signal_is_held_until_the_update_is_whole():
+    finished = []
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption, interruption.held():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        finished.append(True)
+    assert finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_is_not_held():
+    with pytest.raises(SystemExit) as caught, Interruption() as interruption, interruption.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert caught.value.code == 143
+
+
+SCRIPT = """
+    import sys, time
+    from lowmem_grpo import GRPOConfig, train
+    from lowmem_grpo.demo import task
+
+    def slow_reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 3:
+            print("third step", flush=True)
+            time.sleep(60)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    config = GRPOConfig(output_dir=sys.argv[2], use_cpu=True, max_steps=9, prompts_per_step=2, num_generations=2,
+                        max_completion_length=8, gradient_checkpointing=False)
+    train(sys.argv[1], slow_reward, task.rows(task.splits()[0][:20]), config=config)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_first(tmp_path, number, status):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, str(script), str(DEMO_MODEL), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "third step\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "checkpoint-2 has everything up to step 2" in errors
+    state = checkpoint.read_state(tmp_path / "out/checkpoint-2")
+    assert (state["step"], state["data_position"]) == (2, 4)
+    assert ROWS

@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from test_config import TEXTS
+from tiny_models import DEMO_MODEL
+
+from lowmem_grpo import GRPOConfig, cli
+from lowmem_grpo.demo import task
+
+INPUTS = {"model": "m", "dataset": "d", "reward_funcs": ["r"]}
+FLAGS = ["--model", "m", "--dataset", "d", "--reward_funcs", "r"]
+
+
+def flags(name, text):
+    return [f"--{name}", *([text] if isinstance(text, str) else text)]
+
+
+def parse(arguments):
+    options, rest = cli.make_parser().parse_known_args(["train", *arguments])
+    assert not rest
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
+    return cli.read_settings(given)
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_every_field_is_a_flag_and_survives(name):
+    text, value = TEXTS[name]
+    assert parse([*FLAGS, *flags(name, text)]) == (INPUTS, {name: value})
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_every_field_survives_a_yaml_file(name, tmp_path):
+    text, value = TEXTS[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: m\ndataset: d\nreward_funcs: [r]\n{name}: {json.dumps(text if isinstance(value, str) else value)}\n"
+    )
+    assert parse(["--config", str(path)]) == (INPUTS, {name: value})
+
+
+def test_yaml_reads_a_number_with_an_exponent_as_a_text_and_we_do_not(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndataset: d\nreward_funcs: r\nlearning_rate: 1e-4\n")
+    inputs, fields = parse(["--config", str(path)])
+    assert fields == {"learning_rate": 1e-4}
+    assert inputs["reward_funcs"] == "r"
+
+
+def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\ndataset_name: d\nreward_funcs: [r]\nseed: 1\nbeta: 0.5\n")
+    assert parse(["--config", str(path), "--seed", "2"]) == (INPUTS, {"seed": 2, "beta": 0.5})
+    assert parse(["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r"]) == (INPUTS, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "did you mean learning_rate"),
+        (["--use_vllm", "true"], "has no use_vllm: completions are sampled"),
+        (["--num_generations", "1"], "a group needs at least 2"),
+        (["--learning_rate", "fast"], "learning_rate: 'fast' is not a number"),
+        (["--seed", "1", "stray"], "stray is not understood"),
+        (["--config", "/no/such.yaml"], "cannot be read"),
+        (["--reward_funcs", "nothing"], "no reward function is named"),
+        (["--model", "/no/such/folder"], "is not a folder on this machine"),
+        (["--dataset", "/no/such.jsonl"], "is not a file on this machine"),
+    ],
+)
+def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n')
+    good = ["train", "--model", str(DEMO_MODEL), "--dataset", "rows.jsonl", "--reward_funcs", "accuracy_reward"]
+    assert cli.main([*good, *arguments]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1]
+    assert errors[-1].startswith("lowmem-grpo train: ")
+    assert "Traceback" not in "".join(errors)
+
+
+@pytest.mark.parametrize("missing", ["model", "dataset", "reward_funcs"])
+def test_a_missing_input_is_named(missing, capsys):
+    arguments = [
+        word
+        for name, value in INPUTS.items()
+        if name != missing
+        for word in (f"--{name}", *([value] if isinstance(value, str) else value))
+    ]
+    assert cli.main(["train", *arguments]) == 2
+    assert f"--{missing} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["just text", "- a\n- list", "a: [", ""])
+def test_a_file_that_is_no_mapping_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert cli.main(["train", "--config", str(path)]) == 2
+    assert "config file" in capsys.readouterr().err
+
+
+def test_help_names_every_field_and_imports_no_torch():
+    program = "import sys; from lowmem_grpo.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert all(f"--{name} " in shown for name in TEXTS)
+
+
+def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        json.dumps({"question": task.question(p), "answer": f"think\n#### {sum(p)}"}) for p in task.splits()[0][:10]
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rewards_for_the_cli.py").write_text(
+        "def short(completions, **kwargs):\n    return [-len(c[0]['content']) for c in completions]\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "max_steps: 2\nprompts_per_step: 2\nnum_generations: 2\nmax_completion_length: 8\nlearning_rate: 1e-4\n"
+    )
+    status = cli.main(
+        ["train", "--model", str(DEMO_MODEL), "--dataset", "rows.jsonl", "--eval_dataset", "rows.jsonl", "--reward_funcs",
+         "accuracy_reward", "rewards_for_the_cli.short", "--config", "run.yaml", "--use_cpu", "true", "--output_dir", "out"]
+    )  # fmt: skip
+    assert status == 0
+    assert "adapter: out/adapter" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved == json.loads(json.dumps({**vars(GRPOConfig()), **saved}))
+    assert saved["learning_rate"] == 1e-4

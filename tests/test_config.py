@@ -1,0 +1,161 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from lowmem_grpo.config import UNSUPPORTED, GRPOConfig, field_types, from_text
+
+FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+# Fields of TRL's whose default differs on purpose; the README's table says why.
+DIFFERENT = {"output_dir", "learning_rate", "save_steps"}
+# Fields that TRL's GRPOConfig does not have; lora_* are TRL's ModelConfig's.
+OURS = {
+    "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
+    "system_prompt", "max_prompt_length", "prompts_per_step", "rollout_token_budget", "token_budget",
+}  # fmt: skip
+TEXTS = {  # a text as it is typed, and what it means, for every field
+    "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True),
+    "model_init_kwargs": ('{"attn_implementation": "eager"}', {"attn_implementation": "eager"}),
+    "trust_remote_code": ("true", True), "load_in_4bit": ("false", False), "bf16": ("none", None), "fp16": ("True", True),
+    "gradient_checkpointing": ("false", False), "lora_r": ("8", 8), "lora_alpha": ("16", 16),
+    "lora_dropout": ("0.1", 0.1), "lora_target_modules": (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+    "dataset_config": ("main", "main"), "dataset_split": ("test", "test"), "system_prompt": ("Be brief.", "Be brief."),
+    "chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}), "max_prompt_length": ("none", None),
+    "shuffle_dataset": ("false", False), "num_train_epochs": ("1.5", 1.5), "max_steps": ("10", 10),
+    "prompts_per_step": ("4", 4), "num_generations": ("16", 16), "max_completion_length": ("64", 64),
+    "temperature": ("0.9", 0.9), "top_p": ("0.95", 0.95), "top_k": ("20", 20), "min_p": ("0.1", 0.1),
+    "repetition_penalty": ("1.1", 1.1), "rollout_token_budget": ("4096", 4096), "reward_weights": (["1", "0.2"], [1.0, 0.2]),
+    "scale_rewards": ("batch", "batch"), "mask_truncated_completions": ("true", True), "beta": ("0.04", 0.04),
+    "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),
+    "epsilon_high": ("0.28", 0.28), "delta": ("4", 4.0), "loss_type": ("dr_grpo", "dr_grpo"),
+    "token_budget": ("2048", 2048), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
+    "warmup_steps": ("3", 3), "weight_decay": ("0.1", 0.1), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.99", 0.99),
+    "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "eval_steps": ("5", 5),
+    "log_completions": ("true", True), "save_steps": ("5", 5), "save_total_limit": ("2", 2),
+}  # fmt: skip
+
+
+def trl_defaults():
+    trl = pytest.importorskip("trl")
+    values = {}
+    for field in dataclasses.fields(trl.GRPOConfig):
+        given = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+        values[field.name] = getattr(given, "value", given)
+    return values
+
+
+def test_every_field_is_trls_or_known_to_be_ours():
+    theirs = trl_defaults()
+    assert set(FIELDS) - set(theirs) == OURS
+    assert set(theirs) - set(FIELDS) == set(UNSUPPORTED)
+
+
+def test_defaults_are_trls_but_for_the_stated_ones():
+    theirs = trl_defaults()
+    different = {n for n, field in FIELDS.items() if n in theirs and theirs[n] != field.default}
+    assert different == DIFFERENT
+
+
+def test_the_readme_names_every_difference():
+    table = (
+        (Path(__file__).parents[1] / "README.md")
+        .read_text(encoding="utf-8")
+        .split("## Differences from TRL")[1]
+        .split("\n## ")[0]
+    )
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named >= (DIFFERENT - {"output_dir"}) | (OURS - {"dataset_config", "dataset_split", "system_prompt"})
+
+
+def test_texts_cover_every_field():
+    assert set(TEXTS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_a_field_survives_the_way_from_text(name):
+    text, value = TEXTS[name]
+    read = from_text(name, text)
+    assert read == value
+    assert type(read) is type(value)
+    assert value != FIELDS[name].default or name in {"bf16"}
+    changes = {"max_prompt_length": {"max_prompt_length": value}}.get(name, {name: value})
+    assert getattr(GRPOConfig(**changes), name) == value
+
+
+def test_a_union_of_text_and_list_takes_both():
+    assert from_text("lora_target_modules", ["q_proj"]) == ["q_proj"]
+    assert from_text("lora_target_modules", "all-linear") == "all-linear"
+    assert from_text("resume_from_checkpoint", "out/checkpoint-20") == "out/checkpoint-20"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("learning_rate", "fast"), ("seed", "1.5"), ("use_cpu", "maybe"), ("loss_type", "ppo"), ("reward_weights", ["a"]),
+     ("chat_template_kwargs", "{"), ("max_steps", ""), ("learning_rate", "nan")],
+)  # fmt: skip
+def test_a_text_that_does_not_fit_says_what_would(name, text):
+    with pytest.raises(ValueError, match=rf"^{name}: .* is not "):
+        from_text(name, text)
+
+
+def test_a_field_of_trls_that_is_not_supported_is_refused_with_the_remedy():
+    with pytest.raises(
+        TypeError, match="GRPOConfig has no per_device_train_batch_size: a step holds prompts_per_step x"
+    ):
+        GRPOConfig(per_device_train_batch_size=8)
+    with pytest.raises(
+        TypeError, match="GRPOConfig has no use_vllm: completions are sampled from the resident weights"
+    ):
+        GRPOConfig(use_vllm=False)
+
+
+def test_a_misspelt_field_is_refused_with_the_nearest():
+    with pytest.raises(TypeError, match="no field 'learning_rat'; did you mean learning_rate"):
+        GRPOConfig(learning_rat=1e-5)
+    with pytest.raises(TypeError, match="see `lowmem-grpo train --help`"):
+        GRPOConfig(xyzzy=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_generations": 1}, "a group needs at least 2 completions"),
+        ({"learning_rate": "1e-5"}, "learning_rate='1e-5' is not a number"),
+        ({"learning_rate": -1.0}, "learning_rate must not be negative"),
+        ({"seed": True}, "seed=True is not a whole number"),
+        ({"loss_type": "ppo"}, "loss_type='ppo' is not one of dapo, grpo, bnpo, dr_grpo"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"min_p": 1.5}, "min_p must be in"),
+        ({"epsilon": 1.5}, "epsilon=1.5 must be at most 1"),
+        ({"delta": 1.1}, "delta=1.1 must be above 1"),
+        ({"bf16": True, "fp16": True}, "choose one"),
+        ({"max_steps": 0}, "max_steps=0 must be positive"),
+        ({"save_steps": 0}, "save_steps must be greater than 0"),
+        ({"adam_beta1": 1.0}, "must be in"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
+        ({"learning_rate": float("nan")}, "is not a number"),
+    ],
+)
+def test_values_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**change)
+
+
+def test_the_compute_dtype_follows_bf16_and_fp16():
+    assert GRPOConfig().compute_dtype == "bfloat16"
+    assert GRPOConfig(fp16=True).compute_dtype == "float16"
+    assert GRPOConfig(bf16=False).compute_dtype == "float32"
+
+
+def test_a_config_is_frozen_and_can_be_replaced():
+    config = GRPOConfig(beta=0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 0.2  # type: ignore[misc]
+    assert dataclasses.replace(config, seed=3) == GRPOConfig(beta=0.1, seed=3)
+
+
+def test_every_field_has_a_type_and_a_help_text():
+    assert all(field.metadata["help"] for field in FIELDS.values())
+    assert set(field_types()) >= set(FIELDS)

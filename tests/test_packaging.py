@@ -1,0 +1,71 @@
+"""What a person gets who installs the wheel."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WANTED = {
+    "lowmem_grpo/train.py", "lowmem_grpo/py.typed", "lowmem_grpo/kernels/linear_logprobs.py",
+    "lowmem_grpo/benchmarks/random_model.py", "lowmem_grpo/demo/model/model.safetensors",
+    "lowmem_grpo/demo/model/tokenizer.json", "lowmem_grpo/generate/hf.py", "lowmem_grpo/rewards/math_worker.py",
+}  # fmt: skip
+
+
+def pip(*arguments, cwd=ROOT):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], cwd=cwd, check=True
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The tracked files and links alone, as a fresh clone has them."""
+    folder = tmp_path_factory.mktemp("source")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    archive = folder.with_suffix(".tar")
+    subprocess.run(["tar", "-cf", archive, *names.stdout.splitlines()], cwd=ROOT, check=True)
+    subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_carries_every_part_and_no_tests(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert names >= WANTED
+    roots = {name.split("/")[0] for name in names}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"lowmem_grpo"}
+
+
+def test_the_installed_wheel_works_from_any_folder(wheel, tmp_path):
+    pip("install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import lowmem_grpo, lowmem_grpo.kernels.linear_logprobs as k, lowmem_grpo.benchmarks.random_model\n"
+        "from lowmem_grpo.demo.run import MODEL\n"
+        "assert k.__file__.startswith(sys.argv[1]) and (MODEL / 'model.safetensors').is_file()"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "site")], cwd=tmp_path, check=True)
+
+
+def test_the_sdist_makes_the_same_wheel(source, wheel, tmp_path):
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    archive = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(archive) as packed:
+        assert any(name.endswith("demo/model/model.safetensors") for name in packed.getnames())
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "again"), str(archive))
+    again = next((tmp_path / "again").glob("*.whl"))
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())

@@ -1,0 +1,249 @@
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.packing import pack
+from lowmem_grpo.policy import Head, find_model, load_policy, load_tokenizer, probe_head, read_head
+
+PROMPTS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
+COMPLETIONS = [[30, 31, 32, 33, 1], [40, 41]]
+
+
+def batches(policy, token_budget=1000, prompts=PROMPTS, completions=COMPLETIONS):
+    return list(pack(prompts, completions, token_budget=token_budget, pad_token_id=0, device=policy.device))
+
+
+def own_logprobs(policy, temperature=1.0):
+    """From the model's own logits, one sequence at a time, in the order of COMPLETIONS."""
+    scores = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        with torch.no_grad(), policy.autocast():
+            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0].float() / temperature
+        predicting = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        scores.append(predicting.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(scores)
+
+
+def flat_logprobs(policy, token_budget=1000, temperature=1.0):
+    flat = torch.zeros(7)
+    for batch in batches(policy, token_budget):
+        flat[batch.tokens] = policy.logprobs(batch, temperature)[0].detach()
+    return flat
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_models_own(family, temperature):
+    policy = make_policy(family)
+    torch.testing.assert_close(
+        flat_logprobs(policy, temperature=temperature), own_logprobs(policy, temperature), atol=2e-5, rtol=0
+    )
+
+
+def test_logprobs_do_not_depend_on_micro_batches(family):
+    policy = make_policy(family)
+    torch.testing.assert_close(flat_logprobs(policy, token_budget=1), flat_logprobs(policy), atol=1e-5, rtol=0)
+
+
+def test_the_reference_is_the_base_without_adapters():
+    policy = make_policy("llama", load_in_4bit=False)
+    with policy.as_reference():
+        reference = flat_logprobs(policy)
+    base = make_model("llama")
+    policy.model = base
+    torch.testing.assert_close(reference, own_logprobs(policy), atol=1e-5, rtol=0)
+
+
+def test_the_training_mode_survives_inference():
+    policy = make_policy()
+    with policy.as_reference():
+        assert not policy.model.training
+    assert policy.model.training
+    assert all(parameter.requires_grad for parameter in policy.trainable_parameters().values())
+    assert len(policy.trainable_parameters()) == 2 * 7 * 2  # A and B of seven linears in two layers
+
+
+def test_only_fp32_adapters_are_trained():
+    policy = make_policy(bf16=True)
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.trainable_parameters().items())
+    assert policy.head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dropped", ["softcap", "logit_scale", "bias"])
+def test_a_head_that_lacks_something_the_model_does_is_refused(dropped):
+    family = {"softcap": "gemma2", "logit_scale": "granite", "bias": "qwen2"}[dropped]
+    model = make_model(family)
+    if dropped == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(128) * 0.01, requires_grad=False)
+    model.requires_grad_(False)
+    head = read_head(model)
+    probe_head(model, head)
+    without = head._replace(**{dropped: 1.0 if dropped == "logit_scale" else None})
+    assert without != head
+    with pytest.raises(ValueError, match="does something besides bias, scale and tanh softcap"):
+        probe_head(model, without)
+
+
+def test_a_head_that_does_something_unknown_is_refused():
+    model = make_model("llama").requires_grad_(False)
+    own = model.lm_head.forward
+    probe_head(model, Head(model.lm_head.weight, None, 1.0, None))
+    assert model.lm_head.forward == own, "the probe leaves the model as it was"
+
+    original = type(model).forward
+
+    def shifted(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits * torch.linspace(1, 1.01, 128)
+        return output
+
+    model.forward = shifted.__get__(model)
+    with pytest.raises(ValueError, match="not supported"):
+        probe_head(model, read_head(model))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])  # with and without biases
+def test_gradients_after_an_inference_are_those_before_it(family):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks weights at the first inference, which breaks training after it."""
+    policy = make_policy(family, bf16=True)
+
+    def gradients():
+        for batch in batches(policy):
+            policy.logprobs(batch, 1.0)[0].sum().backward()
+        found = [parameter.grad.clone() for parameter in policy.trainable_parameters().values()]
+        policy.model.zero_grad()
+        return found
+
+    before = gradients()
+    with policy.inference():
+        flat_logprobs(policy)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in before)
+    assert not any(m.support_avx512bf16_for_cpu for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit))
+
+
+def test_checkpointing_does_not_change_gradients():
+    results = []
+    for gradient_checkpointing in (False, True):
+        policy = make_policy("qwen3", gradient_checkpointing=gradient_checkpointing)
+        for batch in batches(policy):
+            policy.logprobs(batch, 1.0)[0].sum().backward()
+        results.append([parameter.grad for parameter in policy.trainable_parameters().values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def four_bit_layers(policy):
+    return sum(isinstance(module, bnb.nn.Linear4bit) for module in policy.model.modules())
+
+
+def test_a_loaded_model_and_its_folder_make_the_same_policy(tmp_path, tokenizer):
+    model = make_model("qwen2")
+    model.save_pretrained(tmp_path)
+    from_object, from_folder = make_policy(model), make_policy(str(tmp_path), tokenizer)
+    assert four_bit_layers(from_object) == four_bit_layers(from_folder) == 14
+    torch.testing.assert_close(flat_logprobs(from_object), flat_logprobs(from_folder))
+
+
+def test_a_4_bit_checkpoint_is_loaded_as_it_is(tmp_path, tokenizer):
+    make_model("qwen2").save_pretrained(tmp_path / "dense")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    small = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=quantization, dtype=torch.float32
+    )
+    small.save_pretrained(tmp_path / "small")
+    policy = make_policy(str(tmp_path / "small"), tokenizer)
+    torch.testing.assert_close(flat_logprobs(policy), flat_logprobs(make_policy(str(tmp_path / "dense"), tokenizer)))
+    layer = next(module for module in policy.model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    assert layer.compute_dtype == torch.float32, "the run's compute dtype wins over the checkpoint's"
+
+
+def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
+    make_model("qwen2").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    first = make_policy(str(tmp_path / "base"), tokenizer)
+    first.save(tmp_path / "adapter")
+    config = GRPOConfig(bf16=False, use_cpu=True, gradient_checkpointing=False)
+    adapter = str(tmp_path / "adapter")
+    second = load_policy(adapter, load_tokenizer(adapter, config), config)
+    torch.testing.assert_close(flat_logprobs(second), flat_logprobs(first))
+    assert second.trainable_parameters()
+    with pytest.raises(ValueError, match="leave it out to continue"):
+        load_policy(adapter, tokenizer, config, LoraConfig())
+
+
+def test_a_loaded_peft_model_continues_its_adapter(tokenizer):
+    config = GRPOConfig(bf16=False, use_cpu=True, load_in_4bit=False)
+    model = get_peft_model(make_model("qwen2"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.requires_grad_(False)
+    policy = load_policy(model, tokenizer, config)
+    assert len(policy.trainable_parameters()) == 4
+    with pytest.raises(ValueError, match="set load_in_4bit=False"):
+        load_policy(model, tokenizer, GRPOConfig(bf16=False, use_cpu=True))
+
+
+def test_peft_config_wins_over_the_lora_fields(tokenizer):
+    config = GRPOConfig(bf16=False, use_cpu=True)
+    policy = load_policy(make_model("qwen2"), tokenizer, config, LoraConfig(r=2, target_modules=["q_proj"]))
+    shapes = {tuple(p.shape) for name, p in policy.trainable_parameters().items() if "lora_A" in name}
+    assert shapes == {(2, 64)}
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(target_modules=["q_proj", "lm_head"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ],
+)
+def test_an_adapter_on_the_head_is_refused(peft_config, tokenizer):
+    with pytest.raises(ValueError, match="leave lm_head and the embeddings out"):
+        load_policy(make_model("qwen2"), tokenizer, GRPOConfig(bf16=False, use_cpu=True), peft_config)
+
+
+def test_only_lora_is_accepted(tokenizer):
+    with pytest.raises(ValueError, match="only LoraConfig"):
+        load_policy(make_model("qwen2"), tokenizer, GRPOConfig(use_cpu=True), PrefixTuningConfig())  # type: ignore[arg-type]
+
+
+def test_modules_that_are_not_there_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="no adapter could be added"):
+        load_policy(make_model("qwen2"), tokenizer, GRPOConfig(use_cpu=True, lora_target_modules=["no_such_proj"]))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nobody/no-such-model"])
+def test_an_unknown_model_is_named_in_one_sentence(name):
+    with pytest.raises(ValueError, match=f"model '{name}' is n") as caught:
+        find_model(name, GRPOConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_every_end_of_sequence_id_counts(tokenizer):
+    model = make_model("qwen2")
+    model.generation_config.eos_token_id = [7, 9]
+    model.config.eos_token_id = 11
+    assert make_policy(model, tokenizer).eos_token_ids == [1, 7, 9, 11]
+
+
+def test_a_saved_adapter_loads_in_plain_peft(tmp_path, tokenizer):
+    policy = make_policy("qwen2", load_in_4bit=False)
+    policy.save(tmp_path)
+    plain = PeftModel.from_pretrained(make_model("qwen2"), str(tmp_path)).eval()
+    given = torch.tensor([PROMPTS[0] + COMPLETIONS[0]])
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(plain(input_ids=given).logits, policy.model(input_ids=given).logits)
+
+
+def test_the_demo_model_is_quantized_but_for_its_head(tokenizer):
+    policy = make_policy(str(DEMO_MODEL), tokenizer, bf16=True)
+    wake_adapters(policy)
+    assert four_bit_layers(policy) == 3 * 7
+    assert policy.head.weight.shape == (128, 128)

@@ -1,0 +1,217 @@
+import asyncio
+import sys
+import time
+
+import pytest
+
+from lowmem_grpo.rewards import (
+    BUILT_IN,
+    RewardRunner,
+    accuracy_reward,
+    math_pool,
+    resolve_reward_funcs,
+    think_format_reward,
+)
+from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
+from lowmem_grpo.rewards.math_pool import as_number, math_equal
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{3}, no: \boxed{\frac{1}{2}}. #### 9", r"\frac{1}{2}"),
+        (r"<answer> 7 </answer> #### 9", "7"),
+        ("3 + 4 = 7\n#### 1,234\nthanks", "1,234"),
+        ("first 3, then -4.5 apples.", "-4.5"),
+        ("it costs $1,250.", "$1,250"),
+        ("half is 1/2", "1/2"),
+        ("between 3-4", "4"),
+        (r"\boxed{never closes 3", "3"),
+        ("no digits here", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_boxed_or_tagged_or_marked_or_the_last_number(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_a_gold_text_without_a_mark_stands_for_itself():
+    assert gold_answer("2 and 3") == "2 and 3"
+    assert gold_answer("steps: 5\n#### 1,000") == "1,000"
+    assert gold_answer(72) == "72"
+    assert gold_answer(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1,234.50", 1234.5), ("$3", 3), ("-.5", -0.5), ("50%", 50), ("3/4", 0.75), ("7.", 7), ("+2", 2), (r"\$18", 18)],
+)
+def test_plain_numbers_are_read(text, number):
+    assert as_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2", "x", "", "1e99999999", "1/0", "1.5/2", "-", "1_000", "\\frac{1}{2}", "7 apples"]
+)
+def test_anything_else_is_no_plain_number(text):
+    assert as_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "reward"),
+    [
+        ("#### 72", "The answer is 72.", 1.0),
+        ("#### 72", "The answer is 73.", 0.0),
+        ("72", "#### 72.00", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
+        (r"\frac{1}{2}", r"\boxed{\frac{2}{4}}", 1.0),
+        ("x^2 - 1", r"\boxed{(x-1)(x+1)}", 1.0),
+        ("x^2 - 1", r"\boxed{(x-1)(x+2)}", 0.0),
+        (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", 1.0),
+        ("72", "I do not know", 0.0),
+        (None, "72", None),
+    ],
+)
+def test_accuracy(gold, completion, reward):
+    assert accuracy_reward([completion], solution=[gold]) == [reward]
+    assert accuracy_reward([[{"role": "assistant", "content": completion}]], answer=[gold]) == [reward]
+
+
+def test_accuracy_needs_a_gold_column():
+    with pytest.raises(ValueError, match="column named solution or answer"):
+        accuracy_reward(["72"])
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(monkeypatch):
+    math_equal([("x", "y + 0")])  # the workers are up
+    monkeypatch.setattr(math_pool, "TIME_LIMIT_S", 0.0)
+    started = time.monotonic()
+    assert math_equal([("x + x", "2x")]) == [False]
+    assert time.monotonic() - started < 5
+    monkeypatch.undo()
+    assert math_equal([("x + x", "2x")]) == [True]
+
+
+def test_a_worker_that_dies_is_replaced():
+    math_equal([("x", "y")])
+    for worker in list(math_pool._started):
+        if worker.process:
+            worker.process.kill()
+            worker.process.wait()
+    assert math_equal([("x + x", "2x")]) == [True]
+
+
+def test_math_verify_works_outside_the_main_thread():
+    async def in_a_thread():
+        return await asyncio.to_thread(math_equal, [("x + x", "2x"), ("x", "y")])
+
+    assert asyncio.run(in_a_thread()) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>a\nb</think>c", 1.0),
+        ("<think></think>", 1.0),
+        (" <think>a</think>c", 0.0),
+        ("<think>a", 0.0),
+        ("<think>a</think><think>b</think>", 0.0),
+        ("c<think>a</think>", 0.0),
+    ],
+)
+def test_think_format(text, reward):
+    assert think_format_reward([text]) == [reward]
+    assert think_format_reward([[{"role": "assistant", "content": text}]]) == [reward]
+
+
+def score(*functions, columns=None, completions=("a", "bb")):
+    return RewardRunner(functions)(
+        ["p"] * len(completions), list(completions), [[1]] * len(completions), columns or {}, 3
+    )
+
+
+def test_a_reward_gets_everything_by_keyword():
+    given = {}
+
+    def reward(*, prompts, completions, completion_ids, difficulty, trainer_state, log_extra, log_metric):
+        given.update(prompts=prompts, ids=completion_ids, difficulty=difficulty, step=trainer_state.global_step)
+        log_extra("length", [len(c) for c in completions])
+        log_metric("mine", 1)
+        log_metric("mine", 2)
+        return [float(len(c)) for c in completions]
+
+    scores = score(reward, columns={"difficulty": [5, 6]})
+    assert given == {"prompts": ["p", "p"], "ids": [[1], [1]], "difficulty": [5, 6], "step": 3}
+    assert scores.rewards.tolist() == [[1.0], [2.0]]
+    assert scores.extra_columns == {"length": [1, 2]}
+    assert scores.metrics["mine"] == 1.5
+    assert "time/reward/reward_s" in scores.metrics
+
+
+def test_none_is_a_reward_that_does_not_apply():
+    assert score(lambda **_: [None, 1.0]).rewards[:, 0].isnan().tolist() == [True, False]
+
+
+def test_a_reward_may_be_async():
+    async def slow(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [1.0 for _ in completions]
+
+    assert score(slow).rewards.tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 values for 2 completions"),
+        (None, "returned NoneType"),
+        (["x", 1.0], "returned 'x'"),
+        ([float("inf"), 0], "returned an infinite reward"),
+    ],
+)
+def test_a_reward_that_returns_something_else_is_named(returned, message):
+    def broken(**kwargs):
+        return returned
+
+    with pytest.raises(ValueError, match=f"reward function broken {message}"):
+        score(broken)
+
+
+def test_a_reward_that_raises_is_named_and_its_error_kept():
+    def broken(**kwargs):
+        raise KeyError("gold")
+
+    with pytest.raises(RuntimeError, match="reward function broken raised KeyError") as caught:
+        score(broken)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_two_rewards_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two reward functions are named"):
+        RewardRunner([lambda **_: [], lambda **_: []])
+
+
+def test_names_become_functions(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_for_a_test.py").write_text(
+        "def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    functions = resolve_reward_funcs(["accuracy_reward", "my_rewards_for_a_test.one", len], BUILT_IN)
+    assert [function.__name__ for function in functions] == ["accuracy_reward", "one", "len"]
+    sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("acuracy_reward", "did you mean accuracy_reward"),
+        ("zzz", "the built-in ones are accuracy_reward, think_format_reward"),
+        ("no_such_module.f", "cannot be imported"),
+        ("math.no_such_function", "cannot be imported"),
+        (3, "cannot be called"),
+        ([], "reward_funcs is empty"),
+    ],
+)
+def test_what_is_no_reward_is_refused_by_name(name, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_reward_funcs(name, BUILT_IN)

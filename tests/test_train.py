@@ -1,0 +1,245 @@
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+from datasets import load_dataset
+from tiny_models import DEMO_MODEL, make_model, make_policy
+from transformers import AutoTokenizer
+
+from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.demo import task
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.rollout import Completion, Prompt, Rollout
+from lowmem_grpo.train import backward, reference_logprobs
+
+ROWS = task.rows(task.splits()[0][:40])
+TRL_METRICS = {
+    "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "reward", "reward_std",
+    "frac_reward_zero_std", "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "completions/mean_terminated_length", "completions/min_terminated_length",
+    "completions/max_terminated_length", "rewards/answer_reward/mean", "rewards/answer_reward/std",
+    "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+}  # fmt: skip
+
+
+def settings(tmp_path, **changes) -> GRPOConfig:
+    return GRPOConfig(
+        **{
+            "output_dir": str(tmp_path / "out"), "use_cpu": True, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4,
+            "max_completion_length": 16, "learning_rate": 1e-3, "gradient_checkpointing": False, **changes,
+        }
+    )  # fmt: skip
+
+
+def run(
+    tmp_path,
+    model=str(DEMO_MODEL),
+    rewards=task.answer_reward,
+    rows=ROWS,
+    *,
+    eval_dataset=None,
+    callbacks=(),
+    **changes,
+):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    config = settings(tmp_path, **changes)
+    return train(model, rewards, rows, eval_dataset, config=config, tokenizer=tokenizer, callbacks=callbacks)
+
+
+def adapters(result):
+    return {name: p.detach().clone() for name, p in result.policy.trainable_parameters().items()}
+
+
+def length_reward(completions, **kwargs):
+    return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
+
+
+def test_a_run_reports_every_step_under_trls_names(tmp_path):
+    seen = []
+    result = run(
+        tmp_path, rewards=[task.answer_reward, task.tag_format_reward], beta=0.1, eval_dataset=ROWS[:4], max_steps=3,
+        eval_steps=2, callbacks=[lambda step, metrics, policy: seen.append((step, metrics["loss"], policy))],
+    )  # fmt: skip
+    assert [line["step"] for line in result.history] == [1, 2, 3]
+    assert [line["step"] for line in result.eval_history] == [0, 2, 3]
+    assert set(result.history[0]) >= TRL_METRICS | {"kl", "time/rollout_s", "memory/update/peak_mib"}
+    assert "eval_rewards/answer_reward/mean" in result.eval_history[0]
+    assert [step for step, _, _ in seen] == [1, 2, 3]
+    assert seen[0][2] is result.policy
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if "loss" in line] == result.history
+    assert result.history[0]["learning_rate"] == 1e-3
+    assert result.history[2]["learning_rate"] == pytest.approx(1e-3 / 3)
+    assert result.history[-1]["epoch"] == 3 * 2 / 40
+
+
+def test_nothing_changes_at_a_learning_rate_of_zero(tmp_path):
+    before = {}
+    result = run(
+        tmp_path, rewards=length_reward, learning_rate=0.0, max_steps=3,
+        callbacks=[lambda step, _, policy: before.setdefault(step, {n: p.detach().clone() for n, p in policy.trainable_parameters().items()})],
+    )  # fmt: skip
+    after = adapters(result)
+    assert all(torch.equal(before[1][name], after[name]) for name in after)
+    assert all((value == 0).all() for name, value in after.items() if "lora_B" in name)
+    assert max(line["grad_norm"] for line in result.history) > 0, "there was something to learn"
+
+
+def test_training_moves_the_adapters_and_only_them(tmp_path):
+    result = run(tmp_path, rewards=length_reward)
+    assert any((value != 0).any() for name, value in adapters(result).items() if "lora_B" in name)
+    frozen = [p for p in result.policy.model.parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fp16": True}, {"bf16": False}, {"load_in_4bit": False}, {"gradient_checkpointing": True}]
+)
+def test_every_precision_trains(tmp_path, changes):
+    result = run(tmp_path, rewards=length_reward, beta=0.1, **changes)
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in result.history)
+    assert any((value != 0).any() for name, value in adapters(result).items() if "lora_B" in name)
+
+
+def test_every_family_trains(tmp_path, family):
+    result = run(tmp_path, make_model(family), length_reward, beta=0.1, bf16=False)
+    assert all(math.isfinite(line["loss"]) for line in result.history)
+    assert result.history[0]["grad_norm"] > 0
+    assert abs(result.history[0]["kl"]) < 1e-6, "the policy starts as its reference"
+
+
+def test_several_iterations_use_the_sampled_log_probabilities(tmp_path):
+    result = run(tmp_path, rewards=length_reward, num_iterations=3, bf16=False, learning_rate=0.05)
+    last = result.history[-1]
+    assert last["sampling/sampling_logp_difference/max"] < 1e-4
+    assert max(line["clip_ratio/region_mean"] for line in result.history) > 0, "the policy moved away from the sampler"
+    assert "sampling/sampling_logp_difference/max" not in run(tmp_path / "once").history[0]
+
+
+def fixed_rollout(num_generations=2, prompts=3, seed=0):
+    """Uneven completions, one of them masked, with made-up advantages."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(10, 100, (length,), generator=draw).tolist()
+
+    completions = [Completion(ids(1, 20), None, "eos") for _ in range(prompts * num_generations)]
+    lengths = torch.tensor([0] + [len(c.ids) for c in completions])
+    return Rollout(
+        prompts=[Prompt("", ids(2, 12), {}) for _ in range(prompts)],
+        completions=completions,
+        offsets=lengths.cumsum(0),
+        sampling_logprobs=torch.randn(int(lengths.sum()), generator=draw) - 4,
+        rewards=torch.zeros(len(completions), 1),
+        advantages=torch.randn(len(completions), generator=draw),
+        completion_mask=torch.tensor([True] * (len(completions) - 1) + [False]),
+        metrics={},
+        table={},
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
+def test_micro_batches_add_up_to_the_whole_batch(loss_type):
+    """Value, gradient and metrics are the step's, whatever the token budget; 1e-6 relative in fp32."""
+    policy = make_policy("qwen3")
+    rollout = fixed_rollout()
+    found = []
+    for token_budget in (100_000, 60, 1):
+        config = GRPOConfig(loss_type=loss_type, beta=0.1, token_budget=token_budget, bf16=False)
+        tokens = TokenMeter(rollout, policy.device)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss = backward(policy, rollout, reference_logprobs(policy, rollout, config), tokens, scaler, config)
+        gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+        policy.model.zero_grad()
+        found.append((loss, gradient, tokens.metrics()))
+    for loss, gradient, metrics in found[1:]:
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
+        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+    assert found[0][1].norm() > 0
+
+
+def test_truncated_completions_can_be_left_out(tmp_path):
+    result = run(tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True)
+    assert result.history[0]["completions/clipped_ratio"] == 1.0
+    assert result.history[0]["grad_norm"] == 0.0
+    assert result.history[0]["loss"] == 0.0
+
+
+def test_completions_are_written_when_asked(tmp_path):
+    def logged(completions, log_extra, **kwargs):
+        log_extra("note", ["x" for _ in completions])
+        return [1.0 for _ in completions]
+
+    run(tmp_path, rewards=logged, log_completions=True, max_steps=1)
+    path = tmp_path / "out/completions/completions_00001.parquet"
+    table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(table) == 8
+    assert set(table.column_names) == {"step", "prompt", "completion", "logged", "advantage", "note"}
+
+
+def test_rewards_that_never_apply_teach_nothing(tmp_path):
+    result = run(tmp_path, rewards=lambda completions, **_: [None for _ in completions])
+    assert result.history[0]["reward"] is None
+    assert result.history[0]["grad_norm"] == 0.0
+
+
+def test_epochs_say_the_number_of_steps(tmp_path):
+    result = run(tmp_path, max_steps=-1, num_train_epochs=1.5, rows=ROWS[:3], max_completion_length=2)
+    assert len(result.history) == math.ceil(1.5 * 3 / 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "message"),
+    [
+        ({"model": "/no/such/folder"}, {}, "is not a folder on this machine"),
+        ({"rows": [{"text": "x"}]}, {}, "has no column named prompt"),
+        ({"rows": []}, {}, "train_dataset is empty"),
+        ({"rewards": lambda **_: [1.0]}, {}, "returned 1 values for 2 completions"),
+        ({"rewards": "no_such_reward"}, {}, "no reward function is named"),
+        (
+            {"rewards": [task.answer_reward, length_reward]},
+            {"reward_weights": [1.0]},
+            "reward_weights has 1 entries for 2",
+        ),
+        ({}, {"output_dir": "/dev/null/out"}, "cannot be written"),
+        ({}, {"token_budget": 16}, "more than token_budget=16"),
+        ({}, {"rollout_token_budget": 16}, "more than rollout_token_budget=16"),
+        ({}, {"max_prompt_length": 3}, "longer than max_prompt_length=3"),
+        ({}, {"resume_from_checkpoint": True}, "has no checkpoint"),
+        ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, given, changes, message):
+    def no_work(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(sys.modules["lowmem_grpo.train"], "load_policy", no_work)
+    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        run(tmp_path, **given, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_that_cannot_work_stops_the_run_at_its_start(tmp_path):
+    def broken(completions, gold, **kwargs):
+        return [1.0 for _ in completions]
+
+    with pytest.raises(RuntimeError, match="reward function broken raised TypeError.*gold"):
+        run(tmp_path, rewards=broken)
+
+
+def test_a_learning_rate_that_ruins_the_policy_shows_in_the_kl(tmp_path):
+    result = run(
+        tmp_path, rewards=length_reward, learning_rate=0.3, beta=0.01, max_steps=4, lr_scheduler_type="constant"
+    )
+    assert result.history[-1]["kl"] > 1.0
+
+
+def test_one_function_is_enough_and_settings_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(settings(tmp_path), output_dir="out", max_steps=1)
+    assert train(str(DEMO_MODEL), task.answer_reward, ROWS, config=config).history[0]["step"] == 1

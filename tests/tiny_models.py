@@ -1,0 +1,68 @@
+"""Tiny models of every supported family, all with the demo's tokenizer of one token a character."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.policy import Policy, load_policy
+
+DEMO_MODEL = Path(__file__).parents[1] / "lowmem_grpo" / "demo" / "model"
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=24),
+    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=16, sliding_window=24, final_logit_softcapping=30.0),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=24),
+    "phi3": lambda: Phi3Config(**SMALL),
+    "granite": lambda: GraniteConfig(**SMALL, logits_scaling=8.0, embedding_multiplier=12.0),
+    "cohere": lambda: CohereConfig(**SMALL, logit_scale=0.0625),
+}
+
+
+def make_model(family: str = "qwen2", seed: int = 0):
+    """A random model of a family, fp32, with weights wide enough that its log-probabilities are far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def make_policy(model="qwen2", tokenizer=None, **settings) -> Policy:
+    """A policy on the CPU in fp32, unless settings say otherwise, with adapters that are not zero."""
+    settings = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, **settings}
+    model = make_model(model) if model in FAMILIES else model
+    policy = load_policy(model, tokenizer or AutoTokenizer.from_pretrained(DEMO_MODEL), GRPOConfig(**settings))
+    wake_adapters(policy)
+    return policy
+
+
+def wake_adapters(policy: Policy) -> None:
+    """Set every adapter to fixed values: LoRA's second factor starts at zero, where the policy is its reference."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
