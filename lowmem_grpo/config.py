@@ -130,6 +130,10 @@ class GRPOConfig:
             raise ValueError("bf16 and fp16 are both set; choose one")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            raise ValueError(
+                "lr_scheduler_type='constant' has no warmup; use 'constant_with_warmup', or warmup_steps=0"
+            )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise ValueError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
 

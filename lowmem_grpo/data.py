@@ -24,6 +24,15 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     Raises:
         ValueError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
     """
+    on_hub = isinstance(dataset, str) and Path(dataset).suffix not in READERS
+    if (
+        name == "train_dataset"
+        and not on_hub
+        and (config.dataset_config is not None or config.dataset_split != "train")
+    ):
+        raise ValueError(
+            "dataset_config and dataset_split are for hub datasets, and train_dataset is not one; leave them out"
+        )
     rows = _load(dataset, config, name, split or config.dataset_split)
     if isinstance(rows, (DatasetDict, dict)):
         raise ValueError(f"{name} has the splits {', '.join(rows)}; pass one of them")
@@ -134,20 +143,22 @@ def transcript(messages: list[dict]) -> str:
     return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])
 
 
-def prompts_at(prompts: Sequence[Prompt], position: int, count: int, *, seed: int, shuffle: bool) -> list[Prompt]:
-    """`count` prompts from `position` of the endless stream of epochs, each in a random order of its own.
+def prompts_at(prompts: Sequence[Prompt], position: int, config: GRPOConfig) -> list[Prompt]:
+    """The prompts of the step at `position` of the endless stream of epochs, each in a random order of its own.
 
     A function of its arguments alone, so that a resumed run sees the prompts it would have seen.
     """
     orders: dict[int, list[int]] = {}
     drawn = []
-    for index in range(position, position + count):
+    for index in range(position, position + config.prompts_per_step):
         epoch, place = divmod(index, len(prompts))
         if epoch not in orders:
-            orders[epoch] = _order(len(prompts), seed + epoch) if shuffle else list(range(len(prompts)))
+            orders[epoch] = _order(len(prompts), epoch, config)
         drawn.append(prompts[orders[epoch][place]])
     return drawn
 
 
-def _order(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+def _order(count: int, epoch: int, config: GRPOConfig) -> list[int]:
+    if not config.shuffle_dataset:
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()

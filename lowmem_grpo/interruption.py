@@ -1,15 +1,13 @@
 """Ctrl-C and SIGTERM, held back while the policy is between two consistent states."""
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 
 
 class Interruption:
-    """While entered, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit(143), but not inside `held()`.
+    """While entered, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit(143), but not between hold and release.
 
-    A signal that arrives there is raised at its end; a second one is raised at once. Outside the main thread, where
+    A signal that arrives there is raised by release(); a second one is raised at once. Outside the main thread, where
     Python handles no signals, nothing is changed.
     """
 
@@ -34,12 +32,10 @@ class Interruption:
             raise error
         self.pending = error
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> None:
         self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
+
+    def release(self) -> None:
+        self.holding = False
         if self.pending:
             raise self.pending

@@ -112,11 +112,11 @@ def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> No
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step or evaluation. A resumed run drops the lines after its checkpoint."""
+    """metrics.jsonl: one line a step or evaluation. A run resumed at first_step drops the lines after it."""
 
     def __init__(self, output_dir: Path, first_step: int):
         self.path = output_dir / "metrics.jsonl"
-        kept = [line for line in self.lines() if line["step"] <= first_step]
+        kept = [line for line in self.lines() if line["step"] <= first_step] if first_step else []
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)

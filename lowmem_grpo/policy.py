@@ -19,6 +19,8 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.packing import MicroBatch
 
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
 
 class Head(NamedTuple):
     """How a model turns hidden states into logits: softcap(logit_scale (h . W + b))."""
@@ -100,6 +102,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     Raises:
         ValueError: the model cannot be found, or cannot be trained here; the message has the remedy.
     """
+    find_model(model, config, peft_config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     dtype = getattr(torch, config.compute_dtype)
     if (
@@ -139,7 +142,6 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
             raise ValueError(
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
-        _want_no_peft_config(peft_config, "the model already has an adapter")
         _train_adapter(model)
         return model
     if isinstance(model, PreTrainedModel):
@@ -150,14 +152,34 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
             dense.to(device=device, dtype=dtype)
         return _add_adapter(dense, config, peft_config)
     if _is_adapter(model):
-        _want_no_peft_config(peft_config, f"{model} is an adapter")
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
     return _add_adapter(_load_base(model, config, device, dtype), config, peft_config)
 
 
-def find_model(model: str, config: GRPOConfig) -> None:
-    """Raise ValueError now, in one sentence, if a model named by a text cannot be found: no weights are read."""
+def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
+    """Raise ValueError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
+    continues = isinstance(model, PeftModel) or (isinstance(model, str) and _is_adapter(model))
+    if continues and peft_config is not None:
+        raise ValueError(
+            "peft_config is given, but the model already has an adapter; leave it out to continue that one"
+        )
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
+    if changed and (continues or peft_config is not None):
+        what = "the model's own adapter" if continues else "peft_config"
+        raise ValueError(f"{changed[0]} has no effect beside {what}; leave it out")
+    if isinstance(model, PreTrainedModel | PeftModel):
+        if config.model_init_kwargs:
+            raise ValueError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
+    elif isinstance(model, str):
+        _find_by_name(model, config)
+    else:
+        raise ValueError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
+
+
+def _find_by_name(model: str, config: GRPOConfig) -> None:
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if is_path and not Path(model).is_dir():
         raise ValueError(f"model {model!r} is not a folder on this machine")
@@ -165,14 +187,21 @@ def find_model(model: str, config: GRPOConfig) -> None:
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         if not base:
             raise ValueError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
-        return find_model(base, config)
+        return _find_by_name(base, config)
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {model!r} is neither a model folder nor a model the hub gives: {first_line}"
         ) from error
+    saved: Any = getattr(found, "quantization_config", None)
+    if saved is None:
+        return
+    if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
+        raise ValueError(f"model {model!r} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
+    if not config.load_in_4bit:
+        raise ValueError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
 
 
 def _is_adapter(model: str) -> bool:
@@ -180,17 +209,9 @@ def _is_adapter(model: str) -> bool:
 
 
 def _load_base(name: str, config: GRPOConfig, device, dtype) -> PreTrainedModel:
-    find_model(name, config)
     arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
-    saved = getattr(
-        AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code), "quantization_config", None
-    )
-    method = None if saved is None else saved.get("quant_method")
-    if method not in (None, "bitsandbytes"):
-        raise ValueError(
-            f"model {name!r} is quantized with {method}; only bitsandbytes 4-bit or unquantized models work"
-        )
-    if method is None and config.load_in_4bit:
+    saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    if config.load_in_4bit and getattr(saved, "quantization_config", None) is None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -221,19 +242,12 @@ def _is_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def _want_no_peft_config(peft_config, why: str) -> None:
-    if peft_config is not None:
-        raise ValueError(f"peft_config is given, but {why}; leave it out to continue that adapter")
-
-
 def _add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraConfig | None) -> PeftModel:
     if peft_config is None:
         peft_config = LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
         )  # fmt: skip
-    if not isinstance(peft_config, LoraConfig):
-        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
     # peft still reads a name that transformers has given up; nothing is wrong.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

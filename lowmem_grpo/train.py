@@ -72,8 +72,11 @@ def train(
     resume = checkpoints.find_checkpoint(output_dir, config.resume_from_checkpoint)
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
-    if isinstance(model, str):
-        find_model(model, config)
+    if config.eval_steps is not None and eval_rows is None:
+        raise ValueError(
+            f"eval_steps={config.eval_steps}, but there is no eval_dataset; pass one or leave eval_steps out"
+        )
+    find_model(model, config, peft_config)
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     tokenizer = tokenizer or load_tokenizer(model, config)
@@ -122,41 +125,35 @@ def train(
         try:
             while state["step"] < total_steps:
                 step, started = state["step"] + 1, time.perf_counter()
-                randomness = checkpoints.randomness()
                 meter = Meter(policy.device)
 
                 # 1. Rollout: the policy answers every prompt num_generations times; rewards; group advantages.
-                batch_of_prompts = prompts_at(
-                    prompts,
-                    state["data_position"],
-                    config.prompts_per_step,
-                    seed=config.seed,
-                    shuffle=config.shuffle_dataset,
-                )
                 with meter.phase("rollout"):
-                    rollout = collect_rollout(policy, batch_of_prompts, rewards, config, step)
+                    asked = prompts_at(prompts, state["data_position"], config)
+                    rollout = collect_rollout(policy, asked, rewards, config, step)
 
                 # 2. The reference: the same model with its adapters off.
                 with meter.phase("reference"):
                     ref_logprobs = reference_logprobs(policy, rollout, config)
 
                 # 3. Update: micro-batches, whose gradients add up, and one optimizer step; num_iterations times.
-                with interruption.held(), meter.phase("update"):
+                with meter.phase("update"):
                     learning_rate = scheduler.get_last_lr()[0]
                     tokens = TokenMeter(rollout, policy.device)
                     for _ in range(config.num_iterations):
                         loss = backward(policy, rollout, ref_logprobs, tokens, scaler, config)
+                        interruption.hold()  # from the first change of a weight until the step is whole
                         scaler.unscale_(optimizer)
                         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                         scaler.step(optimizer)
                         scaler.update()
                         optimizer.zero_grad()
                     scheduler.step()
-                    state = {
-                        "step": step,
-                        "data_position": state["data_position"] + config.prompts_per_step,
-                        "num_tokens": state["num_tokens"] + count_tokens(rollout),
-                    }
+                state = {
+                    "step": step,
+                    "data_position": state["data_position"] + config.prompts_per_step,
+                    "num_tokens": state["num_tokens"] + count_tokens(rollout),
+                }
 
                 # 4. Report.
                 metrics = {
@@ -172,6 +169,8 @@ def train(
                     "step_time": time.perf_counter() - started,
                 }
                 log.write(metrics)
+                randomness = checkpoints.randomness()
+                interruption.release()
                 progress.step(metrics)
                 if config.log_completions:
                     write_completions(output_dir, step, rollout.table)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import ROWS, adapters, length_reward, run
+from test_train import adapters, length_reward, run
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import checkpoint
@@ -141,16 +141,20 @@ def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_pat
 
 def test_a_signal_is_held_until_the_update_is_whole():
     finished = []
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption, interruption.held():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        interruption.hold()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         finished.append(True)
-    assert finished
+        interruption.release()
+        finished.append("not reached")
+    assert finished == [True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_signal_is_not_held():
-    with pytest.raises(SystemExit) as caught, Interruption() as interruption, interruption.held():
+    with pytest.raises(SystemExit) as caught, Interruption() as interruption:
+        interruption.hold()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
@@ -188,4 +192,3 @@ def test_an_interrupted_run_saves_first(tmp_path, number, status):
     assert "checkpoint-2 has everything up to step 2" in errors
     state = checkpoint.read_state(tmp_path / "out/checkpoint-2")
     assert (state["step"], state["data_position"]) == (2, 4)
-    assert ROWS

@@ -131,6 +131,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         ({"epsilon": 1.5}, "epsilon=1.5 must be at most 1"),
         ({"delta": 1.1}, "delta=1.1 must be above 1"),
         ({"bf16": True, "fp16": True}, "choose one"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "has no warmup"),
         ({"max_steps": 0}, "max_steps=0 must be positive"),
         ({"save_steps": 0}, "save_steps must be greater than 0"),
         ({"adam_beta1": 1.0}, "must be in"),

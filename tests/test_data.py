@@ -129,8 +129,8 @@ def test_every_prompt_comes_once_an_epoch_whatever_the_steps():
     prompts = [Prompt(str(i), [i], {}) for i in range(10)]
 
     def stream(step_size, shuffle):
-        steps = range(0, 30, step_size)
-        return [p.text for at in steps for p in prompts_at(prompts, at, step_size, seed=3, shuffle=shuffle)][:30]
+        config = GRPOConfig(prompts_per_step=step_size, seed=3, shuffle_dataset=shuffle)
+        return [p.text for at in range(0, 30, step_size) for p in prompts_at(prompts, at, config)][:30]
 
     drawn = stream(3, True)
     assert drawn == stream(5, True) == stream(10, True)

@@ -176,7 +176,7 @@ def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
     second = load_policy(adapter, load_tokenizer(adapter, config), config)
     torch.testing.assert_close(flat_logprobs(second), flat_logprobs(first))
     assert second.trainable_parameters()
-    with pytest.raises(ValueError, match="leave it out to continue"):
+    with pytest.raises(ValueError, match="leave it out to continue that one"):
         load_policy(adapter, tokenizer, config, LoraConfig())
 
 
@@ -188,6 +188,33 @@ def test_a_loaded_peft_model_continues_its_adapter(tokenizer):
     assert len(policy.trainable_parameters()) == 4
     with pytest.raises(ValueError, match="set load_in_4bit=False"):
         load_policy(model, tokenizer, GRPOConfig(bf16=False, use_cpu=True))
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path, tokenizer):
+    model = make_model("qwen2")
+    with pytest.raises(ValueError, match="lora_r has no effect beside peft_config"):
+        find_model(model, GRPOConfig(lora_r=4), LoraConfig())
+    with pytest.raises(ValueError, match="model_init_kwargs has no effect"):
+        find_model(model, GRPOConfig(model_init_kwargs={"attn_implementation": "eager"}))
+    make_policy(model, tokenizer).save(tmp_path)
+    with pytest.raises(ValueError, match="lora_alpha has no effect beside the model's own adapter"):
+        find_model(str(tmp_path), GRPOConfig(lora_alpha=4))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "settings", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, {}, "quantized otherwise than in bitsandbytes 4-bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {}, "quantized otherwise than in bitsandbytes 4-bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_4bit": False}, "is 4-bit already"),
+    ],
+)
+def test_checkpoints_of_another_quantization_are_refused(quantization, settings, message, tmp_path):
+    config = make_model("qwen2").config
+    config.quantization_config = quantization
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        find_model(str(tmp_path), GRPOConfig(**settings))
 
 
 def test_peft_config_wins_over_the_lora_fields(tokenizer):

@@ -211,6 +211,9 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"rollout_token_budget": 16}, "more than rollout_token_budget=16"),
         ({}, {"max_prompt_length": 3}, "longer than max_prompt_length=3"),
         ({}, {"resume_from_checkpoint": True}, "has no checkpoint"),
+        ({}, {"eval_steps": 5}, "there is no eval_dataset"),
+        ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
+        ({"model": 7}, {}, "model is a int; pass a hub id"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],
 )
