@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,29 +60,24 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
         ValueError: the folder is no checkpoint of this package, or one of another adapter.
     """
     state = read_state(folder)
-    weights = load_file(folder / "adapter_model.safetensors")
-    own = policy.trainable_parameters()
-    # PEFT leaves the adapter's name out of the file's keys.
-    adapter = policy.model.active_adapter
-    keys = {name: name.replace(f".{adapter}.", ".") for name in own}
-    if set(keys.values()) != set(weights) or any(own[n].shape != weights[k].shape for n, k in keys.items()):
-        raise ValueError(
-            f"{folder} holds another adapter than this run's: model or lora settings differ from the run it is of"
+    try:
+        weights, moments, states = (
+            load_file(folder / f"{name}.safetensors") for name in ("adapter_model", "optimizer", "random_states")
         )
-    with torch.no_grad():
-        for name, key in keys.items():
-            own[name].copy_(weights[key])
-    optimizer.load_state_dict(_restore_optimizer(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
-    scheduler.load_state_dict({**scheduler.state_dict(), **state["scheduler"]})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read: {error}; resume from an older checkpoint") from error
+    own = get_peft_model_state_dict(policy.model)
+    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
+        raise ValueError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
+    set_peft_model_state_dict(policy.model, weights)
+    optimizer.load_state_dict(_restore_optimizer(moments, state["optimizer"]))
+    # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
+    position = state["scheduler"]["last_epoch"]
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position - 1, "_step_count": position + 1})
+    scheduler.step()
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    restore_randomness(
-        {
-            "tensors": load_file(folder / "random_states.safetensors"),
-            "python": state["python_random"],
-            "numpy": state["numpy_random"],
-        }
-    )
+    restore_randomness({"tensors": states, "python": state["python_random"], "numpy": state["numpy_random"]})
     return state
 
 
@@ -88,7 +85,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "trainer_state.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no trainer_state.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
@@ -99,8 +99,15 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
     """
     existing = checkpoints(output_dir)
     if isinstance(resume_from_checkpoint, str):
-        read_state(Path(resume_from_checkpoint))
-        return Path(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint).expanduser()
+        step = read_state(folder)["step"]
+        later = [path for path in existing if int(path.name.split("-")[1]) >= step and not path.samefile(folder)]
+        if later:
+            raise ValueError(
+                f"{output_dir} holds {later[0].name}, which the run resumed from {folder} would mix with its "
+                "own; move it away, or choose another output_dir"
+            )
+        return folder
     if resume_from_checkpoint:
         if not existing:
             raise ValueError(
@@ -135,10 +142,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
+    aside = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, aside)
     os.replace(temporary, folder)
     _flush(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

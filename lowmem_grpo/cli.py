@@ -128,7 +128,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config file {path!r} cannot be read: {error}") from error
+        raise ValueError(f"config file {path!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config file {path!r} must be a mapping of settings, such as `learning_rate: 1e-5`")
     return settings
@@ -139,8 +139,10 @@ def is_about_input(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
-    origin = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-    return origin == "lowmem_grpo.config" if isinstance(error, TypeError) else origin.startswith("lowmem_grpo.")
+    if traceback is None:
+        return False
+    origin = Path(traceback.tb_frame.f_code.co_filename)
+    return origin.name == "config.py" if isinstance(error, TypeError) else Path(__file__).parent in origin.parents
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Standard library only. The README lists each deliberate difference from TRL.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class GRPOConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32, NumPy's limit")
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, "
@@ -171,7 +174,8 @@ _CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to send 
 _AFTER = "upload output_dir/adapter after training, with `hf upload`"
 _LATER = "it is not supported yet; remove it"
 
-# TRL 1.16's fields that this package does not have, by remedy. A test compares the whole list with TRL's own class.
+# TRL 1.16's fields that this package does not have, by remedy; those of the TrainingArguments that it inherits too, in
+# transformers 5.0 to 5.23. A test compares the list with TRL's own class.
 _TRL_FIELDS = {
     _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation "
     "auto_find_batch_size per_device_eval_batch_size eval_accumulation_steps",
@@ -185,7 +189,7 @@ _TRL_FIELDS = {
     "vllm_importance_sampling_cap use_transformers_continuous_batching transformers_continuous_batching_config "
     "use_transformers_paged cache_implementation use_cache",
     _CALLBACK: "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
-    "log_completions_hub_repo include_for_metrics batch_eval_metrics",
+    "log_completions_hub_repo include_for_metrics batch_eval_metrics logging_dir",
     _AFTER: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "every step is logged, so there is no interval to set; remove it": "logging_strategy logging_steps "
     "logging_first_step logging_nan_inf_filter log_level disable_tqdm include_num_input_tokens_seen "
@@ -198,11 +202,12 @@ _TRL_FIELDS = {
     "dropout is lora_dropout, 0 by default; set that": "disable_dropout",
     "every dataset column reaches the reward functions; remove it": "remove_unused_columns label_names",
     "sampling settings have fields of their own (temperature, top_p, ...); use those": "generation_kwargs",
-    "the data order follows seed; set that": "data_seed train_sampling_strategy length_column_name",
+    "the data order follows seed; set that": "data_seed train_sampling_strategy length_column_name group_by_length",
     "prompts are tokenized once, in this process; remove it": "dataloader_drop_last dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context",
     "only 'token' is supported yet; remove it": "importance_sampling_level",
+    "set warmup_steps": "warmup_ratio",
     _LATER: "lr_scheduler_kwargs optim optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config neftune_noise_alpha "
@@ -228,6 +233,23 @@ def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
             raise TypeError(f"GRPOConfig has no field {name!r}; {hint}")
 
 
+# What a resumed run may change: where and how long it runs, what it reports, and how it fits into memory.
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps", "log_completions",
+    "save_steps", "save_total_limit", "token_budget", "rollout_token_budget", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
+    """Raise ValueError if a setting that decides the result differs from the one the checkpoint's run had."""
+    for name, value in dataclasses.asdict(config).items():
+        if name not in MAY_CHANGE_ON_RESUME and name in saved and saved[name] != value:
+            raise ValueError(
+                f"{name} is {value!r}, and was {saved[name]!r} in the run to resume; set it back, "
+                "or start a new run from the adapter"
+            )
+
+
 def field_types() -> dict[str, Any]:
     return typing.get_type_hints(GRPOConfig)
 
@@ -238,6 +260,8 @@ def from_text(name: str, value: Any) -> Any:
     `value` is a string, a list of strings, or anything YAML makes. Raises ValueError when it does not fit the field.
     """
     annotation = field_types()[name]
+    if name == "lora_target_modules" and isinstance(value, list) and len(value) == 1 and not value[0].isidentifier():
+        value = value[0]  # all-linear, or a regular expression: a text to peft, where a module's name is a list of one
     for member in _members(annotation):
         read = _READ.get(typing.get_origin(member) or member)
         try:
@@ -272,7 +296,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or annotation)

@@ -1,6 +1,5 @@
 """Datasets to prompts: a hub id, a local file, or a Dataset becomes a list of tokenized Prompts."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     Raises:
         ValueError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
     """
-    on_hub = isinstance(dataset, str) and Path(dataset).suffix not in READERS
+    dataset = str(dataset) if isinstance(dataset, Path) else dataset
+    on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in READERS
     if (
         name == "train_dataset"
         and not on_hub
@@ -40,6 +40,7 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
         raise ValueError(f"{name} is a streaming dataset, which is not supported yet; pass a Dataset")
     if len(rows) == 0:
         raise ValueError(f"{name} is empty; it needs at least one row with a prompt")
+    rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     columns = rows.column_names
     if "prompt" not in columns and {"question", "answer"} <= set(columns):
         return rows.map(_from_question_and_answer, desc=None)
@@ -50,7 +51,10 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
 
 def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
     if isinstance(dataset, list):
-        return Dataset.from_list(dataset)
+        try:
+            return Dataset.from_list(dataset)
+        except Exception as error:
+            raise ValueError(f"{name} is not a list of rows with the same columns: {_cause(error)}") from error
     if not isinstance(dataset, str):
         if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset, dict)):
             raise ValueError(
@@ -58,15 +62,16 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
             )
         return dataset
     path = Path(dataset).expanduser()
-    if path.suffix in READERS:
+    reader = READERS.get(path.suffix.lower())
+    if reader is not None:
         if not path.is_file():
             raise ValueError(f"{name} {dataset!r} is not a file on this machine")
         if path.stat().st_size == 0:
             raise ValueError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
         try:
-            return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            return load_dataset(reader, data_files=str(path), split="train")
         except Exception as error:
-            raise ValueError(f"{name} {dataset!r} cannot be read as {READERS[path.suffix]}: {_cause(error)}") from error
+            raise ValueError(f"{name} {dataset!r} cannot be read as {reader}: {_cause(error)}") from error
     try:
         return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split)
     except Exception as error:
@@ -98,7 +103,7 @@ def tokenize_prompts(
         ValueError: a prompt is neither, or none is left.
     """
     limit = config.max_prompt_length
-    prompts = [_prompt(row, tokenizer, config, name) for row in rows]
+    prompts = [_prompt(row, tokenizer, config, f"row {index} of {name}") for index, row in enumerate(rows)]
     if all(isinstance(p.text, str) for p in prompts) and (config.system_prompt or config.chat_template_kwargs):
         raise ValueError(
             f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
@@ -115,27 +120,40 @@ def tokenize_prompts(
     return short, len(prompts) - len(short)
 
 
-def _prompt(row: Any, tokenizer, config: GRPOConfig, name: str) -> Prompt:
+def _prompt(row: Any, tokenizer, config: GRPOConfig, where: str) -> Prompt:
     text = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
-    if isinstance(text, str) and text:
-        return Prompt(text, tokenizer(text)["input_ids"], columns)
-    if not (
-        isinstance(text, list) and text and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in text)
-    ):
+    if isinstance(text, str):
+        return Prompt(text, _not_empty(tokenizer(text)["input_ids"], where), columns)
+    if not _is_chat(text):
         raise ValueError(
-            f"{name} has a prompt {json.dumps(text)[:60]}; a prompt is a text or a list of role and content"
+            f"{where} has the prompt {str(text)[:60]!r}; a prompt is a text, or a list of role and content texts"
         )
     messages: list[dict] = [{"role": m["role"], "content": m["content"]} for m in text]
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     if tokenizer.chat_template is None:
-        return Prompt(messages, tokenizer(transcript(messages))["input_ids"], columns)
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **(config.chat_template_kwargs or {})
-    )
+        return Prompt(messages, _not_empty(tokenizer(transcript(messages))["input_ids"], where), columns)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, **{**(config.chat_template_kwargs or {}), "add_generation_prompt": True, "tokenize": False}
+        )
+    except Exception as error:
+        raise ValueError(f"the chat template cannot render {where}: {_cause(error)}") from error
     # The template writes its own special tokens.
-    return Prompt(messages, tokenizer(rendered, add_special_tokens=False)["input_ids"], columns)
+    return Prompt(messages, _not_empty(tokenizer(rendered, add_special_tokens=False)["input_ids"], where), columns)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    )  # fmt: skip
+
+
+def _not_empty(ids: list[int], where: str) -> list[int]:
+    if not ids:
+        raise ValueError(f"{where} has a prompt without a single token; leave it out, or check the tokenizer")
+    return ids
 
 
 def transcript(messages: list[dict]) -> str:

@@ -1,5 +1,6 @@
 """A step's metrics, under TRL's names, and where they go: metrics.jsonl, and a line that a person watches."""
 
+import contextlib
 import json
 import math
 import os
@@ -106,9 +107,15 @@ def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> No
     """completions/completions_{step}.parquet, one row a completion, as TRL writes it."""
     folder = output_dir / "completions"
     folder.mkdir(exist_ok=True)
-    Dataset.from_dict({"step": [step] * len(table["completion"]), **table}).to_parquet(
+    columns = {name: values if _one_type(values) else list(map(str, values)) for name, values in table.items()}
+    Dataset.from_dict({"step": [step] * len(table["completion"]), **columns}).to_parquet(
         folder / f"completions_{step:05d}.parquet"
     )
+
+
+def _one_type(values: list) -> bool:
+    """Whether Arrow can make a column of them; what a reward function logged may be of several types."""
+    return len({type(value) for value in values if value is not None}) < 2
 
 
 class MetricsLog:
@@ -124,15 +131,16 @@ class MetricsLog:
     def lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        complete = [
-            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-        ]
-        return [json.loads(line) for line in complete]
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a crash cut short
+                lines.append(json.loads(line))
+        return lines
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append one line; NaN becomes null, which JSON has."""
+        """Append one line; what is not finite becomes null, which JSON has."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: None if math.isnan(v) else v for k, v in metrics.items()}) + "\n")
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
 
 
 class Progress:

@@ -48,7 +48,7 @@ class Policy:
         self.head = read_head(self.base)
         self.device = self.head.weight.device
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         probe_head(self.base, self.head)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -166,6 +166,8 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
         )
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    if peft_config is not None and peft_config.bias != "none":
+        raise ValueError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
     changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
@@ -183,6 +185,8 @@ def _find_by_name(model: str, config: GRPOConfig) -> None:
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if is_path and not Path(model).is_dir():
         raise ValueError(f"model {model!r} is not a folder on this machine")
+    if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
     if _is_adapter(model):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         if not base:
@@ -326,11 +330,19 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
         )
 
 
+class _LastHiddenState(BaseModelOutputWithPast):
+    """What a decoder returns, with None for whatever else a model asks of it (router logits, cross attentions)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's own fp32 logits (R, V) for given last hidden states (R, D)."""
     output = model.get_output_embeddings()
     assert output is not None
-    given = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    given = _LastHiddenState(last_hidden_state=hidden[None])
     with (
         torch.no_grad(),
         _forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),

@@ -1,5 +1,6 @@
 """train(): GRPO on one device, from top to bottom."""
 
+import hashlib
 import json
 import tempfile
 import time
@@ -15,7 +16,7 @@ from transformers import get_scheduler, set_seed
 
 from lowmem_grpo import checkpoint as checkpoints
 from lowmem_grpo.advantages import group_advantages
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config import GRPOConfig, refuse_changes
 from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
 from lowmem_grpo.evaluate import as_text, evaluate
 from lowmem_grpo.generate import SamplingParams, sample
@@ -63,6 +64,10 @@ def train(
         ValueError, TypeError: bad input, in one sentence with the remedy, before any long work starts.
     """
     config = config or GRPOConfig()
+    if not isinstance(config, GRPOConfig):
+        raise ValueError(f"config is a {type(config).__name__}; pass a GRPOConfig")
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
+    model = str(model) if isinstance(model, Path) else model
     rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN))
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
         raise ValueError(
@@ -70,6 +75,8 @@ def train(
         )
     output_dir = writable_folder(config.output_dir)
     resume = checkpoints.find_checkpoint(output_dir, config.resume_from_checkpoint)
+    if resume is not None:
+        refuse_changes(config, checkpoints.read_state(resume)["config"])
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     if config.eval_steps is not None and eval_rows is None:
@@ -79,13 +86,15 @@ def train(
     find_model(model, config, peft_config)
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
-    tokenizer = tokenizer or load_tokenizer(model, config)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer or model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     eval_prompts = [] if eval_rows is None else tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")[0]
     check_budgets(prompts + eval_prompts, config)
 
     set_seed(config.seed)
     policy = load_policy(model, tokenizer, config, peft_config)
+    check_vocabulary(prompts + eval_prompts, policy)
     parameters = list(policy.trainable_parameters().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
@@ -99,19 +108,24 @@ def train(
     )
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     state = {"step": 0, "data_position": 0, "num_tokens": 0}
+    data = fingerprint(prompts)
     if resume is not None:
-        state = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
-        state = {key: state[key] for key in ("step", "data_position", "num_tokens")}
+        saved = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
+        if saved["data"] != data:
+            raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
+        state = {key: saved[key] for key in state}
     log = MetricsLog(output_dir, state["step"])
-    (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    (output_dir / "grpo_config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
 
     def save(randomness: dict[str, Any]) -> Path:
-        folder = checkpoints.save_checkpoint(output_dir, policy, optimizer, scheduler, scaler, state, randomness)
+        complete = {**state, "data": data, "config": asdict(config)}
+        folder = checkpoints.save_checkpoint(output_dir, policy, optimizer, scheduler, scaler, complete, randomness)
         checkpoints.remove_old_checkpoints(output_dir, config.save_total_limit)
         return folder
 
     def evaluate_now() -> None:
-        if eval_prompts:
+        """Once a step: a resumed run finds in the log what was done before it stopped."""
+        if eval_prompts and not any("eval_reward" in line and line["step"] == state["step"] for line in log.lines()):
             log.write({"step": state["step"], **evaluate(policy, eval_prompts, rewards, config, state["step"])})
 
     with Progress(total_steps) as progress, Interruption() as interruption:
@@ -119,6 +133,8 @@ def train(
             progress.say(
                 f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
             )
+        if resume is not None and state["step"] >= total_steps:
+            progress.say(f"{resume} is at step {state['step']} of {total_steps}: nothing is left to train")
         if state["step"] == 0:
             evaluate_now()
         randomness = checkpoints.randomness()  # of the last finished step, so that a step cut short is begun anew
@@ -157,13 +173,13 @@ def train(
 
                 # 4. Report.
                 metrics = {
+                    **rollout.metrics,
                     "step": step,
                     "epoch": state["data_position"] / len(prompts),
                     "loss": loss.item(),
                     "grad_norm": grad_norm.item(),
                     "learning_rate": learning_rate,
                     "num_tokens": state["num_tokens"],
-                    **rollout.metrics,
                     **tokens.metrics(),
                     **meter.metrics,
                     "step_time": time.perf_counter() - started,
@@ -174,15 +190,16 @@ def train(
                 progress.step(metrics)
                 if config.log_completions:
                     write_completions(output_dir, step, rollout.table)
-                if step == total_steps or (config.eval_steps and step % config.eval_steps == 0):
+                if config.eval_steps and step % config.eval_steps == 0:
                     evaluate_now()
                 for callback in callbacks:
                     callback(step, metrics, policy)
                 randomness = checkpoints.randomness()
                 if step == total_steps or step % config.save_steps == 0:
                     save(randomness)
+            evaluate_now()
         except BaseException:
-            if not interruption.holding:
+            if state["step"] and not interruption.holding:
                 progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
             raise
     checkpoints.write_folder(output_dir / "adapter", policy.save)
@@ -228,16 +245,16 @@ def collect_rollout(
         advantages=compared.advantages,
         completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
         metrics={
+            **scores.metrics,
             **length_metrics(completions),
             **reward_metrics(rewards.names, scores.rewards, compared),
-            **scores.metrics,
         },
         table={
+            **scores.extra_columns,
             "prompt": [p.text for p in asked],
             "completion": texts,
             **dict(zip(rewards.names, scores.rewards.T.tolist(), strict=True)),
             "advantage": compared.advantages.tolist(),
-            **scores.extra_columns,
         },
     )
 
@@ -324,6 +341,17 @@ def writable_folder(output_dir: str) -> Path:
             f"output_dir {output_dir!r} cannot be written: {error.strerror}; choose another folder"
         ) from error
     return folder
+
+
+def check_vocabulary(prompts: list[Prompt], policy: Policy) -> None:
+    largest, size = max(max(prompt.ids) for prompt in prompts), policy.head.weight.shape[0]
+    if largest >= size:
+        raise ValueError(f"the tokenizer makes id {largest}, and the model has {size}; pass the tokenizer of the model")
+
+
+def fingerprint(prompts: list[Prompt]) -> str:
+    """Tells apart lists of prompts, so that a resumed run goes on with its own."""
+    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
 
 
 def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:

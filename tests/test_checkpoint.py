@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import adapters, length_reward, run
+from peft import LoraConfig
+from test_train import ROWS, adapters, length_reward, run
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import checkpoint
@@ -106,7 +107,95 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     run(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="holds another adapter than this run's"):
-        run(tmp_path, max_steps=2, resume_from_checkpoint=True, lora_r=4)
+        run(tmp_path, max_steps=2, resume_from_checkpoint=True, peft_config=LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        dict(use_dora=True, target_modules=["q_proj"]),
+        dict(modules_to_save=["norm"], target_modules=["q_proj"]),
+        dict(target_modules=["embed_tokens", "q_proj"]),
+    ],
+)
+def test_every_kind_of_adapter_resumes(tmp_path, peft_config):
+    def go(folder, steps, **changes):
+        config = LoraConfig(r=4, **peft_config)
+        return run(
+            tmp_path / folder,
+            rewards=length_reward,
+            max_steps=steps,
+            lr_scheduler_type="constant",
+            peft_config=config,
+            **changes,
+        )
+
+    whole = go("whole", 2)
+    go("cut", 1)
+    resumed = go("cut", 2, resume_from_checkpoint=True)
+    assert all(torch.equal(value, adapters(whole)[name]) for name, value in adapters(resumed).items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 1e-2}, {"seed": 7}, {"prompts_per_step": 3}, {"load_in_4bit": False}, {"beta": 0.1}]
+)
+def test_a_setting_that_decides_the_result_cannot_change_on_resume(tmp_path, changes):
+    run(tmp_path, max_steps=1)
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"{name} is .* and was .* in the run to resume"):
+        run(tmp_path, max_steps=2, resume_from_checkpoint=True, **changes)
+
+
+def test_other_prompts_cannot_be_resumed_on(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="is of a run on other prompts"):
+        run(tmp_path, max_steps=2, resume_from_checkpoint=True, rows=ROWS[:30])
+
+
+def test_a_longer_run_has_the_rates_of_its_own_schedule(tmp_path):
+    run(tmp_path, max_steps=2)
+    longer = run(tmp_path, max_steps=4, resume_from_checkpoint=True)
+    assert [line["learning_rate"] for line in longer.history] == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+
+
+def test_later_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
+    run(tmp_path, max_steps=4, save_steps=2)
+    with pytest.raises(ValueError, match="holds checkpoint-4, which the run resumed from"):
+        run(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+
+
+def test_an_error_in_the_first_step_leaves_the_folder_free(tmp_path):
+    def fails_in_training(completions, trainer_state, **kwargs):
+        if trainer_state.global_step:
+            raise OSError("gone")
+        return [0.0 for _ in completions]
+
+    with pytest.raises(RuntimeError, match="gone"):
+        run(tmp_path, rewards=fails_in_training)
+    assert len(run(tmp_path).history) == 2
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
+    calls = []
+
+    def dies_in_the_last_evaluation(completions, **kwargs):
+        calls.append(0)
+        if len(calls) == 5:  # trial, evaluation, two steps
+            raise KeyboardInterrupt
+        return length_reward(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, rewards=dies_in_the_last_evaluation, eval_dataset=ROWS[:2])
+    resumed = run(tmp_path, rewards=length_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True)
+    assert [line["step"] for line in resumed.eval_history] == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name):
+    run(tmp_path, max_steps=1)
+    (tmp_path / "out/checkpoint-1" / name).write_text("{")
+    with pytest.raises(ValueError, match="checkpoint-1.* cannot be read: .*resume from an older checkpoint"):
+        run(tmp_path, max_steps=2, resume_from_checkpoint=True)
 
 
 def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):

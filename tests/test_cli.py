@@ -64,6 +64,9 @@ def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
         (["--learning_rate", "fast"], "learning_rate: 'fast' is not a number"),
         (["--seed", "1", "stray"], "stray is not understood"),
         (["--config", "/no/such.yaml"], "cannot be read"),
+        (["--reward_funcs", "broken_rewards.f"], "cannot be imported"),
+        (["--dataset", "no_gold.jsonl"], "accuracy_reward needs the gold answers"),
+        (["--seed", "5000000000"], "must be below 2**32"),
         (["--reward_funcs", "nothing"], "no reward function is named"),
         (["--model", "/no/such/folder"], "is not a folder on this machine"),
         (["--dataset", "/no/such.jsonl"], "is not a file on this machine"),
@@ -72,6 +75,8 @@ def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
 def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n')
+    (tmp_path / "no_gold.jsonl").write_text('{"prompt": "1+1="}\n')
+    (tmp_path / "broken_rewards.py").write_text("def f(:\n")
     good = ["train", "--model", str(DEMO_MODEL), "--dataset", "rows.jsonl", "--reward_funcs", "accuracy_reward"]
     assert cli.main([*good, *arguments]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
@@ -100,6 +105,17 @@ def test_a_file_that_is_no_mapping_is_refused(text, tmp_path, capsys):
     assert "config file" in capsys.readouterr().err
 
 
+def test_all_linear_can_be_said(tmp_path):
+    assert parse([*FLAGS, "--lora_target_modules", "all-linear"]) == (INPUTS, {"lora_target_modules": "all-linear"})
+
+
+def test_run_as_a_module_the_errors_are_the_same():
+    command = [sys.executable, "-m", "lowmem_grpo.cli", "train", "--config", "/no/such.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lowmem-grpo train: config file '/no/such.yaml' cannot be read")
+
+
 def test_help_names_every_field_and_imports_no_torch():
     program = "import sys; from lowmem_grpo.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -126,6 +142,6 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "adapter: out/adapter" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
-    saved = json.loads((tmp_path / "out/config.json").read_text())
+    saved = json.loads((tmp_path / "out/grpo_config.json").read_text())
     assert saved == json.loads(json.dumps({**vars(GRPOConfig()), **saved}))
     assert saved["learning_rate"] == 1e-4

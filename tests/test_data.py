@@ -57,6 +57,8 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         ("/no/such/file.jsonl", "train_dataset '/no/such/file.jsonl' is not a file on this machine"),
         ("nobody/no-such-dataset", "train_dataset 'nobody/no-such-dataset' .* is neither"),
         ([], "train_dataset is empty"),
+        (["a", "b"], "is not a list of rows"),
+        ([{"prompt": "x"}, {"prompt": [{"role": "user", "content": "y"}]}], "is not a list of rows"),
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
         (DatasetDict(train=Dataset.from_list(ROWS)), "has the splits train; pass one of them"),
@@ -114,7 +116,14 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"prompt": ""}], {}, 'has a prompt ""'),
+        ([{"prompt": "1+1="}, {"prompt": ""}], {}, "row 1 of train_dataset has a prompt without a single token"),
+        ([{"prompt": "\u6f22"}], {}, "without a single token"),
+        ([{"prompt": [{"role": "user", "content": None}]}], {}, "row 0 of train_dataset has the prompt"),
+        (
+            [{"prompt": [{"role": "user", "content": "x"}]}],
+            {"chat_template_kwargs": {"messages": 3}},
+            "cannot render row 0",
+        ),
         ([{"prompt": [{"role": "user"}]}], {}, "a list of role and content"),
         (ROWS, {"system_prompt": "Add."}, "every prompt of train_dataset is a text"),
         (ROWS, {"chat_template_kwargs": {"a": 1}}, "every prompt of train_dataset is a text"),
@@ -137,3 +146,10 @@ def test_every_prompt_comes_once_an_epoch_whatever_the_steps():
     assert all(sorted(drawn[i : i + 10]) == sorted(map(str, range(10))) for i in (0, 10, 20))
     assert drawn[:10] != drawn[10:20]
     assert stream(3, False) == [str(i) for i in range(10)] * 3
+
+
+def test_paths_upper_case_and_other_formats_are_read(tmp_path):
+    path = tmp_path / "rows.JSONL"
+    path.write_text('{"prompt": "1+1="}\n')
+    assert load_rows(path, GRPOConfig())["prompt"] == ["1+1="]
+    assert load_rows(Dataset.from_list(CHAT).with_format("numpy"), GRPOConfig())[0]["prompt"] == CHAT[0]["prompt"]

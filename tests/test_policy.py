@@ -3,7 +3,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
 
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.packing import pack
@@ -103,6 +103,22 @@ def test_a_head_that_does_something_unknown_is_refused():
     model.forward = shifted.__get__(model)
     with pytest.raises(ValueError, match="not supported"):
         probe_head(model, read_head(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1),
+        Qwen3MoeConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+        ),
+    ],
+)  # fmt: skip
+def test_decoders_that_return_more_than_hidden_states_are_probed_too(config, tokenizer):
+    torch.manual_seed(0)
+    policy = make_policy(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer, load_in_4bit=False)
+    torch.testing.assert_close(flat_logprobs(policy), own_logprobs(policy), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])  # with and without biases
@@ -258,6 +274,17 @@ def test_every_end_of_sequence_id_counts(tokenizer):
     model.generation_config.eos_token_id = [7, 9]
     model.config.eos_token_id = 11
     assert make_policy(model, tokenizer).eos_token_ids == [1, 7, 9, 11]
+
+
+def test_the_padding_is_an_end_token_where_the_tokenizer_has_neither():
+    bare = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    bare.pad_token = bare.eos_token = None
+    assert make_policy("llama", bare).pad_token_id == 1
+
+
+def test_biases_are_not_trained(tokenizer):
+    with pytest.raises(ValueError, match="set bias='none'"):
+        find_model(make_model("qwen2"), GRPOConfig(), LoraConfig(bias="lora_only"))
 
 
 def test_a_saved_adapter_loads_in_plain_peft(tmp_path, tokenizer):

@@ -2,7 +2,9 @@ import asyncio
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from lowmem_grpo.rewards import (
     BUILT_IN,
@@ -70,6 +72,10 @@ def test_anything_else_is_no_plain_number(text):
         (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", 1.0),
         ("72", "I do not know", 0.0),
         (None, "72", None),
+        ("-5", "it is \u22125", 1.0),
+        ("5", "1" * 5000, 0.0),
+        ("5", r"\boxed{" + "1" * 5000 + "}", 0.0),
+        ("x", r"\boxed{" + "1" * 900 + "x}", 0.0),
     ],
 )
 def test_accuracy(gold, completion, reward):
@@ -113,6 +119,7 @@ def test_math_verify_works_outside_the_main_thread():
     [
         ("<think>a\nb</think>c", 1.0),
         ("<think></think>", 1.0),
+        ("<think>a</think>b</think>", 1.0),
         (" <think>a</think>c", 0.0),
         ("<think>a", 0.0),
         ("<think>a</think><think>b</think>", 0.0),
@@ -166,7 +173,10 @@ def test_a_reward_may_be_async():
         ([1.0], "returned 1 values for 2 completions"),
         (None, "returned NoneType"),
         (["x", 1.0], "returned 'x'"),
-        ([float("inf"), 0], "returned an infinite reward"),
+        ([1e300, 1.0], "returned 1e"),
+        ([10**400, 1.0], "returned 1000"),
+        ([torch.zeros(2), 1.0], "returned tensor"),
+        ([float("inf"), 0], "returned inf; a reward is a finite number"),
     ],
 )
 def test_a_reward_that_returns_something_else_is_named(returned, message):
@@ -175,6 +185,37 @@ def test_a_reward_that_returns_something_else_is_named(returned, message):
 
     with pytest.raises(ValueError, match=f"reward function broken {message}"):
         score(broken)
+
+
+@pytest.mark.parametrize(
+    "returned", [np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), (0.5, True), [np.float32(0.5), 1]]
+)
+def test_arrays_tensors_and_tuples_are_rewards_too(returned):
+    assert score(lambda **_: returned).rewards.tolist() == [[0.5], [1.0]]
+
+
+def test_a_reward_that_changes_its_arguments_changes_nothing_for_the_next():
+    def greedy(completions, prompts, gold, **kwargs):
+        values = [1.0 for _ in completions]
+        for given in (completions, prompts, gold):
+            given.clear()
+        return values
+
+    def second(completions, prompts, gold, **kwargs):
+        return [float(len(completions) + len(prompts) + len(gold))] * 2
+
+    assert score(greedy, second, columns={"gold": [1, 2]}).rewards[:, 1].tolist() == [6.0, 6.0]
+
+
+def test_an_async_reward_works_where_a_loop_is_running():
+    async def slow(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [1.0 for _ in completions]
+
+    async def notebook():
+        return score(slow)
+
+    assert asyncio.run(notebook()).rewards.tolist() == [[1.0], [1.0]]
 
 
 def test_a_reward_that_raises_is_named_and_its_error_kept():

@@ -35,18 +35,12 @@ def settings(tmp_path, **changes) -> GRPOConfig:
 
 
 def run(
-    tmp_path,
-    model=str(DEMO_MODEL),
-    rewards=task.answer_reward,
-    rows=ROWS,
-    *,
-    eval_dataset=None,
-    callbacks=(),
-    **changes,
-):
+    tmp_path, model=str(DEMO_MODEL), rewards=task.answer_reward, rows=ROWS, *, eval_dataset=None, callbacks=(),
+    peft_config=None, **changes,
+):  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     config = settings(tmp_path, **changes)
-    return train(model, rewards, rows, eval_dataset, config=config, tokenizer=tokenizer, callbacks=callbacks)
+    return train(model, rewards, rows, eval_dataset, config, peft_config, tokenizer, callbacks)
 
 
 def adapters(result):
@@ -214,6 +208,7 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"eval_steps": 5}, "there is no eval_dataset"),
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
+        ({"rows": [{"prompt": "\u6f22"}]}, {}, "without a single token"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],
 )
@@ -231,8 +226,57 @@ def test_a_reward_that_cannot_work_stops_the_run_at_its_start(tmp_path):
     def broken(completions, gold, **kwargs):
         return [1.0 for _ in completions]
 
-    with pytest.raises(RuntimeError, match="reward function broken raised TypeError.*gold"):
+    with pytest.raises(ValueError, match="reward function broken raised TypeError.*gold.*made-up completions"):
         run(tmp_path, rewards=broken)
+
+
+def test_what_a_reward_logs_cannot_replace_the_trainers_own(tmp_path):
+    def sneaky(completions, log_metric, log_extra, **kwargs):
+        log_metric("step", 99)
+        log_metric("loss", float("inf"))
+        log_metric("mine", float("inf"))
+        log_extra("advantage", ["x" for _ in completions])
+        log_extra("mixed", [1, "two"] * (len(completions) // 2))
+        return length_reward(completions)
+
+    result = run(tmp_path, rewards=sneaky, log_completions=True)
+    assert [line["step"] for line in result.history] == [1, 2]
+    assert all(math.isfinite(line["loss"]) and line["mine"] is None for line in result.history)
+    path = tmp_path / "out/completions/completions_00001.parquet"
+    table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(table["advantage"][0], float)
+    assert table["mixed"][:2] == ["1", "two"]
+
+
+def test_training_into_the_models_own_folder_leaves_the_model(tmp_path, tokenizer):
+    make_model("qwen2").save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    run(tmp_path, str(tmp_path / "out"), length_reward, max_steps=1)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    model = make_model("llama")
+    model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match="the tokenizer makes id .* and the model has 20"):
+        run(tmp_path, model, length_reward)
+
+
+@pytest.mark.parametrize("callbacks", [lambda *_: None, None, ()])
+def test_one_callback_or_none_will_do(tmp_path, callbacks):
+    assert len(run(tmp_path, callbacks=callbacks, max_steps=1).history) == 1
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="config is a dict; pass a GRPOConfig"):
+        train(str(DEMO_MODEL), task.answer_reward, ROWS, config={"max_steps": 1})
+
+
+def test_the_output_of_a_run_is_no_model_but_its_adapter_is(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="is the output of a run; its adapter is .*out/adapter"):
+        run(tmp_path / "next", str(tmp_path / "out"))
+    assert len(run(tmp_path / "next", str(tmp_path / "out/adapter"), max_steps=1).history) == 1
 
 
 def test_a_learning_rate_that_ruins_the_policy_shows_in_the_kl(tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 WORKERS = min(4, os.cpu_count() or 1)
 TIME_LIMIT_S = 10.0  # for one comparison
 START_LIMIT_S = 120.0  # for the first one, since a worker imports sympy before it
+MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
 NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 
 
@@ -28,6 +29,9 @@ def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
     """Whether each (gold, answer) is equal: plain numbers at once, the others by math-verify in the workers."""
     verdicts: list[bool | None] = []
     for gold, answer in pairs:
+        if max(len(gold), len(answer)) > MOST_CHARACTERS:
+            verdicts.append(gold == answer)
+            continue
         numbers = as_number(gold), as_number(answer)
         verdicts.append(True if gold == answer else None if None in numbers else numbers[0] == numbers[1])
     open_pairs = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None]
@@ -39,7 +43,15 @@ def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
 
 def as_number(text: str) -> Fraction | None:
     """A plain number, with thousands separators, a dollar or percent sign, or a full stop at its end; else None."""
-    plain = text.strip().replace("\\$", "").replace("$", "").rstrip(".").removesuffix("%").strip()
+    plain = (
+        text.strip()
+        .replace("\N{MINUS SIGN}", "-")
+        .replace("\\$", "")
+        .replace("$", "")
+        .rstrip(".")
+        .removesuffix("%")
+        .strip()
+    )
     if not NUMBER.fullmatch(plain) or not plain[-1:].isdigit() or ("/" in plain and "." in plain):
         return None
     return Fraction(plain.replace(",", ""))

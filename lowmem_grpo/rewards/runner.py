@@ -1,6 +1,7 @@
 """Finds reward functions by name and runs them on a rollout's completions."""
 
 import asyncio
+import copy
 import difflib
 import importlib
 import inspect
@@ -9,11 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LARGEST = 1e30  # squares of rewards must fit into fp32
 
 
 class Scores(NamedTuple):
@@ -52,8 +56,9 @@ class RewardRunner:
         }  # fmt: skip
         for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
             started = time.perf_counter()
-            values = _checked(name, _call(name, function, given), len(completions))
-            rewards[:, index] = torch.tensor([math.nan if value is None else float(value) for value in values])
+            # A copy each, so that a function which changes its arguments changes nothing for the others.
+            values = _checked(name, _call(name, function, copy.deepcopy(given)), len(completions))
+            rewards[:, index] = torch.tensor(values)
             metrics[f"time/reward/{name}_s"] = [time.perf_counter() - started]
         for column, values in extra_columns.items():
             if len(values) != len(completions):
@@ -64,7 +69,10 @@ class RewardRunner:
         """Call every function once on made-up completions, so that one which cannot work stops the run at its start."""
         trial = "<think>trial</think> <answer>0</answer>"
         completions = [trial if isinstance(p, str) else [{"role": "assistant", "content": trial}] for p in prompts]
-        self(prompts, completions, [[0]] * len(prompts), columns, step=0)
+        try:
+            self(prompts, completions, [[0]] * len(prompts), columns, step=0)
+        except RuntimeError as error:
+            raise ValueError(f"{error} (on made-up completions, which every reward is tried on first)") from error
 
 
 def _call(name: str, function: Callable, given: dict[str, Any]) -> Any:
@@ -79,28 +87,31 @@ def _run_async(awaitable) -> Any:
     async def wait():
         return await awaitable
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    raise ValueError("an async reward needs a thread without a running event loop; call train() outside of one")
+    with ThreadPoolExecutor(1) as thread:  # a thread of its own, since a notebook's already has a running loop
+        return thread.submit(asyncio.run, wait()).result()
 
 
-def _checked(name: str, values: Any, count: int) -> list:
-    values = values.tolist() if isinstance(values, Tensor) else values
+def _checked(name: str, values: Any, count: int) -> list[float]:
+    """The values as floats, NaN for None; a tensor or an array will do, like any list."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
         raise ValueError(
             f"reward function {name} returned {got} for {count} completions; return a list, one value each"
         )
-    for value in values:
-        if value is not None and not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-            raise ValueError(
-                f"reward function {name} returned {value!r}; a reward is a number, or None if not applicable"
-            )
-        if value is not None and math.isinf(value):
-            raise ValueError(f"reward function {name} returned an infinite reward; return a finite number or None")
-    return list(values)
+    return [math.nan if value is None else _as_float(name, value) for value in values]
+
+
+def _as_float(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.inf
+    if isinstance(value, str) or abs(number) > LARGEST:
+        raise ValueError(
+            f"reward function {name} returned {value!r}; a reward is a finite number, or None if not applicable"
+        )
+    return number
 
 
 def resolve_reward_funcs(reward_funcs: Any, built_in: dict[str, Callable]) -> list[Callable]:
@@ -131,6 +142,6 @@ def _resolve(reward: Any, built_in: dict[str, Callable]) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"reward function {reward!r} cannot be imported: {error}") from error
     return _resolve(function, built_in)
