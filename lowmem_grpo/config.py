@@ -199,7 +199,7 @@ _TRL_FIELDS = {
     "set save_steps, which writes everything that a resume needs": "save_strategy save_only_model ignore_data_skip "
     "restore_callback_states_from_checkpoint enable_jit_checkpoint",
     "the head is always computed in fp32 tiles; remove it": "cast_lm_head_to_fp32",
-    "dropout is lora_dropout, 0 by default; set that": "disable_dropout",
+    "the base's dropout is always off, and the adapters' is lora_dropout; set that": "disable_dropout",
     "every dataset column reaches the reward functions; remove it": "remove_unused_columns label_names",
     "sampling settings have fields of their own (temperature, top_p, ...); use those": "generation_kwargs",
     "the data order follows seed; set that": "data_seed train_sampling_strategy length_column_name group_by_length",

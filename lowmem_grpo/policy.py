@@ -121,6 +121,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
             # repacked weight then raises, or silently loses the adapters' gradient.
             module.support_avx512bf16_for_cpu = False
+    _switch_off_base_dropout(peft_model)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -128,6 +129,15 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
         _enable_checkpointing(peft_model.get_base_model())
     peft_model.train()
     return Policy(peft_model, tokenizer, dtype)
+
+
+def _switch_off_base_dropout(model: PeftModel) -> None:
+    """The sampler has none, and with it the ratio of policy and sampler would not start at 1; lora_dropout stays."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def _enable_checkpointing(model: Any) -> None:

@@ -208,7 +208,7 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"eval_steps": 5}, "there is no eval_dataset"),
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
-        ({"rows": [{"prompt": "\u6f22"}]}, {}, "without a single token"),
+        ({"rows": [{"prompt": "\u6f22", "solution": "2"}]}, {}, "without a single token"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],
 )
