@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,7 +68,7 @@ def attempt(run: Callable):
 
 
 def time_each(
-    runs: dict[str, Callable[[int], object]], device: torch.device, repetitions: int, warmups: int
+    runs: Mapping[str, Callable[[int], object]], device: torch.device, repetitions: int, warmups: int
 ) -> dict[str, Timing | Failed]:
     """Times runs[name](turn) for turn 0, 1, ...; a run may take other inputs each time, and is dropped if it fails."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -165,8 +165,8 @@ def _peak_resident(build: Build) -> int:
 
 
 def _resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
