@@ -1,0 +1,225 @@
+"""One way to time and one way to measure memory, the same for every implementation that a benchmark compares.
+
+Time is that of CUDA events. On a CPU it is the CPU time of the process, all threads together, which a busy machine
+disturbs less than it does the clock on the wall. The order rotates from repetition to repetition, so that no
+implementation always runs in the wake of the same other one.
+
+Memory is the peak above the inputs: what the CUDA allocator hands out, or on a CPU the growth of the resident set of a
+child process, one child for each implementation.
+"""
+
+import ctypes
+import gc
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+OUT_OF_MEMORY = "out of memory"
+Run = Callable[[], object]
+
+
+class Failed(NamedTuple):
+    """What stands in the place of a measurement that could not be made."""
+
+    reason: str  # OUT_OF_MEMORY, or the class of the error
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+
+class Build(Protocol):
+    """Makes its inputs, small or as large as asked for, and returns the call to be measured."""
+
+    def __call__(self, small: bool) -> Run: ...
+
+
+def attempt(run: Callable):
+    """The result of run(), or Failed; the message goes to stderr."""
+    try:
+        return run()
+    except Exception as error:
+        print(f"{type(error).__name__}: {str(error).strip()[:300]}", file=sys.stderr)
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        failed = Failed(OUT_OF_MEMORY if no_memory else type(error).__name__)
+    # Only here is the error gone, and with it the frames that hold the tensors.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return failed
+
+
+def time_each(
+    runs: Mapping[str, Callable[[int], object]], device: torch.device, repetitions: int, warmups: int
+) -> dict[str, Timing | Failed]:
+    """Times runs[name](turn) for turn 0, 1, ...; a run may take other inputs each time, and is dropped if it fails."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    failures: dict[str, Failed] = {}
+    names = list(runs)
+    for turn in range(warmups + repetitions):
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            if name in failures:
+                continue
+            taken = attempt(lambda run=runs[name], turn=turn: _seconds(run, turn, device))
+            if isinstance(taken, Failed):
+                failures[name] = taken
+            elif turn >= warmups:
+                seconds[name].append(taken)
+    return {name: failures.get(name) or _timing(seconds[name]) for name in runs}
+
+
+def _seconds(run: Callable[[int], object], turn: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.process_time()
+        run(turn)
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    run(turn)
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def _timing(seconds: list[float]) -> Timing:
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def preload(*modules: str) -> None:
+    """Imports what the children of peak_above_inputs() need, once and in the background. Call it first of all.
+
+    They are forks of a server that computes nothing: they start at once, and there are no threads for a fork to lose.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *modules])
+    forkserver.ensure_running()
+
+
+def peak_above_inputs(build: Build, device: torch.device) -> int | Failed:
+    """Bytes of the call's peak above what it was given, its outputs included.
+
+    On a CPU build must be picklable, and figures of a few MiB are at the resolution of the method.
+    """
+    if device.type == "cuda":
+        return attempt(lambda: _peak_on_cuda(build, device))
+    if not Path("/proc/self/clear_refs").exists():
+        return Failed("needs Linux")
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_in_child, args=(build, sender))
+    child.start()
+    sender.close()
+    try:
+        peak = receiver.recv()
+    except EOFError:  # killed, and by nobody but the kernel
+        peak = Failed(OUT_OF_MEMORY)
+    child.join()
+    return peak
+
+
+def _peak_on_cuda(build: Build, device: torch.device) -> int:
+    run = build(small=False)
+    run()  # compiles, tunes, and takes the workspaces that stay
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _measure_in_child(build: Build, sender: Connection) -> None:
+    sender.send(attempt(lambda: _peak_resident(build)))
+
+
+def _peak_resident(build: Build) -> int:
+    build(small=True)()  # threads, libraries and whatever else is there only once
+    run = build(small=False)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide as much of the growth
+    before = _resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS: man 5 proc
+    run()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def machine(device: torch.device) -> dict[str, str | int | float]:
+    """The hardware that a measurement depends on; no name of the host."""
+    found: dict[str, str | int | float] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": card.name,
+            "gpu_memory_gib": round(card.total_memory / 2**30, 1),
+            "compute_capability": f"{card.major}.{card.minor}",
+        }
+    return found
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Version of Python, of CUDA and of each package; None where there is none."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file is in, "-dirty" where tracked files differ; None outside of git."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
+        cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
+    )  # fmt: skip
+    return described.stdout.strip() or None
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well unrendered: the first column to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *(line(row) for row in rows)])

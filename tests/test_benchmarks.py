@@ -1,0 +1,139 @@
+"""What benchmarks/ measures is what it says it measures."""
+
+import json
+import socket
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed, Timing
+
+CPU = torch.device("cpu")
+MIB = 2**20
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def children_that_start_at_once():
+    if Path("/proc/self/clear_refs").exists():
+        measure.preload(bench.__name__)
+
+
+def take(large: int, mib: int, small: bool):
+    """A run that holds 1.5 `mib` at its peak and returns a third of that; its input is `large` MiB."""
+    given = torch.ones((1 if small else large) * MIB // 4)
+
+    def run():
+        peak = torch.ones(1 if small else mib * MIB // 4)
+        return given, peak[: len(peak) // 2].clone()
+
+    return run
+
+
+def test_the_order_rotates_and_warmups_are_not_counted():
+    calls = []
+    runs = {name: lambda turn, name=name: calls.append((turn, name)) for name in "abc"}
+    timings = measure.time_each(runs, CPU, repetitions=2, warmups=1)
+    assert "".join(name for _, name in calls) == "abcbcacab"
+    assert [turn for turn, _ in calls] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert all(timing.repetitions == 2 and timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on():
+    def fails(turn):
+        raise torch.OutOfMemoryError("CUDA out of memory") if turn else KeyError("shape")
+
+    timings = measure.time_each({"broken": fails, "sound": lambda turn: None}, CPU, repetitions=1, warmups=0)
+    assert timings["broken"] == Failed("KeyError") and isinstance(timings["sound"], Timing)
+    assert measure.attempt(partial(fails, 1)) == Failed(measure.OUT_OF_MEMORY)
+    assert measure.attempt(lambda: torch.empty(2**60)) == Failed(measure.OUT_OF_MEMORY)
+
+
+@LINUX
+def test_the_peak_is_that_above_the_inputs():
+    peak = measure.peak_above_inputs(partial(take, 50, 100), CPU)
+    assert isinstance(peak, int) and 149 < peak / MIB < 158
+
+
+@LINUX
+def test_a_child_that_cannot_get_its_memory_is_a_result():
+    assert measure.peak_above_inputs(partial(take, 1, 2**40), CPU) == Failed(measure.OUT_OF_MEMORY)
+
+
+def test_inputs_are_like_those_of_a_model():
+    inputs = bench.make_inputs((400, 64, 3000), CPU)
+    scores = inputs.hidden.float() @ inputs.weight.float().T
+    share = scores.softmax(-1).gather(-1, inputs.labels[:, None])[:, 0]
+    assert 2.3 < scores[200:].std() < 2.7
+    assert share.min() < 1e-5 and share.max() > 0.9999 and 0.05 < (share > 0.9).float().mean() < 0.6
+
+
+def test_the_truth_is_what_autograd_gets_in_fp64():
+    inputs = bench.make_inputs((30, 16, 9000), CPU)
+    rows = torch.tensor([0, 7, 29])
+    hidden = inputs.hidden[rows].double().requires_grad_()
+    scores = hidden @ inputs.weight.double().T / 0.7
+    logprobs = scores.log_softmax(-1).gather(-1, inputs.labels[rows, None])[:, 0]
+    logprobs.backward(inputs.gradient[rows].double())
+    exact = bench.truth(inputs, 0.7, rows)
+    torch.testing.assert_close(exact, (logprobs.detach(), hidden.grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", bench.implementations(CPU))
+def test_every_implementation_computes_the_same(name):
+    implementation = bench.implementations(CPU)[name]
+    if implementation.module and not find_spec(implementation.module.split(".")[0]):
+        pytest.skip("not installed")
+    inputs = bench.make_inputs((50, 32, 500), CPU)
+    rows = torch.arange(25, 50)  # where nobody's gradient cancels
+    given = inputs._replace(weight=implementation.head(inputs.weight))
+    found = bench.call(implementation, given, 0.8, backward=True)
+    assert found[0].shape == (50,) and found[1].shape == (50, 32) and found[1].dtype == torch.bfloat16
+    if implementation.is_exact:
+        error = bench.errors(found, bench.truth(inputs, 0.8, rows), rows)
+        assert error.logprob_max < 0.15 and error.gradient_max < 0.02  # bf16 logits of 16 are off by 0.06
+        (scored,) = bench.call(implementation, given, 0.8, backward=False)
+        assert torch.equal(scored, found[0]) and not scored.requires_grad
+    assert given.weight.grad is None and not inputs.hidden.requires_grad
+
+
+def test_the_bare_products_are_those_of_a_training_pass():
+    inputs = bench.make_inputs((20, 32, 500), CPU)
+    _, products = bench.call(bench.implementations(CPU)["two bare GEMMs"], inputs, 1.0, backward=True)
+    hidden, weight = inputs.hidden.double(), inputs.weight.double()
+    torch.testing.assert_close(products.double(), hidden @ weight.T @ weight, rtol=0.05, atol=0.3)
+
+
+@LINUX
+def test_the_command_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch):
+    sound = bench.implementations(CPU)
+    broken = bench.Implementation(lambda *_: 1 / 0, "breaks")
+    absent = bench.Implementation(lambda *_: 1 / 0, "a library", module="no_such_library.part")
+    monkeypatch.setattr(bench, "implementations", lambda *_: {**sound, "broken": broken, "absent": absent})
+    output = tmp_path / "result.json"
+    names = ["ours", "full logits fp32", "two bare GEMMs", "broken", "absent"]
+    bench.main(["--quick", "--repetitions=1", f"--output={output}", *(f"--only={name}" for name in names)])
+
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError" in printed.out and "not installed" in printed.out and "division" in printed.err
+    lines = [line for line in printed.out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 5 + 2 + 4
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:7])
+
+    document = json.loads(output.read_text())
+    assert document["versions"]["torch"] == torch.__version__ and document["machine"]["threads"] > 0
+    assert socket.gethostname() not in output.read_text() and str(tmp_path) not in output.read_text()
+    ours = document["shapes"][0]["results"]["ours"]
+    assert ours["train_s"]["repetitions"] == 1 and ours["errors"]["logprob_max"] < 1e-4
+    assert 0 <= ours["train_bytes"] < 64 * MIB
+    assert document["shapes"][0]["results"]["broken"] == {"calls": "breaks", "failed": "ZeroDivisionError"}
+
+
+def test_an_unknown_name_is_answered_with_those_there_are():
+    with pytest.raises(SystemExit, match="ours"):
+        bench.main(["--only=our"])
