@@ -216,35 +216,39 @@ def _torch_forward(
     settings: _Settings, with_slope: bool,
 ) -> tuple[Tensor, Tensor | None, TokenStats]:  # fmt: skip
     """The plain-PyTorch twin, in the dtype of logprobs: the same three."""
-    low, high, delta, beta, bias_correction = settings
     live = weights != 0
 
     def read(values: Tensor) -> Tensor:
         return torch.where(live, values.detach(), 0).to(logprobs.dtype)
 
     logprob, advantage, weight = read(logprobs), read(advantages), weights.to(logprobs.dtype)
-    log_ratio = torch.zeros_like(logprob) if old_logprobs is None else logprob - read(old_logprobs)
-
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(low, high)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    use_clipped = ((advantage > 0) & (clipped < bounded)) | ((advantage < 0) & (clipped > bounded))
-    chosen = torch.where(use_clipped, clipped, bounded)
-    loss = -chosen * advantage
-    slope = torch.where((chosen < ratio) | (chosen > ratio), 0, -ratio * advantage)
-
+    ratio = torch.ones_like(logprob) if old_logprobs is None else logprob.sub(read(old_logprobs)).exp_()
+    loss, slope = _torch_clipped(ratio, advantage, settings)
     kl = None
     if ref_logprobs is not None:
-        gap = read(ref_logprobs) - logprob
-        growth = torch.expm1(gap)
-        kl, kl_slope = growth - gap, -growth
-        if bias_correction:
-            kl, kl_slope = kl * ratio, -gap * ratio
-        loss = loss + beta * kl
-        slope = slope + beta * kl_slope
+        kl, kl_slope = _torch_kl(read(ref_logprobs).sub_(logprob), ratio, settings.bias_correction)
+        loss.add_(settings.beta * kl)
+        slope.add_(kl_slope.mul_(settings.beta))
+    stats = TokenStats(kl, ratio, (ratio < settings.low) & (advantage < 0), (ratio > settings.high) & (advantage > 0))
+    return loss.mul_(weight).sum(), slope.mul_(weight) if with_slope else None, stats
 
-    stats = TokenStats(kl, ratio, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0))
-    return (weight * loss).sum(), weight * slope if with_slope else None, stats
+
+def _torch_clipped(ratio: Tensor, advantage: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """(-min(...), its derivative by logp), (N,) each."""
+    clipped = ratio.clamp(settings.low, settings.high)
+    bounded = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
+    use_clipped = ((advantage > 0) & (clipped < bounded)) | ((advantage < 0) & (clipped > bounded))
+    chosen = torch.where(use_clipped, clipped, bounded)
+    slope = torch.where((chosen < ratio) | (chosen > ratio), 0, -ratio * advantage)
+    return chosen.neg_().mul_(advantage), slope
+
+
+def _torch_kl(gap: Tensor, ratio: Tensor, bias_correction: bool) -> tuple[Tensor, Tensor]:
+    """(kl, its derivative by logp), (N,) each."""
+    growth = torch.expm1(gap)
+    if bias_correction:
+        return (growth - gap) * ratio, -gap * ratio
+    return growth - gap, -growth
 
 
 def _use_triton(backend: str, logprobs: Tensor) -> bool:

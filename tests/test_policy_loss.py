@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowmem_grpo.benchmarks import bench_policy_loss
 from lowmem_grpo.kernels import policy_loss as module
 from lowmem_grpo.kernels.policy_loss import BLOCK, policy_loss
 from lowmem_grpo.objective import token_weights
@@ -445,6 +446,13 @@ def test_trls_trainer_has_the_same_loss_gradient_and_metrics(place, loss_type, c
     assert stats.clipped_high.float().mean().item() == pytest.approx(metrics["clip_ratio/high_mean"])
     if settings["beta"]:
         assert stats.kl.mean().item() == pytest.approx(metrics["kl"], rel=1e-6)
+
+
+def test_the_benchmark_measures_whatever_is_installed():
+    rows = bench_policy_loss.measure(bench_policy_loss.COMPLETION, "cpu")
+    assert rows[0]["implementation"].startswith("lowmem_grpo")
+    assert all(row["gradient_error"] < 1e-6 for row in rows)
+    assert len(bench_policy_loss.table(rows).splitlines()) == 2 + len(rows)
 
 
 def test_beta_without_a_reference_is_refused():
