@@ -51,15 +51,17 @@ if triton is not None:
 
     @triton.jit
     def _excess(x):
-        """exp(x) - 1 - x. Below 1/2 by its series, whose terms from x^10 / 10! on are under 2^-24 of the sum."""
-        series = 1.0 + x * (1 / 9)
+        """exp(x) - 1 - x. Below 1 by its series, whose terms from x^12 / 12! on are under 2^-24 of the sum."""
+        series = 1.0 + x * (1 / 11)
+        series = 1.0 + x * (1 / 10) * series
+        series = 1.0 + x * (1 / 9) * series
         series = 1.0 + x * (1 / 8) * series
         series = 1.0 + x * (1 / 7) * series
         series = 1.0 + x * (1 / 6) * series
         series = 1.0 + x * (1 / 5) * series
         series = 1.0 + x * (1 / 4) * series
         series = 1.0 + x * (1 / 3) * series
-        return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - 1.0 - x)
+        return tl.where(tl.abs(x) < 1.0, 0.5 * x * x * series, tl.exp(x) - 1.0 - x)
 
     @triton.jit(do_not_specialize=["tokens"])
     def _policy_loss_kernel(
