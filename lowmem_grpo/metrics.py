@@ -59,6 +59,7 @@ class TokenMeter:
         self.entropy, self.kl, self.clipped_low, self.clipped_high, self.difference = torch.zeros(
             5, tokens, device=device
         )
+        self.ratio = torch.ones(tokens, device=device)
         self.with_kl = False
 
     def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, stats: TokenStats) -> None:
@@ -68,6 +69,7 @@ class TokenMeter:
             self.difference[batch.tokens] = (logprobs.detach() - self.rollout.sampling_logprobs[batch.tokens]).abs()
         self.seen[batch.tokens] = True
         self.entropy[batch.tokens] = entropy
+        self.ratio[batch.tokens] = stats.ratio
         self.clipped_low[batch.tokens] = stats.clipped_low.float()
         self.clipped_high[batch.tokens] = stats.clipped_high.float()
         if stats.kl is not None:
@@ -89,6 +91,8 @@ class TokenMeter:
         if self.rollout.sampling_logprobs is not None:
             values["sampling/sampling_logp_difference/mean"] = self.difference.sum() / count
             values["sampling/sampling_logp_difference/max"] = self.difference.max()
+            ratio = self.ratio[self.seen] if self.seen.any() else self.ratio
+            values["ratio/mean"], values["ratio/min"], values["ratio/max"] = ratio.mean(), ratio.min(), ratio.max()
         if self.with_kl:
             values["kl"] = self.kl.sum() / count
         return {name: value.item() for name, value in values.items()}

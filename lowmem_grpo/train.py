@@ -24,7 +24,7 @@ from lowmem_grpo.interruption import Interruption
 from lowmem_grpo.memory import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
 from lowmem_grpo.objective import policy_loss, token_weights
-from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
@@ -301,7 +301,7 @@ def backward(
         logprobs, entropy = policy.logprobs(batch, config.temperature)  # (N,) each
         loss, stats = policy_loss(
             logprobs,
-            old_logprobs(rollout, batch, logprobs),
+            None if rollout.sampling_logprobs is None else rollout.sampling_logprobs[batch.tokens],
             None if ref_logprobs is None else ref_logprobs[batch.tokens],
             advantages[batch.sequences],
             weights[batch.sequences],
@@ -315,13 +315,6 @@ def backward(
         total += loss.detach()
         tokens.add(batch, logprobs, entropy, stats)
     return total
-
-
-def old_logprobs(rollout: Rollout, batch: MicroBatch, logprobs: Tensor) -> Tensor:
-    """Of the policy before the update, (N,): the sampler's, or where a rollout serves one update only, logprobs'."""
-    if rollout.sampling_logprobs is None:
-        return logprobs.detach()
-    return rollout.sampling_logprobs[batch.tokens]
 
 
 def count_tokens(rollout: Rollout) -> int:
