@@ -410,7 +410,9 @@ def _forward(
     state = buffer(5, c)
     pull = buffer(c, d, when=gradient)
     spread = buffer(c, d, when=gradient and settings.entropy_gradient)
-    product = buffer(c, d, dtype=operand, when=gradient and not narrow and operand != torch.float32)
+    # A CPU multiplies 16-bit operands into 16 bits: (the product, its fp32 copy).
+    rounds = gradient and not narrow and operand != torch.float32
+    product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for row in range(0, n, c):
@@ -461,10 +463,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None) -> None:
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, product: tuple[Tensor, Tensor] | None) -> None:
     """total <- total + a @ b with total in fp32: a bf16 accumulator biases training."""
     if product is not None:  # 16-bit products on a CPU round each tile's sum, then add in fp32
-        total += torch.mm(a, b, out=product[: len(total)])
+        rounded, wide = (x[: len(total)] for x in product)
+        total += wide.copy_(torch.mm(a, b, out=rounded))
     elif b.dtype == torch.float32:
         total.addmm_(a.float(), b)  # a is narrower only under the interpreter
     else:
