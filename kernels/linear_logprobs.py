@@ -81,7 +81,7 @@ if triton is not None:
         bent = (1.0 - e) / (1.0 + e)
         return tl.where(bent_in < 0, -bent, bent) * outer, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["state_stride"])
     def _start_kernel(
         hidden_ptr,  # (C, D)
         label_weight_ptr,  # (*, D)
@@ -127,7 +127,7 @@ if triton is not None:
         tl.store(state_ptr + 3 * state_stride + row, 0.0)
         tl.store(state_ptr + 4 * state_stride + row, 0.0)
 
-    @triton.jit(do_not_specialize=["vocabulary_start", "width"])
+    @triton.jit(do_not_specialize=["state_stride", "vocabulary_start", "width"])
     def _fold_kernel(
         score_ptr,  # (C, width) fp32, h . W_v
         share_ptr,  # (C, width) in the operands' dtype, written; may be score_ptr's own storage
@@ -181,12 +181,12 @@ if triton is not None:
                 for start in range(0, D, BLOCK_D):
                     column = start + tl.arange(0, BLOCK_D)
                     pull_at = pull_ptr + row * pull_stride + column
-                    tl.store(pull_at, tl.load(pull_at, mask=column < D, other=0.0) * shrink, mask=column < D)
-                    if ENTROPY_GRADIENT:  # exp(d) d moves by the shift as well: spread' = shrink (spread + shift pull)
+                    pull = tl.load(pull_at, mask=column < D, other=0.0) * shrink
+                    tl.store(pull_at, pull, mask=column < D)
+                    if ENTROPY_GRADIENT:  # exp(d) d: d moves as well
                         spread_at = spread_ptr + row * pull_stride + column
-                        pull = tl.load(pull_at, mask=column < D, other=0.0)
-                        spread = tl.load(spread_at, mask=column < D, other=0.0)
-                        tl.store(spread_at, shrink * spread + (reference - raised) * pull, mask=column < D)
+                        spread = tl.load(spread_at, mask=column < D, other=0.0) * shrink
+                        tl.store(spread_at, spread + (reference - raised) * pull, mask=column < D)
         if ENTROPY:
             moment = shrink * (moment + rest * (reference - raised))
         rest = shrink * rest
@@ -195,7 +195,7 @@ if triton is not None:
         share = tl.exp(drop)
         rest += tl.sum(share, 0)
         if ENTROPY:
-            drift = tl.where(share > 0, share * drop, 0.0)  # 0 * -inf at the label
+            drift = share * tl.where(share > 0, drop, 0.0)  # at the label it would be 0 * -inf
             moment += tl.sum(drift, 0)
             tl.store(state_ptr + 4 * state_stride + row, moment)
         tl.store(state_ptr + 2 * state_stride + row, raised)
@@ -211,7 +211,7 @@ if triton is not None:
                     drift = drift * slope
                 tl.store(drift_ptr + row * drift_stride + at, drift.to(drift_ptr.dtype.element_ty), mask=real)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["state_stride"])
     def _finish_kernel(
         state_ptr,  # (5, C) fp32
         label_weight_ptr,  # (*, D)
@@ -561,8 +561,8 @@ def linear_logprobs(
     backend: "triton" runs the kernels: on a GPU, or on a CPU under TRITON_INTERPRET=1. "torch" runs their twin. "auto"
     is triton on a GPU where it is installed, else torch.
     chunks: (C, Vb), tokens and vocabulary entries of a tile; None takes them from the table CHUNKS.
-    tile_dtype: torch.bfloat16 makes the twin on a CPU multiply in bf16 and round the scores so (1e-3 in logp), in less
-    than half the time. The label's own score stays exact.
+    tile_dtype: torch.bfloat16 makes the twin on a CPU multiply in bf16 and round the scores so (1e-3 rms in logp), in
+    less time. The label's own score stays exact.
 
     Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
     widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
@@ -600,7 +600,7 @@ def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     for first in range(0, weight.shape[0], 4096):
         rows = weight[first : first + 4096].detach().float()
         scale[first : first + 4096] = row_scale = (rows.abs().amax(1) / 127).clamp_(min=1e-30)
-        quantized[first : first + 4096] = rows.div_(row_scale[:, None]).round_().to(torch.int8)
+        quantized[first : first + 4096] = (rows / row_scale[:, None]).round_().to(torch.int8)
     return quantized, scale
 
 
