@@ -704,8 +704,9 @@ def _torch_fold(chunk, scores, shares, drifts, tiles, bias, first: int, settings
     drop = score.sub_(reference[:, None])
     share = torch.exp(drop, out=drop if share is None else share)
     rest += share.sum(-1)
+    if share is not drop:
+        drop.clamp_(min=-1e4)  # the label's: its share of 0 times -inf would be NaN
     if settings.entropy:
-        drop.clamp_(min=-1e4)  # exp() of it is 0, which times -inf would be NaN
         moment += torch.einsum("cv,cv->c", share, drop)
     if shares is None:
         return

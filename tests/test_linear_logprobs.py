@@ -53,14 +53,15 @@ def inputs(n, d, v, *, dtype=torch.float32, scale=1.0, bias=False, seed=0):
     return hidden, weight, labels, torch.randn(v, generator=draw).to(dtype) if bias else None
 
 
-def run(hidden, weight, labels, bias=None, *, upstream=(1.0, 0.0), **options):
-    """(logp, entropy, gradient)"""
+def run(hidden, weight, labels, bias=None, *, upstream=(1.0, 0.0), entropy=True, **options):
+    """(logp, entropy or None, gradient). The reference follows other scores where the entropy is asked for."""
     hidden = hidden.detach().requires_grad_()
-    logp, entropy = linear_logprobs(
-        hidden, weight, labels, bias=bias, return_entropy=True, entropy_grad=upstream[1] != 0, **options
+    result = linear_logprobs(
+        hidden, weight, labels, bias=bias, return_entropy=entropy, entropy_grad=upstream[1] != 0, **options
     )
-    (upstream[0] * logp + (upstream[1] * entropy if upstream[1] else 0)).sum().backward()
-    return logp.detach(), entropy.detach(), hidden.grad
+    logp, entropies = result if entropy else (result, None)
+    (upstream[0] * logp + (upstream[1] * entropies if upstream[1] else 0)).sum().backward()
+    return logp.detach(), entropies.detach() if entropy else None, hidden.grad
 
 
 def row_error(given, truth):
@@ -112,12 +113,16 @@ def test_16_bit_inputs_lose_only_the_rounding_of_what_is_stored(name, dtype, bac
     }[name]
     hidden, weight, labels, bias = inputs(7, 100, 300, dtype=dtype, **shape)
     labels[:3] = torch.tensor([0, 299, 128])
-    logp, entropy, gradient = run(hidden, weight, labels, bias, backend=backend, chunks=(4, 128), **options)
     true_logp, true_entropy, true_gradient = exact(hidden, weight, labels, bias, **options)
-    atol = 2e-4 if name == "logits to 150" else 2e-5
-    torch.testing.assert_close(logp.double(), true_logp, atol=atol, rtol=1e-6)
-    torch.testing.assert_close(entropy.double(), true_entropy, atol=3e-5, rtol=1e-5)
-    assert row_error(gradient, true_gradient) < (BF16[backend] if dtype == torch.bfloat16 else 1.5e-3)
+    for with_entropy in (True, False):
+        logp, entropy, gradient = run(
+            hidden, weight, labels, bias, entropy=with_entropy, backend=backend, chunks=(4, 128), **options
+        )
+        atol = 2e-4 if name == "logits to 150" else 2e-5
+        torch.testing.assert_close(logp.double(), true_logp, atol=atol, rtol=1e-6)
+        assert row_error(gradient, true_gradient) < (BF16[backend] if dtype == torch.bfloat16 else 1.5e-3)
+        if with_entropy:
+            torch.testing.assert_close(entropy.double(), true_entropy, atol=3e-5, rtol=1e-5)
 
 
 @both
@@ -234,17 +239,18 @@ def test_a_label_far_below_or_above_the_rest_stays_exact(lead, backend):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lead", [80.0, 200.0])
+@pytest.mark.parametrize("lead", [30.0, 80.0, 200.0])
 def test_one_score_far_above_the_label_overflows_nothing_in_16_bits(lead, dtype, backend):
     """The other's tile comes after the label's, before it, and with it; fp16 ends at exp(11)."""
     weight = torch.eye(12, dtype=dtype)
     labels, others = torch.tensor([0, 11, 5]), torch.tensor([9, 1, 6])
     hidden = torch.zeros(3, 12, dtype=dtype)
     hidden[torch.arange(3), others] = lead
-    logp, entropy, gradient = run(hidden, weight, labels, upstream=(1.0, 1.0), chunks=(2, 4), backend=backend)
-    torch.testing.assert_close(logp, torch.full((3,), -lead))
-    assert entropy.abs().max() < 2e-5
-    torch.testing.assert_close(gradient, weight[labels] - weight[others], rtol=2e-2, atol=1e-3)
+    for options in (dict(entropy=False), {}, dict(upstream=(1.0, 1.0))):
+        logp, entropy, gradient = run(hidden, weight, labels, chunks=(2, 4), backend=backend, **options)
+        torch.testing.assert_close(logp, torch.full((3,), -lead))
+        assert entropy is None or entropy.abs().max() < 2e-5
+        torch.testing.assert_close(gradient, weight[labels] - weight[others], rtol=2e-2, atol=1e-3)
 
 
 @both
@@ -271,7 +277,7 @@ def labels_of_every_certainty():
     labels = torch.randint(2000, (4000,), generator=draw)
     lead = torch.rand(4000, 1, generator=draw) * 20
     hidden = (torch.randn(4000, 128, generator=draw) + lead * weight[labels].float()).bfloat16()
-    ours = run(hidden, weight, labels, backend="torch")
+    ours = run(hidden, weight, labels, entropy=False, backend="torch")
     return hidden, weight, labels, ours, exact(hidden, weight, labels)
 
 
@@ -296,7 +302,7 @@ def test_the_kernels_gradient_is_as_exact_where_the_label_is_certain(dtype, boun
     labels = torch.randint(500, (100,), generator=draw)
     lead = torch.linspace(0, 24, 100)[:, None]
     hidden = (torch.randn(100, 64, generator=draw) + lead * weight[labels].float()).to(dtype)
-    logp, _, gradient = run(hidden, weight, labels, backend="triton", chunks=(100, 512))
+    logp, _, gradient = run(hidden, weight, labels, entropy=False, backend="triton", chunks=(100, 512))
     true_logp, _, truth = exact(hidden, weight, labels)
     torch.testing.assert_close(logp.double(), true_logp, atol=2e-5, rtol=1e-5)
     edges = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0]
@@ -497,7 +503,7 @@ class TestOnAGpu:
         labels = torch.randint(20000, (2000,), generator=draw).cuda()
         lead = torch.linspace(0, 24, 2000)[:, None].cuda()
         hidden = (torch.randn(2000, 256, generator=draw).cuda() + lead * weight[labels].float()).bfloat16()
-        logp, _, gradient = run(hidden, weight, labels, backend=backend)
+        logp, _, gradient = run(hidden, weight, labels, entropy=False, backend=backend)
         true_logp, _, truth = exact(hidden, weight, labels)
         torch.testing.assert_close(logp.double(), true_logp, atol=2e-5, rtol=1e-5)
         edges = [0.0, 0.01, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0]
@@ -507,17 +513,18 @@ class TestOnAGpu:
             assert row_error(gradient[bucket], truth[bucket]) < 5e-3, (low, high)
 
     @both
-    @pytest.mark.parametrize("lead", [-200.0, -80.0, 80.0, 200.0])
+    @pytest.mark.parametrize("lead", [-200.0, -80.0, 30.0, 80.0, 200.0])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_one_score_far_from_the_label_overflows_nothing(self, lead, dtype, backend):
         weight = torch.eye(2048, dtype=dtype, device="cuda")
         labels = torch.arange(0, 2048, 8, device="cuda")
         hidden = torch.zeros(256, 2048, dtype=dtype, device="cuda")
         hidden[torch.arange(256), (labels + 1024) % 2048] = lead
-        results = run(hidden, weight, labels, backend=backend, chunks=(64, 512))
         truth = exact(hidden, weight, labels)
-        torch.testing.assert_close(results[0].double(), truth[0], atol=1e-4, rtol=1e-6)
-        assert row_error(results[2], truth[2]) < 5e-3
+        for entropy in (True, False):
+            results = run(hidden, weight, labels, entropy=entropy, backend=backend, chunks=(64, 512))
+            torch.testing.assert_close(results[0].double(), truth[0], atol=1e-4, rtol=1e-6)
+            assert row_error(results[2], truth[2]) < 5e-3
 
     @both
     def test_a_repeated_run_gives_the_same_bits(self, backend):
