@@ -6,27 +6,530 @@
     hidden_states (N, D), weight (V, D), bias (V,), labels (N,) int64  ->  logp (N,) fp32, entropy (N,) fp32
 
 A head that is frozen needs no gradient of its own, and d logp / dh does not depend on the loss. So the forward that
-will be differentiated stores it, (N, D) in the dtype of hidden_states, and the backward only scales its rows.
+will be differentiated stores it, (N, D) in the dtype of hidden_states, and the backward only scales its rows: two
+matrix products for a training pass (scores, and their pull on h), one for a pass without gradient.
 
-The sum leaves the label out. With m a reference (the label's own score s_y, unless another score exceeds it by far)
+The sum leaves the label out. With m a reference (the label's own score s_y, unless another score exceeds it by far),
+d_v = s_v - m, j = d softcap / dx, q = 1 - p_y, and over the v != y
 
-    rest = sum_{v != y} exp(s_v - m)      A = sum_{v != y} exp(s_v - m) j_v W_v      j = d softcap / dx
-    logp = -log1p(rest exp(m - s_y))      d logp / dh = (rest j_y W_y - A) logit_scale / (temperature l)
-    l = rest + exp(s_y - m)
+    rest = sum exp(d_v)      moment = sum exp(d_v) d_v      pull = sum exp(d_v) j_v W_v
+    x = rest exp(m - s_y)    logp = -log1p(x)               q = x / (1 + x)
 
-in which 1 - p_y = rest / l keeps its relative precision however close p_y is to 1. The usual form W_y - sum_v p_v W_v
-cancels there: in bf16 it is off by 72 % where p_y is 0.99 to 0.999, where most tokens of a trained policy are.
+    d logp / dh = q logit_scale / temperature * direction                     direction = j_y W_y - pull / rest
+
+in which q keeps its relative precision however close p_y is to 1. The usual form W_y - sum_v p_v W_v cancels there:
+in bf16 it is off by 72 % where p_y is 0.99 to 0.999, where most tokens of a trained policy are. What is stored is the
+direction, which is as large as W for every p_y and so fits fp16 too; its factor q is kept apart, (N,) fp32.
+
+The gradient of the entropy takes a third product, spread = sum exp(d_v) d_v j_v W_v. With mean = moment / rest
+
+    d entropy / dh = -q logit_scale / temperature * ((spread - mean pull) / rest + p_y (d_y - mean) direction)
+
+Per tile of (C, Vb): the library multiplies into fp32 scores; one kernel folds them into the sums and writes
+exp(d_v) j_v over them, in the dtype of the second product's operands; the library accumulates the pull in fp32. Each
+kernel has a plain-PyTorch twin at the end of the file, which is what runs on a CPU and where Triton is not installed.
 """
 
+import math
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-# A score this far above the reference moves it, so that exp() stays far from fp32's overflow at 88.
-RESCALE_ABOVE = 40.0
-# Tokens and vocabulary entries in a tile, by device type: 16 MiB of fp32 scores on a CPU, 32 MiB on a GPU.
-CHUNKS = {"cpu": (1024, 4096), "cuda": (2048, 4096)}
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS
+    triton = None
+
+# (device type, least GPU memory in GiB, largest D) -> (C, Vb): tokens and vocabulary entries of a tile. First match.
+# Scratch is 4 C (Vb + D) bytes on a GPU: 44 MiB at D = 1536 and 60 MiB at 3584 where (C, Vb) = (2048, 4096).
+CHUNKS = (
+    ("cuda", 70, math.inf, (4096, 8192)),
+    ("cuda", 20, 4096, (2048, 4096)),
+    ("cuda", 0, math.inf, (1024, 4096)),
+    ("cpu", 0, 1024, (1024, 4096)),  # there a widened (Vb, D) tile of the weight comes on top
+    ("cpu", 0, math.inf, (1024, 2048)),
+)
+
+
+class Rule(NamedTuple):
+    """When a score moves the reference m: as it exceeds m by `above`, to `below` nats under that score."""
+
+    above: float
+    below: float
+
+
+# Start at the label's score; bf16 and fp32 hold exp(40), and the sums stay far from fp32's overflow at exp(88).
+FROM_LABEL = Rule(above=40.0, below=0.0)
+# Start below every score and follow the largest: for fp16, which ends at 65504 > exp(8) and rounds to 0 below 3e-8, and
+# for the entropy, whose log(rest) - moment / rest loses digits where m is far from the scores that count.
+FROM_LARGEST = Rule(above=8.0, below=3.0)
+# Without slack for the entropy's gradient, whose 16-bit spread - mean pull loses more of them.
+THE_LARGEST = Rule(above=0.0, below=0.0)
+BELOW_EVERY_SCORE = -1e30  # not -inf, which would make 0 * (m - m') a NaN
+
+# Rows of the state that a chunk of tokens carries from tile to tile, (5, C) fp32.
+LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT = range(5)
+
+if triton is not None:
+
+    @triton.jit
+    def _soften(bent_in, outer):
+        """u -> (outer tanh(u), d tanh / du), by exp: libdevice's tanh is not in the interpreter."""
+        e = tl.exp(-2.0 * tl.abs(bent_in))
+        bent = (1.0 - e) / (1.0 + e)
+        return tl.where(bent_in < 0, -bent, bent) * outer, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+    @triton.jit(do_not_specialize=["state_stride"])
+    def _start_kernel(
+        hidden_ptr,  # (C, D)
+        label_weight_ptr,  # (*, D)
+        index_ptr,  # (C,) int64, each token's row of label_weight
+        label_ptr,  # (C,) int64
+        bias_ptr,  # (V,)
+        state_ptr,  # (5, C) fp32, written
+        hidden_row_stride,
+        hidden_stride,
+        weight_row_stride,
+        weight_stride,
+        state_stride,
+        inner,
+        outer,
+        below_every_score,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BIAS: tl.constexpr,
+        SOFTCAP: tl.constexpr,
+        FROM_LABEL: tl.constexpr,
+    ):
+        """The label's own score, exactly, and the empty sums. One program per token."""
+        row = tl.program_id(0).to(tl.int64)
+        index = tl.load(index_ptr + row)
+        products = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            at = start + tl.arange(0, BLOCK_D).to(tl.int64)
+            hidden = tl.load(hidden_ptr + row * hidden_row_stride + at * hidden_stride, mask=at < D, other=0.0)
+            weight = tl.load(label_weight_ptr + index * weight_row_stride + at * weight_stride, mask=at < D, other=0.0)
+            products += hidden.to(tl.float32) * weight.to(tl.float32)
+        raw = tl.sum(products, 0)
+        if BIAS:
+            raw += tl.load(bias_ptr + tl.load(label_ptr + row)).to(tl.float32)
+        score = raw * inner
+        if SOFTCAP:
+            score, slope = _soften(score, outer)
+            tl.store(state_ptr + state_stride + row, slope)
+        tl.store(state_ptr + row, score)
+        if FROM_LABEL:
+            tl.store(state_ptr + 2 * state_stride + row, score)
+        else:
+            tl.store(state_ptr + 2 * state_stride + row, below_every_score)
+        tl.store(state_ptr + 3 * state_stride + row, 0.0)
+        tl.store(state_ptr + 4 * state_stride + row, 0.0)
+
+    @triton.jit(do_not_specialize=["state_stride", "vocabulary_start", "width"])
+    def _fold_kernel(
+        score_ptr,  # (C, width) fp32, h . W_v
+        share_ptr,  # (C, width) in the operands' dtype, written; may be score_ptr's own storage
+        drift_ptr,  # (C, width) in the operands' dtype, written
+        pull_ptr,  # (C, D) fp32, rescaled where the reference moves
+        spread_ptr,  # (C, D) fp32, likewise
+        bias_ptr,  # (V,)
+        label_ptr,  # (C,) int64
+        state_ptr,  # (5, C) fp32, updated
+        score_stride,
+        share_stride,
+        drift_stride,
+        pull_stride,
+        state_stride,
+        vocabulary_start,
+        width,
+        inner,
+        outer,
+        above,
+        below,
+        D: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BIAS: tl.constexpr,
+        SOFTCAP: tl.constexpr,
+        ENTROPY: tl.constexpr,
+        GRADIENT: tl.constexpr,
+        ENTROPY_GRADIENT: tl.constexpr,
+    ):
+        """A tile of raw products into rest and moment, and into the next products' operands. One program per token."""
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK_V)
+        real = at < width
+        score = tl.load(score_ptr + row * score_stride + at, mask=real, other=0.0)
+        if BIAS:
+            score += tl.load(bias_ptr + vocabulary_start + at, mask=real, other=0.0).to(tl.float32)
+        score = score * inner
+        if SOFTCAP:
+            score, slope = _soften(score, outer)
+        label = tl.load(label_ptr + row)
+        score = tl.where(real & (at + vocabulary_start != label), score, float("-inf"))
+
+        reference = tl.load(state_ptr + 2 * state_stride + row)
+        rest = tl.load(state_ptr + 3 * state_stride + row)
+        moment = tl.load(state_ptr + 4 * state_stride + row)
+        peak = tl.max(score, 0)
+        raised = tl.where(peak > reference + above, peak - below, reference)
+        shrink = tl.exp(reference - raised)
+        if GRADIENT:  # noqa: SIM102, the inner condition is not known when compiling
+            if (raised > reference) & (rest > 0):  # rare: the first scores that count set the reference
+                for start in range(0, D, BLOCK_D):
+                    column = start + tl.arange(0, BLOCK_D)
+                    pull_at = pull_ptr + row * pull_stride + column
+                    pull = tl.load(pull_at, mask=column < D, other=0.0) * shrink
+                    tl.store(pull_at, pull, mask=column < D)
+                    if ENTROPY_GRADIENT:  # exp(d) d: d moves as well
+                        spread_at = spread_ptr + row * pull_stride + column
+                        spread = tl.load(spread_at, mask=column < D, other=0.0) * shrink
+                        tl.store(spread_at, spread + (reference - raised) * pull, mask=column < D)
+        if ENTROPY:
+            moment = shrink * (moment + rest * (reference - raised))
+        rest = shrink * rest
+
+        drop = score - raised
+        share = tl.exp(drop)
+        rest += tl.sum(share, 0)
+        if ENTROPY:
+            drift = share * tl.where(share > 0, drop, 0.0)  # at the label it would be 0 * -inf
+            moment += tl.sum(drift, 0)
+            tl.store(state_ptr + 4 * state_stride + row, moment)
+        tl.store(state_ptr + 2 * state_stride + row, raised)
+        tl.store(state_ptr + 3 * state_stride + row, rest)
+        if GRADIENT:
+            if SOFTCAP:
+                share = share * slope
+            # Shares lie over the scores of the same row: every thread must have read before one writes.
+            tl.debug_barrier()
+            tl.store(share_ptr + row * share_stride + at, share.to(share_ptr.dtype.element_ty), mask=real)
+            if ENTROPY_GRADIENT:
+                if SOFTCAP:
+                    drift = drift * slope
+                tl.store(drift_ptr + row * drift_stride + at, drift.to(drift_ptr.dtype.element_ty), mask=real)
+
+    @triton.jit(do_not_specialize=["state_stride"])
+    def _finish_kernel(
+        state_ptr,  # (5, C) fp32
+        label_weight_ptr,  # (*, D)
+        index_ptr,  # (C,) int64
+        pull_ptr,  # (C, D) fp32
+        spread_ptr,  # (C, D) fp32
+        logprob_ptr,  # (C,) fp32, written
+        entropy_ptr,  # (C,) fp32, written
+        factor_ptr,  # (C,) fp32, written
+        direction_ptr,  # (C, D), written
+        lean_ptr,  # (C, D), written
+        state_stride,
+        weight_row_stride,
+        weight_stride,
+        pull_stride,
+        direction_stride,
+        slope_scale,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        SOFTCAP: tl.constexpr,
+        ENTROPY: tl.constexpr,
+        GRADIENT: tl.constexpr,
+        ENTROPY_GRADIENT: tl.constexpr,
+    ):
+        """The sums into log-probability, entropy and the stored gradient. One program per token."""
+        row = tl.program_id(0).to(tl.int64)
+        score = tl.load(state_ptr + row)
+        reference = tl.load(state_ptr + 2 * state_stride + row)
+        rest = tl.load(state_ptr + 3 * state_stride + row)
+        gap = reference - score
+        some = tl.where(rest > 0, rest, 1.0)
+        # x beyond 1e6 is cut there, where log1p(x) is log(x) and q is 1: the exponential may be out of fp32's range.
+        x = tl.minimum(rest * tl.exp(tl.minimum(gap, 40.0)), 1e6)
+        # log1p as log(1 + x) x / ((1 + x) - 1), which is exact where 1 + x rounds; Triton itself has none.
+        one_more = 1.0 + x
+        step = one_more - 1.0
+        log1p = tl.where(step == 0.0, x, tl.log(one_more) * (x / tl.where(step == 0.0, 1.0, step)))
+        logprob = tl.where(x < 1e6, -log1p, -gap - tl.log(some))
+        tl.store(logprob_ptr + row, logprob)
+        q = x / (1.0 + x)
+        p = tl.exp(logprob)
+        mean = 0.0
+        if ENTROPY:
+            mean = tl.load(state_ptr + 4 * state_stride + row) / some
+            # Two forms of log l - (moment + p~ d_y) / l. The second is exact for p_y near 1, the first for p_y near 0.
+            below = tl.log(some + tl.exp(-tl.maximum(gap, 0.0))) - q * mean + p * gap
+            entropy = tl.where(gap > 0, below, -logprob - q * (mean + gap))
+            tl.store(entropy_ptr + row, tl.where(rest > 0, entropy, 0.0))
+        if GRADIENT:
+            tl.store(factor_ptr + row, q * slope_scale)
+            index = tl.load(index_ptr + row)
+            lean_scale = tl.where(rest > 0, p * (-gap - mean), 0.0)
+            for start in range(0, D, BLOCK_D):
+                at = start + tl.arange(0, BLOCK_D).to(tl.int64)
+                direction = tl.load(
+                    label_weight_ptr + index * weight_row_stride + at * weight_stride, mask=at < D, other=0.0
+                ).to(tl.float32)
+                if SOFTCAP:
+                    direction = direction * tl.load(state_ptr + state_stride + row)
+                pull = tl.load(pull_ptr + row * pull_stride + at, mask=at < D, other=0.0) / some
+                direction -= pull
+                direction_at = direction_ptr + row * direction_stride + at
+                tl.store(direction_at, direction.to(direction_ptr.dtype.element_ty), mask=at < D)
+                if ENTROPY_GRADIENT:
+                    spread = tl.load(spread_ptr + row * pull_stride + at, mask=at < D, other=0.0) / some
+                    lean = spread - mean * pull + lean_scale * direction
+                    lean_at = lean_ptr + row * direction_stride + at
+                    tl.store(lean_at, lean.to(lean_ptr.dtype.element_ty), mask=at < D)
+
+    @triton.jit
+    def _scale_kernel(
+        direction_ptr,  # (N, D), overwritten by the gradient
+        lean_ptr,  # (N, D)
+        factor_ptr,  # (N,) fp32
+        lean_factor_ptr,  # (N,) fp32
+        direction_stride,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        ENTROPY_GRADIENT: tl.constexpr,
+    ):
+        """direction <- factor direction + lean_factor lean, in place. One program per token."""
+        row = tl.program_id(0).to(tl.int64)
+        factor = tl.load(factor_ptr + row)
+        for start in range(0, D, BLOCK_D):
+            at = start + tl.arange(0, BLOCK_D)
+            direction_at = direction_ptr + row * direction_stride + at
+            gradient = factor * tl.load(direction_at, mask=at < D, other=0.0).to(tl.float32)
+            if ENTROPY_GRADIENT:
+                lean = tl.load(lean_ptr + row * direction_stride + at, mask=at < D, other=0.0).to(tl.float32)
+                gradient += tl.load(lean_factor_ptr + row) * lean
+            tl.store(direction_at, gradient.to(direction_ptr.dtype.element_ty), mask=at < D)
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    chunks: tuple[int, int]
+    entropy: bool
+    entropy_gradient: bool
+    tile_dtype: torch.dtype
+    by_triton: bool
+
+    @property
+    def inner(self) -> float:
+        """Raw products times this are scores, or with a softcap what tanh bends."""
+        return self.logit_scale / (self.softcap or self.temperature)
+
+    @property
+    def outer(self) -> float:
+        """tanh times this is the score."""
+        return (self.softcap or 1.0) / self.temperature
+
+    @property
+    def slope_scale(self) -> float:
+        return self.logit_scale / self.temperature
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, bias, weight_scale, settings):
+        logprobs, entropy, factor, direction, lean = _forward(
+            hidden_states, weight, labels, bias, weight_scale, settings, True
+        )
+        ctx.save_for_backward(direction, factor, lean)
+        ctx.by_triton = settings.by_triton
+        if not settings.entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        direction, factor, lean = ctx.saved_tensors
+        scale = _triton_scale if ctx.by_triton else _torch_scale
+        lean_factor = None if lean is None else -grad_entropy * factor
+        scale(direction, grad_logprobs * factor, lean, lean_factor)  # in place, which a second backward detects
+        return direction, None, None, None, None, None
+
+
+class _Chunk(NamedTuple):
+    """What belongs to one chunk of tokens, C rows of everything."""
+
+    hidden: Tensor  # (C, D) as given, or widened to the operands' dtype
+    labels: Tensor  # (C,)
+    label_weight: Tensor  # (*, D): the weight, or of an int8 head the labels' own rows, dequantized
+    label_index: Tensor  # (C,) rows of label_weight
+    state: Tensor  # (5, C) fp32
+    pull: Tensor | None  # (C, D) fp32
+    spread: Tensor | None  # (C, D) fp32
+
+
+def _forward(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    settings: _Settings,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(logp, entropy, factor (N,), direction (N, D), lean (N, D)): the last three where a gradient is wanted."""
+    device, (n, d), v = hidden_states.device, hidden_states.shape, weight.shape[0]
+    c, vb = min(settings.chunks[0], n), min(settings.chunks[1], v)
+    start, fold, finish = (
+        (_triton_start, _triton_fold, _triton_finish)
+        if settings.by_triton
+        else (_torch_start, _torch_fold, _torch_finish)
+    )
+
+    def buffer(*shape, dtype=torch.float32, when=True):
+        return torch.empty(shape, dtype=dtype, device=device) if when else None
+
+    logprobs, entropy = buffer(n), buffer(n)
+    factor = buffer(n, when=gradient)
+    direction = buffer(n, d, dtype=hidden_states.dtype, when=gradient)
+    lean = buffer(n, d, dtype=hidden_states.dtype, when=gradient and settings.entropy_gradient)
+    if n == 0:
+        return logprobs, entropy, factor, direction, lean
+
+    one_dtype = weight.dtype in (hidden_states.dtype, torch.int8)
+    # A GPU multiplies 16-bit operands into fp32. Elsewhere they are widened, or the product is as narrow as they are.
+    narrow = device.type == "cuda" and one_dtype and hidden_states.dtype != torch.float32
+    operand = hidden_states.dtype if narrow else settings.tile_dtype
+    # The kernels write shares as narrow as the weight on a CPU too: there the interpreter checks them.
+    share = hidden_states.dtype if settings.by_triton and one_dtype else operand
+    rule = FROM_LARGEST if share == torch.float16 or settings.entropy else FROM_LABEL
+    rule = THE_LARGEST if settings.entropy_gradient else rule
+
+    # The scratch of the whole call: every chunk and tile reuses it.
+    scores = buffer(c, vb, dtype=settings.tile_dtype)
+    shares = scores.view(share)[:, :vb] if gradient else None  # over the scores; the row stride stays that of scores
+    drifts = buffer(c, vb, dtype=share, when=gradient and settings.entropy_gradient)
+    tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings, gradient)
+    head = buffer(vb, d, dtype=operand, when=weight.dtype != operand)
+    wide = buffer(c, d, dtype=operand, when=hidden_states.dtype != operand)
+    state = buffer(5, c)
+    pull = buffer(c, d, when=gradient)
+    spread = buffer(c, d, when=gradient and settings.entropy_gradient)
+    # A CPU multiplies 16-bit operands into 16 bits: (the product, its fp32 copy).
+    rounds = gradient and not narrow and operand != torch.float32
+    product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
+
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for row in range(0, n, c):
+            here = slice(row, min(row + c, n))
+            rows = here.stop - row
+            hidden = hidden_states[here]
+            label_weight, label_index = weight, labels[here]
+            if weight_scale is not None:
+                label_weight = _dequantize(weight[label_index], weight_scale[label_index], hidden_states.dtype)
+                label_index = torch.arange(rows, device=device)
+            chunk = _Chunk(
+                hidden if wide is None else wide[:rows].copy_(hidden),
+                labels[here],
+                label_weight,
+                label_index,
+                state[:, :rows],
+                None if pull is None else pull[:rows].zero_(),
+                None if spread is None else spread[:rows].zero_(),
+            )
+            start(chunk._replace(hidden=hidden), bias, settings, rule)
+            for first in range(0, v, vb):
+                width = min(vb, v - first)
+                tile_head = weight[first : first + width]
+                if weight_scale is not None:
+                    scale = weight_scale[first : first + width]
+                    tile_head = _dequantize(tile_head, scale, hidden_states.dtype, out=head[:width])
+                elif head is not None:
+                    tile_head = head[:width].copy_(tile_head)
+                tile, tile_shares, tile_drifts = (
+                    x if x is None else x[:rows, :width] for x in (scores, shares, drifts)
+                )
+                _multiply(chunk.hidden, tile_head.t(), tile)
+                fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
+                if gradient:
+                    _accumulate(chunk.pull, tile_shares, tile_head, product)
+                if chunk.spread is not None:
+                    _accumulate(chunk.spread, tile_drifts, tile_head, product)
+            outputs = [x if x is None else x[here] for x in (logprobs, entropy, factor, direction, lean)]
+            finish(chunk, *outputs, settings)
+    return logprobs, entropy, factor, direction, lean
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out <- a @ b, in fp32 where out is."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, product: tuple[Tensor, Tensor] | None) -> None:
+    """total <- total + a @ b with total in fp32: a bf16 accumulator biases training."""
+    if product is not None:  # 16-bit products on a CPU round each tile's sum, then add in fp32
+        rounded, wide = (x[: len(total)] for x in product)
+        total += wide.copy_(torch.mm(a, b, out=rounded))
+    elif b.dtype == torch.float32:
+        total.addmm_(a.float(), b)  # a is narrower only under the interpreter
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _dequantize(rows: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """int8 rows (*, D) times their scale (*,), rounded to dtype, which is the head's for every purpose."""
+    if out is None:
+        return (rows * scale[:, None]).to(dtype)
+    torch.mul(rows, scale[:, None], out=out)
+    return out if out.dtype == dtype else out.copy_(out.to(dtype))
+
+
+def _blocks(d: int) -> dict:
+    return dict(D=d, BLOCK_D=min(triton.next_power_of_2(d), 1024))
+
+
+def _triton_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+    hidden, weight = chunk.hidden, chunk.label_weight
+    _start_kernel[(len(hidden),)](
+        hidden, weight, chunk.label_index, chunk.labels, bias, chunk.state,
+        *hidden.stride(), *weight.stride(), chunk.state.stride(0),
+        settings.inner, settings.outer, BELOW_EVERY_SCORE,
+        **_blocks(hidden.shape[1]), BIAS=bias is not None, SOFTCAP=settings.softcap is not None,
+        FROM_LABEL=rule is FROM_LABEL,
+    )  # fmt: skip
+
+
+def _triton_fold(chunk, scores, shares, drifts, _, bias, first: int, settings: _Settings, rule: Rule) -> None:
+    gradient = shares is not None
+    block = triton.next_power_of_2(settings.chunks[1])
+    _fold_kernel[(len(scores),)](
+        scores, shares, drifts, chunk.pull, chunk.spread, bias, chunk.labels, chunk.state,
+        scores.stride(0), shares.stride(0) if gradient else 0, 0 if drifts is None else drifts.stride(0),
+        chunk.pull.stride(0) if gradient else 0, chunk.state.stride(0), first, scores.shape[1],
+        settings.inner, settings.outer, rule.above, rule.below,
+        **_blocks(chunk.hidden.shape[1]), BLOCK_V=block,
+        BIAS=bias is not None, SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
+        GRADIENT=gradient, ENTROPY_GRADIENT=drifts is not None,
+        num_warps=min(max(block // 512, 4), 32),  # 16 scores to a thread
+    )  # fmt: skip
+
+
+def _triton_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, settings: _Settings) -> None:
+    gradient, weight = direction is not None, chunk.label_weight
+    _finish_kernel[(len(logprobs),)](
+        chunk.state, weight, chunk.label_index, chunk.pull, chunk.spread, logprobs, entropy, factor, direction, lean,
+        chunk.state.stride(0), *weight.stride(), chunk.pull.stride(0) if gradient else 0,
+        direction.stride(0) if gradient else 0, settings.slope_scale,
+        **_blocks(weight.shape[1]), SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
+        GRADIENT=gradient, ENTROPY_GRADIENT=lean is not None,
+    )  # fmt: skip
+
+
+def _triton_scale(direction: Tensor, factor: Tensor, lean: Tensor | None, lean_factor: Tensor | None) -> None:
+    if len(direction):
+        _scale_kernel[(len(direction),)](
+            direction, lean, factor, lean_factor, direction.stride(0),
+            **_blocks(direction.shape[1]), ENTROPY_GRADIENT=lean is not None,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(direction)
 
 
 @overload
@@ -35,164 +538,105 @@ def linear_logprobs(*args, return_entropy: Literal[True], **kwargs) -> tuple[Ten
 def linear_logprobs(*args, **kwargs) -> Tensor: ...
 def linear_logprobs(
     hidden_states: Tensor,  # (N, D), the only input that gets a gradient
-    weight: Tensor,  # (V, D), frozen
+    weight: Tensor,  # (V, D), frozen; int8 with weight_scale
     labels: Tensor,  # (N,) int64 in [0, V)
     *,
     bias: Tensor | None = None,  # (V,), frozen
+    weight_scale: Tensor | None = None,  # (V,) fp32: the head is weight * weight_scale[:, None]
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    entropy_grad: bool = False,
+    backend: Literal["auto", "triton", "torch"] = "auto",
     chunks: tuple[int, int] | None = None,
+    tile_dtype: torch.dtype = torch.float32,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label, (N,) fp32; with return_entropy also each row's entropy, (N,) fp32, no gradient.
+    """Log-probability of each label, (N,) fp32; with return_entropy also each row's entropy, (N,) fp32.
 
-    Scratch, where chunks = (C, Vb): up to three (C, Vb), three (C, D) and one (Vb, D) fp32 tiles. A pass that will be
-    differentiated keeps (N, D) in the dtype of hidden_states; its backward overwrites it, so a second backward through
-    the same result raises. hidden_states has the dtype of weight, or fp32.
+    The entropy carries a gradient only with entropy_grad: one more matrix product, and (N, D) more kept.
+    hidden_states has the dtype of weight, or fp32. An int8 weight (see quantize_head) is dequantized tile by tile to
+    the dtype of hidden_states.
+
+    backend: "triton" runs the kernels: on a GPU, or on a CPU under TRITON_INTERPRET=1. "torch" runs their twin. "auto"
+    is triton on a GPU where it is installed, else torch.
+    chunks: (C, Vb), tokens and vocabulary entries of a tile; None takes them from the table CHUNKS.
+    tile_dtype: torch.bfloat16 makes the twin on a CPU multiply in bf16 and round the scores so (1e-3 rms in logp), in
+    less time. The label's own score stays exact.
+
+    Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
+    widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
+    or two more (C, Vb) for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
+    dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together, or a head that asks for a gradient.
+        RuntimeError: backend="triton" where it cannot run.
     """
-    _check(hidden_states, weight, labels, bias, temperature)
-    chunks = chunks or CHUNKS[hidden_states.device.type]
-    settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy)
+    _check(hidden_states, weight, labels, bias, weight_scale, temperature)
+    if entropy_grad and not return_entropy:
+        raise ValueError("entropy_grad=True is the gradient of the entropy: it needs return_entropy=True")
+    by_triton = _runs_by_triton(backend, hidden_states.device.type)
+    if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
+        raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
+    chunks = chunks or chunk_sizes(hidden_states.device, hidden_states.shape[1])
+    settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, tile_dtype, by_triton)
+    labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
+    inputs = (hidden_states, weight, labels, bias, weight_scale, settings)
     if hidden_states.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy = _LinearLogprobs.apply(hidden_states, weight, labels, bias, settings)
+        logprobs, entropy = _LinearLogprobs.apply(*inputs)
     else:
-        logprobs, entropy, _ = _torch_forward(hidden_states, weight, labels, bias, settings, False)
+        logprobs, entropy, *_ = _forward(*inputs, False)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-class _Settings(NamedTuple):
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    chunks: tuple[int, int]
-    with_entropy: bool
+def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(V, D) -> int8 (V, D) and scale (V,) fp32, the largest of each row at 127: half the memory of a 16-bit head.
+
+    At a logit deviation of 2.5 this adds a noise of about 0.02 to each logit. Works through 4096 rows at a time.
+    """
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for first in range(0, weight.shape[0], 4096):
+        rows = weight[first : first + 4096].detach().float()
+        scale[first : first + 4096] = row_scale = (rows.abs().amax(1) / 127).clamp_(min=1e-30)
+        quantized[first : first + 4096] = (rows / row_scale[:, None]).round_().to(torch.int8)
+    return quantized, scale
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_states, weight, labels, bias, settings):
-        logprobs, entropy, jacobian = _torch_forward(hidden_states, weight, labels, bias, settings, True)
-        ctx.save_for_backward(jacobian)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        (jacobian,) = ctx.saved_tensors
-        return (
-            jacobian.mul_(grad_logprobs[:, None]),
-            None,
-            None,
-            None,
-            None,
-        )  # in place, which a second backward detects
+def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
+    """(C, Vb) from the table CHUNKS."""
+    kind = device.type if device.type == "cuda" else "cpu"
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind == "cuda" else 0
+    return next(sizes for which, memory, most, sizes in CHUNKS if which == kind and gib >= memory and d <= most)
 
 
-def _torch_forward(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, settings: _Settings, with_jacobian: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The plain-PyTorch twin: (logp (N,), entropy (N,) if asked for, d logp / dh (N, D) or None)."""
-    rows = hidden_states.shape[0]
-    logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=hidden_states.device) for _ in range(2))
-    jacobian = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if with_jacobian else None
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        for start in range(0, rows, settings.chunks[0]):
-            here = slice(start, start + settings.chunks[0])
-            logprobs[here], entropy[here], slope = _torch_rows(
-                hidden_states[here], weight, labels[here], bias, settings, with_jacobian
-            )
-            if jacobian is not None:
-                jacobian[here] = slope
-    return logprobs, entropy, jacobian
+def _runs_by_triton(backend: str, device_type: str) -> bool:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
+    if backend == "triton" and triton is None:
+        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
+    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
+            "imported, or use backend='torch'"
+        )
+    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None)
 
 
-def _torch_rows(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, settings: _Settings, with_jacobian: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One chunk of rows against the whole head, vocabulary chunk by vocabulary chunk."""
-    temperature, logit_scale, softcap, (_, vocabulary_chunk), with_entropy = settings
-    label_rows = weight[labels]  # (C, D)
-    label_raw = (hidden.float() * label_rows.float()).sum(-1)
-    if bias is not None:
-        label_raw += bias[labels].float()
-    label_score, label_slope = _score(label_raw, temperature, logit_scale, softcap)  # (C,) each
-
-    reference = label_score.clone()
-    rest = torch.zeros_like(reference)  # sum of exp(s - m)
-    moment = torch.zeros_like(reference)  # sum of exp(s - m) (s - m)
-    pull = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if with_jacobian else None
-    wide = None if _multiplies_into_fp32(hidden, weight) else hidden.float()
-    for start in range(0, weight.shape[0], vocabulary_chunk):
-        head = weight[start : start + vocabulary_chunk]
-        head = head if wide is None else head.float()
-        scores = _mm_fp32(hidden if wide is None else wide, head.t())  # (C, Vb)
-        if bias is not None:
-            scores += bias[start : start + vocabulary_chunk].float()
-        scores, slope = _score(scores, temperature, logit_scale, softcap)
-        inside = (labels >= start) & (labels < start + head.shape[0])
-        column = (labels - start).clamp(0, head.shape[0] - 1)[:, None]
-        scores.scatter_(1, column, torch.where(inside[:, None], -torch.inf, scores.gather(1, column)))
-
-        peak = scores.amax(-1)
-        raised = torch.where(peak > reference + RESCALE_ABOVE, peak, reference)
-        shrink = torch.exp(reference - raised)
-        moment = shrink * (moment + rest * (reference - raised))
-        rest = shrink * rest
-        reference = raised
-
-        scores -= reference[:, None]
-        weights = scores.exp()  # the label's is exp(-inf) = 0
-        rest += weights.sum(-1)
-        if with_entropy:  # 0 * -1e30 = 0, where 0 * -inf would be NaN
-            moment += torch.einsum("cv,cv->c", weights, scores.clamp_(min=-1e30))
-        if pull is not None:
-            weights = weights if slope is None else weights.mul_(slope)
-            pull.mul_(shrink[:, None])
-            pull += _mm_fp32(weights.to(head.dtype), head)
-
-    label_share = torch.exp(label_score - reference)
-    total = label_share + rest
-    logprobs = -torch.log1p(rest * torch.exp(reference - label_score))
-    # Past fp32's range exp() is infinite; the logarithm of the sum is then that of its rest.
-    logprobs = torch.where(torch.isfinite(logprobs), logprobs, label_score - reference - rest.log())
-    entropy = total.log() - (moment + label_share * (label_score - reference)) / total
-    if pull is None:
-        return logprobs, entropy, None
-    label_weight = rest if label_slope is None else rest * label_slope
-    pull = torch.addcmul(pull.neg_(), label_weight[:, None], label_rows.float())
-    return logprobs, entropy, pull.mul_((logit_scale / (temperature * total))[:, None])
-
-
-def _score(raw: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Raw products h . W_v + b_v -> (scores s, slope j or None). Overwrites raw."""
-    raw *= logit_scale
-    if softcap is None:
-        return raw.div_(temperature), None
-    bent = raw.div_(softcap).tanh_()
-    return bent * (softcap / temperature), bent.square_().neg_().add_(1.0)
-
-
-def _multiplies_into_fp32(a: Tensor, b: Tensor) -> bool:
-    """bf16 x bf16 -> fp32 in one GEMM; elsewhere the operands are widened (fp16's range is too small for exp(40))."""
-    return a.is_cuda and a.dtype == b.dtype == torch.bfloat16
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if _multiplies_into_fp32(a, b) else torch.mm(a, b)
-
-
-def _check(hidden_states, weight, labels, bias, temperature) -> None:
+def _check(hidden_states, weight, labels, bias, weight_scale, temperature) -> None:
     if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)"
         )
     if labels.shape != hidden_states.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be ({hidden_states.shape[0]},) int64, not {tuple(labels.shape)} {labels.dtype}")
-    if hidden_states.dtype not in (weight.dtype, torch.float32):
+    if (weight.dtype == torch.int8) != (weight_scale is not None):
+        raise ValueError("an int8 weight needs weight_scale, and only an int8 one: see quantize_head")
+    if weight_scale is not None and (weight_scale.shape != weight.shape[:1] or weight_scale.dtype != torch.float32):
+        raise ValueError(f"weight_scale must be ({weight.shape[0]},) float32")
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if hidden_states.dtype not in (floats if weight_scale is not None else (weight.dtype, torch.float32)):
         raise ValueError(f"hidden_states must be {weight.dtype} as weight is, or float32, not {hidden_states.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
@@ -202,3 +646,113 @@ def _check(hidden_states, weight, labels, bias, temperature) -> None:
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+
+
+def _torch_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+    """The twin of _start_kernel."""
+    raw = chunk.label_weight[chunk.label_index].float().mul_(chunk.hidden).sum(-1)  # (C,)
+    if bias is not None:
+        raw += bias[chunk.labels].float()
+    score = raw.mul_(settings.inner)
+    if settings.softcap is not None:
+        bent = score.tanh()
+        chunk.state[LABEL_SLOPE] = 1 - bent.square()
+        score = bent * settings.outer
+    chunk.state[LABEL_SCORE] = score
+    chunk.state[REFERENCE] = score if rule is FROM_LABEL else BELOW_EVERY_SCORE
+    chunk.state[REST:] = 0.0
+
+
+def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings, gradient: bool) -> tuple:
+    """(fp32 scores, fp32 shares): further tiles like scores, where its own storage does not serve for both."""
+    narrow = scores.dtype != torch.float32
+    aliased = gradient and not narrow and shares.dtype != torch.float32
+    second = settings.entropy or aliased or (gradient and settings.softcap is not None)
+    return tuple(torch.empty_like(scores, dtype=torch.float32) if when else None for when in (narrow, second))
+
+
+def _torch_fold(chunk, scores, shares, drifts, tiles, bias, first: int, settings: _Settings, rule: Rule) -> None:
+    """The twin of _fold_kernel. tiles: see _torch_tiles."""
+    rows, width = scores.shape
+    wide, share = (x if x is None else x[:rows, :width] for x in tiles)
+    score = scores if wide is None else wide.copy_(scores)
+    if bias is not None:
+        score += bias[first : first + width].float()
+    if settings.inner != 1.0:
+        score *= settings.inner
+    if settings.softcap is not None:
+        score.tanh_().mul_(settings.outer)
+    inside = (chunk.labels >= first) & (chunk.labels < first + width)
+    column = (chunk.labels - first).clamp_(0, width - 1)[:, None]
+    score.scatter_(1, column, torch.where(inside[:, None], -torch.inf, score.gather(1, column)))
+
+    _, _, reference, rest, moment = chunk.state
+    peak = score.amax(-1)
+    raised = torch.where(peak > reference + rule.above, peak - rule.below, reference)
+    shift = reference - raised
+    if shift.any():
+        shrink = shift.exp()
+        moment.add_(rest * shift).mul_(shrink)
+        rest.mul_(shrink)
+        reference.copy_(raised)
+        if chunk.spread is not None:
+            chunk.spread.mul_(shrink[:, None])
+            chunk.spread.addcmul_(chunk.pull, (shift * shrink)[:, None])
+        if chunk.pull is not None:
+            chunk.pull.mul_(shrink[:, None])
+
+    drop = score.sub_(reference[:, None])
+    share = torch.exp(drop, out=drop if share is None else share)
+    rest += share.sum(-1)
+    if share is not drop:
+        drop.clamp_(min=-1e4)  # the label's: its share of 0 times -inf would be NaN
+    if settings.entropy:
+        moment += torch.einsum("cv,cv->c", share, drop)
+    if shares is None:
+        return
+    drift = None if drifts is None else share * drop
+    if settings.softcap is not None:
+        bent = drop.add_(reference[:, None]).div_(settings.outer)
+        slope = bent.square_().neg_().add_(1.0)
+        share.mul_(slope)
+        if drift is not None:
+            drift.mul_(slope)
+    if share is not scores:
+        shares.copy_(share)
+    if drift is not None:
+        drifts.copy_(drift)
+
+
+def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, settings: _Settings) -> None:
+    """The twin of _finish_kernel."""
+    score, slope, reference, rest, moment = chunk.state
+    gap = reference - score
+    some = torch.where(rest > 0, rest, 1.0)
+    x = (rest * gap.clamp(max=40.0).exp()).clamp(max=1e6)
+    logprobs.copy_(torch.where(x < 1e6, -x.log1p(), -gap - some.log()))
+    q, p = x / (1 + x), logprobs.exp()
+    mean = moment / some
+    if settings.entropy:
+        below = (some + (-gap.clamp(min=0.0)).exp()).log() - q * mean + p * gap
+        exact = torch.where(gap > 0, below, -logprobs - q * (mean + gap))
+        entropy.copy_(torch.where(rest > 0, exact, 0.0))
+    if direction is None:
+        return
+    factor.copy_(q * settings.slope_scale)
+    towards = chunk.label_weight[chunk.label_index].float()
+    if settings.softcap is not None:
+        towards.mul_(slope[:, None])
+    pull = chunk.pull.div_(some[:, None])
+    towards -= pull
+    direction.copy_(towards)
+    if lean is not None:
+        lean_scale = torch.where(rest > 0, p * (-gap - mean), 0.0)
+        spread = chunk.spread.div_(some[:, None])
+        lean.copy_(spread.addcmul_(pull, -mean[:, None]).addcmul_(towards, lean_scale[:, None]))
+
+
+def _torch_scale(direction: Tensor, factor: Tensor, lean: Tensor | None, lean_factor: Tensor | None) -> None:
+    """The twin of _scale_kernel."""
+    direction.mul_(factor[:, None])
+    if lean is not None:
+        direction.addcmul_(lean, lean_factor[:, None].to(lean.dtype))

@@ -1,0 +1,176 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and print what each needs of every card.
+
+    python -m lowmem_grpo.benchmarks.compile_kernels [--targets 80 90] [--json]
+
+registers per thread / bytes of stack per thread (spills) / bytes of shared memory per block, by `cuobjdump`, which
+Triton brings along. The arguments are as the launches in kernels/ would specialize them.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowmem_grpo.kernels import linear_logprobs
+
+# Compute capability -> the most shared memory of a block, in bytes.
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
+SHARED_MEMORY = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+HALF = {75: "*fp16"}  # sm_75 has no bf16; every other card is compiled with it
+
+
+class Kernel(NamedTuple):
+    """What is compiled: an argument is a Triton type ("*half" is the card's 16-bit one), or the value of a constexpr.
+
+    Pointers and "i32" are taken as divisible by 16, as torch's allocations and the strides of a model are, but for
+    arguments that the kernel does not specialize. A pointer that is not used is None.
+    """
+
+    name: str
+    function: object
+    arguments: dict
+    num_warps: int = 4
+    spill_bytes: int = 0  # the most that is accepted
+
+
+def _start(name: str, **change) -> Kernel:
+    arguments = dict(
+        hidden_ptr="*half", label_weight_ptr="*half", index_ptr="*i64", label_ptr="*i64", bias_ptr=None,
+        state_ptr="*fp32", hidden_row_stride="i32", hidden_stride=1, weight_row_stride="i32", weight_stride=1,
+        state_stride="i32", inner="fp32", outer="fp32", below_every_score="fp32",
+        D=1536, BLOCK_D=1024, BIAS=False, SOFTCAP=False, FROM_LABEL=True,
+    )  # fmt: skip
+    return Kernel(name, linear_logprobs._start_kernel, arguments | change)
+
+
+def _fold(name: str, num_warps: int = 8, **change) -> Kernel:
+    arguments = dict(
+        score_ptr="*fp32", share_ptr="*half", drift_ptr=None, pull_ptr="*fp32", spread_ptr=None, bias_ptr=None,
+        label_ptr="*i64", state_ptr="*fp32", score_stride="i32", share_stride="i32", drift_stride="i32",
+        pull_stride="i32", state_stride="i32", vocabulary_start="i32", width="i32", inner="fp32", outer="fp32",
+        above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, BIAS=False, SOFTCAP=False, ENTROPY=False,
+        GRADIENT=True, ENTROPY_GRADIENT=False,
+    )  # fmt: skip
+    return Kernel(name, linear_logprobs._fold_kernel, arguments | change, num_warps)
+
+
+def _finish(name: str, **change) -> Kernel:
+    arguments = dict(
+        state_ptr="*fp32", label_weight_ptr="*half", index_ptr="*i64", pull_ptr="*fp32", spread_ptr=None,
+        logprob_ptr="*fp32", entropy_ptr="*fp32", factor_ptr="*fp32", direction_ptr="*half", lean_ptr=None,
+        state_stride="i32", weight_row_stride="i32", weight_stride=1, pull_stride="i32", direction_stride="i32",
+        slope_scale="fp32", D=1536, BLOCK_D=1024, SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
+    )  # fmt: skip
+    return Kernel(name, linear_logprobs._finish_kernel, arguments | change)
+
+
+def _scale(name: str, **change) -> Kernel:
+    arguments = dict(
+        direction_ptr="*half", lean_ptr=None, factor_ptr="*fp32", lean_factor_ptr=None, direction_stride="i32",
+        D=1536, BLOCK_D=1024, ENTROPY_GRADIENT=False,
+    )  # fmt: skip
+    return Kernel(name, linear_logprobs._scale_kernel, arguments | change)
+
+
+_SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
+KERNELS = [
+    _start("linear_logprobs start"),
+    _start("linear_logprobs start, bias, softcap", bias_ptr="*half", BIAS=True, SOFTCAP=True),
+    _fold("linear_logprobs fold 4096"),
+    _fold("linear_logprobs fold 4096, fp32", share_ptr="*fp32"),
+    _fold("linear_logprobs fold 4096, entropy", ENTROPY=True),
+    _fold("linear_logprobs fold 4096, no gradient", GRADIENT=False, pull_ptr=None, share_ptr=None),
+    _fold(
+        "linear_logprobs fold 4096, bias, softcap, gradient of entropy",
+        bias_ptr="*half", BIAS=True, SOFTCAP=True, **_SPREAD,
+    ),
+    _fold("linear_logprobs fold 8192, entropy", num_warps=16, BLOCK_V=8192, ENTROPY=True),
+    _finish("linear_logprobs finish, entropy", ENTROPY=True),
+    _finish(
+        "linear_logprobs finish, softcap, gradient of entropy",
+        spread_ptr="*fp32", lean_ptr="*half", SOFTCAP=True, ENTROPY=True, ENTROPY_GRADIENT=True,
+    ),
+    _scale("linear_logprobs scale"),
+    _scale(
+        "linear_logprobs scale, gradient of entropy", lean_ptr="*half", lean_factor_ptr="*fp32", ENTROPY_GRADIENT=True
+    ),
+]  # fmt: skip
+
+
+def compile_for(kernel: Kernel, capability: int) -> dict:
+    """{kernel, target, registers, spill_bytes, spill_limit, shared_bytes, shared_limit, loads}."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.function.params):
+        value = kernel.arguments[parameter.name]
+        if not isinstance(value, str):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        signature[parameter.name] = value.replace("*half", HALF.get(capability, "*bf16"))
+        if (value.startswith("*") or value == "i32") and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel.function, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": kernel.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    return dict(
+        kernel=kernel.name,
+        target=capability,
+        registers=registers,
+        spill_bytes=stack,
+        spill_limit=kernel.spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_MEMORY[capability],
+        # As written and as compiled. One more would be a value read again, perhaps after it was written over.
+        loads=[compiled.asm[stage].count("tt.load") for stage in ("ttir", "ttgir")],
+    )
+
+
+def table(results: list[dict]) -> str:
+    targets = sorted({result["target"] for result in results})
+    cells = {
+        (result["kernel"], result["target"]): (
+            f"{result['registers']} / {result['spill_bytes']} / {result['shared_bytes']}"
+        )
+        for result in results
+    }
+    lines = ["| registers / spill B / shared B | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
+    lines.append("|---" * (len(targets) + 1) + "|")
+    for name in dict.fromkeys(result["kernel"] for result in results):
+        lines.append(f"| {name} | " + " | ".join(cells[name, target] for target in targets) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--json", action="store_true", help="one list of results in place of the table")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
+    results = [compile_for(kernel, target) for kernel in KERNELS for target in arguments.targets]
+    print(json.dumps(results) if arguments.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

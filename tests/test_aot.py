@@ -1,0 +1,42 @@
+"""The kernels compile for every card, without one: in a process of their own, since here they may be interpreted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+
+
+def compiled(*targets: int) -> list[dict]:
+    command = [sys.executable, "-m", "lowmem_grpo.benchmarks.compile_kernels", "--json", "--targets"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [*command, *map(str, targets)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    results = json.loads(ran.stdout)
+    assert {result["target"] for result in results} == set(targets)
+    return results
+
+
+def check(results: list[dict]) -> None:
+    for result in results:
+        assert result["spill_bytes"] <= result["spill_limit"], result
+        assert result["shared_bytes"] <= result["shared_limit"], result
+        assert 0 < result["registers"] <= 255, result
+        written, emitted = result["loads"]
+        assert written == emitted, result
+
+
+def test_every_kernel_compiles_without_spills_for_an_ampere_and_a_hopper_card():
+    check(compiled(86, 90))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_without_spills_for_every_card():
+    check(compiled(75, 80, 86, 89, 90, 100, 120))
