@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_grpo.kernels import linear_logprobs
+from lowmem_grpo.kernels import linear_logprobs, policy_loss
 
 # Compute capability -> the most shared memory of a block, in bytes.
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
@@ -88,6 +88,17 @@ def _scale(name: str, **change) -> Kernel:
     return Kernel(name, linear_logprobs._scale_kernel, arguments | change)
 
 
+def _policy_loss(name: str, **change) -> Kernel:
+    arguments = {argument: 1 for argument in policy_loss._policy_loss_kernel.arg_names if argument.endswith("_stride")}
+    arguments |= dict(
+        logprobs_ptr="*fp32", old_ptr="*fp32", ref_ptr="*fp32", advantages_ptr="*fp32", weights_ptr="*fp32",
+        partials_ptr="*fp32", slope_ptr="*fp32", kl_ptr="*fp32", ratio_ptr="*fp32", clipped_low_ptr="*i1",
+        clipped_high_ptr="*i1", low="fp32", high="fp32", delta="fp32", beta="fp32", tokens="i32",
+        BIAS_CORRECTION=True, BLOCK=policy_loss.BLOCK,
+    )  # fmt: skip
+    return Kernel(name, policy_loss._policy_loss_kernel, arguments | change)
+
+
 _SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
@@ -110,6 +121,8 @@ KERNELS = [
     _scale(
         "linear_logprobs scale, gradient of entropy", lean_ptr="*half", lean_factor_ptr="*fp32", ENTROPY_GRADIENT=True
     ),
+    _policy_loss("policy_loss, everything"),
+    _policy_loss("policy_loss, no reference, no delta", ref_ptr=None, kl_ptr=None, delta=None, BIAS_CORRECTION=False),
 ]  # fmt: skip
 
 

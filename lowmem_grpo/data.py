@@ -88,7 +88,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _from_question_and_answer(row: dict) -> dict:
-    return {"prompt": [{"role": "user", "content": row["question"]}], "solution": row["answer"]}
+    prompt = [{"role": "user", "content": row["question"]}]
+    return {"prompt": prompt} if "solution" in row else {"prompt": prompt, "solution": row["answer"]}
 
 
 def tokenize_prompts(

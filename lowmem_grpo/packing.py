@@ -42,7 +42,8 @@ def pack(
     rows = [b for b in range(len(completions)) if completions[b] and (keep is None or keep[b])]
     rows.sort(key=lambda b: len(prompts[b]) + len(completions[b]), reverse=True)
     while rows:
-        width = _round_up(len(prompts[rows[0]]) + len(completions[rows[0]]))
+        longest = len(prompts[rows[0]]) + len(completions[rows[0]])
+        width = _round_up(longest) if _round_up(longest) <= token_budget else longest
         count = max(1, token_budget // width)
         yield _micro_batch(rows[:count], prompts, completions, offsets, width, pad_token_id, device)
         rows = rows[count:]

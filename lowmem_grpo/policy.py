@@ -19,6 +19,7 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.packing import MicroBatch
 
+OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -133,11 +134,12 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
     """The sampler has none, and with it the ratio of policy and sampler would not start at 1; lora_dropout stays."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    layers: Any = model.named_modules()
+    for name, layer in layers:
+        if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
+            layer.p = 0.0
+        if isinstance(getattr(layer, "attention_dropout", None), float):
+            layer.attention_dropout = 0.0
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -153,14 +155,12 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
         _train_adapter(model)
-        return model
+        return _placed(model, device, dtype)
     if isinstance(model, PreTrainedModel):
-        dense: Any = model
-        if not _is_4bit(dense):
-            if config.load_in_4bit:
-                quantize_linears(dense, device, dtype)
-            dense.to(device=device, dtype=dtype)
-        return _add_adapter(dense, config, peft_config)
+        model.requires_grad_(False)
+        if config.load_in_4bit and not _is_4bit(model):
+            quantize_linears(model, device, dtype)
+        return _add_adapter(_placed(model, device, dtype), config, peft_config)
     if _is_adapter(model):
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
@@ -182,6 +182,9 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
         raise ValueError(f"{changed[0]} has no effect beside {what}; leave it out")
+    taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
+    if taken:
+        raise ValueError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
     if isinstance(model, PreTrainedModel | PeftModel):
         if config.model_init_kwargs:
             raise ValueError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
@@ -192,7 +195,7 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
 
 
 def _find_by_name(model: str, config: GRPOConfig) -> None:
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    is_path = model.startswith((".", "/")) or model.count("/") > 1
     if is_path and not Path(model).is_dir():
         raise ValueError(f"model {model!r} is not a folder on this machine")
     if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
@@ -250,6 +253,19 @@ def quantize_linears(model: PreTrainedModel, device: torch.device, dtype: torch.
         small.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small.to(device))  # the move quantizes
+
+
+def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with its parameters and buffers on the device; what is not trained gets the dtype too."""
+    if _is_4bit(model) and next(model.parameters()).device.type != device.type:
+        raise ValueError(f"the model is 4-bit on another device than {device.type}; load it there, or set use_cpu")
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
+                parameter.data = parameter.data.to(device, parameter.dtype if parameter.requires_grad else dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return model
 
 
 def _is_4bit(model: nn.Module) -> bool:

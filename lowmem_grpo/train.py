@@ -67,7 +67,12 @@ def train(
     if not isinstance(config, GRPOConfig):
         raise ValueError(f"config is a {type(config).__name__}; pass a GRPOConfig")
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
-    model = str(model) if isinstance(model, Path) else model
+    if isinstance(model, Path) or (isinstance(model, str) and model.startswith("~")):
+        model = str(Path(model).expanduser())
+    try:
+        settings = json.dumps(asdict(config), indent=1)
+    except TypeError as error:
+        raise ValueError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
     rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN))
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
         raise ValueError(
@@ -115,7 +120,7 @@ def train(
             raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
         state = {key: saved[key] for key in state}
     log = MetricsLog(output_dir, state["step"])
-    (output_dir / "grpo_config.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    (output_dir / "grpo_config.json").write_text(settings, encoding="utf-8")
 
     def save(randomness: dict[str, Any]) -> Path:
         complete = {**state, "data": data, "config": asdict(config)}

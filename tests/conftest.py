@@ -1,8 +1,10 @@
 import os
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
+
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 if not torch.cuda.is_available():  # kernels run in the interpreter, which Triton decides on as it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

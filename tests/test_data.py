@@ -148,6 +148,11 @@ def test_every_prompt_comes_once_an_epoch_whatever_the_steps():
     assert stream(3, False) == [str(i) for i in range(10)] * 3
 
 
+def test_a_solution_of_its_own_is_kept():
+    rows = load_rows([{"question": "q", "answer": "long", "solution": "7"}], GRPOConfig())
+    assert rows[0]["solution"] == "7"
+
+
 def test_paths_upper_case_and_other_formats_are_read(tmp_path):
     path = tmp_path / "rows.JSONL"
     path.write_text('{"prompt": "1+1="}\n')

@@ -196,6 +196,21 @@ def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
         load_policy(adapter, tokenizer, config, LoraConfig())
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype", "device_map", "quantization_config"])
+def test_what_the_config_decides_cannot_be_passed_beside_it(name):
+    with pytest.raises(ValueError, match=f"model_init_kwargs has {name}, which follows from"):
+        find_model(str(DEMO_MODEL), GRPOConfig(model_init_kwargs={name: "x"}))
+
+
+def test_a_loaded_peft_model_gets_the_compute_dtype_and_keeps_its_masters(tokenizer):
+    model = get_peft_model(make_model("qwen2"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    master = next(p for name, p in model.named_parameters() if "lora_A" in name)
+    before = master.detach().clone()
+    policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=True, load_in_4bit=False))
+    assert policy.head.weight.dtype == torch.bfloat16
+    assert torch.equal(master, before)
+
+
 def test_a_loaded_peft_model_continues_its_adapter(tokenizer):
     config = GRPOConfig(bf16=False, use_cpu=True, load_in_4bit=False)
     model = get_peft_model(make_model("qwen2"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))

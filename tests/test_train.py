@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
+from lowmem_grpo.generate.hf import score
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
 from lowmem_grpo.train import backward, reference_logprobs
@@ -157,6 +158,131 @@ def test_micro_batches_add_up_to_the_whole_batch(loss_type):
     assert found[0][1].norm() > 0
 
 
+def definition_of_the_loss(policy, rollout, config):
+    """GRPO's loss from full logits, one completion at a time, as the paper and TRL write it."""
+    total, count = torch.zeros(()), int((rollout.offsets.diff() * rollout.completion_mask).sum())
+
+    def logprobs(prompt, completion):
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0] / config.temperature
+        return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+    for b, completion in enumerate(rollout.completions):
+        if not rollout.completion_mask[b]:
+            continue
+        prompt = rollout.prompt_of(b).ids
+        with policy.as_reference():
+            reference = logprobs(prompt, completion.ids)
+        own = logprobs(prompt, completion.ids)
+        old = rollout.sampling_logprobs[rollout.offsets[b] : rollout.offsets[b + 1]]
+        ratio = (own - old).exp()
+        clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
+        gain = torch.minimum(ratio.clamp(max=config.delta) * rollout.advantages[b], clipped * rollout.advantages[b])
+        kl = ((reference - own).exp() - (reference - own) - 1) * ratio
+        total = total + (config.beta * kl - gain).sum() / count
+    return total
+
+
+def test_the_update_is_the_definition_on_full_logits():
+    policy = make_policy("qwen3")
+    rollout = fixed_rollout()
+    with policy.inference():  # ratios on both sides of every bound
+        near = torch.cat(
+            sample_logprobs(policy, [(rollout.prompt_of(b).ids, c.ids) for b, c in enumerate(rollout.completions)], 0.7)
+        )
+    draw = torch.Generator().manual_seed(2)
+    rollout = dataclasses.replace(rollout, sampling_logprobs=near + torch.randn(near.shape, generator=draw) * 0.5)
+    config = GRPOConfig(
+        temperature=0.7, epsilon=0.1, epsilon_high=0.3, delta=1.6, beta=0.2, token_budget=60, bf16=False
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    tokens = TokenMeter(rollout, policy.device)
+    loss = backward(policy, rollout, reference_logprobs(policy, rollout, config), tokens, scaler, config)
+    parameters = policy.trainable_parameters()
+    ours = torch.cat([p.grad.flatten() for p in parameters.values()])
+    policy.model.zero_grad()
+    truth = definition_of_the_loss(policy, rollout, config)
+    truth.backward()
+    theirs = torch.cat([p.grad.flatten() for p in parameters.values()])
+    torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    metrics = tokens.metrics()
+    assert 0 < metrics["clip_ratio/low_mean"] != metrics["clip_ratio/high_mean"] > 0
+
+
+def sample_logprobs(policy, sequences, temperature):
+    prompts, completions = ([list(x) for x in side] for side in zip(*sequences, strict=True))
+    return score(policy, prompts, completions, temperature, 1000)
+
+
+def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
+    module, given = sys.modules["lowmem_grpo.train"], {}
+
+    def spy(policy, prompts, num_generations, params, **settings):
+        given.update(vars(params), num_generations=num_generations, **settings)
+        return sample(policy, prompts, num_generations, params, **settings)
+
+    sample = module.sample
+    monkeypatch.setattr(module, "sample", spy)
+    chosen = dict(temperature=0.9, top_p=0.8, top_k=7, min_p=0.01, repetition_penalty=1.1, max_completion_length=5)
+    run(tmp_path, max_steps=1, num_generations=3, rollout_token_budget=333, token_budget=222, **chosen)
+    assert given == {
+        **chosen,
+        "num_generations": 3,
+        "rollout_token_budget": 333,
+        "token_budget": 222,
+        "logprobs": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_decay": 10.0}, {"max_grad_norm": 1e-4, "adam_epsilon": 1.0}, {"warmup_steps": 2}, {"adam_beta1": 0.5},
+        {"adam_beta2": 0.5}, {"adam_epsilon": 1e-2}, {"lora_alpha": 64}, {"reward_weights": [1.0, 0.0]},
+        {"scale_rewards": "none", "max_grad_norm": 1e9, "adam_epsilon": 1.0}, {"scale_rewards": "batch"},
+        {"loss_type": "grpo"}, {"lr_scheduler_type": "cosine"}, {"beta": 0.5}, {"seed": 1}, {"shuffle_dataset": False},
+        {"num_iterations": 2}, {"temperature": 0.5}, {"lora_dropout": 0.5}, {"prompts_per_step": 3},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_setting_of_the_update_changes_the_result(tmp_path, change, base_result):
+    result = run_for_settings(tmp_path, **change)
+    assert any(not torch.equal(value, base_result[name]) for name, value in adapters(result).items())
+
+
+def run_for_settings(tmp_path, **changes):
+    settings = dict(rewards=[length_reward, task.tag_format_reward], max_steps=3, bf16=False, **changes)
+    return run(tmp_path, **settings)
+
+
+@pytest.fixture(scope="module")
+def base_result(tmp_path_factory):
+    """The adapters of the same run with every setting at its default; two such runs are equal bit for bit."""
+    first, second = (adapters(run_for_settings(tmp_path_factory.mktemp("base"))) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    return first
+
+
+def test_checkpointing_really_recomputes():
+    calls = []
+    for gradient_checkpointing in (False, True):
+        policy = make_policy("llama", gradient_checkpointing=gradient_checkpointing)
+        count = []
+        policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))  # type: ignore[union-attr,index]
+        rollout = dataclasses.replace(fixed_rollout(), sampling_logprobs=None)
+        config = GRPOConfig(bf16=False)
+        backward(
+            policy,
+            rollout,
+            None,
+            TokenMeter(rollout, policy.device),
+            torch.amp.GradScaler("cpu", enabled=False),
+            config,
+        )
+        calls.append(len(count))
+    assert calls == [1, 2]
+
+
 def test_truncated_completions_can_be_left_out(tmp_path):
     result = run(tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True)
     assert result.history[0]["completions/clipped_ratio"] == 1.0
@@ -208,7 +334,7 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"eval_steps": 5}, "there is no eval_dataset"),
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
-        ({"rows": [{"prompt": "\u6f22", "solution": "2"}]}, {}, "without a single token"),
+        ({"rows": [{"prompt": "\u6f22"}], "rewards": lambda **_: [1.0]}, {}, "without a single token"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],
 )

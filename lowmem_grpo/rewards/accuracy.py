@@ -5,7 +5,7 @@ import re
 from lowmem_grpo.rewards.math_pool import math_equal
 from lowmem_grpo.rewards.text import completion_text
 
-NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
