@@ -18,8 +18,9 @@ d_v = s_v - m, j = d softcap / dx, q = 1 - p_y, and over the v != y
     d logp / dh = q logit_scale / temperature * direction                     direction = j_y W_y - pull / rest
 
 in which q keeps its relative precision however close p_y is to 1. The usual form W_y - sum_v p_v W_v cancels there:
-with its sum in bf16 it is off by more than 10 % from p_y = 0.99 on, where most tokens of a trained policy are. What is stored is the
-direction, which is as large as W for every p_y and so fits fp16 too; its factor q is kept apart, (N,) fp32.
+with its sum in bf16 it is off by more than 10 % from p_y = 0.99 on, where most tokens of a trained policy are. What is
+stored is the direction, which is as large as W for every p_y and so fits fp16 too; its factor q is kept apart, (N,)
+fp32.
 
 The gradient of the entropy takes a third product, spread = sum exp(d_v) d_v j_v W_v. With mean = moment / rest
 

@@ -134,12 +134,11 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
     """The sampler has none, and with it the ratio of policy and sampler would not start at 1; lora_dropout stays."""
-    layers: Any = model.named_modules()
-    for name, layer in layers:
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
             layer.p = 0.0
         if isinstance(getattr(layer, "attention_dropout", None), float):
-            layer.attention_dropout = 0.0
+            vars(layer)["attention_dropout"] = 0.0
 
 
 def _enable_checkpointing(model: Any) -> None:
