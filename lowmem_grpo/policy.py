@@ -55,17 +55,21 @@ class Policy:
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability under temperature of each of the batch's N tokens, and the entropy there: (N,) fp32 each.
+    def logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
+        """Log-probability under temperature of each of the batch's N tokens, (N,) fp32, with its gradient."""
+        return linear_logprobs(**self._head_inputs(batch, temperature))
 
-        The log-probabilities carry the gradient where it is enabled; the entropies never do.
-        """
+    def logprobs_and_entropy(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy at each token, (N,) fp32, which never carries a gradient."""
+        return linear_logprobs(**self._head_inputs(batch, temperature), return_entropy=True)
+
+    def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
         with self.autocast():
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (R, T, D)
         rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
-        return linear_logprobs(
-            rows, self.head.weight, batch.labels, bias=self.head.bias, temperature=temperature,
-            logit_scale=self.head.logit_scale, softcap=self.head.softcap, return_entropy=True,
+        return dict(
+            hidden_states=rows, weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
+            temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
         )  # fmt: skip
 
     def autocast(self) -> torch.autocast:

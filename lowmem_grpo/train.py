@@ -283,7 +283,7 @@ def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig) -> 
     logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
     with policy.as_reference():
         for batch in micro_batches(policy, rollout, config):
-            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)[0]
+            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
     return logprobs
 
 
@@ -303,7 +303,7 @@ def backward(
     advantages = rollout.advantages.to(policy.device)
     total = torch.zeros((), device=policy.device)
     for batch in micro_batches(policy, rollout, config):
-        logprobs, entropy = policy.logprobs(batch, config.temperature)  # (N,) each
+        logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each
         loss, stats = policy_loss(
             logprobs,
             None if rollout.sampling_logprobs is None else rollout.sampling_logprobs[batch.tokens],

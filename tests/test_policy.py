@@ -31,7 +31,7 @@ def own_logprobs(policy, temperature=1.0):
 def flat_logprobs(policy, token_budget=1000, temperature=1.0):
     flat = torch.zeros(7)
     for batch in batches(policy, token_budget):
-        flat[batch.tokens] = policy.logprobs(batch, temperature)[0].detach()
+        flat[batch.tokens] = policy.logprobs(batch, temperature).detach()
     return flat
 
 
@@ -128,7 +128,7 @@ def test_gradients_after_an_inference_are_those_before_it(family):
 
     def gradients():
         for batch in batches(policy):
-            policy.logprobs(batch, 1.0)[0].sum().backward()
+            policy.logprobs(batch, 1.0).sum().backward()
         found = [parameter.grad.clone() for parameter in policy.trainable_parameters().values()]
         policy.model.zero_grad()
         return found
@@ -146,7 +146,7 @@ def test_checkpointing_does_not_change_gradients():
     for gradient_checkpointing in (False, True):
         policy = make_policy("qwen3", gradient_checkpointing=gradient_checkpointing)
         for batch in batches(policy):
-            policy.logprobs(batch, 1.0)[0].sum().backward()
+            policy.logprobs(batch, 1.0).sum().backward()
         results.append([parameter.grad for parameter in policy.trainable_parameters().values()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

@@ -56,7 +56,7 @@ def score(
     for batch in pack(
         prompts, completions, token_budget=token_budget, pad_token_id=policy.pad_token_id, device=policy.device
     ):
-        flat[batch.tokens] = policy.logprobs(batch, temperature)[0]
+        flat[batch.tokens] = policy.logprobs(batch, temperature)
     return flat.cpu().split(lengths)
 
 
