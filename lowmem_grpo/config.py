@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which the CLI and the README's reference print."""
+    """A dataclass field with its help text, which the CLI prints."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -153,7 +153,7 @@ class GRPOConfig:
         return "float32" if self.bf16 is False else "bfloat16"
 
 
-# Where `--help` and the README start a new section: the first field of each.
+# Where `--help` starts a new section: the first field of each.
 SECTIONS = {
     "output_dir": "the run", "model_init_kwargs": "model", "lora_r": "adapters", "dataset_config": "data",
     "prompts_per_step": "rollout", "reward_weights": "rewards and advantages", "beta": "objective",

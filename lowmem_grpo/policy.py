@@ -1,6 +1,7 @@
 """Policy: one frozen 4-bit base with LoRA adapters. The reference is the same model with the adapters switched off."""
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -281,13 +282,15 @@ def _add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraCo
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
         )  # fmt: skip
+    peft_config = copy.copy(peft_config)  # the caller's is left as it is
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    # peft still reads a name that transformers has given up; nothing is wrong.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ValueError(f"no adapter could be added: {error}") from error
+    with warnings.catch_warnings():
+        # peft still reads a name that transformers has given up; nothing is wrong.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ValueError(f"no adapter could be added: {error}") from error
 
 
 def _train_adapter(model: PeftModel) -> None:

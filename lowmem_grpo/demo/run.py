@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.data import load_rows, tokenize_prompts
 from lowmem_grpo.demo import task
 from lowmem_grpo.evaluate import as_text, sample_greedily
 from lowmem_grpo.policy import Policy
-from lowmem_grpo.rollout import Prompt
 from lowmem_grpo.train import TrainResult, train
 
 MODEL = Path(__file__).parent / "model"
@@ -90,10 +90,7 @@ def text_curve(values: list[float], top: float, height: int = 6) -> str:
 
 def completions_table(policy: Policy, problems: list[task.Problem], config: GRPOConfig) -> Table:
     """The same prompts answered by the reference, which is the model before training, and by the policy."""
-    prompts = []
-    for row in task.rows(problems):
-        rendered = policy.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        prompts.append(Prompt(row["prompt"], policy.tokenizer(rendered)["input_ids"], {}))
+    prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
     with policy.as_reference():
         before = sample_greedily(policy, prompts, config)
     after = sample_greedily(policy, prompts, config)
