@@ -70,6 +70,9 @@ FROM_LARGEST = Rule(above=8.0, below=3.0)
 THE_LARGEST = Rule(above=0.0, below=0.0)
 BELOW_EVERY_SCORE = -1e30  # not -inf, which would make 0 * (m - m') a NaN
 
+# Tokens that the twin folds at a time. What it needs besides the tile itself is (ROWS, Vb) fp32, 2 MiB at Vb = 4096.
+ROWS = 128
+
 # Rows of the state that a chunk of tokens carries from tile to tile, (5, C) fp32.
 LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT = range(5)
 
@@ -415,7 +418,7 @@ def _forward(
     rounds = gradient and not narrow and operand != torch.float32
     product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(hidden_states):
         for row in range(0, n, c):
             here = slice(row, min(row + c, n))
             rows = here.stop - row
@@ -567,7 +570,7 @@ def linear_logprobs(
 
     Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
     widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
-    or two more (C, Vb) for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
+    or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
     dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
 
     Raises:
@@ -665,15 +668,27 @@ def _torch_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: 
 
 
 def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings, gradient: bool) -> tuple:
-    """(fp32 scores, fp32 shares): further tiles like scores, where its own storage does not serve for both."""
+    """(fp32 scores, fp32 shares) of ROWS rows, where the tile's own storage does not serve."""
     narrow = scores.dtype != torch.float32
     aliased = gradient and not narrow and shares.dtype != torch.float32
     second = settings.entropy or aliased or (gradient and settings.softcap is not None)
-    return tuple(torch.empty_like(scores, dtype=torch.float32) if when else None for when in (narrow, second))
+    rows = scores[:ROWS]
+    return tuple(torch.empty_like(rows, dtype=torch.float32) if when else None for when in (narrow, second))
 
 
 def _torch_fold(chunk, scores, shares, drifts, tiles, bias, first: int, settings: _Settings, rule: Rule) -> None:
-    """The twin of _fold_kernel. tiles: see _torch_tiles."""
+    """The twin of _fold_kernel, ROWS tokens after the other. tiles: see _torch_tiles."""
+    for row in range(0, len(scores), ROWS):
+        here = slice(row, row + ROWS)
+        labels, state = chunk.labels[here], chunk.state[:, here]
+        pull, spread, tile, tile_shares, tile_drifts = (
+            x if x is None else x[here] for x in (chunk.pull, chunk.spread, scores, shares, drifts)
+        )
+        some = chunk._replace(labels=labels, state=state, pull=pull, spread=spread)
+        _torch_fold_rows(some, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
+
+
+def _torch_fold_rows(chunk, scores, shares, drifts, tiles, bias, first: int, settings: _Settings, rule: Rule) -> None:
     rows, width = scores.shape
     wide, share = (x if x is None else x[:rows, :width] for x in tiles)
     score = scores if wide is None else wide.copy_(scores)
