@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_grpo.kernels import linear_logprobs, policy_loss
+from lowmem_grpo.kernels import linear_logprobs, policy_loss, sample_tokens
 
 # Compute capability -> the most shared memory of a block, in bytes.
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
@@ -99,6 +99,14 @@ def _policy_loss(name: str, **change) -> Kernel:
     return Kernel(name, policy_loss._policy_loss_kernel, arguments | change)
 
 
+def _choose(name: str, **change) -> Kernel:
+    arguments = dict(
+        logits_ptr="*fp32", uniforms_ptr="*fp32", tokens_ptr="*i64", logprobs_ptr="*fp32", row_stride="i32",
+        inverse_temperature="fp32", V=151936, BLOCK=sample_tokens.BLOCK,
+    )  # fmt: skip
+    return Kernel(name, sample_tokens._choose_kernel, arguments | change, num_warps=8)
+
+
 _SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
@@ -123,6 +131,8 @@ KERNELS = [
     ),
     _policy_loss("policy_loss, everything"),
     _policy_loss("policy_loss, no reference, no delta", ref_ptr=None, kl_ptr=None, delta=None, BIAS_CORRECTION=False),
+    _choose("sample_tokens"),
+    _choose("selective_logprobs", uniforms_ptr=None),
 ]  # fmt: skip
 
 
