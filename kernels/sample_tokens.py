@@ -22,7 +22,7 @@ except ImportError:  # Windows, macOS
     triton = None
 
 BLOCK = 4096  # logits of one pass through the loop: 16 to each thread of 8 warps
-ROWS = 8  # of the twin at a time, whose scratch is two (ROWS, V) fp32 tensors
+LOGITS = 2**21  # of the twin at a time, in whole rows: its scratch is three such fp32 tensors, 24 MiB
 
 if triton is not None:
 
@@ -93,8 +93,7 @@ def sample_tokens(
         logits.new_empty(len(logits), dtype=torch.int64),
         logits.new_empty(len(logits), dtype=torch.float),
     )
-    for row in range(0, len(logits), ROWS):
-        rows = slice(row, row + ROWS)
+    for rows in _parts(logits):
         score = _scores(logits[rows], temperature)
         share = score.exp()
         reached = share.cumsum(-1)
@@ -119,10 +118,7 @@ def selective_logprobs(
     _check(logits, tokens, torch.int64, temperature, "tokens")
     if _runs_by_triton(backend, logits.device.type):
         return _launch(logits, None, tokens.contiguous(), temperature)
-    parts = [
-        _logprobs(_scores(logits[row : row + ROWS], temperature), tokens[row : row + ROWS])
-        for row in range(0, len(logits), ROWS)
-    ]
+    parts = [_logprobs(_scores(logits[rows], temperature), tokens[rows]) for rows in _parts(logits)]
     return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float32)
 
 
@@ -137,6 +133,11 @@ def _launch(logits: Tensor, uniforms: Tensor | None, tokens: Tensor, temperature
                 num_warps=8,
             )  # fmt: skip
     return logprobs
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    rows = max(1, LOGITS // logits.shape[1])
+    return [slice(row, row + rows) for row in range(0, len(logits), rows)]
 
 
 def _scores(logits: Tensor, temperature: float) -> Tensor:

@@ -63,7 +63,10 @@ class GRPOConfig:
     top_k: int = option(0, "sample from the k likeliest tokens; 0 is off")
     min_p: float | None = option(None, "least probability relative to the likeliest token")
     repetition_penalty: float = option(1.0, "penalty on tokens already in the text; 1 is off")
-    rollout_token_budget: int = option(65536, "most tokens, padding included, that are sampled at once")
+    rollout_token_budget: int = option(65536, "most tokens whose keys and values are in memory at once while sampling")
+    rollout_weights: Literal["auto", "4bit", "dense"] = option(
+        "auto", "sample from the 4-bit weights, or from a dense copy; auto: dense on a CPU with memory to spare"
+    )
 
     reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
     scale_rewards: Literal["group", "batch", "none"] = option(

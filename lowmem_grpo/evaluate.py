@@ -30,8 +30,9 @@ def sample_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -
     params = SamplingParams(max_completion_length=config.max_completion_length, temperature=0)
     return sample(
         policy, [p.ids for p in prompts], 1, params,
-        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget, logprobs=False,
-    )  # fmt: skip
+        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
+        weights=config.rollout_weights,
+    ).completions  # fmt: skip
 
 
 def as_text(policy: Policy, prompt: Prompt, completion: Completion) -> str | list[dict]:

@@ -60,13 +60,15 @@ class TokenMeter:
             5, tokens, device=device
         )
         self.ratio = torch.ones(tokens, device=device)
-        self.with_kl = False
+        self.with_kl = self.with_ratio = False
 
     def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, stats: TokenStats) -> None:
         """Record one micro-batch; a later iteration over the same rollout overwrites it."""
-        if self.rollout.sampling_logprobs is not None and not self.seen[batch.tokens].any():
+        if self.seen[batch.tokens].any():
+            self.with_ratio = True
+        elif self.rollout.sampling_logprobs is not None:
             # Only on the first pass is the policy still the one that sampled.
-            self.difference[batch.tokens] = (logprobs.detach() - self.rollout.sampling_logprobs[batch.tokens]).abs()
+            self.difference[batch.tokens] = (logprobs - self.rollout.sampling_logprobs[batch.tokens]).abs()
         self.seen[batch.tokens] = True
         self.entropy[batch.tokens] = entropy
         self.ratio[batch.tokens] = stats.ratio
@@ -91,6 +93,7 @@ class TokenMeter:
         if self.rollout.sampling_logprobs is not None:
             values["sampling/sampling_logp_difference/mean"] = self.difference.sum() / count
             values["sampling/sampling_logp_difference/max"] = self.difference.max()
+        if self.with_ratio:
             ratio = self.ratio[self.seen] if self.seen.any() else self.ratio
             values["ratio/mean"], values["ratio/min"], values["ratio/max"] = ratio.mean(), ratio.min(), ratio.max()
         if self.with_kl:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -51,6 +51,7 @@ class Policy:
         self.device = self.head.weight.device
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         probe_head(self.base, self.head)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -72,6 +73,19 @@ class Policy:
             hidden_states=rows, weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
             temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
         )  # fmt: skip
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The next token's logits (S, V) of last hidden states (S, D), on a GPU in fp32. For sampling alone."""
+        weight, bias, logit_scale, softcap = self.head
+        rows = hidden_states.to(weight.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            if rows.is_cuda and rows.dtype != torch.float32:
+                logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+            else:
+                logits = rows @ weight.t()
+        logits = logits if bias is None else logits + bias
+        logits = logits if logit_scale == 1 else logits * logit_scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def autocast(self) -> torch.autocast:
         """Casts the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""

@@ -17,7 +17,10 @@ class Prompt:
 @dataclass(frozen=True)
 class Completion:
     ids: list[int]  # the end-of-sequence token included, where one was sampled
-    logprobs: Tensor | None  # (T,) fp32 on the CPU: under temperature, before any truncation; None if not asked for
+    # (T,) fp32 on the CPU each, or None where the sampler does not say: each token's log-probability under temperature
+    # alone, which training computes too, and in the distribution it was drawn from, after penalty and truncation.
+    logprobs: Tensor | None
+    behaviour_logprobs: Tensor | None
     finish: str  # "eos" or "length"
 
 
@@ -32,7 +35,7 @@ class Rollout:
     prompts: list[Prompt]  # B / num_generations
     completions: list[Completion]  # B
     offsets: Tensor  # (B + 1,) int64
-    sampling_logprobs: Tensor | None  # (M,) fp32, by the policy that sampled; None if nothing will ask
+    sampling_logprobs: Tensor | None  # (M,) fp32, by the sampler, under temperature alone; None if it does not say
     rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply
     advantages: Tensor  # (B,) fp32
     completion_mask: Tensor  # (B,) bool: whether the completion's tokens count

@@ -161,8 +161,10 @@ def train(
                 with meter.phase("update"):
                     learning_rate = scheduler.get_last_lr()[0]
                     tokens = TokenMeter(rollout, policy.device)
+                    old_logprobs = None  # before the first change of a weight, the old policy is this one
                     for _ in range(config.num_iterations):
-                        loss = backward(policy, rollout, ref_logprobs, tokens, scaler, config)
+                        loss, logprobs = backward(policy, rollout, old_logprobs, ref_logprobs, tokens, scaler, config)
+                        old_logprobs = logprobs if old_logprobs is None else old_logprobs
                         interruption.hold()  # from the first change of a weight until the step is whole
                         scaler.unscale_(optimizer)
                         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -225,11 +227,12 @@ def collect_rollout(
         max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
         top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
-    completions = sample(
+    sampled = sample(
         policy, [prompt.ids for prompt in prompts], config.num_generations, params,
         rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        logprobs=config.num_iterations > 1,
+        weights=config.rollout_weights,
     )  # fmt: skip
+    completions = sampled.completions
     asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
     columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
@@ -250,6 +253,7 @@ def collect_rollout(
         advantages=compared.advantages,
         completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
         metrics={
+            **sampled.metrics,
             **scores.metrics,
             **length_metrics(completions),
             **reward_metrics(rewards.names, scores.rewards, compared),
@@ -290,23 +294,28 @@ def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig) -> 
 def backward(
     policy: Policy,
     rollout: Rollout,
+    old_logprobs: Tensor | None,  # (M,), None: those of the policy as it is, whose ratio is 1
     ref_logprobs: Tensor | None,  # (M,)
     tokens: TokenMeter,
     scaler: torch.amp.GradScaler,
     config: GRPOConfig,
-) -> Tensor:
-    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch; return the loss, a scalar."""
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch.
+
+    Returns the loss, a scalar, and the log-probabilities (M,) of the tokens that count.
+    """
     weights = token_weights(
         rollout.offsets.diff(), rollout.completion_mask,
         loss_type=config.loss_type, max_completion_length=config.max_completion_length,
     ).to(policy.device)  # fmt: skip
     advantages = rollout.advantages.to(policy.device)
     total = torch.zeros((), device=policy.device)
+    computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
     for batch in micro_batches(policy, rollout, config):
         logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each
         loss, stats = policy_loss(
             logprobs,
-            None if rollout.sampling_logprobs is None else rollout.sampling_logprobs[batch.tokens],
+            None if old_logprobs is None else old_logprobs[batch.tokens],
             None if ref_logprobs is None else ref_logprobs[batch.tokens],
             advantages[batch.sequences],
             weights[batch.sequences],
@@ -318,8 +327,9 @@ def backward(
         )
         scaler.scale(loss).backward()
         total += loss.detach()
-        tokens.add(batch, logprobs, entropy, stats)
-    return total
+        computed[batch.tokens] = logprobs.detach()
+        tokens.add(batch, computed[batch.tokens], entropy, stats)
+    return total, computed
 
 
 def count_tokens(rollout: Rollout) -> int:

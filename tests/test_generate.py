@@ -1,20 +1,47 @@
+import warnings
+from math import ceil
+
 import pytest
 import torch
 from tiny_models import make_model, make_policy
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.generate import SamplingParams, engine, hf, sample
 from lowmem_grpo.generate.hf import generation_config
+from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
+from lowmem_grpo.generate.sampling import choose
+from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.store import Store
+from lowmem_grpo.generate.weights import fast_linears
 
-PROMPTS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
+# Of one token, of a few, and of more than a sliding window and than plan.SHARE_FROM.
+PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 
-def run(policy, num_generations=3, seed=0, rollout_token_budget=10_000, logprobs=True, **params):
+def run(policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", **params):
     torch.manual_seed(seed)
     params = {"max_completion_length": 12, "temperature": 1.0, **params}
     return sample(
-        policy, PROMPTS, num_generations, SamplingParams(**params),
-        rollout_token_budget=rollout_token_budget, token_budget=1000, logprobs=logprobs,
-    )  # fmt: skip
+        policy, prompts, num_generations, SamplingParams(**params),
+        rollout_token_budget=10_000, token_budget=100, plan=plan, weights=weights,
+    ).completions  # fmt: skip
+
+
+def plans(prompts, num_generations, tokens, slots):
+    """Plans of so many slots, prompts shared and not."""
+    longest = max(map(len, prompts)) - 1
+    yield RolloutPlan(slots, tokens, min(len(prompts), 2 * ceil(slots / num_generations)), max(1, longest))
+    yield RolloutPlan(slots, tokens + longest, 0, 0)
+
+
+def ids_of(completions):
+    return [c.ids for c in completions]
 
 
 def own_logprobs(policy, prompt, completion, temperature):
@@ -23,26 +50,287 @@ def own_logprobs(policy, prompt, completion, temperature):
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("truncation", [{}, {"top_k": 3}, {"top_p": 0.5, "repetition_penalty": 1.3, "min_p": 0.1}])
-def test_logprobs_are_under_temperature_before_any_truncation(family, truncation):
+@pytest.mark.parametrize(
+    "truncation", [{}, {"top_k": 3}, {"top_p": 0.5, "repetition_penalty": 1.3, "min_p": 0.1}, {"temperature": 0}]
+)
+def test_logprobs_are_those_of_a_training_forward(family, truncation):
+    """Under temperature and before truncation; 2e-5 in fp32, with 4-bit weights and adapters."""
     policy = make_policy(family)
-    for index, completion in enumerate(run(policy, temperature=0.8, **truncation)):
-        truth = own_logprobs(policy, PROMPTS[index // 3], completion, 0.8)
+    params = {"temperature": 0.8, **truncation}
+    for index, completion in enumerate(run(policy, **params)):
+        truth = own_logprobs(policy, PROMPTS[index // 3], completion, params["temperature"] or 1.0)
         torch.testing.assert_close(completion.logprobs, truth, atol=2e-5, rtol=0)
+
+
+def test_greedy_completions_are_those_of_generate(family):
+    policy = make_policy(family)
+    params = SamplingParams(max_completion_length=30, temperature=0)
+    theirs = hf.sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000)
+    for plan in (*plans(PROMPTS, 1, 30, 3), *plans(PROMPTS, 1, 30, 2)):
+        assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == ids_of(theirs)
+
+
+def test_behaviour_logprobs_are_of_the_distribution_that_was_drawn_from():
+    """transformers' own processors, one after the other in its order, on the logits of a full forward."""
+    policy = make_policy("llama")
+    params = dict(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
+    for index, completion in enumerate(run(policy, **params)):
+        prompt = PROMPTS[index // 3]
+        text = torch.tensor([prompt + completion.ids])
+        with policy.inference():
+            logits = policy.model(input_ids=text).logits[0]
+        for t, token in enumerate(completion.ids):
+            scores, before = logits[None, len(prompt) - 1 + t], text[:, : len(prompt) + t]
+            for processor in (
+                RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.8), TopKLogitsWarper(40),
+                TopPLogitsWarper(0.9), MinPLogitsWarper(0.02),
+            ):  # fmt: skip
+                scores = processor(before, scores)
+            truth = scores.log_softmax(-1)[0, token]
+            torch.testing.assert_close(completion.behaviour_logprobs[t], truth, atol=5e-5, rtol=0)
+
+
+def test_without_truncation_both_logprobs_are_one():
+    assert all(torch.equal(c.logprobs, c.behaviour_logprobs) for c in run(make_policy()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 8, "top_p": 0.9, "min_p": 0.02}])
+def test_draws_are_distributed_as_transformers_says(settings):
+    """Chi-squared of 4000 draws over the kept tokens: beyond its 0.999 quantile once in 1000 seeds, and this one is fixed."""
+    params = SamplingParams(max_completion_length=1, temperature=0.7, **settings)
+    draw = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, 30, generator=draw)
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    if settings:
+        for warper in (TopKLogitsWarper(8), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)):
+            expected = warper(None, expected)
+    expected = 4000 * expected.softmax(-1)[0]
+    tokens = choose(logits.expand(4000, 30), torch.rand(4000, generator=draw), None, params).tokens
+    counts = torch.bincount(tokens, minlength=30)
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    statistic = ((counts - expected)[kept].square() / expected[kept]).sum()
+    freedom = int(kept.sum()) - 1
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3  # Wilson and Hilferty
+    assert statistic < quantile
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9, "repetition_penalty": 1.2}])
+def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation):
+    policy = make_policy(family)
+    found = [
+        run(policy, 4, plan=plan, max_completion_length=30, **truncation)
+        for slots in (12, 6, 4, 2, 1)
+        for plan in plans(PROMPTS, 4, 30, slots)
+    ]
+    assert len({tuple(ids) for ids in ids_of(found[0])}) > 8
+    for completions in found[1:]:
+        assert ids_of(completions) == ids_of(found[0])
+        for ours, first in zip(completions, found[0], strict=True):
+            torch.testing.assert_close(ours.logprobs, first.logprobs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 20, 30])
+def test_out_of_memory_halves_the_slots_and_changes_nothing(at, monkeypatch):
+    policy = make_policy("llama")
+    expected = ids_of(run(policy, 4, max_completion_length=30))
+    calls, forward = [], policy.decoder.forward
+
+    def failing(*args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        if len(calls) == at:
+            raise torch.OutOfMemoryError("made up")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.decoder, "forward", failing)
+    policy.engine_refusal = None  # the check on first use would be the one that fails
+    assert ids_of(run(policy, 4, max_completion_length=30)) == expected
+    assert len(calls) >= at
+    assert max(calls[at:]) <= 6, "half of 12 slots"
+
+
+def test_out_of_memory_with_one_slot_is_an_error(monkeypatch):
+    policy = make_policy("llama")
+
+    def failing(*_, **__):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(policy.decoder, "forward", failing)
+    policy.engine_refusal = None
+    with pytest.raises(torch.OutOfMemoryError):
+        run(policy)
+
+
+def test_a_changed_adapter_is_what_is_sampled_from():
+    """A rollout leaves nothing behind that the next could use: no stale prefix."""
+    policy, fresh = make_policy("qwen3"), make_policy("qwen3")
+    before = run(policy, 4)
+    for changed in (policy, fresh):
+        draw = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for parameter in changed.trainable_parameters().values():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+    after, expected = run(policy, 4), run(fresh, 4)
+    assert ids_of(after) == ids_of(expected) != ids_of(before)
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(after, expected, strict=True))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_rollout_changes_no_gradient(family, dense):
+    policy = make_policy(family, bf16=True)
+
+    def gradients():
+        policy.model.zero_grad()
+        with policy.autocast():
+            policy.model(input_ids=torch.tensor([PROMPTS[2]])).logits.float().logsumexp(-1).sum().backward()
+        return [p.grad.clone() for p in policy.trainable_parameters().values()]
+
+    before = gradients()
+    mode = policy.base.config._attn_implementation
+    run(policy, weights="dense" if dense else "4bit")
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+    assert policy.model.training and policy.base.config._attn_implementation == mode
+    assert sum(gradient.abs().sum() for gradient in before) > 0
+
+
+def test_dense_weights_sample_the_same_tokens_in_fp32(family):
+    policy = make_policy(family)
+    assert ids_of(run(policy, weights="dense")) == ids_of(run(policy, weights="4bit"))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_fused_adapters_are_pefts(family, dense):
+    policy = make_policy(family)
+    text = torch.tensor([PROMPTS[2], PROMPTS[2][::-1]])
+    with policy.inference():
+        expected = policy.decoder(input_ids=text).last_hidden_state
+        with fast_linears(policy.base, policy.dtype, dense=dense):
+            found = policy.decoder(input_ids=text).last_hidden_state
+        again = policy.decoder(input_ids=text).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    "field, value, reason",
+    [
+        ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
+        ("kv_lora_rank", 8, "MLA"),
+        ("num_kv_shared_layers", 1, "share keys and values"),
+    ],
+)
+def test_a_refusal_names_its_reason(field, value, reason):
+    policy = make_policy("llama")
+    setattr(policy.base.config, field, value)
+    assert reason in engine.refusal(policy)
+
+
+def test_a_refused_model_is_sampled_from_by_generate_after_one_warning(monkeypatch):
+    policy = make_policy("llama")
+    monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
+    with pytest.warns(UserWarning, match="attention cannot be replaced") as caught:
+        completions = run(policy)
+        run(policy)
+    assert len(caught) == 1
+    assert len(completions) == 9 and all(c.logprobs is None for c in completions)
+
+
+def test_an_attention_argument_that_is_not_understood_is_a_refusal(monkeypatch):
+    policy = make_policy("llama")
+    attention = policy.decoder.layers[0].self_attn
+    monkeypatch.setattr(type(attention), "forward", _with_sinks(type(attention).forward))
+    assert "s_aux" in engine.refusal(policy)
+
+
+def _with_sinks(forward):
+    return lambda self, *args, **kwargs: forward(self, *args, **kwargs, s_aux=torch.zeros(4))
+
+
+def test_a_model_whose_steps_do_not_add_up_is_refused(monkeypatch):
+    policy = make_policy("llama")
+    layer = policy.decoder.layers[0].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: forward(x) * x.shape[1])  # as if tokens saw each other there
+    assert "away from its own forward" in engine.refusal(policy)
+
+
+def test_a_known_model_is_not_refused(family):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert engine.refusal(make_policy(family)) is None
+        assert engine.refusal(make_policy(family, bf16=True)) is None
+
+
+def counted_bytes(store):
+    """By the allocator, whatever the plan says."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in vars(store).values())
+
+
+def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget():
+    draw = torch.Generator().manual_seed(0)
+
+    def number(high):
+        return int(torch.randint(1, high, (1,), generator=draw))
+
+    shape = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=2)
+    for _ in range(200):
+        asked = dict(
+            prompt_tokens=number(300), prompts=number(6), num_generations=number(8), max_completion_length=number(200)
+        )
+        budget = number(8000)
+        for share in (None, False, True):
+            plan = plan_rollout(**asked, budget_tokens=budget, share=share)
+            bytes_ = counted_bytes(Store(shape, plan, torch.bfloat16, torch.device("cpu")))
+            assert bytes_ == plan.tokens() * shape.token_bytes
+            assert bytes_ <= budget * shape.token_bytes or plan.slots == 1
+            more = plan_rollout(**asked, budget_tokens=10**9, share=share)
+            assert 1 <= plan.slots <= more.slots == asked["prompts"] * asked["num_generations"]
+
+
+def test_buckets_are_few_and_large_enough():
+    assert [bucket(n) for n in (1, 2, 3, 5, 9, 16, 17, 33, 49)] == [1, 2, 4, 8, 16, 16, 32, 48, 64]
+
+
+def test_every_completion_has_a_slot_once_and_its_prompt_a_row_meanwhile():
+    draw = torch.Generator().manual_seed(0)
+
+    def number(high):
+        return int(torch.randint(1, high, (1,), generator=draw))
+
+    for _ in range(200):
+        generations, prompts, slots, rows = number(6), number(6), number(9), number(5) - 1
+        scheduler = Scheduler(list(range(prompts * generations)), generations, slots, rows)
+        finished = []
+        while scheduler.waiting or scheduler.running:
+            new, new_rows = scheduler.admit()
+            running = [c for c in scheduler.slots if c is not None]
+            assert len(running) == len(set(running)) > 0
+            assert all(scheduler.slots[slot] is not None for slot in new)
+            if rows:
+                resident = [p for p in scheduler.prefixes if p is not None]
+                assert len(resident) == len(set(resident))
+                assert {c // generations for c in running} <= set(resident)
+                assert all(
+                    scheduler.prefixes[row] in {scheduler.slots[s] // generations for s in new} for row in new_rows
+                )
+            if not scheduler.waiting:
+                smallest = scheduler.running
+                before = sorted(running)
+                scheduler.compact(max(smallest, 1))
+                assert sorted(c for c in scheduler.slots[:smallest] if c is not None) == before
+            for slot, completion in enumerate(scheduler.slots):
+                if completion is not None and torch.rand((), generator=draw) < 0.4:
+                    scheduler.finish(slot)
+                    finished.append(completion)
+        assert sorted(finished) == list(range(prompts * generations))
 
 
 def test_completions_come_group_after_group_and_differ_within_one():
     completions = run(make_policy(), num_generations=4)
-    assert len(completions) == 8
+    assert len(completions) == 12
     assert len({tuple(c.ids) for c in completions[:4]}) > 1
     assert all(1 <= len(c.ids) <= 12 for c in completions)
-
-
-def test_greedy_completions_do_not_depend_on_waves():
-    policy = make_policy("qwen3")
-    together, alone = run(policy, temperature=0), run(policy, temperature=0, rollout_token_budget=1)
-    assert [c.ids for c in together] == [c.ids for c in alone]
-    assert together[0].ids == together[1].ids
 
 
 PLANTED = dict(
@@ -55,10 +343,16 @@ PLANTED = dict(
 def test_nothing_is_inherited_from_the_models_generation_config():
     plain, planted = make_model("llama"), make_model("llama")
     planted.generation_config.update(**PLANTED)
-    for params in ({}, {"temperature": 0}, {"top_p": 0.9, "top_k": 5}):
-        ids = [[c.ids for c in run(make_policy(model), **params)] for model in (plain, planted)]
-        assert ids[0] == ids[1]
+    for given in ({}, {"temperature": 0}, {"top_p": 0.9, "top_k": 5}):
+        params = SamplingParams(**{"max_completion_length": 12, "temperature": 1.0, **given})
+        assert ids_of(run(make_policy(plain), **given)) == ids_of(run(make_policy(planted), **given))
+        assert ids_of(by_generate(make_policy(plain), params)) == ids_of(by_generate(make_policy(planted), params))
     assert planted.generation_config.top_k == 1, "the model's own is put back"
+
+
+def by_generate(policy, params):
+    torch.manual_seed(0)
+    return hf.sample(policy, PROMPTS, 3, params, rollout_token_budget=10_000)
 
 
 def test_the_planted_settings_would_have_been_inherited():
@@ -97,7 +391,3 @@ def test_a_completion_that_is_cut_off_says_so():
     completions = run(make_policy(model), max_completion_length=1, temperature=0)
     assert all(c.finish == "length" and len(c.ids) == 1 for c in completions if c.ids != [1])
     assert any(c.finish == "length" for c in completions)
-
-
-def test_logprobs_are_left_out_when_nobody_asks():
-    assert all(c.logprobs is None for c in run(make_policy(), logprobs=False))

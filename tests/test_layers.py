@@ -28,7 +28,7 @@ ALLOWED = {
     "policy": {"config", "kernels", "packing"},
     "data": {"config", "rollout"},
     "rewards": {"rewards"},
-    "generate": {"generate", "packing", "policy", "rollout"},
+    "generate": {"generate", "kernels", "policy", "rollout"},
     "metrics": {"advantages", "objective", "packing", "rollout"},
     "checkpoint": {"policy"},
     "evaluate": {"advantages", "config", "generate", "metrics", "policy", "rewards", "rollout"},

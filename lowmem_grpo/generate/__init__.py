@@ -1,6 +1,81 @@
 """Sampling completions from the resident policy: prompts and a group size in, completions out."""
 
-from lowmem_grpo.generate.hf import sample
-from lowmem_grpo.generate.sampling import SamplingParams
+import contextlib
+import warnings
+from typing import Literal, NamedTuple
 
-__all__ = ["SamplingParams", "sample"]
+import psutil
+import torch
+
+from lowmem_grpo.generate import engine, hf
+from lowmem_grpo.generate.plan import RolloutPlan, plan_rollout
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.store import attending
+from lowmem_grpo.generate.weights import dense_bytes, fast_linears
+from lowmem_grpo.policy import Policy
+from lowmem_grpo.rollout import Completion
+
+__all__ = ["Sampled", "SamplingParams", "sample"]
+
+
+class Sampled(NamedTuple):
+    completions: list[Completion]  # B
+    metrics: dict[str, float]  # how it was done: rollout/slots, rollout/kv_mib, rollout/dense_weights_mib
+
+
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    num_generations: int,
+    params: SamplingParams,
+    *,
+    rollout_token_budget: int,
+    token_budget: int,
+    plan: RolloutPlan | None = None,
+    weights: Literal["auto", "4bit", "dense"] = "auto",
+) -> Sampled:
+    """num_generations completions of each prompt, group after group, with the adapters as they are now.
+
+    At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
+    prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
+    once for the call; "auto" does so on a CPU whose free memory holds them eight times over. A model that the engine
+    does not know is sampled from by transformers' `generate`, after a warning.
+    """
+    # One number of torch's own generator, which checkpoints keep, gives the whole call's.
+    draw = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    if policy.engine_refusal == "unasked":
+        policy.engine_refusal = engine.refusal(policy)
+        if policy.engine_refusal:
+            warnings.warn(
+                f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower: "
+                f"{policy.engine_refusal}",
+                stacklevel=2,
+            )
+    if policy.engine_refusal:
+        completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
+        return Sampled(completions, {})
+    plan = plan or plan_rollout(
+        prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
+        max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
+    )  # fmt: skip
+    size = dense_bytes(policy.base, policy.dtype)
+    spare = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available
+    dense = weights == "dense" or (weights == "auto" and spare)
+    uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(policy.inference())
+        stack.enter_context(policy.autocast())
+        stack.enter_context(attending(policy.base))
+        stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
+        completions = engine.run(
+            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget
+        )
+    kv_bytes = plan.tokens() * engine.kv_shape(policy).token_bytes
+    return Sampled(
+        completions,
+        {
+            "rollout/slots": plan.slots,
+            "rollout/kv_mib": kv_bytes / 2**20,
+            "rollout/dense_weights_mib": size / 2**20 if dense else 0.0,
+        },
+    )

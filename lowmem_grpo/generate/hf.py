@@ -1,33 +1,22 @@
-"""Sampling by transformers' `model.generate`, in waves under a token budget."""
+"""Sampling by transformers' `model.generate`, in waves under a token budget: for what the engine does not know."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from lowmem_grpo.generate.sampling import SamplingParams
-from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
 
 def sample(
-    policy: Policy,
-    prompts: list[list[int]],
-    num_generations: int,
-    params: SamplingParams,
-    *,
-    rollout_token_budget: int,
-    token_budget: int,
-    logprobs: bool = True,
+    policy: Policy, prompts: list[list[int]], num_generations: int, params: SamplingParams, *, rollout_token_budget: int
 ) -> list[Completion]:
-    """num_generations completions of each prompt, group after group, with the adapters as they are now.
+    """num_generations completions of each prompt, group after group, without log-probabilities.
 
-    A wave holds at most rollout_token_budget tokens (prompt, completion and padding), and at least one completion. With
-    logprobs, each token's log-probability under temperature and before top-k, top-p, min-p and the repetition penalty
-    is computed by the chunked head, in micro-batches of token_budget, from the same forward that training uses.
+    A wave holds at most rollout_token_budget tokens (prompt, completion and padding), and at least one completion.
     """
     rows = [ids for ids in prompts for _ in range(num_generations)]
     sampled: list[list[int]] = []
@@ -36,28 +25,8 @@ def sample(
         wave = max(1, rollout_token_budget // width)
         for start in range(0, len(rows), wave):
             sampled += _generate(policy, rows[start : start + wave])
-    scores: list[Tensor | None] = [None] * len(rows)
-    if logprobs:
-        with policy.inference():
-            scores = list(score(policy, rows, sampled, params.temperature or 1.0, token_budget))
     ends = set(policy.eos_token_ids)
-    return [
-        Completion(ids, logprob, "eos" if ids and ids[-1] in ends else "length")
-        for ids, logprob in zip(sampled, scores, strict=True)
-    ]
-
-
-def score(
-    policy: Policy, prompts: list[list[int]], completions: list[list[int]], temperature: float, token_budget: int
-) -> tuple[Tensor, ...]:
-    """Log-probability of each completion's tokens, (T,) fp32 on the CPU each."""
-    lengths = [len(completion) for completion in completions]
-    flat = torch.zeros(sum(lengths), device=policy.device)
-    for batch in pack(
-        prompts, completions, token_budget=token_budget, pad_token_id=policy.pad_token_id, device=policy.device
-    ):
-        flat[batch.tokens] = policy.logprobs(batch, temperature)
-    return flat.cpu().split(lengths)
+    return [Completion(ids, None, None, "eos" if ids and ids[-1] in ends else "length") for ids in sampled]
 
 
 def _generate(policy: Policy, rows: list[list[int]]) -> list[list[int]]:

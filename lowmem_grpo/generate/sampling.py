@@ -1,6 +1,13 @@
 """How the next token is chosen."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lowmem_grpo.kernels.sample_tokens import sample_tokens, selective_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +22,52 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
+
+
+class Choice(NamedTuple):
+    """One token of each row, (S,) each."""
+
+    tokens: Tensor  # int64
+    logprobs: Tensor  # fp32, under temperature alone, as a training forward computes it
+    behaviour_logprobs: Tensor  # fp32, of the distribution it was drawn from; of a greedy token 0
+
+
+def choose(
+    logits: Tensor,  # (S, V), not changed
+    uniforms: Tensor,  # (S,) fp32 in [0, 1)
+    seen: Tensor | None,  # (S, V) bool, tokens of the text so far; needed for a repetition penalty
+    params: SamplingParams,
+) -> Choice:
+    """Penalty, temperature, top-k, top-p, min-p, in transformers' order and by its own functions; then inverse CDF."""
+    penalized = logits if seen is None else penalize(logits, seen, params.repetition_penalty)
+    if params.greedy:
+        tokens = penalized.argmax(-1)
+        logprobs = selective_logprobs(logits, tokens, temperature=1.0)
+        return Choice(tokens, logprobs, torch.zeros_like(logprobs))
+    if penalized is logits and not params.truncates:
+        tokens, logprobs = sample_tokens(logits, uniforms, temperature=params.temperature)
+        return Choice(tokens, logprobs, logprobs)
+    tokens, behaviour = sample_tokens(truncate(penalized, params), uniforms, temperature=1.0)
+    return Choice(tokens, selective_logprobs(logits, tokens, temperature=params.temperature), behaviour)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens that were seen: divided by the penalty if positive, else times it (arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def truncate(logits: Tensor, params: SamplingParams) -> Tensor:
+    """(S, V) fp32 scores under temperature, with -inf where a token is ruled out."""
+    scores = logits.float() / params.temperature
+    nothing: Any = None  # the text so far, which these three do not look at
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(nothing, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(nothing, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(nothing, scores)
+    return scores

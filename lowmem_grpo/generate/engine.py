@@ -1,0 +1,258 @@
+"""Sampling from the resident weights: slots that are refilled as completions end, prompts prefilled once a group.
+
+A completion's token t is drawn by inverse CDF from uniforms[completion, t], and a row of a batch does not depend on the
+others. So which completions share a batch, in what order they start and how often one starts over does not change
+what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
+"""
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket
+from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
+from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store, UnknownAttention, attending, step
+from lowmem_grpo.policy import Policy
+from lowmem_grpo.rollout import Completion
+
+LAYERS_KNOWN = {"full_attention", "sliding_attention"}
+
+
+def kv_shape(policy: Policy) -> KVShape:
+    config = policy.base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVShape(config.num_hidden_layers, heads, size, policy.dtype.itemsize)
+
+
+def refusal(policy: Policy) -> str | None:
+    """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
+    config = policy.base.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or LAYERS_KNOWN) - LAYERS_KNOWN
+    if unknown:
+        return f"it has layers of {unknown.pop()}"
+    if getattr(config, "kv_lora_rank", None):
+        return "it keeps compressed keys and values (MLA)"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    if not getattr(policy.base, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    try:
+        return _difference(policy)
+    except (UnknownAttention, RuntimeError, IndexError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return str(error).splitlines()[0]
+
+
+def _difference(policy: Policy) -> str | None:
+    """Compare prefill and one decoded token of two texts with the model's own forward."""
+    ids = torch.randint(policy.head.weight.shape[0], (2, 6), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(policy.device)
+    with policy.inference(), policy.autocast():
+        theirs = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()
+        for plan in (RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)):
+            store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
+            slots = Slots(policy, store, plan, Scheduler([0, 1], 1, 2, plan.prefixes))
+            with attending(policy.base):
+                slots.admit([row.tolist() for row in ids], prefill_tokens=100)
+                ours = slots.hidden().float()
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            if not error < (1e-3 if policy.dtype == torch.float32 else 0.1):
+                return f"a step from stored keys and values is {error:.1g} away from its own forward"
+    return None
+
+
+def run(
+    policy: Policy,
+    prompts: list[list[int]],
+    num_generations: int,
+    params: SamplingParams,
+    plan: RolloutPlan,
+    uniforms: Tensor,  # (B, max_completion_length) fp32 in [0, 1)
+    prefill_tokens: int,
+) -> list[Completion]:
+    """num_generations completions of each prompt, group after group.
+
+    Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
+    """
+    done: dict[int, Completion] = {}
+    while len(done) < len(prompts) * num_generations:
+        todo = [i for i in range(len(prompts) * num_generations) if i not in done]
+        scheduler = Scheduler(todo, num_generations, min(plan.slots, len(todo)), plan.prefixes)
+        try:
+            _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, done)
+        except torch.OutOfMemoryError:
+            if plan.slots == 1:
+                raise
+            plan = plan.halved()
+        if policy.device.type == "cuda" and len(done) < len(prompts) * num_generations:
+            torch.cuda.empty_cache()
+    return [done[i] for i in range(len(prompts) * num_generations)]
+
+
+def _run(
+    policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
+    uniforms: Tensor, prefill_tokens: int, done: dict[int, Completion],
+) -> None:  # fmt: skip
+    store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
+    slots = Slots(policy, store, plan, scheduler, params)
+    ends = set(policy.eos_token_ids)
+    # A GPU is asked what it sampled only so often; a slot that ended in between goes on for nothing until then.
+    block = 8 if policy.device.type == "cuda" else 1
+    texts: dict[int, list[list]] = {}
+    while scheduler.waiting or scheduler.running:
+        for slot in slots.admit(prompts, prefill_tokens):
+            texts[scheduler.slots[slot]] = [[], [], []]  # type: ignore[index]
+        slots.shrink()
+        made = [slots.advance(uniforms) for _ in range(block)]
+        columns = [[values.tolist() for values in choice] for choice in made]
+        for slot, completion in enumerate(scheduler.slots):
+            if completion is None:
+                continue
+            text = texts[completion]
+            for values in columns:
+                for kept, value in zip(text, values, strict=True):
+                    kept.append(value[slot])
+                ended = text[0][-1] in ends
+                if ended or len(text[0]) == params.max_completion_length:
+                    done[completion] = Completion(
+                        text[0], torch.tensor(text[1]), torch.tensor(text[2]), "eos" if ended else "length"
+                    )
+                    del texts[completion]
+                    scheduler.finish(slot)
+                    break
+
+
+class Slots:
+    """The slots' tensors, of which the first `rows` are computed with, and the model that fills them."""
+
+    def __init__(
+        self, policy: Policy, store: Store, plan: RolloutPlan, scheduler: Scheduler,
+        params: SamplingParams | None = None,
+    ):  # fmt: skip
+        self.policy, self.store, self.plan, self.scheduler, self.params = policy, store, plan, scheduler, params
+        self.rows = len(scheduler.slots)
+        zeros = torch.zeros(3, self.rows, dtype=torch.int64, device=policy.device)
+        # The next token to feed, where it stands in its text, and how many prompt tokens stand before the first fed.
+        self.tokens, self.positions, self.prefilled = zeros
+        self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
+        self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
+        self.layout: tuple[Tensor, Tensor] | None = None
+        self.seen = None
+        if params is not None and params.repetition_penalty != 1:
+            shape = (self.rows, policy.head.weight.shape[0])
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=policy.device)
+
+    def admit(self, prompts: list[list[int]], prefill_tokens: int) -> list[int]:
+        """Start waiting completions in free slots; prefill their prompts. The slots that are new."""
+        new, prefixes = self.scheduler.admit()
+        if not new:
+            return new
+        completions = [self.scheduler.slots[slot] for slot in new]
+        asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type]
+        if self.plan.shared:
+            rows = {self.scheduler.prefixes[row]: [row] for row in prefixes}
+            self._prefill(prompts, rows, self.store.prefix, prefill_tokens)
+        else:
+            rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
+            self._prefill(prompts, rows, self.store.own, prefill_tokens)
+        at = torch.tensor(new, device=self.policy.device)
+        lengths = self._tensor([len(prompts[p]) - 1 for p in asked])
+        self.tokens[at] = self._tensor([prompts[p][-1] for p in asked])
+        self.positions[at], self.prefilled[at] = lengths, lengths
+        self.completions[at] = self._tensor(completions)
+        for slot, length in zip(new, lengths.tolist(), strict=True):
+            self.columns[slot] = 0 if self.plan.shared else length
+        if self.seen is not None:
+            self.seen[at] = False
+            for slot, prompt in zip(new, asked, strict=True):
+                self.seen[slot, self._tensor(prompts[prompt])] = True
+        self._arrange()
+        return new
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.policy.device)
+
+    def _prefill(self, prompts: list[list[int]], rows: dict, store: Tensor, prefill_tokens: int) -> None:
+        """Keys and values of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
+        order = sorted((p for p in rows if len(prompts[p]) > 1), key=lambda p: len(prompts[p]))
+        while order:
+            # Longest first, each padded to the first of its batch.
+            width = len(prompts[order[-1]]) - 1
+            batch = [order.pop() for _ in range(min(len(order), max(1, prefill_tokens // width)))]
+            ids = torch.full((len(batch), width), self.policy.pad_token_id)
+            for row, prompt in enumerate(batch):
+                ids[row, : len(prompts[prompt]) - 1] = torch.tensor(prompts[prompt][:-1])
+            sources = [row for row, prompt in enumerate(batch) for _ in rows[prompt]]
+            targets = [target for prompt in batch for target in rows[prompt]]
+            with step(Prefill(store, self._tensor(sources), self._tensor(targets))):
+                self.policy.decoder(
+                    input_ids=ids.to(self.policy.device), position_ids=self._tensor([list(range(width))]),
+                    use_cache=False,
+                )  # fmt: skip
+
+    def _arrange(self) -> None:
+        """Which slots read which prefix row."""
+        if not self.plan.shared:
+            return
+        held = self.scheduler.prefixes
+        members: list[list[int]] = [[] for _ in range(max(r for r, p in enumerate(held) if p is not None) + 1)]
+        row_of = {prompt: row for row, prompt in enumerate(held) if prompt is not None}
+        places = [0] * self.rows
+        for slot, completion in enumerate(self.scheduler.slots[: self.rows]):
+            if completion is not None:
+                row = row_of[self.scheduler.prompt_of(completion)]
+                places[slot] = row, len(members[row])  # type: ignore[call-overload]
+                members[row].append(slot)
+        widest = max(map(len, members))
+        filled = [slots + [0] * (widest - len(slots)) for slots in members]
+        flat = [place[0] * widest + place[1] if isinstance(place, tuple) else 0 for place in places]
+        self.layout = self._tensor(filled), self._tensor(flat)
+
+    def shrink(self) -> None:
+        """Compute with fewer rows once nobody waits and a smaller bucket holds what still runs."""
+        rows = bucket(max(1, self.scheduler.running))
+        if self.scheduler.waiting or rows >= self.rows:
+            return
+        moves = self.scheduler.compact(rows)
+        if moves:
+            sources, targets = (self._tensor(list(side)) for side in zip(*moves, strict=True))
+            for values in (self.tokens, self.positions, self.prefilled, self.completions, self.seen):
+                if values is not None:
+                    values[targets] = values[sources]
+            for layer in self.store.own:
+                layer[:, targets] = layer[:, sources]
+            for source, target in moves:
+                self.columns[target] = self.columns[source]
+        self.rows = rows
+        if self.scheduler.running:
+            self._arrange()
+
+    def hidden(self) -> Tensor:
+        """Feed each row its next token: last hidden states (S, D)."""
+        tokens, positions, prefilled = (x[: self.rows] for x in (self.tokens, self.positions, self.prefilled))
+        columns = positions - prefilled if self.plan.shared else positions
+        needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
+        span = min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
+        members, places = self.layout or (None, None)
+        now = Decode(self.store, columns, positions, span, prefilled if self.plan.shared else None, members, places, {})
+        with step(now):
+            out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
+        return out.last_hidden_state[:, -1]
+
+    def advance(self, uniforms: Tensor) -> Choice:
+        """One more token of each row."""
+        assert self.params is not None
+        step = (self.positions - self.prefilled)[: self.rows]
+        logits = self.policy.logits(self.hidden())
+        seen = None if self.seen is None else self.seen[: self.rows]
+        choice = choose(logits, uniforms[self.completions[: self.rows], step], seen, self.params)
+        if seen is not None:
+            seen.scatter_(1, choice.tokens[:, None], True)
+        self.tokens[: self.rows] = choice.tokens
+        # A slot that ended since the host last looked, or holds nothing, writes its last column again and again.
+        last = self.prefilled + uniforms.shape[1] - 1
+        torch.minimum(self.positions + 1, last, out=self.positions)
+        self.columns = [min(column + 1, self.plan.slot_tokens - 1) for column in self.columns]
+        return choice

@@ -1,0 +1,185 @@
+"""Keys and values of the tokens in flight, and the attention that reads them.
+
+    own (L, 2, S, H_kv, T, D)        each slot's tokens
+    prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the plan shares them
+
+The attention function is registered with transformers, and a model under `attending` calls it in every layer: it stores
+the new keys and values and attends over [prefix ; own]. The cache classes of transformers are never touched, and keys
+are never repeated for grouped queries.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from lowmem_grpo.generate.plan import KVShape, RolloutPlan
+
+NAME = "lowmem_rollout"
+SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
+# Arguments of an attention call that say nothing about its result here: positions are in the keys already.
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
+
+
+class Store:
+    """The memory of a rollout, zeroed: what is never attended to must still be finite."""
+
+    def __init__(self, shape: KVShape, plan: RolloutPlan, dtype: torch.dtype, device: torch.device):
+        def rows(count: int, tokens: int) -> Tensor:
+            size = (shape.layers, 2, count, shape.kv_heads, tokens, shape.head_dim)
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.own = rows(plan.slots, plan.slot_tokens)
+        self.prefix = rows(plan.prefixes, plan.prefix_tokens)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A batch of prompts, padded on the right; token t of row r goes to column t of every row in targets[r]."""
+
+    store: Tensor  # (L, 2, rows, H_kv, T, D): the store's own or its prefix
+    sources: Tensor  # (R',) int64: a row of the batch
+    targets: Tensor  # (R',) int64: the row of the store that gets it
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One token of each of the first S slots."""
+
+    store: Store
+    columns: Tensor  # (S,) int64: where the token goes in its slot
+    positions: Tensor  # (S,) int64: where it stands in its text
+    span: int  # columns of own that are read
+    prefix_lengths: Tensor | None  # (S,) int64, where prompts are shared
+    members: Tensor | None  # (P, m) int64: the slots of each prefix row, filled up with 0
+    places: Tensor | None  # (S,) int64: where a slot stands in members, flattened
+    masks: dict  # by window: made by the first layer that asks
+
+    def mask(self, window: int | None) -> Tensor:
+        """(S, 1, 1, prefix tokens + span) bool: what a token sees."""
+        if window not in self.masks:
+            column = torch.arange(self.span, device=self.columns.device)
+            back = self.columns[:, None] - column  # how far before the token
+            seen = [(back >= 0) & (back < (window or self.span + 1))]
+            if self.prefix_lengths is not None:
+                place = torch.arange(self.store.prefix.shape[4], device=self.columns.device)
+                near = self.positions[:, None] - place < (window or 2**62)
+                seen.insert(0, (place < self.prefix_lengths[:, None]) & near)
+            self.masks[window] = torch.cat(seen, -1)[:, None, None]
+        return self.masks[window]
+
+
+_NOW: ContextVar[Prefill | Decode] = ContextVar("rollout step")
+
+
+class UnknownAttention(ValueError):
+    """A model asks of its attention what is not understood here."""
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D), in a call signature of transformers'."""
+    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    if unknown:
+        raise UnknownAttention(f"its attention takes {unknown[0]}, which is not known here")
+    if value.shape != key.shape:
+        raise UnknownAttention("its keys and values are of different sizes")
+    now = _NOW.get()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    given = (module.layer_idx, query, key, value, scaling, sliding_window, softcap)
+    return _prefill(now, *given) if isinstance(now, Prefill) else _decode(now, *given), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    tokens = key.shape[2]
+    now.store[layer, 0, now.targets, :, :tokens] = key[now.sources]
+    now.store[layer, 1, now.targets, :, :tokens] = value[now.sources]
+    if softcap is None and (window is None or window >= tokens):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+    place = torch.arange(tokens, device=query.device)
+    back = place[:, None] - place
+    mask = (back >= 0) & (back < (window or tokens + 1))
+    batch, heads, _, size = query.shape
+    grouped = query.view(batch, key.shape[1], -1, tokens, size)
+    out = _softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap)
+    return out.view(batch, heads, tokens, size).transpose(1, 2)
+
+
+def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    slots, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    own = now.store.own[layer, :, :slots]  # (2, S, H_kv, T, D)
+    own[0, torch.arange(slots, device=query.device), :, now.columns] = key[:, :, 0]
+    own[1, torch.arange(slots, device=query.device), :, now.columns] = value[:, :, 0]
+    keys, values = own[:, :, :, : now.span]
+    query = query.view(slots, kv_heads, heads // kv_heads, size)
+    mask = now.mask(window)
+    if now.members is not None:
+        prefix = now.store.prefix[layer, :, : len(now.members)]
+        out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, scaling, softcap)
+    elif softcap is None:
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    else:
+        out = _softmax_attention(query, keys, values, mask, scaling, softcap)
+    return out.view(slots, 1, heads, size)
+
+
+def _softmax_attention(query, keys, values, mask, scaling, softcap) -> Tensor:
+    """(..., Q, D) queries over (..., K, D) keys, whose scores and softmax are fp32."""
+    scores = _soften((query @ keys.transpose(-1, -2)).float() * scaling, softcap)
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype) @ values
+
+
+def _soften(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:
+    """One softmax over [prefix ; own], each prefix read once for all of its slots. query (S, H_kv, Q, D)."""
+    _, kv_heads, queries, size = query.shape
+    groups, most = members.shape
+    width = prefix.shape[3]
+    together = query[members].transpose(1, 2).reshape(groups, kv_heads, most * queries, size)
+    of_prefix = (together @ prefix[0].transpose(-1, -2)).view(groups, kv_heads, most, queries, width)
+    of_prefix = of_prefix.transpose(1, 2).flatten(0, 1)[places]  # (S, H_kv, Q, P)
+    scores = torch.cat([of_prefix, query @ keys.transpose(-1, -2)], -1).float() * scaling
+    share = _soften(scores, softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
+    together = share[..., :width][members].transpose(1, 2).reshape(groups, kv_heads, most * queries, width)
+    from_prefix = (together @ prefix[1]).view(groups, kv_heads, most, queries, size)
+    return from_prefix.transpose(1, 2).flatten(0, 1)[places] + share[..., width:] @ values
+
+
+@contextlib.contextmanager
+def attending(model: Any) -> Iterator[None]:
+    """The model's layers call `attend` for the while."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def step(now: Prefill | Decode) -> Iterator[None]:
+    token = _NOW.set(now)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
