@@ -246,14 +246,16 @@ if triton is not None:
         reference = tl.load(state_ptr + 2 * state_stride + row)
         rest = tl.load(state_ptr + 3 * state_stride + row)
         gap = reference - score
-        some = tl.where(rest > 0, rest, 1.0)
+        some = tl.where(rest == 0, 1.0, rest)
         # x beyond 1e6 is cut there, where log1p(x) is log(x) and q is 1: the exponential may be out of fp32's range.
-        x = tl.minimum(rest * tl.exp(tl.minimum(gap, 40.0)), 1e6)
+        # By tl.where: tl.minimum would drop a NaN, which must show in the results.
+        x = rest * tl.exp(tl.where(gap > 40.0, 40.0, gap))
+        x = tl.where(x > 1e6, 1e6, x)
         # log1p as log(1 + x) x / ((1 + x) - 1), which is exact where 1 + x rounds; Triton itself has none.
         one_more = 1.0 + x
         step = one_more - 1.0
         log1p = tl.where(step == 0.0, x, tl.log(one_more) * (x / tl.where(step == 0.0, 1.0, step)))
-        logprob = tl.where(x < 1e6, -log1p, -gap - tl.log(some))
+        logprob = tl.where(x >= 1e6, -gap - tl.log(some), -log1p)
         tl.store(logprob_ptr + row, logprob)
         q = x / (1.0 + x)
         p = tl.exp(logprob)
@@ -263,11 +265,11 @@ if triton is not None:
             # Two forms of log l - (moment + p~ d_y) / l. The second is exact for p_y near 1, the first for p_y near 0.
             below = tl.log(some + tl.exp(-tl.maximum(gap, 0.0))) - q * mean + p * gap
             entropy = tl.where(gap > 0, below, -logprob - q * (mean + gap))
-            tl.store(entropy_ptr + row, tl.where(rest > 0, entropy, 0.0))
+            tl.store(entropy_ptr + row, tl.where(rest == 0, 0.0, entropy))
         if GRADIENT:
             tl.store(factor_ptr + row, q * slope_scale)
             index = tl.load(index_ptr + row)
-            lean_scale = tl.where(rest > 0, p * (-gap - mean), 0.0)
+            lean_scale = tl.where(rest == 0, 0.0, p * (-gap - mean))
             for start in range(0, D, BLOCK_D):
                 at = start + tl.arange(0, BLOCK_D).to(tl.int64)
                 direction = tl.load(
@@ -743,15 +745,15 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
     """The twin of _finish_kernel."""
     score, slope, reference, rest, moment = chunk.state
     gap = reference - score
-    some = torch.where(rest > 0, rest, 1.0)
+    some = torch.where(rest == 0, 1.0, rest)
     x = (rest * gap.clamp(max=40.0).exp()).clamp(max=1e6)
-    logprobs.copy_(torch.where(x < 1e6, -x.log1p(), -gap - some.log()))
+    logprobs.copy_(torch.where(x >= 1e6, -gap - some.log(), -x.log1p()))
     q, p = x / (1 + x), logprobs.exp()
     mean = moment / some
     if settings.entropy:
         below = (some + (-gap.clamp(min=0.0)).exp()).log() - q * mean + p * gap
         exact = torch.where(gap > 0, below, -logprobs - q * (mean + gap))
-        entropy.copy_(torch.where(rest > 0, exact, 0.0))
+        entropy.copy_(torch.where(rest == 0, 0.0, exact))
     if direction is None:
         return
     factor.copy_(q * settings.slope_scale)
@@ -762,7 +764,7 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
     towards -= pull
     direction.copy_(towards)
     if lean is not None:
-        lean_scale = torch.where(rest > 0, p * (-gap - mean), 0.0)
+        lean_scale = torch.where(rest == 0, 0.0, p * (-gap - mean))
         spread = chunk.spread.div_(some[:, None])
         lean.copy_(spread.addcmul_(pull, -mean[:, None]).addcmul_(towards, lean_scale[:, None]))
 

@@ -254,6 +254,25 @@ def test_one_score_far_above_the_label_overflows_nothing_in_16_bits(lead, dtype,
 
 
 @both
+@pytest.mark.parametrize("where", ["a row of the head", "a row of hidden states", "an infinite score"])
+def test_a_nan_shows_and_stays_in_its_rows(where, backend):
+    """Left unseen it would be a label that is certain: log-probability 0 and entropy 0."""
+    hidden, weight, labels, bias = inputs(5, 16, 40, bias=True)
+    labels[:] = torch.arange(5)
+    bad = torch.ones(5, dtype=torch.bool)
+    if where == "a row of hidden states":
+        hidden[2], bad = torch.nan, torch.arange(5) == 2
+    else:
+        {"a row of the head": weight, "an infinite score": bias}[where][20] = (
+            torch.nan if "head" in where else torch.inf
+        )
+    for options in (dict(entropy=False), {}, dict(upstream=(1.0, 1.0))):
+        logp, entropy, gradient = run(hidden, weight, labels, bias, backend=backend, chunks=(2, 16), **options)
+        assert torch.equal(logp.isnan(), bad) and torch.equal(gradient.isnan().all(1), bad)
+        assert entropy is None or torch.equal(entropy.isnan(), bad)
+
+
+@both
 def test_equal_logits_give_the_uniform_distribution(backend):
     logp, entropy, gradient = run(
         torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([0, 9]), backend=backend, chunks=(2, 4)
