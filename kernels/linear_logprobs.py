@@ -98,6 +98,7 @@ if triton is not None:
         weight_row_stride,
         weight_stride,
         state_stride,
+        vocabulary,
         inner,
         outer,
         below_every_score,
@@ -109,7 +110,10 @@ if triton is not None:
     ):
         """The label's own score, exactly, and the empty sums. One program per token."""
         row = tl.program_id(0).to(tl.int64)
-        index = tl.load(index_ptr + row)
+        label = tl.load(label_ptr + row)
+        # A label outside of the vocabulary reads nothing, and its row is NaN.
+        known = (label >= 0) & (label < vocabulary)
+        index = tl.where(known, tl.load(index_ptr + row), 0)
         products = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, D, BLOCK_D):
             at = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -118,8 +122,8 @@ if triton is not None:
             products += hidden.to(tl.float32) * weight.to(tl.float32)
         raw = tl.sum(products, 0)
         if BIAS:
-            raw += tl.load(bias_ptr + tl.load(label_ptr + row)).to(tl.float32)
-        score = raw * inner
+            raw += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+        score = tl.where(known, raw, float("nan")) * inner
         if SOFTCAP:
             score, slope = _soften(score, outer)
             tl.store(state_ptr + state_stride + row, slope)
@@ -268,7 +272,8 @@ if triton is not None:
             tl.store(entropy_ptr + row, tl.where(rest == 0, 0.0, entropy))
         if GRADIENT:
             tl.store(factor_ptr + row, q * slope_scale)
-            index = tl.load(index_ptr + row)
+            # A score that is NaN may be that of a label outside of the vocabulary.
+            index = tl.where(score == score, tl.load(index_ptr + row), 0)
             lean_scale = tl.where(rest == 0, 0.0, p * (-gap - mean))
             for start in range(0, D, BLOCK_D):
                 at = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -438,7 +443,7 @@ def _forward(
                 None if pull is None else pull[:rows].zero_(),
                 None if spread is None else spread[:rows].zero_(),
             )
-            start(chunk._replace(hidden=hidden), bias, settings, rule)
+            start(chunk._replace(hidden=hidden), bias, v, settings, rule)
             for first in range(0, v, vb):
                 width = min(vb, v - first)
                 tile_head = weight[first : first + width]
@@ -492,11 +497,11 @@ def _blocks(d: int) -> dict:
     return dict(D=d, BLOCK_D=min(triton.next_power_of_2(d), 1024))
 
 
-def _triton_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings: _Settings, rule: Rule) -> None:
     hidden, weight = chunk.hidden, chunk.label_weight
     _start_kernel[(len(hidden),)](
         hidden, weight, chunk.label_index, chunk.labels, bias, chunk.state,
-        *hidden.stride(), *weight.stride(), chunk.state.stride(0),
+        *hidden.stride(), *weight.stride(), chunk.state.stride(0), vocabulary,
         settings.inner, settings.outer, BELOW_EVERY_SCORE,
         **_blocks(hidden.shape[1]), BIAS=bias is not None, SOFTCAP=settings.softcap is not None,
         FROM_LABEL=rule is FROM_LABEL,
@@ -575,17 +580,24 @@ def linear_logprobs(
     or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
     dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
 
+    Labels outside of [0, V) are refused on a CPU; on a GPU, where to look at them would wait for it, the kernels make
+    their rows NaN.
+
     Raises:
-        ValueError: shapes or dtypes that do not belong together, or a head that asks for a gradient.
+        ValueError: shapes, devices or dtypes that do not belong together, numbers out of range, or a head that asks
+            for a gradient.
         RuntimeError: backend="triton" where it cannot run.
     """
-    _check(hidden_states, weight, labels, bias, weight_scale, temperature)
+    _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap)
     if entropy_grad and not return_entropy:
         raise ValueError("entropy_grad=True is the gradient of the entropy: it needs return_entropy=True")
     by_triton = _runs_by_triton(backend, hidden_states.device.type)
     if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
         raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
-    chunks = chunks or chunk_sizes(hidden_states.device, hidden_states.shape[1])
+    if chunks is None:
+        chunks = chunk_sizes(hidden_states.device, hidden_states.shape[1])
+    if len(chunks) != 2 or min(chunks) < 1:
+        raise ValueError(f"chunks must be (C, Vb), both at least 1, or None for the table's; not {chunks}")
     settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, tile_dtype, by_triton)
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     inputs = (hidden_states, weight, labels, bias, weight_scale, settings)
@@ -630,7 +642,7 @@ def _runs_by_triton(backend: str, device_type: str) -> bool:
     return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None)
 
 
-def _check(hidden_states, weight, labels, bias, weight_scale, temperature) -> None:
+def _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap) -> None:
     if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)"
@@ -642,19 +654,34 @@ def _check(hidden_states, weight, labels, bias, weight_scale, temperature) -> No
     if weight_scale is not None and (weight_scale.shape != weight.shape[:1] or weight_scale.dtype != torch.float32):
         raise ValueError(f"weight_scale must be ({weight.shape[0]},) float32")
     floats = (torch.float32, torch.bfloat16, torch.float16)
+    if weight.dtype not in (*floats, torch.int8):
+        raise ValueError(f"weight must be float32, bfloat16, float16, or int8 with its scale, not {weight.dtype}")
     if hidden_states.dtype not in (floats if weight_scale is not None else (weight.dtype, torch.float32)):
         raise ValueError(f"hidden_states must be {weight.dtype} as weight is, or float32, not {hidden_states.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    head = {"weight": weight, "labels": labels, "bias": bias, "weight_scale": weight_scale}
+    for name, part in head.items():
+        if part is not None and part.device != hidden_states.device:
+            raise ValueError(
+                f"{name} is on {part.device} and hidden_states on {hidden_states.device}; move one of them"
+            )
+    # Elsewhere to look at them would wait for the device.
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < len(weight):
+        raise ValueError(
+            f"labels must be in [0, {len(weight)}), not {labels.min()} to {labels.max()}; leave out rows that have none"
+        )
+    if any(part is not None and part.requires_grad for part in head.values()):
         raise ValueError(
             "the head asks for a gradient, which is never computed here; freeze it with requires_grad_(False)"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for no softcap, not {softcap}")
 
 
-def _torch_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+def _torch_start(chunk: _Chunk, bias: Tensor | None, _: int, settings: _Settings, rule: Rule) -> None:
     """The twin of _start_kernel."""
     raw = chunk.label_weight[chunk.label_index].float().mul_(chunk.hidden).sum(-1)  # (C,)
     if bias is not None:
