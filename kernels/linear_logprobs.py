@@ -355,6 +355,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_logprobs has no second derivative: differentiate without create_graph=True")
         direction, factor, lean = ctx.saved_tensors
         scale = _triton_scale if ctx.by_triton else _torch_scale
         lean_factor = None if lean is None else -grad_entropy * factor

@@ -383,6 +383,14 @@ def test_a_second_backward_raises_instead_of_reading_what_the_first_overwrote(ba
         logp.sum().backward()
 
 
+@both
+def test_a_second_derivative_is_refused_instead_of_taken_for_zero(backend):
+    hidden, weight, labels, _ = inputs(4, 8, 20)
+    logp = linear_logprobs(hidden.requires_grad_(), weight, labels, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logp.square().sum(), hidden, create_graph=True)
+
+
 def test_autocast_around_it_changes_nothing():
     hidden, weight, labels, _ = inputs(9, 32, 100)
     outside = linear_logprobs(hidden, weight, labels)
