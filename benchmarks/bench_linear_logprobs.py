@@ -126,7 +126,7 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
 def _our_options(on_cuda: bool, sweep_chunks: bool) -> dict[str, dict]:
     known = inspect.signature(linear_logprobs).parameters
     options: dict[str, dict] = {"": {}, " with entropy": {"return_entropy": True}}
-    if "tile_dtype" in known:
+    if "tile_dtype" in known and not on_cuda:
         options[" bf16 tiles"] = {"tile_dtype": torch.bfloat16}
     if "backend" in known and on_cuda:
         options[" torch backend"] = {"backend": "torch"}
