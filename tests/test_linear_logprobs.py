@@ -416,7 +416,7 @@ def test_autocast_around_it_changes_nothing():
         (dict(tile_dtype=torch.float16), "tile_dtype must be"),
         (
             dict(labels=torch.tensor([0, 1, 2, -100])),
-            "labels must be in \\[0, 20\\), not -100 to 2; leave out the rows",
+            "labels must be in \\[0, 20\\), not -100 to 2; leave out rows",
         ),
         (dict(labels=torch.tensor([0, 1, 2, 20])), "labels must be in \\[0, 20\\)"),
         (dict(weight=torch.zeros(20, 8, device="meta")), "weight is on meta and hidden_states on cpu; move"),

@@ -21,7 +21,9 @@ every_backend = pytest.mark.parametrize(
         pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
     ],
 )
-every_shape = pytest.mark.parametrize("rows, size", [(0, 7), (1, 1), (3, 300), (9, BLOCK), (2, 2 * BLOCK + 1)])
+every_shape = pytest.mark.parametrize(
+    "rows, size", [(0, 7), (1, 1), (3, 300), (9, BLOCK), (2, 2 * BLOCK + 1), (9, 4 * BLOCK)]
+)
 
 
 def rows_of(rows, size, seed=0):
@@ -69,6 +71,15 @@ def test_a_token_that_is_ruled_out_is_never_drawn(uniform, place):
     tokens, logprobs = drawn(logits, torch.full((3,), uniform), place)
     assert tokens[:2].tolist() == [5, BLOCK + 7] and logprobs[:2].tolist() == [0.0, 0.0]
     assert tokens[2] == (BLOCK - 1 if uniform < 0.5 else BLOCK + 1)
+
+
+@every_backend
+def test_the_largest_uniform_draws_no_token_that_is_ruled_out(place):
+    """The sum over blocks is rounded otherwise than the sum that follows the largest logit, and may fall short of it."""
+    logits = rows_of(16, 3 * BLOCK)[0].sort(1).values
+    logits[:, -BLOCK - 50 :] = -torch.inf
+    tokens, logprobs = drawn(logits, torch.full((16,), 1 - 2**-24), place)
+    assert logprobs.isfinite().all() and (tokens < 2 * BLOCK - 50).all()
 
 
 @every_backend
