@@ -579,7 +579,8 @@ def linear_logprobs(
 
     Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
     widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
-    or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
+    or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. The twin and an int8 head also gather the labels' rows,
+    for a moment one to three (C, D) fp32. A pass that will be differentiated keeps (N, D) in the
     dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
 
     Labels outside of [0, V) are refused on a CPU; on a GPU, where to look at them would wait for it, the kernels make
