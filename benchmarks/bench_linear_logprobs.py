@@ -126,7 +126,7 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
 def _our_options(on_cuda: bool, sweep_chunks: bool) -> dict[str, dict]:
     known = inspect.signature(linear_logprobs).parameters
     options: dict[str, dict] = {"": {}, " with entropy": {"return_entropy": True}}
-    if "tile_dtype" in known:
+    if "tile_dtype" in known and not on_cuda:
         options[" bf16 tiles"] = {"tile_dtype": torch.bfloat16}
     if "backend" in known and on_cuda:
         options[" torch backend"] = {"backend": "torch"}
@@ -172,11 +172,11 @@ def _tf32():
         torch.set_float32_matmul_precision(before)
 
 
-def _cce(hidden, weight, labels, temperature, filter_eps: str | None = "high") -> Tensor:
+def _cce(hidden, weight, labels, temperature, **options) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]: not in the pinned set
 
     scaled = hidden if temperature == 1.0 else hidden / temperature  # it knows no temperature
-    return -linear_cross_entropy(scaled, weight, labels, reduction="none", filter_eps=filter_eps)
+    return -linear_cross_entropy(scaled, weight, labels, reduction="none", **options)
 
 
 def _full_bf16(hidden, weight, labels, temperature) -> Tensor:

@@ -53,7 +53,7 @@ def _start(name: str, **change) -> Kernel:
     arguments = dict(
         hidden_ptr="*half", label_weight_ptr="*half", index_ptr="*i64", label_ptr="*i64", bias_ptr=None,
         state_ptr="*fp32", hidden_row_stride="i32", hidden_stride=1, weight_row_stride="i32", weight_stride=1,
-        state_stride="i32", inner="fp32", outer="fp32", below_every_score="fp32",
+        state_stride="i32", vocabulary="i32", inner="fp32", outer="fp32", below_every_score="fp32",
         D=1536, BLOCK_D=1024, BIAS=False, SOFTCAP=False, FROM_LABEL=True,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._start_kernel, arguments | change)

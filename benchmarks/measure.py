@@ -93,10 +93,11 @@ def _seconds(run: Callable[[int], object], turn: int, device: torch.device) -> f
         run(turn)
         return time.process_time() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)  # of the device that is measured, which need not be the current one
     torch.cuda.synchronize(device)
-    begin.record()
+    begin.record(stream)
     run(turn)
-    end.record()
+    end.record(stream)
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
 

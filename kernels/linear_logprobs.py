@@ -98,6 +98,7 @@ if triton is not None:
         weight_row_stride,
         weight_stride,
         state_stride,
+        vocabulary,
         inner,
         outer,
         below_every_score,
@@ -109,7 +110,10 @@ if triton is not None:
     ):
         """The label's own score, exactly, and the empty sums. One program per token."""
         row = tl.program_id(0).to(tl.int64)
-        index = tl.load(index_ptr + row)
+        label = tl.load(label_ptr + row)
+        # A label outside of the vocabulary reads nothing, and its row is NaN.
+        known = (label >= 0) & (label < vocabulary)
+        index = tl.where(known, tl.load(index_ptr + row), 0)
         products = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, D, BLOCK_D):
             at = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -118,8 +122,8 @@ if triton is not None:
             products += hidden.to(tl.float32) * weight.to(tl.float32)
         raw = tl.sum(products, 0)
         if BIAS:
-            raw += tl.load(bias_ptr + tl.load(label_ptr + row)).to(tl.float32)
-        score = raw * inner
+            raw += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+        score = tl.where(known, raw, float("nan")) * inner
         if SOFTCAP:
             score, slope = _soften(score, outer)
             tl.store(state_ptr + state_stride + row, slope)
@@ -246,14 +250,16 @@ if triton is not None:
         reference = tl.load(state_ptr + 2 * state_stride + row)
         rest = tl.load(state_ptr + 3 * state_stride + row)
         gap = reference - score
-        some = tl.where(rest > 0, rest, 1.0)
+        some = tl.where(rest == 0, 1.0, rest)
         # x beyond 1e6 is cut there, where log1p(x) is log(x) and q is 1: the exponential may be out of fp32's range.
-        x = tl.minimum(rest * tl.exp(tl.minimum(gap, 40.0)), 1e6)
+        # By tl.where: tl.minimum would drop a NaN, which must show in the results.
+        x = rest * tl.exp(tl.where(gap > 40.0, 40.0, gap))
+        x = tl.where(x > 1e6, 1e6, x)
         # log1p as log(1 + x) x / ((1 + x) - 1), which is exact where 1 + x rounds; Triton itself has none.
         one_more = 1.0 + x
         step = one_more - 1.0
         log1p = tl.where(step == 0.0, x, tl.log(one_more) * (x / tl.where(step == 0.0, 1.0, step)))
-        logprob = tl.where(x < 1e6, -log1p, -gap - tl.log(some))
+        logprob = tl.where(x >= 1e6, -gap - tl.log(some), -log1p)
         tl.store(logprob_ptr + row, logprob)
         q = x / (1.0 + x)
         p = tl.exp(logprob)
@@ -263,11 +269,12 @@ if triton is not None:
             # Two forms of log l - (moment + p~ d_y) / l. The second is exact for p_y near 1, the first for p_y near 0.
             below = tl.log(some + tl.exp(-tl.maximum(gap, 0.0))) - q * mean + p * gap
             entropy = tl.where(gap > 0, below, -logprob - q * (mean + gap))
-            tl.store(entropy_ptr + row, tl.where(rest > 0, entropy, 0.0))
+            tl.store(entropy_ptr + row, tl.where(rest == 0, 0.0, entropy))
         if GRADIENT:
             tl.store(factor_ptr + row, q * slope_scale)
-            index = tl.load(index_ptr + row)
-            lean_scale = tl.where(rest > 0, p * (-gap - mean), 0.0)
+            # A score that is NaN may be that of a label outside of the vocabulary.
+            index = tl.where(score == score, tl.load(index_ptr + row), 0)
+            lean_scale = tl.where(rest == 0, 0.0, p * (-gap - mean))
             for start in range(0, D, BLOCK_D):
                 at = start + tl.arange(0, BLOCK_D).to(tl.int64)
                 direction = tl.load(
@@ -348,6 +355,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_logprobs has no second derivative: differentiate without create_graph=True")
         direction, factor, lean = ctx.saved_tensors
         scale = _triton_scale if ctx.by_triton else _torch_scale
         lean_factor = None if lean is None else -grad_entropy * factor
@@ -436,7 +445,7 @@ def _forward(
                 None if pull is None else pull[:rows].zero_(),
                 None if spread is None else spread[:rows].zero_(),
             )
-            start(chunk._replace(hidden=hidden), bias, settings, rule)
+            start(chunk._replace(hidden=hidden), bias, v, settings, rule)
             for first in range(0, v, vb):
                 width = min(vb, v - first)
                 tile_head = weight[first : first + width]
@@ -490,11 +499,11 @@ def _blocks(d: int) -> dict:
     return dict(D=d, BLOCK_D=min(triton.next_power_of_2(d), 1024))
 
 
-def _triton_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings: _Settings, rule: Rule) -> None:
     hidden, weight = chunk.hidden, chunk.label_weight
     _start_kernel[(len(hidden),)](
         hidden, weight, chunk.label_index, chunk.labels, bias, chunk.state,
-        *hidden.stride(), *weight.stride(), chunk.state.stride(0),
+        *hidden.stride(), *weight.stride(), chunk.state.stride(0), vocabulary,
         settings.inner, settings.outer, BELOW_EVERY_SCORE,
         **_blocks(hidden.shape[1]), BIAS=bias is not None, SOFTCAP=settings.softcap is not None,
         FROM_LABEL=rule is FROM_LABEL,
@@ -570,20 +579,28 @@ def linear_logprobs(
 
     Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
     widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
-    or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. A pass that will be differentiated keeps (N, D) in the
+    or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. The twin and an int8 head also gather the labels' rows,
+    for a moment one to three (C, D) fp32. A pass that will be differentiated keeps (N, D) in the
     dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
 
+    Labels outside of [0, V) are refused on a CPU; on a GPU, where to look at them would wait for it, the kernels make
+    their rows NaN.
+
     Raises:
-        ValueError: shapes or dtypes that do not belong together, or a head that asks for a gradient.
+        ValueError: shapes, devices or dtypes that do not belong together, numbers out of range, or a head that asks
+            for a gradient.
         RuntimeError: backend="triton" where it cannot run.
     """
-    _check(hidden_states, weight, labels, bias, weight_scale, temperature)
+    _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap)
     if entropy_grad and not return_entropy:
         raise ValueError("entropy_grad=True is the gradient of the entropy: it needs return_entropy=True")
     by_triton = _runs_by_triton(backend, hidden_states.device.type)
     if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
         raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
-    chunks = chunks or chunk_sizes(hidden_states.device, hidden_states.shape[1])
+    if chunks is None:
+        chunks = chunk_sizes(hidden_states.device, hidden_states.shape[1])
+    if len(chunks) != 2 or min(chunks) < 1:
+        raise ValueError(f"chunks must be (C, Vb), both at least 1, or None for the table's; not {chunks}")
     settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, tile_dtype, by_triton)
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     inputs = (hidden_states, weight, labels, bias, weight_scale, settings)
@@ -628,7 +645,7 @@ def _runs_by_triton(backend: str, device_type: str) -> bool:
     return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None)
 
 
-def _check(hidden_states, weight, labels, bias, weight_scale, temperature) -> None:
+def _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap) -> None:
     if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)"
@@ -640,19 +657,34 @@ def _check(hidden_states, weight, labels, bias, weight_scale, temperature) -> No
     if weight_scale is not None and (weight_scale.shape != weight.shape[:1] or weight_scale.dtype != torch.float32):
         raise ValueError(f"weight_scale must be ({weight.shape[0]},) float32")
     floats = (torch.float32, torch.bfloat16, torch.float16)
+    if weight.dtype not in (*floats, torch.int8):
+        raise ValueError(f"weight must be float32, bfloat16, float16, or int8 with its scale, not {weight.dtype}")
     if hidden_states.dtype not in (floats if weight_scale is not None else (weight.dtype, torch.float32)):
         raise ValueError(f"hidden_states must be {weight.dtype} as weight is, or float32, not {hidden_states.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    head = {"weight": weight, "labels": labels, "bias": bias, "weight_scale": weight_scale}
+    for name, part in head.items():
+        if part is not None and part.device != hidden_states.device:
+            raise ValueError(
+                f"{name} is on {part.device} and hidden_states on {hidden_states.device}; move one of them"
+            )
+    # Elsewhere to look at them would wait for the device.
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < len(weight):
+        raise ValueError(
+            f"labels must be in [0, {len(weight)}), not {labels.min()} to {labels.max()}; leave out rows that have none"
+        )
+    if any(part is not None and part.requires_grad for part in head.values()):
         raise ValueError(
             "the head asks for a gradient, which is never computed here; freeze it with requires_grad_(False)"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for no softcap, not {softcap}")
 
 
-def _torch_start(chunk: _Chunk, bias: Tensor | None, settings: _Settings, rule: Rule) -> None:
+def _torch_start(chunk: _Chunk, bias: Tensor | None, _: int, settings: _Settings, rule: Rule) -> None:
     """The twin of _start_kernel."""
     raw = chunk.label_weight[chunk.label_index].float().mul_(chunk.hidden).sum(-1)  # (C,)
     if bias is not None:
@@ -743,15 +775,15 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
     """The twin of _finish_kernel."""
     score, slope, reference, rest, moment = chunk.state
     gap = reference - score
-    some = torch.where(rest > 0, rest, 1.0)
+    some = torch.where(rest == 0, 1.0, rest)
     x = (rest * gap.clamp(max=40.0).exp()).clamp(max=1e6)
-    logprobs.copy_(torch.where(x < 1e6, -x.log1p(), -gap - some.log()))
+    logprobs.copy_(torch.where(x >= 1e6, -gap - some.log(), -x.log1p()))
     q, p = x / (1 + x), logprobs.exp()
     mean = moment / some
     if settings.entropy:
         below = (some + (-gap.clamp(min=0.0)).exp()).log() - q * mean + p * gap
         exact = torch.where(gap > 0, below, -logprobs - q * (mean + gap))
-        entropy.copy_(torch.where(rest > 0, exact, 0.0))
+        entropy.copy_(torch.where(rest == 0, 0.0, exact))
     if direction is None:
         return
     factor.copy_(q * settings.slope_scale)
@@ -762,7 +794,7 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
     towards -= pull
     direction.copy_(towards)
     if lean is not None:
-        lean_scale = torch.where(rest > 0, p * (-gap - mean), 0.0)
+        lean_scale = torch.where(rest == 0, 0.0, p * (-gap - mean))
         spread = chunk.spread.div_(some[:, None])
         lean.copy_(spread.addcmul_(pull, -mean[:, None]).addcmul_(towards, lean_scale[:, None]))
 

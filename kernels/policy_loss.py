@@ -146,6 +146,8 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError("policy_loss has no second derivative: differentiate without create_graph=True")
         (slope,) = ctx.saved_tensors
         return slope.mul_(grad_loss), *[None] * 6  # in place, which a second backward detects
 

@@ -40,7 +40,7 @@ if triton is not None:
         """One program per row: the sum of exp(s - max s) over blocks, then the block and place where it is exceeded."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
-        peak = tl.full((), -1e30, tl.float32)
+        peak = tl.full((), -3.4028234663852886e38, tl.float32)  # the lowest, not -inf: -inf - -inf is NaN
         total = tl.zeros((), tl.float32)
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -66,10 +66,12 @@ if triton is not None:
                 passed += tl.sum(share, 0)
             token = tl.where(token < V, token, last)  # a uniform within rounding of 1
             tl.store(tokens_ptr + row, token)
-        chosen = tl.load(logits_ptr + token).to(tl.float32)
+        # A given token outside of the vocabulary reads nothing: NaN.
+        chosen = tl.load(logits_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
         tl.store(logprobs_ptr + row, (chosen - peak) * inverse_temperature - tl.log(total))
 
 
+@torch.no_grad()
 def sample_tokens(
     logits: Tensor,  # (S, V), not changed
     uniforms: Tensor,  # (S,) fp32 in [0, 1)
@@ -100,10 +102,12 @@ def sample_tokens(
         threshold = uniforms[rows, None] * reached[:, -1:]
         chosen = torch.searchsorted(reached, threshold, right=True)
         tokens[rows] = torch.minimum(chosen, _last_positive(share))[:, 0]
-        logprobs[rows] = _logprobs(score, tokens[rows])
+        # Not by logsumexp: more than one thread would add up a row that is alone in another order.
+        logprobs[rows] = score.gather(1, tokens[rows, None])[:, 0] - reached[:, -1].log()
     return tokens, logprobs
 
 
+@torch.no_grad()
 def selective_logprobs(
     logits: Tensor,  # (S, V), not changed
     tokens: Tensor,  # (S,) int64 in [0, V)
@@ -112,6 +116,8 @@ def selective_logprobs(
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Tensor:
     """Log-probability of one token of each row, (S,) fp32: log_softmax and gather without the log_softmax. No gradient.
+
+    A token outside of [0, V) has NaN by the kernel; the twin raises, as gather does.
 
     Raises: as sample_tokens.
     """

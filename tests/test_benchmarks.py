@@ -134,6 +134,11 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch
     assert document["shapes"][0]["results"]["broken"] == {"calls": "breaks", "failed": "ZeroDivisionError"}
 
 
+def test_no_option_is_offered_that_the_device_refuses():
+    names = {device: bench.implementations(torch.device(device)) for device in ("cpu", "cuda")}
+    assert "ours bf16 tiles" in names["cpu"] and "ours bf16 tiles" not in names["cuda"]
+
+
 def test_an_unknown_name_is_answered_with_those_there_are():
     with pytest.raises(SystemExit, match="ours"):
         bench.main(["--only=our"])

@@ -254,6 +254,25 @@ def test_one_score_far_above_the_label_overflows_nothing_in_16_bits(lead, dtype,
 
 
 @both
+@pytest.mark.parametrize("where", ["a row of the head", "a row of hidden states", "an infinite score"])
+def test_a_nan_shows_and_stays_in_its_rows(where, backend):
+    """Left unseen it would be a label that is certain: log-probability 0 and entropy 0."""
+    hidden, weight, labels, bias = inputs(5, 16, 40, bias=True)
+    labels[:] = torch.arange(5)
+    bad = torch.ones(5, dtype=torch.bool)
+    if where == "a row of hidden states":
+        hidden[2], bad = torch.nan, torch.arange(5) == 2
+    else:
+        {"a row of the head": weight, "an infinite score": bias}[where][20] = (
+            torch.nan if "head" in where else torch.inf
+        )
+    for options in (dict(entropy=False), {}, dict(upstream=(1.0, 1.0))):
+        logp, entropy, gradient = run(hidden, weight, labels, bias, backend=backend, chunks=(2, 16), **options)
+        assert torch.equal(logp.isnan(), bad) and torch.equal(gradient.isnan().all(1), bad)
+        assert entropy is None or torch.equal(entropy.isnan(), bad)
+
+
+@both
 def test_equal_logits_give_the_uniform_distribution(backend):
     logp, entropy, gradient = run(
         torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([0, 9]), backend=backend, chunks=(2, 4)
@@ -364,6 +383,14 @@ def test_a_second_backward_raises_instead_of_reading_what_the_first_overwrote(ba
         logp.sum().backward()
 
 
+@both
+def test_a_second_derivative_is_refused_instead_of_taken_for_zero(backend):
+    hidden, weight, labels, _ = inputs(4, 8, 20)
+    logp = linear_logprobs(hidden.requires_grad_(), weight, labels, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logp.square().sum(), hidden, create_graph=True)
+
+
 def test_autocast_around_it_changes_nothing():
     hidden, weight, labels, _ = inputs(9, 32, 100)
     outside = linear_logprobs(hidden, weight, labels)
@@ -387,12 +414,44 @@ def test_autocast_around_it_changes_nothing():
         (dict(weight_scale=torch.zeros(20)), "only an int8"),
         (dict(weight=torch.zeros(20, 8, dtype=torch.int8), weight_scale=torch.zeros(8)), "weight_scale must be"),
         (dict(tile_dtype=torch.float16), "tile_dtype must be"),
+        (
+            dict(labels=torch.tensor([0, 1, 2, -100])),
+            "labels must be in \\[0, 20\\), not -100 to 2; leave out rows",
+        ),
+        (dict(labels=torch.tensor([0, 1, 2, 20])), "labels must be in \\[0, 20\\)"),
+        (dict(weight=torch.zeros(20, 8, device="meta")), "weight is on meta and hidden_states on cpu; move"),
+        (dict(weight=torch.zeros(20, 8).double(), hidden_states=torch.zeros(4, 8).double()), "weight must be float32"),
+        (dict(weight=torch.zeros(20, 8, dtype=torch.int32)), "weight must be float32"),
+        (
+            dict(weight=torch.zeros(20, 8, dtype=torch.int8), weight_scale=torch.ones(20, requires_grad=True)),
+            "freeze it",
+        ),
+        (dict(softcap=0.0), "softcap must be positive, or None"),
+        (dict(chunks=(0, 4)), "chunks must be"),
+        (dict(chunks=()), "chunks must be"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, message):
     given = dict(hidden_states=torch.zeros(4, 8), weight=torch.zeros(20, 8), labels=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**{**given, **change})
+
+
+@pytest.mark.skipif(module.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_label_outside_of_the_vocabulary_is_nan_where_it_is_not_looked_at(int8, monkeypatch):
+    """As on a GPU, where an unmasked read would return whatever lies there, and end in a certain label."""
+    hidden, weight, labels, bias = inputs(5, 16, 40, bias=True)
+    weight, scale = quantize_head(weight) if int8 else (weight, None)
+    labels[1:3] = torch.tensor([-100, 40] if not int8 else [-1, -2])  # an int8 head is indexed, which asserts from V on
+    monkeypatch.setattr(module, "_check", lambda *_: None)
+    for options in (dict(entropy=False), dict(softcap=9.0), dict(upstream=(1.0, 1.0))):
+        logp, entropy, gradient = run(
+            hidden, weight, labels, bias, weight_scale=scale, backend="triton", chunks=(2, 16), **options
+        )
+        bad = [False, True, True, False, False]
+        assert logp.isnan().tolist() == gradient.isnan().all(1).tolist() == bad
+        assert entropy is None or entropy.isnan().tolist() == bad
 
 
 def python(program: str, **environment: str) -> str:

@@ -325,6 +325,15 @@ def test_the_gradient_carries_the_upstream_scalar_and_is_there_once(place):
 
 
 @every_backend
+def test_a_second_derivative_is_refused_instead_of_taken_for_zero(place):
+    backend, device = place
+    inputs = [x.to(device) for x in tokens(5)]
+    loss, _ = policy_loss(inputs[0].requires_grad_(), *inputs[1:], **SETTINGS, backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, inputs[0], create_graph=True)
+
+
+@every_backend
 def test_without_a_gradient_the_numbers_are_the_same(place):
     backend, device = place
     inputs = [x.to(device) for x in tokens(BLOCK + 1)]

@@ -21,7 +21,9 @@ every_backend = pytest.mark.parametrize(
         pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
     ],
 )
-every_shape = pytest.mark.parametrize("rows, size", [(0, 7), (1, 1), (3, 300), (9, BLOCK), (2, 2 * BLOCK + 1)])
+every_shape = pytest.mark.parametrize(
+    "rows, size", [(0, 7), (1, 1), (3, 300), (9, BLOCK), (2, 2 * BLOCK + 1), (9, 4 * BLOCK)]
+)
 
 
 def rows_of(rows, size, seed=0):
@@ -72,12 +74,59 @@ def test_a_token_that_is_ruled_out_is_never_drawn(uniform, place):
 
 
 @every_backend
+def test_the_largest_uniform_draws_no_token_that_is_ruled_out(place):
+    """The sum over blocks is rounded otherwise than the sum that follows the largest logit, and may fall short of it."""
+    logits = rows_of(16, 3 * BLOCK)[0].sort(1).values
+    logits[:, -BLOCK - 50 :] = -torch.inf
+    tokens, logprobs = drawn(logits, torch.full((16,), 1 - 2**-24), place)
+    assert logprobs.isfinite().all() and (tokens < 2 * BLOCK - 50).all()
+
+
+@every_backend
 def test_a_row_does_not_depend_on_its_neighbours(place):
     logits, uniforms = rows_of(11, 500)
     tokens, logprobs = drawn(logits, uniforms, place)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(1))[:4]
     some_tokens, some_logprobs = drawn(logits[order], uniforms[order], place)
     assert torch.equal(some_tokens, tokens[order]) and torch.equal(some_logprobs, logprobs[order])
+
+
+def test_a_row_alone_is_added_up_as_among_others_by_any_number_of_threads():
+    logits, uniforms = rows_of(3, 151936)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = sample_tokens(logits, uniforms, temperature=0.8, backend="torch")
+        alone = [
+            sample_tokens(logits[i : i + 1], uniforms[i : i + 1], temperature=0.8, backend="torch") for i in range(3)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(together, zip(*alone, strict=True), strict=True))
+
+
+@every_backend
+def test_logits_that_are_all_the_smallest_number_are_equal(place):
+    """As a mask by finfo.min leaves them."""
+    _, logprobs = drawn(torch.full((2, 10), torch.finfo(torch.float32).min), torch.tensor([0.0, 0.9]), place)
+    torch.testing.assert_close(logprobs, torch.full((2,), 10.0).log().neg())
+
+
+@every_backend
+def test_no_gradient_is_kept(place):
+    logits, uniforms = (x.to(place[1]) for x in rows_of(3, 30))
+    logits.requires_grad_()
+    tokens, logprobs = sample_tokens(logits, uniforms, temperature=1.0, backend=place[0])
+    again = selective_logprobs(logits, tokens, temperature=1.0, backend=place[0])
+    assert not logprobs.requires_grad and not again.requires_grad
+
+
+@pytest.mark.skipif(module.triton is None, reason="needs Triton")
+def test_a_token_outside_of_the_vocabulary_is_nan_by_the_kernel():
+    device = "cuda" if CUDA else "cpu"
+    logits, tokens = rows_of(3, 30)[0].to(device), torch.tensor([-1, 30, 2], device=device)
+    found = selective_logprobs(logits, tokens, temperature=1.0, backend="triton")
+    assert found.isnan().tolist() == [True, True, False]
 
 
 @every_backend
