@@ -63,6 +63,7 @@ class GRPOConfig:
     top_k: int = option(0, "sample from the k likeliest tokens; 0 is off")
     min_p: float | None = option(None, "least probability relative to the likeliest token")
     repetition_penalty: float = option(1.0, "penalty on tokens already in the text; 1 is off")
+    stop_strings: list[str] | None = option(None, "texts that end a completion, which keeps them")
     rollout_token_budget: int = option(65536, "most tokens whose keys and values are in memory at once while sampling")
     rollout_weights: Literal["auto", "4bit", "dense"] = option(
         "auto", "sample from the 4-bit weights, or from a dense copy; auto: dense on a CPU with memory to spare"
@@ -124,6 +125,8 @@ class GRPOConfig:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}; 1 switches it off")
+        if self.stop_strings and "" in self.stop_strings:
+            raise ValueError("stop_strings has an empty text, which would end every completion; remove it")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p}; None switches it off")
         if not 0 <= self.lora_dropout < 1:

@@ -27,7 +27,9 @@ def evaluate(
 
 
 def sample_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
-    params = SamplingParams(max_completion_length=config.max_completion_length, temperature=0)
+    params = SamplingParams(
+        max_completion_length=config.max_completion_length, temperature=0, stop_strings=tuple(config.stop_strings or ())
+    )
     return sample(
         policy, [p.ids for p in prompts], 1, params,
         rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,

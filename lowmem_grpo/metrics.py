@@ -23,7 +23,7 @@ from lowmem_grpo.rollout import Completion, Rollout
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
     lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.float32)
-    ended = torch.tensor([c.finish == "eos" for c in completions])
+    ended = torch.tensor([c.finish != "length" for c in completions])
     terminated = lengths[ended] if ended.any() else torch.zeros(1)
     return {
         "completions/mean_length": lengths.mean().item(),

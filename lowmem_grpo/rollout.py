@@ -21,7 +21,7 @@ class Completion:
     # alone, which training computes too, and in the distribution it was drawn from, after penalty and truncation.
     logprobs: Tensor | None
     behaviour_logprobs: Tensor | None
-    finish: str  # "eos" or "length"
+    finish: str  # "eos", "stop" (a stop string) or "length" (cut off)
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,7 @@ def collect_rollout(
     params = SamplingParams(
         max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
         top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+        stop_strings=tuple(config.stop_strings or ()),
     )  # fmt: skip
     sampled = sample(
         policy, [prompt.ids for prompt in prompts], config.num_generations, params,
@@ -241,7 +242,7 @@ def collect_rollout(
         scores.rewards, num_generations=config.num_generations, reward_weights=config.reward_weights,
         scale_rewards=config.scale_rewards,
     )  # fmt: skip
-    finished = torch.tensor([completion.finish == "eos" for completion in completions])
+    finished = torch.tensor([completion.finish != "length" for completion in completions])
     lengths = torch.tensor([0] + [len(completion.ids) for completion in completions])
     known = [completion.logprobs for completion in completions if completion.logprobs is not None]
     return Rollout(

@@ -385,6 +385,30 @@ def test_any_end_of_sequence_id_ends_a_completion():
     assert all(not {1, *ends} & set(c.ids[:-1]) for c in completions)
 
 
+def test_a_stop_string_ends_a_completion_that_keeps_it():
+    policy = make_policy("llama")
+    free = run(policy, max_completion_length=30)
+    texts = [policy.tokenizer.decode(c.ids) for c in free]
+    pair = next(text[8:10] for text in texts if len(text) > 20)
+    stopped = run(policy, max_completion_length=30, stop_strings=(pair, "not in any"))
+    assert any(c.finish == "stop" for c in stopped)
+    for completion, text, whole in zip(stopped, texts, free, strict=True):
+        assert (pair in text) == (completion.finish == "stop")
+        assert pair not in policy.tokenizer.decode(completion.ids[:-1])
+        assert completion.ids == whole.ids[: len(completion.ids)]
+
+
+def test_generate_stops_at_the_same_strings():
+    policy = make_policy("llama")
+    params = SamplingParams(max_completion_length=30, temperature=0)
+    text = policy.tokenizer.decode(hf.sample(policy, PROMPTS[1:2], 1, params, rollout_token_budget=10_000)[0].ids)
+    params = SamplingParams(max_completion_length=30, temperature=0, stop_strings=(text[3:5],))
+    theirs = hf.sample(policy, PROMPTS, 2, params, rollout_token_budget=10_000)
+    ours = run(policy, 2, max_completion_length=30, temperature=0, stop_strings=(text[3:5],))
+    assert [(c.ids, c.finish) for c in ours] == [(c.ids, c.finish) for c in theirs]
+    assert any(c.finish == "stop" for c in ours)
+
+
 def test_a_completion_that_is_cut_off_says_so():
     model = make_model("llama")
     model.lm_head.weight.data[1] = 0

@@ -115,9 +115,9 @@ def test_several_iterations_compare_with_the_first_ones_log_probabilities(tmp_pa
 
 def test_the_sampler_and_the_update_agree_on_every_token(tmp_path):
     """Logged at every step: rounding in fp32, and in bf16 what two orders of bf16 products differ by."""
-    for settings, bound in (({"bf16": False}, 2e-5), ({}, 0.1)):
+    for settings, bound in (({"bf16": False}, 2e-5), ({}, 0.3)):
         for line in run(tmp_path / str(bound), rewards=length_reward, learning_rate=1e-3, **settings).history:
-            assert 0 < line["sampling/sampling_logp_difference/mean"] < bound / 2
+            assert 0 < line["sampling/sampling_logp_difference/mean"] < bound / 8
             assert line["sampling/sampling_logp_difference/max"] < bound
 
 
@@ -240,10 +240,12 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         rollout_token_budget=333,
         token_budget=222,
         rollout_weights="4bit",
+        stop_strings=["zz"],
         **chosen,
     )
     assert given == {
         **chosen,
+        "stop_strings": ("zz",),
         "num_generations": 3,
         "rollout_token_budget": 333,
         "token_budget": 222,

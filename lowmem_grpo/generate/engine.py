@@ -8,6 +8,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 import torch
 from torch import Tensor
 
+from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket
 from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
 from lowmem_grpo.generate.scheduler import Scheduler
@@ -97,7 +98,7 @@ def _run(
 ) -> None:  # fmt: skip
     store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params)
-    ends = set(policy.eos_token_ids)
+    finish_of = ending(policy, params)
     # A GPU is asked what it sampled only so often; a slot that ended in between goes on for nothing until then.
     block = 8 if policy.device.type == "cuda" else 1
     texts: dict[int, list[list]] = {}
@@ -114,11 +115,9 @@ def _run(
             for values in columns:
                 for kept, value in zip(text, values, strict=True):
                     kept.append(value[slot])
-                ended = text[0][-1] in ends
-                if ended or len(text[0]) == params.max_completion_length:
-                    done[completion] = Completion(
-                        text[0], torch.tensor(text[1]), torch.tensor(text[2]), "eos" if ended else "length"
-                    )
+                finish = finish_of(text[0])
+                if finish is not None:
+                    done[completion] = Completion(text[0], torch.tensor(text[1]), torch.tensor(text[2]), finish)
                     del texts[completion]
                     scheduler.finish(slot)
                     break

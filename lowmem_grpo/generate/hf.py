@@ -1,18 +1,25 @@
 """Sampling by transformers' `model.generate`, in waves under a token budget: for what the engine does not know."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import GenerationConfig
 
+from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
 
 def sample(
-    policy: Policy, prompts: list[list[int]], num_generations: int, params: SamplingParams, *, rollout_token_budget: int
+    policy: Policy,
+    prompts: list[list[int]],
+    num_generations: int,
+    params: SamplingParams,
+    *,
+    rollout_token_budget: int,
+    cache_implementation: str | None = None,
 ) -> list[Completion]:
     """num_generations completions of each prompt, group after group, without log-probabilities.
 
@@ -20,31 +27,33 @@ def sample(
     """
     rows = [ids for ids in prompts for _ in range(num_generations)]
     sampled: list[list[int]] = []
-    with policy.inference(), policy.autocast(), _prepared(policy, params):
+    with policy.inference(), policy.autocast(), _prepared(policy, params, cache_implementation):
         width = max(map(len, rows)) + params.max_completion_length
         wave = max(1, rollout_token_budget // width)
         for start in range(0, len(rows), wave):
             sampled += _generate(policy, rows[start : start + wave])
-    ends = set(policy.eos_token_ids)
-    return [Completion(ids, None, None, "eos" if ids and ids[-1] in ends else "length") for ids in sampled]
+    return [_cut(ids, ending(policy, params)) for ids in sampled]
+
+
+def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Completion:
+    """A row of `generate` up to and with the token that ends it; what follows is padding."""
+    for length in range(1, len(ids) + 1):
+        finish = finish_of(ids[:length])
+        if finish is not None:
+            return Completion(ids[:length], None, None, finish)
+    return Completion(ids, None, None, "length")
 
 
 def _generate(policy: Policy, rows: list[list[int]]) -> list[list[int]]:
-    """One wave: token ids of each row's completion, up to and with its first end-of-sequence token."""
+    """One wave: each row's new tokens, padded where it ended before the others."""
     width = max(map(len, rows))
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
-    out = policy.base.generate(input_ids=ids, attention_mask=mask)
-    ends = set(policy.eos_token_ids)
-    completions = []
-    for tokens in out[:, width:].tolist():
-        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-        completions.append(tokens[:length])
-    return completions
+    return policy.base.generate(input_ids=ids, attention_mask=mask, tokenizer=policy.tokenizer)[:, width:].tolist()
 
 
 @contextlib.contextmanager
-def _prepared(policy: Policy, params: SamplingParams) -> Iterator[None]:
+def _prepared(policy: Policy, params: SamplingParams, cache_implementation: str | None) -> Iterator[None]:
     """`generate` without two of its surprises.
 
     It fills whatever a call leaves open from the model's generation config (top_k 20, top_p 0.8 and a repetition
@@ -54,6 +63,7 @@ def _prepared(policy: Policy, params: SamplingParams) -> Iterator[None]:
     model = policy.base
     own = model.generation_config
     model.generation_config = generation_config(policy, params)
+    model.generation_config.cache_implementation = cache_implementation
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
         yield
@@ -73,4 +83,5 @@ def generation_config(policy: Policy, params: SamplingParams) -> GenerationConfi
     return GenerationConfig(
         **choice, max_new_tokens=params.max_completion_length, repetition_penalty=params.repetition_penalty,
         eos_token_id=policy.eos_token_ids, pad_token_id=policy.pad_token_id, use_cache=True,
+        stop_strings=list(params.stop_strings) or None,
     )  # fmt: skip

@@ -43,7 +43,7 @@ class RolloutPlan:
 
 def plan_rollout(
     *, prompt_tokens: int, prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
-    share: bool | None = None,
+    share: bool | None = None, max_slots: int | None = None,
 ) -> RolloutPlan:  # fmt: skip
     """The most slots whose keys and values fit in budget_tokens; at least one.
 
@@ -57,7 +57,7 @@ def plan_rollout(
     if share is None:
         share = num_generations > 1 and prefilled >= SHARE_FROM
     best = None
-    for slots in range(1, prompts * num_generations + 1):
+    for slots in range(1, min(prompts * num_generations, max_slots or 2**31) + 1):
         prefixes = min(prompts, 2 * ceil(slots / num_generations)) if share else 0
         own = max_completion_length + (0 if share else prefilled)
         plan = RolloutPlan(slots, own, prefixes, max(1, prefilled) if share else 0)

@@ -18,6 +18,7 @@ class SamplingParams:
     top_k: int = 0  # 0 is off
     min_p: float | None = None
     repetition_penalty: float = 1.0  # 1 is off
+    stop_strings: tuple[str, ...] = ()  # a completion ends with the token that completes one, and keeps it
 
     @property
     def greedy(self) -> bool:

@@ -1,0 +1,219 @@
+"""Tokens per second and memory of sampling: ours, and what transformers does with the same model.
+
+    python -m lowmem_grpo.benchmarks.bench_rollout [--shape NAME] [--prompts 4] [--num_generations 8]
+        [--prompt_length 256] [--max_completion_length 256] [--only NAME ...] [--output FILE]
+
+All sample from the same random 4-bit model with LoRA adapters, at temperature 1. One token in --mean_length of the
+vocabulary ends a completion, so that lengths are uneven. Every implementation draws its own completions, and a rate is
+its tokens over its time; peak memory is above the loaded model.
+"""
+
+import argparse
+import json
+from functools import cache, partial
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Qwen2Config
+
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed, Timing
+from lowmem_grpo.benchmarks.random_model import SHAPES
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.generate import SamplingParams, hf, sample
+from lowmem_grpo.generate.plan import plan_rollout
+from lowmem_grpo.policy import Policy, load_policy
+
+# Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head, as in SHAPES.
+TINY = (4, 256, 768, 8, 2, 4096, True)
+
+
+class Work(NamedTuple):
+    """What is sampled."""
+
+    shape: str
+    prompts: int
+    num_generations: int
+    prompt_length: int
+    max_completion_length: int
+    mean_length: int
+    device: str
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(max_completion_length=self.max_completion_length, temperature=1.0)
+
+    def texts(self) -> list[list[int]]:
+        draw = torch.Generator().manual_seed(0)
+        size = (self.prompts, self.prompt_length)
+        return torch.randint(self.vocabulary // 2, self.vocabulary, size, generator=draw).tolist()
+
+    @property
+    def vocabulary(self) -> int:
+        return {"tiny": TINY, **SHAPES}[self.shape][5]
+
+
+@cache
+def make_policy(work: Work) -> Policy:
+    """Random weights, with adapters that are not zero; the first ids of the vocabulary all end a completion."""
+    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = {"tiny": TINY, **SHAPES}[work.shape]
+    ends = list(range(max(1, vocabulary // work.mean_length)))
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+        bos_token_id=None, eos_token_id=ends, pad_token_id=vocabulary - 1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer = SimpleNamespace(eos_token_id=ends[0], pad_token_id=vocabulary - 1)
+    policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=work.device == "cpu"))
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters().values():
+            parameter.normal_(std=0.02)
+    return policy
+
+
+def _ours(policy: Policy, work: Work, slots: int | None = None, weights="4bit") -> list[list[int]]:
+    plan = plan_rollout(
+        prompt_tokens=work.prompt_length, prompts=work.prompts, num_generations=work.num_generations,
+        max_completion_length=work.max_completion_length, budget_tokens=10**9, max_slots=slots,
+    )  # fmt: skip
+    sampled = sample(
+        policy, work.texts(), work.num_generations, work.params,
+        rollout_token_budget=10**9, token_budget=16384, plan=plan, weights=weights,
+    )  # fmt: skip
+    return [completion.ids for completion in sampled.completions]
+
+
+def _generate(policy: Policy, work: Work, cache_implementation: str | None = None) -> list[list[int]]:
+    found = hf.sample(
+        policy, work.texts(), work.num_generations, work.params,
+        rollout_token_budget=10**9, cache_implementation=cache_implementation,
+    )  # fmt: skip
+    return [completion.ids for completion in found]
+
+
+def _generate_batch(policy: Policy, work: Work) -> list[list[int]]:
+    rows = [text for text in work.texts() for _ in range(work.num_generations)]
+    blocks = len(rows) * ceil((work.prompt_length + work.max_completion_length) / 256) + 4
+    config = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=2048)
+    with policy.inference(), policy.autocast():
+        out = policy.base.generate_batch(
+            rows, generation_config=hf.generation_config(policy, work.params), continuous_batching_config=config,
+            progress_bar=False,
+        )  # fmt: skip
+    policy.model.train()  # generate_batch leaves parts of the model in evaluation mode
+    return [result.generated_tokens for result in out.values()]
+
+
+IMPLEMENTATIONS = {
+    "ours": _ours,
+    "ours, half the slots": lambda policy, work: _ours(policy, work, work.prompts * work.num_generations // 2),
+    "ours, dense weights": partial(_ours, weights="dense"),
+    "generate": _generate,
+    "generate, static cache": partial(_generate, cache_implementation="static"),
+    "generate_batch": _generate_batch,
+}
+
+
+def build(name: str, work: Work, small: bool) -> measure.Run:
+    """What measure.peak_above_inputs() calls, on a CPU in a process of its own."""
+    policy = make_policy(work)
+    if small:
+        work = work._replace(prompt_length=8, max_completion_length=4, prompts=1)
+    return lambda: IMPLEMENTATIONS[name](policy, work)
+
+
+def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[str, dict]:
+    """Per implementation: failed, or seconds (Timing), tokens and tokens_per_s (Timing's counterpart), peak_bytes."""
+    device = torch.device(work.device)
+    policy = make_policy(work)
+    counts: dict[str, list[int]] = {name: [] for name in names}
+
+    def run(name: str, turn: int) -> None:
+        torch.manual_seed(turn)
+        counts[name].append(sum(map(len, IMPLEMENTATIONS[name](policy, work))))
+
+    timings = measure.time_each({name: partial(run, name) for name in names}, device, repetitions, warmups)
+    results: dict[str, dict] = {}
+    for name, timing in timings.items():
+        if isinstance(timing, Failed):
+            results[name] = {"failed": timing.reason}
+            continue
+        tokens = sum(counts[name][warmups:])
+        results[name] = {
+            "seconds": timing,
+            "mean_length": tokens / repetitions / (work.prompts * work.num_generations),
+            "tokens_per_s": tokens / repetitions / timing.median,
+            "peak_bytes": measure.peak_above_inputs(partial(build, name, work), device),
+        }
+    return results
+
+
+def report(work: Work, results: dict[str, dict]) -> str:
+    clock = "s" if work.device == "cuda" else "CPU s"
+    base = results.get("generate", {}).get("tokens_per_s")
+
+    def row(name: str, result: dict) -> list[str]:
+        if "failed" in result:
+            return [name, result["failed"], "", "", "", ""]
+        timing, peak, rate = result["seconds"], result["peak_bytes"], result["tokens_per_s"]
+        return [
+            name, f"{timing.median:.3g} ({timing.low:.3g} to {timing.high:.3g})", f"{result['mean_length']:.0f}",
+            f"{rate:.0f}", f"{rate / base:.2f}" if base else "",
+            peak.reason if isinstance(peak, Failed) else f"{peak / 2**20:.0f}",
+        ]  # fmt: skip
+
+    header = [
+        f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations}, at most "
+        f"{work.max_completion_length} new",
+        clock, "mean length", f"tokens per {clock}", "x generate", "peak MiB",
+    ]  # fmt: skip
+    return measure.markdown_table(header, [row(name, result) for name, result in results.items()])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--prompt_length", type=int, default=256)
+    parser.add_argument("--max_completion_length", type=int, action="append", help="may be given more than once")
+    parser.add_argument("--mean_length", type=int, default=100, help="of a completion that nothing cuts off")
+    parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
+    parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if arguments.device == "cpu":
+        measure.preload(hf.__name__)
+    document = {
+        "benchmark": "rollout", "machine": measure.machine(device), "commit": measure.commit(),
+        "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"), "results": [],
+    }  # fmt: skip
+    print(json.dumps({key: document[key] for key in ("machine", "versions", "commit")}), end="\n\n")
+    for longest in [8] if arguments.quick else arguments.max_completion_length or [256, 64]:
+        work = Work(
+            arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
+            arguments.prompt_length, longest, arguments.mean_length, arguments.device,
+        )  # fmt: skip
+        names = arguments.only or list(IMPLEMENTATIONS)
+        results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
+        print(report(work, results), end="\n\n", flush=True)
+        plain = {
+            name: {k: v._asdict() if isinstance(v, Timing | Failed) else v for k, v in result.items()}
+            for name, result in results.items()
+        }
+        document["results"].append({"work": work._asdict(), "results": plain})
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""When a completion is whole."""
+
+from collections.abc import Callable
+
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.policy import Policy
+
+
+def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str | None]:
+    """What ends a completion with its newest token: "eos", "stop" or "length", or None. Asked after every token."""
+    ends, strings = set(policy.eos_token_ids), params.stop_strings
+    # A token is a byte at least, so that this many hold any stop string that the newest completes.
+    tail = max((len(string.encode()) for string in strings), default=0)
+
+    def found(ids: list[int]) -> str | None:
+        if ids[-1] in ends:
+            return "eos"
+        if tail:
+            text = policy.tokenizer.decode(ids[-tail:])
+            if any(string in text for string in strings):
+                return "stop"
+        return "length" if len(ids) == params.max_completion_length else None
+
+    return found
