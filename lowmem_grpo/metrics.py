@@ -50,7 +50,7 @@ def reward_metrics(names: list[str], rewards: Tensor, advantages: Advantages) ->
 
 
 class TokenMeter:
-    """What an update saw at each of the rollout's M tokens, whatever the micro-batches."""
+    """What an update saw at each of the rollout's M tokens that it computed, whatever the micro-batches."""
 
     def __init__(self, rollout: Rollout, device: torch.device):
         tokens = int(rollout.offsets[-1])
@@ -83,6 +83,7 @@ class TokenMeter:
         count = self.seen.sum().clamp(min=1)
         low, high = (self._completion_means(x) for x in (self.clipped_low, self.clipped_high))
         values = {
+            "frac_tokens_skipped": 1 - self.seen.float().mean(),
             "entropy": self.entropy.sum() / count,
             "clip_ratio/low_mean": self.clipped_low.sum() / count,
             "clip_ratio/low_min": low.min() if len(low) else count * 0,

@@ -170,7 +170,7 @@ def train(
                         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                         scaler.step(optimizer)
                         scaler.update()
-                        optimizer.zero_grad()
+                        optimizer.zero_grad(set_to_none=False)
                     scheduler.step()
                 state = {
                     "step": step,
@@ -270,14 +270,19 @@ def collect_rollout(
 
 
 def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig):
-    """The rollout's counted completions, packed under token_budget."""
+    """The completions whose loss has a gradient, packed under token_budget.
+
+    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0. The
+    divisor of the loss counts such completions all the same.
+    """
+    learns = rollout.advantages != 0 if config.beta == 0 else torch.ones_like(rollout.completion_mask)
     return pack(
         [rollout.prompt_of(b).ids for b in range(len(rollout.completions))],
         [completion.ids for completion in rollout.completions],
         token_budget=config.token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        keep=rollout.completion_mask.tolist(),
+        keep=(rollout.completion_mask & learns).tolist(),
     )
 
 
@@ -310,7 +315,10 @@ def backward(
         loss_type=config.loss_type, max_completion_length=config.max_completion_length,
     ).to(policy.device)  # fmt: skip
     advantages = rollout.advantages.to(policy.device)
-    total = torch.zeros((), device=policy.device)
+    # Where nothing is left to learn from, the gradient is 0 and not missing: the optimizer takes its step as always.
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    total = scaler.scale(torch.zeros((), device=policy.device)) * 0
     computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
     for batch in micro_batches(policy, rollout, config):
         logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each

@@ -40,14 +40,22 @@ def plans(prompts, num_generations, tokens, slots):
     yield RolloutPlan(slots, tokens + longest, 0, 0)
 
 
+def paged_plans(prompts, num_generations, tokens, slots):
+    """Pages for every slot at full length, and for one at full length: there most are sent back."""
+    longest, prefixes = max(map(len, prompts)) - 1, min(len(prompts), 2 * ceil(slots / num_generations))
+    for pages in (slots * ceil(tokens / 4), ceil(tokens / 4)):
+        yield RolloutPlan(slots, tokens, prefixes, max(1, longest), 1 + pages, 4)
+
+
 def ids_of(completions):
     return [c.ids for c in completions]
 
 
 def own_logprobs(policy, prompt, completion, temperature):
     with policy.inference(), policy.autocast():
-        logits = policy.model(input_ids=torch.tensor([prompt + completion.ids])).logits[0].float() / temperature
-    return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        logits = policy.model(input_ids=torch.tensor([prompt + completion.ids], device=policy.device)).logits[0].float()
+    chosen = torch.tensor(completion.ids, device=policy.device)[:, None]
+    return (logits / temperature)[len(prompt) - 1 : -1].log_softmax(-1).gather(1, chosen)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,7 @@ def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
     params = SamplingParams(max_completion_length=30, temperature=0)
     theirs = hf.sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000)
-    for plan in (*plans(PROMPTS, 1, 30, 3), *plans(PROMPTS, 1, 30, 2)):
+    for plan in (*plans(PROMPTS, 1, 30, 3), *plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
         assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == ids_of(theirs)
 
 
@@ -122,7 +130,7 @@ def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation)
     found = [
         run(policy, 4, plan=plan, max_completion_length=30, **truncation)
         for slots in (12, 6, 4, 2, 1)
-        for plan in plans(PROMPTS, 4, 30, slots)
+        for plan in (*plans(PROMPTS, 4, 30, slots), *paged_plans(PROMPTS, 4, 30, slots))
     ]
     assert len({tuple(ids) for ids in ids_of(found[0])}) > 8
     for completions in found[1:]:
@@ -279,12 +287,13 @@ def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget():
             prompt_tokens=number(300), prompts=number(6), num_generations=number(8), max_completion_length=number(200)
         )
         budget = number(8000)
-        for share in (None, False, True):
-            plan = plan_rollout(**asked, budget_tokens=budget, share=share)
+        for share, paged in ((None, False), (False, False), (True, False), (None, True)):
+            plan = plan_rollout(**asked, budget_tokens=budget, share=share, paged=paged)
             bytes_ = counted_bytes(Store(shape, plan, torch.bfloat16, torch.device("cpu")))
             assert bytes_ == plan.tokens() * shape.token_bytes
             assert bytes_ <= budget * shape.token_bytes or plan.slots == 1
-            more = plan_rollout(**asked, budget_tokens=10**9, share=share)
+            assert not paged or plan.slots >= plan_rollout(**asked, budget_tokens=budget).slots
+            more = plan_rollout(**asked, budget_tokens=10**9, share=share, paged=paged)
             assert 1 <= plan.slots <= more.slots == asked["prompts"] * asked["num_generations"]
 
 
@@ -292,38 +301,51 @@ def test_buckets_are_few_and_large_enough():
     assert [bucket(n) for n in (1, 2, 3, 5, 9, 16, 17, 33, 49)] == [1, 2, 4, 8, 16, 16, 32, 48, 64]
 
 
-def test_every_completion_has_a_slot_once_and_its_prompt_a_row_meanwhile():
+def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages():
+    """Random lengths, slots, prefix rows and pages; everything ends, and nothing is shared that must not be."""
     draw = torch.Generator().manual_seed(0)
 
     def number(high):
         return int(torch.randint(1, high, (1,), generator=draw))
 
+    sent_back = 0
     for _ in range(200):
-        generations, prompts, slots, rows = number(6), number(6), number(9), number(5) - 1
-        scheduler = Scheduler(list(range(prompts * generations)), generations, slots, rows)
-        finished = []
+        generations, prompts, slots, rows, longest = number(6), number(6), number(9), number(5) - 1, number(20)
+        pages = (ceil(longest / 4) + number(12)) if number(3) == 1 else 0
+        scheduler = Scheduler(list(range(prompts * generations)), generations, slots, rows, pages, 4 if pages else 0)
+        lengths = [number(longest + 1) for _ in range(prompts * generations)]
+        finished, at = [], [0] * slots
         while scheduler.waiting or scheduler.running:
             new, new_rows = scheduler.admit()
+            for slot in new:
+                at[slot] = 0
+            assert all(scheduler.slots[slot] is not None for slot in new)
+            assert not rows or all(
+                scheduler.prefixes[row] in {scheduler.slots[s] // generations for s in new} for row in new_rows
+            )
+            sent_back += len(scheduler.reserve([tokens + 1 for tokens in at]))
             running = [c for c in scheduler.slots if c is not None]
             assert len(running) == len(set(running)) > 0
-            assert all(scheduler.slots[slot] is not None for slot in new)
             if rows:
                 resident = [p for p in scheduler.prefixes if p is not None]
                 assert len(resident) == len(set(resident))
                 assert {c // generations for c in running} <= set(resident)
-                assert all(
-                    scheduler.prefixes[row] in {scheduler.slots[s] // generations for s in new} for row in new_rows
-                )
-            if not scheduler.waiting:
-                smallest = scheduler.running
-                before = sorted(running)
-                scheduler.compact(max(smallest, 1))
-                assert sorted(c for c in scheduler.slots[:smallest] if c is not None) == before
+            held = [page for own in scheduler.pages for page in own]
+            assert sorted(held + scheduler.free) == list(range(1, pages))
             for slot, completion in enumerate(scheduler.slots):
-                if completion is not None and torch.rand((), generator=draw) < 0.4:
+                at[slot] += 1
+                assert completion is None or not pages or len(scheduler.pages[slot]) * 4 >= at[slot]
+                if completion is not None and at[slot] == lengths[completion]:
                     scheduler.finish(slot)
                     finished.append(completion)
+            if not scheduler.waiting and scheduler.running:
+                before = {c: (at[s], scheduler.pages[s]) for s, c in enumerate(scheduler.slots) if c is not None}
+                for source, target in scheduler.compact(len(before)):
+                    at[target] = at[source]
+                after = {c: (at[s], scheduler.pages[s]) for s, c in enumerate(scheduler.slots) if c is not None}
+                assert after == before and None not in scheduler.slots[: len(before)]
         assert sorted(finished) == list(range(prompts * generations))
+    assert sent_back > 100
 
 
 def test_completions_come_group_after_group_and_differ_within_one():
@@ -415,3 +437,31 @@ def test_a_completion_that_is_cut_off_says_so():
     completions = run(make_policy(model), max_completion_length=1, temperature=0)
     assert all(c.finish == "length" and len(c.ids) == 1 for c in completions if c.ids != [1])
     assert any(c.finish == "length" for c in completions)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestOnAGpu:
+    def test_greedy_completions_are_those_of_generate_in_fp32(self, family):
+        policy = make_policy(family, use_cpu=False)
+        assert policy.engine_refusal == "unasked" and policy.device.type == "cuda"
+        params = SamplingParams(max_completion_length=30, temperature=0)
+        theirs = ids_of(hf.sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000))
+        for plan in (*plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
+            assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == theirs
+        assert policy.engine_refusal is None
+
+    def test_bf16_logprobs_are_near_those_of_a_training_forward(self, family):
+        policy = make_policy(family, use_cpu=False, bf16=True)
+        found = run(policy, 4, max_completion_length=30)
+        for index, completion in enumerate(found):
+            truth = own_logprobs(policy, PROMPTS[index // 4], completion, 1.0).cpu()
+            assert (completion.logprobs - truth).abs().mean() < 0.05
+
+    def test_the_store_is_gone_when_sampling_is_done(self):
+        policy = make_policy("qwen2", use_cpu=False)
+        run(policy, 4)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        run(policy, 4)
+        assert torch.cuda.memory_allocated() == before

@@ -436,3 +436,30 @@ def test_one_function_is_enough_and_settings_can_be_left_out(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(settings(tmp_path), output_dir="out", max_steps=1)
     assert train(str(DEMO_MODEL), task.answer_reward, ROWS, config=config).history[0]["step"] == 1
+
+
+def test_a_step_without_any_token_that_counts_is_survived_in_fp16(tmp_path):
+    result = run(tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True, fp16=True)
+    assert all(line["loss"] == 0.0 for line in result.history)
+
+
+def test_groups_without_a_difference_are_skipped_and_change_nothing():
+    policy = make_policy("qwen3")
+    rollout = fixed_rollout()
+    rollout.advantages[:2] = 0
+    found = []
+    for beta in (0.0, 1e-30):  # a KL, however small, lets nothing be skipped
+        config = GRPOConfig(beta=beta, bf16=False)
+        tokens, scaler = TokenMeter(rollout, policy.device), torch.amp.GradScaler("cpu", enabled=False)
+        reference = reference_logprobs(policy, rollout, config)
+        loss, _ = backward(policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config)
+        gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+        policy.model.zero_grad()
+        found.append((loss, gradient, tokens.metrics()["frac_tokens_skipped"]))
+    lengths = rollout.offsets.diff()
+    total = lengths.sum()
+    assert found[0][2] == pytest.approx(float((lengths[:2].sum() + lengths[-1]) / total), abs=1e-6)
+    assert found[1][2] == pytest.approx(float(lengths[-1] / total), abs=1e-6), "the last one is masked"
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-6
+    assert found[1][1].norm() > 0

@@ -57,6 +57,7 @@ def sample(
     plan = plan or plan_rollout(
         prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
         max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
+        paged=policy.device.type == "cuda",
     )  # fmt: skip
     size = dense_bytes(policy.base, policy.dtype)
     spare = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available

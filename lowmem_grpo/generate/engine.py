@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket
 from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
-from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store, UnknownAttention, attending, step
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
@@ -80,7 +80,8 @@ def run(
     done: dict[int, Completion] = {}
     while len(done) < len(prompts) * num_generations:
         todo = [i for i in range(len(prompts) * num_generations) if i not in done]
-        scheduler = Scheduler(todo, num_generations, min(plan.slots, len(todo)), plan.prefixes)
+        slots = min(plan.slots, len(todo))
+        scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
         try:
             _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, done)
         except torch.OutOfMemoryError:
@@ -105,6 +106,7 @@ def _run(
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(prompts, prefill_tokens):
             texts[scheduler.slots[slot]] = [[], [], []]  # type: ignore[index]
+        slots.reserve(block)
         slots.shrink()
         made = [slots.advance(uniforms) for _ in range(block)]
         columns = [[values.tolist() for values in choice] for choice in made]
@@ -137,7 +139,10 @@ class Slots:
         self.tokens, self.positions, self.prefilled = zeros
         self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
         self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
-        self.layout: tuple[Tensor, Tensor] | None = None
+        self.layout: tuple[Tensor, Tensor, Tensor] | None = None  # members, places and prefix_rows of a Decode
+        self.table: Tensor | None = None
+        if policy.device.type == "cuda":
+            self.table = torch.arange(self.rows, device=policy.device)[:, None]
         self.seen = None
         if params is not None and params.repetition_penalty != 1:
             shape = (self.rows, policy.head.weight.shape[0])
@@ -198,16 +203,24 @@ class Slots:
         held = self.scheduler.prefixes
         members: list[list[int]] = [[] for _ in range(max(r for r, p in enumerate(held) if p is not None) + 1)]
         row_of = {prompt: row for row, prompt in enumerate(held) if prompt is not None}
-        places = [0] * self.rows
+        places, prefix_rows = [0] * self.rows, [0] * self.rows
         for slot, completion in enumerate(self.scheduler.slots[: self.rows]):
             if completion is not None:
                 row = row_of[self.scheduler.prompt_of(completion)]
-                places[slot] = row, len(members[row])  # type: ignore[call-overload]
+                prefix_rows[slot], places[slot] = row, len(members[row])
                 members[row].append(slot)
         widest = max(map(len, members))
         filled = [slots + [0] * (widest - len(slots)) for slots in members]
-        flat = [place[0] * widest + place[1] if isinstance(place, tuple) else 0 for place in places]
-        self.layout = self._tensor(filled), self._tensor(flat)
+        flat = [row * widest + place for row, place in zip(prefix_rows, places, strict=True)]
+        self.layout = self._tensor(filled), self._tensor(flat), self._tensor(prefix_rows)
+
+    def reserve(self, ahead: int) -> None:
+        """Pages for so many more tokens of every slot that runs, from slots that started later if need be."""
+        if not self.plan.paged:
+            return
+        self.scheduler.reserve([min(column + ahead, self.plan.slot_tokens) for column in self.columns])
+        most = max(map(len, self.scheduler.pages))
+        self.table = self._tensor([pages + [NOBODYS] * (most - len(pages)) for pages in self.scheduler.pages])
 
     def shrink(self) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket holds what still runs."""
@@ -220,8 +233,12 @@ class Slots:
             for values in (self.tokens, self.positions, self.prefilled, self.completions, self.seen):
                 if values is not None:
                     values[targets] = values[sources]
-            for layer in self.store.own:
-                layer[:, targets] = layer[:, sources]
+            if self.plan.paged:
+                assert self.table is not None
+                self.table[targets] = self.table[sources]
+            else:
+                for layer in self.store.own:
+                    layer[:, targets] = layer[:, sources]
             for source, target in moves:
                 self.columns[target] = self.columns[source]
         self.rows = rows
@@ -234,8 +251,13 @@ class Slots:
         columns = positions - prefilled if self.plan.shared else positions
         needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
         span = min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
-        members, places = self.layout or (None, None)
-        now = Decode(self.store, columns, positions, span, prefilled if self.plan.shared else None, members, places, {})
+        table = None if self.table is None else self.table[: self.rows]
+        if self.plan.paged:
+            assert table is not None
+            columns = columns.clamp(max=table.shape[1] * self.plan.page_tokens - 1)
+        members, places, prefix_rows = self.layout or (None, None, None)
+        lengths = prefilled if self.plan.shared else None
+        now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
         with step(now):
             out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return out.last_hidden_state[:, -1]

@@ -1,9 +1,10 @@
 """How many completions are sampled at once: slots and their memory, from a model's shape and a budget. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 SHARE_FROM = 64  # prompt tokens from which one copy of a prompt's keys and values serves its whole group
+PAGE = 64  # tokens of a page
 
 
 @dataclass(frozen=True)
@@ -22,50 +23,81 @@ class KVShape:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """The store's shape. Where shared, a prompt's keys and values stand once, in a prefix row, else in every slot."""
+    """The store's shape.
+
+    Where shared, a prompt's keys and values stand once, in a prefix row, else in every slot. Where paged, slots take
+    pages as they grow, and there may be more slots than the pages hold at full length: then the youngest starts over.
+    """
 
     slots: int  # completions in flight
-    slot_tokens: int  # tokens that a slot has room for: a completion, and its prompt unless that is shared
+    slot_tokens: int  # the most tokens of a slot: a completion's, and its prompt's unless that is shared
     prefixes: int  # prompts resident at once; 0 where they are not shared
     prefix_tokens: int  # tokens that a prefix row has room for; 0 likewise
+    pages: int = 0  # the first belongs to nobody: slots that hold nothing write there; 0 where every slot has its own
+    page_tokens: int = 0
 
     @property
     def shared(self) -> bool:
         return self.prefixes > 0
 
+    @property
+    def paged(self) -> bool:
+        return self.pages > 0
+
     def tokens(self) -> int:
-        return self.slots * self.slot_tokens + self.prefixes * self.prefix_tokens
+        own = self.pages * self.page_tokens if self.paged else self.slots * self.slot_tokens
+        return own + self.prefixes * self.prefix_tokens
 
     def halved(self) -> "RolloutPlan":
-        """The same with half of the slots, for after an out-of-memory."""
-        return RolloutPlan(max(1, self.slots // 2), self.slot_tokens, ceil(self.prefixes / 2), self.prefix_tokens)
+        """The same with half of the slots and of the memory, for after an out-of-memory."""
+        pages = max(self.pages // 2, 1 + ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
+        return replace(self, slots=max(1, self.slots // 2), prefixes=ceil(self.prefixes / 2), pages=pages)
 
 
 def plan_rollout(
     *, prompt_tokens: int, prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
-    share: bool | None = None, max_slots: int | None = None,
+    share: bool | None = None, paged: bool = False, max_slots: int | None = None,
 ) -> RolloutPlan:  # fmt: skip
     """The most slots whose keys and values fit in budget_tokens; at least one.
 
     prompt_tokens is the longest prompt's. The last token of a prompt is the first that decoding feeds, so that
     prompt_tokens - 1 are prefilled, and max_completion_length are stored: the prompt's last and all but the last
-    sampled. share says whether prompts are shared; None leaves it to SHARE_FROM.
+    sampled. share says whether prompts are shared; None leaves it to SHARE_FROM. A group whose slots are freed at
+    different times keeps its prefix: there are twice as many prefixes as full groups.
 
-    A group whose slots are freed at different times keeps its prefix: there are twice as many prefixes as full groups.
+    paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
+    slots for completions of half the maximum.
     """
     prefilled = prompt_tokens - 1
     if share is None:
         share = num_generations > 1 and prefilled >= SHARE_FROM
+    every = min(prompts * num_generations, max_slots or prompts * num_generations)
+    dense = _largest(every, prefilled, prompts, num_generations, max_completion_length, budget_tokens, share)
+    if not paged or dense.slots == every or max_completion_length <= PAGE:
+        return dense
     best = None
-    for slots in range(1, min(prompts * num_generations, max_slots or 2**31) + 1):
-        prefixes = min(prompts, 2 * ceil(slots / num_generations)) if share else 0
-        own = max_completion_length + (0 if share else prefilled)
-        plan = RolloutPlan(slots, own, prefixes, max(1, prefilled) if share else 0)
-        if best is not None and plan.tokens() > budget_tokens:
+    for slots in range(1, every + 1):
+        prefixes = min(prompts, 2 * ceil(slots / num_generations))
+        room = budget_tokens - prefixes * max(1, prefilled)
+        pages = room // PAGE
+        one = 1 + ceil(max_completion_length / PAGE)
+        if pages < max(one, 1 + slots * ceil(max_completion_length / 2 / PAGE)):
             break
-        best = plan
-    assert best is not None
-    return best
+        best = RolloutPlan(slots, max_completion_length, prefixes, max(1, prefilled), pages, PAGE)
+    return best if best is not None and best.slots > dense.slots else dense
+
+
+def _largest(
+    most: int, prefilled: int, prompts: int, num_generations: int, completion: int, budget: int, share: bool
+) -> RolloutPlan:
+    """The plan without pages of the most slots; at least one, within the budget or not."""
+
+    def plan(slots: int) -> RolloutPlan:
+        if not share:
+            return RolloutPlan(slots, completion + prefilled, 0, 0)
+        return RolloutPlan(slots, completion, min(prompts, 2 * ceil(slots / num_generations)), max(1, prefilled))
+
+    return plan(max((slots for slots in range(1, most + 1) if plan(slots).tokens() <= budget), default=1))
 
 
 def bucket(rows: int) -> int:

@@ -1,6 +1,8 @@
-"""Which completion is in which slot, and which prompt in which prefix row. Host only: no tensor is known here."""
+"""Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
 
 from collections import deque
+
+NOBODYS = 0  # the page that slots without one of their own write to
 
 
 class Scheduler:
@@ -9,13 +11,23 @@ class Scheduler:
     Attributes:
         slots: the completion in each slot, or None.
         prefixes: the prompt in each prefix row, or None. Without prefix rows, every slot has its prompt itself.
+        pages: the pages of each slot, in order. Without pages, every slot has its own room.
     """
 
-    def __init__(self, completions: list[int], num_generations: int, slots: int, prefixes: int):
+    def __init__(
+        self, completions: list[int], num_generations: int, slots: int, prefixes: int, pages: int = 0,
+        page_tokens: int = 0,
+    ):  # fmt: skip
         self.waiting = deque(completions)
         self.num_generations = num_generations
         self.slots: list[int | None] = [None] * slots
         self.prefixes: list[int | None] = [None] * prefixes
+        self.pages: list[list[int]] = [[] for _ in range(slots)]
+        self.page_tokens = page_tokens
+        self.free = [page for page in range(pages) if page != NOBODYS]
+        self.admitted = [0] * slots  # when each slot's completion started, in admissions
+        self.admissions = 0
+        self.short = False  # a completion was sent back for want of pages, and none has ended since
 
     @property
     def running(self) -> int:
@@ -27,13 +39,13 @@ class Scheduler:
     def admit(self) -> tuple[list[int], list[int]]:
         """Fill free slots from the queue's front: (slots, prefix rows) that are new and have to be filled.
 
-        The queue waits while the prompt at its front finds no free prefix row.
+        The queue waits while the prompt at its front finds no free prefix row, and while pages are short.
         """
         new_slots, new_prefixes = [], []
         for slot, holder in enumerate(self.slots):
             if holder is not None:
                 continue
-            if not self.waiting:
+            if not self.waiting or (self.short and self.running):
                 break
             prompt = self.prompt_of(self.waiting[0])
             if self.prefixes and prompt not in self.prefixes:
@@ -43,17 +55,46 @@ class Scheduler:
                 self.prefixes[row] = prompt
                 new_prefixes.append(row)
             self.slots[slot] = self.waiting.popleft()
+            self.admissions += 1
+            self.admitted[slot] = self.admissions
             new_slots.append(slot)
         return new_slots, new_prefixes
 
+    def reserve(self, tokens: list[int]) -> list[int]:
+        """Give each running slot, the oldest first, pages for tokens[slot] tokens. The slots that were preempted.
+
+        Where pages run out, the youngest goes back to the queue's front and begins again later: the same uniforms make
+        the same completion of it.
+        """
+        preempted = []
+        if not self.page_tokens:
+            return preempted
+        for slot in sorted((s for s, c in enumerate(self.slots) if c is not None), key=lambda s: self.admitted[s]):
+            while self.slots[slot] is not None and len(self.pages[slot]) * self.page_tokens < tokens[slot]:
+                if self.free:
+                    self.pages[slot].append(self.free.pop())
+                    continue
+                running = [s for s, c in enumerate(self.slots) if c is not None]
+                youngest = max(running, key=lambda s: self.admitted[s])
+                self.waiting.appendleft(self._leave(youngest))
+                preempted.append(youngest)
+                self.short = True
+        return preempted
+
     def finish(self, slot: int) -> None:
-        """Free a slot, and its prompt's prefix row if nobody else needs it."""
-        completion, self.slots[slot] = self.slots[slot], None
-        assert completion is not None
-        prompt = self.prompt_of(completion)
+        """Free a slot and its pages, and its prompt's prefix row if nobody else needs it."""
+        prompt = self.prompt_of(self._leave(slot))
+        self.short = False
         needed = any(c is not None and self.prompt_of(c) == prompt for c in (*self.slots, *self.waiting))
         if self.prefixes and not needed:
             self.prefixes[self.prefixes.index(prompt)] = None
+
+    def _leave(self, slot: int) -> int:
+        completion, self.slots[slot] = self.slots[slot], None
+        assert completion is not None
+        self.free += self.pages[slot]
+        self.pages[slot] = []
+        return completion
 
     def compact(self, rows: int) -> list[tuple[int, int]]:
         """Move every running completion below `rows`: (from, to) of each move."""
@@ -62,6 +103,7 @@ class Scheduler:
         for source in range(rows, len(self.slots)):
             if self.slots[source] is not None:
                 target = free.pop(0)
-                self.slots[target], self.slots[source] = self.slots[source], None
+                for values in (self.slots, self.pages, self.admitted):
+                    values[target], values[source] = values[source], values[target]
                 moves.append((source, target))
         return moves

@@ -1,6 +1,6 @@
 """Keys and values of the tokens in flight, and the attention that reads them.
 
-    own (L, 2, S, H_kv, T, D)        each slot's tokens
+    own (L, 2, S, H_kv, T, D)        each slot's tokens, or pages of them in place of slots
     prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the plan shares them
 
 The attention function is registered with transformers, and a model under `attending` calls it in every layer: it stores
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan
+from lowmem_grpo.kernels.decode_attention import decode_attention
 
 NAME = "lowmem_rollout"
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
@@ -35,7 +36,7 @@ class Store:
             size = (shape.layers, 2, count, shape.kv_heads, tokens, shape.head_dim)
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.own = rows(plan.slots, plan.slot_tokens)
+        self.own = rows(plan.pages, plan.page_tokens) if plan.paged else rows(plan.slots, plan.slot_tokens)
         self.prefix = rows(plan.prefixes, plan.prefix_tokens)
 
 
@@ -59,6 +60,8 @@ class Decode:
     prefix_lengths: Tensor | None  # (S,) int64, where prompts are shared
     members: Tensor | None  # (P, m) int64: the slots of each prefix row, filled up with 0
     places: Tensor | None  # (S,) int64: where a slot stands in members, flattened
+    prefix_rows: Tensor | None  # (S,) int64: the prefix row of each slot
+    table: Tensor | None  # (S, most pages) int64: the pages of each slot; None for the dense attention of a CPU
     masks: dict  # by window: made by the first layer that asks
 
     def mask(self, window: int | None) -> Tensor:
@@ -121,6 +124,8 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
 def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
     slots, heads, _, size = query.shape
     kv_heads = key.shape[1]
+    if now.table is not None:
+        return _paged_attention(now, layer, query, key, value, scaling, window, softcap)
     own = now.store.own[layer, :, :slots]  # (2, S, H_kv, T, D)
     own[0, torch.arange(slots, device=query.device), :, now.columns] = key[:, :, 0]
     own[1, torch.arange(slots, device=query.device), :, now.columns] = value[:, :, 0]
@@ -135,6 +140,26 @@ def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> 
     else:
         out = _softmax_attention(query, keys, values, mask, scaling, softcap)
     return out.view(slots, 1, heads, size)
+
+
+def _paged_attention(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    assert now.table is not None
+    own = now.store.own[layer]  # (2, pages, H_kv, page tokens, D)
+    page_tokens = own.shape[3]
+    page = now.table.gather(1, (now.columns // page_tokens)[:, None])[:, 0]
+    own[0, page, :, now.columns % page_tokens] = key[:, :, 0]
+    own[1, page, :, now.columns % page_tokens] = value[:, :, 0]
+    prefix: dict[str, Any] = {}
+    if now.prefix_lengths is not None:
+        keys, values = now.store.prefix[layer]
+        prefix = dict(
+            prefix_keys=keys, prefix_values=values, prefix_rows=now.prefix_rows, prefix_lengths=now.prefix_lengths
+        )
+    out = decode_attention(
+        query[:, :, 0], own[0], own[1], now.table, now.columns + 1, scaling=scaling, softcap=softcap, window=window,
+        **prefix,
+    )  # fmt: skip
+    return out[:, None]
 
 
 def _softmax_attention(query, keys, values, mask, scaling, softcap) -> Tensor:
