@@ -231,21 +231,21 @@ if triton is not None:
         """One program per sequence and head. The sums of an empty split were not written, and are not read."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK_D)
-        peak = tl.full((), LOWEST, tl.float32)
-        total = tl.zeros((), tl.float32)
+        peak = tl.full((BLOCK_D,), LOWEST, tl.float32)  # the same in every column: loaded as the sums are, and once
+        total = tl.zeros((BLOCK_D,), tl.float32)
         sums = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, splits, TILE):
-            split = start + tl.arange(0, TILE)
-            state_at = state_ptr + (row * splits + split) * 2
+            split = start + tl.arange(0, TILE)[:, None]
+            state_at = state_ptr + (row * splits + split) * 2 + 0 * column[None, :]
             peaks = tl.load(state_at, mask=split < splits, other=LOWEST)
             totals = tl.load(state_at + 1, mask=split < splits, other=0.0)
-            read = (totals != 0)[:, None] & (column < D)[None, :]
-            part = tl.load(sums_ptr + ((row * splits + split) * D)[:, None] + column[None, :], mask=read, other=0.0)
+            read = (totals != 0) & (column < D)[None, :]
+            part = tl.load(sums_ptr + (row * splits + split) * D + column[None, :], mask=read, other=0.0)
             higher = tl.maximum(peak, tl.max(peaks, 0))
-            weight = tl.exp(peaks - higher)
+            weight = tl.exp(peaks - higher[None, :])
             fade = tl.exp(peak - higher)
             total = total * fade + tl.sum(totals * weight, 0)
-            sums = sums * fade + tl.sum(part * weight[:, None], 0)
+            sums = sums * fade + tl.sum(part * weight, 0)
             peak = higher
         tl.store(out_ptr + row * D + column, (sums / total).to(out_ptr.dtype.element_ty), mask=column < D)
 
