@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_grpo.kernels import linear_logprobs, policy_loss, sample_tokens
+from lowmem_grpo.kernels import decode_attention, linear_logprobs, policy_loss, sample_tokens
 
 # Compute capability -> the most shared memory of a block, in bytes.
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
@@ -107,6 +107,25 @@ def _choose(name: str, **change) -> Kernel:
     return Kernel(name, sample_tokens._choose_kernel, arguments | change, num_warps=8)
 
 
+def _split(name: str, **change) -> Kernel:
+    arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
+    arguments |= dict(
+        query_ptr="*half", own_key_ptr="*half", own_value_ptr="*half", prefix_key_ptr="*half", prefix_value_ptr="*half",
+        table_ptr="*i64", lengths_ptr="*i64", prefix_rows_ptr="*i64", prefix_lengths_ptr="*i64", sums_ptr="*fp32",
+        state_ptr="*fp32", window=None, scaling="fp32", softcap=None, D=128, H=14, GROUP=7, PAGE=None,
+        SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP,
+    )  # fmt: skip
+    return Kernel(name, decode_attention._split_kernel, arguments | change)
+
+
+def _merge(name: str, **change) -> Kernel:
+    arguments = dict(
+        sums_ptr="*fp32", state_ptr="*fp32", out_ptr="*half", splits="i32", D=128, BLOCK_D=128,
+        TILE=decode_attention.TILE,
+    )  # fmt: skip
+    return Kernel(name, decode_attention._merge_kernel, arguments | change)
+
+
 _SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
@@ -133,6 +152,21 @@ KERNELS = [
     _policy_loss("policy_loss, no reference, no delta", ref_ptr=None, kl_ptr=None, delta=None, BIAS_CORRECTION=False),
     _choose("sample_tokens"),
     _choose("selective_logprobs", uniforms_ptr=None),
+    _split("decode_attention, 7 x 128, prefix", H=28),
+    _split("decode_attention, 7 x 64, prefix", D=64, BLOCK_D=64, ROWS=16),
+    _split(
+        "decode_attention, 8 x 256, fp32, pages, prefix, softcap, window",
+        query_ptr="*fp32", own_key_ptr="*fp32", own_value_ptr="*fp32", prefix_key_ptr="*fp32",
+        prefix_value_ptr="*fp32", window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4,
+        H=16, GROUP=8, PAGE=16,
+    ),
+    _split(
+        "decode_attention, 1 x 80, pages",
+        prefix_key_ptr=None, prefix_value_ptr=None, prefix_rows_ptr=None, prefix_lengths_ptr=None,
+        D=80, H=8, GROUP=1, HEADS=1, PAGE=16,
+    ),
+    _merge("decode_attention merge, 128"),
+    _merge("decode_attention merge, 256", D=256, BLOCK_D=256),
 ]  # fmt: skip
 
 
