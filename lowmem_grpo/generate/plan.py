@@ -63,7 +63,7 @@ def plan_rollout(
     prompt_tokens is the longest prompt's. The last token of a prompt is the first that decoding feeds, so that
     prompt_tokens - 1 are prefilled, and max_completion_length are stored: the prompt's last and all but the last
     sampled. share says whether prompts are shared; None leaves it to SHARE_FROM. A group whose slots are freed at
-    different times keeps its prefix: there are twice as many prefixes as full groups.
+    different times keeps its prefix: there are twice as many prefixes as full groups, if the budget allows it.
 
     paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
     slots for completions of half the maximum.
@@ -92,12 +92,16 @@ def _largest(
 ) -> RolloutPlan:
     """The plan without pages of the most slots; at least one, within the budget or not."""
 
-    def plan(slots: int) -> RolloutPlan:
+    def plan(slots: int, per_group: int) -> RolloutPlan:
         if not share:
             return RolloutPlan(slots, completion + prefilled, 0, 0)
-        return RolloutPlan(slots, completion, min(prompts, 2 * ceil(slots / num_generations)), max(1, prefilled))
+        groups = ceil(slots / num_generations)
+        return RolloutPlan(slots, completion, min(prompts, per_group * groups), max(1, prefilled))
 
-    return plan(max((slots for slots in range(1, most + 1) if plan(slots).tokens() <= budget), default=1))
+    # One prefix a group where the budget does not hold two of even one slot's.
+    per_group = 2 if plan(1, 2).tokens() <= budget else 1
+    fitting = (slots for slots in range(1, most + 1) if plan(slots, per_group).tokens() <= budget)
+    return plan(max(fitting, default=1), per_group)
 
 
 def bucket(rows: int) -> int:
