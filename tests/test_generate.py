@@ -466,3 +466,11 @@ class TestOnAGpu:
         before = torch.cuda.memory_allocated()
         run(policy, 4)
         assert torch.cuda.memory_allocated() == before
+def test_greedy_sampling_leaves_torchs_generator_alone():
+    """So that training is the same with evaluations and without, and after one that was cut short."""
+    policy = make_policy("llama")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    params = SamplingParams(max_completion_length=2, temperature=0)
+    sample(policy, PROMPTS, 1, params, rollout_token_budget=1000, token_budget=100)
+    assert torch.equal(torch.get_rng_state(), before)

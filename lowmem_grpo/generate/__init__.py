@@ -41,8 +41,9 @@ def sample(
     once for the call; "auto" does so on a CPU whose free memory holds them eight times over. A model that the engine
     does not know is sampled from by transformers' `generate`, after a warning.
     """
-    # One number of torch's own generator, which checkpoints keep, gives the whole call's.
-    draw = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
+    # none, so that it changes nothing of the training around it.
+    draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
     if policy.engine_refusal == "unasked":
         policy.engine_refusal = engine.refusal(policy)
         if policy.engine_refusal:
