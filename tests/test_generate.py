@@ -474,3 +474,15 @@ def test_greedy_sampling_leaves_torchs_generator_alone():
     params = SamplingParams(max_completion_length=2, temperature=0)
     sample(policy, PROMPTS, 1, params, rollout_token_budget=1000, token_budget=100)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no layer_idx"), RuntimeError(), ValueError("\nno")])
+def test_whatever_the_trial_raises_is_a_refusal_with_a_reason(error, monkeypatch):
+    policy = make_policy("llama")
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(policy.decoder.layers[0], "forward", failing)
+    assert engine.refusal(policy) and "\n" not in engine.refusal(policy)
+    assert policy.model.training and policy.base.config._attn_implementation != "lowmem_rollout"
