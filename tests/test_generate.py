@@ -486,3 +486,10 @@ def test_whatever_the_trial_raises_is_a_refusal_with_a_reason(error, monkeypatch
     monkeypatch.setattr(policy.decoder.layers[0], "forward", failing)
     assert engine.refusal(policy) and "\n" not in engine.refusal(policy)
     assert policy.model.training and policy.base.config._attn_implementation != "lowmem_rollout"
+
+
+def test_a_window_that_is_not_passed_on_is_a_refusal():
+    """Qwen2-MoE's layers have one and leave it to the mask, which is not made here."""
+    policy = make_policy("llama")
+    policy.decoder.layers[1].self_attn.sliding_window = 24
+    assert "sliding window" in engine.refusal(policy)
