@@ -493,3 +493,20 @@ def test_a_window_that_is_not_passed_on_is_a_refusal():
     policy = make_policy("llama")
     policy.decoder.layers[1].self_attn.sliding_window = 24
     assert "sliding window" in engine.refusal(policy)
+
+
+def test_a_linear_layer_of_another_kind_is_left_to_peft():
+    """Its weight may be codes with a scale (8-bit), which cannot be merged as they stand."""
+    policy = make_policy("llama", load_in_4bit=False)
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    policy.decoder.layers[0].self_attn.q_proj.get_base_layer().__class__ = Scaled
+    text = torch.tensor([PROMPTS[2]])
+    with policy.inference():
+        expected = policy.decoder(input_ids=text).last_hidden_state
+        with fast_linears(policy.base, policy.dtype, dense=True):
+            found = policy.decoder(input_ids=text).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

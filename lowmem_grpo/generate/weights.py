@@ -37,11 +37,11 @@ def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _plain_lora_layers(model: nn.Module) -> list[Any]:
-    """Adapted linear layers without DoRA and the like, which PEFT goes on computing itself."""
+    """Adapted linear layers. DoRA, 8-bit weights and the like PEFT goes on computing itself."""
     return [
         layer
         for layer in model.modules()
-        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear)
+        if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in (nn.Linear, Linear4bit)
         if not layer.disable_adapters and not layer.merged and not getattr(layer, "lora_variant", None)
         if not any(lora_b.bias is not None for lora_b in layer.lora_B.values())
     ]  # fmt: skip
