@@ -510,3 +510,13 @@ def test_a_linear_layer_of_another_kind_is_left_to_peft():
         with fast_linears(policy.base, policy.dtype, dense=True):
             found = policy.decoder(input_ids=text).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_adapters_are_merged_in_fp32_under_autocast():
+    policy = make_policy("llama", bf16=True, load_in_4bit=False)
+    layer = policy.decoder.layers[0].self_attn.q_proj
+    weight = layer.get_base_layer().weight.float()
+    merged = (weight + layer.get_delta_weight("default")).bfloat16()
+    unit = torch.eye(layer.in_features, dtype=torch.bfloat16)
+    with policy.inference(), policy.autocast(), fast_linears(policy.base, policy.dtype, dense=True):
+        assert (layer(unit).t() == merged).float().mean() > 0.999

@@ -76,8 +76,9 @@ def _merged(layer: Any, dtype: torch.dtype) -> Callable:
     if isinstance(base, Linear4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)
     weight = weight.float()
-    for a, b in _factors(layer):
-        weight = weight.addmm(b, a)
+    with torch.autocast(weight.device.type, enabled=False):  # which would do it in 16 bits
+        for a, b in _factors(layer):
+            weight = weight.addmm(b, a)
     weight, bias = weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
