@@ -4,8 +4,10 @@ from math import ceil
 import pytest
 import torch
 from tiny_models import make_model, make_policy
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     MinPLogitsWarper,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from lowmem_grpo.generate import SamplingParams, engine, hf, sample
+from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
 from lowmem_grpo.generate.sampling import choose
@@ -520,3 +523,14 @@ def test_adapters_are_merged_in_fp32_under_autocast():
     unit = torch.eye(layer.in_features, dtype=torch.bfloat16)
     with policy.inference(), policy.autocast(), fast_linears(policy.base, policy.dtype, dense=True):
         assert (layer(unit).t() == merged).float().mean() > 0.999
+
+
+def test_a_stop_string_may_begin_with_a_space():
+    """Also where the decoder takes the space away that a text begins with."""
+    tokens = Tokenizer(models.WordLevel({"▁": 0, "a": 1, "b": 2}, unk_token="b"))
+    tokens.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    policy = make_policy("llama")
+    policy.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    policy.eos_token_ids = [99]
+    found = ending(policy, SamplingParams(max_completion_length=9, temperature=1.0, stop_strings=(" a",)))
+    assert found([2, 0]) is None and found([2, 0, 1]) == "stop"

@@ -9,8 +9,9 @@ from lowmem_grpo.policy import Policy
 def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str | None]:
     """What ends a completion with its newest token: "eos", "stop" or "length", or None. Asked after every token."""
     ends, strings = set(policy.eos_token_ids), params.stop_strings
-    # A token is a byte at least, so that this many hold any stop string that the newest completes.
-    tail = max((len(string.encode()) for string in strings), default=0)
+    # A token is a byte at least, so that this many hold any stop string that the newest completes; one more, because
+    # decoders like Llama 2's take the first token's leading space away.
+    tail = max((len(string.encode()) + 1 for string in strings), default=0)
 
     def found(ids: list[int]) -> str | None:
         if ids[-1] in ends:
