@@ -469,6 +469,8 @@ class TestOnAGpu:
         before = torch.cuda.memory_allocated()
         run(policy, 4)
         assert torch.cuda.memory_allocated() == before
+
+
 def test_greedy_sampling_leaves_torchs_generator_alone():
     """So that training is the same with evaluations and without, and after one that was cut short."""
     policy = make_policy("llama")
