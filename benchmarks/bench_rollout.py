@@ -27,8 +27,8 @@ from lowmem_grpo.generate import SamplingParams, hf, sample
 from lowmem_grpo.generate.plan import plan_rollout
 from lowmem_grpo.policy import Policy, load_policy
 
-# Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head, as in SHAPES.
-TINY = (4, 256, 768, 8, 2, 4096, True)
+# Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
+KNOWN = {"tiny": (4, 256, 768, 8, 2, 4096, True), **SHAPES}
 
 
 class Work(NamedTuple):
@@ -53,13 +53,13 @@ class Work(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        return {"tiny": TINY, **SHAPES}[self.shape][5]
+        return KNOWN[self.shape][5]
 
 
 @cache
 def make_policy(work: Work) -> Policy:
     """Random weights, with adapters that are not zero; the first ids of the vocabulary all end a completion."""
-    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = {"tiny": TINY, **SHAPES}[work.shape]
+    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = KNOWN[work.shape]
     ends = list(range(max(1, vocabulary // work.mean_length)))
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -128,7 +128,7 @@ def build(name: str, work: Work, small: bool) -> measure.Run:
 
 
 def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[str, dict]:
-    """Per implementation: failed, or seconds (Timing), tokens and tokens_per_s (Timing's counterpart), peak_bytes."""
+    """Per implementation: failed, or seconds (Timing), mean_length, tokens_per_s and peak_bytes."""
     device = torch.device(work.device)
     policy = make_policy(work)
     counts: dict[str, list[int]] = {name: [] for name in names}
@@ -177,7 +177,7 @@ def report(work: Work, results: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--shape", choices=KNOWN, default="tiny")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--prompt_length", type=int, default=256)

@@ -28,9 +28,8 @@ try:
 except ImportError:  # Windows, macOS
     triton = None
 
-SPLIT = (
-    256  # tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16
-)
+# Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
+SPLIT = 256
 STEP = 2  # tokens that a thread has in hand at a time; 4 spill
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -161,7 +161,7 @@ class Slots:
         else:
             rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
             self._prefill(prompts, rows, self.store.own, prefill_tokens)
-        at = torch.tensor(new, device=self.policy.device)
+        at = self._tensor(new)
         lengths = self._tensor([len(prompts[p]) - 1 for p in asked])
         self.tokens[at] = self._tensor([prompts[p][-1] for p in asked])
         self.positions[at], self.prefilled[at] = lengths, lengths

@@ -124,10 +124,10 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
 
 
 def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
-    slots, heads, _, size = query.shape
-    kv_heads = key.shape[1]
     if now.table is not None:
         return _paged_attention(now, layer, query, key, value, scaling, window, softcap)
+    slots, heads, _, size = query.shape
+    kv_heads = key.shape[1]
     own = now.store.own[layer, :, :slots]  # (2, S, H_kv, T, D)
     own[0, torch.arange(slots, device=query.device), :, now.columns] = key[:, :, 0]
     own[1, torch.arange(slots, device=query.device), :, now.columns] = value[:, :, 0]
