@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -132,9 +133,11 @@ def peak_above_inputs(build: Build, device: torch.device) -> int | Failed:
     sender.close()
     try:
         peak = receiver.recv()
-    except EOFError:  # killed, and by nobody but the kernel
-        peak = Failed(OUT_OF_MEMORY)
+    except EOFError:
+        peak = None
     child.join()
+    if peak is None:  # killed by the kernel, which is out of memory, or never begun
+        peak = Failed(OUT_OF_MEMORY if child.exitcode == -signal.SIGKILL else "its process did not start")
     return peak
 
 
