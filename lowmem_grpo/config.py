@@ -85,6 +85,7 @@ class GRPOConfig:
         "dapo", "what the sum of the token losses is divided by"
     )
     token_budget: int = option(16384, "most tokens, padding included, in a micro-batch of an update")
+    padding_free: bool = option(True, "micro-batches without padding, a prompt once for its group where that pays")
 
     learning_rate: float = option(1e-5, "peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
@@ -243,6 +244,7 @@ def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps", "log_completions",
     "save_steps", "save_total_limit", "token_budget", "rollout_token_budget", "gradient_checkpointing",
+    "padding_free",
 }  # fmt: skip
 
 

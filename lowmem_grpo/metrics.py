@@ -62,12 +62,13 @@ class TokenMeter:
         self.ratio = torch.ones(tokens, device=device)
         self.with_kl = self.with_ratio = False
 
-    def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, stats: TokenStats) -> None:
-        """Record one micro-batch; a later iteration over the same rollout overwrites it."""
-        if self.seen[batch.tokens].any():
-            self.with_ratio = True
-        elif self.rollout.sampling_logprobs is not None:
-            # Only on the first pass is the policy still the one that sampled.
+    def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, stats: TokenStats, *, first: bool) -> None:
+        """Record one micro-batch; a later iteration over the same rollout, or another attempt, overwrites it.
+
+        Only in the first iteration is the policy still the one that sampled.
+        """
+        self.with_ratio = not first
+        if first and self.rollout.sampling_logprobs is not None:
             self.difference[batch.tokens] = (logprobs - self.rollout.sampling_logprobs[batch.tokens]).abs()
         self.seen[batch.tokens] = True
         self.entropy[batch.tokens] = entropy

@@ -1,7 +1,8 @@
-"""Sequences to micro-batches under a token budget."""
+"""Sequences to micro-batches under a token budget: without padding, and a prompt once for its whole group."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -9,17 +10,53 @@ from torch import Tensor
 # Widths are rounded up to this, so that a CPU's matrix library meets few shapes: it caches a kernel for each, which
 # grows resident memory by hundreds of MiB otherwise.
 WIDTH_MULTIPLE = 8
+SHARE_FROM = 1.2  # tokens of the separate sequences over those of the shared layout, from which a prompt is shared
+
+
+@dataclass(frozen=True)
+class Block:
+    """G prompts of P tokens, and n tails of up to C tokens after each: completions without their last token.
+
+    Where P is 0, the G n tails are whole sequences, of which none is shared.
+    """
+
+    start: int  # the prompts' tokens stand from here on, prompt after prompt
+    groups: int  # G
+    prompt_length: int  # P
+    tails: Tensor  # (G, n, C) int64: where the tails' tokens stand, each filled up with its last
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which token of a packed row of T tokens attends to which.
+
+    The row is a list of segments: prompts, tails, and at most one of padding. As varlen attention takes it, segment s
+    has the queries [query_starts[s], query_starts[s + 1]) and the keys keys[key_starts[s]:key_starts[s + 1]], the
+    last of which is the last query's own.
+    """
+
+    blocks: tuple[Block, ...]
+    outputs: Tensor  # (T,) int64: where each token's result stands among the blocks', each its prompts, then its tails
+    query_starts: Tensor  # (segments + 1,) int32
+    key_starts: Tensor  # (segments + 1,) int32
+    keys: Tensor  # (K,) int64: places in the row
+    longest_query: int
+    longest_key: int
+    masks: dict = field(default_factory=dict, compare=False)  # of attention, made by the first layer that asks
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """R rows of T tokens, and the N completion tokens in them."""
 
-    input_ids: Tensor  # (R, T) int64: prompt, completion, then padding, which a causal model never looks at
+    input_ids: Tensor  # (R, T) int64
     predictors: Tensor  # (N,) int64: index into the R * T positions, of the one that predicts each token
     labels: Tensor  # (N,) int64
     tokens: Tensor  # (N,) int64: index of each token among the rollout's M
     sequences: Tensor  # (N,) int64: the completion that each token belongs to
+    # None where each row is a prompt, its completion and padding, which a causal model never looks at. Else R is 1.
+    position_ids: Tensor | None = None  # (1, T) int64: each token's place in its own sequence
+    packing: Packing | None = None
 
 
 def pack(
@@ -30,26 +67,35 @@ def pack(
     pad_token_id: int,
     device: torch.device,
     keep: Sequence[bool] | None = None,
+    num_generations: int = 1,
+    padding_free: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of at most token_budget tokens, padding included, longest rows first; rows not kept are left out.
+    """Micro-batches of at most token_budget tokens, padding included, the longest first; rows not kept are left out.
 
-    prompts[b] and completions[b] are sequence b's ids. Tokens are numbered completion after completion, kept or not. A
-    row longer than the budget still makes a micro-batch of its own.
+    completions[b] answers prompts[b // num_generations]. Tokens are numbered completion after completion, kept or not.
+    A sequence longer than the budget still makes a micro-batch of its own.
+
+    padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for what
+    answers it, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split.
     """
-    offsets = [0]
-    for completion in completions:
-        offsets.append(offsets[-1] + len(completion))
+    offsets = [0, *accumulate(map(len, completions))]
     rows = [b for b in range(len(completions)) if completions[b] and (keep is None or keep[b])]
-    rows.sort(key=lambda b: len(prompts[b]) + len(completions[b]), reverse=True)
+    if padding_free:
+        pieces = _pieces(rows, prompts, completions, num_generations, token_budget)
+        for filled in _bins(pieces, token_budget):
+            yield _packed(filled, prompts, completions, num_generations, offsets, token_budget, pad_token_id, device)
+        return
+    owners = [prompts[b // num_generations] for b in range(len(completions))]
+    rows.sort(key=lambda b: len(owners[b]) + len(completions[b]), reverse=True)
     while rows:
-        longest = len(prompts[rows[0]]) + len(completions[rows[0]])
-        width = _round_up(longest) if _round_up(longest) <= token_budget else longest
+        longest = len(owners[rows[0]]) + len(completions[rows[0]])
+        width = _rounded_up(longest, token_budget)
         count = max(1, token_budget // width)
-        yield _micro_batch(rows[:count], prompts, completions, offsets, width, pad_token_id, device)
+        yield _padded(rows[:count], owners, completions, offsets, width, pad_token_id, device)
         rows = rows[count:]
 
 
-def _micro_batch(rows, prompts, completions, offsets, width, pad_token_id, device) -> MicroBatch:
+def _padded(rows, prompts, completions, offsets, width, pad_token_id, device) -> MicroBatch:
     ids, predictors, labels, tokens, sequences = [], [], [], [], []
     for row, b in enumerate(rows):
         prompt, completion = prompts[b], completions[b]
@@ -62,5 +108,125 @@ def _micro_batch(rows, prompts, completions, offsets, width, pad_token_id, devic
     return MicroBatch(*(torch.tensor(x, device=device) for x in (ids, predictors, labels, tokens, sequences)))
 
 
-def _round_up(width: int) -> int:
-    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+@dataclass(frozen=True)
+class Piece:
+    """Completions of one prompt that stay together, the prompt once before them if shared."""
+
+    rows: list[int]
+    shared: bool
+    tokens: int
+
+
+def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[Piece]:
+    groups: dict[int, list[int]] = {}
+    for b in sorted(rows, key=lambda b: len(completions[b]), reverse=True):
+        groups.setdefault(b // num_generations, []).append(b)
+    pieces = []
+    for group, members in groups.items():
+        prompt = len(prompts[group])
+        apart = [Piece([b], False, prompt + len(completions[b]) - 1) for b in members]
+        together = _split(members, prompt, completions, token_budget)
+        shared = sum(piece.tokens for piece in apart) >= SHARE_FROM * sum(piece.tokens for piece in together)
+        pieces += together if shared else apart
+    return pieces
+
+
+def _split(members, prompt: int, completions, token_budget: int) -> list[Piece]:
+    """A group in pieces within the budget, each with the prompt again."""
+    pieces, rows, size = [], [], prompt
+    for b in members:
+        tail = len(completions[b]) - 1
+        if rows and size + tail > token_budget:
+            pieces.append(Piece(rows, True, size))
+            rows, size = [], prompt
+        rows, size = [*rows, b], size + tail
+    return [*pieces, Piece(rows, True, size)]
+
+
+def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
+    """First fit, the largest first."""
+    bins: list[list[Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: piece.tokens, reverse=True):
+        place = next((i for i, left in enumerate(room) if left >= piece.tokens), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(token_budget)
+        bins[place].append(piece)
+        room[place] -= piece.tokens
+    return bins
+
+
+def _packed(pieces, prompts, completions, num_generations, offsets, token_budget, pad_token_id, device) -> MicroBatch:
+    ids, positions, predictors, labels, tokens, sequences = [], [], [], [], [], []
+    blocks, outputs, results = [], [], 0
+    query_starts, key_starts, keys = [0], [0], []
+
+    def segment(new: list[int], first: int, before: range) -> range:
+        """Append tokens that attend to each other and to the places before; the places they got."""
+        places = range(len(ids), len(ids) + len(new))
+        ids.extend(new)
+        positions.extend(range(first, first + len(new)))
+        keys.extend([*before, *places])
+        query_starts.append(len(ids))
+        key_starts.append(len(keys))
+        return places
+
+    for alike in _alike(pieces, prompts, completions, num_generations):
+        start, prompt_places, tails = len(ids), [], []
+        length = len(prompts[alike[0].rows[0] // num_generations]) if alike[0].shared else 0
+        if alike[0].shared:
+            prompt_places = [segment(prompts[p.rows[0] // num_generations], 0, range(0)) for p in alike]
+        outputs += range(results, results + len(ids) - start)
+        widest = max(_tail(b, piece, prompts, completions, num_generations) for piece in alike for b in piece.rows)
+        results += len(ids) - start
+        for i, piece in enumerate(alike):
+            for b in piece.rows:
+                prompt, completion = prompts[b // num_generations], completions[b]
+                before = prompt_places[i] if piece.shared else range(0)
+                new = completion[:-1] if piece.shared else prompt + completion[:-1]
+                places = segment(new, length, before) if new else range(0)
+                tails.append([*places, *[len(ids) - 1] * (widest - len(new))])
+                outputs += range(results, results + len(new))
+                results += widest
+                last = before[-1] if piece.shared else places[len(prompt) - 1]
+                predictors += [last, *places[len(places) - len(completion) + 1 :]]
+                labels += completion
+                tokens += range(offsets[b], offsets[b + 1])
+                sequences += [b] * len(completion)
+        shape = (len(alike), -1, widest) if widest else (len(alike), len(alike[0].rows), 0)
+        blocks.append(Block(start, len(alike), length, torch.tensor(tails, device=device).reshape(shape).long()))
+    padding = _rounded_up(len(ids), token_budget) - len(ids)
+    if padding:
+        segment([pad_token_id] * padding, 0, range(0))
+        outputs += [0] * padding  # any: nothing follows from it
+    spans = [torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts)]
+    packing = Packing(
+        tuple(blocks), torch.tensor(outputs, device=device), *spans, torch.tensor(keys, device=device),
+        *(max(b - a for a, b in pairwise(starts)) for starts in (query_starts, key_starts)),
+    )  # fmt: skip
+    made = ([ids], predictors, labels, tokens, sequences, [positions])
+    return MicroBatch(*(torch.tensor(x, device=device) for x in made), packing=packing)
+
+
+def _alike(pieces, prompts, completions, num_generations) -> list[list[Piece]]:
+    """Pieces that one call of attention serves: prompts of one length with as many tails, or lone sequences.
+
+    Tails are filled up to the longest, which costs attention's part alone; lone sequences of 32 lengths go together.
+    """
+    alike: dict[tuple, list[Piece]] = {}
+    for piece in pieces:
+        prompt = len(prompts[piece.rows[0] // num_generations])
+        key = (prompt, len(piece.rows)) if piece.shared else (0, piece.tokens // 32)
+        alike.setdefault(key, []).append(piece)
+    return list(alike.values())
+
+
+def _tail(b, piece: Piece, prompts, completions, num_generations) -> int:
+    return len(completions[b]) - 1 + (0 if piece.shared else len(prompts[b // num_generations]))
+
+
+def _rounded_up(width: int, token_budget: int) -> int:
+    rounded = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    return rounded if rounded <= token_budget else width

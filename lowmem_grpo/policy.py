@@ -5,6 +5,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lowmem_grpo.attention import Recomputation, attending, configs_of, laid_out, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
-from lowmem_grpo.packing import MicroBatch
+from lowmem_grpo.packed_attention import Packed, flash_serves
+from lowmem_grpo.packing import MicroBatch, pack
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
@@ -51,7 +54,11 @@ class Policy:
         self.device = self.head.weight.device
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.configs = configs_of(self.base)
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
+        config = self.base.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.varlen = flash_serves(self.device, dtype, head_dim)  # how packed rows attend
         probe_head(self.base, self.head)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -66,13 +73,24 @@ class Policy:
         return linear_logprobs(**self._head_inputs(batch, temperature), return_entropy=True)
 
     def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
-        with self.autocast():
-            hidden = self.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (R, T, D)
+        with self.autocast(), self._laid_out(batch):
+            hidden = self.decoder(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state  # (R, T, D)
         rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
         return dict(
             hidden_states=rows, weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
             temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _laid_out(self, batch: MicroBatch) -> Iterator[None]:
+        """The model attends as the batch is packed; with its own attention, where each row is one sequence."""
+        if batch.packing is None:
+            yield
+            return
+        with attending(self.configs), laid_out(Packed(batch.packing, self.varlen)):
+            yield
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The next token's logits (S, V) of last hidden states (S, D), on a GPU in fp32. For sampling alone."""
@@ -86,6 +104,18 @@ class Policy:
         logits = logits if bias is None else logits + bias
         logits = logits if logit_scale == 1 else logits * logit_scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether it can be trained on packed rows. Tried on a few tokens, once, with a warning where it cannot."""
+        reason = refusal(self.base) or difference_when_packed(self)
+        if reason and self.varlen:
+            self.varlen = False
+            reason = refusal(self.base) or difference_when_packed(self)
+        if reason:
+            name = type(self.base).__name__
+            warnings.warn(f"{name} is trained on padded rows, which takes more memory: {reason}", stacklevel=2)
+        return not reason
 
     def autocast(self) -> torch.autocast:
         """Casts the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
@@ -112,6 +142,31 @@ class Policy:
         """Write the adapter in PEFT's format, and the tokenizer beside it."""
         self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
+
+
+def difference_when_packed(policy: Policy) -> str | None:
+    """Why packed rows do not give the log-probabilities of separate ones, or None. Two prompts, uneven completions."""
+    draw = torch.Generator().manual_seed(0)
+    length = iter([9, 9, 5, 1, 4, 7, 2, 8])
+    ids = [torch.randint(policy.head.weight.shape[0], (n,), generator=draw).tolist() for n in length]
+    given: dict[str, Any] = dict(token_budget=1000, pad_token_id=policy.pad_token_id, device=policy.device)
+    logprobs = []
+    try:
+        for padding_free in (False, True):
+            batches = pack(ids[:2], ids[2:], num_generations=3, padding_free=padding_free, **given)
+            flat = torch.zeros(sum(map(len, ids[2:])), device=policy.device)
+            with policy.inference():
+                for batch in batches:
+                    flat[batch.tokens] = policy.logprobs(batch, 1.0)
+            logprobs.append(flat)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
+        return (str(error).strip() or repr(error)).splitlines()[0]
+    error = (logprobs[0] - logprobs[1]).abs().max().item()
+    if not error < (1e-3 if policy.dtype == torch.float32 else 0.5):
+        return f"log-probabilities of a packed row are {error:.1g} away from those of separate ones"
+    return None
 
 
 def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
@@ -163,7 +218,8 @@ def _switch_off_base_dropout(model: PeftModel) -> None:
 def _enable_checkpointing(model: Any) -> None:
     # transformers renamed it; the old name warns where there is a new one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    configs = configs_of(model)
+    enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), Recomputation(configs))})
 
 
 def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:

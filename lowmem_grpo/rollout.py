@@ -46,5 +46,10 @@ class Rollout:
     def num_generations(self) -> int:
         return len(self.completions) // len(self.prompts)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every completion with its prompt, B of them."""
+        return [len(self.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(self.completions)]
+
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.num_generations]

@@ -6,12 +6,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import get_scheduler, set_seed
 
 from lowmem_grpo import checkpoint as checkpoints
@@ -21,13 +21,12 @@ from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
 from lowmem_grpo.evaluate import as_text, evaluate
 from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.interruption import Interruption
-from lowmem_grpo.memory import Meter
+from lowmem_grpo.memory import Meter, TokenBudget
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
-from lowmem_grpo.objective import policy_loss, token_weights
-from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
+from lowmem_grpo.update import backward, reference_logprobs, try_largest_update
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,9 @@ def train(
             )
         if resume is not None and state["step"] >= total_steps:
             progress.say(f"{resume} is at step {state['step']} of {total_steps}: nothing is left to train")
+        budget = TokenBudget(config.token_budget)
+        if policy.device.type == "cuda" and state["step"] < total_steps:
+            try_largest_update(policy, max((prompt.ids for prompt in prompts), key=len), budget, config)
         if state["step"] == 0:
             evaluate_now()
         randomness = checkpoints.randomness()  # of the last finished step, so that a step cut short is begun anew
@@ -155,7 +157,7 @@ def train(
 
                 # 2. The reference: the same model with its adapters off.
                 with meter.phase("reference"):
-                    ref_logprobs = reference_logprobs(policy, rollout, config)
+                    ref_logprobs = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
 
                 # 3. Update: micro-batches, whose gradients add up, and one optimizer step; num_iterations times.
                 with meter.phase("update"):
@@ -163,7 +165,8 @@ def train(
                     tokens = TokenMeter(rollout, policy.device)
                     old_logprobs = None  # before the first change of a weight, the old policy is this one
                     for _ in range(config.num_iterations):
-                        loss, logprobs = backward(policy, rollout, old_logprobs, ref_logprobs, tokens, scaler, config)
+                        work = partial(backward, policy, rollout, old_logprobs, ref_logprobs, tokens, scaler, config)
+                        loss, logprobs = budget.fit(work, rollout.lengths)
                         old_logprobs = logprobs if old_logprobs is None else old_logprobs
                         interruption.hold()  # from the first change of a weight until the step is whole
                         scaler.unscale_(optimizer)
@@ -175,7 +178,7 @@ def train(
                 state = {
                     "step": step,
                     "data_position": state["data_position"] + config.prompts_per_step,
-                    "num_tokens": state["num_tokens"] + count_tokens(rollout),
+                    "num_tokens": state["num_tokens"] + sum(rollout.lengths),
                 }
 
                 # 4. Report.
@@ -188,6 +191,7 @@ def train(
                     "learning_rate": learning_rate,
                     "num_tokens": state["num_tokens"],
                     **tokens.metrics(),
+                    **budget.metrics(),
                     **meter.metrics,
                     "step_time": time.perf_counter() - started,
                 }
@@ -267,83 +271,6 @@ def collect_rollout(
             "advantage": compared.advantages.tolist(),
         },
     )
-
-
-def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig):
-    """The completions whose loss has a gradient, packed under token_budget.
-
-    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0. The
-    divisor of the loss counts such completions all the same.
-    """
-    learns = rollout.advantages != 0 if config.beta == 0 else torch.ones_like(rollout.completion_mask)
-    return pack(
-        [rollout.prompt_of(b).ids for b in range(len(rollout.completions))],
-        [completion.ids for completion in rollout.completions],
-        token_budget=config.token_budget,
-        pad_token_id=policy.pad_token_id,
-        device=policy.device,
-        keep=(rollout.completion_mask & learns).tolist(),
-    )
-
-
-def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig) -> Tensor | None:
-    """Log-probabilities (M,) of the rollout's tokens under the reference, or None where beta is 0."""
-    if config.beta == 0:
-        return None
-    logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
-    with policy.as_reference():
-        for batch in micro_batches(policy, rollout, config):
-            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
-    return logprobs
-
-
-def backward(
-    policy: Policy,
-    rollout: Rollout,
-    old_logprobs: Tensor | None,  # (M,), None: those of the policy as it is, whose ratio is 1
-    ref_logprobs: Tensor | None,  # (M,)
-    tokens: TokenMeter,
-    scaler: torch.amp.GradScaler,
-    config: GRPOConfig,
-) -> tuple[Tensor, Tensor]:
-    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch.
-
-    Returns the loss, a scalar, and the log-probabilities (M,) of the tokens that count.
-    """
-    weights = token_weights(
-        rollout.offsets.diff(), rollout.completion_mask,
-        loss_type=config.loss_type, max_completion_length=config.max_completion_length,
-    ).to(policy.device)  # fmt: skip
-    advantages = rollout.advantages.to(policy.device)
-    # Where nothing is left to learn from, the gradient is 0 and not missing: the optimizer takes its step as always.
-    for parameter in policy.trainable_parameters().values():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    total = scaler.scale(torch.zeros((), device=policy.device)) * 0
-    computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
-    for batch in micro_batches(policy, rollout, config):
-        logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each
-        loss, stats = policy_loss(
-            logprobs,
-            None if old_logprobs is None else old_logprobs[batch.tokens],
-            None if ref_logprobs is None else ref_logprobs[batch.tokens],
-            advantages[batch.sequences],
-            weights[batch.sequences],
-            epsilon_low=config.epsilon,
-            epsilon_high=config.upper_epsilon,
-            delta=config.delta,
-            beta=config.beta,
-            use_bias_correction_kl=config.use_bias_correction_kl,
-        )
-        scaler.scale(loss).backward()
-        total += loss.detach()
-        computed[batch.tokens] = logprobs.detach()
-        tokens.add(batch, computed[batch.tokens], entropy, stats)
-    return total, computed
-
-
-def count_tokens(rollout: Rollout) -> int:
-    """Tokens of every completion with its prompt, as TRL counts them."""
-    return sum(len(rollout.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(rollout.completions))
 
 
 def writable_folder(output_dir: str) -> Path:

@@ -12,7 +12,7 @@ DIFFERENT = {"output_dir", "learning_rate", "save_steps"}
 # Fields that TRL's GRPOConfig does not have; lora_* are TRL's ModelConfig's.
 OURS = {
     "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
-    "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights", "token_budget",
+    "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights", "token_budget", "padding_free",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
     "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True),
@@ -30,7 +30,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "scale_rewards": ("batch", "batch"), "mask_truncated_completions": ("true", True), "beta": ("0.04", 0.04),
     "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),
     "epsilon_high": ("0.28", 0.28), "delta": ("4", 4.0), "loss_type": ("dr_grpo", "dr_grpo"),
-    "token_budget": ("2048", 2048), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
+    "token_budget": ("2048", 2048), "padding_free": ("false", False), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
     "warmup_steps": ("3", 3), "weight_decay": ("0.1", 0.1), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "eval_steps": ("5", 5),
     "log_completions": ("true", True), "save_steps": ("5", 5), "save_total_limit": ("2", 2),

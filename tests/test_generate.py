@@ -490,7 +490,7 @@ def test_whatever_the_trial_raises_is_a_refusal_with_a_reason(error, monkeypatch
 
     monkeypatch.setattr(policy.decoder.layers[0], "forward", failing)
     assert engine.refusal(policy) and "\n" not in engine.refusal(policy)
-    assert policy.model.training and policy.base.config._attn_implementation != "lowmem_rollout"
+    assert policy.model.training and policy.base.config._attn_implementation != "lowmem_grpo"
 
 
 def test_a_window_that_is_not_passed_on_is_a_refusal():

@@ -2,24 +2,42 @@ import random
 
 import pytest
 import torch
+from tiny_models import make_policy
+from transformers import MambaConfig, MambaForCausalLM
 
-from lowmem_grpo.packing import pack
+from lowmem_grpo.packed_attention import by_blocks, by_segments
+from lowmem_grpo.packing import WIDTH_MULTIPLE, pack
+
+CPU = torch.device("cpu")
+BUDGETS = [1, 64, 200, 10_000]
 
 
-def random_sequences(seed):
+def random_sequences(seed, num_generations=1, groups=13, longest_prompt=20):
     draw = random.Random(seed)
-    prompts = [[draw.randrange(2, 99) for _ in range(draw.randint(1, 20))] for _ in range(13)]
-    completions = [[draw.randrange(2, 99) for _ in range(draw.randint(0, 30))] for _ in range(13)]
+    prompts = [[draw.randrange(2, 99) for _ in range(draw.randint(1, longest_prompt))] for _ in range(groups)]
+    completions = [
+        [draw.randrange(2, 99) for _ in range(draw.choice([0, 1, 2, draw.randint(0, 30)]))]
+        for _ in range(groups * num_generations)
+    ]
     return prompts, completions
 
 
-def packed(prompts, completions, token_budget, keep=None):
-    return list(
-        pack(prompts, completions, token_budget=token_budget, pad_token_id=0, device=torch.device("cpu"), keep=keep)
-    )
+def packed(prompts, completions, token_budget, **settings):
+    return list(pack(prompts, completions, token_budget=token_budget, pad_token_id=0, device=CPU, **settings))
 
 
-@pytest.mark.parametrize("token_budget", [1, 64, 200, 10_000])
+def what_it_sees(batch, place):
+    """The ids that a token of a packed row sees, in the order of their positions, by the segments alone."""
+    packing = batch.packing
+    segment = int(torch.searchsorted(packing.query_starts, place, right=True)) - 1
+    keys = packing.keys[packing.key_starts[segment] : packing.key_starts[segment + 1]]
+    behind = packing.query_starts[segment + 1] - 1 - place  # the segment's last query has the segment's last key
+    seen = keys[: len(keys) - behind]
+    assert batch.position_ids[0, seen].tolist() == list(range(len(seen)))
+    return batch.input_ids[0, seen].tolist()
+
+
+@pytest.mark.parametrize("token_budget", BUDGETS)
 @pytest.mark.parametrize("seed", range(5))
 def test_every_token_is_predicted_once_from_the_one_before_it(token_budget, seed):
     prompts, completions = random_sequences(seed)
@@ -39,18 +57,169 @@ def test_every_token_is_predicted_once_from_the_one_before_it(token_budget, seed
     assert sorted(seen) == list(range(len(flat)))
 
 
-@pytest.mark.parametrize("token_budget", [1, 64, 200, 10_000])
-def test_no_micro_batch_exceeds_the_budget_unless_one_row_does(token_budget):
-    for batch in packed(*random_sequences(7), token_budget):
-        assert batch.input_ids.numel() <= token_budget or batch.input_ids.shape[0] == 1
+@pytest.mark.parametrize("num_generations", [1, 2, 8])
+@pytest.mark.parametrize("token_budget", BUDGETS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_packed_token_is_predicted_from_its_own_sequence_alone(token_budget, seed, num_generations):
+    prompts, completions = random_sequences(seed, num_generations, groups=5, longest_prompt=60)
+    offsets = torch.tensor([0, *map(len, completions)]).cumsum(0)
+    found = []
+    batches = packed(prompts, completions, token_budget, num_generations=num_generations, padding_free=True)
+    for batch in batches:
+        for predictor, label, token, b in zip(
+            batch.predictors, batch.labels, batch.tokens, batch.sequences, strict=True
+        ):
+            t = int(token - offsets[b])
+            assert completions[b][t] == label
+            assert what_it_sees(batch, predictor) == prompts[b // num_generations] + completions[b][:t]
+            found.append(int(token))
+    assert sorted(found) == list(range(int(offsets[-1])))
 
 
-def test_rows_that_are_not_kept_are_left_out_and_keep_their_numbers():
-    batches = packed([[5], [6], [7]], [[1, 2], [3, 4], [8]], 100, keep=[False, True, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("token_budget", BUDGETS)
+def test_no_micro_batch_exceeds_the_budget_unless_one_sequence_does(token_budget, padding_free):
+    sequences = random_sequences(7, 4)
+    for batch in packed(*sequences, token_budget, num_generations=4, padding_free=padding_free):
+        assert batch.input_ids.numel() <= token_budget or len(set(batch.sequences.tolist())) == 1
+
+
+def test_a_prompt_stands_once_for_its_group_where_that_pays():
+    long, short = list(range(2, 66)), [100, 101]
+    completions = [[10, 11, 12, 1]] * 4 + [[20] * 50] * 4
+    (batch,) = packed([long, short], completions, 10_000, num_generations=4, padding_free=True)
+    ids = batch.input_ids[0].tolist()
+    assert ids.count(65) == 1, "64 + 4 * 3 tokens in place of 4 * 67"
+    assert ids.count(101) == 4, "a prompt of 2 before 49 saves 3 %: each of the four has its own"
+    unpadded = 64 + 4 * 3 + 4 * (2 + 49)
+    assert len(ids) - unpadded < WIDTH_MULTIPLE
+
+
+def test_a_group_larger_than_the_budget_is_split_with_its_prompt():
+    batches = packed([[7] * 40], [[9] * 21] * 6, 100, num_generations=6, padding_free=True)
+    assert [batch.input_ids.shape[1] for batch in batches] == [100, 100]
+    assert [len(set(batch.sequences.tolist())) for batch in batches] == [3, 3]
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_that_are_not_kept_are_left_out_and_keep_their_numbers(padding_free):
+    given = dict(keep=[False, True, True], padding_free=padding_free)
+    batches = packed([[5], [6], [7]], [[1, 2], [3, 4], [8]], 100, **given)
     assert sorted(torch.cat([b.tokens for b in batches]).tolist()) == [2, 3, 4]
     assert set(torch.cat([b.sequences for b in batches]).tolist()) == {1, 2}
 
 
-def test_nothing_to_keep_makes_no_micro_batch():
-    assert packed([[5]], [[1]], 100, keep=[False]) == []
-    assert packed([[5]], [[]], 100) == []
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_nothing_to_keep_makes_no_micro_batch(padding_free):
+    assert packed([[5]], [[1]], 100, keep=[False], padding_free=padding_free) == []
+    assert packed([[5]], [[]], 100, padding_free=padding_free) == []
+
+
+def reference_attention(query, key, value, query_starts, key_starts, _, __, scaling, window):
+    """What a varlen attention returns, from its definition, in fp64: one segment at a time, aligned at the end."""
+    results = []
+    for s in range(len(query_starts) - 1):
+        q = query[query_starts[s] : query_starts[s + 1]].double()
+        k, v = (x[key_starts[s] : key_starts[s + 1]].double() for x in (key, value))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        back = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (back >= 0) & (back < (window or len(k)))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+        shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        results.append(torch.einsum("hqk,khd->qhd", shares, v))
+    return torch.cat(results).to(query.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_by_blocks_is_that_by_segments(window, seed, dtype):
+    """Values and gradients; the sum of all that a shared prompt's copies would get goes to its keys and values."""
+    prompts, completions = random_sequences(seed, 4, groups=4, longest_prompt=50)
+    (batch,) = packed(prompts, completions, 10_000, num_generations=4, padding_free=True)
+    real = int((batch.input_ids != 0).sum())
+    torch.manual_seed(seed)
+    inputs = [torch.randn(batch.input_ids.shape[1], heads, 16, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(real, 4, 16)
+    found = []
+    for attention in (
+        lambda: by_blocks(*inputs, batch.packing, 0.3, window, None),
+        lambda: by_segments(*inputs, batch.packing, 0.3, window, reference_attention),
+    ):
+        out = attention()[:real].float()
+        found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).norm() / truth.norm() < bound
+
+
+def batches_of(policy, prompts, completions, **settings):
+    return pack(prompts, completions, pad_token_id=0, device=policy.device, num_generations=4, **settings)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_packed_rows_give_what_separate_rows_give(family, gradient_checkpointing):
+    """Log-probabilities within 1e-5, gradients of every adapter within 1e-5, whatever the budget."""
+    policy = make_policy(family, gradient_checkpointing=gradient_checkpointing)
+    assert policy.packs
+    draw = random.Random(3)
+    prompts = [[draw.randrange(2, 99) for _ in range(length)] for length in (30, 1, 30, 12)]
+    completions = [[draw.randrange(2, 99) for _ in range(draw.choice([1, 2, 7, 19, 40]))] for _ in range(16)]
+    weights = torch.randn(sum(map(len, completions)), generator=torch.Generator().manual_seed(0))
+    found = []
+    for settings in ({"token_budget": 1}, {"padding_free": True}, {"padding_free": True, "token_budget": 130}):
+        flat = torch.zeros(len(weights))
+        for batch in batches_of(policy, prompts, completions, **{"token_budget": 10_000, **settings}):
+            logprobs = policy.logprobs(batch, 1.0)
+            (logprobs * weights[batch.tokens]).sum().backward()
+            flat[batch.tokens] = logprobs.detach()
+        found.append((flat, {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}))
+        policy.model.zero_grad()
+    (separate, truth), *others = found
+    for flat, gradients in others:
+        torch.testing.assert_close(flat, separate, atol=1e-5, rtol=0)
+        for name, gradient in gradients.items():
+            assert (gradient - truth[name]).norm() / truth[name].norm() < 1e-5, name
+
+
+def test_the_reference_is_packed_too():
+    policy = make_policy("qwen3")
+    prompts, completions = [[5] * 40, [6] * 30], [[7, 8, 9], [10, 11], [12], [13] * 9] * 2
+    found = []
+    for padding_free in (False, True):
+        flat = torch.zeros(30)
+        with policy.as_reference():
+            for batch in batches_of(policy, prompts, completions, token_budget=1000, padding_free=padding_free):
+                flat[batch.tokens] = policy.logprobs(batch, 1.0)
+        found.append(flat)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_a_packed_row_leaves_the_models_own_attention_in_place():
+    policy = make_policy("llama", gradient_checkpointing=True)
+    own = policy.base.config._attn_implementation
+    (batch,) = batches_of(policy, [[5] * 40], [[7, 8, 9]] * 4, token_budget=1000, padding_free=True)
+    logprobs = policy.logprobs(batch, 1.0)
+    assert policy.base.config._attn_implementation == own
+    policy.model(input_ids=torch.tensor([[5, 6, 7]]))  # between a forward and its backward
+    logprobs.sum().backward()
+    assert policy.base.config._attn_implementation == own
+
+
+def test_a_model_that_carries_state_is_trained_row_by_row():
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=1)
+    policy = make_policy(MambaForCausalLM(config), load_in_4bit=False, lora_target_modules=["in_proj"])
+    with pytest.warns(UserWarning, match="MambaForCausalLM is trained on padded rows.*attention cannot be replaced"):
+        assert not policy.packs
+
+
+def test_a_model_that_a_packed_row_would_change_is_trained_row_by_row():
+    """The self-check: what a layer adds by the place in the row, it adds to the wrong tokens of a packed one."""
+    policy = make_policy("llama")
+
+    def by_place(module, arguments, output):
+        return output + torch.linspace(0, 1, output.shape[1])[:, None]
+
+    policy.decoder.layers[0].mlp.register_forward_hook(by_place)
+    with pytest.warns(UserWarning, match="trained on padded rows.*away from those of separate ones"):
+        assert not policy.packs

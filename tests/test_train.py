@@ -14,7 +14,7 @@ from lowmem_grpo.demo import task
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.packing import pack
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
-from lowmem_grpo.train import backward, reference_logprobs
+from lowmem_grpo.update import backward, reference_logprobs
 
 ROWS = task.rows(task.splits()[0][:40])
 TRL_METRICS = {
@@ -154,8 +154,10 @@ def test_micro_batches_add_up_to_the_whole_batch(loss_type):
         config = GRPOConfig(loss_type=loss_type, beta=0.1, token_budget=token_budget, bf16=False)
         tokens = TokenMeter(rollout, policy.device)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        reference = reference_logprobs(policy, rollout, config)
-        loss, _ = backward(policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config)
+        reference = reference_logprobs(policy, rollout, config, config.token_budget)
+        loss, _ = backward(
+            policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
+        )
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
         policy.model.zero_grad()
         found.append((loss, gradient, tokens.metrics()))
@@ -203,8 +205,10 @@ def test_the_update_is_the_definition_on_full_logits():
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     tokens = TokenMeter(rollout, policy.device)
-    reference = reference_logprobs(policy, rollout, config)
-    loss, _ = backward(policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config)
+    reference = reference_logprobs(policy, rollout, config, config.token_budget)
+    loss, _ = backward(
+        policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
+    )
     parameters = policy.trainable_parameters()
     ours = torch.cat([p.grad.flatten() for p in parameters.values()])
     policy.model.zero_grad()
@@ -286,6 +290,7 @@ def test_checkpointing_really_recomputes():
     calls = []
     for gradient_checkpointing in (False, True):
         policy = make_policy("llama", gradient_checkpointing=gradient_checkpointing)
+        assert policy.packs  # tries it
         count = []
         policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))  # type: ignore[union-attr,index]
         rollout = dataclasses.replace(fixed_rollout(), sampling_logprobs=None)
@@ -298,6 +303,7 @@ def test_checkpointing_really_recomputes():
             TokenMeter(rollout, policy.device),
             torch.amp.GradScaler("cpu", enabled=False),
             config,
+            config.token_budget,
         )
         calls.append(len(count))
     assert calls == [1, 2]
@@ -451,8 +457,10 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing():
     for beta in (0.0, 1e-30):  # a KL, however small, lets nothing be skipped
         config = GRPOConfig(beta=beta, bf16=False)
         tokens, scaler = TokenMeter(rollout, policy.device), torch.amp.GradScaler("cpu", enabled=False)
-        reference = reference_logprobs(policy, rollout, config)
-        loss, _ = backward(policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config)
+        reference = reference_logprobs(policy, rollout, config, config.token_budget)
+        loss, _ = backward(
+            policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
+        )
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
         policy.model.zero_grad()
         found.append((loss, gradient, tokens.metrics()["frac_tokens_skipped"]))

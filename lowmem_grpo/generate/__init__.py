@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
+from lowmem_grpo.attention import attending
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.plan import RolloutPlan, plan_rollout
 from lowmem_grpo.generate.sampling import SamplingParams
-from lowmem_grpo.generate.store import attending
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
@@ -67,7 +67,7 @@ def sample(
     with contextlib.ExitStack() as stack:
         stack.enter_context(policy.inference())
         stack.enter_context(policy.autocast())
-        stack.enter_context(attending(policy.base))
+        stack.enter_context(attending(policy.configs))
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
         completions = engine.run(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget

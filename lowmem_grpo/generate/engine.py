@@ -8,15 +8,15 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 import torch
 from torch import Tensor
 
+from lowmem_grpo.attention import attending, laid_out
+from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket
 from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
-from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store, attending, step
+from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
-
-LAYERS_KNOWN = {"full_attention", "sliding_attention"}
 
 
 def kv_shape(policy: Policy) -> KVShape:
@@ -28,16 +28,9 @@ def kv_shape(policy: Policy) -> KVShape:
 
 def refusal(policy: Policy) -> str | None:
     """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
-    config = policy.base.config.get_text_config()
-    unknown = set(getattr(config, "layer_types", None) or LAYERS_KNOWN) - LAYERS_KNOWN
-    if unknown:
-        return f"it has layers of {unknown.pop()}"
-    if getattr(config, "kv_lora_rank", None):
-        return "it keeps compressed keys and values (MLA)"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "its layers share keys and values"
-    if not getattr(policy.base, "_supports_attention_backend", False):
-        return "its attention cannot be replaced"
+    reason = attention_refusal(policy.base)
+    if reason:
+        return reason
     try:
         return _difference(policy)
     except torch.OutOfMemoryError:
@@ -55,7 +48,7 @@ def _difference(policy: Policy) -> str | None:
         for plan in (RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)):
             store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
             slots = Slots(policy, store, plan, Scheduler([0, 1], 1, 2, plan.prefixes))
-            with attending(policy.base):
+            with attending(policy.configs):
                 slots.admit([row.tolist() for row in ids], prefill_tokens=100)
                 ours = slots.hidden().float()
             error = ((ours - theirs).norm() / theirs.norm()).item()
@@ -190,7 +183,7 @@ class Slots:
                 ids[row, : len(prompts[prompt]) - 1] = torch.tensor(prompts[prompt][:-1])
             sources = [row for row, prompt in enumerate(batch) for _ in rows[prompt]]
             targets = [target for prompt in batch for target in rows[prompt]]
-            with step(Prefill(store, self._tensor(sources), self._tensor(targets))):
+            with laid_out(Prefill(store, self._tensor(sources), self._tensor(targets))):
                 self.policy.decoder(
                     input_ids=ids.to(self.policy.device), position_ids=self._tensor([list(range(width))]),
                     use_cache=False,
@@ -258,7 +251,7 @@ class Slots:
         members, places, prefix_rows = self.layout or (None, None, None)
         lengths = prefilled if self.plan.shared else None
         now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
-        with step(now):
+        with laid_out(now):
             out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return out.last_hidden_state[:, -1]
 

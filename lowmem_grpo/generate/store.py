@@ -3,29 +3,22 @@
     own (L, 2, S, H_kv, T, D)        each slot's tokens, or pages of them in place of slots
     prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the plan shares them
 
-The attention function is registered with transformers, and a model under `attending` calls it in every layer: it stores
-the new keys and values and attends over [prefix ; own]. The cache classes of transformers are never touched, and keys
-are never repeated for grouped queries.
+Each layer's attention stores the new keys and values and attends over [prefix ; own]. The cache classes of transformers
+are never touched, and keys are never repeated for grouped queries.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
+from lowmem_grpo.attention import soften, softmax_attention
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan
 from lowmem_grpo.kernels.decode_attention import decode_attention
 
-NAME = "lowmem_rollout"
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
-# Arguments of an attention call that say nothing about its result here: positions are in the keys already.
-HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
 
 
 class Store:
@@ -48,6 +41,9 @@ class Prefill:
     sources: Tensor  # (R',) int64: a row of the batch
     targets: Tensor  # (R',) int64: the row of the store that gets it
 
+    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
+        return _prefill(self, layer, query, key, value, scaling, window, softcap)
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -64,6 +60,9 @@ class Decode:
     table: Tensor | None  # (S, most pages) int64: the pages of each slot; None for the dense attention of a CPU
     masks: dict  # by window: made by the first layer that asks
 
+    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
+        return _decode(self, layer, query, key, value, scaling, window, softcap)
+
     def mask(self, window: int | None) -> Tensor:
         """(S, 1, 1, prefix tokens + span) bool: what a token sees."""
         if window not in self.masks:
@@ -78,35 +77,6 @@ class Decode:
         return self.masks[window]
 
 
-_NOW: ContextVar[Prefill | Decode] = ContextVar("rollout step")
-
-
-class UnknownAttention(ValueError):
-    """A model asks of its attention what is not understood here."""
-
-
-def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D), in a call signature of transformers'."""
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
-    if unknown:
-        raise UnknownAttention(f"its attention takes {unknown[0]}, which is not known here")
-    if getattr(module, "sliding_window", None) not in (None, sliding_window):  # it counts on the mask for it
-        raise UnknownAttention("its attention keeps its sliding window to itself")
-    if value.shape != key.shape:
-        raise UnknownAttention("its keys and values are of different sizes")
-    now = _NOW.get()
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    given = (module.layer_idx, query, key, value, scaling, sliding_window, softcap)
-    return _prefill(now, *given) if isinstance(now, Prefill) else _decode(now, *given), None
-
-
-AttentionInterface.register(NAME, attend)
-
-
 def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -> Tensor:
     tokens = key.shape[2]
     now.store[layer, 0, now.targets, :, :tokens] = key[now.sources]
@@ -119,7 +89,7 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
     mask = (back >= 0) & (back < (window or tokens + 1))
     batch, heads, _, size = query.shape
     grouped = query.view(batch, key.shape[1], -1, tokens, size)
-    out = _softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap)
+    out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap)
     return out.view(batch, heads, tokens, size).transpose(1, 2)
 
 
@@ -140,7 +110,7 @@ def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> 
     elif softcap is None:
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     else:
-        out = _softmax_attention(query, keys, values, mask, scaling, softcap)
+        out = softmax_attention(query, keys, values, mask, scaling, softcap)
     return out.view(slots, 1, heads, size)
 
 
@@ -164,16 +134,6 @@ def _paged_attention(now: Decode, layer, query, key, value, scaling, window, sof
     return out[:, None]
 
 
-def _softmax_attention(query, keys, values, mask, scaling, softcap) -> Tensor:
-    """(..., Q, D) queries over (..., K, D) keys, whose scores and softmax are fp32."""
-    scores = _soften((query @ keys.transpose(-1, -2)).float() * scaling, softcap)
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype) @ values
-
-
-def _soften(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
-
-
 def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:
     """One softmax over [prefix ; own], each prefix read once for all of its slots. query (S, H_kv, Q, D)."""
     _, kv_heads, queries, size = query.shape
@@ -183,30 +143,7 @@ def _shared_attention(query, keys, values, prefix, members, places, mask, scalin
     of_prefix = (together @ prefix[0].transpose(-1, -2)).view(groups, kv_heads, most, queries, width)
     of_prefix = of_prefix.transpose(1, 2).flatten(0, 1)[places]  # (S, H_kv, Q, P)
     scores = torch.cat([of_prefix, query @ keys.transpose(-1, -2)], -1).float() * scaling
-    share = _soften(scores, softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
+    share = soften(scores, softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
     together = share[..., :width][members].transpose(1, 2).reshape(groups, kv_heads, most * queries, width)
     from_prefix = (together @ prefix[1]).view(groups, kv_heads, most, queries, size)
     return from_prefix.transpose(1, 2).flatten(0, 1)[places] + share[..., width:] @ values
-
-
-@contextlib.contextmanager
-def attending(model: Any) -> Iterator[None]:
-    """The model's layers call `attend` for the while."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-@contextlib.contextmanager
-def step(now: Prefill | Decode) -> Iterator[None]:
-    token = _NOW.set(now)
-    try:
-        yield
-    finally:
-        _NOW.reset(token)

@@ -1,0 +1,150 @@
+"""Attention over a packed row: each tail sees its prompt, which stands there once, and itself.
+
+The gradient of a shared prompt's keys and values is the sum of what its copies would get
+(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowmem_grpo.attention import softmax_attention
+from lowmem_grpo.packing import Block, Packing
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The layout of one micro-batch, as attention.py asks for it."""
+
+    packing: Packing
+    varlen: bool  # by flash attention over segments, else by blocks
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        flat = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
+        if self.varlen and softcap is None:
+            return by_segments(*flat, self.packing, scaling, window, flash)[None]
+        return by_blocks(*flat, self.packing, scaling, window, softcap)[None]
+
+
+def by_blocks(
+    query: Tensor,  # (T, H, D)
+    key: Tensor,  # (T, H_kv, D)
+    value: Tensor,
+    packing: Packing,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(T, H, D), by two calls of scaled_dot_product_attention a block, or in plain products where there is a softcap.
+
+    Takes the memory of a copy of each prompt's keys and values per tail.
+    """
+    results = []
+    for block in packing.blocks:
+        if block.prompt_length:
+            results.append(_attend(*_prompts(block, query, key, value), packing.masks, scaling, window, softcap))
+        if block.tails.numel():
+            results.append(_attend(*_tails(block, query, key, value), packing.masks, scaling, window, softcap))
+    return torch.cat(results).index_select(0, packing.outputs)
+
+
+def _prompts(block: Block, *inputs: Tensor) -> list[Tensor]:
+    """(G, H or H_kv, P, D) of each input."""
+    end = block.start + block.groups * block.prompt_length
+    return [x[block.start : end].unflatten(0, (block.groups, -1)).transpose(1, 2) for x in inputs]
+
+
+def _tails(block: Block, query: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Queries (G n, H, C, D), then keys and values (G n, H_kv, P + C, D)."""
+    groups, members, tail = block.tails.shape
+    prompts = groups * block.prompt_length
+
+    def own(x: Tensor) -> Tensor:  # (G n, C, H or H_kv, D)
+        return x.index_select(0, block.tails.flatten()).unflatten(0, (groups * members, tail))
+
+    def whole(x: Tensor) -> Tensor:
+        shared = x[block.start : block.start + prompts].view(groups, 1, block.prompt_length, *x.shape[1:])
+        return torch.cat([shared.expand(-1, members, -1, -1, -1).flatten(0, 1), own(x)], 1)
+
+    return [x.transpose(1, 2) for x in (own(query), *(whole(x) if prompts else own(x) for x in inputs))]
+
+
+def _attend(
+    query: Tensor,  # (B, H, Q, D)
+    key: Tensor,  # (B, H_kv, K, D), the last Q of which are the queries' own
+    value: Tensor,
+    masks: dict[tuple, Tensor],
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(B Q, H, D)."""
+    batch, heads, queries, size = query.shape
+    # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
+    # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
+    few = query.device.type == "cpu" and query.dtype != torch.float32 and key.shape[2] <= 256
+    plain = softcap is not None or few
+    if not plain and queries == key.shape[2] and (window is None or window >= queries):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+    # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
+    kv_heads = key.shape[1]
+    folded = query.reshape(batch, kv_heads, -1, size)
+    shape = (queries, key.shape[2], heads // kv_heads, window)
+    if shape not in masks:
+        masks[shape] = _mask(*shape, query.device)
+    seen = masks[shape]
+    if not plain:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=seen, scale=scaling)
+    else:
+        out = softmax_attention(folded, key, value, seen, scaling, softcap)
+    return out.view(batch, heads, queries, size).transpose(1, 2).flatten(0, 1)
+
+
+def _mask(queries: int, keys: int, copies: int, window: int | None, device: torch.device) -> Tensor:
+    """(copies Q, K) bool: what the last Q of K tokens see of them."""
+    place = torch.arange(keys, device=device)
+    back = place[keys - queries :, None] - place
+    return ((back >= 0) & (back < (window or keys))).repeat(copies, 1)
+
+
+def by_segments(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None, attention: Callable
+) -> Tensor:
+    """The same by a varlen attention, whose causality is aligned to the last key of each segment."""
+    return attention(
+        query, key.index_select(0, packing.keys), value.index_select(0, packing.keys), packing.query_starts,
+        packing.key_starts, packing.longest_query, packing.longest_key, scaling, window,
+    )  # fmt: skip
+
+
+def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
+    """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
+    assert varlen_attn is not None
+    return varlen_attn(
+        query, key, value, query_starts, key_starts, longest_query, longest_key, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def flash_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `flash` runs there."""
+    return (
+        varlen_attn is not None
+        and device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    )

@@ -1,0 +1,118 @@
+"""One update: what the reference and the policy say of a rollout's tokens, micro-batch by micro-batch."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.memory import TokenBudget
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.objective import policy_loss, token_weights
+from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.policy import Policy
+from lowmem_grpo.rollout import Completion, Prompt, Rollout
+
+
+def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Iterator[MicroBatch]:
+    """The completions whose loss has a gradient, packed under token_budget.
+
+    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0. The
+    divisor of the loss counts such completions all the same.
+    """
+    learns = rollout.advantages != 0 if config.beta == 0 else torch.ones_like(rollout.completion_mask)
+    return pack(
+        [prompt.ids for prompt in rollout.prompts],
+        [completion.ids for completion in rollout.completions],
+        token_budget=token_budget,
+        pad_token_id=policy.pad_token_id,
+        device=policy.device,
+        keep=(rollout.completion_mask & learns).tolist(),
+        num_generations=rollout.num_generations,
+        padding_free=config.padding_free and policy.packs,
+    )
+
+
+def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Tensor | None:
+    """Log-probabilities (M,) of the rollout's tokens under the reference, or None where beta is 0."""
+    if config.beta == 0:
+        return None
+    logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
+    with policy.as_reference():
+        for batch in micro_batches(policy, rollout, config, token_budget):
+            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
+    return logprobs
+
+
+def backward(
+    policy: Policy,
+    rollout: Rollout,
+    old_logprobs: Tensor | None,  # (M,), None: those of the policy as it is, whose ratio is 1
+    ref_logprobs: Tensor | None,  # (M,)
+    tokens: TokenMeter,
+    scaler: torch.amp.GradScaler,
+    config: GRPOConfig,
+    token_budget: int,
+) -> tuple[Tensor, Tensor]:
+    """Set the parameters' gradient to that of the step's loss, micro-batch by micro-batch.
+
+    Returns the loss, a scalar, and the log-probabilities (M,) of the tokens that count.
+    """
+    weights = token_weights(
+        rollout.offsets.diff(), rollout.completion_mask,
+        loss_type=config.loss_type, max_completion_length=config.max_completion_length,
+    ).to(policy.device)  # fmt: skip
+    advantages = rollout.advantages.to(policy.device)
+    # From zero, whatever an attempt that ran out of memory left; and where nothing is left to learn from, the gradient
+    # is 0 and not missing: the optimizer takes its step as always.
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    total = scaler.scale(torch.zeros((), device=policy.device)) * 0
+    computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
+    for batch in micro_batches(policy, rollout, config, token_budget):
+        logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each
+        loss, stats = policy_loss(
+            logprobs,
+            None if old_logprobs is None else old_logprobs[batch.tokens],
+            None if ref_logprobs is None else ref_logprobs[batch.tokens],
+            advantages[batch.sequences],
+            weights[batch.sequences],
+            epsilon_low=config.epsilon,
+            epsilon_high=config.upper_epsilon,
+            delta=config.delta,
+            beta=config.beta,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+        )
+        scaler.scale(loss).backward()
+        total += loss.detach()
+        computed[batch.tokens] = logprobs.detach()
+        tokens.add(batch, computed[batch.tokens], entropy, stats, first=old_logprobs is None)
+    return total, computed
+
+
+def try_largest_update(policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig) -> None:
+    """The gradient of one full micro-batch of the longest sequences, thrown away: budget shrinks now if it must.
+
+    Otherwise a run dies when its completions have grown long. The weights and the random numbers stay as they are.
+    """
+    count = max(1, budget.tokens // (len(prompt) + config.max_completion_length))
+    length = config.max_completion_length
+    rollout = Rollout(
+        # Prompts of their own, so that none is shared and the micro-batch is full.
+        prompts=[Prompt("", prompt, {})] * count,
+        completions=[Completion(prompt[-1:] * length, None, None, "length")] * count,
+        offsets=torch.arange(count + 1) * length,
+        sampling_logprobs=None,
+        rewards=torch.zeros(count, 1),
+        advantages=torch.ones(count),
+        completion_mask=torch.ones(count, dtype=torch.bool),
+        metrics={},
+        table={},
+    )
+    scaler, tokens = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        budget.fit(partial(backward, policy, rollout, None, None, tokens, scaler, config), rollout.lengths)
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = None
