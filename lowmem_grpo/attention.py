@@ -55,8 +55,8 @@ def attend(
         raise UnknownAttention("its attention has a dropout")
     layout = _LAYOUT.get()
     assert layout is not None, "attending() without a layout"
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -6,6 +6,7 @@ The gradient of a shared prompt's keys and values is the sum of what its copies 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,10 @@ class Packed:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        flat = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
         if self.varlen and softcap is None:
-            return by_segments(*flat, self.packing, scaling, window, flash)[None]
-        return by_blocks(*flat, self.packing, scaling, window, softcap)[None]
+            return by_segments(query, key, value, self.packing, scaling, window, flash)[None]
+        return by_blocks(query, key, value, self.packing, scaling, window, softcap)[None]
 
 
 def by_blocks(
@@ -53,20 +54,27 @@ def by_blocks(
     results = []
     for block in packing.blocks:
         if block.prompt_length:
-            results.append(_attend(*_prompts(block, query, key, value), packing.masks, scaling, window, softcap))
+            results.append(_attend(_prompts(block, query, key, value), packing.masks, scaling, window, softcap))
         if block.tails.numel():
-            results.append(_attend(*_tails(block, query, key, value), packing.masks, scaling, window, softcap))
+            results.append(_attend(_tails(block, query, key, value), packing.masks, scaling, window, softcap))
     return torch.cat(results).index_select(0, packing.outputs)
 
 
-def _prompts(block: Block, *inputs: Tensor) -> list[Tensor]:
-    """(G, H or H_kv, P, D) of each input."""
+Inputs = tuple[Tensor, Tensor, Tensor]  # queries (B, H, Q, D), keys and values (B, H_kv, K, D)
+
+
+def _prompts(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    """B is G, Q and K are P."""
     end = block.start + block.groups * block.prompt_length
-    return [x[block.start : end].unflatten(0, (block.groups, -1)).transpose(1, 2) for x in inputs]
+
+    def rows(x: Tensor) -> Tensor:
+        return x[block.start : end].unflatten(0, (block.groups, -1)).transpose(1, 2)
+
+    return rows(query), rows(key), rows(value)
 
 
-def _tails(block: Block, query: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """Queries (G n, H, C, D), then keys and values (G n, H_kv, P + C, D)."""
+def _tails(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    """B is G n, Q is C, K is P + C."""
     groups, members, tail = block.tails.shape
     prompts = groups * block.prompt_length
 
@@ -74,22 +82,19 @@ def _tails(block: Block, query: Tensor, *inputs: Tensor) -> list[Tensor]:
         return x.index_select(0, block.tails.flatten()).unflatten(0, (groups * members, tail))
 
     def whole(x: Tensor) -> Tensor:
+        if not prompts:
+            return own(x).transpose(1, 2)
         shared = x[block.start : block.start + prompts].view(groups, 1, block.prompt_length, *x.shape[1:])
-        return torch.cat([shared.expand(-1, members, -1, -1, -1).flatten(0, 1), own(x)], 1)
+        return torch.cat([shared.expand(-1, members, -1, -1, -1).flatten(0, 1), own(x)], 1).transpose(1, 2)
 
-    return [x.transpose(1, 2) for x in (own(query), *(whole(x) if prompts else own(x) for x in inputs))]
+    return own(query).transpose(1, 2), whole(key), whole(value)
 
 
 def _attend(
-    query: Tensor,  # (B, H, Q, D)
-    key: Tensor,  # (B, H_kv, K, D), the last Q of which are the queries' own
-    value: Tensor,
-    masks: dict[tuple, Tensor],
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
+    inputs: Inputs, masks: dict[tuple, Tensor], scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """(B Q, H, D)."""
+    """(B Q, H, D); the last Q keys are the queries' own."""
+    query, key, value = inputs
     batch, heads, queries, size = query.shape
     # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
     # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
@@ -132,19 +137,19 @@ def by_segments(
 def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
     """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
     assert varlen_attn is not None
-    return varlen_attn(
+    out: Any = varlen_attn(  # a tensor, where nothing else is asked for
         query, key, value, query_starts, key_starts, longest_query, longest_key, scale=scaling,
         window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    return out
 
 
-def flash_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `flash` runs there."""
+def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `flash` may run there; head sizes that it does not know raise."""
+    half = dtype in (torch.bfloat16, torch.float16)
     return (
         varlen_attn is not None
+        and half
         and device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and head_dim % 8 == 0
-        and head_dim <= 256
     )

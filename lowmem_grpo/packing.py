@@ -105,7 +105,10 @@ def _padded(rows, prompts, completions, offsets, width, pad_token_id, device) ->
         labels += completion
         tokens += range(offsets[b], offsets[b + 1])
         sequences += [b] * len(completion)
-    return MicroBatch(*(torch.tensor(x, device=device) for x in (ids, predictors, labels, tokens, sequences)))
+    ids, predictors, labels, tokens, sequences = (
+        torch.tensor(x, device=device) for x in (ids, predictors, labels, tokens, sequences)
+    )
+    return MicroBatch(ids, predictors, labels, tokens, sequences)
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,21 @@ def _packed(pieces, prompts, completions, num_generations, offsets, token_budget
     if padding:
         segment([pad_token_id] * padding, 0, range(0))
         outputs += [0] * padding  # any: nothing follows from it
-    spans = [torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts)]
-    packing = Packing(
-        tuple(blocks), torch.tensor(outputs, device=device), *spans, torch.tensor(keys, device=device),
-        *(max(b - a for a, b in pairwise(starts)) for starts in (query_starts, key_starts)),
+
+    def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return MicroBatch(
+        tensor([ids]), tensor(predictors), tensor(labels), tensor(tokens), tensor(sequences), tensor([positions]),
+        Packing(
+            tuple(blocks), tensor(outputs), tensor(query_starts, torch.int32), tensor(key_starts, torch.int32),
+            tensor(keys), _longest(query_starts), _longest(key_starts),
+        ),
     )  # fmt: skip
-    made = ([ids], predictors, labels, tokens, sequences, [positions])
-    return MicroBatch(*(torch.tensor(x, device=device) for x in made), packing=packing)
+
+
+def _longest(starts: list[int]) -> int:
+    return max(b - a for a, b in pairwise(starts))
 
 
 def _alike(pieces, prompts, completions, num_generations) -> list[list[Piece]]:

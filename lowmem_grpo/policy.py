@@ -56,9 +56,7 @@ class Policy:
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
-        config = self.base.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.varlen = flash_serves(self.device, dtype, head_dim)  # how packed rows attend
+        self.varlen = False  # whether packed rows go through flash attention
         probe_head(self.base, self.head)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -74,9 +72,8 @@ class Policy:
 
     def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
         with self.autocast(), self._laid_out(batch):
-            hidden = self.decoder(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).last_hidden_state  # (R, T, D)
+            places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+            hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
         rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
         return dict(
             hidden_states=rows, weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
@@ -108,10 +105,13 @@ class Policy:
     @cached_property
     def packs(self) -> bool:
         """Whether it can be trained on packed rows. Tried on a few tokens, once, with a warning where it cannot."""
-        reason = refusal(self.base) or difference_when_packed(self)
+        reason = refusal(self.base)
+        if not reason:
+            self.varlen = flash_serves(self.device, self.dtype)
+            reason = difference_when_packed(self)
         if reason and self.varlen:
             self.varlen = False
-            reason = refusal(self.base) or difference_when_packed(self)
+            reason = difference_when_packed(self)
         if reason:
             name = type(self.base).__name__
             warnings.warn(f"{name} is trained on padded rows, which takes more memory: {reason}", stacklevel=2)
