@@ -1,6 +1,7 @@
 """Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
 
 from collections import deque
+from typing import Any
 
 NOBODYS = 0  # the page that slots without one of their own write to
 
@@ -103,7 +104,8 @@ class Scheduler:
         for source in range(rows, len(self.slots)):
             if self.slots[source] is not None:
                 target = free.pop(0)
-                for values in (self.slots, self.pages, self.admitted):
+                of_slots: list[list[Any]] = [self.slots, self.pages, self.admitted]
+                for values in of_slots:
                     values[target], values[source] = values[source], values[target]
                 moves.append((source, target))
         return moves

@@ -1,0 +1,261 @@
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import make_policy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.memory import TokenBudget
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.packing import pack
+from lowmem_grpo.rollout import Completion, Prompt, Rollout
+from lowmem_grpo.update import backward, reference_logprobs, try_largest_update
+
+
+def gradient_of(policy) -> torch.Tensor:
+    """Of all adapters, flat; they have none afterwards."""
+    flat = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = None
+    return flat
+
+
+def update(policy, rollout, config, budget=None, old_logprobs=None):
+    """(loss, gradient, metrics) of a rollout, as the loop gets them."""
+    budget = budget or TokenBudget(config.token_budget)
+    scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
+    reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
+    work = partial(backward, policy, rollout, old_logprobs, reference, tokens, scaler, config)
+    loss, _ = budget.fit(work, rollout.lengths)
+    return loss, gradient_of(policy), tokens.metrics()
+
+
+def fixed_rollout(num_generations=2, prompts=3, seed=0):
+    """Uneven completions, one of them masked, with made-up advantages."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(10, 100, (length,), generator=draw).tolist()
+
+    completions = [Completion(ids(1, 20), None, None, "eos") for _ in range(prompts * num_generations)]
+    lengths = torch.tensor([0] + [len(c.ids) for c in completions])
+    return Rollout(
+        prompts=[Prompt("", ids(2, 12), {}) for _ in range(prompts)],
+        completions=completions,
+        offsets=lengths.cumsum(0),
+        sampling_logprobs=torch.randn(int(lengths.sum()), generator=draw) - 4,
+        rewards=torch.zeros(len(completions), 1),
+        advantages=torch.randn(len(completions), generator=draw),
+        completion_mask=torch.tensor([True] * (len(completions) - 1) + [False]),
+        metrics={},
+        table={},
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3"])
+def test_micro_batches_add_up_to_the_whole_batch(family, loss_type):
+    """Value, gradient and metrics are the step's, whatever the token budget and the layout; 1e-6 relative in fp32."""
+    policy = make_policy(family)
+    rollout = fixed_rollout(num_generations=3)
+    found = []
+    for padding_free in (False, True):
+        for token_budget in (100_000, 60, 1):
+            config = GRPOConfig(
+                loss_type=loss_type, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False
+            )
+            found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
+    for loss, gradient, metrics in found[1:]:
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 2e-6
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
+        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-5)
+    assert found[0][1].norm() > 0
+
+
+def definition_of_the_loss(policy, rollout, config):
+    """GRPO's loss from full logits, one completion at a time, as the paper and TRL write it."""
+    total, count = torch.zeros(()), int((rollout.offsets.diff() * rollout.completion_mask).sum())
+
+    def logprobs(prompt, completion):
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0] / config.temperature
+        return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+    for b, completion in enumerate(rollout.completions):
+        if not rollout.completion_mask[b]:
+            continue
+        prompt = rollout.prompt_of(b).ids
+        with policy.as_reference():
+            reference = logprobs(prompt, completion.ids)
+        own = logprobs(prompt, completion.ids)
+        old = rollout.sampling_logprobs[rollout.offsets[b] : rollout.offsets[b + 1]]
+        ratio = (own - old).exp()
+        clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
+        gain = torch.minimum(ratio.clamp(max=config.delta) * rollout.advantages[b], clipped * rollout.advantages[b])
+        kl = ((reference - own).exp() - (reference - own) - 1) * ratio
+        total = total + (config.beta * kl - gain).sum() / count
+    return total
+
+
+def test_the_update_is_the_definition_on_full_logits():
+    policy = make_policy("qwen3")
+    rollout = fixed_rollout()
+    with policy.inference():  # ratios on both sides of every bound
+        sequences = [(rollout.prompt_of(b).ids, c.ids) for b, c in enumerate(rollout.completions)]
+        near = torch.cat(list(sample_logprobs(policy, sequences, 0.7)))
+    draw = torch.Generator().manual_seed(2)
+    rollout = dataclasses.replace(rollout, sampling_logprobs=near + torch.randn(near.shape, generator=draw) * 0.5)
+    config = GRPOConfig(
+        temperature=0.7, epsilon=0.1, epsilon_high=0.3, delta=1.6, beta=0.2, token_budget=60, bf16=False
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    tokens = TokenMeter(rollout, policy.device)
+    reference = reference_logprobs(policy, rollout, config, config.token_budget)
+    loss, _ = backward(
+        policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
+    )
+    parameters = policy.trainable_parameters()
+    ours = torch.cat([p.grad.flatten() for p in parameters.values()])
+    policy.model.zero_grad()
+    truth = definition_of_the_loss(policy, rollout, config)
+    truth.backward()
+    theirs = torch.cat([p.grad.flatten() for p in parameters.values()])
+    torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    metrics = tokens.metrics()
+    assert 0 < metrics["clip_ratio/low_mean"] != metrics["clip_ratio/high_mean"] > 0
+
+
+def sample_logprobs(policy, sequences, temperature):
+    for prompt, completion in sequences:
+        (batch,) = pack([prompt], [completion], token_budget=1000, pad_token_id=0, device=policy.device)
+        yield policy.logprobs(batch, temperature)
+
+
+def test_checkpointing_really_recomputes():
+    calls = []
+    for gradient_checkpointing in (False, True):
+        policy = make_policy("llama", gradient_checkpointing=gradient_checkpointing)
+        assert policy.packs  # tries it
+        count = []
+        policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))  # type: ignore[union-attr,index]
+        rollout = dataclasses.replace(fixed_rollout(), sampling_logprobs=None)
+        config = GRPOConfig(bf16=False)
+        backward(
+            policy,
+            rollout,
+            None,
+            None,
+            TokenMeter(rollout, policy.device),
+            torch.amp.GradScaler("cpu", enabled=False),
+            config,
+            config.token_budget,
+        )
+        calls.append(len(count))
+    assert calls == [1, 2]
+
+
+def test_groups_without_a_difference_are_skipped_and_change_nothing():
+    policy = make_policy("qwen3")
+    rollout = fixed_rollout()
+    rollout.advantages[:2] = 0
+    found = []
+    for beta in (0.0, 1e-30):  # a KL, however small, lets nothing be skipped
+        config = GRPOConfig(beta=beta, bf16=False)
+        tokens, scaler = TokenMeter(rollout, policy.device), torch.amp.GradScaler("cpu", enabled=False)
+        reference = reference_logprobs(policy, rollout, config, config.token_budget)
+        loss, _ = backward(
+            policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
+        )
+        gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+        policy.model.zero_grad()
+        found.append((loss, gradient, tokens.metrics()["frac_tokens_skipped"]))
+    lengths = rollout.offsets.diff()
+    total = lengths.sum()
+    assert found[0][2] == pytest.approx(float((lengths[:2].sum() + lengths[-1]) / total), abs=1e-6)
+    assert found[1][2] == pytest.approx(float(lengths[-1] / total), abs=1e-6), "the last one is masked"
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-6
+    assert found[1][1].norm() > 0
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Raises at the nth matrix product, or at every forward of more tokens than there is memory for."""
+
+    def __init__(self, nth=None, tokens=10**9):
+        super().__init__()
+        self.nth, self.tokens, self.calls = nth, tokens, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.calls += 1
+            if self.calls == self.nth:
+                raise torch.OutOfMemoryError("injected")
+        if function.overloadpacket is torch.ops.aten.embedding and out.shape[:-1].numel() > self.tokens:
+            raise torch.OutOfMemoryError("injected")
+        return out
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_out_of_memory_anywhere_in_an_update_changes_nothing(gradient_checkpointing):
+    """Bit-equal: the same work is done again. With dropout, so that the random numbers have to be the same too."""
+    policy = make_policy("qwen3", gradient_checkpointing=gradient_checkpointing, lora_dropout=0.2)
+    rollout, config = fixed_rollout(), GRPOConfig(beta=0.1, bf16=False, token_budget=60)
+    assert policy.packs
+    torch.manual_seed(5)
+    with OutOfMemory() as counted:
+        loss, gradient, metrics = update(policy, rollout, config)
+    drawn = torch.rand(3)
+    for nth in torch.linspace(1, counted.calls, 12).long().tolist():
+        torch.manual_seed(5)
+        budget = TokenBudget(60)
+        with OutOfMemory(nth):
+            again = update(policy, rollout, config, budget)
+        assert (budget.tokens, budget.out_of_memory) == (60, 1)
+        assert torch.equal(again[0], loss) and torch.equal(again[1], gradient) and again[2] == metrics
+        assert torch.equal(torch.rand(3), drawn), "what is drawn next is what would have been"
+
+
+def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered():
+    policy = make_policy("qwen3")
+    rollout, config = fixed_rollout(num_generations=4), GRPOConfig(beta=0.1, bf16=False)
+    assert policy.packs
+    loss, gradient, metrics = update(policy, rollout, config)
+    budget = TokenBudget(config.token_budget)
+    with OutOfMemory(tokens=70):
+        split = update(policy, rollout, config, budget)
+        failures = budget.out_of_memory
+        assert failures >= 2 and max(rollout.lengths) <= budget.tokens <= 70
+        update(policy, rollout, config, budget)
+    assert budget.out_of_memory == failures, "the size that fitted was remembered"
+    assert budget.metrics() == {"memory/token_budget": budget.tokens, "memory/out_of_memory": failures}
+    assert (split[1] - gradient).norm() / gradient.norm() < 1e-6
+    torch.testing.assert_close(split[0], loss, rtol=1e-5, atol=1e-6)
+    assert split[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_one_sequence_that_does_not_fit_ends_the_run_with_a_remedy():
+    policy, rollout = make_policy("qwen3"), fixed_rollout()
+    assert policy.packs
+    with pytest.raises(torch.OutOfMemoryError) as error, OutOfMemory(tokens=5):
+        update(policy, rollout, GRPOConfig(bf16=False))
+    (note,) = error.value.__notes__
+    assert f"of {max(rollout.lengths)} tokens" in note and "Lower max_completion_length" in note
+
+
+def test_the_longest_sequences_are_tried_before_the_first_step():
+    policy, budget = make_policy("qwen3"), TokenBudget(200)
+    assert policy.packs
+    before = {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    with OutOfMemory(tokens=120):
+        try_largest_update(policy, [5] * 20, budget, GRPOConfig(bf16=False, max_completion_length=30))
+    assert budget.tokens == 100
+    assert torch.equal(torch.rand(1), expected)
+    for name, parameter in policy.trainable_parameters().items():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
