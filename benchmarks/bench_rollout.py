@@ -13,22 +13,17 @@ import json
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Qwen2Config
+from transformers import ContinuousBatchingConfig
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.benchmarks.measure import Failed, Timing
-from lowmem_grpo.benchmarks.random_model import SHAPES
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.benchmarks.measure import Failed
+from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.generate import SamplingParams, hf, sample
 from lowmem_grpo.generate.plan import plan_rollout
-from lowmem_grpo.policy import Policy, load_policy
-
-# Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
-KNOWN = {"tiny": (4, 256, 768, 8, 2, 4096, True), **SHAPES}
+from lowmem_grpo.policy import Policy
 
 
 class Work(NamedTuple):
@@ -53,27 +48,12 @@ class Work(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        return KNOWN[self.shape][5]
+        return SHAPES[self.shape][5]
 
 
 @cache
 def make_policy(work: Work) -> Policy:
-    """Random weights, with adapters that are not zero; the first ids of the vocabulary all end a completion."""
-    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = KNOWN[work.shape]
-    ends = list(range(max(1, vocabulary // work.mean_length)))
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
-        bos_token_id=None, eos_token_id=ends, pad_token_id=vocabulary - 1,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tokenizer = SimpleNamespace(eos_token_id=ends[0], pad_token_id=vocabulary - 1)
-    policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=work.device == "cpu"))
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters().values():
-            parameter.normal_(std=0.02)
-    return policy
+    return random_policy(work.shape, work.device, ends=max(1, work.vocabulary // work.mean_length))
 
 
 def _ours(policy: Policy, work: Work, slots: int | None = None, weights="4bit") -> list[list[int]]:
@@ -177,7 +157,7 @@ def report(work: Work, results: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=KNOWN, default="tiny")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--prompt_length", type=int, default=256)
@@ -206,11 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         names = arguments.only or list(IMPLEMENTATIONS)
         results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
         print(report(work, results), end="\n\n", flush=True)
-        plain = {
-            name: {k: v._asdict() if isinstance(v, Timing | Failed) else v for k, v in result.items()}
-            for name, result in results.items()
-        }
-        document["results"].append({"work": work._asdict(), "results": plain})
+        document["results"].append({"work": work._asdict(), "results": measure.plain(results)})
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -214,6 +214,13 @@ def commit() -> str | None:
         cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
     )  # fmt: skip
     return described.stdout.strip() or None
+
+
+def plain(value: Any) -> Any:
+    """What JSON has a form for, with the names of a Timing's and a Failed's fields."""
+    if isinstance(value, Timing | Failed):
+        return value._asdict()
+    return {key: plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

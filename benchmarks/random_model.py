@@ -7,13 +7,19 @@ Memory and speed do not depend on what the weights are, so such a model measures
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.policy import Policy, load_policy
+
 # Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
 SHAPES = {
+    "tiny": (4, 256, 768, 8, 2, 4096, True),
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936, True),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
@@ -40,22 +46,36 @@ def make_tokenizer(text: Path, vocabulary: int = 8192) -> PreTrainedTokenizerFas
     return fast
 
 
-def make_config(shape: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+def make_config(shape: str, eos_token_id: int | list[int], pad_token_id: int) -> Qwen2Config:
     layers, hidden, mlp, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     return Qwen2Config(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id,
     )  # fmt: skip
 
 
 def make_random_model(shape: str, text: Path, output_dir: Path) -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(text)
-    model = AutoModelForCausalLM.from_config(make_config(shape, tokenizer), dtype=torch.bfloat16)
+    config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+
+
+def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Policy:
+    """In 4-bit, with adapters that are not zero; the first `ends` ids of the vocabulary all end a completion."""
+    torch.manual_seed(0)
+    config = make_config(shape, list(range(ends)), SHAPES[shape][5] - 1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=config.pad_token_id)
+    policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=device == "cpu", **settings))
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters().values():
+            parameter.normal_(std=0.02)
+    return policy
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
 from lowmem_grpo.evaluate import as_text, evaluate
 from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.interruption import Interruption
-from lowmem_grpo.memory import Meter, TokenBudget
+from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
-from lowmem_grpo.update import backward, reference_logprobs, try_largest_update
+from lowmem_grpo.update import TokenBudget, backward, reference_logprobs, try_largest_update
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ def train(
                     **tokens.metrics(),
                     **budget.metrics(),
                     **meter.metrics,
+                    **meter.rates(tokens_by_phase(rollout, config)),
                     "step_time": time.perf_counter() - started,
                 }
                 log.write(metrics)
@@ -271,6 +272,13 @@ def collect_rollout(
             "advantage": compared.advantages.tolist(),
         },
     )
+
+
+def tokens_by_phase(rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
+    """What a phase had to do: a rollout its new tokens, the passes of an update each completion with its prompt."""
+    whole = sum(rollout.lengths)
+    done = {"rollout": int(rollout.offsets[-1]), "update": config.num_iterations * whole}
+    return done if config.beta == 0 else {**done, "reference": whole}
 
 
 def writable_folder(output_dir: str) -> Path:

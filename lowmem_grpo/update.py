@@ -1,18 +1,67 @@
 """One update: what the reference and the policy say of a rollout's tokens, micro-batch by micro-batch."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.memory import TokenBudget
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.objective import policy_loss, token_weights
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
+
+T = TypeVar("T")
+
+
+class TokenBudget:
+    """The most tokens of a micro-batch: what the configuration says, until that ran out of memory."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.out_of_memory = 0  # how often
+
+    def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
+        """work(tokens), which begins anew when called again, for sequences of these lengths.
+
+        Out of memory, what can be let go is, and the same is tried again; then with half of the tokens, as often as
+        need be, and from then on for good. Random numbers are drawn as if nothing had happened.
+
+        Raises:
+            torch.OutOfMemoryError: one sequence alone does not fit; a note has the remedy.
+        """
+        seen = self.out_of_memory
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+        while True:
+            try:
+                return work(self.tokens)
+            except torch.OutOfMemoryError as error:
+                self.out_of_memory += 1
+                if self.out_of_memory > seen + 1:
+                    self._halve(error, lengths)
+            gc.collect()
+            torch.set_rng_state(drawn[0])
+            if drawn[1] is not None:
+                torch.cuda.set_rng_state(drawn[1])
+                torch.cuda.empty_cache()
+
+    def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
+        tokens = min(self.tokens, sum(lengths))
+        if tokens <= max(lengths):
+            error.add_note(
+                f"A micro-batch of one sequence, of {max(lengths)} tokens, does not fit. Lower max_completion_length "
+                "or max_prompt_length, or choose a smaller model."
+            )
+            raise error
+        self.tokens = max(tokens // 2, max(lengths))
+
+    def metrics(self) -> dict[str, float]:
+        return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
 
 
 def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Iterator[MicroBatch]:

@@ -22,7 +22,7 @@ ALLOWED = {
     "advantages": set(),
     "packing": set(),
     "interruption": set(),
-    "memory": set(),
+    "meter": set(),
     "kernels": set(),
     "objective": {"kernels"},
     "attention": set(),
@@ -32,7 +32,7 @@ ALLOWED = {
     "rewards": {"rewards"},
     "generate": {"attention", "generate", "kernels", "policy", "rollout"},
     "metrics": {"advantages", "objective", "packing", "rollout"},
-    "update": {"config", "memory", "metrics", "objective", "packing", "policy", "rollout"},
+    "update": {"config", "metrics", "objective", "packing", "policy", "rollout"},
     "checkpoint": {"policy"},
     "evaluate": {"advantages", "config", "generate", "metrics", "policy", "rewards", "rollout"},
 }

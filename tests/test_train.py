@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from datasets import load_dataset
-from tiny_models import DEMO_MODEL, make_model
+from tiny_models import DEMO_MODEL, OutOfMemory, make_model
 from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, train
@@ -19,6 +19,13 @@ TRL_METRICS = {
     "completions/clipped_ratio", "completions/mean_terminated_length", "completions/min_terminated_length",
     "completions/max_terminated_length", "rewards/answer_reward/mean", "rewards/answer_reward/std",
     "clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+}  # fmt: skip
+
+
+MEMORY_METRICS = {
+    "kl", "memory/token_budget", "memory/out_of_memory",
+    *(f"{what}{phase}{unit}" for phase in ("rollout", "reference", "update") for what, unit in
+      (("time/", "_s"), ("memory/", "/peak_mib"), ("tokens_per_s/", ""))),
 }  # fmt: skip
 
 
@@ -56,7 +63,7 @@ def test_a_run_reports_every_step_under_trls_names(tmp_path):
     )  # fmt: skip
     assert [line["step"] for line in result.history] == [1, 2, 3]
     assert [line["step"] for line in result.eval_history] == [0, 2, 3]
-    assert set(result.history[0]) >= TRL_METRICS | {"kl", "time/rollout_s", "memory/update/peak_mib"}
+    assert set(result.history[0]) >= TRL_METRICS | MEMORY_METRICS
     assert "eval_rewards/answer_reward/mean" in result.eval_history[0]
     assert [step for step, _, _ in seen] == [1, 2, 3]
     assert seen[0][2] is result.policy
@@ -314,3 +321,19 @@ def test_one_function_is_enough_and_settings_can_be_left_out(tmp_path, monkeypat
 def test_a_step_without_any_token_that_counts_is_survived_in_fp16(tmp_path):
     result = run(tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True, fp16=True)
     assert all(line["loss"] == 0.0 for line in result.history)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.55, 0.75, 0.95])
+def test_out_of_memory_anywhere_in_a_run_changes_nothing(tmp_path, share):
+    """Rollouts are begun again with fewer slots, passes of an update as they were: in fp32 the run is the same."""
+    changes = dict(rewards=length_reward, bf16=False, beta=0.1, learning_rate=1e-3, rollout_weights="4bit")
+    with OutOfMemory() as counted:
+        expected = run(tmp_path / "whole", **changes)
+    with OutOfMemory(nth=int(share * counted.calls)) as interrupted:
+        found = run(tmp_path / "interrupted", **changes)
+    assert interrupted.calls > counted.calls, "something was done twice"
+    for line, truth in zip(found.history, expected.history, strict=True):
+        for name in set(truth) & TRL_METRICS - {"step_time"}:
+            assert line[name] == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
+    for name, value in adapters(found).items():
+        torch.testing.assert_close(value, adapters(expected)[name], atol=2e-5, rtol=0)

@@ -3,15 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import make_policy
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny_models import OutOfMemory, make_policy
 
 from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.memory import TokenBudget
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.packing import pack
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
-from lowmem_grpo.update import backward, reference_logprobs, try_largest_update
+from lowmem_grpo.update import TokenBudget, backward, reference_logprobs, try_largest_update
 
 
 def gradient_of(policy) -> torch.Tensor:
@@ -179,24 +177,6 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing():
     torch.testing.assert_close(found[0][0], found[1][0])
     assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-6
     assert found[1][1].norm() > 0
-
-
-class OutOfMemory(TorchDispatchMode):
-    """Raises at the nth matrix product, or at every forward of more tokens than there is memory for."""
-
-    def __init__(self, nth=None, tokens=10**9):
-        super().__init__()
-        self.nth, self.tokens, self.calls = nth, tokens, 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.calls += 1
-            if self.calls == self.nth:
-                raise torch.OutOfMemoryError("injected")
-        if function.overloadpacket is torch.ops.aten.embedding and out.shape[:-1].numel() > self.tokens:
-            raise torch.OutOfMemoryError("injected")
-        return out
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

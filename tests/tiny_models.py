@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,3 +67,21 @@ def wake_adapters(policy: Policy) -> None:
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Raises at the nth matrix product, or at every forward of more tokens than there is memory for."""
+
+    def __init__(self, nth=None, tokens=10**9):
+        super().__init__()
+        self.nth, self.tokens, self.calls = nth, tokens, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.calls += 1
+            if self.calls == self.nth:
+                raise torch.OutOfMemoryError("injected")
+        if function.overloadpacket is torch.ops.aten.embedding and out.shape[:-1].numel() > self.tokens:
+            raise torch.OutOfMemoryError("injected")
+        return out

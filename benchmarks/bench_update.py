@@ -1,0 +1,178 @@
+"""Time and memory of one update's gradient: padded rows, rows one by one, and packed rows that share their prompt.
+
+    python -m lowmem_grpo.benchmarks.bench_update [--shape NAME] [--prompts 1] [--num_generations 8]
+        [--prompt_length 512] [--completion_length 128] [--uneven] [--output FILE]
+
+All compute the same gradient of the same random 4-bit model's LoRA adapters; the first line says how far apart they
+are. Peak memory is above the loaded model.
+"""
+
+import argparse
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed
+from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.policy import Policy
+from lowmem_grpo.rollout import Completion, Prompt, Rollout
+from lowmem_grpo.update import backward
+
+# How a step's completions become micro-batches; "padded" in one, as a trainer's default of 8 a device has it.
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "packed, prompt shared": {},
+    "padded rows": {"padding_free": False},
+    "one by one": {"padding_free": False, "token_budget": 1},
+}
+
+
+class Work(NamedTuple):
+    """What is learned from."""
+
+    shape: str
+    prompts: int
+    num_generations: int
+    prompt_length: int
+    completion_length: int
+    uneven: bool  # lengths from an eighth of completion_length up to it
+    checkpointing: bool
+    device: str
+
+
+@cache
+def make_policy(shape: str, device: str, checkpointing: bool) -> Policy:
+    policy = random_policy(shape, device, gradient_checkpointing=checkpointing)
+    assert policy.packs
+    return policy
+
+
+def make_rollout(work: Work) -> Rollout:
+    draw = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> list[int]:
+        return torch.randint(10, SHAPES[work.shape][5] - 1, (length,), generator=draw).tolist()
+
+    count = work.prompts * work.num_generations
+    lengths = torch.full((count,), work.completion_length)
+    if work.uneven:
+        lengths = torch.randint(
+            max(1, work.completion_length // 8), work.completion_length + 1, (count,), generator=draw
+        )
+    return Rollout(
+        prompts=[Prompt("", text(work.prompt_length), {}) for _ in range(work.prompts)],
+        completions=[Completion(text(int(length)), None, None, "eos") for length in lengths],
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        sampling_logprobs=None,
+        rewards=torch.zeros(count, 1),
+        advantages=torch.randn(count, generator=draw),
+        completion_mask=torch.ones(count, dtype=torch.bool),
+        metrics={},
+        table={},
+    )
+
+
+def gradient(work: Work, name: str) -> Tensor:
+    """The update's gradient, flat."""
+    policy, rollout = make_policy(work.shape, work.device, work.checkpointing), make_rollout(work)
+    config = GRPOConfig(**{"token_budget": 10**9, **IMPLEMENTATIONS[name]})
+    scaler, tokens = torch.amp.GradScaler(work.device, enabled=False), TokenMeter(rollout, policy.device)
+    backward(policy, rollout, None, None, tokens, scaler, config, config.token_budget)
+    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values() if p.grad is not None])
+
+
+def build(name: str, work: Work, small: bool) -> measure.Run:
+    """What measure.peak_above_inputs() calls, on a CPU in a process of its own."""
+    if small:
+        work = work._replace(prompt_length=8, completion_length=4, prompts=1)
+    gradient(work._replace(prompt_length=8, completion_length=4, prompts=1), name)
+    return lambda: gradient(work, name)
+
+
+def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[str, dict]:
+    """Per implementation: failed, or seconds (Timing), peak_bytes, and error: the gradient's distance to the last's."""
+    device = torch.device(work.device)
+    timings = measure.time_each(
+        {name: lambda turn, name=name: gradient(work, name) for name in names}, device, repetitions, warmups
+    )
+    alive = [name for name in names if not isinstance(timings[name], Failed)]
+    truth = gradient(work, alive[-1]) if alive else torch.zeros(1)
+    results: dict[str, dict] = {}
+    for name, timing in timings.items():
+        if isinstance(timing, Failed):
+            results[name] = {"failed": timing.reason}
+            continue
+        results[name] = {
+            "seconds": timing,
+            "peak_bytes": measure.peak_above_inputs(partial(build, name, work), device),
+            "error": ((gradient(work, name) - truth).norm() / truth.norm()).item(),
+        }
+    return results
+
+
+def report(work: Work, results: dict[str, dict]) -> str:
+    clock = "s" if work.device == "cuda" else "CPU s"
+
+    def row(name: str, result: dict) -> list[str]:
+        if "failed" in result:
+            return [name, result["failed"], "", ""]
+        timing, peak = result["seconds"], result["peak_bytes"]
+        return [
+            name, f"{timing.median:.3g} ({timing.low:.3g} to {timing.high:.3g})",
+            peak.reason if isinstance(peak, Failed) else f"{peak / 2**20:.0f}", f"{result['error']:.1e}",
+        ]  # fmt: skip
+
+    title = (
+        f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations} of "
+        f"{'up to ' if work.uneven else ''}{work.completion_length}{', checkpointed' if work.checkpointing else ''}"
+    )
+    return measure.markdown_table(
+        [title, clock, "peak MiB", "gradient, from the last row's"], [row(n, r) for n, r in results.items()]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--prompt_length", type=int, default=512)
+    parser.add_argument("--completion_length", type=int, default=128)
+    parser.add_argument("--uneven", action="store_true", help="lengths from an eighth of completion_length up to it")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
+    parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if arguments.device == "cpu":
+        measure.preload(__name__)
+    document = {
+        "benchmark": "update", "machine": measure.machine(device), "commit": measure.commit(),
+        "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"),
+    }  # fmt: skip
+    print(json.dumps(document), end="\n\n")
+    lengths = (16, 8) if arguments.quick else (arguments.prompt_length, arguments.completion_length)
+    work = Work(
+        arguments.shape, arguments.prompts, arguments.num_generations, *lengths, arguments.uneven,
+        arguments.checkpointing, arguments.device,
+    )  # fmt: skip
+    names = arguments.only or list(IMPLEMENTATIONS)
+    results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
+    print(report(work, results))
+    if arguments.output:
+        document |= {"work": work._asdict(), "results": measure.plain(results)}
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The meter: time, tokens per second and peak memory of each phase of a step."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+
+
+class Meter:
+    """Collects `time/{phase}_s` and `memory/{phase}/peak_mib` for the phases of one step.
+
+    On CUDA the peak is torch's allocator's, the model included; on a CPU it is the process's resident memory. Seconds
+    are wall clock, after the device has finished.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.metrics: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        reset_peak(self.device)
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.metrics[f"time/{name}_s"] = time.perf_counter() - started
+        self.metrics[f"memory/{name}/peak_mib"] = peak_bytes(self.device) / MIB
+
+    def rates(self, tokens: dict[str, int]) -> dict[str, float]:
+        """`tokens_per_s/{phase}` of the phases that had so many tokens to do."""
+        return {f"tokens_per_s/{phase}": count / self.metrics[f"time/{phase}_s"] for phase, count in tokens.items()}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak at what is in use now. Outside Linux, a CPU's peak is that of the whole process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes in use since the last reset_peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return _lifetime_peak_bytes()
+
+
+def _lifetime_peak_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
