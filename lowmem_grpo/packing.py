@@ -7,9 +7,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-# Widths are rounded up to this, so that a CPU's matrix library meets few shapes: it caches a kernel for each, which
-# grows resident memory by hundreds of MiB otherwise.
-WIDTH_MULTIPLE = 8
 SHARE_FROM = 1.2  # tokens of the separate sequences over those of the shared layout, from which a prompt is shared
 
 
@@ -89,7 +86,7 @@ def pack(
     rows.sort(key=lambda b: len(owners[b]) + len(completions[b]), reverse=True)
     while rows:
         longest = len(owners[rows[0]]) + len(completions[rows[0]])
-        width = _rounded_up(longest, token_budget)
+        width = _rounded_up(longest, token_budget, device)
         count = max(1, token_budget // width)
         yield _padded(rows[:count], owners, completions, offsets, width, pad_token_id, device)
         rows = rows[count:]
@@ -200,7 +197,7 @@ def _packed(pieces, prompts, completions, num_generations, offsets, token_budget
                 sequences += [b] * len(completion)
         shape = (len(alike), -1, widest) if widest else (len(alike), len(alike[0].rows), 0)
         blocks.append(Block(start, len(alike), length, torch.tensor(tails, device=device).reshape(shape).long()))
-    padding = _rounded_up(len(ids), token_budget) - len(ids)
+    padding = _rounded_up(len(ids), token_budget, device) - len(ids)
     if padding:
         segment([pad_token_id] * padding, 0, range(0))
         outputs += [0] * padding  # any: nothing follows from it
@@ -238,6 +235,11 @@ def _tail(b, piece: Piece, prompts, completions, num_generations) -> int:
     return len(completions[b]) - 1 + (0 if piece.shared else len(prompts[b // num_generations]))
 
 
-def _rounded_up(width: int, token_budget: int) -> int:
-    rounded = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+def _rounded_up(width: int, token_budget: int, device: torch.device) -> int:
+    """To a multiple of 8, and on a CPU to one of 16 widths between powers of two.
+
+    A CPU's matrix library caches a kernel for each shape that it meets: 200 MiB more after the 60 steps of the demo.
+    """
+    step = max(8, (1 << (width.bit_length() - 1)) // 16 if device.type == "cpu" else 8)
+    rounded = -(-width // step) * step
     return rounded if rounded <= token_budget else width
