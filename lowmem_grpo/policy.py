@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lowmem_grpo.attention import Recomputation, attending, configs_of, laid_out, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.lora import keep_one_input
 from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch, pack
 
@@ -197,6 +198,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             # repacked weight then raises, or silently loses the adapters' gradient.
             module.support_avx512bf16_for_cpu = False
     _switch_off_base_dropout(peft_model)
+    keep_one_input(peft_model)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

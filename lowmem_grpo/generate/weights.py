@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lowmem_grpo.lora import plain_lora_layers
 
 
 @contextlib.contextmanager
@@ -21,30 +22,23 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, *, dense: bool) -> Iterat
     sampling/sampling_logp_difference shows.
     """
     replace = _merged if dense else _fused
-    forwards = {layer: replace(layer, dtype) for layer in _plain_lora_layers(model)}
+    layers = [layer for layer in plain_lora_layers(model) if not layer.disable_adapters and not layer.merged]
+    forwards = [replace(layer, dtype) for layer in layers]
+    before = [vars(layer).get("forward") for layer in layers]  # training's, or accelerate's
     try:
-        for layer, forward in forwards.items():
+        for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward
         yield
     finally:
-        for layer in forwards:
+        for layer, forward in zip(layers, before, strict=True):
             vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """What fast_linears allocates where dense."""
-    return sum(layer.in_features * layer.out_features * dtype.itemsize for layer in _plain_lora_layers(model))
-
-
-def _plain_lora_layers(model: nn.Module) -> list[Any]:
-    """Adapted linear layers. DoRA, 8-bit weights and the like PEFT goes on computing itself."""
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in (nn.Linear, Linear4bit)
-        if not layer.disable_adapters and not layer.merged and not getattr(layer, "lora_variant", None)
-        if not any(lora_b.bias is not None for lora_b in layer.lora_B.values())
-    ]  # fmt: skip
+    return sum(layer.in_features * layer.out_features * dtype.itemsize for layer in plain_lora_layers(model))
 
 
 def _factors(layer: Any) -> list[tuple[Tensor, Tensor]]:
