@@ -181,14 +181,27 @@ def restore_randomness(saved: dict[str, Any]) -> None:
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors named `{parameter}.{entry}`, the rest as plain values)."""
-    tensors = {f"{i}.{key}": value.contiguous() for i, entry in state["state"].items() for key, value in entry.items()}
-    return tensors, {"param_groups": state["param_groups"]}
+    """(tensors named `{parameter}.{entry}`, the rest as plain values); bitsandbytes has entries of entries."""
+    entries: dict[str, Any] = {}
+    waiting = [(str(i), entry) for i, entry in state["state"].items()]
+    while waiting:
+        path, entry = waiting.pop()
+        if isinstance(entry, dict):
+            waiting += [(f"{path}.{key}", value) for key, value in entry.items()]
+        else:
+            entries[path] = entry
+    # A copy each: bitsandbytes shares one table among all parameters, and a file has room for each tensor alone.
+    tensors = {path: value.clone() for path, value in entries.items() if isinstance(value, Tensor)}
+    numbers = {path: value for path, value in entries.items() if not isinstance(value, Tensor)}
+    return tensors, {"param_groups": state["param_groups"], "numbers": numbers}
 
 
 def _restore_optimizer(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+    state: dict[Any, Any] = {}
+    for path, value in [*tensors.items(), *plain.get("numbers", {}).items()]:
+        parameter, *within, last = path.split(".")
+        entry = state.setdefault(int(parameter), {})
+        for key in within:
+            entry = entry.setdefault(key, {})
+        entry[last] = value
     return {"state": state, "param_groups": plain["param_groups"]}

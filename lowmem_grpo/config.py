@@ -40,6 +40,10 @@ class GRPOConfig:
     bf16: bool | None = option(None, "compute in bfloat16; by default on, unless fp16 is")
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
+    activation_offloading: bool = option(False, "keep the checkpoints of gradient_checkpointing in CPU memory")
+    tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time")
+    offload_embedding: bool = option(False, "keep the input embedding in CPU memory, where it is not the head too")
+    use_liger_kernel: bool = option(False, "liger-kernel's norms, rotary embedding and gated MLPs, on a GPU")
 
     lora_r: int = option(16, "rank of the LoRA adapters")
     lora_alpha: int = option(32, "LoRA scale, divided by lora_r")
@@ -87,6 +91,9 @@ class GRPOConfig:
     token_budget: int = option(16384, "most tokens, padding included, in a micro-batch of an update")
     padding_free: bool = option(True, "micro-batches without padding, a prompt once for its group where that pays")
 
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
+        "adamw_torch_fused", "AdamW by torch, or by bitsandbytes with its state in 8 bits or paged to CPU memory"
+    )
     learning_rate: float = option(1e-5, "peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "its schedule"
@@ -136,6 +143,8 @@ class GRPOConfig:
             raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
         if self.epsilon > 1:
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError("activation_offloading moves what gradient_checkpointing keeps; set that too")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -164,7 +173,7 @@ class GRPOConfig:
 SECTIONS = {
     "output_dir": "the run", "model_init_kwargs": "model", "lora_r": "adapters", "dataset_config": "data",
     "prompts_per_step": "rollout", "reward_weights": "rewards and advantages", "beta": "objective",
-    "learning_rate": "optimizer", "eval_steps": "evaluation, logs and checkpoints",
+    "optim": "optimizer", "eval_steps": "evaluation, logs and checkpoints",
 }  # fmt: skip
 
 _POSITIVE = (
@@ -215,9 +224,9 @@ _TRL_FIELDS = {
     "dataloader_multiprocessing_context",
     "only 'token' is supported yet; remove it": "importance_sampling_level",
     "set warmup_steps": "warmup_ratio",
-    _LATER: "lr_scheduler_kwargs optim optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
+    _LATER: "lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
-    "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config neftune_noise_alpha "
+    "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "
     "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object load_best_model_at_end "
     "metric_for_best_model greater_is_better full_determinism debug router_aux_loss_coef num_generations_eval "
     "pad_to_multiple_of sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
@@ -244,7 +253,7 @@ def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps", "log_completions",
     "save_steps", "save_total_limit", "token_budget", "rollout_token_budget", "gradient_checkpointing",
-    "padding_free",
+    "padding_free", "activation_offloading", "tiled_mlp", "offload_embedding", "use_liger_kernel",
 }  # fmt: skip
 
 

@@ -21,10 +21,12 @@ from lowmem_grpo.attention import Recomputation, attending, configs_of, laid_out
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.lora import keep_one_input
+from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
 from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch, pack
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
+ONLY_ON_GPU = ("activation_offloading", "offload_embedding", "use_liger_kernel")
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -57,6 +59,7 @@ class Policy:
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
+        self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.varlen = False  # whether packed rows go through flash attention
         probe_head(self.base, self.head)
 
@@ -72,7 +75,7 @@ class Policy:
         return linear_logprobs(**self._head_inputs(batch, temperature), return_entropy=True)
 
     def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
-        with self.autocast(), self._laid_out(batch):
+        with self.autocast(), self._laid_out(batch), self.keeping():
             places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
         rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
@@ -187,6 +190,11 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise ValueError("this GPU has no bfloat16; set fp16=True")
+    only_gpu = [name for name in ONLY_ON_GPU if device.type == "cpu" and getattr(config, name)]
+    if only_gpu:
+        raise ValueError(f"{only_gpu[0]} spares a GPU's memory, and this run is on a CPU; leave it out")
+    if device.type == "cpu" and config.optim.startswith("paged"):
+        raise ValueError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
     if device.type == "cpu":
         # One compiled kernel a shape is cached otherwise: 600 MiB more after 60 steps of changing lengths.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
@@ -202,10 +210,20 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    base: Any = peft_model.get_base_model()
+    if config.use_liger_kernel:
+        use_liger_kernels(base)
+    if config.tiled_mlp:
+        tile_mlps(base.get_decoder())
+    if config.offload_embedding:
+        offload_embedding(base)
     if config.gradient_checkpointing:
-        _enable_checkpointing(peft_model.get_base_model())
+        _enable_checkpointing(base)
     peft_model.train()
-    return Policy(peft_model, tokenizer, dtype)
+    policy = Policy(peft_model, tokenizer, dtype)
+    if config.activation_offloading:
+        policy.keeping = Offloading(device)
+    return policy
 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:

@@ -23,6 +23,8 @@ from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.interruption import Interruption
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
+from lowmem_grpo.optimizer import make_optimizer
+from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
@@ -100,10 +102,7 @@ def train(
     policy = load_policy(model, tokenizer, config, peft_config)
     check_vocabulary(prompts + eval_prompts, policy)
     parameters = list(policy.trainable_parameters().values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )  # fmt: skip
+    optimizer = make_optimizer(parameters, config)
     total_steps = config.max_steps
     if total_steps < 0:
         total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
@@ -171,7 +170,7 @@ def train(
                         interruption.hold()  # from the first change of a weight until the step is whole
                         scaler.unscale_(optimizer)
                         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                        scaler.step(optimizer)
+                        optimizer_step(optimizer, scaler)
                         scaler.update()
                         optimizer.zero_grad(set_to_none=False)
                     scheduler.step()

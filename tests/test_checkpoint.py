@@ -17,7 +17,7 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import checkpoint
 from lowmem_grpo.interruption import Interruption
 
-TIMES = ("time/", "step_time", "memory/")
+TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
 
 
 def comparable(history):

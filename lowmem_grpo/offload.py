@@ -1,0 +1,170 @@
+"""Ways to need less GPU memory for more time, each a setting that load_policy() applies to the model."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
+LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
+GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"})
+
+
+def tile_mlps(decoder: nn.Module) -> None:
+    """Compute each layer's MLP TILE_TOKENS rows at a time, and again in the backward: its rows are independent.
+
+    Only one tile's intermediates exist at a time, for the input and the output of the whole.
+
+    Raises:
+        ValueError: a layer's MLP is not a plain one.
+    """
+    for layer in _layers(decoder):
+        mlp = getattr(layer, "mlp", None)
+        if mlp is None or not any(names <= {name for name, _ in mlp.named_children()} for names in GATED):
+            raise ValueError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
+        mlp.forward = _tiled(mlp.forward)
+
+
+def _tiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def tiled(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if len(rows) <= TILE_TOKENS:
+            return forward(x)
+        tiles = rows.split(TILE_TOKENS)
+        if torch.is_grad_enabled():
+            out = [checkpoint(forward, tile, use_reentrant=False) for tile in tiles]
+        else:
+            out = [forward(tile) for tile in tiles]
+        return torch.cat(out).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+
+    return tiled
+
+
+def offload_embedding(model: Any) -> None:
+    """Keep the input embedding in pinned CPU memory: a step looks up a few thousand of its rows.
+
+    Each lookup waits for the ids to come to the CPU, also in every step of sampling.
+
+    Raises:
+        ValueError: the embedding is the head too, or more than a lookup.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() == embedding.weight.data_ptr():
+        raise ValueError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(f"offload_embedding does not know {type(embedding).__name__}; leave offload_embedding out")
+    device = embedding.weight.device
+    weight = embedding.weight.data.cpu()
+    embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
+    vars(embedding)["forward"] = lambda ids: F.embedding(ids.cpu(), embedding.weight).to(device, non_blocking=True)
+
+
+@dataclass(eq=False)
+class Away:
+    """A tensor that is in CPU memory."""
+
+    copy: Tensor
+    copied: Any  # the event after which copy is whole
+    before: Callable[[], "Away | None"]  # the one that was sent before it, which is asked for after it
+    back: tuple[Tensor, Any] | None = None  # on the device again, and the event after which it is whole
+    fetched: bool = False
+
+
+class Offloading:
+    """While it is entered, what a checkpointed layer keeps, its input, goes to the CPU; it comes back in the backward.
+
+    On a stream of its own, and ahead of its use: when one layer's input is asked for, the next one's is on its way.
+    Without CUDA the same is done without streams, which only serves to test it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.last: Callable[[], Away | None] = lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.last = lambda: None
+        with torch.autograd.graph.saved_tensors_hooks(self._send, self._fetch):
+            yield
+
+    def _send(self, tensor: Tensor) -> Tensor | Away:
+        # Positions and masks, which all layers share, ask for no gradient; neither does the embedding's result.
+        if not tensor.requires_grad or tensor.is_leaf or tensor.nbytes < LEAST_BYTES:
+            return tensor
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None, requires_grad=False)
+        with self._aside():
+            copy.copy_(tensor.detach(), non_blocking=True)
+            if self.stream is not None:
+                tensor.record_stream(self.stream)
+        away = Away(copy, self._event(), self.last)
+        self.last = weakref.ref(away)
+        return away
+
+    def _fetch(self, kept: Tensor | Away) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        tensor, whole = kept.back or self._bring(kept)
+        kept.back, kept.fetched = None, True
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(whole)
+            tensor.record_stream(current)
+        following = kept.before()
+        if following is not None and not following.fetched:
+            following.back = following.back or self._bring(following)
+        return tensor
+
+    def _bring(self, away: Away) -> tuple[Tensor, Any]:
+        with self._aside():
+            if self.stream is not None:
+                self.stream.wait_event(away.copied)
+            tensor = torch.empty_like(away.copy, device=self.device, pin_memory=False)
+            tensor.copy_(away.copy, non_blocking=True)
+        return tensor, self._event()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _event(self) -> Any:
+        return None if self.stream is None else self.stream.record_event()
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Liger's RMSNorm, rotary embedding and gated MLP in place of the model's own; the head is ours as ever.
+
+    The rotary embedding of the whole model class is replaced, for every model of it in this process.
+
+    Raises:
+        ValueError: liger-kernel is not installed, or does not know the model.
+    """
+    try:
+        from liger_kernel.transformers.monkey_patch import (
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError as error:
+        raise ValueError("use_liger_kernel needs the package liger-kernel; install it, or leave it out") from error
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"liger-kernel does not know {model.config.model_type!r} models; leave use_liger_kernel out")
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList:
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(decoder).__name__} has no list of layers; leave tiled_mlp out")
+    return layers

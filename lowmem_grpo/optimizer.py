@@ -1,0 +1,45 @@
+"""The optimizer of a run, by Hugging Face's names, and its step."""
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
+from torch import nn
+
+from lowmem_grpo.config import GRPOConfig
+
+BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: GRPOConfig) -> torch.optim.Optimizer:
+    """AdamW. A parameter of n numbers has 8 n bytes of state, or in 8 bits 2 n and 8 for each 256 of them.
+
+    bitsandbytes keeps the state of parameters below 4,096 numbers in 32 bits. A paged state lies in memory that CUDA
+    moves to the CPU and back; on a CPU there is nothing to page, and GRPOConfig's use_cpu refuses it.
+    """
+    settings: dict[str, Any] = dict(
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    if config.optim in BITSANDBYTES:
+        return BITSANDBYTES[config.optim](list(parameters), **settings)
+    # Fused, a step needs no memory besides the state.
+    return torch.optim.AdamW(list(parameters), **settings, fused=config.optim == "adamw_torch_fused")
+
+
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """One step. Its first makes the state, and out of memory in there, it is made once more."""
+    first = not optimizer.state
+    try:
+        scaler.step(optimizer)
+        return
+    except torch.OutOfMemoryError:
+        if not first:
+            raise
+        optimizer.state.clear()  # half of it; no weight has changed yet
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    scaler.step(optimizer)

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from tiny_models import make_model, make_policy
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from lowmem_grpo import offload
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
+from lowmem_grpo.packing import pack
+from lowmem_grpo.policy import load_policy
+
+gpu = pytest.mark.gpu
+
+
+def run(policy, length=60):
+    """Log-probabilities and gradients by name."""
+    (batch,) = pack([[5] * 20], [[7, 8, 9] * (length // 3)], token_budget=1000, pad_token_id=0, device=policy.device)
+    logprobs = policy.logprobs(batch, 1.0)
+    logprobs.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}
+    policy.model.zero_grad()
+    return logprobs.detach(), gradients
+
+
+def assert_same(found, expected, bound=2e-6):
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+    for name, gradient in found[1].items():
+        assert (gradient - expected[1][name]).norm() <= bound * expected[1][name].norm(), name
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_tiled_mlp_is_exact(family, gradient_checkpointing, monkeypatch):
+    monkeypatch.setattr(offload, "TILE_TOKENS", 7)
+    settings = {"gradient_checkpointing": gradient_checkpointing}
+    assert_same(run(make_policy(family, tiled_mlp=True, **settings)), run(make_policy(family, **settings)))
+
+
+def test_a_tiled_mlp_keeps_no_intermediates(monkeypatch):
+    """Nothing as wide as the MLP, for all tokens, waits for the backward."""
+    monkeypatch.setattr(offload, "TILE_TOKENS", 16)
+    widest = []
+    for tiled_mlp in (False, True):
+        policy = make_policy("llama", tiled_mlp=tiled_mlp)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.shape) or t, lambda t: t):
+            (batch,) = pack([[5] * 20], [[7] * 60], token_budget=1000, pad_token_id=0, device=policy.device)
+            policy.logprobs(batch, 1.0)
+        widest.append(any(shape[-1] == 96 and shape.numel() >= 80 * 96 for shape in sizes if len(shape) > 1))
+    assert widest == [True, False]
+
+
+def test_mlps_that_are_not_plain_are_not_tiled():
+    config = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
+        tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder())
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+
+
+def test_offloaded_checkpoints_come_back_as_they_were(family, everything_is_large):
+    policy = make_policy(family, gradient_checkpointing=True)
+    expected = run(policy)
+    policy.keeping = Offloading(policy.device)
+    assert_same(run(policy), expected, bound=0)
+    assert_same(run(policy), expected, bound=0)
+
+
+def test_every_layers_input_but_the_first_is_sent_away_and_fetched_ahead(everything_is_large, monkeypatch):
+    policy = make_policy("llama", gradient_checkpointing=True)
+    sent, brought = [], []
+
+    class Watched(Offloading):
+        def _send(self, tensor):
+            kept = super()._send(tensor)
+            if not isinstance(kept, torch.Tensor):
+                sent.append(tuple(tensor.shape))
+            return kept
+
+        def _bring(self, away):
+            brought.append(tuple(away.copy.shape))
+            return super()._bring(away)
+
+    policy.keeping = Watched(policy.device)
+    run(policy)
+    assert sent.count((1, 80, 64)) >= 1, "the input of the second layer"
+    assert sorted(brought) == sorted(sent), "each once"
+
+
+def test_a_forward_without_a_backward_leaves_nothing_behind(everything_is_large):
+    policy = make_policy("llama", gradient_checkpointing=True)
+    policy.keeping = keeping = Offloading(policy.device)
+    (batch,) = pack([[5] * 20], [[7] * 60], token_budget=1000, pad_token_id=0, device=policy.device)
+    logprobs = policy.logprobs(batch, 1.0)
+    assert keeping.last() is not None
+    del logprobs
+    assert keeping.last() is None
+
+
+def test_an_embedding_on_the_cpu_looks_up_the_same():
+    model = make_model("qwen3")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied
+    policy = make_policy(model)
+    expected = run(policy)
+    offload_embedding(policy.base)
+    assert_same(run(policy), expected, bound=0)
+
+
+def test_an_embedding_that_is_the_head_stays():
+    with pytest.raises(ValueError, match="is its head too, which stays on the GPU"):
+        offload_embedding(make_model("gemma2"))
+
+
+def test_liger_is_asked_only_for_what_it_knows():
+    model = make_model("llama")
+    model.config.model_type = "nobody's"
+    with pytest.raises(ValueError, match='liger-kernel does not know "nobody\'s" models'):
+        use_liger_kernels(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_offloading": True}, "activation_offloading spares a GPU's memory"),
+        ({"offload_embedding": True}, "offload_embedding spares a GPU's memory"),
+        ({"use_liger_kernel": True}, "use_liger_kernel spares a GPU's memory"),
+        ({"optim": "paged_adamw_8bit"}, "pages from a GPU.*use adamw_8bit"),
+    ],
+)
+def test_what_has_no_effect_on_a_cpu_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_policy(make_model(), None, GRPOConfig(use_cpu=True, **settings))
+
+
+def test_offloading_asks_for_checkpointing():
+    with pytest.raises(ValueError, match="activation_offloading moves what gradient_checkpointing keeps"):
+        GRPOConfig(activation_offloading=True, gradient_checkpointing=False)
+
+
+@gpu
+@pytest.mark.parametrize("setting", ["activation_offloading", "tiled_mlp", "offload_embedding", "use_liger_kernel"])
+def test_each_way_on_a_gpu_gives_the_same_gradient(setting, monkeypatch):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "TILE_TOKENS", 7)
+
+    def policy(**settings):
+        model = make_model("qwen3")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return make_policy(model, use_cpu=False, gradient_checkpointing=True, **settings)
+
+    assert_same(run(policy(**{setting: True})), run(policy()), bound=1e-3)

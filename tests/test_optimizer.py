@@ -1,0 +1,80 @@
+import pytest
+import torch
+from tiny_models import DEMO_MODEL
+
+from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.demo import task
+from lowmem_grpo.optimizer import make_optimizer, step
+
+ON_A_CPU = ["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
+
+
+def parameters():
+    draw = torch.Generator().manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(size, generator=draw)) for size in ((64, 128), (8, 8))]
+    for parameter in made:
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    return made
+
+
+@pytest.mark.parametrize("optim", ON_A_CPU)
+def test_every_optimizer_is_adamw(optim):
+    """The first step of Adam is lr in the gradient's direction, and weight decay is decoupled."""
+    made = parameters()
+    before = [p.detach().clone() for p in made]
+    config = GRPOConfig(optim=optim, learning_rate=0.01, weight_decay=0.5)
+    step(make_optimizer(made, config), torch.amp.GradScaler("cpu", enabled=False))
+    for parameter, old in zip(made, before, strict=True):
+        expected = old * (1 - 0.01 * 0.5) - 0.01 * parameter.grad.sign()
+        torch.testing.assert_close(parameter.detach(), expected, atol=6e-4, rtol=0)
+
+
+def test_the_state_of_8_bits_takes_what_the_docstring_says():
+    made = parameters()
+    optimizer = make_optimizer(made, GRPOConfig(optim="adamw_8bit"))
+    step(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    large, small = (
+        sum(v.nbytes for name, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and "qmap" not in name)
+        for p in made
+    )
+    assert large == 2 * made[0].numel() + 8 * made[0].numel() // 256
+    assert small == 8 * made[1].numel(), "below 4,096 numbers the state is in 32 bits"
+
+
+def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
+    made, again = parameters(), parameters()
+    config = GRPOConfig(optim="adamw_torch")
+    expected = make_optimizer(made, config)
+    step(expected, torch.amp.GradScaler("cpu", enabled=False))
+    zeros_like, calls = torch.zeros_like, []
+
+    def short_of_memory(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("injected")
+        return zeros_like(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "zeros_like", short_of_memory)
+    step(make_optimizer(again, config), torch.amp.GradScaler("cpu", enabled=False))
+    assert len(calls) > 4
+    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch_fused"])
+def test_a_resumed_run_goes_on_with_the_optimizers_state(tmp_path, optim):
+    def run(folder, **changes):
+        config = GRPOConfig(
+            output_dir=str(tmp_path / folder), use_cpu=True, prompts_per_step=2, num_generations=4, save_steps=1,
+            max_completion_length=16, gradient_checkpointing=False, learning_rate=1e-3, optim=optim, bf16=False,
+            rollout_weights="4bit", lr_scheduler_type="constant", **changes,
+        )  # fmt: skip
+        rows = task.rows(task.splits()[0][:8])
+        return train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config)
+
+    whole = run("whole", max_steps=3)
+    run("parts", max_steps=2)
+    resumed = run("parts", max_steps=3, resume_from_checkpoint=True)
+    for (name, a), b in zip(
+        whole.policy.trainable_parameters().items(), resumed.policy.trainable_parameters().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
