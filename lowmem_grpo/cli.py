@@ -1,7 +1,8 @@
-"""The command `lowmem-grpo`: train, demo."""
+"""The command `lowmem-grpo`: train, plan, demo."""
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ TRAIN_EXAMPLE = """\
 example:
   lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
       --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
+"""
+PLAN_EXAMPLE = """\
+example:
+  lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
 """
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
 INPUTS = (
@@ -56,15 +61,21 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many
         )
     inputs.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
-    group = inputs
-    for field in dataclasses.fields(GRPOConfig):
-        if field.name in SECTIONS:
-            group = train_parser.add_argument_group(SECTIONS[field.name])
-        words = describe(field_types()[field.name])
-        default = str(field.default).lower() if field.default in (None, True, False) else field.default
-        many = "+" if "a list" in words else None
-        text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
-        group.add_argument(f"--{field.name}", metavar="X", help=text, nargs=many)
+    add_config_flags(train_parser, inputs)
+
+    plan_parser = commands.add_parser(
+        "plan", help="predict what a run needs", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Predict the peak GPU memory of each phase from a model's configuration, and with --vram_budget "
+        "choose settings that fit. No weights are downloaded, and no GPU is needed.",
+        epilog=PLAN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="lowmem-grpo plan --model M [--vram_budget 8GB] [--json] [options]",
+    )  # fmt: skip
+    plan_parser.set_defaults(run=run_plan)
+    of_plan = plan_parser.add_argument_group("what to plan")
+    of_plan.add_argument("--model", "--model_name_or_path", dest="model", metavar="MODEL", help=INPUTS[0][2])
+    of_plan.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+    of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    add_config_flags(plan_parser, of_plan)
 
     demo_parser = commands.add_parser("demo", help="train the embedded model on the embedded task, on a CPU")
     demo_parser.set_defaults(run=run_demo)
@@ -73,9 +84,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_config_flags(parser: argparse.ArgumentParser, group: Any) -> None:
+    """A flag for every field of GRPOConfig, in sections."""
+    for field in dataclasses.fields(GRPOConfig):
+        if field.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[field.name])
+        words = describe(field_types()[field.name])
+        default = str(field.default).lower() if field.default in (None, True, False) else field.default
+        many = "+" if "a list" in words else None
+        text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
+        group.add_argument(f"--{field.name}", metavar="X", help=text, nargs=many)
+
+
 def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:
     """Unknown flags of `train` get the configuration's own words, with the remedy or the nearest name."""
-    if command == "train":
+    if command in ("train", "plan"):
         refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
     if rest:
         raise ValueError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
@@ -95,6 +118,25 @@ def run_train(given: dict[str, Any]) -> int:
     )
     print(f"adapter: {Path(result.output_dir) / 'adapter'}")
     return 0
+
+
+def run_plan(given: dict[str, Any]) -> int:
+    """Exit status 0 where everything fits, else 1."""
+    as_json = given.pop("json", False)
+    settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
+    settings.pop("config", None)
+    model = settings.pop("model", None)
+    if not model:
+        raise ValueError("--model is missing; see `lowmem-grpo plan --help`")
+    refuse_unknown_fields(settings)
+    config = GRPOConfig(**{name: from_text(name, value) for name, value in settings.items()})
+    from lowmem_grpo import memory
+    from lowmem_grpo.policy import find_model, read_config
+
+    find_model(model, config)
+    found = memory.plan(read_config(model, config), config)
+    print(json.dumps(memory.as_dict(found), indent=1) if as_json else memory.as_text(found))
+    return 0 if found.remedy is None else 1
 
 
 def run_demo(given: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class GRPOConfig:
 
     model_init_kwargs: dict[str, Any] | None = option(None, "keyword arguments for from_pretrained, as JSON on the CLI")
     trust_remote_code: bool = option(False, "run modelling code that comes with the model")
+    vram_budget: str | None = option(None, "GPU memory to stay within, such as 8GB; settings are chosen to fit it")
     load_in_4bit: bool = option(True, "hold the frozen base in NF4 with double quantization")
     bf16: bool | None = option(None, "compute in bfloat16; by default on, unless fp16 is")
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
@@ -143,6 +145,7 @@ class GRPOConfig:
             raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
         if self.epsilon > 1:
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
+        assert self.vram_budget_bytes is None or self.vram_budget_bytes > 0  # it is a size
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation_offloading moves what gradient_checkpointing keeps; set that too")
         if self.bf16 and self.fp16:
@@ -160,6 +163,16 @@ class GRPOConfig:
     def upper_epsilon(self) -> float:
         """epsilon_high, or epsilon where that is not given."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
+        if self.vram_budget is None:
+            return None
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", self.vram_budget.upper())
+        if found is None or float(found[1]) == 0:
+            raise ValueError(f"vram_budget={self.vram_budget!r} is not a size; write it as 8GB or 7.5GiB")
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
 
     @property
     def compute_dtype(self) -> str:

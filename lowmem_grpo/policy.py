@@ -14,7 +14,14 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lowmem_grpo.attention import Recomputation, attending, configs_of, laid_out, refusal
@@ -26,7 +33,7 @@ from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch, pack
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
-ONLY_ON_GPU = ("activation_offloading", "offload_embedding", "use_liger_kernel")
+ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -61,7 +68,6 @@ class Policy:
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.varlen = False  # whether packed rows go through flash attention
-        probe_head(self.base, self.head)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -74,13 +80,16 @@ class Policy:
         """The same, and the entropy at each token, (N,) fp32, which never carries a gradient."""
         return linear_logprobs(**self._head_inputs(batch, temperature), return_entropy=True)
 
-    def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """What the head makes each of the batch's N log-probabilities from, (N, D) in the head's dtype."""
         with self.autocast(), self._laid_out(batch), self.keeping():
             places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
-        rows = hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)  # (N, D)
+        return hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)
+
+    def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
         return dict(
-            hidden_states=rows, weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
+            hidden_states=self.hidden_states(batch), weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
             temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
         )  # fmt: skip
 
@@ -182,19 +191,8 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
         ValueError: the model cannot be found, or cannot be trained here; the message has the remedy.
     """
     find_model(model, config, peft_config)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    device = run_device(config)
     dtype = getattr(torch, config.compute_dtype)
-    if (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ValueError("this GPU has no bfloat16; set fp16=True")
-    only_gpu = [name for name in ONLY_ON_GPU if device.type == "cpu" and getattr(config, name)]
-    if only_gpu:
-        raise ValueError(f"{only_gpu[0]} spares a GPU's memory, and this run is on a CPU; leave it out")
-    if device.type == "cpu" and config.optim.startswith("paged"):
-        raise ValueError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
     if device.type == "cpu":
         # One compiled kernel a shape is cached otherwise: 600 MiB more after 60 steps of changing lengths.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
@@ -205,12 +203,47 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
             # repacked weight then raises, or silently loses the adapters' gradient.
             module.support_avx512bf16_for_cpu = False
-    _switch_off_base_dropout(peft_model)
-    keep_one_input(peft_model)
-    for parameter in peft_model.parameters():
+    equip(peft_model, config)
+    policy = Policy(peft_model, tokenizer, dtype)
+    probe_head(policy.base, policy.head)
+    if config.activation_offloading:
+        policy.keeping = Offloading(device)
+    return policy
+
+
+def run_device(config: GRPOConfig) -> torch.device:
+    """Where a run computes. Raises ValueError for settings that it could not obey there."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    if device.type == "cuda":
+        if config.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bfloat16; set fp16=True")
+        return device
+    for name in ONLY_ON_GPU:
+        if getattr(config, name):
+            raise ValueError(f"{name} is about a GPU's memory, and this run is on a CPU; leave it out")
+    if config.optim.startswith("paged"):
+        raise ValueError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
+    return device
+
+
+def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
+    """The transformers configuration of what find_model() found; no weights are read."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model().config  # type: ignore[return-value]
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if _is_adapter(model) else model
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+
+
+def equip(model: PeftModel, config: GRPOConfig) -> None:
+    """Make a model with adapters ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
+    base: Any = model.get_base_model()
+    _switch_off_base_dropout(model)
+    keep_one_input(model)
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    base: Any = peft_model.get_base_model()
     if config.use_liger_kernel:
         use_liger_kernels(base)
     if config.tiled_mlp:
@@ -219,11 +252,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
         offload_embedding(base)
     if config.gradient_checkpointing:
         _enable_checkpointing(base)
-    peft_model.train()
-    policy = Policy(peft_model, tokenizer, dtype)
-    if config.activation_offloading:
-        policy.keeping = Offloading(device)
-    return policy
+    model.train()
 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
@@ -254,11 +283,11 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         model.requires_grad_(False)
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
-        return _add_adapter(_placed(model, device, dtype), config, peft_config)
+        return add_adapter(_placed(model, device, dtype), config, peft_config)
     if _is_adapter(model):
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
-    return _add_adapter(_load_base(model, config, device, dtype), config, peft_config)
+    return add_adapter(_load_base(model, config, device, dtype), config, peft_config)
 
 
 def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
@@ -366,7 +395,7 @@ def _is_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def _add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraConfig | None) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraConfig | None) -> PeftModel:
     if peft_config is None:
         peft_config = LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,

@@ -21,11 +21,13 @@ from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
 from lowmem_grpo.evaluate import as_text, evaluate
 from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.interruption import Interruption
+from lowmem_grpo.memory import as_text as plan_as_text
+from lowmem_grpo.memory import limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
-from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer
+from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer, read_config, run_device
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
 from lowmem_grpo.update import TokenBudget, backward, reference_logprobs, try_largest_update
@@ -90,6 +92,12 @@ def train(
             f"eval_steps={config.eval_steps}, but there is no eval_dataset; pass one or leave eval_steps out"
         )
     find_model(model, config, peft_config)
+    device, given = run_device(config), config
+    planned = None
+    if config.vram_budget is not None:
+        planned = plan_to_fit(read_config(model, config), config, peft_config)
+        config = planned.config
+        limit_memory(planned, device)
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     if tokenizer is None or isinstance(tokenizer, str):
@@ -121,7 +129,7 @@ def train(
     (output_dir / "grpo_config.json").write_text(settings, encoding="utf-8")
 
     def save(randomness: dict[str, Any]) -> Path:
-        complete = {**state, "data": data, "config": asdict(config)}
+        complete = {**state, "data": data, "config": asdict(given)}
         folder = checkpoints.save_checkpoint(output_dir, policy, optimizer, scheduler, scaler, complete, randomness)
         checkpoints.remove_old_checkpoints(output_dir, config.save_total_limit)
         return folder
@@ -132,6 +140,8 @@ def train(
             log.write({"step": state["step"], **evaluate(policy, eval_prompts, rewards, config, state["step"])})
 
     with Progress(total_steps) as progress, Interruption() as interruption:
+        if planned is not None:
+            progress.say(plan_as_text(planned))
         if dropped:
             progress.say(
                 f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"

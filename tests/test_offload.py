@@ -126,9 +126,9 @@ def test_liger_is_asked_only_for_what_it_knows():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation_offloading": True}, "activation_offloading spares a GPU's memory"),
-        ({"offload_embedding": True}, "offload_embedding spares a GPU's memory"),
-        ({"use_liger_kernel": True}, "use_liger_kernel spares a GPU's memory"),
+        ({"activation_offloading": True}, "activation_offloading is about a GPU's memory"),
+        ({"offload_embedding": True}, "offload_embedding is about a GPU's memory"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is about a GPU's memory"),
         ({"optim": "paged_adamw_8bit"}, "pages from a GPU.*use adamw_8bit"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 from lowmem_grpo.attention import attending
 from lowmem_grpo.generate import engine, hf
-from lowmem_grpo.generate.plan import RolloutPlan, plan_rollout
+from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.policy import Policy
@@ -72,7 +72,7 @@ def sample(
         completions = engine.run(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget
         )
-    kv_bytes = plan.tokens() * engine.kv_shape(policy).token_bytes
+    kv_bytes = plan.tokens() * kv_shape(policy.base.config, policy.dtype).token_bytes
     return Sampled(
         completions,
         {

@@ -11,19 +11,12 @@ from torch import Tensor
 from lowmem_grpo.attention import attending, laid_out
 from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
-from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket
+from lowmem_grpo.generate.plan import RolloutPlan, bucket, kv_shape
 from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
-
-
-def kv_shape(policy: Policy) -> KVShape:
-    config = policy.base.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KVShape(config.num_hidden_layers, heads, size, policy.dtype.itemsize)
 
 
 def refusal(policy: Policy) -> str | None:
@@ -46,7 +39,7 @@ def _difference(policy: Policy) -> str | None:
     with policy.inference(), policy.autocast():
         theirs = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()
         for plan in (RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)):
-            store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
+            store = Store(kv_shape(policy.base.config, policy.dtype), plan, policy.dtype, policy.device)
             slots = Slots(policy, store, plan, Scheduler([0, 1], 1, 2, plan.prefixes))
             with attending(policy.configs):
                 slots.admit([row.tolist() for row in ids], prefill_tokens=100)
@@ -90,7 +83,7 @@ def _run(
     policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
     uniforms: Tensor, prefill_tokens: int, done: dict[int, Completion],
 ) -> None:  # fmt: skip
-    store = Store(kv_shape(policy), plan, policy.dtype, policy.device)
+    store = Store(kv_shape(policy.base.config, policy.dtype), plan, policy.dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params)
     finish_of = ending(policy, params)
     # A GPU is asked what it sampled only so often; a slot that ended in between goes on for nothing until then.

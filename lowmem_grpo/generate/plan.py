@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
+
+import torch
 
 SHARE_FROM = 64  # prompt tokens from which one copy of a prompt's keys and values serves its whole group
 PAGE = 64  # tokens of a page
@@ -19,6 +22,14 @@ class KVShape:
     @property
     def token_bytes(self) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
+
+
+def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
+    """From a transformers configuration."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVShape(config.num_hidden_layers, heads, size, dtype.itemsize)
 
 
 @dataclass(frozen=True)

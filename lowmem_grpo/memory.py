@@ -1,0 +1,455 @@
+"""What a run will need: the peak of each phase, predicted from a model's configuration alone, and what to do about it.
+
+The layers' activations are not written down as formulas, which would go stale: the training code itself runs, on fake
+tensors that have a shape and no memory, for models of 2 and of 3 layers. A whole model is that line continued.
+"""
+
+import contextlib
+import copy
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from lowmem_grpo.attention import refusal
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.generate.plan import kv_shape, plan_rollout
+from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.policy import Policy, add_adapter, equip
+
+CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
+PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on the GPU: what is there throughout, and what each phase adds at its peak, by name."""
+
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    def peaks(self) -> dict[str, int]:
+        return {name: sum(self.resident.values()) + sum(parts.values()) for name, parts in self.phases.items()}
+
+    def peak(self) -> int:
+        return max(self.peaks().values())
+
+    def largest_phase(self) -> str:
+        peaks = self.peaks()
+        return max(peaks, key=lambda name: peaks[name])
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that the plan chose."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that fit a budget, or as near to it as they come."""
+
+    config: GRPOConfig
+    forecast: Forecast
+    budget: int | None
+    changes: list[Change]
+    remedy: str | None  # what would have to change besides; None where everything fits
+
+
+def plan(model: PreTrainedConfig, config: GRPOConfig) -> Plan:
+    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit."""
+    budget = config.vram_budget_bytes
+    found = _fit(model, config, budget)
+    if budget is None or found.forecast.peak() <= budget:
+        return found
+    return replace(found, remedy=_remedy(model, found, budget))
+
+
+def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, peft_config: Any = None) -> Plan:
+    """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
+    if peft_config is not None:
+        targets = peft_config.target_modules
+        targets = sorted(targets) if isinstance(targets, set) else targets
+        config = replace(config, lora_r=peft_config.r, lora_target_modules=targets)
+    found = plan(model, config)
+    if found.remedy is not None:
+        peak = f"{found.forecast.peak() / 10**9:.2f} GB"
+        raise ValueError(
+            f"vram_budget={config.vram_budget} is too little, the predicted peak is {peak}; {found.remedy}"
+        )
+    return found
+
+
+def limit_memory(found: Plan, device: torch.device) -> None:
+    """Let torch allocate the plan's budget and no more, which does not count the CUDA context."""
+    assert found.budget is not None
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (found.budget - CONTEXT_BYTES) / total)), device)
+
+
+def _fit(model: PreTrainedConfig, config: GRPOConfig, budget: int | None) -> Plan:
+    changes: dict[str, Change] = {}
+    while True:
+        found = forecast(model, config)
+        if budget is None or found.peak() <= budget:
+            break
+        phase = found.largest_phase()
+        change = next(_changes(model, config, found, phase), None)
+        if change is None:
+            break
+        config = replace(config, **{change.name: change.value})
+        changes[change.name] = change
+    return Plan(config, found, budget, list(changes.values()), None)
+
+
+def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast, phase: str) -> Iterator[Change]:
+    """What would make a phase smaller, the least costly first."""
+    longest = _longest(config)
+    if phase == "rollout" and config.rollout_token_budget > longest:
+        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config)) // 2)
+        yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
+    if config.token_budget > longest:
+        halved = max(longest, min(config.token_budget, _step_tokens(config)) // 2)
+        yield Change("token_budget", halved, "smaller micro-batches, and more of them")
+    if phase == "update" and not config.gradient_checkpointing:
+        yield Change("gradient_checkpointing", True, "activations are computed again, a third more work in the update")
+    if config.optim in ("adamw_torch", "adamw_torch_fused"):
+        yield Change("optim", "adamw_8bit", "a quarter of the optimizer's state")
+    if phase != "rollout" and not config.tiled_mlp and longest > 1024:
+        yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
+    if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
+        yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
+    if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
+        yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+
+
+def _remedy(model: PreTrainedConfig, found: Plan, budget: int) -> str:
+    """The smallest change of the task itself that would fit."""
+    resident = sum(found.forecast.resident.values())
+    if resident > budget:
+        return f"the model and CUDA alone take {_in_words(resident)}: choose a smaller model"
+    smallest, length = found.config, found.config.max_completion_length
+    while length > 64:
+        length = length * 3 // 4 // 32 * 32
+        # Everything that a plan would choose, chosen at once.
+        smallest = replace(smallest, max_completion_length=length)
+        smallest = replace(smallest, token_budget=_longest(smallest), rollout_token_budget=_longest(smallest))
+        if forecast(model, smallest).peak() <= budget:
+            return f"max_completion_length={length} would fit"
+    needed = math.ceil(forecast(model, smallest).peak() / 10**8) / 10
+    return f"not even max_completion_length={length} would fit, it takes {needed:.1f} GB: choose a smaller model"
+
+
+def forecast(model: PreTrainedConfig, config: GRPOConfig) -> Forecast:
+    """Peaks of the phases, each with the parts that it is made of. Nothing is downloaded or allocated."""
+    text = model.get_text_config()
+    dtype = getattr(torch, config.compute_dtype)
+    traced = _trace_layers(model, config)
+    resident = {
+        **traced.resident,
+        "gradients": 4 * traced.adapter_numbers,
+        "optimizer state": _state_bytes(config, traced.adapter_sizes),
+        "CUDA and its libraries": CONTEXT_BYTES,
+    }
+    prompts, kv = config.max_prompt_length or PROMPT_TOKENS, kv_shape(model, dtype)
+    rollout = plan_rollout(
+        prompt_tokens=prompts, prompts=config.prompts_per_step, num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,
+    )  # fmt: skip
+    truncates = config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
+    # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
+    logits = 4 * rollout.slots * text.vocab_size * (7 if truncates else 1)
+    head = 4 * 2**20 * (4 if _budget_of_a_large_card(config) else 1) * 4 + 4 * 1024 * text.hidden_size
+    layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
+    phases = {
+        "rollout": {
+            "keys and values": rollout.tokens() * kv.token_bytes,
+            "prefill or logits": max(traced.prefill + layer, logits),
+            "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers,
+        },
+        "reference": {"activations": traced.inference, "head": head, "one dequantized layer": layer},
+        "update": {
+            "activations kept": traced.kept,
+            "one layer at work": traced.peak - traced.kept,
+            "head": head,
+            "one dequantized layer": layer,
+        },
+    }
+    if config.beta == 0:
+        del phases["reference"]
+    return Forecast(resident, phases)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What running the layers shows, for a whole model."""
+
+    resident: dict[str, int]
+    adapter_sizes: tuple[int, ...]  # numbers in each LoRA parameter
+    largest_linear: int  # numbers in the largest 4-bit layer
+    kept: int  # bytes that the backward of the largest micro-batch waits with
+    peak: int  # bytes of activations at the peak of its forward and backward
+    inference: int  # bytes of activations at the peak of its forward without a backward
+    prefill: int  # the same for a batch of prompts
+
+    @property
+    def adapter_numbers(self) -> int:
+        return sum(self.adapter_sizes)
+
+
+def _trace_layers(model: PreTrainedConfig, config: GRPOConfig) -> Traced:
+    # Only what the activations depend on, so that trying other settings costs nothing.
+    fields = (
+        "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
+        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 lora_r "
+        "lora_target_modules beta"
+    )
+    settings = {name: getattr(config, name) for name in fields.split()}
+    targets = settings["lora_target_modules"]
+    settings["lora_target_modules"] = targets if isinstance(targets, str) else tuple(targets)
+    return _traced(_Key(model), tuple(settings.items()))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A configuration that a cache can look up."""
+
+    model: PreTrainedConfig
+
+    def __hash__(self) -> int:
+        return hash(self.model.to_json_string())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.model.to_json_string() == other.model.to_json_string()
+
+
+@cache
+def _traced(key: _Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
+    given = dict(settings)
+    if isinstance(given["lora_target_modules"], tuple):
+        given["lora_target_modules"] = list(given["lora_target_modules"])
+    config = GRPOConfig(**given)
+    layers = key.model.get_text_config().num_hidden_layers
+    two, three = (_trace(key.model, config, count) for count in (2, 3))
+    more = layers - 2
+
+    def line(a: int, b: int) -> int:
+        return a + more * (b - a)
+
+    # Offloaded, the inputs of two layers are on the device at a time, whatever the number of layers.
+    kept = two.kept if config.activation_offloading else line(two.kept, three.kept)
+    peak = two.peak if config.activation_offloading else line(two.peak, three.peak)
+    per_layer = three.adapter_sizes[len(two.adapter_sizes) :]
+    return Traced(
+        {name: line(size, three.resident[name]) for name, size in two.resident.items()},
+        (*two.adapter_sizes, *per_layer * more),
+        max(two.largest_linear, three.largest_linear), kept, peak, line(two.inference, three.inference),
+        line(two.prefill, three.prefill),
+    )  # fmt: skip
+
+
+def _trace(model: PreTrainedConfig, config: GRPOConfig, layers: int) -> Traced:
+    model = copy.deepcopy(model)
+    text = model.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
+    # A GPU's settings change what the device holds, and not what is computed.
+    plain = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
+    with _fake_policy(model, plain) as policy:
+        resident, sizes, largest = _resident(policy, config)
+        prompt = config.max_prompt_length or PROMPT_TOKENS
+        batch = _largest_micro_batch(policy, config)
+        kept, peak = _activations(policy, batch)
+        inference = _inference(policy, batch) if config.beta else 0
+        count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
+        given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device)
+        (prompts,) = pack([[0] * prompt] * count, [[0]] * count, padding_free=_packs(policy, config), **given)
+        prefill = _inference(policy, prompts)
+    return Traced(resident, sizes, largest, kept, peak, inference, prefill)
+
+
+@contextlib.contextmanager
+def _fake_policy(model: PreTrainedConfig, config: GRPOConfig) -> Iterator[Policy]:
+    """A policy whose tensors have no memory; inside, neither has any new one."""
+    dtype = getattr(torch, config.compute_dtype)
+    with torch.device("meta"):
+        adapted = add_adapter(AutoModelForCausalLM.from_config(model, dtype=dtype).requires_grad_(False), config, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in adapted.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    fake = torch.empty(parameter.shape, dtype=torch.float32 if parameter.requires_grad else dtype)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        base: Any = adapted.get_base_model()
+        base.tie_weights()
+        equip(adapted, config)
+        yield Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
+
+
+def _packs(policy: Policy, config: GRPOConfig) -> bool:
+    return config.padding_free and refusal(policy.base) is None
+
+
+def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
+    """As the trainer packs a step of completions of full length."""
+    prompt = config.max_prompt_length or PROMPT_TOKENS
+    return next(
+        pack(
+            [[0] * prompt] * config.prompts_per_step,
+            [[0] * config.max_completion_length] * (config.prompts_per_step * config.num_generations),
+            token_budget=config.token_budget,
+            pad_token_id=0,
+            device=policy.device,
+            num_generations=config.num_generations,
+            padding_free=_packs(policy, config),
+        )
+    )
+
+
+def _activations(policy: Policy, batch: MicroBatch) -> tuple[int, int]:
+    """(bytes kept between forward and backward, bytes at the peak), the gradients of the adapters not counted."""
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    with Live(policy.model) as live:
+        rows = policy.hidden_states(batch)
+        upstream = torch.zeros_like(rows)  # the head makes it while it computes the log-probabilities
+        kept = live.now - rows.nbytes  # rows are gone as soon as there are log-probabilities
+        rows.backward(upstream)
+    return kept, live.peak
+
+
+def _inference(policy: Policy, batch: MicroBatch) -> int:
+    with policy.as_reference(), Live(policy.model) as live:
+        policy.hidden_states(batch)
+    return live.peak
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages while they live, but for those of a model's parameters, gradients and buffers."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, tuple[int, weakref.ref]] = {}
+        given = [*model.parameters(), *model.buffers()]
+        for tensor in [*given, *(p.grad for p in given if p.grad is not None)]:
+            self._know(tensor, 0)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        tree_map_only(Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        if id(tensor.untyped_storage()) not in self.known:
+            self._know(tensor, tensor.untyped_storage().nbytes())
+
+    def _know(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        self.known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.known.pop(key)[0]
+
+
+def _resident(policy: Policy, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int]:
+    """Bytes of the weights by kind, the numbers in each adapter parameter, those in the largest 4-bit layer."""
+    quantized, largest, counted = 0, 0, set()
+    head = policy.base.get_output_embeddings()
+    for name, module in policy.base.named_modules():
+        if type(module) is nn.Linear and module is not head and "lora_" not in name and config.load_in_4bit:
+            quantized += nf4_bytes(module.weight.numel())
+            largest = max(largest, module.weight.numel())
+            counted.add(id(module.weight))
+    adapters = list(policy.trainable_parameters().values())
+    counted |= {id(p) for p in adapters}
+    away = id(policy.base.get_input_embeddings().weight) if config.offload_embedding else None
+    others = {id(p): p.nbytes for p in policy.model.parameters() if id(p) not in counted and id(p) != away}
+    resident = {
+        "4-bit linear layers": quantized,
+        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in policy.model.buffers()),
+        "adapters": sum(p.nbytes for p in adapters),
+    }
+    return resident, tuple(p.numel() for p in adapters), largest
+
+
+def nf4_bytes(numbers: int) -> int:
+    """Of a bitsandbytes weight in NF4 with double quantization: codes, a scale for 64, and a scale of those for 256."""
+    scales = math.ceil(numbers / 64)
+    return math.ceil(numbers / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
+
+
+def _state_bytes(config: GRPOConfig, sizes: tuple[int, ...]) -> int:
+    if config.optim.startswith("paged"):
+        return 0
+    if config.optim == "adamw_8bit":
+        return sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
+    return sum(8 * n for n in sizes)
+
+
+def _longest(config: GRPOConfig) -> int:
+    return (config.max_prompt_length or PROMPT_TOKENS) + config.max_completion_length
+
+
+def _rollout_tokens(config: GRPOConfig) -> int:
+    """Of keys and values, were everything sampled at once."""
+    prompts = config.max_prompt_length or PROMPT_TOKENS
+    return config.prompts_per_step * (prompts + config.num_generations * config.max_completion_length)
+
+
+def _step_tokens(config: GRPOConfig) -> int:
+    return config.prompts_per_step * config.num_generations * _longest(config)
+
+
+def _budget_of_a_large_card(config: GRPOConfig) -> bool:
+    """Whether the head takes the larger tiles, as linear_logprobs chooses them by the card's memory."""
+    return (config.vram_budget_bytes or 0) >= 20 * 2**30
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def as_dict(found: Plan) -> dict[str, Any]:
+    """For JSON: bytes throughout."""
+    return {
+        "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
+        "peak": found.forecast.peak(), "budget": found.budget, "fits": found.remedy is None,
+        "changes": [asdict(change) for change in found.changes], "remedy": found.remedy,
+    }  # fmt: skip
+
+
+def as_text(found: Plan) -> str:
+    """A table for people, and what the plan chose."""
+    peaks = found.forecast.peaks()
+    lines = [f"{'resident throughout':<34}{_in_words(sum(found.forecast.resident.values())):>12}"]
+    lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in found.forecast.resident.items()]
+    for phase, parts in found.forecast.phases.items():
+        lines.append(f"{f'at the peak of the {phase}':<34}{_in_words(peaks[phase]):>12}")
+        lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in parts.items()]
+    lines.append("")
+    lines.append(f"Predicted peak: {found.forecast.peak() / 10**9:.2f} GB, in the {found.forecast.largest_phase()}.")
+    lines += [f"Set {change.name}={change.value}: {change.reason}." for change in found.changes]
+    if found.budget is not None:
+        within = "This fits" if found.remedy is None else "This does not fit"
+        lines.append(f"{within} {found.budget / 10**9:g} GB{'' if found.remedy is None else f'; {found.remedy}'}.")
+    return "\n".join(lines)
