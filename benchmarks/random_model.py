@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.policy import Policy, load_policy
@@ -24,7 +31,12 @@ SHAPES = {
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
     "qwen2.5-7b": (28, 3584, 18944, 28, 4, 152064, False),
+    "llama-3.1-8b": (32, 4096, 14336, 32, 8, 128256, False),
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 151936, False),
+    "qwen2.5-14b": (48, 5120, 13824, 40, 8, 152064, False),
+    "qwen2.5-32b": (64, 5120, 27648, 40, 8, 152064, False),
 }
+CLASSES = {"llama": LlamaConfig, "qwen3": Qwen3Config}  # by the beginning of the name; else Qwen2Config
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -46,12 +58,12 @@ def make_tokenizer(text: Path, vocabulary: int = 8192) -> PreTrainedTokenizerFas
     return fast
 
 
-def make_config(shape: str, eos_token_id: int | list[int], pad_token_id: int) -> Qwen2Config:
+def make_config(shape: str, eos_token_id: int | list[int], pad_token_id: int) -> PreTrainedConfig:
     layers, hidden, mlp, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-    return Qwen2Config(
+    return CLASSES.get(shape.split("-")[0], Qwen2Config)(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
         num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
+        head_dim=hidden // heads, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
         eos_token_id=eos_token_id, pad_token_id=pad_token_id,
     )  # fmt: skip
 

@@ -1,0 +1,145 @@
+"""What fits in a small card: the planner's prediction for real shapes, and on a GPU the measured peak beside it.
+
+    python -m lowmem_grpo.benchmarks.bench_budgets [--shape NAME ...] [--vram_budget 8GB ...]
+        [--max_completion_length 1024] [--output FILE]
+
+A step is sampled, scored with made-up advantages and learned from: prompts and completions of full length, random
+weights of the real shape. On a GPU torch may allocate the budget less the CUDA context, and no more; out of memory is a
+result. Without one, only the prediction is made, for which neither weights nor a GPU are needed.
+"""
+
+import argparse
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_grpo import memory
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed
+from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.meter import Meter
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.optimizer import make_optimizer
+from lowmem_grpo.optimizer import step as optimizer_step
+from lowmem_grpo.rollout import Prompt, Rollout
+from lowmem_grpo.update import TokenBudget, backward, reference_logprobs
+
+BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
+REAL = [shape for shape in SHAPES if shape != "tiny"]
+LETTERS = {
+    "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
+    "offload_embedding": "e", "gradient_checkpointing": "g",
+}  # fmt: skip
+
+
+def measured_peaks(shape: str, config: GRPOConfig) -> dict[str, float]:
+    """memory/{phase}/peak_mib of one step, in torch's allocator."""
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default and field.name != "use_cpu"
+    }
+    policy = random_policy(shape, "cuda", **settings)
+    optimizer = make_optimizer(policy.trainable_parameters().values(), config)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    draw = torch.Generator().manual_seed(0)
+    size = (config.prompts_per_step, config.max_prompt_length or memory.PROMPT_TOKENS)
+    prompts = torch.randint(10, SHAPES[shape][5] - 1, size, generator=draw).tolist()
+    meter = Meter(policy.device)
+    with meter.phase("rollout"):
+        sampled = sample(
+            policy, prompts, config.num_generations, SamplingParams(config.max_completion_length, temperature=1.0),
+            rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
+        )  # fmt: skip
+    count = len(sampled.completions)
+    lengths = torch.tensor([0] + [len(completion.ids) for completion in sampled.completions])
+    rollout = Rollout(
+        prompts=[Prompt("", ids, {}) for ids in prompts],
+        completions=sampled.completions,
+        offsets=lengths.cumsum(0),
+        sampling_logprobs=None,
+        rewards=torch.zeros(count, 1),
+        advantages=torch.randn(count, generator=draw),
+        completion_mask=torch.ones(count, dtype=torch.bool),
+        metrics={},
+        table={},
+    )
+    budget = TokenBudget(config.token_budget)
+    with meter.phase("reference"):
+        reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
+    with meter.phase("update"):
+        tokens = TokenMeter(rollout, policy.device)
+        budget.fit(partial(backward, policy, rollout, None, reference, tokens, scaler, config), rollout.lengths)
+        optimizer_step(optimizer, scaler)
+    return {**meter.metrics, **budget.metrics()}
+
+
+def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
+    found = memory.plan(make_config(shape, 0, 1), config)
+    result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": memory.as_dict(found)}
+    if on_gpu and found.remedy is None:
+        memory.limit_memory(found, torch.device("cuda"))
+        measured = measure.attempt(partial(measured_peaks, shape, found.config))
+        result["measured"] = measured
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return result
+
+
+def cell(result: dict[str, Any]) -> str:
+    found = result["plan"]
+    if not found["fits"]:
+        would = found["remedy"].split(" would fit")[0] if "would fit" in found["remedy"][:40] else ""
+        return f"no ({would.removeprefix('max_completion_length=')} tokens)" if would else "no"
+    letters = "".join(LETTERS[change["name"]] for change in found["changes"])
+    text = f"{found['peak'] / 10**9:.1f} {letters}".strip()
+    measured = result.get("measured")
+    if measured is None:
+        return text
+    if isinstance(measured, Failed):
+        return f"{text}; measured: {measured.reason}"
+    peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + memory.CONTEXT_BYTES
+    return f"{text}; measured {peak / 10**9:.1f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be given more than once; all real ones")
+    parser.add_argument("--vram_budget", action="append", help="may be given more than once")
+    parser.add_argument("--max_completion_length", type=int, default=1024)
+    parser.add_argument("--max_prompt_length", type=int, default=512)
+    parser.add_argument("--prompts_per_step", type=int, default=8)
+    parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--predict_only", action="store_true", help="measure nothing even where there is a GPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    arguments = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available() and not arguments.predict_only
+    device = torch.device("cuda" if on_gpu else "cpu")
+    task = {
+        name: getattr(arguments, name)
+        for name in ("max_completion_length", "max_prompt_length", "prompts_per_step", "num_generations")
+    }
+    budgets, results = arguments.vram_budget or list(BUDGETS), []
+    rows = []
+    for shape in arguments.shape or REAL:
+        found = [try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu) for budget in budgets]
+        results += found
+        rows.append([shape, *map(cell, found)])
+    print(measure.markdown_table(["predicted peak, GB", *budgets], rows))
+    print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
+    if arguments.output:
+        document = {
+            "benchmark": "budgets", "machine": measure.machine(device), "commit": measure.commit(), "task": task,
+            "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"),
+            "results": [measure.plain(result) for result in results],
+        }  # fmt: skip
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
