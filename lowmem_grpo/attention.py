@@ -114,6 +114,10 @@ def refusal(model: Any) -> str | None:
         return "it keeps compressed keys and values (MLA)"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share keys and values"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotary embedding depends on the longest text of a batch"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     return None

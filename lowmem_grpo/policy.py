@@ -65,6 +65,7 @@ class Policy:
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
+        self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.varlen = False  # whether packed rows go through flash attention

@@ -536,3 +536,74 @@ def test_a_stop_string_may_begin_with_a_space():
     policy.eos_token_ids = [99]
     found = ending(policy, SamplingParams(max_completion_length=9, temperature=1.0, stop_strings=(" a",)))
     assert found([2, 0]) is None and found([2, 0, 1]) == "stop"
+
+
+def test_a_stop_string_is_found_among_tokens_of_a_byte():
+    """The window begins within the four bytes of an emoji, which alone would hide the bytes after it."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    tokens.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    policy = make_policy("llama")
+    policy.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    policy.eos_token_ids = [0]
+    for text in ("xx🙂é!", "🙂🙂é!", "ééé!", "x🙂xé!"):
+        found = ending(policy, SamplingParams(max_completion_length=99, temperature=1.0, stop_strings=("é!",)))
+        ids = list(text.encode())
+        assert found(ids) == "stop" and found(ids[:-1]) is None, text
+
+
+def test_what_fitted_is_remembered_and_reported(monkeypatch):
+    policy = make_policy("llama")
+    params = SamplingParams(max_completion_length=30, temperature=1.0)
+    budgets = dict(rollout_token_budget=10_000, token_budget=100)
+    whole = sample(policy, PROMPTS, 4, params, **budgets)
+    failures, forward = [], policy.decoder.forward
+
+    def short_of_memory(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] == 1 and len(kwargs["input_ids"]) > 3:
+            failures.append(1)
+            raise torch.OutOfMemoryError("made up")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.decoder, "forward", short_of_memory)
+    torch.manual_seed(0)
+    first = sample(policy, PROMPTS, 4, params, **budgets)
+    assert len(failures) == 2 and first.metrics["rollout/slots"] == 3
+    assert first.metrics["rollout/kv_mib"] < whole.metrics["rollout/kv_mib"]
+    torch.manual_seed(0)
+    second = sample(policy, PROMPTS, 4, params, **budgets)
+    assert len(failures) == 2, "it was not tried again"
+    assert second.metrics["rollout/slots"] <= 3 and ids_of(second.completions) == ids_of(first.completions)
+
+
+def test_no_prompt_makes_no_completion_and_an_empty_one_is_refused():
+    policy = make_policy("llama")
+    assert run(policy, prompts=[]) == []
+    with pytest.raises(ValueError, match="prompt 1 has no token; a completion needs one to go on from"):
+        run(policy, prompts=[[5], []])
+
+
+def test_generate_in_the_engines_place_leaves_the_random_numbers_alone():
+    policy = make_policy("llama")
+    policy.engine_refusal = "a test"
+    first = run(policy)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    torch.randint(2**62, ())
+    assert torch.equal(torch.rand(3), after), "one number is taken, whatever is sampled"
+    assert ids_of(run(policy)) == ids_of(first) != ids_of(run(policy, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_batch_are_refused(kind):
+    policy = make_policy("llama")
+    policy.base.config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0}
+    assert engine.refusal(policy) == "its rotary embedding depends on the longest text of a batch"
+
+
+def test_a_forward_that_others_put_on_a_layer_survives():
+    policy = make_policy("llama")
+    layer = policy.decoder.layers[0].mlp.up_proj
+    own = layer.forward = lambda x, given=layer.forward: given(x)
+    run(policy)
+    assert layer.forward is own

@@ -40,7 +40,16 @@ def sample(
     prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
     once for the call; "auto" does so on a CPU whose free memory holds them eight times over. A model that the engine
     does not know is sampled from by transformers' `generate`, after a warning.
+
+    Where a call ran out of memory, the next ones have the tokens that were enough for it.
+
+    Raises:
+        ValueError: a prompt without a token.
     """
+    if not prompts:
+        return Sampled([], {})
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
     # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
     # none, so that it changes nothing of the training around it.
     draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
@@ -53,9 +62,12 @@ def sample(
                 stacklevel=2,
             )
     if policy.engine_refusal:
-        completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
+        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
+            torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
+            completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
         return Sampled(completions, {})
-    plan = plan or plan_rollout(
+    rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
+    first = plan = plan or plan_rollout(
         prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
         max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
         paged=policy.device.type == "cuda",
@@ -69,9 +81,11 @@ def sample(
         stack.enter_context(policy.autocast())
         stack.enter_context(attending(policy.configs))
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
-        completions = engine.run(
+        completions, plan = engine.run(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget
         )
+    if plan is not first:
+        policy.rollout_tokens = plan.tokens()
     kv_bytes = plan.tokens() * kv_shape(policy.base.config, policy.dtype).token_bytes
     return Sampled(
         completions,

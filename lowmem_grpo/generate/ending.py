@@ -17,9 +17,14 @@ def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str 
         if ids[-1] in ends:
             return "eos"
         if tail:
-            text = policy.tokenizer.decode(ids[-tail:])
-            if any(string in text for string in strings):
-                return "stop"
+            # A window that begins within a character of several byte tokens is not read at all, up to the next other
+            # token; one of four windows begins between two.
+            for more in range(4):
+                text = policy.tokenizer.decode(ids[-tail - more :])
+                if any(string in text for string in strings):
+                    return "stop"
+                if "\ufffd" not in text:
+                    break
         return "length" if len(ids) == params.max_completion_length else None
 
     return found

@@ -58,8 +58,8 @@ def run(
     plan: RolloutPlan,
     uniforms: Tensor,  # (B, max_completion_length) fp32 in [0, 1)
     prefill_tokens: int,
-) -> list[Completion]:
-    """num_generations completions of each prompt, group after group.
+) -> tuple[list[Completion], RolloutPlan]:
+    """num_generations completions of each prompt, group after group, and the plan that was enough for them.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
     """
@@ -70,13 +70,14 @@ def run(
         scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
         try:
             _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, done)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if plan.slots == 1:
+                error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
                 raise
             plan = plan.halved()
         if policy.device.type == "cuda" and len(done) < len(prompts) * num_generations:
             torch.cuda.empty_cache()
-    return [done[i] for i in range(len(prompts) * num_generations)]
+    return [done[i] for i in range(len(prompts) * num_generations)], plan
 
 
 def _run(
@@ -95,14 +96,15 @@ def _run(
         slots.reserve(block)
         slots.shrink()
         made = [slots.advance(uniforms) for _ in range(block)]
-        columns = [[values.tolist() for values in choice] for choice in made]
+        # fp64 holds ids and fp32 alike: one copy to the host for the block.
+        columns = torch.stack([torch.stack([values.double() for values in choice]) for choice in made]).tolist()
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
                 continue
             text = texts[completion]
-            for values in columns:
-                for kept, value in zip(text, values, strict=True):
-                    kept.append(value[slot])
+            for tokens, logprobs, behaviour in columns:
+                for kept, value in zip(text, (int(tokens[slot]), logprobs[slot], behaviour[slot]), strict=True):
+                    kept.append(value)
                 finish = finish_of(text[0])
                 if finish is not None:
                     done[completion] = Completion(text[0], torch.tensor(text[1]), torch.tensor(text[2]), finish)
