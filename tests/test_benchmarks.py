@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_grpo.benchmarks import bench_budgets, bench_update, measure
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
-from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 
 CPU = torch.device("cpu")
@@ -142,3 +142,24 @@ def test_no_option_is_offered_that_the_device_refuses():
 def test_an_unknown_name_is_answered_with_those_there_are():
     with pytest.raises(SystemExit, match="ours"):
         bench.main(["--only=our"])
+
+
+@LINUX
+def test_updates_in_every_layout_have_one_gradient(tmp_path):
+    output = tmp_path / "result.json"
+    bench_update.main(["--quick", "--warmups=0", f"--output={output}"])
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == list(bench_update.IMPLEMENTATIONS)
+    assert all(result["error"] < 0.03 and result["seconds"]["repetitions"] == 1 for result in results.values())
+
+
+def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    bench_budgets.main(
+        ["--shape=tiny", "--vram_budget=0.7GB", "--vram_budget=0.5GB", "--predict_only", f"--output={output}",
+         "--max_completion_length=64", "--max_prompt_length=32"]
+    )  # fmt: skip
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny"))
+    fits, does_not = [cell.strip() for cell in row.split("|")[2:4]]
+    assert float(fits.split()[0]) <= 0.7 and does_not == "no"
+    assert [result["plan"]["fits"] for result in json.loads(output.read_text())["results"]] == [True, False]
