@@ -34,7 +34,7 @@ BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 REAL = [shape for shape in SHAPES if shape != "tiny"]
 LETTERS = {
     "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
-    "offload_embedding": "e", "gradient_checkpointing": "g",
+    "offload_embedding": "e", "rollout_kv": "k", "gradient_checkpointing": "g",
 }  # fmt: skip
 
 

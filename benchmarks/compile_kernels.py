@@ -111,9 +111,10 @@ def _split(name: str, **change) -> Kernel:
     arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
     arguments |= dict(
         query_ptr="*half", own_key_ptr="*half", own_value_ptr="*half", prefix_key_ptr="*half", prefix_value_ptr="*half",
-        table_ptr="*i64", lengths_ptr="*i64", prefix_rows_ptr="*i64", prefix_lengths_ptr="*i64", sums_ptr="*fp32",
-        state_ptr="*fp32", window=None, scaling="fp32", softcap=None, D=128, H=14, GROUP=7, PAGE=None,
-        SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP,
+        own_scale_ptr=None, prefix_scale_ptr=None, table_ptr="*i64", lengths_ptr="*i64", prefix_rows_ptr="*i64",
+        prefix_lengths_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
+        D=128, H=14, GROUP=7, PAGE=None, SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8,
+        STEP=decode_attention.STEP,
     )  # fmt: skip
     return Kernel(name, decode_attention._split_kernel, arguments | change)
 
@@ -164,6 +165,11 @@ KERNELS = [
         "decode_attention, 1 x 80, pages",
         prefix_key_ptr=None, prefix_value_ptr=None, prefix_rows_ptr=None, prefix_lengths_ptr=None,
         D=80, H=8, GROUP=1, HEADS=1, PAGE=16,
+    ),
+    _split(
+        "decode_attention, 7 x 128, int8, pages, prefix",
+        own_key_ptr="*i8", own_value_ptr="*i8", prefix_key_ptr="*i8", prefix_value_ptr="*i8", own_scale_ptr="*fp16",
+        prefix_scale_ptr="*fp16", PAGE=64, STEP=decode_attention.STEP_INT8,
     ),
     _merge("decode_attention merge, 128"),
     _merge("decode_attention merge, 256", D=256, BLOCK_D=256),

@@ -5,6 +5,9 @@
     query (S, H, D), own_keys and own_values (pages, H_kv, page_tokens, D), table (S, max_pages), lengths (S,),
     prefix_keys and prefix_values (P, H_kv, T_p, D), prefix_rows (S,), prefix_lengths (S,)  ->  out (S, H, D)
 
+Keys and values may be int8, with scales (2, pages or P, H_kv, page_tokens or T_p), of keys and then of values: k_t and
+v_t are the int8 numbers times their token's scale.
+
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
 peak and sums in fp32, and a second kernel merges them. One fp32 multiplication per query of a kv head and element: with
 at most 8 of them the keys' and values' way from memory takes longer, and sm_75 has no tensor cores in Triton. Scratch:
@@ -31,6 +34,7 @@ except ImportError:  # Windows, macOS
 # Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
 SPLIT = 256
 STEP = 2  # tokens that a thread has in hand at a time; 4 spill
+STEP_INT8 = 1  # with 2, a thread would have 16 columns of a token in place of 8, and spill
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 16  # splits that the second kernel merges at a time
@@ -57,6 +61,9 @@ if triton is not None:
         value_ptr,
         value_page_stride,
         value_token_stride,
+        key_scale_ptr,  # of the kv head, or None
+        value_scale_ptr,
+        scale_page_stride,
         table_ptr,  # of the sequence
         first,  # tokens first ... stop - 1 are attended to
         stop,
@@ -99,8 +106,12 @@ if triton is not None:
                 read = seen & (column < D)
                 key_at = key_ptr + page * key_page_stride + inside * key_token_stride + column
                 value_at = value_ptr + page * value_page_stride + inside * value_token_stride + column
-                key = tl.load(key_at, mask=read, other=0.0).to(tl.float32)
-                value = tl.load(value_at, mask=read, other=0.0).to(tl.float32)
+                key = tl.load(key_at, mask=read, other=0).to(tl.float32)
+                value = tl.load(value_at, mask=read, other=0).to(tl.float32)
+                if key_scale_ptr is not None:
+                    scale_at = page * scale_page_stride + inside
+                    key *= tl.load(key_scale_ptr + scale_at, mask=seen, other=0.0).to(tl.float32)
+                    value *= tl.load(value_scale_ptr + scale_at, mask=seen, other=0.0).to(tl.float32)
                 score = tl.sum(query * key, 3)  # (STEP, ROWS, HEADS)
                 if softcap is not None:
                     score = _softcap(score, softcap)
@@ -124,7 +135,16 @@ if triton is not None:
             tl.store(state_ptr + heads * state_stride + 1, 0.0, mask=known)
 
     @triton.jit(
-        do_not_specialize=["table_stride", "prefix_tokens", "own_tokens", "window", "sums_stride", "state_stride"]
+        do_not_specialize=[
+            "table_stride",
+            "own_scale_kind_stride",
+            "prefix_scale_kind_stride",
+            "prefix_tokens",
+            "own_tokens",
+            "window",
+            "sums_stride",
+            "state_stride",
+        ]
     )
     def _split_kernel(
         query_ptr,  # (S, H, D)
@@ -132,6 +152,8 @@ if triton is not None:
         own_value_ptr,
         prefix_key_ptr,  # (P, H_kv, T_p, D), or None
         prefix_value_ptr,
+        own_scale_ptr,  # (2, pages, H_kv, page_tokens), or None
+        prefix_scale_ptr,  # (2, P, H_kv, T_p), or None
         table_ptr,  # (S, max_pages)
         lengths_ptr,  # (S,) int64
         prefix_rows_ptr,  # (S,) int64, or None
@@ -152,6 +174,12 @@ if triton is not None:
         prefix_value_page_stride,
         prefix_value_head_stride,
         prefix_value_token_stride,
+        own_scale_kind_stride,  # from keys to values
+        own_scale_page_stride,
+        own_scale_head_stride,
+        prefix_scale_kind_stride,
+        prefix_scale_page_stride,
+        prefix_scale_head_stride,
         table_stride,
         sums_stride,  # from head to head
         state_stride,
@@ -189,6 +217,13 @@ if triton is not None:
         state_ptr += (row * H + head) * state_stride + split * 2
 
         length = tl.load(lengths_ptr + row).to(tl.int32)
+        own_value_scale_ptr, prefix_value_scale_ptr = own_scale_ptr, prefix_scale_ptr
+        if own_scale_ptr is not None:
+            own_scale_ptr += kv_head * own_scale_head_stride
+            own_value_scale_ptr = own_scale_ptr + own_scale_kind_stride
+        if prefix_scale_ptr is not None:
+            prefix_scale_ptr += kv_head * prefix_scale_head_stride
+            prefix_value_scale_ptr = prefix_scale_ptr + prefix_scale_kind_stride
         own_split = split
         if prefix_key_ptr is not None:
             own_split -= tl.cdiv(prefix_tokens, SPLIT)
@@ -202,8 +237,9 @@ if triton is not None:
                     query,
                     prefix_key_ptr + kv_head * prefix_key_head_stride, prefix_key_page_stride, prefix_key_token_stride,
                     prefix_value_ptr + kv_head * prefix_value_head_stride, prefix_value_page_stride,
-                    prefix_value_token_stride, prefix_rows_ptr + row, first, stop, sums_ptr, state_ptr, sums_stride,
-                    state_stride, known, softcap, D, None, HEADS, BLOCK_D, ROWS, STEP,
+                    prefix_value_token_stride, prefix_scale_ptr, prefix_value_scale_ptr, prefix_scale_page_stride,
+                    prefix_rows_ptr + row, first, stop, sums_ptr, state_ptr, sums_stride, state_stride, known, softcap,
+                    D, None, HEADS, BLOCK_D, ROWS, STEP,
                 )  # fmt: skip
         if own_split >= 0:
             first = own_split * SPLIT
@@ -213,8 +249,8 @@ if triton is not None:
             _attend(
                 query, own_key_ptr + kv_head * own_key_head_stride, own_key_page_stride, own_key_token_stride,
                 own_value_ptr + kv_head * own_value_head_stride, own_value_page_stride, own_value_token_stride,
-                table_ptr + row * table_stride, first, stop, sums_ptr, state_ptr, sums_stride, state_stride, known,
-                softcap, D, PAGE, HEADS, BLOCK_D, ROWS, STEP,
+                own_scale_ptr, own_value_scale_ptr, own_scale_page_stride, table_ptr + row * table_stride, first, stop,
+                sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, D, PAGE, HEADS, BLOCK_D, ROWS, STEP,
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["splits"])
@@ -262,6 +298,8 @@ def decode_attention(
     prefix_values: Tensor | None = None,  # like prefix_keys
     prefix_rows: Tensor | None = None,  # (S,) int64: the prefix row of each sequence
     prefix_lengths: Tensor | None = None,  # (S,) int64 in 0 ... T_p: how many tokens of it are real
+    own_scales: Tensor | None = None,  # (2, pages, H_kv, page_tokens) fp16, last stride 1, of int8 keys and values
+    prefix_scales: Tensor | None = None,  # (2, P, H_kv, T_p), likewise
     softcap: float | None = None,
     window: int | None = None,  # only the last that many tokens of [prefix ; own] are seen
     backend: Literal["auto", "triton", "torch"] = "auto",
@@ -276,14 +314,15 @@ def decode_attention(
         RuntimeError: backend="triton" where it cannot run.
     """
     prefix = _all_or_none(prefix_keys, prefix_values, prefix_rows, prefix_lengths)
-    _check(query, own_keys, own_values, table, lengths, prefix, softcap, window)
+    scales = (own_scales, prefix_scales)
+    _check(query, own_keys, own_values, table, lengths, prefix, scales, softcap, window)
     if _runs_by_triton(backend, query.device.type):
-        return _launch(query, own_keys, own_values, table, lengths, prefix, scaling, softcap, window)
-    keys, values, seen, back = _gathered(own_keys, own_values, table, lengths, lengths)
+        return _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling, softcap, window)
+    keys, values, seen, back = _gathered(own_keys, own_values, own_scales, table, lengths, lengths)
     if prefix is not None:
         prefix_keys, prefix_values, prefix_rows, prefix_lengths = prefix
         text = prefix_lengths + lengths
-        before = _gathered(prefix_keys, prefix_values, prefix_rows[:, None], prefix_lengths, text)
+        before = _gathered(prefix_keys, prefix_values, prefix_scales, prefix_rows[:, None], prefix_lengths, text)
         keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
         seen, back = torch.cat([before[2], seen], 1), torch.cat([before[3], back], 1)
     if window is not None:
@@ -298,18 +337,21 @@ def decode_attention(
 
 
 def _gathered(
-    keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, text: Tensor
+    keys: Tensor, values: Tensor, scales: Tensor | None, table: Tensor, lengths: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """keys and values (S, H_kv, N, D) fp32 of each row's pages, whether they are real, how far before text they end."""
     page_tokens = keys.shape[2]
     place = torch.arange(table.shape[1] * page_tokens, device=table.device)
     used = place[::page_tokens] < lengths[:, None]
     pages = table.long().masked_fill(~used, 0)
-    keys, values = (x[pages].transpose(1, 2).flatten(2, 3).float() for x in (keys, values))
+    keys, values = (x[pages].float() for x in (keys, values))  # (S, max_pages, H_kv, page_tokens, D)
+    if scales is not None:
+        keys, values = (x * scale[pages][..., None] for x, scale in zip((keys, values), scales, strict=True))
+    keys, values = (x.transpose(1, 2).flatten(2, 3) for x in (keys, values))
     return keys, values, place < lengths[:, None], text[:, None] - place
 
 
-def _launch(query, own_keys, own_values, table, lengths, prefix, scaling, softcap, window) -> Tensor:
+def _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling, softcap, window) -> Tensor:
     S, H, D = query.shape
     kv_heads, page_tokens = own_keys.shape[1:3]
     prefix_keys, prefix_values, prefix_rows, prefix_lengths = (None,) * 4 if prefix is None else prefix
@@ -317,6 +359,7 @@ def _launch(query, own_keys, own_values, table, lengths, prefix, scaling, softca
     own_tokens = table.shape[1] * page_tokens
     splits = triton.cdiv(prefix_tokens, SPLIT) + triton.cdiv(own_tokens, SPLIT)  # by capacity: lengths stay unread
     heads = min(HEADS, triton.next_power_of_2(H // kv_heads))
+    step = STEP_INT8 if own_keys.dtype == torch.int8 else STEP
     block_d = max(16, triton.next_power_of_2(D))
     rows = 1024 // block_d  # 8 elements of a token to each thread of 4 warps
     out = torch.empty(S, H, D, dtype=query.dtype, device=query.device)
@@ -330,14 +373,15 @@ def _launch(query, own_keys, own_values, table, lengths, prefix, scaling, softca
     if S:
         with torch.cuda.device_of(query):
             _split_kernel[(S, kv_heads * triton.cdiv(H // kv_heads, heads), splits)](
-                query, own_keys, own_values, prefix_keys, prefix_values, table, lengths, prefix_rows, prefix_lengths,
-                sums, state, *query.stride()[:2], *own_keys.stride()[:3], *own_values.stride()[:3],
+                query, own_keys, own_values, prefix_keys, prefix_values, *scales, table, lengths, prefix_rows,
+                prefix_lengths, sums, state, *query.stride()[:2], *own_keys.stride()[:3], *own_values.stride()[:3],
                 *(prefix_keys.stride()[:3] if prefix else (0, 0, 0)),
                 *(prefix_values.stride()[:3] if prefix else (0, 0, 0)),
+                *(stride for x in scales for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
                 table.stride(0), sums.stride(1), state.stride(1), prefix_tokens, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 D=D, H=H, GROUP=H // kv_heads, PAGE=page_tokens if table.shape[1] > 1 else None, SPLIT=SPLIT,
-                HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP, num_warps=4,
+                HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=step, num_warps=4,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out
@@ -350,19 +394,22 @@ def _all_or_none(*given: Tensor | None) -> tuple[Tensor, ...] | None:
     return there or None
 
 
-def _check(query, own_keys, own_values, table, lengths, prefix, softcap, window) -> None:
+def _check(query, own_keys, own_values, table, lengths, prefix, scales, softcap, window) -> None:
     if query.dim() != 3 or query.dtype not in DTYPES or not 1 <= query.shape[2] <= 256:
         raise ValueError(f"query must be (S, H, D <= 256) fp32, bf16 or fp16, not {tuple(query.shape)} {query.dtype}")
     S, H, D = query.shape
-    _check_store("own", own_keys, own_values, own_keys, H, D)
+    _check_store("own", own_keys, own_values, scales[0], own_keys, H, D)
     if table.dim() != 2 or len(table) != S or table.shape[1] == 0 or table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"table must be ({S}, max_pages) int32 or int64, not {tuple(table.shape)} {table.dtype}")
     _check_rows("lengths", lengths, S)
-    devices = {x.device for x in (query, own_keys, own_values, table, lengths, *(prefix or ()))}
+    given = (query, own_keys, own_values, table, lengths, *(prefix or ()), *scales)
+    devices = {x.device for x in given if x is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, not on {sorted(map(str, devices))}")
+    if prefix is None and scales[1] is not None:
+        raise ValueError("prefix_scales go with prefix_keys and the rest of a prefix")
     if prefix is not None:
-        _check_store("prefix", prefix[0], prefix[1], own_keys, H, D)
+        _check_store("prefix", prefix[0], prefix[1], scales[1], own_keys, H, D)
         if prefix[0].shape[1] != own_keys.shape[1]:
             raise ValueError(f"prefix_keys must have own_keys' {own_keys.shape[1]} heads, not {prefix[0].shape[1]}")
         _check_rows("prefix_rows", prefix[2], S)
@@ -373,11 +420,23 @@ def _check(query, own_keys, own_values, table, lengths, prefix, softcap, window)
         raise ValueError(f"window must be positive, not {window}; None shows every token")
 
 
-def _check_store(name: str, keys: Tensor, values: Tensor, own_keys: Tensor, H: int, D: int) -> None:
-    if keys.dim() != 4 or keys.shape[3] != D or 0 in keys.shape or H % keys.shape[1] or keys.dtype not in DTYPES:
+def _check_store(
+    name: str, keys: Tensor, values: Tensor, scales: Tensor | None, own_keys: Tensor, H: int, D: int
+) -> None:
+    dtypes = (*DTYPES, torch.int8)
+    if keys.dim() != 4 or keys.shape[3] != D or 0 in keys.shape or H % keys.shape[1] or keys.dtype not in dtypes:
         raise ValueError(
-            f"{name}_keys must be (pages, kv heads that divide {H}, tokens, {D}) fp32, bf16 or fp16, and not empty, "
-            f"not {tuple(keys.shape)} {keys.dtype}"
+            f"{name}_keys must be (pages, kv heads that divide {H}, tokens, {D}) fp32, bf16, fp16 or int8, and not "
+            f"empty, not {tuple(keys.shape)} {keys.dtype}"
+        )
+    if (scales is not None) != (keys.dtype == torch.int8):
+        raise ValueError(f"{name}_scales go with int8 keys and values, and with no others")
+    if scales is not None and (
+        scales.shape != (2, *keys.shape[:3]) or scales.dtype != torch.float16 or scales.stride(3) != 1
+    ):
+        raise ValueError(
+            f"{name}_scales must be {(2, *keys.shape[:3])} torch.float16 with a last stride of 1, not "
+            f"{tuple(scales.shape)} {scales.dtype}"
         )
     if values.shape != keys.shape or not values.dtype == keys.dtype == own_keys.dtype:
         raise ValueError(f"{name}_values must have {name}_keys' shape, and all keys and values one dtype")

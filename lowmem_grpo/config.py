@@ -74,6 +74,10 @@ class GRPOConfig:
     rollout_weights: Literal["auto", "4bit", "dense"] = option(
         "auto", "sample from the 4-bit weights, or from a dense copy; auto: dense on a CPU with memory to spare"
     )
+    rollout_kv: Literal["full", "int8"] = option(
+        "full",
+        "keys and values while sampling: in the compute dtype, or rounded to int8, in half the memory of 16 bits",
+    )
 
     reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
     scale_rewards: Literal["group", "batch", "none"] = option(

@@ -33,7 +33,7 @@ def sample_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -
     return sample(
         policy, [p.ids for p in prompts], 1, params,
         rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights,
+        weights=config.rollout_weights, kv=config.rollout_kv,
     ).completions  # fmt: skip
 
 

@@ -132,6 +132,8 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast, phase
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
     if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
+    if phase == "rollout" and config.rollout_kv == "full":
+        yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
     if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
         yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
@@ -164,7 +166,8 @@ def forecast(model: PreTrainedConfig, config: GRPOConfig) -> Forecast:
         "optimizer state": _state_bytes(config, traced.adapter_sizes),
         "CUDA and its libraries": CONTEXT_BYTES,
     }
-    prompts, kv = config.max_prompt_length or PROMPT_TOKENS, kv_shape(model, dtype)
+    prompts = config.max_prompt_length or PROMPT_TOKENS
+    kv = kv_shape(model, torch.int8 if config.rollout_kv == "int8" else dtype)
     rollout = plan_rollout(
         prompt_tokens=prompts, prompts=config.prompts_per_step, num_generations=config.num_generations,
         max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,

@@ -245,7 +245,7 @@ def collect_rollout(
     sampled = sample(
         policy, [prompt.ids for prompt in prompts], config.num_generations, params,
         rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights,
+        weights=config.rollout_weights, kv=config.rollout_kv,
     )  # fmt: skip
     completions = sampled.completions
     asked = [prompt for prompt in prompts for _ in range(config.num_generations)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem_grpo.benchmarks import bench_budgets, bench_update, measure
+from lowmem_grpo.benchmarks import bench_budgets, bench_update, measure, sampling_error
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 
@@ -163,3 +163,12 @@ def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
     fits, does_not = [cell.strip() for cell in row.split("|")[2:4]]
     assert float(fits.split()[0]) <= 0.7 and does_not == "no"
     assert [result["plan"]["fits"] for result in json.loads(output.read_text())["results"]] == [True, False]
+
+
+def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
+    sampling_error.main(["--prompts", "4", "--num_generations", "2"])
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| fl", "| bf"))]
+    means = {(dtype[2:], weights, kv): float(mean) for dtype, weights, kv, mean, _ in cells}
+    assert len(means) == 8
+    assert means["float32", "4bit", "full"] < 1e-5 < 1e-4 < means["float32", "4bit", "int8"] < 0.01
+    assert means["bfloat16", "4bit", "full"] < 0.01

@@ -69,6 +69,17 @@ def case(lengths, prefix_lengths=None, prefix_rows=None, *, heads=2, kv_heads=1,
     return given
 
 
+def rounded(given):
+    """The same case in int8: numbers that are not attended to are 127, and their scales NaN."""
+    changed = {}
+    for name in ("own", "prefix") if "prefix_keys" in given else ("own",):
+        both = torch.stack([given[f"{name}_keys"], given[f"{name}_values"]])
+        scales = (both.abs().amax(-1) / 127).half()
+        numbers = (both / scales[..., None].float()).round().nan_to_num(127).clamp(-127, 127).to(torch.int8)
+        changed |= {f"{name}_keys": numbers[0], f"{name}_values": numbers[1], f"{name}_scales": scales}
+    return given | changed
+
+
 def attended(given, place):
     backend, device = place
     given = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in given.items()}
@@ -77,9 +88,16 @@ def attended(given, place):
 
 def exact(
     query, own_keys, own_values, table, lengths, scaling, prefix_keys=None, prefix_values=None, prefix_rows=None,
-    prefix_lengths=None, softcap=None, window=None,
+    prefix_lengths=None, softcap=None, window=None, own_scales=None, prefix_scales=None,
 ):  # fmt: skip
     """Attention in fp64, row by row and head by head."""
+    if own_scales is not None:
+        own_keys, own_values = (
+            x * s.double()[..., None] for x, s in zip((own_keys, own_values), own_scales, strict=True)
+        )
+    if prefix_scales is not None:
+        prefix = zip((prefix_keys, prefix_values), prefix_scales, strict=True)
+        prefix_keys, prefix_values = (x * s.double()[..., None] for x, s in prefix)
     out = torch.zeros(query.shape, dtype=torch.float64)
     for row, length in enumerate(lengths.tolist()):
         pages = table[row, : -(-length // own_keys.shape[2])].tolist()
@@ -115,6 +133,19 @@ def assert_exact(given, place, scale=1.0):
 def test_attention_is_that_of_fp64(heads, kv_heads, size, dtype, place):
     given = case([1, 37, 50], [20, 0, 33], heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
     assert_exact(given, place)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, size", [(6, 1, 80), (14, 2, 128)])
+def test_int8_keys_and_values_are_read_with_their_scales(heads, kv_heads, size, dtype, place):
+    given = rounded(case([1, 37, 50], [20, 0, 33], [1, 0, 2], heads=heads, kv_heads=kv_heads, size=size))
+    given["query"] = given["query"].to(dtype)
+    assert_exact(given, place)
+    assert_exact(given | dict(window=25, softcap=30.0), place)
+    store = torch.zeros(3, *given["own_scales"].shape, dtype=torch.float16)  # as a view of all layers'
+    store[1] = given["own_scales"]
+    assert torch.equal(attended(given | dict(own_scales=store[1]), place), attended(given, place))
 
 
 @every_backend
@@ -297,6 +328,8 @@ def test_a_captured_call_follows_lengths_that_change():
         (dict(prefix_keys=torch.zeros(3, 2, 8, 16), prefix_values=torch.zeros(3, 2, 8, 16)), "own_keys' 1 heads"),
         (dict(prefix_lengths=torch.ones(2).int()), "prefix_lengths must be"),
         (dict(lengths=torch.ones(2, dtype=torch.int64, device="meta")), "one device"),
+        (dict(own_keys=torch.zeros(7, 1, 8, 16).char()), "own_scales go with int8"),
+        (dict(own_scales=torch.zeros(2, 7, 1, 8).half()), "own_scales go with int8"),
         (dict(softcap=0.0), "softcap must be positive"),
         (dict(window=0), "window must be positive"),
         (dict(backend="cuda"), "backend must be"),
@@ -305,3 +338,13 @@ def test_a_captured_call_follows_lengths_that_change():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         decode_attention(**case([3, 9], [4, 5]) | change)
+
+
+@pytest.mark.parametrize("name", ["own", "prefix"])
+def test_scales_that_do_not_fit_are_refused(name):
+    given = rounded(case([3, 9], [4, 5]))
+    for wrong in (given[f"{name}_scales"].float(), given[f"{name}_scales"][:, 1:]):
+        with pytest.raises(ValueError, match=f"{name}_scales must be"):
+            decode_attention(**given | {f"{name}_scales": wrong})
+    with pytest.raises(ValueError, match="prefix_scales go with prefix_keys"):
+        decode_attention(**rounded(case([3, 9])), prefix_scales=given["prefix_scales"])

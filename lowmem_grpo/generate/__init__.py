@@ -33,18 +33,20 @@ def sample(
     token_budget: int,
     plan: RolloutPlan | None = None,
     weights: Literal["auto", "4bit", "dense"] = "auto",
+    kv: Literal["full", "int8"] = "full",
 ) -> Sampled:
     """num_generations completions of each prompt, group after group, with the adapters as they are now.
 
     At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
     prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
-    once for the call; "auto" does so on a CPU whose free memory holds them eight times over. A model that the engine
-    does not know is sampled from by transformers' `generate`, after a warning.
+    once for the call; "auto" does so on a CPU whose free memory holds them eight times over. Keys and values are kept
+    in the compute dtype, or in "int8". A model that the engine does not know is sampled from by transformers'
+    `generate`, after a warning.
 
     Where a call ran out of memory, the next ones have the tokens that were enough for it.
 
     Raises:
-        ValueError: a prompt without a token.
+        ValueError: a prompt without a token, or int8 keys and values of a model that the engine does not know.
     """
     if not prompts:
         return Sampled([], {})
@@ -62,6 +64,11 @@ def sample(
                 stacklevel=2,
             )
     if policy.engine_refusal:
+        if kv == "int8":
+            raise ValueError(
+                f"rollout_kv='int8' needs the engine, which does not know this model: {policy.engine_refusal}; "
+                "set rollout_kv='full'"
+            )
         with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
             torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
             completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
@@ -74,6 +81,7 @@ def sample(
     )  # fmt: skip
     size = dense_bytes(policy.base, policy.dtype)
     spare = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available
+    kv_dtype = torch.int8 if kv == "int8" else policy.dtype
     dense = weights == "dense" or (weights == "auto" and spare)
     uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
     with contextlib.ExitStack() as stack:
@@ -82,11 +90,11 @@ def sample(
         stack.enter_context(attending(policy.configs))
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
         completions, plan = engine.run(
-            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget
+            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype
         )
     if plan is not first:
         policy.rollout_tokens = plan.tokens()
-    kv_bytes = plan.tokens() * kv_shape(policy.base.config, policy.dtype).token_bytes
+    kv_bytes = plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
     return Sampled(
         completions,
         {

@@ -14,7 +14,7 @@ from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.plan import RolloutPlan, bucket, kv_shape
 from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
-from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Store
+from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
@@ -58,6 +58,7 @@ def run(
     plan: RolloutPlan,
     uniforms: Tensor,  # (B, max_completion_length) fp32 in [0, 1)
     prefill_tokens: int,
+    kv_dtype: torch.dtype,  # the policy's, or int8
 ) -> tuple[list[Completion], RolloutPlan]:
     """num_generations completions of each prompt, group after group, and the plan that was enough for them.
 
@@ -69,7 +70,7 @@ def run(
         slots = min(plan.slots, len(todo))
         scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
         try:
-            _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, done)
+            _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, kv_dtype, done)
         except torch.OutOfMemoryError as error:
             if plan.slots == 1:
                 error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
@@ -82,9 +83,9 @@ def run(
 
 def _run(
     policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
-    uniforms: Tensor, prefill_tokens: int, done: dict[int, Completion],
+    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, done: dict[int, Completion],
 ) -> None:  # fmt: skip
-    store = Store(kv_shape(policy.base.config, policy.dtype), plan, policy.dtype, policy.device)
+    store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params)
     finish_of = ending(policy, params)
     # A GPU is asked what it sampled only so often; a slot that ended in between goes on for nothing until then.
@@ -166,7 +167,7 @@ class Slots:
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.policy.device)
 
-    def _prefill(self, prompts: list[list[int]], rows: dict, store: Tensor, prefill_tokens: int) -> None:
+    def _prefill(self, prompts: list[list[int]], rows: dict, store: Rows, prefill_tokens: int) -> None:
         """Keys and values of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
         order = sorted((p for p in rows if len(prompts[p]) > 1), key=lambda p: len(prompts[p]))
         while order:
@@ -225,8 +226,7 @@ class Slots:
                 assert self.table is not None
                 self.table[targets] = self.table[sources]
             else:
-                for layer in self.store.own:
-                    layer[:, targets] = layer[:, sources]
+                self.store.own.move(sources, targets)
             for source, target in moves:
                 self.columns[target] = self.columns[source]
         self.rows = rows

@@ -18,10 +18,11 @@ class KVShape:
     kv_heads: int
     head_dim: int
     element_bytes: int
+    scale_bytes: int = 0  # of a key's or value's scale, in int8
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
+        return 2 * self.layers * self.kv_heads * (self.head_dim * self.element_bytes + self.scale_bytes)
 
 
 def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
@@ -29,7 +30,7 @@ def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KVShape(config.num_hidden_layers, heads, size, dtype.itemsize)
+    return KVShape(config.num_hidden_layers, heads, size, dtype.itemsize, 2 if dtype == torch.int8 else 0)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
 
 from collections import deque
-from typing import Any
 
 NOBODYS = 0  # the page that slots without one of their own write to
 
@@ -100,12 +99,12 @@ class Scheduler:
     def compact(self, rows: int) -> list[tuple[int, int]]:
         """Move every running completion below `rows`: (from, to) of each move."""
         free = [slot for slot in range(rows) if self.slots[slot] is None]
+        every: list[list[Any]] = [self.slots, self.pages, self.admitted]
         moves = []
         for source in range(rows, len(self.slots)):
             if self.slots[source] is not None:
                 target = free.pop(0)
-                of_slots: list[list[Any]] = [self.slots, self.pages, self.admitted]
-                for values in of_slots:
+                for values in every:
                     values[target], values[source] = values[source], values[target]
                 moves.append((source, target))
         return moves

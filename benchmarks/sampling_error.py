@@ -1,0 +1,63 @@
+"""How far sampling's log-probabilities are from those of a training forward, by how weights, keys and values are kept.
+
+    python -m lowmem_grpo.benchmarks.sampling_error [--model FOLDER] [--prompts 32] [--num_generations 8]
+
+Nats a token, mean and maximum of |sampling - training| over completions of the demo's problems at temperature 1, on a
+CPU. Adapters that are zero, as a new model's are, become random.
+"""
+
+import argparse
+
+import torch
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.demo import task
+from lowmem_grpo.demo.run import MODEL
+from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.packing import pack
+from lowmem_grpo.policy import Policy, load_policy, load_tokenizer
+
+
+def difference(policy: Policy, prompts: list[list[int]], num_generations: int, weights, kv) -> torch.Tensor:
+    """|sampling - training| of every token, flat."""
+    params = SamplingParams(max_completion_length=32, temperature=1.0)
+    completions = sample(
+        policy, prompts, num_generations, params, rollout_token_budget=10**9, token_budget=16384, weights=weights, kv=kv
+    ).completions
+    asked = [prompt for prompt in prompts for _ in range(num_generations)]
+    answers = [completion.ids for completion in completions]
+    known = [completion.logprobs for completion in completions if completion.logprobs is not None]
+    error = torch.cat(known)
+    with policy.inference():
+        for batch in pack(asked, answers, token_budget=16384, pad_token_id=policy.pad_token_id, device=policy.device):
+            error[batch.tokens] -= policy.logprobs(batch, 1.0)
+    return error.abs()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default=str(MODEL), help="a model or adapter folder with the demo's tokenizer")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--num_generations", type=int, default=8)
+    arguments = parser.parse_args(argv)
+    print("| dtype | weights | keys and values | mean | max |\n|---|---|---|---|---|")
+    for bf16 in (False, True):
+        config = GRPOConfig(use_cpu=True, bf16=bf16)
+        policy = load_policy(arguments.model, load_tokenizer(arguments.model, config), config)
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters().values():
+                if not parameter.any():
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
+        rows = load_rows(task.rows(task.splits()[1][: arguments.prompts]), config)
+        prompts = [prompt.ids for prompt in tokenize_prompts(rows, policy.tokenizer, config)[0]]
+        for weights in ("4bit", "dense"):
+            for kv in ("full", "int8"):
+                torch.manual_seed(0)
+                error = difference(policy, prompts, arguments.num_generations, weights, kv)
+                print(f"| {config.compute_dtype} | {weights} | {kv} | {error.mean():.1e} | {error.max():.1e} |")
+
+
+if __name__ == "__main__":
+    main()
