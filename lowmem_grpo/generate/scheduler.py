@@ -1,6 +1,7 @@
 """Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
 
 from collections import deque
+from typing import Any
 
 NOBODYS = 0  # the page that slots without one of their own write to
 
