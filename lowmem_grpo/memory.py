@@ -218,7 +218,7 @@ def _trace_layers(model: PreTrainedConfig, config: GRPOConfig) -> Traced:
     fields = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
         "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 lora_r "
-        "lora_target_modules beta"
+        "lora_target_modules beta trust_remote_code"
     )
     settings = {name: getattr(config, name) for name in fields.split()}
     targets = settings["lora_target_modules"]
@@ -290,7 +290,8 @@ def _fake_policy(model: PreTrainedConfig, config: GRPOConfig) -> Iterator[Policy
     """A policy whose tensors have no memory; inside, neither has any new one."""
     dtype = getattr(torch, config.compute_dtype)
     with torch.device("meta"):
-        adapted = add_adapter(AutoModelForCausalLM.from_config(model, dtype=dtype).requires_grad_(False), config, None)
+        base: Any = AutoModelForCausalLM.from_config(model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        adapted = add_adapter(base.requires_grad_(False), config, None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
@@ -299,7 +300,6 @@ def _fake_policy(model: PreTrainedConfig, config: GRPOConfig) -> Iterator[Policy
                     module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        base: Any = adapted.get_base_model()
         base.tie_weights()
         equip(adapted, config)
         yield Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)

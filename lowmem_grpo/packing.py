@@ -80,7 +80,7 @@ def pack(
     if padding_free:
         pieces = _pieces(rows, prompts, completions, num_generations, token_budget)
         for filled in _bins(pieces, token_budget):
-            yield _packed(filled, prompts, completions, num_generations, offsets, token_budget, pad_token_id, device)
+            yield _packed(filled, completions, offsets, token_budget, pad_token_id, device)
         return
     owners = [prompts[b // num_generations] for b in range(len(completions))]
     rows.sort(key=lambda b: len(owners[b]) + len(completions[b]), reverse=True)
@@ -110,11 +110,15 @@ def _padded(rows, prompts, completions, offsets, width, pad_token_id, device) ->
 
 @dataclass(frozen=True)
 class Piece:
-    """Completions of one prompt that stay together, the prompt once before them if shared."""
+    """Completions of one prompt that stay together."""
 
     rows: list[int]
-    shared: bool
-    tokens: int
+    prompt: list[int]  # before all of the tails; empty where each has it itself
+    tails: list[list[int]]  # each completion without its last token, which predicts nothing
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.tails))
 
 
 def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[Piece]:
@@ -123,24 +127,24 @@ def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[P
         groups.setdefault(b // num_generations, []).append(b)
     pieces = []
     for group, members in groups.items():
-        prompt = len(prompts[group])
-        apart = [Piece([b], False, prompt + len(completions[b]) - 1) for b in members]
+        prompt = prompts[group]
+        apart = [Piece([b], [], [prompt + completions[b][:-1]]) for b in members]
         together = _split(members, prompt, completions, token_budget)
         shared = sum(piece.tokens for piece in apart) >= SHARE_FROM * sum(piece.tokens for piece in together)
         pieces += together if shared else apart
     return pieces
 
 
-def _split(members, prompt: int, completions, token_budget: int) -> list[Piece]:
+def _split(members: list[int], prompt: list[int], completions, token_budget: int) -> list[Piece]:
     """A group in pieces within the budget, each with the prompt again."""
-    pieces, rows, size = [], [], prompt
+    pieces, rows, size = [], [], len(prompt)
     for b in members:
         tail = len(completions[b]) - 1
         if rows and size + tail > token_budget:
-            pieces.append(Piece(rows, True, size))
-            rows, size = [], prompt
+            pieces.append(rows)
+            rows, size = [], len(prompt)
         rows, size = [*rows, b], size + tail
-    return [*pieces, Piece(rows, True, size)]
+    return [Piece(rows, prompt, [completions[b][:-1] for b in rows]) for rows in (*pieces, rows)]
 
 
 def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
@@ -158,48 +162,43 @@ def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
     return bins
 
 
-def _packed(pieces, prompts, completions, num_generations, offsets, token_budget, pad_token_id, device) -> MicroBatch:
+def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:
     ids, positions, predictors, labels, tokens, sequences = [], [], [], [], [], []
     blocks, outputs, results = [], [], 0
     query_starts, key_starts, keys = [0], [0], []
 
-    def segment(new: list[int], first: int, before: range) -> range:
-        """Append tokens that attend to each other and to the places before; the places they got."""
+    def segment(new: list[int], before: range) -> range:
+        """Append tokens that see the places before and each other; the places they got."""
         places = range(len(ids), len(ids) + len(new))
         ids.extend(new)
-        positions.extend(range(first, first + len(new)))
+        positions.extend(range(len(before), len(before) + len(new)))
         keys.extend([*before, *places])
         query_starts.append(len(ids))
         key_starts.append(len(keys))
         return places
 
-    for alike in _alike(pieces, prompts, completions, num_generations):
-        start, prompt_places, tails = len(ids), [], []
-        length = len(prompts[alike[0].rows[0] // num_generations]) if alike[0].shared else 0
-        if alike[0].shared:
-            prompt_places = [segment(prompts[p.rows[0] // num_generations], 0, range(0)) for p in alike]
+    for alike in _alike(pieces):
+        start, tails = len(ids), []
+        prompts = [segment(piece.prompt, range(0)) if piece.prompt else range(0) for piece in alike]
         outputs += range(results, results + len(ids) - start)
-        widest = max(_tail(b, piece, prompts, completions, num_generations) for piece in alike for b in piece.rows)
         results += len(ids) - start
-        for i, piece in enumerate(alike):
-            for b in piece.rows:
-                prompt, completion = prompts[b // num_generations], completions[b]
-                before = prompt_places[i] if piece.shared else range(0)
-                new = completion[:-1] if piece.shared else prompt + completion[:-1]
-                places = segment(new, length, before) if new else range(0)
-                tails.append([*places, *[len(ids) - 1] * (widest - len(new))])
-                outputs += range(results, results + len(new))
+        widest = max(len(tail) for piece in alike for tail in piece.tails)
+        for piece, prompt in zip(alike, prompts, strict=True):
+            for b, tail in zip(piece.rows, piece.tails, strict=True):
+                places = segment(tail, prompt) if tail else range(0)
+                tails.append([*places, *[len(ids) - 1] * (widest - len(tail))])
+                outputs += range(results, results + len(tail))
                 results += widest
-                last = before[-1] if piece.shared else places[len(prompt) - 1]
-                predictors += [last, *places[len(places) - len(completion) + 1 :]]
-                labels += completion
+                # The completion's first token is predicted by its prompt's last, and each other by the one before it.
+                predictors += [*prompt, *places][-len(completions[b]) :]
+                labels += completions[b]
                 tokens += range(offsets[b], offsets[b + 1])
-                sequences += [b] * len(completion)
-        shape = (len(alike), -1, widest) if widest else (len(alike), len(alike[0].rows), 0)
-        blocks.append(Block(start, len(alike), length, torch.tensor(tails, device=device).reshape(shape).long()))
+                sequences += [b] * len(completions[b])
+        shape = (len(alike), len(alike[0].rows), widest)
+        blocks.append(Block(start, len(alike), len(prompts[0]), torch.tensor(tails, device=device).long().view(shape)))
     padding = _rounded_up(len(ids), token_budget, device) - len(ids)
     if padding:
-        segment([pad_token_id] * padding, 0, range(0))
+        segment([pad_token_id] * padding, range(0))
         outputs += [0] * padding  # any: nothing follows from it
 
     def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -218,21 +217,16 @@ def _longest(starts: list[int]) -> int:
     return max(b - a for a, b in pairwise(starts))
 
 
-def _alike(pieces, prompts, completions, num_generations) -> list[list[Piece]]:
+def _alike(pieces: list[Piece]) -> list[list[Piece]]:
     """Pieces that one call of attention serves: prompts of one length with as many tails, or lone sequences.
 
     Tails are filled up to the longest, which costs attention's part alone; lone sequences of 32 lengths go together.
     """
     alike: dict[tuple, list[Piece]] = {}
     for piece in pieces:
-        prompt = len(prompts[piece.rows[0] // num_generations])
-        key = (prompt, len(piece.rows)) if piece.shared else (0, piece.tokens // 32)
+        key = (len(piece.prompt), len(piece.rows)) if piece.prompt else (0, piece.tokens // 32)
         alike.setdefault(key, []).append(piece)
     return list(alike.values())
-
-
-def _tail(b, piece: Piece, prompts, completions, num_generations) -> int:
-    return len(completions[b]) - 1 + (0 if piece.shared else len(prompts[b // num_generations]))
 
 
 def _rounded_up(width: int, token_budget: int, device: torch.device) -> int:
