@@ -661,3 +661,43 @@ def test_a_forward_that_others_put_on_a_layer_survives():
     own = layer.forward = lambda x, given=layer.forward: given(x)
     run(policy)
     assert layer.forward is own
+
+
+def with_bytes(policy):
+    """The policy with a decoder as Llama 2's: a byte of each character that is not in the vocabulary is a token."""
+    ids = {f"<0x{byte:02X}>": byte for byte in range(100, 228)}
+    ids = {token: place for place, token in enumerate(ids)}  # bytes 100 ... 227 are ids 0 ... 127
+    tokens = Tokenizer(models.BPE(ids, [], byte_fallback=True))
+    tokens.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    policy.tokenizer, policy.eos_token_ids = PreTrainedTokenizerFast(tokenizer_object=tokens), [999]
+    return policy, lambda text: [byte - 100 for byte in text.encode()]
+
+
+@pytest.mark.parametrize("stop", ["é", "éx", "xé"])
+@pytest.mark.parametrize("before", ["", "ßß", "xßxß", "ߐ"])
+def test_a_stop_string_is_found_behind_other_bytes(before, stop):
+    """A window that begins inside a character has replacement characters up to the next ordinary token."""
+    policy, encode = with_bytes(make_policy("llama"))
+    found = ending(policy, SamplingParams(max_completion_length=99, temperature=1.0, stop_strings=(stop,)))
+    ids = encode(before + stop)
+    assert [found(ids[: n + 1]) for n in range(len(ids))] == [None] * (len(ids) - 1) + ["stop"]
+
+
+def test_a_stop_string_that_the_whole_text_does_not_show_is_none():
+    """The last bytes of one character and the first of another, between bytes that are no text."""
+    policy, encode = with_bytes(make_policy("llama"))
+    found = ending(policy, SamplingParams(max_completion_length=99, temperature=1.0, stop_strings=("é",)))
+    lone = encode("é")[-1:] * 9  # nine continuation bytes: the decoder gives up the whole run
+    assert policy.tokenizer.decode(lone + encode("é")) == "\ufffd" * 11
+    assert found(lone + encode("é")) is None
+
+
+def test_what_generate_stopped_is_not_padded_out():
+    """generate's own criterion compares tokens, and stops where the decoder shows replacement characters."""
+    policy, _ = with_bytes(make_policy("llama"))
+    params = SamplingParams(max_completion_length=40, temperature=1.0, stop_strings=("x",))
+    torch.manual_seed(0)
+    for completion in hf.sample(policy, PROMPTS, 8, params, rollout_token_budget=10_000):
+        shown = "x" in policy.tokenizer.decode(completion.ids)
+        assert completion.finish == ("stop" if shown else "length")
+        assert completion.finish == "stop" or len(completion.ids) == 40

@@ -13,18 +13,17 @@ def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str 
     # decoders like Llama 2's take the first token's leading space away.
     tail = max((len(string.encode()) + 1 for string in strings), default=0)
 
+    def shows(ids: list[int], *texts: str) -> bool:
+        decoded = policy.tokenizer.decode(ids)
+        return any(text in decoded for text in texts)
+
     def found(ids: list[int]) -> str | None:
         if ids[-1] in ends:
             return "eos"
-        if tail:
-            # A window that begins within a character of several byte tokens is not read at all, up to the next other
-            # token; one of four windows begins between two.
-            for more in range(4):
-                text = policy.tokenizer.decode(ids[-tail - more :])
-                if any(string in text for string in strings):
-                    return "stop"
-                if "\ufffd" not in text:
-                    break
+        # The whole text decides. Where the end of it begins inside a character, decoders that fall back to bytes make
+        # replacement characters of all bytes up to the next ordinary token.
+        if tail and shows(ids[-tail:], *strings, "\ufffd") and shows(ids, *strings):
+            return "stop"
         return "length" if len(ids) == params.max_completion_length else None
 
     return found

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import SamplingParams
@@ -31,7 +33,7 @@ def sample(
         width = max(map(len, rows)) + params.max_completion_length
         wave = max(1, rollout_token_budget // width)
         for start in range(0, len(rows), wave):
-            sampled += _generate(policy, rows[start : start + wave])
+            sampled += _generate(policy, rows[start : start + wave], params)
     return [_cut(ids, ending(policy, params)) for ids in sampled]
 
 
@@ -44,12 +46,23 @@ def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Comple
     return Completion(ids, None, None, "length")
 
 
-def _generate(policy: Policy, rows: list[list[int]]) -> list[list[int]]:
-    """One wave: each row's new tokens, padded where it ended before the others."""
+def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """One wave: each row's new tokens, padded where it ended before the others.
+
+    Stop strings are looked for by ending(), which also cuts the rows: generate's own criterion finds some that the
+    decoded text does not show, and the padding after them would be taken for sampled tokens.
+    """
+    finish_of = ending(policy, params)
+
+    def at_stop_string(ids: Tensor, _: Any) -> Tensor:
+        return torch.tensor([finish_of(row) == "stop" for row in ids[:, width:].tolist()], device=ids.device)
+
+    criteria = StoppingCriteriaList([at_stop_string] if params.stop_strings else [])  # type: ignore[list-item]
     width = max(map(len, rows))
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
-    return policy.base.generate(input_ids=ids, attention_mask=mask, tokenizer=policy.tokenizer)[:, width:].tolist()
+    out = policy.base.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria)
+    return out[:, width:].tolist()
 
 
 @contextlib.contextmanager
@@ -73,7 +86,7 @@ def _prepared(policy: Policy, params: SamplingParams, cache_implementation: str 
 
 
 def generation_config(policy: Policy, params: SamplingParams) -> GenerationConfig:
-    """Every sampling setting said explicitly: nothing is left for a default to fill."""
+    """Every sampling setting but the stop strings, said explicitly: nothing is left for a default to fill."""
     choice = {"do_sample": False}
     if not params.greedy:
         choice = {
@@ -83,5 +96,4 @@ def generation_config(policy: Policy, params: SamplingParams) -> GenerationConfi
     return GenerationConfig(
         **choice, max_new_tokens=params.max_completion_length, repetition_penalty=params.repetition_penalty,
         eos_token_id=policy.eos_token_ids, pad_token_id=policy.pad_token_id, use_cache=True,
-        stop_strings=list(params.stop_strings) or None,
     )  # fmt: skip
