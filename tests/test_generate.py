@@ -142,6 +142,20 @@ def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation)
             torch.testing.assert_close(ours.logprobs, first.logprobs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kv", ["full", "int8"])
+def test_what_is_sampled_does_not_depend_on_how_often_the_device_is_asked(kv, monkeypatch):
+    policy, seen = make_policy("qwen2"), []
+    for every in (1, 8, 40):
+        monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
+        for plan in (*plans(PROMPTS, 4, 30, 5), *paged_plans(PROMPTS, 4, 30, 5)):
+            found = run(policy, 4, plan=plan, kv=kv, max_completion_length=30)
+            seen.append((ids_of(found), torch.cat([c.logprobs for c in found])))
+            assert all(type(token) is int for c in found for token in c.ids)
+    assert all(ids == seen[0][0] for ids, _ in seen)
+    for _, logprobs in seen:
+        torch.testing.assert_close(logprobs, seen[0][1], atol=2e-5 if kv == "full" else 2e-2, rtol=0)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_int8_is_half_a_step_away_and_keeps_zeros_and_large_values(kv_heads):
     x = torch.randn(5, kv_heads, 7, 64, generator=torch.Generator().manual_seed(0))

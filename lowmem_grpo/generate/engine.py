@@ -19,6 +19,10 @@ from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
 
+# A GPU is asked what it sampled only every so many tokens; a slot that ended in between goes on for nothing until then.
+ASK_EVERY = {"cuda": 8, "cpu": 1}
+
+
 def refusal(policy: Policy) -> str | None:
     """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
     reason = attention_refusal(policy.base)
@@ -88,8 +92,7 @@ def _run(
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params)
     finish_of = ending(policy, params)
-    # A GPU is asked what it sampled only so often; a slot that ended in between goes on for nothing until then.
-    block = 8 if policy.device.type == "cuda" else 1
+    block = ASK_EVERY[policy.device.type]
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(prompts, prefill_tokens):
@@ -151,11 +154,11 @@ class Slots:
             rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
             self._prefill(prompts, rows, self.store.own, prefill_tokens)
         at = self._tensor(new)
-        lengths = self._tensor([len(prompts[p]) - 1 for p in asked])
+        lengths = [len(prompts[p]) - 1 for p in asked]
         self.tokens[at] = self._tensor([prompts[p][-1] for p in asked])
-        self.positions[at], self.prefilled[at] = lengths, lengths
+        self.positions[at] = self.prefilled[at] = self._tensor(lengths)
         self.completions[at] = self._tensor(completions)
-        for slot, length in zip(new, lengths.tolist(), strict=True):
+        for slot, length in zip(new, lengths, strict=True):
             self.columns[slot] = 0 if self.plan.shared else length
         if self.seen is not None:
             self.seen[at] = False
