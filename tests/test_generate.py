@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 from math import ceil
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lowmem_grpo.generate import SamplingParams, engine, hf, sample
+from lowmem_grpo.generate import SamplingParams, engine, hf, sample, store
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
@@ -22,6 +23,8 @@ from lowmem_grpo.generate.sampling import choose
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import fast_linears
+from lowmem_grpo.kernels.decode_attention import decode_attention
+from lowmem_grpo.packing import pack
 
 # Of one token, of a few, and of more than a sliding window and than plan.SHARE_FROM.
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
@@ -335,6 +338,54 @@ def test_a_known_model_is_not_refused(family):
         warnings.simplefilter("error", UserWarning)
         assert engine.refusal(make_policy(family)) is None
         assert engine.refusal(make_policy(family, bf16=True)) is None
+
+
+on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+
+
+def endless(**settings):
+    """A policy that no token ends."""
+    policy = make_policy("qwen3", **settings)
+    policy.eos_token_ids = [999]
+    return policy
+
+
+@pytest.mark.parametrize("kv", ["full", "int8"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("cpu", [True, pytest.param(False, marks=on_a_gpu)])
+def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv):
+    """Of 4 slots with 3 pages each at full length, and 7 pages: some start over. In groups that share a prompt."""
+    policy = endless(use_cpu=cpu, bf16=bf16)
+    found = run(policy, 2, plan=RolloutPlan(4, 150, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=150)
+    assert all(len(completion.ids) == 150 for completion in found)
+    texts, answers = [prompt for prompt in PROMPTS for _ in range(2)], ids_of(found)
+    gaps = torch.cat([completion.logprobs for completion in found]).to(policy.device)
+    with policy.inference():
+        for batch in pack(texts, answers, token_budget=500, pad_token_id=0, device=policy.device):
+            gaps[batch.tokens] -= policy.logprobs(batch, 1.0)
+    mean, largest = (0.05, 0.5) if bf16 or kv == "int8" else (1e-4, 1e-3)
+    assert gaps.abs().mean() < mean and gaps.abs().max() < largest
+
+
+@pytest.mark.parametrize(
+    "cpu",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")),
+        pytest.param(False, marks=on_a_gpu),
+    ],
+)
+@pytest.mark.parametrize("kv", ["full", "int8"])
+def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeypatch):
+    pytest.importorskip("triton")
+    policy, found = endless(use_cpu=cpu), []
+    tokens = 6 if cpu else 100  # the interpreter is slow
+    pages = RolloutPlan(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(store, "decode_attention", partial(decode_attention, backend=backend))
+        found.append(run(policy, 2, prompts=PROMPTS[1:2], plan=pages, kv=kv, max_completion_length=tokens))
+    assert ids_of(found[0]) == ids_of(found[1])
+    for twin, kernel in zip(*found, strict=True):
+        torch.testing.assert_close(twin.logprobs, kernel.logprobs, atol=2e-2 if kv == "int8" else 1e-4, rtol=0)
 
 
 def counted_bytes(store):
