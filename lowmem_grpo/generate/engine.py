@@ -18,7 +18,6 @@ from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
-
 # A GPU is asked what it sampled only every so many tokens; a slot that ended in between goes on for nothing until then.
 ASK_EVERY = {"cuda": 8, "cpu": 1}
 
