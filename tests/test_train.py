@@ -141,6 +141,7 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         rollout_token_budget=333,
         token_budget=222,
         rollout_weights="4bit",
+        rollout_kv="int8",
         stop_strings=["zz"],
         **chosen,
     )
@@ -151,6 +152,7 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         "rollout_token_budget": 333,
         "token_budget": 222,
         "weights": "4bit",
+        "kv": "int8",
     }
 
 
