@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowmem_grpo.optimizer import load_optimizer
 from lowmem_grpo.policy import Policy
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -70,7 +71,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise ValueError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
     set_peft_model_state_dict(policy.model, weights)
-    optimizer.load_state_dict(_restore_optimizer(moments, state["optimizer"]))
+    load_optimizer(optimizer, _restore_optimizer(moments, state["optimizer"]))
     # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
     position = state["scheduler"]["last_epoch"]
     scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position - 1, "_step_count": position + 1})

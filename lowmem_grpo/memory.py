@@ -246,7 +246,13 @@ def _traced(key: _Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
         given["lora_target_modules"] = list(given["lora_target_modules"])
     config = GRPOConfig(**given)
     layers = key.model.get_text_config().num_hidden_layers
-    two, three = (_trace(key.model, config, count) for count in (2, 3))
+    try:
+        two, three = (_trace(key.model, config, count) for count in (2, 3))
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever foreign code raises where its tensors have no memory
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"the memory of a {key.model.model_type!r} model cannot be predicted: {reason}") from error
     more = layers - 2
 
     def line(a: int, b: int) -> int:
@@ -268,10 +274,12 @@ def _trace(model: PreTrainedConfig, config: GRPOConfig, layers: int) -> Traced:
     model = copy.deepcopy(model)
     text = model.get_text_config()
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
+    if getattr(text, "layer_types", None) and "layer_types" in vars(text):
         text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
     # A GPU's settings change what the device holds, and not what is computed.
     plain = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
+    if config.fp16:  # of the same size, and more operations have a fake of it
+        plain = replace(plain, fp16=False)
     with _fake_policy(model, plain) as policy:
         resident, sizes, largest = _resident(policy, config)
         prompt = config.max_prompt_length or PROMPT_TOKENS

@@ -29,6 +29,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: GRPOConfig) -> to
     return torch.optim.AdamW(list(parameters), **settings, fused=config.optim == "adamw_torch_fused")
 
 
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """optimizer.load_state_dict, after which a paged state is paged again: bitsandbytes loads it into the GPU."""
+    optimizer.load_state_dict(state)
+    if getattr(optimizer, "is_paged", False):
+        for parameter, entry in optimizer.state.items():
+            for name in ("state1", "state2"):
+                entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
+
+
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """One step. Its first makes the state, and out of memory in there, it is made once more."""
     first = not optimizer.state

@@ -37,7 +37,7 @@ ALLOWED = {
     "metrics": {"advantages", "objective", "packing", "rollout"},
     "memory": {"attention", "config", "generate", "packing", "policy"},
     "update": {"config", "metrics", "objective", "packing", "policy", "rollout"},
-    "checkpoint": {"policy"},
+    "checkpoint": {"optimizer", "policy"},
     "evaluate": {"advantages", "config", "generate", "metrics", "policy", "rewards", "rollout"},
 }
 FREE = {"__init__", "train", "cli", "demo"}

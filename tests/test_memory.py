@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import FAMILIES, SMALL
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from lowmem_grpo import memory
 from lowmem_grpo.cli import main
@@ -244,3 +252,29 @@ def test_sizes_are_read_as_they_are_written(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size"):
         GRPOConfig(vram_budget=text)
+
+
+def test_a_model_that_cannot_be_adapted_is_refused_in_a_sentence(tmp_path, capsys):
+    MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=3).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert "no adapter could be added" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"fp16": True}, {"max_prompt_length": None}, {"load_in_4bit": False}], ids=str)
+def test_a_mixture_of_experts_is_predicted(changes):
+    model = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+    )  # fmt: skip
+    found = memory.forecast(model, GRPOConfig(**{**TASK, **changes}))
+    experts = 4 * 4 * 3 * 32 * 64  # layers, experts, matrices: no linear layers, so that they stay in 16 bits
+    assert found.resident["embedding, head and the rest"] >= 2 * experts
+
+
+def test_what_cannot_run_without_memory_is_refused_in_a_sentence(monkeypatch):
+    def needs_values(*_):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(memory, "_activations", needs_values)
+    with pytest.raises(ValueError, match="memory of a 'qwen2' model cannot be predicted: data-dependent"):
+        memory.forecast(SHAPES["qwen2"], GRPOConfig(**TASK, lora_r=3))
