@@ -318,19 +318,23 @@ def _packs(policy: Policy, config: GRPOConfig) -> bool:
 
 
 def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
-    """As the trainer packs a step of completions of full length."""
+    """As the trainer packs a step: of completions of full length, or of shorter ones that fill the budget better."""
     prompt = config.max_prompt_length or PROMPT_TOKENS
-    return next(
-        pack(
-            [[0] * prompt] * config.prompts_per_step,
-            [[0] * config.max_completion_length] * (config.prompts_per_step * config.num_generations),
-            token_budget=config.token_budget,
-            pad_token_id=0,
-            device=policy.device,
-            num_generations=config.num_generations,
-            padding_free=_packs(policy, config),
+    found = [
+        next(
+            pack(
+                [[0] * prompt] * config.prompts_per_step,
+                [[0] * length] * (config.prompts_per_step * config.num_generations),
+                token_budget=config.token_budget,
+                pad_token_id=0,
+                device=policy.device,
+                num_generations=config.num_generations,
+                padding_free=_packs(policy, config),
+            )
         )
-    )
+        for length in {max(1, config.max_completion_length // part) for part in (1, 2, 4, 8)}
+    ]
+    return max(found, key=lambda batch: batch.input_ids.numel())
 
 
 def _activations(policy: Policy, batch: MicroBatch) -> tuple[int, int]:

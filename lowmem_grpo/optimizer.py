@@ -39,8 +39,11 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """One step. Its first makes the state, and out of memory in there, it is made once more."""
-    first = not optimizer.state
+    """One step. A fused one's first makes all of the state and then changes weights, without any more memory.
+
+    So out of memory in there, it is begun anew; others are partly through, and their error ends the run.
+    """
+    first = not optimizer.state and optimizer.defaults.get("fused")
     try:
         scaler.step(optimizer)
         return

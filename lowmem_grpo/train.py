@@ -30,7 +30,7 @@ from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer, read_config, run_device
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
-from lowmem_grpo.update import TokenBudget, backward, reference_logprobs, try_largest_update
+from lowmem_grpo.update import TokenBudget, backward, kept_lengths, reference_logprobs, try_largest_update
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ def train(
                     rollout = collect_rollout(policy, asked, rewards, config, step)
 
                 # 2. The reference: the same model with its adapters off.
+                lengths = kept_lengths(rollout, config)
                 with meter.phase("reference"):
-                    ref_logprobs = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
+                    ref_logprobs = budget.fit(partial(reference_logprobs, policy, rollout, config), lengths)
 
                 # 3. Update: micro-batches, whose gradients add up, and one optimizer step; num_iterations times.
                 with meter.phase("update"):
@@ -175,7 +176,7 @@ def train(
                     old_logprobs = None  # before the first change of a weight, the old policy is this one
                     for _ in range(config.num_iterations):
                         work = partial(backward, policy, rollout, old_logprobs, ref_logprobs, tokens, scaler, config)
-                        loss, logprobs = budget.fit(work, rollout.lengths)
+                        loss, logprobs = budget.fit(work, lengths)
                         old_logprobs = logprobs if old_logprobs is None else old_logprobs
                         interruption.hold()  # from the first change of a weight until the step is whole
                         scaler.unscale_(optimizer)

@@ -51,33 +51,42 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
-        tokens = min(self.tokens, sum(lengths))
-        if tokens <= max(lengths):
+        tokens, longest = min(self.tokens, sum(lengths)), max(lengths, default=0)
+        if tokens <= longest:
             error.add_note(
-                f"A micro-batch of one sequence, of {max(lengths)} tokens, does not fit. Lower max_completion_length "
+                f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length "
                 "or max_prompt_length, or choose a smaller model."
             )
             raise error
-        self.tokens = max(tokens // 2, max(lengths))
+        self.tokens = max(tokens // 2, longest)
 
     def metrics(self) -> dict[str, float]:
         return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
 
 
-def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Iterator[MicroBatch]:
-    """The completions whose loss has a gradient, packed under token_budget.
+def kept(rollout: Rollout, config: GRPOConfig) -> list[bool]:
+    """Which completions have a gradient.
 
-    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0. The
-    divisor of the loss counts such completions all the same.
+    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0.
     """
     learns = rollout.advantages != 0 if config.beta == 0 else torch.ones_like(rollout.completion_mask)
+    return (rollout.completion_mask & learns).tolist()
+
+
+def kept_lengths(rollout: Rollout, config: GRPOConfig) -> list[int]:
+    """Tokens of each completion that is computed, with its prompt."""
+    return [length for length, counts in zip(rollout.lengths, kept(rollout, config), strict=True) if counts]
+
+
+def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Iterator[MicroBatch]:
+    """The completions whose loss has a gradient, packed under token_budget; the divisor counts the others too."""
     return pack(
         [prompt.ids for prompt in rollout.prompts],
         [completion.ids for completion in rollout.completions],
         token_budget=token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        keep=(rollout.completion_mask & learns).tolist(),
+        keep=kept(rollout, config),
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
@@ -141,12 +150,18 @@ def backward(
 
 
 def try_largest_update(policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig) -> None:
-    """The gradient of one full micro-batch of the longest sequences, thrown away: budget shrinks now if it must.
+    """Gradients of a micro-batch of the longest sequences and of a full one, thrown away: budget shrinks if it must.
 
     Otherwise a run dies when its completions have grown long. The weights and the random numbers stay as they are.
     """
     count = max(1, budget.tokens // (len(prompt) + config.max_completion_length))
-    length = config.max_completion_length
+    _try(policy, prompt, count, config.max_completion_length, budget, config)
+    filling = budget.tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
+    if filling > 0:
+        _try(policy, prompt, count + 1, filling, budget, config)
+
+
+def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: TokenBudget, config: GRPOConfig) -> None:
     rollout = Rollout(
         # Prompts of their own, so that none is shared and the micro-batch is full.
         prompts=[Prompt("", prompt, {})] * count,

@@ -51,7 +51,7 @@ RUNGS = {
     "tiled": dict(gradient_checkpointing=False, tiled_mlp=True),
     "both": dict(gradient_checkpointing=True, tiled_mlp=True),
     "padded": dict(gradient_checkpointing=False, padding_free=False),
-    "split, fp32": dict(gradient_checkpointing=False, token_budget=80, bf16=False),
+    "split, fp32": dict(gradient_checkpointing=False, token_budget=87, bf16=False),
 }
 TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 

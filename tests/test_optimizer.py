@@ -43,7 +43,7 @@ def test_the_state_of_8_bits_takes_what_the_docstring_says():
 
 def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
     made, again = parameters(), parameters()
-    config = GRPOConfig(optim="adamw_torch")
+    config = GRPOConfig(optim="adamw_torch_fused")
     expected = make_optimizer(made, config)
     step(expected, torch.amp.GradScaler("cpu", enabled=False))
     zeros_like, calls = torch.zeros_like, []
@@ -58,6 +58,23 @@ def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
     step(make_optimizer(again, config), torch.amp.GradScaler("cpu", enabled=False))
     assert len(calls) > 4
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_out_of_memory_in_a_step_that_changes_weights_on_the_way_is_an_error(optim, monkeypatch):
+    made = parameters()
+    optimizer = make_optimizer(made, GRPOConfig(optim=optim))
+    calls, own = [], optimizer.step
+
+    def short_of_memory(*arguments, **keywords):
+        calls.append(1)
+        own(*arguments, **keywords)
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(optimizer, "step", short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    assert len(calls) == 1, "a second would apply part of the step twice"
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch_fused"])

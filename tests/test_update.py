@@ -9,7 +9,7 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.packing import pack
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
-from lowmem_grpo.update import TokenBudget, backward, reference_logprobs, try_largest_update
+from lowmem_grpo.update import TokenBudget, backward, kept_lengths, reference_logprobs, try_largest_update
 
 
 def gradient_of(policy) -> torch.Tensor:
@@ -239,3 +239,19 @@ def test_the_longest_sequences_are_tried_before_the_first_step():
     assert torch.equal(torch.rand(1), expected)
     for name, parameter in policy.trainable_parameters().items():
         assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
+    """The longest completion is masked, as truncated ones are: the others still fit in halves."""
+    policy, rollout = make_policy("qwen3"), fixed_rollout(num_generations=4)
+    config = GRPOConfig(bf16=False)
+    assert policy.packs
+    masked = torch.tensor(rollout.lengths) < max(rollout.lengths)
+    rollout = dataclasses.replace(rollout, completion_mask=masked)
+    budget, longest = TokenBudget(config.token_budget), max(kept_lengths(rollout, config))
+    assert longest < max(rollout.lengths)
+    scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
+    with OutOfMemory(tokens=longest):
+        work = partial(backward, policy, rollout, None, None, tokens, scaler, config)
+        budget.fit(work, kept_lengths(rollout, config))
+    assert budget.tokens <= longest
