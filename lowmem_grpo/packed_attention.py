@@ -1,7 +1,7 @@
 """Attention over a packed row: each tail sees its prompt, which stands there once, and itself.
 
 The gradient of a shared prompt's keys and values is the sum of what its copies would get
-(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens).
+(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, scores of one prompt and its tails are.
 """
 
 from collections.abc import Callable
