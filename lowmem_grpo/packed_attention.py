@@ -1,7 +1,8 @@
 """Attention over a packed row: each tail sees its prompt, which stands there once, and itself.
 
 The gradient of a shared prompt's keys and values is the sum of what its copies would get
-(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, scores of one prompt and its tails are.
+(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, the
+scores of a prompt and of its tails are in memory.
 """
 
 from collections.abc import Callable
