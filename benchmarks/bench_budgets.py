@@ -27,7 +27,7 @@ from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
-from lowmem_grpo.rollout import Prompt, Rollout
+from lowmem_grpo.rollout import Rollout
 from lowmem_grpo.update import TokenBudget, backward, reference_logprobs
 
 BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
@@ -56,20 +56,10 @@ def measured_peaks(shape: str, config: GRPOConfig) -> dict[str, float]:
         sampled = sample(
             policy, prompts, config.num_generations, SamplingParams(config.max_completion_length, temperature=1.0),
             rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
+            weights=config.rollout_weights, kv=config.rollout_kv,
         )  # fmt: skip
-    count = len(sampled.completions)
-    lengths = torch.tensor([0] + [len(completion.ids) for completion in sampled.completions])
-    rollout = Rollout(
-        prompts=[Prompt("", ids, {}) for ids in prompts],
-        completions=sampled.completions,
-        offsets=lengths.cumsum(0),
-        sampling_logprobs=None,
-        rewards=torch.zeros(count, 1),
-        advantages=torch.randn(count, generator=draw),
-        completion_mask=torch.ones(count, dtype=torch.bool),
-        metrics={},
-        table={},
-    )
+    answers = [completion.ids for completion in sampled.completions]
+    rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
     budget = TokenBudget(config.token_budget)
     with meter.phase("reference"):
         reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
@@ -134,9 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
     if arguments.output:
         document = {
-            "benchmark": "budgets", "machine": measure.machine(device), "commit": measure.commit(), "task": task,
-            "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"),
-            "results": [measure.plain(result) for result in results],
+            "benchmark": "budgets", **measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft"),
+            "task": task, "results": [measure.plain(result) for result in results],
         }  # fmt: skip
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 

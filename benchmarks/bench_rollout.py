@@ -173,11 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
         measure.preload(hf.__name__)
-    document = {
-        "benchmark": "rollout", "machine": measure.machine(device), "commit": measure.commit(),
-        "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"), "results": [],
-    }  # fmt: skip
-    print(json.dumps({key: document[key] for key in ("machine", "versions", "commit")}), end="\n\n")
+    origin = measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft")
+    document = {"benchmark": "rollout", **origin, "results": []}
+    print(json.dumps(origin), end="\n\n")
     for longest in [8] if arguments.quick else arguments.max_completion_length or [256, 64]:
         work = Work(
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else

@@ -3,7 +3,7 @@
     python -m lowmem_grpo.benchmarks.bench_update [--shape NAME] [--prompts 1] [--num_generations 8]
         [--prompt_length 512] [--completion_length 128] [--uneven] [--output FILE]
 
-All compute the same gradient of the same random 4-bit model's LoRA adapters; the first line says how far apart they
+All compute the same gradient of the same random 4-bit model's LoRA adapters; the last column says how far apart they
 are. Peak memory is above the loaded model.
 """
 
@@ -22,7 +22,7 @@ from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.policy import Policy
-from lowmem_grpo.rollout import Completion, Prompt, Rollout
+from lowmem_grpo.rollout import Rollout
 from lowmem_grpo.update import backward
 
 # How a step's completions become micro-batches; "padded" in one, as a trainer's default of 8 a device has it.
@@ -65,17 +65,8 @@ def make_rollout(work: Work) -> Rollout:
         lengths = torch.randint(
             max(1, work.completion_length // 8), work.completion_length + 1, (count,), generator=draw
         )
-    return Rollout(
-        prompts=[Prompt("", text(work.prompt_length), {}) for _ in range(work.prompts)],
-        completions=[Completion(text(int(length)), None, None, "eos") for length in lengths],
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        sampling_logprobs=None,
-        rewards=torch.zeros(count, 1),
-        advantages=torch.randn(count, generator=draw),
-        completion_mask=torch.ones(count, dtype=torch.bool),
-        metrics={},
-        table={},
-    )
+    prompts = [text(work.prompt_length) for _ in range(work.prompts)]
+    return Rollout.bare(prompts, [text(int(length)) for length in lengths], torch.randn(count, generator=draw))
 
 
 def gradient(work: Work, name: str) -> Tensor:
@@ -156,10 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
         measure.preload(__name__)
-    document = {
-        "benchmark": "update", "machine": measure.machine(device), "commit": measure.commit(),
-        "versions": measure.versions("torch", "transformers", "bitsandbytes", "peft"),
-    }  # fmt: skip
+    document = {"benchmark": "update", **measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft")}
     print(json.dumps(document), end="\n\n")
     lengths = (16, 8) if arguments.quick else (arguments.prompt_length, arguments.completion_length)
     work = Work(

@@ -216,6 +216,11 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
+    """What a result depends on: machine, commit, and the versions of Python, CUDA and packages."""
+    return {"machine": machine(device), "commit": commit(), "versions": versions(*packages)}
+
+
 def plain(value: Any) -> Any:
     """What JSON has a form for, with the names of a Timing's and a Failed's fields."""
     if isinstance(value, Timing | Failed):

@@ -626,9 +626,14 @@ def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
-    """(C, Vb) from the table CHUNKS."""
+    """(C, Vb) for a device, from the table CHUNKS."""
     kind = device.type if device.type == "cuda" else "cpu"
     gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind == "cuda" else 0
+    return default_chunks(kind, gib, d)
+
+
+def default_chunks(kind: str, gib: float, d: int) -> tuple[int, int]:
+    """The same for a device of so much memory that need not be there: kind "cuda" or "cpu"."""
     return next(sizes for which, memory, most, sizes in CHUNKS if which == kind and gib >= memory and d <= most)
 
 

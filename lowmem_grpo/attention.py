@@ -123,6 +123,11 @@ def refusal(model: Any) -> str | None:
     return None
 
 
+def in_a_line(error: Exception) -> str:
+    """What foreign code raised, as a reason within a sentence."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:

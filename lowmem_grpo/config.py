@@ -149,7 +149,8 @@ class GRPOConfig:
             raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
         if self.epsilon > 1:
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
-        assert self.vram_budget_bytes is None or self.vram_budget_bytes > 0  # it is a size
+        if self.vram_budget is not None:
+            _bytes(self.vram_budget)
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError("activation_offloading moves what gradient_checkpointing keeps; set that too")
         if self.bf16 and self.fp16:
@@ -171,12 +172,7 @@ class GRPOConfig:
     @property
     def vram_budget_bytes(self) -> int | None:
         """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
-        if self.vram_budget is None:
-            return None
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", self.vram_budget.upper())
-        if found is None or float(found[1]) == 0:
-            raise ValueError(f"vram_budget={self.vram_budget!r} is not a size; write it as 8GB or 7.5GiB")
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
+        return None if self.vram_budget is None else _bytes(self.vram_budget)
 
     @property
     def compute_dtype(self) -> str:
@@ -184,6 +180,13 @@ class GRPOConfig:
         if self.fp16:
             return "float16"
         return "float32" if self.bf16 is False else "bfloat16"
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"vram_budget={text!r} is not a size; write it as 8GB or 7.5GiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
 
 
 # Where `--help` starts a new section: the first field of each.

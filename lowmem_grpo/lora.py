@@ -1,4 +1,4 @@
-"""LoRA in training: the same numbers as PEFT's, of which the backward keeps less.
+"""LoRA in training: the same numbers as PEFT's but for rounding in 16 bits, of which the backward keeps less.
 
 PEFT casts an adapted layer's input to the adapter's fp32, which autocast casts back: the backward then keeps a copy of
 the input for each adapted layer. Here it keeps the very tensor that the base layer got, once for all that share it (q,

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from lowmem_grpo.attention import refusal
+from lowmem_grpo.attention import in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
+from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy, add_adapter, equip
 
@@ -80,11 +81,13 @@ def plan(model: PreTrainedConfig, config: GRPOConfig) -> Plan:
 
 def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, peft_config: Any = None) -> Plan:
     """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
+    own = {"lora_r": config.lora_r, "lora_target_modules": config.lora_target_modules}
     if peft_config is not None:
         targets = peft_config.target_modules
         targets = sorted(targets) if isinstance(targets, set) else targets
         config = replace(config, lora_r=peft_config.r, lora_target_modules=targets)
     found = plan(model, config)
+    found = replace(found, config=replace(found.config, **own))  # peft_config says them to the run itself
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise ValueError(
@@ -107,7 +110,7 @@ def _fit(model: PreTrainedConfig, config: GRPOConfig, budget: int | None) -> Pla
         if budget is None or found.peak() <= budget:
             break
         phase = found.largest_phase()
-        change = next(_changes(model, config, found, phase), None)
+        change = next(_changes(model, config, phase), None)
         if change is None:
             break
         config = replace(config, **{change.name: change.value})
@@ -115,7 +118,7 @@ def _fit(model: PreTrainedConfig, config: GRPOConfig, budget: int | None) -> Pla
     return Plan(config, found, budget, list(changes.values()), None)
 
 
-def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast, phase: str) -> Iterator[Change]:
+def _changes(model: PreTrainedConfig, config: GRPOConfig, phase: str) -> Iterator[Change]:
     """What would make a phase smaller, the least costly first."""
     longest = _longest(config)
     if phase == "rollout" and config.rollout_token_budget > longest:
@@ -175,7 +178,9 @@ def forecast(model: PreTrainedConfig, config: GRPOConfig) -> Forecast:
     truncates = config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     logits = 4 * rollout.slots * text.vocab_size * (7 if truncates else 1)
-    head = 4 * 2**20 * (4 if _budget_of_a_large_card(config) else 1) * 4 + 4 * 1024 * text.hidden_size
+    # The head's scores and pull, in tiles as of a card of the budget's size.
+    tokens, entries = default_chunks("cuda", (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
+    head = 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     phases = {
         "rollout": {
@@ -251,8 +256,8 @@ def _traced(key: _Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"the memory of a {key.model.model_type!r} model cannot be predicted: {reason}") from error
+        message = f"the memory of a {key.model.model_type!r} model cannot be predicted: {in_a_line(error)}"
+        raise ValueError(message) from error
     more = layers - 2
 
     def line(a: int, b: int) -> int:
@@ -433,11 +438,6 @@ def _rollout_tokens(config: GRPOConfig) -> int:
 
 def _step_tokens(config: GRPOConfig) -> int:
     return config.prompts_per_step * config.num_generations * _longest(config)
-
-
-def _budget_of_a_large_card(config: GRPOConfig) -> bool:
-    """Whether the head takes the larger tiles, as linear_logprobs chooses them by the card's memory."""
-    return (config.vram_budget_bytes or 0) >= 20 * 2**30
 
 
 def _in_words(size: int) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowmem_grpo.attention import Recomputation, attending, configs_of, laid_out, refusal
+from lowmem_grpo.attention import Recomputation, attending, configs_of, in_a_line, laid_out, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.lora import keep_one_input
@@ -176,7 +176,7 @@ def difference_when_packed(policy: Policy) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
-        return (str(error).strip() or repr(error)).splitlines()[0]
+        return in_a_line(error)
     error = (logprobs[0] - logprobs[1]).abs().max().item()
     if not error < (1e-3 if policy.dtype == torch.float32 else 0.5):
         return f"log-probabilities of a packed row are {error:.1g} away from those of separate ones"

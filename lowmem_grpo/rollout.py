@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -50,6 +51,22 @@ class Rollout:
     def lengths(self) -> list[int]:
         """Tokens of every completion with its prompt, B of them."""
         return [len(self.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(self.completions)]
+
+    @classmethod
+    def bare(cls, prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> "Rollout":
+        """Of ids alone, without rewards, metrics or text: what an update needs, to try or to measure one."""
+        lengths = torch.tensor([0, *map(len, completions)])
+        return cls(
+            prompts=[Prompt("", ids, {}) for ids in prompts],
+            completions=[Completion(ids, None, None, "eos") for ids in completions],
+            offsets=lengths.cumsum(0),
+            sampling_logprobs=None,
+            rewards=torch.zeros(len(completions), 1),
+            advantages=advantages,
+            completion_mask=torch.ones(len(completions), dtype=torch.bool),
+            metrics={},
+            table={},
+        )
 
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.num_generations]

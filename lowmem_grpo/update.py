@@ -13,7 +13,7 @@ from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.objective import policy_loss, token_weights
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy
-from lowmem_grpo.rollout import Completion, Prompt, Rollout
+from lowmem_grpo.rollout import Rollout
 
 T = TypeVar("T")
 
@@ -162,18 +162,8 @@ def try_largest_update(policy: Policy, prompt: list[int], budget: TokenBudget, c
 
 
 def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: TokenBudget, config: GRPOConfig) -> None:
-    rollout = Rollout(
-        # Prompts of their own, so that none is shared and the micro-batch is full.
-        prompts=[Prompt("", prompt, {})] * count,
-        completions=[Completion(prompt[-1:] * length, None, None, "length")] * count,
-        offsets=torch.arange(count + 1) * length,
-        sampling_logprobs=None,
-        rewards=torch.zeros(count, 1),
-        advantages=torch.ones(count),
-        completion_mask=torch.ones(count, dtype=torch.bool),
-        metrics={},
-        table={},
-    )
+    # Each prompt a group of its own, so that none is shared.
+    rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
     scaler, tokens = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

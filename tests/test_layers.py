@@ -35,7 +35,7 @@ ALLOWED = {
     "rewards": {"rewards"},
     "generate": {"attention", "generate", "kernels", "lora", "policy", "rollout"},
     "metrics": {"advantages", "objective", "packing", "rollout"},
-    "memory": {"attention", "config", "generate", "packing", "policy"},
+    "memory": {"attention", "config", "generate", "kernels", "packing", "policy"},
     "update": {"config", "metrics", "objective", "packing", "policy", "rollout"},
     "checkpoint": {"optimizer", "policy"},
     "evaluate": {"advantages", "config", "generate", "metrics", "policy", "rewards", "rollout"},

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_models import FAMILIES, SMALL
 from transformers import (
     AutoModelForCausalLM,
@@ -278,3 +279,14 @@ def test_what_cannot_run_without_memory_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(memory, "_activations", needs_values)
     with pytest.raises(ValueError, match="memory of a 'qwen2' model cannot be predicted: data-dependent"):
         memory.forecast(SHAPES["qwen2"], GRPOConfig(**TASK, lora_r=3))
+
+
+def test_a_peft_config_is_planned_for_and_left_to_say_its_own():
+    given = LoraConfig(r=64, target_modules=["q_proj", "v_proj"])
+    config = GRPOConfig(**TASK, vram_budget="2GB")
+    found = memory.plan_to_fit(SHAPES["qwen3, untied"], config, given)
+    other = memory.forecast(
+        SHAPES["qwen3, untied"], replace(config, lora_r=64, lora_target_modules=["q_proj", "v_proj"])
+    )
+    assert found.forecast == other
+    assert (found.config.lora_r, found.config.lora_target_modules) == (config.lora_r, config.lora_target_modules)

@@ -67,9 +67,9 @@ def test_micro_batches_add_up_to_the_whole_batch(family, loss_type):
             )
             found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
     for loss, gradient, metrics in found[1:]:
-        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 2e-6
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
         torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
-        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-5)
+        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
     assert found[0][1].norm() > 0
 
 

@@ -8,7 +8,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 import torch
 from torch import Tensor
 
-from lowmem_grpo.attention import attending, laid_out
+from lowmem_grpo.attention import attending, in_a_line, laid_out
 from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.plan import RolloutPlan, bucket, kv_shape
@@ -32,7 +32,7 @@ def refusal(policy: Policy) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
-        return (str(error).strip() or repr(error)).splitlines()[0]
+        return in_a_line(error)
 
 
 def _difference(policy: Policy) -> str | None:
