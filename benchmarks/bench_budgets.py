@@ -23,6 +23,7 @@ from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.loss import Coefficients
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.optimizer import make_optimizer
@@ -65,7 +66,9 @@ def measured_peaks(shape: str, config: GRPOConfig) -> dict[str, float]:
         reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
     with meter.phase("update"):
         tokens = TokenMeter(rollout, policy.device)
-        budget.fit(partial(backward, policy, rollout, None, reference, tokens, scaler, config), rollout.lengths)
+        rollout = dataclasses.replace(rollout, ref_logprobs=reference)
+        work = partial(backward, policy, rollout, tokens, Coefficients(config.beta, 0.0), scaler, config)
+        budget.fit(work, rollout.lengths)
         optimizer_step(optimizer, scaler)
     return {**meter.metrics, **budget.metrics()}
 

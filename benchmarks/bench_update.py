@@ -20,6 +20,7 @@ from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.loss import Coefficients
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Rollout
@@ -74,7 +75,7 @@ def gradient(work: Work, name: str) -> Tensor:
     policy, rollout = make_policy(work.shape, work.device, work.checkpointing), make_rollout(work)
     config = GRPOConfig(**{"token_budget": 10**9, **IMPLEMENTATIONS[name]})
     scaler, tokens = torch.amp.GradScaler(work.device, enabled=False), TokenMeter(rollout, policy.device)
-    backward(policy, rollout, None, None, tokens, scaler, config, config.token_budget)
+    backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
     return torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values() if p.grad is not None])
 
 

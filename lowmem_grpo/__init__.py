@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 from lowmem_grpo.config import GRPOConfig
 
 if TYPE_CHECKING:
+    from lowmem_grpo.loss import register_objective
     from lowmem_grpo.policy import Policy
     from lowmem_grpo.train import TrainResult, train
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "Policy", "TrainResult", "train"]
+__all__ = ["GRPOConfig", "Policy", "TrainResult", "register_objective", "train"]
 
-_HOMES = {"train": "lowmem_grpo.train", "TrainResult": "lowmem_grpo.train", "Policy": "lowmem_grpo.policy"}
+_HOMES = {
+    "train": "lowmem_grpo.train", "TrainResult": "lowmem_grpo.train", "Policy": "lowmem_grpo.policy",
+    "register_objective": "lowmem_grpo.loss",
+}  # fmt: skip
 
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Group-relative advantages: how much better a completion is than the others of its prompt."""
+"""Advantages: how much better a completion is than what it is compared with. Pure functions of the rewards."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +20,95 @@ def group_advantages(
     num_generations: int,
     reward_weights: list[float] | None,
     scale_rewards: str,  # "group", "batch" or "none"
+    penalty: Tensor | None = None,  # (B,) taken from each sum, such as a KL
 ) -> Advantages:
     """Reward minus its group's mean, divided by the deviation (n - 1) of the group, of the batch, or by nothing."""
     total = weighted_rewards(rewards, reward_weights)
-    groups = total.view(-1, num_generations)
+    groups = (total if penalty is None else total - penalty).view(-1, num_generations)
     centered = groups - groups.nanmean(dim=1, keepdim=True)
     deviation = nanstd(groups, dim=1, keepdim=True)
     if scale_rewards == "batch":
         deviation = nanstd(groups.flatten(), dim=0, keepdim=True)
     deviation = deviation.expand_as(groups)
     scaled = centered if scale_rewards == "none" else centered / (deviation + STD_FLOOR)
-    zero_std = torch.isclose(deviation, torch.zeros_like(deviation))
-    return Advantages(scaled.nan_to_num(0.0).flatten(), total, zero_std.flatten())
+    return Advantages(scaled.nan_to_num(0.0).flatten(), total, _is_zero(deviation).flatten())
+
+
+def gdpo_advantages(
+    rewards: Tensor,  # (B, R)
+    *,
+    num_generations: int,
+    reward_weights: list[float] | None,
+    penalty: Tensor | None = None,
+) -> Advantages:
+    """Each reward scaled in its group, then their weighted sum in the batch (GDPO, https://arxiv.org/abs/2601.05242).
+
+    So a reward of small numbers weighs as much as one of large numbers.
+    """
+    groups = rewards.view(-1, num_generations, rewards.shape[1])
+    scaled = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups, dim=1, keepdim=True) + STD_FLOOR)
+    total = weighted_rewards(scaled.flatten(0, 1), reward_weights)
+    return _over_batch(total, weighted_rewards(rewards, reward_weights), penalty)
+
+
+def rloo_advantages(
+    rewards: Tensor,  # (B, R)
+    *,
+    num_generations: int,
+    reward_weights: list[float] | None,
+    penalty: Tensor | None = None,
+) -> Advantages:
+    """Reward minus the mean of the group's other rewards (RLOO, https://arxiv.org/abs/2402.14740)."""
+    total = weighted_rewards(rewards, reward_weights)
+    groups = (total if penalty is None else total - penalty).view(-1, num_generations)
+    count = groups.isnan().logical_not().sum(dim=1, keepdim=True)
+    # r - (sum - r) / (n - 1), where nobody else has a reward there is nothing to compare with.
+    compared = (groups - groups.nanmean(dim=1, keepdim=True)) * (count / (count - 1).clamp(min=1))
+    deviation = nanstd(groups, dim=1, keepdim=True).expand_as(groups)
+    return Advantages(compared.nan_to_num(0.0).flatten(), total, _is_zero(deviation).flatten())
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Tensor,  # (B, R)
+    *,
+    num_generations: int,
+    reward_weights: list[float] | None,
+    group_baseline: bool,
+    penalty: Tensor | None = None,
+) -> Advantages:
+    """Reward, or its distance from the group's mean, scaled in the batch (REINFORCE++, https://arxiv.org/abs/2501.03262)."""
+    own = total = weighted_rewards(rewards, reward_weights)
+    own = own if penalty is None else own - penalty
+    if group_baseline:
+        groups = own.view(-1, num_generations)
+        own = (groups - groups.nanmean(dim=1, keepdim=True)).flatten()
+    return _over_batch(own, total)
+
+
+def compare(
+    rewards: Tensor, *, num_generations: int, reward_weights: list[float] | None, adv_estimator: str,
+    scale_rewards: str, multi_objective_aggregation: str, penalty: Tensor | None = None,
+) -> Advantages:  # fmt: skip
+    """The advantages that a configuration asks for."""
+    given: dict[str, Any] = dict(num_generations=num_generations, reward_weights=reward_weights, penalty=penalty)
+    if multi_objective_aggregation == "normalize_then_sum":
+        return gdpo_advantages(rewards, **given)
+    if adv_estimator == "rloo":
+        return rloo_advantages(rewards, **given)
+    if adv_estimator.startswith("reinforce_plus_plus"):
+        return reinforce_plus_plus_advantages(rewards, **given, group_baseline=adv_estimator.endswith("baseline"))
+    return group_advantages(rewards, **given, scale_rewards=scale_rewards)
+
+
+def _over_batch(values: Tensor, rewards: Tensor, penalty: Tensor | None = None) -> Advantages:
+    values = values if penalty is None else values - penalty
+    deviation = nanstd(values, dim=0, keepdim=True).expand_as(values)
+    scaled = (values - values.nanmean()) / (deviation + STD_FLOOR)
+    return Advantages(scaled.nan_to_num(0.0), rewards, _is_zero(deviation))
+
+
+def _is_zero(deviation: Tensor) -> Tensor:
+    return torch.isclose(deviation, torch.zeros_like(deviation))
 
 
 def weighted_rewards(rewards: Tensor, reward_weights: list[float] | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints: small, complete, in safetensors and JSON, and never half-written.
 
-checkpoint-N/ holds the adapter in PEFT's format, the tokenizer, optimizer.safetensors, random_states.safetensors and
-trainer_state.json. A folder is written under a temporary name, flushed to the disk and then renamed.
+checkpoint-N/ holds the adapter in PEFT's format, the tokenizer, optimizer.safetensors, random_states.safetensors,
+trainer_state.json and, where the reference is a snapshot of the adapter, reference.safetensors. A folder is written
+under a temporary name, flushed to the disk and then renamed.
 """
 
 import json
@@ -43,6 +44,8 @@ def save_checkpoint(
         tensors, plain = _flatten_optimizer(optimizer.state_dict())
         save_file(tensors, temporary / "optimizer.safetensors")
         save_file(randomness["tensors"], temporary / "random_states.safetensors")
+        if policy.reference is not None:
+            save_file(policy.reference, temporary / "reference.safetensors")
         saved = {
             **state, "optimizer": plain, "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
             "python_random": randomness["python"], "numpy_random": randomness["numpy"],
@@ -61,16 +64,14 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
         ValueError: the folder is no checkpoint of this package, or one of another adapter.
     """
     state = read_state(folder)
-    try:
-        weights, moments, states = (
-            load_file(folder / f"{name}.safetensors") for name in ("adapter_model", "optimizer", "random_states")
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}; resume from an older checkpoint") from error
+    weights, moments, states = (_read_tensors(folder, name) for name in ("adapter_model", "optimizer", "random_states"))
     own = get_peft_model_state_dict(policy.model)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise ValueError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
     set_peft_model_state_dict(policy.model, weights)
+    if policy.reference is not None:
+        saved = _read_tensors(folder, "reference")
+        policy.reference = {name: saved[name].to(value.device) for name, value in policy.reference.items()}
     load_optimizer(optimizer, _restore_optimizer(moments, state["optimizer"]))
     # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
     position = state["scheduler"]["last_epoch"]
@@ -80,6 +81,13 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
         scaler.load_state_dict(state["scaler"])
     restore_randomness({"tensors": states, "python": state["python_random"], "numpy": state["numpy_random"]})
     return state
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read: {error}; resume from an older checkpoint") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# The names that loss_type may have; loss.register_objective adds to them.
+LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo", "gmpo"]
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its help text, which the CLI prints."""
@@ -79,21 +82,68 @@ class GRPOConfig:
         "keys and values while sampling: in the compute dtype, or rounded to int8, in half the memory of 16 bits",
     )
 
+    dynamic_sampling_rounds: int = option(
+        0, "times that groups whose completions got one reward are replaced by those of the next prompts"
+    )
+
     reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
+    )
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = option(
+        "grpo", "what a reward is compared with: its group's mean, the others' mean, the batch, or group and batch"
+    )
     scale_rewards: Literal["group", "batch", "none"] = option(
         "group", "what the advantages' standard deviation is over"
     )
     mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
 
     beta: float = option(0.0, "weight of the KL to the reference; 0 skips the reference pass")
+    kl_estimator: Literal["k3", "k1", "k2", "abs"] = option("k3", "estimate of the KL from a token's log-probabilities")
     use_bias_correction_kl: bool = option(True, "multiply the KL by the ratio, which makes its gradient unbiased")
-    num_iterations: int = option(1, "optimizer steps on each rollout")
+    kl_in_reward: bool = option(False, "subtract beta times a completion's KL from its reward, instead of in the loss")
+    kl_target: float | None = option(None, "KL a token that beta is moved towards, step by step")
+    kl_horizon: int = option(10000, "completions over which beta follows kl_target")
+    reference: Literal["base", "initial"] = option(
+        "base", "what beta holds the policy to: the base without adapters, or the adapter that training started from"
+    )
+    sync_ref_model: bool = option(False, "move the reference towards the policy every ref_model_sync_steps")
+    ref_model_mixup_alpha: float = option(0.6, "share of the policy's adapter in the new reference")
+    ref_model_sync_steps: int = option(512, "steps between two such moves")
+
+    steps_per_generation: int = option(1, "optimizer steps that a rollout's prompts are split over")
+    num_iterations: int = option(1, "times that a rollout is gone through, one optimizer step each")
     epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon")
     epsilon_high: float | None = option(None, "the ratio is clipped above 1 + epsilon_high; epsilon by default")
     delta: float | None = option(None, "upper bound of the unclipped ratio (two-sided clipping)")
-    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = option(
-        "dapo", "what the sum of the token losses is divided by"
+    loss_type: str = option("dapo", f"the objective: {', '.join(LOSS_TYPES)}, or one that you registered")
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = option(
+        "token", "whose ratio of new to old policy: the token's, or its completion's (GSPO, and GSPO-token)"
     )
+    sapo_temperature_pos: float = option(1.0, "sapo's temperature where the advantage is positive")
+    sapo_temperature_neg: float = option(1.05, "sapo's temperature elsewhere")
+    vespo_k_pos: float = option(2.0, "vespo's power of the ratio where the advantage is not negative")
+    vespo_lambda_pos: float = option(3.0, "vespo's decay there")
+    vespo_k_neg: float = option(3.0, "vespo's power elsewhere")
+    vespo_lambda_neg: float = option(2.0, "vespo's decay elsewhere")
+    importance_sampling_correction: bool = option(
+        True, "weigh tokens by training's probability over the one that they were sampled with"
+    )
+    importance_sampling_mode: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"] = option(
+        "sequence_mask", "of the token or its completion; outside of the bounds set to 0, or to the bound"
+    )
+    importance_sampling_clip_max: float | None = option(3.0, "upper bound of that weight")
+    importance_sampling_clip_min: float | None = option(None, "lower bound of it")
+    off_policy_mask_threshold: float | None = option(
+        None, "leave out completions of negative advantage whose mean log(old / new) is above it"
+    )
+    top_entropy_quantile: float = option(1.0, "share of the step's tokens, those of highest entropy, that learn")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    use_adaptive_entropy: bool = option(False, "raise entropy_coef while the entropy is at most entropy_target")
+    entropy_coef_min: float = option(0.0, "its lower bound")
+    entropy_coef_max: float = option(1.0, "its upper bound")
+    entropy_coef_delta: float = option(0.005, "its change a step")
+    entropy_target: float = option(0.2, "entropy a token, in nats, above which there is no bonus")
     token_budget: int = option(16384, "most tokens, padding included, in a micro-batch of an update")
     padding_free: bool = option(True, "micro-batches without padding, a prompt once for its group where that pays")
 
@@ -147,7 +197,7 @@ class GRPOConfig:
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
             raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
-        if self.epsilon > 1:
+        if self.epsilon > 1 and self.loss_type != "gmpo":
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.vram_budget is not None:
             _bytes(self.vram_budget)
@@ -161,6 +211,7 @@ class GRPOConfig:
             raise ValueError(
                 "lr_scheduler_type='constant' has no warmup; use 'constant_with_warmup', or warmup_steps=0"
             )
+        _check_objective(self)
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise ValueError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
 
@@ -182,6 +233,59 @@ class GRPOConfig:
         return "float32" if self.bf16 is False else "bfloat16"
 
 
+def _check_objective(config: GRPOConfig) -> None:
+    """Refuse settings of the objective that contradict, or that the chosen one does not look at."""
+    loss_type, unclipped = config.loss_type, ("cispo", "sapo", "vespo", "gmpo")
+    if loss_type not in LOSS_TYPES:
+        nearest = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the objectives are {', '.join(LOSS_TYPES)}"
+        raise ValueError(f"loss_type={loss_type!r} is not known; {hint} (register_objective adds your own)")
+    if loss_type == "cispo" and config.epsilon_high is None:
+        raise ValueError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
+    if loss_type in ("sapo", "vespo") and config.epsilon_high is not None:
+        raise ValueError(f"epsilon_high={config.epsilon_high}: loss_type={loss_type!r} clips nothing; leave it out")
+    if loss_type in unclipped and config.delta is not None:
+        raise ValueError(f"delta={config.delta} is for clipped losses, and {loss_type!r} is none; leave it out")
+    if loss_type in ("vespo", "gmpo") and config.importance_sampling_level != "token":
+        raise ValueError(
+            f"loss_type={loss_type!r} weighs whole completions by itself; leave out importance_sampling_level"
+        )
+    if config.beta == 0:
+        for name, off in (
+            ("kl_in_reward", False), ("kl_target", None), ("reference", "base"), ("sync_ref_model", False)
+        ):  # fmt: skip
+            if getattr(config, name) != off:
+                raise ValueError(f"{name}={getattr(config, name)!r} without a KL; set beta, for example to 0.04")
+    if config.kl_target is not None and config.kl_in_reward and config.kl_estimator == "k1":
+        raise ValueError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
+    if config.adv_estimator != "grpo":
+        for name, off in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
+            if getattr(config, name) != off:
+                raise ValueError(
+                    f"{name} is for adv_estimator='grpo', and {config.adv_estimator!r} has its own; leave it out"
+                )
+    if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
+        raise ValueError(
+            "multi_objective_aggregation='normalize_then_sum' scales by group, then by batch; leave out scale_rewards"
+        )
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"importance_sampling_clip_min={low} is above importance_sampling_clip_max={high}")
+    if not 0 < config.top_entropy_quantile <= 1:
+        raise ValueError(
+            f"top_entropy_quantile must be in (0, 1], not {config.top_entropy_quantile}; 1 switches it off"
+        )
+    if config.entropy_coef_min > config.entropy_coef_max:
+        raise ValueError("entropy_coef_min is above entropy_coef_max")
+    if not 0 <= config.ref_model_mixup_alpha <= 1:
+        raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {config.ref_model_mixup_alpha}")
+    if config.prompts_per_step % config.steps_per_generation:
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step} is not a multiple of steps_per_generation="
+            f"{config.steps_per_generation}; change one"
+        )
+
+
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
     if found is None or float(found[1]) == 0:
@@ -193,15 +297,20 @@ def _bytes(text: str) -> int:
 SECTIONS = {
     "output_dir": "the run", "model_init_kwargs": "model", "lora_r": "adapters", "dataset_config": "data",
     "prompts_per_step": "rollout", "reward_weights": "rewards and advantages", "beta": "objective",
-    "optim": "optimizer", "eval_steps": "evaluation, logs and checkpoints",
+    "steps_per_generation": "updates", "optim": "optimizer", "eval_steps": "evaluation, logs and checkpoints",
 }  # fmt: skip
 
 _POSITIVE = (
     "lora_r", "lora_alpha", "num_train_epochs", "prompts_per_step", "max_completion_length", "max_prompt_length",
     "temperature", "repetition_penalty", "rollout_token_budget", "num_iterations", "token_budget", "adam_epsilon",
-    "max_grad_norm", "eval_steps", "save_steps", "save_total_limit",
+    "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "kl_target", "kl_horizon", "steps_per_generation",
+    "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max",
 )  # fmt: skip
-_NOT_NEGATIVE = ("top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed")
+_NOT_NEGATIVE = (
+    "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
+    "dynamic_sampling_rounds", "entropy_coef", "entropy_coef_min", "entropy_coef_delta", "importance_sampling_clip_min",
+    "off_policy_mask_threshold", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+)  # fmt: skip
 
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
 _ONE_GPU = "one process trains on one GPU; remove it"
@@ -213,17 +322,16 @@ _LATER = "it is not supported yet; remove it"
 # TRL 1.16's fields that this package does not have, by remedy; those of the TrainingArguments that it inherits too, in
 # transformers 5.0 to 5.23. A test compares the list with TRL's own class.
 _TRL_FIELDS = {
-    _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation "
+    _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size "
     "auto_find_batch_size per_device_eval_batch_size eval_accumulation_steps",
     _ONE_GPU: "average_tokens_across_devices log_on_each_node log_level_replica save_on_each_node "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
     "fsdp_config deepspeed local_rank parallelism_config accelerator_config ds3_gather_for_generation",
     _RESIDENT: "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
     "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
-    "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_importance_sampling_correction "
-    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
-    "vllm_importance_sampling_cap use_transformers_continuous_batching transformers_continuous_batching_config "
-    "use_transformers_paged cache_implementation use_cache",
+    "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
+    "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged "
+    "cache_implementation use_cache",
     _CALLBACK: "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
     "log_completions_hub_repo include_for_metrics batch_eval_metrics logging_dir",
     _AFTER: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
@@ -242,17 +350,16 @@ _TRL_FIELDS = {
     "prompts are tokenized once, in this process; remove it": "dataloader_drop_last dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context",
-    "only 'token' is supported yet; remove it": "importance_sampling_level",
+    "the field is named without vllm_ here, since there is no vLLM; use that": "vllm_importance_sampling_correction "
+    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
+    "set importance_sampling_clip_max": "vllm_importance_sampling_cap",
     "set warmup_steps": "warmup_ratio",
     _LATER: "lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "
     "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object load_best_model_at_end "
     "metric_for_best_model greater_is_better full_determinism debug router_aux_loss_coef num_generations_eval "
-    "pad_to_multiple_of sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
-    "vespo_lambda_neg multi_objective_aggregation sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
-    "top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
-    "entropy_target max_tool_calling_iterations off_policy_mask_threshold",
+    "pad_to_multiple_of max_tool_calling_iterations",
 }
 UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
 

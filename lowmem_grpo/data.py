@@ -162,14 +162,14 @@ def transcript(messages: list[dict]) -> str:
     return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])
 
 
-def prompts_at(prompts: Sequence[Prompt], position: int, config: GRPOConfig) -> list[Prompt]:
-    """The prompts of the step at `position` of the endless stream of epochs, each in a random order of its own.
+def prompts_at(prompts: Sequence[Prompt], position: int, count: int, config: GRPOConfig) -> list[Prompt]:
+    """The next `count` prompts at `position` of the endless stream of epochs, each in a random order of its own.
 
     A function of its arguments alone, so that a resumed run sees the prompts it would have seen.
     """
     orders: dict[int, list[int]] = {}
     drawn = []
-    for index in range(position, position + config.prompts_per_step):
+    for index in range(position, position + count):
         epoch, place = divmod(index, len(prompts))
         if epoch not in orders:
             orders[epoch] = _order(len(prompts), epoch, config)

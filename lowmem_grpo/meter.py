@@ -33,7 +33,9 @@ class Meter:
 
     def rates(self, tokens: dict[str, int]) -> dict[str, float]:
         """`tokens_per_s/{phase}` of the phases that had so many tokens to do."""
-        return {f"tokens_per_s/{phase}": count / self.metrics[f"time/{phase}_s"] for phase, count in tokens.items()}
+        took = {phase: self.metrics.get(f"time/{phase}_s") for phase in tokens}
+        did = {phase: (tokens[phase], took_s) for phase, took_s in took.items() if took_s and tokens[phase]}
+        return {f"tokens_per_s/{phase}": count / took_s for phase, (count, took_s) in did.items()}
 
 
 def reset_peak(device: torch.device) -> None:

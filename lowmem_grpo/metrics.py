@@ -16,9 +16,10 @@ from rich.text import Text
 from torch import Tensor
 
 from lowmem_grpo.advantages import Advantages, nanstd
-from lowmem_grpo.objective import TokenStats
-from lowmem_grpo.packing import MicroBatch
 from lowmem_grpo.rollout import Completion, Rollout
+
+# Metrics that are the mean of what an update recorded, where it did: by metric, what it is the mean of.
+_MEANS = {"kl": "kl", "cispo_clip_ratio": "cispo_clipped", "vespo/phi_seq_mean": "phi_seq"}
 
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
@@ -53,53 +54,53 @@ class TokenMeter:
     """What an update saw at each of the rollout's M tokens that it computed, whatever the micro-batches."""
 
     def __init__(self, rollout: Rollout, device: torch.device):
-        tokens = int(rollout.offsets[-1])
         self.rollout = rollout
-        self.seen = torch.zeros(tokens, dtype=torch.bool, device=device)
-        self.entropy, self.kl, self.clipped_low, self.clipped_high, self.difference = torch.zeros(
-            5, tokens, device=device
-        )
-        self.ratio = torch.ones(tokens, device=device)
-        self.with_kl = self.with_ratio = False
+        self.device = device
+        self.seen = self._zeros().bool()
+        self.values: dict[str, Tensor] = {}  # (M,) fp32 each, 0 where not seen
 
-    def add(self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, stats: TokenStats, *, first: bool) -> None:
-        """Record one micro-batch; a later iteration over the same rollout, or another attempt, overwrites it.
+    def _zeros(self) -> Tensor:
+        return torch.zeros(int(self.rollout.offsets[-1]), device=self.device)
 
-        Only in the first iteration is the policy still the one that sampled.
-        """
-        self.with_ratio = not first
-        if first and self.rollout.sampling_logprobs is not None:
-            self.difference[batch.tokens] = (logprobs - self.rollout.sampling_logprobs[batch.tokens]).abs()
-        self.seen[batch.tokens] = True
-        self.entropy[batch.tokens] = entropy
-        self.ratio[batch.tokens] = stats.ratio
-        self.clipped_low[batch.tokens] = stats.clipped_low.float()
-        self.clipped_high[batch.tokens] = stats.clipped_high.float()
-        if stats.kl is not None:
-            self.with_kl = True
-            self.kl[batch.tokens] = stats.kl
+    def add(self, tokens: Tensor, **values: Tensor) -> None:
+        """Record values (N,) at tokens (N,) of the rollout; a later iteration, or another attempt, overwrites them."""
+        self.seen[tokens] = True
+        for name, value in values.items():
+            self.values.setdefault(name, self._zeros())[tokens] = value.detach().float()
+
+    def mean(self, name: str, part: Rollout) -> float:
+        """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted."""
+        where = slice(part.first_token, part.first_token + int(part.offsets[-1]))
+        counted = self.seen[where] if part.keep is None else self.seen[where] & part.keep
+        values = self.values.get(name, self._zeros())[where][counted]
+        return values.mean().item() if len(values) else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Means over the tokens that counted; clip minimum and maximum are over completions, as in TRL."""
         count = self.seen.sum().clamp(min=1)
-        low, high = (self._completion_means(x) for x in (self.clipped_low, self.clipped_high))
+        zeros = self._zeros()
+        clipped_low, clipped_high = (self.values.get(name, zeros) for name in ("clipped_low", "clipped_high"))
+        low, high = (self._completion_means(x) for x in (clipped_low, clipped_high))
         values = {
             "frac_tokens_skipped": 1 - self.seen.float().mean(),
-            "entropy": self.entropy.sum() / count,
-            "clip_ratio/low_mean": self.clipped_low.sum() / count,
+            "entropy": self.values.get("entropy", zeros).sum() / count,
+            "clip_ratio/low_mean": clipped_low.sum() / count,
             "clip_ratio/low_min": low.min() if len(low) else count * 0,
-            "clip_ratio/high_mean": self.clipped_high.sum() / count,
+            "clip_ratio/high_mean": clipped_high.sum() / count,
             "clip_ratio/high_max": high.max() if len(high) else count * 0,
-            "clip_ratio/region_mean": (self.clipped_low + self.clipped_high).sum() / count,
+            "clip_ratio/region_mean": (clipped_low + clipped_high).sum() / count,
         }
+        for name, of in _MEANS.items():
+            if of in self.values:
+                values[name] = self.values[of].sum() / count
         if self.rollout.sampling_logprobs is not None:
-            values["sampling/sampling_logp_difference/mean"] = self.difference.sum() / count
-            values["sampling/sampling_logp_difference/max"] = self.difference.max()
-        if self.with_ratio:
-            ratio = self.ratio[self.seen] if self.seen.any() else self.ratio
-            values["ratio/mean"], values["ratio/min"], values["ratio/max"] = ratio.mean(), ratio.min(), ratio.max()
-        if self.with_kl:
-            values["kl"] = self.kl.sum() / count
+            difference = self.values.get("difference", zeros)
+            values["sampling/sampling_logp_difference/mean"] = difference.sum() / count
+            values["sampling/sampling_logp_difference/max"] = difference.max() if len(difference) else count * 0
+        for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "correction")):
+            if of in self.values and self.seen.any():
+                seen = self.values[of][self.seen]
+                values |= {f"{name}/mean": seen.mean(), f"{name}/min": seen.min(), f"{name}/max": seen.max()}
         return {name: value.item() for name, value in values.items()}
 
     def _completion_means(self, values: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Policy:
         self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
+        self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -77,9 +78,12 @@ class Policy:
         """Log-probability under temperature of each of the batch's N tokens, (N,) fp32, with its gradient."""
         return linear_logprobs(**self._head_inputs(batch, temperature))
 
-    def logprobs_and_entropy(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """The same, and the entropy at each token, (N,) fp32, which never carries a gradient."""
-        return linear_logprobs(**self._head_inputs(batch, temperature), return_entropy=True)
+    def logprobs_and_entropy(
+        self, batch: MicroBatch, temperature: float, *, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy at each token, (N,) fp32, which carries a gradient only if it is asked to."""
+        inputs = self._head_inputs(batch, temperature)
+        return linear_logprobs(**inputs, return_entropy=True, entropy_grad=entropy_grad)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """What the head makes each of the batch's N log-probabilities from, (N, D) in the head's dtype."""
@@ -148,9 +152,32 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """The frozen model that training started from: inference with the adapters off."""
-        with self.inference(), self.model.disable_adapter():
-            yield
+        """What a KL holds the policy to, for inference: the adapters off, or a snapshot of them in their place."""
+        with self.inference():
+            if self.reference is None:
+                with self.model.disable_adapter():
+                    yield
+                return
+            own = {name: parameter.data for name, parameter in self.trainable_parameters().items()}
+            try:
+                self._point_to(self.reference)
+                yield
+            finally:
+                self._point_to(own)
+
+    def keep_reference(self) -> None:
+        """From now on the reference is the adapters as they are: 4 bytes a parameter of theirs, in fp32."""
+        self.reference = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters().items()}
+
+    def sync_reference(self, share: float) -> None:
+        """Move the snapshot to share times the policy plus the rest of itself (TR-DPO, arXiv:2404.09656)."""
+        assert self.reference is not None
+        for name, parameter in self.trainable_parameters().items():
+            self.reference[name].lerp_(parameter.detach(), share)
+
+    def _point_to(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable_parameters().items():
+            parameter.data = values[name]
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, and the tokenizer beside it."""

@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -15,22 +15,31 @@ import torch
 from transformers import get_scheduler, set_seed
 
 from lowmem_grpo import checkpoint as checkpoints
-from lowmem_grpo.advantages import group_advantages
+from lowmem_grpo.collect import Collected, collect_rollout, with_kl_in_reward
 from lowmem_grpo.config import GRPOConfig, refuse_changes
-from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
-from lowmem_grpo.evaluate import as_text, evaluate
-from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.evaluate import evaluate
 from lowmem_grpo.interruption import Interruption
+from lowmem_grpo.loss import after_entropy, after_kl, coefficient_metrics, coefficients_of, first_coefficients
 from lowmem_grpo.memory import as_text as plan_as_text
 from lowmem_grpo.memory import limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
-from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, length_metrics, reward_metrics, write_completions
+from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer, read_config, run_device
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
-from lowmem_grpo.rollout import Prompt, Rollout
-from lowmem_grpo.update import TokenBudget, backward, kept_lengths, reference_logprobs, try_largest_update
+from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.update import (
+    TokenBudget,
+    backward,
+    high_entropy,
+    kept_lengths,
+    needs_old_pass,
+    old_logprobs_and_entropy,
+    reference_logprobs,
+    try_largest_update,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,15 @@ def train(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
     )
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
-    state = {"step": 0, "data_position": 0, "num_tokens": 0}
+    state = {"step": 0, "data_position": 0, "num_tokens": 0, **first_coefficients(config)}
+    if config.reference == "initial" or config.sync_ref_model:
+        policy.keep_reference()
     data = fingerprint(prompts)
     if resume is not None:
         saved = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
         if saved["data"] != data:
             raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
-        state = {key: saved[key] for key in state}
+        state = {key: saved.get(key, value) for key, value in state.items()}
     log = MetricsLog(output_dir, state["step"])
     (output_dir / "grpo_config.json").write_text(settings, encoding="utf-8")
 
@@ -161,49 +172,72 @@ def train(
 
                 # 1. Rollout: the policy answers every prompt num_generations times; rewards; group advantages.
                 with meter.phase("rollout"):
-                    asked = prompts_at(prompts, state["data_position"], config)
-                    rollout = collect_rollout(policy, asked, rewards, config, step)
+                    collected = collect_rollout(policy, prompts, state["data_position"], rewards, config, step)
+                    rollout = collected.rollout
 
-                # 2. The reference: the same model with its adapters off.
-                lengths = kept_lengths(rollout, config)
+                # 2. The reference, and where something must be known before the first gradient, the policy as it is.
+                lengths = [n for n, counts in zip(rollout.lengths, rollout.completion_mask, strict=True) if counts]
                 with meter.phase("reference"):
-                    ref_logprobs = budget.fit(partial(reference_logprobs, policy, rollout, config), lengths)
+                    reference = budget.fit(partial(reference_logprobs, policy, rollout, config), lengths)
+                    rollout = replace(rollout, ref_logprobs=reference)
+                if needs_old_pass(rollout, config):
+                    with meter.phase("old"):
+                        work = partial(old_logprobs_and_entropy, policy, rollout, config)
+                        old_logprobs, entropies = budget.fit(work, lengths)
+                    if config.top_entropy_quantile < 1:
+                        keep = high_entropy(entropies, rollout, config.top_entropy_quantile)
+                        rollout = replace(rollout, keep=keep)
+                    if config.steps_per_generation > 1 or rollout.sampling_logprobs is None:
+                        rollout = replace(rollout, old_logprobs=old_logprobs)
+                if config.kl_in_reward:
+                    rollout = with_kl_in_reward(rollout, state["beta"], config)
 
-                # 3. Update: micro-batches, whose gradients add up, and one optimizer step; num_iterations times.
+                # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
+                # all that num_iterations times.
                 with meter.phase("update"):
                     learning_rate = scheduler.get_last_lr()[0]
                     tokens = TokenMeter(rollout, policy.device)
-                    old_logprobs = None  # before the first change of a weight, the old policy is this one
+                    controls = {name: state[name] for name in first_coefficients(config)}
                     for _ in range(config.num_iterations):
-                        work = partial(backward, policy, rollout, old_logprobs, ref_logprobs, tokens, scaler, config)
-                        loss, logprobs = budget.fit(work, lengths)
-                        old_logprobs = logprobs if old_logprobs is None else old_logprobs
-                        interruption.hold()  # from the first change of a weight until the step is whole
-                        scaler.unscale_(optimizer)
-                        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                        optimizer_step(optimizer, scaler)
-                        scaler.update()
-                        optimizer.zero_grad(set_to_none=False)
+                        done = []
+                        for part in rollout.parts(config.steps_per_generation):
+                            coefficients = coefficients_of(controls, config)
+                            work = partial(backward, policy, part, tokens, coefficients, scaler, config)
+                            done.append(budget.fit(work, kept_lengths(part, config)))
+                            interruption.hold()  # from the first change of a weight until the step is whole
+                            scaler.unscale_(optimizer)
+                            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                            optimizer_step(optimizer, scaler)
+                            scaler.update()
+                            optimizer.zero_grad(set_to_none=False)
+                            controls = after_entropy(controls, tokens.mean("entropy", part), config)
+                        if rollout.old_logprobs is None:  # those of the first pass, before any weight moved
+                            rollout = replace(rollout, old_logprobs=torch.cat([logprobs for _, logprobs in done]))
+                    loss = torch.stack([loss for loss, _ in done]).mean()
                     scheduler.step()
+                measured = {**rollout.metrics, **tokens.metrics()}
                 state = {
                     "step": step,
-                    "data_position": state["data_position"] + config.prompts_per_step,
-                    "num_tokens": state["num_tokens"] + sum(rollout.lengths),
+                    "data_position": state["data_position"] + collected.prompts,
+                    "num_tokens": state["num_tokens"] + collected.tokens,
+                    **after_kl(controls, measured.get("kl", 0.0), len(rollout.completions), config),
                 }
+                if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
+                    policy.sync_reference(config.ref_model_mixup_alpha)
 
                 # 4. Report.
                 metrics = {
-                    **rollout.metrics,
+                    **measured,
                     "step": step,
                     "epoch": state["data_position"] / len(prompts),
                     "loss": loss.item(),
                     "grad_norm": grad_norm.item(),
                     "learning_rate": learning_rate,
                     "num_tokens": state["num_tokens"],
-                    **tokens.metrics(),
+                    **coefficient_metrics(state, config),
                     **budget.metrics(),
                     **meter.metrics,
-                    **meter.rates(tokens_by_phase(rollout, config)),
+                    **meter.rates(tokens_by_phase(collected, config)),
                     "step_time": time.perf_counter() - started,
                 }
                 log.write(metrics)
@@ -234,61 +268,13 @@ def train(
     )
 
 
-def collect_rollout(
-    policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
-) -> Rollout:
-    """Sample num_generations completions of each prompt, score them, and compare each with its group."""
-    params = SamplingParams(
-        max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
-        top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-        stop_strings=tuple(config.stop_strings or ()),
-    )  # fmt: skip
-    sampled = sample(
-        policy, [prompt.ids for prompt in prompts], config.num_generations, params,
-        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights, kv=config.rollout_kv,
-    )  # fmt: skip
-    completions = sampled.completions
-    asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
-    texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
-    columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
-    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
-    compared = group_advantages(
-        scores.rewards, num_generations=config.num_generations, reward_weights=config.reward_weights,
-        scale_rewards=config.scale_rewards,
-    )  # fmt: skip
-    finished = torch.tensor([completion.finish != "length" for completion in completions])
-    lengths = torch.tensor([0] + [len(completion.ids) for completion in completions])
-    known = [completion.logprobs for completion in completions if completion.logprobs is not None]
-    return Rollout(
-        prompts=prompts,
-        completions=completions,
-        offsets=lengths.cumsum(0),
-        sampling_logprobs=torch.cat(known).to(policy.device) if known else None,
-        rewards=scores.rewards,
-        advantages=compared.advantages,
-        completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
-        metrics={
-            **sampled.metrics,
-            **scores.metrics,
-            **length_metrics(completions),
-            **reward_metrics(rewards.names, scores.rewards, compared),
-        },
-        table={
-            **scores.extra_columns,
-            "prompt": [p.text for p in asked],
-            "completion": texts,
-            **dict(zip(rewards.names, scores.rewards.T.tolist(), strict=True)),
-            "advantage": compared.advantages.tolist(),
-        },
-    )
-
-
-def tokens_by_phase(rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
-    """What a phase had to do: a rollout its new tokens, the passes of an update each completion with its prompt."""
-    whole = sum(rollout.lengths)
-    done = {"rollout": int(rollout.offsets[-1]), "update": config.num_iterations * whole}
-    return done if config.beta == 0 else {**done, "reference": whole}
+def tokens_by_phase(collected: Collected, config: GRPOConfig) -> dict[str, int]:
+    """What a phase had to do: a rollout its new tokens, the other passes each completion with its prompt."""
+    whole = sum(collected.rollout.lengths)
+    return {
+        "rollout": collected.new_tokens, "reference": whole if config.beta else 0, "old": whole,
+        "update": config.num_iterations * whole,
+    }  # fmt: skip
 
 
 def writable_folder(output_dir: str) -> Path:

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.loss import (
+    BUILT_IN,
+    Coefficients,
+    Tokens,
+    correction,
+    has_entropy_bonus,
+    micro_batch_loss,
+    step_weights,
+)  # fmt: skip
 from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.objective import policy_loss, token_weights
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Rollout
@@ -67,9 +75,15 @@ class TokenBudget:
 def kept(rollout: Rollout, config: GRPOConfig) -> list[bool]:
     """Which completions have a gradient.
 
-    Without a KL, an advantage of 0 (every completion of a group got the same reward) makes a gradient of 0.
+    Without a KL or an entropy bonus in the loss, an advantage of 0 (every completion of a group got the same reward)
+    makes a gradient of 0.
     """
-    learns = rollout.advantages != 0 if config.beta == 0 else torch.ones_like(rollout.completion_mask)
+    by_advantage = (
+        (config.beta == 0 or config.kl_in_reward)
+        and not has_entropy_bonus(config)
+        and config.loss_type in BUILT_IN  # what a registered one makes of an advantage of 0, nobody knows
+    )
+    learns = rollout.advantages != 0 if by_advantage else torch.ones_like(rollout.completion_mask)
     return (rollout.completion_mask & learns).tolist()
 
 
@@ -78,15 +92,17 @@ def kept_lengths(rollout: Rollout, config: GRPOConfig) -> list[int]:
     return [length for length, counts in zip(rollout.lengths, kept(rollout, config), strict=True) if counts]
 
 
-def micro_batches(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Iterator[MicroBatch]:
-    """The completions whose loss has a gradient, packed under token_budget; the divisor counts the others too."""
+def micro_batches(
+    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int, keep: list[bool]
+) -> Iterator[MicroBatch]:
+    """The completions to keep, packed under token_budget."""
     return pack(
         [prompt.ids for prompt in rollout.prompts],
         [completion.ids for completion in rollout.completions],
         token_budget=token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        keep=kept(rollout, config),
+        keep=keep,
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
@@ -97,56 +113,107 @@ def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, tok
     if config.beta == 0:
         return None
     logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
+    keep = rollout.completion_mask.tolist() if config.kl_in_reward else kept(rollout, config)
     with policy.as_reference():
-        for batch in micro_batches(policy, rollout, config, token_budget):
+        for batch in micro_batches(policy, rollout, config, token_budget, keep):
             logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
     return logprobs
+
+
+def old_logprobs_and_entropy(
+    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (M,) of the rollout's tokens under the policy as it is, without a gradient."""
+    logprobs, entropies = torch.zeros(2, int(rollout.offsets[-1]), device=policy.device)
+    with policy.inference():
+        for batch in micro_batches(policy, rollout, config, token_budget, rollout.completion_mask.tolist()):
+            logprobs[batch.tokens], entropies[batch.tokens] = policy.logprobs_and_entropy(batch, config.temperature)
+    return logprobs, entropies
+
+
+def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
+    """Whether something must be known of every token before the first gradient."""
+    unknown = config.kl_in_reward and rollout.sampling_logprobs is None
+    return config.steps_per_generation > 1 or config.top_entropy_quantile < 1 or unknown
+
+
+def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor:
+    """The share `quantile` of the tokens that count, (M,) bool, where entropy is highest (arXiv:2506.01939)."""
+    counted = rollout.completion_mask.to(entropies.device).repeat_interleave(
+        rollout.offsets.diff().to(entropies.device)
+    )
+    if not counted.any():
+        return counted
+    return counted & (entropies >= torch.quantile(entropies[counted], 1 - quantile))
 
 
 def backward(
     policy: Policy,
     rollout: Rollout,
-    old_logprobs: Tensor | None,  # (M,), None: those of the policy as it is, whose ratio is 1
-    ref_logprobs: Tensor | None,  # (M,)
     tokens: TokenMeter,
+    coefficients: Coefficients,
     scaler: torch.amp.GradScaler,
     config: GRPOConfig,
     token_budget: int,
 ) -> tuple[Tensor, Tensor]:
     """Set the parameters' gradient to that of the step's loss, micro-batch by micro-batch.
 
-    Returns the loss, a scalar, and the log-probabilities (M,) of the tokens that count.
+    The ratio is 1 where rollout.old_logprobs is None. Returns the loss, a scalar, and the log-probabilities (M,) of
+    the tokens that count.
     """
-    weights = token_weights(
-        rollout.offsets.diff(), rollout.completion_mask,
-        loss_type=config.loss_type, max_completion_length=config.max_completion_length,
-    ).to(policy.device)  # fmt: skip
+    lengths, completions = rollout.offsets.diff(), len(rollout.completions)
+    weights = step_weights(lengths, rollout.completion_mask, config).to(policy.device)
     advantages = rollout.advantages.to(policy.device)
+    counted = (lengths * rollout.completion_mask).sum() if rollout.keep is None else rollout.keep.sum()
+    entropy_weight = 1 / max(1, int(counted))
     # From zero, whatever an attempt that ran out of memory left; and where nothing is left to learn from, the gradient
     # is 0 and not missing: the optimizer takes its step as always.
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     total = scaler.scale(torch.zeros((), device=policy.device)) * 0
     computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
-    for batch in micro_batches(policy, rollout, config, token_budget):
-        logprobs, entropy = policy.logprobs_and_entropy(batch, config.temperature)  # (N,) each
-        loss, stats = policy_loss(
-            logprobs,
-            None if old_logprobs is None else old_logprobs[batch.tokens],
-            None if ref_logprobs is None else ref_logprobs[batch.tokens],
-            advantages[batch.sequences],
-            weights[batch.sequences],
-            epsilon_low=config.epsilon,
-            epsilon_high=config.upper_epsilon,
-            delta=config.delta,
-            beta=config.beta,
-            use_bias_correction_kl=config.use_bias_correction_kl,
+    for batch in micro_batches(policy, rollout, config, token_budget, kept(rollout, config)):
+        logprobs, entropy = policy.logprobs_and_entropy(  # (N,) each
+            batch, config.temperature, entropy_grad=coefficients.entropy_coef != 0
+        )
+        old = _at(batch.tokens, rollout.old_logprobs)
+        sampled = _at(batch.tokens, rollout.sampling_logprobs)
+        old_logprobs = logprobs.detach() if old is None else old
+        weighed = correction(
+            old_logprobs, _at(batch.tokens, rollout.proposal_logprobs), batch.sequences, completions, config
+        )
+        loss, happened = micro_batch_loss(
+            Tokens(
+                logprobs=logprobs,
+                old_logprobs=old_logprobs,
+                ref_logprobs=None if config.kl_in_reward else _at(batch.tokens, rollout.ref_logprobs),
+                entropy=entropy,
+                advantages=advantages[batch.sequences],
+                weights=weights[batch.sequences],
+                sequences=batch.sequences,
+                completions=completions,
+                keep=_at(batch.tokens, rollout.keep),
+                correction=weighed,
+                sampling_logprobs=sampled,
+            ),
+            on_policy=old is None,
+            entropy_weight=entropy_weight,
+            coefficients=coefficients,
+            config=config,
         )
         scaler.scale(loss).backward()
         total += loss.detach()
         computed[batch.tokens] = logprobs.detach()
-        tokens.add(batch, computed[batch.tokens], entropy, stats, first=old_logprobs is None)
+        if weighed is not None:
+            happened["correction"] = weighed
+        if old is None and sampled is not None:  # the policy is still the one that sampled
+            happened["difference"] = (logprobs.detach() - sampled).abs()
+        tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
     return total, computed
+
+
+def _at(tokens: Tensor, values: Tensor | None) -> Tensor | None:
+    return None if values is None else values[tokens]
 
 
 def try_largest_update(policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig) -> None:
@@ -165,8 +232,9 @@ def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: Tok
     # Each prompt a group of its own, so that none is shared.
     rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
     scaler, tokens = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
+    coefficients = Coefficients(0.0, config.entropy_coef_max if has_entropy_bonus(config) else 0.0)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        budget.fit(partial(backward, policy, rollout, None, None, tokens, scaler, config), rollout.lengths)
+        budget.fit(partial(backward, policy, rollout, tokens, coefficients, scaler, config), rollout.lengths)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None

@@ -8,12 +8,14 @@ from lowmem_grpo.config import UNSUPPORTED, GRPOConfig, field_types, from_text
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
 # Fields of TRL's whose default differs on purpose; the README's table says why.
-DIFFERENT = {"output_dir", "learning_rate", "save_steps"}
+DIFFERENT = {"output_dir", "learning_rate", "save_steps", "steps_per_generation"}
 # Fields that TRL's GRPOConfig does not have; lora_* are TRL's ModelConfig's.
 OURS = {
     "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
     "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights",
-    "rollout_kv", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
+    "rollout_kv", "dynamic_sampling_rounds", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
+    "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
+    "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
     "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True),
@@ -32,6 +34,18 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "scale_rewards": ("batch", "batch"), "mask_truncated_completions": ("true", True), "beta": ("0.04", 0.04),
     "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),
     "epsilon_high": ("0.28", 0.28), "delta": ("4", 4.0), "loss_type": ("dr_grpo", "dr_grpo"),
+    "dynamic_sampling_rounds": ("2", 2), "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
+    "adv_estimator": ("rloo", "rloo"), "kl_estimator": ("k1", "k1"), "kl_in_reward": ("true", True),
+    "kl_target": ("0.01", 0.01), "kl_horizon": ("500", 500), "reference": ("initial", "initial"),
+    "sync_ref_model": ("true", True), "ref_model_mixup_alpha": ("0.5", 0.5), "ref_model_sync_steps": ("64", 64),
+    "steps_per_generation": ("2", 2), "importance_sampling_level": ("sequence", "sequence"),
+    "sapo_temperature_pos": ("2", 2.0), "sapo_temperature_neg": ("2", 2.0), "vespo_k_pos": ("1", 1.0),
+    "vespo_lambda_pos": ("1", 1.0), "vespo_k_neg": ("1", 1.0), "vespo_lambda_neg": ("1", 1.0),
+    "importance_sampling_correction": ("false", False), "importance_sampling_mode": ("token_mask", "token_mask"),
+    "importance_sampling_clip_max": ("2", 2.0), "importance_sampling_clip_min": ("0.5", 0.5),
+    "off_policy_mask_threshold": ("0.5", 0.5), "top_entropy_quantile": ("0.2", 0.2), "entropy_coef": ("0.01", 0.01),
+    "use_adaptive_entropy": ("true", True), "entropy_coef_min": ("0.1", 0.1), "entropy_coef_max": ("0.5", 0.5),
+    "entropy_coef_delta": ("0.01", 0.01), "entropy_target": ("0.5", 0.5),
     "token_budget": ("2048", 2048), "padding_free": ("false", False), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
     "warmup_steps": ("3", 3), "weight_decay": ("0.1", 0.1), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "eval_steps": ("5", 5),
@@ -83,7 +97,8 @@ def test_a_field_survives_the_way_from_text(name):
     assert read == value
     assert type(read) is type(value)
     assert value != FIELDS[name].default or name in {"bf16"}
-    changes = {"max_prompt_length": {"max_prompt_length": value}}.get(name, {name: value})
+    with_kl = {"beta": 0.04} if name in {"kl_in_reward", "kl_target", "reference", "sync_ref_model"} else {}
+    changes = {**with_kl, name: value}
     assert getattr(GRPOConfig(**changes), name) == value
 
 
@@ -100,7 +115,7 @@ def test_a_union_of_text_and_list_takes_both():
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("learning_rate", "fast"), ("seed", "1.5"), ("use_cpu", "maybe"), ("loss_type", "ppo"), ("reward_weights", ["a"]),
+    [("learning_rate", "fast"), ("seed", "1.5"), ("use_cpu", "maybe"), ("kl_estimator", "k4"), ("reward_weights", ["a"]),
      ("chat_template_kwargs", "{"), ("max_steps", ""), ("learning_rate", "nan")],
 )  # fmt: skip
 def test_a_text_that_does_not_fit_says_what_would(name, text):
@@ -135,7 +150,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         ({"seed": 2**32}, "must be below 2\\*\\*32"),
         ({"learning_rate": float("inf")}, "is not a number"),
         ({"seed": True}, "seed=True is not a whole number"),
-        ({"loss_type": "ppo"}, "loss_type='ppo' is not one of dapo, grpo, bnpo, dr_grpo"),
+        ({"loss_type": "ppo"}, "loss_type='ppo' is not known; the objectives are dapo, grpo"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"min_p": 1.5}, "min_p must be in"),

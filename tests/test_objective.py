@@ -10,24 +10,24 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "expected"),
+    ("aggregation", "expected"),
     [
         ("grpo", [1 / (3 * 2), 1 / (3 * 4), 0]),
         ("dapo", [1 / 6, 1 / 6, 0]),
-        ("bnpo", [1 / 6, 1 / 6, 0]),
+        ("luspo", [1 / 3, 1 / 3, 0]),
         ("dr_grpo", [1 / 30, 1 / 30, 0]),
     ],
 )
-def test_token_weights_by_hand(loss_type, expected):
+def test_token_weights_by_hand(aggregation, expected):
     """Lengths 2, 4 and 8, the last masked out, of at most 10 tokens."""
     mask = torch.tensor([True, True, False])
-    weights = token_weights(torch.tensor([2, 4, 8]), mask, loss_type=loss_type, max_completion_length=10)
+    weights = token_weights(torch.tensor([2, 4, 8]), mask, aggregation=aggregation, max_completion_length=10)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
 
 
-def test_an_unknown_loss_type_is_refused():
+def test_an_unknown_aggregation_is_refused():
     with pytest.raises(ValueError, match="not one of grpo"):
-        token_weights(torch.tensor([1]), torch.tensor([True]), loss_type="ppo", max_completion_length=1)
+        token_weights(torch.tensor([1]), torch.tensor([True]), aggregation="ppo", max_completion_length=1)
 
 
 def advantages(rows, **settings):

@@ -4,15 +4,15 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_reference import padded, trl_loss
 
 from lowmem_grpo.benchmarks import bench_policy_loss
 from lowmem_grpo.kernels import policy_loss as module
 from lowmem_grpo.kernels.policy_loss import BLOCK, policy_loss
+from lowmem_grpo.loss import AGGREGATION
 from lowmem_grpo.objective import token_weights
 
 CUDA = torch.cuda.is_available()
@@ -382,42 +382,6 @@ def test_a_million_tokens_on_a_gpu_without_being_told():
     assert wrong.double().mean() < 1e-3
 
 
-def padded(seed=0):
-    """(B, T) log-probabilities of three kinds, (B,) advantages and a (B, T) mask, one row masked out; fp64."""
-    draw = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([7, 1, 12, 5, 9, 3])
-    kept = torch.tensor([True, True, True, False, True, True])
-    mask = (torch.arange(12) < lengths[:, None]) & kept[:, None]
-    logprobs = -3 * torch.rand(6, 12, generator=draw, dtype=torch.float64)
-    old, ref = (logprobs + 0.5 * torch.randn(6, 12, generator=draw, dtype=torch.float64) for _ in range(2))
-    return logprobs, old, ref, torch.randn(6, generator=draw, dtype=torch.float64), mask, lengths, kept
-
-
-def trl_loss(logprobs, old, ref, advantages, mask, *, loss_type, delta, beta, use_bias_correction_kl):
-    """(loss, metrics) of TRL's own GRPOTrainer._compute_loss, on a trainer that has nothing but what it reads there."""
-    trl = pytest.importorskip("trl", minversion="1.16")
-    trainer = object.__new__(trl.GRPOTrainer)
-    metrics = {"train": defaultdict(list)}
-    for name, value in {
-        "_get_per_token_logps_and_entropies": lambda *args, **kwargs: (logprobs, torch.zeros_like(logprobs), None),
-        "model": SimpleNamespace(training=True),
-        "args": SimpleNamespace(delta=delta, use_bias_correction_kl=use_bias_correction_kl, steps_per_generation=1),
-        "accelerator": SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
-        "importance_sampling_level": "token", "use_vllm": False, "_entropy_bonus_enabled": False,
-        "current_gradient_accumulation_steps": 1, "loss_type": loss_type, "beta": beta, "max_completion_length": 16,
-        "epsilon_low": SETTINGS["epsilon_low"], "epsilon_high": SETTINGS["epsilon_high"], "_metrics": metrics,
-    }.items():  # fmt: skip
-        setattr(trainer, name, value)
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    inputs = {
-        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids, "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
-        "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
-    return trainer._compute_loss(None, inputs), {name: values[0] for name, values in metrics["train"].items()}
-
-
 @every_backend
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
 @pytest.mark.parametrize(
@@ -446,7 +410,7 @@ def test_trls_trainer_has_the_same_loss_gradient_and_metrics(place, loss_type, c
     )  # fmt: skip
     expected.backward()
 
-    weights = token_weights(lengths, kept, loss_type=loss_type, max_completion_length=16)
+    weights = token_weights(lengths, kept, aggregation=AGGREGATION[loss_type], max_completion_length=16)
     flat = (
         None if x is None else x[mask]
         for x in (logprobs, old, ref, advantages[:, None].expand_as(mask), weights[:, None].expand_as(mask))

@@ -6,10 +6,19 @@ import torch
 from tiny_models import OutOfMemory, make_policy
 
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.loss import Coefficients
 from lowmem_grpo.metrics import TokenMeter
 from lowmem_grpo.packing import pack
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
-from lowmem_grpo.update import TokenBudget, backward, kept_lengths, reference_logprobs, try_largest_update
+from lowmem_grpo.update import (
+    TokenBudget,
+    backward,
+    high_entropy,
+    kept_lengths,
+    old_logprobs_and_entropy,
+    reference_logprobs,
+    try_largest_update,
+)  # fmt: skip
 
 
 def gradient_of(policy) -> torch.Tensor:
@@ -20,12 +29,17 @@ def gradient_of(policy) -> torch.Tensor:
     return flat
 
 
+def coefficients(config) -> Coefficients:
+    return Coefficients(config.beta, config.entropy_coef)
+
+
 def update(policy, rollout, config, budget=None, old_logprobs=None):
     """(loss, gradient, metrics) of a rollout, as the loop gets them."""
     budget = budget or TokenBudget(config.token_budget)
     scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
     reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
-    work = partial(backward, policy, rollout, old_logprobs, reference, tokens, scaler, config)
+    rollout = dataclasses.replace(rollout, ref_logprobs=reference, old_logprobs=old_logprobs)
+    work = partial(backward, policy, rollout, tokens, coefficients(config), scaler, config)
     loss, _ = budget.fit(work, rollout.lengths)
     return loss, gradient_of(policy), tokens.metrics()
 
@@ -38,13 +52,14 @@ def fixed_rollout(num_generations=2, prompts=3, seed=0):
         length = int(torch.randint(low, high, (1,), generator=draw))
         return torch.randint(10, 100, (length,), generator=draw).tolist()
 
-    completions = [Completion(ids(1, 20), None, None, "eos") for _ in range(prompts * num_generations)]
+    completions = [Completion(ids(1, 20), None, None, None, "eos") for _ in range(prompts * num_generations)]
     lengths = torch.tensor([0] + [len(c.ids) for c in completions])
     return Rollout(
         prompts=[Prompt("", ids(2, 12), {}) for _ in range(prompts)],
         completions=completions,
         offsets=lengths.cumsum(0),
         sampling_logprobs=torch.randn(int(lengths.sum()), generator=draw) - 4,
+        proposal_logprobs=None,
         rewards=torch.zeros(len(completions), 1),
         advantages=torch.randn(len(completions), generator=draw),
         completion_mask=torch.tensor([True] * (len(completions) - 1) + [False]),
@@ -66,6 +81,44 @@ def test_micro_batches_add_up_to_the_whole_batch(family, loss_type):
                 loss_type=loss_type, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False
             )
             found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
+    for loss, gradient, metrics in found[1:]:
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
+        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+    assert found[0][1].norm() > 0
+
+
+EVERY_OBJECTIVE = [
+    dict(importance_sampling_level="sequence"), dict(importance_sampling_level="sequence_token", loss_type="grpo"),
+    dict(loss_type="luspo", importance_sampling_level="sequence"), dict(loss_type="cispo", epsilon_high=3.0),
+    dict(loss_type="sapo"), dict(loss_type="vespo"), dict(loss_type="gmpo", top_entropy_quantile=0.5),
+    dict(loss_type="sapo", importance_sampling_level="sequence"), dict(kl_estimator="k2"),
+    dict(entropy_coef=0.3), dict(entropy_coef=0.3, top_entropy_quantile=0.3, loss_type="cispo", epsilon_high=3.0),
+    dict(off_policy_mask_threshold=0.1), dict(importance_sampling_mode="token_truncate"),
+    dict(importance_sampling_mode="sequence_truncate", loss_type="vespo"), dict(importance_sampling_mode="token_mask"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", EVERY_OBJECTIVE, ids=str)
+def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory(settings):
+    """The same to 1e-6 relative in fp32, with ratios, importance weights and divergences on both sides of 1."""
+    policy, rollout = make_policy("qwen3"), fixed_rollout(num_generations=3)
+    own, entropies = old_logprobs_and_entropy(policy, rollout, GRPOConfig(bf16=False), 10_000)
+    draw = torch.Generator().manual_seed(4)
+    old, drawn, proposal = (own + 0.3 * torch.randn(own.shape, generator=draw) for _ in range(3))
+    keep = (
+        high_entropy(entropies, rollout, settings["top_entropy_quantile"])
+        if "top_entropy_quantile" in settings
+        else None
+    )
+    rollout = dataclasses.replace(rollout, sampling_logprobs=drawn, proposal_logprobs=proposal, keep=keep)
+    assert policy.packs
+    found = []
+    for padding_free, token_budget in ((False, 10_000), (False, 60), (True, 10_000), (True, 1)):
+        config = GRPOConfig(**settings, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False)
+        found.append(update(policy, rollout, config, old_logprobs=old))
+    with OutOfMemory(tokens=70):
+        found.append(update(policy, rollout, GRPOConfig(**settings, beta=0.1, bf16=False), old_logprobs=old))
     for loss, gradient, metrics in found[1:]:
         assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
         torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
@@ -111,9 +164,8 @@ def test_the_update_is_the_definition_on_full_logits():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     tokens = TokenMeter(rollout, policy.device)
     reference = reference_logprobs(policy, rollout, config, config.token_budget)
-    loss, _ = backward(
-        policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
-    )
+    given = dataclasses.replace(rollout, old_logprobs=rollout.sampling_logprobs, ref_logprobs=reference)
+    loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
     parameters = policy.trainable_parameters()
     ours = torch.cat([p.grad.flatten() for p in parameters.values()])
     policy.model.zero_grad()
@@ -144,9 +196,8 @@ def test_checkpointing_really_recomputes():
         backward(
             policy,
             rollout,
-            None,
-            None,
             TokenMeter(rollout, policy.device),
+            coefficients(config),
             torch.amp.GradScaler("cpu", enabled=False),
             config,
             config.token_budget,
@@ -164,9 +215,8 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing():
         config = GRPOConfig(beta=beta, bf16=False)
         tokens, scaler = TokenMeter(rollout, policy.device), torch.amp.GradScaler("cpu", enabled=False)
         reference = reference_logprobs(policy, rollout, config, config.token_budget)
-        loss, _ = backward(
-            policy, rollout, rollout.sampling_logprobs, reference, tokens, scaler, config, config.token_budget
-        )
+        given = dataclasses.replace(rollout, old_logprobs=rollout.sampling_logprobs, ref_logprobs=reference)
+        loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
         policy.model.zero_grad()
         found.append((loss, gradient, tokens.metrics()["frac_tokens_skipped"]))
@@ -252,6 +302,6 @@ def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
     assert longest < max(rollout.lengths)
     scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
     with OutOfMemory(tokens=longest):
-        work = partial(backward, policy, rollout, None, None, tokens, scaler, config)
+        work = partial(backward, policy, rollout, tokens, coefficients(config), scaler, config)
         budget.fit(work, kept_lengths(rollout, config))
     assert budget.tokens <= longest

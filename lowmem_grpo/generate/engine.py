@@ -95,7 +95,7 @@ def _run(
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(prompts, prefill_tokens):
-            texts[scheduler.slots[slot]] = [[], [], []]  # type: ignore[index]
+            texts[scheduler.slots[slot]] = [[], [], [], []]  # type: ignore[index]
         slots.reserve(block)
         slots.shrink()
         made = [slots.advance(uniforms) for _ in range(block)]
@@ -105,12 +105,13 @@ def _run(
             if completion is None:
                 continue
             text = texts[completion]
-            for tokens, logprobs, behaviour in columns:
-                for kept, value in zip(text, (int(tokens[slot]), logprobs[slot], behaviour[slot]), strict=True):
+            for tokens, *logprobs in columns:
+                for kept, value in zip(text, (int(tokens[slot]), *(x[slot] for x in logprobs)), strict=True):
                     kept.append(value)
                 finish = finish_of(text[0])
                 if finish is not None:
-                    done[completion] = Completion(text[0], torch.tensor(text[1]), torch.tensor(text[2]), finish)
+                    own, behaviour, proposal = (torch.tensor(values) for values in text[1:])
+                    done[completion] = Completion(text[0], own, behaviour, proposal, finish)
                     del texts[completion]
                     scheduler.finish(slot)
                     break

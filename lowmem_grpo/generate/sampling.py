@@ -35,6 +35,7 @@ class Choice(NamedTuple):
     tokens: Tensor  # int64
     logprobs: Tensor  # fp32, under temperature alone, as a training forward computes it
     behaviour_logprobs: Tensor  # fp32, of the distribution it was drawn from; of a greedy token 0
+    proposal_logprobs: Tensor  # fp32, behaviour times the share, under temperature alone, of what truncation left
 
 
 def choose(
@@ -48,12 +49,24 @@ def choose(
     if params.greedy:
         tokens = penalized.argmax(-1)
         logprobs = selective_logprobs(logits, tokens, temperature=1.0)
-        return Choice(tokens, logprobs, torch.zeros_like(logprobs))
+        return Choice(tokens, logprobs, torch.zeros_like(logprobs), logprobs)
     if penalized is logits and not params.truncates:
         tokens, logprobs = sample_tokens(logits, uniforms, temperature=params.temperature)
-        return Choice(tokens, logprobs, logprobs)
-    tokens, behaviour = sample_tokens(truncate(penalized, params), uniforms, temperature=1.0)
-    return Choice(tokens, selective_logprobs(logits, tokens, temperature=params.temperature), behaviour)
+        return Choice(tokens, logprobs, logprobs, logprobs)
+    left = truncate(penalized, params)
+    tokens, behaviour = sample_tokens(left, uniforms, temperature=1.0)
+    logprobs = selective_logprobs(logits, tokens, temperature=params.temperature)
+    if penalized is logits:  # behaviour is logprobs over what is left: the share cancels
+        return Choice(tokens, logprobs, behaviour, logprobs)
+    return Choice(tokens, logprobs, behaviour, behaviour + log_share(logits.float() / params.temperature, left))
+
+
+def log_share(
+    scores: Tensor,  # (S, V)
+    left: Tensor,  # (S, V), -inf where a token is ruled out
+) -> Tensor:
+    """Log of the probability, in softmax(scores), of the tokens that are left, (S,)."""
+    return scores.masked_fill(left.isneginf(), -torch.inf).logsumexp(-1) - scores.logsumexp(-1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

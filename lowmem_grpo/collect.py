@@ -1,0 +1,175 @@
+"""One step's rollout: completions sampled, scored, and compared with each other."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.advantages import Advantages, compare
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.data import prompts_at
+from lowmem_grpo.evaluate import as_text
+from lowmem_grpo.generate import SamplingParams, sample
+from lowmem_grpo.metrics import length_metrics, reward_metrics
+from lowmem_grpo.objective import kl_estimate
+from lowmem_grpo.policy import Policy
+from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rollout import Completion, Prompt, Rollout
+
+
+@dataclass
+class _Scored:
+    """Completions of some prompts, group after group, with their rewards."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    rewards: Tensor  # (B, R)
+    metrics: dict[str, float]
+    table: dict[str, list] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collected:
+    rollout: Rollout
+    prompts: int  # drawn from the stream, those of dropped groups included
+    tokens: int  # of every completion with its prompt, likewise
+    new_tokens: int  # of the completions alone
+
+
+def collect_rollout(
+    policy: Policy, prompts: list[Prompt], position: int, rewards: RewardRunner, config: GRPOConfig, step: int
+) -> Collected:
+    """Sample num_generations completions of each of the stream's next prompts, score them, and compare them.
+
+    With dynamic_sampling_rounds, groups without a difference are dropped for those of the prompts that come next
+    (DAPO, https://arxiv.org/abs/2503.14476); what is without one after the last round stays, and the step has as many
+    groups as ever. Metrics are over everything that was sampled.
+    """
+    rounds, chosen, drawn = [], [], 0
+    wanted = config.prompts_per_step
+    for _ in range(1 + config.dynamic_sampling_rounds):
+        asked = prompts_at(prompts, position + drawn, wanted, config)
+        drawn += wanted
+        scored = _sample_and_score(policy, asked, rewards, config, step)
+        rounds.append(scored)
+        differs = ~_compared(scored.rewards, config).zero_std.view(-1, config.num_generations).all(dim=1)
+        chosen.append(differs.nonzero().flatten().tolist())
+        wanted = config.prompts_per_step - sum(map(len, chosen))
+        if not wanted or not config.dynamic_sampling_rounds:
+            break
+    if wanted:  # the groups of the last round fill the step up, as they are
+        chosen[-1] = sorted(chosen[-1] + _others(chosen[-1], len(rounds[-1].prompts))[:wanted])
+    every = _joined([(scored, range(len(scored.prompts))) for scored in rounds], config)
+    step_scored = _joined(list(zip(rounds, chosen, strict=True)), config)
+    metrics = {
+        **every.metrics,
+        **length_metrics(every.completions),
+        **reward_metrics(rewards.names, every.rewards, _compared(every.rewards, config)),
+    }
+    if config.dynamic_sampling_rounds:
+        metrics["dynamic_sampling/rounds"] = len(rounds) - 1
+        metrics["dynamic_sampling/dropped_groups"] = drawn - config.prompts_per_step
+    new = sum(len(completion.ids) for completion in every.completions)
+    tokens = new + config.num_generations * sum(len(prompt.ids) for prompt in every.prompts)
+    return Collected(_rollout(step_scored, metrics, rewards.names, policy, config), drawn, tokens, new)
+
+
+def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
+    """The same, its advantages anew from rewards less beta times each completion's KL to the reference."""
+    assert rollout.ref_logprobs is not None
+    own = rollout.sampling_logprobs if rollout.old_logprobs is None else rollout.old_logprobs
+    assert own is not None
+    estimates = kl_estimate(own, rollout.ref_logprobs, estimator=config.kl_estimator).cpu()
+    lengths = rollout.offsets.diff()
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    kl = torch.zeros(len(lengths)).index_add_(0, owner, estimates) * rollout.completion_mask
+    compared = _compared(rollout.rewards, config, beta * kl)
+    counted = int((lengths * rollout.completion_mask).sum())
+    return replace(
+        rollout,
+        advantages=compared.advantages,
+        metrics={**rollout.metrics, "kl": (kl.sum() / max(1, counted)).item()},
+        table={**rollout.table, "advantage": compared.advantages.tolist()},
+    )
+
+
+def _compared(rewards: Tensor, config: GRPOConfig, penalty: Tensor | None = None) -> Advantages:
+    return compare(
+        rewards, num_generations=config.num_generations, reward_weights=config.reward_weights,
+        adv_estimator=config.adv_estimator, scale_rewards=config.scale_rewards,
+        multi_objective_aggregation=config.multi_objective_aggregation, penalty=penalty,
+    )  # fmt: skip
+
+
+def _sample_and_score(
+    policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
+) -> _Scored:
+    params = SamplingParams(
+        max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
+        top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+        stop_strings=tuple(config.stop_strings or ()),
+    )  # fmt: skip
+    sampled = sample(
+        policy, [prompt.ids for prompt in prompts], config.num_generations, params,
+        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
+        weights=config.rollout_weights, kv=config.rollout_kv,
+    )  # fmt: skip
+    completions = sampled.completions
+    asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
+    texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
+    columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
+    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
+    table = {**scores.extra_columns, "prompt": [p.text for p in asked], "completion": texts}
+    return _Scored(prompts, completions, scores.rewards, {**sampled.metrics, **scores.metrics}, table)
+
+
+def _others(chosen: list[int], count: int) -> list[int]:
+    return [group for group in range(count) if group not in chosen]
+
+
+def _joined(parts: list, config: GRPOConfig) -> _Scored:
+    """The chosen groups of several rounds as one; metrics are means over the rounds."""
+    prompts, completions, rewards, tables = [], [], [], []
+    for scored, groups in parts:
+        rows = [b for g in groups for b in range(g * config.num_generations, (g + 1) * config.num_generations)]
+        prompts += [scored.prompts[g] for g in groups]
+        completions += [scored.completions[b] for b in rows]
+        rewards.append(scored.rewards[rows])
+        tables.append({name: [values[b] for b in rows] for name, values in scored.table.items()})
+    names = set.intersection(*(set(table) for table in tables))
+    logged: dict[str, list[float]] = {}
+    for scored, _ in parts:
+        for name, value in scored.metrics.items():
+            logged.setdefault(name, []).append(value)
+    return _Scored(
+        prompts, completions, torch.cat(rewards), {name: sum(v) / len(v) for name, v in logged.items()},
+        {name: [value for table in tables for value in table[name]] for name in tables[0] if name in names},
+    )  # fmt: skip
+
+
+def _rollout(
+    scored: _Scored, metrics: dict[str, float], names: list[str], policy: Policy, config: GRPOConfig
+) -> Rollout:
+    compared = _compared(scored.rewards, config)
+    finished = torch.tensor([completion.finish != "length" for completion in scored.completions])
+    return Rollout(
+        prompts=scored.prompts,
+        completions=scored.completions,
+        offsets=torch.tensor([0] + [len(completion.ids) for completion in scored.completions]).cumsum(0),
+        sampling_logprobs=_flat([completion.logprobs for completion in scored.completions], policy),
+        proposal_logprobs=_flat([completion.proposal_logprobs for completion in scored.completions], policy),
+        rewards=scored.rewards,
+        advantages=compared.advantages,
+        completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
+        metrics=metrics,
+        table={
+            **scored.table,
+            **dict(zip(names, scored.rewards.T.tolist(), strict=True)),
+            "advantage": compared.advantages.tolist(),
+        },
+    )
+
+
+def _flat(values: list[Tensor | None], policy: Policy) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.cat(known).to(policy.device) if known else None
