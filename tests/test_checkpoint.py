@@ -29,6 +29,13 @@ def noisy_reward(completions, **kwargs):
     return [random.random() + np.random.rand() + torch.rand(1).item() + v for v in length_reward(completions)]
 
 
+CONTROLLED = dict(
+    kl_target=0.01, kl_horizon=20, entropy_coef=0.01, use_adaptive_entropy=True, entropy_target=2.0,
+    entropy_coef_delta=0.01, sync_ref_model=True, ref_model_sync_steps=3, dynamic_sampling_rounds=1,
+    steps_per_generation=2, num_iterations=2, top_p=0.9, learning_rate=3e-3,
+)  # fmt: skip
+
+
 class Stop(Exception):
     pass
 
@@ -41,7 +48,7 @@ def stop_at(step):
     return callback
 
 
-@pytest.mark.parametrize("changes", [{}, {"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}])
+@pytest.mark.parametrize("changes", [{}, {"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}, CONTROLLED])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
     changes = {
         "rewards": noisy_reward,

@@ -104,6 +104,24 @@ def test_behaviour_logprobs_are_of_the_distribution_that_was_drawn_from():
             torch.testing.assert_close(completion.behaviour_logprobs[t], truth, atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.7, "top_k": 9}])
+def test_the_mean_importance_weight_is_one_whatever_is_truncated(truncation, penalty):
+    """Over every token that can be drawn, exactly; by the behaviour's own log-probability it is the mass that is left."""
+    torch.manual_seed(3)
+    logits, rows = 2 * torch.randn(40), 20_000
+    seen = (torch.arange(40) % 3 == 0).expand(rows, -1) if penalty != 1 else None
+    params = SamplingParams(max_completion_length=1, temperature=0.7, repetition_penalty=penalty, **truncation)
+    uniforms = (torch.arange(rows) + 0.5) / rows
+    tokens, own, behaviour, proposal = choose(logits.expand(rows, -1), uniforms, seen, params)
+    first = torch.stack([(tokens == token).nonzero()[0, 0] for token in tokens.unique()])
+    drawn, weight, naive = (x[first].double().exp() for x in (behaviour, own - proposal, own - behaviour))
+    assert drawn.sum() == pytest.approx(1, abs=2e-4), "hardly a token that can be drawn was missed"
+    assert (drawn * weight).sum() == pytest.approx(1, abs=1e-3)
+    if truncation:
+        assert (drawn * naive).sum() < 0.99
+
+
 def test_without_truncation_both_logprobs_are_one():
     assert all(torch.equal(c.logprobs, c.behaviour_logprobs) for c in run(make_policy()))
 

@@ -1,9 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lowmem_grpo.advantages import group_advantages, nanstd
+from lowmem_grpo.advantages import (
+    compare,
+    gdpo_advantages,
+    group_advantages,
+    nanstd,
+    reinforce_plus_plus_advantages,
+    rloo_advantages,
+)  # fmt: skip
 from lowmem_grpo.objective import token_weights
 
 NAN = math.nan
@@ -49,6 +57,80 @@ def test_scaling_by_the_batch_or_not_at_all():
     expected = torch.tensor([-1.0, 1.0, 0.0, 0.0])
     torch.testing.assert_close(advantages(rows, scale_rewards="batch").advantages, expected / deviation)
     torch.testing.assert_close(advantages(rows, scale_rewards="none").advantages, expected)
+
+
+def test_rloo_by_hand():
+    """Rewards 0, 1 and 5: each against the mean of the two others; where nothing applies, nothing is compared."""
+    given = dict(num_generations=3, reward_weights=None)
+    found = rloo_advantages(torch.tensor([[0.0], [1.0], [5.0]]), **given)
+    torch.testing.assert_close(found.advantages, torch.tensor([-3.0, -1.5, 4.5]))
+    found = rloo_advantages(torch.tensor([[0.0], [NAN], [5.0], [NAN], [NAN], [2.0]]), **given)
+    torch.testing.assert_close(found.advantages, torch.tensor([-5.0, 0.0, 5.0, 0.0, 0.0, 0.0]))
+    assert found.zero_std.tolist() == [False] * 3 + [True] * 3
+
+
+def test_reinforce_plus_plus_by_hand():
+    """Rewards 0, 2, 2, 4: scaled over the batch, as they are or as distances -1, 1, -1, 1 from their groups' means."""
+    rewards, given = torch.tensor([[0.0], [2.0], [2.0], [4.0]]), dict(num_generations=2, reward_weights=None)
+    found = reinforce_plus_plus_advantages(rewards, **given, group_baseline=False).advantages
+    torch.testing.assert_close(found, torch.tensor([-2.0, 0.0, 0.0, 2.0]) / (math.sqrt(8 / 3) + 1e-4))
+    found = reinforce_plus_plus_advantages(rewards, **given, group_baseline=True).advantages
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -1.0, 1.0]) / (math.sqrt(4 / 3) + 1e-4))
+
+
+def test_gdpo_by_hand():
+    """A reward of hundreds and one of ones weigh the same: scaled to +-1 / sqrt(2) each, then summed and scaled."""
+    rewards = torch.tensor([[0.0, 1.0], [300.0, 0.0], [0.0, 0.0], [100.0, 1.0]])
+    found = gdpo_advantages(rewards, num_generations=2, reward_weights=None)
+    torch.testing.assert_close(found.rewards, torch.tensor([1.0, 300.0, 0.0, 101.0]))
+    unit = math.sqrt(2) / math.sqrt(4 / 3)  # the sums are 0, 0, -sqrt(2), sqrt(2), of deviation sqrt(4 / 3)
+    torch.testing.assert_close(found.advantages, torch.tensor([0.0, 0.0, -unit, unit]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "gdpo"])
+def test_advantages_are_trls(scale, nan):
+    """Its formulas, which stand in the middle of a method of 600 lines, in NumPy and fp64."""
+    draw = torch.Generator().manual_seed(3)
+    rewards = torch.randn(12, 3, generator=draw)
+    if nan:
+        rewards[torch.rand(12, 3, generator=draw) < 0.3] = NAN
+        rewards[4] = NAN
+    weights = [1.0, 0.3, 2.0]
+    wide = rewards.double().numpy()
+
+    def total(values):
+        sums = np.nansum(values * np.array(weights), axis=1)
+        sums[np.isnan(values).all(axis=1)] = np.nan
+        return sums
+
+    with np.errstate(all="ignore"):
+        groups = wide.reshape(3, 4, 3)
+        if scale == "gdpo":
+            scaled = (groups - np.nanmean(groups, 1, keepdims=True)) / (
+                np.nanstd(groups, 1, ddof=1, keepdims=True) + 1e-4
+            )
+            sums = total(scaled.reshape(12, 3))
+            truth = (sums - np.nanmean(sums)) / (np.nanstd(sums, ddof=1) + 1e-4)
+        else:
+            sums = total(wide).reshape(3, 4)
+            spread = {"group": np.nanstd(sums, 1, ddof=1, keepdims=True), "batch": np.nanstd(sums, ddof=1)}
+            truth = (sums - np.nanmean(sums, 1, keepdims=True)) / (spread[scale] + 1e-4 if scale in spread else 1)
+    found = compare(
+        rewards, num_generations=4, reward_weights=weights, adv_estimator="grpo",
+        scale_rewards="group" if scale == "gdpo" else scale,
+        multi_objective_aggregation="normalize_then_sum" if scale == "gdpo" else "sum_then_normalize",
+    )  # fmt: skip
+    np.testing.assert_allclose(found.advantages, np.nan_to_num(truth.flatten()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_penalty_is_taken_from_each_reward():
+    rewards, penalty = torch.tensor([[0.0], [2.0]]), torch.tensor([0.0, 3.0])
+    found = compare(
+        rewards, num_generations=2, reward_weights=None, adv_estimator="rloo", scale_rewards="group",
+        multi_objective_aggregation="sum_then_normalize", penalty=penalty,
+    )  # fmt: skip
+    assert found.advantages.tolist() == [1.0, -1.0] and found.rewards.tolist() == [0.0, 2.0]
 
 
 def test_weights_and_rewards_that_do_not_apply():

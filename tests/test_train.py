@@ -164,6 +164,9 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         {"scale_rewards": "none", "max_grad_norm": 1e9, "adam_epsilon": 1.0}, {"scale_rewards": "batch"},
         {"loss_type": "grpo"}, {"lr_scheduler_type": "cosine"}, {"beta": 0.5}, {"seed": 1}, {"shuffle_dataset": False},
         {"num_iterations": 2}, {"temperature": 0.5}, {"lora_dropout": 0.5}, {"prompts_per_step": 3},
+        {"multi_objective_aggregation": "normalize_then_sum"}, {"adv_estimator": "rloo"},
+        {"steps_per_generation": 2}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.3}, {"repetition_penalty": 1.2},
+        {"kl_in_reward": True, "beta": 0.5, "kl_estimator": "k1"}, {"loss_type": "sapo"}, {"loss_type": "gmpo"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -339,3 +342,100 @@ def test_out_of_memory_anywhere_in_a_run_changes_nothing(tmp_path, share):
             assert line[name] == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
     for name, value in adapters(found).items():
         torch.testing.assert_close(value, adapters(expected)[name], atol=2e-5, rtol=0)
+
+
+def test_importance_weights_are_one_on_average_under_nucleus_sampling(tmp_path):
+    """top_p 0.8, where the behaviour's own log-probabilities would make the mean weight the nucleus's mass."""
+    (line,) = run(
+        tmp_path, bf16=False, top_p=0.8, importance_sampling_mode="token_truncate", max_steps=1, prompts_per_step=8
+    ).history
+    name = "sampling/importance_sampling_ratio"
+    assert line[f"{name}/mean"] == pytest.approx(1, abs=0.01) and line["ratio/min"] == line["ratio/max"] == 1
+    assert 0.99 < line[f"{name}/min"] <= line[f"{name}/max"] < 1.01
+
+
+def test_a_repetition_penalty_is_weighed(tmp_path):
+    lines = [
+        run(
+            tmp_path / str(on), bf16=False, repetition_penalty=1.5, max_steps=1, importance_sampling_correction=on
+        ).history[0]
+        for on in (True, False)
+    ]
+    name = "sampling/importance_sampling_ratio"
+    assert lines[0][f"{name}/max"] > 1.2 > 0.8 > lines[0][f"{name}/min"]
+    assert f"{name}/mean" not in lines[1] and lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_groups_without_a_difference_are_replaced_by_those_of_the_next_prompts(tmp_path):
+    """Every other prompt in the stream gets one reward for all: none of them is in a step, and all are counted."""
+    rows = [{**row, "good": place % 2} for place, row in enumerate(ROWS[:12])]
+    seen = []
+
+    def reward(prompts, completions, good, **kwargs):
+        seen.extend(good[::4])
+        return [float(place % 4) if g else 0.5 for place, g in enumerate(good)]
+
+    settings = dict(rewards=reward, rows=rows, shuffle_dataset=False, log_completions=True, max_steps=2)
+    result = run(tmp_path, dynamic_sampling_rounds=3, **settings)
+    assert seen[1:] == [row["good"] for row in rows][: len(seen) - 1], "the stream's order, after the trial"
+    for line in result.history:
+        assert line["dynamic_sampling/dropped_groups"] >= 1 and line["dynamic_sampling/rounds"] >= 1
+        assert line["frac_tokens_skipped"] <= 0.25, "only the completion at its group's mean, if any"
+    assert result.history[-1]["epoch"] == pytest.approx((len(seen) - 1) / 12)
+    table = load_dataset("parquet", data_files=str(tmp_path / "out/completions/*.parquet"), split="train")
+    assert len(table) == 2 * 2 * 4 and 0.5 not in table["reward"]
+    plain = run(tmp_path / "plain", **settings)
+    assert plain.history[0]["frac_reward_zero_std"] == 0.5
+
+
+def test_a_round_that_finds_nothing_fills_the_step_with_what_it_has(tmp_path):
+    (line,) = run(
+        tmp_path, rewards=lambda completions, **kwargs: [1.0] * len(completions), max_steps=1, dynamic_sampling_rounds=2
+    ).history
+    assert line["dynamic_sampling/rounds"] == 2 and line["dynamic_sampling/dropped_groups"] == 4
+    assert line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1
+
+
+def test_the_reference_is_the_base_or_the_adapter_that_training_started_from(tmp_path):
+    first = run(tmp_path / "first", rewards=length_reward, learning_rate=1e-2, max_steps=2)
+    adapter = f"{first.output_dir}/adapter"
+    kl = {
+        reference: run(
+            tmp_path / reference, model=adapter, rewards=length_reward, beta=0.1, reference=reference, bf16=False
+        ).history
+        for reference in ("base", "initial")
+    }
+    assert kl["initial"][0]["kl"] == pytest.approx(0, abs=1e-9) and kl["initial"][1]["kl"] > 1e-6
+    assert kl["base"][0]["kl"] > 1e-4
+
+
+def test_a_reference_that_follows_the_policy_is_where_the_policy_was(tmp_path):
+    """Moved all the way after every step, it is the policy that the next step starts with."""
+    settings = dict(rewards=length_reward, beta=0.1, bf16=False, max_steps=3, learning_rate=1e-2)
+    kl = [line["kl"] for line in run(tmp_path / "still", **settings).history]
+    followed = run(
+        tmp_path / "follows", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, **settings
+    )
+    assert [line["kl"] for line in followed.history] == pytest.approx([0, 0, 0], abs=1e-9) and kl[2] > 1e-5
+
+
+def test_several_steps_on_one_rollout_are_measured_against_its_policy(tmp_path):
+    (line,) = run(
+        tmp_path, rewards=length_reward, steps_per_generation=2, max_steps=1, learning_rate=1e-2, bf16=False
+    ).history
+    assert line["ratio/min"] < 1 < line["ratio/max"], "the second part's policy has moved"
+    assert {"time/old_s", "memory/old/peak_mib", "tokens_per_s/old"} <= set(line)
+
+
+def test_a_kl_in_the_reward_lowers_the_reward_of_what_has_drifted(tmp_path):
+    settings = dict(beta=0.5, kl_estimator="k1", learning_rate=3e-2, bf16=False, scale_rewards="none")
+    for line in run(
+        tmp_path, kl_in_reward=True, rewards=lambda completions, **_: [1.0] * len(completions), **settings
+    ).history:
+        assert line["reward"] == 1.0
+    assert line["kl"] != 0 and line["grad_norm"] > 0, "the rewards are all alike; what differs is their KL"
+
+
+def test_coefficients_are_logged_where_something_moves_them(tmp_path):
+    (line, *_) = run(tmp_path, entropy_coef=0.1, use_adaptive_entropy=True, beta=0.1, kl_target=0.05).history
+    assert line["entropy_coef"] == pytest.approx(0.1, abs=0.0051) and line["beta"] == pytest.approx(0.1, rel=0.01)
