@@ -87,6 +87,9 @@ class GRPOConfig:
     )
 
     reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
+    reward_timeout: float | None = option(
+        300.0, "seconds after which a call of a reward function is stopped; none: never"
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
     )
@@ -304,7 +307,7 @@ _POSITIVE = (
     "lora_r", "lora_alpha", "num_train_epochs", "prompts_per_step", "max_completion_length", "max_prompt_length",
     "temperature", "repetition_penalty", "rollout_token_budget", "num_iterations", "token_budget", "adam_epsilon",
     "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "kl_target", "kl_horizon", "steps_per_generation",
-    "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max",
+    "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max", "reward_timeout",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
@@ -381,6 +384,7 @@ MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps", "log_completions",
     "save_steps", "save_total_limit", "token_budget", "rollout_token_budget", "gradient_checkpointing",
     "padding_free", "activation_offloading", "tiled_mlp", "offload_embedding", "use_liger_kernel",
+    "reward_timeout",
 }  # fmt: skip
 
 

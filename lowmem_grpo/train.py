@@ -85,7 +85,7 @@ def train(
         settings = json.dumps(asdict(config), indent=1)
     except TypeError as error:
         raise ValueError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
-    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN))
+    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN), config.reward_timeout)
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"

@@ -68,16 +68,16 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
         assert torch.equal(value, adapters(whole)[name]), name
 
 
-def test_a_crash_in_a_reward_loses_no_finished_step(tmp_path):
+def test_an_exit_in_a_reward_loses_no_finished_step(tmp_path):
     calls = []
 
     def crashes_late(completions, **kwargs):
         calls.append(0)
         if len(calls) == 5:  # the trial and three steps went well
-            raise OSError("the judge is gone")
+            raise SystemExit("the judge is gone")
         return length_reward(completions)
 
-    with pytest.raises(RuntimeError, match="the judge is gone"):
+    with pytest.raises(SystemExit, match="the judge is gone"):
         run(tmp_path, rewards=crashes_late, max_steps=6)
     assert (tmp_path / "out/checkpoint-3").is_dir()
     assert [
@@ -171,13 +171,13 @@ def test_later_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
         run(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
 
 
-def test_an_error_in_the_first_step_leaves_the_folder_free(tmp_path):
+def test_an_exit_in_the_first_step_leaves_the_folder_free(tmp_path):
     def fails_in_training(completions, trainer_state, **kwargs):
         if trainer_state.global_step:
-            raise OSError("gone")
+            raise SystemExit("gone")
         return [0.0 for _ in completions]
 
-    with pytest.raises(RuntimeError, match="gone"):
+    with pytest.raises(SystemExit, match="gone"):
         run(tmp_path, rewards=fails_in_training)
     assert len(run(tmp_path).history) == 2
 

@@ -1,6 +1,10 @@
 import asyncio
+import contextlib
+import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from lowmem_grpo.rewards import (
     think_format_reward,
 )
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
+from lowmem_grpo.rewards.limit import SIGNAL
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
 
 
@@ -135,8 +140,8 @@ def test_think_format(text, reward):
     assert think_format_reward([[{"role": "assistant", "content": text}]]) == [reward]
 
 
-def score(*functions, columns=None, completions=("a", "bb")):
-    return RewardRunner(functions)(
+def score(*functions, columns=None, completions=("a", "bb"), timeout_s=None):
+    return RewardRunner(functions, timeout_s)(
         ["p"] * len(completions), list(completions), [[1]] * len(completions), columns or {}, 3
     )
 
@@ -171,24 +176,180 @@ def test_a_reward_may_be_async():
     assert score(slow).rewards.tolist() == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        ([1.0], "returned 1 values for 2 completions"),
-        (None, "returned NoneType"),
-        (["x", 1.0], "returned 'x'"),
-        ([1e300, 1.0], "returned 1e"),
-        ([10**400, 1.0], "returned 1000"),
-        ([torch.zeros(2), 1.0], "returned tensor"),
-        ([float("inf"), 0], "returned inf; a reward is a finite number"),
-    ],
-)
-def test_a_reward_that_returns_something_else_is_named(returned, message):
+BROKEN = [
+    ([1.0], "returned 1 values for 2 completions", 2),
+    (None, "returned NoneType", 2),
+    (["x", 1.0], "returned 'x'", 1),
+    ([1e300, 1.0], "returned 1e", 1),
+    ([10**400, 1.0], "returned a whole number of 1329 bits", 1),
+    ([torch.zeros(2), 1.0], "returned tensor", 1),
+    ([float("inf"), 1], "returned inf; a reward is a finite number", 1),
+    ([TimeoutError("too slow"), 1.0], "failed: TimeoutError: too slow", 1),
+]
+
+
+@pytest.mark.parametrize(("returned", "message", "failures"), [*BROKEN, ([float("nan"), 1], "returned nan", 1)])
+def test_what_is_no_reward_is_left_out_and_counted_and_the_run_goes_on(returned, message, failures, caplog):
     def broken(**kwargs):
         return returned
 
-    with pytest.raises(ValueError, match=f"reward function broken {message}"):
-        score(broken)
+    def sound(**kwargs):
+        return [0.5, 0.25]
+
+    scores = score(broken, sound)
+    assert scores.rewards[:, 0].isnan().sum() == failures and (scores.rewards[:, 0].nansum() == 1) == (failures == 1)
+    assert scores.rewards[:, 1].tolist() == [0.5, 0.25]
+    assert scores.metrics["rewards/broken/failures"] == failures and scores.metrics["rewards/sound/failures"] == 0
+    assert f"reward function broken {message}" in caplog.text
+    assert f"{failures} of 2 completions go without this reward" in caplog.text
+
+
+@pytest.mark.parametrize(("returned", "message", "failures"), BROKEN)
+def test_what_is_no_reward_stops_the_run_at_its_start(returned, message, failures):
+    def broken(**kwargs):
+        return returned
+
+    with pytest.raises(ValueError, match=f"reward function broken {message}.*made-up completions"):
+        RewardRunner([broken]).try_out(["p", "p"], {})
+
+
+def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():
+    RewardRunner([lambda **_: np.array([np.nan, 1.0])]).try_out(["p", "p"], {})
+
+
+def test_a_failure_is_logged_the_first_second_fourth_time(caplog):
+    runner = RewardRunner([lambda **_: 1 / 0], None)
+    for step in range(9):
+        runner(["p"], ["c"], [[1]], {}, step)
+    said = [record.message for record in caplog.records if "ZeroDivisionError" in record.message]
+    assert [message.split("(")[-1].split()[0] for message in said] == ["1", "2", "4", "8"]
+    assert sum("there is nothing to learn from" in record.message for record in caplog.records) == 4
+
+
+def hang_in_python(**kwargs):
+    while True:
+        pass
+
+
+def hang_in_sleep(**kwargs):
+    time.sleep(60)
+
+
+def hang_and_catch(**kwargs):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+async def hang_in_await(**kwargs):
+    await asyncio.sleep(60)
+
+
+async def hang_the_loop(**kwargs):
+    time.sleep(60)
+
+
+async def refuse_to_be_cancelled(**kwargs):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+
+async def quick(completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [1.0 for _ in completions]
+
+
+HANGING = [hang_in_python, hang_in_sleep, hang_and_catch, hang_in_await, hang_the_loop, refuse_to_be_cancelled]
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+@pytest.mark.parametrize("function", HANGING)
+def test_a_reward_that_hangs_is_stopped_and_the_others_count(function, in_main_thread, caplog):
+    def work():
+        runner = RewardRunner([quick, function, length], timeout_s=0.3)
+        return runner(["p", "p"], ["a", "bb"], [[1], [1]], {}, 1)
+
+    def length(completions, **kwargs):
+        return [float(len(c)) for c in completions]
+
+    started = time.monotonic()
+    if in_main_thread:
+        scores = work()
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            scores = pool.submit(work).result()
+    assert time.monotonic() - started < 10
+    assert scores.rewards[:, 2].tolist() == [1.0, 2.0] and scores.rewards[:, 1].isnan().all()
+    assert function is hang_the_loop or scores.rewards[:, 0].tolist() == [1.0, 1.0]
+    assert scores.metrics[f"rewards/{function.__name__}/failures"] == 2
+    assert "took longer than reward_timeout=0.3 s" in caplog.text
+
+
+def test_a_reward_that_hangs_stops_the_run_at_its_start():
+    with pytest.raises(ValueError, match="hang_in_sleep took longer than reward_timeout"):
+        RewardRunner([hang_in_sleep], timeout_s=0.2).try_out(["p"], {})
+
+
+def test_a_time_limit_leaves_no_signal_behind():
+    before, threads = signal.getsignal(SIGNAL), threading.active_count()
+    score(lambda **_: [1.0, 1.0], timeout_s=5.0)
+    assert signal.getsignal(SIGNAL) == before and threading.active_count() == threads
+
+
+def test_async_rewards_run_concurrently():
+    def slow(name):
+        async def function(completions, **kwargs):
+            await asyncio.sleep(0.5)
+            return [1.0 for _ in completions]
+
+        function.__name__ = name
+        return function
+
+    started = time.monotonic()
+    scores = score(*(slow(f"slow_{n}") for n in range(4)))
+    assert time.monotonic() - started < 1.5 and scores.rewards.tolist() == [[1.0] * 4] * 2
+    assert scores.metrics["time/reward/slow_3_s"] > 0.4
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_and_exit_go_through(stop):
+    def interrupted(**kwargs):
+        raise stop
+
+    async def async_interrupted(**kwargs):
+        raise stop
+
+    for function in (interrupted, async_interrupted):
+        with pytest.raises(stop):
+            score(function, timeout_s=5.0)
+
+
+def test_math_verify_works_in_a_reward_with_a_time_limit():
+    def own(completions, **kwargs):
+        from math_verify import parse, verify
+
+        return [float(verify(parse("$2x$"), parse("$x+x$"))) for _ in completions]
+
+    assert score(own, timeout_s=30.0).rewards.tolist() == [[1.0], [1.0]]
+
+
+def test_a_slow_reward_is_reported_once_and_again_when_twice_as_slow(caplog, monkeypatch):
+    monkeypatch.setattr("lowmem_grpo.rewards.runner.SLOW_S", 0.05)
+    seconds = iter([0.1, 0.11, 0.5])
+    runner = RewardRunner([lambda completions, **_: time.sleep(next(seconds)) or [1.0 for _ in completions]])
+    for step in range(3):
+        runner(["p"], ["c"], [[1]], {}, step)
+    assert caplog.text.count("s for 1 completions") == 2
+
+
+def test_what_a_failed_call_logged_does_not_count():
+    def broken(log_metric, log_extra, **kwargs):
+        log_metric("mine", 1)
+        log_extra("column", [1])
+
+    scores = score(broken)
+    assert "mine" not in scores.metrics and not scores.extra_columns
 
 
 @pytest.mark.parametrize(
@@ -222,13 +383,12 @@ def test_an_async_reward_works_where_a_loop_is_running():
     assert asyncio.run(notebook()).rewards.tolist() == [[1.0], [1.0]]
 
 
-def test_a_reward_that_raises_is_named_and_its_error_kept():
+def test_a_reward_that_raises_is_named(caplog):
     def broken(**kwargs):
         raise KeyError("gold")
 
-    with pytest.raises(RuntimeError, match="reward function broken raised KeyError") as caught:
-        score(broken)
-    assert isinstance(caught.value.__cause__, KeyError)
+    assert score(broken).rewards.isnan().all()
+    assert "reward function broken raised KeyError: 'gold'; 2 of 2 completions" in caplog.text
 
 
 def test_two_rewards_of_one_name_are_refused():

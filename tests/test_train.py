@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -259,6 +260,34 @@ def test_a_reward_that_cannot_work_stops_the_run_at_its_start(tmp_path):
 
     with pytest.raises(ValueError, match="reward function broken raised TypeError.*gold.*made-up completions"):
         run(tmp_path, rewards=broken)
+
+
+def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
+    def sometimes(completions, trainer_state, **kwargs):
+        values: list = length_reward(completions)
+        match trainer_state.global_step:
+            case 1:
+                raise OSError("the judge is gone")
+            case 2:
+                return values[:-1]
+            case 3:
+                return [float("nan"), 1e300, *values[2:]]
+            case 4:
+                time.sleep(60)
+        return values
+
+    result = run(tmp_path, rewards=[sometimes, length_reward], max_steps=5, reward_timeout=2.0)
+    assert [line["rewards/sometimes/failures"] for line in result.history] == [8, 8, 2, 8, 0]
+    assert [line["rewards/sometimes/mean"] is None for line in result.history] == [True, True, False, True, False]
+    assert all(line["reward"] is not None and line["rewards/length_reward/failures"] == 0 for line in result.history)
+    for said in (
+        "raised OSError: the judge is gone",
+        "returned 7 values for 8",
+        "returned nan",
+        "returned 1e+300",
+        "took longer",
+    ):
+        assert said in caplog.text
 
 
 def test_what_a_reward_logs_cannot_replace_the_trainers_own(tmp_path):

@@ -8,7 +8,8 @@ prompt is a chat.
 
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.rewards.format import think_format_reward
-from lowmem_grpo.rewards.runner import RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards.names import resolve_reward_funcs
+from lowmem_grpo.rewards.runner import RewardRunner
 
 BUILT_IN = {function.__name__: function for function in (accuracy_reward, think_format_reward)}
 

@@ -1,147 +1,210 @@
-"""Finds reward functions by name and runs them on a rollout's completions."""
+"""Runs the reward functions on a rollout's completions, each isolated from the others and from the run."""
 
-import asyncio
 import copy
-import difflib
-import importlib
 import inspect
+import logging
 import math
-import os
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowmem_grpo.rewards.limit import Outcome, OutOfTime, await_within, call_within
+
 LARGEST = 1e30  # squares of rewards must fit into fp32
+SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
+log = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
-    rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply
-    metrics: dict[str, float]  # what the functions logged, averaged, and time/reward/{name}_s
+    rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply, or its function failed
+    metrics: dict[str, float]  # what the functions logged, averaged; time/reward/{name}_s; rewards/{name}/failures
     extra_columns: dict[str, list]  # what they logged a completion, B values each
 
 
-class RewardRunner:
-    """Calls each reward function by TRL's protocol and checks what it returns."""
+class Failure(NamedTuple):
+    kind: str  # failures of one kind are counted together
+    message: str
 
-    def __init__(self, reward_funcs: Sequence[Callable]):
+
+class Call(NamedTuple):
+    """What one function made of B completions."""
+
+    rewards: list[float]  # B, NaN where there is none
+    failures: list[Failure]  # one for each completion that has no reward because of a failure
+    metrics: dict[str, list[float]]
+    extra_columns: dict[str, list]
+    seconds: float
+
+
+class RewardRunner:
+    """Calls each reward function by TRL's protocol; one that fails gives no reward (NaN), is counted and reported."""
+
+    def __init__(self, reward_funcs: Sequence[Callable], timeout_s: float | None = None):
         self.functions = list(reward_funcs)
+        self.timeout_s = timeout_s
         self.names = [getattr(function, "__name__", type(function).__name__) for function in reward_funcs]
         repeated = {name for name in self.names if self.names.count(name) > 1}
         if repeated:
             raise ValueError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
+        self.failed_calls: Counter = Counter()  # by name and kind
+        self.slow_s = dict.fromkeys(self.names, SLOW_S)
+        self.empty_steps = 0
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
     ) -> Scores:
-        """Rewards of B completions; prompts, completions, ids and every column have B entries.
-
-        Raises:
-            ValueError: a function returned something other than B numbers or Nones.
-            RuntimeError: a function raised; its own error is the cause.
-        """
-        rewards = torch.full((len(completions), len(self.functions)), torch.nan)
+        """Rewards of B completions; prompts, completions, ids and every column have B entries. No function's error is
+        raised: the run goes on without its reward."""
+        calls = self._call_all(prompts, completions, completion_ids, columns, step)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
-        given = {
-            **columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids,
-            "trainer_state": SimpleNamespace(global_step=step),
-            "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
-            "log_extra": lambda column, values: extra_columns.__setitem__(column, list(values)),
-        }  # fmt: skip
-        for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            started = time.perf_counter()
-            # A copy each, so that a function which changes its arguments changes nothing for the others.
-            values = _checked(name, _call(name, function, copy.deepcopy(given)), len(completions))
-            rewards[:, index] = torch.tensor(values)
-            metrics[f"time/reward/{name}_s"] = [time.perf_counter() - started]
-        for column, values in extra_columns.items():
-            if len(values) != len(completions):
-                raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(completions)} completions")
+        for name, call in zip(self.names, calls, strict=True):
+            for metric, values in call.metrics.items():
+                metrics.setdefault(metric, []).extend(values)
+            extra_columns |= call.extra_columns
+            self._report(name, call, len(completions))
+        for name, call in zip(self.names, calls, strict=True):
+            metrics[f"time/reward/{name}_s"] = [call.seconds]
+            metrics[f"rewards/{name}/failures"] = [len(call.failures)]
+        if completions and all(len(call.failures) == len(completions) for call in calls):
+            self.empty_steps += 1
+            if _is_power_of_two(self.empty_steps):
+                log.warning(
+                    f"step {step}: every reward function failed on every completion, so there is nothing to learn from "
+                    f"({self.empty_steps} such steps so far); stop the run and mend {', '.join(self.names)}"
+                )
+        rewards = torch.tensor([call.rewards for call in calls]).T.contiguous()
         return Scores(rewards, {name: sum(v) / len(v) for name, v in metrics.items()}, extra_columns)
 
     def try_out(self, prompts: list, columns: dict[str, list]) -> None:
-        """Call every function once on made-up completions, so that one which cannot work stops the run at its start."""
+        """Call every function once on made-up completions, so that one which cannot work stops the run at its start.
+
+        Raises:
+            ValueError: a function raised, took too long, or returned something other than B numbers or Nones; a NaN
+                passes here, since an array has no None.
+        """
         trial = "<think>trial</think> <answer>0</answer>"
         completions = [trial if isinstance(p, str) else [{"role": "assistant", "content": trial}] for p in prompts]
-        try:
-            self(prompts, completions, [[0]] * len(prompts), columns, step=0)
-        except RuntimeError as error:
-            raise ValueError(f"{error} (on made-up completions, which every reward is tried on first)") from error
+        for call in self._call_all(prompts, completions, [[0]] * len(prompts), columns, step=0):
+            for failure in call.failures:
+                if failure.kind != "NaN":
+                    raise ValueError(
+                        f"{failure.message} (on made-up completions, which every reward is tried on first)"
+                    )
+
+    def _call_all(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
+    ) -> list[Call]:
+        """Each function in turn; then what the async ones returned, all of it concurrently."""
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        state = SimpleNamespace(global_step=step)
+        logs = [_Logs(len(completions)) for _ in self.functions]
+        outcomes = []
+        for function, own in zip(self.functions, logs, strict=True):
+            # A copy each, so that a function which changes its arguments changes nothing for the others.
+            own_given = {**copy.deepcopy(given), "trainer_state": copy.copy(state), **own.functions()}
+            outcomes.append(_call(function, own_given, self.timeout_s))
+        waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
+        if waiting:
+            awaited = await_within(self.timeout_s, [outcomes[index].value for index in waiting])
+            for index, outcome in zip(waiting, awaited, strict=True):
+                outcomes[index] = outcome
+        for outcome in outcomes:
+            if outcome.error and not isinstance(outcome.error, (Exception, OutOfTime)):
+                raise outcome.error  # sys.exit or Ctrl-C in an async function
+        return [
+            self._read(name, outcome, own, len(completions))
+            for name, outcome, own in zip(self.names, outcomes, logs, strict=True)
+        ]
+
+    def _read(self, name: str, outcome: Outcome, logs: "_Logs", count: int) -> Call:
+        failure = None
+        values = outcome.value.tolist() if hasattr(outcome.value, "tolist") else outcome.value
+        if isinstance(outcome.error, OutOfTime):
+            failure = Failure("time", f"reward function {name} took longer than reward_timeout={self.timeout_s} s")
+        elif outcome.error:
+            failure = Failure(type(outcome.error).__name__, f"reward function {name} raised {_words(outcome.error)}")
+        elif not isinstance(values, (list, tuple)) or len(values) != count:
+            got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
+            wanted = f"returned {got} for {count} completions; return a list, one value each"
+            failure = Failure("length", f"reward function {name} {wanted}")
+        if failure:
+            return Call([math.nan] * count, [failure] * count, {}, {}, outcome.seconds)
+        read = [_as_reward(name, value) for value in values]
+        rewards = [math.nan if isinstance(value, Failure) else value for value in read]
+        failures = [value for value in read if isinstance(value, Failure)]
+        return Call(rewards, failures, dict(logs.metrics), dict(logs.columns), outcome.seconds)
+
+    def _report(self, name: str, call: Call, count: int) -> None:
+        """Log the first failed call of a kind, the second, the fourth, ...; and a slow call."""
+        for kind, several in Counter(failure.kind for failure in call.failures).items():
+            self.failed_calls[name, kind] += 1
+            times = self.failed_calls[name, kind]
+            if _is_power_of_two(times):
+                message = next(failure.message for failure in call.failures if failure.kind == kind)
+                log.warning(
+                    f"{message}; {several} of {count} completions go without this reward "
+                    f"({times} {'call' if times == 1 else 'calls'} failed like this so far)"
+                )
+        if call.seconds > self.slow_s[name]:
+            self.slow_s[name] = 2 * call.seconds
+            log.warning(f"reward function {name} took {call.seconds:.1f} s for {count} completions")
 
 
-def _call(name: str, function: Callable, given: dict[str, Any]) -> Any:
+class _Logs:
+    """What one function logs; kept apart until its call has succeeded."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.metrics: dict[str, list[float]] = {}
+        self.columns: dict[str, list] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: list) -> None:
+        if len(values) != self.count:
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
+        self.columns[column] = list(values)
+
+    def functions(self) -> dict[str, Callable]:
+        return {"log_metric": self.log_metric, "log_extra": self.log_extra}
+
+
+def _call(function: Callable, given: dict[str, Any], timeout_s: float | None) -> Outcome:
+    started, value, error = time.perf_counter(), None, None
     try:
-        values = function(**given)
-        return _run_async(values) if inspect.isawaitable(values) else values
-    except Exception as error:
-        raise RuntimeError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+        value = call_within(timeout_s, lambda: function(**given))
+    except (Exception, OutOfTime) as raised:
+        error = raised
+    return Outcome(value, error, time.perf_counter() - started)
 
 
-def _run_async(awaitable) -> Any:
-    async def wait():
-        return await awaitable
-
-    with ThreadPoolExecutor(1) as thread:  # a thread of its own, since a notebook's already has a running loop
-        return thread.submit(asyncio.run, wait()).result()
-
-
-def _checked(name: str, values: Any, count: int) -> list[float]:
-    """The values as floats, NaN for None; a tensor or an array will do, like any list."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        raise ValueError(
-            f"reward function {name} returned {got} for {count} completions; return a list, one value each"
-        )
-    return [math.nan if value is None else _as_float(name, value) for value in values]
-
-
-def _as_float(name: str, value: Any) -> float:
+def _as_reward(name: str, value: Any) -> float | Failure:
+    """One completion's reward: NaN for None, a Failure for what is no finite number or an exception in its place."""
+    if value is None:
+        return math.nan
+    if isinstance(value, BaseException):
+        return Failure(type(value).__name__, f"reward function {name} failed: {_words(value)}")
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # a reward may return anything at all
         number = math.inf
-    if isinstance(value, str) or abs(number) > LARGEST:
-        raise ValueError(
-            f"reward function {name} returned {value!r}; a reward is a finite number, or None if not applicable"
-        )
-    return number
+    if not isinstance(value, str) and abs(number) <= LARGEST:
+        return number
+    text = repr(value) if not isinstance(value, int) else f"a whole number of {value.bit_length()} bits"
+    message = f"reward function {name} returned {text:.100}; a reward is a finite number, or None if not applicable"
+    return Failure("NaN" if math.isnan(number) else "value", message)
 
 
-def resolve_reward_funcs(reward_funcs: Any, built_in: dict[str, Callable]) -> list[Callable]:
-    """Functions from one or several functions or names: a built-in's, or `module.function` on the Python path.
-
-    Raises:
-        ValueError: no function, an unknown name, or something that cannot be called.
-    """
-    several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    if not several:
-        raise ValueError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
-    return [_resolve(reward, built_in) for reward in several]
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
-def _resolve(reward: Any, built_in: dict[str, Callable]) -> Callable:
-    if not isinstance(reward, str):
-        if not callable(reward):
-            raise ValueError(f"reward function {reward!r} cannot be called; give a function or a name")
-        return reward
-    if reward in built_in:
-        return built_in[reward]
-    module_name, _, function_name = reward.rpartition(".")
-    if not module_name:
-        nearest = difflib.get_close_matches(reward, built_in, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the built-in ones are {', '.join(built_in)}"
-        raise ValueError(f"no reward function is named {reward!r}; {hint} (one of your own is module.function)")
-    if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"reward function {reward!r} cannot be imported: {error}") from error
-    return _resolve(function, built_in)
+def _is_power_of_two(count: int) -> bool:
+    return count.bit_count() == 1
