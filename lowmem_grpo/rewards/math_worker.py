@@ -1,8 +1,8 @@
-"""The program of a math-verify worker: reads [gold, answer] as JSON lines, writes true or false for each."""
+"""The program of a math-verify worker: gets (gold, answer), and answers true or false."""
 
-import json
 import logging
 import sys
+from multiprocessing.connection import Connection
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -20,13 +20,17 @@ def is_equal(gold: str, answer: str) -> bool:
 
 def main() -> None:
     logging.disable(logging.CRITICAL)
-    for line in sys.stdin:
-        gold, answer = json.loads(line)
+    trainer = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            gold, answer = trainer.recv()
+        except EOFError:  # the trainer is gone
+            return
         try:
             verdict = is_equal(gold, answer)
         except Exception:  # whatever sympy makes of a model's output, it is not the gold answer
             verdict = False
-        print(json.dumps(verdict), flush=True)
+        trainer.send(verdict)
 
 
 if __name__ == "__main__":

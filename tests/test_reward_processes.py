@@ -1,0 +1,100 @@
+import os
+import sys
+import time
+
+import pytest
+
+from lowmem_grpo.rewards import RewardRunner, in_processes
+
+MODULE = """
+import os, time
+
+def score(completions, gold, prompts, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+    print("a worker's own output goes nowhere")
+    completion, = completions
+    log_metric("letters", len(completion))
+    log_extra("pid", [os.getpid()])
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "die":
+        os._exit(0)
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "two":
+        return [1.0, 2.0]
+    if completion == "sleep":
+        time.sleep(0.4)
+    if completion == "None":
+        return [None]
+    return [float(completion == gold[0]) + trainer_state.global_step + len(completion_ids[0])]
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_rewards"
+    sys.modules.pop("own_rewards", None)
+
+
+def score(function, completions, gold=None):
+    runner = RewardRunner([function], timeout_s=60)
+    columns = {"gold": gold or completions}
+    return runner(["p"] * len(completions), completions, [[7]] * len(completions), columns, 3)
+
+
+def test_each_completion_is_scored_in_a_worker(module):
+    scores = score(in_processes(f"{module}.score", workers=2), ["a", "bb", "None"], ["a", "x", "y"])
+    assert scores.rewards[:2, 0].tolist() == [5.0, 4.0] and scores.rewards[2].isnan()
+    assert scores.metrics["letters"] == 7 / 3 and scores.metrics["rewards/score/failures"] == 0
+    assert os.getpid() not in scores.extra_columns["pid"]
+
+
+def test_one_that_hangs_dies_or_raises_costs_no_other_its_reward(module, caplog):
+    function = in_processes(f"{module}.score", workers=2, timeout=1.0)
+    score(function, ["a", "a"])  # the workers are up
+    started = time.monotonic()
+    scores = score(function, ["a", "hang", "die", "raise", "two", "b"])
+    assert time.monotonic() - started < 10
+    assert scores.rewards[:, 0].isnan().tolist() == [False, True, True, True, True, False]
+    assert scores.metrics["rewards/score/failures"] == 4
+    for said in ("no answer within 1 s", "worker process died", "KeyError: 'no such thing'"):
+        assert said in caplog.text
+
+
+def test_the_runners_own_limit_stops_the_workers_too(module):
+    function = in_processes(f"{module}.score", workers=1, timeout=30.0)
+    score(function, ["a"])
+    runner = RewardRunner([function], timeout_s=0.5)
+    assert runner(["p"], ["hang"], [[7]], {"gold": ["a"]}, 0).rewards.isnan().all()
+    started = time.monotonic()
+    assert score(function, ["a"]).rewards.tolist() == [[5.0]] and time.monotonic() - started < 10
+
+
+def test_completions_are_scored_at_once(module):
+    function = in_processes(f"{module}.score", workers=4)
+    score(function, ["sleep"] * 4)
+    started = time.monotonic()
+    score(function, ["sleep"] * 4)
+    assert time.monotonic() - started < 1.2
+
+
+def at_the_top(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
+def test_what_no_process_can_import_is_refused():
+    main = type(at_the_top)(at_the_top.__code__, {})
+    main.__module__ = "__main__"
+    for function in (lambda **_: [], main, len.__call__):
+        with pytest.raises(ValueError, match="in_processes cannot send.*module.function"):
+            in_processes(function)
+    with pytest.raises(ValueError, match="needs a function as module.function"):
+        in_processes("score")
+
+
+def test_a_module_that_is_not_there_stops_the_run_at_its_start():
+    with pytest.raises(ValueError, match="ModuleNotFoundError.*no_such_module"):
+        RewardRunner([in_processes("no_such_module.f")], 60).try_out(["p"], {})
