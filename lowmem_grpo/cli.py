@@ -23,7 +23,7 @@ INPUTS = (
     ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
     ("dataset", ("--dataset_name", "--train_dataset"), "hub id, or JSONL, JSON, CSV or Parquet file, to train on"),
     ("eval_dataset", (), "the same, to measure greedy rewards on; a hub dataset's test split"),
-    ("reward_funcs", (), "one or more: accuracy_reward, think_format_reward, your_module.function"),
+    ("reward_funcs", (), "one or more: accuracy_reward, get_regex_reward(pattern='...'), my_module.function"),
 )
 
 

@@ -28,7 +28,7 @@ from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completi
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer, read_config, run_device
-from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt
 from lowmem_grpo.update import (
     TokenBudget,
@@ -85,7 +85,8 @@ def train(
         settings = json.dumps(asdict(config), indent=1)
     except TypeError as error:
         raise ValueError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
-    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN), config.reward_timeout)
+    functions = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
+    rewards = RewardRunner(functions, config.reward_timeout)
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"

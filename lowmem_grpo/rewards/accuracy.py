@@ -36,9 +36,52 @@ def accuracy_reward(
     ]
 
 
+def reasoning_accuracy_reward(
+    completions: list,
+    solution: list | None = None,
+    answer: list | None = None,
+    reasoning_delimiters: list[str] | None = None,
+    log_extra=None,
+    **kwargs,
+) -> list[float | None]:
+    """accuracy_reward of what follows the reasoning: after the last `</think>`, or the last of the first of
+    reasoning_delimiters that occurs; 0.0 where none does, since the reasoning never came to its end."""
+    answers = [_after_reasoning(completion_text(c), reasoning_delimiters or ["</think>"]) for c in completions]
+    rewards = accuracy_reward([text or "" for text in answers], solution, answer, log_extra)
+    return [0.0 if text is None else reward for text, reward in zip(answers, rewards, strict=True)]
+
+
+def exact_match_reward(
+    completions: list, solution: list | None = None, answer: list | None = None, **kwargs
+) -> list[float | None]:
+    r"""1.0 where the answer is the gold one, character for character but for white space; None without a gold one.
+
+    The answer is the last `\boxed{}`, else the last answer tag, else what follows the last `####`, else the whole
+    completion; gold comes from the column `solution`, else `answer`, and is read the same way.
+
+    Raises:
+        ValueError: the dataset has neither column.
+    """
+    gold_column = solution if solution is not None else answer
+    if gold_column is None:
+        raise ValueError("exact_match_reward needs the gold answers: a dataset column named solution or answer")
+    rewards: list[float | None] = []
+    for gold, completion in zip(map(gold_answer, gold_column), completions, strict=True):
+        text = completion_text(completion)
+        own = marked_answer(text)
+        same = gold is not None and (text if own is None else own).split() == gold.split()
+        rewards.append(None if gold is None else float(same))
+    return rewards
+
+
+def _after_reasoning(text: str, delimiters: list[str]) -> str | None:
+    found = next((delimiter for delimiter in delimiters if delimiter in text), None)
+    return None if found is None else text.rsplit(found, 1)[1]
+
+
 def extract_answer(text: str) -> str | None:
     r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order."""
-    marked = _marked_answer(text)
+    marked = marked_answer(text)
     if marked is not None:
         return marked
     numbers = NUMBER.findall(text)
@@ -49,11 +92,11 @@ def gold_answer(gold) -> str | None:
     """The gold answer in a dataset's column, where a text without any mark stands for itself."""
     if gold is None:
         return None
-    marked = _marked_answer(str(gold))
+    marked = marked_answer(str(gold))
     return str(gold).strip() if marked is None else marked
 
 
-def _marked_answer(text: str) -> str | None:
+def marked_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed

@@ -1,41 +1,88 @@
 """Finds reward functions by name."""
 
+import ast
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 
-def resolve_reward_funcs(reward_funcs: Any, built_in: dict[str, Callable]) -> list[Callable]:
-    """Functions from one or several functions or names: a built-in's, or `module.function` on the Python path.
+def resolve_reward_funcs(
+    reward_funcs: Any, built_in: dict[str, Callable], factories: dict[str, Callable] | None = None
+) -> list[Callable]:
+    """Functions from one or several functions or names.
+
+    A name is a built-in's, or `module.function` on the Python path; either may be a call with keyword arguments that
+    are literals, `get_cosine_scaled_reward(max_len=1024)`, of a function that makes a reward function.
 
     Raises:
-        ValueError: no function, an unknown name, or something that cannot be called.
+        ValueError: no function, an unknown name, wrong arguments, or something that cannot be called.
     """
     several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not several:
         raise ValueError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
-    return [_resolve(reward, built_in) for reward in several]
+    return [_resolve(reward, built_in, factories or {}) for reward in several]
 
 
-def _resolve(reward: Any, built_in: dict[str, Callable]) -> Callable:
-    if not isinstance(reward, str):
-        if not callable(reward):
-            raise ValueError(f"reward function {reward!r} cannot be called; give a function or a name")
-        return reward
-    if reward in built_in:
-        return built_in[reward]
-    module_name, _, function_name = reward.rpartition(".")
+def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Callable]) -> Callable:
+    if isinstance(reward, str):
+        reward = reward.strip()
+        if reward.endswith(")"):
+            name, arguments = _read_call(reward)
+            reward = _make(name, _find(name, factories, "function makes a reward and"), arguments)
+        elif reward in factories:
+            raise ValueError(
+                f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
+                "with names for its arguments"
+            )
+        else:
+            reward = _find(reward, built_in, "reward function")
+    if not callable(reward):
+        raise ValueError(f"reward function {reward!r} cannot be called; give a function or a name")
+    return reward
+
+
+def _read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of `name(argument=literal, ...)`."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+            raise ValueError
+        return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(
+            f"reward function {text!r} cannot be read; write it as name(argument=value), each value a number, a text, "
+            "true or false as in Python, or a list of them"
+        ) from error
+
+
+def _make(name: str, factory: Callable, arguments: dict[str, Any]) -> Callable:
+    try:
+        inspect.signature(factory).bind(**arguments)
+        return factory(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}; its arguments are {name}{_signature(factory)}") from error
+
+
+def _signature(factory: Callable) -> str:
+    return str(inspect.signature(factory).replace(return_annotation=inspect.Signature.empty))
+
+
+def _find(name: str, known: dict[str, Callable], what: str) -> Any:
+    """What a known name or an import path stands for."""
+    if name in known:
+        return known[name]
+    module_name, _, function_name = name.rpartition(".")
     if not module_name:
-        nearest = difflib.get_close_matches(reward, built_in, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the built-in ones are {', '.join(built_in)}"
-        raise ValueError(f"no reward function is named {reward!r}; {hint} (one of your own is module.function)")
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the built-in ones are {', '.join(known)}"
+        raise ValueError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"reward function {reward!r} cannot be imported: {error}") from error
-    return _resolve(function, built_in)
+        raise ValueError(f"reward function {name!r} cannot be imported: {error}") from error

@@ -1,0 +1,53 @@
+"""A reward for answering in the script of the question."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from lowmem_grpo.rewards.text import completion_text, prompt_text
+
+LEAST_SHARE = 0.1  # of a prompt's letters: a script with fewer is a quotation
+
+
+def language_consistency_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
+    """The share of a completion's letters that are in a script of its prompt; None where the prompt has no letters.
+
+    A script (LATIN, CYRILLIC, CJK, HIRAGANA, ...) is one of the prompt's if a tenth of its letters are in it. A
+    completion without letters has 1.0. Languages that share a script are not told apart.
+    """
+    rewards: list[float | None] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        of_prompt = _scripts(prompt_text(prompt))
+        wanted = {script for script, count in of_prompt.items() if count >= LEAST_SHARE * of_prompt.total()}
+        rewards.append(_share(completion_text(completion), wanted) if wanted else None)
+    return rewards
+
+
+def get_language_consistency_reward(scripts: Sequence[str]) -> Callable:
+    """The share of a completion's letters that are in the given scripts, such as ["CJK"], whatever the prompt's."""
+    wanted = {scripts.upper()} if isinstance(scripts, str) else {script.upper() for script in scripts}
+
+    def script_reward(completions: list, **kwargs) -> list[float]:
+        return [_share(completion_text(completion), wanted) for completion in completions]
+
+    return script_reward
+
+
+def _share(text: str, wanted: set[str]) -> float:
+    scripts = _scripts(text)
+    return sum(scripts[script] for script in wanted) / scripts.total() if scripts else 1.0
+
+
+def _scripts(text: str) -> Counter:
+    """How many letters of a text are in which script; what is only a variant of a letter (ℝ, Ａ) counts as that."""
+    found = Counter(map(_script, unicodedata.normalize("NFKC", text)))
+    del found[None]
+    return found
+
+
+@lru_cache(maxsize=65536)
+def _script(character: str) -> str | None:
+    if not character.isalpha() or unicodedata.category(character) == "Lm":  # Lm: marks that many scripts use
+        return None
+    return unicodedata.name(character, "UNKNOWN").split()[0]
