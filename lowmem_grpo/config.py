@@ -307,7 +307,8 @@ _POSITIVE = (
     "lora_r", "lora_alpha", "num_train_epochs", "prompts_per_step", "max_completion_length", "max_prompt_length",
     "temperature", "repetition_penalty", "rollout_token_budget", "num_iterations", "token_budget", "adam_epsilon",
     "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "kl_target", "kl_horizon", "steps_per_generation",
-    "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max", "reward_timeout",
+    "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max",
+    "reward_timeout",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
