@@ -131,10 +131,10 @@ def run_plan(given: dict[str, Any]) -> int:
     refuse_unknown_fields(settings)
     config = GRPOConfig(**{name: from_text(name, value) for name, value in settings.items()})
     from lowmem_grpo import memory
-    from lowmem_grpo.policy import find_model, read_config
+    from lowmem_grpo.policy import adapter_config, find_model, read_config
 
     find_model(model, config)
-    found = memory.plan(read_config(model, config), config)
+    found = memory.plan(read_config(model, config), config, adapter_config(model, config))
     print(json.dumps(memory.as_dict(found), indent=1) if as_json else memory.as_text(found))
     return 0 if found.remedy is None else 1
 

@@ -1,32 +1,36 @@
 """What a run will need: the peak of each phase, predicted from a model's configuration alone, and what to do about it.
 
-The layers' activations are not written down as formulas, which would go stale: the training code itself runs, on fake
-tensors that have a shape and no memory, for models of 2 and of 3 layers. A whole model is that line continued.
+Weights and adapters are counted on the whole model, built without memory. The layers' activations are not written down
+as formulas, which would go stale: the training code itself runs, on fake tensors that have a shape and no memory, for
+2 and for 3 layers of each kind that the model has. A whole model is these, by their number.
 """
 
 import contextlib
 import copy
+import json
 import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.attention import in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.packing import MicroBatch, pack
-from lowmem_grpo.policy import Policy, add_adapter, equip
+from lowmem_grpo.policy import Policy, add_adapter, equip, lora_config
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
@@ -70,24 +74,22 @@ class Plan:
     remedy: str | None  # what would have to change besides; None where everything fits
 
 
-def plan(model: PreTrainedConfig, config: GRPOConfig) -> Plan:
-    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit."""
+def plan(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Plan:
+    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit.
+
+    adapter is the one that is trained; where it is None, config's lora fields say it.
+    """
     budget = config.vram_budget_bytes
-    found = _fit(model, config, budget)
+    key = _Key(model, adapter or lora_config(config))
+    found = _fit(key, config, budget)
     if budget is None or found.forecast.peak() <= budget:
         return found
-    return replace(found, remedy=_remedy(model, found, budget))
+    return replace(found, remedy=_remedy(key, found, budget))
 
 
-def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, peft_config: Any = None) -> Plan:
+def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Plan:
     """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
-    own = {"lora_r": config.lora_r, "lora_target_modules": config.lora_target_modules}
-    if peft_config is not None:
-        targets = peft_config.target_modules
-        targets = sorted(targets) if isinstance(targets, set) else targets
-        config = replace(config, lora_r=peft_config.r, lora_target_modules=targets)
-    found = plan(model, config)
-    found = replace(found, config=replace(found.config, **own))  # peft_config says them to the run itself
+    found = plan(model, config, adapter)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise ValueError(
@@ -103,14 +105,14 @@ def limit_memory(found: Plan, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (found.budget - CONTEXT_BYTES) / total)), device)
 
 
-def _fit(model: PreTrainedConfig, config: GRPOConfig, budget: int | None) -> Plan:
+def _fit(key: "_Key", config: GRPOConfig, budget: int | None) -> Plan:
     changes: dict[str, Change] = {}
     while True:
-        found = forecast(model, config)
+        found = _forecast(key, config)
         if budget is None or found.peak() <= budget:
             break
         phase = found.largest_phase()
-        change = next(_changes(model, config, phase), None)
+        change = next(_changes(key.model, config, phase), None)
         if change is None:
             break
         config = replace(config, **{change.name: change.value})
@@ -141,7 +143,7 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, phase: str) -> Iterato
         yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
 
-def _remedy(model: PreTrainedConfig, found: Plan, budget: int) -> str:
+def _remedy(key: "_Key", found: Plan, budget: int) -> str:
     """The smallest change of the task itself that would fit."""
     resident = sum(found.forecast.resident.values())
     if resident > budget:
@@ -152,17 +154,22 @@ def _remedy(model: PreTrainedConfig, found: Plan, budget: int) -> str:
         # Everything that a plan would choose, chosen at once.
         smallest = replace(smallest, max_completion_length=length)
         smallest = replace(smallest, token_budget=_longest(smallest), rollout_token_budget=_longest(smallest))
-        if forecast(model, smallest).peak() <= budget:
+        if _forecast(key, smallest).peak() <= budget:
             return f"max_completion_length={length} would fit"
-    needed = math.ceil(forecast(model, smallest).peak() / 10**8) / 10
+    needed = math.ceil(_forecast(key, smallest).peak() / 10**8) / 10
     return f"not even max_completion_length={length} would fit, it takes {needed:.1f} GB: choose a smaller model"
 
 
-def forecast(model: PreTrainedConfig, config: GRPOConfig) -> Forecast:
+def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Forecast:
     """Peaks of the phases, each with the parts that it is made of. Nothing is downloaded or allocated."""
+    return _forecast(_Key(model, adapter or lora_config(config)), config)
+
+
+def _forecast(key: "_Key", config: GRPOConfig) -> Forecast:
+    model = key.model
     text = model.get_text_config()
     dtype = getattr(torch, config.compute_dtype)
-    traced = _trace_layers(model, config)
+    traced = _trace(key, config)
     resident = {
         **traced.resident,
         "gradients": 4 * traced.adapter_numbers,
@@ -203,10 +210,10 @@ def forecast(model: PreTrainedConfig, config: GRPOConfig) -> Forecast:
 
 @dataclass(frozen=True)
 class Traced:
-    """What running the layers shows, for a whole model."""
+    """What building a model and running its layers shows, for the whole of it."""
 
     resident: dict[str, int]
-    adapter_sizes: tuple[int, ...]  # numbers in each LoRA parameter
+    adapter_sizes: tuple[int, ...]  # numbers in each trained parameter
     largest_linear: int  # numbers in the largest 4-bit layer
     kept: int  # bytes that the backward of the largest micro-batch waits with
     peak: int  # bytes of activations at the peak of its forward and backward
@@ -218,94 +225,143 @@ class Traced:
         return sum(self.adapter_sizes)
 
 
-def _trace_layers(model: PreTrainedConfig, config: GRPOConfig) -> Traced:
+def _trace(key: "_Key", config: GRPOConfig) -> Traced:
     # Only what the activations depend on, so that trying other settings costs nothing.
     fields = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
-        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 lora_r "
-        "lora_target_modules beta trust_remote_code"
+        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code"
     )
-    settings = {name: getattr(config, name) for name in fields.split()}
-    targets = settings["lora_target_modules"]
-    settings["lora_target_modules"] = targets if isinstance(targets, str) else tuple(targets)
-    return _traced(_Key(model), tuple(settings.items()))
+    return _traced(key, tuple((name, getattr(config, name)) for name in fields.split()))
 
 
 @dataclass(frozen=True)
 class _Key:
-    """A configuration that a cache can look up."""
+    """A model's configuration and its adapter's, that a cache can look up."""
 
     model: PreTrainedConfig
+    adapter: PeftConfig
+
+    def text(self) -> str:
+        adapter = json.dumps(self.adapter.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+        return self.model.to_json_string() + adapter
 
     def __hash__(self) -> int:
-        return hash(self.model.to_json_string())
+        return hash(self.text())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.model.to_json_string() == other.model.to_json_string()
+        return isinstance(other, _Key) and self.text() == other.text()
 
 
 @cache
 def _traced(key: _Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
-    given = dict(settings)
-    if isinstance(given["lora_target_modules"], tuple):
-        given["lora_target_modules"] = list(given["lora_target_modules"])
-    config = GRPOConfig(**given)
-    layers = key.model.get_text_config().num_hidden_layers
+    config = GRPOConfig(**dict(settings))
     try:
-        two, three = (_trace(key.model, config, count) for count in (2, 3))
+        whole = _skeleton(key, config.compute_dtype, config.trust_remote_code)
+        return Traced(*_resident(whole, config), *_run_layers(whole, config))
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
         message = f"the memory of a {key.model.model_type!r} model cannot be predicted: {in_a_line(error)}"
         raise ValueError(message) from error
-    more = layers - 2
-
-    def line(a: int, b: int) -> int:
-        return a + more * (b - a)
-
-    # Offloaded, the inputs of two layers are on the device at a time, whatever the number of layers.
-    kept = two.kept if config.activation_offloading else line(two.kept, three.kept)
-    peak = two.peak if config.activation_offloading else line(two.peak, three.peak)
-    per_layer = three.adapter_sizes[len(two.adapter_sizes) :]
-    return Traced(
-        {name: line(size, three.resident[name]) for name, size in two.resident.items()},
-        (*two.adapter_sizes, *per_layer * more),
-        max(two.largest_linear, three.largest_linear), kept, peak, line(two.inference, three.inference),
-        line(two.prefill, three.prefill),
-    )  # fmt: skip
 
 
-def _trace(model: PreTrainedConfig, config: GRPOConfig, layers: int) -> Traced:
-    model = copy.deepcopy(model)
-    text = model.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None) and "layer_types" in vars(text):
-        text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(layers)]
-    # A GPU's settings change what the device holds, and not what is computed.
-    plain = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
-    if config.fp16:  # of the same size, and more operations have a fake of it
-        plain = replace(plain, fp16=False)
-    with _fake_policy(model, plain) as policy:
-        resident, sizes, largest = _resident(policy, config)
-        prompt = config.max_prompt_length or PROMPT_TOKENS
-        batch = _largest_micro_batch(policy, config)
-        kept, peak = _activations(policy, batch)
-        inference = _inference(policy, batch) if config.beta else 0
-        count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
-        given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device)
-        (prompts,) = pack([[0] * prompt] * count, [[0]] * count, padding_free=_packs(policy, config), **given)
-        prefill = _inference(policy, prompts)
-    return Traced(resident, sizes, largest, kept, peak, inference, prefill)
+@lru_cache(maxsize=4)
+def _skeleton(key: _Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel:
+    """The model with its adapter, all of its layers, on the device that has no memory."""
+    adapter = copy.copy(key.adapter)
+    # One that is continued is trained again, and what its values are is no matter.
+    adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            copy.deepcopy(key.model), dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code
+        )
+        return add_adapter(base.requires_grad_(False), adapter)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Bytes that running some layers took, as in Traced."""
+
+    kept: int
+    peak: int
+    inference: int
+    prefill: int
+
+
+def _run_layers(whole: PeftModel, config: GRPOConfig) -> tuple[int, int, int, int]:
+    """(kept, peak, inference, prefill) of all layers, from the runs of 2 and 3 of each kind and of 2 of all kinds."""
+    kinds = _kinds(whole)
+
+    @cache
+    def run(chosen: tuple[int, ...]) -> _Ran:
+        with _fake_policy(whole, chosen, config) as policy:
+            return _run(policy, config)
+
+    if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
+        few = run(tuple(range(len(kinds))))
+        return few.kept, few.peak, few.inference, few.prefill
+    distinct = sorted(set(kinds))
+    # No layer is in two places, so the runs of one kind say what a layer keeps, and what it takes besides at work.
+    keeps = {kind: run((kind,) * 3).kept - run((kind,) * 2).kept for kind in distinct}
+    works = {kind: run((kind,) * 3).peak - run((kind,) * 3).kept for kind in distinct}
+    all_kinds = run(tuple(kind for kind in distinct for _ in range(2)))
+    common = all_kinds.kept - 2 * sum(keeps.values())
+    if config.activation_offloading:  # the inputs of two layers are on the device at a time
+        kept = common + 2 * max(keeps.values())
+        peak = kept + max(works.values())
+    else:
+        before = list(accumulate(keeps[kind] for kind in kinds))
+        kept = common + before[-1]
+        # While a layer is at work in the backward, those below it wait.
+        peak = common + max(waiting + works[kind] for waiting, kind in zip(before, kinds, strict=True))
+    return kept, peak, all_kinds.inference, all_kinds.prefill
+
+
+def _kinds(whole: PeftModel) -> list[int]:
+    """For each layer the first that is like it: of the same modules, parameters and attention."""
+    layers = _layers(whole)
+    types = getattr(_text_config(whole), "layer_types", None) or [None] * len(layers)
+    seen: dict[Any, int] = {}
+    return [seen.setdefault((_structure(layer), types[i]), i) for i, layer in enumerate(layers)]
+
+
+def _structure(layer: nn.Module) -> tuple:
+    modules = []
+    for name, module in layer.named_modules():
+        # Windows, kinds of attention and the like; what is different in every layer is its number.
+        simple = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str | None)}
+        simple = sorted((k, v) for k, v in simple.items() if "layer_i" not in k)
+        shapes = [(k, tuple(p.shape), p.requires_grad) for k, p in module.named_parameters(recurse=False)]
+        modules.append((name, type(module), tuple(map(repr, simple)), tuple(shapes)))
+    return tuple(modules)
+
+
+def _text_config(whole: PeftModel) -> Any:
+    return whole.get_base_model().config.get_text_config()  # type: ignore[union-attr]
+
+
+def _layers(whole: PeftModel) -> nn.ModuleList:
+    """Raises ValueError where a model has no list of its layers."""
+    base: Any = whole.get_base_model()
+    count = _text_config(whole).num_hidden_layers
+    for module in base.get_decoder().children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"the memory of a {base.config.model_type!r} model cannot be predicted: its layers are not in one list"
+    )
 
 
 @contextlib.contextmanager
-def _fake_policy(model: PreTrainedConfig, config: GRPOConfig) -> Iterator[Policy]:
-    """A policy whose tensors have no memory; inside, neither has any new one."""
+def _fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -> Iterator[Policy]:
+    """A policy of the chosen layers, each a copy, whose tensors have no memory; inside, neither has any new one."""
+    adapted = _with_layers(whole, chosen)
+    # A GPU's settings change what the device holds, and not what is computed.
+    config = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
+    if config.fp16:  # of the same size, and more operations have a fake of it
+        config = replace(config, fp16=False)
     dtype = getattr(torch, config.compute_dtype)
-    with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(model, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        adapted = add_adapter(base.requires_grad_(False), config, None)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows():
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -313,9 +369,49 @@ def _fake_policy(model: PreTrainedConfig, config: GRPOConfig) -> Iterator[Policy
                     module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        base.tie_weights()
+        adapted.get_base_model().tie_weights()  # type: ignore[operator]
         equip(adapted, config)
         yield Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
+
+
+@contextlib.contextmanager
+def _unpacked_rows() -> Iterator[None]:
+    """Where it cannot read positions, transformers takes rows for packed ones: a mask, and keys repeated to suit it."""
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
+    """A copy of a model with copies of the chosen layers in place of its own."""
+    layers = _layers(whole)
+    configs = {id(c): c for m in whole.modules() if (c := getattr(m, "config", None)) is not None}
+    shared = {key: copy.deepcopy(config) for key, config in configs.items()}
+    copies = [copy.deepcopy(layers[i], dict(shared)) for i in chosen]
+    for place, layer in enumerate(copies):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = place
+    adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
+    text = _text_config(adapted)
+    text.num_hidden_layers = len(chosen)
+    if "layer_types" in vars(text) and text.layer_types:
+        text.layer_types = [text.layer_types[i] for i in chosen]
+    return adapted
+
+
+def _run(policy: Policy, config: GRPOConfig) -> _Ran:
+    prompt = config.max_prompt_length or PROMPT_TOKENS
+    batch = _largest_micro_batch(policy, config)
+    kept, peak = _activations(policy, batch)
+    inference = _inference(policy, batch) if config.beta else 0
+    count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
+    given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device)
+    (prompts,) = pack([[0] * prompt] * count, [[0]] * count, padding_free=_packs(policy, config), **given)
+    return _Ran(kept, peak, inference, _inference(policy, prompts))
 
 
 def _packs(policy: Policy, config: GRPOConfig) -> bool:
@@ -391,23 +487,25 @@ class Live(TorchDispatchMode):
         self.now -= self.known.pop(key)[0]
 
 
-def _resident(policy: Policy, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int]:
-    """Bytes of the weights by kind, the numbers in each adapter parameter, those in the largest 4-bit layer."""
+def _resident(whole: PeftModel, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int]:
+    """Bytes of the weights by kind, the numbers in each trained parameter, those in the largest 4-bit layer."""
+    base: Any = whole.get_base_model()
+    size = getattr(torch, config.compute_dtype).itemsize
     quantized, largest, counted = 0, 0, set()
-    head = policy.base.get_output_embeddings()
-    for name, module in policy.base.named_modules():
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
         if type(module) is nn.Linear and module is not head and "lora_" not in name and config.load_in_4bit:
             quantized += nf4_bytes(module.weight.numel())
             largest = max(largest, module.weight.numel())
             counted.add(id(module.weight))
-    adapters = list(policy.trainable_parameters().values())
+    adapters = [p for p in whole.parameters() if p.requires_grad]
     counted |= {id(p) for p in adapters}
-    away = id(policy.base.get_input_embeddings().weight) if config.offload_embedding else None
-    others = {id(p): p.nbytes for p in policy.model.parameters() if id(p) not in counted and id(p) != away}
+    away = id(base.get_input_embeddings().weight) if config.offload_embedding else None
+    others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted and id(p) != away}
     resident = {
         "4-bit linear layers": quantized,
-        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in policy.model.buffers()),
-        "adapters": sum(p.nbytes for p in adapters),
+        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in whole.buffers()),
+        "adapters": sum(4 * p.numel() for p in adapters),
     }
     return resident, tuple(p.numel() for p in adapters), largest
 

@@ -311,11 +311,11 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         model.requires_grad_(False)
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
-        return add_adapter(_placed(model, device, dtype), config, peft_config)
+        return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
     if _is_adapter(model):
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
-    return add_adapter(_load_base(model, config, device, dtype), config, peft_config)
+    return add_adapter(_load_base(model, config, device, dtype), peft_config or lora_config(config))
 
 
 def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
@@ -423,12 +423,24 @@ def _is_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def add_adapter(model: PreTrainedModel, config: GRPOConfig, peft_config: LoraConfig | None) -> PeftModel:
-    if peft_config is None:
-        peft_config = LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
-        )  # fmt: skip
+def lora_config(config: GRPOConfig) -> LoraConfig:
+    """What config's lora fields say."""
+    return LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def adapter_config(model: Any, config: GRPOConfig, peft_config: LoraConfig | None = None) -> PeftConfig:
+    """The adapter that a run of these trains: the model's own, which is continued, or peft_config, or config's."""
+    if isinstance(model, PeftModel):
+        return model.active_peft_config
+    if isinstance(model, str) and _is_adapter(model):
+        return PeftConfig.from_pretrained(model)
+    return peft_config or lora_config(config)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.copy(peft_config)  # the caller's is left as it is
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
     with warnings.catch_warnings():

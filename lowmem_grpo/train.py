@@ -27,7 +27,7 @@ from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
-from lowmem_grpo.policy import Policy, find_model, load_policy, load_tokenizer, read_config, run_device
+from lowmem_grpo.policy import Policy, adapter_config, find_model, load_policy, load_tokenizer, read_config, run_device
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt
 from lowmem_grpo.update import (
@@ -105,7 +105,7 @@ def train(
     device, given = run_device(config), config
     planned = None
     if config.vram_budget is not None:
-        planned = plan_to_fit(read_config(model, config), config, peft_config)
+        planned = plan_to_fit(read_config(model, config), config, adapter_config(model, config, peft_config))
         config = planned.config
         limit_memory(planned, device)
     trial = rows[:2]
