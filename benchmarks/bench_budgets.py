@@ -77,10 +77,8 @@ def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
     found = memory.plan(make_config(shape, 0, 1), config)
     result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": memory.as_dict(found)}
     if on_gpu and found.remedy is None:
-        memory.limit_memory(found, torch.device("cuda"))
-        measured = measure.attempt(partial(measured_peaks, shape, found.config))
-        result["measured"] = measured
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        with memory.limit_memory(found, torch.device("cuda")):
+            result["measured"] = measure.attempt(partial(measured_peaks, shape, found.config))
     return result
 
 

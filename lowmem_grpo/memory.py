@@ -22,10 +22,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
-from lowmem_grpo.attention import in_a_line, refusal
+from lowmem_grpo.attention import UnknownAttention, in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
@@ -42,6 +42,7 @@ class Forecast:
 
     resident: dict[str, int]
     phases: dict[str, dict[str, int]]
+    padded: str | None = None  # why it is trained on padded rows and sampled from by transformers' generate
 
     def peaks(self) -> dict[str, int]:
         return {name: sum(self.resident.values()) + sum(parts.values()) for name, parts in self.phases.items()}
@@ -71,25 +72,39 @@ class Plan:
     forecast: Forecast
     budget: int | None
     changes: list[Change]
-    remedy: str | None  # what would have to change besides; None where everything fits
+    prompt_tokens: int  # of the longest prompt
+    assumptions: list[str]  # sentences
+    remedy: str | None = None  # what would have to change besides; None where everything fits
 
 
-def plan(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Plan:
-    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit.
-
-    adapter is the one that is trained; where it is None, config's lora fields say it.
-    """
-    budget = config.vram_budget_bytes
+def plan(
+    model: PreTrainedConfig,
+    config: GRPOConfig,
+    adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
+    longest_prompt: int | None = None,  # its tokens; None where no prompt is known yet
+) -> Plan:
+    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit."""
     key = _Key(model, adapter or lora_config(config))
-    found = _fit(key, config, budget)
-    if budget is None or found.forecast.peak() <= budget:
-        return found
-    return replace(found, remedy=_remedy(key, found, budget))
+    # Within here, max_prompt_length is the length that is planned for.
+    prompt = longest_prompt or config.max_prompt_length or PROMPT_TOKENS
+    chosen, found, changes = _fit(key, replace(config, max_prompt_length=prompt))
+    budget, assumptions, remedy = config.vram_budget_bytes, [], None
+    if found.padded:
+        assumptions.append(f"Trained on padded rows, sampled from by transformers' generate: {found.padded}.")
+    if longest_prompt is None:
+        given = "none" if config.max_prompt_length is None else prompt
+        assumptions.append(f"The longest prompt is assumed to have {prompt} tokens: max_prompt_length is {given}.")
+    if budget is not None and found.peak() > budget:
+        remedy = _remedy(key, chosen, found, budget)
+    chosen = replace(chosen, max_prompt_length=config.max_prompt_length)
+    return Plan(chosen, found, budget, changes, prompt, assumptions, remedy)
 
 
-def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Plan:
+def plan_to_fit(
+    model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None, longest_prompt: int | None = None
+) -> Plan:
     """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
-    found = plan(model, config, adapter)
+    found = plan(model, config, adapter, longest_prompt)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise ValueError(
@@ -98,33 +113,44 @@ def plan_to_fit(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig
     return found
 
 
-def limit_memory(found: Plan, device: torch.device) -> None:
-    """Let torch allocate the plan's budget and no more, which does not count the CUDA context."""
-    assert found.budget is not None
+@contextlib.contextmanager
+def limit_memory(found: Plan | None, device: torch.device) -> Iterator[None]:
+    """For the while, torch allocates the plan's budget and no more, which does not count the CUDA context."""
+    if found is None or found.budget is None:
+        yield
+        return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (found.budget - CONTEXT_BYTES) / total)), device)
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    share = max(0.0, (found.budget - CONTEXT_BYTES) / total)
+    torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
-def _fit(key: "_Key", config: GRPOConfig, budget: int | None) -> Plan:
-    changes: dict[str, Change] = {}
-    while True:
-        found = _forecast(key, config)
-        if budget is None or found.peak() <= budget:
+def _fit(key: "_Key", config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Change]]:
+    budget, changes = config.vram_budget_bytes, {}
+    found = _forecast(key, config)
+    while budget is not None and found.peak() > budget:
+        for change in _changes(key.model, config, found):
+            changed = replace(config, **{change.name: change.value})
+            try:
+                found = _forecast(key, changed)
+            except ValueError:  # not for this model
+                continue
+            config, changes[change.name] = changed, change
             break
-        phase = found.largest_phase()
-        change = next(_changes(key.model, config, phase), None)
-        if change is None:
+        else:
             break
-        config = replace(config, **{change.name: change.value})
-        changes[change.name] = change
-    return Plan(config, found, budget, list(changes.values()), None)
+    return config, found, list(changes.values())
 
 
-def _changes(model: PreTrainedConfig, config: GRPOConfig, phase: str) -> Iterator[Change]:
-    """What would make a phase smaller, the least costly first."""
-    longest = _longest(config)
+def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
+    """What would make the largest phase smaller, the least costly first."""
+    phase, longest = found.largest_phase(), _longest(config)
     if phase == "rollout" and config.rollout_token_budget > longest:
-        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config)) // 2)
+        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
         yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
     if config.token_budget > longest:
         halved = max(longest, min(config.token_budget, _step_tokens(config)) // 2)
@@ -137,18 +163,18 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, phase: str) -> Iterato
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
     if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
-    if phase == "rollout" and config.rollout_kv == "full":
+    if phase == "rollout" and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
     if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
         yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
 
-def _remedy(key: "_Key", found: Plan, budget: int) -> str:
+def _remedy(key: "_Key", config: GRPOConfig, found: Forecast, budget: int) -> str:
     """The smallest change of the task itself that would fit."""
-    resident = sum(found.forecast.resident.values())
+    resident = sum(found.resident.values())
     if resident > budget:
         return f"the model and CUDA alone take {_in_words(resident)}: choose a smaller model"
-    smallest, length = found.config, found.config.max_completion_length
+    smallest, length = config, config.max_completion_length
     while length > 64:
         length = length * 3 // 4 // 32 * 32
         # Everything that a plan would choose, chosen at once.
@@ -166,8 +192,7 @@ def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | 
 
 
 def _forecast(key: "_Key", config: GRPOConfig) -> Forecast:
-    model = key.model
-    text = model.get_text_config()
+    text = key.model.get_text_config()
     dtype = getattr(torch, config.compute_dtype)
     traced = _trace(key, config)
     resident = {
@@ -176,36 +201,80 @@ def _forecast(key: "_Key", config: GRPOConfig) -> Forecast:
         "optimizer state": _state_bytes(config, traced.adapter_sizes),
         "CUDA and its libraries": CONTEXT_BYTES,
     }
-    prompts = config.max_prompt_length or PROMPT_TOKENS
-    kv = kv_shape(model, torch.int8 if config.rollout_kv == "int8" else dtype)
-    rollout = plan_rollout(
-        prompt_tokens=prompts, prompts=config.prompts_per_step, num_generations=config.num_generations,
-        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,
-    )  # fmt: skip
-    truncates = config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
-    # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
-    logits = 4 * rollout.slots * text.vocab_size * (7 if truncates else 1)
     # The head's scores and pull, in tiles as of a card of the budget's size.
     tokens, entries = default_chunks("cuda", (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
+    rollout = (
+        _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
+    )
     phases = {
-        "rollout": {
-            "keys and values": rollout.tokens() * kv.token_bytes,
-            "prefill or logits": max(traced.prefill + layer, logits),
-            "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers,
-        },
-        "reference": {"activations": traced.inference, "head": head, "one dequantized layer": layer},
+        "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},
+        "reference": {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer},
         "update": {
-            "activations kept": traced.kept,
-            "one layer at work": traced.peak - traced.kept,
+            "activations kept": traced.ran.kept,
+            "one layer at work": traced.ran.peak - traced.ran.kept,
             "head": head,
             "one dequantized layer": layer,
         },
     }
     if config.beta == 0:
         del phases["reference"]
-    return Forecast(resident, phases)
+    return Forecast(resident, phases, traced.padded)
+
+
+def _engine_bytes(key: "_Key", config: GRPOConfig, traced: "Traced", layer: int) -> dict[str, int]:
+    text = key.model.get_text_config()
+    dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
+    rollout = plan_rollout(
+        prompt_tokens=_prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,
+    )  # fmt: skip
+    # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
+    logits = 4 * rollout.slots * text.vocab_size * (7 if _truncates(config) else 1)
+    return {
+        "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
+        "prefill or logits": max(traced.ran.prefill + layer, logits),
+    }
+
+
+def _generate_bytes(key: "_Key", config: GRPOConfig, traced: "Traced", layer: int) -> dict[str, int]:
+    if config.rollout_kv == "int8":
+        raise ValueError(f"rollout_kv='int8' does not serve this model: {traced.padded}; set rollout_kv='full'")
+    rows = min(
+        config.prompts_per_step * config.num_generations, max(1, config.rollout_token_budget // _longest(config))
+    )
+    row, size = traced.generated, getattr(torch, config.compute_dtype).itemsize
+    assert row is not None
+    # generate's copies of the logits: its own, one in fp32, one processed, probabilities; more where it truncates.
+    logits = (size + 4 * (9 if _truncates(config) else 3)) * key.model.get_text_config().vocab_size
+    prefill = {"keys and values": rows * row.prompt_cache, "prefill or logits": rows * row.prefill + layer}
+    decode = {"keys and values": rows * row.cache, "prefill or logits": rows * (row.decode + logits) + layer}
+    return max(prefill, decode, key=lambda parts: sum(parts.values()))
+
+
+def _truncates(config: GRPOConfig) -> bool:
+    return config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Bytes of activations of the layers that ran."""
+
+    kept: int  # what the backward of the largest micro-batch waits with
+    peak: int  # at the peak of its forward and backward
+    inference: int  # at the peak of its forward without a backward
+    prefill: int  # the same for a batch of prompts
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Bytes of a row in transformers' generate: its cache at the end of the prompt and in full, and what is besides."""
+
+    prompt_cache: int
+    prefill: int
+    cache: int
+    decode: int  # one more token
 
 
 @dataclass(frozen=True)
@@ -215,10 +284,9 @@ class Traced:
     resident: dict[str, int]
     adapter_sizes: tuple[int, ...]  # numbers in each trained parameter
     largest_linear: int  # numbers in the largest 4-bit layer
-    kept: int  # bytes that the backward of the largest micro-batch waits with
-    peak: int  # bytes of activations at the peak of its forward and backward
-    inference: int  # bytes of activations at the peak of its forward without a backward
-    prefill: int  # the same for a batch of prompts
+    ran: Ran
+    padded: str | None  # as in Forecast
+    generated: Generated | None  # where it is padded
 
     @property
     def adapter_numbers(self) -> int:
@@ -257,7 +325,10 @@ def _traced(key: _Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
     config = GRPOConfig(**dict(settings))
     try:
         whole = _skeleton(key, config.compute_dtype, config.trust_remote_code)
-        return Traced(*_resident(whole, config), *_run_layers(whole, config))
+        padded = _why_padded(whole, config)
+        config = replace(config, padding_free=config.padding_free and not padded)
+        generated = _generate(whole, config) if padded else None
+        return Traced(*_resident(whole, config), _run_layers(whole, config), padded, generated)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -278,43 +349,45 @@ def _skeleton(key: _Key, compute_dtype: str, trust_remote_code: bool) -> PeftMod
         return add_adapter(base.requires_grad_(False), adapter)
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """Bytes that running some layers took, as in Traced."""
+def _why_padded(whole: PeftModel, config: GRPOConfig) -> str | None:
+    """Why a model's rows can neither be packed nor sampled by the engine, as far as shows without values; or None."""
+    reason = refusal(whole.get_base_model())
+    if reason is not None:
+        return reason
+    with _fake_policy(whole, tuple(sorted(set(_kinds(whole)))), config) as policy:
+        try:
+            _inference(policy, _prompts(policy, 8, 1, padding_free=True))
+        except UnknownAttention as error:
+            return in_a_line(error)
+    return None
 
-    kept: int
-    peak: int
-    inference: int
-    prefill: int
 
-
-def _run_layers(whole: PeftModel, config: GRPOConfig) -> tuple[int, int, int, int]:
-    """(kept, peak, inference, prefill) of all layers, from the runs of 2 and 3 of each kind and of 2 of all kinds."""
+def _run_layers(whole: PeftModel, config: GRPOConfig) -> Ran:
+    """What all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
     kinds = _kinds(whole)
 
     @cache
-    def run(chosen: tuple[int, ...]) -> _Ran:
+    def run(*chosen: int) -> Ran:
         with _fake_policy(whole, chosen, config) as policy:
             return _run(policy, config)
 
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
-        few = run(tuple(range(len(kinds))))
-        return few.kept, few.peak, few.inference, few.prefill
+        return run(*range(len(kinds)))
     distinct = sorted(set(kinds))
-    # No layer is in two places, so the runs of one kind say what a layer keeps, and what it takes besides at work.
-    keeps = {kind: run((kind,) * 3).kept - run((kind,) * 2).kept for kind in distinct}
-    works = {kind: run((kind,) * 3).peak - run((kind,) * 3).kept for kind in distinct}
-    all_kinds = run(tuple(kind for kind in distinct for _ in range(2)))
+    all_kinds = run(*(kind for kind in distinct for _ in range(2)))
+    # What one more layer of a kind keeps, and what it takes besides while it is at work.
+    keeps = {kind: run(kind, kind, kind).kept - run(kind, kind).kept for kind in distinct}
+    works = {kind: run(kind, kind, kind).peak - run(kind, kind, kind).kept for kind in distinct}
     common = all_kinds.kept - 2 * sum(keeps.values())
     if config.activation_offloading:  # the inputs of two layers are on the device at a time
         kept = common + 2 * max(keeps.values())
         peak = kept + max(works.values())
     else:
-        before = list(accumulate(keeps[kind] for kind in kinds))
-        kept = common + before[-1]
+        below = list(accumulate(keeps[kind] for kind in kinds))
+        kept = common + below[-1]
         # While a layer is at work in the backward, those below it wait.
-        peak = common + max(waiting + works[kind] for waiting, kind in zip(before, kinds, strict=True))
-    return kept, peak, all_kinds.inference, all_kinds.prefill
+        peak = common + max(waiting + works[kind] for waiting, kind in zip(below, kinds, strict=True))
+    return replace(all_kinds, kept=kept, peak=peak)
 
 
 def _kinds(whole: PeftModel) -> list[int]:
@@ -403,24 +476,24 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     return adapted
 
 
-def _run(policy: Policy, config: GRPOConfig) -> _Ran:
-    prompt = config.max_prompt_length or PROMPT_TOKENS
+def _run(policy: Policy, config: GRPOConfig) -> Ran:
+    prompt = _prompt_tokens(config)
     batch = _largest_micro_batch(policy, config)
     kept, peak = _activations(policy, batch)
     inference = _inference(policy, batch) if config.beta else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
-    given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device)
-    (prompts,) = pack([[0] * prompt] * count, [[0]] * count, padding_free=_packs(policy, config), **given)
-    return _Ran(kept, peak, inference, _inference(policy, prompts))
+    return Ran(kept, peak, inference, _inference(policy, _prompts(policy, prompt, count, config.padding_free)))
 
 
-def _packs(policy: Policy, config: GRPOConfig) -> bool:
-    return config.padding_free and refusal(policy.base) is None
+def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
+    given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device, padding_free=padding_free)
+    (batch,) = pack([[0] * tokens] * count, [[0]] * count, **given)
+    return batch
 
 
 def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
     """As the trainer packs a step: of completions of full length, or of shorter ones that fill the budget better."""
-    prompt = config.max_prompt_length or PROMPT_TOKENS
+    prompt = _prompt_tokens(config)
     found = [
         next(
             pack(
@@ -430,7 +503,7 @@ def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
                 pad_token_id=0,
                 device=policy.device,
                 num_generations=config.num_generations,
-                padding_free=_packs(policy, config),
+                padding_free=config.padding_free,
             )
         )
         for length in {max(1, config.max_completion_length // part) for part in (1, 2, 4, 8)}
@@ -454,6 +527,29 @@ def _inference(policy: Policy, batch: MicroBatch) -> int:
     with policy.as_reference(), Live(policy.model) as live:
         policy.hidden_states(batch)
     return live.peak
+
+
+def _generate(whole: PeftModel, config: GRPOConfig) -> Generated:
+    """From two layers of each kind, with a mask, as where prompts are of uneven lengths."""
+    kinds, prompt = _kinds(whole), _prompt_tokens(config)
+    chosen = tuple(kind for kind in sorted(set(kinds)) for _ in range(2))
+
+    def forward(tokens: int, before: int = 0, cache: Any = None) -> tuple[int, int, Any]:
+        """(bytes of the whole model's cache, the others at the peak, the cache)"""
+        mask = torch.ones(1, before + tokens, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with policy.inference(), policy.autocast(), Live(policy.model) as live:
+            out = policy.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        layers = [[x for x in tree_leaves(vars(y)) if isinstance(x, Tensor)] for y in out.past_key_values.layers]
+        sizes = [sum(x.nbytes for x in held) for held in layers]
+        return sum(sizes[chosen.index(kind)] for kind in kinds), live.peak - sum(sizes), out.past_key_values
+
+    with _fake_policy(whole, chosen, config) as policy:
+        prompt_cache, prefill, _ = forward(prompt)
+        tokens = prompt + config.max_completion_length - 1  # the last one's keys and values are never asked for
+        cache, _, filled = forward(tokens)
+        _, decode, _ = forward(1, tokens, filled)
+    return Generated(prompt_cache, prefill, cache, decode)
 
 
 class Live(TorchDispatchMode):
@@ -524,14 +620,19 @@ def _state_bytes(config: GRPOConfig, sizes: tuple[int, ...]) -> int:
     return sum(8 * n for n in sizes)
 
 
+def _prompt_tokens(config: GRPOConfig) -> int:
+    return config.max_prompt_length or PROMPT_TOKENS
+
+
 def _longest(config: GRPOConfig) -> int:
-    return (config.max_prompt_length or PROMPT_TOKENS) + config.max_completion_length
+    return _prompt_tokens(config) + config.max_completion_length
 
 
-def _rollout_tokens(config: GRPOConfig) -> int:
+def _rollout_tokens(config: GRPOConfig, shared: bool) -> int:
     """Of keys and values, were everything sampled at once."""
-    prompts = config.max_prompt_length or PROMPT_TOKENS
-    return config.prompts_per_step * (prompts + config.num_generations * config.max_completion_length)
+    if not shared:
+        return _step_tokens(config)
+    return config.prompts_per_step * (_prompt_tokens(config) + config.num_generations * config.max_completion_length)
 
 
 def _step_tokens(config: GRPOConfig) -> int:
@@ -546,7 +647,8 @@ def as_dict(found: Plan) -> dict[str, Any]:
     """For JSON: bytes throughout."""
     return {
         "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
-        "peak": found.forecast.peak(), "budget": found.budget, "fits": found.remedy is None,
+        "peak": found.forecast.peak(), "prompt_tokens": found.prompt_tokens, "assumptions": found.assumptions,
+        "budget": found.budget, "fits": found.remedy is None,
         "changes": [asdict(change) for change in found.changes], "remedy": found.remedy,
     }  # fmt: skip
 
@@ -560,6 +662,7 @@ def as_text(found: Plan) -> str:
         lines.append(f"{f'at the peak of the {phase}':<34}{_in_words(peaks[phase]):>12}")
         lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in parts.items()]
     lines.append("")
+    lines += found.assumptions
     lines.append(f"Predicted peak: {found.forecast.peak() / 10**9:.2f} GB, in the {found.forecast.largest_phase()}.")
     lines += [f"Set {change.name}={change.value}: {change.reason}." for change in found.changes]
     if found.budget is not None:

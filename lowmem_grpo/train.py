@@ -103,11 +103,6 @@ def train(
         )
     find_model(model, config, peft_config)
     device, given = run_device(config), config
-    planned = None
-    if config.vram_budget is not None:
-        planned = plan_to_fit(read_config(model, config), config, adapter_config(model, config, peft_config))
-        config = planned.config
-        limit_memory(planned, device)
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     if tokenizer is None or isinstance(tokenizer, str):
@@ -115,9 +110,15 @@ def train(
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     eval_prompts = [] if eval_rows is None else tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")[0]
     check_budgets(prompts + eval_prompts, config)
+    planned = None
+    if config.vram_budget is not None:
+        longest, adapter = max(len(p.ids) for p in prompts + eval_prompts), adapter_config(model, config, peft_config)
+        planned = plan_to_fit(read_config(model, config), config, adapter, longest)
+        config = planned.config
 
     set_seed(config.seed)
-    policy = load_policy(model, tokenizer, config, peft_config)
+    with limit_memory(planned, device):
+        policy = load_policy(model, tokenizer, config, peft_config)
     check_vocabulary(prompts + eval_prompts, policy)
     parameters = list(policy.trainable_parameters().values())
     optimizer = make_optimizer(parameters, config)
@@ -151,7 +152,7 @@ def train(
         if eval_prompts and not any("eval_reward" in line and line["step"] == state["step"] for line in log.lines()):
             log.write({"step": state["step"], **evaluate(policy, eval_prompts, rewards, config, state["step"])})
 
-    with Progress(total_steps) as progress, Interruption() as interruption:
+    with limit_memory(planned, device), Progress(total_steps) as progress, Interruption() as interruption:
         if planned is not None:
             progress.say(plan_as_text(planned))
         if dropped:

@@ -8,16 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, SMALL
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from lowmem_grpo import memory
@@ -67,6 +70,17 @@ MIXED = {  # whose layers are not all alike
         **SMALL, moe_intermediate_size=32, head_dim=16, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[0]
     ),
 }  # fmt: skip
+PADDED = {  # that neither packing nor the engine serves
+    "deepseek v3": MIXED["deepseek v3"],
+    "gpt-oss": GptOssConfig(
+        **{**SMALL, "num_hidden_layers": 4}, head_dim=16, sliding_window=24, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3-next": Qwen3NextConfig(
+        **{**SMALL, "num_hidden_layers": 8}, head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        num_experts=4, num_experts_per_tok=2,
+    ),
+}  # fmt: skip
 TASK = dict(prompts_per_step=2, num_generations=4, max_prompt_length=40, max_completion_length=24, use_cpu=True)
 RUNGS = {
     "none": dict(gradient_checkpointing=False),
@@ -80,14 +94,14 @@ TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 
 
 def make_policy(name, config):
-    model = AutoModelForCausalLM.from_config({**SHAPES, **MIXED}[name], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config({**SHAPES, **MIXED, **PADDED}[name], dtype=torch.bfloat16)
     return load_policy(model, TOKENIZER, config)
 
 
 def kept_bytes(policy, config):
     """Unique storages that the largest micro-batch's forward saves, but for the model's own.
 
-    Positions are not saved by autograd: layers hand them to their recomputation by keyword.
+    Positions and masks are not saved by autograd: layers hand them to their recomputation by keyword.
     """
     own = {t.untyped_storage().data_ptr() for t in [*policy.model.parameters(), *policy.model.buffers()]}
     kept = {}
@@ -106,12 +120,18 @@ def kept_bytes(policy, config):
             num_generations=config.num_generations, padding_free=config.padding_free and policy.packs,
         )
     )  # fmt: skip
-    watch = policy.decoder.layers[0].register_forward_pre_hook(
-        lambda _, arguments, keywords: [keep(x) for x in keywords["position_embeddings"]] and None, with_kwargs=True
-    )
+    given = "position_embeddings", "attention_mask"  # by keyword
+    watches = [
+        layer.register_forward_pre_hook(
+            lambda _, arguments, keywords: tree_map_only(torch.Tensor, keep, [keywords.get(x) for x in given]) and None,
+            with_kwargs=True,
+        )
+        for layer in policy.decoder.layers
+    ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logprobs = policy.logprobs(batch, 1.0)
-    watch.remove()
+    for watch in watches:
+        watch.remove()
     for mask in batch.packing.masks.values() if batch.packing else ():  # of attention, with the micro-batch
         keep(mask)
     assert logprobs.requires_grad
@@ -145,13 +165,40 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     assert_near(predicted.resident["embedding, head and the rest"], storages(others), 0.01)
 
 
-@pytest.mark.parametrize("name", [*MIXED, "llama, 5 layers", "gemma2"])
+@pytest.mark.parametrize("name", [*{**MIXED, **PADDED}, "llama, 5 layers", "gemma2"])
 def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
-    model, config = {**SHAPES, **MIXED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
+    model, config = {**SHAPES, **MIXED, **PADDED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
     whole = memory._skeleton(memory._Key(model, lora_config(config)), config.compute_dtype, False)
+    config = replace(config, padding_free=name not in PADDED)
     with memory._fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
         ran = memory._run(policy, config)
-    assert memory._run_layers(whole, config) == (ran.kept, ran.peak, ran.inference, ran.prefill)
+    assert memory._run_layers(whole, config) == ran
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(name, tmp_path, capsys):
+    config = GRPOConfig(**TASK, rollout_token_budget=200)
+    predicted = memory.forecast(PADDED[name], config)
+    policy = make_policy(name, config)
+    assert not policy.packs
+    assert_near(predicted.phases["update"]["activations kept"], kept_bytes(policy, config))
+    with policy.inference(), policy.autocast():  # a wave of 3 rows of 64 tokens; the last one's keys are never made
+        out = policy.base.generate(
+            torch.full((3, 40), 5), attention_mask=torch.ones(3, 40), max_new_tokens=24, min_new_tokens=24,
+            do_sample=False, return_dict_in_generate=True,
+        )  # fmt: skip
+    held = [x for layer in out.past_key_values.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+    whole = memory._skeleton(memory._Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
+    row = memory._generate(whole, config)
+    assert_near(3 * row.cache, sum(x.nbytes for x in held), 0.01)
+    # At this size the prompts take more than a token does at the end.
+    parts = predicted.phases["rollout"]
+    assert parts["keys and values"] == 3 * row.prompt_cache and parts["prefill or logits"] > 3 * row.prefill
+    PADDED[name].save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--max_completion_length", "64"]) == 0
+    assert "Trained on padded rows, sampled from by transformers' generate: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rollout_kv='int8' does not serve this model: .*; set rollout_kv='full'"):
+        memory.forecast(PADDED[name], replace(config, rollout_kv="int8"))
 
 
 @pytest.mark.slow
@@ -273,6 +320,55 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] is False and "choose a smaller model" in printed["remedy"]
     assert printed["peaks"]["update"] == sum(printed["resident"].values()) + sum(printed["phases"]["update"].values())
+
+
+def test_a_plan_says_which_prompts_it_is_for(tmp_path, capsys):
+    SHAPES["qwen3, untied"].save_pretrained(tmp_path)
+    plan = ["plan", "--model", str(tmp_path), "--max_completion_length", "64"]
+    assert main([*plan, "--max_prompt_length", "100"]) == 0
+    assert "assumed to have 100 tokens: max_prompt_length is 100." in capsys.readouterr().out
+    assert main([*plan, "--max_prompt_length", "none"]) == 0
+    assert "assumed to have 512 tokens: max_prompt_length is none." in capsys.readouterr().out
+    assert main([*plan, "--max_prompt_length", "none", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["prompt_tokens"] == 512 and "max_prompt_length is none" in printed["assumptions"][0]
+
+
+@pytest.mark.parametrize("limit", [None, 512])
+def test_a_run_is_planned_for_its_longest_prompt(limit):
+    model = SHAPES["qwen3, untied"]
+    config = replace(GRPOConfig(**TASK), max_prompt_length=limit, vram_budget="24GB", token_budget=2000)
+    found = memory.plan_to_fit(model, config, None, 900)
+    assert found.forecast == memory.forecast(model, replace(config, max_prompt_length=900))
+    assert found.config.max_prompt_length == limit, "the run's own is left as it is"
+    assert found.prompt_tokens == 900 and not found.assumptions
+    shorter = memory.plan_to_fit(model, config, None, 30).forecast
+    assert shorter.peak() < memory.forecast(model, config).peak()
+
+
+def test_a_setting_that_a_model_does_not_know_is_not_chosen():
+    model = MIXED["qwen3 moe, dense first"]
+    config = GRPOConfig(**{**TASK, "max_completion_length": 2048}, token_budget=2088, optim="adamw_8bit")
+    config = replace(config, vram_budget=f"{memory.forecast(model, config).peak() / 10**9 - 0.001:.4f}GB")
+    with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
+        memory.forecast(model, replace(config, tiled_mlp=True))
+    names = [change.name for change in memory.plan(model, config).changes]
+    assert "activation_offloading" in names and "tiled_mlp" not in names
+
+
+@pytest.mark.gpu
+def test_the_limit_on_memory_ends_with_the_run():
+    device = torch.device("cuda")
+    found = memory.plan(SHAPES["qwen3, untied"], GRPOConfig(**{**TASK, "use_cpu": False}, vram_budget="2GB"))
+    torch.cuda.set_per_process_memory_fraction(0.9, device)
+    try:
+        with pytest.raises(KeyError), memory.limit_memory(found, device):
+            with pytest.raises(torch.OutOfMemoryError):
+                torch.empty(2 * 10**9, dtype=torch.uint8, device=device)
+            raise KeyError
+        assert torch.cuda.get_per_process_memory_fraction(device) == pytest.approx(0.9)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
