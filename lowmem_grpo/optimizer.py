@@ -1,15 +1,18 @@
-"""The optimizer of a run, by Hugging Face's names, and its step."""
+"""The optimizer of a run, by Hugging Face's names, and its step with what comes before it."""
 
 import gc
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lowmem_grpo.config import GRPOConfig
 
+T = TypeVar("T")
 BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}
 
 
@@ -38,20 +41,40 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                 entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of max_norm at most, and return what it was.
+
+    Out of memory before they are scaled, the norm is computed anew.
+    """
+    parameters = list(parameters)
+    norm = _again(partial(get_total_norm, [p.grad for p in parameters if p.grad is not None]))
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """One step. A fused one's first makes all of the state and then changes weights, without any more memory.
 
     So out of memory in there, it is begun anew; others are partly through, and their error ends the run.
     """
-    first = not optimizer.state and optimizer.defaults.get("fused")
-    try:
+    if optimizer.state or not optimizer.defaults.get("fused"):
         scaler.step(optimizer)
         return
+
+    def first() -> None:
+        optimizer.state.clear()  # half of it, where this is not the first attempt; no weight has changed yet
+        scaler.step(optimizer)
+
+    _again(first)
+
+
+def _again(work: Callable[[], T]) -> T:
+    """work(), and out of memory once more, when what can be let go is."""
+    try:
+        return work()
     except torch.OutOfMemoryError:
-        if not first:
-            raise
-        optimizer.state.clear()  # half of it; no weight has changed yet
+        pass
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    scaler.step(optimizer)
+    return work()

@@ -25,7 +25,7 @@ from lowmem_grpo.memory import as_text as plan_as_text
 from lowmem_grpo.memory import limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
-from lowmem_grpo.optimizer import make_optimizer
+from lowmem_grpo.optimizer import clip_gradients, make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, adapter_config, find_model, load_policy, load_tokenizer, read_config, run_device
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
@@ -206,9 +206,9 @@ def train(
                             coefficients = coefficients_of(controls, config)
                             work = partial(backward, policy, part, tokens, coefficients, scaler, config)
                             done.append(budget.fit(work, kept_lengths(part, config)))
-                            interruption.hold()  # from the first change of a weight until the step is whole
                             scaler.unscale_(optimizer)
-                            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                            grad_norm = clip_gradients(parameters, config.max_grad_norm)
+                            interruption.hold()  # from the first change of a weight until the step is whole
                             optimizer_step(optimizer, scaler)
                             scaler.update()
                             optimizer.zero_grad(set_to_none=False)

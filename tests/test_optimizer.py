@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import DEMO_MODEL
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
-from lowmem_grpo.optimizer import make_optimizer, step
+from lowmem_grpo.optimizer import clip_gradients, make_optimizer, step
 
 ON_A_CPU = ["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
 
@@ -58,6 +61,43 @@ def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
     step(make_optimizer(again, config), torch.amp.GradScaler("cpu", enabled=False))
     assert len(calls) > 4
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+
+
+class NoMemoryForNorms(TorchDispatchMode):
+    """Out of memory where gradients' norms are computed, at the calls of these numbers."""
+
+    def __init__(self, *which):
+        super().__init__()
+        self.which, self.calls = which, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket is torch.ops.aten._foreach_norm:
+            self.calls += 1
+            if self.calls in self.which:
+                raise torch.OutOfMemoryError("injected")
+        return function(*arguments, **(keywords or {}))
+
+
+def test_out_of_memory_while_gradients_are_clipped_changes_nothing():
+    made, again = parameters(), parameters()
+    norm = torch.nn.utils.clip_grad_norm_(made, 1.0)
+    with NoMemoryForNorms(1) as mode:
+        assert torch.equal(clip_gradients(again, 1.0), norm) and norm > 1
+    assert mode.calls == 2
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(made, again, strict=True))
+
+
+def test_a_run_that_cannot_clip_keeps_its_last_whole_step(tmp_path):
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, prompts_per_step=2, num_generations=4, max_completion_length=8,
+        max_steps=3, gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = task.rows(task.splits()[0][:8])
+    with pytest.raises(torch.OutOfMemoryError), NoMemoryForNorms(2, 3) as mode:
+        train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config)
+    assert mode.calls == 3 and (tmp_path / "checkpoint-1").is_dir()
+    result = train(str(DEMO_MODEL), task.tag_format_reward, rows, config=replace(config, resume_from_checkpoint=True))
+    assert [line["step"] for line in result.history] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
