@@ -1,8 +1,8 @@
 """Checkpoints: small, complete, in safetensors and JSON, and never half-written.
 
 checkpoint-N/ holds the adapter in PEFT's format, the tokenizer, optimizer.safetensors, random_states.safetensors,
-trainer_state.json and, where the reference is a snapshot of the adapter, reference.safetensors. A folder is written
-under a temporary name, flushed to the disk and then renamed.
+trainer_state.json and what else a run needs to go on, such as reference.safetensors. A folder is written under a
+temporary name, flushed to the disk and then renamed.
 """
 
 import json
@@ -28,9 +28,12 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(
-    output_dir: Path, policy: Policy, optimizer, scheduler, scaler, state: dict[str, Any], randomness: dict[str, Any]
-) -> Path:
+    output_dir: Path, policy: Policy, optimizer, scheduler, scaler, state: dict[str, Any], randomness: dict[str, Any],
+    tensors: dict[str, dict[str, Tensor]],
+) -> Path:  # fmt: skip
     """Write checkpoint-{state["step"]} and return its folder; one that is there already is left as it is.
+
+    `tensors` are files of a run's own, by name: {name}.safetensors, for read_tensors.
 
     Raises:
         OSError: the disk refused; nothing under the final name has changed.
@@ -41,11 +44,11 @@ def save_checkpoint(
 
     def write(temporary: Path) -> None:
         policy.save(temporary)
-        tensors, plain = _flatten_optimizer(optimizer.state_dict())
-        save_file(tensors, temporary / "optimizer.safetensors")
+        moments, plain = _flatten_optimizer(optimizer.state_dict())
+        save_file(moments, temporary / "optimizer.safetensors")
         save_file(randomness["tensors"], temporary / "random_states.safetensors")
-        if policy.reference is not None:
-            save_file(policy.reference, temporary / "reference.safetensors")
+        for name, values in tensors.items():
+            save_file(values, temporary / f"{name}.safetensors")
         saved = {
             **state, "optimizer": plain, "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
             "python_random": randomness["python"], "numpy_random": randomness["numpy"],
@@ -64,14 +67,11 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
         ValueError: the folder is no checkpoint of this package, or one of another adapter.
     """
     state = read_state(folder)
-    weights, moments, states = (_read_tensors(folder, name) for name in ("adapter_model", "optimizer", "random_states"))
+    weights, moments, states = (read_tensors(folder, name) for name in ("adapter_model", "optimizer", "random_states"))
     own = get_peft_model_state_dict(policy.model)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise ValueError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
     set_peft_model_state_dict(policy.model, weights)
-    if policy.reference is not None:
-        saved = _read_tensors(folder, "reference")
-        policy.reference = {name: saved[name].to(value.device) for name, value in policy.reference.items()}
     load_optimizer(optimizer, _restore_optimizer(moments, state["optimizer"]))
     # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
     position = state["scheduler"]["last_epoch"]
@@ -83,7 +83,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
     return state
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(folder / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lowmem_grpo.advantages import Advantages, compare
+from lowmem_grpo.advantages import Advantages, compare, nanstd, weighted_rewards
 from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.data import prompts_at
+from lowmem_grpo.data import index_at, next_positions, prompts_at
 from lowmem_grpo.evaluate import as_text
 from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.metrics import length_metrics, reward_metrics
 from lowmem_grpo.objective import kl_estimate
 from lowmem_grpo.policy import Policy
+from lowmem_grpo.replay import Group, ReplayBuffer
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rollout import Completion, Prompt, Rollout
 
@@ -25,42 +26,61 @@ class _Scored:
     completions: list[Completion]
     rewards: Tensor  # (B, R)
     metrics: dict[str, float]
-    table: dict[str, list] = field(default_factory=dict)
+    table: dict[str, list]
+    positions: list[int] = field(default_factory=list)  # of the prompts in the stream
+
+
+@dataclass
+class Stream:
+    """Where a run stands in its endless stream of prompts, and what it remembers of those it has seen."""
+
+    position: int
+    dull: set[int]  # prompts, by index, whose last group had no difference; kept with curriculum_skip alone
+    replay: ReplayBuffer
 
 
 @dataclass(frozen=True)
 class Collected:
     rollout: Rollout
-    prompts: int  # drawn from the stream, those of dropped groups included
-    tokens: int  # of every completion with its prompt, likewise
+    stream: Stream
+    tokens: int  # of every completion sampled, those of dropped groups included, with its prompt
     new_tokens: int  # of the completions alone
 
 
 def collect_rollout(
-    policy: Policy, prompts: list[Prompt], position: int, rewards: RewardRunner, config: GRPOConfig, step: int
+    policy: Policy, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Collected:
     """Sample num_generations completions of each of the stream's next prompts, score them, and compare them.
 
     With dynamic_sampling_rounds, groups without a difference are dropped for those of the prompts that come next
-    (DAPO, https://arxiv.org/abs/2503.14476); what is without one after the last round stays, and the step has as many
-    groups as ever. Metrics are over everything that was sampled.
+    (DAPO, https://arxiv.org/abs/2503.14476), and then for those in the replay buffer; what is without one after all
+    that stays, and the step has as many groups as ever. Metrics are over everything that was sampled.
+
+    `stream` is where the prompts are drawn from; it is not changed, and Collected has it as it is afterwards.
     """
-    rounds, chosen, drawn = [], [], 0
-    wanted = config.prompts_per_step
+    rounds, chosen, wanted = [], [], config.prompts_per_step
+    stream = Stream(stream.position, set(stream.dull), stream.replay.copy())
     for _ in range(1 + config.dynamic_sampling_rounds):
-        asked = prompts_at(prompts, position + drawn, wanted, config)
-        drawn += wanted
-        scored = _sample_and_score(policy, asked, rewards, config, step)
+        positions = next_positions(stream.position, wanted, stream.dull, len(prompts), config)
+        stream.position = positions[-1] + 1
+        scored = _sample_and_score(policy, prompts_at(prompts, positions, config), rewards, config, step)
+        differs = _differs(scored.rewards, config)
+        for position, dull in zip(positions, (~differs).tolist(), strict=True):
+            index = index_at(position, len(prompts), config)
+            stream.dull = stream.dull | {index} if dull and config.curriculum_skip else stream.dull - {index}
+        scored.positions = positions
         rounds.append(scored)
-        differs = ~_compared(scored.rewards, config).zero_std.view(-1, config.num_generations).all(dim=1)
         chosen.append(differs.nonzero().flatten().tolist())
         wanted = config.prompts_per_step - sum(map(len, chosen))
-        if not wanted or not config.dynamic_sampling_rounds:
+        if not wanted:
             break
-    if wanted:  # the groups of the last round fill the step up, as they are
-        chosen[-1] = sorted(chosen[-1] + _others(chosen[-1], len(rounds[-1].prompts))[:wanted])
+    replayed = stream.replay.take(wanted)
+    # What is still missing are groups of the last round as they are: it asked for no more than were missing then.
+    dull = [group for group in range(len(rounds[-1].prompts)) if group not in chosen[-1]]
+    chosen[-1] = sorted(chosen[-1] + dull[: wanted - len(replayed)])
+    fresh = _joined(list(zip(rounds, chosen, strict=True)), config)
+    stream.replay.add(_to_replay(fresh, config))
     every = _joined([(scored, range(len(scored.prompts))) for scored in rounds], config)
-    step_scored = _joined(list(zip(rounds, chosen, strict=True)), config)
     metrics = {
         **every.metrics,
         **length_metrics(every.completions),
@@ -68,10 +88,51 @@ def collect_rollout(
     }
     if config.dynamic_sampling_rounds:
         metrics["dynamic_sampling/rounds"] = len(rounds) - 1
-        metrics["dynamic_sampling/dropped_groups"] = drawn - config.prompts_per_step
+        metrics["dynamic_sampling/dropped_groups"] = len(every.prompts) - len(fresh.prompts)
+    step_scored = fresh
+    if config.replay_buffer_size:
+        metrics["replay/groups"] = len(replayed)
+        old = _replayed(policy, prompts, replayed, config)
+        step_scored = _joined([(fresh, range(len(fresh.prompts))), (old, range(len(replayed)))], config)
+    rollout = _rollout(step_scored, metrics, rewards.names, policy, config)
     new = sum(len(completion.ids) for completion in every.completions)
-    tokens = new + config.num_generations * sum(len(prompt.ids) for prompt in every.prompts)
-    return Collected(_rollout(step_scored, metrics, rewards.names, policy, config), drawn, tokens, new)
+    return Collected(
+        rollout=replace(rollout, fresh_tokens=sum(len(completion.ids) for completion in fresh.completions)),
+        stream=stream,
+        tokens=new + config.num_generations * sum(len(prompt.ids) for prompt in every.prompts),
+        new_tokens=new,
+    )
+
+
+def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
+    """Whether the completions of each group were told apart, (B / num_generations,) bool."""
+    columns = rewards
+    if config.multi_objective_aggregation == "sum_then_normalize":
+        columns = weighted_rewards(rewards, config.reward_weights)[:, None]
+    return (nanstd(columns.unflatten(0, (-1, config.num_generations)), dim=1) > 0).any(dim=1)
+
+
+def _to_replay(scored: _Scored, config: GRPOConfig) -> list[Group]:
+    """The groups that a later step may take: those with a difference, whose sampler said what it drew them with."""
+    if not config.replay_buffer_size or scored.completions[0].proposal_logprobs is None:
+        return []
+    completions = [
+        scored.completions[b : b + config.num_generations]
+        for b in range(0, len(scored.completions), config.num_generations)
+    ]
+    rewards = scored.rewards.unflatten(0, (-1, config.num_generations))
+    groups = map(Group, scored.positions, completions, rewards)
+    return [group for group, differs in zip(groups, _differs(scored.rewards, config), strict=True) if differs]
+
+
+def _replayed(policy: Policy, prompts: list[Prompt], groups: list[Group], config: GRPOConfig) -> _Scored:
+    asked = prompts_at(prompts, [group.position for group in groups], config)
+    completions = [completion for group in groups for completion in group.completions]
+    owners = [prompt for prompt in asked for _ in range(config.num_generations)]
+    texts = [as_text(policy, prompt, completion) for prompt, completion in zip(owners, completions, strict=True)]
+    table = {"prompt": [prompt.text for prompt in owners], "completion": texts}
+    rewards = torch.cat([group.rewards for group in groups]) if groups else torch.zeros(0, 1)
+    return _Scored(asked, completions, rewards, {}, table, [group.position for group in groups])
 
 
 def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
@@ -123,14 +184,12 @@ def _sample_and_score(
     return _Scored(prompts, completions, scores.rewards, {**sampled.metrics, **scores.metrics}, table)
 
 
-def _others(chosen: list[int], count: int) -> list[int]:
-    return [group for group in range(count) if group not in chosen]
-
-
 def _joined(parts: list, config: GRPOConfig) -> _Scored:
     """The chosen groups of several rounds as one; metrics are means over the rounds."""
-    prompts, completions, rewards, tables = [], [], [], []
+    prompts, completions, rewards, tables, positions = [], [], [], [], []
+    parts = [(scored, groups) for scored, groups in parts if len(groups)] or parts[:1]
     for scored, groups in parts:
+        positions += [scored.positions[g] for g in groups]
         rows = [b for g in groups for b in range(g * config.num_generations, (g + 1) * config.num_generations)]
         prompts += [scored.prompts[g] for g in groups]
         completions += [scored.completions[b] for b in rows]
@@ -143,7 +202,7 @@ def _joined(parts: list, config: GRPOConfig) -> _Scored:
             logged.setdefault(name, []).append(value)
     return _Scored(
         prompts, completions, torch.cat(rewards), {name: sum(v) / len(v) for name, v in logged.items()},
-        {name: [value for table in tables for value in table[name]] for name in tables[0] if name in names},
+        {name: [value for table in tables for value in table[name]] for name in tables[0] if name in names}, positions,
     )  # fmt: skip
 
 

@@ -86,6 +86,13 @@ class GRPOConfig:
         0, "times that groups whose completions got one reward are replaced by those of the next prompts"
     )
 
+    replay_buffer_size: int = option(
+        0, "groups of earlier steps kept to fill up a step that has too few with a difference"
+    )
+    curriculum_skip: float = option(
+        0.0, "chance that a prompt whose last group had no difference is passed over when it comes up again"
+    )
+
     reward_weights: list[float] | None = option(None, "one weight a reward function; 1 each by default")
     reward_timeout: float | None = option(
         300.0, "seconds after which a call of a reward function is stopped; none: never"
@@ -278,6 +285,10 @@ def _check_objective(config: GRPOConfig) -> None:
         raise ValueError(
             f"top_entropy_quantile must be in (0, 1], not {config.top_entropy_quantile}; 1 switches it off"
         )
+    if not 0 <= config.curriculum_skip < 1:
+        raise ValueError(f"curriculum_skip must be in [0, 1), not {config.curriculum_skip}; 0 switches it off")
+    if config.replay_buffer_size and not config.importance_sampling_correction:
+        raise ValueError("replay_buffer_size needs importance_sampling_correction, since an older policy sampled them")
     if config.entropy_coef_min > config.entropy_coef_max:
         raise ValueError("entropy_coef_min is above entropy_coef_max")
     if not 0 <= config.ref_model_mixup_alpha <= 1:
@@ -312,8 +323,9 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
-    "dynamic_sampling_rounds", "entropy_coef", "entropy_coef_min", "entropy_coef_delta", "importance_sampling_clip_min",
-    "off_policy_mask_threshold", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+    "dynamic_sampling_rounds", "replay_buffer_size", "entropy_coef", "entropy_coef_min", "entropy_coef_delta",
+    "importance_sampling_clip_min", "off_policy_mask_threshold", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+    "vespo_lambda_neg",
 )  # fmt: skip
 
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"

@@ -1,6 +1,7 @@
 """Datasets to prompts: a hub id, a local file, or a Dataset becomes a list of tokenized Prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,22 +163,41 @@ def transcript(messages: list[dict]) -> str:
     return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])
 
 
-def prompts_at(prompts: Sequence[Prompt], position: int, count: int, config: GRPOConfig) -> list[Prompt]:
-    """The next `count` prompts at `position` of the endless stream of epochs, each in a random order of its own.
+def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPOConfig) -> list[Prompt]:
+    """The prompts at these positions of the endless stream of epochs, each in a random order of its own.
 
     A function of its arguments alone, so that a resumed run sees the prompts it would have seen.
     """
-    orders: dict[int, list[int]] = {}
-    drawn = []
-    for index in range(position, position + count):
-        epoch, place = divmod(index, len(prompts))
-        if epoch not in orders:
-            orders[epoch] = _order(len(prompts), epoch, config)
-        drawn.append(prompts[orders[epoch][place]])
-    return drawn
+    return [prompts[index_at(position, len(prompts), config)] for position in positions]
 
 
-def _order(count: int, epoch: int, config: GRPOConfig) -> list[int]:
-    if not config.shuffle_dataset:
-        return list(range(count))
-    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
+def next_positions(position: int, count: int, dull: set[int], prompts: int, config: GRPOConfig) -> list[int]:
+    """The next count positions from `position` on, of which those of dull prompts are passed over by chance.
+
+    A function of its arguments alone, like prompts_at. What is passed over is drawn anew at each position.
+    """
+    chosen = []
+    while len(chosen) < count:
+        skips = index_at(position, prompts, config) in dull and _chance(position, config) < config.curriculum_skip
+        chosen += [] if skips else [position]
+        position += 1
+    return chosen
+
+
+def index_at(position: int, prompts: int, config: GRPOConfig) -> int:
+    """Which of the prompts stands at a position of the stream."""
+    epoch, place = divmod(position, prompts)
+    return _order(prompts, epoch, config)[place]
+
+
+def _chance(position: int, config: GRPOConfig) -> float:
+    return torch.rand((), generator=torch.Generator().manual_seed(config.seed * 2**31 + position)).item()
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _order(count: int, epoch: int, config: GRPOConfig) -> Sequence[int]:
+    return _shuffled(count, config.seed + epoch) if config.shuffle_dataset else range(count)

@@ -51,6 +51,7 @@ class Rollout:
     old_logprobs: Tensor | None = None  # (M,) of the policy before the update; None: those of its first forward
     ref_logprobs: Tensor | None = None  # (M,) of the reference, where there is a KL
     keep: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
+    fresh_tokens: int | None = None  # this many are of this step's policy, the others replayed; None: all
     first_token: int = 0  # where these tokens stand in the rollout that this one is a part of
 
     @property

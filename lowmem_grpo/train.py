@@ -15,7 +15,7 @@ import torch
 from transformers import get_scheduler, set_seed
 
 from lowmem_grpo import checkpoint as checkpoints
-from lowmem_grpo.collect import Collected, collect_rollout, with_kl_in_reward
+from lowmem_grpo.collect import Collected, Stream, collect_rollout, with_kl_in_reward
 from lowmem_grpo.config import GRPOConfig, refuse_changes
 from lowmem_grpo.data import load_rows, tokenize_prompts
 from lowmem_grpo.evaluate import evaluate
@@ -28,6 +28,7 @@ from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completi
 from lowmem_grpo.optimizer import clip_gradients, make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import Policy, adapter_config, find_model, load_policy, load_tokenizer, read_config, run_device
+from lowmem_grpo.replay import ReplayBuffer
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt
 from lowmem_grpo.update import (
@@ -129,7 +130,8 @@ def train(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
     )
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
-    state = {"step": 0, "data_position": 0, "num_tokens": 0, **first_coefficients(config)}
+    state = {"step": 0, "num_tokens": 0, **first_coefficients(config)}
+    stream = Stream(0, set(), ReplayBuffer(config.replay_buffer_size))
     if config.reference == "initial" or config.sync_ref_model:
         policy.keep_reference()
     data = fingerprint(prompts)
@@ -138,12 +140,25 @@ def train(
         if saved["data"] != data:
             raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
         state = {key: saved.get(key, value) for key, value in state.items()}
+        stream.position, stream.dull = saved["data_position"], set(saved.get("dull", ()))
+        if config.replay_buffer_size:
+            stream.replay.load(checkpoints.read_tensors(resume, "replay"))
+        if policy.reference is not None:
+            policy.reference = {
+                name: value.to(policy.device) for name, value in checkpoints.read_tensors(resume, "reference").items()
+            }
     log = MetricsLog(output_dir, state["step"])
     (output_dir / "grpo_config.json").write_text(settings, encoding="utf-8")
 
     def save(randomness: dict[str, Any]) -> Path:
         complete = {**state, "data": data, "config": asdict(given)}
-        folder = checkpoints.save_checkpoint(output_dir, policy, optimizer, scheduler, scaler, complete, randomness)
+        complete |= {"data_position": stream.position, "dull": sorted(stream.dull)}
+        tensors = {"replay": stream.replay.tensors()} if config.replay_buffer_size else {}
+        if policy.reference is not None:
+            tensors["reference"] = policy.reference
+        folder = checkpoints.save_checkpoint(
+            output_dir, policy, optimizer, scheduler, scaler, complete, randomness, tensors
+        )
         checkpoints.remove_old_checkpoints(output_dir, config.save_total_limit)
         return folder
 
@@ -174,7 +189,7 @@ def train(
 
                 # 1. Rollout: the policy answers every prompt num_generations times; rewards; group advantages.
                 with meter.phase("rollout"):
-                    collected = collect_rollout(policy, prompts, state["data_position"], rewards, config, step)
+                    collected = collect_rollout(policy, prompts, stream, rewards, config, step)
                     rollout = collected.rollout
 
                 # 2. The reference, and where something must be known before the first gradient, the policy as it is.
@@ -220,10 +235,10 @@ def train(
                 measured = {**rollout.metrics, **tokens.metrics()}
                 state = {
                     "step": step,
-                    "data_position": state["data_position"] + collected.prompts,
                     "num_tokens": state["num_tokens"] + collected.tokens,
                     **after_kl(controls, measured.get("kl", 0.0), len(rollout.completions), config),
                 }
+                stream = collected.stream
                 if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                     policy.sync_reference(config.ref_model_mixup_alpha)
 
@@ -231,7 +246,7 @@ def train(
                 metrics = {
                     **measured,
                     "step": step,
-                    "epoch": state["data_position"] / len(prompts),
+                    "epoch": stream.position / len(prompts),
                     "loss": loss.item(),
                     "grad_norm": grad_norm.item(),
                     "learning_rate": learning_rate,

@@ -207,7 +207,9 @@ def backward(
         if weighed is not None:
             happened["correction"] = weighed
         if old is None and sampled is not None:  # the policy is still the one that sampled
-            happened["difference"] = (logprobs.detach() - sampled).abs()
+            difference = (logprobs.detach() - sampled).abs()
+            fresh = rollout.fresh_tokens is None or batch.tokens + rollout.first_token < rollout.fresh_tokens
+            happened["difference"] = difference * fresh
         tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
     return total, computed
 

@@ -32,7 +32,7 @@ def noisy_reward(completions, **kwargs):
 CONTROLLED = dict(
     kl_target=0.01, kl_horizon=20, entropy_coef=0.01, use_adaptive_entropy=True, entropy_target=2.0,
     entropy_coef_delta=0.01, sync_ref_model=True, ref_model_sync_steps=3, dynamic_sampling_rounds=1,
-    steps_per_generation=2, num_iterations=2, top_p=0.9, learning_rate=3e-3,
+    replay_buffer_size=6, curriculum_skip=0.5, steps_per_generation=2, num_iterations=2, top_p=0.9, learning_rate=3e-3,
 )  # fmt: skip
 
 

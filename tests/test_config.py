@@ -13,7 +13,7 @@ DIFFERENT = {"output_dir", "learning_rate", "save_steps", "steps_per_generation"
 OURS = {
     "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
     "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights",
-    "rollout_kv", "dynamic_sampling_rounds", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
+    "rollout_kv", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
     "reward_timeout",
@@ -35,7 +35,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "scale_rewards": ("batch", "batch"), "mask_truncated_completions": ("true", True), "beta": ("0.04", 0.04),
     "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),
     "epsilon_high": ("0.28", 0.28), "delta": ("4", 4.0), "loss_type": ("dr_grpo", "dr_grpo"),
-    "dynamic_sampling_rounds": ("2", 2), "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
+    "dynamic_sampling_rounds": ("2", 2), "replay_buffer_size": ("16", 16), "curriculum_skip": ("0.5", 0.5), "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
     "adv_estimator": ("rloo", "rloo"), "kl_estimator": ("k1", "k1"), "kl_in_reward": ("true", True),
     "kl_target": ("0.01", 0.01), "kl_horizon": ("500", 500), "reference": ("initial", "initial"),
     "sync_ref_model": ("true", True), "ref_model_mixup_alpha": ("0.5", 0.5), "ref_model_sync_steps": ("64", 64),

@@ -139,7 +139,9 @@ def test_every_prompt_comes_once_an_epoch_whatever_the_steps():
 
     def stream(step_size, shuffle):
         config = GRPOConfig(prompts_per_step=step_size, seed=3, shuffle_dataset=shuffle)
-        return [p.text for at in range(0, 30, step_size) for p in prompts_at(prompts, at, config)][:30]
+        return [
+            p.text for at in range(0, 30, step_size) for p in prompts_at(prompts, range(at, at + step_size), config)
+        ][:30]
 
     drawn = stream(3, True)
     assert drawn == stream(5, True) == stream(10, True)

@@ -37,6 +37,7 @@ ALLOWED = {
     "metrics": {"advantages", "rollout"},
     "memory": {"attention", "config", "generate", "kernels", "packing", "policy"},
     "loss": {"config", "objective"},
+    "replay": {"rollout"},
     "update": {"config", "loss", "metrics", "packing", "policy", "rollout"},
     "collect": {
         "advantages",
@@ -47,6 +48,7 @@ ALLOWED = {
         "metrics",
         "objective",
         "policy",
+        "replay",
         "rewards",
         "rollout",
     },

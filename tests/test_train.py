@@ -425,6 +425,46 @@ def test_a_round_that_finds_nothing_fills_the_step_with_what_it_has(tmp_path):
     assert line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1
 
 
+def reward_by_column(prompts, completions, good, **kwargs):
+    """A difference within the group where `good` says so."""
+    return [float(place % 4) if g else 0.5 for place, g in enumerate(good)]
+
+
+def test_groups_of_earlier_steps_fill_a_step_up(tmp_path):
+    """Two prompts a step: two good ones, then none, then none, then none. The buffer's one is used once."""
+    rows = [{**row, "good": place < 2} for place, row in enumerate(ROWS[:8])]
+    lines = run(
+        tmp_path, rewards=reward_by_column, rows=rows, shuffle_dataset=False, replay_buffer_size=1, max_steps=4,
+        log_completions=True, bf16=False, repetition_penalty=1.2, learning_rate=1e-2,
+    ).history  # fmt: skip
+    assert [line["replay/groups"] for line in lines] == [0, 1, 0, 0]
+    assert lines[1]["frac_reward_zero_std"] == 1, "of what was sampled"
+    assert lines[1]["grad_norm"] > 0 == lines[2]["grad_norm"]
+    assert lines[1]["sampling/sampling_logp_difference/max"] < 1e-4, "of what this step's policy sampled"
+    tables = [
+        load_dataset(
+            "parquet", data_files=str(tmp_path / f"out/completions/completions_0000{step}.parquet"), split="train"
+        )
+        for step in (1, 2)
+    ]
+    assert tables[1]["completion"][4:] == tables[0]["completion"][4:], "the newest group, after the fresh one"
+    assert tables[1]["reward_by_column"][4:] == [0, 1, 2, 3]
+
+
+def test_prompts_that_taught_nothing_come_up_less_often(tmp_path):
+    rows = [{**row, "good": place % 2} for place, row in enumerate(ROWS[:4])]
+    seen = []
+
+    def reward(good, **kwargs):
+        seen.extend(good[::4])
+        return reward_by_column(good=good, **kwargs)
+
+    run(tmp_path, rewards=reward, rows=rows, curriculum_skip=0.9, max_steps=10)
+    asked = seen[1:]
+    assert sum(asked[:4]) == 2, "each is tried once"
+    assert sum(asked[4:]) >= 12, f"16 more, of which half were dull: {asked[4:]}"
+
+
 def test_the_reference_is_the_base_or_the_adapter_that_training_started_from(tmp_path):
     first = run(tmp_path / "first", rewards=length_reward, learning_rate=1e-2, max_steps=2)
     adapter = f"{first.output_dir}/adapter"
