@@ -23,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from lowmem_grpo import memory
+from lowmem_grpo import memory, tracing
 from lowmem_grpo.cli import main
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
@@ -168,11 +168,11 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
 @pytest.mark.parametrize("name", [*{**MIXED, **PADDED}, "llama, 5 layers", "gemma2"])
 def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     model, config = {**SHAPES, **MIXED, **PADDED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
-    whole = memory._skeleton(memory._Key(model, lora_config(config)), config.compute_dtype, False)
+    whole = tracing.skeleton(tracing.Key(model, lora_config(config)), config.compute_dtype, False)
     config = replace(config, padding_free=name not in PADDED)
-    with memory._fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
-        ran = memory._run(policy, config)
-    assert memory._run_layers(whole, config) == ran
+    with tracing.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
+        ran = tracing.run_few(policy, config)
+    assert tracing.run_layers(whole, config) == ran
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -188,8 +188,8 @@ def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(
             do_sample=False, return_dict_in_generate=True,
         )  # fmt: skip
     held = [x for layer in out.past_key_values.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
-    whole = memory._skeleton(memory._Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
-    row = memory._generate(whole, config)
+    whole = tracing.skeleton(tracing.Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
+    row = tracing.run_generate(whole, config)
     assert_near(3 * row.cache, sum(x.nbytes for x in held), 0.01)
     # At this size the prompts take more than a token does at the end.
     parts = predicted.phases["rollout"]
@@ -416,7 +416,7 @@ def test_what_cannot_run_without_memory_is_refused_in_a_sentence(monkeypatch):
     def needs_values(*_):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr(memory, "_activations", needs_values)
+    monkeypatch.setattr(tracing, "_activations", needs_values)
     with pytest.raises(ValueError, match="memory of a 'qwen2' model cannot be predicted: data-dependent"):
         memory.forecast(SHAPES["qwen2"], GRPOConfig(**TASK, lora_r=3))
 
