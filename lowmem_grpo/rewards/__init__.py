@@ -7,6 +7,7 @@ prompt is a chat. An exception in a completion's place says that its scoring fai
 """
 
 from lowmem_grpo.rewards.accuracy import accuracy_reward, exact_match_reward, reasoning_accuracy_reward
+from lowmem_grpo.rewards.code import code_reward, get_code_reward
 from lowmem_grpo.rewards.format import (
     answer_format_reward,
     get_regex_reward,
@@ -28,14 +29,14 @@ BUILT_IN = {
     function.__name__: function
     for function in (
         accuracy_reward, reasoning_accuracy_reward, exact_match_reward, think_format_reward, answer_format_reward,
-        tag_count_reward, solution_format_reward, language_consistency_reward,
+        tag_count_reward, solution_format_reward, language_consistency_reward, code_reward,
     )
 }  # fmt: skip
 BUILT_IN_FACTORIES = {
     function.__name__: function
     for function in (
         get_cosine_scaled_reward, get_soft_overlong_punishment, get_repetition_penalty_reward, get_regex_reward,
-        get_language_consistency_reward, in_processes,
+        get_language_consistency_reward, get_code_reward, in_processes,
     )
 }  # fmt: skip
 
@@ -45,7 +46,9 @@ __all__ = [
     "RewardRunner",
     "accuracy_reward",
     "answer_format_reward",
+    "code_reward",
     "exact_match_reward",
+    "get_code_reward",
     "get_cosine_scaled_reward",
     "get_language_consistency_reward",
     "get_regex_reward",

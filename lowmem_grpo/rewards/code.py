@@ -1,0 +1,111 @@
+"""code_reward: does the code in a completion pass its tests? It is run in a sandbox."""
+
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from lowmem_grpo.rewards.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
+from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rewards.workers import WORKERS
+
+PYTHON_BLOCK = re.compile(r"^```(?:python3?|py)[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+
+
+def get_code_reward(
+    timeout: float = 5.0, memory_mb: int = 1024, fraction: bool = False, allow_unsafe: bool = False
+) -> Callable:
+    """1.0 where the last ```python block of a completion passes all its tests, else 0.0; with `fraction`, their share.
+
+    The dataset's column `tests` has for each row a list of assert statements, which run after the code, in its names;
+    or of {"input": ..., "output": ...}, what a program reads and has to print (white space at the ends of lines aside);
+    either may be JSON. None where a row has none. `timeout` is in seconds, for all asserts together or for one input.
+
+    Asserts run in the same process as the code, so code that looks for them there could make them pass; outputs are
+    compared outside. Isolation: see jail.py. allow_unsafe runs code without it, with limits alone.
+
+    Raises:
+        ValueError (the reward): no column `tests`, tests in another form, or a system that cannot isolate the code.
+    """
+    if timeout <= 0 or memory_mb < 64:
+        raise ValueError(f"timeout={timeout} must be greater than 0, and memory_mb={memory_mb} at least 64")
+    limits = Limits(timeout, memory_mb, isolate=not allow_unsafe)
+
+    def code_reward(completions: list, tests: list | None = None, **kwargs) -> list[float | SandboxError | None]:
+        if tests is None:
+            raise ValueError(
+                "code_reward needs a dataset column named tests: lists of asserts, or of inputs and outputs"
+            )
+        reason = None if allow_unsafe else cannot_isolate()
+        if reason:
+            raise ValueError(
+                f"code_reward cannot isolate code here: {reason}; use another machine, or "
+                "get_code_reward(allow_unsafe=True) to run it with this process's rights"
+            )
+        wanted = [_read_tests(row) for row in tests]
+        codes = [last_python_block(completion_text(completion)) for completion in completions]
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="code_reward")
+        try:
+            return list(pool.map(lambda code, row: _score(code, row, limits, fraction), codes, wanted))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C or the end of the reward's time
+
+    return code_reward
+
+
+code_reward = get_code_reward()
+
+
+def last_python_block(text: str) -> str | None:
+    blocks = PYTHON_BLOCK.findall(text)
+    return blocks[-1] if blocks else None
+
+
+def _score(code: str | None, tests: list, limits: Limits, fraction: bool) -> float | SandboxError | None:
+    if not tests:
+        return None
+    if code is None:
+        return 0.0
+    try:
+        if isinstance(tests[0], str):
+            passed = run_tests(code, tests, limits)
+        else:
+            passed = []
+            for given, wanted in tests:
+                passed.append(_lines(run_program(code, given, limits)) == _lines(wanted))
+                if not fraction and not passed[-1]:
+                    return 0.0
+    except SandboxError as error:
+        return error
+    return sum(passed) / len(tests) if fraction else float(all(passed))
+
+
+def _lines(text: str | None) -> list[str] | None:
+    return None if text is None else [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _read_tests(tests: Any) -> list[str] | list[tuple[str, str]]:
+    """Asserts, or (input, output) pairs. Raises ValueError for another form."""
+    if isinstance(tests, str) and tests.strip()[:1] in ("[", "{"):
+        try:
+            tests = json.loads(tests)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a row's tests are no JSON: {error}") from error
+    if not tests:
+        return []
+    if isinstance(tests, str):
+        return [tests]
+    if isinstance(tests, dict) and {"input", "output"} <= set(tests):  # a list of mappings, as datasets may store it
+        inputs, outputs = tests["input"], tests["output"]
+        if isinstance(inputs, str):
+            inputs, outputs = [inputs], [outputs]
+        tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    if isinstance(tests, (list, tuple)):
+        if all(isinstance(test, str) for test in tests):
+            return list(tests)
+        if all(isinstance(test, dict) and {"input", "output"} <= set(test) for test in tests):
+            return [(str(test["input"]), str(test["output"])) for test in tests]
+    raise ValueError(
+        f"a row's tests are {tests!r:.80}; give a list of assert statements, or of {{'input': ..., 'output': ...}}"
+    )

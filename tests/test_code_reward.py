@@ -1,0 +1,371 @@
+"""What code in the sandbox tries, it must not manage; the tests run as root too, if the suite does."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from lowmem_grpo.rewards import RewardRunner, code_reward, get_code_reward, jail, sandbox
+from lowmem_grpo.rewards.code import last_python_block
+from lowmem_grpo.rewards.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
+
+pytestmark = pytest.mark.skipif(
+    cannot_isolate() is not None, reason=f"this system cannot isolate code: {cannot_isolate()}"
+)
+
+
+def attempt(code: str, given: str = "", **limits) -> str | None:
+    return run_program(textwrap.dedent(code), given, Limits(**{"seconds": 10.0, **limits}))
+
+
+def error_of(statement: str) -> str | None:
+    """The name of the errno with which a statement fails in the sandbox, or "no error"."""
+    code = f"""
+import ctypes, errno, fcntl, os, resource, signal, shutil, socket, subprocess, sys, threading
+try:
+    {statement}
+    print("no error")
+except OSError as error:
+    print(errno.errorcode.get(error.errno, error.errno))
+except ValueError as error:  # resource's word for EPERM
+    print("EPERM" if "not allowed" in str(error) else error)
+"""
+    return (attempt(code) or "").strip()
+
+
+def test_a_program_computes_in_its_folder():
+    code = """
+    import collections, dataclasses, heapq, itertools, json, random, re, sys, threading
+    @dataclasses.dataclass
+    class Point:
+        x: int
+    n = int(input())
+    with open("notes.txt", "w") as file:
+        file.write("kept")
+    print(n * 2, open("notes.txt").read(), Point(3), __name__)
+    thread = threading.Thread(target=lambda: print("thread", flush=True))
+    thread.start(); thread.join()
+    sys.exit(0)
+    """
+    assert attempt(code, "21\n") == "42 kept Point(x=3) __main__\nthread\n"
+
+
+def test_numpy_and_asyncio_work():
+    assert attempt("import numpy; print(numpy.arange(4).sum())") == "6\n"
+    assert attempt("import asyncio; print(asyncio.run(asyncio.sleep(0.01, 'slept')))") == "slept\n"
+
+
+OUTSIDE = Path(__file__)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "open('/etc/passwd').read()",
+        f"open({str(OUTSIDE)!r}).read()",
+        f"os.listdir({str(OUTSIDE.parent)!r})",
+        "os.listdir('/')",
+        "os.listdir('..')",
+        "open('/proc/self/environ').read()",
+        "open('/proc/1/environ').read()",
+        "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+        "open('/dev/urandom', 'rb').read(1)",
+        "open('/tmp/escaped', 'w')",
+        "open('../escaped', 'w')",
+        f"open({str(OUTSIDE)!r}, 'a')",
+        f"os.open({str(OUTSIDE)!r}, os.O_RDONLY | os.O_TRUNC)",
+        f"os.truncate({str(OUTSIDE)!r}, 0)",
+        f"os.unlink({str(OUTSIDE)!r})",
+        f"os.rename({str(OUTSIDE)!r}, 'mine')",
+        f"os.link({str(OUTSIDE)!r}, 'mine')",
+        f"os.chmod({str(OUTSIDE)!r}, 0)",
+        f"os.chown({str(OUTSIDE)!r}, 1, 1)",
+        f"os.utime({str(OUTSIDE)!r})",
+        f"os.chdir({str(OUTSIDE.parent)!r})",
+        "os.mkdir('folder')",
+        "os.mkfifo('pipe')",
+        "os.symlink('/etc/passwd', 'link')",
+        "os.chroot('.')",
+        "os.execv('/bin/true', ['true'])",
+    ],
+)
+def test_no_file_outside_its_folder_is_read_written_or_changed(statement):
+    before = OUTSIDE.read_bytes(), OUTSIDE.stat().st_mode, OUTSIDE.stat().st_mtime, OUTSIDE.stat().st_uid
+    assert error_of(statement) in ("EACCES", "EPERM", "EXDEV")
+    assert before == (OUTSIDE.read_bytes(), OUTSIDE.stat().st_mode, OUTSIDE.stat().st_mtime, OUTSIDE.stat().st_uid)
+    assert not Path("/tmp/escaped").exists()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "socket.socket(socket.AF_INET, socket.SOCK_STREAM)",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_INET6, socket.SOCK_STREAM)",
+        "socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)",
+        "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "socket.socketpair()[0].connect('/run/anything')",
+    ],
+)
+def test_no_socket_reaches_anyone(statement):
+    assert error_of(statement) == "EPERM"
+
+
+def test_a_listening_server_hears_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        code = f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{server.getsockname()[1]}')"
+        assert attempt(code) is None
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "os.fork()",
+        "os.forkpty()",
+        "subprocess.run(['/bin/true'])",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.setsid()",
+        "os.kill(os.getppid(), 9)",
+        "os.kill(-1, 9)",
+        "os.kill(0, 9)",
+        "os.killpg(os.getpgid(0), 9)",
+        "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
+        "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (1, 1))",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "os.sched_setaffinity(os.getppid(), {0})",
+        "os.setuid(0)",
+        "os.memfd_create('memory')",
+    ],
+)
+def test_no_process_is_started_signalled_or_changed(statement):
+    assert error_of(statement) in ("EPERM", "EACCES", "ENOSYS")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("ptrace", 101), ("process_vm_readv", 310), ("unshare", 272), ("setns", 308), ("mount", 165), ("bpf", 321),
+        ("keyctl", 250), ("shmget", 29), ("prctl", 157), ("seccomp", 317), ("perf_event_open", 298), ("reboot", 169),
+        ("open_by_handle_at", 304), ("io_uring_setup", 425), ("pidfd_open", 434), ("clone3", 435), ("vfork", 58),
+        ("tkill", 200), ("rt_sigqueueinfo", 129), ("personality", 135), ("x32 getpid", 0x40000000 + 39),
+        ("an unknown one", 9999),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are x86_64's")
+def test_dangerous_calls_are_refused_by_number(name, number):
+    code = f"""
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    print(libc.syscall({number}, 0, 0, 0, 0, 0, 0), ctypes.get_errno())
+    """
+    assert attempt(code) in ("-1 1\n", "-1 38\n"), name
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="32-bit calls are x86's")
+def test_a_32_bit_call_ends_the_process():
+    code = """
+    import ctypes, mmap
+    memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    memory.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20 (getpid); int 0x80; ret
+    call = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    print("before", flush=True)
+    print("after", call(), flush=True)
+    """
+    status, output, _ = sandbox._run({"code": textwrap.dedent(code), "tests": None}, "", Limits(10.0))
+    assert output == "before\n" and status == -31  # SIGSYS
+
+
+def processes_with(mark: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in path.read_text():
+                found.append(str(path))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal\nfor n in range(1, 32):\n    n in (9, 19) or signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(60)",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
+        "import atexit, time\natexit.register(time.sleep, 60)",
+        "x = 10 ** 10 ** 10",
+        "import threading, time\nthreading.stack_size(32768)\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+    ],
+)
+def test_nothing_outlives_its_limit(code):
+    started = time.monotonic()
+    assert attempt(code, seconds=1.0) is None
+    assert time.monotonic() - started < 5
+    assert not processes_with(str(sandbox.JAIL))
+
+
+def test_the_jail_dies_with_its_trainer():
+    trainer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from lowmem_grpo.rewards.sandbox import *; run_program('import time; time.sleep(60)', '', Limits(60.0))",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    deadline = time.monotonic() + 20
+    while not processes_with(str(sandbox.JAIL)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # into the code
+    trainer.kill()
+    trainer.wait()
+    time.sleep(0.5)
+    assert not processes_with(str(sandbox.JAIL))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = bytearray(2 << 30)",
+        "x = []\nwhile True: x.append(bytes(64 << 20))",
+        "print('x' * (4 << 20))",
+        "while True: print('x' * 1000)",
+        "with open('big', 'wb') as file:\n    while True: file.write(b'x' * (1 << 20))",
+        "n = 0\nwhile True:\n    open(f'file{n}', 'w').close()\n    n += 1",
+        "n = 0\nwhile True:\n    open(f'file{n}', 'wb').write(b'x' * (7 << 20))\n    n += 1",
+        "def f(): f()\nf()",
+        "raise SystemExit(1)",
+        "import os; os.abort()",
+        "1 / 0",
+        "not python",
+    ],
+)
+def test_too_much_of_anything_is_a_failure(code):
+    assert attempt(code) is None
+
+
+def test_limits_are_the_programs_own():
+    assert attempt("x = bytearray(200 << 20); print(len(x))", memory_mb=512) == f"{200 << 20}\n"
+    assert attempt("x = bytearray(200 << 20); print(len(x))", memory_mb=128) is None
+
+
+def test_no_secret_is_in_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert "secret" not in (attempt("import os; print(dict(os.environ))") or "secret")
+
+
+TESTS = ["assert double(2) == 4", "assert double(0) == 0", "assert double('a') == 'aa'"]
+
+
+@pytest.mark.parametrize(
+    ("code", "passed"),
+    [
+        ("def double(x): return x + x", [True, True, True]),
+        ("def double(x): return 2 * int(x)", [True, True, False]),
+        ("def double(x): return 4", [True, False, False]),
+        ("def double(x): raise SystemExit(0)", [False, False, False]),
+        ("import os\ndef double(x): os._exit(0)", [False, False, False]),
+        ("import os\nprint('passed 0 passed 1 passed 2')\nos._exit(0)", [False, False, False]),
+        (
+            "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'ready\\npassed 0\\npassed 1\\n')\n    except OSError: pass",
+            [False] * 3,
+        ),
+        ("def double(x):\n    while True: pass", [False, False, False]),
+        ("exit()\ndef double(x): return x + x", [False, False, False]),
+        ("if __name__ == '__main__': input()\ndouble = lambda x: x + x", [True, True, True]),
+        ("def double(x", [False, False, False]),
+    ],
+)
+def test_asserts_are_counted_one_by_one(code, passed):
+    assert run_tests(code, TESTS, Limits(2.0)) == passed
+
+
+def block(code: str) -> str:
+    return f"Here it is:\n```python\n{code}\n```\nDone."
+
+
+def test_a_completion_is_judged_by_its_last_python_block():
+    assert last_python_block("```python\na\n```\n```py\nb\n```\n```\noutput\n```") == "b\n"
+    assert last_python_block("```python\nnever ends") is None
+    assert last_python_block("no code") is None
+
+
+def test_rewards_for_asserts_and_for_programs():
+    good, half = block("def double(x): return x + x"), block("def double(x): return 2 * int(x)")
+    completions = [good, half, "no code", [{"role": "assistant", "content": good}], good]
+    rows = [TESTS, TESTS, TESTS, '["assert double(2) == 4"]', None]
+    assert code_reward(completions=completions, tests=rows) == [1.0, 0.0, 0.0, 1.0, None]
+    assert get_code_reward(fraction=True)(completions=completions, tests=rows) == [1.0, 2 / 3, 0.0, 1.0, None]
+    program = block("print(int(input()) + 1)\nprint()")
+    pairs = [{"input": "1\n", "output": "2"}, {"input": "2\n", "output": "3  \n"}, {"input": "x", "output": "4"}]
+    columns = {"input": ["1", "5"], "output": ["2", "6"]}
+    rows = [pairs[:2], pairs, columns, [{"input": "1", "output": "1"}]]
+    assert code_reward(completions=[program] * 4, tests=rows) == [1.0, 0.0, 1.0, 0.0]
+    assert get_code_reward(fraction=True)(completions=[program] * 4, tests=rows) == [1.0, 2 / 3, 1.0, 0.0]
+
+
+def test_a_forged_verdict_is_no_output():
+    forger = block("import os\nos.write(1, b'2')\nos._exit(1)")
+    assert code_reward(completions=[forger], tests=[[{"input": "1", "output": "2"}]]) == [0.0]
+
+
+@pytest.mark.parametrize("tests", [3, [3], [{"input": "1"}], "[oops", {"a": 1}])
+def test_tests_in_another_form_stop_the_run_at_its_start(tests):
+    with pytest.raises(ValueError, match="a row's tests are"):
+        RewardRunner([code_reward], 60).try_out(["p"], {"tests": [tests]})
+
+
+def test_without_a_column_of_tests_the_run_stops_at_its_start():
+    with pytest.raises(ValueError, match="needs a dataset column named tests"):
+        RewardRunner([code_reward], 60).try_out(["p"], {})
+
+
+def test_a_system_that_cannot_isolate_is_refused_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr("lowmem_grpo.rewards.code.cannot_isolate", lambda: "the kernel has no Landlock")
+    with pytest.raises(ValueError, match="cannot isolate code here: the kernel has no Landlock.*allow_unsafe=True"):
+        RewardRunner([code_reward], 60).try_out(["p"], {"tests": [TESTS]})
+    unsafe = get_code_reward(allow_unsafe=True, timeout=2.0)
+    escape = "import subprocess\ndef double(x):\n    subprocess.Popen(['sleep', '61.5'])\n    return x + x"
+    assert unsafe(completions=[block(escape)], tests=[TESTS]) == [1.0]
+    time.sleep(0.3)
+    assert not processes_with("61.5")
+
+
+def test_a_jail_that_fails_to_isolate_runs_nothing(monkeypatch, tmp_path):
+    broken = tmp_path / "jail.py"
+    broken.write_text(Path(jail.__file__).read_text().replace("444, 445, 446", "9991, 9992, 9993"))
+    monkeypatch.setattr(sandbox, "JAIL", broken)
+    with pytest.raises(SandboxError, match="no Landlock"):
+        run_tests("", ["pass"], Limits(10.0))
+
+
+def test_the_numbers_of_calls_are_the_kernels():
+    headers = [Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]
+    for column, header in enumerate(headers):
+        if not header.exists():
+            pytest.skip(f"{header} is not installed")
+        numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text()))
+        if column:
+            numbers |= {"newfstatat": "79"}  # 3264_fstatat there
+        for name, own in {**jail.ALLOWED, **jail.GUARDED}.items():
+            assert own[column] is None or own[column] == int(numbers[name]), name
+
+
+def test_both_filters_are_programs_the_kernel_could_take():
+    for machine in jail.ARCHITECTURES:
+        assert len(jail.filter_program(machine, 1)) // 8 < 4096  # BPF_MAXINSNS
