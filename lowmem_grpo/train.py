@@ -66,7 +66,8 @@ def train(
     Args:
         model: hub id, model folder, 4-bit checkpoint, adapter folder to continue from, or a loaded model, which is
             changed in place.
-        reward_funcs: one or several functions or names: a built-in's, or `module.function`. Each is tried once on two
+        reward_funcs: one or several functions, names (a built-in's, `module.function`, or a call of what makes one,
+            `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on two
             made-up completions before the model is loaded.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column.
         eval_dataset: likewise; greedy rewards on it before, after and every eval_steps. A hub dataset's `test` split.

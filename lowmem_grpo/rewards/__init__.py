@@ -21,6 +21,7 @@ from lowmem_grpo.rewards.length import (
     get_repetition_penalty_reward,
     get_soft_overlong_punishment,
 )
+from lowmem_grpo.rewards.model import get_model_reward
 from lowmem_grpo.rewards.names import resolve_reward_funcs
 from lowmem_grpo.rewards.processes import in_processes
 from lowmem_grpo.rewards.runner import RewardRunner
@@ -36,7 +37,7 @@ BUILT_IN_FACTORIES = {
     function.__name__: function
     for function in (
         get_cosine_scaled_reward, get_soft_overlong_punishment, get_repetition_penalty_reward, get_regex_reward,
-        get_language_consistency_reward, get_code_reward, in_processes,
+        get_language_consistency_reward, get_code_reward, get_model_reward, in_processes,
     )
 }  # fmt: skip
 
@@ -51,6 +52,7 @@ __all__ = [
     "get_code_reward",
     "get_cosine_scaled_reward",
     "get_language_consistency_reward",
+    "get_model_reward",
     "get_regex_reward",
     "get_repetition_penalty_reward",
     "get_soft_overlong_punishment",

@@ -7,7 +7,12 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
+
+from lowmem_grpo.rewards.model import get_model_reward
 
 
 def resolve_reward_funcs(
@@ -16,7 +21,8 @@ def resolve_reward_funcs(
     """Functions from one or several functions or names.
 
     A name is a built-in's, or `module.function` on the Python path; either may be a call with keyword arguments that
-    are literals, `get_cosine_scaled_reward(max_len=1024)`, of a function that makes a reward function.
+    are literals, `get_cosine_scaled_reward(max_len=1024)`, of a function that makes a reward function. Or it is the hub
+    id or folder of a reward model, which may be given loaded too.
 
     Raises:
         ValueError: no function, an unknown name, wrong arguments, or something that cannot be called.
@@ -38,8 +44,12 @@ def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Ca
                 f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
                 "with names for its arguments"
             )
+        elif reward not in built_in and ("/" in reward or Path(reward).expanduser().is_dir()):
+            reward = get_model_reward(str(Path(reward).expanduser()) if reward.startswith("~") else reward)
         else:
             reward = _find(reward, built_in, "reward function")
+    if isinstance(reward, PreTrainedModel):
+        reward = get_model_reward(reward)
     if not callable(reward):
         raise ValueError(f"reward function {reward!r} cannot be called; give a function or a name")
     return reward

@@ -1,0 +1,103 @@
+"""A sequence-classification model as a reward function."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+
+def get_model_reward(
+    model: str | PreTrainedModel, tokenizer: Any = None, token_budget: int = 16384, device: str | None = None
+) -> Callable:
+    """The single logit that a reward model gives to a prompt with its completion, a chat through its own chat template.
+
+    `model` is a hub id, a folder, or a loaded model with one label. It stays in memory (device: the GPU where there is
+    one, a loaded model's own), which no plan of the run counts. token_budget: most tokens of a batch, padding included.
+    A text longer than the model's positions keeps its end.
+
+    Raises:
+        ValueError: no such model, one without a trained head, or one of several labels.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    scorer: Any = _load(model) if isinstance(model, str) else model
+    if device or isinstance(model, str):
+        scorer = scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if scorer.config.num_labels != 1:
+        raise ValueError(f"reward model {name!r} has {scorer.config.num_labels} labels; give one with a single score")
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = _load_tokenizer(tokenizer or name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings = scorer.config.get_text_config()
+    settings.pad_token_id = tokenizer.pad_token_id  # by which the model finds each text's last token
+    longest = getattr(settings, "max_position_embeddings", None) or token_budget
+    scorer.eval()
+
+    def reward(prompts: list, completions: list, **kwargs) -> list[float]:
+        texts = [_whole_text(tokenizer, p, c, name) for p, c in zip(prompts, completions, strict=True)]
+        ids = [row[-longest:] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        rewards = [0.0] * len(ids)
+        for batch in _batches([len(row) for row in ids], token_budget):
+            for index, value in zip(batch, _logits(scorer, [ids[index] for index in batch]).tolist(), strict=True):
+                rewards[index] = value
+        return rewards
+
+    reward.__name__ = Path(name).name or type(scorer).__name__
+    return reward
+
+
+def _load(name: str) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype="auto", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"{name!r} is no built-in reward, no module.function and no reward model that loads: {words:.300}"
+        ) from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{name!r} has no trained reward head ({', '.join(sorted(report['missing_keys'])[:3])} is missing); "
+            "give a model that was trained for sequence classification"
+        )
+    return model
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"reward model {name!r} has no tokenizer; pass get_model_reward(model, tokenizer=...)"
+        ) from error
+
+
+def _whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict], name: str) -> str:
+    if isinstance(prompt, str):
+        return prompt + str(completion)
+    if not tokenizer.chat_template:
+        raise ValueError(f"reward model {name!r} has no chat template, and the prompts are chats; give them as texts")
+    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def _batches(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices in batches of at most token_budget tokens, padding included, the longest first."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > token_budget:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
+    """(B,) fp32: padded to the right, as TRL does."""
+    width, pad = max(1, *map(len, ids)), model.config.get_text_config().pad_token_id
+    rows = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
+    return model(input_ids=rows, attention_mask=mask).logits[:, 0].float()
