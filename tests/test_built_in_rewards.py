@@ -188,3 +188,26 @@ def test_a_call_that_cannot_be_made_is_explained(name, message):
     with pytest.raises(ValueError, match=message) as caught:
         resolve_reward_funcs(name, BUILT_IN, BUILT_IN_FACTORIES)
     assert "\n" not in str(caught.value)
+
+
+def test_no_completion_however_malformed_makes_a_built_in_fail():
+    numbers = random.Random(0)
+    pieces = [
+        *"ab1 .,$%-\n{}\\<>/#é漢\ud800\x00",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        r"\boxed{",
+        "####",
+        "```python\n",
+        "```",
+    ]
+    completions = ["".join(numbers.choices(pieces, k=numbers.randrange(40))) for _ in range(500)]
+    functions = [f for name, f in BUILT_IN.items() if "accuracy" not in name and name != "code_reward"]
+    functions += resolve_reward_funcs(
+        [call for call in MADE if "processes" not in call and "cosine" not in call], BUILT_IN, BUILT_IN_FACTORIES
+    )
+    ids = [list(map(ord, completion)) for completion in completions]
+    scores = RewardRunner(functions, 60)(completions, completions, ids, {"solution": ["3"] * 500}, 1)
+    assert not any(value for name, value in scores.metrics.items() if name.endswith("/failures"))
