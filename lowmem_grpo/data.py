@@ -19,7 +19,8 @@ DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
     """A Dataset with a `prompt` column from a hub id, a JSONL, JSON, CSV or Parquet file, a Dataset, or a list of rows.
 
-    `question` and `answer` columns without a `prompt` (GSM8K) become a chat `prompt` and a `solution`.
+    Without a `prompt`, `question` and `answer` columns (GSM8K), or `problem` and `solution` or `answer` (MATH), become
+    a chat `prompt` and a `solution`. Of a streaming dataset the first dataset_take rows are read now.
 
     Raises:
         ValueError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
@@ -37,14 +38,20 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     rows = _load(dataset, config, name, split or config.dataset_split)
     if isinstance(rows, (DatasetDict, dict)):
         raise ValueError(f"{name} has the splits {', '.join(rows)}; pass one of them")
+    if config.dataset_streaming and isinstance(rows, Dataset) and name == "train_dataset":
+        raise ValueError(f"dataset_streaming is for hub datasets and files, and {name} is in memory; leave it out")
     if isinstance(rows, IterableDataset):
-        raise ValueError(f"{name} is a streaming dataset, which is not supported yet; pass a Dataset")
+        rows = _first(rows, config, name)
+    elif config.dataset_take is not None and name == "train_dataset":
+        rows = rows.take(min(config.dataset_take, len(rows)))
     if len(rows) == 0:
         raise ValueError(f"{name} is empty; it needs at least one row with a prompt")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     columns = rows.column_names
     if "prompt" not in columns and {"question", "answer"} <= set(columns):
         return rows.map(_from_question_and_answer, desc=None)
+    if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
+        return rows.map(_from_problem, desc=None)
     if "prompt" not in columns:
         raise ValueError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
     return rows
@@ -62,6 +69,7 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
+    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     path = Path(dataset).expanduser()
     reader = READERS.get(path.suffix.lower())
     if reader is not None:
@@ -70,16 +78,28 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
         if path.stat().st_size == 0:
             raise ValueError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
         try:
-            return load_dataset(reader, data_files=str(path), split="train")
+            return load_dataset(reader, data_files=str(path), split="train", **streaming)
         except Exception as error:
             raise ValueError(f"{name} {dataset!r} cannot be read as {reader}: {_cause(error)}") from error
     try:
-        return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split)
+        return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
     except Exception as error:
         raise ValueError(
             f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
             f"CSV or Parquet file nor a dataset the hub gives: {_cause(error)}"
         ) from error
+
+
+def _first(rows: IterableDataset, config: GRPOConfig, name: str) -> Dataset:
+    """The first dataset_take rows: every epoch's order is drawn over all of them, so they must be known and few."""
+    if config.dataset_take is None:
+        raise ValueError(
+            f"{name} is a streaming dataset, of unknown length; set dataset_take to the rows to read of it"
+        )
+    try:
+        return Dataset.from_list(list(rows.take(config.dataset_take)))
+    except Exception as error:
+        raise ValueError(f"{name} cannot be streamed: {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -91,6 +111,16 @@ def _cause(error: BaseException) -> str:
 def _from_question_and_answer(row: dict) -> dict:
     prompt = [{"role": "user", "content": row["question"]}]
     return {"prompt": prompt} if "solution" in row else {"prompt": prompt, "solution": row["answer"]}
+
+
+def _from_problem(row: dict) -> dict:
+    """MATH's columns. A solution that marks no answer is a text to read; then the answer is the gold one."""
+    prompt = [{"role": "user", "content": row["problem"]}]
+    solution, answer = row.get("solution"), row.get("answer")
+    marked = solution is not None and ("\\boxed{" in solution or "####" in solution)
+    if not marked and answer is not None:
+        solution = str(answer) if "\\boxed{" in str(answer) else f"\\boxed{{{answer}}}"
+    return {"prompt": prompt, "solution": solution}
 
 
 def tokenize_prompts(
@@ -161,6 +191,17 @@ def _not_empty(ids: list[int], where: str) -> list[int]:
 def transcript(messages: list[dict]) -> str:
     """A chat for a base model without a chat template."""
     return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])
+
+
+def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
+    """Raise ValueError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
+    longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
+    for name in ("token_budget", "rollout_token_budget"):
+        if longest > getattr(config, name):
+            raise ValueError(
+                f"the longest prompt and its completion may have {longest} tokens, more than {name}="
+                f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
+            )
 
 
 def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPOConfig) -> list[Prompt]:

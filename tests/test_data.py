@@ -62,7 +62,7 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
         (DatasetDict(train=Dataset.from_list(ROWS)), "has the splits train; pass one of them"),
-        (IterableDataset.from_generator(lambda: iter(ROWS)), "streaming dataset, which is not supported yet"),
+        (IterableDataset.from_generator(lambda: iter(ROWS)), "of unknown length; set dataset_take"),
     ],
 )
 def test_bad_datasets_are_refused_in_one_sentence(given, message):
@@ -160,3 +160,55 @@ def test_paths_upper_case_and_other_formats_are_read(tmp_path):
     path.write_text('{"prompt": "1+1="}\n')
     assert load_rows(path, GRPOConfig())["prompt"] == ["1+1="]
     assert load_rows(Dataset.from_list(CHAT).with_format("numpy"), GRPOConfig())[0]["prompt"] == CHAT[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "solution"),
+    [
+        ({"solution": r"so \boxed{3}", "answer": "3"}, r"so \boxed{3}"),
+        ({"solution": "a proof without a mark", "answer": r"\frac{1}{2}"}, r"\boxed{\frac{1}{2}}"),
+        ({"answer": r"\boxed{4}"}, r"\boxed{4}"),
+        ({"answer": 5}, r"\boxed{5}"),
+        ({"solution": "the text is all there is"}, "the text is all there is"),
+    ],
+)
+def test_maths_columns_become_a_chat_and_a_solution(row, solution):
+    made = load_rows([{"problem": "What is x?", **row}], GRPOConfig())[0]
+    assert made["prompt"] == [{"role": "user", "content": "What is x?"}]
+    assert made["solution"] == solution
+
+
+def test_a_streaming_dataset_is_read_as_far_as_it_is_taken(tmp_path):
+    read = []
+
+    def rows():
+        for index in range(1000):
+            read.append(index)
+            yield {"prompt": str(index)}
+
+    stream = IterableDataset.from_generator(rows)
+    assert load_rows(stream, GRPOConfig(dataset_take=3))["prompt"] == ["0", "1", "2"]
+    assert len(read) < 10
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(9)))
+    config = GRPOConfig(dataset_streaming=True, dataset_take=4)
+    assert load_rows(str(path), config)["prompt"] == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="set dataset_take"):
+        load_rows(str(path), GRPOConfig(dataset_streaming=True))
+
+
+def test_a_dataset_in_memory_is_cut_to_what_is_taken_and_does_not_stream():
+    assert load_rows(ROWS, GRPOConfig(dataset_take=1))["prompt"] == ["1+1="]
+    assert len(load_rows(ROWS, GRPOConfig(dataset_take=99))) == 2
+    assert len(load_rows(ROWS, GRPOConfig(dataset_take=1), name="eval_dataset")) == 2
+    with pytest.raises(ValueError, match="train_dataset is in memory"):
+        load_rows(ROWS, GRPOConfig(dataset_streaming=True, dataset_take=1))
+
+
+def test_a_stream_that_breaks_is_refused_in_one_sentence():
+    def rows():
+        yield {"prompt": "x"}
+        raise OSError("the line is cut")
+
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        load_rows(IterableDataset.from_generator(rows), GRPOConfig(dataset_take=5))

@@ -1,0 +1,90 @@
+"""Tasks by name: rows, and the verifier that knows when they are solved.
+
+A name is `gsm8k`, `countdown` or `reasoning_gym:<one of its tasks>`, with options as in an address:
+`countdown?size=5000&seed=1`. What a task may be given is what its function here takes.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.tasks.countdown import countdown_task
+from lowmem_grpo.tasks.gsm8k import gsm8k_task
+from lowmem_grpo.tasks.names import options_of, refuse_unknown_options
+from lowmem_grpo.tasks.reasoning_gym import reasoning_gym_task
+from lowmem_grpo.tasks.task import Task
+
+__all__ = ["TASKS", "Inputs", "Task", "find_task", "held_out", "with_tasks"]
+
+TASKS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k_task, "countdown": countdown_task}
+REASONING_GYM = "reasoning_gym"
+
+
+class Inputs(NamedTuple):
+    """What a run is about, with names of tasks replaced by what they stand for."""
+
+    train_dataset: Any
+    eval_dataset: Any
+    reward_funcs: Any
+    config: GRPOConfig
+
+
+def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig) -> Inputs:
+    """Datasets in place of names of tasks. What is left open, the training task says.
+
+    Without reward_funcs its verifier is the reward, without a system_prompt its own is used, and a generated task
+    holds out rows where there is no eval_dataset. Held-out rows never have a prompt of the training rows'.
+
+    Raises:
+        ValueError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
+    """
+    task, other = find_task(train_dataset), find_task(eval_dataset)
+    if other is not None:
+        eval_dataset = held_out(other)
+    if task is not None:
+        train_dataset = task.rows
+        eval_dataset = task.eval_rows if eval_dataset is None else eval_dataset
+        reward_funcs = task.reward if reward_funcs is None else reward_funcs
+        if config.system_prompt is None and task.system_prompt is not None:
+            config = dataclasses.replace(config, system_prompt=task.system_prompt)
+    if reward_funcs is None:
+        raise ValueError("reward_funcs is missing; give one or several, or train on a task, which has its own")
+    if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
+        eval_dataset = without_prompts_of(train_dataset, eval_dataset)
+        if not eval_dataset:
+            raise ValueError("every row of eval_dataset is one of train_dataset's; give it another seed")
+    return Inputs(train_dataset, eval_dataset, reward_funcs, config)
+
+
+def find_task(name: Any) -> Task | None:
+    """The task of that name, or None for anything that is not one: a hub id, a file, a Dataset."""
+    if not isinstance(name, str):
+        return None
+    head, _, query = name.partition("?")
+    family, colon, member = head.partition(":")
+    if colon and family == REASONING_GYM:
+        return reasoning_gym_task(member, **options_of(name, query))
+    if head in TASKS:
+        options = options_of(name, query)
+        refuse_unknown_options(name, options, inspect.signature(TASKS[head]).parameters)
+        return TASKS[head](**options)
+    if head == REASONING_GYM:
+        raise ValueError("reasoning_gym is many tasks; name one, such as reasoning_gym:chain_sum")
+    if (query and "/" not in head) or (colon and difflib.get_close_matches(family, [REASONING_GYM])):
+        known = ", ".join([*TASKS, f"{REASONING_GYM}:NAME"])
+        raise ValueError(f"no task is named {head!r}; the tasks are {known}")
+    return None
+
+
+def held_out(task: Task) -> Any:
+    """The rows to measure on; of a dataset with splits, the name, whose test split an evaluation takes."""
+    return task.rows if task.eval_rows is None else task.eval_rows
+
+
+def without_prompts_of(train_rows: list[dict], eval_rows: list[dict]) -> list[dict]:
+    seen = {json.dumps(row.get("prompt")) for row in train_rows}
+    return [row for row in eval_rows if json.dumps(row.get("prompt")) not in seen]

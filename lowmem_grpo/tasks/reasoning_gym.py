@@ -1,0 +1,144 @@
+"""Every task of reasoning-gym by name, with its own verifier (https://github.com/open-thought/reasoning-gym).
+
+An optional dependency: `pip install "lowmem-grpo[tasks]"`.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlencode
+
+from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.tasks.names import check_count, options_of, refuse_unknown_options
+from lowmem_grpo.tasks.task import Task, tagged_answer
+
+SYSTEM_PROMPT = (
+    "Think about the problem step by step. Then give the final answer alone between <answer> and </answer>, in the "
+    "form that the problem asks for."
+)
+MOST_CHARACTERS = 20_000  # of an answer; the largest grids have some thousand
+# Verifiers that hand a model's answer to Python's eval, or to sympy's parser, which calls eval. An answer reaches them
+# only if it can do nothing there: no call, no loop and nothing that grows; or plain algebra with small exponents.
+EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+ALGEBRA = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+CAN_ACT = re.compile(r"[(*<%{]|\bfor\b")
+WORD = re.compile(r"[^\W\d]\w*")
+FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
+POWER = re.compile(r"\*\*|\^")
+SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*(?:\d{1,2}|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(?!\d|\s*(?:\*\*|\^))")
+
+
+def reasoning_gym_task(name: str, *, size: int = 2000, eval_size: int = 128, seed: int = 0, **options: Any) -> Task:
+    """size problems of one of its tasks to train on and up to eval_size others; options are of the task's own config.
+
+    Raises:
+        ValueError: the package is not installed, it has no such task or option, or nothing is left to hold out.
+    """
+    check_count("size", size)
+    check_count("eval_size", eval_size, at_least=0)
+    check_count("seed", seed, at_least=0)
+    refuse_unknown(name, options)
+    rows = _rows(_full_name(name, seed=seed, size=size, **options), size)
+    if not eval_size:
+        return Task(rows, reasoning_gym_reward, system_prompt=SYSTEM_PROMPT)
+    # Problem i of seed s is problem i - 1 of seed s + 1, so the next seed would hold out what was trained on.
+    others = _rows(_full_name(name, seed=seed + size, size=eval_size, **options), eval_size)
+    asked = {row["prompt"][0]["content"] for row in rows}
+    others = [row for row in others if row["prompt"][0]["content"] not in asked]
+    if not others:
+        raise ValueError(
+            f"reasoning_gym:{name} has no problem besides its {size} to train on; lower size, or set eval_size=0"
+        )
+    return Task(rows, reasoning_gym_reward, eval_rows=others, system_prompt=SYSTEM_PROMPT)
+
+
+def refuse_unknown(name: str, options: dict[str, Any]) -> None:
+    datasets = _registry()
+    if name not in datasets:
+        nearest = difflib.get_close_matches(name, datasets, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(sorted(datasets))}"
+        raise ValueError(f"reasoning_gym has no task {name!r}; {hint}")
+    known = [field.name for field in dataclasses.fields(datasets[name][1])]
+    refuse_unknown_options(f"reasoning_gym:{name}", options, [*known, "eval_size"])
+
+
+def _registry() -> dict[str, tuple[type, type]]:
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ValueError(f'reasoning_gym cannot be imported ({error}); pip install "lowmem-grpo[tasks]"') from error
+    return DATASETS
+
+
+def _full_name(name: str, **options: Any) -> str:
+    return f"{name}?{urlencode({key: json.dumps(value) for key, value in sorted(options.items())})}"
+
+
+def _rows(task: str, size: int) -> list[dict]:
+    """A row says which problem it is, and the problem is made again from that: its metadata has no one form."""
+    return [
+        {"prompt": [{"role": "user", "content": problem(task, index)["question"]}], "task": task, "index": index}
+        for index in range(size)
+    ]
+
+
+@lru_cache(maxsize=8)
+def dataset(task: str) -> Any:
+    """reasoning-gym's own dataset for `name?options`.
+
+    Raises:
+        ValueError: options that it does not take.
+    """
+    from reasoning_gym import create_dataset
+
+    name, _, query = task.partition("?")
+    try:
+        return create_dataset(name, **options_of(task, query))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning_gym:{name} does not take these options: {error}") from error
+
+
+@lru_cache(maxsize=65536)
+def problem(task: str, index: int) -> dict[str, Any]:
+    return dataset(task)[index]
+
+
+def reasoning_gym_reward(completions: list, task: list[str], index: list[int], **kwargs) -> list[float]:
+    """The verifier's own score, 1.0 for a solution and often a little for a good form; 0.0 where it raises.
+
+    The answer is the last answer tag, else the last line.
+    """
+    given = [answer_of(completion_text(completion)) for completion in completions]
+    return [score(answer, own, place) for answer, own, place in zip(given, task, index, strict=True)]
+
+
+def answer_of(text: str) -> str:
+    tagged = tagged_answer(text)
+    return (text.strip().splitlines() or [""])[-1].strip() if tagged is None else tagged
+
+
+def score(answer: str, task: str, index: int) -> float:
+    if not harmless(answer, task.partition("?")[0]):
+        return 0.0
+    try:
+        return float(dataset(task).score_answer(answer, problem(task, index)))
+    except Exception:  # whatever it makes of a model's text, it is not the answer
+        return 0.0
+
+
+def harmless(answer: str, name: str) -> bool:
+    """Whether the verifier of that task may see this answer."""
+    if name in EVALUATED:
+        return len(answer) <= MOST_CHARACTERS and not CAN_ACT.search(answer)
+    if name in ALGEBRA:
+        words, rest = WORD.findall(answer), WORD.sub("", answer)
+        return (
+            len(answer) <= 500
+            and all(word in FUNCTIONS or (len(word) == 1 and word.isascii()) for word in words)
+            and re.fullmatch(r"[0-9.+\-*/^(),\s]*", rest) is not None
+            and len(POWER.findall(answer)) == len(SMALL_POWER.findall(answer)) <= 20
+        )
+    return len(answer) <= MOST_CHARACTERS

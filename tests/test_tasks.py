@@ -1,0 +1,331 @@
+import ast
+import inspect
+import itertools
+import json
+import os
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowmem_grpo import GRPOConfig
+from lowmem_grpo.data import load_rows
+from lowmem_grpo.rewards import accuracy_reward
+from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
+from lowmem_grpo.rewards.math_pool import as_number, math_equal
+from lowmem_grpo.tasks import find_task, with_tasks
+from lowmem_grpo.tasks import reasoning_gym as gym
+from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves
+from lowmem_grpo.tasks.task import tagged_answer
+
+ROOT = Path(__file__).parents[1]
+GSM8K = Path(os.environ.get("LOWMEM_GRPO_SHARED", ROOT.parent / "shared")) / "data/gsm8k/train.jsonl"
+GSM8K_ROWS = [  # in the form of the data set's, for where it is not at hand
+    {"question": "?", "answer": f"so\n#### {number}"} for number in ("72", "1,000", "-3", "0", "12.5", "1,234,567")
+]
+STYLES = ("so it is\n#### {}", "so it is \\boxed{{{}}}.", "<think>hm</think> <answer>{}</answer>", "the answer is {}.")
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def gold():
+    rows = [json.loads(line) for line in GSM8K.open(encoding="utf-8")] if GSM8K.is_file() else GSM8K_ROWS
+    return [row["answer"] for row in rows]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_gold_answer_is_right_in_every_style(gold, style):
+    numbers = [answer.rsplit("####", 1)[1].strip() for answer in gold]
+    texts = [style.format(number) for number in numbers]
+    assert accuracy_reward(texts, solution=gold) == [1.0] * len(gold)
+    assert accuracy_reward([chat(text) for text in texts], answer=gold) == [1.0] * len(gold)
+    assert accuracy_reward([style.format(number.replace(",", "")) for number in numbers], solution=gold) == [1.0] * len(
+        gold
+    )
+    wrong = [style.format(int(float(number.replace(",", ""))) + 1) for number in numbers]
+    assert accuracy_reward(wrong, solution=gold) == [0.0] * len(gold)
+
+
+PIECES = st.sampled_from(
+    ["\\boxed{", "\\boxed", "}", "{", "####", "<answer>", "</answer>", "<think>", "</think>", "\\frac", "^", "72", "7,2",
+     "-", ".", "1e999", "/0", "$", "%", "\n", " ", "\u2212", "\\sqrt", "(", ")", "=", "9" * 50, "\x00", "\u0661"]
+)  # fmt: skip
+MALFORMED = st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=12).map("".join)
+CALM = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(max_examples=100, **CALM)
+@given(st.lists(MALFORMED, min_size=100, max_size=100))
+def test_ten_thousand_malformed_completions_have_an_answer_or_none(texts):
+    """What stands in the process itself; math-verify, which only its workers run, has the next test."""
+    for text in texts:
+        answer = extract_answer(text)
+        if answer is not None and len(answer) <= 1000:
+            assert as_number(answer) is None or isinstance(as_number(answer), Fraction)
+            if as_number(answer) is not None:
+                assert math_equal([("72", answer)]) == [as_number(answer) == 72]
+        assert gold_answer(text) is not None
+
+
+@settings(max_examples=1, **CALM)
+@given(st.lists(MALFORMED, min_size=300, max_size=300))
+def test_malformed_completions_through_the_whole_reward(texts):
+    rewards = accuracy_reward([chat(text) for text in texts], solution=["72"] * len(texts))
+    assert set(rewards) <= {0.0, 1.0}
+
+
+def test_gsm8k_asks_in_its_style_and_brings_its_reward(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in GSM8K_ROWS))
+    inputs = with_tasks(f"gsm8k?file={path}&style=tags", None, None, GRPOConfig())
+    assert inputs.reward_funcs is accuracy_reward
+    assert "<answer>" in inputs.config.system_prompt
+    assert inputs.eval_dataset is None
+    row = load_rows(inputs.train_dataset, inputs.config)[0]
+    assert row["prompt"] == [{"role": "user", "content": "?"}] and row["solution"].endswith("#### 72")
+    own = with_tasks("gsm8k", None, "mine.f", GRPOConfig(system_prompt="Mine."))
+    assert (own.train_dataset, own.reward_funcs, own.config.system_prompt) == ("openai/gsm8k", "mine.f", "Mine.")
+
+
+def reachable(numbers):
+    """Every value of an expression that uses each of the numbers once."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    found = set()
+    for (i, a), (j, b) in itertools.permutations(enumerate(numbers), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        for value in {a + b, a - b, a * b, a / b if b else None} - {None}:
+            found |= reachable([*rest, value])
+    return found
+
+
+def test_countdown_problems_are_reachable_seeded_and_held_out():
+    task, again, other = (find_task(f"countdown?size=50&eval_size=20&seed={seed}") for seed in (3, 3, 4))
+    assert task.rows == again.rows and task.rows != other.rows
+    assert (len(task.rows), len(task.eval_rows)) == (50, 20)
+    assert not {row["prompt"] for row in task.rows} & {row["prompt"] for row in task.eval_rows}
+    for row in [*task.rows, *task.eval_rows]:
+        assert 3 <= len(row["numbers"]) <= 4 and 1 <= row["target"] <= 100
+        assert str(row["target"]) in row["prompt"] and row["prompt"].endswith("Assistant: ")
+        assert solves(row["one_solution"], row["numbers"], row["target"])
+    for row in task.rows[:5]:
+        assert row["target"] in reachable([Fraction(n) for n in row["numbers"]])
+
+
+@pytest.mark.parametrize(
+    ("expression", "right"),
+    [
+        ("(25 - 5) * 3 / 2", True),
+        ("3*(25-5)/2", True),
+        (" ( ( 25 - 5 ) / 2 ) * 3 ", True),
+        ("30", False),
+        ("25 + 5", False),
+        ("(25 - 5) * 3 / 2 + 2 - 2", False),
+        ("(25 - 5) * 3 // 2", False),
+        ("25 ** 2 - 5 * 3", False),
+        ("(25 - 5) * 3 / 2 = 30", False),
+        ("-5 + 25 * 3 / 2", False),
+        ("25 5 3 2", False),
+        ("(25 - 5) * 3 / 2)", False),
+        ("25(5)(3)(2)", False),
+        ("25 / (5 - 3 - 2)", False),
+        ("(25 - 5) * 3.0 / 2", False),
+        ("2_5 - 5 * 3 / 2", False),
+        ("__import__('os').abort()", False),
+        ("(25 - 5) * True", False),
+        ("(" * 100_000, False),
+        ("(" * 99 + "1" + ")" * 99, False),
+        ("9*" * 90 + "9", False),
+        ("9" * 5000, False),
+        ("05 + 25", False),
+        ("", False),
+        ("\n", False),
+    ],
+)
+def test_countdown_is_verified_by_arithmetic_alone(expression, right):
+    assert solves(expression, [2, 3, 5, 25], 30) is right
+
+
+def test_countdown_is_exact_where_floats_are_not():
+    assert solves("3 / (1 - 9 / 10)", [1, 3, 9, 10], 30)
+    assert not solves("(1 + 1) / 3 * 3", [1, 1, 3], 2), "a number that is used twice"
+    assert solves("(1 + 1) / 3 * 3", [1, 1, 3, 3], 2)
+
+
+def test_countdown_rewards_the_last_tag_of_texts_and_chats():
+    texts = ["<answer>1 + 1</answer> no: <answer> 1 + 2 </answer>", "1 + 2", "<answer>1 + 2", "</answer><answer>1 + 2"]
+    for completions in (texts, [chat(text) for text in texts]):
+        assert countdown_reward(completions, numbers=[[1, 2]] * 4, target=[3] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+@settings(max_examples=300, **CALM)
+@given(st.text(alphabet="0123456789+-*/() ", max_size=220))
+def test_no_text_breaks_the_countdown_verifier(text):
+    assert solves(text, [1, 2, 3], 6) in (True, False)
+
+
+def test_a_random_expression_has_the_value_that_is_said():
+    draw = random.Random(0)
+    for _ in range(200):
+        value, expression = random_expression(draw, [draw.randint(1, 99) for _ in range(4)])
+        if value.denominator == 1:
+            numbers = [int(n) for n in "".join(c if c.isdigit() else " " for c in expression).split()]
+            assert solves(expression, numbers, int(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("countdwn?size=3", "no task is named 'countdwn'; the tasks are gsm8k, countdown"),
+        ("countdown?sise=3", "has no option 'sise'; did you mean size"),
+        ("countdown?size", "not option=value"),
+        ("countdown?size=3&size=4", "gives an option twice"),
+        ("countdown?size=-1", "size=-1 must be a whole number of at least 1"),
+        ("countdown?size=many", "size='many' must be a whole number"),
+        ("countdown?max_numbers=2", "must be from min_numbers=3 to 6"),
+        ("countdown?chat=7", "chat=7 must be true or false"),
+        ("countdown?min_numbers=2&max_numbers=2&max_target=10&size=9000", "fewer than 9128 such problems"),
+        ("gsm8k?style=latex", "style='latex' is not one of boxed, tags, hash"),
+        ("reasoning_gym", "name one, such as reasoning_gym:chain_sum"),
+        ("reasoning-gym:chain_sum", "no task is named"),
+        ("reasoning_gym:chian_sum", "did you mean chain_sum"),
+        ("reasoning_gym:chain_sum?max_term=3", "did you mean max_terms"),
+        ("reasoning_gym:chain_sum?max_terms=0", "does not take these options"),
+        ("reasoning_gym:composite", "does not take these options"),
+        ("reasoning_gym:chain_sum?seed=x", "seed='x' must be a whole number"),
+        ("reasoning_gym:needle_haystack?size=0", "size=0 must be"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_refused_in_one_sentence(name, message):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match=message) as caught:
+        find_task(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["openai/gsm8k", "rows.jsonl", "./dir/countdown", None, [{"prompt": "x"}], "who/what?"]
+)
+def test_what_is_no_task_is_left_alone(name):
+    assert find_task(name) is None
+
+
+def test_a_run_without_a_task_needs_reward_functions():
+    with pytest.raises(ValueError, match="reward_funcs is missing"):
+        with_tasks([{"prompt": "x"}], None, None, GRPOConfig())
+
+
+def test_an_evaluation_of_the_same_name_is_of_what_is_held_out():
+    name = "countdown?size=30&eval_size=10"
+    inputs = with_tasks(name, name, None, GRPOConfig())
+    assert inputs.eval_dataset == find_task(name).eval_rows == with_tasks(name, None, None, GRPOConfig()).eval_dataset
+    assert with_tasks("countdown?size=30&eval_size=0", None, None, GRPOConfig()).eval_dataset is None
+    with pytest.raises(ValueError, match="give it another seed"):
+        with_tasks(name, "countdown?size=30&eval_size=0", None, GRPOConfig())
+
+
+def test_a_reasoning_gym_task_has_its_rows_and_its_verifier():
+    pytest.importorskip("reasoning_gym")
+    task = find_task("reasoning_gym:chain_sum?size=20&eval_size=10&seed=5&max_terms=3&max_digits=2")
+    assert (len(task.rows), len(task.eval_rows)) == (20, 10)
+    prompts = {row["prompt"][0]["content"] for row in task.rows}
+    assert not prompts & {row["prompt"][0]["content"] for row in task.eval_rows}
+    columns = {name: [row[name] for row in task.rows] for name in ("task", "index")}
+    answers = [gym.problem(row["task"], row["index"])["answer"] for row in task.rows]
+    assert task.reward([f"<answer> {a} </answer>" for a in answers], **columns) == [1.0] * 20
+    assert task.reward([chat(f"thoughts\n{a}\n") for a in answers], **columns) == [1.0] * 20
+    assert max(task.reward([f"<answer>{int(a) + 1}</answer>" for a in answers], **columns)) < 1
+    assert max(task.reward(["", "\n", "<answer>", "x"] * 5, **columns)) < 1
+
+
+def test_the_next_seed_of_reasoning_gym_has_the_same_problems_but_one():
+    """Which is why held-out problems begin where the training ones end."""
+    pytest.importorskip("reasoning_gym")
+    made = [gym.problem(f"chain_sum?seed={seed}&size=9", place)["question"] for seed, place in ((1, 1), (2, 0))]
+    assert made[0] == made[1]
+
+
+def members():
+    try:
+        return sorted(set(gym._registry()) - {"composite"})
+    except ValueError:
+        return []
+
+
+def test_every_reasoning_gym_task_is_made_and_its_own_answer_scores_full():
+    pytest.importorskip("reasoning_gym")
+    assert len(members()) > 100
+    without_answer = set()
+    for name in members():
+        task = find_task(f"reasoning_gym:{name}?size=1&eval_size=0&seed=3")
+        row = task.rows[0]
+        answer = gym.problem(row["task"], row["index"])["answer"]
+        if answer is None:
+            without_answer.add(name)
+            continue
+        assert gym.harmless(answer, name), name
+        assert gym.reasoning_gym_reward([f"<answer>{answer}</answer>"], [row["task"]], [0]) == [1.0], name
+        assert json.loads(json.dumps(row)) == row
+    assert without_answer == {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def test_every_verifier_that_evaluates_an_answer_is_known():
+    """A new version of reasoning-gym that evaluates elsewhere fails here, not in somebody's training run."""
+    pytest.importorskip("reasoning_gym")
+    own_text_alone = {"number_sorting", "propositional_logic"}  # eval of its own answer; a parser of its own
+    evaluating = set()
+    for name, (dataset, _) in gym._registry().items():
+        tree = ast.parse(inspect.getsource(inspect.getmodule(dataset)))
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and function.name == "score_answer":
+                called = {
+                    getattr(n.func, "id", getattr(n.func, "attr", ""))
+                    for n in ast.walk(function)
+                    if isinstance(n, ast.Call)
+                }
+                if called & {"eval", "exec", "parse_expr", "sympify", "parse_latex", "S", "compile"}:
+                    evaluating.add(name)
+    assert evaluating - own_text_alone == gym.EVALUATED | gym.ALGEBRA
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "passes"),
+    [
+        ("n_queens", "_ Q _ _\n_ _ _ Q", True),
+        ("n_queens", "[['_', 'Q'], ['Q', '_']]", True),
+        ("n_queens", "__import__('os').abort()", False),
+        ("binary_matrix", "[0] * 10", False),
+        ("binary_matrix", "[0 for x in [1]]", False),
+        ("binary_matrix", "1 << 9", False),
+        ("spiral_matrix", "f'{1:99999999999}'", False),
+        ("countdown", "(25 - 5) * 3 / 2", True),
+        ("countdown", "9**9**9", False),
+        ("countdown", "9**999", False),
+        ("countdown", "9**(9**9)", False),
+        ("countdown", "exit()", False),
+        ("countdown", "().__class__", False),
+        ("countdown", "'a'", False),
+        ("simple_integration", "3*x**2/2 + C", True),
+        ("simple_integration", "x**(3/2) - 2*x^3 + C", True),
+        ("intermediate_integration", "-exp(-x)*sin(2*x) + C", True),
+        ("intermediate_integration", "test()", False),
+        ("intermediate_integration", "x.diff", False),
+        ("puzzle24", "1" * 501, False),
+        ("chain_sum", "__import__('os').abort()", True),
+        ("chain_sum", "1" * 20_001, False),
+    ],
+)
+def test_only_harmless_answers_reach_a_verifier_that_evaluates_them(name, answer, passes):
+    assert gym.harmless(answer, name) is passes
+
+
+def test_the_last_answer_tag_is_found_in_linear_time():
+    assert tagged_answer("<answer>1</answer> <answer> 2 </answer> <answer>") == "2"
+    assert tagged_answer("<answer>" * 200_000) is None
+    assert tagged_answer("<answer>" * 200_000 + "3</answer>") == "3"
