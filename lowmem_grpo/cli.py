@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, plan, demo."""
+"""The command `lowmem-grpo`: train, eval, plan, demo."""
 
 import argparse
 import dataclasses
@@ -14,6 +14,10 @@ example:
   lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
       --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
 """
+EVAL_EXAMPLE = """\
+example:
+  lowmem-grpo eval --model gsm8k/adapter --dataset gsm8k --num_generations_eval 8 --max_completion_length 768
+"""
 PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
@@ -21,9 +25,17 @@ example:
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
 INPUTS = (
     ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
-    ("dataset", ("--dataset_name", "--train_dataset"), "hub id, or JSONL, JSON, CSV or Parquet file, to train on"),
-    ("eval_dataset", (), "the same, to measure greedy rewards on; a hub dataset's test split"),
-    ("reward_funcs", (), "one or more: accuracy_reward, get_regex_reward(pattern='...'), my_module.function"),
+    (
+        "dataset",
+        ("--dataset_name", "--train_dataset"),
+        "hub id, JSONL, JSON, CSV or Parquet file, or a task: gsm8k, countdown, reasoning_gym:NAME",
+    ),
+    ("eval_dataset", (), "the same, to evaluate on; a hub dataset's test split, what a task holds out"),
+    (
+        "reward_funcs",
+        (),
+        "one or more: accuracy_reward, get_regex_reward(pattern='...'), my_module.function; by default the task's own",
+    ),
 )
 
 
@@ -51,17 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
         "train", help="train a model", description="Train LoRA adapters on a 4-bit model with GRPO.",
         epilog=TRAIN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        usage="lowmem-grpo train --model M --dataset D --reward_funcs F [F ...] [options]",
+        usage="lowmem-grpo train --model M --dataset D [--reward_funcs F [F ...]] [options]",
     )  # fmt: skip
     train_parser.set_defaults(run=run_train)
-    inputs = train_parser.add_argument_group("what to train, on what, for what")
-    for name, aliases, text in INPUTS:
-        many = "+" if name == "reward_funcs" else None
-        inputs.add_argument(
-            f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many
-        )
-    inputs.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
-    add_config_flags(train_parser, inputs)
+    add_inputs(train_parser, "what to train, on what, for what")
+
+    eval_parser = commands.add_parser(
+        "eval", help="evaluate a model or an adapter", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
+        "task holds out. Settings are those of training; what is about learning is not used.",
+        epilog=EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="lowmem-grpo eval --model M --dataset D [--reward_funcs F [F ...]] [--num_generations_eval K] [--json]",
+    )  # fmt: skip
+    eval_parser.set_defaults(run=run_eval)
+    add_inputs(eval_parser, "what to evaluate, on what, by what").add_argument(
+        "--json", action="store_true", help="print JSON"
+    )
 
     plan_parser = commands.add_parser(
         "plan", help="predict what a run needs", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -84,6 +101,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_inputs(parser: argparse.ArgumentParser, title: str) -> Any:
+    """Flags for INPUTS, --config and every field; returns the group of the first two."""
+    group = parser.add_argument_group(title)
+    for name, aliases, text in INPUTS:
+        many = "+" if name == "reward_funcs" else None
+        group.add_argument(f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many)
+    group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+    add_config_flags(parser, group)
+    return group
+
+
 def add_config_flags(parser: argparse.ArgumentParser, group: Any) -> None:
     """A flag for every field of GRPOConfig, in sections."""
     for field in dataclasses.fields(GRPOConfig):
@@ -97,8 +125,8 @@ def add_config_flags(parser: argparse.ArgumentParser, group: Any) -> None:
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:
-    """Unknown flags of `train` get the configuration's own words, with the remedy or the nearest name."""
-    if command in ("train", "plan"):
+    """Unknown flags get the configuration's own words, with the remedy or the nearest name."""
+    if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
     if rest:
         raise ValueError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
@@ -111,12 +139,31 @@ def run_train(given: dict[str, Any]) -> int:
 
     result = train(
         inputs["model"],
-        inputs["reward_funcs"],
+        inputs.get("reward_funcs"),
         inputs["dataset"],
         eval_dataset=inputs.get("eval_dataset"),
         config=config,
     )
     print(f"adapter: {Path(result.output_dir) / 'adapter'}")
+    return 0
+
+
+def run_eval(given: dict[str, Any]) -> int:
+    as_json = given.pop("json", False)
+    inputs, fields = read_settings(given)
+    if "eval_dataset" in inputs:
+        raise ValueError("--eval_dataset is for training; name what to evaluate on with --dataset")
+    config = GRPOConfig(**fields)
+    from lowmem_grpo.evaluate import as_table, evaluate_model
+
+    found = evaluate_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+    if as_json:
+        finite = {who: {k: v if v == v else None for k, v in metrics.items()} for who, metrics in found.items()}
+        print(json.dumps(finite, indent=1))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(as_table(found))
     return 0
 
 
@@ -157,7 +204,7 @@ def read_settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
     settings = {aliases.get(name, name): value for name, value in settings.items()}
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
-    for name in ("model", "dataset", "reward_funcs"):
+    for name in ("model", "dataset"):
         if not inputs.get(name):
             raise ValueError(f"--{name} is missing; see `lowmem-grpo train --help`")
     refuse_unknown_fields(settings)

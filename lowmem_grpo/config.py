@@ -57,6 +57,8 @@ class GRPOConfig:
 
     dataset_config: str | None = option(None, "configuration name of a hub dataset")
     dataset_split: str = option("train", "split of train_dataset to train on")
+    dataset_streaming: bool = option(False, "read hub datasets and files only as far as dataset_take")
+    dataset_take: int | None = option(None, "train on the first so many rows; a streaming dataset needs it")
     system_prompt: str | None = option(None, "system message for chat prompts that have none")
     chat_template_kwargs: dict[str, Any] | None = option(None, "keyword arguments for the chat template, as JSON")
     max_prompt_length: int | None = option(512, "prompts of more tokens are dropped and counted")
@@ -172,6 +174,14 @@ class GRPOConfig:
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down")
 
     eval_steps: int | None = option(None, "evaluate every so many steps, besides before and after training")
+    num_generations_eval: int | None = option(
+        None, "completions sampled for each evaluation prompt, as in training; by default one greedy completion"
+    )
+    metric_for_best_model: str | None = option(
+        None, "the evaluation's metric whose best adapter is kept in output_dir/best; eval_reward by default"
+    )
+    greater_is_better: bool | None = option(None, "whether more of metric_for_best_model is better; by default it is")
+    load_best_model_at_end: bool = option(False, "make the best evaluation's adapter the result, not the last step's")
     log_completions: bool = option(False, "write each step's completions to output_dir/completions/")
     save_steps: int = option(20, "write a checkpoint every so many steps, besides at the end")
     save_total_limit: int | None = option(None, "keep only the newest checkpoints")
@@ -319,7 +329,7 @@ _POSITIVE = (
     "temperature", "repetition_penalty", "rollout_token_budget", "num_iterations", "token_budget", "adam_epsilon",
     "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "kl_target", "kl_horizon", "steps_per_generation",
     "ref_model_sync_steps", "sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_clip_max",
-    "reward_timeout",
+    "reward_timeout", "num_generations_eval", "dataset_take",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
@@ -373,9 +383,8 @@ _TRL_FIELDS = {
     _LATER: "lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "
-    "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object load_best_model_at_end "
-    "metric_for_best_model greater_is_better full_determinism debug router_aux_loss_coef num_generations_eval "
-    "pad_to_multiple_of max_tool_calling_iterations",
+    "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object full_determinism debug "
+    "router_aux_loss_coef pad_to_multiple_of max_tool_calling_iterations",
 }
 UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
 
@@ -394,10 +403,11 @@ def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
 
 # What a resumed run may change: where and how long it runs, what it reports, and how it fits into memory.
 MAY_CHANGE_ON_RESUME = {
-    "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps", "log_completions",
-    "save_steps", "save_total_limit", "token_budget", "rollout_token_budget", "gradient_checkpointing",
-    "padding_free", "activation_offloading", "tiled_mlp", "offload_embedding", "use_liger_kernel",
-    "reward_timeout",
+    "output_dir", "resume_from_checkpoint", "use_cpu", "num_train_epochs", "max_steps", "eval_steps",
+    "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+    "log_completions", "save_steps", "save_total_limit", "token_budget", "rollout_token_budget",
+    "gradient_checkpointing", "padding_free", "activation_offloading", "tiled_mlp", "offload_embedding",
+    "use_liger_kernel", "reward_timeout",
 }  # fmt: skip
 
 

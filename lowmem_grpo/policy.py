@@ -260,7 +260,7 @@ def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
         return model.get_base_model().config  # type: ignore[return-value]
     if isinstance(model, PreTrainedModel):
         return model.config
-    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if _is_adapter(model) else model
+    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
     return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
@@ -312,7 +312,7 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
         return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
-    if _is_adapter(model):
+    if is_adapter(model):
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
         return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
     return add_adapter(_load_base(model, config, device, dtype), peft_config or lora_config(config))
@@ -320,7 +320,7 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
 
 def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
     """Raise ValueError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
-    continues = isinstance(model, PeftModel) or (isinstance(model, str) and _is_adapter(model))
+    continues = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
     if continues and peft_config is not None:
         raise ValueError(
             "peft_config is given, but the model already has an adapter; leave it out to continue that one"
@@ -351,7 +351,7 @@ def _find_by_name(model: str, config: GRPOConfig) -> None:
         raise ValueError(f"model {model!r} is not a folder on this machine")
     if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
         raise ValueError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
-    if _is_adapter(model):
+    if is_adapter(model):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         if not base:
             raise ValueError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
@@ -372,7 +372,8 @@ def _find_by_name(model: str, config: GRPOConfig) -> None:
         raise ValueError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
 
 
-def _is_adapter(model: str) -> bool:
+def is_adapter(model: str) -> bool:
+    """Whether it is the folder of an adapter in PEFT's format."""
     return (Path(model) / "adapter_config.json").is_file()
 
 
@@ -460,7 +461,7 @@ def _train_adapter(model: PeftModel) -> None:
 def load_tokenizer(model, config: GRPOConfig):
     """The tokenizer that comes with a model, by its name or the name it was loaded from; an adapter's is its base's."""
     name = model if isinstance(model, str) else model.name_or_path
-    if _is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)

@@ -17,8 +17,8 @@ from transformers import get_scheduler, set_seed
 from lowmem_grpo import checkpoint as checkpoints
 from lowmem_grpo.collect import Collected, Stream, collect_rollout, with_kl_in_reward
 from lowmem_grpo.config import GRPOConfig, refuse_changes
-from lowmem_grpo.data import load_rows, tokenize_prompts
-from lowmem_grpo.evaluate import evaluate
+from lowmem_grpo.data import check_budgets, load_rows, tokenize_prompts
+from lowmem_grpo.evaluate import check_vocabulary, evaluate
 from lowmem_grpo.interruption import Interruption
 from lowmem_grpo.loss import after_entropy, after_kl, coefficient_metrics, coefficients_of, first_coefficients
 from lowmem_grpo.memory import as_text as plan_as_text
@@ -31,6 +31,7 @@ from lowmem_grpo.policy import Policy, adapter_config, find_model, load_policy, 
 from lowmem_grpo.replay import ReplayBuffer
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.tasks import with_tasks
 from lowmem_grpo.update import (
     TokenBudget,
     backward,
@@ -47,14 +48,14 @@ from lowmem_grpo.update import (
 class TrainResult:
     history: list[dict[str, Any]]  # one dict a step, under TRL's metric names; a resumed run's earlier steps included
     eval_history: list[dict[str, Any]]  # one dict an evaluation, the one before training first
-    output_dir: str  # adapter/ has the trained adapter, checkpoint-N/ everything that a resume needs
+    output_dir: str  # adapter/ the trained adapter, best/ the best evaluation's, checkpoint-N/ all that a resume needs
     policy: Policy
 
 
 def train(
     model: Any,
-    reward_funcs: Any,
-    train_dataset: Any,
+    reward_funcs: Any = None,
+    train_dataset: Any = None,
     eval_dataset: Any = None,
     config: GRPOConfig | None = None,
     peft_config: Any = None,
@@ -68,9 +69,11 @@ def train(
             changed in place.
         reward_funcs: one or several functions, names (a built-in's, `module.function`, or a call of what makes one,
             `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on two
-            made-up completions before the model is loaded.
-        train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column.
-        eval_dataset: likewise; greedy rewards on it before, after and every eval_steps. A hub dataset's `test` split.
+            made-up completions before the model is loaded. None for a task, which has its own.
+        train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
+            task's name, such as "countdown".
+        eval_dataset: likewise; evaluated before, after and every eval_steps. A hub dataset's `test` split. By default
+            what a generated task holds out.
         peft_config: a LoraConfig in place of the config's lora fields.
         callbacks: called with (step, metrics, policy) after every step.
 
@@ -81,6 +84,7 @@ def train(
     if not isinstance(config, GRPOConfig):
         raise ValueError(f"config is a {type(config).__name__}; pass a GRPOConfig")
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
+    train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     if isinstance(model, Path) or (isinstance(model, str) and model.startswith("~")):
         model = str(Path(model).expanduser())
     try:
@@ -99,10 +103,11 @@ def train(
         refuse_changes(config, checkpoints.read_state(resume)["config"])
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
-    if config.eval_steps is not None and eval_rows is None:
-        raise ValueError(
-            f"eval_steps={config.eval_steps}, but there is no eval_dataset; pass one or leave eval_steps out"
-        )
+    for name in ("eval_steps", "num_generations_eval", "metric_for_best_model", "load_best_model_at_end"):
+        if getattr(config, name) and eval_rows is None:
+            raise ValueError(
+                f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
+            )
     find_model(model, config, peft_config)
     device, given = run_device(config), config
     trial = rows[:2]
@@ -149,6 +154,7 @@ def train(
                 name: value.to(policy.device) for name, value in checkpoints.read_tensors(resume, "reference").items()
             }
     log = MetricsLog(output_dir, state["step"])
+    best = checkpoints.BestAdapter(output_dir, config, fresh=resume is None)
     (output_dir / "grpo_config.json").write_text(settings, encoding="utf-8")
 
     def save(randomness: dict[str, Any]) -> Path:
@@ -166,7 +172,10 @@ def train(
     def evaluate_now() -> None:
         """Once a step: a resumed run finds in the log what was done before it stopped."""
         if eval_prompts and not any("eval_reward" in line and line["step"] == state["step"] for line in log.lines()):
-            log.write({"step": state["step"], **evaluate(policy, eval_prompts, rewards, config, state["step"])})
+            with checkpoints.same_randomness():  # a run is the same, however often it is evaluated
+                metrics = evaluate(policy, eval_prompts, rewards, config, state["step"])
+            best.keep(policy, state["step"], metrics)
+            log.write({"step": state["step"], **metrics})
 
     with limit_memory(planned, device), Progress(total_steps) as progress, Interruption() as interruption:
         if planned is not None:
@@ -276,6 +285,8 @@ def train(
             if state["step"] and not interruption.holding:
                 progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
             raise
+    if config.load_best_model_at_end:
+        best.load(policy)
     checkpoints.write_folder(output_dir / "adapter", policy.save)
     lines = log.lines()
     return TrainResult(
@@ -309,23 +320,6 @@ def writable_folder(output_dir: str) -> Path:
     return folder
 
 
-def check_vocabulary(prompts: list[Prompt], policy: Policy) -> None:
-    largest, size = max(max(prompt.ids) for prompt in prompts), policy.head.weight.shape[0]
-    if largest >= size:
-        raise ValueError(f"the tokenizer makes id {largest}, and the model has {size}; pass the tokenizer of the model")
-
-
 def fingerprint(prompts: list[Prompt]) -> str:
     """Tells apart lists of prompts, so that a resumed run goes on with its own."""
     return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
-
-
-def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
-    """Raise ValueError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
-    longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
-    for name in ("token_budget", "rollout_token_budget"):
-        if longest > getattr(config, name):
-            raise ValueError(
-                f"the longest prompt and its completion may have {longest} tokens, more than {name}="
-                f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
-            )

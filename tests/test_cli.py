@@ -86,15 +86,16 @@ def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_pat
 
 
 @pytest.mark.parametrize("missing", ["model", "dataset", "reward_funcs"])
-def test_a_missing_input_is_named(missing, capsys):
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_missing_input_is_named(missing, command, capsys):
     arguments = [
         word
         for name, value in INPUTS.items()
         if name != missing
         for word in (f"--{name}", *([value] if isinstance(value, str) else value))
     ]
-    assert cli.main(["train", *arguments]) == 2
-    assert f"--{missing} is missing" in capsys.readouterr().err
+    assert cli.main([command, *arguments]) == 2
+    assert f"{missing} is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["just text", "- a\n- list", "a: [", ""])
@@ -145,3 +146,36 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "out/grpo_config.json").read_text())
     assert saved == json.loads(json.dumps({**vars(GRPOConfig()), **saved}))
     assert saved["learning_rate"] == 1e-4
+
+
+def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["--dataset", "countdown?size=4&eval_size=2", "--use_cpu", "true", "--max_completion_length", "4"]
+    steps = ["--max_steps", "1", "--prompts_per_step", "1", "--num_generations", "2", "--output_dir", "out"]
+    assert cli.main(["train", "--model", str(DEMO_MODEL), *given, *steps]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert ["eval_rewards/countdown_reward/mean" in line for line in lines] == [True, False, True]
+    capsys.readouterr()
+    given += ["--num_generations_eval", "2"]
+    assert cli.main(["eval", "--model", "out/adapter", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"base", "adapter"}
+    assert set(found["base"]) >= {"eval_reward", "eval_mean@2", "eval_pass@1", "eval_pass@2", "eval_maj@2"}
+    assert cli.main(["eval", "--model", str(DEMO_MODEL), *given]) == 0
+    shown = capsys.readouterr().out
+    assert "eval_pass@2" in shown and "model" in shown
+    assert not (tmp_path / "grpo-output").exists(), "an evaluation writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eval_dataset", "x"], "--eval_dataset is for training"),
+        (["--vram_budget", "8GB"], "vram_budget plans a training run"),
+        (["--dataset", "countdwn?size=3"], "no task is named 'countdwn'"),
+        (["--learning_rat", "1"], "did you mean learning_rate"),
+    ],
+)
+def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):
+    assert cli.main(["eval", "--model", str(DEMO_MODEL), "--dataset", "countdown", *arguments]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
