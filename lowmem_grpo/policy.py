@@ -436,7 +436,7 @@ def adapter_config(model: Any, config: GRPOConfig, peft_config: LoraConfig | Non
     """The adapter that a run of these trains: the model's own, which is continued, or peft_config, or config's."""
     if isinstance(model, PeftModel):
         return model.active_peft_config
-    if isinstance(model, str) and _is_adapter(model):
+    if isinstance(model, str) and is_adapter(model):
         return PeftConfig.from_pretrained(model)
     return peft_config or lora_config(config)
 

@@ -13,7 +13,7 @@ from lowmem_grpo.tasks.names import check_count
 from lowmem_grpo.tasks.task import Task, tagged_answer
 
 MOST_CHARACTERS = 200  # of an expression: four numbers need 30
-MOST_IN_VAIN = 20_000  # draws without a new problem, of which one in ten is some problem
+MOST_IN_VAIN = 20_000  # draws in a row without a new problem, after which there are taken to be no more
 ALPHABET = re.compile(r"[0-9+\-*/() ]+")
 QUESTION = (
     "Using the numbers {numbers}, make an expression that equals {target}. You may use + - * / and parentheses, and "

@@ -1,0 +1,255 @@
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import DEMO_MODEL, make_policy
+from transformers import AutoTokenizer
+
+from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.checkpoint import BestAdapter
+from lowmem_grpo.demo import task
+from lowmem_grpo.evaluate import confidence_interval, evaluate, evaluate_model, majority, pass_at, shares
+from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rollout import Prompt
+
+ROWS = task.rows(task.splits()[0][:12])
+NAN = math.nan
+
+
+def settings(folder, **changes) -> GRPOConfig:
+    return GRPOConfig(
+        **{
+            "output_dir": str(folder), "use_cpu": True, "max_steps": 3, "prompts_per_step": 2, "num_generations": 2,
+            "max_completion_length": 8, "learning_rate": 1e-2, "gradient_checkpointing": False, **changes,
+        }
+    )  # fmt: skip
+
+
+def run(folder, rewards, *, eval_dataset=None, callbacks=(), **changes):
+    return train(str(DEMO_MODEL), rewards, ROWS, eval_dataset, settings(folder, **changes), callbacks=callbacks)
+
+
+def adapters(policy):
+    return {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+
+
+def noisy_reward(completions, **kwargs):
+    """One that draws from Python's and torch's generators, as a judge might."""
+    return [len(c[0]["content"]) % 7 / 7 + random.random() + torch.rand(()).item() for c in completions]
+
+
+def at_step(values):
+    """A reward of this value at each step, and on training's completions one that moves the adapters."""
+
+    def step_reward(completions, trainer_state, solution, **kwargs):
+        if len(completions) == 4:  # 2 x 2 in training, 3 in an evaluation
+            return list(range(4))
+        return [values[trainer_state.global_step]] * len(completions)
+
+    return step_reward
+
+
+@pytest.mark.parametrize(("n", "c"), [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_j_is_the_share_of_draws_that_hold_a_correct_one(n, c):
+    completions = [True] * c + [False] * (n - c)
+    for j in range(1, n + 1):
+        draws = list(itertools.combinations(completions, j))
+        assert pass_at(j, n, c) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert math.isnan(pass_at(n + 1, n, c))
+
+
+@pytest.mark.parametrize(
+    ("votes", "share"),
+    [
+        ([("3", True), ("3", True), ("4", False)], 1.0),
+        ([("3", True), ("4", False), ("4", False)], 0.0),
+        ([("3", True), ("4", False)], 0.5),
+        ([("3", True), ("4", False), ("5", False)], 1 / 3),
+        ([("1,000", True), ("1000.0", True), ("7", False)], 1.0),
+        ([("x", True), (" x ", True), ("y", False)], 1.0),
+        ([(None, False), (None, False), ("3", True)], 1.0),
+        ([(None, False)], 0.0),
+        ([("3", True), ("3", False)], 0.5),
+        ([("9" * 5000, False)], 0.0),
+    ],
+)
+def test_the_majority_by_hand(votes, share):
+    assert majority(votes) == pytest.approx(share)
+    assert math.isnan(majority([]))
+
+
+def test_shares_by_hand():
+    """Three prompts of four: two of four right, none, and one whose reward applies to two."""
+    rewards = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.5, NAN, NAN, 0.0])
+    answers = ["1", "1", "2", "2", "7", "7", "7", None, "5", "5", "5", "6"]
+    found = shares(rewards, answers, 4)
+    assert list(found) == ["mean@4", "pass@1", "pass@2", "pass@4", "maj@4"]
+    assert found["mean@4"] == pytest.approx([0.625, 0.0, 0.75])
+    assert found["pass@1"] == pytest.approx([0.5, 0.0, 0.5])
+    assert found["pass@2"] == pytest.approx([5 / 6, 0.0, 1.0])
+    assert found["pass@4"] == pytest.approx([1.0, 0.0, NAN], nan_ok=True)
+    assert found["maj@4"] == pytest.approx([0.5, 0.0, 0.5])
+    assert list(shares(torch.zeros(12), ["1"] * 12, 6)) == ["mean@6", "pass@1", "pass@2", "pass@4", "pass@6", "maj@6"]
+    assert shares(torch.ones(2), ["1"] * 2, 1) == {"pass@1": [1.0, 1.0]}
+
+
+def test_the_interval_of_zeros_and_ones_is_wilsons():
+    assert confidence_interval([1.0] * 10 + [0.0] * 10) == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    assert confidence_interval([0.0] * 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert confidence_interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert all(math.isnan(bound) for bound in confidence_interval([]))
+
+
+def test_the_bootstraps_interval_is_that_of_a_normal_mean_and_always_the_same():
+    draw = random.Random(0)
+    values = [draw.gauss(5, 2) for _ in range(400)]
+    low, high = confidence_interval(values)
+    mean = sum(values) / 400
+    deviation = (sum((v - mean) ** 2 for v in values) / 400) ** 0.5 / 20
+    assert low == pytest.approx(mean - 1.96 * deviation, abs=0.1 * deviation * 2)
+    assert high == pytest.approx(mean + 1.96 * deviation, abs=0.1 * deviation * 2)
+    assert confidence_interval(values) == (low, high)
+
+
+def test_the_intervals_cover_as_often_as_they_say():
+    """Of 400 experiments of 60 prompts at a share of 0.3: 95 % of the intervals hold it, give or take 3 deviations."""
+    draw, held = random.Random(1), 0
+    for _ in range(400):
+        low, high = confidence_interval([float(draw.random() < 0.3) for _ in range(60)])
+        held += low <= 0.3 <= high
+    assert held / 400 >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy("qwen2")
+
+
+def prompts_of(policy, count=4):
+    return [
+        Prompt(row["prompt"], policy.tokenizer(row["prompt"][0]["content"])["input_ids"], {"solution": row["solution"]})
+        for row in ROWS[:count]
+    ]
+
+
+def length_reward(completions, **kwargs):
+    return [len(c[0]["content"]) % 2 for c in completions]
+
+
+@pytest.mark.parametrize("k", [None, 1, 4])
+def test_an_evaluation_is_the_same_twice_and_leaves_the_generator_where_it_was(policy, k):
+    config = GRPOConfig(use_cpu=True, max_completion_length=6, num_generations_eval=k)
+    before = torch.get_rng_state()
+    first, second = (evaluate(policy, prompts_of(policy), RewardRunner([length_reward]), config, 0) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    same = {name for name in first if "time/" not in name}
+    assert {n: first[n] for n in same} == pytest.approx({n: second[n] for n in same}, nan_ok=True)
+    assert ("eval_maj@4" in first) == (k == 4)
+    assert first["eval_pass@1"] == pytest.approx(first["eval_rewards/length_reward/mean"])
+    assert first["eval_reward/ci_low"] <= first["eval_reward"] <= first["eval_reward/ci_high"]
+
+
+def test_a_reward_that_never_applies_is_no_value(policy):
+    config = GRPOConfig(use_cpu=True, max_completion_length=2, num_generations_eval=2)
+    never = RewardRunner([lambda completions, **_: [None] * len(completions)])
+    found = evaluate(policy, prompts_of(policy), never, config, 0)
+    assert all(math.isnan(found[name]) for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_reward/ci_low"))
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_a_run_is_the_same_however_often_it_is_evaluated(tmp_path, k):
+    without = run(tmp_path / "without", noisy_reward)
+    with_eval = run(tmp_path / "with", noisy_reward, eval_dataset=ROWS[:3], eval_steps=1, num_generations_eval=k)
+    assert [line["step"] for line in with_eval.eval_history] == [0, 1, 2, 3]
+    for name, value in adapters(without.policy).items():
+        assert torch.equal(value, adapters(with_eval.policy)[name])
+    assert [line["reward"] for line in without.history] == [line["reward"] for line in with_eval.history]
+
+
+def saved(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_best_evaluations_adapter_is_kept_through_a_resume_and_loaded_at_the_end(tmp_path):
+    """The best is step 2's of 4; the run stops after step 2 and goes on."""
+    reward = at_step([0.1, 0.2, 0.9, 0.3, 0.4])
+    kept, folder = {}, tmp_path / "out"
+
+    def remember(step, metrics, policy):
+        kept[step] = adapters(policy)
+
+    changes = dict(eval_dataset=ROWS[:3], eval_steps=1, callbacks=remember, lr_scheduler_type="constant")
+    run(folder, reward, max_steps=2, **changes)
+    assert json.loads((folder / "best/best.json").read_text())["step"] == 2
+    result = run(folder, reward, max_steps=4, resume_from_checkpoint=True, load_best_model_at_end=True, **changes)
+    assert json.loads((folder / "best/best.json").read_text()) == {
+        "step": 2, "metric": "eval_reward", "value": pytest.approx(0.9)
+    }  # fmt: skip
+    assert any(not torch.equal(value, kept[4][name]) for name, value in kept[2].items())
+    assert all(torch.equal(value, adapters(result.policy)[name]) for name, value in kept[2].items())
+    best, final, last = saved(folder / "best"), saved(folder / "adapter"), saved(folder / "checkpoint-4")
+    assert all(torch.equal(value, final[name]) for name, value in best.items())
+    assert any(not torch.equal(value, last[name]) for name, value in best.items())
+
+
+def test_less_can_be_better_and_the_untrained_adapter_can_be_the_best(tmp_path):
+    changes = dict(eval_dataset=ROWS[:3], eval_steps=1, max_steps=2)
+    reward = at_step([0.1, 0.2, 0.9])
+    run(tmp_path / "less", reward, metric_for_best_model="reward", greater_is_better=False, **changes)
+    assert json.loads((tmp_path / "less/best/best.json").read_text())["step"] == 0
+    assert all((value == 0).all() for name, value in saved(tmp_path / "less/best").items() if "lora_B" in name)
+
+
+def test_a_fresh_run_forgets_the_best_of_an_earlier_one_and_another_metric_begins_anew(tmp_path, policy):
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    BestAdapter(tmp_path, config, fresh=True).keep(policy, 7, {"eval_reward": 2.0, "eval_pass@1": 0.5})
+    again = BestAdapter(tmp_path, config, fresh=False)
+    again.keep(policy, 8, {"eval_reward": 1.0})
+    again.keep(policy, 9, {"eval_reward": NAN})
+    assert (again.record() or {})["step"] == 7
+    other = BestAdapter(tmp_path, dataclasses.replace(config, metric_for_best_model="pass@1"), fresh=False)
+    assert other.record() is None
+    other.keep(policy, 9, {"eval_reward": 0.0, "eval_pass@1": 0.1})
+    assert (other.record() or {})["step"] == 9
+    assert BestAdapter(tmp_path, config, fresh=True).record() is None
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_metric_that_no_evaluation_has_stops_the_run_before_its_first_step(tmp_path):
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_speed' is none of .* eval_reward"):
+        run(tmp_path / "out", length_reward, eval_dataset=ROWS[:2], metric_for_best_model="eval_speed")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_generations_eval": 2}, {"load_best_model_at_end": True}, {"metric_for_best_model": "reward"}]
+)
+def test_a_setting_of_the_evaluation_without_an_eval_dataset_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.* no eval_dataset"):
+        run(tmp_path / "out", length_reward, **change)
+
+
+def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
+    """The adapter's numbers are those that training logged last, and the base's those that it logged first."""
+    changes = dict(eval_dataset=ROWS[:6], num_generations_eval=2, learning_rate=0.05)
+    result = run(tmp_path / "out", [task.tag_format_reward, length_reward], **changes)
+    config = settings(tmp_path / "unused", num_generations_eval=2)
+    found = evaluate_model(str(tmp_path / "out/adapter"), [task.tag_format_reward, length_reward], ROWS[:6], config)
+    for who, line in (("base", result.eval_history[0]), ("adapter", result.eval_history[-1])):
+        for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_completions/mean_length"):
+            assert found[who][name] == pytest.approx(line[name])
+    assert found["base"]["eval_reward"] != found["adapter"]["eval_reward"]
+    assert list(evaluate_model(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
+
+
+def test_one_greedy_completion_is_what_training_without_sampling_measures():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    assert tokenizer.chat_template
+    config = GRPOConfig(use_cpu=True, max_completion_length=8)
+    found = evaluate_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"]
+    assert "eval_mean@1" not in found and "eval_maj@1" not in found
+    assert found["eval_pass@1"] == found["eval_rewards/tag_format_reward/mean"]
