@@ -7,6 +7,7 @@ completion thinks first, in a think block (0.2).
 """
 
 import argparse
+from collections.abc import Sequence
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.rewards import accuracy_reward, think_format_reward
@@ -16,7 +17,7 @@ SYSTEM_PROMPT = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen/Qwen2.5-1.5B-Instruct", help="hub id or model folder")
     parser.add_argument("--dataset", default="openai/gsm8k", help="hub id or JSONL file")
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--prompts_per_step", type=int, default=8)
     parser.add_argument("--num_generations", type=int, default=8)
     parser.add_argument("--max_completion_length", type=int, default=768)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     result = train(
         given.model,
         [accuracy_reward, think_format_reward],

@@ -1,0 +1,74 @@
+"""Each example's main with the demo's model, for a step or two on whatever device is there."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import DEMO_MODEL
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = [
+    "--model",
+    str(DEMO_MODEL),
+    "--prompts_per_step",
+    "2",
+    "--num_generations",
+    "2",
+    "--max_completion_length",
+    "8",
+]
+
+
+def main_of(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_example_is_tested_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"reward_model"} == {
+        "gsm8k", "countdown", "reasoning_gym_task", "custom_reward",
+    }  # fmt: skip
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main_of("custom_reward")([*SMALL, "--max_steps", "1", "--output_dir", "out"])
+    line = lines(tmp_path)[0]
+    assert {"words", "rewards/first_letter_reward/mean", "rewards/brevity_reward/mean"} <= set(line)
+    assert "words a completion" in capsys.readouterr().out
+
+
+def test_countdown_from_a_base_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--dataset", "countdown?size=8&eval_size=2", "--num_generations_eval", "2"]
+    main_of("countdown")([*SMALL, *small, "--max_steps", "2", "--output_dir", "out"])
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 2]
+    assert "rewards/countdown_reward/mean" in lines(tmp_path)[1]
+    assert "step 2: solved" in capsys.readouterr().out
+    assert (tmp_path / "out/best/adapter_model.safetensors").is_file()
+
+
+def test_a_task_of_reasoning_gym(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.chdir(tmp_path)
+    task = "chain_sum?size=8&eval_size=2&max_terms=2"
+    main_of("reasoning_gym_task")([*SMALL, "--task", task, "--max_steps", "2", "--output_dir", "out"])
+    assert "held-out score" in capsys.readouterr().out
+    main_of("reasoning_gym_task")(["--list"])
+    assert "chain_sum" in capsys.readouterr().out.splitlines()
+
+
+def test_gsm8k_from_a_local_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main_of("gsm8k")([*SMALL, "--dataset", "rows.jsonl", "--max_steps", "2", "--output_dir", "out"])
+    assert "rewards/accuracy_reward/mean" in lines(tmp_path)[0]
+    assert "reward of the last step" in capsys.readouterr().out
