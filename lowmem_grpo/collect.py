@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.advantages import Advantages, compare, nanstd, weighted_rewards
+from lowmem_grpo.answering import answer, as_text
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.data import index_at, next_positions, prompts_at
-from lowmem_grpo.evaluate import as_text
-from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.metrics import length_metrics, reward_metrics
 from lowmem_grpo.objective import kl_estimate
 from lowmem_grpo.policy import Policy
@@ -165,16 +164,7 @@ def _compared(rewards: Tensor, config: GRPOConfig, penalty: Tensor | None = None
 def _sample_and_score(
     policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> _Scored:
-    params = SamplingParams(
-        max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
-        top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-        stop_strings=tuple(config.stop_strings or ()),
-    )  # fmt: skip
-    sampled = sample(
-        policy, [prompt.ids for prompt in prompts], config.num_generations, params,
-        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights, kv=config.rollout_kv,
-    )  # fmt: skip
+    sampled = answer(policy, prompts, config.num_generations, config)
     completions = sampled.completions
     asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]

@@ -19,12 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lowmem_grpo.advantages import weighted_rewards
+from lowmem_grpo.answering import answer, answer_greedily, as_text
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.data import check_budgets, load_rows, tokenize_prompts
-from lowmem_grpo.generate import SamplingParams, sample
 from lowmem_grpo.metrics import length_metrics
 from lowmem_grpo.policy import Policy, find_model, is_adapter, load_policy, load_tokenizer
-from lowmem_grpo.rewards import BUILT_IN, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rewards.accuracy import extract_answer
 from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text
@@ -45,7 +45,7 @@ def evaluate(
     was.
     """
     k = config.num_generations_eval or 1
-    completions = sample_for_evaluation(policy, prompts, config)
+    completions = _completions(policy, prompts, config)
     asked = [prompt for prompt in prompts for _ in range(k)]
     texts = [as_text(policy, p, c) for p, c in zip(asked, completions, strict=True)]
     columns = {key: [p.columns.get(key) for p in asked] for key in prompts[0].columns}
@@ -105,10 +105,10 @@ def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
     if not votes:
         return math.nan
     verdicts = defaultdict(list)
-    for answer, correct in votes:
-        if answer is not None:
-            number = as_number(answer) if len(answer) <= 1000 else None
-            verdicts[answer.strip() if number is None else number].append(correct)
+    for text, correct in votes:
+        if text is not None:
+            number = as_number(text) if len(text) <= 1000 else None
+            verdicts[text.strip() if number is None else number].append(correct)
     most = max(map(len, verdicts.values()), default=0)
     winners = [sum(group) / most for group in verdicts.values() if len(group) == most]
     return sum(winners) / len(winners) if winners else 0.0
@@ -133,41 +133,13 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def sample_for_evaluation(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
+def _completions(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
     """num_generations_eval completions a prompt, drawn as training draws them; one greedy one where it is None."""
     if config.num_generations_eval is None:
-        return sample_greedily(policy, prompts, config)
-    params = SamplingParams(
-        max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
-        top_k=config.top_k, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
-        stop_strings=tuple(config.stop_strings or ()),
-    )  # fmt: skip
+        return answer_greedily(policy, prompts, config)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        return _sample(policy, prompts, config.num_generations_eval, params, config)
-
-
-def sample_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
-    params = SamplingParams(
-        max_completion_length=config.max_completion_length, temperature=0, stop_strings=tuple(config.stop_strings or ())
-    )
-    return _sample(policy, prompts, 1, params, config)
-
-
-def _sample(
-    policy: Policy, prompts: list[Prompt], count: int, params: SamplingParams, config: GRPOConfig
-) -> list[Completion]:
-    return sample(
-        policy, [p.ids for p in prompts], count, params,
-        rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights, kv=config.rollout_kv,
-    ).completions  # fmt: skip
-
-
-def as_text(policy: Policy, prompt: Prompt, completion: Completion) -> str | list[dict]:
-    """A completion as reward functions get it: a string, or one chat message where the prompt is a chat."""
-    text = policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
-    return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+        return answer(policy, prompts, config.num_generations_eval, config).completions
 
 
 def check_vocabulary(prompts: list[Prompt], policy: Policy) -> None:
@@ -190,7 +162,7 @@ def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConf
     task = find_task(dataset)
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
-    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN))
+    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES), config.reward_timeout)
     find_model(model, config)
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})

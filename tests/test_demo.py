@@ -7,11 +7,11 @@ from peft import PeftModel
 from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from lowmem_grpo.answering import answer_greedily, as_text
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.make_model import demonstration, make_tokenizer
 from lowmem_grpo.demo.run import recipe, run, text_curve
-from lowmem_grpo.evaluate import as_text, sample_greedily
 from lowmem_grpo.policy import load_policy
 from lowmem_grpo.rollout import Prompt
 from lowmem_grpo.train import train
@@ -92,7 +92,7 @@ def test_the_model_reasons_at_times_and_is_right_when_it_does(tokenizer):
     prompts = prompts_of(problems, tokenizer)
     texts = [
         as_text(policy, p, c)[0]["content"]
-        for p, c in zip(prompts, sample_greedily(policy, prompts, config), strict=True)
+        for p, c in zip(prompts, answer_greedily(policy, prompts, config), strict=True)
     ]  # type: ignore[index]
     right = [f"<answer>{sum(p)}</answer>" in text for p, text in zip(problems, texts, strict=True)]
     reasons = ["=" in text for text in texts]
@@ -121,7 +121,7 @@ def test_the_demo_learns(seed, tmp_path, capsys):
 def same_answers_in_plain_transformers(result, adapter):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     prompts = prompts_of(task.splits()[1][:64], tokenizer)
-    ours = [c.ids for c in sample_greedily(result.policy, prompts, recipe("unused", 0))]
+    ours = [c.ids for c in answer_greedily(result.policy, prompts, recipe("unused", 0))]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -126,7 +126,7 @@ def test_the_sampler_and_the_update_agree_on_every_token(tmp_path):
 
 
 def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
-    module, given = sys.modules["lowmem_grpo.collect"], {}
+    module, given = sys.modules["lowmem_grpo.answering"], {}
 
     def spy(policy, prompts, num_generations, params, **settings):
         given.update(vars(params), num_generations=num_generations, **settings)

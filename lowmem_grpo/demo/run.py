@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_grpo.answering import answer_greedily, as_text
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.data import load_rows, tokenize_prompts
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluate import as_text, sample_greedily
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.train import TrainResult, train
 
@@ -92,8 +92,8 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
     """The same prompts answered by the reference, which is the model before training, and by the policy."""
     prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
     with policy.as_reference():
-        before = sample_greedily(policy, prompts, config)
-    after = sample_greedily(policy, prompts, config)
+        before = answer_greedily(policy, prompts, config)
+    after = answer_greedily(policy, prompts, config)
     table = Table(title="\nThree held-out prompts", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold")
