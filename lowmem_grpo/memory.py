@@ -17,7 +17,7 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.policy import lora_config
-from lowmem_grpo.tracing import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
+from lowmem_grpo.tracing import PROMPT_TOKENS, Key, Traced, old_pass, prompt_tokens, trace
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
 
@@ -187,9 +187,12 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
         "optimizer state": _state_bytes(config, traced.adapter_sizes),
         "CUDA and its libraries": CONTEXT_BYTES,
     }
+    if config.reference == "initial" or config.sync_ref_model:
+        resident["the reference's adapter"] = 4 * traced.adapter_numbers
     # The head's scores and pull, in tiles as of a card of the budget's size.
     tokens, entries = default_chunks("cuda", (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
-    head = 4 * tokens * (entries + text.hidden_size)
+    bonus = config.entropy_coef > 0 or config.use_adaptive_entropy  # whose gradient takes tiles of its own
+    head = (2 if bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     rollout = (
         _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
@@ -204,6 +207,8 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
             "one dequantized layer": layer,
         },
     }
+    if old_pass(config):
+        phases["old"] = phases["reference"]
     if config.beta == 0:
         del phases["reference"]
     return Forecast(resident, phases, traced.padded)
@@ -217,7 +222,9 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
         max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,
     )  # fmt: skip
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
-    logits = 4 * rollout.slots * text.vocab_size * (7 if _truncates(config) else 1)
+    # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
+    copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
+    logits = 4 * rollout.slots * text.vocab_size * copies
     return {
         "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),

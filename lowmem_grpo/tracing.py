@@ -95,7 +95,8 @@ def trace(key: Key, config: GRPOConfig) -> Traced:
     # Only what the activations depend on, so that trying other settings costs nothing.
     fields = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
-        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code"
+        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code "
+        "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation"
     )
     return _traced(key, tuple((name, getattr(config, name)) for name in fields.split()))
 
@@ -259,8 +260,8 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
 def run_few(policy: Policy, config: GRPOConfig) -> Ran:
     prompt = prompt_tokens(config)
     batch = _largest_micro_batch(policy, config)
-    kept, peak = _activations(policy, batch)
-    inference = _inference(policy, batch) if config.beta else 0
+    kept, peak = _activations(policy, batch, config.entropy_coef > 0 or config.use_adaptive_entropy)
+    inference = _inference(policy, batch) if config.beta or old_pass(config) else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     return Ran(kept, peak, inference, _inference(policy, _prompts(policy, prompt, count, config.padding_free)))
 
@@ -291,15 +292,22 @@ def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
     return max(found, key=lambda batch: batch.input_ids.numel())
 
 
-def _activations(policy: Policy, batch: MicroBatch) -> tuple[int, int]:
+def old_pass(config: GRPOConfig) -> bool:
+    """Whether a step computes every token once without a gradient, besides the reference."""
+    return config.steps_per_generation > 1 or config.top_entropy_quantile < 1
+
+
+def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
     """(bytes kept between forward and backward, bytes at the peak), the gradients of the adapters not counted."""
     for parameter in policy.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     with Live(policy.model) as live:
         rows = policy.hidden_states(batch)
         upstream = torch.zeros_like(rows)  # the head makes it while it computes the log-probabilities
+        lean = torch.zeros_like(rows) if entropy_bonus else None  # and this for the entropy's gradient
         kept = live.now - rows.nbytes  # rows are gone as soon as there are log-probabilities
         rows.backward(upstream)
+        del lean
     return kept, live.peak
 
 

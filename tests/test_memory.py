@@ -444,3 +444,17 @@ def test_a_plan_is_for_the_adapter_that_is_trained(given_as, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["resident"] == memory.forecast(shape, replace(config, vram_budget=None), wide).resident
     assert printed["resident"]["adapters"] == expected.resident["adapters"]
+
+
+def test_what_an_objective_needs_besides_is_planned():
+    """An entropy bonus keeps one more (N, D); a snapshot of the adapter is resident; a pass before the update is one."""
+    model = FAMILIES["qwen2"]()
+    given = dict(max_completion_length=64, prompts_per_step=2, num_generations=4, max_prompt_length=16)
+    plain = memory.forecast(model, GRPOConfig(**given, beta=0.1))
+    bonus = memory.forecast(model, GRPOConfig(**given, beta=0.1, entropy_coef=0.01))
+    rows = 2 * 4 * 64 * model.hidden_size * 2
+    assert bonus.phases["update"]["activations kept"] == plain.phases["update"]["activations kept"] + rows
+    snapshot = memory.forecast(model, GRPOConfig(**given, beta=0.1, reference="initial"))
+    assert snapshot.resident["the reference's adapter"] == plain.resident["gradients"]
+    for settings in (dict(steps_per_generation=2), dict(top_entropy_quantile=0.5)):
+        assert memory.forecast(model, GRPOConfig(**given, **settings)).phases["old"]["activations"] > 0

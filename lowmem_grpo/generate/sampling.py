@@ -58,6 +58,8 @@ def choose(
     logprobs = selective_logprobs(logits, tokens, temperature=params.temperature)
     if penalized is logits:  # behaviour is logprobs over what is left: the share cancels
         return Choice(tokens, logprobs, behaviour, logprobs)
+    if not params.truncates:
+        return Choice(tokens, logprobs, behaviour, behaviour)
     return Choice(tokens, logprobs, behaviour, behaviour + log_share(logits.float() / params.temperature, left))
 
 
