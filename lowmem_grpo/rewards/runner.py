@@ -93,8 +93,9 @@ class RewardRunner:
         for call in self._call_all(prompts, completions, [[0]] * len(prompts), columns, step=0):
             for failure in call.failures:
                 if failure.kind != "NaN":
+                    remedy = "; raise reward_timeout, or load what it needs earlier" if failure.kind == "time" else ""
                     raise ValueError(
-                        f"{failure.message} (on made-up completions, which every reward is tried on first)"
+                        f"{failure.message}{remedy} (on made-up completions, which every reward is tried on first)"
                     )
 
     def _call_all(
