@@ -172,6 +172,7 @@ def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConf
     torch.manual_seed(config.seed)
     policy = load_policy(model, tokenizer, config)
     check_vocabulary(prompts, policy)
+    rewards.bind(policy)
     if not is_adapter(model):
         return {"model": evaluate(policy, prompts, rewards, config, step=0)}
     with policy.as_reference():

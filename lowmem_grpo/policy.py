@@ -151,13 +151,19 @@ class Policy:
             self.model.train(was_training)
 
     @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The frozen model without the adapters, for inference."""
+        with self.inference(), self.model.disable_adapter():
+            yield
+
+    @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """What a KL holds the policy to, for inference: the adapters off, or a snapshot of them in their place."""
+        if self.reference is None:
+            with self.as_base():
+                yield
+            return
         with self.inference():
-            if self.reference is None:
-                with self.model.disable_adapter():
-                    yield
-                return
             own = {name: parameter.data for name, parameter in self.trainable_parameters().items()}
             try:
                 self._point_to(self.reference)

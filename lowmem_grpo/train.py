@@ -127,6 +127,7 @@ def train(
     with limit_memory(planned, device):
         policy = load_policy(model, tokenizer, config, peft_config)
     check_vocabulary(prompts + eval_prompts, policy)
+    rewards.bind(policy)
     parameters = list(policy.trainable_parameters().values())
     optimizer = make_optimizer(parameters, config)
     total_steps = config.max_steps

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import test_reward_model as reward_model
 from tiny_models import DEMO_MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -32,9 +33,19 @@ def lines(folder):
 
 
 def test_every_example_is_tested_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"reward_model"} == {
-        "gsm8k", "countdown", "reasoning_gym_task", "custom_reward",
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model",
     }  # fmt: skip
+
+
+def test_a_reward_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reward_model.make(tmp_path / "scorer")
+    main_of("reward_model")(
+        [*SMALL, "--max_steps", "1", "--output_dir", "out", "--reward_model", str(tmp_path / "scorer")]
+    )
+    assert {"rewards/scorer/mean", "kl"} <= set(lines(tmp_path)[0])
+    assert "kl" in capsys.readouterr().out
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):

@@ -32,7 +32,7 @@ ALLOWED = {
     "packed_attention": {"attention", "packing"},
     "policy": {"attention", "config", "kernels", "lora", "offload", "packed_attention", "packing"},
     "data": {"config", "rollout"},
-    "rewards": {"rewards"},
+    "rewards": {"packing", "rewards"},
     "tasks": {"config", "rewards"},
     "generate": {"attention", "generate", "kernels", "lora", "policy", "rollout"},
     "metrics": {"advantages", "rollout"},

@@ -15,6 +15,7 @@ from lowmem_grpo.rewards.format import (
     tag_count_reward,
     think_format_reward,
 )
+from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.language import get_language_consistency_reward, language_consistency_reward
 from lowmem_grpo.rewards.length import (
     get_cosine_scaled_reward,
@@ -37,7 +38,7 @@ BUILT_IN_FACTORIES = {
     function.__name__: function
     for function in (
         get_cosine_scaled_reward, get_soft_overlong_punishment, get_repetition_penalty_reward, get_regex_reward,
-        get_language_consistency_reward, get_code_reward, get_model_reward, in_processes,
+        get_language_consistency_reward, get_code_reward, get_model_reward, get_judge_reward, in_processes,
     )
 }  # fmt: skip
 
@@ -51,6 +52,7 @@ __all__ = [
     "exact_match_reward",
     "get_code_reward",
     "get_cosine_scaled_reward",
+    "get_judge_reward",
     "get_language_consistency_reward",
     "get_model_reward",
     "get_regex_reward",

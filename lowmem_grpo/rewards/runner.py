@@ -81,6 +81,12 @@ class RewardRunner:
         rewards = torch.tensor([call.rewards for call in calls]).T.contiguous()
         return Scores(rewards, {name: sum(v) / len(v) for name, v in metrics.items()}, extra_columns)
 
+    def bind(self, policy: Any) -> None:
+        """Give the policy to the functions that judge with it."""
+        for function in self.functions:
+            if hasattr(function, "bind"):
+                function.bind(policy)
+
     def try_out(self, prompts: list, columns: dict[str, list]) -> None:
         """Call every function once on made-up completions, so that one which cannot work stops the run at its start.
 
