@@ -11,6 +11,7 @@ child process, one child for each implementation.
 import ctypes
 import gc
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
@@ -219,6 +220,12 @@ def commit() -> str | None:
 def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
     """What a result depends on: machine, commit, and the versions of Python, CUDA and packages."""
     return {"machine": machine(device), "commit": commit(), "versions": versions(*packages)}
+
+
+def write_json(path: Path, device: torch.device, packages: Sequence[str], found: dict[str, Any]) -> None:
+    """The results with their provenance."""
+    text = json.dumps(plain({**provenance(device, *packages), **found}), indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ from lowmem_grpo.policy import Policy, load_policy
 # Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
 SHAPES = {
     "tiny": (4, 256, 768, 8, 2, 4096, True),
+    "tiny-large-vocabulary": (4, 256, 768, 8, 2, 151936, True),
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936, True),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),
     "qwen2.5-3b": (36, 2048, 11008, 16, 2, 151936, True),
@@ -44,7 +45,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(text: Path, vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+def make_tokenizer(text: Path | None, vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+    """Without a text every byte is a token, so that a text of so many ASCII letters has as many tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,7 +54,7 @@ def make_tokenizer(text: Path, vocabulary: int = 8192) -> PreTrainedTokenizerFas
         vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    tokenizer.train([str(text)], trainer)
+    tokenizer.train([str(text)] if text else [], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -68,7 +70,7 @@ def make_config(shape: str, eos_token_id: int | list[int], pad_token_id: int) ->
     )  # fmt: skip
 
 
-def make_random_model(shape: str, text: Path, output_dir: Path) -> None:
+def make_random_model(shape: str, text: Path | None, output_dir: Path) -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(text)
     config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -93,6 +95,6 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--text", type=Path, required=True, help="file to train the tokenizer on")
+    parser.add_argument("--text", type=Path, help="file to train the tokenizer on; a token a byte if there is none")
     parser.add_argument("--output_dir", type=Path, required=True)
     make_random_model(**vars(parser.parse_args()))

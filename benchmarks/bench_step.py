@@ -1,0 +1,93 @@
+"""One GRPO step, ours and TRL's, at a given shape: its time by phase, and its memory above the loaded model.
+
+    python -m lowmem_grpo.benchmarks.bench_step [--shape tiny-large-vocabulary] [--prompts 4] [--num_generations 8]
+        [--prompt_length 256] [--max_completion_length 64] [--steps 4] [--only NAME ...] [--output FILE]
+
+A 4-bit model with random weights, LoRA of rank 16 on every linear layer, beta 0.04, prompts of exactly --prompt_length
+tokens. It hardly ever ends a completion, so that all have the full length: the case in which TRL wastes least. On CUDA
+where there is a GPU. Each implementation has a process of its own; what is measured is in trainers.py.
+"""
+
+import argparse
+import json
+import string
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
+from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, in_turns, train_with
+from lowmem_grpo.config import GRPOConfig
+
+
+def id_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
+    """Differs within a group, whatever a random model says."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    draw = Random(0)
+    rows = [
+        {"prompt": "".join(draw.choices(string.ascii_letters, k=given.prompt_length))}
+        for _ in range(given.prompts * given.steps)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(given.model) if given.model else Path(folder, "model")
+        if not model.exists():
+            make_random_model(given.shape, None, model)
+        cuda = torch.cuda.is_available()
+        config = GRPOConfig(
+            output_dir=folder + "/out", use_cpu=not cuda, max_steps=given.steps, prompts_per_step=given.prompts,
+            num_generations=given.num_generations, max_completion_length=given.max_completion_length,
+            max_prompt_length=given.prompt_length, beta=0.04, save_steps=10**6, gradient_checkpointing=cuda,
+            model_init_kwargs=None if cuda else {"attn_implementation": "eager"},
+        )  # fmt: skip
+        return train_with(name, Job(str(model), rows, [id_reward], config))
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    rows = []
+    for name, (found,) in results.items():
+        if "failed" in found:
+            rows.append([name, found["failed"][:40], "", ""])
+            continue
+        phases = " / ".join(f"{found['phases_s'][phase]:.2f}" for phase in ("rollout", "reference", "update"))
+        rows.append([name, f"{found['step_s']:.2f}", phases, f"{found['peak_mib']:.0f}"])
+    header = ["implementation", "step, s", "rollout / reference / update, s", "peak above the model, MiB"]
+    return measure.markdown_table(header, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
+    parser.add_argument("--model", help="folder of the model, made by random_model where it is not there yet")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--prompt_length", type=int, default=256)
+    parser.add_argument("--max_completion_length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="the first one is not counted")
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    given = parser.parse_args(argv)
+    if given.one:
+        print(json.dumps(run_one(given.one, given)))
+        return
+    work = ("shape", "prompts", "num_generations", "prompt_length", "max_completion_length", "steps")
+    with tempfile.TemporaryDirectory() as folder:  # one model for all
+        arguments = [f"--{name}={getattr(given, name)}" for name in work]
+        arguments.append(f"--model={given.model or Path(folder, 'model')}")
+        results = in_turns("lowmem_grpo.benchmarks.bench_step", given.only, [arguments])
+    print(table(results))
+    if given.output:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = {"work": {name: getattr(given, name) for name in work}, "results": results}
+        measure.write_json(given.output, device, ("torch", "transformers", "bitsandbytes", "peft", "trl"), found)
+
+
+if __name__ == "__main__":
+    main()

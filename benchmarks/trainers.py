@@ -1,0 +1,212 @@
+"""One training run each of lowmem_grpo and of TRL's GRPOTrainer, on the same model, data and hyper-parameters, watched.
+
+bitsandbytes' in-place repacking of weights on AVX512-BF16 CPUs, which spoils training after a rollout, is off for both.
+Times are CPU time of all threads, on CUDA the clock after it has finished; memory is the peak above the loaded model.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.meter import peak_bytes, reset_peak
+from lowmem_grpo.policy import load_policy
+
+# What TRL is run with; ours has one way.
+TRL_VARIANTS: dict[str, dict[str, Any]] = {
+    "TRL": dict(gradient_checkpointing=True),
+    "TRL, no checkpointing": dict(gradient_checkpointing=False),
+    "TRL, no checkpointing, eager attention": dict(gradient_checkpointing=False, attn_implementation="eager"),
+}
+OURS = "lowmem_grpo"
+IMPLEMENTATIONS = (OURS, *TRL_VARIANTS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both train."""
+
+    model: str  # folder
+    rows: list[dict]
+    rewards: list[Callable]
+    config: GRPOConfig
+    evaluate: Callable[[Any], float] | None = None  # of the model that generates, every `every` steps
+    every: int = 5
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.config.use_cpu else "cuda")
+
+
+class Watch:
+    """Seconds of each step without the evaluations, of its phases, and what the evaluations said."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.evaluations: list[tuple[int, float]] = []
+        self.step_s: list[float] = []
+        self.phases: dict[str, list[float]] = defaultdict(list)
+        self.rewards: list[float] = []
+        self.loaded_bytes = 0
+
+    def now(self) -> float:
+        if self.job.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def start(self, model: Any) -> None:
+        """The model is loaded, and the first step is about to begin."""
+        self.evaluate(0, model)
+        reset_peak(self.job.device)
+        self.loaded_bytes = (
+            torch.cuda.memory_allocated() if self.job.device.type == "cuda" else peak_bytes(self.job.device)
+        )
+        self.since = self.now()
+
+    def step(self, step: int, model: Any) -> None:
+        self.step_s.append(self.now() - self.since)
+        if step % self.job.every == 0:
+            self.evaluate(step, model)
+        self.since = self.now()
+
+    def evaluate(self, step: int, model: Any) -> None:
+        if self.job.evaluate:
+            self.evaluations.append((step, self.job.evaluate(model)))
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            before = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phases[name].append(self.now() - before)
+
+        return run
+
+    def result(self, peak: int) -> dict[str, Any]:
+        """Medians over the steps but the first, which prepares what stays."""
+
+        def median(values: list[float]) -> float:
+            ordered = sorted(values[1:] or values)
+            return ordered[len(ordered) // 2]
+
+        return {
+            "evaluations": self.evaluations, "rewards": self.rewards, "step_s": median(self.step_s),
+            "phases_s": {name: median(values) for name, values in self.phases.items()},
+            "peak_mib": (peak - self.loaded_bytes) / 2**20,
+        }  # fmt: skip
+
+
+def train_with(name: str, job: Job) -> dict[str, Any]:
+    return run_ours(job) if name == OURS else run_trl(job, **TRL_VARIANTS[name])
+
+
+def run_ours(job: Job) -> dict[str, Any]:
+    module, watch, peaks = importlib.import_module("lowmem_grpo.train"), Watch(job), []
+    importlib.import_module("lowmem_grpo.meter").time = SimpleNamespace(perf_counter=watch.now)
+    first = f"rewards/{job.rewards[0].__name__}/mean"
+
+    def loaded(*args, **kwargs):
+        policy = load_policy(*args, **kwargs)
+        watch.start(policy.base)
+        return policy
+
+    def after_step(step, metrics, policy):
+        watch.step(step, policy.base)
+        watch.rewards.append(metrics[first])
+        for phase in ("rollout", "reference", "update"):
+            watch.phases[phase].append(metrics[f"time/{phase}_s"])
+        peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
+
+    module.load_policy = loaded  # what train() calls: from here on time and memory are the run's
+    module.train(job.model, job.rewards, job.rows, config=job.config, callbacks=after_step)
+    return watch.result(int(max(peaks) * 2**20))
+
+
+def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa") -> dict[str, Any]:
+    import bitsandbytes
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    ours, watch = job.config, Watch(job)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    args = GRPOConfig(
+        output_dir=ours.output_dir, seed=ours.seed, use_cpu=ours.use_cpu, bf16=True, max_steps=ours.max_steps,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=gradient_checkpointing,
+        per_device_train_batch_size=ours.prompts_per_step * ours.num_generations, gradient_accumulation_steps=1,
+        num_generations=ours.num_generations, max_completion_length=ours.max_completion_length,
+        temperature=ours.temperature, learning_rate=ours.learning_rate, lr_scheduler_type=ours.lr_scheduler_type,
+        beta=ours.beta, epsilon=ours.epsilon, loss_type=ours.loss_type, scale_rewards=ours.scale_rewards,
+        reward_weights=ours.reward_weights, max_grad_norm=ours.max_grad_norm, weight_decay=ours.weight_decay,
+    )  # fmt: skip
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation=attn_implementation,
+        device_map=str(job.device),
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    adapter = LoraConfig(
+        r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            watch.step(state.global_step, model)
+
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=job.rewards, args=args, train_dataset=Dataset.from_list(job.rows),
+        processing_class=tokenizer, peft_config=adapter, callbacks=[Watching()],
+    )  # fmt: skip
+    trainer._generate = watch.timed("rollout", trainer._generate)
+    trainer._generate_and_score_completions = watch.timed("scored", trainer._generate_and_score_completions)
+    trainer.training_step = watch.timed("training", trainer.training_step)
+    watch.start(trainer.model)
+    trainer.train()
+    peak = peak_bytes(job.device)
+    scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
+    watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
+    watch.phases["update"] = [a - b for a, b in zip(training, scored, strict=True)]
+    first = f"rewards/{job.rewards[0].__name__}/mean"
+    watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
+    return watch.result(peak)
+
+
+def in_turns(module: str, names: list[str], turns: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Each implementation's results, one a turn, each by `python -m module --one NAME arguments` in a fresh process.
+
+    The order rotates from turn to turn.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn, arguments in enumerate(turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            results[name].append(_in_a_process([sys.executable, "-m", module, "--one", name, *arguments]))
+            print(f"turn {turn}, {name}: done", file=sys.stderr)
+    return results
+
+
+def _in_a_process(command: list[str]) -> dict[str, Any]:
+    """What the last line of a program says, as JSON, or the last line of its error."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
