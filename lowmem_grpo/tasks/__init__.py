@@ -86,5 +86,5 @@ def held_out(task: Task) -> Any:
 
 
 def without_prompts_of(train_rows: list[dict], eval_rows: list[dict]) -> list[dict]:
-    seen = {json.dumps(row.get("prompt")) for row in train_rows}
-    return [row for row in eval_rows if json.dumps(row.get("prompt")) not in seen]
+    seen = {json.dumps(row.get("prompt"), default=str) for row in train_rows if isinstance(row, dict)}
+    return [row for row in eval_rows if json.dumps(row["prompt"]) not in seen]

@@ -31,7 +31,7 @@ POWER = re.compile(r"\*\*|\^")
 SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*(?:\d{1,2}|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(?!\d|\s*(?:\*\*|\^))")
 
 
-def reasoning_gym_task(name: str, *, size: int = 2000, eval_size: int = 128, seed: int = 0, **options: Any) -> Task:
+def reasoning_gym_task(name: str, /, *, size: int = 2000, eval_size: int = 128, seed: int = 0, **options: Any) -> Task:
     """size problems of one of its tasks to train on and up to eval_size others; options are of the task's own config.
 
     Raises:
