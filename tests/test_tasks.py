@@ -16,10 +16,10 @@ from lowmem_grpo.data import load_rows
 from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
+from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.tasks import find_task, with_tasks
 from lowmem_grpo.tasks import reasoning_gym as gym
 from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves
-from lowmem_grpo.tasks.task import tagged_answer
 
 ROOT = Path(__file__).parents[1]
 GSM8K = Path(os.environ.get("LOWMEM_GRPO_SHARED", ROOT.parent / "shared")) / "data/gsm8k/train.jsonl"

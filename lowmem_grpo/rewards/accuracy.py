@@ -3,10 +3,9 @@
 import re
 
 from lowmem_grpo.rewards.math_pool import math_equal
-from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rewards.text import completion_text, tagged_answer
 
 NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
-ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def accuracy_reward(
@@ -100,9 +99,9 @@ def marked_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    tags = ANSWER_TAG.findall(text)
-    if tags:
-        return tags[-1].strip()
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        return tagged
     if "####" in text:
         line = text.rsplit("####", 1)[1].strip()
         return line.splitlines()[0].strip() if line else ""

@@ -8,9 +8,9 @@ import random
 import re
 from fractions import Fraction
 
-from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.names import check_count
-from lowmem_grpo.tasks.task import Task, tagged_answer
+from lowmem_grpo.tasks.task import Task
 
 MOST_CHARACTERS = 200  # of an expression: four numbers need 30
 MOST_IN_VAIN = 20_000  # draws in a row without a new problem, after which there are taken to be no more

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
-from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.names import check_count, options_of, refuse_unknown_options
-from lowmem_grpo.tasks.task import Task, tagged_answer
+from lowmem_grpo.tasks.task import Task
 
 SYSTEM_PROMPT = (
     "Think about the problem step by step. Then give the final answer alone between <answer> and </answer>, in the "

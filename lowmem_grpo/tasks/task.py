@@ -11,10 +11,3 @@ class Task:
     reward: Callable  # its verifier, a reward function that reads the rows' other columns
     eval_rows: list[dict] | None = None  # held out, where the task can make as many as it likes
     system_prompt: str | None = None  # how to answer, where the prompts are chats that do not say
-
-
-def tagged_answer(text: str) -> str | None:
-    """What stands in the last `<answer>...</answer>`, in time linear in the text; None where there is none."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return None if end < 0 or start < 0 else text[start + len("<answer>") : end].strip()
