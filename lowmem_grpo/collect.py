@@ -104,7 +104,13 @@ def collect_rollout(
 
 
 def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
-    """Whether the completions of each group were told apart, (B / num_generations,) bool."""
+    """Whether the completions of each group were told apart, (B / num_generations,) bool.
+
+    Where the batch is what a reward is compared with (reinforce_plus_plus), every group is, if anything is.
+    """
+    if config.adv_estimator == "reinforce_plus_plus":
+        advantages = _compared(rewards, config).advantages
+        return (advantages != 0).any().expand(len(rewards) // config.num_generations)
     columns = rewards
     if config.multi_objective_aggregation == "sum_then_normalize":
         columns = weighted_rewards(rewards, config.reward_weights)[:, None]
@@ -113,7 +119,8 @@ def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
 
 def _to_replay(scored: _Scored, config: GRPOConfig) -> list[Group]:
     """The groups that a later step may take: those with a difference, whose sampler said what it drew them with."""
-    if not config.replay_buffer_size or scored.completions[0].proposal_logprobs is None:
+    known = scored.completions and scored.completions[0].proposal_logprobs is not None
+    if not config.replay_buffer_size or not known:
         return []
     completions = [
         scored.completions[b : b + config.num_generations]
@@ -148,7 +155,7 @@ def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Roll
     return replace(
         rollout,
         advantages=compared.advantages,
-        metrics={**rollout.metrics, "kl": (kl.sum() / max(1, counted)).item()},
+        metrics={**rollout.metrics, **({"kl": (kl.sum() / counted).item()} if counted else {})},
         table={**rollout.table, "advantage": compared.advantages.tolist()},
     )
 
@@ -191,9 +198,14 @@ def _joined(parts: list, config: GRPOConfig) -> _Scored:
         for name, value in scored.metrics.items():
             logged.setdefault(name, []).append(value)
     return _Scored(
-        prompts, completions, torch.cat(rewards), {name: sum(v) / len(v) for name, v in logged.items()},
+        prompts, completions, torch.cat(rewards), {name: _of_rounds(name, v) for name, v in logged.items()},
         {name: [value for table in tables for value in table[name]] for name in tables[0] if name in names}, positions,
     )  # fmt: skip
+
+
+def _of_rounds(name: str, values: list[float]) -> float:
+    """A metric of several rounds: times and failures add up, everything else is a mean."""
+    return sum(values) if name.startswith("time/") or name.endswith("/failures") else sum(values) / len(values)
 
 
 def _rollout(

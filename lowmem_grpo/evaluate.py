@@ -8,6 +8,7 @@ A completion is *correct* when its first reward function says at least 1. Over p
     maj@k    how often the most common answer is correct; answers that are equally common share the vote
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout import Completion, Prompt
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 
+log = logging.getLogger(__name__)
 CORRECT = 1.0
 RESAMPLES = 2000
 Z_95 = 1.959963984540054  # standard normal quantile of 0.975
@@ -167,7 +169,11 @@ def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConf
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     tokenizer = load_tokenizer(model, config)
-    prompts, _ = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    if dropped:
+        log.warning(
+            f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
+        )
     check_budgets(prompts, config)
     torch.manual_seed(config.seed)
     policy = load_policy(model, tokenizer, config)

@@ -104,21 +104,27 @@ def coefficient_metrics(state: dict[str, float], config: GRPOConfig) -> dict[str
     return found if config.kl_target is None else {**found, "beta": state["beta"]}
 
 
-def after_entropy(state: dict[str, float], entropy: float, config: GRPOConfig) -> dict[str, float]:
-    """The state after an optimizer step over tokens of this mean entropy (Skywork-OR1, arXiv:2505.22312)."""
-    if not config.use_adaptive_entropy:
+def after_entropy(state: dict[str, float], entropy: float | None, config: GRPOConfig) -> dict[str, float]:
+    """The state after an optimizer step over tokens of this mean entropy (Skywork-OR1, arXiv:2505.22312).
+
+    None, where no token was computed, leaves it as it is.
+    """
+    if not config.use_adaptive_entropy or entropy is None:
         return state
     change = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
     moved = min(max(state["entropy_coef"] + change, config.entropy_coef_min), config.entropy_coef_max)
     return {**state, "entropy_coef": moved, "last_entropy": entropy}
 
 
-def after_kl(state: dict[str, float], kl: float, completions: int, config: GRPOConfig) -> dict[str, float]:
-    """The state after a step of this mean KL a token: beta moves by at most 20 % a horizon (arXiv:1909.08593)."""
-    if config.kl_target is None:
+def after_kl(state: dict[str, float], kl: float | None, completions: int, config: GRPOConfig) -> dict[str, float]:
+    """The state after a step of this mean KL a token: beta moves by at most 20 % a horizon (arXiv:1909.08593).
+
+    None, where no token was computed, leaves it as it is.
+    """
+    if config.kl_target is None or kl is None:
         return state
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
-    return {**state, "beta": state["beta"] * (1 + error * completions / config.kl_horizon)}
+    return {**state, "beta": state["beta"] * (1 + error * min(1.0, completions / config.kl_horizon))}
 
 
 def correction(
@@ -170,7 +176,8 @@ def micro_batch_loss(
 def _fused(tokens: Tokens, on_policy: bool, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
     return objective.policy_loss(
         tokens.logprobs, None if on_policy else tokens.old_logprobs, tokens.ref_logprobs, tokens.advantages,
-        tokens.weights, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta, beta=beta,
+        tokens.weights, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
+        beta=0.0 if tokens.ref_logprobs is None else beta,  # where the KL is in the reward
         use_bias_correction_kl=config.use_bias_correction_kl,
     )  # fmt: skip
 

@@ -68,12 +68,12 @@ class TokenMeter:
         for name, value in values.items():
             self.values.setdefault(name, self._zeros())[tokens] = value.detach().float()
 
-    def mean(self, name: str, part: Rollout) -> float:
-        """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted."""
+    def mean(self, name: str, part: Rollout) -> float | None:
+        """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted, if any did."""
         where = slice(part.first_token, part.first_token + int(part.offsets[-1]))
         counted = self.seen[where] if part.keep is None else self.seen[where] & part.keep
         values = self.values.get(name, self._zeros())[where][counted]
-        return values.mean().item() if len(values) else 0.0
+        return values.mean().item() if len(values) else None
 
     def metrics(self) -> dict[str, float]:
         """Means over the tokens that counted; clip minimum and maximum are over completions, as in TRL."""
@@ -95,7 +95,8 @@ class TokenMeter:
                 values[name] = self.values[of].sum() / count
         if self.rollout.sampling_logprobs is not None:
             difference = self.values.get("difference", zeros)
-            values["sampling/sampling_logp_difference/mean"] = difference.sum() / count
+            fresh = self.seen[: self.rollout.fresh_tokens].sum().clamp(min=1)  # those that this step's policy sampled
+            values["sampling/sampling_logp_difference/mean"] = difference.sum() / fresh
             values["sampling/sampling_logp_difference/max"] = difference.max() if len(difference) else count * 0
         for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "correction")):
             if of in self.values and self.seen.any():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import get_scheduler, set_seed
 
 from lowmem_grpo import checkpoint as checkpoints
@@ -27,10 +28,19 @@ from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
 from lowmem_grpo.optimizer import clip_gradients, make_optimizer
 from lowmem_grpo.optimizer import step as optimizer_step
-from lowmem_grpo.policy import Policy, adapter_config, find_model, load_policy, load_tokenizer, read_config, run_device
+from lowmem_grpo.policy import (
+    Policy,
+    adapter_config,
+    find_model,
+    is_adapter,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    run_device,
+)  # fmt: skip
 from lowmem_grpo.replay import ReplayBuffer
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
-from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.rollout import Prompt, Rollout
 from lowmem_grpo.tasks import with_tasks
 from lowmem_grpo.update import (
     TokenBudget,
@@ -100,7 +110,13 @@ def train(
     output_dir = writable_folder(config.output_dir)
     resume = checkpoints.find_checkpoint(output_dir, config.resume_from_checkpoint)
     if resume is not None:
-        refuse_changes(config, checkpoints.read_state(resume)["config"])
+        earlier = checkpoints.read_state(resume)
+        refuse_changes(config, earlier["config"])
+        if earlier.get("rewards", rewards.names) != rewards.names:
+            raise ValueError(
+                f"{resume} is of a run with the rewards {', '.join(earlier['rewards'])}, and these are "
+                f"{', '.join(rewards.names)}; resume with the same ones, or start a new run from the adapter"
+            )
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     for name in ("eval_steps", "num_generations_eval", "metric_for_best_model", "load_best_model_at_end"):
@@ -109,13 +125,17 @@ def train(
                 f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
             )
     find_model(model, config, peft_config)
+    if config.sync_ref_model and config.reference == "base" and is_continued(model):
+        raise ValueError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
     device, given = run_device(config), config
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
-    eval_prompts = [] if eval_rows is None else tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")[0]
+    eval_prompts, eval_dropped = [], 0
+    if eval_rows is not None:
+        eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_budgets(prompts + eval_prompts, config)
     planned = None
     if config.vram_budget is not None:
@@ -160,7 +180,7 @@ def train(
 
     def save(randomness: dict[str, Any]) -> Path:
         complete = {**state, "data": data, "config": asdict(given)}
-        complete |= {"data_position": stream.position, "dull": sorted(stream.dull)}
+        complete |= {"data_position": stream.position, "dull": sorted(stream.dull), "rewards": rewards.names}
         tensors = {"replay": stream.replay.tensors()} if config.replay_buffer_size else {}
         if policy.reference is not None:
             tensors["reference"] = policy.reference
@@ -181,10 +201,9 @@ def train(
     with limit_memory(planned, device), Progress(total_steps) as progress, Interruption() as interruption:
         if planned is not None:
             progress.say(plan_as_text(planned))
-        if dropped:
-            progress.say(
-                f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
-            )
+        for what, left_out in (("prompts", dropped), ("evaluation prompts", eval_dropped)):
+            if left_out:
+                progress.say(f"{left_out} {what} have more than {config.max_prompt_length} tokens and are left out")
         if resume is not None and state["step"] >= total_steps:
             progress.say(f"{resume} is at step {state['step']} of {total_steps}: nothing is left to train")
         budget = TokenBudget(config.token_budget)
@@ -247,7 +266,7 @@ def train(
                 state = {
                     "step": step,
                     "num_tokens": state["num_tokens"] + collected.tokens,
-                    **after_kl(controls, measured.get("kl", 0.0), len(rollout.completions), config),
+                    **after_kl(controls, measured.get("kl"), len(rollout.completions), config),
                 }
                 stream = collected.stream
                 if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
@@ -265,7 +284,7 @@ def train(
                     **coefficient_metrics(state, config),
                     **budget.metrics(),
                     **meter.metrics,
-                    **meter.rates(tokens_by_phase(collected, config)),
+                    **meter.rates(tokens_by_phase(collected, rollout, config)),
                     "step_time": time.perf_counter() - started,
                 }
                 log.write(metrics)
@@ -298,13 +317,17 @@ def train(
     )
 
 
-def tokens_by_phase(collected: Collected, config: GRPOConfig) -> dict[str, int]:
-    """What a phase had to do: a rollout its new tokens, the other passes each completion with its prompt."""
-    whole = sum(collected.rollout.lengths)
+def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
+    """What a phase had to do: a rollout its new tokens, the others the completions that they compute with their prompts."""
+    counted = sum(n for n, counts in zip(rollout.lengths, rollout.completion_mask, strict=True) if counts)
     return {
-        "rollout": collected.new_tokens, "reference": whole if config.beta else 0, "old": whole,
-        "update": config.num_iterations * whole,
+        "rollout": collected.new_tokens, "reference": counted if config.beta else 0, "old": counted,
+        "update": config.num_iterations * sum(kept_lengths(rollout, config)),
     }  # fmt: skip
+
+
+def is_continued(model: Any) -> bool:
+    return isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
 
 
 def writable_folder(output_dir: str) -> Path:

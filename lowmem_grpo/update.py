@@ -37,7 +37,8 @@ class TokenBudget:
         """work(tokens), which begins anew when called again, for sequences of these lengths.
 
         Out of memory, what can be let go is, and the same is tried again; then with half of the tokens, as often as
-        need be, and from then on for good. Random numbers are drawn as if nothing had happened.
+        need be, and from then on for good. Random numbers are drawn as if nothing had happened; but a micro-batch that
+        was split draws other masks of lora_dropout, which follow the micro-batches.
 
         Raises:
             torch.OutOfMemoryError: one sequence alone does not fit; a note has the remedy.

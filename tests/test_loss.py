@@ -299,6 +299,7 @@ def test_the_kl_controller_follows_its_target():
     assert after_kl(state, 0.021, 100, config)["beta"] == pytest.approx(0.1 * (1 + 0.05 * 0.1))
     assert after_kl(state, 9.0, 100, config)["beta"] == pytest.approx(0.1 * 1.02)
     assert after_kl(state, 0.0, 100, config)["beta"] == pytest.approx(0.1 * 0.98)
+    assert after_kl(state, 0.0, 10**6, config)["beta"] == pytest.approx(0.08), "never below a fifth less"
     fixed = GRPOConfig(beta=0.1)
     assert after_kl(first_coefficients(fixed), 9.0, 64, fixed)["beta"] == 0.1
 

@@ -116,6 +116,13 @@ def reachable(numbers):
     return found
 
 
+def test_no_size_trains_on_what_another_holds_out():
+    for name in ("countdown", "reasoning_gym:chain_sum"):
+        large, small = find_task(f"{name}?size=3000&eval_size=10"), find_task(f"{name}?size=20&eval_size=200")
+        asked = {str(row["prompt"]) for row in large.rows}
+        assert not asked & {str(row["prompt"]) for row in small.eval_rows}, name
+
+
 def test_countdown_problems_are_reachable_seeded_and_held_out():
     task, again, other = (find_task(f"countdown?size=50&eval_size=20&seed={seed}") for seed in (3, 3, 4))
     assert task.rows == again.rows and task.rows != other.rows
@@ -201,7 +208,7 @@ def test_a_random_expression_has_the_value_that_is_said():
         ("countdown?size=many", "size='many' must be a whole number"),
         ("countdown?max_numbers=2", "must be from min_numbers=3 to 6"),
         ("countdown?chat=7", "chat=7 must be true or false"),
-        ("countdown?min_numbers=2&max_numbers=2&max_target=10&size=9000", "fewer than 9128 such problems"),
+        ("countdown?min_numbers=2&max_numbers=2&max_target=10&size=9000", "fewer than 9000 such problems to train on"),
         ("gsm8k?style=latex", "style='latex' is not one of boxed, tags, hash"),
         ("reasoning_gym", "name one, such as reasoning_gym:chain_sum"),
         ("reasoning-gym:chain_sum", "no task is named"),
@@ -282,7 +289,7 @@ def test_every_reasoning_gym_task_is_made_and_its_own_answer_scores_full():
             without_answer.add(name)
             continue
         assert gym.harmless(answer, name), name
-        assert gym.reasoning_gym_reward([f"<answer>{answer}</answer>"], [row["task"]], [0]) == [1.0], name
+        assert gym.reasoning_gym_reward([f"<answer>{answer}</answer>"], [row["task"]], [row["index"]]) == [1.0], name
         assert json.loads(json.dumps(row)) == row
     assert without_answer == {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 

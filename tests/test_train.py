@@ -505,6 +505,65 @@ def test_a_kl_in_the_reward_lowers_the_reward_of_what_has_drifted(tmp_path):
     assert line["kl"] != 0 and line["grad_norm"] > 0, "the rewards are all alike; what differs is their KL"
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path, loss_type):
+    """With the default estimator; other advantages than with the same beta in the loss, and a kl that is logged."""
+    settings = dict(rewards=length_reward, beta=0.5, bf16=False, loss_type=loss_type, max_steps=3, learning_rate=1e-2)
+    found = [run(tmp_path / str(on), kl_in_reward=on, **settings) for on in (True, False)]
+    for line in found[0].history[1:]:
+        assert line["kl"] > 0 and line["grad_norm"] > 0
+    assert any(not torch.equal(value, adapters(found[1])[name]) for name, value in adapters(found[0]).items())
+
+
+def test_a_step_that_is_replayed_altogether_goes_on(tmp_path):
+    """Rewards vary for two steps and then no more: the buffer's four groups fill two steps, then nothing is left."""
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(1)
+        return [float(place % 4) if len(calls) <= 3 else 0.5 for place in range(len(completions))]
+
+    lines = run(tmp_path, rewards=reward, replay_buffer_size=8, max_steps=6, save_steps=1).history
+    assert [line["replay/groups"] for line in lines] == [0, 0, 2, 2, 0, 0]
+    assert lines[3]["grad_norm"] > 0 == lines[4]["grad_norm"]
+
+
+def test_nothing_measured_moves_no_coefficient(tmp_path):
+    lines = run(
+        tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True, beta=0.1,
+        kl_target=0.01, kl_horizon=8, entropy_coef=0.01, use_adaptive_entropy=True,
+    ).history  # fmt: skip
+    assert [(line["beta"], line["entropy_coef"]) for line in lines] == [(0.1, 0.01)] * 2
+
+
+def test_a_resumed_run_has_its_rewards(tmp_path):
+    run(tmp_path, rewards=length_reward)
+    with pytest.raises(ValueError, match="of a run with the rewards length_reward, and these are answer_reward"):
+        run(tmp_path, max_steps=4, resume_from_checkpoint=True)
+
+
+def test_a_reference_that_follows_a_continued_adapter_starts_from_it(tmp_path):
+    first = run(tmp_path / "first", max_steps=1)
+    with pytest.raises(ValueError, match="set reference='initial'"):
+        run(tmp_path / "next", model=f"{first.output_dir}/adapter", beta=0.1, sync_ref_model=True)
+
+
+def test_groups_that_a_batch_tells_apart_are_not_dropped(tmp_path):
+    """reinforce_plus_plus: a group of ones beside a group of zeros has advantages."""
+
+    def reward(prompts, completions, **kwargs):
+        return [float(place // 4 % 2) for place in range(len(completions))]
+
+    settings = dict(rewards=reward, dynamic_sampling_rounds=2, max_steps=1)
+    (line,) = run(tmp_path / "batch", adv_estimator="reinforce_plus_plus", **settings).history
+    assert line["dynamic_sampling/rounds"] == 0 and line["grad_norm"] > 0
+    (line,) = run(tmp_path / "group", **settings).history
+    assert line["dynamic_sampling/rounds"] == 2
+
+
 def test_coefficients_are_logged_where_something_moves_them(tmp_path):
-    (line, *_) = run(tmp_path, entropy_coef=0.1, use_adaptive_entropy=True, beta=0.1, kl_target=0.05).history
-    assert line["entropy_coef"] == pytest.approx(0.1, abs=0.0051) and line["beta"] == pytest.approx(0.1, rel=0.01)
+    line, _ = run(
+        tmp_path, rewards=length_reward, entropy_coef=0.1, use_adaptive_entropy=True, entropy_target=9.0, beta=0.1,
+        kl_target=0.05, kl_horizon=16,
+    ).history  # fmt: skip
+    assert line["entropy_coef"] == pytest.approx(0.105) and line["beta"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 16))

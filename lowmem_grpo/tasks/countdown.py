@@ -6,6 +6,7 @@ The task of TinyZero (https://github.com/Jiayi-Pan/TinyZero), with problems and 
 import ast
 import random
 import re
+import zlib
 from fractions import Fraction
 
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
@@ -53,31 +54,38 @@ def countdown_task(
         raise ValueError(f"max_numbers={max_numbers!r} must be from min_numbers={min_numbers} to 6")
     if not isinstance(chat, bool):
         raise ValueError(f"chat={chat!r} must be true or false")
-    problems = _problems(random.Random(seed), size + eval_size, min_numbers, max_numbers, max_target)
-    rows = [_row(numbers, target, solution, chat) for (numbers, target), solution in problems.items()]
-    return Task(
-        rows[:size],
-        countdown_reward,
-        eval_rows=rows[size:] or None,
-        system_prompt=CHAT_PROMPT if chat else None,
+    rows, eval_rows = (
+        [_row(numbers, target, solution, chat) for (numbers, target), solution in problems.items()]
+        for problems in _problems(random.Random(seed), (size, eval_size), min_numbers, max_numbers, max_target)
     )
+    return Task(rows, countdown_reward, eval_rows=eval_rows or None, system_prompt=CHAT_PROMPT if chat else None)
 
 
-def _problems(draw: random.Random, count: int, fewest: int, most: int, max_target: int) -> dict:
-    """{(sorted numbers, target): a solution}, all different."""
-    problems: dict[tuple[tuple[int, ...], int], str] = {}
+def is_held_out(numbers: tuple[int, ...], target: int) -> bool:
+    """An eighth of all problems, which no run trains on, whatever its seed and size."""
+    return zlib.crc32(repr((numbers, target)).encode()) % 8 == 0
+
+
+def _problems(draw: random.Random, counts: tuple[int, int], fewest: int, most: int, max_target: int) -> list[dict]:
+    """{(sorted numbers, target): a solution}, all different: so many to train on, and so many held out."""
+    split: list[dict[tuple[tuple[int, ...], int], str]] = [{}, {}]
     in_vain = 0
-    while in_vain < MOST_IN_VAIN and len(problems) < count:
+    while in_vain < MOST_IN_VAIN and any(len(problems) < count for problems, count in zip(split, counts, strict=True)):
         in_vain += 1
         numbers = [draw.randint(1, 99) for _ in range(draw.randint(fewest, most))]
         value, expression = random_expression(draw, numbers)
         if value.denominator == 1 and 1 <= value <= max_target and value not in numbers:
             key = (tuple(sorted(numbers)), int(value))
-            in_vain = in_vain if key in problems else 0
-            problems.setdefault(key, expression)
-    if len(problems) < count:
-        raise ValueError(f"there are fewer than {count} such problems; lower size, or raise max_numbers or max_target")
-    return problems
+            problems, count = split[is_held_out(*key)], counts[is_held_out(*key)]
+            if key not in problems and len(problems) < count:
+                in_vain, problems[key] = 0, expression
+    for what, problems, count in zip(("to train on", "to hold out"), split, counts, strict=True):
+        if len(problems) < count:
+            raise ValueError(
+                f"there are fewer than {count} such problems {what}; lower size or eval_size, or raise max_numbers or "
+                "max_target"
+            )
+    return split
 
 
 def random_expression(draw: random.Random, numbers: list[int]) -> tuple[Fraction, str]:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import re
+import zlib
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
@@ -25,6 +26,7 @@ MOST_CHARACTERS = 20_000  # of an answer; the largest grids have some thousand
 EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 ALGEBRA = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 CAN_ACT = re.compile(r"[(*<%{]|\bfor\b")
+HELD_OUT_SEED = 2**30  # far away: problem i of seed s is problem i - 1 of seed s + 1
 WORD = re.compile(r"[^\W\d]\w*")
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
 POWER = re.compile(r"\*\*|\^")
@@ -41,18 +43,16 @@ def reasoning_gym_task(name: str, /, *, size: int = 2000, eval_size: int = 128, 
     check_count("eval_size", eval_size, at_least=0)
     check_count("seed", seed, at_least=0)
     refuse_unknown(name, options)
-    rows = _rows(_full_name(name, seed=seed, size=size, **options), size)
+    rows = _rows(_full_name(name, seed=seed, size=2 * size + 64, **options), size, held_out=False)
+    if len(rows) < size:
+        raise ValueError(f"reasoning_gym:{name} has fewer than {size} problems to train on; lower size")
     if not eval_size:
         return Task(rows, reasoning_gym_reward, system_prompt=SYSTEM_PROMPT)
-    # Problem i of seed s is problem i - 1 of seed s + 1, so the next seed would hold out what was trained on.
-    others = _rows(_full_name(name, seed=seed + size, size=eval_size, **options), eval_size)
-    asked = {row["prompt"][0]["content"] for row in rows}
-    others = [row for row in others if row["prompt"][0]["content"] not in asked]
-    if not others:
-        raise ValueError(
-            f"reasoning_gym:{name} has no problem besides its {size} to train on; lower size, or set eval_size=0"
-        )
-    return Task(rows, reasoning_gym_reward, eval_rows=others, system_prompt=SYSTEM_PROMPT)
+    others = _full_name(name, seed=seed + HELD_OUT_SEED, size=16 * eval_size + 64, **options)
+    eval_rows = _rows(others, eval_size, held_out=True)
+    if not eval_rows:
+        raise ValueError(f"reasoning_gym:{name} has no problem to hold out; set eval_size=0")
+    return Task(rows, reasoning_gym_reward, eval_rows=eval_rows, system_prompt=SYSTEM_PROMPT)
 
 
 def refuse_unknown(name: str, options: dict[str, Any]) -> None:
@@ -77,12 +77,20 @@ def _full_name(name: str, **options: Any) -> str:
     return f"{name}?{urlencode({key: json.dumps(value) for key, value in sorted(options.items())})}"
 
 
-def _rows(task: str, size: int) -> list[dict]:
-    """A row says which problem it is, and the problem is made again from that: its metadata has no one form."""
-    return [
-        {"prompt": [{"role": "user", "content": problem(task, index)["question"]}], "task": task, "index": index}
-        for index in range(size)
-    ]
+def _rows(task: str, count: int, *, held_out: bool) -> list[dict]:
+    """Up to count problems of the kind that is held out, an eighth of all, or of the others.
+
+    Which kind a question is of says its own text, so that no size or seed trains on what another one holds out. A row
+    says which problem it is, and the problem is made again from that: its metadata has no one form.
+    """
+    rows: list[dict] = []
+    for index in range(dataset(task).size):
+        question = problem(task, index)["question"]
+        if len(rows) < count and (zlib.crc32(question.encode()) % 8 == 0) == held_out:
+            rows.append({"prompt": [{"role": "user", "content": question}], "task": task, "index": index})
+        if len(rows) == count:
+            break
+    return rows
 
 
 @lru_cache(maxsize=8)
