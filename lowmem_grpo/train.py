@@ -318,7 +318,7 @@ def train(
 
 
 def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
-    """What a phase had to do: a rollout its new tokens, the others the completions that they compute with their prompts."""
+    """What a phase had to do: a rollout its new tokens, the others what they compute, completions with prompts."""
     counted = sum(n for n, counts in zip(rollout.lengths, rollout.completion_mask, strict=True) if counts)
     return {
         "rollout": collected.new_tokens, "reference": counted if config.beta else 0, "old": counted,
