@@ -138,6 +138,12 @@ def kept_bytes(policy, config):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def and_slow(first, names):
+    """The first of the names, and the others where the slow tests are run: seconds each."""
+    others = (name for name in names if name != first and "0.5b" not in name)
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
 def assert_near(predicted, measured, share=0.05):
     assert abs(predicted - measured) <= share * measured, f"predicted {predicted}, measured {measured}"
 
@@ -165,7 +171,7 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     assert_near(predicted.resident["embedding, head and the rest"], storages(others), 0.01)
 
 
-@pytest.mark.parametrize("name", [*{**MIXED, **PADDED}, "llama, 5 layers", "gemma2"])
+@pytest.mark.parametrize("name", and_slow("qwen3 moe, dense first", {**MIXED, **PADDED, **SHAPES}))
 def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     model, config = {**SHAPES, **MIXED, **PADDED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
     whole = tracing.skeleton(tracing.Key(model, lora_config(config)), config.compute_dtype, False)
@@ -175,7 +181,7 @@ def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     assert tracing.run_layers(whole, config) == ran
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", and_slow("gpt-oss", PADDED))
 def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(name, tmp_path, capsys):
     config = GRPOConfig(**TASK, rollout_token_budget=200)
     predicted = memory.forecast(PADDED[name], config)
