@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_completion_length=given.max_completion_length,
             num_generations_eval=given.num_generations_eval,
             eval_steps=50,
-            stop_strings=["</answer>"],  # a base model knows no other end
             reward_weights=[1.0, 0.1],
             log_completions=True,
         ),

@@ -276,7 +276,7 @@ def _check_objective(config: GRPOConfig) -> None:
         ):  # fmt: skip
             if getattr(config, name) != off:
                 raise ValueError(f"{name}={getattr(config, name)!r} without a KL; set beta, for example to 0.04")
-    if config.kl_target is not None and config.kl_in_reward and config.kl_estimator == "k1":
+    if config.kl_target is not None and config.kl_estimator == "k1":
         raise ValueError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
     if config.adv_estimator != "grpo":
         for name, off in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):

@@ -234,7 +234,7 @@ def train(
                     if config.top_entropy_quantile < 1:
                         keep = high_entropy(entropies, rollout, config.top_entropy_quantile)
                         rollout = replace(rollout, keep=keep)
-                    if config.steps_per_generation > 1 or rollout.sampling_logprobs is None:
+                    if config.steps_per_generation > 1 or config.kl_in_reward:
                         rollout = replace(rollout, old_logprobs=old_logprobs)
                 if config.kl_in_reward:
                     rollout = with_kl_in_reward(rollout, state["beta"], config)

@@ -134,7 +134,8 @@ def old_logprobs_and_entropy(
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
     """Whether something must be known of every token before the first gradient."""
-    unknown = config.kl_in_reward and rollout.sampling_logprobs is None
+    # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
+    unknown = config.kl_in_reward and (rollout.sampling_logprobs is None or config.replay_buffer_size > 0)
     return config.steps_per_generation > 1 or config.top_entropy_quantile < 1 or unknown
 
 

@@ -116,6 +116,13 @@ def reachable(numbers):
     return found
 
 
+def test_a_base_model_stops_at_the_end_of_its_answer():
+    """It was never taught another end; a stop string of the run's own is kept."""
+    assert with_tasks("countdown?size=5", None, None, GRPOConfig()).config.stop_strings == ["</answer>"]
+    assert with_tasks("countdown?size=5&chat=true", None, None, GRPOConfig()).config.stop_strings is None
+    assert with_tasks("countdown?size=5", None, None, GRPOConfig(stop_strings=["x"])).config.stop_strings == ["x"]
+
+
 def test_no_size_trains_on_what_another_holds_out():
     for name in ("countdown", "reasoning_gym:chain_sum"):
         large, small = find_task(f"{name}?size=3000&eval_size=10"), find_task(f"{name}?size=20&eval_size=200")

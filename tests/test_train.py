@@ -515,6 +515,14 @@ def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path, loss_type):
     assert any(not torch.equal(value, adapters(found[1])[name]) for name, value in adapters(found[0]).items())
 
 
+def test_the_kl_of_a_replayed_group_is_todays_policys(tmp_path):
+    """So it takes a pass over every token before the update."""
+    (line,) = run(
+        tmp_path, rewards=length_reward, beta=0.1, kl_in_reward=True, replay_buffer_size=2, max_steps=1
+    ).history
+    assert "time/old_s" in line
+
+
 def test_a_step_that_is_replayed_altogether_goes_on(tmp_path):
     """Rewards vary for two steps and then no more: the buffer's four groups fill two steps, then nothing is left."""
     calls = []

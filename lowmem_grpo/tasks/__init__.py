@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
 def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig) -> Inputs:
     """Datasets in place of names of tasks. What is left open, the training task says.
 
-    Without reward_funcs its verifier is the reward, without a system_prompt its own is used, and a generated task
-    holds out rows where there is no eval_dataset. Held-out rows never have a prompt of the training rows'.
+    Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and a
+    generated task holds out rows where there is no eval_dataset. Held-out rows never have a prompt of the training rows'.
 
     Raises:
         ValueError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
@@ -51,6 +51,8 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         reward_funcs = task.reward if reward_funcs is None else reward_funcs
         if config.system_prompt is None and task.system_prompt is not None:
             config = dataclasses.replace(config, system_prompt=task.system_prompt)
+        if config.stop_strings is None and task.stop_strings is not None:
+            config = dataclasses.replace(config, stop_strings=task.stop_strings)
     if reward_funcs is None:
         raise ValueError("reward_funcs is missing; give one or several, or train on a task, which has its own")
     if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):

@@ -58,7 +58,10 @@ def countdown_task(
         [_row(numbers, target, solution, chat) for (numbers, target), solution in problems.items()]
         for problems in _problems(random.Random(seed), (size, eval_size), min_numbers, max_numbers, max_target)
     )
-    return Task(rows, countdown_reward, eval_rows=eval_rows or None, system_prompt=CHAT_PROMPT if chat else None)
+    return Task(
+        rows, countdown_reward, eval_rows=eval_rows or None, system_prompt=CHAT_PROMPT if chat else None,
+        stop_strings=None if chat else ["</answer>"],
+    )  # fmt: skip
 
 
 def is_held_out(numbers: tuple[int, ...], target: int) -> bool:

@@ -11,3 +11,4 @@ class Task:
     reward: Callable  # its verifier, a reward function that reads the rows' other columns
     eval_rows: list[dict] | None = None  # held out, where the task can make as many as it likes
     system_prompt: str | None = None  # how to answer, where the prompts are chats that do not say
+    stop_strings: list[str] | None = None  # what ends an answer, where a model knows no other end
