@@ -37,7 +37,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
     """Datasets in place of names of tasks. What is left open, the training task says.
 
     Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and a
-    generated task holds out rows where there is no eval_dataset. Held-out rows never have a prompt of the training rows'.
+    generated task holds out rows where there is no eval_dataset. Held-out rows never have a training row's prompt.
 
     Raises:
         ValueError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
