@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import hashlib
+import re
 import signal
 import sys
 import threading
@@ -292,6 +294,39 @@ def test_a_time_limit_leaves_no_signal_behind():
     before, threads = signal.getsignal(SIGNAL), threading.active_count()
     score(lambda **_: [1.0, 1.0], timeout_s=5.0)
     assert signal.getsignal(SIGNAL) == before and threading.active_count() == threads
+
+
+def test_c_code_that_keeps_the_interpreters_lock_is_stopped():
+    started = time.monotonic()
+    scores = score(lambda **_: re.match(r"(a|a)*$", "a" * 28 + "b"), timeout_s=0.3)
+    assert time.monotonic() - started < 5 and scores.rewards.isnan().all()
+
+
+def test_threads_that_compute_do_not_shorten_a_time_limit():
+    def busy(completions, **kwargs):
+        until = time.monotonic() + 0.6
+        with ThreadPoolExecutor(2) as pool:
+            list(
+                pool.map(
+                    lambda _: [hashlib.sha256(bytes(1 << 20)) for _ in iter(lambda: time.monotonic() < until, False)],
+                    range(2),
+                )
+            )
+        return [1.0 for _ in completions]
+
+    assert score(busy, timeout_s=5.0).rewards.tolist() == [[1.0], [1.0]]
+
+
+def test_a_time_limit_gives_a_timer_back():
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1000.0, 500.0)
+    try:
+        score(lambda **_: [1.0, 1.0], timeout_s=5.0)
+        left, interval = signal.getitimer(signal.ITIMER_VIRTUAL)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    assert 900 < left < 1001 and interval == pytest.approx(500)
+    score(lambda **_: [1.0, 1.0], timeout_s=5.0)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_async_rewards_run_concurrently():

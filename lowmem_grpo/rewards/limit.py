@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 SIGNAL = getattr(signal, "SIGVTALRM", None)  # not SIGALRM, which math-verify sets and clears for itself
 AGAIN_S = 1.0  # between two attempts to stop code that catches every exception
+TICK_S = 0.01  # least CPU time between two looks at the clock; the kernel's own grain is 4 ms
 GRACE_S = 2.0  # for an event loop to cancel what is over its time
 
 
@@ -23,6 +24,9 @@ def call_within(limit_s: float | None, function: Callable[[], Any]) -> Any:
 
     In the main thread it runs in that thread, since code that uses alarm signals (math-verify) works in no other, and a
     signal stops it. Elsewhere it runs in a thread of its own, which is abandoned if it cannot be stopped.
+
+    No limit stops a single call of C code that neither releases the interpreter's lock nor looks for signals, as `re`
+    does in the main thread alone; in_processes() runs such a function where its process can be ended.
     """
     if limit_s is None:
         return function()
@@ -32,11 +36,16 @@ def call_within(limit_s: float | None, function: Callable[[], Any]) -> Any:
 
 
 def _interrupted(limit_s: float, function: Callable[[], Any]) -> Any:
+    """A watcher sends the signal when the time is over; and a timer of the CPU time that the process uses, ten times in
+    limit_s, since no watcher gets to run while C code keeps the interpreter's lock."""
     assert SIGNAL is not None
     number, main, running, done = SIGNAL, threading.get_ident(), True, threading.Event()
+    due = time.monotonic() + limit_s
 
     def on_signal(number, frame):
-        if running:
+        nonlocal due
+        if running and time.monotonic() >= due:
+            due = time.monotonic() + AGAIN_S / 2  # less than until the watcher's next
             raise OutOfTime
 
     def watch():
@@ -48,16 +57,20 @@ def _interrupted(limit_s: float, function: Callable[[], Any]) -> Any:
     previous = signal.signal(number, on_signal)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    tick_s = max(limit_s / 10, TICK_S)
+    previous_timer = signal.setitimer(signal.ITIMER_VIRTUAL, tick_s, tick_s)
     try:
         try:
             return function()
         finally:
             running = False
-    finally:  # twice, since the signal may arrive in the line above; the next one is AGAIN_S away
+    finally:  # twice, since the signal may arrive in the line above; the next one is AGAIN_S / 2 away
         running = False
         done.set()
         watcher.join()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(number, previous or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *previous_timer)
 
 
 def _in_thread(limit_s: float, function: Callable[[], Any]) -> Any:
