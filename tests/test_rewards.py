@@ -384,6 +384,22 @@ def test_what_a_failed_call_logged_does_not_count():
     assert "mine" not in scores.metrics and not scores.extra_columns
 
 
+@pytest.mark.parametrize("name", ["kl", "step", "eval_reward", "rewards/other/failures", "memory/mine", 3])
+def test_a_metric_under_one_of_the_trainers_names_fails_like_any_error(name, caplog):
+    def broken(completions, log_metric, **kwargs):
+        log_metric(name, 1)
+        return [1.0 for _ in completions]
+
+    scores = score(broken)
+    assert scores.rewards.isnan().all() and not set(scores.metrics) - {
+        "time/reward/broken_s",
+        "rewards/broken/failures",
+    }
+    assert scores.metrics["rewards/broken/failures"] == 2 and f"log_metric({name!r}) takes a text" in caplog.text
+    with pytest.raises(ValueError, match=r"log_metric\(.* choose another name"):
+        RewardRunner([broken]).try_out(["p", "p"], {})
+
+
 @pytest.mark.parametrize(
     "returned", [np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), (0.5, True), [np.float32(0.5), 1]]
 )

@@ -291,15 +291,24 @@ def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
 
 
 def test_what_a_reward_logs_cannot_replace_the_trainers_own(tmp_path):
+    refused = set()
+
     def sneaky(completions, log_metric, log_extra, **kwargs):
-        log_metric("step", 99)
-        log_metric("loss", float("inf"))
+        for name in names:
+            try:
+                log_metric(name, float("inf"))
+            except ValueError:
+                refused.add(name)
         log_metric("mine", float("inf"))
         log_extra("advantage", ["x" for _ in completions])
         log_extra("mixed", [1, "two"] * (len(completions) // 2))
         return length_reward(completions)
 
-    result = run(tmp_path, rewards=sneaky, log_completions=True)
+    options = dict(log_completions=True, beta=0.1, kl_target=0.1, entropy_coef=0.1, dynamic_sampling_rounds=1)
+    names = {"eval_reward"}
+    names |= set(run(tmp_path / "first", rewards=sneaky, **options).history[0]) - {"mine"}
+    result = run(tmp_path, rewards=sneaky, **options)
+    assert refused == names
     assert [line["step"] for line in result.history] == [1, 2]
     assert all(math.isfinite(line["loss"]) and line["mine"] is None for line in result.history)
     path = tmp_path / "out/completions/completions_00001.parquet"

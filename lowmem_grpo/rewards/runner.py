@@ -17,6 +17,15 @@ from lowmem_grpo.rewards.limit import Outcome, OutOfTime, await_within, call_wit
 
 LARGEST = 1e30  # squares of rewards must fit into fp32
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
+# What the trainer measures, acts upon, and tells lines of metrics.jsonl apart by.
+RESERVED_PREFIXES = (
+    "eval_", "rewards/", "completions/", "rollout/", "dynamic_sampling/", "replay/", "sampling/", "ratio/",
+    "clip_ratio/", "vespo/", "time/", "memory/", "tokens_per_s/",
+)  # fmt: skip
+RESERVED = {
+    "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "beta", "entropy_coef",
+    "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped", "cispo_clip_ratio",
+}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -172,9 +181,15 @@ class _Logs:
         self.columns: dict[str, list] = {}
 
     def log_metric(self, name: str, value: float) -> None:
+        if not isinstance(name, str) or name in RESERVED or name.startswith(RESERVED_PREFIXES):
+            raise ValueError(
+                f"log_metric({name!r}) takes a text that is no name of the trainer's own; choose another name"
+            )
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: list) -> None:
+        if not isinstance(column, str):
+            raise ValueError(f"log_extra({column!r}) needs a text as the column's name")
         if len(values) != self.count:
             raise ValueError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
         self.columns[column] = list(values)
