@@ -1,6 +1,7 @@
 """A step's metrics, under TRL's names, and where they go: metrics.jsonl, and a line that a person watches."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -115,18 +116,30 @@ class TokenMeter:
 
 
 def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> None:
-    """completions/completions_{step}.parquet, one row a completion, as TRL writes it."""
+    """completions/completions_{step}.parquet, one row a completion, as TRL writes it; a column of which Parquet can make
+    none, since a reward function may log anything, is written as text."""
     folder = output_dir / "completions"
     folder.mkdir(exist_ok=True)
-    columns = {name: values if _one_type(values) else list(map(str, values)) for name, values in table.items()}
-    Dataset.from_dict({"step": [step] * len(table["completion"]), **columns}).to_parquet(
-        folder / f"completions_{step:05d}.parquet"
-    )
+    path = folder / f"completions_{step:05d}.parquet"
+    columns = {"step": [step] * len(table["completion"]), **table}
+    try:
+        Dataset.from_dict(columns).to_parquet(path)
+    except Exception:  # pyarrow's exceptions have no common base, and values may raise their own
+        columns = {name: values if _fits_parquet(values) else _as_texts(values) for name, values in columns.items()}
+        Dataset.from_dict(columns).to_parquet(path)
 
 
-def _one_type(values: list) -> bool:
-    """Whether Arrow can make a column of them; what a reward function logged may be of several types."""
-    return len({type(value) for value in values if value is not None}) < 2
+def _fits_parquet(values: list) -> bool:
+    try:
+        Dataset.from_dict({"values": values}).to_parquet(io.BytesIO())
+    except Exception:
+        return False
+    return True
+
+
+def _as_texts(values: list) -> list[str | None]:
+    """str() of each, a character that UTF-8 lacks as its escape."""
+    return [None if v is None else str(v).encode("utf-8", "backslashreplace").decode() for v in values]
 
 
 class MetricsLog:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
+from lowmem_grpo.metrics import write_completions
 
 ROWS = task.rows(task.splits()[0][:40])
 TRL_METRICS = {
@@ -315,6 +317,27 @@ def test_what_a_reward_logs_cannot_replace_the_trainers_own(tmp_path):
     table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert isinstance(table["advantage"][0], float)
     assert table["mixed"][:2] == ["1", "two"]
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        ([[1, "a"], ["b"]], ["[1, 'a']", "['b']"]),
+        ([1, "two"], ["1", "two"]),
+        ([10**30, 1], [str(10**30), "1"]),
+        ([{1: 2}, None], ["{1: 2}", None]),
+        ([{}, {}], ["{}", "{}"]),
+        (["\ud800", "a"], ["\\ud800", "a"]),
+        ([1j, 2j], ["1j", "2j"]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ([1, 2.5], [1.0, 2.5]),
+        ([None, None], [None, None]),
+    ],
+)
+def test_a_logged_column_of_any_values_can_be_read_back_as_text_at_least(tmp_path, values, read):
+    write_completions(tmp_path, 1, {"completion": ["a", "b"], "mine": values, "reward": [0.5, 1.0]})
+    table = pq.read_table(tmp_path / "completions/completions_00001.parquet").to_pydict()
+    assert table == {"step": [1, 1], "completion": ["a", "b"], "mine": read, "reward": [0.5, 1.0]}
 
 
 def test_training_into_the_models_own_folder_leaves_the_model(tmp_path, tokenizer):
