@@ -116,8 +116,10 @@ class TokenMeter:
 
 
 def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> None:
-    """completions/completions_{step}.parquet, one row a completion, as TRL writes it; a column of which Parquet can make
-    none, since a reward function may log anything, is written as text."""
+    """completions/completions_{step}.parquet, one row a completion, as TRL writes it.
+
+    A column that Parquet cannot hold, since a reward function may log anything, is written as text.
+    """
     folder = output_dir / "completions"
     folder.mkdir(exist_ok=True)
     path = folder / f"completions_{step:05d}.parquet"

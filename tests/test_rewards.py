@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowmem_grpo.advantages import compare, nanstd
 from lowmem_grpo.rewards import (
     BUILT_IN,
     RewardRunner,
@@ -23,6 +24,7 @@ from lowmem_grpo.rewards import (
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.limit import SIGNAL
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
+from lowmem_grpo.rewards.runner import LARGEST
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,21 @@ def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():
     RewardRunner([lambda **_: np.array([np.nan, 1.0])]).try_out(["p", "p"], {})
 
 
+@pytest.mark.parametrize("adv_estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("multi_objective_aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_largest_rewards_of_thousands_of_completions_have_finite_advantages(**options):
+    def large(completions, **kwargs):
+        return [LARGEST, -LARGEST] * (len(completions) // 2)
+
+    rewards = score(large, completions=["a"] * 4096).rewards
+    assert rewards.isfinite().all()
+    found = compare(rewards, num_generations=8, reward_weights=[10.0], **options)
+    assert found.advantages.isfinite().all() and found.advantages[0] > 0 > found.advantages[1]
+    assert nanstd(found.rewards, dim=0).isfinite() and not found.zero_std.any()
+    assert score(lambda **_: [2 * LARGEST, 1.0]).rewards[:, 0].isnan().tolist() == [True, False]
+
+
 def test_a_failure_is_logged_the_first_second_fourth_time(caplog):
     runner = RewardRunner([lambda **_: 1 / 0], None)
     for step in range(9):
@@ -355,6 +372,47 @@ def test_ctrl_c_and_exit_go_through(stop):
     for function in (interrupted, async_interrupted):
         with pytest.raises(stop):
             score(function, timeout_s=5.0)
+
+
+@pytest.mark.parametrize("stop", [asyncio.CancelledError, GeneratorExit])
+@pytest.mark.parametrize("timeout_s", [None, 5.0])
+def test_no_other_exception_goes_through(stop, timeout_s, caplog):
+    def stopped(**kwargs):
+        raise stop("gone")
+
+    async def async_stopped(**kwargs):
+        raise stop("gone")
+
+    scores = score(stopped, async_stopped, quick, timeout_s=timeout_s)
+    assert scores.rewards[:, :2].isnan().all() and scores.rewards[:, 2].tolist() == [1.0, 1.0]
+    assert f"reward function stopped raised {stop.__name__}: gone" in caplog.text
+    assert f"reward function async_stopped raised {stop.__name__}: gone" in caplog.text
+
+
+def test_torchs_settings_are_the_same_for_the_next_reward_and_for_the_run():
+    def change():
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return [1.0, 1.0]
+
+    async def async_changing(**kwargs):
+        return change()
+
+    def changing(**kwargs):
+        return change()
+
+    def failing(**kwargs):
+        return change() and 1 / 0
+
+    def next_one(**kwargs):
+        return [float(torch.is_grad_enabled()), float(torch.get_default_dtype() == torch.float32)]
+
+    try:
+        assert score(changing, failing, next_one, async_changing).rewards[:, 2].tolist() == [1.0, 1.0]
+        assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_math_verify_works_in_a_reward_with_a_time_limit():

@@ -1,12 +1,13 @@
 """Runs the reward functions on a rollout's completions, each isolated from the others and from the run."""
 
+import contextlib
 import copy
 import inspect
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lowmem_grpo.rewards.limit import Outcome, OutOfTime, await_within, call_within
 
-LARGEST = 1e30  # squares of rewards must fit into fp32
+LARGEST = 1e16  # weighted tenfold and squared, thousands of them must add up in fp32, which ends at 3.4e38
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
 # What the trainer measures, acts upon, and tells lines of metrics.jsonl apart by.
 RESERVED_PREFIXES = (
@@ -124,15 +125,17 @@ class RewardRunner:
         for function, own in zip(self.functions, logs, strict=True):
             # A copy each, so that a function which changes its arguments changes nothing for the others.
             own_given = {**copy.deepcopy(given), "trainer_state": copy.copy(state), **own.functions()}
-            outcomes.append(_call(function, own_given, self.timeout_s))
+            with _torch_settings_kept():
+                outcomes.append(_call(function, own_given, self.timeout_s))
         waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
         if waiting:
-            awaited = await_within(self.timeout_s, [outcomes[index].value for index in waiting])
+            with _torch_settings_kept():
+                awaited = await_within(self.timeout_s, [outcomes[index].value for index in waiting])
             for index, outcome in zip(waiting, awaited, strict=True):
                 outcomes[index] = outcome
         for outcome in outcomes:
-            if outcome.error and not isinstance(outcome.error, (Exception, OutOfTime)):
-                raise outcome.error  # sys.exit or Ctrl-C in an async function
+            if isinstance(outcome.error, (KeyboardInterrupt, SystemExit)):
+                raise outcome.error  # in an async function
         return [
             self._read(name, outcome, own, len(completions))
             for name, outcome, own in zip(self.names, outcomes, logs, strict=True)
@@ -202,9 +205,21 @@ def _call(function: Callable, given: dict[str, Any], timeout_s: float | None) ->
     started, value, error = time.perf_counter(), None, None
     try:
         value = call_within(timeout_s, lambda: function(**given))
-    except (Exception, OutOfTime) as raised:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as raised:  # CancelledError and GeneratorExit are no Exception, and no reason to stop either
         error = raised
     return Outcome(value, error, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _torch_settings_kept() -> Iterator[None]:
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
 
 
 def _as_reward(name: str, value: Any) -> float | Failure:
