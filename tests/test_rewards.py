@@ -221,7 +221,15 @@ def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():
 @pytest.mark.parametrize("adv_estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 @pytest.mark.parametrize("multi_objective_aggregation", ["sum_then_normalize", "normalize_then_sum"])
-def test_the_largest_rewards_of_thousands_of_completions_have_finite_advantages(**options):
+def test_the_largest_rewards_of_thousands_of_completions_have_finite_advantages(
+    adv_estimator, scale_rewards, multi_objective_aggregation
+):
+    options = dict(
+        adv_estimator=adv_estimator,
+        scale_rewards=scale_rewards,
+        multi_objective_aggregation=multi_objective_aggregation,
+    )
+
     def large(completions, **kwargs):
         return [LARGEST, -LARGEST] * (len(completions) // 2)
 
