@@ -96,6 +96,40 @@ def test_accuracy(gold, completion, reward):
     assert accuracy_reward([[{"role": "assistant", "content": completion}]], answer=[gold]) == [reward]
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        r"\boxed{18 dollars}", r"\boxed{18 \text{ dollars}}", r"\boxed{\$18 \text{ per day}}", r"\boxed{x = 18}",
+        r"\boxed{\text{Total} = 18}", r"\boxed{9+9=18}", "#### 18 dollars", "#### 18 apples.", "#### **18**",
+        "#### Answer: 18!", "<answer>The answer is 18</answer>", "<answer>$18 per day</answer>",
+        "<answer>18.00 dollars/day</answer>", "#### Step 1\nfoo\nThe answer is 18", "#### 1. Setup\n2 * 9 is 18",
+        "#### Conclusion\nIt is 18", "#### 18\nThat took 3 steps.",
+    ],
+)  # fmt: skip
+def test_words_around_the_one_number_of_an_answer_do_not_make_it_wrong(completion):
+    assert (
+        accuracy_reward([completion], solution=["18"]) == accuracy_reward([completion], solution=["#### 18"]) == [1.0]
+    )
+    assert accuracy_reward([completion.replace("18", "81")], solution=["18"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "17=18", "18=17", "x=17=18", r"\sqrt{18}", "18x", "18 x", "x18", "18!", "18^2", "18\N{SUPERSCRIPT TWO}", "-18 dollars",
+        "- 18 dollars", "minus 18", "17 or 18", "17, 18", "18 thousand", "root of 18", "1/18 of it", "18e3", r"18\pi", "f(18)",
+    ],
+)  # fmt: skip
+def test_another_number_or_an_expression_is_not_read_as_the_number_in_it(answer):
+    texts = [rf"\boxed{{{answer}}}", f"<answer>{answer}</answer>", f"#### {answer}"]
+    assert accuracy_reward(texts, solution=["18"] * 3) == [0.0] * 3
+
+
+def test_a_gold_answer_that_is_no_number_is_compared_with_the_whole_mark():
+    completions = [r"#### \frac{x}{2}" + "\nin 2 steps", "#### x\n2", r"\boxed{3 apples}"]
+    assert accuracy_reward(completions, solution=[r"\frac{x}{2}", "x", "y"]) == [1.0, 1.0, 0.0]
+
+
 def test_accuracy_needs_a_gold_column():
     with pytest.raises(ValueError, match="column named solution or answer"):
         accuracy_reward(["72"])

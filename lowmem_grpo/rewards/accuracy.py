@@ -2,10 +2,18 @@
 
 import re
 
-from lowmem_grpo.rewards.math_pool import math_equal
+from lowmem_grpo.rewards.math_pool import MOST_CHARACTERS, as_number, math_equal
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
 
 NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+IN_WORDS = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox) *\{([^{}]*)\}")  # of LaTeX, where prose may stand
+EMPHASIS = "*_` "  # of Markdown
+BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-/](?=[^\W\d_])")  # dollars/day, twenty-one
+PUNCTUATION = "\t\n!.,:;?'\"$\u20ac\u00a3%\u00b0~"
+OTHER_NUMBERS = {  # words that make another number of the one beside them
+    "minus", "negative", "not", "plus", "times", "half", "third", "quarter", "dozen", "hundred", "thousand", "million",
+    "billion", "trillion", "root", "sqrt", "pi", "squared", "cubed", "factorial", "log", "ln", "exp", "sin", "cos", "tan",
+}  # fmt: skip
 
 
 def accuracy_reward(
@@ -18,6 +26,9 @@ def accuracy_reward(
     the four forms stands for itself. Plain numbers are compared exactly; anything else by math-verify, in worker
     processes with a time limit, past which an answer counts as wrong.
 
+    Where the gold answer is a plain number, a marked answer of words and one number is that number (`18 dollars`), and
+    a line of `####` without a number, or with words and a number of a later line's, is a heading and no mark.
+
     Raises:
         ValueError: the dataset has neither column.
     """
@@ -25,7 +36,7 @@ def accuracy_reward(
     if gold_column is None:
         raise ValueError("accuracy_reward needs the gold answers: a dataset column named solution or answer")
     golds = [gold_answer(gold) for gold in gold_column]
-    given = [extract_answer(completion_text(completion)) for completion in completions]
+    given = [extract_answer(completion_text(c), gold) for c, gold in zip(completions, golds, strict=True)]
     if log_extra is not None:
         log_extra("extracted_answer", given)
     asked = [(gold, own) for gold, own in zip(golds, given, strict=True) if gold and own]
@@ -78,13 +89,51 @@ def _after_reasoning(text: str, delimiters: list[str]) -> str | None:
     return None if found is None else text.rsplit(found, 1)[1]
 
 
-def extract_answer(text: str) -> str | None:
-    r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order."""
+def extract_answer(text: str, gold: str | None = None) -> str | None:
+    r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order.
+
+    See accuracy_reward for what the gold answer changes.
+    """
     marked = marked_answer(text)
-    if marked is not None:
-        return marked
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    wants_number = gold is not None and _is_number(gold)
+    if marked is not None and _is_heading(text, marked) and (gold is None or wants_number):
+        marked = None
+    if marked is None:
+        numbers = NUMBER.findall(text)
+        return numbers[-1] if numbers else None
+    return (_only_number(marked) if wants_number else None) or marked
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= MOST_CHARACTERS and as_number(text) is not None
+
+
+def _is_heading(text: str, marked: str) -> bool:
+    """Whether the mark is a Markdown heading's: one with no number, or with words, where a number comes later."""
+    if _last_boxed(text) is not None or tagged_answer(text) is not None or _is_number(marked.strip(EMPHASIS)):
+        return False
+    after = text.rsplit("####", 1)[1].lstrip()[len(marked) :]
+    return not NUMBER.search(marked) or NUMBER.search(after) is not None
+
+
+def _only_number(text: str) -> str | None:
+    """The number of a text that has no other, and otherwise words and punctuation: `x = 18`, `**18** apples.`"""
+    if len(text) > MOST_CHARACTERS:
+        return None
+    left, equals, right = text.rpartition("=")
+    if equals and not NUMBER.search(left):
+        text = right
+    text = IN_WORDS.sub(r" \1 ", text).replace("\\$", "$").replace("**", " ").replace("__", " ").replace("`", " ")
+    found = list(NUMBER.finditer(text))
+    if len(found) != 1:
+        return None
+    before, after = text[: found[0].start()], text[found[0].end() :]
+    if before[-1:].isalpha() or after[:1].isalpha() or after[:1] == "!":  # x18, 18x, 18!
+        return None
+    rest = BETWEEN_LETTERS.sub(" ", before + " " + after)
+    words = rest.translate(dict.fromkeys(map(ord, PUNCTUATION), " ")).lower().split()
+    plain = all(word.isalpha() and word not in OTHER_NUMBERS and (len(word) > 1 or word == "a") for word in words)
+    return found[0].group() if plain else None
 
 
 def gold_answer(gold) -> str | None:

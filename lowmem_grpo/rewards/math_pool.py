@@ -24,6 +24,9 @@ def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
             verdicts.append(gold == answer)
             continue
         numbers = as_number(gold), as_number(answer)
+        if numbers[0] is not None and len({as_number(side) for side in answer.split("=")} - {None}) > 1:
+            verdicts.append(False)  # 17 = 18, of which math-verify would take a side
+            continue
         verdicts.append(True if gold == answer else None if None in numbers else numbers[0] == numbers[1])
     open_pairs = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None]
     if not open_pairs:
