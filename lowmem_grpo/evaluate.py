@@ -117,22 +117,34 @@ def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % for the mean of one value a prompt: Wilson's interval where each is 0 or 1, else the bootstrap's.
+    """95 % for the mean of one value a prompt: Wilson's interval where each is 0 or 1, or one of two values, else the
+    bootstrap's, percentiles of resamples of one seed.
 
-    The bootstrap would give no width where all are right or all wrong. It takes percentiles of resamples of one seed.
+    The bootstrap would give no width where all are right or all wrong. NaN where all values are equal, and neither 0
+    nor 1: they do not say how far another prompt's may lie from them.
     """
     n = len(values)
     if n == 0:
         return math.nan, math.nan
-    if all(value in (0.0, 1.0) for value in values):
-        share, z = sum(values) / n, Z_95
-        middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = min(values), max(values)
+    if low in (0.0, 1.0) and high in (0.0, 1.0):
+        low, high = 0.0, 1.0
+    if high - low <= 1e-6 * abs(high):  # equal but for the rounding of their means
+        return math.nan, math.nan
+    if all(value in (low, high) for value in values):
+        bounds = _wilson(sum(value == high for value in values), n)
+        return low + (high - low) * bounds[0], low + (high - low) * bounds[1]
     given, draw = np.asarray(values), np.random.default_rng(0)
     means = [given[draw.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    share, z = successes / n, Z_95
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
 
 
 def _completions(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:

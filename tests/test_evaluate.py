@@ -105,6 +105,24 @@ def test_the_interval_of_zeros_and_ones_is_wilsons():
     assert all(math.isnan(bound) for bound in confidence_interval([]))
 
 
+def test_none_and_all_right_are_the_ends_exactly():
+    for n in range(1, 200):
+        assert confidence_interval([0.0] * n)[0] == 0.0 and confidence_interval([1.0] * n)[1] == 1.0
+
+
+def test_the_interval_of_any_two_values_is_wilsons_between_them():
+    low, high = confidence_interval([1.0] * 10 + [0.0] * 10)
+    assert confidence_interval([1.2] * 10 + [0.2] * 10) == pytest.approx((0.2 + low, 0.2 + high))
+    assert confidence_interval([-1.0] * 10 + [3.0] * 10) == pytest.approx((-1 + 4 * low, -1 + 4 * high))
+    assert confidence_interval([1.2] + [0.2] * 19)[1] > 0.4, "a bootstrap of 19 equal values of 20 is narrower"
+
+
+@pytest.mark.parametrize("value", [1.2, 0.5, -1.0])
+def test_equal_values_say_nothing_about_another_prompts(value):
+    for values in ([value] * 20, [value, value * (1 + 1e-9)] * 10):
+        assert all(math.isnan(bound) for bound in confidence_interval(values))
+
+
 def test_the_bootstraps_interval_is_that_of_a_normal_mean_and_always_the_same():
     draw = random.Random(0)
     values = [draw.gauss(5, 2) for _ in range(400)]

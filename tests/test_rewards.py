@@ -101,7 +101,7 @@ def test_accuracy(gold, completion, reward):
     [
         r"\boxed{18 dollars}", r"\boxed{18 \text{ dollars}}", r"\boxed{\$18 \text{ per day}}", r"\boxed{x = 18}",
         r"\boxed{\text{Total} = 18}", r"\boxed{9+9=18}", "#### 18 dollars", "#### 18 apples.", "#### **18**",
-        "#### Answer: 18!", "<answer>The answer is 18</answer>", "<answer>$18 per day</answer>",
+        "#### Answer: 18", "<answer>The answer is 18</answer>", "<answer>$18 per day</answer>",
         "<answer>18.00 dollars/day</answer>", "#### Step 1\nfoo\nThe answer is 18", "#### 1. Setup\n2 * 9 is 18",
         "#### Conclusion\nIt is 18", "#### 18\nThat took 3 steps.",
     ],

@@ -12,7 +12,7 @@ BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-/](?=[^\W\d_])")  # dollars/day, t
 PUNCTUATION = "\t\n!.,:;?'\"$\u20ac\u00a3%\u00b0~"
 OTHER_NUMBERS = {  # words that make another number of the one beside them
     "minus", "negative", "not", "plus", "times", "half", "third", "quarter", "dozen", "hundred", "thousand", "million",
-    "billion", "trillion", "root", "sqrt", "pi", "squared", "cubed", "factorial", "log", "ln", "exp", "sin", "cos", "tan",
+    "billion", "trillion", "root", "sqrt", "pi", "squared", "cubed", "factorial", "log", "ln", "sin", "cos", "tan",
 }  # fmt: skip
 
 
