@@ -306,6 +306,38 @@ def test_a_completion_is_judged_by_its_last_python_block():
     assert last_python_block("no code") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("So:\n```\na\n```\nDone.", "a\n"),
+        ("```python\r\nif a:\r\n    b\r\n```\r\n", "if a:\n    b\n"),
+        ("1. So:\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b\n"),
+        ("``` python\na\n```", "a\n"),
+        ("```Python title\na\n``` Done.", "a\n"),
+        ("````python\na\n````", "a\n"),
+        ("```python\na\n```python\nb\n```", "b\n"),
+        ("```\noutput\n```python\na\n```", "a\n"),
+        ('```python\n"""\n    ```\n    a\n    ```\n"""\n```', '"""\n    ```\n    a\n    ```\n"""\n'),
+        ("```python\na\n```\n```\noutput\n```", "a\n"),
+        ("```\na\n```\n```\noutput\n```", None),
+        ("```\na\n```\n```text\noutput\n```", None),
+        ("```python\na = '\x0c\u2028'\n```", "a = '\x0c\u2028'\n"),
+        ("```js\na\n```", None),
+        ("```a = 1```\n", None),
+        ("```\nnever ends", None),
+    ],
+)
+def test_fences_are_found_as_models_write_them(text, code):
+    assert last_python_block(text) == code
+
+
+def test_many_fences_are_read_in_linear_time():
+    started = time.monotonic()
+    for piece in ("```python\n", "```", "``` \n", " ", "\n ", "```python" + " " * 50):
+        last_python_block(piece * (1_000_000 // len(piece)) + "`")
+    assert time.monotonic() - started < 10
+
+
 def test_rewards_for_asserts_and_for_programs():
     good, half = block("def double(x): return x + x"), block("def double(x): return 2 * int(x)")
     completions = [good, half, "no code", [{"role": "assistant", "content": good}], good]

@@ -10,13 +10,16 @@ from lowmem_grpo.rewards.sandbox import Limits, SandboxError, cannot_isolate, ru
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rewards.workers import WORKERS
 
-PYTHON_BLOCK = re.compile(r"^```(?:python3?|py)[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+FENCE = re.compile(r"([ \t]*)```+([^`]*)")
+PYTHON = {"python", "python3", "py"}
 
 
 def get_code_reward(
     timeout: float = 5.0, memory_mb: int = 1024, fraction: bool = False, allow_unsafe: bool = False
 ) -> Callable:
     """1.0 where the last ```python block of a completion passes all its tests, else 0.0; with `fraction`, their share.
+
+    A block without a language is taken where it is the completion's only one.
 
     The dataset's column `tests` has for each row a list of assert statements, which run after the code, in its names;
     or of {"input": ..., "output": ...}, what a program reads and has to print (white space at the ends of lines aside);
@@ -58,8 +61,29 @@ code_reward = get_code_reward()
 
 
 def last_python_block(text: str) -> str | None:
-    blocks = PYTHON_BLOCK.findall(text)
-    return blocks[-1] if blocks else None
+    """The code between the last fences of Python, or between those of no language if there are no others at all."""
+    blocks = _blocks(text)
+    python = [code for language, code in blocks if language in PYTHON]
+    if python:
+        return python[-1]
+    return blocks[0][1] if len(blocks) == 1 and not blocks[0][0] else None
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of each block that ends, which is at the next fence that is indented no further than its first."""
+    blocks: list[tuple[str, str]] = []
+    language, indent, code = None, "", []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        fence = FENCE.match(line)
+        if fence is None or (language is not None and len(fence[1]) > len(indent)):
+            code.append(line.removeprefix(indent))
+            continue
+        tag = (fence[2].lower().split() or [""])[0]
+        if language is not None:
+            blocks.append((language, "".join(line + "\n" for line in code)))
+        opens = fence.end() == len(line) if language is None else tag in PYTHON
+        language, indent, code = (tag, fence[1], []) if opens else (None, "", [])
+    return blocks
 
 
 def _score(code: str | None, tests: list, limits: Limits, fraction: bool) -> float | SandboxError | None:
