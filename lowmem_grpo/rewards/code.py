@@ -70,7 +70,7 @@ def last_python_block(text: str) -> str | None:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(language, code) of each block that ends, which is at the next fence that is indented no further than its first."""
+    """(language, code) of each block that ends, at the next fence that is indented no further than its first."""
     blocks: list[tuple[str, str]] = []
     language, indent, code = None, "", []
     for line in text.replace("\r\n", "\n").split("\n"):
