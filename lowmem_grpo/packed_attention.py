@@ -48,44 +48,30 @@ def by_blocks(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """(T, H, D), by two calls of scaled_dot_product_attention a block, or in plain products where there is a softcap.
+    """(T, H, D), by a call of scaled_dot_product_attention a block, or in plain products where there is a softcap.
 
-    Takes the memory of a copy of each prompt's keys and values per tail.
+    Takes the memory of a copy of each prompt's keys and values per tail, which packing.py bounds.
     """
-    results = []
-    for block in packing.blocks:
-        if block.prompt_length:
-            results.append(_attend(_prompts(block, query, key, value), packing.masks, scaling, window, softcap))
-        if block.tails.numel():
-            results.append(_attend(_tails(block, query, key, value), packing.masks, scaling, window, softcap))
+    results = [
+        _attend(_inputs(block, query, key, value), packing.masks, scaling, window, softcap) for block in packing.blocks
+    ]
     return torch.cat(results).index_select(0, packing.outputs)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # queries (B, H, Q, D), keys and values (B, H_kv, K, D)
 
 
-def _prompts(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
-    """B is G, Q and K are P."""
-    end = block.start + block.groups * block.prompt_length
-
-    def rows(x: Tensor) -> Tensor:
-        return x[block.start : end].unflatten(0, (block.groups, -1)).transpose(1, 2)
-
-    return rows(query), rows(key), rows(value)
-
-
-def _tails(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     """B is G n, Q is C, K is P + C."""
     groups, members, tail = block.tails.shape
-    prompts = groups * block.prompt_length
 
     def own(x: Tensor) -> Tensor:  # (G n, C, H or H_kv, D)
         return x.index_select(0, block.tails.flatten()).unflatten(0, (groups * members, tail))
 
     def whole(x: Tensor) -> Tensor:
-        if not prompts:
+        if not block.prompts.numel():
             return own(x).transpose(1, 2)
-        shared = x[block.start : block.start + prompts].view(groups, 1, block.prompt_length, *x.shape[1:])
+        shared = x.index_select(0, block.prompts.flatten()).unflatten(0, (groups, 1, -1))
         return torch.cat([shared.expand(-1, members, -1, -1, -1).flatten(0, 1), own(x)], 1).transpose(1, 2)
 
     return own(query).transpose(1, 2), whole(key), whole(value)

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 SHARE_FROM = 1.2  # tokens of the separate sequences over those of the shared layout, from which a prompt is shared
+KEYS = 4  # times the token budget: a micro-batch's keys, which attention copies, a prompt's for each of its tails
 
 
 @dataclass(frozen=True)
 class Block:
-    """G prompts of P tokens, and n tails of up to C tokens after each: completions without their last token.
+    """What one call of attention serves: after each of G prompts of P tokens n tails of up to C tokens.
 
-    Where P is 0, the G n tails are whole sequences, of which none is shared.
+    A tail is a completion without its last token. Where P is 0 nothing is before the tails, which are prompts and
+    whole sequences.
     """
 
-    start: int  # the prompts' tokens stand from here on, prompt after prompt
-    groups: int  # G
-    prompt_length: int  # P
+    prompts: Tensor  # (G, P) int64: where the prompts' tokens stand
     tails: Tensor  # (G, n, C) int64: where the tails' tokens stand, each filled up with its last
 
 
@@ -33,7 +33,7 @@ class Packing:
     """
 
     blocks: tuple[Block, ...]
-    outputs: Tensor  # (T,) int64: where each token's result stands among the blocks', each its prompts, then its tails
+    outputs: Tensor  # (T,) int64: where each token's result stands among the blocks' tails
     query_starts: Tensor  # (segments + 1,) int32
     key_starts: Tensor  # (segments + 1,) int32
     keys: Tensor  # (K,) int64: places in the row
@@ -73,7 +73,8 @@ def pack(
     A sequence longer than the budget still makes a micro-batch of its own.
 
     padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for what
-    answers it, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split.
+    answers it, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split, and so is
+    one with more than KEYS token_budget keys.
     """
     offsets = [0, *accumulate(map(len, completions))]
     rows = [b for b in range(len(completions)) if completions[b] and (keep is None or keep[b])]
@@ -120,6 +121,10 @@ class Piece:
     def tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.tails))
 
+    @property
+    def keys(self) -> int:
+        return self.tokens + len(self.prompt) * len(self.tails)
+
 
 def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[Piece]:
     groups: dict[int, list[int]] = {}
@@ -137,34 +142,37 @@ def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[P
 
 def _split(members: list[int], prompt: list[int], completions, token_budget: int) -> list[Piece]:
     """A group in pieces within the budget, each with the prompt again."""
-    pieces, rows, size = [], [], len(prompt)
+    pieces: list[Piece] = []
     for b in members:
-        tail = len(completions[b]) - 1
-        if rows and size + tail > token_budget:
-            pieces.append(rows)
-            rows, size = [], len(prompt)
-        rows, size = [*rows, b], size + tail
-    return [Piece(rows, prompt, [completions[b][:-1] for b in rows]) for rows in (*pieces, rows)]
+        if pieces:
+            longer = Piece([*pieces[-1].rows, b], prompt, [*pieces[-1].tails, completions[b][:-1]])
+            if longer.tokens <= token_budget and longer.keys <= KEYS * token_budget:
+                pieces[-1] = longer
+                continue
+        pieces.append(Piece([b], prompt, [completions[b][:-1]]))
+    return pieces
 
 
 def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
     """First fit, the largest first."""
     bins: list[list[Piece]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # tokens and keys
     for piece in sorted(pieces, key=lambda piece: piece.tokens, reverse=True):
-        place = next((i for i, left in enumerate(room) if left >= piece.tokens), None)
+        fits = (i for i, (tokens, keys) in enumerate(room) if tokens >= piece.tokens and keys >= piece.keys)
+        place = next(fits, None)
         if place is None:
             place = len(bins)
             bins.append([])
-            room.append(token_budget)
+            room.append((token_budget, KEYS * token_budget))
         bins[place].append(piece)
-        room[place] -= piece.tokens
+        tokens, keys = room[place]
+        room[place] = tokens - piece.tokens, keys - piece.keys
     return bins
 
 
 def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:
     ids, positions, predictors, labels, tokens, sequences = [], [], [], [], [], []
-    blocks, outputs, results = [], [], 0
+    alike: dict[tuple, list[tuple[range, list[range]]]] = {}  # prompts, with tails, that one call of attention serves
     query_starts, key_starts, keys = [0], [0], []
 
     def segment(new: list[int], before: range) -> range:
@@ -177,33 +185,41 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) ->
         key_starts.append(len(keys))
         return places
 
-    for alike in _alike(pieces):
-        start, tails = len(ids), []
-        prompts = [segment(piece.prompt, range(0)) if piece.prompt else range(0) for piece in alike]
-        outputs += range(results, results + len(ids) - start)
-        results += len(ids) - start
-        widest = max(len(tail) for piece in alike for tail in piece.tails)
-        for piece, prompt in zip(alike, prompts, strict=True):
-            for b, tail in zip(piece.rows, piece.tails, strict=True):
-                places = segment(tail, prompt) if tail else range(0)
-                tails.append([*places, *[len(ids) - 1] * (widest - len(tail))])
-                outputs += range(results, results + len(tail))
-                results += widest
-                # The completion's first token is predicted by its prompt's last, and each other by the one before it.
-                predictors += [*prompt, *places][-len(completions[b]) :]
-                labels += completions[b]
-                tokens += range(offsets[b], offsets[b + 1])
-                sequences += [b] * len(completions[b])
-        shape = (len(alike), len(alike[0].rows), widest)
-        blocks.append(Block(start, len(alike), len(prompts[0]), torch.tensor(tails, device=device).long().view(shape)))
+    for piece in pieces:
+        prompt = range(0)
+        if piece.prompt:
+            prompt = segment(piece.prompt, range(0))
+            alike.setdefault((0, 1, _width(0, len(prompt))), []).append((range(0), [prompt]))
+        widths: dict[int, list[range]] = {}
+        for b, tail in zip(piece.rows, piece.tails, strict=True):
+            places = segment(tail, prompt) if tail else range(0)
+            if tail:
+                widths.setdefault(_width(len(prompt), len(tail)), []).append(places)
+            # The completion's first token is predicted by its prompt's last, and each other by the one before it.
+            predictors += [*prompt, *places][-len(completions[b]) :]
+            labels += completions[b]
+            tokens += range(offsets[b], offsets[b + 1])
+            sequences += [b] * len(completions[b])
+        for width, tails in widths.items():
+            alike.setdefault((len(prompt), len(tails), width), []).append((prompt, tails))
     padding = _rounded_up(len(ids), token_budget, device) - len(ids)
     if padding:
         segment([pad_token_id] * padding, range(0))
-        outputs += [0] * padding  # any: nothing follows from it
 
     def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    blocks, results = [], 0
+    outputs = [0] * len(ids)  # any for padding, from which nothing follows
+    for same in alike.values():
+        widest = max(len(tail) for _, tails in same for tail in tails)
+        filled = []
+        for tail in (tail for _, tails in same for tail in tails):
+            outputs[tail.start : tail.stop] = range(results, results + len(tail))
+            results += widest
+            filled.append([*tail, *[tail[-1]] * (widest - len(tail))])
+        prompts = tensor([[*prompt] for prompt, _ in same])
+        blocks.append(Block(prompts, tensor(filled).view(len(same), -1, widest)))
     return MicroBatch(
         tensor([ids]), tensor(predictors), tensor(labels), tensor(tokens), tensor(sequences), tensor([positions]),
         Packing(
@@ -217,16 +233,12 @@ def _longest(starts: list[int]) -> int:
     return max(b - a for a, b in pairwise(starts))
 
 
-def _alike(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces that one call of attention serves: prompts of one length with as many tails, or lone sequences.
+def _width(prompt: int, length: int) -> int:
+    """Equal for tails that are filled up to the longest of them, which attention alone pays for.
 
-    Tails are filled up to the longest, which costs attention's part alone; lone sequences of 32 lengths go together.
+    Of lone sequences and prompts, those of 32 lengths; after a prompt, none that is 32 long and twice another.
     """
-    alike: dict[tuple, list[Piece]] = {}
-    for piece in pieces:
-        key = (len(piece.prompt), len(piece.rows)) if piece.prompt else (0, piece.tokens // 32)
-        alike.setdefault(key, []).append(piece)
-    return list(alike.values())
+    return (length // 32).bit_length() if prompt else length // 32
 
 
 def _rounded_up(width: int, token_budget: int, device: torch.device) -> int:

@@ -101,6 +101,24 @@ def test_a_group_larger_than_the_budget_is_split_with_its_prompt():
     assert [len(set(batch.sequences.tolist())) for batch in batches] == [3, 3]
 
 
+@pytest.mark.parametrize("lengths", [[4096, *[40] * 63], [4096, 1, 2, 40, 900] * 8, [30] * 64])
+@pytest.mark.parametrize("prompt_tokens", [16, 4000])
+def test_the_token_budget_bounds_what_attention_holds_of_an_uneven_group(lengths, prompt_tokens):
+    """Filled up to the longest, the first with the long prompt had 524,160 keys."""
+    for batch in packed(
+        [[7] * prompt_tokens], [[9] * n for n in lengths], 10_000, num_generations=len(lengths), padding_free=True
+    ):
+        packing = batch.packing
+        assert len(packing.keys) <= 4 * 10_000
+        filled = sum(block.tails.numel() for block in packing.blocks)
+        assert filled <= 2 * batch.input_ids.numel() + 31 * len(lengths), "no tail is filled to twice its length"
+        keys = [block.prompts.shape[1] + block.tails.shape[2] for block in packing.blocks]
+        rows = [block.prompts.shape[0] * block.tails.shape[1] for block in packing.blocks]
+        assert sum(k * r for k, r in zip(keys, rows, strict=True)) <= 2 * 4 * 10_000
+        results = [place for block in packing.blocks for place in block.tails.flatten().tolist()]
+        assert [results[i] for i in packing.outputs.tolist()[: len(set(results))]] == sorted(set(results))
+
+
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_rows_that_are_not_kept_are_left_out_and_keep_their_numbers(padding_free):
     given = dict(keep=[False, True, True], padding_free=padding_free)
