@@ -170,13 +170,8 @@ def run_eval(given: dict[str, Any]) -> int:
 def run_plan(given: dict[str, Any]) -> int:
     """Exit status 0 where everything fits, else 1."""
     as_json = given.pop("json", False)
-    settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
-    settings.pop("config", None)
-    model = settings.pop("model", None)
-    if not model:
-        raise ValueError("--model is missing; see `lowmem-grpo plan --help`")
-    refuse_unknown_fields(settings)
-    config = GRPOConfig(**{name: from_text(name, value) for name, value in settings.items()})
+    inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
+    model, config = inputs["model"], GRPOConfig(**fields)
     from lowmem_grpo import memory
     from lowmem_grpo.policy import adapter_config, find_model, read_config
 
@@ -193,7 +188,9 @@ def run_demo(given: dict[str, Any]) -> int:
     return 0
 
 
-def read_settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_settings(
+    given: dict[str, Any], needed: tuple[str, ...] = ("model", "dataset"), command: str = "train"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(inputs, config fields) from the flags and the YAML file that --config names; flags win.
 
     Raises:
@@ -204,9 +201,9 @@ def read_settings(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
     settings = {aliases.get(name, name): value for name, value in settings.items()}
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
-    for name in ("model", "dataset"):
+    for name in needed:
         if not inputs.get(name):
-            raise ValueError(f"--{name} is missing; see `lowmem-grpo train --help`")
+            raise ValueError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     refuse_unknown_fields(settings)
     return inputs, {name: from_text(name, value) for name, value in settings.items()}
 
