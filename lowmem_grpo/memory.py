@@ -135,6 +135,8 @@ def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Chang
 def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
     """What would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
+    if phase == "rollout" and config.rollout_weights == "dense":
+        yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
     if phase == "rollout" and config.rollout_token_budget > longest:
         halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
         yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
@@ -159,7 +161,7 @@ def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
     """The smallest change of the task itself that would fit."""
     resident = sum(found.resident.values())
     if resident > budget:
-        return f"the model and CUDA alone take {_in_words(resident)}: choose a smaller model"
+        return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
     smallest, length = config, config.max_completion_length
     while length > 64:
         length = length * 3 // 4 // 32 * 32
@@ -197,6 +199,8 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     rollout = (
         _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
     )
+    if config.rollout_weights == "dense" and not traced.padded:  # transformers' generate has none
+        rollout["dense weights"] = traced.dense
     phases = {
         "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},
         "reference": {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer},

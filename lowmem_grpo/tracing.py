@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.attention import UnknownAttention, in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy, add_adapter, equip
 
@@ -84,6 +85,7 @@ class Traced:
     ran: Ran
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
+    dense: int  # bytes of the merged copy of the weights that rollout_weights="dense" samples from
 
     @property
     def adapter_numbers(self) -> int:
@@ -109,7 +111,8 @@ def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
         padded = _why_padded(whole, config)
         config = replace(config, padding_free=config.padding_free and not padded)
         generated = run_generate(whole, config) if padded else None
-        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated)
+        dense = dense_bytes(whole, getattr(torch, config.compute_dtype))
+        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated, dense)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory

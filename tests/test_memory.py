@@ -28,6 +28,7 @@ from lowmem_grpo.cli import main
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
 from lowmem_grpo.generate.store import Store
+from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.optimizer import make_optimizer
 from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import adapter_config, load_policy, lora_config, read_config
@@ -263,6 +264,14 @@ def test_keys_and_values_are_as_predicted(name, rollout_kv):
     assert predicted == sum(part.nbytes for part in parts if part is not None)
 
 
+def test_a_dense_copy_of_the_weights_is_planned():
+    config = GRPOConfig(**TASK)
+    dense = replace(config, rollout_weights="dense")
+    parts = memory.forecast(SHAPES["qwen2"], dense).phases["rollout"]
+    assert parts["dense weights"] == dense_bytes(make_policy("qwen2", config).base, torch.bfloat16) > 0
+    assert "dense weights" not in memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+
+
 LARGE = GRPOConfig(max_completion_length=1024, beta=0.01)
 
 
@@ -307,7 +316,7 @@ def test_where_nothing_fits_the_smallest_change_is_named():
     length = int(found.remedy.split("=")[1].split()[0])
     assert memory.plan(large_shape(), replace(short, max_completion_length=length)).remedy is None
     with pytest.raises(
-        ValueError, match="vram_budget=4GB is too little, the predicted peak is .*CUDA alone take.*smaller"
+        ValueError, match="vram_budget=4GB is too little, the predicted peak is .*CUDA alone take .* GB: .*smaller"
     ):
         memory.plan_to_fit(large_shape(), replace(short, vram_budget="4GB", max_completion_length=64))
 
@@ -326,6 +335,14 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] is False and "choose a smaller model" in printed["remedy"]
     assert printed["peaks"]["update"] == sum(printed["resident"].values()) + sum(printed["phases"]["update"].values())
+
+
+def test_a_file_for_training_can_be_planned(tmp_path, capsys):
+    SHAPES["qwen3, untied"].save_pretrained(tmp_path / "model")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: {tmp_path / 'model'}\ndataset_name: d\nreward_funcs: [r]\nseed: 1\n")
+    assert main(["plan", "--config", str(path)]) == 0
+    assert "Predicted peak" in capsys.readouterr().out
 
 
 def test_a_plan_says_which_prompts_it_is_for(tmp_path, capsys):
