@@ -115,6 +115,14 @@ def limit_memory(found: Plan | None, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, device)
 
 
+def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
+    """The same, with no more keys and values at once than a step of training was planned with."""
+    if found is None:
+        return config
+    tokens = config.prompts_per_step * (found.prompt_tokens + config.num_generations * config.max_completion_length)
+    return replace(config, rollout_token_budget=min(config.rollout_token_budget, tokens))
+
+
 def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Change]]:
     budget, changes = config.vram_budget_bytes, {}
     found = _forecast(key, config)

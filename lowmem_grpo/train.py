@@ -23,7 +23,7 @@ from lowmem_grpo.evaluate import check_vocabulary, evaluate
 from lowmem_grpo.interruption import Interruption
 from lowmem_grpo.loss import after_entropy, after_kl, coefficient_metrics, coefficients_of, first_coefficients
 from lowmem_grpo.memory import as_text as plan_as_text
-from lowmem_grpo.memory import limit_memory, plan_to_fit
+from lowmem_grpo.memory import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
 from lowmem_grpo.optimizer import clip_gradients, make_optimizer
@@ -194,7 +194,8 @@ def train(
         """Once a step: a resumed run finds in the log what was done before it stopped."""
         if eval_prompts and not any("eval_reward" in line and line["step"] == state["step"] for line in log.lines()):
             with checkpoints.same_randomness():  # a run is the same, however often it is evaluated
-                metrics = evaluate(policy, eval_prompts, rewards, config, state["step"])
+                sparing = for_evaluation(planned, config)
+                metrics = evaluate(policy, eval_prompts, rewards, sparing, state["step"])
             best.keep(policy, state["step"], metrics)
             log.write({"step": state["step"], **metrics})
 

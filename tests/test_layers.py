@@ -36,7 +36,7 @@ ALLOWED = {
     "tasks": {"config", "rewards"},
     "generate": {"attention", "generate", "kernels", "lora", "policy", "rollout"},
     "metrics": {"advantages", "rollout"},
-    "tracing": {"attention", "config", "packing", "policy"},
+    "tracing": {"attention", "config", "generate", "packing", "policy"},
     "memory": {"config", "generate", "kernels", "policy", "tracing"},
     "loss": {"config", "objective"},
     "replay": {"rollout"},

@@ -481,3 +481,11 @@ def test_what_an_objective_needs_besides_is_planned():
     assert snapshot.resident["the reference's adapter"] == plain.resident["gradients"]
     for settings in (dict(steps_per_generation=2), dict(top_entropy_quantile=0.5)):
         assert memory.forecast(model, GRPOConfig(**given, **settings)).phases["old"]["activations"] > 0
+
+
+def test_an_evaluation_holds_no_more_than_a_step_was_planned_with():
+    """256 prompts at once would fill the whole budget of tokens, of which a step takes 2 (16 + 4 x 64)."""
+    config = GRPOConfig(prompts_per_step=2, num_generations=4, max_completion_length=64, max_prompt_length=16)
+    found = memory.plan(FAMILIES["qwen2"](), config)
+    assert memory.for_evaluation(found, config).rollout_token_budget == 2 * (16 + 4 * 64)
+    assert memory.for_evaluation(None, config) is config
