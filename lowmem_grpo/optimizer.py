@@ -41,40 +41,53 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                 entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, out_of_memory: Callable[[], None] = lambda: None
+) -> Tensor:
     """Scale the gradients to a norm of max_norm at most, and return what it was.
 
-    Out of memory before they are scaled, the norm is computed anew.
+    Out of memory before they are scaled, out_of_memory() is told, and the norm is computed anew.
     """
     parameters = list(parameters)
-    norm = _again(partial(get_total_norm, [p.grad for p in parameters if p.grad is not None]))
+    norm = _again(partial(get_total_norm, [p.grad for p in parameters if p.grad is not None]), out_of_memory)
     clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, out_of_memory: Callable[[], None] = lambda: None
+) -> None:
     """One step. A fused one's first makes all of the state and then changes weights, without any more memory.
 
-    So out of memory in there, it is begun anew; others are partly through, and their error ends the run.
+    So out of memory in there, out_of_memory() is told, and it is begun anew; others are partly through, and their error
+    ends the run, with a note that has the remedy.
     """
     if optimizer.state or not optimizer.defaults.get("fused"):
-        scaler.step(optimizer)
+        _or_remedy(partial(scaler.step, optimizer))
         return
 
     def first() -> None:
         optimizer.state.clear()  # half of it, where this is not the first attempt; no weight has changed yet
         scaler.step(optimizer)
 
-    _again(first)
+    _again(first, out_of_memory)
 
 
-def _again(work: Callable[[], T]) -> T:
+def _again(work: Callable[[], T], out_of_memory: Callable[[], None]) -> T:
     """work(), and out of memory once more, when what can be let go is."""
     try:
         return work()
     except torch.OutOfMemoryError:
-        pass
+        out_of_memory()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return work()
+    return _or_remedy(work)
+
+
+def _or_remedy(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        error.add_note("The optimizer's step does not fit. Set optim='adamw_8bit', or lower lora_r or token_budget.")
+        raise

@@ -253,9 +253,9 @@ def train(
                             work = partial(backward, policy, part, tokens, coefficients, scaler, config)
                             done.append(budget.fit(work, kept_lengths(part, config)))
                             scaler.unscale_(optimizer)
-                            grad_norm = clip_gradients(parameters, config.max_grad_norm)
+                            grad_norm = clip_gradients(parameters, config.max_grad_norm, budget.note)
                             interruption.hold()  # from the first change of a weight until the step is whole
-                            optimizer_step(optimizer, scaler)
+                            optimizer_step(optimizer, scaler, budget.note)
                             scaler.update()
                             optimizer.zero_grad(set_to_none=False)
                             controls = after_entropy(controls, tokens.mean("entropy", part), config)

@@ -59,6 +59,10 @@ class TokenBudget:
                 torch.cuda.set_rng_state(drawn[1])
                 torch.cuda.empty_cache()
 
+    def note(self) -> None:
+        """Out of memory in what has no micro-batches."""
+        self.out_of_memory += 1
+
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
         tokens, longest = min(self.tokens, sum(lengths)), max(lengths, default=0)
         if tokens <= longest:

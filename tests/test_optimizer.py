@@ -81,9 +81,10 @@ class NoMemoryForNorms(TorchDispatchMode):
 def test_out_of_memory_while_gradients_are_clipped_changes_nothing():
     made, again = parameters(), parameters()
     norm = torch.nn.utils.clip_grad_norm_(made, 1.0)
+    told = []
     with NoMemoryForNorms(1) as mode:
-        assert torch.equal(clip_gradients(again, 1.0), norm) and norm > 1
-    assert mode.calls == 2
+        assert torch.equal(clip_gradients(again, 1.0, lambda: told.append(1)), norm) and norm > 1
+    assert mode.calls == 2 and told == [1]
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(made, again, strict=True))
 
 
@@ -93,8 +94,9 @@ def test_a_run_that_cannot_clip_keeps_its_last_whole_step(tmp_path):
         max_steps=3, gradient_checkpointing=False,
     )  # fmt: skip
     rows = task.rows(task.splits()[0][:8])
-    with pytest.raises(torch.OutOfMemoryError), NoMemoryForNorms(2, 3) as mode:
+    with pytest.raises(torch.OutOfMemoryError) as error, NoMemoryForNorms(2, 3) as mode:
         train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config)
+    assert "Set optim='adamw_8bit', or lower lora_r" in error.value.__notes__[0]
     assert mode.calls == 3 and (tmp_path / "checkpoint-1").is_dir()
     result = train(str(DEMO_MODEL), task.tag_format_reward, rows, config=replace(config, resume_from_checkpoint=True))
     assert [line["step"] for line in result.history] == [1, 2, 3]
@@ -135,3 +137,14 @@ def test_a_resumed_run_goes_on_with_the_optimizers_state(tmp_path, optim):
         whole.policy.trainable_parameters().items(), resumed.policy.trainable_parameters().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_what_was_done_again_is_logged(tmp_path):
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, prompts_per_step=2, num_generations=4, max_completion_length=8,
+        max_steps=2, gradient_checkpointing=False,
+    )  # fmt: skip
+    with NoMemoryForNorms(1):
+        rows = task.rows(task.splits()[0][:8])
+        lines = train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config).history
+    assert [line["memory/out_of_memory"] for line in lines] == [1, 1]
