@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem_grpo.benchmarks import bench_budgets, bench_update, measure, sampling_error
+from lowmem_grpo.benchmarks import bench_budgets, bench_learning, bench_step, bench_update, measure, sampling_error
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 
@@ -172,3 +172,17 @@ def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
     assert len(means) == 8
     assert means["float32", "4bit", "full"] < 1e-5 < 1e-4 < means["float32", "4bit", "int8"] < 0.01
     assert means["bfloat16", "4bit", "full"] < 0.01
+
+
+def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_path, capsys):
+    """Ours alone here; a peer that fails is a row of its own and not the end."""
+    output = tmp_path / "step.json"
+    small = ["--shape=tiny", "--prompts=2", "--num_generations=2", "--prompt_length=16", "--max_completion_length=4"]
+    bench_step.main([*small, "--steps=2", "--only", "lowmem_grpo", f"--output={output}"])
+    (found,) = json.loads(output.read_text())["results"]["lowmem_grpo"]
+    assert found["step_s"] > 0 and set(found["phases_s"]) == {"rollout", "reference", "update"}
+    picture = tmp_path / "curves.svg"
+    bench_learning.main(["--steps=1", "--seeds=0", "--only", "lowmem_grpo", f"--picture={picture}"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lowmem_grpo")]
+    assert len(rows) == 2 and "never" in rows[1] and "<svg" in picture.read_text()
+    assert "no such thing" in bench_learning.table({"TRL": [{"failed": "no such thing"}]})
