@@ -59,9 +59,8 @@ def sample(
         policy.engine_refusal = engine.refusal(policy)
         if policy.engine_refusal:
             warnings.warn(
-                f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower and does not say "
-                f"its log-probabilities, so that there are no importance weights: "
-                f"{policy.engine_refusal}",
+                f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower and does not "
+                f"say its log-probabilities, so that there are no importance weights: {policy.engine_refusal}",
                 stacklevel=2,
             )
     if policy.engine_refusal:
