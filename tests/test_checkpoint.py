@@ -77,6 +77,7 @@ def test_an_exit_in_a_reward_loses_no_finished_step(tmp_path):
             raise SystemExit("the judge is gone")
         return length_reward(completions)
 
+    crashes_late.__name__ = "length_reward"  # what it is once it is mended
     with pytest.raises(SystemExit, match="the judge is gone"):
         run(tmp_path, rewards=crashes_late, max_steps=6)
     assert (tmp_path / "out/checkpoint-3").is_dir()
@@ -191,6 +192,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
             raise KeyboardInterrupt
         return length_reward(completions)
 
+    dies_in_the_last_evaluation.__name__ = "length_reward"  # what it is once it is mended
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rewards=dies_in_the_last_evaluation, eval_dataset=ROWS[:2])
     resumed = run(tmp_path, rewards=length_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True)
