@@ -241,6 +241,17 @@ class GRPOConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef > 0 or self.use_adaptive_entropy
+
+    @property
+    def has_old_pass(self) -> bool:
+        """Whether every token is computed once before the update, whatever the sampler says of it."""
+        # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
+        replayed_kl = self.kl_in_reward and self.replay_buffer_size > 0
+        return self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or replayed_kl
+
+    @property
     def vram_budget_bytes(self) -> int | None:
         """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
         return None if self.vram_budget is None else _bytes(self.vram_budget)

@@ -83,10 +83,6 @@ def step_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -
     )  # fmt: skip
 
 
-def has_entropy_bonus(config: GRPOConfig) -> bool:
-    return config.entropy_coef > 0 or config.use_adaptive_entropy
-
-
 def first_coefficients(config: GRPOConfig) -> dict[str, float]:
     """The state of the two controllers before the first step."""
     return {"beta": config.beta, "entropy_coef": config.entropy_coef, "last_entropy": math.inf}
@@ -100,7 +96,7 @@ def coefficients_of(state: dict[str, float], config: GRPOConfig) -> Coefficients
 
 def coefficient_metrics(state: dict[str, float], config: GRPOConfig) -> dict[str, float]:
     """The coefficients that the next step has, where a controller or the entropy bonus makes them worth a look."""
-    found = {"entropy_coef": state["entropy_coef"]} if has_entropy_bonus(config) else {}
+    found = {"entropy_coef": state["entropy_coef"]} if config.has_entropy_bonus else {}
     return found if config.kl_target is None else {**found, "beta": state["beta"]}
 
 

@@ -17,7 +17,7 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.policy import lora_config
-from lowmem_grpo.tracing import PROMPT_TOKENS, Key, Traced, old_pass, prompt_tokens, trace
+from lowmem_grpo.tracing import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
 
@@ -199,10 +199,9 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     }
     if config.reference == "initial" or config.sync_ref_model:
         resident["the reference's adapter"] = 4 * traced.adapter_numbers
-    # The head's scores and pull, in tiles as of a card of the budget's size.
+    # The head's scores and pull, in tiles as of a card of the budget's size; the entropy's gradient takes its own.
     tokens, entries = default_chunks("cuda", (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
-    bonus = config.entropy_coef > 0 or config.use_adaptive_entropy  # whose gradient takes tiles of its own
-    head = (2 if bonus else 1) * 4 * tokens * (entries + text.hidden_size)
+    head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     rollout = (
         _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
@@ -219,7 +218,7 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
             "one dequantized layer": layer,
         },
     }
-    if old_pass(config):
+    if config.has_old_pass:
         phases["old"] = phases["reference"]
     if config.beta == 0:
         del phases["reference"]

@@ -98,7 +98,8 @@ def trace(key: Key, config: GRPOConfig) -> Traced:
     fields = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
         "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code "
-        "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation"
+        "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation kl_in_reward "
+        "replay_buffer_size"
     )
     return _traced(key, tuple((name, getattr(config, name)) for name in fields.split()))
 
@@ -263,8 +264,8 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
 def run_few(policy: Policy, config: GRPOConfig) -> Ran:
     prompt = prompt_tokens(config)
     batch = _largest_micro_batch(policy, config)
-    kept, peak = _activations(policy, batch, config.entropy_coef > 0 or config.use_adaptive_entropy)
-    inference = _inference(policy, batch) if config.beta or old_pass(config) else 0
+    kept, peak = _activations(policy, batch, config.has_entropy_bonus)
+    inference = _inference(policy, batch) if config.beta or config.has_old_pass else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     return Ran(kept, peak, inference, _inference(policy, _prompts(policy, prompt, count, config.padding_free)))
 
@@ -293,11 +294,6 @@ def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
         for length in {max(1, config.max_completion_length // part) for part in (1, 2, 4, 8)}
     ]
     return max(found, key=lambda batch: batch.input_ids.numel())
-
-
-def old_pass(config: GRPOConfig) -> bool:
-    """Whether a step computes every token once without a gradient, besides the reference."""
-    return config.steps_per_generation > 1 or config.top_entropy_quantile < 1
 
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from lowmem_grpo.loss import (
     Coefficients,
     Tokens,
     correction,
-    has_entropy_bonus,
     micro_batch_loss,
     step_weights,
 )  # fmt: skip
@@ -85,7 +84,7 @@ def kept(rollout: Rollout, config: GRPOConfig) -> list[bool]:
     """
     by_advantage = (
         (config.beta == 0 or config.kl_in_reward)
-        and not has_entropy_bonus(config)
+        and not config.has_entropy_bonus
         and config.loss_type in BUILT_IN  # what a registered one makes of an advantage of 0, nobody knows
     )
     learns = rollout.advantages != 0 if by_advantage else torch.ones_like(rollout.completion_mask)
@@ -138,9 +137,7 @@ def old_logprobs_and_entropy(
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
     """Whether something must be known of every token before the first gradient."""
-    # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
-    unknown = config.kl_in_reward and (rollout.sampling_logprobs is None or config.replay_buffer_size > 0)
-    return config.steps_per_generation > 1 or config.top_entropy_quantile < 1 or unknown
+    return config.has_old_pass or (config.kl_in_reward and rollout.sampling_logprobs is None)
 
 
 def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor:
@@ -240,7 +237,7 @@ def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: Tok
     # Each prompt a group of its own, so that none is shared.
     rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
     scaler, tokens = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
-    coefficients = Coefficients(0.0, config.entropy_coef_max if has_entropy_bonus(config) else 0.0)
+    coefficients = Coefficients(0.0, config.entropy_coef_max if config.has_entropy_bonus else 0.0)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         budget.fit(partial(backward, policy, rollout, tokens, coefficients, scaler, config), rollout.lengths)
