@@ -10,7 +10,6 @@ result. Without one, only the prediction is made, for which neither weights nor 
 
 import argparse
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 
 from lowmem_grpo import memory
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate import SamplingParams, sample
@@ -32,7 +30,7 @@ from lowmem_grpo.rollout import Rollout
 from lowmem_grpo.update import TokenBudget, backward, reference_logprobs
 
 BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
-REAL = [shape for shape in SHAPES if shape != "tiny"]
+REAL = [shape for shape in SHAPES if not shape.startswith("tiny")]
 LETTERS = {
     "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
     "offload_embedding": "e", "rollout_kv": "k", "gradient_checkpointing": "g",
@@ -92,10 +90,18 @@ def cell(result: dict[str, Any]) -> str:
     measured = result.get("measured")
     if measured is None:
         return text
-    if isinstance(measured, Failed):
-        return f"{text}; measured: {measured.reason}"
+    if "reason" in measured:
+        return f"{text}; measured: {measured['reason']}"
     peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + memory.CONTEXT_BYTES
     return f"{text}; measured {peak / 10**9:.1f}"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people: a row a shape, a column a budget."""
+    rows: dict[str, list[str]] = {}
+    for result in found["results"]:
+        rows.setdefault(result["shape"], [result["shape"]]).append(cell(result))
+    return measure.markdown_table(["predicted peak, GB", *found["budgets"]], list(rows.values()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,19 +122,12 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("max_completion_length", "max_prompt_length", "prompts_per_step", "num_generations")
     }
     budgets, results = arguments.vram_budget or list(BUDGETS), []
-    rows = []
     for shape in arguments.shape or REAL:
-        found = [try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu) for budget in budgets]
-        results += found
-        rows.append([shape, *map(cell, found)])
-    print(measure.markdown_table(["predicted peak, GB", *budgets], rows))
+        results += [try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu) for budget in budgets]
+        found = measure.document("bench_budgets", argv, device, task=task, budgets=budgets, results=results)
+        measure.save(found, arguments.output)
+    print(tables(found))
     print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
-    if arguments.output:
-        document = {
-            "benchmark": "budgets", **measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft"),
-            "task": task, "results": [measure.plain(result) for result in results],
-        }  # fmt: skip
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

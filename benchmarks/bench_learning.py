@@ -1,7 +1,6 @@
 """One run of GRPO on the demo's model and task, ours and TRL's: how fast each learns, and what a step costs.
 
     python -m lowmem_grpo.benchmarks.bench_learning [--seeds 0 1 2] [--steps 60] [--only NAME ...] [--output FILE]
-        [--picture FILE.svg]
 
 Same 4-bit base, LoRA, prompts a step, group size and hyper-parameters (demo.run.recipe). Each run has a process of its
 own, and the implementations take turns; what is measured is in trainers.py. Accuracy is greedy, by `model.generate` for
@@ -56,14 +55,14 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
     return next((step for step, value in curve if value >= target), None)
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A row an implementation: medians over the seeds that ran."""
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people: a row an implementation, medians over the seeds that ran."""
     header = [
         "implementation", "accuracy at the end", f"steps to {TARGET:.0%}", "step, CPU-ms",
         "rollout / reference / update, ms", "peak above the model, MiB",
     ]  # fmt: skip
     rows = []
-    for name, runs in results.items():
+    for name, runs in found["results"].items():
         good = [run for run in runs if "failed" not in run]
         if not good:
             rows.append([name, runs[0]["failed"][:40], *[""] * (len(header) - 2)])
@@ -88,48 +87,26 @@ def _median(values) -> float:
     return ordered[len(ordered) // 2]
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Both curves, a line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for place, (name, runs) in enumerate(results.items()):
-        for index, run in enumerate(run for run in runs if "failed" not in run):
-            label = name if index == 0 else None
-            axes.plot(*zip(*run["evaluations"], strict=True), color=f"C{place}", alpha=0.7, label=label)
-    axes.set(xlabel="step", ylabel="greedy accuracy, held out", ylim=(0, 1.02), title="The demo's task, a line a seed")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--picture", type=Path, help="SVG file to draw")
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed: does everything run?")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
     given = parser.parse_args(argv)
+    if given.quick:
+        given.seeds, given.steps = given.seeds[:1], 2
     if given.one:
         print(json.dumps(run_one(given.one, given.seeds[0], given.steps)))
         return
     module = "lowmem_grpo.benchmarks.bench_learning"
     results = in_turns(module, given.only, [["--seeds", str(s), "--steps", str(given.steps)] for s in given.seeds])
-    print(table(results))
-    if given.picture:
-        draw(results, given.picture)
-    if given.output:
-        measure.write_json(
-            given.output, torch.device("cpu"), ("torch", "transformers", "bitsandbytes", "peft", "trl"),
-            {"command": f"python -m {module} --steps {given.steps}", "seeds": given.seeds, "results": results},
-        )  # fmt: skip
+    work = {"seeds": given.seeds, "steps": given.steps}
+    found = measure.document("bench_learning", argv, torch.device("cpu"), work=work, results=results)
+    print(tables(found))
+    measure.save(found, given.output)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,18 @@ other half is pushed towards theirs. Errors are those of 256 rows against fp64, 
 import argparse
 import contextlib
 import inspect
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.benchmarks.measure import Failed, Timing
+from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 
 SHAPES = {
@@ -292,7 +290,7 @@ def bench_shape(
 
 def _first_call(implementation: Implementation, inputs: Inputs, temperature: float) -> tuple[Tensor, ...] | Failed:
     """What is checked, and the warm-up: it imports, compiles and tunes."""
-    if implementation.module and not find_spec(implementation.module.split(".")[0]):
+    if implementation.module and measure.missing(implementation.module):
         return Failed("not installed")
 
     def run() -> tuple[Tensor, ...]:
@@ -311,24 +309,22 @@ def _sets_of_inputs(shape: tuple[int, int, int], device: torch.device) -> int:
     return max(1, math.ceil(2 * cache / (2 * width * (rows + vocabulary))))
 
 
-def report(shape: tuple[int, int, int], results: dict[str, dict], device: torch.device) -> str:
-    unit, scale = ("ms", 1e3) if device.type == "cuda" else ("CPU s", 1.0)
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    unit = "ms" if "gpu" in found["machine"] else "CPU s"
+    return "\n\n".join(_tables(entry["N,D,V"], entry["results"], unit) for entry in found["shapes"])
 
-    def seconds(timing: Timing | Failed) -> str:
-        if isinstance(timing, Failed):
-            return timing.reason
-        return f"{timing.median * scale:.3g} ({timing.low * scale:.3g} to {timing.high * scale:.3g})"
 
-    def mib(peak: int | Failed) -> str:
-        return peak.reason if isinstance(peak, Failed) else f"{peak / 2**20:.0f}"
+def _tables(shape: Sequence[int], results: dict[str, dict], unit: str) -> str:
+    scale = 1e3 if unit == "ms" else 1.0
 
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
             return [name, result["failed"], *[""] * 6]
         error = [f"{value:.1e}" for value in result["errors"].values()] if "errors" in result else [""] * 3
         return [
-            name, seconds(result["train_s"]), seconds(result["score_s"]), mib(result["train_bytes"]),
-            mib(result["score_bytes"]), *error,
+            name, measure.spread(result["train_s"], scale), measure.spread(result["score_s"], scale),
+            measure.mib(result["train_bytes"]), measure.mib(result["score_bytes"]), *error,
         ]  # fmt: skip
 
     header = [
@@ -343,8 +339,7 @@ def _ratios(results: dict[str, dict]) -> str:
     """How many times as long as ours the others take, forward and backward / forward only."""
 
     def median(name: str, key: str) -> float:
-        timing = results[name].get(key)
-        return timing.median if isinstance(timing, Timing) else math.nan
+        return results[name].get(key, {}).get("median", math.nan)
 
     ours = [name for name in results if name.startswith("ours")]
     others = [name for name in results if name not in ours]
@@ -390,27 +385,15 @@ def main(argv: list[str] | None = None) -> None:
     chosen = {name: chosen[name] for name in arguments.only or chosen}
 
     if device.type == "cpu":
-        modules = sorted({one.module for one in chosen.values() if one.module})
-        measure.preload(linear_logprobs.__module__, *(m for m in modules if find_spec(m.split(".")[0])))
+        measure.preload(linear_logprobs.__module__, *sorted({one.module for one in chosen.values() if one.module}))
         torch.set_num_threads(arguments.threads or torch.get_num_threads())
     shapes = arguments.shape or (QUICK if arguments.quick else SHAPES[device.type])
-    document = {
-        "benchmark": "linear_logprobs", "machine": measure.machine(device), "commit": measure.commit(),
-        "versions": measure.versions("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy"),
-        "clock": "CUDA events" if device.type == "cuda" else "process CPU time",
-        "temperature": arguments.temperature, "shapes": [],
-    }  # fmt: skip
-    print(json.dumps({key: document[key] for key in ("machine", "versions", "commit", "clock")}), end="\n\n")
+    found = measure.document("bench_linear_logprobs", argv, device, temperature=arguments.temperature, shapes=[])
     for shape in shapes:
-        results = bench_shape(shape, chosen, device, arguments)
-        print(report(shape, results, device), end="\n\n", flush=True)
-        document["shapes"].append({"N,D,V": shape, "results": {k: _plain(v) for k, v in results.items()}})
-    if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _plain(result: dict) -> dict:
-    return {k: v._asdict() if isinstance(v, Timing | Failed) else v for k, v in result.items()}
+        results = measure.plain(bench_shape(shape, chosen, device, arguments))
+        found["shapes"].append({"N,D,V": shape, "results": results})
+        print(tables({**found, "shapes": found["shapes"][-1:]}), end="\n\n", flush=True)
+        measure.save(found, arguments.output)
 
 
 if __name__ == "__main__":

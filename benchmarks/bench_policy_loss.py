@@ -2,34 +2,30 @@
 
     python -m lowmem_grpo.benchmarks.bench_policy_loss [--quick] [--output FILE.json]
 
-Time is a forward and a backward, wall clock, launches included; memory is the peak above the inputs, of which the
+Time is a forward and a backward; memory is the peak above the inputs, of which the
 gradient, 4 N bytes, is a part in all of them. TRL's is GRPOTrainer._compute_loss as it stands, whose metrics wait for
 the device. Liger's is the loss that its fused linear GRPO compiles and runs; its Triton kernel starts from full logits,
 (N, vocabulary), and so has no place here. The gradient's error is the largest, against fp64, over its largest entry.
 """
 
 import argparse
-import importlib.metadata
-import json
-import statistics
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.kernels.policy_loss import policy_loss
 
 SIZES = (1024, 16384, 131072)
 COMPLETION = 512  # tokens of each completion; none is padded, so that everyone does the same work
 SETTINGS = dict(epsilon_low=0.2, epsilon_high=0.28, delta=None, beta=0.04, use_bias_correction_kl=False)
 WARM_UPS, REPEATS = 3, 10
-MIB = 2**20
 
 # A pass from (logprobs with a gradient, old, ref, advantages), the first three (B, T) and the last (B,), to the loss.
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -121,107 +117,53 @@ def one_pass(loss: Loss, inputs: tuple[Tensor, ...]) -> Tensor:
     return logprobs.grad
 
 
-def seconds(loss: Loss, inputs: tuple[Tensor, ...]) -> float:
-    on_gpu = inputs[0].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    one_pass(loss, inputs)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(loss: Loss, inputs: tuple[Tensor, ...]) -> int:
-    """Most bytes that one pass holds above what was there before, by the allocator's own record."""
-    if inputs[0].is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        one_pass(loss, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        one_pass(loss, inputs)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def measure(tokens: int, device: str) -> list[dict]:
-    inputs = make_inputs(tokens, device)
-    losses = implementations(device)
+def bench(tokens: int, device: torch.device) -> dict[str, dict]:
+    """Per implementation: failed, or seconds (Timing), peak_bytes and error, the gradient's."""
+    inputs = make_inputs(tokens, device.type)
+    losses = implementations(device.type)
     exact = one_pass(ours("torch"), tuple(x.double() for x in inputs))
-    times = {name: [] for name in losses}
-    for turn in range(WARM_UPS + REPEATS):
-        names = list(losses)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = seconds(losses[name], inputs)
-            if turn >= WARM_UPS:
-                times[name].append(taken)
-    return [
-        {
-            "implementation": name,
-            "tokens": tokens,
-            "median_s": statistics.median(times[name]),
-            "min_s": min(times[name]),
-            "max_s": max(times[name]),
-            "peak_bytes_above_inputs": peak_bytes(loss, inputs),
-            "gradient_error": float((one_pass(loss, inputs).double() - exact).abs().max() / exact.abs().max()),
-        }
-        for name, loss in losses.items()
-    ]
+    runs = {name: lambda turn, loss=loss: one_pass(loss, inputs) for name, loss in losses.items()}
+    results: dict[str, dict] = {}
+    for name, timing in measure.time_each(runs, device, REPEATS, WARM_UPS).items():
+        if isinstance(timing, measure.Failed):
+            results[name] = {"failed": timing.reason}
+            continue
+        error = (one_pass(losses[name], inputs).double() - exact).abs().max() / exact.abs().max()
+        peak = measure.peak_allocated(partial(one_pass, losses[name], inputs), device)
+        results[name] = {"seconds": timing, "peak_bytes": peak, "error": float(error)}
+    return results
 
 
-def table(results: list[dict]) -> str:
-    lines = [
-        "| N | implementation | ms, median (min to max) | peak MiB above inputs | bytes a token | gradient error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results:
-        median, low, high = (1e3 * row[key] for key in ("median_s", "min_s", "max_s"))
-        peak = row["peak_bytes_above_inputs"]
-        lines.append(
-            f"| {row['tokens']} | {row['implementation']} | {median:.3f} ({low:.3f} to {high:.3f}) | "
-            f"{peak / MIB:.2f} | {peak / row['tokens']:.0f} | {row['gradient_error']:.1e} |"
-        )
-    return "\n".join(lines)
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    rows = []
+    for entry in found["sizes"]:
+        for name, result in entry["results"].items():
+            if "failed" in result:
+                rows.append([name, str(entry["N"]), result["failed"], "", "", ""])
+                continue
+            peak = result["peak_bytes"]
+            rows.append(
+                [
+                    name, str(entry["N"]), measure.spread(result["seconds"], 1e3), f"{peak / 2**20:.2f}",
+                    f"{peak / entry['N']:.0f}", f"{result['error']:.1e}",
+                ]
+            )  # fmt: skip
+    clock = "ms" if "gpu" in found["machine"] else "CPU ms"
+    header = ["implementation", "N", clock, "peak MiB above inputs", "bytes a token", "gradient error"]
+    return measure.markdown_table(header, rows)
 
 
-def environment(device: str) -> dict[str, str | None]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True, text=True
-    )
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        **{package: version(package) for package in ("torch", "triton", "trl", "liger-kernel")},
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join(["python -m lowmem_grpo.benchmarks.bench_policy_loss", *sys.argv[1:]]),
-    }
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"N = {SIZES[0]} alone")
-    parser.add_argument("--output", type=Path, help="file for the same as JSON")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = environment(device)
-    results = [row for tokens in SIZES[: 1 if arguments.quick else None] for row in measure(tokens, device)]
-    print(", ".join(f"{key} {value}" for key, value in about.items() if key not in ("commit", "command")))
-    print(f"{SETTINGS}; median of {REPEATS} after {WARM_UPS}, order rotated\n\n{table(results)}")
-    if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"environment": about, "settings": SETTINGS, "results": results}, indent=1), encoding="utf-8"
-        )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = [{"N": tokens, "results": bench(tokens, device)} for tokens in SIZES[: 1 if arguments.quick else None]]
+    found = measure.document("bench_policy_loss", argv, device, settings=SETTINGS, sizes=sizes)
+    print(tables(found))
+    measure.save(found, arguments.output)
 
 
 if __name__ == "__main__":

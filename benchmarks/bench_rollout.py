@@ -9,11 +9,10 @@ its tokens over its time; peak memory is above the loaded model.
 """
 
 import argparse
-import json
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig
@@ -133,18 +132,22 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
     return results
 
 
-def report(work: Work, results: dict[str, dict]) -> str:
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    return "\n\n".join(_table(Work(**entry["work"]), entry["results"]) for entry in found["lengths"])
+
+
+def _table(work: Work, results: dict[str, dict]) -> str:
     clock = "s" if work.device == "cuda" else "CPU s"
     base = results.get("generate", {}).get("tokens_per_s")
 
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
             return [name, result["failed"], "", "", "", ""]
-        timing, peak, rate = result["seconds"], result["peak_bytes"], result["tokens_per_s"]
+        rate = result["tokens_per_s"]
         return [
-            name, f"{timing.median:.3g} ({timing.low:.3g} to {timing.high:.3g})", f"{result['mean_length']:.0f}",
-            f"{rate:.0f}", f"{rate / base:.2f}" if base else "",
-            peak.reason if isinstance(peak, Failed) else f"{peak / 2**20:.0f}",
+            name, measure.spread(result["seconds"]), f"{result['mean_length']:.0f}", f"{rate:.0f}",
+            f"{rate / base:.2f}" if base else "", measure.mib(result["peak_bytes"]),
         ]  # fmt: skip
 
     header = [
@@ -173,9 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
         measure.preload(hf.__name__)
-    origin = measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft")
-    document = {"benchmark": "rollout", **origin, "results": []}
-    print(json.dumps(origin), end="\n\n")
+    lengths = []
     for longest in [8] if arguments.quick else arguments.max_completion_length or [256, 64]:
         work = Work(
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
@@ -183,10 +184,9 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         names = arguments.only or list(IMPLEMENTATIONS)
         results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
-        print(report(work, results), end="\n\n", flush=True)
-        document["results"].append({"work": work._asdict(), "results": measure.plain(results)})
-    if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        lengths.append({"work": work._asdict(), "results": measure.plain(results)})
+        print(_table(work, lengths[-1]["results"]), end="\n\n", flush=True)
+        measure.save(measure.document("bench_rollout", argv, device, lengths=lengths), arguments.output)
 
 
 if __name__ == "__main__":

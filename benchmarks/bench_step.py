@@ -23,6 +23,8 @@ from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
 from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, in_turns, train_with
 from lowmem_grpo.config import GRPOConfig
 
+QUICK = dict(shape="tiny", prompts=2, num_generations=2, prompt_length=16, max_completion_length=4, steps=2)
+
 
 def id_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
     """Differs within a group, whatever a random model says."""
@@ -49,15 +51,21 @@ def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
         return train_with(name, Job(str(model), rows, [id_reward], config))
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    rows = []
-    for name, (found,) in results.items():
-        if "failed" in found:
-            rows.append([name, found["failed"][:40], "", ""])
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    rows, work = [], found["work"]
+    for name, (result,) in found["results"].items():
+        if "failed" in result:
+            rows.append([name, result["failed"][:40], "", ""])
             continue
-        phases = " / ".join(f"{found['phases_s'][phase]:.2f}" for phase in ("rollout", "reference", "update"))
-        rows.append([name, f"{found['step_s']:.2f}", phases, f"{found['peak_mib']:.0f}"])
-    header = ["implementation", "step, s", "rollout / reference / update, s", "peak above the model, MiB"]
+        phases = " / ".join(f"{result['phases_s'][phase]:.2f}" for phase in ("rollout", "reference", "update"))
+        rows.append([name, f"{result['step_s']:.2f}", phases, f"{result['peak_mib']:.0f}"])
+    clock = "s" if "gpu" in found["machine"] else "CPU s"
+    title = (
+        f"{work['shape']}: {work['prompts']} prompts of {work['prompt_length']} x {work['num_generations']} of "
+        f"{work['max_completion_length']}"
+    )
+    header = [title, f"step, {clock}", f"rollout / reference / update, {clock}", "peak above the model, MiB"]
     return measure.markdown_table(header, rows)
 
 
@@ -72,8 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="the first one is not counted")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and lengths: does everything run?")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
     given = parser.parse_args(argv)
+    if given.quick:
+        vars(given).update(QUICK)
     if given.one:
         print(json.dumps(run_one(given.one, given)))
         return
@@ -82,11 +93,11 @@ def main(argv: list[str] | None = None) -> None:
         arguments = [f"--{name}={getattr(given, name)}" for name in work]
         arguments.append(f"--model={given.model or Path(folder, 'model')}")
         results = in_turns("lowmem_grpo.benchmarks.bench_step", given.only, [arguments])
-    print(table(results))
-    if given.output:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = {"work": {name: getattr(given, name) for name in work}, "results": results}
-        measure.write_json(given.output, device, ("torch", "transformers", "bitsandbytes", "peft", "trl"), found)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    done = {name: getattr(given, name) for name in work}
+    found = measure.document("bench_step", argv, device, work=done, results=results)
+    print(tables(found))
+    measure.save(found, given.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are. Peak memory is above the loaded model.
 """
 
 import argparse
-import json
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,24 +107,21 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
     return results
 
 
-def report(work: Work, results: dict[str, dict]) -> str:
-    clock = "s" if work.device == "cuda" else "CPU s"
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    work, clock = Work(**found["work"]), "s" if found["work"]["device"] == "cuda" else "CPU s"
 
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
             return [name, result["failed"], "", ""]
-        timing, peak = result["seconds"], result["peak_bytes"]
-        return [
-            name, f"{timing.median:.3g} ({timing.low:.3g} to {timing.high:.3g})",
-            peak.reason if isinstance(peak, Failed) else f"{peak / 2**20:.0f}", f"{result['error']:.1e}",
-        ]  # fmt: skip
+        return [name, measure.spread(result["seconds"]), measure.mib(result["peak_bytes"]), f"{result['error']:.1e}"]
 
     title = (
         f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations} of "
         f"{'up to ' if work.uneven else ''}{work.completion_length}{', checkpointed' if work.checkpointing else ''}"
     )
     return measure.markdown_table(
-        [title, clock, "peak MiB", "gradient, from the last row's"], [row(n, r) for n, r in results.items()]
+        [title, clock, "peak MiB", "gradient, from the last row's"], [row(n, r) for n, r in found["results"].items()]
     )
 
 
@@ -148,8 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
         measure.preload(__name__)
-    document = {"benchmark": "update", **measure.provenance(device, "torch", "transformers", "bitsandbytes", "peft")}
-    print(json.dumps(document), end="\n\n")
     lengths = (16, 8) if arguments.quick else (arguments.prompt_length, arguments.completion_length)
     work = Work(
         arguments.shape, arguments.prompts, arguments.num_generations, *lengths, arguments.uneven,
@@ -157,10 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     names = arguments.only or list(IMPLEMENTATIONS)
     results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
-    print(report(work, results))
-    if arguments.output:
-        document |= {"work": work._asdict(), "results": measure.plain(results)}
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    found = measure.document("bench_update", argv, device, work=work, results=results)
+    print(tables(found))
+    measure.save(found, arguments.output)
 
 
 if __name__ == "__main__":

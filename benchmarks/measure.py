@@ -11,17 +11,20 @@ child process, one child for each implementation.
 import ctypes
 import gc
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 OUT_OF_MEMORY = "out of memory"
+PACKAGES = ["torch", "triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "cut-cross-entropy"]
 Run = Callable[[], object]
 
 
@@ -46,6 +50,13 @@ class Timing(NamedTuple):
     low: float
     high: float
     repetitions: int
+
+
+class Once(NamedTuple):
+    """One call of what a Build makes."""
+
+    peak_bytes: int  # above the inputs
+    seconds: float
 
 
 class Build(Protocol):
@@ -108,13 +119,18 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
+def missing(module: str) -> bool:
+    """Whether a peer's library is not installed."""
+    return find_spec(module.partition(".")[0]) is None
+
+
 def preload(*modules: str) -> None:
     """Imports what the children of peak_above_inputs() need, once and in the background. Call it first of all.
 
     They are forks of a server that computes nothing: they start at once, and there are no threads for a fork to lose.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *modules])
+    context.set_forkserver_preload([__name__, *(module for module in modules if not missing(module))])
     forkserver.ensure_running()
 
 
@@ -123,53 +139,83 @@ def peak_above_inputs(build: Build, device: torch.device) -> int | Failed:
 
     On a CPU build must be picklable, and figures of a few MiB are at the resolution of the method.
     """
+    found = once(build, device)
+    return found if isinstance(found, Failed) else found.peak_bytes
+
+
+def once(build: Build, device: torch.device, limit_bytes: int | None = None) -> Once | Failed:
+    """Peak and time of one call, which on CUDA is the second one. As peak_above_inputs().
+
+    A limit makes the address space of a CPU's child process so much larger than it is before the call, and no larger.
+    """
     if device.type == "cuda":
-        return attempt(lambda: _peak_on_cuda(build, device))
+        return attempt(lambda: _once_on_cuda(build, device))
     if not Path("/proc/self/clear_refs").exists():
         return Failed("needs Linux")
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_in_child, args=(build, sender))
+    child = context.Process(target=_measure_in_child, args=(build, sender, limit_bytes))
     child.start()
     sender.close()
     try:
-        peak = receiver.recv()
+        found = receiver.recv()
     except EOFError:
-        peak = None
+        found = None
     child.join()
-    if peak is None:  # killed by the kernel, which is out of memory, or never begun
-        peak = Failed(OUT_OF_MEMORY if child.exitcode == -signal.SIGKILL else "its process did not start")
-    return peak
+    if found is None:  # killed by the kernel, which is out of memory, or never begun
+        found = Failed(OUT_OF_MEMORY if child.exitcode == -signal.SIGKILL else "its process did not start")
+    return found
 
 
-def _peak_on_cuda(build: Build, device: torch.device) -> int:
+def _once_on_cuda(build: Build, device: torch.device) -> Once:
     run = build(small=False)
     run()  # compiles, tunes, and takes the workspaces that stay
     gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    seconds = _seconds(lambda turn: run(), 0, device)
+    return Once(torch.cuda.max_memory_allocated(device) - before, seconds)
 
 
-def _measure_in_child(build: Build, sender: Connection) -> None:
-    sender.send(attempt(lambda: _peak_resident(build)))
+def _measure_in_child(build: Build, sender: Connection, limit_bytes: int | None) -> None:
+    sender.send(attempt(lambda: _once_resident(build, limit_bytes)))
 
 
-def _peak_resident(build: Build) -> int:
+def _once_resident(build: Build, limit_bytes: int | None) -> Once:
     build(small=True)()  # threads, libraries and whatever else is there only once
     run = build(small=False)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide as much of the growth
-    before = _resident_bytes("VmRSS")
+    before = _status_bytes("VmRSS")
+    if limit_bytes:
+        import resource  # of Unix
+
+        resource.setrlimit(resource.RLIMIT_AS, (_status_bytes("VmSize") + limit_bytes, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS: man 5 proc
-    run()
-    return _resident_bytes("VmHWM") - before
+    seconds = _seconds(lambda turn: run(), 0, torch.device("cpu"))
+    return Once(_status_bytes("VmHWM") - before, seconds)
 
 
-def _resident_bytes(field: str) -> int:
+def peak_allocated(run: Run, device: torch.device) -> int:
+    """Bytes that a call holds at most above what was there before, by the allocator's own record: exact for small ones.
+
+    Takes no note of what is allocated without torch.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(0, *itertools.accumulate(sizes)) if sizes else 0
+
+
+def _status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -209,30 +255,60 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is in, "-dirty" where tracked files differ; None outside of git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
-        cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
+    """The commit of the checkout that has this file, "-dirty" where tracked files differ; None for an installed one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            return ""
+
+    if not git("ls-files", here.name):  # in an environment that lies in a checkout of something else
+        return None
+    return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40") or None
+
+
+def document(module: str, argv: Sequence[str] | None, device: torch.device, **found: Any) -> dict[str, Any]:
+    """The results of a benchmark, and what they depend on: command (but for its output), machine, commit, versions."""
+    words = ["python", "-m", f"lowmem_grpo.benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)]
+    command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(words))  # a place of this machine
+    return plain(
+        {
+            "command": command, "machine": machine(device), "commit": commit(),
+            "versions": versions(*PACKAGES), **found,
+        }
     )  # fmt: skip
-    return described.stdout.strip() or None
 
 
-def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
-    """What a result depends on: machine, commit, and the versions of Python, CUDA and packages."""
-    return {"machine": machine(device), "commit": commit(), "versions": versions(*packages)}
-
-
-def write_json(path: Path, device: torch.device, packages: Sequence[str], found: dict[str, Any]) -> None:
-    """The results with their provenance."""
-    text = json.dumps(plain({**provenance(device, *packages), **found}), indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+def save(found: dict[str, Any], path: Path | None) -> None:
+    """Writes a document as JSON, whole or not at all; nothing without a path."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
 
 
 def plain(value: Any) -> Any:
-    """What JSON has a form for, with the names of a Timing's and a Failed's fields."""
-    if isinstance(value, Timing | Failed):
-        return value._asdict()
-    return {key: plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+    """What JSON has a form for, with the names of a named tuple's fields."""
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def spread(timing: dict[str, Any], scale: float = 1.0) -> str:
+    """Median and range of a plain Timing, or why there is none."""
+    if "reason" in timing:
+        return timing["reason"]
+    return "{:.3g} ({:.3g} to {:.3g})".format(*(scale * timing[key] for key in ("median", "low", "high")))
+
+
+def mib(peak: int | dict[str, Any]) -> str:
+    """A plain peak, or why there is none."""
+    return peak["reason"] if isinstance(peak, dict) else f"{peak / 2**20:.0f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -60,20 +60,23 @@ def make_tokenizer(text: Path | None, vocabulary: int = 8192) -> PreTrainedToken
     return fast
 
 
-def make_config(shape: str, eos_token_id: int | list[int], pad_token_id: int) -> PreTrainedConfig:
-    layers, hidden, mlp, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+def make_config(
+    shape: str, eos_token_id: int | list[int], pad_token_id: int, vocabulary: int | None = None
+) -> PreTrainedConfig:
+    layers, hidden, mlp, heads, kv_heads, own_vocabulary, tied = SHAPES[shape]
     return CLASSES.get(shape.split("-")[0], Qwen2Config)(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary or own_vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=32768,
         head_dim=hidden // heads, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None,
         eos_token_id=eos_token_id, pad_token_id=pad_token_id,
     )  # fmt: skip
 
 
-def make_random_model(shape: str, text: Path | None, output_dir: Path) -> None:
+def make_random_model(shape: str, text: Path | None, output_dir: Path, vocabulary: int | None = None) -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(text)
-    config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id, vocabulary)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.meter import peak_bytes, reset_peak
 from lowmem_grpo.policy import load_policy
@@ -134,14 +135,38 @@ def run_ours(job: Job) -> dict[str, Any]:
 
 
 def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa") -> dict[str, Any]:
+    from transformers import TrainerCallback
+
+    watch = Watch(job)
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            watch.step(state.global_step, model)
+
+    trainer = trl_trainer(job, gradient_checkpointing, attn_implementation, Watching())
+    trainer._generate = watch.timed("rollout", trainer._generate)
+    trainer._generate_and_score_completions = watch.timed("scored", trainer._generate_and_score_completions)
+    trainer.training_step = watch.timed("training", trainer.training_step)
+    watch.start(trainer.model)
+    trainer.train()
+    peak = peak_bytes(job.device)
+    scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
+    watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
+    watch.phases["update"] = [a - b for a, b in zip(training, scored, strict=True)]
+    first = f"rewards/{job.rewards[0].__name__}/mean"
+    watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
+    return watch.result(peak)
+
+
+def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str, *callbacks: Any) -> Any:
+    """TRL's GRPOTrainer for the same job: NF4 with double quantization, LoRA on every linear layer."""
     import bitsandbytes
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    ours, watch = job.config, Watch(job)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    ours = job.config
     args = GRPOConfig(
         output_dir=ours.output_dir, seed=ours.seed, use_cpu=ours.use_cpu, bf16=True, max_steps=ours.max_steps,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
@@ -166,27 +191,10 @@ def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "
     adapter = LoraConfig(
         r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
-    class Watching(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            watch.step(state.global_step, model)
-
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model=model, reward_funcs=job.rewards, args=args, train_dataset=Dataset.from_list(job.rows),
-        processing_class=tokenizer, peft_config=adapter, callbacks=[Watching()],
+        processing_class=AutoTokenizer.from_pretrained(job.model), peft_config=adapter, callbacks=list(callbacks),
     )  # fmt: skip
-    trainer._generate = watch.timed("rollout", trainer._generate)
-    trainer._generate_and_score_completions = watch.timed("scored", trainer._generate_and_score_completions)
-    trainer.training_step = watch.timed("training", trainer.training_step)
-    watch.start(trainer.model)
-    trainer.train()
-    peak = peak_bytes(job.device)
-    scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
-    watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
-    watch.phases["update"] = [a - b for a, b in zip(training, scored, strict=True)]
-    first = f"rewards/{job.rewards[0].__name__}/mean"
-    watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
-    return watch.result(peak)
 
 
 def in_turns(module: str, names: list[str], turns: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
@@ -198,6 +206,9 @@ def in_turns(module: str, names: list[str], turns: list[list[str]]) -> dict[str,
     for turn, arguments in enumerate(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if name in TRL_VARIANTS and measure.missing("trl"):
+                results[name].append({"failed": "not installed"})
+                continue
             results[name].append(_in_a_process([sys.executable, "-m", module, "--one", name, *arguments]))
             print(f"turn {turn}, {name}: done", file=sys.stderr)
     return results

@@ -1,0 +1,259 @@
+"""Time and memory of one update's gradient against completion length, group size and vocabulary: ours and the peers'.
+
+    python -m lowmem_grpo.benchmarks.bench_scaling [--shape NAME] [--sweep NAME ...] [--only NAME ...] [--output FILE]
+
+One prompt, its group of completions in one micro-batch, a 4-bit model with random weights, LoRA of rank 16 on every
+linear layer, activation checkpointing, no KL: every implementation learns from the same tokens. TRL's is GRPOTrainer's
+own loss at its defaults. Liger's is its fused linear GRPO loss, and full logits are what a plain loop does; both on the
+model that TRL prepares. Peak memory is above the loaded model. Each size is one call, after a small one: the fitted
+slopes, and not single times, are the result. A size that is out of memory ends its row.
+"""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed, Once
+from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
+from lowmem_grpo.benchmarks.trainers import Job, trl_trainer
+from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.loss import Coefficients
+from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.policy import Policy, load_policy
+from lowmem_grpo.rollout import Rollout
+from lowmem_grpo.update import backward
+
+Parameters = dict[str, nn.Parameter]  # those that learn, with their gradients
+
+
+class Work(NamedTuple):
+    """One group to learn from."""
+
+    prompt_length: int
+    max_completion_length: int
+    num_generations: int
+    vocabulary: int
+
+
+# What is varied, its sizes, and the rest of the work.
+SWEEPS = {
+    "max_completion_length": ((256, 512, 1024, 2048, 4096, 8192, 16384), Work(256, 0, 2, 151936)),
+    "num_generations": ((2, 4, 8, 16, 32), Work(256, 128, 0, 151936)),
+    "vocabulary": ((32768, 65536, 131072, 262144), Work(256, 512, 4, 0)),
+}
+SMALL = {"max_completion_length": 8, "num_generations": 2, "prompt_length": 8}
+QUICK = {"max_completion_length": ((8, 64), Work(16, 0, 2, 4096))}
+
+
+def ids(work: Work) -> tuple[Tensor, Tensor]:
+    """Prompt (1, P) and completions (G, T)."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (1, work.prompt_length), (work.num_generations, work.max_completion_length)
+    prompt, completions = (torch.randint(300, work.vocabulary, shape, generator=draw) for shape in shapes)
+    return prompt, completions
+
+
+def advantages(work: Work) -> Tensor:
+    return torch.randn(work.num_generations, generator=torch.Generator().manual_seed(1))
+
+
+def settings(work: Work, device: str) -> GRPOConfig:
+    return GRPOConfig(
+        use_cpu=device == "cpu", prompts_per_step=1, num_generations=max(2, work.num_generations), beta=0.0,
+        max_completion_length=max(1, work.max_completion_length), lora_target_modules="all-linear", token_budget=10**9,
+    )  # fmt: skip
+
+
+@cache
+def our_policy(folder: str, device: str) -> Policy:
+    return load_policy(folder, AutoTokenizer.from_pretrained(folder), GRPOConfig(use_cpu=device == "cpu"))
+
+
+@cache
+def their_trainer(folder: str, device: str, checkpointing: bool = True) -> Any:
+    """TRL's trainer with its model; the lengths of its configuration do not matter to a loss."""
+    config = settings(Work(1, 1, 2, 0), device)
+    job = Job(folder, [{"prompt": "a"}] * 4, [lambda completions, **_: [0.0] * len(completions)], config)
+    trainer = trl_trainer(job, checkpointing, "sdpa")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def ours(folder: str, device: str, work: Work) -> Parameters:
+    policy, (prompt, completions) = our_policy(folder, device), ids(work)
+    rollout = Rollout.bare(prompt.tolist(), completions.tolist(), advantages(work))
+    scaler, tokens = torch.amp.GradScaler(device, enabled=False), TokenMeter(rollout, policy.device)
+    config = settings(work, device)
+    backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
+    return policy.trainable_parameters()
+
+
+def trl(folder: str, device: str, work: Work) -> Parameters:
+    trainer = their_trainer(folder, device)
+    prompt, completions = (x.to(device) for x in ids(work))
+    prompts = prompt.expand(work.num_generations, -1)
+    inputs = {
+        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions,
+        "completion_mask": torch.ones_like(completions), "advantages": advantages(work).to(device),
+        "old_per_token_logps": None, "num_items_in_batch": torch.tensor(completions.numel(), device=device),
+    }  # fmt: skip
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.accelerator.backward(loss)
+    return adapters(trainer)
+
+
+def liger(folder: str, device: str, work: Work) -> Parameters:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    fused = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=device == "cuda")
+
+    def loss(hidden: Tensor, head: Tensor, completions: Tensor, weights: Tensor) -> Tensor:
+        return fused(hidden, head, completions, torch.ones_like(completions), weights)[0]
+
+    return plain_loop(folder, device, work, loss)
+
+
+def full_logits(folder: str, device: str, work: Work) -> Parameters:
+    def loss(hidden: Tensor, head: Tensor, completions: Tensor, weights: Tensor) -> Tensor:
+        logprobs = (hidden @ head.t()).float().log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+        ratio = (logprobs - logprobs.detach()).exp()
+        return -torch.min(ratio * weights[:, None], ratio.clamp(0.8, 1.2) * weights[:, None]).mean()
+
+    return plain_loop(folder, device, work, loss)
+
+
+def plain_loop(folder: str, device: str, work: Work, loss: Callable[..., Tensor]) -> Parameters:
+    """A loss of hidden states (G, T, D), the head (V, D), completions (G, T) and advantages (G,)."""
+    trainer = their_trainer(folder, device)
+    prompt, completions = (x.to(device) for x in ids(work))
+    rows = torch.cat([prompt.expand(work.num_generations, -1), completions], 1)
+    causal = trainer.model.get_base_model()
+    with trainer.accelerator.autocast():
+        hidden = causal.model(input_ids=rows, use_cache=False).last_hidden_state[:, work.prompt_length - 1 : -1]
+        loss(hidden, causal.lm_head.weight, completions, advantages(work).to(device)).backward()
+    return adapters(trainer)
+
+
+def adapters(trainer: Any) -> Parameters:
+    return {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+
+
+OURS = "lowmem_grpo"
+IMPLEMENTATIONS: dict[str, Callable[[str, str, Work], Parameters]] = {
+    OURS: ours, "TRL": trl, "Liger": liger, "full logits": full_logits,
+}  # fmt: skip
+NEEDS = {"TRL": "trl", "Liger": "liger_kernel.chunked_loss", "full logits": "trl"}
+
+
+def build(name: str, folder: str, device: str, work: Work, small: bool) -> measure.Run:
+    """What measure.once() calls, on a CPU in a process of its own."""
+
+    def run() -> None:
+        for parameter in IMPLEMENTATIONS[name](folder, device, work._replace(**SMALL) if small else work).values():
+            parameter.grad = None
+
+    return run
+
+
+def measure_row(
+    name: str, works: Sequence[Work], folder: Callable[[int], str], device: torch.device, limit_bytes: int | None
+) -> list[Once | Failed]:
+    """One implementation at rising sizes; after one that is out of memory the next are not tried."""
+    found: list[Once | Failed] = []
+    for work in works:
+        if measure.missing(NEEDS.get(name, "torch")) or (measure.missing("trl") and name != OURS):
+            found.append(Failed("not installed"))
+        elif found and isinstance(found[-1], Failed):
+            found.append(Failed(f"not tried: {found[-1].reason}".replace("not tried: not tried", "not tried")))
+        else:
+            given = partial(build, name, folder(work.vocabulary), str(device.type), work)
+            found.append(measure.once(given, device, limit_bytes))
+    return found
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """p of the least-squares fit value ~ size^p; NaN for less than two points."""
+    return _slope([math.log(size) for size in sizes], [math.log(max(value, 1e-9)) for value in values])
+
+
+def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    if len(xs) < 2:
+        return math.nan
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people: memory and time of each sweep, with the fitted slopes."""
+    clock = "s" if "gpu" in found["machine"] else "CPU s"
+    return "\n\n".join(
+        table
+        for sweep in found["sweeps"]
+        for table in (
+            _table(sweep, "peak_bytes", 2**20, "peak MiB", ".0f"), _table(sweep, "seconds", 1, clock, ".3g")
+        )
+    )  # fmt: skip
+
+
+def _table(sweep: dict[str, Any], key: str, unit: float, title: str, form: str) -> str:
+    sizes, rows = sweep["sizes"], []
+    for name, results in sweep["results"].items():
+        good = [(size, one[key] / unit) for size, one in zip(sizes, results, strict=True) if key in one]
+        cells = [one.get("reason") or format(one[key] / unit, form) for one in results]
+        xs, ys = [x for x, _ in good], [y for _, y in good]
+        rows.append([name, *cells, f"{exponent(xs, ys):.2f}", f"{1000 * _slope(xs, ys):.3g}"])
+    head = [f"{title} by {sweep['varied']}", *map(str, sizes), "exponent", "per 1,000 more"]
+    return measure.markdown_table(head, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--longest", type=int, default=16384, help="no completion is longer")
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--memory_limit", type=float, help="GB that one call may take on a CPU; 60 %% of what is free")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and sizes: does everything run?")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    given = parser.parse_args(argv)
+    device = torch.device(given.device)
+    shape, all_sweeps = ("tiny", QUICK) if given.quick else (given.shape, SWEEPS)
+    limit = int(given.memory_limit * 10**9) if given.memory_limit else int(0.6 * psutil.virtual_memory().available)
+    if given.device == "cpu":
+        measure.preload(__name__, "trl", "bitsandbytes", "liger_kernel.chunked_loss")
+    sweeps = []
+    with tempfile.TemporaryDirectory() as root:
+
+        @cache
+        def folder(vocabulary: int) -> str:
+            path = Path(root, str(vocabulary))
+            make_random_model(shape, None, path, vocabulary)
+            return str(path)
+
+        for varied in QUICK if given.quick else given.sweep:
+            sizes, rest = all_sweeps[varied]
+            sizes = [size for size in sizes if varied != "max_completion_length" or size <= given.longest]
+            works, results = [rest._replace(**{varied: size}) for size in sizes], {}
+            sweeps.append({"varied": varied, "sizes": sizes, "work": measure.plain(rest), "results": results})
+            for name in given.only:
+                results[name] = measure.plain(measure_row(name, works, folder, device, limit))
+                found = measure.document("bench_scaling", argv, device, shape=shape, limit_bytes=limit, sweeps=sweeps)
+                measure.save(found, given.output)
+            print(tables({**found, "sweeps": sweeps[-1:]}), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
