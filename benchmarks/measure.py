@@ -275,7 +275,8 @@ def document(module: str, argv: Sequence[str] | None, device: torch.device, **fo
     command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(words))  # a place of this machine
     return plain(
         {
-            "command": command, "machine": machine(device), "commit": commit(),
+            "benchmark": module, "command": command, "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(device), "commit": commit(),
             "versions": versions(*PACKAGES), **found,
         }
     )  # fmt: skip

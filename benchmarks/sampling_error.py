@@ -1,15 +1,19 @@
 """How far sampling's log-probabilities are from those of a training forward, by how weights, keys and values are kept.
 
     python -m lowmem_grpo.benchmarks.sampling_error [--model FOLDER] [--prompts 32] [--num_generations 8]
+        [--output FILE]
 
 Nats a token, mean and maximum of |sampling - training| over completions of the demo's problems at temperature 1, on a
 CPU. Adapters that are zero, as a new model's are, become random.
 """
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.data import load_rows, tokenize_prompts
 from lowmem_grpo.demo import task
@@ -35,13 +39,22 @@ def difference(policy: Policy, prompts: list[list[int]], num_generations: int, w
     return error.abs()
 
 
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    rows = [
+        [row["dtype"], row["weights"], row["kv"], f"{row['mean']:.1e}", f"{row['max']:.1e}"] for row in found["errors"]
+    ]
+    return measure.markdown_table(["dtype", "weights", "keys and values", "mean", "max"], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(MODEL), help="a model or adapter folder with the demo's tokenizer")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
     arguments = parser.parse_args(argv)
-    print("| dtype | weights | keys and values | mean | max |\n|---|---|---|---|---|")
+    errors = []
     for bf16 in (False, True):
         config = GRPOConfig(use_cpu=True, bf16=bf16)
         policy = load_policy(arguments.model, load_tokenizer(arguments.model, config), config)
@@ -56,7 +69,11 @@ def main(argv: list[str] | None = None) -> None:
             for kv in ("full", "int8"):
                 torch.manual_seed(0)
                 error = difference(policy, prompts, arguments.num_generations, weights, kv)
-                print(f"| {config.compute_dtype} | {weights} | {kv} | {error.mean():.1e} | {error.max():.1e} |")
+                sizes = {"mean": error.mean().item(), "max": error.max().item()}
+                errors.append({"dtype": config.compute_dtype, "weights": weights, "kv": kv, **sizes})
+    found = measure.document("sampling_error", argv, torch.device("cpu"), errors=errors)
+    print(tables(found))
+    measure.save(found, arguments.output)
 
 
 if __name__ == "__main__":

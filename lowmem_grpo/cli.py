@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, eval, plan, demo."""
+"""The command `lowmem-grpo`: train, eval, plan, demo, bench."""
 
 import argparse
 import dataclasses
@@ -41,6 +41,9 @@ INPUTS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status: 2 for bad input, in one sentence on standard error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:  # has its own options
+        return run_bench(arguments[1:])
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
@@ -98,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo_parser.set_defaults(run=run_demo)
     demo_parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
     demo_parser.add_argument("--output_dir", default=None, help="a new folder (default demo-output/TIME)")
+    commands.add_parser("bench", help="measure this machine, beside TRL, Liger and transformers", add_help=False)
     return parser
 
 
@@ -179,6 +183,15 @@ def run_plan(given: dict[str, Any]) -> int:
     found = memory.plan(read_config(model, config), config, adapter_config(model, config))
     print(json.dumps(memory.as_dict(found), indent=1) if as_json else memory.as_text(found))
     return 0 if found.remedy is None else 1
+
+
+def run_bench(arguments: list[str]) -> int:
+    from lowmem_grpo.benchmarks import suite
+
+    try:
+        return suite.main(arguments)
+    except KeyboardInterrupt:
+        return 130
 
 
 def run_demo(given: dict[str, Any]) -> int:

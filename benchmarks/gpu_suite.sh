@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole GPU programme: the tests that need a GPU, then every part of the suite, the most valuable first.
+#
+#   benchmarks/gpu_suite.sh             again and again until it says "all done": a call ends within ALLOWED_S (540) seconds
+#   benchmarks/gpu_suite.sh PART ...    these parts alone
+#   DRY_RUN=1 benchmarks/gpu_suite.sh   the same commands with tiny sizes, on a CPU
+#
+# Results go to RESULTS (benchmarks/results), which is also where a later call sees what is done; OUT, if set, gets a copy.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+begun=$SECONDS
+options=()
+allowed=${ALLOWED_S:-540}
+results=${RESULTS:-benchmarks/results}
+python=${PYTHON:-python}
+mkdir -p "$results"
+for folder in kernels benchmarks; do # links that an archive may have lost
+    [ -e "lowmem_grpo/$folder" ] || ln -s "../$folder" "lowmem_grpo/$folder"
+done
+copy() { [ -z "${OUT:-}" ] || cp -r "$results/." "$OUT/"; }
+trap copy EXIT
+
+[ -z "${DRY_RUN:-}" ] || options=(--dry_run)
+tests="$results/gpu-tests.txt"
+if [ $# -eq 0 ] && ! grep -q " passed\|collected" "$tests" 2>/dev/null; then
+    timeout "$allowed" "$python" -m pytest -q -m gpu ${DRY_RUN:+--collect-only} 2>&1 | tail -n 200 | tee "$tests"
+fi
+left=$((allowed - SECONDS + begun))
+[ "$left" -gt 60 ] || { echo "tests took the time; call again for the benchmarks"; exit 0; }
+"$python" -m lowmem_grpo.benchmarks --output_dir "$results" --allowed_s "$left" "${options[@]}" "$@"

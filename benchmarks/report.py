@@ -1,0 +1,175 @@
+"""The README's tables and the pictures, from the JSON that the suite writes; nothing in them is typed by hand.
+
+    python -m lowmem_grpo.benchmarks.report [--readme README.md] [--results benchmarks/results]
+
+A table stands between `<!-- FILE.json PART -->` and `<!-- end -->`, and is made anew from that part of that file.
+Pictures lie beside each file, by its name.
+"""
+
+import argparse
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PLACE = re.compile(r"(<!-- (?P<file>\S+\.json) (?P<part>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CARDS_GB = (6, 8, 12, 16, 24)
+
+
+def tables(document: dict[str, Any]) -> str:
+    """The tables of one part, by the benchmark that made it."""
+    return importlib.import_module(f"lowmem_grpo.benchmarks.{document['benchmark']}").tables(document)
+
+
+def caption(document: dict[str, Any]) -> str:
+    """What a reader needs to run it again."""
+    machine, versions = document["machine"], document["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    shown = ("torch", "transformers", "trl", "liger-kernel")
+    used = ", ".join(f"{name} {versions[name]}" for name in shown if versions[name])
+    return f"`{document['command']}` on {where}, {document['date']}, commit {str(document['commit'])[:7]}, {used}."
+
+
+def fill(readme: str, results: Path) -> str:
+    """The text with every table made anew."""
+
+    def made(match: re.Match) -> str:
+        path = results / match["file"]
+        if not path.exists():
+            raise ValueError(f"the README asks for {match['file']}, which is not in {results}")
+        known = json.loads(path.read_text())["parts"]
+        if match["part"] not in known:
+            raise ValueError(f"{match['file']} has no part {match['part']}; it has {', '.join(known)}")
+        document = known[match["part"]]
+        return f"{match[1]}\n{tables(document)}\n\n{caption(document)}\n\n{match[4]}"
+
+    return PLACE.sub(made, readme)
+
+
+def draw_all(found: dict[str, Any], stem: Path) -> list[Path]:
+    """Every picture for which the parts are there: memory, scaling and learning, as stem-NAME.svg."""
+    by_benchmark = {d["benchmark"]: d for d in found["parts"].values() if "benchmark" in d}
+    scaling, learning = by_benchmark.get("bench_scaling"), by_benchmark.get("bench_learning")
+    figures = {}
+    if scaling:
+        figures["memory"] = draw_memory(scaling, by_benchmark.get("bench_context"))
+        figures["scaling"] = draw_scaling(scaling)
+    if learning:
+        figures["learning"] = draw_learning(learning)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(stem.with_name(f"{stem.name}-{name}.svg"))
+        figure.tight_layout()
+        figure.savefig(paths[-1], metadata={"Date": None})
+        _pyplot().close(figure)
+    return paths
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lowmem_grpo"  # the same picture from the same numbers
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_memory(scaling: dict[str, Any], context: dict[str, Any] | None) -> Any:
+    """Peak memory against completion length: measured beside the peers, and predicted for real models."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2 if context else 1, figsize=(11 if context else 6, 4), squeeze=False)
+    sweep = next((s for s in scaling["sweeps"] if s["varied"] == "max_completion_length"), scaling["sweeps"][0])
+    where = scaling["machine"].get("gpu") or scaling["machine"]["cpu"]
+    _lines(axes[0][0], sweep, "peak_bytes", 2**20)
+    axes[0][0].set(
+        title=f"Measured ({where}): one update,\n{scaling['shape']}, {_rest(sweep)}", ylabel="peak above the model, MiB"
+    )
+    if context:
+        right = axes[0][1]
+        for place, (shape, ways) in enumerate(context["predicted"].items()):
+            for style, (way, peaks) in zip(("-", "--"), ways.items(), strict=False):
+                values = [peak / 10**9 for peak in peaks]
+                right.plot(context["lengths"], values, style, color=f"C{place}", marker=".", label=f"{shape}, {way}")
+        for card in CARDS_GB:
+            right.axhline(card, color="grey", linewidth=0.5)
+            right.annotate(f"{card} GB", (context["lengths"][0], card), fontsize=7, color="grey", va="bottom")
+        right.set(
+            title="Predicted, not measured yet: lowmem_grpo on a GPU,\na step of 8 x 8 completions, prompts of 512",
+            xlabel="max_completion_length", ylabel="peak with CUDA, GB", ylim=(0, None),
+        )  # fmt: skip
+        right.set_xscale("log", base=2)
+        right.legend(fontsize=8)
+    return figure
+
+
+def draw_scaling(scaling: dict[str, Any]) -> Any:
+    """Memory and time of every sweep."""
+    sweeps = scaling["sweeps"]
+    figure, axes = _pyplot().subplots(2, len(sweeps), figsize=(4 * len(sweeps), 7), squeeze=False)
+    clock = "s" if "gpu" in scaling["machine"] else "CPU s"
+    for column, sweep in zip(axes.T, sweeps, strict=True):
+        for axis, key, unit, label in zip(
+            column, ("peak_bytes", "seconds"), (2**20, 1), ("peak above the model, MiB", clock), strict=True
+        ):
+            _lines(axis, sweep, key, unit)
+            axis.set(ylabel=label, title=_rest(sweep))
+    return figure
+
+
+def _lines(axis: Any, sweep: dict[str, Any], key: str, unit: float) -> None:
+    for name, results in sweep["results"].items():
+        points = [(n, one[key] / unit) for n, one in zip(sweep["sizes"], results, strict=True) if key in one]
+        failed = next((f"{name}, then {one['reason']}" for one in results if "reason" in one), name)
+        axis.plot([n for n, _ in points], [y for _, y in points], marker=".", label=failed)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel=sweep["varied"], yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _rest(sweep: dict[str, Any]) -> str:
+    names = {
+        "prompt_length": "prompt",
+        "max_completion_length": "length",
+        "num_generations": "group",
+        "vocabulary": "vocabulary",
+    }
+    return ", ".join(f"{words} {sweep['work'][name]:,}" for name, words in names.items() if name != sweep["varied"])
+
+
+def draw_learning(learning: dict[str, Any]) -> Any:
+    """Greedy accuracy by step, a line a seed."""
+    figure, axis = _pyplot().subplots(figsize=(7, 4))
+    for place, (name, runs) in enumerate(learning["results"].items()):
+        for index, run in enumerate(run for run in runs if "failed" not in run):
+            label = name if index == 0 else None
+            axis.plot(*zip(*run["evaluations"], strict=True), color=f"C{place}", alpha=0.7, label=label)
+    axis.set(xlabel="step", ylabel="greedy accuracy, held out", ylim=(0, 1.02), title="The demo's task, a line a seed")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def suites(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of whole suites among the results."""
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        if "parts" in found:
+            yield path, found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args(argv)
+    given.readme.write_text(fill(given.readme.read_text(encoding="utf-8"), given.results), encoding="utf-8")
+    for path, found in suites(given.results):
+        print(*draw_all(found, path.with_suffix("")), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""`lowmem-grpo bench`: every benchmark that this machine can run, one after the other, into one JSON file and pictures.
+
+    lowmem-grpo bench [NAME ...] [--quick] [--output_dir DIR]      the same as python -m lowmem_grpo.benchmarks
+
+A part that the file has already is not run again, so that a suite which was stopped goes on. Peers that are not
+installed are named and left out; out of memory is a result.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lowmem_grpo.benchmarks import measure, report
+
+
+class Part(NamedTuple):
+    """One command of the suite."""
+
+    module: str
+    arguments: str = ""
+
+
+CPU = {
+    "scaling": Part("bench_scaling"),
+    "step": Part("bench_step", "--prompts 2 --num_generations 4 --max_completion_length 32 --steps 3"),
+    "learning": Part("bench_learning"),
+    "head": Part("bench_linear_logprobs"),
+    "policy_loss": Part("bench_policy_loss"),
+    "rollout": Part("bench_rollout"),
+    "update": Part("bench_update", "--prompts 4"),
+    "update-uneven": Part("bench_update", "--prompts 4 --uneven"),
+    "sampling_error": Part("sampling_error"),
+    "budgets": Part("bench_budgets"),
+    "context": Part("bench_context"),
+}
+# The most valuable first, each meant for less than nine minutes of an H200: an estimate, none has been run yet.
+CUDA = {
+    "head-1.5b": Part("bench_linear_logprobs", "--shape 4096,1536,151936 --shape 16384,1536,151936"),
+    "step-qwen2.5-1.5b": Part(
+        "bench_step",
+        "--shape qwen2.5-1.5b --prompts 4 --prompt_length 512 --max_completion_length 256 --steps 3",
+    ),
+    "rollout-qwen2.5-1.5b": Part("bench_rollout", "--shape qwen2.5-1.5b --prompts 8 --max_completion_length 256"),
+    "budgets-qwen2.5-1.5b": Part("bench_budgets", "--shape qwen2.5-1.5b --vram_budget 6GB --vram_budget 8GB"),
+    "budgets-qwen2.5-7b": Part("bench_budgets", "--shape qwen2.5-7b --vram_budget 8GB --vram_budget 12GB"),
+    "scaling-length": Part("bench_scaling", "--shape qwen2.5-1.5b --sweep max_completion_length --longest 8192"),
+    "update-qwen2.5-1.5b": Part("bench_update", "--shape qwen2.5-1.5b --prompts 4 --checkpointing"),
+    "step-qwen2.5-7b": Part(
+        "bench_step",
+        "--shape qwen2.5-7b --prompts 2 --prompt_length 512 --max_completion_length 128 --steps 3 "
+        "--only lowmem_grpo TRL",
+    ),
+    "head-7b": Part("bench_linear_logprobs", "--shape 4096,3584,151936 --shape 16384,3584,151936"),
+    "policy_loss": Part("bench_policy_loss"),
+    "rollout-qwen2.5-7b": Part("bench_rollout", "--shape qwen2.5-7b --prompts 8 --max_completion_length 128"),
+    "budgets-qwen2.5-0.5b": Part("bench_budgets", "--shape qwen2.5-0.5b --vram_budget 6GB"),
+    "budgets-qwen2.5-3b": Part("bench_budgets", "--shape qwen2.5-3b --vram_budget 6GB --vram_budget 12GB"),
+    "budgets-llama-3.1-8b": Part("bench_budgets", "--shape llama-3.1-8b --vram_budget 8GB --vram_budget 16GB"),
+    "budgets-qwen2.5-14b": Part("bench_budgets", "--shape qwen2.5-14b --vram_budget 12GB --vram_budget 24GB"),
+    "scaling-rest": Part("bench_scaling", "--shape qwen2.5-0.5b --sweep num_generations vocabulary"),
+    "context": Part("bench_context"),
+}
+# Only whether everything runs: ours and TRL alone where each would be a process of its own.
+QUICK = {
+    "head": Part("bench_linear_logprobs", "--quick --repetitions 1 --only ours --only TRL --only Liger"),
+    "policy_loss": Part("bench_policy_loss", "--quick"),
+    "rollout": Part("bench_rollout", "--quick --warmups 0"),
+    "update": Part("bench_update", "--quick --warmups 0"),
+    "scaling": Part("bench_scaling", "--quick --only lowmem_grpo TRL"),
+    "step": Part("bench_step", "--quick --only lowmem_grpo TRL"),
+    "learning": Part("bench_learning", "--quick --only lowmem_grpo TRL"),
+    "sampling_error": Part("sampling_error", "--prompts 2 --num_generations 2"),
+    "budgets": Part("bench_budgets", "--shape tiny --vram_budget 1GB --max_completion_length 32 --predict_only"),
+    "context": Part("bench_context", "--shape tiny --max_completion_length 32"),
+}
+# What makes a command tiny, beside its shape.
+TINY = {
+    "bench_linear_logprobs": "--repetitions 1 --warmups 0",
+    "bench_policy_loss": "--quick",
+    "bench_rollout": "--quick --warmups 0 --repetitions 1",
+    "bench_update": "--quick --warmups 0",
+    "bench_step": "--quick",
+    "bench_scaling": "--quick --only lowmem_grpo TRL",
+    "bench_budgets": "--max_completion_length 32",
+    "bench_context": "--shape tiny --max_completion_length 32",
+}
+OUT_OF_TIME = "out of time"
+LEAST_S = 60  # a part is not begun with less time than this
+TIMES = ("seconds", "train_s", "score_s", "step_s")
+FARTHEST = 1000.0  # two implementations of the same work whose times are farther apart than this did not do the same
+
+
+def parts(quick: bool, dry_run: bool) -> dict[str, Part]:
+    if dry_run:
+        return {name: dry(part) for name, part in CUDA.items()}
+    return QUICK if quick else CUDA if torch.cuda.is_available() else CPU
+
+
+def dry(part: Part) -> Part:
+    """The same command with a tiny model and sizes."""
+    arguments = re.sub(r"--shape \d\S+", "--shape 50,32,500", part.arguments)
+    arguments = re.sub(r"--shape [a-z]\S+", "--shape tiny", arguments)
+    return Part(part.module, f"{arguments} {TINY[part.module]}".strip())
+
+
+def file_name() -> str:
+    """machine-date.json, of the processor or the GPU."""
+    found = measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    text = str(found["gpu"]) if "gpu" in found else f"{found['cpu']} {found['cores']} cores"
+    words = re.findall(r"[a-z0-9.]+", re.sub(r"\([^)]*\)", "", text.lower()))
+    return "-".join([*words, time.strftime("%Y-%m-%d")]) + ".json"
+
+
+def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any] | None, str]:
+    """(what it wrote, what went wrong or nothing), its tables printed meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "result.json")
+        command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *part.arguments.split()]
+        process = subprocess.Popen([*command, f"--output={output}"], start_new_session=True)
+        try:
+            status = process.wait(allowed_s)
+            wrong = f"exit status {status}" if status else ""
+        except BaseException as error:  # Ctrl-C too: its own processes, which measure, end with it
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            wrong = f"{OUT_OF_TIME} after {allowed_s:.0f} s"
+        return json.loads(output.read_text()) if output.exists() else None, wrong
+
+
+def faults(document: Any, where: str = "") -> Iterator[str]:
+    """What is wrong with a result: a failure that is neither a missing library nor memory, or times that cannot be."""
+    if not isinstance(document, dict | list):
+        return
+    entries = list(document.items() if isinstance(document, dict) else enumerate(document))
+    for key, value in entries:
+        place = f"{where}/{key}"
+        if key in ("failed", "reason") and isinstance(value, str) and "not installed" not in value:
+            if measure.OUT_OF_MEMORY not in value:
+                yield f"{place}: {value}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{place}: {value}"
+        yield from faults(value, place)
+    for name in TIMES:
+        times = [time for _, value in entries for time in _times(value, name)]
+        if times and not 0 < max(times) <= FARTHEST * min(times):
+            yield f"{where}: {name} between {min(times):.2g} and {max(times):.2g}"
+
+
+def _times(result: Any, name: str) -> list[float]:
+    """Of one implementation: its median, or those of its runs."""
+    runs = result if isinstance(result, list) else [result]
+    found = [run[name] for run in runs if isinstance(run, dict) and name in run]
+    return [value.get("median", math.nan) if isinstance(value, dict) else value for value in found]
+
+
+def is_done(document: dict[str, Any] | None) -> bool:
+    """A part that had the whole time and did not end is not tried again."""
+    return document is not None and ("incomplete" not in document or document.get("had_all", False))
+
+
+def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
+    """Runs the parts and saves after each; returns what went wrong."""
+    found, begun, wrong = read(path), time.monotonic(), []
+    for count, name in enumerate(names):
+        left = None if allowed_s is None else allowed_s - (time.monotonic() - begun)
+        if left is not None and count and left < LEAST_S:
+            print(f"\ntime is up, {', '.join(names[count:])} left: call again", flush=True)
+            break
+        print(f"\n# {name}: {known[name].module} {known[name].arguments}".rstrip(), flush=True)
+        part_begun = time.monotonic()
+        document, failed = run_part(known[name], left)
+        print(f"{name} took {time.monotonic() - part_begun:.0f} s", flush=True)
+        wrong += [f"{name}: {failed}"] if failed else []
+        wrong += [f"{name}{fault}" for fault in faults(document)]
+        if failed:
+            document = {**(document or {}), "incomplete": failed, "had_all": not count and OUT_OF_TIME in failed}
+        found["parts"][name] = document
+        measure.save(found, path)
+    else:
+        print("\nall done", flush=True)
+    return wrong
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where a part failed or found what cannot be."""
+    parser = argparse.ArgumentParser(prog="lowmem-grpo bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts to run; all by default, see --list")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run? Under three minutes")
+    parser.add_argument("--dry_run", action="store_true", help="a GPU's parts with tiny sizes, also on a CPU")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"), help="(default %(default)s)")
+    parser.add_argument("--file", help="name of the JSON file; by default that of machine and date")
+    parser.add_argument("--again", action="store_true", help="run parts that the file has already, too")
+    parser.add_argument("--allowed_s", type=float, help="seconds after which no part is begun, and one is stopped")
+    parser.add_argument("--list", action="store_true", help="print the parts for this machine, and which are done")
+    given = parser.parse_args(argv)
+    known = parts(given.quick, given.dry_run)
+    unknown = [name for name in given.names if name not in known]
+    if unknown:
+        print(f"lowmem-grpo bench: no part {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    prefix = "quick-" if given.quick else "dry-run-" if given.dry_run else ""
+    path = given.output_dir / (given.file or prefix + file_name())
+    done = [name for name, document in read(path)["parts"].items() if is_done(document)]
+    if given.list:
+        print("\n".join(f"{name}{'  (done)' if name in done else ''}" for name in known))
+        return 0
+    skipped = [name for name in given.names or known if name in done and not given.again]
+    if skipped:
+        print(f"in {path} already, --again runs them again: {', '.join(skipped)}")
+    wrong = run_all([name for name in given.names or known if name not in skipped], known, path, given.allowed_s)
+    pictures = report.draw_all(read(path), path.with_suffix(""))
+    print(f"\nresults   {path}", *(f"picture   {picture}" for picture in pictures), sep="\n")
+    print(*(f"wrong     {fault}" for fault in wrong), sep="\n", end="\n" if wrong else "", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

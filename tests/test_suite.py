@@ -1,0 +1,163 @@
+"""`lowmem-grpo bench`, what it says of results, and the README made from them."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem_grpo.benchmarks import report, suite
+from lowmem_grpo.cli import main
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def test_the_readme_has_what_the_results_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(report.PLACE.findall(readme)) >= 6
+    assert report.fill(readme, RESULTS) == readme
+
+
+def test_a_table_is_made_anew_from_its_part(tmp_path):
+    table = {"benchmark": "sampling_error", "command": "c", "date": "d", "commit": "0123456789", "versions": {
+        "torch": "1", "transformers": "2", "trl": None, "liger-kernel": "3"},
+        "machine": {"cpu": "x", "threads": 1, "cores": 2},
+        "errors": [{"dtype": "bf16", "weights": "4bit", "kv": "full", "mean": 0.001, "max": 0.5}]}  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"parts": {"error": table}}))
+    text = "before\n<!-- a.json error -->\nold\n<!-- end -->\nafter <!-- end -->"
+    filled = report.fill(text, tmp_path)
+    assert "| bf16  |    4bit |            full | 1.0e-03 | 5.0e-01 |" in filled and "old" not in filled
+    assert "`c` on x, 1 of 2 cores, d, commit 0123456, torch 1, transformers 2, liger-kernel 3." in filled
+    assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter <!-- end -->")
+    with pytest.raises(ValueError, match=r"a\.json has no part none; it has error"):
+        report.fill("<!-- a.json none -->\n<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match=r"asks for b\.json, which is not in"):
+        report.fill("<!-- b.json none -->\n<!-- end -->", tmp_path)
+
+
+def test_pictures_are_drawn_from_whatever_parts_there_are(tmp_path):
+    lengths = {"varied": "max_completion_length", "sizes": [8, 16], "results": {
+        "lowmem_grpo": [{"seconds": 1.0, "peak_bytes": 2**20}, {"seconds": 2.0, "peak_bytes": 2**21}],
+        "TRL": [{"seconds": 3.0, "peak_bytes": 2**22}, {"reason": "out of memory"}],
+        "Liger": [{"reason": "not installed"}, {"reason": "not installed"}]},
+        "work": {"prompt_length": 4, "max_completion_length": 0, "num_generations": 2, "vocabulary": 9}}  # fmt: skip
+    scaling = {"benchmark": "bench_scaling", "machine": {"cpu": "x"}, "shape": "tiny", "sweeps": [lengths]}
+    learning = {
+        "benchmark": "bench_learning",
+        "results": {"TRL": [{"failed": "?"}, {"evaluations": [[0, 0.1], [5, 0.9]]}]},
+    }
+    context = {"benchmark": "bench_context", "lengths": [8, 16], "predicted": {"a": {"defaults": [10**9, 2 * 10**9]}}}
+    assert report.draw_all({"parts": {"lost": {"incomplete": "exit status 1"}}}, tmp_path / "none") == []
+    for name, parts in {"one": [scaling], "all": [scaling, learning, context]}.items():
+        drawn = report.draw_all({"parts": dict(enumerate(parts))}, tmp_path / name)
+        texts = [path.read_text() for path in drawn]
+        assert len(drawn) == (2 if name == "one" else 3) and all("<svg" in text for text in texts)
+        assert "then out of memory" in texts[0]
+        again = report.draw_all({"parts": dict(enumerate(parts))}, tmp_path / name)
+        assert [path.read_text() for path in again] == texts
+
+
+def test_what_is_wrong_with_a_result_is_said():
+    good = {"seconds": {"median": 1.0, "low": 1.0, "high": 2.0}}
+    assert not list(suite.faults({"results": {"ours": good, "TRL": {"failed": "not installed"}}}))
+    assert not list(suite.faults({"ours": [{"reason": "out of memory"}, {"reason": "not tried: out of memory"}]}))
+    assert list(suite.faults({"results": {"ours": {"failed": "RuntimeError"}}})) == [
+        "/results/ours/failed: RuntimeError"
+    ]
+    assert list(suite.faults({"error": math.nan})) == ["/error: nan"]
+    slow = {"seconds": {"median": 2000.0}}
+    assert list(suite.faults({"results": {"ours": good, "TRL": slow}})) == ["/results: seconds between 1 and 2e+03"]
+    runs = {"ours": [{"step_s": 1.0}], "TRL": [{"step_s": 0.0}]}
+    assert ": step_s between 0 and 1" in list(suite.faults(runs))
+
+
+def test_a_suite_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    """Each part costs 50 s of a clock of its own; the second of three is cut off where less than a minute is left."""
+    clock, run = [0.0], []
+
+    def run_part(part, allowed_s):
+        run.append(part.arguments)
+        clock[0] += 50
+        return {"benchmark": part.module, "result": len(run)}, ""
+
+    monkeypatch.setattr(suite, "parts", lambda *_: {name: suite.Part("none", name) for name in "abc"})
+    monkeypatch.setattr(suite, "run_part", run_part)
+    monkeypatch.setattr(suite.time, "monotonic", lambda: clock[0])
+    options = [f"--output_dir={tmp_path}", "--file=x.json"]
+    assert suite.main(["--allowed_s=105", *options]) == 0
+    assert run == ["a"] and "time is up, b, c left: call again" in capsys.readouterr().out
+    assert suite.main(["--list", *options]) == 0
+    assert capsys.readouterr().out.split("\n")[:3] == ["a  (done)", "b", "c"]
+    assert suite.main(["--allowed_s=500", *options]) == 0
+    assert run == ["a", "b", "c"] and "all done" in capsys.readouterr().out
+    assert suite.main(["b", *options]) == 0 and len(run) == 3
+    assert suite.main(["b", "--again", *options]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["parts"]
+    assert {name: document["result"] for name, document in found.items()} == {"a": 1, "b": 4, "c": 3}
+
+
+def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, monkeypatch, capsys):
+    broken = {"a": suite.Part("bench_context", "--shape nothing"), "b": suite.Part("bench_context")}
+    monkeypatch.setattr(suite, "parts", lambda *_: broken)
+    options = [f"--output_dir={tmp_path}", "--file=x.json"]
+    assert suite.main(["a", *options]) == 1
+    assert "a: exit status 2" in capsys.readouterr().err
+    assert suite.main(["b", "--allowed_s=0.5", *options]) == 1
+    found = json.loads((tmp_path / "x.json").read_text())["parts"]
+    assert found["a"]["incomplete"] == "exit status 2" and not suite.is_done(found["a"])
+    assert "out of time" in found["b"]["incomplete"] and suite.is_done(found["b"])  # it had all there is
+
+
+def test_the_command_names_its_parts(capsys):
+    assert main(["bench", "--list"]) == 0
+    assert set(capsys.readouterr().out.split()) >= set(suite.CPU if not torch.cuda.is_available() else suite.CUDA)
+    assert main(["bench", "haed"]) == 2
+    assert "no part haed; there are" in capsys.readouterr().err
+
+
+def test_every_part_of_a_gpu_has_a_tiny_form():
+    for part in suite.CUDA.values():
+        tiny = suite.dry(part).arguments
+        assert not re.search(r"qwen|llama|151936", tiny), tiny
+
+
+def test_the_programme_of_a_gpu_runs_dry(tmp_path):
+    """One of its parts; all of them in the slow tests."""
+    run_dry(tmp_path, ["policy_loss"])
+
+
+@pytest.mark.slow
+def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
+    out = run_dry(tmp_path, [])
+    assert "collected" in (out / "gpu-tests.txt").read_text()
+
+
+def run_dry(folder: Path, names: list[str]) -> Path:
+    out = folder / "out"
+    out.mkdir()
+    environment = {
+        **os.environ,
+        "DRY_RUN": "1",
+        "RESULTS": str(folder / "results"),
+        "OUT": str(out),
+        "ALLOWED_S": "3600",
+    }
+    command = ["bash", "benchmarks/gpu_suite.sh", *names]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**environment, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "all done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = out.glob("dry-run-*.json")
+    assert list(json.loads(path.read_text())["parts"]) == (names or list(suite.CUDA))
+    return out
+
+
+@pytest.mark.slow
+def test_quick_runs_everything(tmp_path):
+    assert main(["bench", "--quick", f"--output_dir={tmp_path}"]) == 0
