@@ -50,14 +50,18 @@ def fill(readme: str, results: Path) -> str:
 
 def draw_all(found: dict[str, Any], stem: Path) -> list[Path]:
     """Every picture for which the parts are there: memory, scaling and learning, as stem-NAME.svg."""
-    by_benchmark = {d["benchmark"]: d for d in found["parts"].values() if "benchmark" in d}
-    scaling, learning = by_benchmark.get("bench_scaling"), by_benchmark.get("bench_learning")
+    made_by: dict[str, list[dict[str, Any]]] = {}
+    for document in found["parts"].values():
+        made_by.setdefault(document.get("benchmark", ""), []).append(document)
+    scaling, context, learning = (made_by.get(f"bench_{name}", []) for name in ("scaling", "context", "learning"))
     figures = {}
+    for document in scaling:
+        if "max_completion_length" in [sweep["varied"] for sweep in document["sweeps"]]:
+            figures["memory"] = draw_memory(document, context[0] if context else None)
     if scaling:
-        figures["memory"] = draw_memory(scaling, by_benchmark.get("bench_context"))
         figures["scaling"] = draw_scaling(scaling)
     if learning:
-        figures["learning"] = draw_learning(learning)
+        figures["learning"] = draw_learning(learning[0])
     paths = []
     for name, figure in figures.items():
         paths.append(stem.with_name(f"{stem.name}-{name}.svg"))
@@ -81,7 +85,7 @@ def draw_memory(scaling: dict[str, Any], context: dict[str, Any] | None) -> Any:
     """Peak memory against completion length: measured beside the peers, and predicted for real models."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2 if context else 1, figsize=(11 if context else 6, 4), squeeze=False)
-    sweep = next((s for s in scaling["sweeps"] if s["varied"] == "max_completion_length"), scaling["sweeps"][0])
+    sweep = next(s for s in scaling["sweeps"] if s["varied"] == "max_completion_length")
     where = scaling["machine"].get("gpu") or scaling["machine"]["cpu"]
     _lines(axes[0][0], sweep, "peak_bytes", 2**20)
     axes[0][0].set(
@@ -105,11 +109,11 @@ def draw_memory(scaling: dict[str, Any], context: dict[str, Any] | None) -> Any:
     return figure
 
 
-def draw_scaling(scaling: dict[str, Any]) -> Any:
+def draw_scaling(scaling: list[dict[str, Any]]) -> Any:
     """Memory and time of every sweep."""
-    sweeps = scaling["sweeps"]
+    sweeps = [sweep for document in scaling for sweep in document["sweeps"]]
     figure, axes = _pyplot().subplots(2, len(sweeps), figsize=(4 * len(sweeps), 7), squeeze=False)
-    clock = "s" if "gpu" in scaling["machine"] else "CPU s"
+    clock = "s" if "gpu" in scaling[0]["machine"] else "CPU s"
     for column, sweep in zip(axes.T, sweeps, strict=True):
         for axis, key, unit, label in zip(
             column, ("peak_bytes", "seconds"), (2**20, 1), ("peak above the model, MiB", clock), strict=True

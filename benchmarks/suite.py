@@ -33,7 +33,8 @@ class Part(NamedTuple):
 
 
 CPU = {
-    "scaling": Part("bench_scaling"),
+    "scaling-length": Part("bench_scaling", "--sweep max_completion_length"),
+    "scaling-rest": Part("bench_scaling", "--sweep num_generations vocabulary"),
     "step": Part("bench_step", "--prompts 2 --num_generations 4 --max_completion_length 32 --steps 3"),
     "learning": Part("bench_learning"),
     "head": Part("bench_linear_logprobs"),
