@@ -10,11 +10,13 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The names that loss_type may have; loss.register_objective adds to them.
-LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo", "gmpo"]
+CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
+BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
+LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
 
 
 def option(default: Any, help: str) -> Any:
@@ -221,16 +223,10 @@ class GRPOConfig:
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.vram_budget is not None:
             _bytes(self.vram_budget)
-        if self.activation_offloading and not self.gradient_checkpointing:
-            raise ValueError("activation_offloading moves what gradient_checkpointing keeps; set that too")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both set; choose one")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
-        if self.lr_scheduler_type == "constant" and self.warmup_steps:
-            raise ValueError(
-                "lr_scheduler_type='constant' has no warmup; use 'constant_with_warmup', or warmup_steps=0"
-            )
         _check_objective(self)
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise ValueError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
@@ -265,36 +261,19 @@ class GRPOConfig:
 
 
 def _check_objective(config: GRPOConfig) -> None:
-    """Refuse settings of the objective that contradict, or that the chosen one does not look at."""
-    loss_type, unclipped = config.loss_type, ("cispo", "sapo", "vespo", "gmpo")
-    if loss_type not in LOSS_TYPES:
-        nearest = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
+    """Refuse an option that nothing reads, and settings of the objective that contradict."""
+    if config.loss_type not in LOSS_TYPES:
+        nearest = difflib.get_close_matches(config.loss_type, LOSS_TYPES, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"the objectives are {', '.join(LOSS_TYPES)}"
-        raise ValueError(f"loss_type={loss_type!r} is not known; {hint} (register_objective adds your own)")
-    if loss_type == "cispo" and config.epsilon_high is None:
+        raise ValueError(f"loss_type={config.loss_type!r} is not known; {hint} (register_objective adds your own)")
+    for field in dataclasses.fields(config):
+        value, (is_read, words) = getattr(config, field.name), READ_ONLY.get(field.name, _ALWAYS)
+        if value != field.default and not is_read(config):
+            raise ValueError(f"{field.name}={value!r} is read only {words}, or leave {field.name} out")
+    if config.loss_type == "cispo" and config.epsilon_high is None:
         raise ValueError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
-    if loss_type in ("sapo", "vespo") and config.epsilon_high is not None:
-        raise ValueError(f"epsilon_high={config.epsilon_high}: loss_type={loss_type!r} clips nothing; leave it out")
-    if loss_type in unclipped and config.delta is not None:
-        raise ValueError(f"delta={config.delta} is for clipped losses, and {loss_type!r} is none; leave it out")
-    if loss_type in ("vespo", "gmpo") and config.importance_sampling_level != "token":
-        raise ValueError(
-            f"loss_type={loss_type!r} weighs whole completions by itself; leave out importance_sampling_level"
-        )
-    if config.beta == 0:
-        for name, off in (
-            ("kl_in_reward", False), ("kl_target", None), ("reference", "base"), ("sync_ref_model", False)
-        ):  # fmt: skip
-            if getattr(config, name) != off:
-                raise ValueError(f"{name}={getattr(config, name)!r} without a KL; set beta, for example to 0.04")
     if config.kl_target is not None and config.kl_estimator == "k1":
         raise ValueError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
-    if config.adv_estimator != "grpo":
-        for name, off in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
-            if getattr(config, name) != off:
-                raise ValueError(
-                    f"{name} is for adv_estimator='grpo', and {config.adv_estimator!r} has its own; leave it out"
-                )
     if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
         raise ValueError(
             "multi_objective_aggregation='normalize_then_sum' scales by group, then by batch; leave out scale_rewards"
@@ -319,6 +298,63 @@ def _check_objective(config: GRPOConfig) -> None:
             f"prompts_per_step={config.prompts_per_step} is not a multiple of steps_per_generation="
             f"{config.steps_per_generation}; change one"
         )
+
+
+Condition = Callable[[GRPOConfig], bool]
+
+
+def _by_losses(*loss_types: str) -> tuple[Condition, str]:
+    """Read by these of the built-in losses; what one of your own reads, nobody knows."""
+    return (
+        lambda config: config.loss_type in loss_types or config.loss_type not in BUILT_IN,
+        f"by {' and '.join(filter(None, [', '.join(loss_types[:-1]), loss_types[-1]]))}; choose such a loss_type",
+    )
+
+
+# The options that are not read under every configuration: when they are, and what to do where one is set in vain.
+_READ_ONLY: dict[str, tuple[Condition, str]] = {
+    "activation_offloading": (
+        lambda config: config.gradient_checkpointing,
+        "with gradient_checkpointing, whose checkpoints it moves; set that",
+    ),
+    "multi_objective_aggregation scale_rewards": (
+        lambda config: config.adv_estimator == "grpo",
+        "with adv_estimator='grpo', and others have their own; choose that",
+    ),
+    "kl_estimator kl_in_reward kl_target reference sync_ref_model": (
+        lambda config: config.beta > 0,
+        "where there is a KL; set beta, for example to 0.04",
+    ),
+    "use_bias_correction_kl": (
+        lambda config: config.beta > 0 and not config.kl_in_reward,
+        "where there is a KL in the loss; set beta, for example to 0.04, and not kl_in_reward",
+    ),
+    "kl_horizon": (lambda config: config.kl_target is not None, "with kl_target; set that"),
+    "ref_model_mixup_alpha ref_model_sync_steps": (
+        lambda config: config.sync_ref_model,
+        "with sync_ref_model; set that",
+    ),
+    "epsilon": _by_losses(*CLIPPED, "gmpo"),
+    "epsilon_high": _by_losses(*CLIPPED, "cispo", "gmpo"),
+    "delta": _by_losses(*CLIPPED),
+    "importance_sampling_level": _by_losses(*CLIPPED, "cispo", "sapo"),
+    "sapo_temperature_pos sapo_temperature_neg": _by_losses("sapo"),
+    "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": _by_losses("vespo"),
+    "importance_sampling_mode importance_sampling_clip_max importance_sampling_clip_min": (
+        lambda config: config.importance_sampling_correction,
+        "with importance_sampling_correction; set that",
+    ),
+    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target": (
+        lambda config: config.use_adaptive_entropy,
+        "with use_adaptive_entropy; set that",
+    ),
+    "warmup_steps": (
+        lambda config: config.lr_scheduler_type != "constant",
+        "by a schedule with a warmup; choose lr_scheduler_type='constant_with_warmup'",
+    ),
+}
+READ_ONLY = {name: row for names, row in _READ_ONLY.items() for name in names.split()}
+_ALWAYS: tuple[Condition, str] = (lambda _: True, "")
 
 
 def _bytes(text: str) -> int:

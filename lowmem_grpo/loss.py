@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo import objective
-from lowmem_grpo.config import LOSS_TYPES, GRPOConfig
+from lowmem_grpo.config import BUILT_IN, CLIPPED, LOSS_TYPES, GRPOConfig
 from lowmem_grpo.objective import TokenStats
 
 # How the token losses of an objective are weighted; bnpo's batch is the whole step here, which makes it dapo.
@@ -17,8 +17,6 @@ AGGREGATION = {
     "dapo": "dapo", "grpo": "grpo", "bnpo": "dapo", "dr_grpo": "dr_grpo", "luspo": "luspo", "cispo": "dapo",
     "sapo": "grpo", "vespo": "dapo", "gmpo": "grpo",
 }  # fmt: skip
-BUILT_IN = tuple(AGGREGATION)
-CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ from lowmem_grpo.update import (
     try_largest_update,
 )  # fmt: skip
 
+# Fields that are read only where there is an eval_dataset.
+EVALUATION = (
+    "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -119,8 +124,8 @@ def train(
             )
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
-    for name in ("eval_steps", "num_generations_eval", "metric_for_best_model", "load_best_model_at_end"):
-        if getattr(config, name) and eval_rows is None:
+    for name in EVALUATION:
+        if getattr(config, name) != getattr(GRPOConfig(), name) and eval_rows is None:
             raise ValueError(
                 f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
             )

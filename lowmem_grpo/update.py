@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config import BUILT_IN, GRPOConfig
 from lowmem_grpo.loss import (
-    BUILT_IN,
     Coefficients,
     Tokens,
     correction,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_grpo.config import UNSUPPORTED, GRPOConfig, field_types, from_text
+from lowmem_grpo.config import LOSS_TYPES, READ_ONLY, UNSUPPORTED, GRPOConfig, field_types, from_text
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
 # Fields of TRL's whose default differs on purpose; the README's table says why.
@@ -57,6 +57,54 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "log_completions": ("true", True), "save_steps": ("5", 5), "save_total_limit": ("2", 2),
 }  # fmt: skip
 
+# For each field that is not read everywhere: settings under which it is, under which it is not, and the remedy then.
+READ = {
+    **dict.fromkeys(
+        ("kl_estimator", "kl_in_reward", "kl_target", "reference", "sync_ref_model"),
+        ({"beta": 0.04}, {"beta": 0.0}, "set beta, for example to 0.04"),
+    ),
+    "use_bias_correction_kl": (
+        {"beta": 0.04},
+        {"beta": 0.04, "kl_in_reward": True},
+        "set beta, .* and not kl_in_reward",
+    ),
+    "kl_horizon": ({"beta": 0.04, "kl_target": 0.01}, {"beta": 0.04}, "with kl_target; set that"),
+    **dict.fromkeys(
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+        ({"beta": 0.04, "sync_ref_model": True}, {"beta": 0.04}, "with sync_ref_model; set that"),
+    ),
+    "epsilon": (
+        {"loss_type": "gmpo"},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        "luspo and gmpo; choose such a loss",
+    ),
+    "epsilon_high": ({"loss_type": "gmpo"}, {"loss_type": "sapo"}, "cispo and gmpo; choose such a loss_type"),
+    "delta": ({"loss_type": "luspo"}, {"loss_type": "gmpo"}, "dapo, grpo, bnpo, dr_grpo and luspo; choose such a loss"),
+    "importance_sampling_level": ({"loss_type": "sapo"}, {"loss_type": "vespo"}, "cispo and sapo; choose such a loss"),
+    **dict.fromkeys(
+        ("sapo_temperature_pos", "sapo_temperature_neg"),
+        ({"loss_type": "sapo"}, {}, "by sapo; choose such a loss_type"),
+    ),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        ({"loss_type": "vespo"}, {"loss_type": "sapo"}, "by vespo; choose such a loss_type"),
+    ),
+    **dict.fromkeys(
+        ("importance_sampling_mode", "importance_sampling_clip_max", "importance_sampling_clip_min"),
+        ({}, {"importance_sampling_correction": False}, "with importance_sampling_correction; set that"),
+    ),
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        ({"use_adaptive_entropy": True}, {"entropy_coef": 0.1}, "with use_adaptive_entropy; set that"),
+    ),
+    **dict.fromkeys(
+        ("scale_rewards", "multi_objective_aggregation"),
+        ({}, {"adv_estimator": "rloo"}, "with adv_estimator='grpo', and others have their own; choose that"),
+    ),
+    "activation_offloading": ({}, {"gradient_checkpointing": False}, "with gradient_checkpointing, .*; set that"),
+    "warmup_steps": ({}, {"lr_scheduler_type": "constant"}, "choose lr_scheduler_type='constant_with_warmup'"),
+}
+
 
 def trl_defaults():
     trl = pytest.importorskip("trl")
@@ -104,9 +152,30 @@ def test_a_field_survives_the_way_from_text(name):
     assert read == value
     assert type(read) is type(value)
     assert value != FIELDS[name].default or name in {"bf16"}
-    with_kl = {"beta": 0.04} if name in {"kl_in_reward", "kl_target", "reference", "sync_ref_model"} else {}
-    changes = {**with_kl, name: value}
-    assert getattr(GRPOConfig(**changes), name) == value
+    assert getattr(GRPOConfig(**READ.get(name, ({},))[0], **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", sorted(READ))
+def test_an_option_that_nothing_would_read_is_refused_with_the_remedy(name):
+    (where, elsewhere, remedy), value = READ[name], TEXTS[name][1]
+    assert getattr(GRPOConfig(**{**where, name: value}), name) == value
+    with pytest.raises(ValueError, match=rf"^{name}=.* is read only .*{remedy}.*, or leave {name} out$"):
+        GRPOConfig(**{**elsewhere, name: value})
+    assert getattr(GRPOConfig(**{**elsewhere, name: FIELDS[name].default}), name) == FIELDS[name].default
+    with pytest.raises(ValueError, match=f"^{name}=.* is read only"):
+        dataclasses.replace(GRPOConfig(**elsewhere), **{name: value})
+
+
+def test_every_row_of_options_that_are_not_read_everywhere_is_tested():
+    assert set(READ) == set(READ_ONLY)
+
+
+def test_a_loss_of_ones_own_may_read_what_it_likes():
+    LOSS_TYPES.append("own")
+    try:
+        assert GRPOConfig(loss_type="own", delta=4.0, sapo_temperature_pos=2.0, vespo_k_pos=1.0).delta == 4.0
+    finally:
+        LOSS_TYPES.remove("own")
 
 
 def test_a_union_of_text_and_list_takes_both():
@@ -164,7 +233,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         ({"epsilon": 1.5}, "epsilon=1.5 must be at most 1"),
         ({"delta": 1.1}, "delta=1.1 must be above 1"),
         ({"bf16": True, "fp16": True}, "choose one"),
-        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "has no warmup"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "'constant_with_warmup'"),
         ({"max_steps": 0}, "max_steps=0 must be positive"),
         ({"save_steps": 0}, "save_steps must be greater than 0"),
         ({"adam_beta1": 1.0}, "must be in"),

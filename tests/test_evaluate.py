@@ -244,8 +244,12 @@ def test_a_metric_that_no_evaluation_has_stops_the_run_before_its_first_step(tmp
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_generations_eval": 2}, {"load_best_model_at_end": True}, {"metric_for_best_model": "reward"}]
-)
+    "change",
+    [
+        {"num_generations_eval": 2}, {"load_best_model_at_end": True}, {"metric_for_best_model": "reward"},
+        {"greater_is_better": False},
+    ],
+)  # fmt: skip
 def test_a_setting_of_the_evaluation_without_an_eval_dataset_is_refused(tmp_path, change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.* no eval_dataset"):
         run(tmp_path / "out", length_reward, **change)
