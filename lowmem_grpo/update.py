@@ -1,5 +1,6 @@
 """One update: what the reference and the policy say of a rollout's tokens, micro-batch by micro-batch."""
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,9 +35,10 @@ class TokenBudget:
     def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
         """work(tokens), which begins anew when called again, for sequences of these lengths.
 
-        Out of memory, what can be let go is, and the same is tried again; then with half of the tokens, as often as
-        need be, and from then on for good. Random numbers are drawn as if nothing had happened; but a micro-batch that
-        was split draws other masks of lora_dropout, which follow the micro-batches.
+        Out of memory, what can be let go is, and the same is tried again; then with half of the tokens of the
+        micro-batch that failed, as often as need be, and from then on for good. Random numbers are drawn as if nothing
+        had happened; but a micro-batch that was split draws other masks of lora_dropout, which follow the
+        micro-batches.
 
         Raises:
             torch.OutOfMemoryError: one sequence alone does not fit; a note has the remedy.
@@ -62,17 +64,32 @@ class TokenBudget:
         self.out_of_memory += 1
 
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
-        tokens, longest = min(self.tokens, sum(lengths)), max(lengths, default=0)
-        if tokens <= longest:
+        longest = max(lengths, default=0)
+        # Outside of a micro-batch nobody knows how many tokens were too many.
+        guess = min(self.tokens, sum(lengths))
+        tokens, alone = getattr(error, "micro_batch", (guess, guess <= longest))
+        if alone:
             error.add_note(
                 f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length "
                 "or max_prompt_length, or choose a smaller model."
             )
             raise error
-        self.tokens = max(tokens // 2, longest)
+        # Where short sequences are too many for memory, each with its keys, the longest by itself may still fit.
+        self.tokens = max(tokens // 2, longest if longest < tokens else 1)
 
     def metrics(self) -> dict[str, float]:
         return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
+
+
+@contextlib.contextmanager
+def at_work(batch: MicroBatch) -> Iterator[None]:
+    """An out-of-memory inside carries, as `micro_batch`, the micro-batch's tokens and whether it cannot be split."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens, sequences = batch.input_ids.numel(), set(batch.sequences.tolist())
+        error.micro_batch = tokens, len(sequences) == 1 or tokens == 1  # type: ignore[attr-defined]
+        raise
 
 
 def kept(rollout: Rollout, config: GRPOConfig) -> list[bool]:
@@ -119,7 +136,8 @@ def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, tok
     keep = rollout.completion_mask.tolist() if config.kl_in_reward else kept(rollout, config)
     with policy.as_reference():
         for batch in micro_batches(policy, rollout, config, token_budget, keep):
-            logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
+            with at_work(batch):
+                logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
     return logprobs
 
 
@@ -130,7 +148,8 @@ def old_logprobs_and_entropy(
     logprobs, entropies = torch.zeros(2, int(rollout.offsets[-1]), device=policy.device)
     with policy.inference():
         for batch in micro_batches(policy, rollout, config, token_budget, rollout.completion_mask.tolist()):
-            logprobs[batch.tokens], entropies[batch.tokens] = policy.logprobs_and_entropy(batch, config.temperature)
+            with at_work(batch):
+                logprobs[batch.tokens], entropies[batch.tokens] = policy.logprobs_and_entropy(batch, config.temperature)
     return logprobs, entropies
 
 
@@ -175,44 +194,45 @@ def backward(
     total = scaler.scale(torch.zeros((), device=policy.device)) * 0
     computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
     for batch in micro_batches(policy, rollout, config, token_budget, kept(rollout, config)):
-        logprobs, entropy = policy.logprobs_and_entropy(  # (N,) each
-            batch, config.temperature, entropy_grad=coefficients.entropy_coef != 0
-        )
-        old = _at(batch.tokens, rollout.old_logprobs)
-        sampled = _at(batch.tokens, rollout.sampling_logprobs)
-        old_logprobs = logprobs.detach() if old is None else old
-        weighed = correction(
-            old_logprobs, _at(batch.tokens, rollout.proposal_logprobs), batch.sequences, completions, config
-        )
-        loss, happened = micro_batch_loss(
-            Tokens(
-                logprobs=logprobs,
-                old_logprobs=old_logprobs,
-                ref_logprobs=None if config.kl_in_reward else _at(batch.tokens, rollout.ref_logprobs),
-                entropy=entropy,
-                advantages=advantages[batch.sequences],
-                weights=weights[batch.sequences],
-                sequences=batch.sequences,
-                completions=completions,
-                keep=_at(batch.tokens, rollout.keep),
-                correction=weighed,
-                sampling_logprobs=sampled,
-            ),
-            on_policy=old is None,
-            entropy_weight=entropy_weight,
-            coefficients=coefficients,
-            config=config,
-        )
-        scaler.scale(loss).backward()
-        total += loss.detach()
-        computed[batch.tokens] = logprobs.detach()
-        if weighed is not None:
-            happened["correction"] = weighed
-        if old is None and sampled is not None:  # the policy is still the one that sampled
-            difference = (logprobs.detach() - sampled).abs()
-            fresh = rollout.fresh_tokens is None or batch.tokens + rollout.first_token < rollout.fresh_tokens
-            happened["difference"] = difference * fresh
-        tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
+        with at_work(batch):
+            logprobs, entropy = policy.logprobs_and_entropy(  # (N,) each
+                batch, config.temperature, entropy_grad=coefficients.entropy_coef != 0
+            )
+            old = _at(batch.tokens, rollout.old_logprobs)
+            sampled = _at(batch.tokens, rollout.sampling_logprobs)
+            old_logprobs = logprobs.detach() if old is None else old
+            weighed = correction(
+                old_logprobs, _at(batch.tokens, rollout.proposal_logprobs), batch.sequences, completions, config
+            )
+            loss, happened = micro_batch_loss(
+                Tokens(
+                    logprobs=logprobs,
+                    old_logprobs=old_logprobs,
+                    ref_logprobs=None if config.kl_in_reward else _at(batch.tokens, rollout.ref_logprobs),
+                    entropy=entropy,
+                    advantages=advantages[batch.sequences],
+                    weights=weights[batch.sequences],
+                    sequences=batch.sequences,
+                    completions=completions,
+                    keep=_at(batch.tokens, rollout.keep),
+                    correction=weighed,
+                    sampling_logprobs=sampled,
+                ),
+                on_policy=old is None,
+                entropy_weight=entropy_weight,
+                coefficients=coefficients,
+                config=config,
+            )
+            scaler.scale(loss).backward()
+            total += loss.detach()
+            computed[batch.tokens] = logprobs.detach()
+            if weighed is not None:
+                happened["correction"] = weighed
+            if old is None and sampled is not None:  # the policy is still the one that sampled
+                difference = (logprobs.detach() - sampled).abs()
+                fresh = rollout.fresh_tokens is None or batch.tokens + rollout.first_token < rollout.fresh_tokens
+                happened["difference"] = difference * fresh
+            tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
     return total, computed
 
 

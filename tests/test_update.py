@@ -267,6 +267,44 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered():
     assert split[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+HALVINGS = {
+    # 20 + 4 x 10 tokens, padded to 64; of 32 there is room for one completion, of 30 tokens.
+    "shared": ([20], [11] * 4, 16384, dict(tokens=45), [16384, 16384, 32]),
+    # 20 + 8 x 10, padded to 104; of 52 the first has 20 + 3 x 10, which is more than 40 too; one sequence has 31.
+    "shared, twice": ([20], [11] * 8, 16384, dict(tokens=40), [16384, 16384, 52, 31]),
+    # 20 + 4 x 10 and 20 + 4 x 5; the second of each pass fails, of 40 tokens, and one sequence has 31.
+    "a later one": ([20, 20], [11] * 4 + [6] * 4, 64, dict(forwards=(2, 4)), [64, 64, 31]),
+    # 60 + 40 + 0 and 10 + 2 x 10, padded to 32: fewer tokens than the longest sequence, which did fit.
+    "two short ones": ([60, 10], [41, 1, 11, 11], 104, dict(forwards=(2, 4)), [104, 104, 16]),
+}
+
+
+@pytest.mark.parametrize("name", HALVINGS)
+def test_out_of_memory_twice_halves_the_micro_batch_that_failed(name):
+    """The passes that are done, by their token budgets: each but the second is of smaller micro-batches."""
+    prompts, completions, token_budget, failing, expected = HALVINGS[name]
+    policy, config = make_policy("qwen3"), GRPOConfig(bf16=False, token_budget=token_budget)
+    assert policy.packs
+    rollout = Rollout.bare(
+        [[5 + place % 90 for place in range(length)] for length in prompts],
+        [[7 + b] * length for b, length in enumerate(completions)],
+        torch.arange(1.0, len(completions) + 1),
+    )
+    scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
+    backward(policy, rollout, tokens, coefficients(config), scaler, config, token_budget)
+    gradient, passes, budget = gradient_of(policy), [], TokenBudget(token_budget)
+
+    def work(token_budget):
+        passes.append(token_budget)
+        return backward(policy, rollout, tokens, coefficients(config), scaler, config, token_budget)
+
+    with OutOfMemory(**failing):
+        budget.fit(work, rollout.lengths)
+    assert passes == expected
+    assert (budget.tokens, budget.out_of_memory) == (expected[-1], len(expected) - 1)
+    assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-6
+
+
 def test_one_sequence_that_does_not_fit_ends_the_run_with_a_remedy():
     policy, rollout = make_policy("qwen3"), fixed_rollout()
     assert policy.packs

@@ -70,11 +70,12 @@ def wake_adapters(policy: Policy) -> None:
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Raises at the nth matrix product, or at every forward of more tokens than there is memory for."""
+    """Raises at the nth matrix product, at some forwards by number, or at each of more tokens than there is memory for."""
 
-    def __init__(self, nth=None, tokens=10**9):
+    def __init__(self, nth=None, tokens=10**9, forwards=()):
         super().__init__()
-        self.nth, self.tokens, self.calls = nth, tokens, 0
+        self.nth, self.tokens, self.failing = nth, tokens, forwards
+        self.calls = self.forwards = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         out = function(*arguments, **(keywords or {}))
@@ -82,6 +83,8 @@ class OutOfMemory(TorchDispatchMode):
             self.calls += 1
             if self.calls == self.nth:
                 raise torch.OutOfMemoryError("injected")
-        if function.overloadpacket is torch.ops.aten.embedding and out.shape[:-1].numel() > self.tokens:
-            raise torch.OutOfMemoryError("injected")
+        if function.overloadpacket is torch.ops.aten.embedding:
+            self.forwards += 1
+            if out.shape[:-1].numel() > self.tokens or self.forwards in self.failing:
+                raise torch.OutOfMemoryError("injected")
         return out
