@@ -285,7 +285,7 @@ def _step_tokens(config: GRPOConfig) -> int:
 
 
 def _in_words(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return f"{size / 10**9:.3f} GB"
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
 
 
 def as_text(found: Plan) -> str:
-    """A table for people, and what the plan chose."""
+    """A table for people, in GB of 10^9 bytes, as budgets are written; and what the plan chose."""
     peaks = found.forecast.peaks()
     lines = [f"{'resident throughout':<34}{_in_words(sum(found.forecast.resident.values())):>12}"]
     lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in found.forecast.resident.items()]
@@ -308,7 +308,7 @@ def as_text(found: Plan) -> str:
         lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in parts.items()]
     lines.append("")
     lines += found.assumptions
-    lines.append(f"Predicted peak: {found.forecast.peak() / 10**9:.2f} GB, in the {found.forecast.largest_phase()}.")
+    lines.append(f"Predicted peak: {_in_words(found.forecast.peak())}, in the {found.forecast.largest_phase()}.")
     lines += [f"Set {change.name}={change.value}: {change.reason}." for change in found.changes]
     if found.budget is not None:
         within = "This fits" if found.remedy is None else "This does not fit"

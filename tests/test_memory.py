@@ -337,6 +337,20 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     assert printed["peaks"]["update"] == sum(printed["resident"].values()) + sum(printed["phases"]["update"].values())
 
 
+def test_the_table_is_in_gb_as_the_budget_is():
+    forecast = memory.Forecast({"weights": 1_500_000_000, "adapters": 2_000_000}, {"update": {"head": 2**28}})
+    assert memory.as_text(memory.Plan(GRPOConfig(), forecast, 2 * 10**9, [], 512, [])).splitlines() == [
+        "resident throughout                   1.502 GB",
+        "  weights                             1.500 GB",
+        "  adapters                            0.002 GB",
+        "at the peak of the update             1.770 GB",
+        "  head                                0.268 GB",
+        "",
+        "Predicted peak: 1.770 GB, in the update.",
+        "This fits 2 GB.",
+    ]
+
+
 def test_a_file_for_training_can_be_planned(tmp_path, capsys):
     SHAPES["qwen3, untied"].save_pretrained(tmp_path / "model")
     path = tmp_path / "run.yaml"
