@@ -1,5 +1,6 @@
 """Sequences to micro-batches under a token budget: without padding, and a prompt once for its whole group."""
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -168,6 +169,31 @@ def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
         tokens, keys = room[place]
         room[place] = tokens - piece.tokens, keys - piece.keys
     return bins
+
+
+def fills_one(
+    prompt: int, completion: int, *, prompts: int, num_generations: int, token_budget: int
+) -> list[int] | None:
+    """The completions' lengths, group after group, of a step that fills one micro-batch and has it cost the most.
+
+    Every group has one completion of full length and others of one length, the longest with which all still fit: so
+    attention has keys and filling for many tails, and masks of several widths. None where not even one group fits.
+    """
+
+    def step(groups: int, others: int) -> list[int]:
+        return [completion, *[others] * (num_generations - 1)] * groups
+
+    def fit(groups: int, others: int) -> bool:
+        completions = [[0] * length for length in step(groups, others)]
+        asked = [[0] * prompt] * groups
+        pieces = _pieces(range(len(completions)), asked, completions, num_generations, token_budget)
+        filled = _bins(pieces, token_budget)
+        return len(filled) == 1 and sum(piece.tokens for piece in filled[0]) <= token_budget
+
+    groups = bisect(range(1, prompts + 1), False, key=lambda groups: not fit(groups, 1))
+    if not groups:
+        return None
+    return step(groups, bisect(range(1, completion + 1), False, key=lambda others: not fit(groups, others)))
 
 
 def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:

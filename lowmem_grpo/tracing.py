@@ -10,7 +10,7 @@ import json
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from itertools import accumulate
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from lowmem_grpo.attention import UnknownAttention, in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.weights import dense_bytes
-from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.packing import MicroBatch, fills_one, pack
 from lowmem_grpo.policy import Policy, add_adapter, equip
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
@@ -95,13 +95,13 @@ class Traced:
 def trace(key: Key, config: GRPOConfig) -> Traced:
     """Raises ValueError where a model cannot be run without memory."""
     # Only what the activations depend on, so that trying other settings costs nothing.
-    fields = (
+    names = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
         "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code "
         "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation kl_in_reward "
         "replay_buffer_size"
     )
-    return _traced(key, tuple((name, getattr(config, name)) for name in fields.split()))
+    return _traced(key, tuple((name, getattr(config, name)) for name in names.split()))
 
 
 @cache
@@ -148,13 +148,19 @@ def _why_padded(whole: PeftModel, config: GRPOConfig) -> str | None:
 
 
 def run_layers(whole: PeftModel, config: GRPOConfig) -> Ran:
+    """What all layers take at most, whichever of the largest steps it is."""
+    found = [_run_layers(whole, config, lengths) for lengths in largest_steps(config)]
+    return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
+
+
+def _run_layers(whole: PeftModel, config: GRPOConfig, lengths: list[int]) -> Ran:
     """What all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
     kinds = _kinds(whole)
 
     @cache
     def run(*chosen: int) -> Ran:
         with fake_policy(whole, chosen, config) as policy:
-            return run_few(policy, config)
+            return run_few(policy, config, lengths)
 
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
         return run(*range(len(kinds)))
@@ -261,13 +267,16 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     return adapted
 
 
-def run_few(policy: Policy, config: GRPOConfig) -> Ran:
+def run_few(policy: Policy, config: GRPOConfig, lengths: list[int]) -> Ran:
+    """Of the first micro-batch of a step whose completions have these lengths."""
     prompt = prompt_tokens(config)
-    batch = _largest_micro_batch(policy, config)
+    batch = _first_micro_batch(config, lengths, policy.device)
     kept, peak = _activations(policy, batch, config.has_entropy_bonus)
-    inference = _inference(policy, batch) if config.beta or config.has_old_pass else 0
+    masks = _more_masks(batch)
+    inference = _inference(policy, batch) + masks if config.beta or config.has_old_pass else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
-    return Ran(kept, peak, inference, _inference(policy, _prompts(policy, prompt, count, config.padding_free)))
+    prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
+    return Ran(kept + masks, peak + masks, inference, prefill)
 
 
 def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
@@ -276,24 +285,53 @@ def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> Mic
     return batch
 
 
-def _largest_micro_batch(policy: Policy, config: GRPOConfig) -> MicroBatch:
-    """As the trainer packs a step: of completions of full length, or of shorter ones that fill the budget better."""
-    prompt = prompt_tokens(config)
+def largest_steps(config: GRPOConfig) -> list[list[int]]:
+    """The lengths of the completions of steps, one of which has the micro-batch that takes the most memory.
+
+    Of even lengths, full ones or shorter ones that fill the budget better; and where rows are packed, of uneven ones.
+    Not counted is what attention alone fills up where a step has mostly short texts: up to 31 tokens each.
+    """
+    completions, completion = config.prompts_per_step * config.num_generations, config.max_completion_length
+    rows = math.ceil(config.token_budget / (prompt_tokens(config) + completion))  # more than fit at full length
+    filling = config.token_budget // rows - prompt_tokens(config)
     found = [
-        next(
-            pack(
-                [[0] * prompt] * config.prompts_per_step,
-                [[0] * length] * (config.prompts_per_step * config.num_generations),
-                token_budget=config.token_budget,
-                pad_token_id=0,
-                device=policy.device,
-                num_generations=config.num_generations,
-                padding_free=config.padding_free,
-            )
-        )
-        for length in {max(1, config.max_completion_length // part) for part in (1, 2, 4, 8)}
+        [length] * completions for length in {*(completion // part for part in (1, 2, 4, 8)), filling} if length > 0
     ]
-    return max(found, key=lambda batch: batch.input_ids.numel())
+    cpu = torch.device("cpu")
+    steps = [max(found, key=lambda lengths: _first_micro_batch(config, lengths, cpu).input_ids.numel())]
+    if config.padding_free:
+        uneven = fills_one(
+            prompt_tokens(config), completion, prompts=config.prompts_per_step,
+            num_generations=config.num_generations, token_budget=config.token_budget,
+        )  # fmt: skip
+        steps += [uneven] if uneven and uneven not in steps else []
+    return steps
+
+
+def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.device) -> MicroBatch:
+    """The largest, as the trainer packs a step."""
+    return next(
+        pack(
+            [[0] * prompt_tokens(config)] * (len(lengths) // config.num_generations),
+            [[0] * length for length in lengths],
+            token_budget=config.token_budget,
+            pad_token_id=0,
+            device=device,
+            num_generations=config.num_generations,
+            padding_free=config.padding_free,
+        )
+    )
+
+
+def _more_masks(batch: MicroBatch) -> int:
+    """Bytes of attention's masks that there are besides where no two groups' lengths are the same."""
+    if batch.packing is None:
+        return 0
+    groups = {
+        (block.tails.shape[2], block.prompts.shape[1] + block.tails.shape[2]): block.prompts.shape[0]
+        for block in batch.packing.blocks
+    }
+    return sum((groups[shape[:2]] - 1) * mask.nbytes for shape, mask in batch.packing.masks.items())
 
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
