@@ -101,7 +101,9 @@ def sample_tokens(
         reached = share.cumsum(-1)
         threshold = uniforms[rows, None] * reached[:, -1:]
         chosen = torch.searchsorted(reached, threshold, right=True)
-        tokens[rows] = torch.minimum(chosen, _last_positive(share))[:, 0]
+        if chosen.is_cuda or (chosen == logits.shape[1]).any():  # a GPU would be waited for; the rest is rare
+            chosen = torch.minimum(chosen, _last_positive(share))
+        tokens[rows] = chosen[:, 0]
         # Not by logsumexp: more than one thread would add up a row that is alone in another order.
         logprobs[rows] = score.gather(1, tokens[rows, None])[:, 0] - reached[:, -1].log()
     return tokens, logprobs
