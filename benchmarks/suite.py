@@ -175,7 +175,7 @@ def is_done(document: dict[str, Any] | None) -> bool:
 
 def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
     """Runs the parts and saves after each; returns what went wrong."""
-    found, begun, wrong = read(path), time.monotonic(), []
+    begun, wrong = time.monotonic(), []
     for count, name in enumerate(names):
         left = None if allowed_s is None else allowed_s - (time.monotonic() - begun)
         if left is not None and count and left < LEAST_S:
@@ -189,6 +189,7 @@ def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: flo
         wrong += [f"{name}{fault}" for fault in faults(document)]
         if failed:
             document = {**(document or {}), "incomplete": failed, "had_all": not count and OUT_OF_TIME in failed}
+        found = read(path)  # anew: another suite may have written to it meanwhile
         found["parts"][name] = document
         measure.save(found, path)
     else:
