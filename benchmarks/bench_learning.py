@@ -58,28 +58,34 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
 def tables(found: dict[str, Any]) -> str:
     """What the document says, for people: a row an implementation, medians over the seeds that ran."""
     header = [
-        "implementation", "accuracy at the end", f"steps to {TARGET:.0%}", "step, CPU-ms",
-        "rollout / reference / update, ms", "peak above the model, MiB",
+        "implementation", "accuracy at the end", f"steps to {TARGET:.0%}", f"samples to {TARGET:.0%}",
+        f"CPU-s to {TARGET:.0%}", "step, CPU-ms", "rollout / reference / update, ms", "peak above the model, MiB",
     ]  # fmt: skip
-    rows = []
+    sampled, rows = recipe("", 0), []
     for name, runs in found["results"].items():
         good = [run for run in runs if "failed" not in run]
         if not good:
             rows.append([name, runs[0]["failed"][:40], *[""] * (len(header) - 2)])
             continue
         reached = [steps_to(run["evaluations"], TARGET) for run in good]
+        samples = [steps and steps * sampled.prompts_per_step * sampled.num_generations for steps in reached]
+        seconds = [steps and steps * run["step_s"] for steps, run in zip(reached, good, strict=True)]
         phases = [_median(run["phases_s"][phase] for run in good) for phase in ("rollout", "reference", "update")]
         rows.append(
             [
                 name,
                 ", ".join(f"{run['evaluations'][-1][1]:.2f}" for run in good),
-                ", ".join("never" if steps is None else f"{steps:.0f}" for steps in reached),
+                _each(reached), _each(samples), _each(seconds, ".1f"),
                 f"{1e3 * _median(run['step_s'] for run in good):.0f}",
                 " / ".join(f"{1e3 * phase:.0f}" for phase in phases),
                 f"{_median(run['peak_mib'] for run in good):.0f}",
             ]
-        )
+        )  # fmt: skip
     return measure.markdown_table(header, rows)
+
+
+def _each(values: list[float | None], form: str = ".0f") -> str:
+    return ", ".join("never" if value is None else format(value, form) for value in values)
 
 
 def _median(values) -> float:

@@ -104,7 +104,7 @@ def draw_memory(scaling: dict[str, Any], context: dict[str, Any] | None) -> Any:
             title="Predicted, not measured yet: lowmem_grpo on a GPU,\na step of 8 x 8 completions, prompts of 512",
             xlabel="max_completion_length", ylabel="peak with CUDA, GB", ylim=(0, None),
         )  # fmt: skip
-        right.set_xscale("log", base=2)
+        _powers_of_two(right, context["lengths"])
         right.legend(fontsize=8)
     return figure
 
@@ -128,10 +128,15 @@ def _lines(axis: Any, sweep: dict[str, Any], key: str, unit: float) -> None:
         points = [(n, one[key] / unit) for n, one in zip(sweep["sizes"], results, strict=True) if key in one]
         failed = next((f"{name}, then {one['reason']}" for one in results if "reason" in one), name)
         axis.plot([n for n, _ in points], [y for _, y in points], marker=".", label=failed)
-    axis.set_xscale("log", base=2)
+    _powers_of_two(axis, sweep["sizes"])
     axis.set(xlabel=sweep["varied"], yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+
+
+def _powers_of_two(axis: Any, sizes: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
 
 
 def _rest(sweep: dict[str, Any]) -> str:
