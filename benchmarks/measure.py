@@ -185,8 +185,7 @@ def _measure_in_child(build: Build, sender: Connection, limit_bytes: int | None)
 def _once_resident(build: Build, limit_bytes: int | None) -> Once:
     build(small=True)()  # threads, libraries and whatever else is there only once
     run = build(small=False)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide as much of the growth
+    give_back_free_memory()
     before = _status_bytes("VmRSS")
     if limit_bytes:
         import resource  # of Unix
@@ -195,6 +194,14 @@ def _once_resident(build: Build, limit_bytes: int | None) -> Once:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS: man 5 proc
     seconds = _seconds(lambda turn: run(), 0, torch.device("cpu"))
     return Once(_status_bytes("VmHWM") - before, seconds)
+
+
+def give_back_free_memory() -> None:
+    """To the system: freed memory that the process still holds would hide as much of what it takes next."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim:
+        trim(0)
 
 
 def peak_allocated(run: Run, device: torch.device) -> int:

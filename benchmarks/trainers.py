@@ -68,6 +68,7 @@ class Watch:
     def start(self, model: Any) -> None:
         """The model is loaded, and the first step is about to begin."""
         self.evaluate(0, model)
+        measure.give_back_free_memory()
         reset_peak(self.job.device)
         self.loaded_bytes = (
             torch.cuda.memory_allocated() if self.job.device.type == "cuda" else peak_bytes(self.job.device)
