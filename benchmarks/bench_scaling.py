@@ -85,6 +85,8 @@ def their_trainer(folder: str, device: str, checkpointing: bool = True) -> Any:
     config = settings(Work(1, 1, 2, 0), device)
     job = Job(folder, [{"prompt": "a"}] * 4, [lambda completions, **_: [0.0] * len(completions)], config)
     trainer = trl_trainer(job, checkpointing, "sdpa")
+    if checkpointing:  # which Trainer.train() would switch on
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -233,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     shape, all_sweeps = ("tiny", QUICK) if given.quick else (given.shape, SWEEPS)
     limit = int(given.memory_limit * 10**9) if given.memory_limit else int(0.6 * psutil.virtual_memory().available)
     if given.device == "cpu":
-        measure.preload(__name__, "trl", "bitsandbytes", "liger_kernel.chunked_loss")
+        # By its name: as a program, __name__ is another.
+        measure.preload("lowmem_grpo.benchmarks.bench_scaling", "trl", "bitsandbytes", "liger_kernel.chunked_loss")
     sweeps = []
     with tempfile.TemporaryDirectory() as root:
 
