@@ -207,10 +207,10 @@ def tiny_folder(tmp_path_factory) -> str:
 def test_every_implementation_of_the_scaling_has_the_same_gradient(tiny_folder):
     pytest.importorskip("trl")
     work = bench_scaling.Work(16, 24, 4, 4096)
-    sides = (
-        bench_scaling.our_policy(tiny_folder, "cpu").trainable_parameters(),
-        bench_scaling.adapters(bench_scaling.their_trainer(tiny_folder, "cpu")),
-    )
+    policy, trainer = bench_scaling.our_policy(tiny_folder, "cpu"), bench_scaling.their_trainer(tiny_folder, "cpu")
+    layers = [*policy.decoder.layers, *trainer.model.get_base_model().model.layers]
+    assert all(layer.gradient_checkpointing and layer.training for layer in layers), "both recompute activations"
+    sides = policy.trainable_parameters(), bench_scaling.adapters(trainer)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sides[0].items():  # TRL's adapters are in bf16
