@@ -93,7 +93,8 @@ def cell(result: dict[str, Any]) -> str:
     if "reason" in measured:
         return f"{text}; measured: {measured['reason']}"
     peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + memory.CONTEXT_BYTES
-    return f"{text}; measured {peak / 10**9:.1f}"
+    again = "" if not measured["memory/out_of_memory"] else ", after an out-of-memory"
+    return f"{text}; measured {peak / 10**9:.1f}{again}"
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def run_one(name: str, seed: int, steps: int) -> dict[str, Any]:
         config = replace(recipe(folder, seed), max_steps=steps, save_steps=10**6)
         rewards = [task.answer_reward, task.tag_format_reward]
         evaluate = partial(accuracy, AutoTokenizer.from_pretrained(str(MODEL)))
-        return train_with(name, Job(str(MODEL), task.rows(task.splits()[0]), rewards, config, evaluate))
+        return train_with(name, Job(str(MODEL), task.rows(task.splits()[0]), rewards, config, 32, evaluate))
 
 
 def steps_to(curve: list[list[float]], target: float) -> float | None:
@@ -70,15 +71,15 @@ def tables(found: dict[str, Any]) -> str:
         reached = [steps_to(run["evaluations"], TARGET) for run in good]
         samples = [steps and steps * sampled.prompts_per_step * sampled.num_generations for steps in reached]
         seconds = [steps and steps * run["step_s"] for steps, run in zip(reached, good, strict=True)]
-        phases = [_median(run["phases_s"][phase] for run in good) for phase in ("rollout", "reference", "update")]
+        phases = [median(run["phases_s"][phase] for run in good) for phase in ("rollout", "reference", "update")]
         rows.append(
             [
                 name,
                 ", ".join(f"{run['evaluations'][-1][1]:.2f}" for run in good),
                 _each(reached), _each(samples), _each(seconds, ".1f"),
-                f"{1e3 * _median(run['step_s'] for run in good):.0f}",
+                f"{1e3 * median(run['step_s'] for run in good):.0f}",
                 " / ".join(f"{1e3 * phase:.0f}" for phase in phases),
-                f"{_median(run['peak_mib'] for run in good):.0f}",
+                f"{median(run['peak_mib'] for run in good):.0f}",
             ]
         )  # fmt: skip
     return measure.markdown_table(header, rows)
@@ -86,11 +87,6 @@ def tables(found: dict[str, Any]) -> str:
 
 def _each(values: list[float | None], form: str = ".0f") -> str:
     return ", ".join("never" if value is None else format(value, form) for value in values)
-
-
-def _median(values) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -83,7 +83,7 @@ def our_policy(folder: str, device: str) -> Policy:
 def their_trainer(folder: str, device: str, checkpointing: bool = True) -> Any:
     """TRL's trainer with its model; the lengths of its configuration do not matter to a loss."""
     config = settings(Work(1, 1, 2, 0), device)
-    job = Job(folder, [{"prompt": "a"}] * 4, [lambda completions, **_: [0.0] * len(completions)], config)
+    job = Job(folder, [{"prompt": "a"}] * 4, [lambda completions, **_: [0.0] * len(completions)], config, 1)
     trainer = trl_trainer(job, checkpointing, "sdpa")
     if checkpointing:  # which Trainer.train() would switch on
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -156,7 +156,7 @@ OURS = "lowmem_grpo"
 IMPLEMENTATIONS: dict[str, Callable[[str, str, Work], Parameters]] = {
     OURS: ours, "TRL": trl, "Liger": liger, "full logits": full_logits,
 }  # fmt: skip
-NEEDS = {"TRL": "trl", "Liger": "liger_kernel.chunked_loss", "full logits": "trl"}
+NEEDS = {OURS: [], "TRL": ["trl"], "Liger": ["trl", "liger_kernel"], "full logits": ["trl"]}  # whose model they train
 
 
 def build(name: str, folder: str, device: str, work: Work, small: bool) -> measure.Run:
@@ -174,9 +174,10 @@ def measure_row(
 ) -> list[Once | Failed]:
     """One implementation at rising sizes; after one that is out of memory the next are not tried."""
     found: list[Once | Failed] = []
+    lacking = [package for package in NEEDS[name] if measure.missing(package)]
     for work in works:
-        if measure.missing(NEEDS.get(name, "torch")) or (measure.missing("trl") and name != OURS):
-            found.append(Failed("not installed"))
+        if lacking:
+            found.append(Failed(f"not installed: {', '.join(lacking)}"))
         elif found and isinstance(found[-1], Failed):
             found.append(Failed(f"not tried: {found[-1].reason}".replace("not tried: not tried", "not tried")))
         else:

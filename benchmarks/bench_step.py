@@ -38,7 +38,7 @@ def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
         for _ in range(given.prompts * given.steps)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(given.model) if given.model else Path(folder, "model")
+        model = Path(given.model or folder + "/model")
         if not model.exists():
             make_random_model(given.shape, None, model)
         cuda = torch.cuda.is_available()
@@ -48,7 +48,7 @@ def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
             max_prompt_length=given.prompt_length, beta=0.04, save_steps=10**6, gradient_checkpointing=cuda,
             model_init_kwargs=None if cuda else {"attn_implementation": "eager"},
         )  # fmt: skip
-        return train_with(name, Job(str(model), rows, [id_reward], config))
+        return train_with(name, Job(str(model), rows, [id_reward], config, given.prompt_length))
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -91,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     work = ("shape", "prompts", "num_generations", "prompt_length", "max_completion_length", "steps")
     with tempfile.TemporaryDirectory() as folder:  # one model for all
         arguments = [f"--{name}={getattr(given, name)}" for name in work]
-        arguments.append(f"--model={given.model or Path(folder, 'model')}")
+        model = Path(given.model or folder + "/model")
+        if not model.exists():  # in none of the processes that are measured
+            make_random_model(given.shape, None, model)
+        arguments.append(f"--model={model}")
         results = in_turns("lowmem_grpo.benchmarks.bench_step", given.only, [arguments])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     done = {name: getattr(given, name) for name in work}

@@ -25,7 +25,7 @@ from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Rollout
 from lowmem_grpo.update import backward
 
-# How a step's completions become micro-batches; "padded" in one, as a trainer's default of 8 a device has it.
+# How a step's completions become micro-batches; "padded" in one.
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "packed, prompt shared": {},
     "padded rows": {"padding_free": False},
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
-        measure.preload(__name__)
+        measure.preload("lowmem_grpo.benchmarks.bench_update")  # as a program, __name__ is another
     lengths = (16, 8) if arguments.quick else (arguments.prompt_length, arguments.completion_length)
     work = Work(
         arguments.shape, arguments.prompts, arguments.num_generations, *lengths, arguments.uneven,

@@ -71,7 +71,9 @@ def attempt(run: Callable):
         return run()
     except Exception as error:
         print(f"{type(error).__name__}: {str(error).strip()[:300]}", file=sys.stderr)
-        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+            words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+        )
         failed = Failed(OUT_OF_MEMORY if no_memory else type(error).__name__)
     # Only here is the error gone, and with it the frames that hold the tensors.
     gc.collect()
@@ -163,8 +165,15 @@ def once(build: Build, device: torch.device, limit_bytes: int | None = None) -> 
         found = None
     child.join()
     if found is None:  # killed by the kernel, which is out of memory, or never begun
-        found = Failed(OUT_OF_MEMORY if child.exitcode == -signal.SIGKILL else "its process did not start")
+        found = Failed(ended_by(child.exitcode))
     return found
+
+
+def ended_by(status: int | None) -> str:
+    """Why a process left no result. The kernel kills what is out of memory; C++ that gets none aborts."""
+    if status in (-signal.SIGKILL, -signal.SIGABRT):
+        return OUT_OF_MEMORY
+    return f"ended with status {status}"
 
 
 def _once_on_cuda(build: Build, device: torch.device) -> Once:
@@ -199,9 +208,8 @@ def _once_resident(build: Build, limit_bytes: int | None) -> Once:
 def give_back_free_memory() -> None:
     """To the system: freed memory that the process still holds would hide as much of what it takes next."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim:
-        trim(0)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_allocated(run: Run, device: torch.device) -> int:
@@ -278,8 +286,9 @@ def commit() -> str | None:
 
 def document(module: str, argv: Sequence[str] | None, device: torch.device, **found: Any) -> dict[str, Any]:
     """The results of a benchmark, and what they depend on: command (but for its output), machine, commit, versions."""
-    words = ["python", "-m", f"lowmem_grpo.benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)]
-    command = re.sub(r" --output[ =]('[^']*'|\S+)", "", shlex.join(words))  # a place of this machine
+    words = iter(sys.argv[1:] if argv is None else argv)
+    kept = [word for word in words if not word.startswith("--output=") and not (word == "--output" and next(words))]
+    command = shlex.join(["python", "-m", f"lowmem_grpo.benchmarks.{module}", *kept])
     return plain(
         {
             "benchmark": module, "command": command, "date": time.strftime("%Y-%m-%d"),

@@ -29,7 +29,10 @@ def caption(document: dict[str, Any]) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     shown = ("torch", "transformers", "trl", "liger-kernel")
     used = ", ".join(f"{name} {versions[name]}" for name in shown if versions[name])
-    return f"`{document['command']}` on {where}, {document['date']}, commit {str(document['commit'])[:7]}, {used}."
+    commit = document["commit"] or "none (installed)"
+    short = re.sub(r"^([0-9a-f]{7})[0-9a-f]*", r"\1", commit)
+    partial = f" Incomplete: {document['incomplete']}." if "incomplete" in document else ""
+    return f"`{document['command']}` on {where}, {document['date']}, commit {short}, {used}.{partial}"
 
 
 def fill(readme: str, results: Path) -> str:
@@ -43,6 +46,8 @@ def fill(readme: str, results: Path) -> str:
         if match["part"] not in known:
             raise ValueError(f"{match['file']} has no part {match['part']}; it has {', '.join(known)}")
         document = known[match["part"]]
+        if "benchmark" not in document:
+            raise ValueError(f"{match['part']} of {match['file']} has no result: {document['incomplete']}")
         return f"{match[1]}\n{tables(document)}\n\n{caption(document)}\n\n{match[4]}"
 
     return PLACE.sub(made, readme)
@@ -101,7 +106,7 @@ def draw_memory(scaling: dict[str, Any], context: dict[str, Any] | None) -> Any:
             right.axhline(card, color="grey", linewidth=0.5)
             right.annotate(f"{card} GB", (context["lengths"][0], card), fontsize=7, color="grey", va="bottom")
         right.set(
-            title="Predicted, not measured yet: lowmem_grpo on a GPU,\na step of 8 x 8 completions, prompts of 512",
+            title="Predicted, not measured: lowmem_grpo on a GPU,\na step of 8 x 8 completions, prompts of 512",
             xlabel="max_completion_length", ylabel="peak with CUDA, GB", ylim=(0, None),
         )  # fmt: skip
         _powers_of_two(right, context["lengths"])
@@ -126,8 +131,9 @@ def draw_scaling(scaling: list[dict[str, Any]]) -> Any:
 def _lines(axis: Any, sweep: dict[str, Any], key: str, unit: float) -> None:
     for name, results in sweep["results"].items():
         points = [(n, one[key] / unit) for n, one in zip(sweep["sizes"], results, strict=True) if key in one]
-        failed = next((f"{name}, then {one['reason']}" for one in results if "reason" in one), name)
-        axis.plot([n for n, _ in points], [y for _, y in points], marker=".", label=failed)
+        failed = [one["reason"] for one in results if "reason" in one]
+        label = f"{name}{', then' if points else ':'} {failed[0]}" if failed else name
+        axis.plot([n for n, _ in points], [y for _, y in points], marker=".", label=label)
     _powers_of_two(axis, sweep["sizes"])
     axis.set(xlabel=sweep["varied"], yscale="log")
     axis.grid(alpha=0.3)

@@ -56,7 +56,7 @@ CUDA = {
     "rollout-qwen2.5-1.5b": Part("bench_rollout", "--shape qwen2.5-1.5b --prompts 8 --max_completion_length 256"),
     "budgets-qwen2.5-1.5b": Part("bench_budgets", "--shape qwen2.5-1.5b --vram_budget 6GB --vram_budget 8GB"),
     "budgets-qwen2.5-7b": Part("bench_budgets", "--shape qwen2.5-7b --vram_budget 8GB --vram_budget 12GB"),
-    "scaling-length": Part("bench_scaling", "--shape qwen2.5-1.5b --sweep max_completion_length --longest 8192"),
+    "scaling-length": Part("bench_scaling", "--shape qwen2.5-1.5b --sweep max_completion_length"),
     "update-qwen2.5-1.5b": Part("bench_update", "--shape qwen2.5-1.5b --prompts 4 --checkpointing"),
     "step-qwen2.5-7b": Part(
         "bench_step",
@@ -72,6 +72,8 @@ CUDA = {
     "budgets-qwen2.5-14b": Part("bench_budgets", "--shape qwen2.5-14b --vram_budget 12GB --vram_budget 24GB"),
     "scaling-rest": Part("bench_scaling", "--shape qwen2.5-0.5b --sweep num_generations vocabulary"),
     "context": Part("bench_context"),
+    "learning": Part("bench_learning"),  # on the CPU
+    "sampling_error": Part("sampling_error"),
 }
 # Only whether everything runs: ours and TRL alone where each would be a process of its own.
 QUICK = {
@@ -96,6 +98,8 @@ TINY = {
     "bench_scaling": "--quick --only lowmem_grpo TRL",
     "bench_budgets": "--max_completion_length 32",
     "bench_context": "--shape tiny --max_completion_length 32",
+    "bench_learning": "--quick --only lowmem_grpo TRL",
+    "sampling_error": "--prompts 2 --num_generations 2",
 }
 OUT_OF_TIME = "out of time"
 LEAST_S = 60  # a part is not begun with less time than this
@@ -130,6 +134,7 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
         output = Path(folder, "result.json")
         command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *part.arguments.split()]
         process = subprocess.Popen([*command, f"--output={output}"], start_new_session=True)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             status = process.wait(allowed_s)
             wrong = f"exit status {status}" if status else ""
@@ -139,6 +144,8 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             wrong = f"{OUT_OF_TIME} after {allowed_s:.0f} s"
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return json.loads(output.read_text()) if output.exists() else None, wrong
 
 
@@ -149,6 +156,8 @@ def faults(document: Any, where: str = "") -> Iterator[str]:
     entries = list(document.items() if isinstance(document, dict) else enumerate(document))
     for key, value in entries:
         place = f"{where}/{key}"
+        if key == "plan":  # whose reasons are no failures
+            continue
         if key in ("failed", "reason") and isinstance(value, str) and "not installed" not in value:
             if measure.OUT_OF_MEMORY not in value:
                 yield f"{place}: {value}"
@@ -156,21 +165,23 @@ def faults(document: Any, where: str = "") -> Iterator[str]:
             yield f"{place}: {value}"
         yield from faults(value, place)
     for name in TIMES:
-        times = [time for _, value in entries for time in _times(value, name)]
+        times = [time for _, value in entries for time in _times(value, name)] if isinstance(document, dict) else []
         if times and not 0 < max(times) <= FARTHEST * min(times):
             yield f"{where}: {name} between {min(times):.2g} and {max(times):.2g}"
 
 
 def _times(result: Any, name: str) -> list[float]:
-    """Of one implementation: its median, or those of its runs."""
-    runs = result if isinstance(result, list) else [result]
+    """Of one implementation: its median, or that of its first run."""
+    runs = result[:1] if isinstance(result, list) else [result]  # the sizes of a sweep are no repetitions
     found = [run[name] for run in runs if isinstance(run, dict) and name in run]
     return [value.get("median", math.nan) if isinstance(value, dict) else value for value in found]
 
 
-def is_done(document: dict[str, Any] | None) -> bool:
-    """A part that had the whole time and did not end is not tried again."""
-    return document is not None and ("incomplete" not in document or document.get("had_all", False))
+def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
+    """Whether a part is not to be run again: it ended, or did not within the time that there is, or more."""
+    if document is None or "incomplete" not in document:
+        return document is not None
+    return allowed_s is not None and allowed_s <= document.get("had_s", 0.0)
 
 
 def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
@@ -188,21 +199,55 @@ def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: flo
         wrong += [f"{name}: {failed}"] if failed else []
         wrong += [f"{name}{fault}" for fault in faults(document)]
         if failed:
-            document = {**(document or {}), "incomplete": failed, "had_all": not count and OUT_OF_TIME in failed}
+            had_s = left if OUT_OF_TIME in failed else 0.0
+            document = {**(document or {}), "incomplete": failed, "had_s": had_s}
         found = read(path)  # anew: another suite may have written to it meanwhile
         found["parts"][name] = document
         measure.save(found, path)
     else:
-        print("\nall done", flush=True)
+        lost = [name for name, document in read(path)["parts"].items() if "incomplete" in document]
+        print("\nall done" + (f", but incomplete: {', '.join(lost)}" if lost else ""), flush=True)
     return wrong
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    """Raises ValueError where the file is not a suite's."""
+    if not path.exists():
+        return {"parts": {}}
+    try:
+        found = json.loads(path.read_text())
+        assert isinstance(found["parts"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(f"{path} is not a file of this suite; move it away, or choose another --output_dir") from None
+    return found
+
+
+def of_name(name: str, known: dict[str, Part]) -> list[str]:
+    """The part of that name, or all that begin with it and a hyphen."""
+    found = [part for part in known if part == name or part.startswith(f"{name}-")]
+    if not found:
+        raise ValueError(f"no part {name}; there are {', '.join(known)}")
+    return found
+
+
+def chosen_file(given: argparse.Namespace, known: dict[str, Part]) -> Path:
+    """That of --file; or this machine's newest that lacks a part; or a new one, of today. Raises ValueError."""
+    try:
+        given.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=given.output_dir).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {given.output_dir} cannot be written to ({error.strerror})") from None
+    if given.file:
+        return given.output_dir / given.file
+    today = ("quick-" if given.quick else "dry-run-" if given.dry_run else "") + file_name()
+    begun = sorted(given.output_dir.glob(f"{today[: -len('YYYY-MM-DD.json')]}[0-9]*.json"))
+    if begun and not known.keys() <= read(begun[-1])["parts"].keys():
+        return begun[-1]
+    return given.output_dir / today
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 where a part failed or found what cannot be."""
+    """Exit status 1 where a part failed or found what cannot be, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="lowmem-grpo bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts to run; all by default, see --list")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run? Under three minutes")
@@ -214,20 +259,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the parts for this machine, and which are done")
     given = parser.parse_args(argv)
     known = parts(given.quick, given.dry_run)
-    unknown = [name for name in given.names if name not in known]
-    if unknown:
-        print(f"lowmem-grpo bench: no part {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+    try:
+        asked = [part for name in given.names for part in of_name(name, known)] or list(known)
+        path = chosen_file(given, known)
+        stored = read(path)["parts"]
+    except ValueError as error:
+        print(f"lowmem-grpo bench: {error}", file=sys.stderr)
         return 2
-    prefix = "quick-" if given.quick else "dry-run-" if given.dry_run else ""
-    path = given.output_dir / (given.file or prefix + file_name())
-    done = [name for name, document in read(path)["parts"].items() if is_done(document)]
+    done = [name for name in known if is_done(stored.get(name), given.allowed_s)]
     if given.list:
         print("\n".join(f"{name}{'  (done)' if name in done else ''}" for name in known))
         return 0
-    skipped = [name for name in given.names or known if name in done and not given.again]
-    if skipped:
-        print(f"in {path} already, --again runs them again: {', '.join(skipped)}")
-    wrong = run_all([name for name in given.names or known if name not in skipped], known, path, given.allowed_s)
+    again = given.again or given.quick
+    if not again and set(asked) & set(done):
+        print(f"in {path} already, --again runs them again: {', '.join(name for name in asked if name in done)}")
+    wrong = run_all([name for name in asked if again or name not in done], known, path, given.allowed_s)
     pictures = report.draw_all(read(path), path.with_suffix(""))
     print(f"\nresults   {path}", *(f"picture   {picture}" for picture in pictures), sep="\n")
     print(*(f"wrong     {fault}" for fault in wrong), sep="\n", end="\n" if wrong else "", file=sys.stderr)

@@ -1,11 +1,14 @@
 """One training run each of lowmem_grpo and of TRL's GRPOTrainer, on the same model, data and hyper-parameters, watched.
 
 bitsandbytes' in-place repacking of weights on AVX512-BF16 CPUs, which spoils training after a rollout, is off for both.
-Times are CPU time of all threads, on CUDA the clock after it has finished; memory is the peak above the loaded model.
+Times are CPU time of all threads, on CUDA the clock after it has finished. Memory is the peak of the steps above the
+loaded model; the trial of a longest micro-batch, by which ours begins on CUDA, is not counted. Rewards are in ours'
+rollout and in TRL's reference; the optimizer's step is in ours' update, and of TRL's in the whole step alone.
 """
 
 import importlib
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -37,11 +40,20 @@ class Job:
     """What both train."""
 
     model: str  # folder
-    rows: list[dict]
+    data: list[dict]
     rewards: list[Callable]
     config: GRPOConfig
+    prompt_length: int  # tokens of the longest prompt
     evaluate: Callable[[Any], float] | None = None  # of the model that generates, every `every` steps
     every: int = 5
+
+    @property
+    def rows(self) -> int:
+        """Completions of a micro-batch of TRL's: as many as keep to the token_budget that ours keeps to."""
+        config = self.config
+        completions = config.prompts_per_step * config.num_generations
+        fitting = config.token_budget // (self.prompt_length + config.max_completion_length)
+        return max(n for n in range(1, completions + 1) if completions % n == 0 and n <= max(1, fitting))
 
     @property
     def device(self) -> torch.device:
@@ -99,8 +111,7 @@ class Watch:
         """Medians over the steps but the first, which prepares what stays."""
 
         def median(values: list[float]) -> float:
-            ordered = sorted(values[1:] or values)
-            return ordered[len(ordered) // 2]
+            return statistics.median(values[1:] or values)
 
         return {
             "evaluations": self.evaluations, "rewards": self.rewards, "step_s": median(self.step_s),
@@ -130,8 +141,9 @@ def run_ours(job: Job) -> dict[str, Any]:
             watch.phases[phase].append(metrics[f"time/{phase}_s"])
         peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
 
-    module.load_policy = loaded  # what train() calls: from here on time and memory are the run's
-    module.train(job.model, job.rewards, job.rows, config=job.config, callbacks=after_step)
+    # What train() calls, in this process, which has no other use: time and memory are the run's from here on.
+    module.load_policy = loaded
+    module.train(job.model, job.rewards, job.data, config=job.config, callbacks=after_step)
     return watch.result(int(max(peaks) * 2**20))
 
 
@@ -153,6 +165,8 @@ def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "
     peak = peak_bytes(job.device)
     scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
     watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
+    parts = len(training) // len(scored)  # micro-batches of a step
+    training = [sum(training[start : start + parts]) for start in range(0, len(training), parts)]
     watch.phases["update"] = [a - b for a, b in zip(training, scored, strict=True)]
     first = f"rewards/{job.rewards[0].__name__}/mean"
     watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
@@ -172,7 +186,8 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
         output_dir=ours.output_dir, seed=ours.seed, use_cpu=ours.use_cpu, bf16=True, max_steps=ours.max_steps,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=gradient_checkpointing,
-        per_device_train_batch_size=ours.prompts_per_step * ours.num_generations, gradient_accumulation_steps=1,
+        per_device_train_batch_size=job.rows,
+        gradient_accumulation_steps=ours.prompts_per_step * ours.num_generations // job.rows,
         num_generations=ours.num_generations, max_completion_length=ours.max_completion_length,
         temperature=ours.temperature, learning_rate=ours.learning_rate, lr_scheduler_type=ours.lr_scheduler_type,
         beta=ours.beta, epsilon=ours.epsilon, loss_type=ours.loss_type, scale_rewards=ours.scale_rewards,
@@ -193,7 +208,7 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
         r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return GRPOTrainer(
-        model=model, reward_funcs=job.rewards, args=args, train_dataset=Dataset.from_list(job.rows),
+        model=model, reward_funcs=job.rewards, args=args, train_dataset=Dataset.from_list(job.data),
         processing_class=AutoTokenizer.from_pretrained(job.model), peft_config=adapter, callbacks=list(callbacks),
     )  # fmt: skip
 
@@ -220,5 +235,7 @@ def _in_a_process(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
+        if done.returncode < 0 or "can't allocate memory" in done.stderr or "out of memory" in done.stderr:
+            return {"failed": measure.OUT_OF_MEMORY if done.returncode > 0 else measure.ended_by(done.returncode)}
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])

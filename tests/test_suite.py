@@ -1,5 +1,7 @@
 """`lowmem-grpo bench`, what it says of results, and the README made from them."""
 
+import argparse
+import importlib
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +76,10 @@ def test_what_is_wrong_with_a_result_is_said():
     assert list(suite.faults({"error": math.nan})) == ["/error: nan"]
     slow = {"seconds": {"median": 2000.0}}
     assert list(suite.faults({"results": {"ours": good, "TRL": slow}})) == ["/results: seconds between 1 and 2e+03"]
+    plan = {"changes": [{"name": "token_budget", "reason": "smaller micro-batches"}]}
+    assert not list(suite.faults({"results": [{"plan": plan}]})), "the planner's reasons are no failures"
+    sizes = [{"seconds": 1e-3}, {"seconds": 100.0}]
+    assert not list(suite.faults({"ours": sizes, "TRL": sizes})), "sizes are not compared with each other"
     runs = {"ours": [{"step_s": 1.0}], "TRL": [{"step_s": 0.0}]}
     assert ": step_s between 0 and 1" in list(suite.faults(runs))
 
@@ -97,6 +104,7 @@ def test_a_suite_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     assert suite.main(["--allowed_s=500", *options]) == 0
     assert run == ["a", "b", "c"] and "all done" in capsys.readouterr().out
     assert suite.main(["b", *options]) == 0 and len(run) == 3
+    assert "b" in capsys.readouterr().out.splitlines()[0], "it is done"
     assert suite.main(["b", "--again", *options]) == 0
     found = json.loads((tmp_path / "x.json").read_text())["parts"]
     assert {name: document["result"] for name, document in found.items()} == {"a": 1, "b": 4, "c": 3}
@@ -110,8 +118,9 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, mon
     assert "a: exit status 2" in capsys.readouterr().err
     assert suite.main(["b", "--allowed_s=0.5", *options]) == 1
     found = json.loads((tmp_path / "x.json").read_text())["parts"]
-    assert found["a"]["incomplete"] == "exit status 2" and not suite.is_done(found["a"])
-    assert "out of time" in found["b"]["incomplete"] and suite.is_done(found["b"])  # it had all there is
+    assert found["a"]["incomplete"] == "exit status 2" and not suite.is_done(found["a"], 9.0)
+    assert "out of time" in found["b"]["incomplete"]
+    assert [suite.is_done(found["b"], allowed) for allowed in (0.1, 60.0, None)] == [True, False, False]
 
 
 def test_the_command_names_its_parts(capsys):
@@ -119,6 +128,44 @@ def test_the_command_names_its_parts(capsys):
     assert set(capsys.readouterr().out.split()) >= set(suite.CPU if not torch.cuda.is_available() else suite.CUDA)
     assert main(["bench", "haed"]) == 2
     assert "no part haed; there are" in capsys.readouterr().err
+    assert suite.of_name("update", suite.CPU) == ["update", "update-uneven"]
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{")
+    assert suite.main(["--list", f"--output_dir={tmp_path}", "--file=x.json"]) == 2
+    assert "is not a file of this suite" in capsys.readouterr().err
+    assert suite.main(["--list", f"--output_dir={tmp_path}/x.json"]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_suite_goes_on_past_midnight(tmp_path):
+    given = SimpleNamespace(output_dir=tmp_path, file=None, quick=False, dry_run=False)
+    today = suite.chosen_file(given, suite.CPU)
+    yesterday = tmp_path / re.sub(r"\d{4}-\d\d-\d\d", "2020-01-01", today.name)
+    yesterday.write_text(json.dumps({"parts": {"head": {}}}))
+    assert suite.chosen_file(given, suite.CPU) == yesterday
+    assert suite.chosen_file(given, {"head": suite.CPU["head"]}) == today, "that one is whole"
+
+
+ALL_PARTS = [
+    *suite.CPU.values(), *suite.CUDA.values(), *suite.QUICK.values(), *(suite.dry(part) for part in suite.CUDA.values())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", sorted(set(ALL_PARTS)), ids=lambda part: f"{part.module} {part.arguments}")
+def test_every_part_is_understood_by_its_module(part, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse_args(parser, argv):
+        parse(parser, argv)
+        raise Parsed
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        importlib.import_module(f"lowmem_grpo.benchmarks.{part.module}").main([*part.arguments.split(), "--output=x"])
 
 
 def test_every_part_of_a_gpu_has_a_tiny_form():
@@ -135,7 +182,7 @@ def test_the_programme_of_a_gpu_runs_dry(tmp_path):
 @pytest.mark.slow
 def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     out = run_dry(tmp_path, [])
-    assert "collected" in (out / "gpu-tests.txt").read_text()
+    assert "collected" in (out / "dry-run-gpu-tests.txt").read_text()
 
 
 def run_dry(folder: Path, names: list[str]) -> Path:
