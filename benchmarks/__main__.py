@@ -5,4 +5,7 @@ import sys
 from lowmem_grpo.benchmarks.suite import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

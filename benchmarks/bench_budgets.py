@@ -37,23 +37,24 @@ LETTERS = {
 }  # fmt: skip
 
 
-def measured_peaks(shape: str, config: GRPOConfig) -> dict[str, float]:
-    """memory/{phase}/peak_mib of one step, in torch's allocator."""
+def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict[str, float]:
+    """memory/{phase}/peak_mib of one step, in torch's allocator; on a CPU of the process."""
     settings = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default and field.name != "use_cpu"
     }
-    policy = random_policy(shape, "cuda", **settings)
+    policy = random_policy(shape, device, **settings)
     optimizer = make_optimizer(policy.trainable_parameters().values(), config)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    scaler = torch.amp.GradScaler(device, enabled=False)
     draw = torch.Generator().manual_seed(0)
     size = (config.prompts_per_step, config.max_prompt_length or memory.PROMPT_TOKENS)
     prompts = torch.randint(10, SHAPES[shape][5] - 1, size, generator=draw).tolist()
+    params = SamplingParams(max_completion_length=config.max_completion_length, temperature=1.0)
     meter = Meter(policy.device)
     with meter.phase("rollout"):
         sampled = sample(
-            policy, prompts, config.num_generations, SamplingParams(config.max_completion_length, temperature=1.0),
+            policy, prompts, config.num_generations, params,
             rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
             weights=config.rollout_weights, kv=config.rollout_kv,
         )  # fmt: skip
@@ -124,9 +125,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     budgets, results = arguments.vram_budget or list(BUDGETS), []
     for shape in arguments.shape or REAL:
-        results += [try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu) for budget in budgets]
-        found = measure.document("bench_budgets", argv, device, task=task, budgets=budgets, results=results)
-        measure.save(found, arguments.output)
+        for budget in budgets:
+            results.append(try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu))
+            found = measure.document("bench_budgets", argv, device, task=task, budgets=budgets, results=results)
+            measure.save(found, arguments.output)
     print(tables(found))
     print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, in_turns, train_with
+from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, Results, in_turns, train_with
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 
@@ -103,12 +103,17 @@ def main(argv: list[str] | None = None) -> None:
     if given.one:
         print(json.dumps(run_one(given.one, given.seeds[0], given.steps)))
         return
-    module = "lowmem_grpo.benchmarks.bench_learning"
-    results = in_turns(module, given.only, [["--seeds", str(s), "--steps", str(given.steps)] for s in given.seeds])
     work = {"seeds": given.seeds, "steps": given.steps}
-    found = measure.document("bench_learning", argv, torch.device("cpu"), work=work, results=results)
-    print(tables(found))
-    measure.save(found, given.output)
+
+    def document(results: Results) -> dict[str, Any]:
+        return measure.document("bench_learning", argv, torch.device("cpu"), work=work, results=results)
+
+    turns = [["--seeds", str(seed), "--steps", str(given.steps)] for seed in given.seeds]
+    results = in_turns(
+        "lowmem_grpo.benchmarks.bench_learning", given.only, turns,
+        save=lambda results: measure.save(document(results), given.output),
+    )  # fmt: skip
+    print(tables(document(results)))
 
 
 if __name__ == "__main__":

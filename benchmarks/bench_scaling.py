@@ -234,8 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     shape, all_sweeps = ("tiny", QUICK) if given.quick else (given.shape, SWEEPS)
-    limit = int(given.memory_limit * 10**9) if given.memory_limit else int(0.6 * psutil.virtual_memory().available)
+    limit = None
     if given.device == "cpu":
+        limit = int(given.memory_limit * 10**9 if given.memory_limit else 0.6 * psutil.virtual_memory().available)
         # By its name: as a program, __name__ is another.
         measure.preload("lowmem_grpo.benchmarks.bench_scaling", "trl", "bitsandbytes", "liger_kernel.chunked_loss")
     sweeps = []

@@ -20,7 +20,7 @@ import torch
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
-from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, in_turns, train_with
+from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, Results, in_turns, train_with
 from lowmem_grpo.config import GRPOConfig
 
 QUICK = dict(shape="tiny", prompts=2, num_generations=2, prompt_length=16, max_completion_length=4, steps=2)
@@ -88,19 +88,23 @@ def main(argv: list[str] | None = None) -> None:
     if given.one:
         print(json.dumps(run_one(given.one, given)))
         return
-    work = ("shape", "prompts", "num_generations", "prompt_length", "max_completion_length", "steps")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("shape", "prompts", "num_generations", "prompt_length", "max_completion_length", "steps")
+    work = {name: getattr(given, name) for name in names}
+
+    def document(results: Results) -> dict[str, Any]:
+        return measure.document("bench_step", argv, device, work=work, results=results)
+
     with tempfile.TemporaryDirectory() as folder:  # one model for all
-        arguments = [f"--{name}={getattr(given, name)}" for name in work]
         model = Path(given.model or folder + "/model")
         if not model.exists():  # in none of the processes that are measured
             make_random_model(given.shape, None, model)
-        arguments.append(f"--model={model}")
-        results = in_turns("lowmem_grpo.benchmarks.bench_step", given.only, [arguments])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    done = {name: getattr(given, name) for name in work}
-    found = measure.document("bench_step", argv, device, work=done, results=results)
-    print(tables(found))
-    measure.save(found, given.output)
+        arguments = [*(f"--{name}={value}" for name, value in work.items()), f"--model={model}"]
+        results = in_turns(
+            "lowmem_grpo.benchmarks.bench_step", given.only, [arguments],
+            save=lambda results: measure.save(document(results), given.output),
+        )  # fmt: skip
+    print(tables(document(results)))
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def save(found: dict[str, Any], path: Path | None) -> None:
     """Writes a document as JSON, whole or not at all; nothing without a path."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         scratch.replace(path)
 

@@ -181,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(argv)
+    if not given.readme.exists():
+        parser.error(f"there is no {given.readme} here; run this in the checkout, or name it with --readme")
     given.readme.write_text(fill(given.readme.read_text(encoding="utf-8"), given.results), encoding="utf-8")
     for path, found in suites(given.results):
         print(*draw_all(found, path.with_suffix("")), sep="\n")

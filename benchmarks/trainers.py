@@ -213,19 +213,24 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
     )  # fmt: skip
 
 
-def in_turns(module: str, names: list[str], turns: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
+Results = dict[str, list[dict[str, Any]]]  # of each implementation that has any, a run a turn
+
+
+def in_turns(module: str, names: list[str], turns: list[list[str]], save: Callable[[Results], None]) -> Results:
     """Each implementation's results, one a turn, each by `python -m module --one NAME arguments` in a fresh process.
 
-    The order rotates from turn to turn.
+    The order rotates from turn to turn. What there is goes to save() after each.
     """
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    results: Results = {}
     for turn, arguments in enumerate(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if name in TRL_VARIANTS and measure.missing("trl"):
-                results[name].append({"failed": "not installed"})
-                continue
-            results[name].append(_in_a_process([sys.executable, "-m", module, "--one", name, *arguments]))
+                found = {"failed": "not installed"}
+            else:
+                found = _in_a_process([sys.executable, "-m", module, "--one", name, *arguments])
+            results.setdefault(name, []).append(found)
+            save(results)
             print(f"turn {turn}, {name}: done", file=sys.stderr)
     return results
 

@@ -22,6 +22,7 @@ from lowmem_grpo.benchmarks import (
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 from lowmem_grpo.benchmarks.random_model import make_random_model
+from lowmem_grpo.config import GRPOConfig
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -173,6 +174,18 @@ def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
     fits, does_not = [cell.strip() for cell in row.split("|")[2:4]]
     assert float(fits.split()[0]) <= 0.7 and does_not == "no"
     assert [result["plan"]["fits"] for result in json.loads(output.read_text())["results"]] == [True, False]
+
+
+def test_a_step_whose_peaks_a_gpu_would_measure_runs():
+    config = GRPOConfig(
+        use_cpu=True, max_completion_length=8, max_prompt_length=8, prompts_per_step=2, num_generations=2
+    )
+    found = bench_budgets.measured_peaks("tiny", config, "cpu")
+    assert {"memory/rollout/peak_mib", "memory/reference/peak_mib", "memory/update/peak_mib"} <= found.keys()
+    result = {"measured": found, "plan": {"fits": True, "changes": [], "peak": 10**9}}
+    assert bench_budgets.cell(result).startswith("1.0; measured ")
+    found["memory/out_of_memory"] = 1
+    assert bench_budgets.cell(result).endswith(", after an out-of-memory")
 
 
 def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
