@@ -34,7 +34,8 @@ class Part(NamedTuple):
 
 CPU = {
     "scaling-length": Part("bench_scaling", "--sweep max_completion_length"),
-    "scaling-rest": Part("bench_scaling", "--sweep num_generations vocabulary"),
+    "scaling-group": Part("bench_scaling", "--sweep num_generations"),
+    "scaling-vocabulary": Part("bench_scaling", "--sweep vocabulary"),
     "step": Part("bench_step", "--prompts 2 --num_generations 4 --max_completion_length 32 --steps 3"),
     "learning": Part("bench_learning"),
     "head": Part("bench_linear_logprobs"),

@@ -190,8 +190,9 @@ def test_a_step_whose_peaks_a_gpu_would_measure_runs():
 
 def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
     sampling_error.main(["--prompts", "4", "--num_generations", "2"])
-    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| fl", "| bf"))]
-    means = {(dtype[2:], weights, kv): float(mean) for dtype, weights, kv, mean, _ in cells}
+    lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| fl", "| bf"))]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    means = {(dtype, weights, kv): float(mean) for dtype, weights, kv, mean, _ in cells}
     assert len(means) == 8
     assert means["float32", "4bit", "full"] < 1e-5 < 1e-4 < means["float32", "4bit", "int8"] < 0.01
     assert means["bfloat16", "4bit", "full"] < 0.01
