@@ -179,10 +179,10 @@ def _times(result: Any, name: str) -> list[float]:
 
 
 def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
-    """Whether a part is not to be run again: it ended, or did not in as much time as there is now, give or take 10 s."""
+    """Whether a part is not to be run again: it ended, or did not in as much time as now, give or take 10 s."""
     if document is None or "incomplete" not in document:
         return document is not None
-    return allowed_s is not None and allowed_s <= document.get("had_s", 0.0) + 10
+    return allowed_s is not None and allowed_s <= document["had_s"] + 10
 
 
 def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
@@ -200,7 +200,7 @@ def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: flo
         wrong += [f"{name}: {failed}"] if failed else []
         wrong += [f"{name}{fault}" for fault in faults(document)]
         if failed or document is None:
-            had_s = left if OUT_OF_TIME in failed else 0.0
+            had_s = left if OUT_OF_TIME in failed else -10.0  # none
             document = {**(document or {}), "incomplete": failed or "no result", "had_s": had_s}
         found = read(path)  # anew: another suite may have written to it meanwhile
         found["parts"][name] = document
