@@ -52,7 +52,11 @@ SWEEPS = {
     "vocabulary": ((32768, 65536, 131072, 262144), Work(256, 512, 4, 0)),
 }
 SMALL = {"max_completion_length": 8, "num_generations": 2, "prompt_length": 8}
-QUICK = {"max_completion_length": ((8, 64), Work(16, 0, 2, 4096))}
+QUICK = {
+    "max_completion_length": ((8, 64), Work(16, 0, 2, 4096)),
+    "num_generations": ((2, 4), Work(16, 8, 0, 4096)),
+    "vocabulary": ((1024, 4096), Work(16, 8, 2, 0)),
+}
 
 
 def ids(work: Work) -> tuple[Tensor, Tensor]:
@@ -67,26 +71,23 @@ def advantages(work: Work) -> Tensor:
     return torch.randn(work.num_generations, generator=torch.Generator().manual_seed(1))
 
 
-def settings(work: Work, device: str) -> GRPOConfig:
-    return GRPOConfig(
-        use_cpu=device == "cpu", prompts_per_step=1, num_generations=max(2, work.num_generations), beta=0.0,
-        max_completion_length=max(1, work.max_completion_length), lora_target_modules="all-linear", token_budget=10**9,
-    )  # fmt: skip
+def settings(device: str) -> GRPOConfig:
+    """For any work: lengths and the size of a group do not matter to a loss."""
+    return GRPOConfig(use_cpu=device == "cpu", prompts_per_step=1, num_generations=2, token_budget=10**9)
 
 
 @cache
 def our_policy(folder: str, device: str) -> Policy:
-    return load_policy(folder, AutoTokenizer.from_pretrained(folder), GRPOConfig(use_cpu=device == "cpu"))
+    return load_policy(folder, AutoTokenizer.from_pretrained(folder), settings(device))
 
 
 @cache
-def their_trainer(folder: str, device: str, checkpointing: bool = True) -> Any:
-    """TRL's trainer with its model; the lengths of its configuration do not matter to a loss."""
-    config = settings(Work(1, 1, 2, 0), device)
-    job = Job(folder, [{"prompt": "a"}] * 4, [lambda completions, **_: [0.0] * len(completions)], config, 1)
-    trainer = trl_trainer(job, checkpointing, "sdpa")
-    if checkpointing:  # which Trainer.train() would switch on
-        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def their_trainer(folder: str, device: str) -> Any:
+    """TRL's trainer with its model."""
+    rewards = [lambda completions, **_: [0.0] * len(completions)]
+    trainer = trl_trainer(Job(folder, [{"prompt": "a"}] * 4, rewards, settings(device), 1), True, "sdpa")
+    # Trainer.train() would switch it on.
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -96,7 +97,7 @@ def ours(folder: str, device: str, work: Work) -> Parameters:
     policy, (prompt, completions) = our_policy(folder, device), ids(work)
     rollout = Rollout.bare(prompt.tolist(), completions.tolist(), advantages(work))
     scaler, tokens = torch.amp.GradScaler(device, enabled=False), TokenMeter(rollout, policy.device)
-    config = settings(work, device)
+    config = settings(device)
     backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
     return policy.trainable_parameters()
 
@@ -179,9 +180,9 @@ def measure_row(
         if lacking:
             found.append(Failed(f"not installed: {', '.join(lacking)}"))
         elif found and isinstance(found[-1], Failed):
-            found.append(Failed(f"not tried: {found[-1].reason}".replace("not tried: not tried", "not tried")))
+            found.append(Failed(f"not tried: {found[-1].reason.removeprefix('not tried: ')}"))
         else:
-            given = partial(build, name, folder(work.vocabulary), str(device.type), work)
+            given = partial(build, name, folder(work.vocabulary), device.type, work)
             found.append(measure.once(given, device, limit_bytes))
     return found
 
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             make_random_model(shape, None, path, vocabulary)
             return str(path)
 
-        for varied in QUICK if given.quick else given.sweep:
+        for varied in given.sweep:
             sizes, rest = all_sweeps[varied]
             sizes = [size for size in sizes if varied != "max_completion_length" or size <= given.longest]
             works, results = [rest._replace(**{varied: size}) for size in sizes], {}

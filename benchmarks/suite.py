@@ -82,7 +82,7 @@ QUICK = {
     "policy_loss": Part("bench_policy_loss", "--quick"),
     "rollout": Part("bench_rollout", "--quick --warmups 0"),
     "update": Part("bench_update", "--quick --warmups 0"),
-    "scaling": Part("bench_scaling", "--quick --only lowmem_grpo TRL"),
+    "scaling": Part("bench_scaling", "--quick --sweep max_completion_length --only lowmem_grpo TRL"),
     "step": Part("bench_step", "--quick --only lowmem_grpo TRL"),
     "learning": Part("bench_learning", "--quick --only lowmem_grpo TRL"),
     "sampling_error": Part("sampling_error", "--prompts 2 --num_generations 2"),
