@@ -33,7 +33,7 @@ BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 REAL = [shape for shape in SHAPES if not shape.startswith("tiny")]
 LETTERS = {
     "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
-    "offload_embedding": "e", "rollout_kv": "k", "gradient_checkpointing": "g",
+    "offload_embedding": "e", "rollout_kv": "k", "rollout_cuda_graphs": "c", "gradient_checkpointing": "g",
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         sampled = sample(
             policy, prompts, config.num_generations, params,
             rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-            weights=config.rollout_weights, kv=config.rollout_kv,
+            weights=config.rollout_weights, kv=config.rollout_kv, cuda_graphs=config.rollout_cuda_graphs,
         )  # fmt: skip
     answers = [completion.ids for completion in sampled.completions]
     rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))

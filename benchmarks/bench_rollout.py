@@ -55,14 +55,16 @@ def make_policy(work: Work) -> Policy:
     return random_policy(work.shape, work.device, ends=max(1, work.vocabulary // work.mean_length))
 
 
-def _ours(policy: Policy, work: Work, slots: int | None = None, weights="4bit") -> list[list[int]]:
+def _ours(
+    policy: Policy, work: Work, slots: int | None = None, weights="4bit", cuda_graphs: bool = True
+) -> list[list[int]]:
     plan = plan_rollout(
         prompt_tokens=work.prompt_length, prompts=work.prompts, num_generations=work.num_generations,
         max_completion_length=work.max_completion_length, budget_tokens=10**9, max_slots=slots,
     )  # fmt: skip
     sampled = sample(
         policy, work.texts(), work.num_generations, work.params,
-        rollout_token_budget=10**9, token_budget=16384, plan=plan, weights=weights,
+        rollout_token_budget=10**9, token_budget=16384, plan=plan, weights=weights, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     return [completion.ids for completion in sampled.completions]
 
@@ -91,6 +93,7 @@ def _generate_batch(policy: Policy, work: Work) -> list[list[int]]:
 IMPLEMENTATIONS = {
     "ours": _ours,
     "ours, half the slots": lambda policy, work: _ours(policy, work, work.prompts * work.num_generations // 2),
+    "ours, without CUDA graphs": partial(_ours, cuda_graphs=False),
     "ours, dense weights": partial(_ours, weights="dense"),
     "generate": _generate,
     "generate, static cache": partial(_generate, cache_implementation="static"),
@@ -182,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
             arguments.prompt_length, longest, arguments.mean_length, arguments.device,
         )  # fmt: skip
-        names = arguments.only or list(IMPLEMENTATIONS)
+        skipped = () if arguments.device == "cuda" else ("ours, without CUDA graphs",)
+        names = arguments.only or [name for name in IMPLEMENTATIONS if name not in skipped]
         results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
         lengths.append({"work": work._asdict(), "results": measure.plain(results)})
         print(_table(work, lengths[-1]["results"]), end="\n\n", flush=True)

@@ -85,6 +85,7 @@ class GRPOConfig:
         "full",
         "keys and values while sampling: in the compute dtype, or rounded to int8, in half the memory of 16 bits",
     )
+    rollout_cuda_graphs: bool = option(True, "capture steps of decoding on a GPU, and replay them: fewer launches")
 
     dynamic_sampling_rounds: int = option(
         0, "times that groups whose completions got one reward are replaced by those of the next prompts"

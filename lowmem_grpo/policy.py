@@ -67,6 +67,7 @@ class Policy:
         self.configs = configs_of(self.base)
         self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
+        self.graph_refusal: str | None = None  # why its steps of decoding are not captured as CUDA graphs
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention

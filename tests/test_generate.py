@@ -30,12 +30,14 @@ from lowmem_grpo.packing import pack
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 
-def run(policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", kv="full", **params):
+def run(
+    policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", kv="full", cuda_graphs=True, **params
+):
     torch.manual_seed(seed)
     params = {"max_completion_length": 12, "temperature": 1.0, **params}
     return sample(
         policy, prompts, num_generations, SamplingParams(**params),
-        rollout_token_budget=10_000, token_budget=100, plan=plan, weights=weights, kv=kv,
+        rollout_token_budget=10_000, token_budget=100, plan=plan, weights=weights, kv=kv, cuda_graphs=cuda_graphs,
     ).completions  # fmt: skip
 
 

@@ -20,7 +20,7 @@ __all__ = ["Sampled", "SamplingParams", "sample"]
 
 class Sampled(NamedTuple):
     completions: list[Completion]  # B
-    metrics: dict[str, float]  # how it was done: rollout/slots, rollout/kv_mib, rollout/dense_weights_mib
+    metrics: dict[str, float]  # how it was done: rollout/slots, kv_mib, dense_weights_mib, cuda_graphs
 
 
 def sample(
@@ -34,14 +34,16 @@ def sample(
     plan: RolloutPlan | None = None,
     weights: Literal["auto", "4bit", "dense"] = "auto",
     kv: Literal["full", "int8"] = "full",
+    cuda_graphs: bool = True,
 ) -> Sampled:
     """num_generations completions of each prompt, group after group, with the adapters as they are now.
 
     At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
     prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
     once for the call; "auto" does so on a CPU whose free memory holds them eight times over. Keys and values are kept
-    in the compute dtype, or in "int8". A model that the engine does not know is sampled from by transformers'
-    `generate`, after a warning.
+    in the compute dtype, or in "int8". On a GPU, steps of decoding are captured as cuda_graphs and replayed; where that
+    does not work for a model, a warning says why. A model that the engine does not know is sampled from by
+    transformers' `generate`, after a warning.
 
     Where a call ran out of memory, the next ones have the tokens that were enough for it.
 
@@ -89,9 +91,10 @@ def sample(
         stack.enter_context(policy.autocast())
         stack.enter_context(attending(policy.configs))
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
-        completions, plan = engine.run(
-            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype
-        )
+        completions, plan, graphs = engine.run(
+            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
+            cuda_graphs,
+        )  # fmt: skip
     if plan is not first:
         policy.rollout_tokens = plan.tokens()
     kv_bytes = plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
@@ -101,5 +104,6 @@ def sample(
             "rollout/slots": plan.slots,
             "rollout/kv_mib": kv_bytes / 2**20,
             "rollout/dense_weights_mib": size / 2**20 if dense else 0.0,
+            "rollout/cuda_graphs": graphs,
         },
     )

@@ -5,14 +5,18 @@ others. So which completions share a batch, in what order they start and how oft
 what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
 """
 
+from collections.abc import Callable
+from math import ceil
+
 import torch
 from torch import Tensor
 
 from lowmem_grpo.attention import attending, in_a_line, laid_out
 from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
+from lowmem_grpo.generate.graphs import Graphs, cuda_capture
 from lowmem_grpo.generate.plan import RolloutPlan, bucket, kv_shape
-from lowmem_grpo.generate.sampling import Choice, SamplingParams, choose
+from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
 from lowmem_grpo.policy import Policy
@@ -20,6 +24,7 @@ from lowmem_grpo.rollout import Completion
 
 # A GPU is asked what it sampled only every so many tokens; a slot that ended in between goes on for nothing until then.
 ASK_EVERY = {"cuda": 8, "cpu": 1}
+CAPTURE = {"cuda": cuda_capture}
 
 
 def refusal(policy: Policy) -> str | None:
@@ -46,7 +51,7 @@ def _difference(policy: Policy) -> str | None:
             slots = Slots(policy, store, plan, Scheduler([0, 1], 1, 2, plan.prefixes))
             with attending(policy.configs):
                 slots.admit([row.tolist() for row in ids], prefill_tokens=100)
-                ours = slots.hidden().float()
+                ours = slots.hidden(slots.rows).float()
             error = ((ours - theirs).norm() / theirs.norm()).item()
             if not error < (1e-3 if policy.dtype == torch.float32 else 0.1):
                 return f"a step from stored keys and values is {error:.1g} away from its own forward"
@@ -62,34 +67,40 @@ def run(
     uniforms: Tensor,  # (B, max_completion_length) fp32 in [0, 1)
     prefill_tokens: int,
     kv_dtype: torch.dtype,  # the policy's, or int8
-) -> tuple[list[Completion], RolloutPlan]:
-    """num_generations completions of each prompt, group after group, and the plan that was enough for them.
+    graphs: bool,  # whether CUDA graphs may be captured
+) -> tuple[list[Completion], RolloutPlan, int]:
+    """num_generations completions of each prompt, group after group; the plan that was enough; how many graphs it had.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
     """
     done: dict[int, Completion] = {}
+    captured = 0
     while len(done) < len(prompts) * num_generations:
         todo = [i for i in range(len(prompts) * num_generations) if i not in done]
         slots = min(plan.slots, len(todo))
         scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
         try:
-            _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, kv_dtype, done)
+            captured = _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, done)
         except torch.OutOfMemoryError as error:
             if plan.slots == 1:
                 error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
                 raise
             plan = plan.halved()
-        if policy.device.type == "cuda" and len(done) < len(prompts) * num_generations:
-            torch.cuda.empty_cache()
-    return [done[i] for i in range(len(prompts) * num_generations)], plan
+        if policy.device.type == "cuda" and (captured or len(done) < len(prompts) * num_generations):
+            torch.cuda.empty_cache()  # the graphs' pool serves nobody else
+    return [done[i] for i in range(len(prompts) * num_generations)], plan, captured
 
 
 def _run(
     policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
-    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, done: dict[int, Completion],
-) -> None:  # fmt: skip
+    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, graphs: bool, done: dict[int, Completion],
+) -> int:  # fmt: skip
+    """Fill done; how many graphs were captured for it."""
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
-    slots = Slots(policy, store, plan, scheduler, params)
+    slots = Slots(policy, store, plan, scheduler, params, uniforms)
+    capture = CAPTURE.get(policy.device.type) if graphs else None
+    captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture())
+    step = captured or slots.step
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
     texts: dict[int, list[list]] = {}
@@ -98,14 +109,12 @@ def _run(
             texts[scheduler.slots[slot]] = [[], [], [], []]  # type: ignore[index]
         slots.reserve(block)
         slots.shrink()
-        made = [slots.advance(uniforms) for _ in range(block)]
-        # fp64 holds ids and fp32 alike: one copy to the host for the block.
-        columns = torch.stack([torch.stack([values.double() for values in choice]) for choice in made]).tolist()
+        made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
                 continue
             text = texts[completion]
-            for tokens, *logprobs in columns:
+            for tokens, *logprobs in made:
                 for kept, value in zip(text, (int(tokens[slot]), *(x[slot] for x in logprobs)), strict=True):
                     kept.append(value)
                 finish = finish_of(text[0])
@@ -115,6 +124,7 @@ def _run(
                     del texts[completion]
                     scheduler.finish(slot)
                     break
+    return 0 if captured is None else len(captured.replays)
 
 
 class Slots:
@@ -122,8 +132,10 @@ class Slots:
 
     def __init__(
         self, policy: Policy, store: Store, plan: RolloutPlan, scheduler: Scheduler,
-        params: SamplingParams | None = None,
+        params: SamplingParams | None = None, uniforms: Tensor | None = None,
     ):  # fmt: skip
+        """To step, and not only for hidden states, it takes params and uniforms."""
+        self.uniforms = uniforms
         self.policy, self.store, self.plan, self.scheduler, self.params = policy, store, plan, scheduler, params
         self.rows = len(scheduler.slots)
         zeros = torch.zeros(3, self.rows, dtype=torch.int64, device=policy.device)
@@ -131,9 +143,12 @@ class Slots:
         self.tokens, self.positions, self.prefilled = zeros
         self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
         self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
-        self.layout: tuple[Tensor, Tensor, Tensor] | None = None  # members, places and prefix_rows of a Decode
-        self.table: Tensor | None = None
-        if policy.device.type == "cuda":
+        self.prefix_rows = torch.zeros_like(self.completions)
+        self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
+        self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
+        if plan.paged:
+            self.table = self.completions.new_full((self.rows, ceil(plan.slot_tokens / plan.page_tokens)), NOBODYS)
+        elif policy.device.type == "cuda":
             self.table = torch.arange(self.rows, device=policy.device)[:, None]
         self.seen = None
         if params is not None and params.repetition_penalty != 1:
@@ -201,18 +216,22 @@ class Slots:
                 row = row_of[self.scheduler.prompt_of(completion)]
                 prefix_rows[slot], places[slot] = row, len(members[row])
                 members[row].append(slot)
+        self.prefix_rows[: self.rows] = self._tensor(prefix_rows)
+        if self.table is not None:
+            return
         widest = max(map(len, members))
         filled = [slots + [0] * (widest - len(slots)) for slots in members]
         flat = [row * widest + place for row, place in zip(prefix_rows, places, strict=True)]
-        self.layout = self._tensor(filled), self._tensor(flat), self._tensor(prefix_rows)
+        self.members = self._tensor(filled), self._tensor(flat)
 
     def reserve(self, ahead: int) -> None:
         """Pages for so many more tokens of every slot that runs, from slots that started later if need be."""
         if not self.plan.paged:
             return
+        assert self.table is not None
         self.scheduler.reserve([min(column + ahead, self.plan.slot_tokens) for column in self.columns])
-        most = max(map(len, self.scheduler.pages))
-        self.table = self._tensor([pages + [NOBODYS] * (most - len(pages)) for pages in self.scheduler.pages])
+        width = self.table.shape[1]
+        self.table.copy_(self._tensor([pages + [NOBODYS] * (width - len(pages)) for pages in self.scheduler.pages]))
 
     def shrink(self) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket holds what still runs."""
@@ -236,35 +255,46 @@ class Slots:
         if self.scheduler.running:
             self._arrange()
 
-    def hidden(self) -> Tensor:
-        """Feed each row its next token: last hidden states (S, D)."""
-        tokens, positions, prefilled = (x[: self.rows] for x in (self.tokens, self.positions, self.prefilled))
+    def hidden(self, rows: int) -> Tensor:
+        """Feed each of the first S rows its next token: last hidden states (S, D)."""
+        tokens, positions, prefilled = (x[:rows] for x in (self.tokens, self.positions, self.prefilled))
         columns = positions - prefilled if self.plan.shared else positions
-        needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
-        span = min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
-        table = None if self.table is None else self.table[: self.rows]
-        if self.plan.paged:
-            assert table is not None
-            columns = columns.clamp(max=table.shape[1] * self.plan.page_tokens - 1)
-        members, places, prefix_rows = self.layout or (None, None, None)
-        lengths = prefilled if self.plan.shared else None
+        lengths, prefix_rows = (prefilled, self.prefix_rows[:rows]) if self.plan.shared else (None, None)
+        members, places = self.members or (None, None)
+        table, span = (None, self._span()) if self.table is None else (self.table[:rows], 0)
         now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
         with laid_out(now):
             out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
         return out.last_hidden_state[:, -1]
 
-    def advance(self, uniforms: Tensor) -> Choice:
-        """One more token of each row."""
-        assert self.params is not None
-        step = (self.positions - self.prefilled)[: self.rows]
-        logits = self.policy.logits(self.hidden())
-        seen = None if self.seen is None else self.seen[: self.rows]
-        choice = choose(logits, uniforms[self.completions[: self.rows], step], seen, self.params)
+    def _span(self) -> int:
+        needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
+        return min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
+
+    def state(self) -> list[Tensor]:
+        """What a step changes, but for the keys and values, which it would only write again."""
+        return [self.tokens, self.positions, *(() if self.seen is None else (self.seen,))]
+
+    def step(self, rows: int) -> Tensor:
+        """One more token of each of the first `rows`: (4, rows) fp64, which holds ids and fp32 alike, as a Choice has.
+
+        With a table it depends on nothing that only the host knows, but on rows.
+        """
+        assert self.params is not None and self.uniforms is not None
+        now = (self.positions - self.prefilled)[:rows]
+        logits = self.policy.logits(self.hidden(rows))
+        seen = None if self.seen is None else self.seen[:rows]
+        choice = choose(logits, self.uniforms[self.completions[:rows], now], seen, self.params)
         if seen is not None:
             seen.scatter_(1, choice.tokens[:, None], True)
-        self.tokens[: self.rows] = choice.tokens
+        self.tokens[:rows] = choice.tokens
         # A slot that ended since the host last looked, or holds nothing, writes its last column again and again.
-        last = self.prefilled + uniforms.shape[1] - 1
+        last = self.prefilled + self.uniforms.shape[1] - 1
         torch.minimum(self.positions + 1, last, out=self.positions)
+        return torch.stack([values.double() for values in choice])
+
+    def advance(self, step: Callable[[int], Tensor]) -> Tensor:
+        """What a step, this one's own or a replay of it, gives for the rows in use."""
+        made = step(self.rows)
         self.columns = [min(column + 1, self.plan.slot_tokens - 1) for column in self.columns]
-        return choice
+        return made

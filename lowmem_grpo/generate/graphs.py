@@ -1,0 +1,117 @@
+"""Decoding steps as CUDA graphs: the hundreds of launches of a step, made once by the host and repeated as one.
+
+A step reads all that changes (tokens, positions, pages, prefix rows) from device memory at addresses that stay, so that
+one captured for some number of rows holds until the rollout ends, however texts grow and slots change hands. The graphs
+and their memory end with the rollout: the update has all of it.
+"""
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.attention import in_a_line
+from lowmem_grpo.policy import Policy
+
+# Steps of a number of rows before it is captured. They compile kernels and allocate workspaces, which a capture cannot,
+# and a number of rows that is soon left is never captured.
+EAGER = 8
+
+Replay = Callable[[], Tensor]
+
+
+class Graphs:
+    """Runs step(rows), from its second block on by replaying what a capture of it recorded.
+
+    A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
+    two results are compared. Where that fails, steps run one by one for as long as the policy lives, after one warning.
+    """
+
+    def __init__(
+        self, policy: Policy, step: Callable[[int], Tensor], state: list[Tensor],
+        capture: Callable[[Callable[[], Tensor]], Replay],
+    ):  # fmt: skip
+        """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state."""
+        self.policy, self.step, self.state, self.capture = policy, step, state, capture
+        self.replays: dict[int, Replay] = {}
+        self.ran: Counter[int] = Counter()
+
+    def __call__(self, rows: int) -> Tensor:
+        self.ran[rows] += 1
+        if self.ran[rows] > EAGER and rows not in self.replays and self.policy.graph_refusal is None:
+            self._try(rows)
+        replay = self.replays.get(rows)
+        return self.step(rows) if replay is None else replay().clone()  # the next replay writes over it
+
+    def _try(self, rows: int) -> None:
+        before = [x.clone() for x in self.state]
+        try:
+            with _never_waiting(self.policy.device):
+                truth = self.step(rows)
+            self._go_back(before)
+            replay = self.capture(partial(self.step, rows))
+            reason = _difference(replay(), truth)
+        except torch.OutOfMemoryError:  # the rollout goes on with fewer slots
+            raise
+        except Exception as error:  # whatever a model's code, a kernel or the driver has against it
+            reason = in_a_line(error)
+        self._go_back(before)
+        if reason is None:
+            self.replays[rows] = replay
+            return
+        self.replays.clear()
+        self.policy.graph_refusal = reason
+        warnings.warn(
+            f"{type(self.policy.base).__name__} is sampled from without CUDA graphs, which is slower: {reason}",
+            stacklevel=2,
+        )
+
+    def _go_back(self, before: list[Tensor]) -> None:
+        for tensor, values in zip(self.state, before, strict=True):
+            tensor.copy_(values)
+
+
+def _difference(found: Tensor, truth: Tensor) -> str | None:
+    """Why a replay's (4, rows) is not the step's, or None. A row within rounding of another token is no difference."""
+    near = (found[0] == truth[0]) & ((found[1] - truth[1]).abs() < 0.1)
+    wrong = int((~near).sum())
+    return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 2 * wrong > len(near) else None
+
+
+@contextlib.contextmanager
+def _never_waiting(device: torch.device) -> Iterator[None]:
+    """What makes the host wait for the device raises here, and not in a capture, which it would break."""
+    if device.type != "cuda":
+        yield
+        return
+    mode: Any = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not detect every such operation
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
+    """A capture function whose graphs share one pool of memory: what one returns holds until another is replayed."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], Tensor]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return capture
