@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(PYTHON) -m lowmem_grpo.cli demo --seed $(SEED)
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTHON) -m pytest -q -m "not slow and not gpu" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m "slow and not gpu"

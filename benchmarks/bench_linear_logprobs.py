@@ -339,10 +339,11 @@ def _ratios(results: dict[str, dict]) -> str:
     """How many times as long as ours the others take, forward and backward / forward only."""
 
     def median(name: str, key: str) -> float:
-        return results[name].get(key, {}).get("median", math.nan)
+        return results[name][key]["median"]
 
-    ours = [name for name in results if name.startswith("ours")]
-    others = [name for name in results if name not in ours]
+    timed = [name for name in results if "train_s" in results[name]]
+    ours = [name for name in timed if name.startswith("ours")]
+    others = [name for name in timed if name not in ours]
     rows = [
         [other, *(" / ".join(f"{median(other, k) / median(o, k):.2f}" for k in ("train_s", "score_s")) for o in ours)]
         for other in others
@@ -359,7 +360,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sweep_chunks", action="store_true", help="ours with other sizes of tile as well")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--repetitions", type=int, help="3 on a CPU, 10 on a GPU")
+    parser.add_argument("--repetitions", type=measure.positive, help="3 on a CPU, 10 on a GPU")
     parser.add_argument("--warmups", type=int, help="0 on a CPU, 3 on a GPU, besides the run that is checked")
     parser.add_argument("--threads", type=int, help="on a CPU; with 1, CPU time holds no waiting for other threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

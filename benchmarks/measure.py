@@ -8,6 +8,7 @@ Memory is the peak above the inputs: what the CUDA allocator hands out, or on a 
 child process, one child for each implementation.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -63,6 +64,14 @@ class Build(Protocol):
     """Makes its inputs, small or as large as asked for, and returns the call to be measured."""
 
     def __call__(self, small: bool) -> Run: ...
+
+
+def positive(text: str) -> int:
+    """An argument that counts something; argparse says which one is bad."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
 
 
 def attempt(run: Callable):

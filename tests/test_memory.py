@@ -430,6 +430,7 @@ def test_a_setting_that_a_model_does_not_know_is_not_chosen():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_limit_on_memory_ends_with_the_run():
     device = torch.device("cuda")
     found = memory.plan(SHAPES["qwen3, untied"], GRPOConfig(**{**TASK, "use_cpu": False}, vram_budget="2GB"))
