@@ -213,12 +213,13 @@ def tables(found: dict[str, Any]) -> str:
 
 def _table(sweep: dict[str, Any], key: str, unit: float, title: str, form: str) -> str:
     sizes, rows = sweep["sizes"], []
+    step = 1 if sizes[-1] < 1000 else 1000
     for name, results in sweep["results"].items():
         good = [(size, one[key] / unit) for size, one in zip(sizes, results, strict=True) if key in one]
         cells = [one.get("reason") or format(one[key] / unit, form) for one in results]
         xs, ys = [x for x, _ in good], [y for _, y in good]
-        rows.append([name, *cells, f"{exponent(xs, ys):.2f}", f"{1000 * _slope(xs, ys):.3g}"])
-    head = [f"{title} by {sweep['varied']}", *map(str, sizes), "exponent", "per 1,000 more"]
+        rows.append([name, *cells, f"{exponent(xs, ys):.2f}", f"{step * _slope(xs, ys):.3g}"])
+    head = [f"{title} by {sweep['varied']}", *map(str, sizes), "exponent", f"per {step:,} more"]
     return measure.markdown_table(head, rows)
 
 

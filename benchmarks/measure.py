@@ -279,7 +279,10 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that has this file, "-dirty" where tracked files differ; None for an installed one."""
+    """The commit of the checkout that has this file; None for an installed one.
+
+    "-dirty" where tracked files differ, but for results, to which a suite adds part by part.
+    """
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -290,7 +293,9 @@ def commit() -> str | None:
 
     if not git("ls-files", here.name):  # in an environment that lies in a checkout of something else
         return None
-    return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40") or None
+    found = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return (f"{found}-dirty" if changed else found) or None
 
 
 def document(module: str, argv: Sequence[str] | None, device: torch.device, **found: Any) -> dict[str, Any]:
