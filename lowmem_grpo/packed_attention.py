@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_grpo.attention import softmax_attention
+from lowmem_grpo.attention import soften
 from lowmem_grpo.packing import Block, Packing
+
+TILE = 1024  # queries at a time: of a long tail, no mask is of the size (tokens, tokens)
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -52,9 +54,10 @@ def by_blocks(
 
     Takes the memory of a copy of each prompt's keys and values per tail, which packing.py bounds.
     """
-    results = [
-        _attend(_inputs(block, query, key, value), packing.masks, scaling, window, softcap) for block in packing.blocks
-    ]
+    results = []
+    for block in packing.blocks:
+        found = _attend(_inputs(block, query, key, value), packing, scaling, window, softcap)  # (G n, C, H, D)
+        results.append(found.flatten(0, 1))
     return torch.cat(results).index_select(0, packing.outputs)
 
 
@@ -77,10 +80,8 @@ def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     return own(query).transpose(1, 2), whole(key), whole(value)
 
 
-def _attend(
-    inputs: Inputs, masks: dict[tuple, Tensor], scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """(B Q, H, D); the last Q keys are the queries' own."""
+def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+    """(B, Q, H, D); the last Q keys are the queries' own."""
     query, key, value = inputs
     batch, heads, queries, size = query.shape
     # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
@@ -89,26 +90,46 @@ def _attend(
     plain = softcap is not None or few
     if not plain and queries == key.shape[2] and (window is None or window >= queries):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.transpose(1, 2)
+    if queries > TILE:
+        before = key.shape[2] - queries
+        tiles = []
+        for start in range(0, queries, TILE):
+            stop = min(start + TILE, queries)
+            first = 0 if window is None else max(0, before + start + 1 - window)
+            seen = slice(first, before + stop)
+            tile = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
+            tiles.append(_attend(tile, packing, scaling, window, softcap))
+        return torch.cat(tiles, 1)
     # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
     kv_heads = key.shape[1]
     folded = query.reshape(batch, kv_heads, -1, size)
-    shape = (queries, key.shape[2], heads // kv_heads, window)
-    if shape not in masks:
-        masks[shape] = _mask(*shape, query.device)
-    seen = masks[shape]
+    mask = _mask(packing, queries, key.shape[2], heads // kv_heads, window, query)
     if not plain:
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=seen, scale=scaling)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
-        out = softmax_attention(folded, key, value, seen, scaling, softcap)
-    return out.view(batch, heads, queries, size).transpose(1, 2).flatten(0, 1)
+        scores = soften((folded @ key.transpose(-1, -2)).float() * scaling, softcap)
+        out = (scores + mask).softmax(-1).to(value.dtype) @ value
+    return out.view(batch, heads, queries, size).transpose(1, 2)
 
 
-def _mask(queries: int, keys: int, copies: int, window: int | None, device: torch.device) -> Tensor:
-    """(copies Q, K) bool: what the last Q of K tokens see of them."""
-    place = torch.arange(keys, device=device)
-    back = place[keys - queries :, None] - place
-    return ((back >= 0) & (back < (window or keys))).repeat(copies, 1)
+def _mask(packing: Packing, queries: int, keys: int, copies: int, window: int | None, like: Tensor) -> Tensor:
+    """(copies Q, K) in like's dtype: 0 where the last Q of K tokens see one of them, else -inf.
+
+    A part of one that is kept, whose keys are the most that so many queries see. Added, and not chosen by: attention
+    would make and keep a copy like this of one of bools, in every layer.
+    """
+    shape = (queries, copies, window, like.dtype)
+    if shape not in packing.masks or packing.masks[shape].shape[1] < keys:
+        sizes = [(block.tails.shape[2], block.prompts.shape[1]) for block in packing.blocks]
+        widest = max(tail + prompt for tail, prompt in sizes if tail >= queries)
+        place = torch.arange(widest, device=like.device)
+        back = place[widest - queries :, None] - place
+        unseen = (back < 0) | (back >= (window or widest))
+        mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
+        packing.masks[shape] = mask.repeat(copies, 1)
+    kept = packing.masks[shape]
+    return kept[:, kept.shape[1] - keys :]
 
 
 def by_segments(

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
@@ -327,11 +328,10 @@ def _more_masks(batch: MicroBatch) -> int:
     """Bytes of attention's masks that there are besides where no two groups' lengths are the same."""
     if batch.packing is None:
         return 0
-    groups = {
-        (block.tails.shape[2], block.prompts.shape[1] + block.tails.shape[2]): block.prompts.shape[0]
-        for block in batch.packing.blocks
-    }
-    return sum((groups[shape[:2]] - 1) * mask.nbytes for shape, mask in batch.packing.masks.items())
+    groups, masks = Counter[int](), batch.packing.masks
+    for block in batch.packing.blocks:
+        groups[block.tails.shape[2]] += len(block.prompts)
+    return sum((groups[shape[0]] - 1) * mask.nbytes for shape, mask in masks.items() if shape[0] in groups)
 
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:

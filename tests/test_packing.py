@@ -5,6 +5,7 @@ import torch
 from tiny_models import make_policy
 from transformers import MambaConfig, MambaForCausalLM
 
+from lowmem_grpo import packed_attention
 from lowmem_grpo.packed_attention import by_blocks, by_segments
 from lowmem_grpo.packing import pack
 
@@ -148,11 +149,13 @@ def reference_attention(query, key, value, query_starts, key_starts, _, __, scal
     return torch.cat(results).to(query.dtype)
 
 
+@pytest.mark.parametrize("tile", [packed_attention.TILE, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 7, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_attention_by_blocks_is_that_by_segments(window, seed, dtype):
+def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monkeypatch):
     """Values and gradients; the sum of all that a shared prompt's copies would get goes to its keys and values."""
+    monkeypatch.setattr(packed_attention, "TILE", tile)
     prompts, completions = random_sequences(seed, 4, groups=4, longest_prompt=50)
     (batch,) = packed(prompts, completions, 10_000, num_generations=4, padding_free=True)
     real = int((batch.input_ids != 0).sum())
@@ -169,6 +172,7 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype):
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < bound
+    assert all(mask.shape[0] <= 2 * tile for mask in batch.packing.masks.values())
 
 
 def batches_of(policy, prompts, completions, **settings):
