@@ -10,6 +10,7 @@ result. Without one, only the prediction is made, for which neither weights nor 
 
 import argparse
 import dataclasses
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         sampled = sample(
             policy, prompts, config.num_generations, params,
             rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-            weights=config.rollout_weights, kv=config.rollout_kv, cuda_graphs=config.rollout_cuda_graphs,
+            weights=config.rollout_weights, kv=config.rollout_kv, cuda_graphs=config.has_cuda_graphs,
         )  # fmt: skip
     answers = [completion.ids for completion in sampled.completions]
     rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
@@ -76,7 +77,9 @@ def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
     found = memory.plan(make_config(shape, 0, 1), config)
     result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": memory.as_dict(found)}
     if on_gpu and found.remedy is None:
-        with memory.limit_memory(found, torch.device("cuda")):
+        gc.collect()  # the model before has cycles, and would count
+        torch.cuda.empty_cache()
+        with memory.limit_memory(found, torch.device("cuda", torch.cuda.current_device())):
             result["measured"] = measure.attempt(partial(measured_peaks, shape, found.config))
     return result
 

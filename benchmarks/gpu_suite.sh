@@ -27,7 +27,9 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 # Once, and with half of the time, so that every call has some for the rest: `rm` its file to have it again.
 if [ $# -eq 0 ] && [ ! -e "$tests" ]; then
-    timeout $((allowed / 2)) "$python" -m pytest -q -m gpu ${DRY_RUN:+--collect-only} >"$tests.part" 2>&1
+    # Most of their time goes into compiling kernels; -v, since a run that is cut short prints no summary.
+    workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8 --dist loadfile")
+    timeout $((allowed / 2)) "$python" -m pytest -v --tb=short -m gpu ${DRY_RUN:+--collect-only} $workers >"$tests.part" 2>&1
     echo "exit status $?" >>"$tests.part"
     mv "$tests.part" "$tests"
     tail -n 40 "$tests"

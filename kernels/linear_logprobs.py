@@ -627,9 +627,11 @@ def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
     """(C, Vb) for a device, from the table CHUNKS."""
-    kind = device.type if device.type == "cuda" else "cpu"
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if kind == "cuda" else 0
-    return default_chunks(kind, gib, d)
+    if device.type != "cuda":
+        return default_chunks("cpu", 0, d)
+    total = torch.cuda.get_device_properties(device).total_memory
+    # A large card that is limited to a small one's memory counts as one.
+    return default_chunks("cuda", total * torch.cuda.get_per_process_memory_fraction(device) / 2**30, d)
 
 
 def default_chunks(kind: str, gib: float, d: int) -> tuple[int, int]:

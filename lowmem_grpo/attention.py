@@ -123,7 +123,7 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """What foreign code raised, as a reason within a sentence."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 

@@ -85,7 +85,9 @@ class GRPOConfig:
         "full",
         "keys and values while sampling: in the compute dtype, or rounded to int8, in half the memory of 16 bits",
     )
-    rollout_cuda_graphs: bool = option(True, "capture steps of decoding on a GPU, and replay them: fewer launches")
+    rollout_cuda_graphs: bool = option(
+        True, "capture steps of decoding on a GPU, and replay them; without offload_embedding"
+    )
 
     dynamic_sampling_rounds: int = option(
         0, "times that groups whose completions got one reward are replaced by those of the next prompts"
@@ -247,6 +249,11 @@ class GRPOConfig:
         # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
         replayed_kl = self.kl_in_reward and self.replay_buffer_size > 0
         return self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or replayed_kl
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether steps of decoding may be captured: not while each waits for an embedding from the CPU."""
+        return self.rollout_cuda_graphs and not self.offload_embedding
 
     @property
     def vram_budget_bytes(self) -> int | None:

@@ -145,7 +145,7 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> It
     phase, longest = found.largest_phase(), _longest(config)
     if phase == "rollout" and config.rollout_weights == "dense":
         yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
-    if phase == "rollout" and config.rollout_cuda_graphs and not found.padded:
+    if phase == "rollout" and config.has_cuda_graphs and not found.padded:
         yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
     if phase == "rollout" and config.rollout_token_budget > longest:
         halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
@@ -241,7 +241,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     return {
         "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
-        "captured steps": (logits + layer) * config.rollout_cuda_graphs,  # what a step takes, in a pool of its own
+        "captured steps": (logits + layer) * config.has_cuda_graphs,  # what a step takes, in a pool of its own
     }
 
 

@@ -5,6 +5,7 @@ The gradient of a shared prompt's keys and values is the sum of what its copies 
 scores of a prompt and of its tails are in memory.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+_ASKS_FOR_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,11 @@ def by_segments(
 def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
     """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
     assert varlen_attn is not None
+    # Some releases take grouped queries as they come.
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GQA else {}
     out: Any = varlen_attn(  # a tensor, where nothing else is asked for
         query, key, value, query_starts, key_starts, longest_query, longest_key, scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        window_size=(-1 if window is None else window - 1, 0), **grouped,
     )  # fmt: skip
     return out
 

@@ -128,11 +128,12 @@ class Policy:
         if not reason:
             self.varlen = flash_serves(self.device, self.dtype)
             reason = difference_when_packed(self)
+        name = type(self.base).__name__
         if reason and self.varlen:
+            warnings.warn(f"{name} attends without flash attention, which is slower: {reason}", stacklevel=2)
             self.varlen = False
             reason = difference_when_packed(self)
         if reason:
-            name = type(self.base).__name__
             warnings.warn(f"{name} is trained on padded rows, which takes more memory: {reason}", stacklevel=2)
         return not reason
 
@@ -249,11 +250,12 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
 
 def run_device(config: GRPOConfig) -> torch.device:
     """Where a run computes. Raises ValueError for settings that it could not obey there."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    if device.type == "cuda":
+    if torch.cuda.is_available() and not config.use_cpu:
+        device = torch.device("cuda", torch.cuda.current_device())  # some of torch.cuda wants the number
         if config.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError("this GPU has no bfloat16; set fp16=True")
         return device
+    device = torch.device("cpu")
     for name in ONLY_ON_GPU:
         if getattr(config, name):
             raise ValueError(f"{name} is about a GPU's memory, and this run is on a CPU; leave it out")

@@ -201,13 +201,12 @@ class TestOnAGpu:
         ):  # fmt: skip
             sampled = partial(run, policy, plan=plan, kv=kv, max_completion_length=longest, **sampling)
             truth = sampled(cuda_graphs=False)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
-                assert ids_of(sampled()) == ids_of(truth)
+            assert ids_of(sampled()) == ids_of(truth)
+            assert policy.graph_refusal is None
 
     def test_the_memory_of_graphs_is_given_back(self):
         policy = make_policy("qwen2", use_cpu=False)
-        run(policy, 4, max_completion_length=60, cuda_graphs=False)
+        run(policy, 4, max_completion_length=60)  # cuBLAS keeps a workspace for the stream of captures, in their pool
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         run(policy, 4, max_completion_length=60)

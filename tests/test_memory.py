@@ -432,7 +432,7 @@ def test_a_setting_that_a_model_does_not_know_is_not_chosen():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_limit_on_memory_ends_with_the_run():
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     found = memory.plan(SHAPES["qwen3, untied"], GRPOConfig(**{**TASK, "use_cpu": False}, vram_budget="2GB"))
     torch.cuda.set_per_process_memory_fraction(0.9, device)
     try:

@@ -124,7 +124,7 @@ def _run(
                     del texts[completion]
                     scheduler.finish(slot)
                     break
-    return 0 if captured is None else len(captured.replays)
+    return 0 if captured is None else captured.count
 
 
 class Slots:

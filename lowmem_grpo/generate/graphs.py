@@ -39,6 +39,7 @@ class Graphs:
         """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state."""
         self.policy, self.step, self.state, self.capture = policy, step, state, capture
         self.replays: dict[int, Replay] = {}
+        self.count = 0  # captures that were tried
         self.ran: Counter[int] = Counter()
 
     def __call__(self, rows: int) -> Tensor:
@@ -54,12 +55,13 @@ class Graphs:
             with _never_waiting(self.policy.device):
                 truth = self.step(rows)
             self._go_back(before)
+            self.count += 1
             replay = self.capture(partial(self.step, rows))
             reason = _difference(replay(), truth)
         except torch.OutOfMemoryError:  # the rollout goes on with fewer slots
             raise
         except Exception as error:  # whatever a model's code, a kernel or the driver has against it
-            reason = in_a_line(error)
+            reason = in_a_line(error.__context__ or error)  # a capture ends with an error about its end
         self._go_back(before)
         if reason is None:
             self.replays[rows] = replay
@@ -104,9 +106,16 @@ def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step: Callable[[], Tensor]) -> Replay:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = step()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                out = step()
+        except BaseException:
+            # Where a capture cannot be ended, torch 2.13 leaves its stream current and its pool in charge.
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(Exception):
+                torch._C._cuda_endAllocateToPool(before.device_index, pool)  # type: ignore[attr-defined]
+            raise
 
         def replay() -> Tensor:
             graph.replay()
