@@ -155,8 +155,13 @@ class Policy:
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """The frozen model without the adapters, for inference."""
-        with self.inference(), self.model.disable_adapter():
-            yield
+        layers: Any = self.model.base_model  # peft's disable_adapter() first takes stock of them all: 3 ms in the demo
+        with self.inference():
+            layers.disable_adapter_layers()
+            try:
+                yield
+            finally:
+                layers.enable_adapter_layers()
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
