@@ -38,6 +38,7 @@ CPU = {
     "scaling-vocabulary": Part("bench_scaling", "--sweep vocabulary"),
     "step": Part("bench_step", "--prompts 2 --num_generations 4 --max_completion_length 32 --steps 3"),
     "learning": Part("bench_learning"),
+    "profile": Part("profile_step"),
     "head": Part("bench_linear_logprobs"),
     "policy_loss": Part("bench_policy_loss"),
     "rollout": Part("bench_rollout"),
@@ -88,6 +89,7 @@ QUICK = {
     "sampling_error": Part("sampling_error", "--prompts 2 --num_generations 2"),
     "budgets": Part("bench_budgets", "--shape tiny --vram_budget 1GB --max_completion_length 32 --predict_only"),
     "context": Part("bench_context", "--shape tiny --max_completion_length 32"),
+    "profile": Part("profile_step", "--steps 1"),
 }
 # What makes a command tiny, beside its shape.
 TINY = {

@@ -104,34 +104,34 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
             tiles.append(_attend(tile, packing, scaling, window, softcap))
         return torch.cat(tiles, 1)
     # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
-    kv_heads = key.shape[1]
-    folded = query.reshape(batch, kv_heads, -1, size)
-    mask = _mask(packing, queries, key.shape[2], heads // kv_heads, window, query)
+    grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # (B, H_kv, Q, H / H_kv, D)
+    folded = grouped.flatten(2, 3)
+    mask = _mask(packing, grouped, key.shape[2], window)
     if not plain:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
         scores = soften((folded @ key.transpose(-1, -2)).float() * scaling, softcap)
         out = (scores + mask).softmax(-1).to(value.dtype) @ value
-    return out.view(batch, heads, queries, size).transpose(1, 2)
+    return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
 
 
-def _mask(packing: Packing, queries: int, keys: int, copies: int, window: int | None, like: Tensor) -> Tensor:
-    """(copies Q, K) in like's dtype: 0 where the last Q of K tokens see one of them, else -inf.
+def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> Tensor:
+    """(Q copies, K): 0 where one of the last Q of K tokens sees another, else -inf. grouped is (B, H_kv, Q, copies, D).
 
-    A part of one that is kept, whose keys are the most that so many queries see. Added, and not chosen by: attention
-    would make and keep a copy like this of one of bools, in every layer.
+    The lower right corner of the largest that was asked for yet. Added, and not chosen by: attention would make and
+    keep a copy like this of one of bools, in every layer.
     """
-    shape = (queries, copies, window, like.dtype)
-    if shape not in packing.masks or packing.masks[shape].shape[1] < keys:
-        sizes = [(block.tails.shape[2], block.prompts.shape[1]) for block in packing.blocks]
-        widest = max(tail + prompt for tail, prompt in sizes if tail >= queries)
-        place = torch.arange(widest, device=like.device)
-        back = place[widest - queries :, None] - place
-        unseen = (back < 0) | (back >= (window or widest))
-        mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
-        packing.masks[shape] = mask.repeat(copies, 1)
-    kept = packing.masks[shape]
-    return kept[:, kept.shape[1] - keys :]
+    queries, copies = grouped.shape[2:4]
+    kind = (copies, window, grouped.dtype)
+    rows, widest = packing.masks[kind].shape if kind in packing.masks else (0, 0)
+    if queries * copies > rows or keys > widest:
+        tallest, widest = max(queries, rows // copies), max(keys, widest)
+        place = torch.arange(widest, device=grouped.device)
+        back = place[widest - tallest :, None] - place
+        unseen = ((back < 0) | (back >= (window or widest))).repeat_interleave(copies, 0)
+        packing.masks[kind] = grouped.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+    mask = packing.masks[kind][-queries * copies :, -keys:]
+    return mask if mask.device.type == "cpu" else mask.contiguous()  # some kernels of a GPU want it aligned
 
 
 def by_segments(

@@ -9,7 +9,6 @@ import copy
 import json
 import math
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
@@ -273,11 +272,10 @@ def run_few(policy: Policy, config: GRPOConfig, lengths: list[int]) -> Ran:
     prompt = prompt_tokens(config)
     batch = _first_micro_batch(config, lengths, policy.device)
     kept, peak = _activations(policy, batch, config.has_entropy_bonus)
-    masks = _more_masks(batch)
-    inference = _inference(policy, batch) + masks if config.beta or config.has_old_pass else 0
+    inference = _inference(policy, batch) if config.beta or config.has_old_pass else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
-    return Ran(kept + masks, peak + masks, inference, prefill)
+    return Ran(kept, peak, inference, prefill)
 
 
 def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
@@ -322,16 +320,6 @@ def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.dev
             padding_free=config.padding_free,
         )
     )
-
-
-def _more_masks(batch: MicroBatch) -> int:
-    """Bytes of attention's masks that there are besides where no two groups' lengths are the same."""
-    if batch.packing is None:
-        return 0
-    groups, masks = Counter[int](), batch.packing.masks
-    for block in batch.packing.blocks:
-        groups[block.tails.shape[2]] += len(block.prompts)
-    return sum((groups[shape[0]] - 1) * mask.nbytes for shape, mask in masks.items() if shape[0] in groups)
 
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:

@@ -1,0 +1,106 @@
+"""Where the time of a step of the demo goes on a CPU: kinds of operations, and Python between them, phase by phase.
+
+    python -m lowmem_grpo.benchmarks.profile_step [--steps 4] [--seed 0] [--output FILE]
+
+By torch's profiler, whose own time counts too: a small operation looks a few microseconds longer than it is.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lowmem_grpo import train
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.demo import task
+from lowmem_grpo.demo.run import MODEL, recipe
+
+# Of the names of operations that compute something; the first that fits.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn", "mkldnn::"),
+    "attention and softmax": ("aten::_scaled_dot_product", "aten::_softmax", "aten::_log_softmax"),
+    "4-bit weights": ("bitsandbytes::",),
+    "copies, casts, lookups": (
+        "aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::scatter", "aten::embedding", "aten::repeat",
+        "aten::fill_", "aten::zero_", "aten::masked_fill_", "aten::_local_scalar_dense", "aten::_index_put_impl_",
+    ),
+    "sums, products, functions of numbers": (
+        "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::pow", "aten::mean", "aten::sum", "aten::rsqrt",
+        "aten::neg", "aten::silu", "aten::exp", "aten::log", "aten::max", "aten::min", "aten::amax", "aten::argmax",
+        "aten::cumsum", "aten::where", "aten::clamp", "aten::sin", "aten::cos", "aten::_foreach", "aten::_fused",
+        "aten::square", "aten::linalg", "aten::ge", "aten::gt", "aten::lt", "aten::eq", "aten::bitwise", "aten::sort",
+        "aten::searchsorted", "aten::arange", "aten::tanh", "aten::sigmoid", "aten::any", "aten::all", "aten::isneginf",
+    ),
+}  # fmt: skip
+DISPATCH = "views, and torch's way to an operation"
+PYTHON = "Python: transformers' layers and this package"
+PHASE = "phase/"
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), DISPATCH)
+
+
+def milliseconds(events: Iterable[Any], steps: int) -> dict[str, dict[str, float]]:
+    """Per phase and kind, of one of so many steps, after a first that is left out: it makes kernels.
+
+    An event's own time is without that of the events in it.
+    """
+    events = list(events)
+    phases = sorted((e for e in events if e.name.startswith(PHASE)), key=lambda e: e.time_range.start)
+    starts = [e.time_range.start for e in phases]
+    first = {e.name: place for place, e in reversed(list(enumerate(phases)))}
+    found: dict[str, Counter] = defaultdict(Counter)
+    for event in events:
+        place = bisect_right(starts, event.time_range.start) - 1
+        if place < 0 or event.time_range.end > phases[place].time_range.end or place in first.values():
+            continue
+        kind = PYTHON if event.name.startswith(PHASE) else kind_of(event.name)
+        found[phases[place].name.removeprefix(PHASE)][kind] += event.self_cpu_time_total / 1e3 / steps
+    return {phase: dict(kinds) for phase, kinds in found.items()}
+
+
+def run(steps: int, seed: int) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = replace(recipe(folder, seed), max_steps=steps + 1, save_steps=10**6)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            rewards = [task.answer_reward, task.tag_format_reward]
+            train(str(MODEL), rewards, task.rows(task.splits()[0]), config=config)
+    return milliseconds(profiled.events() or [], steps)
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    spent = found["milliseconds"]
+    phases = sorted(spent, key=lambda phase: -sum(spent[phase].values()))
+    kinds = sorted(
+        {kind for of in spent.values() for kind in of}, key=lambda k: -sum(of.get(k, 0) for of in spent.values())
+    )
+    rows = [[kind, *(f"{spent[phase].get(kind, 0):.0f}" for phase in phases)] for kind in kinds]
+    total = ["together", *(f"{sum(spent[phase].values()):.0f}" for phase in phases)]
+    return measure.markdown_table(["ms a step of the demo, profiled", *phases], [*rows, total])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--steps", type=measure.positive, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    given = parser.parse_args(argv)
+    spent = run(given.steps, given.seed)
+    found = measure.document("profile_step", argv, torch.device("cpu"), milliseconds=spent)
+    print(tables(found))
+    measure.save(found, given.output)
+
+
+if __name__ == "__main__":
+    main()
