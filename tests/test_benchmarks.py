@@ -6,6 +6,7 @@ import socket
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from lowmem_grpo.benchmarks import (
     bench_step,
     bench_update,
     measure,
+    profile_step,
     sampling_error,
 )
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 from lowmem_grpo.benchmarks.random_model import make_random_model
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.meter import Meter
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -256,3 +259,31 @@ def test_a_call_over_its_limit_is_out_of_memory_and_larger_ones_are_not_tried(ti
     found = bench_scaling.measure_row("lowmem_grpo", works, lambda vocabulary: tiny_folder, CPU, 100 * 2**20)
     assert found[0].seconds > 0
     assert [one.reason for one in found[1:]] == ["out of memory", "not tried: out of memory"]
+
+
+def test_a_profile_is_of_the_phases_after_the_first_and_of_what_ran_in_them():
+    def event(name, start, end, own):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=own)
+
+    step = [
+        ("phase/rollout", 0, 100, 40), ("aten::mm", 10, 30, 20), ("aten::view", 40, 41, 1), ("aten::copy_", 50, 60, 9),
+        ("phase/update", 200, 300, 50), ("MmBackward0", 210, 250, 7), ("aten::bmm", 220, 240, 13),
+        ("aten::mm", 310, 320, 99), ("aten::mm", 290, 310, 99),
+    ]  # fmt: skip
+    events = [event(name, 1000 * k + a, 1000 * k + b, 1e3 * own) for k in range(3) for name, a, b, own in step]
+    assert profile_step.milliseconds(events, 2) == {
+        "rollout": {
+            profile_step.PYTHON: 40, "matrix products": 20, profile_step.DISPATCH: 1, "copies, casts, lookups": 9,
+        },
+        "update": {profile_step.PYTHON: 50, profile_step.DISPATCH: 7, "matrix products": 13},
+    }  # fmt: skip
+
+
+def test_phases_are_named_for_a_profiler():
+    with torch.profiler.profile() as profiled:
+        with Meter(torch.device("cpu")).phase("rollout"):
+            torch.ones(3, 3) @ torch.ones(3, 3)
+        with Meter(torch.device("cpu")).phase("rollout"):
+            torch.ones(3, 3) @ torch.ones(3, 3)
+    found = profile_step.milliseconds(profiled.events(), 1)
+    assert found["rollout"]["matrix products"] > 0 and found["rollout"][profile_step.PYTHON] > 0
