@@ -238,10 +238,11 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * rollout.slots * text.vocab_size * copies
+    captured = {"captured steps": logits + layer}  # what a step takes, in a pool of its own
     return {
         "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
-        "captured steps": (logits + layer) * config.has_cuda_graphs,  # what a step takes, in a pool of its own
+        **(captured if config.has_cuda_graphs else {}),
     }
 
 

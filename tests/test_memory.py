@@ -308,6 +308,18 @@ def test_a_dense_copy_of_the_weights_is_planned():
     assert "dense weights" not in memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
 
 
+def test_captured_steps_have_memory_of_their_own():
+    config = GRPOConfig(**TASK, rollout_token_budget=200)
+    parts = memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+    slots = plan_rollout(
+        prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
+    ).slots
+    largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
+    assert parts["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
+    for other in ({"rollout_cuda_graphs": False}, {"offload_embedding": True}):
+        assert "captured steps" not in memory.forecast(SHAPES["qwen2"], replace(config, **other)).phases["rollout"]
+
+
 LARGE = GRPOConfig(max_completion_length=1024, beta=0.01)
 
 
