@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lowmem_grpo.attention import soften
 from lowmem_grpo.packing import Block, Packing
 
-TILE = 1024  # queries at a time: of a long tail, no mask is of the size (tokens, tokens)
+TILE = 4096  # queries at a time, times the heads of a kv head: of a long tail, no mask is of the size (tokens, tokens)
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -93,16 +93,17 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
     if not plain and queries == key.shape[2] and (window is None or window >= queries):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
-    if queries > TILE:
+    most = max(8, TILE * key.shape[1] // heads // 8 * 8)
+    if queries > most:
         before = key.shape[2] - queries
         tiles = []
-        for start in range(0, queries, TILE):
-            stop = min(start + TILE, queries)
+        for stop in range(queries, 0, -most):  # from the last, which sees the most keys, and whose mask serves all
+            start = max(0, stop - most)
             first = 0 if window is None else max(0, before + start + 1 - window)
             seen = slice(first, before + stop)
             tile = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
             tiles.append(_attend(tile, packing, scaling, window, softcap))
-        return torch.cat(tiles, 1)
+        return torch.cat(tiles[::-1], 1)
     # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
     grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # (B, H_kv, Q, H / H_kv, D)
     folded = grouped.flatten(2, 3)
@@ -125,13 +126,13 @@ def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> T
     kind = (copies, window, grouped.dtype)
     rows, widest = packing.masks[kind].shape if kind in packing.masks else (0, 0)
     if queries * copies > rows or keys > widest:
-        tallest, widest = max(queries, rows // copies), max(keys, widest)
+        tallest, widest = max(queries, rows // copies), -(-max(keys, widest) // 8) * 8  # aligned, as a GPU wants it
         place = torch.arange(widest, device=grouped.device)
         back = place[widest - tallest :, None] - place
         unseen = ((back < 0) | (back >= (window or widest))).repeat_interleave(copies, 0)
         packing.masks[kind] = grouped.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
     mask = packing.masks[kind][-queries * copies :, -keys:]
-    return mask if mask.device.type == "cpu" else mask.contiguous()  # some kernels of a GPU want it aligned
+    return mask if mask.device.type == "cpu" or mask.data_ptr() % 16 == 0 else mask.contiguous()
 
 
 def by_segments(

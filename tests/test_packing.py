@@ -149,7 +149,7 @@ def reference_attention(query, key, value, query_starts, key_starts, _, __, scal
     return torch.cat(results).to(query.dtype)
 
 
-@pytest.mark.parametrize("tile", [packed_attention.TILE, 8])
+@pytest.mark.parametrize("tile", [packed_attention.TILE, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 7, 2])
 @pytest.mark.parametrize("seed", range(3))
@@ -172,7 +172,25 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monk
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < bound
-    assert all(mask.shape[0] <= 2 * tile for mask in batch.packing.masks.values())
+    assert all(mask.shape[0] <= tile for mask in batch.packing.masks.values())
+
+
+def test_the_tiles_of_a_long_tail_keep_one_mask(monkeypatch):
+    """Between forward and backward, in whatever layer."""
+    monkeypatch.setattr(packed_attention, "TILE", 64)
+    (batch,) = packed([[5] * 700], [[7] * 400] * 2, 10_000, num_generations=2, padding_free=True)
+    width, kept = batch.input_ids.shape[1], {}
+    inputs = [torch.randn(width, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+    def keep(tensor):
+        if tensor.dim() == 2 and tensor.shape[0] <= 64:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        by_blocks(*inputs, batch.packing, 0.3, None, None)
+    (mask,) = batch.packing.masks.values()
+    assert sum(kept.values()) <= mask.nbytes == 64 * 1104 * 4
 
 
 def batches_of(policy, prompts, completions, **settings):

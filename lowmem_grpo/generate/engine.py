@@ -69,7 +69,7 @@ def run(
     kv_dtype: torch.dtype,  # the policy's, or int8
     graphs: bool,  # whether CUDA graphs may be captured
 ) -> tuple[list[Completion], RolloutPlan, int]:
-    """num_generations completions of each prompt, group after group; the plan that was enough; how many graphs it had.
+    """num_generations completions of each prompt, group after group; the plan that was enough; how many graphs ran.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
     """
@@ -86,7 +86,7 @@ def run(
                 error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
                 raise
             plan = plan.halved()
-        if policy.device.type == "cuda" and (captured or len(done) < len(prompts) * num_generations):
+        if policy.device.type == "cuda" and (graphs or len(done) < len(prompts) * num_generations):
             torch.cuda.empty_cache()  # the graphs' pool serves nobody else
     return [done[i] for i in range(len(prompts) * num_generations)], plan, captured
 
@@ -95,7 +95,7 @@ def _run(
     policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
     uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, graphs: bool, done: dict[int, Completion],
 ) -> int:  # fmt: skip
-    """Fill done; how many graphs were captured for it."""
+    """Fill done; how many graphs were replayed for it."""
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params, uniforms)
     capture = CAPTURE.get(policy.device.type) if graphs else None
@@ -124,7 +124,7 @@ def _run(
                     del texts[completion]
                     scheduler.finish(slot)
                     break
-    return 0 if captured is None else captured.count
+    return 0 if captured is None else len(captured.replays)
 
 
 class Slots:

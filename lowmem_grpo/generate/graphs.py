@@ -39,7 +39,7 @@ class Graphs:
         """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state."""
         self.policy, self.step, self.state, self.capture = policy, step, state, capture
         self.replays: dict[int, Replay] = {}
-        self.count = 0  # captures that were tried
+        self.doubts = 0  # captures whose first replay was another step
         self.ran: Counter[int] = Counter()
 
     def __call__(self, rows: int) -> Tensor:
@@ -50,21 +50,24 @@ class Graphs:
         return self.step(rows) if replay is None else replay().clone()  # the next replay writes over it
 
     def _try(self, rows: int) -> None:
-        before = [x.clone() for x in self.state]
+        before, truth = [x.clone() for x in self.state], None
         try:
             with _never_waiting(self.policy.device):
                 truth = self.step(rows)
             self._go_back(before)
-            self.count += 1
             replay = self.capture(partial(self.step, rows))
             reason = _difference(replay(), truth)
-        except torch.OutOfMemoryError:  # the rollout goes on with fewer slots
-            raise
         except Exception as error:  # whatever a model's code, a kernel or the driver has against it
+            if truth is None and isinstance(error, torch.OutOfMemoryError):  # not the capture's: fewer slots
+                raise
             reason = in_a_line(error.__context__ or error)  # a capture ends with an error about its end
+        else:
+            if reason is None:
+                self.replays[rows] = replay
+            self.doubts += reason is not None
         self._go_back(before)
-        if reason is None:
-            self.replays[rows] = replay
+        # Rounding may tip one row into another token, though hardly twice: the next step tries again.
+        if reason is None or self.doubts == 1:
             return
         self.replays.clear()
         self.policy.graph_refusal = reason
@@ -79,10 +82,10 @@ class Graphs:
 
 
 def _difference(found: Tensor, truth: Tensor) -> str | None:
-    """Why a replay's (4, rows) is not the step's, or None. A row within rounding of another token is no difference."""
-    near = (found[0] == truth[0]) & ((found[1] - truth[1]).abs() < 0.1)
+    """Why a replay's (4, rows) is not the step's, or None. One row in 8 may be within rounding of another token."""
+    near = (found[0] == truth[0]) & ((found[1:] - truth[1:]).abs() < 0.1).all(0)
     wrong = int((~near).sum())
-    return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 2 * wrong > len(near) else None
+    return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 8 * wrong > len(near) else None
 
 
 @contextlib.contextmanager
