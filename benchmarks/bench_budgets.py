@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import gc
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,12 +112,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be given more than once; all real ones")
     parser.add_argument("--vram_budget", action="append", help="may be given more than once")
-    parser.add_argument("--max_completion_length", type=int, default=1024)
-    parser.add_argument("--max_prompt_length", type=int, default=512)
-    parser.add_argument("--prompts_per_step", type=int, default=8)
-    parser.add_argument("--num_generations", type=int, default=8)
+    parser.add_argument("--max_completion_length", type=measure.positive, default=1024)
+    parser.add_argument("--max_prompt_length", type=measure.positive, default=512)
+    parser.add_argument("--prompts_per_step", type=measure.positive, default=8)
+    parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument("--predict_only", action="store_true", help="measure nothing even where there is a GPU")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and not arguments.predict_only
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -7,7 +7,6 @@ save memory, as for a card that is too small. What the prediction was tested aga
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +39,10 @@ def tables(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen2.5-1.5b", "qwen2.5-7b"])
-    parser.add_argument("--max_completion_length", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument("--max_completion_length", type=measure.positive, nargs="+", default=list(LENGTHS))
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     given = parser.parse_args(argv)
     predicted = {
         shape: {

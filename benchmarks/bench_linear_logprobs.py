@@ -14,7 +14,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -361,10 +360,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep_chunks", action="store_true", help="ours with other sizes of tile as well")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repetitions", type=measure.positive, help="3 on a CPU, 10 on a GPU")
-    parser.add_argument("--warmups", type=int, help="0 on a CPU, 3 on a GPU, besides the run that is checked")
-    parser.add_argument("--threads", type=int, help="on a CPU; with 1, CPU time holds no waiting for other threads")
+    parser.add_argument(
+        "--warmups", type=measure.natural, help="0 on a CPU, 3 on a GPU, besides the run that is checked"
+    )
+    parser.add_argument(
+        "--threads", type=measure.positive, help="on a CPU; with 1, CPU time holds no waiting for other threads"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ its tokens over its time; peak memory is above the loaded model.
 import argparse
 from functools import cache, partial
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -164,17 +163,23 @@ def _table(work: Work, results: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=256)
-    parser.add_argument("--max_completion_length", type=int, action="append", help="may be given more than once")
-    parser.add_argument("--mean_length", type=int, default=100, help="of a completion that nothing cuts off")
+    parser.add_argument("--prompts", type=measure.positive, default=4)
+    parser.add_argument("--num_generations", type=measure.positive, default=8)
+    parser.add_argument("--prompt_length", type=measure.positive, default=256)
+    parser.add_argument(
+        "--max_completion_length", type=measure.positive, action="append", help="may be given more than once"
+    )
+    parser.add_argument(
+        "--mean_length", type=measure.positive, default=100, help="of a completion that nothing cuts off"
+    )
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
-    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--warmups", type=measure.natural, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if arguments.device == "cpu":

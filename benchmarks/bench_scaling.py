@@ -227,14 +227,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--longest", type=int, default=16384, help="no completion is longer")
+    parser.add_argument("--longest", type=measure.positive, default=16384, help="no completion is longer")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--memory_limit", type=float, help="GB that one call may take on a CPU; 60 %% of what is free")
     parser.add_argument("--quick", action="store_true", help="a tiny model and sizes: does everything run?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     given = parser.parse_args(argv)
     device = torch.device(given.device)
+    if given.longest < SWEEPS["max_completion_length"][0][0]:
+        parser.error(f"--longest {given.longest} is below the shortest, {SWEEPS['max_completion_length'][0][0]}")
     shape, all_sweeps = ("tiny", QUICK) if given.quick else (given.shape, SWEEPS)
     limit = None
     if given.device == "cpu":

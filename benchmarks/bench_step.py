@@ -73,16 +73,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
     parser.add_argument("--model", help="folder of the model, made by random_model where it is not there yet")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=256)
-    parser.add_argument("--max_completion_length", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="the first one is not counted")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--prompts", type=measure.positive, default=4)
+    parser.add_argument("--num_generations", type=measure.positive, default=8)
+    parser.add_argument("--prompt_length", type=measure.positive, default=256)
+    parser.add_argument("--max_completion_length", type=measure.positive, default=64)
+    parser.add_argument("--steps", type=measure.positive, default=4, help="the first one is not counted")
+    # On a GPU everything is as on a GPU.
+    usual = [name for name in IMPLEMENTATIONS if not (torch.cuda.is_available() and name.endswith("as on a GPU"))]
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=usual)
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
     parser.add_argument("--quick", action="store_true", help="a tiny model and lengths: does everything run?")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     given = parser.parse_args(argv)
+    if given.steps < 2:
+        parser.error(f"--steps {given.steps} leaves none to count; give at least 2")
     if given.quick:
         vars(given).update(QUICK)
     if given.one:

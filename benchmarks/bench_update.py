@@ -9,7 +9,6 @@ are. Peak memory is above the loaded model.
 
 import argparse
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -128,18 +127,20 @@ def tables(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--prompts", type=int, default=1)
-    parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--prompt_length", type=int, default=512)
-    parser.add_argument("--completion_length", type=int, default=128)
+    parser.add_argument("--prompts", type=measure.positive, default=1)
+    parser.add_argument("--num_generations", type=measure.positive, default=8)
+    parser.add_argument("--prompt_length", type=measure.positive, default=512)
+    parser.add_argument("--completion_length", type=measure.positive, default=128)
     parser.add_argument("--uneven", action="store_true", help="lengths from an eighth of completion_length up to it")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
-    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--warmups", type=measure.natural, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if arguments.device == "cpu":

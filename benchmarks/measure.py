@@ -23,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -72,6 +73,24 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
     return number
+
+
+def natural(text: str) -> int:
+    """The same, and 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def new_file(text: str) -> Path:
+    """An argument that is written to after hours of work: now is the time to say that it cannot be."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} cannot be written to ({error.strerror})") from None
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    return path
 
 
 def attempt(run: Callable):
@@ -174,13 +193,13 @@ def once(build: Build, device: torch.device, limit_bytes: int | None = None) -> 
         found = None
     child.join()
     if found is None:  # killed by the kernel, which is out of memory, or never begun
-        found = Failed(ended_by(child.exitcode))
+        found = Failed(ended_by(child.exitcode, limit_bytes is not None))
     return found
 
 
-def ended_by(status: int | None) -> str:
+def ended_by(status: int | None, gets_none: bool) -> str:
     """Why a process left no result. The kernel kills what is out of memory; C++ that gets none aborts."""
-    if status in (-signal.SIGKILL, -signal.SIGABRT):
+    if status == -signal.SIGKILL or (status == -signal.SIGABRT and gets_none):
         return OUT_OF_MEMORY
     return f"ended with status {status}"
 

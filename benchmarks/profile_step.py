@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,30 +23,30 @@ from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 
-# Of the names of operations that compute something; the first that fits.
+# Of operations that compute something, by name without "aten::" and the "_" of one in place.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn", "mkldnn::"),
-    "attention and softmax": ("aten::_scaled_dot_product", "aten::_softmax", "aten::_log_softmax"),
-    "4-bit weights": ("bitsandbytes::",),
-    "copies, casts, lookups": (
-        "aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::scatter", "aten::embedding", "aten::repeat",
-        "aten::fill_", "aten::zero_", "aten::masked_fill_", "aten::_local_scalar_dense", "aten::_index_put_impl_",
-    ),
-    "sums, products, functions of numbers": (
-        "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::pow", "aten::mean", "aten::sum", "aten::rsqrt",
-        "aten::neg", "aten::silu", "aten::exp", "aten::log", "aten::max", "aten::min", "aten::amax", "aten::argmax",
-        "aten::cumsum", "aten::where", "aten::clamp", "aten::sin", "aten::cos", "aten::_foreach", "aten::_fused",
-        "aten::square", "aten::linalg", "aten::ge", "aten::gt", "aten::lt", "aten::eq", "aten::bitwise", "aten::sort",
-        "aten::searchsorted", "aten::arange", "aten::tanh", "aten::sigmoid", "aten::any", "aten::all", "aten::isneginf",
-    ),
-}  # fmt: skip
-DISPATCH = "views, and torch's way to an operation"
+    "matrix products": "mm addmm bmm baddbmm mkldnn_linear",
+    "attention and softmax": "_scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_for_cpu_backward _softmax _softmax_backward_data _log_softmax",
+    "copies, casts, lookups": "copy cat index index_select gather scatter embedding repeat repeat_interleave fill zero "
+    "masked_fill _local_scalar_dense _index_put_impl index_add index_select_backward gather_backward",
+    "sums, products, functions of numbers": "add sub rsub mul div pow mean sum rsqrt sqrt neg silu silu_backward exp "
+    "log max min amax argmax maximum minimum cumsum where clamp clamp_min clamp_max sin cos tanh sigmoid addcmul "
+    "addcdiv linalg_vector_norm ge gt le lt eq ne bitwise_and bitwise_or bitwise_not logical_not logical_and any all "
+    "square sort topk searchsorted arange isneginf logsumexp _fused_adamw _foreach_norm _foreach_mul _foreach_add",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
+FUNCTIONS = "autograd: its nodes, functions in Python, 4-bit products, optimizer"
+DISPATCH = "views, allocations, and torch's way to an operation"
 PYTHON = "Python: transformers' layers and this package"
 PHASE = "phase/"
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), DISPATCH)
+    if not name.startswith("aten::"):
+        return FUNCTIONS
+    bare = name.removeprefix("aten::")
+    return KIND_OF.get(bare) or KIND_OF.get(bare.removesuffix("_"), DISPATCH)
 
 
 def milliseconds(events: Iterable[Any], steps: int) -> dict[str, dict[str, float]]:
@@ -94,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=measure.positive, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     given = parser.parse_args(argv)
     spent = run(given.steps, given.seed)
     found = measure.document("profile_step", argv, torch.device("cpu"), milliseconds=spent)

@@ -8,7 +8,6 @@ CPU. Adapters that are zero, as a new model's are, become random.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +49,11 @@ def tables(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(MODEL), help="a model or adapter folder with the demo's tokenizer")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--num_generations", type=int, default=8)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON, with machine, versions and commit")
+    parser.add_argument("--prompts", type=measure.positive, default=32)
+    parser.add_argument("--num_generations", type=measure.positive, default=8)
+    parser.add_argument(
+        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
+    )
     arguments = parser.parse_args(argv)
     errors = []
     for bf16 in (False, True):

@@ -104,7 +104,7 @@ TINY = {
     "bench_learning": "--quick --only lowmem_grpo TRL",
     "sampling_error": "--prompts 2 --num_generations 2",
 }
-OUT_OF_TIME = "out of time"
+OUT_OF_TIME, INTERRUPTED = "out of time", "interrupted"
 LEAST_S = 60  # a part is not begun with less time than this
 TIMES = ("seconds", "train_s", "score_s", "step_s")
 FARTHEST = 1000.0  # two implementations of the same work whose times are farther apart than this did not do the same
@@ -132,7 +132,7 @@ def file_name() -> str:
 
 
 def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any] | None, str]:
-    """(what it wrote, what went wrong or nothing), its tables printed meanwhile."""
+    """(what it wrote, what went wrong or nothing), its tables printed meanwhile; Ctrl-C and SIGTERM go wrong, too."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
         command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *part.arguments.split()]
@@ -144,9 +144,8 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
         except BaseException as error:  # Ctrl-C too: its own processes, which measure, end with it
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            wrong = f"{OUT_OF_TIME} after {allowed_s:.0f} s"
+            late = isinstance(error, subprocess.TimeoutExpired)
+            wrong = f"{OUT_OF_TIME} after {allowed_s:.0f} s" if late else INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, before)
         return json.loads(output.read_text()) if output.exists() else None, wrong
@@ -184,7 +183,7 @@ def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
     """Whether a part is not to be run again: it ended, or did not in as much time as now, give or take 10 s."""
     if document is None or "incomplete" not in document:
         return document is not None
-    return allowed_s is not None and allowed_s <= document["had_s"] + 10
+    return allowed_s is not None and allowed_s <= document.get("had_s", -10.0) + 10
 
 
 def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
@@ -207,6 +206,9 @@ def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: flo
         found = read(path)  # anew: another suite may have written to it meanwhile
         found["parts"][name] = document
         measure.save(found, path)
+        if failed == INTERRUPTED:
+            print(f"\nwhat {name} had is in {path}; the same command begins it anew, and then the rest", flush=True)
+            sys.exit(130)
     else:
         lost = [name for name, document in read(path)["parts"].items() if "incomplete" in document]
         print("\nall done" + (f", but incomplete: {', '.join(lost)}" if lost else ""), flush=True)
@@ -219,8 +221,8 @@ def read(path: Path) -> dict[str, Any]:
         return {"parts": {}}
     try:
         found = json.loads(path.read_text())
-        assert isinstance(found["parts"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        assert isinstance(found["parts"], dict) and all(isinstance(part, dict) for part in found["parts"].values())
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise ValueError(f"{path} is not a file of this suite; move it away, or choose another --output_dir") from None
     return found
 
@@ -261,6 +263,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allowed_s", type=float, help="seconds after which no part is begun, and one is stopped")
     parser.add_argument("--list", action="store_true", help="print the parts for this machine, and which are done")
     given = parser.parse_args(argv)
+    if given.quick and given.dry_run:
+        parser.error("--quick and --dry_run are two things; choose one")
+    if given.allowed_s is not None and given.allowed_s <= 0:
+        parser.error(f"--allowed_s {given.allowed_s:g} is not above 0")
     known = parts(given.quick, given.dry_run)
     try:
         asked = [part for name in given.names for part in of_name(name, known)] or list(known)

@@ -30,6 +30,7 @@ TRL_VARIANTS: dict[str, dict[str, Any]] = {
     "TRL": dict(gradient_checkpointing=True),
     "TRL, no checkpointing": dict(gradient_checkpointing=False),
     "TRL, no checkpointing, eager attention": dict(gradient_checkpointing=False, attn_implementation="eager"),
+    "TRL, no checkpointing, as on a GPU": dict(gradient_checkpointing=False, as_on_a_gpu=True),
 }
 OURS = "lowmem_grpo"
 IMPLEMENTATIONS = (OURS, *TRL_VARIANTS)
@@ -69,7 +70,7 @@ class Watch:
         self.step_s: list[float] = []
         self.phases: dict[str, list[float]] = defaultdict(list)
         self.rewards: list[float] = []
-        self.loaded_bytes = 0
+        self.loaded_bytes, self.peak = 0, 0
 
     def now(self) -> float:
         if self.job.device.type == "cuda":
@@ -89,8 +90,10 @@ class Watch:
 
     def step(self, step: int, model: Any) -> None:
         self.step_s.append(self.now() - self.since)
+        self.peak = max(self.peak, peak_bytes(self.job.device))
         if step % self.job.every == 0:
             self.evaluate(step, model)
+        reset_peak(self.job.device)
         self.since = self.now()
 
     def evaluate(self, step: int, model: Any) -> None:
@@ -108,7 +111,7 @@ class Watch:
         return run
 
     def result(self, peak: int) -> dict[str, Any]:
-        """Medians over the steps but the first, which prepares what stays."""
+        """Medians over the steps but the first, which prepares what stays; peak is without that of evaluations."""
 
         def median(values: list[float]) -> float:
             return statistics.median(values[1:] or values)
@@ -147,8 +150,13 @@ def run_ours(job: Job) -> dict[str, Any]:
     return watch.result(int(max(peaks) * 2**20))
 
 
-def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa") -> dict[str, Any]:
+def run_trl(
+    job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa", as_on_a_gpu: bool = False
+) -> dict[str, Any]:
+    """as_on_a_gpu takes two things away that it does on a CPU alone: it scores the prompts' positions too, where there
+    is no Triton, and `generate` gives the head a strided slice, for which a CPU copies the whole head once a row."""
     from transformers import TrainerCallback
+    from trl.trainer import utils
 
     watch = Watch(job)
 
@@ -157,12 +165,14 @@ def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "
             watch.step(state.global_step, model)
 
     trainer = trl_trainer(job, gradient_checkpointing, attn_implementation, Watching())
+    if as_on_a_gpu:
+        utils._use_triton = lambda device: True  # which positions are scored, and no more
+        trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     trainer._generate = watch.timed("rollout", trainer._generate)
     trainer._generate_and_score_completions = watch.timed("scored", trainer._generate_and_score_completions)
     trainer.training_step = watch.timed("training", trainer.training_step)
     watch.start(trainer.model)
     trainer.train()
-    peak = peak_bytes(job.device)
     scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
     watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
     parts = len(training) // len(scored)  # micro-batches of a step
@@ -170,7 +180,7 @@ def run_trl(job: Job, gradient_checkpointing: bool, attn_implementation: str = "
     watch.phases["update"] = [a - b for a, b in zip(training, scored, strict=True)]
     first = f"rewards/{job.rewards[0].__name__}/mean"
     watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
-    return watch.result(peak)
+    return watch.result(watch.peak)
 
 
 def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str, *callbacks: Any) -> Any:
@@ -240,7 +250,9 @@ def _in_a_process(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        if done.returncode < 0 or "can't allocate memory" in done.stderr or "out of memory" in done.stderr:
-            return {"failed": measure.OUT_OF_MEMORY if done.returncode > 0 else measure.ended_by(done.returncode)}
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        if done.returncode < 0:
+            return {"failed": measure.ended_by(done.returncode, "bad_alloc" in done.stderr)}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        memory = "can't allocate memory" in last or "out of memory" in last
+        return {"failed": measure.OUT_OF_MEMORY if memory else last}
     return json.loads(done.stdout.splitlines()[-1])

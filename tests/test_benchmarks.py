@@ -275,8 +275,11 @@ def test_a_profile_is_of_the_phases_after_the_first_and_of_what_ran_in_them():
         "rollout": {
             profile_step.PYTHON: 40, "matrix products": 20, profile_step.DISPATCH: 1, "copies, casts, lookups": 9,
         },
-        "update": {profile_step.PYTHON: 50, profile_step.DISPATCH: 7, "matrix products": 13},
+        "update": {profile_step.PYTHON: 50, profile_step.FUNCTIONS: 7, "matrix products": 13},
     }  # fmt: skip
+    kinds = {name: profile_step.kind_of(f"aten::{name}") for name in ("exp", "exp_", "expand", "mul_", "index_put")}
+    numbers = "sums, products, functions of numbers"
+    assert list(kinds.values()) == [numbers, numbers, profile_step.DISPATCH, numbers, profile_step.DISPATCH]
 
 
 def test_phases_are_named_for_a_profiler():
