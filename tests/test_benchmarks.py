@@ -14,6 +14,7 @@ import torch
 from lowmem_grpo.benchmarks import (
     bench_budgets,
     bench_learning,
+    bench_rollout,
     bench_scaling,
     bench_step,
     bench_update,
@@ -202,16 +203,29 @@ def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
 
 
 def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_path, capsys):
-    """Ours alone here; a peer that fails is a row of its own and not the end."""
+    """A peer that fails is a row of its own and not the end."""
+    pytest.importorskip("trl")
     output = tmp_path / "step.json"
     small = ["--shape=tiny", "--prompts=2", "--num_generations=2", "--prompt_length=16", "--max_completion_length=4"]
-    bench_step.main([*small, "--steps=2", "--only", "lowmem_grpo", f"--output={output}"])
-    (found,) = json.loads(output.read_text())["results"]["lowmem_grpo"]
-    assert found["step_s"] > 0 and set(found["phases_s"]) == {"rollout", "reference", "update"}
+    names = ["lowmem_grpo", "TRL, no checkpointing, as on a GPU"]
+    bench_step.main([*small, "--steps=2", "--only", *names, f"--output={output}"])
+    for (found,) in json.loads(output.read_text())["results"].values():
+        assert found["step_s"] > 0 and found["peak_mib"] > 0 and len(found["rewards"]) == 2
+        assert set(found["phases_s"]) == {"rollout", "reference", "update"}
+        assert 0.5 * found["step_s"] < sum(found["phases_s"].values()) < 1.2 * found["step_s"]
     bench_learning.main(["--steps=1", "--seeds=0", "--only", "lowmem_grpo"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lowmem_grpo")]
     assert len(rows) == 2 and "never" in rows[1]
     assert "no such thing" in bench_learning.tables({"results": {"TRL": [{"failed": "no such thing"}]}})
+
+
+@LINUX
+def test_every_way_to_sample_is_measured(tmp_path):
+    output = tmp_path / "rollout.json"
+    bench_rollout.main(["--quick", "--warmups=0", f"--output={output}"])
+    (found,) = json.loads(output.read_text())["lengths"]
+    assert {"ours", "generate", "generate, static cache", "generate_batch"} <= set(found["results"])
+    assert all(result["tokens_per_s"] > 0 for result in found["results"].values())
 
 
 @pytest.fixture(scope="module")

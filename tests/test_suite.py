@@ -123,6 +123,29 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, mon
     assert [suite.is_done(found["b"], allowed) for allowed in (0.1, 600.0, None)] == [True, False, False]
 
 
+def test_an_interrupted_part_keeps_what_it_had_and_is_begun_anew(tmp_path, monkeypatch, capsys):
+    """A real one: it writes a first result, and then gets Ctrl-C."""
+    script = tmp_path / "part.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "output = next(a for a in sys.argv if a.startswith('--output=')).removeprefix('--output=')\n"
+        "pathlib.Path(output).write_text('{\"first\": 1}')\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        suite.subprocess, "Popen", lambda command, **k: popen([sys.executable, str(script), command[-1]], **k)
+    )
+    monkeypatch.setattr(suite, "parts", lambda *_: {"a": suite.Part("bench_context"), "b": suite.Part("bench_context")})
+    with pytest.raises(SystemExit) as ended:
+        suite.main([f"--output_dir={tmp_path}", "--file=x.json"])
+    found = json.loads((tmp_path / "x.json").read_text())["parts"]
+    assert ended.value.code == 130 and found["a"]["first"] == 1 and found["a"]["incomplete"] == "interrupted"
+    assert "b" not in found and not suite.is_done(found["a"], None)
+    assert "begins it anew" in capsys.readouterr().out
+
+
 def test_the_command_names_its_parts(capsys):
     assert main(["bench", "--list"]) == 0
     assert set(capsys.readouterr().out.split()) >= set(suite.CPU if not torch.cuda.is_available() else suite.CUDA)
@@ -137,6 +160,30 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert "is not a file of this suite" in capsys.readouterr().err
     assert suite.main(["--list", f"--output_dir={tmp_path}/x.json"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
+    (tmp_path / "y.json").write_text('{"parts": {"head": "text"}}')
+    assert suite.main(["--list", f"--output_dir={tmp_path}", "--file=y.json"]) == 2
+    assert "is not a file of this suite" in capsys.readouterr().err
+    for wrong, reason in (
+        (["--allowed_s=-5"], "is not above 0"), (["--quick", "--dry_run"], "two things; choose one"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            suite.main(wrong)
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ("bench_update --warmups=-1", "-1 is not above 0"), ("bench_rollout --prompts=0", "0 is not above 0"),
+        ("bench_update --output=/proc/none/x.json", "cannot be written to"), ("bench_step --steps=1", "at least 2"),
+        ("bench_update --output=/", "is a folder|cannot be written to"), ("bench_scaling --longest=10", "is below"),
+    ],
+)  # fmt: skip
+def test_a_bench_refuses_bad_input_before_it_measures(wrong, reason, capsys):
+    module, argument = wrong.split()
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"lowmem_grpo.benchmarks.{module}").main([argument])
+    assert ended.value.code == 2 and re.search(reason, capsys.readouterr().err)
 
 
 def test_a_suite_goes_on_past_midnight(tmp_path):
