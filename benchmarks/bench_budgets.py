@@ -117,9 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts_per_step", type=measure.positive, default=8)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument("--predict_only", action="store_true", help="measure nothing even where there is a GPU")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and not arguments.predict_only
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen2.5-1.5b", "qwen2.5-7b"])
     parser.add_argument("--max_completion_length", type=measure.positive, nargs="+", default=list(LENGTHS))
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     given = parser.parse_args(argv)
     predicted = {
         shape: {

@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
     parser.add_argument("--quick", action="store_true", help="two steps of one seed: does everything run?")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     given = parser.parse_args(argv)
     if given.quick:
         given.seeds, given.steps = given.seeds[:1], 2

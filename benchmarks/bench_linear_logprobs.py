@@ -367,9 +367,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=measure.positive, help="on a CPU; with 1, CPU time holds no waiting for other threads"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     return parser.parse_args(argv)
 
 

@@ -156,9 +156,7 @@ def tables(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"N = {SIZES[0]} alone")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [{"N": tokens, "results": bench(tokens, device)} for tokens in SIZES[: 1 if arguments.quick else None]]

@@ -232,9 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory_limit", type=float, help="GB that one call may take on a CPU; 60 %% of what is free")
     parser.add_argument("--quick", action="store_true", help="a tiny model and sizes: does everything run?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     if given.longest < SWEEPS["max_completion_length"][0][0]:

@@ -83,9 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=usual)
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
     parser.add_argument("--quick", action="store_true", help="a tiny model and lengths: does everything run?")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     given = parser.parse_args(argv)
     if given.steps < 2:
         parser.error(f"--steps {given.steps} leaves none to count; give at least 2")

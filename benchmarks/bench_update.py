@@ -138,9 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--warmups", type=measure.natural, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if arguments.device == "cpu":

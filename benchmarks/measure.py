@@ -80,8 +80,13 @@ def natural(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def new_file(text: str) -> Path:
-    """An argument that is written to after hours of work: now is the time to say that it cannot be."""
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--output, as every benchmark has it."""
+    parser.add_argument("--output", type=_new_file, metavar="FILE", help="JSON, with machine, versions and commit")
+
+
+def _new_file(text: str) -> Path:
+    """What is written to after hours of work: now is the time to say that it cannot be."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,9 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=measure.positive, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     given = parser.parse_args(argv)
     spent = run(given.steps, given.seed)
     found = measure.document("profile_step", argv, torch.device("cpu"), milliseconds=spent)

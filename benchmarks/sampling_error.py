@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=str(MODEL), help="a model or adapter folder with the demo's tokenizer")
     parser.add_argument("--prompts", type=measure.positive, default=32)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
-    parser.add_argument(
-        "--output", type=measure.new_file, metavar="FILE", help="JSON, with machine, versions and commit"
-    )
+    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     errors = []
     for bf16 in (False, True):

@@ -132,8 +132,13 @@ def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """(..., Q, D) queries over (..., K, D) keys, whose scores and softmax are fp32."""
-    scores = soften((query @ key.transpose(-1, -2)).float() * scaling, softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
+    scores = scores_of(query, key, scaling, softcap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """(..., Q, K) fp32."""
+    return soften((query @ key.transpose(-1, -2)).float() * scaling, softcap)
 
 
 def soften(scores: Tensor, softcap: float | None) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_grpo.attention import soften
+from lowmem_grpo.attention import scores_of
 from lowmem_grpo.packing import Block, Packing
 
-TILE = 4096  # queries at a time, times the heads of a kv head: of a long tail, no mask is of the size (tokens, tokens)
+TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -111,8 +111,7 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
     if not plain:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
-        scores = soften((folded @ key.transpose(-1, -2)).float() * scaling, softcap)
-        out = (scores + mask).softmax(-1).to(value.dtype) @ value
+        out = (scores_of(folded, key, scaling, softcap) + mask).softmax(-1).to(value.dtype) @ value
     return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
 
 

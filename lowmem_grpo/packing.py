@@ -177,7 +177,7 @@ def fills_one(
     """The completions' lengths, group after group, of a step that fills one micro-batch and has it cost the most.
 
     Every group has one completion of full length and others of one length, the longest with which all still fit: so
-    attention has keys and filling for many tails, and masks of several widths. None where not even one group fits.
+    attention has keys and filling for many tails. None where not even one group fits.
     """
 
     def step(groups: int, others: int) -> list[int]:
