@@ -457,16 +457,19 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
         pages = (ceil(longest / 4) + number(12)) if number(3) == 1 else 0
         scheduler = Scheduler(list(range(prompts * generations)), generations, slots, rows, pages, 4 if pages else 0)
         lengths = [number(longest + 1) for _ in range(prompts * generations)]
-        finished, at = [], [0] * slots
+        finished, at, was = [], [0] * slots, {}
         while scheduler.waiting or scheduler.running:
             new, new_rows = scheduler.admit()
             for slot in new:
-                at[slot] = 0
+                at[slot] = was.pop(scheduler.slots[slot], 0)
             assert all(scheduler.slots[slot] is not None for slot in new)
             assert not rows or all(
                 scheduler.prefixes[row] in {scheduler.slots[s] // generations for s in new} for row in new_rows
             )
-            sent_back += len(scheduler.reserve([tokens + 1 for tokens in at]))
+            holders = list(scheduler.slots)
+            preempted = scheduler.reserve([tokens + 1 for tokens in at])
+            was |= {holders[slot]: at[slot] for slot in preempted}
+            sent_back += len(preempted)
             running = [c for c in scheduler.slots if c is not None]
             assert len(running) == len(set(running)) > 0
             if rows:
@@ -489,6 +492,42 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
                 assert after == before and None not in scheduler.slots[: len(before)]
         assert sorted(finished) == list(range(prompts * generations))
     assert sent_back > 100
+
+
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3, "top_k": 20}])
+@pytest.mark.parametrize("kv, every", [("full", 1), ("full", 3), ("int8", 1)])
+def test_a_completion_that_waits_for_pages_goes_on_where_it_was(kv, every, sampling, monkeypatch):
+    """No step of any completion is computed twice, and what is sampled is as where nobody waits."""
+    policy, computed = make_policy("qwen2"), []
+    monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
+    step = engine.Slots.step
+
+    def watched(self, rows):
+        now = (self.positions - self.prefilled)[:rows].tolist()
+        computed.extend((c, t) for c, t in zip(self.scheduler.slots, now, strict=False) if c is not None)
+        return step(self, rows)
+
+    monkeypatch.setattr(engine.Slots, "step", watched)
+    roomy, short = paged_plans(PROMPTS, 4, 30, 8)
+    sampled = partial(run, policy, 4, kv=kv, weights="4bit", max_completion_length=30, **sampling)
+    truth = sampled(plan=roomy)
+    computed.clear()
+    found = sampled(plan=short)
+    assert ids_of(found) == ids_of(truth)
+    for ours, first in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.logprobs, first.logprobs, atol=2e-5 if kv == "full" else 2e-2, rtol=0)
+    steps = [(c, t) for c, t in computed if t < len(found[c].ids)]
+    assert len(steps) == len(set(steps)) == sum(len(c.ids) for c in found)
+
+
+def test_waiting_for_pages_is_counted():
+    policy = make_policy("qwen2")
+    counts = []
+    for plan in paged_plans(PROMPTS, 4, 30, 8):
+        params = SamplingParams(max_completion_length=30, temperature=1.0)
+        sampled = sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000, token_budget=100, plan=plan)
+        counts.append(sampled.metrics["rollout/preempted"])
+    assert counts[0] == 0 < counts[1]
 
 
 def test_completions_come_group_after_group_and_differ_within_one():

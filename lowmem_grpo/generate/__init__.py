@@ -20,7 +20,7 @@ __all__ = ["Sampled", "SamplingParams", "sample"]
 
 class Sampled(NamedTuple):
     completions: list[Completion]  # B
-    metrics: dict[str, float]  # how it was done: rollout/slots, kv_mib, dense_weights_mib, cuda_graphs
+    metrics: dict[str, float]  # how it was done: rollout/slots, kv_mib, dense_weights_mib, cuda_graphs, preempted
 
 
 def sample(
@@ -76,7 +76,7 @@ def sample(
             completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
         return Sampled(completions, {})
     rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
-    first = plan = plan or plan_rollout(
+    plan = plan or plan_rollout(
         prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
         max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
         paged=policy.device.type == "cuda",
@@ -91,19 +91,20 @@ def sample(
         stack.enter_context(policy.autocast())
         stack.enter_context(attending(policy.configs))
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
-        completions, plan, graphs = engine.run(
+        ran = engine.run(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
             cuda_graphs,
         )  # fmt: skip
-    if plan is not first:
-        policy.rollout_tokens = plan.tokens()
-    kv_bytes = plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
+    if ran.plan is not plan:
+        policy.rollout_tokens = ran.plan.tokens()
+    kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
     return Sampled(
-        completions,
+        ran.completions,
         {
-            "rollout/slots": plan.slots,
+            "rollout/slots": ran.plan.slots,
             "rollout/kv_mib": kv_bytes / 2**20,
             "rollout/dense_weights_mib": size / 2**20 if dense else 0.0,
-            "rollout/cuda_graphs": graphs,
+            "rollout/cuda_graphs": ran.graphs,
+            "rollout/preempted": ran.preempted,
         },
     )

@@ -1,12 +1,13 @@
 """Sampling from the resident weights: slots that are refilled as completions end, prompts prefilled once a group.
 
 A completion's token t is drawn by inverse CDF from uniforms[completion, t], and a row of a batch does not depend on the
-others. So which completions share a batch, in what order they start and how often one starts over does not change
+others. So which completions share a batch, in what order they start and how often one has to wait does not change
 what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
 """
 
 from collections.abc import Callable
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,24 @@ def _difference(policy: Policy) -> str | None:
     return None
 
 
+class Ran(NamedTuple):
+    """What a rollout made, and how."""
+
+    completions: list[Completion]  # B, group after group
+    plan: RolloutPlan  # that was enough
+    graphs: int  # replayed
+    preempted: int  # times that a completion had to wait for pages
+
+
+class Parked(NamedTuple):
+    """A completion that has to wait for pages: it goes on with the very keys and values that it had."""
+
+    token: Tensor  # () the next to feed
+    column: int  # where that goes
+    seen: Tensor | None  # (V,) bool
+    saved: list[list[Tensor]]  # its pages, in CPU memory
+
+
 def run(
     policy: Policy,
     prompts: list[list[int]],
@@ -68,19 +87,20 @@ def run(
     prefill_tokens: int,
     kv_dtype: torch.dtype,  # the policy's, or int8
     graphs: bool,  # whether CUDA graphs may be captured
-) -> tuple[list[Completion], RolloutPlan, int]:
-    """num_generations completions of each prompt, group after group; the plan that was enough; how many graphs ran.
+) -> Ran:
+    """num_generations completions of each prompt.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
     """
     done: dict[int, Completion] = {}
-    captured = 0
+    captured, preempted = 0, 0
     while len(done) < len(prompts) * num_generations:
         todo = [i for i in range(len(prompts) * num_generations) if i not in done]
         slots = min(plan.slots, len(todo))
         scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
         try:
             captured = _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, done)
+            preempted += scheduler.preempted
         except torch.OutOfMemoryError as error:
             if plan.slots == 1:
                 error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
@@ -88,7 +108,7 @@ def run(
             plan = plan.halved()
         if policy.device.type == "cuda" and (graphs or len(done) < len(prompts) * num_generations):
             torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    return [done[i] for i in range(len(prompts) * num_generations)], plan, captured
+    return Ran([done[i] for i in range(len(prompts) * num_generations)], plan, captured, preempted)
 
 
 def _run(
@@ -106,7 +126,7 @@ def _run(
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(prompts, prefill_tokens):
-            texts[scheduler.slots[slot]] = [[], [], [], []]  # type: ignore[index]
+            texts.setdefault(scheduler.slots[slot], [[], [], [], []])  # type: ignore[arg-type]
         slots.reserve(block)
         slots.shrink()
         made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
@@ -143,6 +163,7 @@ class Slots:
         self.tokens, self.positions, self.prefilled = zeros
         self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
         self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
+        self.parked: dict[int, Parked] = {}  # by completion, until its pages are there again
         self.prefix_rows = torch.zeros_like(self.completions)
         self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
         self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
@@ -179,8 +200,19 @@ class Slots:
             self.seen[at] = False
             for slot, prompt in zip(new, asked, strict=True):
                 self.seen[slot, self._tensor(prompts[prompt])] = True
+        for slot, completion in zip(new, completions, strict=True):
+            if completion in self.parked:
+                self._go_on(slot, self.parked[completion])
         self._arrange()
         return new
+
+    def _go_on(self, slot: int, parked: Parked) -> None:
+        """In a slot that was just filled, from where the completion was; its pages follow when it has some."""
+        self.tokens[slot] = parked.token
+        self.positions[slot] += parked.column
+        self.columns[slot] = parked.column
+        if self.seen is not None and parked.seen is not None:
+            self.seen[slot] = parked.seen
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.policy.device)
@@ -229,9 +261,29 @@ class Slots:
         if not self.plan.paged:
             return
         assert self.table is not None
-        self.scheduler.reserve([min(column + ahead, self.plan.slot_tokens) for column in self.columns])
+        held, completions = [list(pages) for pages in self.scheduler.pages], list(self.scheduler.slots)
+        for slot in self.scheduler.reserve([min(column + ahead, self.plan.slot_tokens) for column in self.columns]):
+            self._park(slot, completions[slot], held[slot])  # type: ignore[arg-type]
+        # Only now, since they may have the pages of those.
+        for slot, completion in enumerate(self.scheduler.slots):
+            if completion in self.parked:
+                parked = self.parked.pop(completion)
+                self.store.own.copy_in(self._filled(self.scheduler.pages[slot], parked.column), parked.saved)
         width = self.table.shape[1]
         self.table.copy_(self._tensor([pages + [NOBODYS] * (width - len(pages)) for pages in self.scheduler.pages]))
+
+    def _park(self, slot: int, completion: int, pages: list[int]) -> None:
+        """Save what is in the pages that a slot had until now, which are still as they were."""
+        column = self.columns[slot]
+        if completion in self.parked or not column:  # not gone on since the last time, or not begun
+            return
+        seen = None if self.seen is None else self.seen[slot].clone()
+        saved = self.store.own.copied_out(self._filled(pages, column))
+        self.parked[completion] = Parked(self.tokens[slot].clone(), column, seen, saved)
+
+    def _filled(self, pages: list[int], columns: int) -> Tensor:
+        """Those of a slot's pages that have any of so many columns."""
+        return self._tensor(pages[: ceil(columns / self.plan.page_tokens)])
 
     def shrink(self) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket holds what still runs."""

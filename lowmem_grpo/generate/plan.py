@@ -38,7 +38,7 @@ class RolloutPlan:
     """The store's shape.
 
     Where shared, a prompt's keys and values stand once, in a prefix row, else in every slot. Where paged, slots take
-    pages as they grow, and there may be more slots than the pages hold at full length: then the youngest starts over.
+    pages as they grow, and there may be more slots than the pages hold at full length: then the youngest has to wait.
     """
 
     slots: int  # completions in flight

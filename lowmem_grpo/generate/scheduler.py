@@ -28,7 +28,8 @@ class Scheduler:
         self.free = [page for page in range(pages) if page != NOBODYS]
         self.admitted = [0] * slots  # when each slot's completion started, in admissions
         self.admissions = 0
-        self.short = False  # a completion was sent back for want of pages, and none has ended since
+        self.preempted = 0  # times that a completion was sent back for want of pages
+        self.short = False  # that happened, and none has ended since
 
     @property
     def running(self) -> int:
@@ -64,8 +65,7 @@ class Scheduler:
     def reserve(self, tokens: list[int]) -> list[int]:
         """Give each running slot, the oldest first, pages for tokens[slot] tokens. The slots that were preempted.
 
-        Where pages run out, the youngest goes back to the queue's front and begins again later: the same uniforms make
-        the same completion of it.
+        Where pages run out, the youngest goes back to the queue's front.
         """
         preempted = []
         if not self.page_tokens:
@@ -79,6 +79,7 @@ class Scheduler:
                 youngest = max(running, key=lambda s: self.admitted[s])
                 self.waiting.appendleft(self._leave(youngest))
                 preempted.append(youngest)
+                self.preempted += 1
                 self.short = True
         return preempted
 

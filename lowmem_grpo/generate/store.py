@@ -52,9 +52,21 @@ class Rows(NamedTuple):
         numbers = self.numbers[layer, :, :rows, :, :tokens]
         return numbers if self.scales is None else dequantized(numbers, self.scales[layer, :, :rows, :, :tokens], dtype)
 
+    def copied_out(self, rows: Tensor) -> list[list[Tensor]]:
+        """What these rows hold, in CPU memory; a layer at a time, since it is done where memory is short."""
+        return [[layer[:, rows].cpu() for layer in tensor] for tensor in self._tensors()]
+
+    def copy_in(self, rows: Tensor, saved: list[list[Tensor]]) -> None:
+        for tensor, layers in zip(self._tensors(), saved, strict=True):
+            for layer, held in zip(tensor, layers, strict=True):
+                layer[:, rows] = held.to(layer.device)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.numbers] if self.scales is None else [self.numbers, self.scales]
+
     def move(self, sources: Tensor, targets: Tensor) -> None:
-        for tensor in (self.numbers, self.scales):
-            for layer in () if tensor is None else tensor:
+        for tensor in self._tensors():
+            for layer in tensor:
                 layer[:, targets] = layer[:, sources]
 
 
