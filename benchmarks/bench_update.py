@@ -1,35 +1,55 @@
 """Time and memory of one update's gradient: padded rows, rows one by one, and packed rows that share their prompt.
 
     python -m lowmem_grpo.benchmarks.bench_update [--shape NAME] [--prompts 1] [--num_generations 8]
-        [--prompt_length 512] [--completion_length 128] [--uneven] [--output FILE]
+        [--prompt_length 512] [--completion_length 128] [--uneven] [--rungs] [--output FILE]
 
-All compute the same gradient of the same random 4-bit model's LoRA adapters; the last column says how far apart they
-are. Peak memory is above the loaded model.
+With --rungs, packed rows with each of the settings that `lowmem-grpo plan` chooses from (but for sampling's, which
+bench_rollout has), and the optimizers' steps. All compute the same gradient of the same random 4-bit model's LoRA
+adapters; the last column says how far apart they are. Peak memory is above the loaded model.
 """
 
 import argparse
 from functools import cache, partial
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.lora import plain_lora_layers
 from lowmem_grpo.loss import Coefficients
 from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.optimizer import make_optimizer
+from lowmem_grpo.policy import ONLY_ON_GPU, Policy
 from lowmem_grpo.rollout import Rollout
 from lowmem_grpo.update import backward
 
-# How a step's completions become micro-batches; "padded" in one.
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+# How a step's completions become micro-batches; all in one unless token_budget says otherwise, of the step's tokens.
+LAYOUTS: dict[str, dict[str, Any]] = {
     "packed, prompt shared": {},
     "padded rows": {"padding_free": False},
-    "one by one": {"padding_free": False, "token_budget": 1},
+    "one by one": {"padding_free": False, "token_budget": 0.0},
 }
+CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
+PEFTS, LIGERS = "adapters as PEFT has them", "gradient_checkpointing, use_liger_kernel"
+RUNGS: dict[str, dict[str, Any]] = {
+    "half of token_budget": {"token_budget": 0.5},
+    "tiled_mlp": {"tiled_mlp": True},
+    "gradient_checkpointing": CHECKPOINTED,
+    "gradient_checkpointing, half of token_budget": {**CHECKPOINTED, "token_budget": 0.5},
+    "gradient_checkpointing, tiled_mlp": {**CHECKPOINTED, "tiled_mlp": True},
+    "gradient_checkpointing, activation_offloading": {**CHECKPOINTED, "activation_offloading": True},
+    "gradient_checkpointing, offload_embedding": {**CHECKPOINTED, "offload_embedding": True},
+    LIGERS: {**CHECKPOINTED, "use_liger_kernel": True},
+    PEFTS: {},
+    "none of these": {},
+}
+IMPLEMENTATIONS = LAYOUTS | RUNGS
+OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 
 
 class Work(NamedTuple):
@@ -46,10 +66,21 @@ class Work(NamedTuple):
 
 
 @cache
-def make_policy(shape: str, device: str, checkpointing: bool) -> Policy:
-    policy = random_policy(shape, device, gradient_checkpointing=checkpointing)
+def make_policy(shape: str, device: str, name: str, **settings: bool) -> Policy:
+    policy = random_policy(shape, device, **settings)
     assert policy.packs
+    if name == PEFTS:
+        for layer in plain_lora_layers(policy.base):
+            del layer.forward
     return policy
+
+
+def serves(work: Work, name: str) -> bool:
+    """Whether this device and shape know the setting."""
+    settings = IMPLEMENTATIONS[name]
+    if "offload_embedding" in settings and SHAPES[work.shape][6]:  # it is the head, too
+        return False
+    return work.device == "cuda" or not settings.keys() & set(ONLY_ON_GPU)
 
 
 def make_rollout(work: Work) -> Rollout:
@@ -70,8 +101,13 @@ def make_rollout(work: Work) -> Rollout:
 
 def gradient(work: Work, name: str) -> Tensor:
     """The update's gradient, flat."""
-    policy, rollout = make_policy(work.shape, work.device, work.checkpointing), make_rollout(work)
-    config = GRPOConfig(**{"token_budget": 10**9, **IMPLEMENTATIONS[name]})
+    settings = {"gradient_checkpointing": work.checkpointing, **IMPLEMENTATIONS[name]}
+    share, padding_free = settings.pop("token_budget", None), settings.pop("padding_free", True)
+    policy = make_policy(work.shape, work.device, name if name == PEFTS else "", **settings)
+    rollout = make_rollout(work)
+    texts = work.prompts * (work.prompt_length + work.num_generations * work.completion_length)  # at most
+    budget = 10**9 if share is None else max(1, ceil(share * texts))
+    config = GRPOConfig(token_budget=budget, padding_free=padding_free)
     scaler, tokens = torch.amp.GradScaler(work.device, enabled=False), TokenMeter(rollout, policy.device)
     backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
     return torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values() if p.grad is not None])
@@ -88,14 +124,18 @@ def build(name: str, work: Work, small: bool) -> measure.Run:
 def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[str, dict]:
     """Per implementation: failed, or seconds (Timing), peak_bytes, and error: the gradient's distance to the last's."""
     device = torch.device(work.device)
-    timings = measure.time_each(
-        {name: lambda turn, name=name: gradient(work, name) for name in names}, device, repetitions, warmups
-    )
+
+    def timed(group: list[str]) -> dict[str, measure.Timing | Failed]:
+        runs = {name: lambda turn, name=name: gradient(work, name) for name in group}
+        return measure.time_each(runs, device, repetitions, warmups)
+
+    # Liger's last: from then on its rotary embedding is every model's.
+    timings = timed([name for name in names if name != LIGERS]) | timed([name for name in names if name == LIGERS])
     alive = [name for name in names if not isinstance(timings[name], Failed)]
     truth = gradient(work, alive[-1]) if alive else torch.zeros(1)
     results: dict[str, dict] = {}
-    for name, timing in timings.items():
-        if isinstance(timing, Failed):
+    for name in names:
+        if isinstance(timing := timings[name], Failed):
             results[name] = {"failed": timing.reason}
             continue
         results[name] = {
@@ -106,8 +146,48 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
     return results
 
 
+def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, dict]:
+    """Per optimizer: failed, or seconds (Timing) of a step, and state_bytes that it keeps on the device."""
+    device = torch.device(work.device)
+    policy = make_policy(work.shape, work.device, "", gradient_checkpointing=work.checkpointing)
+    results: dict[str, dict] = {}
+    for name in OPTIMIZERS:
+        if work.device == "cpu" and name.startswith("paged"):
+            continue
+        parameters = [nn.Parameter(p.detach().clone()) for p in policy.trainable_parameters().values()]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer = make_optimizer(parameters, GRPOConfig(**{"optim": name}))
+        timing = measure.time_each({name: lambda turn, step=optimizer.step: step()}, device, repetitions, warmups)[name]
+        if isinstance(timing, Failed):
+            results[name] = {"failed": timing.reason}
+            continue
+        state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
+        kept = {x.data_ptr(): x.nbytes for x in state if x.numel() > 1 and not getattr(x, "is_paged", False)}
+        results[name] = {"seconds": timing, "state_bytes": sum(kept.values())}
+    return results
+
+
 def tables(found: dict[str, Any]) -> str:
     """What the document says, for people."""
+    made = [_updates(found)]
+    if "optimizers" in found:
+        made.append(_optimizers(found))
+    return "\n\n".join(made)
+
+
+def _optimizers(found: dict[str, Any]) -> str:
+    def row(name: str, result: dict) -> list[str]:
+        if "failed" in result:
+            return [name, result["failed"], ""]
+        return [name, measure.spread(result["seconds"], 1e3), measure.mib(result["state_bytes"])]
+
+    clock = "ms" if found["work"]["device"] == "cuda" else "CPU ms"
+    rows = [row(name, result) for name, result in found["optimizers"].items()]
+    return measure.markdown_table([f"{found['work']['shape']}: a step by optim", clock, "state, MiB"], rows)
+
+
+def _updates(found: dict[str, Any]) -> str:
     work, clock = Work(**found["work"]), "s" if found["work"]["device"] == "cuda" else "CPU s"
 
     def row(name: str, result: dict) -> list[str]:
@@ -133,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--completion_length", type=measure.positive, default=128)
     parser.add_argument("--uneven", action="store_true", help="lengths from an eighth of completion_length up to it")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--rungs", action="store_true", help="the settings that need less memory, with packed rows")
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
@@ -148,9 +229,12 @@ def main(argv: list[str] | None = None) -> None:
         arguments.shape, arguments.prompts, arguments.num_generations, *lengths, arguments.uneven,
         arguments.checkpointing, arguments.device,
     )  # fmt: skip
-    names = arguments.only or list(IMPLEMENTATIONS)
-    results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
-    found = measure.document("bench_update", argv, device, work=work, results=results)
+    names = arguments.only or [name for name in (RUNGS if arguments.rungs else LAYOUTS) if serves(work, name)]
+    repetitions = 1 if arguments.quick else arguments.repetitions
+    results: dict[str, Any] = {"results": bench(work, names, repetitions, arguments.warmups)}
+    if arguments.rungs:
+        results["optimizers"] = bench_optimizers(work, repetitions, arguments.warmups)
+    found = measure.document("bench_update", argv, device, work=work, **results)
     print(tables(found))
     measure.save(found, arguments.output)
 

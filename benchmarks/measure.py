@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 OUT_OF_MEMORY = "out of memory"
+QUIET = "ignore::RuntimeWarning:runpy"
 PACKAGES = ["torch", "triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "cut-cross-entropy"]
 Run = Callable[[], object]
 
@@ -164,6 +165,8 @@ def preload(*modules: str) -> None:
 
     They are forks of a server that computes nothing: they start at once, and there are no threads for a fork to lose.
     """
+    # That the program's own module is among them, and then is run once more as the program, is meant.
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *(module for module in modules if not missing(module))])
     forkserver.ensure_running()

@@ -13,6 +13,7 @@ import torch
 
 from lowmem_grpo.benchmarks import (
     bench_budgets,
+    bench_gemm_4bit,
     bench_learning,
     bench_rollout,
     bench_scaling,
@@ -164,8 +165,40 @@ def test_updates_in_every_layout_have_one_gradient(tmp_path):
     output = tmp_path / "result.json"
     bench_update.main(["--quick", "--warmups=0", f"--output={output}"])
     results = json.loads(output.read_text())["results"]
-    assert list(results) == list(bench_update.IMPLEMENTATIONS)
+    assert list(results) == list(bench_update.LAYOUTS)
     assert all(result["error"] < 0.03 and result["seconds"]["repetitions"] == 1 for result in results.values())
+
+
+@LINUX
+def test_every_rung_has_the_gradient_and_every_optimizer_its_bytes(tmp_path):
+    output = tmp_path / "result.json"
+    bench_update.main(["--quick", "--rungs", "--warmups=0", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert set(found["results"]) == set(bench_update.RUNGS) - {
+        "gradient_checkpointing, activation_offloading", "gradient_checkpointing, offload_embedding", bench_update.LIGERS
+    }  # fmt: skip
+    assert found["results"][bench_update.PEFTS]["error"] > 0, "computed another way"
+    assert all(result["error"] < 0.03 and result["peak_bytes"] > 0 for result in found["results"].values())
+    work = bench_update.Work(**found["work"])
+    sizes = [p.numel() for p in bench_update.make_policy("tiny", "cpu", "", gradient_checkpointing=False)
+             .trainable_parameters().values()]  # fmt: skip
+    states = {name: result["state_bytes"] for name, result in found["optimizers"].items()}
+    assert states["adamw_torch"] == states["adamw_torch_fused"] == 8 * sum(sizes)
+    assert 2 * sum(sizes) < states["adamw_8bit"] < 8 * sum(sizes)
+    on_a_gpu = [name for name in bench_update.RUNGS if bench_update.serves(work._replace(device="cuda"), name)]
+    assert bench_update.LIGERS in on_a_gpu and "gradient_checkpointing, offload_embedding" not in on_a_gpu
+
+
+def test_products_with_4_bit_weights_are_timed_by_rows(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    bench_gemm_4bit.main(["--quick", "--warmups=0", f"--output={output}"])
+    results = json.loads(output.read_text())["results"]
+    assert set(results) == set(bench_gemm_4bit.IMPLEMENTATIONS) - {"fused"}
+    assert all(result["error"] < 0.01 for rows in results.values() for result in rows.values())
+    assert bench_gemm_4bit.sizes("qwen2.5-7b")[1] == (512, 3584)
+    assert "| bf16 weights" in capsys.readouterr().out
+    bench_gemm_4bit.main(["--quick", "--warmups=0", "--only=fused"])
+    assert "Error" in capsys.readouterr().out or torch.cuda.is_available()
 
 
 def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
@@ -220,12 +253,14 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
 
 
 @LINUX
-def test_every_way_to_sample_is_measured(tmp_path):
+def test_ways_to_sample_are_measured(tmp_path):
     output = tmp_path / "rollout.json"
-    bench_rollout.main(["--quick", "--warmups=0", f"--output={output}"])
+    names = ["ours, int8 keys and values", "ours, dense weights", "generate, static cache", "generate_batch"]
+    bench_rollout.main(["--quick", "--warmups=0", f"--output={output}", *(f"--only={name}" for name in names)])
     (found,) = json.loads(output.read_text())["lengths"]
-    assert {"ours", "generate", "generate, static cache", "generate_batch"} <= set(found["results"])
+    assert list(found["results"]) == names
     assert all(result["tokens_per_s"] > 0 for result in found["results"].values())
+    assert all(result["first_peak_bytes"] > 0 for result in found["results"].values())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,161 @@
+"""A layer's linear products by number of rows: bitsandbytes' choice, its fused kernel, and dequantizing first.
+
+    python -m lowmem_grpo.benchmarks.bench_gemm_4bit [--shape NAME] [--rows N ...] [--output FILE]
+
+bitsandbytes has a kernel that multiplies with 4-bit weights as they are, and chooses by shape and card between it and
+dequantizing a whole matrix before an ordinary product. A rollout's slots are the rows. The layer is that of the shape,
+with random NF4 weights, double quantization, bf16, no gradient and no adapters. On a GPU there are more copies of it
+than a cache holds, and each pass over them is one CUDA graph, as in a rollout, so that launches do not count.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import ceil
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks.measure import Failed
+from lowmem_grpo.benchmarks.random_model import SHAPES
+
+CACHE_BYTES = {"cuda": 256 * 2**20, "cpu": 0}  # more than any GPU's
+ROWS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256]
+Weight = tuple[Tensor, QuantState, Tensor]  # 4-bit numbers, what they mean, and the same in bf16
+Product = Callable[[Tensor, Weight], Tensor]  # (rows, in) bf16 to (rows, out)
+
+
+def _chosen(x: Tensor, weight: Weight) -> Tensor:
+    return bnb.matmul_4bit(x, weight[0], weight[1])
+
+
+def _fused(x: Tensor, weight: Weight) -> Tensor:
+    from bitsandbytes.backends.cuda.ops import _gemm_4bit_kernel_impl  # what the public one calls where it chooses it
+
+    numbers, state, _ = weight
+    return _gemm_4bit_kernel_impl(
+        x, numbers, state.shape, state.state2.absmax, state.blocksize, state.quant_type, absmax_8bit=state.absmax,
+        absmax_code=state.state2.code, absmax_offset=state.offset,
+    )  # fmt: skip
+
+
+def _dequantized(x: Tensor, weight: Weight) -> Tensor:
+    return F.linear(x, dequantize_4bit(weight[0], weight[1]))
+
+
+IMPLEMENTATIONS: dict[str, Product] = {
+    "bitsandbytes' choice": _chosen,
+    "fused": _fused,
+    "dequantized each time": _dequantized,
+    "bf16 weights": lambda x, weight: F.linear(x, weight[2]),
+}
+
+
+def sizes(shape: str) -> list[tuple[int, int]]:
+    """(out, in) of q, k, v, o, gate, up and down."""
+    _, hidden, mlp, heads, kv_heads, _, _ = SHAPES[shape]
+    kv = hidden // heads * kv_heads
+    return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
+
+
+def make_weights(shape: str, device: torch.device) -> list[Weight]:
+    """Of more layers than a cache holds, at least one."""
+    numbers = sum(out * into for out, into in sizes(shape))
+    layers = max(1, ceil(CACHE_BYTES[device.type] / (numbers / 2)))
+    made = []
+    for out, into in sizes(shape) * layers:
+        dense = torch.randn(out, into, device=device, dtype=torch.bfloat16) / into**0.5
+        quantized, state = quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+        made.append((quantized, state, dequantize_4bit(quantized, state)))
+    return made
+
+
+@torch.no_grad()
+def products(product: Product, weights: list[Weight], inputs: dict[int, Tensor]) -> list[Tensor]:
+    return [product(inputs[weight[2].shape[1]], weight) for weight in weights]
+
+
+def repeatable(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """On CUDA the same as one graph."""
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):  # compiles and takes its workspaces
+        run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def bench(
+    shape: str, rows: Sequence[int], names: list[str], device: torch.device, repetitions: int, warmups: int
+) -> dict[str, dict]:
+    """Per implementation, by rows: seconds (Timing) of a layer, and error, of the first one's products; or failed."""
+    weights = make_weights(shape, device)
+    layers = len(weights) // len(sizes(shape))
+    found: dict[str, dict] = {name: {} for name in names}
+    for count in rows:
+        inputs = {into: torch.randn(count, into, device=device, dtype=torch.bfloat16) for _, into in sizes(shape)}
+        truth = products(IMPLEMENTATIONS["bf16 weights"], weights[:7], inputs)
+
+        def prepared(product: Product, inputs=inputs, truth=truth) -> tuple[Callable[[], Any], float]:
+            made = products(product, weights[:7], inputs)
+            error = max(((a - b).norm() / b.norm()).item() for a, b in zip(made, truth, strict=True))
+            return repeatable(lambda: products(product, weights, inputs), device), error
+
+        tried = {name: measure.attempt(partial(prepared, IMPLEMENTATIONS[name])) for name in names}
+        runs = {name: made for name, made in tried.items() if not isinstance(made, Failed)}
+        timings = measure.time_each(
+            {name: lambda turn, run=run: run() for name, (run, _) in runs.items()}, device, repetitions, warmups
+        )
+        for name, timing in (tried | timings).items():
+            if isinstance(timing, Failed):
+                found[name][count] = {"failed": timing.reason}
+            else:
+                seconds = measure.Timing(*(value / layers for value in timing[:3]), timing.repetitions)
+                found[name][count] = {"seconds": seconds, "error": runs[name][1]}
+    return found
+
+
+def tables(found: dict[str, Any]) -> str:
+    """What the document says, for people."""
+    clock = "us" if "gpu" in found["machine"] else "CPU us"
+    rows = list(next(iter(found["results"].values())))
+
+    def cell(result: dict) -> str:
+        return result["failed"] if "failed" in result else f"{1e6 * result['seconds']['median']:.0f}"
+
+    body = [[name, *(cell(results[count]) for count in rows)] for name, results in found["results"].items()]
+    return measure.markdown_table([f"{found['shape']}: {clock} a layer, by rows", *map(str, rows)], body)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--rows", type=measure.positive, nargs="+", default=ROWS)
+    parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
+    parser.add_argument("--quick", action="store_true", help="few rows of a tiny layer: does everything run?")
+    parser.add_argument("--repetitions", type=measure.positive, default=5)
+    parser.add_argument("--warmups", type=measure.natural, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    measure.add_output(parser)
+    given = parser.parse_args(argv)
+    device = torch.device(given.device)
+    skipped = () if given.device == "cuda" else ("fused",)
+    names = given.only or [name for name in IMPLEMENTATIONS if name not in skipped]
+    shape, rows = ("tiny", [1, 8]) if given.quick else (given.shape, given.rows)
+    results = bench(shape, rows, names, device, 1 if given.quick else given.repetitions, given.warmups)
+    found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
+    print(tables(found))
+    measure.save(found, given.output)
+
+
+if __name__ == "__main__":
+    main()
