@@ -4,9 +4,10 @@
 
 One prompt, its group of completions in one micro-batch, a 4-bit model with random weights, LoRA of rank 16 on every
 linear layer, activation checkpointing, no KL: every implementation learns from the same tokens. TRL's is GRPOTrainer's
-own loss at its defaults. Liger's is its fused linear GRPO loss, and full logits are what a plain loop does; both on the
-model that TRL prepares. Peak memory is above the loaded model. Each size is one call, after a small one: the fitted
-slopes, and not single times, are the result. A size that is out of memory ends its row.
+own loss at its defaults; on a CPU it scores the prompts' positions too, and "as on a GPU" not. Liger's is its fused
+linear GRPO loss, and full logits are what a plain loop does; both on the model that TRL prepares. Peak memory is above
+the loaded model. Each size is one call, after a small one: the fitted slopes, and not single times, are the result. A
+size that is out of memory ends its row.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed, Once
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
-from lowmem_grpo.benchmarks.trainers import Job, trl_trainer
+from lowmem_grpo.benchmarks.trainers import Job, prompts_unscored, trl_trainer
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.loss import Coefficients
 from lowmem_grpo.metrics import TokenMeter
@@ -117,6 +118,11 @@ def trl(folder: str, device: str, work: Work) -> Parameters:
     return adapters(trainer)
 
 
+def trl_as_on_a_gpu(folder: str, device: str, work: Work) -> Parameters:
+    with prompts_unscored():
+        return trl(folder, device, work)
+
+
 def liger(folder: str, device: str, work: Work) -> Parameters:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -153,11 +159,11 @@ def adapters(trainer: Any) -> Parameters:
     return {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
 
 
-OURS = "lowmem_grpo"
+OURS, AS_ON_A_GPU = "lowmem_grpo", "TRL, as on a GPU"
 IMPLEMENTATIONS: dict[str, Callable[[str, str, Work], Parameters]] = {
-    OURS: ours, "TRL": trl, "Liger": liger, "full logits": full_logits,
+    OURS: ours, "TRL": trl, AS_ON_A_GPU: trl_as_on_a_gpu, "Liger": liger, "full logits": full_logits,
 }  # fmt: skip
-NEEDS = {OURS: [], "TRL": ["trl"], "Liger": ["trl", "liger_kernel"], "full logits": ["trl"]}  # whose model they train
+NEEDS = {OURS: [], "Liger": ["trl", "liger_kernel"]}  # else TRL, whose model the others train
 
 
 def build(name: str, folder: str, device: str, work: Work, small: bool) -> measure.Run:
@@ -175,7 +181,7 @@ def measure_row(
 ) -> list[Once | Failed]:
     """One implementation at rising sizes; after one that is out of memory the next are not tried."""
     found: list[Once | Failed] = []
-    lacking = [package for package in NEEDS[name] if measure.missing(package)]
+    lacking = [package for package in NEEDS.get(name, ["trl"]) if measure.missing(package)]
     for work in works:
         if lacking:
             found.append(Failed(f"not installed: {', '.join(lacking)}"))
@@ -228,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--longest", type=measure.positive, default=16384, help="no completion is longer")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, help="(default: all that differ here)")
     parser.add_argument("--memory_limit", type=float, help="GB that one call may take on a CPU; 60 %% of what is free")
     parser.add_argument("--quick", action="store_true", help="a tiny model and sizes: does everything run?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -237,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(given.device)
     if given.longest < SWEEPS["max_completion_length"][0][0]:
         parser.error(f"--longest {given.longest} is below the shortest, {SWEEPS['max_completion_length'][0][0]}")
+    names = given.only or [name for name in IMPLEMENTATIONS if name != AS_ON_A_GPU or given.device == "cpu"]
     shape, all_sweeps = ("tiny", QUICK) if given.quick else (given.shape, SWEEPS)
     limit = None
     if given.device == "cpu":
@@ -257,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
             sizes = [size for size in sizes if varied != "max_completion_length" or size <= given.longest]
             works, results = [rest._replace(**{varied: size}) for size in sizes], {}
             sweeps.append({"varied": varied, "sizes": sizes, "work": measure.plain(rest), "results": results})
-            for name in given.only:
+            for name in names:
                 results[name] = measure.plain(measure_row(name, works, folder, device, limit))
                 found = measure.document("bench_scaling", argv, device, shape=shape, limit_bytes=limit, sweeps=sweeps)
                 measure.save(found, given.output)

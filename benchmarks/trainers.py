@@ -6,6 +6,7 @@ loaded model; the trial of a longest micro-batch, by which ours begins on CUDA, 
 rollout and in TRL's reference; the optimizer's step is in ours' update, and of TRL's in the whole step alone.
 """
 
+import contextlib
 import importlib
 import json
 import statistics
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -153,10 +154,9 @@ def run_ours(job: Job) -> dict[str, Any]:
 def run_trl(
     job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa", as_on_a_gpu: bool = False
 ) -> dict[str, Any]:
-    """as_on_a_gpu takes two things away that it does on a CPU alone: it scores the prompts' positions too, where there
-    is no Triton, and `generate` gives the head a strided slice, for which a CPU copies the whole head once a row."""
+    """as_on_a_gpu takes two things away that it does on a CPU alone: it scores the prompts' positions too, and
+    `generate` gives the head a strided slice, for which a CPU copies the whole head once a row."""
     from transformers import TrainerCallback
-    from trl.trainer import utils
 
     watch = Watch(job)
 
@@ -166,13 +166,13 @@ def run_trl(
 
     trainer = trl_trainer(job, gradient_checkpointing, attn_implementation, Watching())
     if as_on_a_gpu:
-        utils._use_triton = lambda device: True  # which positions are scored, and no more
         trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     trainer._generate = watch.timed("rollout", trainer._generate)
     trainer._generate_and_score_completions = watch.timed("scored", trainer._generate_and_score_completions)
     trainer.training_step = watch.timed("training", trainer.training_step)
     watch.start(trainer.model)
-    trainer.train()
+    with prompts_unscored() if as_on_a_gpu else contextlib.nullcontext():
+        trainer.train()
     scored, training = watch.phases.pop("scored"), watch.phases.pop("training")
     watch.phases["reference"] = [a - b for a, b in zip(scored, watch.phases["rollout"], strict=True)]
     parts = len(training) // len(scored)  # micro-batches of a step
@@ -181,6 +181,19 @@ def run_trl(
     first = f"rewards/{job.rewards[0].__name__}/mean"
     watch.rewards = [line[first] for line in trainer.state.log_history if first in line]
     return watch.result(watch.peak)
+
+
+@contextlib.contextmanager
+def prompts_unscored() -> Iterator[None]:
+    """TRL leaves the prompts' positions out of its head, as on a GPU; where there is no Triton it scores them too."""
+    from trl.trainer import utils
+
+    before = utils._use_triton  # which positions are scored, and no more
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = before
 
 
 def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str, *callbacks: Any) -> Any:
