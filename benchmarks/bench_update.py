@@ -180,7 +180,7 @@ def _optimizers(found: dict[str, Any]) -> str:
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
             return [name, result["failed"], ""]
-        return [name, measure.spread(result["seconds"], 1e3), measure.mib(result["state_bytes"])]
+        return [name, measure.spread(result["seconds"], 1e3), f"{result['state_bytes'] / 2**20:.1f}"]
 
     clock = "ms" if found["work"]["device"] == "cuda" else "CPU ms"
     rows = [row(name, result) for name, result in found["optimizers"].items()]
