@@ -28,7 +28,8 @@ def _sample(policy: Policy, prompts: list[Prompt], count: int, params: SamplingP
     return sample(
         policy, [prompt.ids for prompt in prompts], count, params,
         rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-        weights=config.rollout_weights, kv=config.rollout_kv, cuda_graphs=config.has_cuda_graphs,
+        weights=config.rollout_weights, kv=config.rollout_kv, paged=config.rollout_paged,
+        cuda_graphs=config.has_cuda_graphs,
     )  # fmt: skip
 
 

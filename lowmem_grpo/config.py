@@ -85,6 +85,9 @@ class GRPOConfig:
         "full",
         "keys and values while sampling: in the compute dtype, or rounded to int8, in half the memory of 16 bits",
     )
+    rollout_paged: bool = option(
+        True, "keys and values in pages on a GPU, so that more completions are sampled at once than fit at full length"
+    )
     rollout_cuda_graphs: bool = option(
         True, "capture steps of decoding on a GPU, and replay them; without offload_embedding"
     )

@@ -208,7 +208,7 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     rollout = (
         _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
     )
-    if config.rollout_weights == "dense" and not traced.padded:  # transformers' generate has none
+    if config.rollout_weights == "dense":
         rollout["dense weights"] = traced.dense
     phases = {
         "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},
@@ -232,7 +232,8 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
     rollout = plan_rollout(
         prompt_tokens=prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
-        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget, paged=True,
+        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget,
+        paged=config.rollout_paged,
     )  # fmt: skip
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
@@ -247,8 +248,9 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
 
 
 def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
-    if config.rollout_kv == "int8":
-        raise ValueError(f"rollout_kv='int8' does not serve this model: {traced.padded}; set rollout_kv='full'")
+    for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
+        if getattr(config, name) == value:
+            raise ValueError(f"{name}={value!r} does not serve this model: {traced.padded}; leave it out")
     rows = min(
         config.prompts_per_step * config.num_generations, max(1, config.rollout_token_budget // _longest(config))
     )

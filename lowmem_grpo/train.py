@@ -173,6 +173,7 @@ def train(
             raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
         state = {key: saved.get(key, value) for key, value in state.items()}
         stream.position, stream.dull = saved["data_position"], set(saved.get("dull", ()))
+        policy.samples_dense = saved.get("samples_dense")
         if config.replay_buffer_size:
             stream.replay.load(checkpoints.read_tensors(resume, "replay"))
         if policy.reference is not None:
@@ -186,6 +187,7 @@ def train(
     def save(randomness: dict[str, Any]) -> Path:
         complete = {**state, "data": data, "config": asdict(given)}
         complete |= {"data_position": stream.position, "dull": sorted(stream.dull), "rewards": rewards.names}
+        complete["samples_dense"] = policy.samples_dense
         tensors = {"replay": stream.replay.tensors()} if config.replay_buffer_size else {}
         if policy.reference is not None:
             tensors["reference"] = policy.reference

@@ -18,6 +18,7 @@ from lowmem_grpo.loss import (
     step_weights,
 )  # fmt: skip
 from lowmem_grpo.metrics import TokenMeter
+from lowmem_grpo.out_of_memory import as_torch_says_it
 from lowmem_grpo.packing import MicroBatch, pack
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Rollout
@@ -48,7 +49,8 @@ class TokenBudget:
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
         while True:
             try:
-                return work(self.tokens)
+                with as_torch_says_it():
+                    return work(self.tokens)
             except torch.OutOfMemoryError as error:
                 self.out_of_memory += 1
                 if self.out_of_memory > seen + 1:
@@ -85,7 +87,8 @@ class TokenBudget:
 def at_work(batch: MicroBatch) -> Iterator[None]:
     """An out-of-memory inside carries, as `micro_batch`, the micro-batch's tokens and whether it cannot be split."""
     try:
-        yield
+        with as_torch_says_it():
+            yield
     except torch.OutOfMemoryError as error:
         tokens, sequences = batch.input_ids.numel(), set(batch.sequences.tolist())
         error.micro_batch = tokens, len(sequences) == 1 or tokens == 1  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 import warnings
 from functools import partial
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,27 +226,106 @@ def test_int8_keys_and_values_take_the_bytes_that_are_reported():
 def test_int8_keys_and_values_are_not_silently_left_out_by_generate(monkeypatch):
     policy = make_policy("llama")
     monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="set rollout_kv='full'"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="rollout_kv='int8' needs the engine, .*; leave it out"),
+    ):
         run(policy, kv="int8")
+    with pytest.raises(ValueError, match="rollout_weights='dense' needs the engine, .*; leave it out"):
+        run(policy, weights="dense")
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 20, 30])
-def test_out_of_memory_halves_the_slots_and_changes_nothing(at, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("made up"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(at, error, monkeypatch):
     policy = make_policy("llama")
-    expected = ids_of(run(policy, 4, max_completion_length=30))
-    calls, forward = [], policy.decoder.forward
-
-    def failing(*args, **kwargs):
-        calls.append(len(kwargs["input_ids"]))
-        if len(calls) == at:
-            raise torch.OutOfMemoryError("made up")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(policy.decoder, "forward", failing)
+    expected = run(policy, 4, max_completion_length=30)
+    forward = policy.decoder.forward
     policy.engine_refusal = None  # the check on first use would be the one that fails
-    assert ids_of(run(policy, 4, max_completion_length=30)) == expected
-    assert len(calls) >= at
-    assert max(calls[at:]) <= 6, "half of 12 slots"
+    for times in (1, 2):
+        calls: list[int] = []
+
+        def failing(*args, calls=calls, times=times, **kwargs):
+            calls.append(len(kwargs["input_ids"]))
+            if at <= len(calls) < at + times:
+                raise error
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(policy.decoder, "forward", failing)
+        found = run(policy, 4, max_completion_length=30)
+        assert ids_of(found) == ids_of(expected) and len(calls) > at
+        if times == 2:
+            assert max(calls[at + 1 :]) <= 6, "half of 12 slots"
+        elif at <= 2:  # later, fewer are left
+            assert max(calls[at:]) == 12
+            assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_late_out_of_memory_says_nothing_of_all_slots(monkeypatch):
+    """What is left is done with fewer slots; the next rollout has all again."""
+    policy, failures = make_policy("llama"), []
+    policy.eos_token_ids = list(range(5))
+    run(policy, 4, max_completion_length=30)
+    step = engine.Slots.step
+
+    def failing(slots, rows):
+        if slots.scheduler.running <= 5 and len(failures) < 3:
+            failures.append(slots.plan.slots)
+            raise torch.OutOfMemoryError("made up")
+        return step(slots, rows)
+
+    monkeypatch.setattr(engine.Slots, "step", failing)
+    found = run(policy, 4, max_completion_length=30)
+    assert failures[0] == 12 and failures[1] <= 5 and policy.rollout_tokens is None
+    monkeypatch.undo()
+    assert ids_of(found) == ids_of(run(policy, 4, max_completion_length=30))
+
+
+def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
+    policy, waves = make_policy("llama"), []
+    own = hf._generate
+
+    def short_of_memory(policy, rows, params):
+        waves.append(len(rows))
+        if len(rows) > 4:
+            raise RuntimeError("CUDA error: out of memory")
+        return own(policy, rows, params)
+
+    monkeypatch.setattr(hf, "_generate", short_of_memory)
+    params = SamplingParams(max_completion_length=5, temperature=0)
+    found = ids_of(hf.sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000))
+    assert waves == [12, 6, 3, 3, 3, 3] and policy.rollout_tokens == 3 * 85
+    monkeypatch.undo()
+    assert found == ids_of(hf.sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000))
+
+
+def test_a_nan_of_one_completion_is_nobody_elses():
+    policy = make_policy("llama")
+    with torch.no_grad():
+        policy.base.get_input_embeddings().weight[120] = torch.nan
+    prompts = [[120], [120] * 70, *PROMPTS[1:]]
+    for plan in (*plans(prompts, 2, 8, 2), *paged_plans(prompts, 2, 8, 2)):
+        found = run(policy, 2, prompts=prompts, plan=plan, max_completion_length=8)
+        assert not any(120 in completion.ids for completion in found[4:])
+        finite = [bool(completion.logprobs.isfinite().all()) for completion in found]
+        assert finite == [False] * 4 + [True] * 4
+
+
+def test_what_auto_came_to_is_kept(monkeypatch):
+    policy = make_policy("llama")
+    for available in (10**12, 1000):
+        monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        params = SamplingParams(max_completion_length=3, temperature=1.0)
+        found = sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000, token_budget=100)
+        assert found.metrics["rollout/dense_weights_mib"] > 0 and policy.samples_dense is True
+
+
+def test_a_plan_that_would_never_end_is_none():
+    assert RolloutPlan(2, 8, 1, 4, 5, 4).at_most(1) == RolloutPlan(1, 8, 1, 4, 3, 4)
+    with pytest.raises(ValueError, match="fewer pages than one slot"):
+        RolloutPlan(2, 9, 1, 4, 3, 4)
+    with pytest.raises(ValueError, match="no prefixes"):
+        RolloutPlan(2, 8, 0, 0, 5, 4)
 
 
 def test_out_of_memory_with_one_slot_is_an_error(monkeypatch):
@@ -321,7 +401,7 @@ def test_fused_adapters_are_pefts(family, dense):
 def test_a_refusal_names_its_reason(field, value, reason):
     policy = make_policy("llama")
     setattr(policy.base.config, field, value)
-    assert reason in engine.refusal(policy)
+    assert reason in engine.refusal(policy, policy.dtype)
 
 
 def test_a_refused_model_is_sampled_from_by_generate_after_one_warning(monkeypatch):
@@ -338,7 +418,7 @@ def test_an_attention_argument_that_is_not_understood_is_a_refusal(monkeypatch):
     policy = make_policy("llama")
     attention = policy.decoder.layers[0].self_attn
     monkeypatch.setattr(type(attention), "forward", _with_sinks(type(attention).forward))
-    assert "s_aux" in engine.refusal(policy)
+    assert "s_aux" in engine.refusal(policy, policy.dtype)
 
 
 def _with_sinks(forward):
@@ -350,14 +430,14 @@ def test_a_model_whose_steps_do_not_add_up_is_refused(monkeypatch):
     layer = policy.decoder.layers[0].mlp
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda x: forward(x) * x.shape[1])  # as if tokens saw each other there
-    assert "away from its own forward" in engine.refusal(policy)
+    assert "away from its own forward" in engine.refusal(policy, policy.dtype)
 
 
 def test_a_known_model_is_not_refused(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert engine.refusal(make_policy(family)) is None
-        assert engine.refusal(make_policy(family, bf16=True)) is None
+        assert engine.refusal(make_policy(family), torch.float32) is None
+        assert engine.refusal(make_policy(family, bf16=True), torch.bfloat16) is None
 
 
 on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -667,7 +747,7 @@ def test_whatever_the_trial_raises_is_a_refusal_with_a_reason(error, monkeypatch
         raise error
 
     monkeypatch.setattr(policy.decoder.layers[0], "forward", failing)
-    assert engine.refusal(policy) and "\n" not in engine.refusal(policy)
+    assert engine.refusal(policy, policy.dtype) and "\n" not in engine.refusal(policy, policy.dtype)
     assert policy.model.training and policy.base.config._attn_implementation != "lowmem_grpo"
 
 
@@ -675,7 +755,7 @@ def test_a_window_that_is_not_passed_on_is_a_refusal():
     """Qwen2-MoE's layers have one and leave it to the mask, which is not made here."""
     policy = make_policy("llama")
     policy.decoder.layers[1].self_attn.sliding_window = 24
-    assert "sliding window" in engine.refusal(policy)
+    assert "sliding window" in engine.refusal(policy, policy.dtype)
 
 
 def test_a_linear_layer_of_another_kind_is_left_to_peft():
@@ -746,11 +826,11 @@ def test_what_fitted_is_remembered_and_reported(monkeypatch):
     monkeypatch.setattr(policy.decoder, "forward", short_of_memory)
     torch.manual_seed(0)
     first = sample(policy, PROMPTS, 4, params, **budgets)
-    assert len(failures) == 2 and first.metrics["rollout/slots"] == 3
+    assert len(failures) == 3 and first.metrics["rollout/slots"] == 3 and first.metrics["rollout/out_of_memory"] == 3
     assert first.metrics["rollout/kv_mib"] < whole.metrics["rollout/kv_mib"]
     torch.manual_seed(0)
     second = sample(policy, PROMPTS, 4, params, **budgets)
-    assert len(failures) == 2, "it was not tried again"
+    assert len(failures) == 3, "it was not tried again"
     assert second.metrics["rollout/slots"] <= 3 and ids_of(second.completions) == ids_of(first.completions)
 
 
@@ -776,7 +856,7 @@ def test_generate_in_the_engines_place_leaves_the_random_numbers_alone():
 def test_positions_that_depend_on_the_batch_are_refused(kind):
     policy = make_policy("llama")
     policy.base.config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0}
-    assert engine.refusal(policy) == "its rotary embedding depends on the longest text of a batch"
+    assert engine.refusal(policy, policy.dtype) == "its rotary embedding depends on the longest text of a batch"
 
 
 def test_a_forward_that_others_put_on_a_layer_survives():

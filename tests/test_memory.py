@@ -240,8 +240,10 @@ def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(
     PADDED[name].save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--max_completion_length", "64"]) == 0
     assert "Trained on padded rows, sampled from by transformers' generate: " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="rollout_kv='int8' does not serve this model: .*; set rollout_kv='full'"):
+    with pytest.raises(ValueError, match="rollout_kv='int8' does not serve this model: .*; leave it out"):
         memory.forecast(PADDED[name], replace(config, rollout_kv="int8"))
+    with pytest.raises(ValueError, match="rollout_weights='dense' does not serve"):
+        memory.forecast(PADDED[name], replace(config, rollout_weights="dense"))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ __all__ = ["Sampled", "SamplingParams", "sample"]
 
 class Sampled(NamedTuple):
     completions: list[Completion]  # B
-    metrics: dict[str, float]  # how it was done: rollout/slots, kv_mib, dense_weights_mib, cuda_graphs, preempted
+    metrics: dict[str, float]  # how it was done, as rollout/slots, kv_mib, dense_weights_mib, cuda_graphs, ...
 
 
 def sample(
@@ -34,21 +34,23 @@ def sample(
     plan: RolloutPlan | None = None,
     weights: Literal["auto", "4bit", "dense"] = "auto",
     kv: Literal["full", "int8"] = "full",
+    paged: bool = True,
     cuda_graphs: bool = True,
 ) -> Sampled:
     """num_generations completions of each prompt, group after group, with the adapters as they are now.
 
     At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
     prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
-    once for the call; "auto" does so on a CPU whose free memory holds them eight times over. Keys and values are kept
-    in the compute dtype, or in "int8". On a GPU, steps of decoding are captured as cuda_graphs and replayed; where that
-    does not work for a model, a warning says why. A model that the engine does not know is sampled from by
-    transformers' `generate`, after a warning.
+    once for the call; "auto" does so on a CPU whose free memory holds them eight times over when that is first asked
+    of a policy. Keys and values are kept in the compute dtype, or in "int8". On a GPU they lie in pages, where paged,
+    and steps of decoding are captured as cuda_graphs and replayed; where that does not work for a model, a warning says
+    why. A model that the engine does not know is sampled from by transformers' `generate`, after a warning.
 
     Where a call ran out of memory, the next ones have the tokens that were enough for it.
 
     Raises:
-        ValueError: a prompt without a token, or int8 keys and values of a model that the engine does not know.
+        ValueError: a prompt without a token, or dense weights or int8 keys and values of a model that the engine does
+            not know.
     """
     if not prompts:
         return Sampled([], {})
@@ -57,34 +59,36 @@ def sample(
     # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
     # none, so that it changes nothing of the training around it.
     draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
+    kv_dtype = torch.int8 if kv == "int8" else policy.dtype
     if policy.engine_refusal == "unasked":
-        policy.engine_refusal = engine.refusal(policy)
+        policy.engine_refusal = engine.refusal(policy, kv_dtype)
         if policy.engine_refusal:
             warnings.warn(
                 f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower and does not "
                 f"say its log-probabilities, so that there are no importance weights: {policy.engine_refusal}",
                 stacklevel=2,
             )
+    rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
     if policy.engine_refusal:
-        if kv == "int8":
+        asked = "rollout_kv='int8'" if kv == "int8" else "rollout_weights='dense'" if weights == "dense" else None
+        if asked:
             raise ValueError(
-                f"rollout_kv='int8' needs the engine, which does not know this model: {policy.engine_refusal}; "
-                "set rollout_kv='full'"
+                f"{asked} needs the engine, which does not know this model: {policy.engine_refusal}; leave it out"
             )
         with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
             torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
             completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
         return Sampled(completions, {})
-    rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
     plan = plan or plan_rollout(
         prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
         max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
-        paged=policy.device.type == "cuda",
+        paged=paged and policy.device.type == "cuda",
     )  # fmt: skip
+    plan = plan.at_most(len(prompts) * num_generations)
     size = dense_bytes(policy.base, policy.dtype)
-    spare = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available
-    kv_dtype = torch.int8 if kv == "int8" else policy.dtype
-    dense = weights == "dense" or (weights == "auto" and spare)
+    if weights == "auto" and policy.samples_dense is None:
+        policy.samples_dense = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available
+    dense = weights == "dense" or (weights == "auto" and bool(policy.samples_dense))
     uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
     with contextlib.ExitStack() as stack:
         stack.enter_context(policy.inference())
@@ -95,7 +99,7 @@ def sample(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
             cuda_graphs,
         )  # fmt: skip
-    if ran.plan is not plan:
+    if ran.plan != plan:
         policy.rollout_tokens = ran.plan.tokens()
     kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
     return Sampled(
@@ -106,5 +110,6 @@ def sample(
             "rollout/dense_weights_mib": size / 2**20 if dense else 0.0,
             "rollout/cuda_graphs": ran.graphs,
             "rollout/preempted": ran.preempted,
+            "rollout/out_of_memory": ran.out_of_memory,
         },
     )

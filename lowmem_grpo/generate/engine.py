@@ -5,6 +5,7 @@ others. So which completions share a batch, in what order they start and how oft
 what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
 """
 
+import gc
 from collections.abc import Callable
 from math import ceil
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from lowmem_grpo.attention import attending, in_a_line, laid_out
 from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.graphs import Graphs, cuda_capture
-from lowmem_grpo.generate.plan import RolloutPlan, bucket, kv_shape
+from lowmem_grpo.generate.plan import PAGE, RolloutPlan, bucket, kv_shape
 from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
+from lowmem_grpo.out_of_memory import as_torch_says_it
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
@@ -28,33 +30,38 @@ ASK_EVERY = {"cuda": 8, "cpu": 1}
 CAPTURE = {"cuda": cuda_capture}
 
 
-def refusal(policy: Policy) -> str | None:
+def refusal(policy: Policy, kv_dtype: torch.dtype) -> str | None:
     """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
     reason = attention_refusal(policy.base)
     if reason:
         return reason
     try:
-        return _difference(policy)
+        return _difference(policy, kv_dtype)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
         return in_a_line(error)
 
 
-def _difference(policy: Policy) -> str | None:
-    """Compare prefill and one decoded token of two texts with the model's own forward."""
+def _difference(policy: Policy, kv_dtype: torch.dtype) -> str | None:
+    """Compare prefill and one decoded token of two texts with the model's own forward, in each kind of store."""
+    plans = [RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)]
+    if policy.device.type == "cuda":
+        plans.append(RolloutPlan(2, 2 * PAGE, 2, 5, 5, PAGE))
     ids = torch.randint(policy.head.weight.shape[0], (2, 6), generator=torch.Generator().manual_seed(0))
     ids = ids.to(policy.device)
     with policy.inference(), policy.autocast():
         theirs = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()
-        for plan in (RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)):
-            store = Store(kv_shape(policy.base.config, policy.dtype), plan, policy.dtype, policy.device)
-            slots = Slots(policy, store, plan, Scheduler([0, 1], 1, 2, plan.prefixes))
+        for plan in plans:
+            store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
+            scheduler = Scheduler([0, 1], 1, 2, plan.prefixes, plan.pages, plan.page_tokens)
+            slots = Slots(policy, store, plan, scheduler)
             with attending(policy.configs):
-                slots.admit([row.tolist() for row in ids], prefill_tokens=100)
+                slots.admit([row.tolist() for row in ids], prefill_tokens=100, ahead=1)
+                slots.reserve(ahead=1)
                 ours = slots.hidden(slots.rows).float()
             error = ((ours - theirs).norm() / theirs.norm()).item()
-            if not error < (1e-3 if policy.dtype == torch.float32 else 0.1):
+            if not error < (1e-3 if kv_dtype == torch.float32 else 0.1):
                 return f"a step from stored keys and values is {error:.1g} away from its own forward"
     return None
 
@@ -63,17 +70,18 @@ class Ran(NamedTuple):
     """What a rollout made, and how."""
 
     completions: list[Completion]  # B, group after group
-    plan: RolloutPlan  # that was enough
+    plan: RolloutPlan  # the given one, or of its kind what was enough where all of it was not
     graphs: int  # replayed
     preempted: int  # times that a completion had to wait for pages
+    out_of_memory: int  # times
 
 
 class Parked(NamedTuple):
     """A completion that has to wait for pages: it goes on with the very keys and values that it had."""
 
-    token: Tensor  # () the next to feed
+    token: Tensor  # () the next to feed, on the device
     column: int  # where that goes
-    seen: Tensor | None  # (V,) bool
+    seen: Tensor | None  # (V,) bool, on the device
     saved: list[list[Tensor]]  # its pages, in CPU memory
 
 
@@ -90,25 +98,34 @@ def run(
 ) -> Ran:
     """num_generations completions of each prompt.
 
-    Out of memory, everything in flight is let go, and what is not finished is begun again with half of the slots.
+    Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
+    others could let go may be enough, and then with half of the slots.
     """
     done: dict[int, Completion] = {}
-    captured, preempted = 0, 0
+    captured, preempted, out_of_memory = 0, 0, 0
+    now = plan
     while len(done) < len(prompts) * num_generations:
         todo = [i for i in range(len(prompts) * num_generations) if i not in done]
-        slots = min(plan.slots, len(todo))
-        scheduler = Scheduler(todo, num_generations, slots, plan.prefixes, plan.pages, plan.page_tokens)
+        now = now.at_most(len(todo))
+        scheduler = Scheduler(todo, num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
         try:
-            captured = _run(policy, prompts, params, plan, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, done)
-            preempted += scheduler.preempted
+            with as_torch_says_it():
+                captured = _run(
+                    policy, prompts, params, now, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, done
+                )
         except torch.OutOfMemoryError as error:
-            if plan.slots == 1:
+            out_of_memory += 1
+            if out_of_memory > 1 and now.slots == 1:
                 error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
                 raise
-            plan = plan.halved()
+            if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
+                plan, now = now.halved() if now == plan else plan, now.halved()
+        preempted += scheduler.preempted
+        if len(done) < len(prompts) * num_generations:
+            gc.collect()
         if policy.device.type == "cuda" and (graphs or len(done) < len(prompts) * num_generations):
             torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    return Ran([done[i] for i in range(len(prompts) * num_generations)], plan, captured, preempted)
+    return Ran([done[i] for i in range(len(prompts) * num_generations)], plan, captured, preempted, out_of_memory)
 
 
 def _run(
@@ -119,13 +136,13 @@ def _run(
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params, uniforms)
     capture = CAPTURE.get(policy.device.type) if graphs else None
-    captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture())
+    captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture(), slots.held)
     step = captured or slots.step
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
-        for slot in slots.admit(prompts, prefill_tokens):
+        for slot in slots.admit(prompts, prefill_tokens, block):
             texts.setdefault(scheduler.slots[slot], [[], [], [], []])  # type: ignore[arg-type]
         slots.reserve(block)
         slots.shrink()
@@ -176,11 +193,17 @@ class Slots:
             shape = (self.rows, policy.head.weight.shape[0])
             self.seen = torch.zeros(shape, dtype=torch.bool, device=policy.device)
 
-    def admit(self, prompts: list[list[int]], prefill_tokens: int) -> list[int]:
-        """Start waiting completions in free slots; prefill their prompts. The slots that are new."""
-        new, prefixes = self.scheduler.admit()
+    def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
+        """Start waiting completions in free slots, where `ahead` more tokens of all have room. The slots that are new.
+
+        Their prompts are prefilled.
+        """
+        new, prefixes = self.scheduler.admit(self._ahead(ahead), lambda completion: self._more(completion, ahead))
         if not new:
             return new
+        if self.table is None:
+            self.store.own.clear(self._tensor(new))
+            self.store.prefix.clear(self._tensor(prefixes))
         completions = [self.scheduler.slots[slot] for slot in new]
         asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type]
         if self.plan.shared:
@@ -206,6 +229,19 @@ class Slots:
         self._arrange()
         return new
 
+    def _ahead(self, ahead: int) -> list[int]:
+        """How many tokens each slot will hold."""
+        return [min(column + ahead, self.plan.slot_tokens) for column in self.columns]
+
+    def _more(self, completion: int, ahead: int) -> int:
+        """The same of a completion that waits."""
+        column = self.parked[completion].column if completion in self.parked else 0
+        return min(column + ahead, self.plan.slot_tokens)
+
+    def held(self) -> list[int]:
+        """The rows in use that have a completion."""
+        return [slot for slot, completion in enumerate(self.scheduler.slots[: self.rows]) if completion is not None]
+
     def _go_on(self, slot: int, parked: Parked) -> None:
         """In a slot that was just filled, from where the completion was; its pages follow when it has some."""
         self.tokens[slot] = parked.token
@@ -215,7 +251,7 @@ class Slots:
             self.seen[slot] = parked.seen
 
     def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, device=self.policy.device)
+        return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
 
     def _prefill(self, prompts: list[list[int]], rows: dict, store: Rows, prefill_tokens: int) -> None:
         """Keys and values of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
@@ -262,7 +298,7 @@ class Slots:
             return
         assert self.table is not None
         held, completions = [list(pages) for pages in self.scheduler.pages], list(self.scheduler.slots)
-        for slot in self.scheduler.reserve([min(column + ahead, self.plan.slot_tokens) for column in self.columns]):
+        for slot in self.scheduler.reserve(self._ahead(ahead)):
             self._park(slot, completions[slot], held[slot])  # type: ignore[arg-type]
         # Only now, since they may have the pages of those.
         for slot, completion in enumerate(self.scheduler.slots):

@@ -34,10 +34,13 @@ class Graphs:
 
     def __init__(
         self, policy: Policy, step: Callable[[int], Tensor], state: list[Tensor],
-        capture: Callable[[Callable[[], Tensor]], Replay],
+        capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]],
     ):  # fmt: skip
-        """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state."""
-        self.policy, self.step, self.state, self.capture = policy, step, state, capture
+        """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
+
+        held says which rows have a completion; what comes out of the others does not matter.
+        """
+        self.policy, self.step, self.state, self.capture, self.held = policy, step, state, capture, held
         self.replays: dict[int, Replay] = {}
         self.doubts = 0  # captures whose first replay was another step
         self.ran: Counter[int] = Counter()
@@ -56,7 +59,8 @@ class Graphs:
                 truth = self.step(rows)
             self._go_back(before)
             replay = self.capture(partial(self.step, rows))
-            reason = _difference(replay(), truth)
+            held = self.held()
+            reason = _difference(replay()[:, held], truth[:, held])
         except Exception as error:  # whatever a model's code, a kernel or the driver has against it
             if truth is None and isinstance(error, torch.OutOfMemoryError):  # not the capture's: fewer slots
                 raise

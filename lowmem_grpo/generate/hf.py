@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.out_of_memory import as_torch_says_it
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
 
@@ -25,15 +26,27 @@ def sample(
 ) -> list[Completion]:
     """num_generations completions of each prompt, group after group, without log-probabilities.
 
-    A wave holds at most rollout_token_budget tokens (prompt, completion and padding), and at least one completion.
+    A wave holds at most rollout_token_budget tokens (prompt, completion and padding), and at least one completion. Out
+    of memory it is done again in halves, which draw other random numbers; policy.rollout_tokens is then what fitted.
     """
     rows = [ids for ids in prompts for _ in range(num_generations)]
     sampled: list[list[int]] = []
     with policy.inference(), policy.autocast(), _prepared(policy, params, cache_implementation):
         width = max(map(len, rows)) + params.max_completion_length
         wave = max(1, rollout_token_budget // width)
-        for start in range(0, len(rows), wave):
-            sampled += _generate(policy, rows[start : start + wave], params)
+        while len(sampled) < len(rows):
+            now = rows[len(sampled) : len(sampled) + wave]
+            try:
+                with as_torch_says_it():
+                    sampled += _generate(policy, now, params)
+            except torch.OutOfMemoryError as error:
+                if len(now) == 1:
+                    error.add_note("One completion at a time does not fit. Lower max_completion_length.")
+                    raise
+                wave = len(now) // 2
+                policy.rollout_tokens = wave * width
+            if policy.device.type == "cuda" and policy.rollout_tokens is not None:
+                torch.cuda.empty_cache()
     return [_cut(ids, ending(policy, params)) for ids in sampled]
 
 

@@ -48,6 +48,10 @@ class RolloutPlan:
     pages: int = 0  # the first belongs to nobody: slots that hold nothing write there; 0 where every slot has its own
     page_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        if self.paged and (not self.shared or (self.pages - 1) * self.page_tokens < self.slot_tokens):
+            raise ValueError(f"{self} has no prefixes, or fewer pages than one slot and nobody's take")
+
     @property
     def shared(self) -> bool:
         return self.prefixes > 0
@@ -60,8 +64,15 @@ class RolloutPlan:
         own = self.pages * self.page_tokens if self.paged else self.slots * self.slot_tokens
         return own + self.prefixes * self.prefix_tokens
 
+    def at_most(self, completions: int) -> "RolloutPlan":
+        """The same with no more slots than there are completions, and no more memory than those can use."""
+        if completions >= self.slots:
+            return self
+        pages = min(self.pages, 1 + completions * ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
+        return replace(self, slots=completions, prefixes=min(self.prefixes, completions), pages=pages)
+
     def halved(self) -> "RolloutPlan":
-        """The same with half of the slots and of the memory, for after an out-of-memory."""
+        """The same with half of the slots and, down to one slot's, of the memory, for after an out-of-memory."""
         pages = max(self.pages // 2, 1 + ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
         return replace(self, slots=max(1, self.slots // 2), prefixes=ceil(self.prefixes / 2), pages=pages)
 

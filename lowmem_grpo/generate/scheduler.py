@@ -1,6 +1,8 @@
 """Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
 
 from collections import deque
+from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 NOBODYS = 0  # the page that slots without one of their own write to
@@ -38,16 +40,27 @@ class Scheduler:
     def prompt_of(self, completion: int) -> int:
         return completion // self.num_generations
 
-    def admit(self) -> tuple[list[int], list[int]]:
+    def admit(
+        self, running: Sequence[int] = (), starting: Callable[[int], int] = lambda completion: 0
+    ) -> tuple[list[int], list[int]]:
         """Fill free slots from the queue's front: (slots, prefix rows) that are new and have to be filled.
 
-        The queue waits while the prompt at its front finds no free prefix row, and while pages are short.
+        The queue waits while the prompt at its front finds no free prefix row, and while pages are short: for as many
+        tokens as running says of each slot and starting of a completion, which reserve() is asked for next.
         """
         new_slots, new_prefixes = [], []
+        spare = len(self.free) - sum(
+            max(0, self._pages(tokens) - len(self.pages[slot]))
+            for slot, tokens in enumerate(running)
+            if self.slots[slot] is not None
+        )
         for slot, holder in enumerate(self.slots):
             if holder is not None:
                 continue
             if not self.waiting or (self.short and self.running):
+                break
+            spare -= self._pages(starting(self.waiting[0]))
+            if spare < 0 and self.running:
                 break
             prompt = self.prompt_of(self.waiting[0])
             if self.prefixes and prompt not in self.prefixes:
@@ -71,7 +84,7 @@ class Scheduler:
         if not self.page_tokens:
             return preempted
         for slot in sorted((s for s, c in enumerate(self.slots) if c is not None), key=lambda s: self.admitted[s]):
-            while self.slots[slot] is not None and len(self.pages[slot]) * self.page_tokens < tokens[slot]:
+            while self.slots[slot] is not None and len(self.pages[slot]) < self._pages(tokens[slot]):
                 if self.free:
                     self.pages[slot].append(self.free.pop())
                     continue
@@ -82,6 +95,9 @@ class Scheduler:
                 self.preempted += 1
                 self.short = True
         return preempted
+
+    def _pages(self, tokens: int) -> int:
+        return ceil(tokens / self.page_tokens) if self.page_tokens else 0
 
     def finish(self, slot: int) -> None:
         """Free a slot and its pages, and its prompt's prefix row if nobody else needs it."""

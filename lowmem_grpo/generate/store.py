@@ -52,6 +52,11 @@ class Rows(NamedTuple):
         numbers = self.numbers[layer, :, :rows, :, :tokens]
         return numbers if self.scales is None else dequantized(numbers, self.scales[layer, :, :rows, :, :tokens], dtype)
 
+    def clear(self, rows: Tensor) -> None:
+        """So that a NaN of who had them before does not spread: 0 times it, where it is not attended to, is NaN."""
+        for tensor in self._tensors():
+            tensor[:, :, rows] = 0
+
     def copied_out(self, rows: Tensor) -> list[list[Tensor]]:
         """What these rows hold, in CPU memory; a layer at a time, since it is done where memory is short."""
         return [[layer[:, rows].cpu() for layer in tensor] for tensor in self._tensors()]
