@@ -11,6 +11,7 @@ result. Without one, only the prediction is made, for which neither weights nor 
 import argparse
 import dataclasses
 import gc
+import re
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,8 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         sampled = sample(
             policy, prompts, config.num_generations, params,
             rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-            weights=config.rollout_weights, kv=config.rollout_kv, cuda_graphs=config.has_cuda_graphs,
+            weights=config.rollout_weights, kv=config.rollout_kv, paged=config.rollout_paged,
+            cuda_graphs=config.has_cuda_graphs,
         )  # fmt: skip
     answers = [completion.ids for completion in sampled.completions]
     rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
@@ -69,7 +71,11 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         work = partial(backward, policy, rollout, tokens, Coefficients(config.beta, 0.0), scaler, config)
         budget.fit(work, rollout.lengths)
         optimizer_step(optimizer, scaler)
-    return {**meter.metrics, **budget.metrics()}
+    found = {**meter.metrics, **sampled.metrics, **budget.metrics()}
+    if device == "cuda":  # what is not torch's allocator's; of other processes too, where there are any
+        free, total = torch.cuda.mem_get_info()
+        found["context_mib"] = (total - free - torch.cuda.memory_reserved()) / 2**20
+    return found
 
 
 def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
@@ -86,8 +92,8 @@ def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
 def cell(result: dict[str, Any]) -> str:
     found = result["plan"]
     if not found["fits"]:
-        would = found["remedy"].split(" would fit")[0] if "would fit" in found["remedy"][:40] else ""
-        return f"no ({would.removeprefix('max_completion_length=')} tokens)" if would else "no"
+        shorter = re.match(r"max_completion_length=(\d+) would fit", found["remedy"])
+        return f"no ({shorter[1]} tokens)" if shorter else "no"
     letters = "".join(LETTERS[change["name"]] for change in found["changes"])
     text = f"{found['peak'] / 10**9:.1f} {letters}".strip()
     measured = result.get("measured")
@@ -96,7 +102,8 @@ def cell(result: dict[str, Any]) -> str:
     if "reason" in measured:
         return f"{text}; measured: {measured['reason']}"
     peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + memory.CONTEXT_BYTES
-    again = "" if not measured["memory/out_of_memory"] else ", after an out-of-memory"
+    failed = measured["memory/out_of_memory"] + measured["rollout/out_of_memory"]
+    again = ", after an out-of-memory" if failed else ""
     return f"{text}; measured {peak / 10**9:.1f}{again}"
 
 

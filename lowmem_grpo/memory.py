@@ -16,10 +16,12 @@ from transformers import PreTrainedConfig
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
+from lowmem_grpo.optimizer import state_bytes
 from lowmem_grpo.policy import lora_config
 from lowmem_grpo.tracing import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
+SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def plan(
     if longest_prompt is None:
         given = "none" if config.max_prompt_length is None else prompt
         assumptions.append(f"The longest prompt is assumed to have {prompt} tokens: max_prompt_length is {given}.")
-    if budget is not None and found.peak() > budget:
-        remedy = _remedy(key, chosen, found, budget)
+    if not _fits(found, budget):
+        remedy = _remedy(key, chosen, found, budget or 0)
     chosen = replace(chosen, max_prompt_length=config.max_prompt_length)
     return Plan(chosen, found, budget, changes, prompt, assumptions, remedy)
 
@@ -126,7 +128,7 @@ def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
 def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Change]]:
     budget, changes = config.vram_budget_bytes, {}
     found = _forecast(key, config)
-    while budget is not None and found.peak() > budget:
+    while not _fits(found, budget):
         for change in _changes(key.model, config, found):
             changed = replace(config, **{change.name: change.value})
             try:
@@ -138,6 +140,10 @@ def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Chang
         else:
             break
     return config, found, list(changes.values())
+
+
+def _fits(found: Forecast, budget: int | None) -> bool:
+    return budget is None or found.peak() <= (1 - SPARE) * budget
 
 
 def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
@@ -168,20 +174,33 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> It
 
 
 def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
-    """The smallest change of the task itself that would fit."""
+    """The smallest change of the task itself that would fit: shorter completions, else shorter prompts."""
     resident = sum(found.resident.values())
     if resident > budget:
         return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
-    smallest, length = config, config.max_completion_length
-    while length > 64:
-        length = length * 3 // 4 // 32 * 32
-        # Everything that a plan would choose, chosen at once.
-        smallest = replace(smallest, max_completion_length=length)
-        smallest = replace(smallest, token_budget=_longest(smallest), rollout_token_budget=_longest(smallest))
-        if _forecast(key, smallest).peak() <= budget:
-            return f"max_completion_length={length} would fit"
-    needed = math.ceil(_forecast(key, smallest).peak() / 10**8) / 10
-    return f"not even max_completion_length={length} would fit, it takes {needed:.1f} GB: choose a smaller model"
+
+    def with_everything(**lengths: int) -> Forecast:
+        """All that a plan would choose, chosen at once."""
+        changed = replace(config, **lengths)
+        return _forecast(key, replace(changed, token_budget=_longest(changed), rollout_token_budget=_longest(changed)))
+
+    short = {"max_completion_length": min(64, config.max_completion_length)}
+    for name, besides in (("max_completion_length", {}), ("max_prompt_length", {}), ("max_prompt_length", short)):
+        # In multiples of 32: the largest length that fits is at least 32 low, and below 32 high.
+        low, high = 1, math.ceil(getattr(config, name) / 32)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = _fits(with_everything(**besides, **{name: 32 * middle}), budget)
+            low, high = (middle, high) if fits else (low, middle)
+        if low > 1:
+            return f"{_in_settings({**besides, name: 32 * low})} would fit"
+    shortest = {**short, "max_prompt_length": min(64, config.max_prompt_length or 64)}
+    needed = math.ceil(with_everything(**shortest).peak() / 10**8) / 10
+    return f"not even {_in_settings(shortest)} would fit, it takes {needed:.1f} GB: choose a smaller model"
+
+
+def _in_settings(values: dict[str, int]) -> str:
+    return " and ".join(f"{name}={value}" for name, value in values.items())
 
 
 def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Forecast:
@@ -196,7 +215,7 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     resident = {
         **traced.resident,
         "gradients": 4 * traced.adapter_numbers,
-        "optimizer state": _state_bytes(config, traced.adapter_sizes),
+        "optimizer state": state_bytes(config.optim, traced.adapter_sizes),
         "CUDA and its libraries": CONTEXT_BYTES,
     }
     if config.reference == "initial" or config.sync_ref_model:
@@ -265,14 +284,6 @@ def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) ->
 
 def _truncates(config: GRPOConfig) -> bool:
     return config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
-
-
-def _state_bytes(config: GRPOConfig, sizes: tuple[int, ...]) -> int:
-    if config.optim.startswith("paged"):
-        return 0
-    if config.optim == "adamw_8bit":
-        return sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
-    return sum(8 * n for n in sizes)
 
 
 def _longest(config: GRPOConfig) -> int:

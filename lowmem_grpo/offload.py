@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ def tile_mlps(decoder: nn.Module) -> None:
         mlp = getattr(layer, "mlp", None)
         if mlp is None or not any(names <= {name for name, _ in mlp.named_children()} for names in GATED):
             raise ValueError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
-        mlp.forward = _tiled(mlp.forward)
+        mlp.forward = _Ours(_tiled(mlp.forward))
 
 
 def _tiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -63,7 +64,28 @@ def offload_embedding(model: Any) -> None:
     device = embedding.weight.device
     weight = embedding.weight.data.cpu()
     embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
-    vars(embedding)["forward"] = lambda ids: F.embedding(ids.cpu(), embedding.weight).to(device, non_blocking=True)
+    vars(embedding)["forward"] = _Ours(
+        lambda ids: F.embedding(ids.cpu(), embedding.weight).to(device, non_blocking=True)
+    )
+
+
+class _Ours:
+    """A layer's forward that one of these put there, which undo() takes away."""
+
+    def __init__(self, forward: Callable[..., Tensor]):
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(*args, **kwargs)
+
+
+def undo(model: Any) -> None:
+    """Take back tiled MLPs and an offloaded embedding of a model that was loaded before."""
+    for layer in model.modules():
+        if isinstance(vars(layer).get("forward"), _Ours):
+            del layer.forward
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(model.get_output_embeddings().weight.device)
 
 
 @dataclass(eq=False)
@@ -87,13 +109,17 @@ class Offloading:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.going: deque[tuple[Tensor, Any]] = deque()  # inputs and the events after which they may be written over
         self.last: Callable[[], Away | None] = lambda: None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         self.last = lambda: None
-        with torch.autograd.graph.saved_tensors_hooks(self._send, self._fetch):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._send, self._fetch):
+                yield
+        finally:
+            self._let_go(but=0)
 
     def _send(self, tensor: Tensor) -> Tensor | Away:
         # Positions and masks, which all layers share, ask for no gradient; neither does the embedding's result.
@@ -102,11 +128,22 @@ class Offloading:
         copy = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None, requires_grad=False)
         with self._aside():
             copy.copy_(tensor.detach(), non_blocking=True)
-            if self.stream is not None:
-                tensor.record_stream(self.stream)
         away = Away(copy, self._event(), self.last)
+        self.going.append((tensor.detach(), away.copied))
+        self._let_go(but=1)
         self.last = weakref.ref(away)
         return away
+
+    def _let_go(self, but: int) -> None:
+        """Of all inputs but the last ones, once their copy is whole.
+
+        record_stream would give their memory back only when the host sees that, which runs far ahead of the GPU: by
+        then the forward would have taken new memory for every layer.
+        """
+        while len(self.going) > but:
+            _, copied = self.going.popleft()
+            if self.stream is not None:
+                torch.cuda.current_stream(self.device).wait_event(copied)
 
     def _fetch(self, kept: Tensor | Away) -> Tensor:
         if isinstance(kept, Tensor):
@@ -114,19 +151,17 @@ class Offloading:
         tensor, whole = kept.back or self._bring(kept)
         kept.back, kept.fetched = None, True
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(whole)
-            tensor.record_stream(current)
+            torch.cuda.current_stream(self.device).wait_event(whole)
         following = kept.before()
         if following is not None and not following.fetched:
             following.back = following.back or self._bring(following)
         return tensor
 
     def _bring(self, away: Away) -> tuple[Tensor, Any]:
+        tensor = torch.empty_like(away.copy, device=self.device, pin_memory=False)  # of the memory that layers use
         with self._aside():
             if self.stream is not None:
                 self.stream.wait_event(away.copied)
-            tensor = torch.empty_like(away.copy, device=self.device, pin_memory=False)
             tensor.copy_(away.copy, non_blocking=True)
         return tensor, self._event()
 

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import ceil
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +18,7 @@ BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "pa
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: GRPOConfig) -> torch.optim.Optimizer:
-    """AdamW. A parameter of n numbers has 8 n bytes of state, or in 8 bits 2 n and 8 for each 256 of them.
-
-    bitsandbytes keeps the state of parameters below 4,096 numbers in 32 bits. A paged state lies in memory that CUDA
-    moves to the CPU and back; on a CPU there is nothing to page, and GRPOConfig's use_cpu refuses it.
-    """
+    """AdamW. A paged state lies in memory that CUDA moves to the CPU and back; on a CPU a run refuses it."""
     settings: dict[str, Any] = dict(
         lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
@@ -30,6 +27,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: GRPOConfig) -> to
         return BITSANDBYTES[config.optim](list(parameters), **settings)
     # Fused, a step needs no memory besides the state.
     return torch.optim.AdamW(list(parameters), **settings, fused=config.optim == "adamw_torch_fused")
+
+
+def state_bytes(optim: str, sizes: Iterable[int]) -> int:
+    """Of parameters of so many numbers, on the device, from the first step on.
+
+    In 8 bits bitsandbytes has two numbers of a byte each, and two scales for each 256; it keeps the state of parameters
+    below 4,096 numbers in 32 bits.
+    """
+    if optim.startswith("paged"):
+        return 0
+    if optim == "adamw_8bit":
+        return sum(2 * n + 8 * ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
+    return sum(8 * n for n in sizes)
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:

@@ -90,7 +90,9 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
     # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
     few = query.device.type == "cpu" and query.dtype != torch.float32 and key.shape[2] <= 256
     plain = softcap is not None or few
-    if not plain and queries == key.shape[2] and (window is None or window >= queries):
+    # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
+    grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)
+    if not plain and grouped_is_known and queries == key.shape[2] and (window is None or window >= queries):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
     most = max(8, TILE * key.shape[1] // heads // 8 * 8)

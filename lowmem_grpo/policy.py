@@ -28,7 +28,7 @@ from lowmem_grpo.attention import Recomputation, attending, configs_of, in_a_lin
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.lora import keep_one_input
-from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
+from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch, pack
 
@@ -285,6 +285,7 @@ def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
 def equip(model: PeftModel, config: GRPOConfig) -> None:
     """Make a model with adapters ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
     base: Any = model.get_base_model()
+    undo(base)  # what an earlier load of it asked for
     _switch_off_base_dropout(model)
     keep_one_input(model)
     for parameter in model.parameters():
@@ -298,6 +299,8 @@ def equip(model: PeftModel, config: GRPOConfig) -> None:
         offload_embedding(base)
     if config.gradient_checkpointing:
         _enable_checkpointing(base)
+    else:
+        _disable_checkpointing(base)
     model.train()
 
 
@@ -315,6 +318,11 @@ def _enable_checkpointing(model: Any) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     configs = configs_of(model)
     enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), Recomputation(configs))})
+
+
+def _disable_checkpointing(model: Any) -> None:
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
 
 
 def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
@@ -376,10 +384,9 @@ def _find_by_name(model: str, config: GRPOConfig) -> None:
         return _find_by_name(base, config)
     try:
         found = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # also what a family's own checks of its configuration raise
         raise ValueError(
-            f"model {model!r} is neither a model folder nor a model the hub gives: {first_line}"
+            f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
         ) from error
     saved: Any = getattr(found, "quantization_config", None)
     if saved is None:

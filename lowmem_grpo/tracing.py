@@ -118,7 +118,7 @@ def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
         message = f"the memory of a {key.model.model_type!r} model cannot be predicted: {in_a_line(error)}"
-        raise ValueError(message) from error
+        raise ValueError(f"{message}; train it without vram_budget") from error
 
 
 @lru_cache(maxsize=4)
@@ -128,9 +128,13 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
     # One that is continued is trained again, and what its values are is no matter.
     adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined]
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            copy.deepcopy(key.model), dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code
-        )
+        try:
+            base = AutoModelForCausalLM.from_config(
+                copy.deepcopy(key.model), dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            reason = f"a {key.model.model_type!r} model is no causal language model that transformers makes"
+            raise ValueError(f"{reason}: {in_a_line(error)}") from error
         return add_adapter(base.requires_grad_(False), adapter)
 
 

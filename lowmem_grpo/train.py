@@ -26,7 +26,7 @@ from lowmem_grpo.memory import as_text as plan_as_text
 from lowmem_grpo.memory import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
-from lowmem_grpo.optimizer import clip_gradients, make_optimizer
+from lowmem_grpo.optimizer import clip_gradients, make_optimizer, state_bytes
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import (
     Policy,
@@ -216,7 +216,9 @@ def train(
             progress.say(f"{resume} is at step {state['step']} of {total_steps}: nothing is left to train")
         budget = TokenBudget(config.token_budget)
         if policy.device.type == "cuda" and state["step"] < total_steps:
-            try_largest_update(policy, max((prompt.ids for prompt in prompts), key=len), budget, config)
+            sizes = [parameter.numel() for parameter in policy.trainable_parameters().values()]
+            to_come = 0 if optimizer.state else state_bytes(config.optim, sizes)
+            try_largest_update(policy, max((prompt.ids for prompt in prompts), key=len), budget, config, to_come)
         if state["step"] == 0:
             evaluate_now()
         randomness = checkpoints.randomness()  # of the last finished step, so that a step cut short is begun anew

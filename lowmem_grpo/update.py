@@ -243,16 +243,21 @@ def _at(tokens: Tensor, values: Tensor | None) -> Tensor | None:
     return None if values is None else values[tokens]
 
 
-def try_largest_update(policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig) -> None:
+def try_largest_update(
+    policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig, reserved: int = 0
+) -> None:
     """Gradients of a micro-batch of the longest sequences and of a full one, thrown away: budget shrinks if it must.
 
-    Otherwise a run dies when its completions have grown long. The weights and the random numbers stay as they are.
+    Otherwise a run dies when its completions have grown long. So many bytes are reserved meanwhile, for what comes
+    later. The weights and the random numbers stay as they are.
     """
+    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
     count = max(1, budget.tokens // (len(prompt) + config.max_completion_length))
     _try(policy, prompt, count, config.max_completion_length, budget, config)
     filling = budget.tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
     if filling > 0:
         _try(policy, prompt, count + 1, filling, budget, config)
+    del held
 
 
 def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: TokenBudget, config: GRPOConfig) -> None:
