@@ -539,7 +539,7 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
         lengths = [number(longest + 1) for _ in range(prompts * generations)]
         finished, at, was = [], [0] * slots, {}
         while scheduler.waiting or scheduler.running:
-            new, new_rows = scheduler.admit()
+            new, new_rows = scheduler.admit([tokens + 1 for tokens in at], lambda c, was=was: was.get(c, 0) + 1)
             for slot in new:
                 at[slot] = was.pop(scheduler.slots[slot], 0)
             assert all(scheduler.slots[slot] is not None for slot in new)
@@ -548,6 +548,7 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
             )
             holders = list(scheduler.slots)
             preempted = scheduler.reserve([tokens + 1 for tokens in at])
+            assert not set(preempted) & set(new), "who is let in has its pages"
             was |= {holders[slot]: at[slot] for slot in preempted}
             sent_back += len(preempted)
             running = [c for c in scheduler.slots if c is not None]
@@ -571,7 +572,7 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
                 after = {c: (at[s], scheduler.pages[s]) for s, c in enumerate(scheduler.slots) if c is not None}
                 assert after == before and None not in scheduler.slots[: len(before)]
         assert sorted(finished) == list(range(prompts * generations))
-    assert sent_back > 100
+    assert sent_back > 40
 
 
 @pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3, "top_k": 20}])

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lowmem_grpo import memory, tracing
+from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
@@ -172,6 +173,36 @@ def test_activations_are_as_predicted(name, rung, monkeypatch):
     # Of 87 tokens, as many as there may be, and the keys of four tails; or two groups that share no mask.
     worst = {"completions": [24, 9, 9, 9] * 2} if "split" in rung else {"prompts": [40, 39]}
     assert_near(predicted, most_kept_bytes(policy, config, worst))
+
+
+@pytest.mark.parametrize("rung", ["none", "checkpointing", "both"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if "0.5b" not in name])
+def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monkeypatch):
+    """Of a backward and of a pass without one, up to the head, by the allocator's events, over the activations kept."""
+    monkeypatch.setattr("lowmem_grpo.offload.TILE_TOKENS", 64)
+    random_numbers = torch.get_rng_state()  # 5,056 bytes for each checkpoint, in a CPU's memory also on a GPU
+    monkeypatch.setattr(torch, "get_rng_state", lambda: random_numbers)
+    config = GRPOConfig(**TASK, **RUNGS[rung], load_in_4bit=False, beta=0.1)
+    phases = memory.forecast(SHAPES[name], config).phases
+    policy = make_policy(name, config)
+    batch = next(micro_batches(policy, config))
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def update():
+        hidden = policy.hidden_states(batch)
+        hidden.backward(torch.ones_like(hidden))
+
+    @torch.no_grad()
+    def reference():
+        policy.hidden_states(batch)
+
+    update()  # the masks, which stay with the batch
+    kept = sum(mask.nbytes for mask in batch.packing.masks.values())
+    measured = [kept + peak_allocated(run, policy.device) for run in (update, reference)]
+    at_work = phases["update"]["activations kept"] + phases["update"]["one layer at work"]
+    assert_near(at_work, measured[0])
+    assert_near(phases["reference"]["activations"], measured[1])
 
 
 @pytest.mark.parametrize("rung", ["none", "checkpointing"])

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import make_model, make_policy
@@ -47,6 +49,22 @@ def test_a_tiled_mlp_keeps_no_intermediates(monkeypatch):
             policy.logprobs(batch, 1.0)
         widest.append(any(shape[-1] == 96 and shape.numel() >= 80 * 96 for shape in sizes if len(shape) > 1))
     assert widest == [True, False]
+
+
+def test_a_model_that_is_loaded_again_has_only_what_that_asks_for():
+    model = make_model("llama")
+    asked = dict(tiled_mlp=True, gradient_checkpointing=True)
+    for settings in (asked, {"tiled_mlp": False, "gradient_checkpointing": False}, asked):
+        policy = load_policy(
+            model,
+            SimpleNamespace(eos_token_id=1, pad_token_id=0),
+            GRPOConfig(use_cpu=True, load_in_4bit=False, bf16=False, **settings),
+        )
+        for layer in policy.decoder.layers:
+            assert layer.gradient_checkpointing == settings["gradient_checkpointing"]
+            assert ("forward" in vars(layer.mlp)) == settings["tiled_mlp"]
+            assert not settings["tiled_mlp"] or not isinstance(layer.mlp.forward.forward, offload._Ours), "once"
+        model = policy.model
 
 
 def test_mlps_that_are_not_plain_are_not_tiled():

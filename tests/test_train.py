@@ -3,6 +3,7 @@ import json
 import math
 import sys
 import time
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -578,6 +579,16 @@ def test_nothing_measured_moves_no_coefficient(tmp_path):
         kl_target=0.01, kl_horizon=8, entropy_coef=0.01, use_adaptive_entropy=True,
     ).history  # fmt: skip
     assert [(line["beta"], line["entropy_coef"]) for line in lines] == [(0.1, 0.01)] * 2
+
+
+def test_a_resumed_run_samples_from_the_weights_that_it_had(tmp_path, monkeypatch):
+    available = SimpleNamespace(available=10**12)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    run(tmp_path, max_steps=1, save_steps=1)
+    available.available = 1000
+    result = run(tmp_path, max_steps=2, resume_from_checkpoint=True)
+    assert result.history[-1]["rollout/dense_weights_mib"] > 0
+    assert run(tmp_path / "new", max_steps=1).history[-1]["rollout/dense_weights_mib"] == 0
 
 
 def test_a_resumed_run_has_its_rewards(tmp_path):
