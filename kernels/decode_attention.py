@@ -20,6 +20,7 @@ row: the splits are the same tokens, merged in the same order. What a row does n
 not. Lengths, pages and prefix rows are read on the device alone: CUDA graphs can capture the call.
 """
 
+import os
 from typing import Literal
 
 import torch
@@ -459,4 +460,5 @@ def _runs_by_triton(backend: str, device_type: str) -> bool:
             f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
             "imported, or use backend='torch'"
         )
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None)
+    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
+    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)

@@ -16,6 +16,7 @@ Autograd of the formula says the same, except where r A and the bound times A on
 halves the gradient between its arguments, and here the ratios decide, not the products.
 """
 
+import os
 from typing import Literal, NamedTuple
 
 import torch
@@ -257,7 +258,8 @@ def _torch_kl(gap: Tensor, ratio: Tensor, bias_correction: bool) -> tuple[Tensor
 
 def _use_triton(backend: str, logprobs: Tensor) -> bool:
     if backend == "auto":
-        return triton is not None and logprobs.is_cuda and logprobs.dtype == torch.float32
+        wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
+        return triton is not None and logprobs.is_cuda and logprobs.dtype == torch.float32 and wanted
     if backend == "torch":
         return False
     if backend != "triton":

@@ -10,6 +10,7 @@ call. A logit of -inf is never drawn. PyTorch's own way (log_softmax, exp, cumsu
 more (S, V) fp32 tensors, 117 MiB at 64 x 151,936, in seven launches.
 """
 
+import os
 from typing import Literal
 
 import torch
@@ -183,4 +184,5 @@ def _runs_by_triton(backend: str, device_type: str) -> bool:
             f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
             "imported, or use backend='torch'"
         )
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None)
+    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
+    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)
