@@ -1,6 +1,6 @@
 """Tokens per second and memory of sampling: ours, and what transformers does with the same model.
 
-    python -m lowmem_grpo.benchmarks.bench_rollout [--shape NAME] [--prompts 4] [--num_generations 8]
+    python -m lowmem_grpo.benchmarks.bench_rollout [--shape NAME or demo] [--prompts 4] [--num_generations 8]
         [--prompt_length 256] [--max_completion_length 256] [--only NAME ...] [--output FILE]
 
 All sample from the same random 4-bit model with LoRA adapters, at temperature 1. One token in --mean_length of the
@@ -10,19 +10,26 @@ a CPU also of a first one, which makes kernels, one for each shape of a product,
 """
 
 import argparse
+from dataclasses import replace
 from functools import cache, partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import AutoTokenizer, ContinuousBatchingConfig
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
+from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.demo import task
+from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.generate import SamplingParams, hf, sample
 from lowmem_grpo.generate.plan import plan_rollout
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.policy import Policy, load_policy
+
+DEMO = "demo"  # the demo's own model and prompts, whose completions end by themselves
+RECIPE = recipe("", seed=0)
 
 
 class Work(NamedTuple):
@@ -41,6 +48,9 @@ class Work(NamedTuple):
         return SamplingParams(max_completion_length=self.max_completion_length, temperature=1.0)
 
     def texts(self) -> list[list[int]]:
+        if self.shape == DEMO:
+            rows = load_rows(task.rows(task.splits()[0][: self.prompts]), RECIPE)
+            return [prompt.ids for prompt in tokenize_prompts(rows, make_policy(self).tokenizer, RECIPE)[0]]
         draw = torch.Generator().manual_seed(0)
         size = (self.prompts, self.prompt_length)
         return torch.randint(self.vocabulary // 2, self.vocabulary, size, generator=draw).tolist()
@@ -50,20 +60,30 @@ class Work(NamedTuple):
         return SHAPES[self.shape][5]
 
 
-@cache
 def make_policy(work: Work) -> Policy:
+    return _demo(work.device) if work.shape == DEMO else _random(work)
+
+
+@cache
+def _demo(device: str) -> Policy:
+    return load_policy(str(MODEL), AutoTokenizer.from_pretrained(MODEL), replace(RECIPE, use_cpu=device == "cpu"))
+
+
+@cache
+def _random(work: Work) -> Policy:
     return random_policy(work.shape, work.device, ends=max(1, work.vocabulary // work.mean_length))
 
 
 def _ours(
     policy: Policy, work: Work, slots: int | None = None, weights="4bit", kv="full", cuda_graphs: bool = True
 ) -> list[list[int]]:
+    texts = work.texts()
     plan = plan_rollout(
-        prompt_tokens=work.prompt_length, prompts=work.prompts, num_generations=work.num_generations,
+        prompt_tokens=max(map(len, texts)), prompts=work.prompts, num_generations=work.num_generations,
         max_completion_length=work.max_completion_length, budget_tokens=10**9, max_slots=slots,
     )  # fmt: skip
     sampled = sample(
-        policy, work.texts(), work.num_generations, work.params,
+        policy, texts, work.num_generations, work.params,
         rollout_token_budget=10**9, token_budget=16384, plan=plan, weights=weights, kv=kv, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     return [completion.ids for completion in sampled.completions]
@@ -168,7 +188,7 @@ def _table(work: Work, results: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=[*SHAPES, DEMO], default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=4)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument("--prompt_length", type=measure.positive, default=256)
@@ -194,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
             arguments.prompt_length, longest, arguments.mean_length, arguments.device,
         )  # fmt: skip
+        if work.shape == DEMO:
+            work = work._replace(prompt_length=max(map(len, work.texts())))
         skipped = () if arguments.device == "cuda" else ("ours, without CUDA graphs",)
         names = arguments.only or [name for name in IMPLEMENTATIONS if name not in skipped]
         results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)

@@ -42,6 +42,7 @@ CPU = {
     "head": Part("bench_linear_logprobs"),
     "policy_loss": Part("bench_policy_loss"),
     "rollout": Part("bench_rollout"),
+    "rollout-demo": Part("bench_rollout", "--shape demo --prompts 8 --max_completion_length 32"),
     "update": Part("bench_update", "--prompts 4"),
     "update-uneven": Part("bench_update", "--prompts 4 --uneven"),
     "rungs": Part("bench_update", "--prompts 4 --rungs"),

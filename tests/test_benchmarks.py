@@ -259,6 +259,8 @@ def test_ways_to_sample_are_measured(tmp_path):
     bench_rollout.main(["--quick", "--warmups=0", f"--output={output}", *(f"--only={name}" for name in names)])
     (found,) = json.loads(output.read_text())["lengths"]
     assert list(found["results"]) == names
+    demo = bench_rollout.Work(bench_rollout.DEMO, 3, 2, 8, 4, 100, "cpu")
+    assert len(demo.texts()) == 3 and bench_rollout.build("ours", demo, first=True, small=True)()
     assert all(result["tokens_per_s"] > 0 for result in found["results"].values())
     assert all(result["first_peak_bytes"] > 0 for result in found["results"].values())
 
