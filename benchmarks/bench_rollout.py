@@ -42,6 +42,7 @@ class Work(NamedTuple):
     max_completion_length: int
     mean_length: int
     device: str
+    rollout_token_budget: int = 10**9
 
     @property
     def params(self) -> SamplingParams:
@@ -75,16 +76,18 @@ def _random(work: Work) -> Policy:
 
 
 def _ours(
-    policy: Policy, work: Work, slots: int | None = None, weights="4bit", kv="full", cuda_graphs: bool = True
+    policy: Policy, work: Work, slots: int | None = None, weights="4bit", kv="full", paged=True, cuda_graphs=True
 ) -> list[list[int]]:
     texts = work.texts()
     plan = plan_rollout(
         prompt_tokens=max(map(len, texts)), prompts=work.prompts, num_generations=work.num_generations,
-        max_completion_length=work.max_completion_length, budget_tokens=10**9, max_slots=slots,
+        max_completion_length=work.max_completion_length, budget_tokens=work.rollout_token_budget, max_slots=slots,
+        paged=paged and work.device == "cuda",
     )  # fmt: skip
     sampled = sample(
         policy, texts, work.num_generations, work.params,
-        rollout_token_budget=10**9, token_budget=16384, plan=plan, weights=weights, kv=kv, cuda_graphs=cuda_graphs,
+        rollout_token_budget=work.rollout_token_budget, token_budget=16384, plan=plan, weights=weights, kv=kv,
+        cuda_graphs=cuda_graphs,
     )  # fmt: skip
     return [completion.ids for completion in sampled.completions]
 
@@ -92,7 +95,7 @@ def _ours(
 def _generate(policy: Policy, work: Work, cache_implementation: str | None = None) -> list[list[int]]:
     found = hf.sample(
         policy, work.texts(), work.num_generations, work.params,
-        rollout_token_budget=10**9, cache_implementation=cache_implementation,
+        rollout_token_budget=work.rollout_token_budget, cache_implementation=cache_implementation,
     )  # fmt: skip
     return [completion.ids for completion in found]
 
@@ -114,6 +117,7 @@ IMPLEMENTATIONS = {
     "ours": _ours,
     "ours, half the slots": lambda policy, work: _ours(policy, work, work.prompts * work.num_generations // 2),
     "ours, int8 keys and values": partial(_ours, kv="int8"),
+    "ours, without pages": partial(_ours, paged=False),
     "ours, without CUDA graphs": partial(_ours, cuda_graphs=False),
     "ours, dense weights": partial(_ours, weights="dense"),
     "generate": _generate,
@@ -180,7 +184,8 @@ def _table(work: Work, results: dict[str, dict]) -> str:
 
     header = [
         f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations}, at most "
-        f"{work.max_completion_length} new",
+        f"{work.max_completion_length} new"
+        f"{'' if work.rollout_token_budget == 10**9 else f', {work.rollout_token_budget} tokens at once'}",
         clock, "mean length", f"tokens per {clock}", "x generate", "peak MiB", *(["of a first call"] if first else []),
     ]  # fmt: skip
     return measure.markdown_table(header, [row(name, result) for name, result in results.items()])
@@ -198,6 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--mean_length", type=measure.positive, default=100, help="of a completion that nothing cuts off"
     )
+    parser.add_argument(
+        "--rollout_token_budget", type=measure.positive, default=10**9, help="tokens of keys and values at once"
+    )
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
@@ -212,11 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     for longest in [8] if arguments.quick else arguments.max_completion_length or [256, 64]:
         work = Work(
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
-            arguments.prompt_length, longest, arguments.mean_length, arguments.device,
+            arguments.prompt_length, longest, arguments.mean_length, arguments.device, arguments.rollout_token_budget,
         )  # fmt: skip
         if work.shape == DEMO:
             work = work._replace(prompt_length=max(map(len, work.texts())))
-        skipped = () if arguments.device == "cuda" else ("ours, without CUDA graphs",)
+        skipped = () if arguments.device == "cuda" else ("ours, without pages", "ours, without CUDA graphs")
         names = arguments.only or [name for name in IMPLEMENTATIONS if name not in skipped]
         results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
         lengths.append({"work": work._asdict(), "results": measure.plain(results)})

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,6 +65,11 @@ CUDA = {
     "scaling-length": Part("bench_scaling", "--shape qwen2.5-1.5b --sweep max_completion_length"),
     "update-qwen2.5-1.5b": Part("bench_update", "--shape qwen2.5-1.5b --prompts 4 --checkpointing"),
     "rungs-qwen2.5-1.5b": Part("bench_update", "--shape qwen2.5-1.5b --prompts 4 --rungs --repetitions 3"),
+    "paged-qwen2.5-1.5b": Part(
+        "bench_rollout",
+        "--shape qwen2.5-1.5b --prompts 32 --max_completion_length 1024 --mean_length 400 --repetitions 2 "
+        "--rollout_token_budget 20000 --only ours --only 'ours, without pages'",
+    ),
     "gemm_4bit-qwen2.5-1.5b": Part("bench_gemm_4bit", "--shape qwen2.5-1.5b"),
     "gemm_4bit-qwen2.5-7b": Part("bench_gemm_4bit", "--shape qwen2.5-7b"),
     "step-qwen2.5-7b": Part(
@@ -145,7 +151,7 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
     """(what it wrote, what went wrong or nothing), its tables printed meanwhile; Ctrl-C and SIGTERM go wrong, too."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "result.json")
-        command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *part.arguments.split()]
+        command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *shlex.split(part.arguments)]
         process = subprocess.Popen([*command, f"--output={output}"], start_new_session=True)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:

@@ -299,7 +299,7 @@ def equip(model: PeftModel, config: GRPOConfig) -> None:
         offload_embedding(base)
     if config.gradient_checkpointing:
         _enable_checkpointing(base)
-    else:
+    elif any(getattr(layer, "gradient_checkpointing", False) for layer in base.modules()):
         _disable_checkpointing(base)
     model.train()
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +213,9 @@ def test_every_part_is_understood_by_its_module(part, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     with pytest.raises(Parsed):
-        importlib.import_module(f"lowmem_grpo.benchmarks.{part.module}").main([*part.arguments.split(), "--output=x"])
+        importlib.import_module(f"lowmem_grpo.benchmarks.{part.module}").main(
+            [*shlex.split(part.arguments), "--output=x"]
+        )
 
 
 def test_every_part_of_a_gpu_has_a_tiny_form():
