@@ -146,6 +146,7 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         token_budget=222,
         rollout_weights="4bit",
         rollout_kv="int8",
+        rollout_paged=False,
         rollout_cuda_graphs=False,
         stop_strings=["zz"],
         **chosen,
@@ -158,6 +159,7 @@ def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
         "token_budget": 222,
         "weights": "4bit",
         "kv": "int8",
+        "paged": False,
         "cuda_graphs": False,
     }
 
