@@ -176,7 +176,7 @@ def test_activations_are_as_predicted(name, rung, monkeypatch):
 
 
 @pytest.mark.parametrize("rung", ["none", "checkpointing", "both"])
-@pytest.mark.parametrize("name", [name for name in SHAPES if "0.5b" not in name])
+@pytest.mark.parametrize("name", and_slow("gemma2", SHAPES))
 def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monkeypatch):
     """Of a backward and of a pass without one, up to the head, by the allocator's events, over the activations kept."""
     monkeypatch.setattr("lowmem_grpo.offload.TILE_TOKENS", 64)
