@@ -387,23 +387,30 @@ def test_without_a_budget_nothing_is_chosen():
     assert found.config == LARGE and not found.changes and found.remedy is None
 
 
+EVERYTHING = replace(
+    LARGE, prompts_per_step=1, max_completion_length=1024, optim="adamw_8bit", tiled_mlp=True,
+    activation_offloading=True, offload_embedding=True, token_budget=512, rollout_token_budget=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_where_completions_cannot_be_shorter_prompts_are():
+    prompts = replace(EVERYTHING, vram_budget="6.1GB", max_completion_length=64, max_prompt_length=4096)
+    remedy = memory.plan(large_shape(), prompts).remedy
+    assert remedy.startswith("max_prompt_length=")
+    fitting = replace(prompts, max_prompt_length=int(remedy.split("=")[1].split()[0]))
+    assert memory.plan(large_shape(), fitting).remedy is None
+    both = memory.plan(large_shape(), replace(EVERYTHING, vram_budget="5.9GB", max_prompt_length=4096)).remedy
+    assert both.startswith("max_completion_length=64 and max_prompt_length=")
+
+
 def test_where_nothing_fits_the_smallest_change_is_named():
-    short = replace(
-        LARGE, vram_budget="6.1GB", prompts_per_step=1, max_completion_length=1024, optim="adamw_8bit", tiled_mlp=True,
-        activation_offloading=True, offload_embedding=True, token_budget=512, rollout_token_budget=1,
-    )  # fmt: skip
+    short = replace(EVERYTHING, vram_budget="6.1GB")
     found = memory.plan(large_shape(), short)
     assert found.remedy.startswith("max_completion_length=")
     length = int(found.remedy.split("=")[1].split()[0])
     assert memory.plan(large_shape(), replace(short, max_completion_length=length)).remedy is None
     assert memory.plan(large_shape(), replace(short, max_completion_length=length + 32)).remedy is not None
-    prompts = replace(short, max_completion_length=64, max_prompt_length=4096)
-    remedy = memory.plan(large_shape(), prompts).remedy
-    assert remedy.startswith("max_prompt_length=")
-    fitting = replace(prompts, max_prompt_length=int(remedy.split("=")[1].split()[0]))
-    assert memory.plan(large_shape(), fitting).remedy is None
-    longer = memory.plan(large_shape(), replace(short, max_prompt_length=4096, vram_budget="5.9GB")).remedy
-    assert longer.startswith("max_completion_length=64 and max_prompt_length=")
     with pytest.raises(
         ValueError, match="vram_budget=4GB is too little, the predicted peak is .*CUDA alone take .* GB: .*smaller"
     ):
