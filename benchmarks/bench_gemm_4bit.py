@@ -99,14 +99,15 @@ def bench(
 ) -> dict[str, dict]:
     """Per implementation, by rows: seconds (Timing) of a layer, and error, of the first one's products; or failed."""
     weights = make_weights(shape, device)
-    layers = len(weights) // len(sizes(shape))
+    first = weights[: len(sizes(shape))]
+    layers = len(weights) // len(first)
     found: dict[str, dict] = {name: {} for name in names}
     for count in rows:
         inputs = {into: torch.randn(count, into, device=device, dtype=torch.bfloat16) for _, into in sizes(shape)}
-        truth = products(IMPLEMENTATIONS["bf16 weights"], weights[:7], inputs)
+        truth = products(IMPLEMENTATIONS["bf16 weights"], first, inputs)
 
         def prepared(product: Product, inputs=inputs, truth=truth) -> tuple[Callable[[], Any], float]:
-            made = products(product, weights[:7], inputs)
+            made = products(product, first, inputs)
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(made, truth, strict=True))
             return repeatable(lambda: products(product, weights, inputs), device), error
 

@@ -102,7 +102,8 @@ def _generate(policy: Policy, work: Work, cache_implementation: str | None = Non
 
 def _generate_batch(policy: Policy, work: Work) -> list[list[int]]:
     rows = [text for text in work.texts() for _ in range(work.num_generations)]
-    blocks = len(rows) * ceil((work.prompt_length + work.max_completion_length) / 256) + 4
+    needed = len(rows) * ceil((work.prompt_length + work.max_completion_length) / 256)
+    blocks = min(needed, ceil(work.rollout_token_budget / 256)) + 4
     config = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=2048)
     with policy.inference(), policy.autocast():
         out = policy.base.generate_batch(
@@ -196,12 +197,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=[*SHAPES, DEMO], default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=4)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
-    parser.add_argument("--prompt_length", type=measure.positive, default=256)
+    parser.add_argument(
+        "--prompt_length", type=measure.positive, help="(default: 256; the demo's prompts have their own)"
+    )
     parser.add_argument(
         "--max_completion_length", type=measure.positive, action="append", help="may be given more than once"
     )
     parser.add_argument(
-        "--mean_length", type=measure.positive, default=100, help="of a completion that nothing cuts off"
+        "--mean_length",
+        type=measure.positive,
+        help="of a completion that nothing cuts off (default: 100; not the demo's)",
     )
     parser.add_argument(
         "--rollout_token_budget", type=measure.positive, default=10**9, help="tokens of keys and values at once"
@@ -213,6 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     measure.add_output(parser)
     arguments = parser.parse_args(argv)
+    if arguments.shape == DEMO and (arguments.prompt_length or arguments.mean_length):
+        parser.error(
+            "the demo's prompts and completions have lengths of their own; leave --prompt_length, --mean_length out"
+        )
     device = torch.device(arguments.device)
     if arguments.device == "cpu":
         measure.preload("lowmem_grpo.benchmarks.bench_rollout")  # as a program, __name__ is another
@@ -220,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     for longest in [8] if arguments.quick else arguments.max_completion_length or [256, 64]:
         work = Work(
             arguments.shape, arguments.prompts, arguments.num_generations, 8 if arguments.quick else
-            arguments.prompt_length, longest, arguments.mean_length, arguments.device, arguments.rollout_token_budget,
+            arguments.prompt_length or 256, longest, arguments.mean_length or 100, arguments.device,
+            arguments.rollout_token_budget,
         )  # fmt: skip
         if work.shape == DEMO:
             work = work._replace(prompt_length=max(map(len, work.texts())))

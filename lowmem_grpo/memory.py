@@ -82,8 +82,8 @@ def plan(
     if longest_prompt is None:
         given = "none" if config.max_prompt_length is None else prompt
         assumptions.append(f"The longest prompt is assumed to have {prompt} tokens: max_prompt_length is {given}.")
-    if not _fits(found, budget):
-        remedy = _remedy(key, chosen, found, budget or 0)
+    if budget is not None and not _fits(found, budget):
+        remedy = _remedy(key, chosen, found, budget)
     chosen = replace(chosen, max_prompt_length=config.max_prompt_length)
     return Plan(chosen, found, budget, changes, prompt, assumptions, remedy)
 

@@ -66,9 +66,7 @@ class Policy:
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
         self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
-        self.samples_dense: bool | None = (
-            None  # what rollout_weights="auto" came to, once for a run and its resumptions
-        )
+        self.samples_dense: bool | None = None  # what rollout_weights="auto" came to, for the whole run
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         self.graph_refusal: str | None = None  # why its steps of decoding are not captured as CUDA graphs
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps

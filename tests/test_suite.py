@@ -177,13 +177,14 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     [
         ("bench_update --warmups=-1", "-1 is not above 0"), ("bench_rollout --prompts=0", "0 is not above 0"),
         ("bench_update --output=/proc/none/x.json", "cannot be written to"), ("bench_step --steps=1", "at least 2"),
+        ("bench_rollout --shape=demo,--mean_length=9", "lengths of their own"),
         ("bench_update --output=/", "is a folder|cannot be written to"), ("bench_scaling --longest=10", "is below"),
     ],
 )  # fmt: skip
 def test_a_bench_refuses_bad_input_before_it_measures(wrong, reason, capsys):
-    module, argument = wrong.split()
+    module, arguments = wrong.split()
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"lowmem_grpo.benchmarks.{module}").main([argument])
+        importlib.import_module(f"lowmem_grpo.benchmarks.{module}").main(arguments.split(","))
     assert ended.value.code == 2 and re.search(reason, capsys.readouterr().err)
 
 

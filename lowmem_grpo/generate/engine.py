@@ -47,7 +47,7 @@ def _difference(policy: Policy, kv_dtype: torch.dtype) -> str | None:
     """Compare prefill and one decoded token of two texts with the model's own forward, in each kind of store."""
     plans = [RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)]
     if policy.device.type == "cuda":
-        plans.append(RolloutPlan(2, 2 * PAGE, 2, 5, 5, PAGE))
+        plans.append(RolloutPlan(2, 2 * PAGE, 2, 5, 5, PAGE))  # several pages a slot: another kernel
     ids = torch.randint(policy.head.weight.shape[0], (2, 6), generator=torch.Generator().manual_seed(0))
     ids = ids.to(policy.device)
     with policy.inference(), policy.autocast():

@@ -1,6 +1,7 @@
 """Sampling by transformers' `model.generate`, in waves under a token budget: for what the engine does not know."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,7 +46,10 @@ def sample(
                     raise
                 wave = len(now) // 2
                 policy.rollout_tokens = wave * width
-            if policy.device.type == "cuda" and policy.rollout_tokens is not None:
+            else:
+                continue
+            gc.collect()
+            if policy.device.type == "cuda":
                 torch.cuda.empty_cache()
     return [_cut(ids, ending(policy, params)) for ids in sampled]
 
