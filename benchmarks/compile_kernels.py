@@ -32,6 +32,8 @@ SHARED_MEMORY = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
+# Of PTX: ld.global.v4.b32, st.global.L1::evict_last.b16, ...
+ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
 HALF = {75: "*fp16"}  # sm_75 has no bf16; every other card is compiled with it
 
 
@@ -47,6 +49,8 @@ class Kernel(NamedTuple):
     arguments: dict
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
+    narrow: int = 0  # likewise, of instructions that read or write parts of a tensor by less than 16 bytes a thread
+    read_again: int = 0  # loads that the compiler may do twice
 
 
 def _start(name: str, **change) -> Kernel:
@@ -64,8 +68,8 @@ def _fold(name: str, num_warps: int = 8, **change) -> Kernel:
         score_ptr="*fp32", share_ptr="*half", drift_ptr=None, pull_ptr="*fp32", spread_ptr=None, bias_ptr=None,
         label_ptr="*i64", state_ptr="*fp32", score_stride="i32", share_stride="i32", drift_stride="i32",
         pull_stride="i32", state_stride="i32", vocabulary_start="i32", width="i32", inner="fp32", outer="fp32",
-        above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, BIAS=False, SOFTCAP=False, ENTROPY=False,
-        GRADIENT=True, ENTROPY_GRADIENT=False,
+        above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, WIDE=linear_logprobs.WIDE, BIAS=False,
+        SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._fold_kernel, arguments | change, num_warps)
 
@@ -88,7 +92,8 @@ def _scale(name: str, **change) -> Kernel:
     return Kernel(name, linear_logprobs._scale_kernel, arguments | change)
 
 
-def _policy_loss(name: str, **change) -> Kernel:
+def _policy_loss(name: str, narrow: int, **change) -> Kernel:
+    # A token's inputs are read where its weight is not 0, which may change from one to the next: one number at a time.
     arguments = {argument: 1 for argument in policy_loss._policy_loss_kernel.arg_names if argument.endswith("_stride")}
     arguments |= dict(
         logprobs_ptr="*fp32", old_ptr="*fp32", ref_ptr="*fp32", advantages_ptr="*fp32", weights_ptr="*fp32",
@@ -96,7 +101,7 @@ def _policy_loss(name: str, **change) -> Kernel:
         clipped_high_ptr="*i1", low="fp32", high="fp32", delta="fp32", beta="fp32", tokens="i32",
         BIAS_CORRECTION=True, BLOCK=policy_loss.BLOCK,
     )  # fmt: skip
-    return Kernel(name, policy_loss._policy_loss_kernel, arguments | change)
+    return Kernel(name, policy_loss._policy_loss_kernel, arguments | change, narrow=narrow)
 
 
 def _choose(name: str, **change) -> Kernel:
@@ -107,7 +112,8 @@ def _choose(name: str, **change) -> Kernel:
     return Kernel(name, sample_tokens._choose_kernel, arguments | change, num_warps=8)
 
 
-def _split(name: str, **change) -> Kernel:
+def _split(name: str, also_narrow: int, **change) -> Kernel:
+    narrow = 8 + also_narrow  # the peak and the total of each query, with tokens and without, of prefix and own
     arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
     arguments |= dict(
         query_ptr="*half", own_key_ptr="*half", own_value_ptr="*half", prefix_key_ptr="*half", prefix_value_ptr="*half",
@@ -116,15 +122,17 @@ def _split(name: str, **change) -> Kernel:
         D=128, H=14, GROUP=7, PAGE=None, SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8,
         STEP=decode_attention.STEP,
     )  # fmt: skip
-    return Kernel(name, decode_attention._split_kernel, arguments | change)
+    return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow)
 
 
-def _merge(name: str, **change) -> Kernel:
+def _merge(name: str, narrow: int, **change) -> Kernel:
+    # Peak and total of each split, one number for all of a row's columns, and a column a thread of the result. They are
+    # read in two layouts; nothing writes over them.
     arguments = dict(
         sums_ptr="*fp32", state_ptr="*fp32", out_ptr="*half", splits="i32", D=128, BLOCK_D=128,
         TILE=decode_attention.TILE,
     )  # fmt: skip
-    return Kernel(name, decode_attention._merge_kernel, arguments | change)
+    return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
 
 
 _SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
@@ -139,7 +147,7 @@ KERNELS = [
         "linear_logprobs fold 4096, bias, softcap, gradient of entropy",
         bias_ptr="*half", BIAS=True, SOFTCAP=True, **_SPREAD,
     ),
-    _fold("linear_logprobs fold 8192, entropy", num_warps=16, BLOCK_V=8192, ENTROPY=True),
+    _fold("linear_logprobs fold 8192, entropy", num_warps=16, BLOCK_V=8192, BLOCK_D=2048, ENTROPY=True),
     _finish("linear_logprobs finish, entropy", ENTROPY=True),
     _finish(
         "linear_logprobs finish, softcap, gradient of entropy",
@@ -149,35 +157,38 @@ KERNELS = [
     _scale(
         "linear_logprobs scale, gradient of entropy", lean_ptr="*half", lean_factor_ptr="*fp32", ENTROPY_GRADIENT=True
     ),
-    _policy_loss("policy_loss, everything"),
-    _policy_loss("policy_loss, no reference, no delta", ref_ptr=None, kl_ptr=None, delta=None, BIAS_CORRECTION=False),
+    _policy_loss("policy_loss, everything", 20),
+    _policy_loss(
+        "policy_loss, no reference, no delta", 16,
+        ref_ptr=None, kl_ptr=None, delta=None, BIAS_CORRECTION=False,
+    ),
     _choose("sample_tokens"),
     _choose("selective_logprobs", uniforms_ptr=None),
-    _split("decode_attention, 7 x 128, prefix", H=28),
-    _split("decode_attention, 7 x 64, prefix", D=64, BLOCK_D=64, ROWS=16),
+    _split("decode_attention, 7 x 128, prefix", 0, H=28),
+    _split("decode_attention, 7 x 64, prefix", 1, D=64, BLOCK_D=64, ROWS=16),
     _split(
-        "decode_attention, 8 x 256, fp32, pages, prefix, softcap, window",
+        "decode_attention, 8 x 256, fp32, pages, prefix, softcap, window", 16,  # each token's page
         query_ptr="*fp32", own_key_ptr="*fp32", own_value_ptr="*fp32", prefix_key_ptr="*fp32",
         prefix_value_ptr="*fp32", window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4,
         H=16, GROUP=8, PAGE=16,
     ),
     _split(
-        "decode_attention, 1 x 80, pages",
+        "decode_attention, 1 x 80, pages", 14,  # likewise; and a query and its sums, 80 numbers for 128 threads
         prefix_key_ptr=None, prefix_value_ptr=None, prefix_rows_ptr=None, prefix_lengths_ptr=None,
         D=80, H=8, GROUP=1, HEADS=1, PAGE=16,
     ),
     _split(
-        "decode_attention, 7 x 128, int8, pages, prefix",
+        "decode_attention, 7 x 128, int8, pages, prefix", 44,  # likewise; 32 scales of a token, 4 times 8 bytes of it
         own_key_ptr="*i8", own_value_ptr="*i8", prefix_key_ptr="*i8", prefix_value_ptr="*i8", own_scale_ptr="*fp16",
         prefix_scale_ptr="*fp16", PAGE=64, STEP=decode_attention.STEP_INT8,
     ),
-    _merge("decode_attention merge, 128"),
-    _merge("decode_attention merge, 256", D=256, BLOCK_D=256),
+    _merge("decode_attention merge, 128", 35),
+    _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
 ]  # fmt: skip
 
 
 def compile_for(kernel: Kernel, capability: int) -> dict:
-    """{kernel, target, registers, spill_bytes, spill_limit, shared_bytes, shared_limit, loads}."""
+    """What the kernel needs there, and in the entries with `limit` and the first of `loads` what is accepted."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
@@ -204,9 +215,21 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         spill_limit=kernel.spill_bytes,
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_MEMORY[capability],
-        # As written and as compiled. One more would be a value read again, perhaps after it was written over.
-        loads=[compiled.asm[stage].count("tt.load") for stage in ("ttir", "ttgir")],
+        # At most, as written, and as compiled. One more would be a value read again, perhaps after it was written over.
+        loads=[compiled.asm["ttir"].count("tt.load") + kernel.read_again, compiled.asm["ttgir"].count("tt.load")],
+        narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
+        narrow_limit=kernel.narrow,
     )
+
+
+def narrow_accesses(ttir: str, ptx: str) -> int:
+    """How many instructions read or write global memory by less than 16 bytes, beside those of single numbers.
+
+    One such in a loop over a row makes it several times slower: a bound without a known multiple is enough for that.
+    """
+    widths = [int(vector or 1) * int(bits) for vector, bits in ACCESS.findall(ptx)]
+    single = len(re.findall(r"^(?!.*tensor<).*tt\.(?:load|store) ", ttir, re.MULTILINE))
+    return sum(width < 128 for width in widths) - single
 
 
 def table(results: list[dict]) -> str:

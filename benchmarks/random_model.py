@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.policy import Policy, load_policy
+from lowmem_grpo.policy import Policy, load_policy, quantize_linears
 
 # Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
 SHAPES = {
@@ -86,13 +87,41 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
     """In 4-bit, with adapters that are not zero; the first `ends` ids of the vocabulary all end a completion."""
     torch.manual_seed(0)
     config = make_config(shape, list(range(ends)), SHAPES[shape][5] - 1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if device == "cuda":
+        model = made_in_4bit(config, torch.device(device, torch.cuda.current_device()))
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=config.pad_token_id)
     policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=device == "cpu", **settings))
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
             parameter.normal_(std=0.02)
     return policy
+
+
+def made_in_4bit(config: PreTrainedConfig, device: torch.device) -> Any:
+    """A random model whose dense weights exist on the device, and one layer at a time: a 7B takes seconds there."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+        _fill(layer.to_empty(device=device))
+        quantize_linears(layer, device, torch.bfloat16)
+    for module in (decoder.embed_tokens, decoder.norm, model.get_output_embeddings()):
+        _fill(module.to_empty(device=device))
+    model.tie_weights()
+    with device:
+        decoder.rotary_emb = type(decoder.rotary_emb)(config)
+    return model
+
+
+def _fill(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.fill_(name.endswith("weight"))  # of a norm 1, a bias 0
 
 
 if __name__ == "__main__":

@@ -143,8 +143,7 @@ if triton is not None:
             "prefix_tokens",
             "own_tokens",
             "window",
-            "sums_stride",
-            "state_stride",
+            "splits",
         ]
     )
     def _split_kernel(
@@ -182,8 +181,7 @@ if triton is not None:
         prefix_scale_page_stride,
         prefix_scale_head_stride,
         table_stride,
-        sums_stride,  # from head to head
-        state_stride,
+        splits,
         prefix_tokens,  # T_p, or 0
         own_tokens,  # max_pages page_tokens
         window,  # or None
@@ -214,6 +212,7 @@ if triton is not None:
         query = tl.load(query_ptr + heads * query_head_stride + column, mask=(heads < left) & (column < D), other=0.0)
         query = query.to(tl.float32) * scaling
         known = tl.arange(0, HEADS) < left
+        sums_stride, state_stride = splits * D, splits * 2  # from head to head; so, they are known to be multiples of D
         sums_ptr += (row * H + head) * sums_stride + split * D
         state_ptr += (row * H + head) * state_stride + split * 2
 
@@ -267,12 +266,13 @@ if triton is not None:
         """One program per sequence and head. The sums of an empty split were not written, and are not read."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK_D)
-        peak = tl.full((BLOCK_D,), LOWEST, tl.float32)  # the same in every column: loaded as the sums are, and once
-        total = tl.zeros((BLOCK_D,), tl.float32)
+        peak = tl.full((1,), LOWEST, tl.float32)
+        total = tl.zeros((1,), tl.float32)
         sums = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, splits, TILE):
             split = start + tl.arange(0, TILE)[:, None]
-            state_at = state_ptr + (row * splits + split) * 2 + 0 * column[None, :]
+            # One number for all columns: with one for each, the sums' mask would let them be read one at a time alone.
+            state_at = state_ptr + (row * splits + split) * 2
             peaks = tl.load(state_at, mask=split < splits, other=LOWEST)
             totals = tl.load(state_at + 1, mask=split < splits, other=0.0)
             read = (totals != 0) & (column < D)[None, :]
@@ -379,7 +379,7 @@ def _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling
                 *(prefix_keys.stride()[:3] if prefix else (0, 0, 0)),
                 *(prefix_values.stride()[:3] if prefix else (0, 0, 0)),
                 *(stride for x in scales for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
-                table.stride(0), sums.stride(1), state.stride(1), prefix_tokens, own_tokens,
+                table.stride(0), splits, prefix_tokens, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 D=D, H=H, GROUP=H // kv_heads, PAGE=page_tokens if table.shape[1] > 1 else None, SPLIT=SPLIT,
                 HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=step, num_warps=4,

@@ -37,6 +37,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 try:
     import triton
@@ -73,6 +74,9 @@ BELOW_EVERY_SCORE = -1e30  # not -inf, which would make 0 * (m - m') a NaN
 
 # Tokens that the twin folds at a time. What it needs besides the tile itself is (ROWS, Vb) fp32, 2 MiB at Vb = 4096.
 ROWS = 128
+
+# A tile's rows have room up to a multiple of so many numbers; kernels read and write up to there, 16 bytes at a time.
+WIDE = 16
 
 # Rows of the state that a chunk of tokens carries from tile to tile, (5, C) fp32.
 LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT = range(5)
@@ -138,12 +142,12 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["state_stride", "vocabulary_start", "width"])
     def _fold_kernel(
-        score_ptr,  # (C, width) fp32, h . W_v
+        score_ptr,  # (C, width) fp32, h . W_v; each row of it, of share_ptr and of drift_ptr has room up to WIDE
         share_ptr,  # (C, width) in the operands' dtype, written; may be score_ptr's own storage
         drift_ptr,  # (C, width) in the operands' dtype, written
         pull_ptr,  # (C, D) fp32, rescaled where the reference moves
         spread_ptr,  # (C, D) fp32, likewise
-        bias_ptr,  # (V,)
+        bias_ptr,  # (width,) of the tile, and readable up to WIDE
         label_ptr,  # (C,) int64
         state_ptr,  # (5, C) fp32, updated
         score_stride,
@@ -160,6 +164,7 @@ if triton is not None:
         D: tl.constexpr,
         BLOCK_V: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        WIDE: tl.constexpr,
         BIAS: tl.constexpr,
         SOFTCAP: tl.constexpr,
         ENTROPY: tl.constexpr,
@@ -170,9 +175,11 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK_V)
         real = at < width
-        score = tl.load(score_ptr + row * score_stride + at, mask=real, other=0.0)
+        # A mask that ends anywhere makes every access one number wide; what is past the width is read and left out.
+        near = at < tl.cdiv(width, WIDE) * WIDE
+        score = tl.load(score_ptr + row * score_stride + at, mask=near, other=0.0)
         if BIAS:
-            score += tl.load(bias_ptr + vocabulary_start + at, mask=real, other=0.0).to(tl.float32)
+            score += tl.load(bias_ptr + at, mask=near, other=0.0).to(tl.float32)
         score = score * inner
         if SOFTCAP:
             score, slope = _soften(score, outer)
@@ -214,11 +221,11 @@ if triton is not None:
                 share = share * slope
             # Shares lie over the scores of the same row: every thread must have read before one writes.
             tl.debug_barrier()
-            tl.store(share_ptr + row * share_stride + at, share.to(share_ptr.dtype.element_ty), mask=real)
+            tl.store(share_ptr + row * share_stride + at, share.to(share_ptr.dtype.element_ty), mask=near)
             if ENTROPY_GRADIENT:
                 if SOFTCAP:
                     drift = drift * slope
-                tl.store(drift_ptr + row * drift_stride + at, drift.to(drift_ptr.dtype.element_ty), mask=real)
+                tl.store(drift_ptr + row * drift_stride + at, drift.to(drift_ptr.dtype.element_ty), mask=near)
 
     @triton.jit(do_not_specialize=["state_stride"])
     def _finish_kernel(
@@ -307,13 +314,15 @@ if triton is not None:
         """direction <- factor direction + lean_factor lean, in place. One program per token."""
         row = tl.program_id(0).to(tl.int64)
         factor = tl.load(factor_ptr + row)
+        if ENTROPY_GRADIENT:
+            lean_factor = tl.load(lean_factor_ptr + row)
         for start in range(0, D, BLOCK_D):
             at = start + tl.arange(0, BLOCK_D)
             direction_at = direction_ptr + row * direction_stride + at
             gradient = factor * tl.load(direction_at, mask=at < D, other=0.0).to(tl.float32)
             if ENTROPY_GRADIENT:
                 lean = tl.load(lean_ptr + row * direction_stride + at, mask=at < D, other=0.0).to(tl.float32)
-                gradient += tl.load(lean_factor_ptr + row) * lean
+                gradient += lean_factor * lean
             tl.store(direction_at, gradient.to(direction_ptr.dtype.element_ty), mask=at < D)
 
 
@@ -415,9 +424,12 @@ def _forward(
     rule = THE_LARGEST if settings.entropy_gradient else rule
 
     # The scratch of the whole call: every chunk and tile reuses it.
-    scores = buffer(c, vb, dtype=settings.tile_dtype)
-    shares = scores.view(share)[:, :vb] if gradient else None  # over the scores; the row stride stays that of scores
-    drifts = buffer(c, vb, dtype=share, when=gradient and settings.entropy_gradient)
+    wide_vb = -(-vb // WIDE) * WIDE
+    scores = buffer(c, wide_vb, dtype=settings.tile_dtype)
+    shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
+    drifts = buffer(c, wide_vb, dtype=share, when=gradient and settings.entropy_gradient)
+    if bias is not None and settings.by_triton:
+        bias = F.pad(bias, (0, WIDE))
     tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings, gradient)
     head = buffer(vb, d, dtype=operand, when=weight.dtype != operand)
     wide = buffer(c, d, dtype=operand, when=hidden_states.dtype != operand)
@@ -496,8 +508,9 @@ def _dequantize(rows: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | N
     return out if out.dtype == dtype else out.copy_(out.to(dtype))
 
 
-def _blocks(d: int) -> dict:
-    return dict(D=d, BLOCK_D=min(triton.next_power_of_2(d), 1024))
+def _blocks(d: int, num_warps: int = 4) -> dict:
+    """D and how much of it a program has in hand: 16 bytes of fp32 a thread at least."""
+    return dict(D=d, BLOCK_D=min(triton.next_power_of_2(d), max(1024, 128 * num_warps)))
 
 
 def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings: _Settings, rule: Rule) -> None:
@@ -514,15 +527,17 @@ def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings:
 def _triton_fold(chunk, scores, shares, drifts, _, bias, first: int, settings: _Settings, rule: Rule) -> None:
     gradient = shares is not None
     block = triton.next_power_of_2(settings.chunks[1])
+    num_warps = min(max(block // 512, 4), 32)  # 16 scores to a thread
+    bias = None if bias is None else bias[first:]
     _fold_kernel[(len(scores),)](
         scores, shares, drifts, chunk.pull, chunk.spread, bias, chunk.labels, chunk.state,
         scores.stride(0), shares.stride(0) if gradient else 0, 0 if drifts is None else drifts.stride(0),
         chunk.pull.stride(0) if gradient else 0, chunk.state.stride(0), first, scores.shape[1],
         settings.inner, settings.outer, rule.above, rule.below,
-        **_blocks(chunk.hidden.shape[1]), BLOCK_V=block,
+        **_blocks(chunk.hidden.shape[1], num_warps), BLOCK_V=block, WIDE=WIDE,
         BIAS=bias is not None, SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
         GRADIENT=gradient, ENTROPY_GRADIENT=drifts is not None,
-        num_warps=min(max(block // 512, 4), 32),  # 16 scores to a thread
+        num_warps=num_warps,
     )  # fmt: skip
 
 

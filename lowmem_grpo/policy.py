@@ -410,12 +410,12 @@ def _load_base(name: str, config: GRPOConfig, device, dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, **arguments, **(config.model_init_kwargs or {}))
 
 
-def quantize_linears(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Put every linear layer but the head on the device in NF4 with double quantization, in place and one at a time.
+def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every linear layer but a model's head on the device in NF4 with double quantization, in place, one at a time.
 
     The dense weight is let go before the next layer's turn, so the device never holds more than one.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
     for name in names:
         linear: Any = model.get_submodule(name)
@@ -432,8 +432,7 @@ def quantize_linears(model: PreTrainedModel, device: torch.device, dtype: torch.
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its parameters and buffers on the device; what is not trained gets the dtype too."""
-    if _is_4bit(model) and next(model.parameters()).device.type != device.type:
-        raise ValueError(f"the model is 4-bit on another device than {device.type}; load it there, or set use_cpu")
+    refuse_4bit_elsewhere(model, device)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
@@ -441,6 +440,16 @@ def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model
+
+
+def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError if a weight that is 4-bit already lies on another kind of device, wherever the others lie."""
+    found = {p.device.type for p in model.parameters() if isinstance(p, Params4bit)} - {device.type}
+    if found:
+        raise ValueError(
+            f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device.type}; load it there"
+            + (", or set use_cpu" if found == {"cpu"} else "")
+        )
 
 
 def _is_4bit(model: nn.Module) -> bool:

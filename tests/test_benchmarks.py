@@ -25,7 +25,7 @@ from lowmem_grpo.benchmarks import (
 )
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
-from lowmem_grpo.benchmarks.random_model import make_random_model
+from lowmem_grpo.benchmarks.random_model import made_in_4bit, make_config, make_random_model
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.meter import Meter
 
@@ -356,3 +356,13 @@ def test_phases_are_named_for_a_profiler():
             torch.ones(3, 3) @ torch.ones(3, 3)
     found = profile_step.milliseconds(profiled.events(), 1)
     assert found["rollout"]["matrix products"] > 0 and found["rollout"][profile_step.PYTHON] > 0
+
+
+def test_a_random_model_made_layer_by_layer_is_a_model_in_4_bits():
+    model = made_in_4bit(make_config("tiny", [0], 5), torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(torch.arange(4)[None]).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0.05, "positions or weights are missing"
+    dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert dense == ["lm_head"]

@@ -7,7 +7,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import Head, find_model, load_policy, load_tokenizer, probe_head, read_head
+from lowmem_grpo.policy import (
+    Head,
+    find_model,
+    load_policy,
+    load_tokenizer,
+    probe_head,
+    quantize_linears,
+    read_head,
+    refuse_4bit_elsewhere,
+)
 
 PROMPTS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
 COMPLETIONS = [[30, 31, 32, 33, 1], [40, 41]]
@@ -162,6 +171,24 @@ def test_a_loaded_model_and_its_folder_make_the_same_policy(tmp_path, tokenizer)
     from_object, from_folder = make_policy(model), make_policy(str(tmp_path), tokenizer)
     assert four_bit_layers(from_object) == four_bit_layers(from_folder) == 14
     torch.testing.assert_close(flat_logprobs(from_object), flat_logprobs(from_folder))
+
+
+def test_a_model_that_is_quantized_on_its_way_to_the_device_is_4_bit_there_whatever_still_lies_elsewhere():
+    model = make_model("qwen2")
+    quantize_linears(model, torch.device("cpu"), torch.float32)
+    model.model.embed_tokens.to("meta")  # stands for the memory that the model came in
+    refuse_4bit_elsewhere(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="4-bit on cpu, and the run is on cuda; load it there, or set use_cpu"):
+        refuse_4bit_elsewhere(model, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_loaded_into_cpu_memory_is_trained_on_the_gpu(tokenizer):
+    policy = load_policy(make_model("qwen2"), tokenizer, GRPOConfig())
+    assert {p.device.type for p in policy.model.parameters()} == {"cuda"}
+    assert four_bit_layers(policy) == 14
+    policy.logprobs(batches(policy)[0], 1.0).sum().backward()
 
 
 def test_a_4_bit_checkpoint_is_loaded_as_it_is(tmp_path, tokenizer):
