@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,7 @@ class Policy:
         self.samples_dense: bool | None = None  # what rollout_weights="auto" came to, for the whole run
         self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
         self.graph_refusal: str | None = None  # why its steps of decoding are not captured as CUDA graphs
+        self.trusted_captures: set[Hashable] = set()  # kinds of such steps whose replay was compared, and right
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention

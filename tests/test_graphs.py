@@ -236,6 +236,46 @@ def test_a_number_of_rows_is_captured_once_and_only_if_it_lasts():
     assert len(made) == 1 and list(steps.replays) == [4]
 
 
+def test_a_later_rollout_captures_its_first_step_and_takes_none_by_itself(captured_early, monkeypatch):
+    policy, alone = make_policy(), []
+    plan = next(paged_plans(PROMPTS, 3, 12, 9))
+    truth, own, recording = run(policy, plan=plan), engine.Slots.step, []
+
+    def step(slots, rows):
+        alone.extend([rows] * (not recording))
+        return own(slots, rows)
+
+    def capture(step):
+        recording.append(0)
+        replay = recorder()(step)
+        recording.clear()
+        return replay
+
+    monkeypatch.setattr(engine.Slots, "step", step)
+    monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
+    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
+    assert alone
+    alone.clear()
+    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
+    assert not alone
+    run(policy, plan=plan, temperature=0)
+    assert alone, "another kind of step was never compared"
+
+
+def test_a_later_capture_that_fails_is_tried_from_the_start(captured_early, monkeypatch):
+    policy, tried = make_policy(), []
+    plan = next(paged_plans(PROMPTS, 3, 12, 9))
+    truth = run(policy, plan=plan)
+    monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
+    run(policy, plan=plan)
+    trusted = set(policy.trusted_captures)
+    monkeypatch.setitem(
+        engine.CAPTURE, "cpu", lambda: lambda step: tried.append(0) or (broken if len(tried) == 1 else recorder())(step)
+    )
+    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
+    assert len(tried) > 1 and policy.graph_refusal is None and policy.trusted_captures == trusted
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 class TestOnAGpu:
