@@ -9,6 +9,7 @@ rollout and in TRL's reference; the optimizer's step is in ours' update, and of 
 import contextlib
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,7 @@ class Watch:
         self.step_s: list[float] = []
         self.phases: dict[str, list[float]] = defaultdict(list)
         self.rewards: list[float] = []
+        self.sampling_differences: list[float] = []  # mean of a step, of ours
         self.loaded_bytes, self.peak = 0, 0
 
     def now(self) -> float:
@@ -118,7 +120,8 @@ class Watch:
             return statistics.median(values[1:] or values)
 
         return {
-            "evaluations": self.evaluations, "rewards": self.rewards, "step_s": median(self.step_s),
+            "evaluations": self.evaluations, "rewards": self.rewards,
+            "sampling_differences": self.sampling_differences, "step_s": median(self.step_s),
             "phases_s": {name: median(values) for name, values in self.phases.items()},
             "peak_mib": (peak - self.loaded_bytes) / 2**20,
         }  # fmt: skip
@@ -141,6 +144,7 @@ def run_ours(job: Job) -> dict[str, Any]:
     def after_step(step, metrics, policy):
         watch.step(step, policy.base)
         watch.rewards.append(metrics[first])
+        watch.sampling_differences.append(metrics.get("sampling/sampling_logp_difference/mean", math.nan))
         for phase in ("rollout", "reference", "update"):
             watch.phases[phase].append(metrics[f"time/{phase}_s"])
         peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
