@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lowmem_grpo.benchmarks import (
     bench_budgets,
@@ -18,6 +19,7 @@ from lowmem_grpo.benchmarks import (
     bench_rollout,
     bench_scaling,
     bench_step,
+    bench_sums,
     bench_update,
     measure,
     profile_step,
@@ -366,3 +368,30 @@ def test_a_random_model_made_layer_by_layer_is_a_model_in_4_bits():
     assert logits.std() > 0.05, "positions or weights are missing"
     dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert dense == ["lm_head"]
+
+
+def test_the_sums_are_others_to_train_on_and_to_measure_on():
+    train, held_out = bench_sums.rows()
+    assert len(train) == 2000 and len(held_out) == bench_sums.HELD_OUT
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert all(eval(row["prompt"].splitlines()[-1].rstrip(" =")) == int(row["solution"]) for row in train + held_out)
+    assert bench_sums.sum_reward([" 68\n12", "68 or so", "", "068"], ["68"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    texts = [f" {n}" for n in range(64)]
+    shuffled = bench_sums.shuffled_reward(texts, ["1"] * 32 + [str(n) for n in range(32, 64)])
+    assert sum(shuffled) == 33 and shuffled != sorted(shuffled)
+
+
+def test_every_token_with_a_line_break_ends_a_completion_of_the_sums(tiny_folder, tmp_path):
+    folder = bench_sums.with_line_ends(Path(tiny_folder), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert {tokenizer.eos_token_id, *tokenizer("\n").input_ids} == set(ends)
+
+
+def test_a_curve_of_the_sums_is_shown_with_its_intervals():
+    run = {"evaluations": [(0, 0.3), (20, 0.6)], "step_s": 4.0, "peak_mib": 900.0, "sampling_differences": [0.02] * 20}
+    work = {"model": "smollm2", "seeds": [0, 1], "steps": 20, "every": 20}
+    found = {"machine": {}, "work": work, "results": {"lowmem_grpo": [run, {"failed": "out of memory"}], "TRL": [run]}}
+    lines = bench_sums.tables(found).splitlines()
+    assert "0.300 (0.24 to 0.37)" in lines[2] and "0.0200" in lines[2]
+    assert "out of memory" in lines[3] and "TRL" in lines[4]
