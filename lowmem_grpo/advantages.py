@@ -31,7 +31,7 @@ def group_advantages(
         deviation = nanstd(groups.flatten(), dim=0, keepdim=True)
     deviation = deviation.expand_as(groups)
     scaled = centered if scale_rewards == "none" else centered / (deviation + STD_FLOOR)
-    return Advantages(scaled.nan_to_num(0.0).flatten(), total, _is_zero(deviation).flatten())
+    return Advantages(_where_rewarded(scaled.flatten(), total), total, _is_zero(deviation).flatten())
 
 
 def gdpo_advantages(
@@ -65,7 +65,7 @@ def rloo_advantages(
     # r - (sum - r) / (n - 1), where nobody else has a reward there is nothing to compare with.
     compared = (groups - groups.nanmean(dim=1, keepdim=True)) * (count / (count - 1).clamp(min=1))
     deviation = nanstd(groups, dim=1, keepdim=True).expand_as(groups)
-    return Advantages(compared.nan_to_num(0.0).flatten(), total, _is_zero(deviation).flatten())
+    return Advantages(_where_rewarded(compared.flatten(), total), total, _is_zero(deviation).flatten())
 
 
 def reinforce_plus_plus_advantages(
@@ -104,7 +104,12 @@ def _over_batch(values: Tensor, rewards: Tensor, penalty: Tensor | None = None) 
     values = values if penalty is None else values - penalty
     deviation = nanstd(values, dim=0, keepdim=True).expand_as(values)
     scaled = (values - values.nanmean()) / (deviation + STD_FLOOR)
-    return Advantages(scaled.nan_to_num(0.0), rewards, _is_zero(deviation))
+    return Advantages(_where_rewarded(scaled, rewards), rewards, _is_zero(deviation))
+
+
+def _where_rewarded(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """0 where nothing was rewarded (NaN). Another NaN, such as of a KL that is not finite, has to show in the loss."""
+    return advantages.masked_fill(rewards.isnan(), 0.0)
 
 
 def _is_zero(deviation: Tensor) -> Tensor:
@@ -118,7 +123,10 @@ def weighted_rewards(rewards: Tensor, reward_weights: list[float] | None) -> Ten
 
 
 def nanstd(values: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
-    """Standard deviation with n - 1 that leaves NaN out; 0 where fewer than two values are left."""
+    """Standard deviation with n - 1 that leaves NaN out; 0 where fewer than two values are left.
+
+    In fp64 on the way: in fp32 squares of 2e19 are infinite, and an advantage divided by that is 0.
+    """
     count = values.isnan().logical_not().sum(dim=dim, keepdim=keepdim)
-    squares = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim, keepdim=keepdim)
-    return (squares / (count - 1).clamp(min=1)).sqrt()
+    squares = (values - values.nanmean(dim=dim, keepdim=True)).double().square().nansum(dim=dim, keepdim=keepdim)
+    return (squares / (count - 1).clamp(min=1)).sqrt().to(values.dtype)

@@ -146,3 +146,32 @@ def test_a_deviation_of_fewer_than_two_values_is_zero():
     assert nanstd(torch.tensor([1.0, 2.0, NAN, 4.0]), dim=0).item() == pytest.approx(
         torch.tensor([1.0, 2.0, 4.0]).std().item()
     )
+
+
+ESTIMATORS = [
+    dict(adv_estimator="grpo", scale_rewards="group"), dict(adv_estimator="grpo", scale_rewards="batch"),
+    dict(adv_estimator="grpo", scale_rewards="none"), dict(adv_estimator="rloo"),
+    dict(adv_estimator="reinforce_plus_plus"), dict(adv_estimator="reinforce_plus_plus_baseline"),
+    dict(adv_estimator="grpo", multi_objective_aggregation="normalize_then_sum"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_penalty_that_is_not_finite_shows_and_a_reward_that_does_not_apply_is_0(estimator, value):
+    settings = dict(scale_rewards="group", multi_objective_aggregation="sum_then_normalize") | estimator
+    rewards, penalty = torch.tensor([[0.0], [2.0], [NAN], [1.0]]), torch.zeros(4)
+    compared = compare(rewards, num_generations=4, reward_weights=None, penalty=penalty, **settings).advantages
+    assert compared.isfinite().all() and compared[2] == 0 and (compared[:2] != 0).all()
+    penalty[1] = value
+    compared = compare(rewards, num_generations=4, reward_weights=None, penalty=penalty, **settings).advantages
+    assert not compared[1].isfinite() and compared[2] == 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rewards_too_large_for_fp32s_squares_are_told_apart(estimator):
+    settings = dict(scale_rewards="group", multi_objective_aggregation="sum_then_normalize") | estimator
+    rewards = torch.tensor([[0.0], [2.0], [0.0], [2.0]])
+    for weight in (1.0, 1e30):
+        found = compare(rewards, num_generations=2, reward_weights=[weight], **settings)
+        assert (found.advantages.sign() == torch.tensor([-1, 1, -1, 1])).all() and not found.zero_std.any()
