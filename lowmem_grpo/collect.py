@@ -118,7 +118,10 @@ def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
 
 
 def _to_replay(scored: _Scored, config: GRPOConfig) -> list[Group]:
-    """The groups that a later step may take: those with a difference, whose sampler said what it drew them with."""
+    """The groups that a later step may take: those with a difference, whose sampler said what it drew them with.
+
+    Not where that was not finite, which would spoil another step.
+    """
     known = scored.completions and scored.completions[0].proposal_logprobs is not None
     if not config.replay_buffer_size or not known:
         return []
@@ -128,7 +131,11 @@ def _to_replay(scored: _Scored, config: GRPOConfig) -> list[Group]:
     ]
     rewards = scored.rewards.unflatten(0, (-1, config.num_generations))
     groups = map(Group, scored.positions, completions, rewards)
-    return [group for group, differs in zip(groups, _differs(scored.rewards, config), strict=True) if differs]
+    return [
+        group
+        for group, differs in zip(groups, _differs(scored.rewards, config), strict=True)
+        if differs and all(completion.is_finite for completion in group.completions)
+    ]
 
 
 def _replayed(policy: Policy, prompts: list[Prompt], groups: list[Group], config: GRPOConfig) -> _Scored:

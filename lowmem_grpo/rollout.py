@@ -27,6 +27,11 @@ class Completion:
     proposal_logprobs: Tensor | None
     finish: str  # "eos", "stop" (a stop string) or "length" (cut off)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model gave each of its tokens a probability, as far as the sampler says."""
+        return self.logprobs is None or bool(self.logprobs.isfinite().all())
+
 
 @dataclass(frozen=True)
 class Rollout:

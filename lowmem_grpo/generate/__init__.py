@@ -10,7 +10,7 @@ import torch
 from lowmem_grpo.attention import attending
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
-from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
@@ -51,6 +51,8 @@ def sample(
     Raises:
         ValueError: a prompt without a token, or dense weights or int8 keys and values of a model that the engine does
             not know.
+        FloatingPointError: the policy's logits are not finite, by the engine in every completion; one of which they are
+            not finite is nobody else's matter there, and its log-probabilities show it.
     """
     if not prompts:
         return Sampled([], {})
@@ -99,6 +101,8 @@ def sample(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
             cuda_graphs,
         )  # fmt: skip
+    if not any(completion.is_finite for completion in ran.completions):
+        raise FloatingPointError(NOT_FINITE)
     if ran.plan != plan:
         policy.rollout_tokens = ran.plan.tokens()
     kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from lowmem_grpo.generate.ending import ending
-from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
 from lowmem_grpo.out_of_memory import as_torch_says_it
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
@@ -74,11 +74,19 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
     def at_stop_string(ids: Tensor, _: Any) -> Tensor:
         return torch.tensor([finish_of(row) == "stop" for row in ids[:, width:].tolist()], device=ids.device)
 
+    def checked(ids: Tensor, logits: Tensor) -> Tensor:
+        if not logits.amax(-1).isfinite().all():  # of which multinomial makes an error that a GPU does not survive
+            raise FloatingPointError(NOT_FINITE)
+        return logits
+
     criteria = StoppingCriteriaList([at_stop_string] if params.stop_strings else [])  # type: ignore[list-item]
     width = max(map(len, rows))
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
-    out = policy.base.generate(input_ids=ids, attention_mask=mask, stopping_criteria=criteria)
+    out = policy.base.generate(
+        input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
+        logits_processor=LogitsProcessorList([checked]),  # type: ignore[list-item]
+    )  # fmt: skip
     return out[:, width:].tolist()
 
 

@@ -9,6 +9,11 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lowmem_grpo.kernels.sample_tokens import sample_tokens, selective_logprobs
 
+NOT_FINITE = (
+    "the model cannot be sampled from, since its logits are not finite: a weight is not, or activations overflow the "
+    "compute dtype (float16 ends at 65,504, bfloat16 where float32 does)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
