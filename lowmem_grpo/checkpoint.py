@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.optimizer import load_optimizer
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.policy import Policy, not_finite
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -40,6 +40,7 @@ def save_checkpoint(
 
     Raises:
         OSError: the disk refused; nothing under the final name has changed.
+        FloatingPointError: something that a resume would go on with is not finite; likewise.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if folder.exists():
@@ -48,6 +49,13 @@ def save_checkpoint(
     def write(temporary: Path) -> None:
         policy.save(temporary)
         moments, plain = _flatten_optimizer(optimizer.state_dict())
+        for name, values in {"optimizer": moments, **tensors}.items():
+            broken = not_finite(_to_be_finite(values))
+            if broken:
+                raise FloatingPointError(f"{folder.name} is not saved, since {broken} of its {name} is not finite")
+        broken = [name for name, value in state.items() if isinstance(value, float) and math.isnan(value)]
+        if broken:
+            raise FloatingPointError(f"{folder.name} is not saved, since its {broken[0]} is NaN")
         save_file(moments, temporary / "optimizer.safetensors")
         save_file(randomness["tensors"], temporary / "random_states.safetensors")
         for name, values in tensors.items():
@@ -78,19 +86,29 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
     load_optimizer(optimizer, _restore_optimizer(moments, state["optimizer"]))
     # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
     position = state["scheduler"]["last_epoch"]
-    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position - 1, "_step_count": position + 1})
-    scheduler.step()
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position - 1, "_step_count": 2})
+    scheduler.step()  # at a count of 1 it would warn that no optimizer step came before it
+    scheduler._step_count = position + 1
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     restore_randomness({"tensors": states, "python": state["python_random"], "numpy": state["numpy_random"]})
     return state
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str, remedy: str = "resume from an older checkpoint") -> dict[str, Tensor]:
     try:
-        return load_file(folder / f"{name}.safetensors")
+        tensors = load_file(folder / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}; resume from an older checkpoint") from error
+        raise ValueError(f"{folder} cannot be read: {error}; {remedy}") from error
+    broken = not_finite(_to_be_finite(tensors))
+    if broken:
+        raise ValueError(f"{folder} has numbers that are not finite ({name}.safetensors, {broken}); {remedy}")
+    return tensors
+
+
+def _to_be_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the rewards of replayed completions, where a NaN says that a reward does not apply."""
+    return {name: values for name, values in tensors.items() if name != "rewards"}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -98,9 +116,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no trainer_state.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
+
+
+def _no_nan(text: str) -> float:
+    """What JSON does not have: Infinity is an entropy that was not measured yet, and NaN nothing that is saved."""
+    if text == "NaN":
+        raise ValueError("it has a NaN")
+    return float(text)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
@@ -193,15 +218,23 @@ class BestAdapter:
     def load(self, policy: Policy) -> None:
         """Give the policy the adapter that is kept; without one, where no evaluation had a value, it stays."""
         if self.record() is not None:
-            set_peft_model_state_dict(policy.model, load_file(self.folder / "adapter_model.safetensors"))
+            weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
+            set_peft_model_state_dict(policy.model, weights)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, flush it to the disk, and put it in the place of `folder` by a rename."""
+    """Let `write` fill a temporary folder, flush it to the disk, and put it in the place of `folder` by a rename.
+
+    What `write` raises leaves `folder` as it was, and no temporary one.
+    """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     aside = folder.with_name(f"{folder.name}.old")

@@ -40,7 +40,10 @@ INPUTS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for bad input, in one sentence on standard error."""
+    """Run the command and return its exit status: 2 for bad input, 1 for numbers that are no longer finite.
+
+    Both are said in one sentence on standard error.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
@@ -50,11 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         refuse_unknown_flags(parser, options.command, rest)
         return options.run(given)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FloatingPointError) as error:
         if not is_about_input(error):
             raise
         print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
 

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from typing import Any, Literal
 CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
 BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
 LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
+
+
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 
 
 def option(default: Any, help: str) -> Any:
@@ -180,6 +184,9 @@ class GRPOConfig:
     adam_beta2: float = option(0.999, "AdamW's second decay rate")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down")
+    max_nonfinite_steps: int = option(
+        5, "optimizer steps in a row that may be skipped because loss or gradient is not finite; one more ends the run"
+    )
 
     eval_steps: int | None = option(None, "evaluate every so many steps, besides before and after training")
     num_generations_eval: int | None = option(
@@ -202,6 +209,13 @@ class GRPOConfig:
         for name, annotation in field_types().items():
             if not _fits(getattr(self, name), annotation):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not {describe(annotation)}")
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float)) and number and not SMALLEST <= abs(number) <= LARGEST:
+                    raise ValueError(
+                        f"{name}={reprlib.repr(number)} is out of reach of fp32, in which a step is computed: what is "
+                        f"not 0 must be between {SMALLEST:.2g} and {LARGEST:.2g}"
+                    )
         for name in _POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
@@ -225,6 +239,11 @@ class GRPOConfig:
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
             raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
+        if self.learning_rate * self.weight_decay > 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} must be at most 1: "
+                "a step takes that share off every weight"
+            )
         if self.epsilon > 1 and self.loss_type != "gmpo":
             raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.vram_budget is not None:
@@ -393,7 +412,7 @@ _NOT_NEGATIVE = (
     "top_k", "beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "seed",
     "dynamic_sampling_rounds", "replay_buffer_size", "entropy_coef", "entropy_coef_min", "entropy_coef_delta",
     "importance_sampling_clip_min", "off_policy_mask_threshold", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
-    "vespo_lambda_neg",
+    "vespo_lambda_neg", "max_nonfinite_steps",
 )  # fmt: skip
 
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
@@ -465,7 +484,7 @@ MAY_CHANGE_ON_RESUME = {
     "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "log_completions", "save_steps", "save_total_limit", "token_budget", "rollout_token_budget",
     "gradient_checkpointing", "padding_free", "activation_offloading", "tiled_mlp", "offload_embedding",
-    "use_liger_kernel", "reward_timeout",
+    "use_liger_kernel", "reward_timeout", "max_nonfinite_steps",
 }  # fmt: skip
 
 
@@ -525,7 +544,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # Not by math.isfinite, which has no answer to 10**400; out of fp32's reach is another refusal.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or annotation)

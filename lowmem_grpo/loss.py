@@ -101,9 +101,9 @@ def coefficient_metrics(state: dict[str, float], config: GRPOConfig) -> dict[str
 def after_entropy(state: dict[str, float], entropy: float | None, config: GRPOConfig) -> dict[str, float]:
     """The state after an optimizer step over tokens of this mean entropy (Skywork-OR1, arXiv:2505.22312).
 
-    None, where no token was computed, leaves it as it is.
+    None, where no token was computed, leaves it as it is, and so does what is not finite.
     """
-    if not config.use_adaptive_entropy or entropy is None:
+    if not config.use_adaptive_entropy or entropy is None or not math.isfinite(entropy):
         return state
     change = config.entropy_coef_delta if entropy <= config.entropy_target else -config.entropy_coef_delta
     moved = min(max(state["entropy_coef"] + change, config.entropy_coef_min), config.entropy_coef_max)
@@ -113,9 +113,9 @@ def after_entropy(state: dict[str, float], entropy: float | None, config: GRPOCo
 def after_kl(state: dict[str, float], kl: float | None, completions: int, config: GRPOConfig) -> dict[str, float]:
     """The state after a step of this mean KL a token: beta moves by at most 20 % a horizon (arXiv:1909.08593).
 
-    None, where no token was computed, leaves it as it is.
+    None, where no token was computed, leaves it as it is, and so does what is not finite.
     """
-    if config.kl_target is None or kl is None:
+    if config.kl_target is None or kl is None or not math.isfinite(kl):
         return state
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return {**state, "beta": state["beta"] * (1 + error * min(1.0, completions / config.kl_horizon))}

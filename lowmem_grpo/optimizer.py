@@ -1,7 +1,8 @@
 """The optimizer of a run, by Hugging Face's names, and its step with what comes before it."""
 
 import gc
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import ceil
 from typing import Any, TypeVar
@@ -56,12 +57,29 @@ def clip_gradients(
 ) -> Tensor:
     """Scale the gradients to a norm of max_norm at most, and return what it was.
 
-    Out of memory before they are scaled, out_of_memory() is told, and the norm is computed anew.
+    Out of memory before they are scaled, out_of_memory() is told, and the norm is computed anew. Where the norm is not
+    finite, neither are they afterwards: no step may be taken with them.
     """
     parameters = list(parameters)
-    norm = _again(partial(get_total_norm, [p.grad for p in parameters if p.grad is not None]), out_of_memory)
+    norm = total_norm([p.grad for p in parameters if p.grad is not None], out_of_memory)
     clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def total_norm(tensors: Sequence[Tensor], out_of_memory: Callable[[], None] = lambda: None) -> Tensor:
+    """The norm of all their numbers, a scalar: not finite where one of them is not, or is above 1e19 (squared, 1e38).
+
+    Out of memory, out_of_memory() is told, and it is computed anew.
+    """
+    return _again(partial(get_total_norm, tensors), out_of_memory)
+
+
+def loss_scale_overflows(scaler: torch.amp.GradScaler, loss: float) -> bool:
+    """Whether fp16's loss scale may be all that made a gradient not finite: it is above 1, and the loss is finite.
+
+    The scale starts at 65,536 and is halved each time, so that 16 steps in a row may be skipped before it fits.
+    """
+    return math.isfinite(loss) and scaler.get_scale() > 1
 
 
 def step(

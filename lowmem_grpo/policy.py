@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -195,9 +195,21 @@ class Policy:
             parameter.data = values[name]
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format, and the tokenizer beside it."""
+        """Write the adapter in PEFT's format, and the tokenizer beside it.
+
+        Raises:
+            FloatingPointError: an adapter's weight is not finite; nothing is written.
+        """
+        broken = not_finite(self.trainable_parameters())
+        if broken:
+            raise FloatingPointError(f"the adapter is not saved, since {broken} has numbers that are not finite")
         self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that has a NaN or an infinity, if any has."""
+    return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
 
 
 def difference_when_packed(policy: Policy) -> str | None:
@@ -249,6 +261,11 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             module.support_avx512bf16_for_cpu = False
     equip(peft_model, config)
     policy = Policy(peft_model, tokenizer, dtype)
+    broken = not_finite(policy.trainable_parameters())
+    if broken:
+        raise ValueError(
+            f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
+        )
     probe_head(policy.base, policy.head)
     if config.activation_offloading:
         policy.keeping = Offloading(device)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from lowmem_grpo.memory import as_text as plan_as_text
 from lowmem_grpo.memory import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.meter import Meter
 from lowmem_grpo.metrics import MetricsLog, Progress, TokenMeter, write_completions
-from lowmem_grpo.optimizer import clip_gradients, make_optimizer, state_bytes
+from lowmem_grpo.optimizer import clip_gradients, loss_scale_overflows, make_optimizer, state_bytes, total_norm
 from lowmem_grpo.optimizer import step as optimizer_step
 from lowmem_grpo.policy import (
     Policy,
@@ -51,6 +52,7 @@ from lowmem_grpo.update import (
     old_logprobs_and_entropy,
     reference_logprobs,
     try_largest_update,
+    why_not_finite,
 )  # fmt: skip
 
 # Fields that are read only where there is an eval_dataset.
@@ -94,6 +96,7 @@ def train(
 
     Raises:
         ValueError, TypeError: bad input, in one sentence with the remedy, before any long work starts.
+        FloatingPointError: what is computed is no longer finite; the sentence names the last good checkpoint.
     """
     config = config or GRPOConfig()
     if not isinstance(config, GRPOConfig):
@@ -162,7 +165,8 @@ def train(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
     )
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
-    state = {"step": 0, "num_tokens": 0, **first_coefficients(config)}
+    # nonfinite_steps: how many optimizer steps in a row, up to now, changed no weight.
+    state = {"step": 0, "num_tokens": 0, "nonfinite_steps": 0, **first_coefficients(config)}
     stream = Stream(0, set(), ReplayBuffer(config.replay_buffer_size))
     if config.reference == "initial" or config.sync_ref_model:
         policy.keep_reference()
@@ -222,6 +226,7 @@ def train(
         if state["step"] == 0:
             evaluate_now()
         randomness = checkpoints.randomness()  # of the last finished step, so that a step cut short is begun anew
+        told: set[str] = set()  # the causes of skipped optimizer steps that were said
         try:
             while state["step"] < total_steps:
                 step, started = state["step"] + 1, time.perf_counter()
@@ -255,27 +260,49 @@ def train(
                     learning_rate = scheduler.get_last_lr()[0]
                     tokens = TokenMeter(rollout, policy.device)
                     controls = {name: state[name] for name in first_coefficients(config)}
+                    skipped, in_a_row, cause = 0, state["nonfinite_steps"], ""
                     for _ in range(config.num_iterations):
                         done = []
                         for part in rollout.parts(config.steps_per_generation):
                             coefficients = coefficients_of(controls, config)
                             work = partial(backward, policy, part, tokens, coefficients, scaler, config)
-                            done.append(budget.fit(work, kept_lengths(part, config)))
+                            loss, logprobs = budget.fit(work, kept_lengths(part, config))
                             scaler.unscale_(optimizer)
                             grad_norm = clip_gradients(parameters, config.max_grad_norm, budget.note)
+                            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
+                            done.append((loss, logprobs))
                             interruption.hold()  # from the first change of a weight until the step is whole
-                            optimizer_step(optimizer, scaler, budget.note)
+                            if math.isfinite(loss) and math.isfinite(grad_norm):
+                                optimizer_step(optimizer, scaler, budget.note)
+                                in_a_row = 0
+                            else:
+                                overflows = loss_scale_overflows(scaler, loss)
+                                skipped, in_a_row = skipped + 1, in_a_row + (not overflows)
+                                cause = why_not_finite(part, logprobs, loss, overflows, config)
+                                if cause not in told:
+                                    told.add(cause)
+                                    progress.say(f"step {step}: {cause}; no weight is changed (see skipped_steps)")
                             scaler.update()
                             optimizer.zero_grad(set_to_none=False)
-                            controls = after_entropy(controls, tokens.mean("entropy", part), config)
+                            if config.use_adaptive_entropy:
+                                controls = after_entropy(controls, tokens.mean("entropy", part), config)
                         if rollout.old_logprobs is None:  # those of the first pass, before any weight moved
                             rollout = replace(rollout, old_logprobs=torch.cat([logprobs for _, logprobs in done]))
-                    loss = torch.stack([loss for loss, _ in done]).mean()
-                    scheduler.step()
+                    loss = sum(loss for loss, _ in done) / len(done)
+                    if skipped < config.num_iterations * config.steps_per_generation:
+                        scheduler.step()
+                    weights_norm = total_norm([parameter.detach() for parameter in parameters], budget.note)
+                if not weights_norm.isfinite():
+                    raise FloatingPointError(
+                        f"step {step} moved the adapter's weights out of fp32's range (likely cause: "
+                        f"learning_rate={config.learning_rate}, weight_decay={config.weight_decay} or "
+                        f"adam_epsilon={config.adam_epsilon})"
+                    )
                 measured = {**rollout.metrics, **tokens.metrics()}
                 state = {
                     "step": step,
                     "num_tokens": state["num_tokens"] + collected.tokens,
+                    "nonfinite_steps": in_a_row,
                     **after_kl(controls, measured.get("kl"), len(rollout.completions), config),
                 }
                 stream = collected.stream
@@ -287,8 +314,9 @@ def train(
                     **measured,
                     "step": step,
                     "epoch": stream.position / len(prompts),
-                    "loss": loss.item(),
-                    "grad_norm": grad_norm.item(),
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "skipped_steps": skipped,
                     "learning_rate": learning_rate,
                     "num_tokens": state["num_tokens"],
                     **coefficient_metrics(state, config),
@@ -310,11 +338,27 @@ def train(
                 randomness = checkpoints.randomness()
                 if step == total_steps or step % config.save_steps == 0:
                     save(randomness)
+                if in_a_row > config.max_nonfinite_steps:
+                    raise FloatingPointError(
+                        f"optimizer steps in a row that changed no weight: {in_a_row}, where max_nonfinite_steps is "
+                        f"{config.max_nonfinite_steps}; in step {step} {cause}"
+                    )
             evaluate_now()
-        except BaseException:
+        except BaseException as error:
             if state["step"] and not interruption.holding:
-                progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
+                try:
+                    progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
+                except FloatingPointError as unfit:
+                    progress.say(f"stopped; {unfit}")
+            if isinstance(error, FloatingPointError):
+                good = checkpoints.checkpoints(output_dir) or ([resume] if resume else [])
+                where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+                raise FloatingPointError(f"{error}; {where}") from error
             raise
+        skipped = sum(line.get("skipped_steps", 0) for line in log.lines())
+        if skipped:
+            asked = state["step"] * config.num_iterations * config.steps_per_generation
+            progress.say(f"{skipped} of {asked} optimizer steps changed no weight: loss or gradient was not finite")
     if config.load_best_model_at_end:
         best.load(policy)
     checkpoints.write_folder(output_dir / "adapter", policy.save)

@@ -239,6 +239,30 @@ def backward(
     return total, computed
 
 
+def why_not_finite(
+    rollout: Rollout,  # what an optimizer step was computed from
+    logprobs: Tensor,  # (M,) the policy's, as backward returns them
+    loss: float,
+    overflowed: bool,  # whether fp16's loss scale may be all that was wrong
+    config: GRPOConfig,
+) -> str:
+    """Which of an optimizer step's numbers are the first that are not finite, with the likely cause."""
+    if overflowed:
+        return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
+    overflow = f"activations overflow {config.compute_dtype}"
+    found = [
+        ("the advantages are", rollout.advantages, "a reward, its weight or its KL is too large"),
+        ("the reference's log-probabilities are", rollout.ref_logprobs, overflow),
+        ("the policy's log-probabilities are", rollout.old_logprobs, f"learning_rate is too high, or {overflow}"),
+        ("the policy's log-probabilities are", logprobs, f"learning_rate is too high, or {overflow}"),
+        ("the loss is", torch.tensor(loss), f"loss_type={config.loss_type!r}, or too large a beta or entropy_coef"),
+    ]
+    for what, values, cause in found:
+        if values is not None and not values.isfinite().all():
+            return f"{what} not finite (likely cause: {cause})"
+    return f"the gradient is not finite, though the loss is (likely cause: {cause})"
+
+
 def _at(tokens: Tensor, values: Tensor | None) -> Tensor | None:
     return None if values is None else values[tokens]
 

@@ -12,6 +12,9 @@ import pytest
 from tiny_models import DEMO_MODEL, FAMILIES
 from transformers import AutoTokenizer
 
+from lowmem_grpo.config import LOSS_TYPES
+from lowmem_grpo.loss import AGGREGATION, register_objective
+
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request) -> str:
@@ -21,3 +24,30 @@ def family(request) -> str:
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+SPOILED = {  # token losses (N,) by what is not finite
+    "loss": lambda tokens: tokens.logprobs * torch.nan,
+    "infinity": lambda tokens: tokens.logprobs.exp() + torch.inf,
+    "gradient": lambda tokens: (tokens.logprobs - tokens.logprobs.detach()).abs().sqrt(),  # infinity times 0, at 0
+    "norm": lambda tokens: tokens.logprobs * 1e25,  # every number is finite, its square is not
+}
+
+
+@pytest.fixture
+def spoil():
+    """spoil(what, when): make loss_type "spoiled", which is spoiled in those optimizer steps; returns its count."""
+
+    def register(what: str, when) -> list[int]:
+        calls = [0]
+
+        @register_objective("spoiled")
+        def losses(tokens, config):
+            calls[0] += 1
+            return SPOILED[what](tokens) if when(calls[0]) else -tokens.advantages * tokens.logprobs
+
+        return calls
+
+    yield register
+    LOSS_TYPES.remove("spoiled")
+    del AGGREGATION["spoiled"]

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from test_train import ROWS, adapters, length_reward, run
+from safetensors.torch import load_file, save_file
+from test_train import ROWS, adapters, length_reward, run, spoil_a_weight
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo import checkpoint
+from lowmem_grpo import checkpoint, cli
+from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.interruption import Interruption
 
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
@@ -66,6 +69,30 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
     assert comparable(resumed.history) == comparable(whole.history)
     for name, value in adapters(resumed).items():
         assert torch.equal(value, adapters(whole)[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"fp16": True, "optim": "adamw_8bit", "num_iterations": 2}])
+@pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step")
+def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes):
+    """Stopped after step 2, up to which nothing has been learned."""
+    updates = changes.get("num_iterations", 1)
+    changes = {
+        "max_steps": 5, "loss_type": "spoiled", "lr_scheduler_type": "cosine", "rewards": noisy_reward,
+        "max_completion_length": 6, **changes,
+    }  # fmt: skip
+    spoil("gradient", lambda call: (call - 1) // updates + 1 in (1, 2, 4))
+    whole = run(tmp_path / "whole", **changes)
+    spoil("gradient", lambda call: True)
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", callbacks=[stop_at(2)], **changes)
+    spoil("gradient", lambda call: (call - 1) // updates + 3 in (1, 2, 4))
+    resumed = run(tmp_path / "cut", resume_from_checkpoint=True, **changes)
+    assert [line["skipped_steps"] for line in whole.history] == [updates, updates, 0, updates, 0]
+    assert comparable(resumed.history) == comparable(whole.history)
+    assert all(torch.equal(value, adapters(whole)[name]) for name, value in adapters(resumed).items())
+    states = [checkpoint.read_state(tmp_path / f"{folder}/out/checkpoint-5") for folder in ("whole", "cut")]
+    del states[0]["config"], states[1]["config"]
+    assert states[0] == states[1]
 
 
 def test_an_exit_in_a_reward_loses_no_finished_step(tmp_path):
@@ -292,3 +319,78 @@ def test_an_interrupted_run_saves_first(tmp_path, number, statuses):
     assert "checkpoint-2 has everything up to step 2" in errors
     state = checkpoint.read_state(tmp_path / "out/checkpoint-2")
     assert (state["step"], state["data_position"]) == (2, 4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The output of a run with everything that a checkpoint can hold."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, rewards=length_reward, max_steps=1, beta=0.1, reference="initial", eval_dataset=ROWS[:2])
+    return folder / "out"
+
+
+def spoil_a_file(path) -> None:
+    tensors = load_file(path)
+    name = next(name for name, values in tensors.items() if values.is_floating_point() and values.dim() == 2)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "optimizer", "reference"])
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, finished, name):
+    shutil.copytree(finished, tmp_path / "out")
+    spoil_a_file(tmp_path / f"out/checkpoint-1/{name}.safetensors")
+    words = rf"checkpoint-1 has numbers that are not finite .{name}.safetensors, .*; resume from an older checkpoint"
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+
+
+def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out/checkpoint-1/trainer_state.json"
+    path.write_text(path.read_text().replace('"beta": 0.1,\n "entropy_coef"', '"beta": NaN,\n "entropy_coef"'))
+    assert "NaN" in path.read_text()
+    with pytest.raises(ValueError, match="trainer_state.json cannot be read: it has a NaN; resume from an older"):
+        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+
+
+def test_a_best_adapter_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    best = checkpoint.BestAdapter(tmp_path / "out", GRPOConfig(), fresh=False)
+    before = load_file(best.folder / "adapter_model.safetensors")
+    policy = run(tmp_path / "next", str(finished / "adapter"), max_steps=1).policy
+    spoil_a_weight(policy)
+    with pytest.raises(FloatingPointError, match="the adapter is not saved, since .*lora_A"):
+        best.keep(policy, 9, {"eval_reward": 1e9})
+    after = load_file(best.folder / "adapter_model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert best.record()["step"] < 9 and not list(best.folder.parent.glob("*.tmp"))
+    spoil_a_file(best.folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="best has numbers that are not finite .*without load_best_model_at_end"):
+        best.load(policy)
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_an_adapter_that_is_not_finite_is_refused_in_one_sentence(tmp_path, finished, capsys, command):
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    spoil_a_file(tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "solution": "2"}) + "\n")
+    status = cli.main(
+        [command, "--model", str(tmp_path / "adapter"), "--dataset", str(tmp_path / "rows.jsonl"), "--reward_funcs",
+         "exact_match_reward", "--use_cpu", "true", "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
+         "--max_completion_length", "8"]
+    )  # fmt: skip
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and f"lowmem-grpo {command}: the adapter to continue has numbers that are not finite, in" in said
+
+
+def test_a_command_that_is_no_longer_finite_says_so_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "solution": "2"}) + "\n")
+    status = cli.main(
+        ["train", "--model", str(DEMO_MODEL), "--dataset", str(tmp_path / "rows.jsonl"), "--reward_funcs",
+         "exact_match_reward", "--use_cpu", "true", "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+         "--max_completion_length", "8", "--entropy_coef", "1e30", "--max_nonfinite_steps", "0"]
+    )  # fmt: skip
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and said.startswith("lowmem-grpo train: optimizer steps in a row that changed no weight: 1,")
+    assert said.endswith("checkpoint-1")

@@ -16,7 +16,7 @@ OURS = {
     "rollout_kv", "rollout_paged", "rollout_cuda_graphs", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
-    "reward_timeout",
+    "reward_timeout", "max_nonfinite_steps",
     "dataset_streaming", "dataset_take",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
@@ -50,7 +50,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "entropy_coef_delta": ("0.01", 0.01), "entropy_target": ("0.5", 0.5),
     "token_budget": ("2048", 2048), "padding_free": ("false", False), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
     "warmup_steps": ("3", 3), "weight_decay": ("0.1", 0.1), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.99", 0.99),
-    "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "eval_steps": ("5", 5),
+    "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "max_nonfinite_steps": ("0", 0), "eval_steps": ("5", 5),
     "dataset_streaming": ("true", True), "dataset_take": ("500", 500), "num_generations_eval": ("8", 8),
     "metric_for_best_model": ("eval_pass@1", "eval_pass@1"), "greater_is_better": ("false", False),
     "load_best_model_at_end": ("true", True),
@@ -239,11 +239,31 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         ({"adam_beta1": 1.0}, "must be in"),
         ({"lora_dropout": 1.0}, "lora_dropout must be in"),
         ({"learning_rate": float("nan")}, "is not a number"),
+        ({"max_nonfinite_steps": -1}, "max_nonfinite_steps must not be negative"),
+        ({"learning_rate": 0.1, "weight_decay": 11.0}, "times learning_rate=0.1 must be at most 1"),
     ],
 )
 def test_values_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 1e308), ("learning_rate", 10**400), ("adam_epsilon", 1e-320), ("weight_decay", 1e300),
+        ("beta", 1e300), ("entropy_coef", 1e300), ("epsilon_high", 1e300), ("temperature", 1e-300),
+        ("max_grad_norm", 1e-40), ("reward_weights", [1.0, 1e308]), ("max_steps", 10**400),
+    ],
+)  # fmt: skip
+def test_a_number_that_fp32_has_not_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}=.* is out of reach of fp32.* between 1.2e-38 and 3.4e.38$"):
+        GRPOConfig(**{name: value})
+
+
+def test_the_least_and_the_most_of_fp32_are_taken():
+    config = GRPOConfig(adam_epsilon=1.2e-38, beta=3.4e38, reward_weights=[0.0, -3.4e38])
+    assert (config.adam_epsilon, config.beta) == (1.2e-38, 3.4e38)
 
 
 def test_the_compute_dtype_follows_bf16_and_fp16():

@@ -288,6 +288,7 @@ def test_the_entropy_controller_follows_its_target():
     assert after_entropy(low, 1.0, config)["entropy_coef"] == pytest.approx(0.18)
     high = after_entropy(low, 1.1, config)
     assert high["entropy_coef"] == pytest.approx(0.1) and coefficients_of(high, config).entropy_coef == 0
+    assert all(after_entropy(low, value, config) == low for value in (math.nan, math.inf, None))
     fixed = GRPOConfig(entropy_coef=0.1)
     assert coefficients_of(after_entropy(first_coefficients(fixed), 9.0, fixed), fixed).entropy_coef == 0.1
 
@@ -300,6 +301,7 @@ def test_the_kl_controller_follows_its_target():
     assert after_kl(state, 9.0, 100, config)["beta"] == pytest.approx(0.1 * 1.02)
     assert after_kl(state, 0.0, 100, config)["beta"] == pytest.approx(0.1 * 0.98)
     assert after_kl(state, 0.0, 10**6, config)["beta"] == pytest.approx(0.08), "never below a fifth less"
+    assert all(after_kl(state, value, 100, config) == state for value in (math.nan, math.inf, -math.inf, None))
     fixed = GRPOConfig(beta=0.1)
     assert after_kl(first_coefficients(fixed), 9.0, 64, fixed)["beta"] == 0.1
 

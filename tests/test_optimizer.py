@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
-from lowmem_grpo.optimizer import clip_gradients, make_optimizer, step
+from lowmem_grpo.optimizer import clip_gradients, loss_scale_overflows, make_optimizer, step, total_norm
 
 ON_A_CPU = ["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
 
@@ -94,10 +95,11 @@ def test_a_run_that_cannot_clip_keeps_its_last_whole_step(tmp_path):
         max_steps=3, gradient_checkpointing=False,
     )  # fmt: skip
     rows = task.rows(task.splits()[0][:8])
-    with pytest.raises(torch.OutOfMemoryError) as error, NoMemoryForNorms(2, 3) as mode:
+    # Step 1 takes the gradients' norm and then the weights'.
+    with pytest.raises(torch.OutOfMemoryError) as error, NoMemoryForNorms(3, 4) as mode:
         train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config)
     assert "Set optim='adamw_8bit', or lower lora_r" in error.value.__notes__[0]
-    assert mode.calls == 3 and (tmp_path / "checkpoint-1").is_dir()
+    assert mode.calls == 4 and (tmp_path / "checkpoint-1").is_dir()
     result = train(str(DEMO_MODEL), task.tag_format_reward, rows, config=replace(config, resume_from_checkpoint=True))
     assert [line["step"] for line in result.history] == [1, 2, 3]
 
@@ -148,3 +150,19 @@ def test_what_was_done_again_is_logged(tmp_path):
         rows = task.rows(task.splits()[0][:8])
         lines = train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config).history
     assert [line["memory/out_of_memory"] for line in lines] == [1, 1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
+def test_a_norm_shows_one_number_that_is_not_finite(value):
+    tensors = [parameter.grad for parameter in parameters()]
+    assert total_norm(tensors).isfinite()
+    tensors[0][3, 5] = value
+    assert not total_norm(tensors).isfinite()
+
+
+def test_a_loss_scale_is_to_blame_while_it_is_above_1_and_the_loss_finite():
+    for scale, loss, blamed in [(2.0, 0.5, True), (1.0, 0.5, False), (2.0, math.nan, False), (2.0, math.inf, False)]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.zeros(()))
+        assert loss_scale_overflows(scaler, loss) == blamed
+    assert not loss_scale_overflows(torch.amp.GradScaler("cpu", enabled=False), 0.5)

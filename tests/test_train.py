@@ -9,12 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
-from tiny_models import DEMO_MODEL, OutOfMemory, make_model
+from safetensors.torch import load_file
+from tiny_models import DEMO_MODEL, OutOfMemory, make_model, make_policy
 from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.answering import answer, answer_greedily
+from lowmem_grpo.config import LOSS_TYPES
 from lowmem_grpo.demo import task
+from lowmem_grpo.loss import AGGREGATION, register_objective
 from lowmem_grpo.metrics import write_completions
+from lowmem_grpo.rollout import Prompt
 
 ROWS = task.rows(task.splits()[0][:40])
 TRL_METRICS = {
@@ -624,3 +629,201 @@ def test_coefficients_are_logged_where_something_moves_them(tmp_path):
         kl_target=0.05, kl_horizon=16,
     ).history  # fmt: skip
     assert line["entropy_coef"] == pytest.approx(0.105) and line["beta"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 16))
+
+
+def varied_reward(completions, **kwargs):
+    """By place in the group, so that every step has something to learn."""
+    return [float(place % 4) for place in range(len(completions))]
+
+
+def saved(folder) -> dict[str, torch.Tensor]:
+    """The adapter and the optimizer's state in a checkpoint."""
+    files = ("adapter_model", "optimizer")
+    return {f"{file}.{n}": v for file in files for n, v in load_file(folder / f"{file}.safetensors").items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("loss", {}),
+        ("infinity", {"optim": "adamw_8bit"}),
+        ("gradient", {"bf16": False, "optim": "adamw_torch"}),
+        ("norm", {"bf16": False, "weight_decay": 0.1}),
+        ("loss", {"fp16": True}),
+        ("gradient", {"fp16": True, "optim": "adamw_8bit"}),
+    ],
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, spoil, capsys, what, changes):
+    """Spoiled in step 2 of 3: no weight, no number of the optimizer's state and not the learning rate."""
+    spoil(what, lambda call: call == 2)
+    result = run(tmp_path, rewards=varied_reward, loss_type="spoiled", max_steps=3, save_steps=1, **changes)
+    first, second, third = (saved(tmp_path / f"out/checkpoint-{step}") for step in (1, 2, 3))
+    assert equal(first, second) and not equal(second, third)
+    assert all(value.isfinite().all() for value in third.values())
+    assert [line["skipped_steps"] for line in result.history] == [0, 1, 0]
+    assert [line["learning_rate"] for line in result.history] == pytest.approx([1e-3, 2e-3 / 3, 2e-3 / 3])
+    said = " ".join(capsys.readouterr().err.split())
+    by_the_scale = what == "gradient" and "fp16" in changes
+    assert "step 2: the " in said and ("overflows float16" if by_the_scale else "loss_type='spoiled'") in said
+    assert "1 of 3 optimizer steps changed no weight" in said
+
+
+def test_of_several_optimizer_steps_one_is_skipped(tmp_path, spoil):
+    """The second of four: the other three are taken, and the schedule goes on."""
+    calls = spoil("loss", lambda call: call == 2)
+    result = run(
+        tmp_path, rewards=varied_reward, loss_type="spoiled", max_steps=2, steps_per_generation=2, num_iterations=2,
+        max_nonfinite_steps=1,
+    )  # fmt: skip
+    assert calls == [8] and [line["skipped_steps"] for line in result.history] == [1, 0]
+    assert result.history[1]["learning_rate"] == pytest.approx(5e-4)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in result.history), "of the last ones"
+
+
+def test_a_run_whose_gradient_is_never_finite_ends_with_its_last_good_checkpoint(tmp_path, spoil):
+    spoil("loss", lambda call: call in (2, 4, 5))
+    settings = dict(rewards=varied_reward, loss_type="spoiled", max_nonfinite_steps=1, max_steps=7)
+    words = (
+        "steps in a row that changed no weight: 2, where max_nonfinite_steps is 1; in step 5 the loss is "
+        r"not finite \(likely cause: loss_type='spoiled', .*the last good checkpoint is .*checkpoint-5"
+    )
+    with pytest.raises(FloatingPointError, match=words):
+        run(tmp_path, **settings)
+    assert all(value.isfinite().all() for value in saved(tmp_path / "out/checkpoint-5").values())
+    assert not (tmp_path / "out/adapter").exists()
+    # Resumed, it has one more try each time.
+    spoil("loss", lambda call: call == 1)
+    with pytest.raises(FloatingPointError, match="changed no weight: 3, .* in step 6 the"):
+        run(tmp_path, resume_from_checkpoint=True, **settings)
+    spoil("loss", lambda call: call == 0)
+    result = run(tmp_path, resume_from_checkpoint=True, **settings)
+    assert [line["skipped_steps"] for line in result.history] == [0, 1, 0, 1, 1, 1, 0]
+
+
+def test_none_is_tolerated_where_none_may_be(tmp_path, spoil):
+    spoil("gradient", lambda call: call == 1)
+    with pytest.raises(FloatingPointError, match="changed no weight: 1, .*checkpoint-1$"):
+        run(tmp_path, rewards=varied_reward, loss_type="spoiled", max_nonfinite_steps=0, bf16=False)
+
+
+def test_fp16_may_look_for_its_loss_scale_as_long_as_it_takes(tmp_path, capsys):
+    """A loss times 1,000 overflows at first. No step may be skipped but for the scale, which is above 1."""
+
+    @register_objective("steep")
+    def losses(tokens, config):
+        return -1e3 * tokens.advantages * tokens.logprobs
+
+    try:
+        result = run(
+            tmp_path, rewards=varied_reward, loss_type="steep", fp16=True, max_nonfinite_steps=0, max_steps=9,
+            max_completion_length=4, prompts_per_step=1,
+        )  # fmt: skip
+    finally:
+        LOSS_TYPES.remove("steep")
+        del AGGREGATION["steep"]
+    skipped = [line["skipped_steps"] for line in result.history]
+    assert skipped[:3] == [1, 1, 1] and 0 in skipped
+    assert result.history[skipped.index(0)]["learning_rate"] == 1e-3, "the schedule waited"
+    assert capsys.readouterr().err.count("overflows float16") == 1
+
+
+def test_fp16_at_a_loss_scale_of_1_has_no_excuse_left(tmp_path, spoil):
+    """17 steps in a row, at scales from 2^16 to 1, and at the last of them the scale is not to blame."""
+    calls = spoil("gradient", lambda call: True)
+    with pytest.raises(FloatingPointError, match="changed no weight: 1, .* in step 17 the"):
+        run(
+            tmp_path, rewards=varied_reward, loss_type="spoiled", fp16=True, max_nonfinite_steps=0, max_steps=30,
+            max_completion_length=4, prompts_per_step=1,
+        )  # fmt: skip
+    assert calls == [17]
+
+
+def test_weights_out_of_range_are_never_saved(tmp_path):
+    """A first step of rate 0 is saved; the second takes the weights to where their squares are infinite."""
+    settings = dict(rewards=varied_reward, learning_rate=1e38, save_steps=1, save_total_limit=1, max_steps=4)
+    with pytest.raises(FloatingPointError, match="step 1 moved .*learning_rate=1e.38.* there is no checkpoint yet"):
+        run(tmp_path / "at once", **settings)
+    assert not list((tmp_path / "at once/out").glob("checkpoint-*"))
+    with pytest.raises(FloatingPointError, match="step 2 moved .*; the last good checkpoint is .*checkpoint-1$"):
+        run(tmp_path, lr_scheduler_type="constant_with_warmup", warmup_steps=1, **settings)
+    assert all(value.isfinite().all() for value in saved(tmp_path / "out/checkpoint-1").values())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-1", "grpo_config.json", "metrics.jsonl"
+    ]  # fmt: skip
+
+
+def spoil_a_weight(policy) -> None:
+    next(iter(policy.trainable_parameters().values())).data[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("save_steps", [1, 20])
+def test_weights_that_a_callback_spoils_are_never_saved(tmp_path, capsys, save_steps):
+    def callback(step, metrics, policy):
+        if step == 2:
+            spoil_a_weight(policy)
+
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, rewards=varied_reward, callbacks=callback, save_steps=save_steps, save_total_limit=1, max_steps=4)
+    good = sorted((tmp_path / "out").glob("checkpoint-*"))
+    if save_steps == 1:
+        assert [folder.name for folder in good] == ["checkpoint-1"]
+        assert "lora_A" in str(error.value) and str(error.value).endswith(f"the last good checkpoint is {good[0]}")
+        assert all(value.isfinite().all() for value in saved(good[0]).values())
+    else:
+        assert not good and "logits are not finite" in str(error.value) and "no checkpoint yet" in str(error.value)
+    assert "stopped; the adapter is not saved" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out/adapter").exists()
+
+
+def test_a_prompt_that_the_model_overflows_on_costs_its_own_step(tmp_path):
+    """One character's embedding is NaN: its step is skipped, its groups are not replayed, and the others are learned."""
+    model = make_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("?")["input_ids"][0]] = torch.nan
+    rows = [{"prompt": text} for text in ("1+1=", "2+2=", "?+1=", "3+3=", "4+4=", "5+5=")]
+
+    result = run(
+        tmp_path, model, varied_reward, rows, shuffle_dataset=False, max_steps=3, max_completion_length=1, bf16=False,
+        replay_buffer_size=8,
+    )  # fmt: skip
+    assert [line["skipped_steps"] for line in result.history] == [0, 1, 0]
+    replay = load_file(tmp_path / "out/checkpoint-3/replay.safetensors")
+    assert replay["positions"].tolist() == [0, 1, 3, 4, 5] and replay["logprobs"].isfinite().all()
+
+
+@pytest.mark.parametrize("engine_refusal", [None, "made up"])
+def test_a_model_that_is_not_finite_is_said_to_be(tmp_path, tokenizer, engine_refusal):
+    """By the engine, and by transformers' generate, whose multinomial would say it otherwise."""
+    model = make_model("llama")
+    model.get_decoder().norm.weight.data[3] = torch.nan
+    policy = make_policy(model)
+    policy.engine_refusal = engine_refusal
+    for sampled in (answer, answer_greedily):
+        prompts = [Prompt("1+1=", tokenizer("1+1=")["input_ids"], {})]
+        given = (policy, prompts, *([2] if sampled is answer else []), settings(tmp_path))
+        with pytest.raises(FloatingPointError, match="cannot be sampled from, since its logits are not finite"):
+            sampled(*given)
+
+
+@pytest.mark.parametrize("kl_in_reward", [False, True])
+def test_a_reference_that_is_not_finite_moves_neither_weights_nor_beta(tmp_path, kl_in_reward):
+    def callback(step, metrics, policy):
+        next(iter(policy.reference.values()))[0, 0] = torch.nan
+
+    def spoiled_reference():
+        return run(
+            tmp_path / str(kl_in_reward), rewards=varied_reward, callbacks=callback, beta=0.1, kl_target=0.01,
+            kl_horizon=8, reference="initial", kl_in_reward=kl_in_reward, max_steps=3, bf16=False,
+        )  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="checkpoint-3 is not saved, since .*lora_A.* of its reference is not"):
+        spoiled_reference()
+    path = tmp_path / str(kl_in_reward) / "out/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert len({line["beta"] for line in lines}) == 1 and lines[1]["kl"] is None
