@@ -2,18 +2,17 @@
 
 import re
 
-from lowmem_grpo.rewards.math_pool import MOST_CHARACTERS, as_number, math_equal
+from lowmem_grpo.rewards.math_pool import as_number, math_equal
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
+from lowmem_grpo.rewards.words import MOST_CHARACTERS, OTHER_NUMBERS, has_words
 
 NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 IN_WORDS = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox) *\{([^{}]*)\}")  # of LaTeX, where prose may stand
 EMPHASIS = "*_` "  # of Markdown
 BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-/](?=[^\W\d_])")  # dollars/day, twenty-one
 PUNCTUATION = "\t\n!.,:;?'\"$\u20ac\u00a3%\u00b0~"
-OTHER_NUMBERS = {  # words that make another number of the one beside them
-    "minus", "negative", "not", "plus", "times", "half", "third", "quarter", "dozen", "hundred", "thousand", "million",
-    "billion", "trillion", "root", "sqrt", "pi", "squared", "cubed", "factorial", "log", "ln", "sin", "cos", "tan",
-}  # fmt: skip
+# Set apart from the sentence around it; in "$5 or $6" nothing is.
+FORMULA = re.compile(r"\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$\$?([^\s$](?:[^$]*[^\s$\\])?)\$\$?", re.DOTALL)
 
 
 def accuracy_reward(
@@ -25,6 +24,9 @@ def accuracy_reward(
     number. Gold comes from the column `solution`, else `answer`, and is read the same way; a gold text with none of
     the four forms stands for itself. Plain numbers are compared exactly; anything else by math-verify, in worker
     processes with a time limit, past which an answer counts as wrong.
+
+    A gold answer of words, an option's letter, a number in a base (204_5) or one that begins with zero (0110) is text,
+    compared without case, style and needless spaces. A unit may be left out, but is no other one.
 
     Where the gold answer is a plain number, a marked answer of words and one number is that number (`18 dollars`), and
     a line of `####` without a number, or with words and a number of a later line's, is a heading and no mark.
@@ -101,7 +103,7 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     if marked is None:
         numbers = NUMBER.findall(text)
         return numbers[-1] if numbers else None
-    return (_only_number(marked) if wants_number else None) or marked
+    return (only_number(marked) if wants_number else None) or _only_formula(marked, gold) or marked
 
 
 def _is_number(text: str) -> bool:
@@ -116,7 +118,7 @@ def _is_heading(text: str, marked: str) -> bool:
     return not NUMBER.search(marked) or NUMBER.search(after) is not None
 
 
-def _only_number(text: str) -> str | None:
+def only_number(text: str) -> str | None:
     """The number of a text that has no other, and otherwise words and punctuation: `x = 18`, `**18** apples.`"""
     if len(text) > MOST_CHARACTERS:
         return None
@@ -134,6 +136,14 @@ def _only_number(text: str) -> str | None:
     words = rest.translate(dict.fromkeys(map(ord, PUNCTUATION), " ")).lower().split()
     plain = all(word.isalpha() and word not in OTHER_NUMBERS and (len(word) > 1 or word == "a") for word in words)
     return found[0].group() if plain else None
+
+
+def _only_formula(text: str, gold: str | None) -> str | None:
+    r"""The formula of a sentence with one in dollars, \(\) or \[\], where the gold answer is no sentence."""
+    formulas = FORMULA.findall(text)
+    if gold is None or len(formulas) != 1 or has_words(gold) or not has_words(text):
+        return None
+    return next(filter(None, formulas[0]))
 
 
 def gold_answer(gold) -> str | None:

@@ -7,34 +7,47 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+from lowmem_grpo.rewards.words import MOST_CHARACTERS, TIME, begins_with_zero, reading
 from lowmem_grpo.rewards.workers import WorkerPool
 
 POOL = WorkerPool(Path(__file__).with_name("math_worker.py"))
 TIME_LIMIT_S = 10.0  # for one comparison
 START_LIMIT_S = 120.0  # for the first one, since a worker imports sympy before it
-MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
 NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 
 
 def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
-    """Whether each (gold, answer) is equal: plain numbers at once, the others by math-verify in the workers."""
-    verdicts: list[bool | None] = []
-    for gold, answer in pairs:
-        if max(len(gold), len(answer)) > MOST_CHARACTERS:
-            verdicts.append(gold == answer)
-            continue
-        numbers = as_number(gold), as_number(answer)
-        if numbers[0] is not None and len({as_number(side) for side in answer.split("=")} - {None}) > 1:
-            verdicts.append(False)  # 17 = 18, of which math-verify would take a side
-            continue
-        verdicts.append(True if gold == answer else None if None in numbers else numbers[0] == numbers[1])
-    open_pairs = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is None]
+    """Whether each (gold, answer) is equal: plain numbers and words at once, formulas by math-verify in the workers."""
+    verdicts = [_verdict(gold, answer) for gold, answer in pairs]
+    open_pairs = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
     if not open_pairs:
         return [verdict is True for verdict in verdicts]
     verified = dict(zip(open_pairs, POOL.ask_all(open_pairs, TIME_LIMIT_S, START_LIMIT_S), strict=True))
-    return [
-        verified[pair] is True if verdict is None else verdict for pair, verdict in zip(pairs, verdicts, strict=True)
-    ]
+    return [(verified[verdict] if isinstance(verdict, tuple) else verdict) is True for verdict in verdicts]
+
+
+def _verdict(gold: str, answer: str) -> bool | tuple[str, str]:
+    """Whether they are equal, or the two formulas of which math-verify has to say it."""
+    if gold == answer or max(len(gold), len(answer)) > MOST_CHARACTERS:
+        return gold == answer
+    numbers = as_number(gold), as_number(answer)
+    if None not in numbers and not begins_with_zero(gold):
+        return numbers[0] == numbers[1]
+    own, given = reading(gold), reading(answer)
+    if own.unit and given.unit and own.unit != given.unit:
+        return False
+    if own.value is None or given.value is None or begins_with_zero(gold):
+        return own.text == given.text
+    if own.value == given.value:
+        return True
+    if TIME.fullmatch(own.value) and TIME.fullmatch(given.value):  # 12:30 is not 2:05, though 12/30 is 2/5
+        return False
+    numbers = as_number(own.value), as_number(given.value)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if numbers[0] is not None and len({as_number(side) for side in given.value.split("=")} - {None}) > 1:
+        return False  # 17 = 18, of which math-verify would take a side
+    return own.value, given.value
 
 
 def as_number(text: str) -> Fraction | None:
