@@ -223,6 +223,10 @@ def test_a_random_expression_has_the_value_that_is_said():
         ("reasoning_gym:chain_sum?max_term=3", "did you mean max_terms"),
         ("reasoning_gym:chain_sum?max_terms=0", "does not take these options"),
         ("reasoning_gym:chain_sum?name=x", "has no option 'name'"),
+        ("reasoning_gym:chain_sum?partial=yes", "partial='yes' must be true or false"),
+        ("reasoning_gym:chain_sum?partial=1", "partial=1 must be true or false"),
+        ("reasoning_gym:chain_sum?partial=null", "partial=None must be true or false"),
+        ("reasoning_gym:chain_sum?partail=true", "did you mean partial"),
         ("reasoning_gym:composite", "does not take these options"),
         ("reasoning_gym:chain_sum?seed=x", "seed='x' must be a whole number"),
         ("reasoning_gym:needle_haystack?size=0", "size=0 must be"),
@@ -266,8 +270,9 @@ def test_a_reasoning_gym_task_has_its_rows_and_its_verifier():
     answers = [gym.problem(row["task"], row["index"])["answer"] for row in task.rows]
     assert task.reward([f"<answer> {a} </answer>" for a in answers], **columns) == [1.0] * 20
     assert task.reward([chat(f"thoughts\n{a}\n") for a in answers], **columns) == [1.0] * 20
-    assert max(task.reward([f"<answer>{int(a) + 1}</answer>" for a in answers], **columns)) < 1
-    assert max(task.reward(["", "\n", "<answer>", "x"] * 5, **columns)) < 1
+    assert task.reward([f"thoughts of 7\nThe answer is {a}." for a in answers], **columns) == [1.0] * 20
+    assert task.reward([f"<answer>{int(a) + 1}</answer>" for a in answers], **columns) == [0.0] * 20
+    assert task.reward(["", "\n", "<answer>", "x"] * 5, **columns) == [0.0] * 20
 
 
 def test_the_next_seed_of_reasoning_gym_has_the_same_problems_but_one():
@@ -299,6 +304,91 @@ def test_every_reasoning_gym_task_is_made_and_its_own_answer_scores_full():
         assert gym.reasoning_gym_reward([f"<answer>{answer}</answer>"], [row["task"]], [row["index"]]) == [1.0], name
         assert json.loads(json.dumps(row)) == row
     assert without_answer == {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+WRONG = ("", "x", "7777", "-7777", "[]", "{}", "[[0]]", "1 2 3", "None", "the answer", "<answer>7777", "a\nb\nc")
+
+
+def test_what_is_no_solution_earns_nothing_in_any_task():
+    pytest.importorskip("reasoning_gym")
+    crumbs = 0
+    for name in members():
+        task = find_task(f"reasoning_gym:{name}?size=1&eval_size=0&seed=3")
+        row = task.rows[0]
+        texts = [*(f"<answer>{text}</answer>" for text in WRONG), *WRONG]
+        columns = {"task": [row["task"]] * len(texts), "index": [row["index"]] * len(texts)}
+        assert set(task.reward(texts, **columns)) == {0.0}, name
+        crumbs += sum(0 < reward < 1 for reward in gym.reasoning_gym_partial_reward(texts, **columns))
+    assert crumbs > 100
+
+
+def test_crumbs_are_given_where_they_are_asked_for():
+    pytest.importorskip("reasoning_gym")
+    name = "reasoning_gym:rectangle_count?size=2&eval_size=2&seed=3"
+    default, off, on = (find_task(name + option) for option in ("", "&partial=false", "&partial=true"))
+    assert default.rows == off.rows == on.rows and "partial" not in on.rows[0]["task"]
+    columns = {name: [default.rows[0][name]] * 3 for name in ("task", "index")}
+    gold = int(gym.problem(columns["task"][0], columns["index"][0])["answer"])
+    texts = [f"<answer>{number}</answer>" for number in (gold, gold - 1, "x")]
+    assert default.reward(texts, **columns) == off.reward(texts, **columns) == [1.0, 0.0, 0.0]
+    partly = on.reward(texts, **columns)
+    assert partly[0] == 1 > partly[1] > 0 == partly[2]
+
+
+@pytest.mark.parametrize(("scored", "reward"), [(1.0, 1.0), (0.9999999, 1.0), (0.999, 0.0), (0.2, 0.0), (0.004, 0.0)])
+def test_only_a_full_score_counts_but_for_the_last_digits_of_a_float(monkeypatch, scored, reward):
+    pytest.importorskip("reasoning_gym")
+    row = find_task("reasoning_gym:chain_sum?size=1&eval_size=0").rows[0]
+    monkeypatch.setattr(type(gym.dataset(row["task"])), "score_answer", lambda *_: scored)
+    assert gym.reasoning_gym_reward(["<answer>7</answer>"], [row["task"]], [row["index"]]) == [reward]
+    assert gym.reasoning_gym_partial_reward(["<answer>7</answer>"], [row["task"]], [row["index"]]) == [scored]
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "among", "not_among"),
+    [
+        ("so 12 + 30 is\nThe answer is 42.", "42", "42", "12"),
+        ("The answer is **42**", "42", "42", ""),
+        ("It is \\boxed{42}", "42", "42", ""),
+        ("$1,042 in all", "1042", "1042", ""),
+        ("that is \N{MINUS SIGN}42 degrees", "-42", "-42", "42"),
+        ("I had 41\nthen 42 apples", "42", "42", "41"),
+        ("half, 1/2 of it", "1/2", "1/2", "2"),
+        ("a\n$\\frac{1}{2}$", "$1/2$", "$\\frac{1}{2}$", "1"),
+        ("the day before\nThe answer is Tuesday.", "Tuesday", "Tuesday", "the day before"),
+        ("**Answer:** Tuesday", "Tuesday", "Tuesday", ""),
+        ("3 days later\nFriday", "Friday", "Friday", "3"),
+        ("<answer>The answer is 42.</answer> 43", "42", "The answer is 42.", "43"),
+        ("42\n<answer>41</answer>", "42", "41", "42"),
+    ],
+)
+def test_a_completion_without_a_tag_is_asked_for_its_last_line_and_number(text, gold, among, not_among):
+    assert among in gym.answers_of(text, gold) and not_among not in gym.answers_of(text, gold)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("gsm_symbolic", lambda gold: [f"-{gold}", f"{gold} or 7", f"{int(float(gold)) + 1}"]),
+        ("coin_flip", lambda gold: [gold[0], "0.", "7", f"{float(gold) + 0.001}"]),
+        ("game_of_life_halting", lambda gold: ["x", "0", str(gold != "True"), f"not {gold}"]),
+    ],
+)
+def test_a_verifier_that_pays_for_other_answers_is_not_left_alone(name, wrong):
+    pytest.importorskip("reasoning_gym")
+    for row in find_task(f"reasoning_gym:{name}?size=8&eval_size=0&seed=5").rows:
+        place = [row["task"]], [row["index"]]
+        gold = gym.problem(row["task"], row["index"])["answer"]
+        assert gym.reasoning_gym_reward([f"<answer>{gold}</answer>"], *place) == [1.0]
+        for answer in wrong(gold):
+            assert gym.reasoning_gym_partial_reward([f"<answer>{answer}</answer>"], *place) == [0.0], (gold, answer)
+
+
+def test_a_problem_that_reasoning_gym_itself_could_not_solve_is_left_out():
+    pytest.importorskip("reasoning_gym")
+    task = find_task("reasoning_gym:intermediate_integration?size=8&eval_size=0&seed=11")
+    golds = [gym.problem(row["task"], row["index"])["answer"] for row in task.rows]
+    assert not any("Integral" in gold for gold in golds) and [row["index"] for row in task.rows] != list(range(8))
 
 
 def test_every_verifier_that_evaluates_an_answer_is_known():

@@ -8,10 +8,13 @@ import difflib
 import json
 import re
 import zlib
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
+from lowmem_grpo.rewards.accuracy import extract_answer, only_number
+from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.names import check_count, options_of, refuse_unknown_options
 from lowmem_grpo.tasks.task import Task
@@ -26,6 +29,12 @@ MOST_CHARACTERS = 20_000  # of an answer; the largest grids have some thousand
 EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 ALGEBRA = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 CAN_ACT = re.compile(r"[(*<%{]|\bfor\b")
+# Verifiers of 0.1.25 that pay in full for other answers: gsm_symbolic for -405 as for 405, coin_flip for 0.9 as for
+# 0.9375 (they begin alike), and game_of_life_halting for whatever is said. So the gold answer has to be met, too.
+UNSOUND = {"coin_flip", "game_of_life_halting", "gsm_symbolic"}
+CLOSE = Fraction(1, 10_000)  # as near as coin_flip asks for
+FULL = 1 - 1e-6  # a verifier's score of a solution, which may be a sum or an exponential of floats
+LEAD = re.compile(r"(?i).*\banswer(?:\s+is)?\s*:?[*_]*\s+")  # The answer is
 HELD_OUT_SEED = 2**30  # far away: problem i of seed s is problem i - 1 of seed s + 1
 WORD = re.compile(r"[^\W\d]\w*")
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
@@ -33,8 +42,13 @@ POWER = re.compile(r"\*\*|\^")
 SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*(?:\d{1,2}|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(?!\d|\s*(?:\*\*|\^))")
 
 
-def reasoning_gym_task(name: str, /, *, size: int = 2000, eval_size: int = 128, seed: int = 0, **options: Any) -> Task:
+def reasoning_gym_task(
+    name: str, /, *, size: int = 2000, eval_size: int = 128, seed: int = 0, partial: bool = False, **options: Any
+) -> Task:
     """size problems of one of its tasks to train on and up to eval_size others; options are of the task's own config.
+
+    With `partial` its verifier's score is the reward as it is: 0.01 for a wrong answer in a good form, say, which in a
+    group where nothing is solved is as large an advantage as a solution is elsewhere.
 
     Raises:
         ValueError: the package is not installed, it has no such task or option, or nothing is left to hold out.
@@ -42,17 +56,20 @@ def reasoning_gym_task(name: str, /, *, size: int = 2000, eval_size: int = 128, 
     check_count("size", size)
     check_count("eval_size", eval_size, at_least=0)
     check_count("seed", seed, at_least=0)
+    if not isinstance(partial, bool):
+        raise ValueError(f"partial={partial!r} must be true or false")
     refuse_unknown(name, options)
+    reward = reasoning_gym_partial_reward if partial else reasoning_gym_reward
     rows = _rows(_full_name(name, seed=seed, size=2 * size + 64, **options), size, held_out=False)
     if len(rows) < size:
         raise ValueError(f"reasoning_gym:{name} has fewer than {size} problems to train on; lower size")
     if not eval_size:
-        return Task(rows, reasoning_gym_reward, system_prompt=SYSTEM_PROMPT)
+        return Task(rows, reward, system_prompt=SYSTEM_PROMPT)
     others = _full_name(name, seed=seed + HELD_OUT_SEED, size=16 * eval_size + 64, **options)
     eval_rows = _rows(others, eval_size, held_out=True)
     if not eval_rows:
         raise ValueError(f"reasoning_gym:{name} has no problem to hold out; set eval_size=0")
-    return Task(rows, reasoning_gym_reward, eval_rows=eval_rows, system_prompt=SYSTEM_PROMPT)
+    return Task(rows, reward, eval_rows=eval_rows, system_prompt=SYSTEM_PROMPT)
 
 
 def refuse_unknown(name: str, options: dict[str, Any]) -> None:
@@ -62,7 +79,7 @@ def refuse_unknown(name: str, options: dict[str, Any]) -> None:
         hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(sorted(datasets))}"
         raise ValueError(f"reasoning_gym has no task {name!r}; {hint}")
     known = [field.name for field in dataclasses.fields(datasets[name][1])]
-    refuse_unknown_options(f"reasoning_gym:{name}", options, [*known, "eval_size"])
+    refuse_unknown_options(f"reasoning_gym:{name}", options, [*known, "eval_size", "partial"])
 
 
 def _registry() -> dict[str, tuple[type, type]]:
@@ -81,12 +98,14 @@ def _rows(task: str, count: int, *, held_out: bool) -> list[dict]:
     """Up to count problems of the kind that is held out, an eighth of all, or of the others.
 
     Which kind a question is of says its own text, so that no size or seed trains on what another one holds out. A row
-    says which problem it is, and the problem is made again from that: its metadata has no one form.
+    says which problem it is, and the problem is made again from that: its metadata has no one form. A problem whose own
+    answer its verifier may not see (an integral that sympy could not solve) is left out.
     """
     rows: list[dict] = []
     for index in range(dataset(task).size):
-        question = problem(task, index)["question"]
-        if len(rows) < count and (zlib.crc32(question.encode()) % 8 == 0) == held_out:
+        question, gold = (problem(task, index)[part] for part in ("question", "answer"))
+        solvable = gold is None or harmless(gold, task.partition("?")[0])
+        if solvable and len(rows) < count and (zlib.crc32(question.encode()) % 8 == 0) == held_out:
             rows.append({"prompt": [{"role": "user", "content": question}], "task": task, "index": index})
         if len(rows) == count:
             break
@@ -115,26 +134,62 @@ def problem(task: str, index: int) -> dict[str, Any]:
 
 
 def reasoning_gym_reward(completions: list, task: list[str], index: list[int], **kwargs) -> list[float]:
+    """1.0 where the verifier takes the answer for a solution, else 0.0, whatever it gives for a good form or beginning.
+
+    The answer is the last answer tag, else the last line; where the problem's own answer is a number, a completion
+    without a tag is also asked for its last number.
+    """
+    scores = reasoning_gym_partial_reward(completions, task, index)
+    return [float(score >= FULL) for score in scores]
+
+
+def reasoning_gym_partial_reward(completions: list, task: list[str], index: list[int], **kwargs) -> list[float]:
     """The verifier's own score, 1.0 for a solution and often a little for a good form; 0.0 where it raises.
 
-    The answer is the last answer tag, else the last line.
+    The answer is read as by reasoning_gym_reward.
     """
-    given = [answer_of(completion_text(completion)) for completion in completions]
-    return [score(answer, own, place) for answer, own, place in zip(given, task, index, strict=True)]
+    texts = [completion_text(completion) for completion in completions]
+    return [
+        max(score(answer, own, place) for answer in answers_of(text, problem(own, place)["answer"]))
+        for text, own, place in zip(texts, task, index, strict=True)
+    ]
 
 
-def answer_of(text: str) -> str:
+def answers_of(text: str, gold: str | None) -> list[str]:
+    """The last answer tag; without one the last line, with and without `The answer is`, and a number in place of them.
+
+    Each that is found is asked, and the best counts: a verifier may want `$1/2$` where 1/2 is the last number.
+    """
     tagged = tagged_answer(text)
-    return (text.strip().splitlines() or [""])[-1].strip() if tagged is None else tagged
+    if tagged is not None:
+        return [tagged]
+    line = (text.strip().splitlines() or [""])[-1].strip()
+    answers = [line, LEAD.sub("", line).removesuffix(".").strip("*`").removesuffix(".")]
+    if gold is not None and as_number(gold) is not None:
+        number = (extract_answer(text, gold) or "").replace("$", "").replace("\N{MINUS SIGN}", "-")
+        answers.append(number.replace(",", ""))
+    return answers
 
 
 def score(answer: str, task: str, index: int) -> float:
-    if not harmless(answer, task.partition("?")[0]):
+    name = task.partition("?")[0]
+    if not harmless(answer, name):
         return 0.0
     try:
-        return float(dataset(task).score_answer(answer, problem(task, index)))
+        entry = problem(task, index)
+        if name in UNSOUND and not agrees(answer, entry["answer"]):
+            return 0.0
+        return float(dataset(task).score_answer(answer, entry))
     except Exception:  # whatever it makes of a model's text, it is not the answer
         return 0.0
+
+
+def agrees(answer: str, gold: str) -> bool:
+    """Whether an answer is the gold number, whatever words are beside it, or the gold word."""
+    wanted, given = as_number(gold), as_number(only_number(answer) or answer)
+    if wanted is None:
+        return answer.strip().casefold() == gold.casefold()
+    return given is not None and abs(given - wanted) <= CLOSE
 
 
 def harmless(answer: str, name: str) -> bool:
