@@ -21,7 +21,7 @@ WORDS = [
 OPTIONS = [
     ("AB", "BA"), ("(AB)", "(BA)"), ("A", "B"), ("(A)", "(B)"), (r"\text{(A)}", r"\textbf{(C)}"), ("ABC", "CBA"),
     ("A and C", "C and A"), ("A, C", "C, A"), ("A, C", "A"), ("A and C", "A or C"), ("AC", "A, C"), ("A) 12", "B) 12"),
-    ("A. 12", "C. 12"), ("(A) 12", "12"), ("IV", "VI"), ("II", "-1"), ("A-B-C", "C-B-A"), ("3A", "A3"), ("B12", "12B"),
+    ("A. 12", "C. 12"), ("(A) 12", "12"), ("IV", "VI"), ("II", "-1"), ("A-B-C", "C-B-A"), ("3A", "A3"), ("B12", "12B"), ("abc123", "cab123"),
     (r"\angle ABC", r"\angle CBA"), (r"\triangle ABC", r"\triangle BCA"), (r"\overline{AB}", r"\overline{BA}"),
     ("AB = 5", "BA = 5"), (r"2AB", r"2BA"), (r"\frac{AB}{CD}", r"\frac{BA}{DC}"), ("H_2O", "OH_2"), ("NaCl", "ClNa"),
     ("C_2H_6", "H_6C_2"), ("CO_2", "OC_2"),

@@ -64,7 +64,7 @@ TIME = re.compile(r"\d{1,2}:\d\d")
 # each of them. (And 1E999999999, with which it is never done.)
 NO_FORMULA = re.compile(
     r"\d *['\"\u2019\u201d]|\d */ *\d+ */ *\d|\d *: *\d+ *: *\d|\\[lc]?dots|\.\.\.|\u2026"
-    r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
+    r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
     r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
 PRIMES = re.compile(r"(?<=[A-Za-z])(?:\^ *\{? *((?:\\prime *)+)\}?|(['\u2019]+))")
