@@ -25,7 +25,7 @@ def group_advantages(
     """Reward minus its group's mean, divided by the deviation (n - 1) of the group, of the batch, or by nothing."""
     total = weighted_rewards(rewards, reward_weights)
     groups = (total if penalty is None else total - penalty).view(-1, num_generations)
-    centered = groups - groups.nanmean(dim=1, keepdim=True)
+    centered = from_mean(groups, dim=1)
     deviation = nanstd(groups, dim=1, keepdim=True)
     if scale_rewards == "batch":
         deviation = nanstd(groups.flatten(), dim=0, keepdim=True)
@@ -46,7 +46,7 @@ def gdpo_advantages(
     So a reward of small numbers weighs as much as one of large numbers.
     """
     groups = rewards.view(-1, num_generations, rewards.shape[1])
-    scaled = (groups - groups.nanmean(dim=1, keepdim=True)) / (nanstd(groups, dim=1, keepdim=True) + STD_FLOOR)
+    scaled = from_mean(groups, dim=1) / (nanstd(groups, dim=1, keepdim=True) + STD_FLOOR)
     total = weighted_rewards(scaled.flatten(0, 1), reward_weights)
     return _over_batch(total, weighted_rewards(rewards, reward_weights), penalty)
 
@@ -63,7 +63,7 @@ def rloo_advantages(
     groups = (total if penalty is None else total - penalty).view(-1, num_generations)
     count = groups.isnan().logical_not().sum(dim=1, keepdim=True)
     # r - (sum - r) / (n - 1), where nobody else has a reward there is nothing to compare with.
-    compared = (groups - groups.nanmean(dim=1, keepdim=True)) * (count / (count - 1).clamp(min=1))
+    compared = from_mean(groups, dim=1) * (count / (count - 1).clamp(min=1))
     deviation = nanstd(groups, dim=1, keepdim=True).expand_as(groups)
     return Advantages(_where_rewarded(compared.flatten(), total), total, _is_zero(deviation).flatten())
 
@@ -80,8 +80,7 @@ def reinforce_plus_plus_advantages(
     own = total = weighted_rewards(rewards, reward_weights)
     own = own if penalty is None else own - penalty
     if group_baseline:
-        groups = own.view(-1, num_generations)
-        own = (groups - groups.nanmean(dim=1, keepdim=True)).flatten()
+        own = from_mean(own.view(-1, num_generations), dim=1).flatten()
     return _over_batch(own, total)
 
 
@@ -103,7 +102,7 @@ def compare(
 def _over_batch(values: Tensor, rewards: Tensor, penalty: Tensor | None = None) -> Advantages:
     values = values if penalty is None else values - penalty
     deviation = nanstd(values, dim=0, keepdim=True).expand_as(values)
-    scaled = (values - values.nanmean()) / (deviation + STD_FLOOR)
+    scaled = from_mean(values, dim=0) / (deviation + STD_FLOOR)
     return Advantages(_where_rewarded(scaled, rewards), rewards, _is_zero(deviation))
 
 
@@ -122,11 +121,21 @@ def weighted_rewards(rewards: Tensor, reward_weights: list[float] | None) -> Ten
     return (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
+def from_mean(values: Tensor, *, dim: int) -> Tensor:
+    """Each value less the mean along dim, which leaves NaN out; exactly 0 where all values are equal.
+
+    The mean of eight 0.1 is not 0.1 in fp32. What is left over, 7e-9 / STD_FLOOR, would count as a difference, and
+    Adam makes a whole step of a gradient however small.
+    """
+    above = values - values.masked_fill(values.isnan(), torch.inf).amin(dim=dim, keepdim=True)
+    return above - above.nanmean(dim=dim, keepdim=True)
+
+
 def nanstd(values: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
     """Standard deviation with n - 1 that leaves NaN out; 0 where fewer than two values are left.
 
     In fp64 on the way: in fp32 squares of 2e19 are infinite, and an advantage divided by that is 0.
     """
     count = values.isnan().logical_not().sum(dim=dim, keepdim=keepdim)
-    squares = (values - values.nanmean(dim=dim, keepdim=True)).double().square().nansum(dim=dim, keepdim=keepdim)
+    squares = from_mean(values, dim=dim).double().square().nansum(dim=dim, keepdim=keepdim)
     return (squares / (count - 1).clamp(min=1)).sqrt().to(values.dtype)

@@ -175,3 +175,16 @@ def test_rewards_too_large_for_fp32s_squares_are_told_apart(estimator):
     for weight in (1.0, 1e30):
         found = compare(rewards, num_generations=2, reward_weights=[weight], **settings)
         assert (found.advantages.sign() == torch.tensor([-1, 1, -1, 1])).all() and not found.zero_std.any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_rewards_are_no_difference_however_they_round(estimator):
+    """The mean of eight 0.1 is 0.1 + 7e-9 in fp32, and Adam would make a whole step of what is left over."""
+    settings = dict(scale_rewards="group", multi_objective_aggregation="sum_then_normalize") | estimator
+    for size in (2, 3, 6, 7, 8, 16):
+        for value in (0.1, 0.2, 0.3, 1.2, 1 / 3, -0.7, 1e16):
+            rewards = torch.full((2 * size, 1), value)
+            rewards[0] = NAN  # left out
+            found = compare(rewards, num_generations=size, reward_weights=None, **settings)
+            assert (found.advantages == 0).all() and found.zero_std.all()
+            assert nanstd(rewards, dim=0) == 0
