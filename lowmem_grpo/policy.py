@@ -31,6 +31,7 @@ from lowmem_grpo.lora import keep_one_input
 from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
@@ -132,11 +133,11 @@ class Policy:
             reason = difference_when_packed(self)
         name = type(self.base).__name__
         if reason and self.varlen:
-            warnings.warn(f"{name} attends without flash attention, which is slower: {reason}", stacklevel=2)
+            warn(f"{name} attends without flash attention, which is slower: {reason}")
             self.varlen = False
             reason = difference_when_packed(self)
         if reason:
-            warnings.warn(f"{name} is trained on padded rows, which takes more memory: {reason}", stacklevel=2)
+            warn(f"{name} is trained on padded rows, which takes more memory: {reason}")
         return not reason
 
     def autocast(self) -> torch.autocast:
@@ -356,7 +357,8 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
     if is_adapter(model):
         base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
-        return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
+        with _outdated_name():
+            return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
     return add_adapter(_load_base(model, config, device, dtype), peft_config or lora_config(config))
 
 
@@ -494,13 +496,19 @@ def adapter_config(model: Any, config: GRPOConfig, peft_config: LoraConfig | Non
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.copy(peft_config)  # the caller's is left as it is
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    with warnings.catch_warnings():
-        # peft still reads a name that transformers has given up; nothing is wrong.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    with _outdated_name():
         try:
             return get_peft_model(model, peft_config)
         except ValueError as error:
             raise ValueError(f"no adapter could be added: {error}") from error
+
+
+@contextlib.contextmanager
+def _outdated_name() -> Iterator[None]:
+    """peft still reads a name that transformers has given up, which warns; nothing is wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _train_adapter(model: PeftModel) -> None:

@@ -1,7 +1,6 @@
 """Sampling completions from the resident policy: prompts and a group size in, completions out."""
 
 import contextlib
-import warnings
 from typing import Literal, NamedTuple
 
 import psutil
@@ -14,6 +13,7 @@ from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
+from lowmem_grpo.warn import warn
 
 __all__ = ["Sampled", "SamplingParams", "sample"]
 
@@ -65,10 +65,9 @@ def sample(
     if policy.engine_refusal == "unasked":
         policy.engine_refusal = engine.refusal(policy, kv_dtype)
         if policy.engine_refusal:
-            warnings.warn(
+            warn(
                 f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower and does not "
-                f"say its log-probabilities, so that there are no importance weights: {policy.engine_refusal}",
-                stacklevel=2,
+                f"say its log-probabilities, so that there are no importance weights: {policy.engine_refusal}"
             )
     rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
     if policy.engine_refusal:

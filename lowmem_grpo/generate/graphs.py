@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_grpo.attention import in_a_line
 from lowmem_grpo.policy import Policy
+from lowmem_grpo.warn import warn
 
 # Steps of a number of rows before its first capture. They compile kernels and allocate workspaces.
 EAGER = 1
@@ -88,10 +89,7 @@ class Graphs:
             return
         self.replays.clear()
         self.policy.graph_refusal = reason
-        warnings.warn(
-            f"{type(self.policy.base).__name__} is sampled from without CUDA graphs, which is slower: {reason}",
-            stacklevel=2,
-        )
+        warn(f"{type(self.policy.base).__name__} is sampled from without CUDA graphs, which is slower: {reason}")
 
     def _go_back(self, before: list[Tensor]) -> None:
         for tensor, values in zip(self.state, before, strict=True):
