@@ -274,8 +274,8 @@ class GRPOConfig:
 
     @property
     def has_cuda_graphs(self) -> bool:
-        """Whether steps of decoding may be captured: not while each waits for an embedding from the CPU."""
-        return self.rollout_cuda_graphs and not self.offload_embedding
+        """Whether steps of decoding may be captured: on a GPU, while none waits for an embedding from the CPU."""
+        return self.rollout_cuda_graphs and not self.offload_embedding and not self.use_cpu
 
     @property
     def vram_budget_bytes(self) -> int | None:

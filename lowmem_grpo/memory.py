@@ -26,7 +26,7 @@ SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is all
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on the GPU: what is there throughout, and what each phase adds at its peak, by name."""
+    """Bytes on the device: what is there throughout, and what each phase adds at its peak, by name."""
 
     resident: dict[str, int]
     phases: dict[str, dict[str, int]]
@@ -216,12 +216,13 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
         **traced.resident,
         "gradients": 4 * traced.adapter_numbers,
         "optimizer state": state_bytes(config.optim, traced.adapter_sizes),
-        "CUDA and its libraries": CONTEXT_BYTES,
+        **({} if config.use_cpu else {"CUDA and its libraries": CONTEXT_BYTES}),
     }
     if config.reference == "initial" or config.sync_ref_model:
         resident["the reference's adapter"] = 4 * traced.adapter_numbers
     # The head's scores and pull, in tiles as of a card of the budget's size; the entropy's gradient takes its own.
-    tokens, entries = default_chunks("cuda", (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
+    kind = "cpu" if config.use_cpu else "cuda"
+    tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     rollout = (
@@ -252,7 +253,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     rollout = plan_rollout(
         prompt_tokens=prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
         max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget,
-        paged=config.rollout_paged,
+        paged=config.rollout_paged and not config.use_cpu,
     )  # fmt: skip
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.

@@ -342,7 +342,7 @@ def test_a_dense_copy_of_the_weights_is_planned():
 
 
 def test_captured_steps_have_memory_of_their_own():
-    config = GRPOConfig(**TASK, rollout_token_budget=200)
+    config = GRPOConfig(**{**TASK, "use_cpu": False}, rollout_token_budget=200)
     parts = memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
     slots = plan_rollout(
         prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
@@ -351,6 +351,19 @@ def test_captured_steps_have_memory_of_their_own():
     assert parts["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
     for other in ({"rollout_cuda_graphs": False}, {"offload_embedding": True}):
         assert "captured steps" not in memory.forecast(SHAPES["qwen2"], replace(config, **other)).phases["rollout"]
+
+
+def test_on_a_cpu_nothing_of_a_gpus_is_counted():
+    gpu = GRPOConfig(**{**TASK, "use_cpu": False, "max_completion_length": 256}, rollout_token_budget=1000)
+    cpu = replace(gpu, use_cpu=True)
+    (on_gpu, on_cpu) = (memory.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
+    assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries"}
+    assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
+    assert on_gpu.phases["update"] == on_cpu.phases["update"], "tiles of the head are as large, of so small a model"
+    shape = dict(prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
+    paged, plain = (plan_rollout(**shape, paged=paged).tokens() for paged in (True, False))
+    assert paged != plain, "else this says nothing"
+    assert on_cpu.phases["rollout"]["keys and values"] * paged == on_gpu.phases["rollout"]["keys and values"] * plain
 
 
 LARGE = GRPOConfig(max_completion_length=1024, beta=0.01)
