@@ -162,7 +162,7 @@ def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Roll
     return replace(
         rollout,
         advantages=compared.advantages,
-        metrics={**rollout.metrics, **({"kl": (kl.sum() / counted).item()} if counted else {})},
+        metrics={**rollout.metrics, "kl": (kl.sum() / counted).item()},  # NaN where none counts
         table={**rollout.table, "advantage": compared.advantages.tolist()},
     )
 

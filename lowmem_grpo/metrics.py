@@ -24,9 +24,10 @@ _MEANS = {"kl": "kl", "cispo_clip_ratio": "cispo_clipped", "vespo/phi_seq_mean":
 
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Mean, least and greatest length, of all completions and of those that ended; NaN where none did."""
     lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.float32)
     ended = torch.tensor([c.finish != "length" for c in completions])
-    terminated = lengths[ended] if ended.any() else torch.zeros(1)
+    terminated = lengths[ended] if ended.any() else torch.full((1,), torch.nan)
     return {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
@@ -39,14 +40,16 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
 
 
 def reward_metrics(names: list[str], rewards: Tensor, advantages: Advantages) -> dict[str, float]:
-    """rewards is (B, R); NaN, where no completion has a reward, is logged as NaN."""
-    means, deviations = rewards.nanmean(dim=0), nanstd(rewards, dim=0)
+    """Means and deviations of rewards (B, R): NaN where no completion has a reward, or only one to deviate."""
+    columns = torch.cat([rewards, advantages.rewards[:, None]], dim=1)
+    several = columns.isnan().logical_not().sum(dim=0) > 1
+    means, deviations = columns.nanmean(dim=0), nanstd(columns, dim=0).where(several, torch.nan)
     metrics = {}
-    for name, mean, deviation in zip(names, means.tolist(), deviations.tolist(), strict=True):
+    for name, mean, deviation in zip(names, means.tolist(), deviations.tolist(), strict=False):
         metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": deviation}
     return metrics | {
-        "reward": advantages.rewards.nanmean().item(),
-        "reward_std": nanstd(advantages.rewards, dim=0).item(),
+        "reward": means[-1].item(),
+        "reward_std": deviations[-1].item(),
         "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
     }
 
@@ -77,28 +80,34 @@ class TokenMeter:
         return values.mean().item() if len(values) else None
 
     def metrics(self) -> dict[str, float]:
-        """Means over the tokens that counted; clip minimum and maximum are over completions, as in TRL."""
-        count = self.seen.sum().clamp(min=1)
-        zeros = self._zeros()
+        """Means over the tokens that counted; clip minimum and maximum are over completions, as in TRL.
+
+        What is the mean of nothing is NaN and not 0: where no token counted, because no group has a difference, or
+        every completion is masked, nobody knows the policy's entropy.
+        """
+        count, zeros = self.seen.sum(), self._zeros()  # a sum of nothing, 0, divided by 0 is NaN
         clipped_low, clipped_high = (self.values.get(name, zeros) for name in ("clipped_low", "clipped_high"))
         low, high = (self._completion_means(x) for x in (clipped_low, clipped_high))
+        nothing = zeros.sum() / 0
         values = {
             "frac_tokens_skipped": 1 - self.seen.float().mean(),
             "entropy": self.values.get("entropy", zeros).sum() / count,
             "clip_ratio/low_mean": clipped_low.sum() / count,
-            "clip_ratio/low_min": low.min() if len(low) else count * 0,
+            "clip_ratio/low_min": low.min() if len(low) else nothing,
             "clip_ratio/high_mean": clipped_high.sum() / count,
-            "clip_ratio/high_max": high.max() if len(high) else count * 0,
+            "clip_ratio/high_max": high.max() if len(high) else nothing,
             "clip_ratio/region_mean": (clipped_low + clipped_high).sum() / count,
         }
         for name, of in _MEANS.items():
             if of in self.values:
                 values[name] = self.values[of].sum() / count
+        if self.rollout.ref_logprobs is not None and "kl" not in self.rollout.metrics:
+            values.setdefault("kl", nothing)
         if self.rollout.sampling_logprobs is not None:
             difference = self.values.get("difference", zeros)
-            fresh = self.seen[: self.rollout.fresh_tokens].sum().clamp(min=1)  # those that this step's policy sampled
+            fresh = self.seen[: self.rollout.fresh_tokens].sum()  # those that this step's policy sampled
             values["sampling/sampling_logp_difference/mean"] = difference.sum() / fresh
-            values["sampling/sampling_logp_difference/max"] = difference.max() if len(difference) else count * 0
+            values["sampling/sampling_logp_difference/max"] = difference.max() if fresh else nothing
         for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "correction")):
             if of in self.values and self.seen.any():
                 seen = self.values[of][self.seen]
@@ -163,6 +172,10 @@ class MetricsLog:
                 lines.append(json.loads(line))
         return lines
 
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The line of the evaluation at a step, if there was one."""
+        return next((line for line in self.lines() if "eval_reward" in line and line["step"] == step), None)
+
     def write(self, metrics: dict[str, float]) -> None:
         """Append one line; what is not finite becomes null, which JSON has."""
         with self.path.open("a", encoding="utf-8") as file:
@@ -174,8 +187,11 @@ class Progress:
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
-        self.console = Console(file=sys.stderr, highlight=False)
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        # Standard output goes where it went: only where that is the terminal too would it tear the line.
+        self.live = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
 
     def __enter__(self) -> "Progress":
         if self.live:
@@ -186,21 +202,43 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def step(self, metrics: dict[str, float]) -> None:
+    def step(self, metrics: dict[str, float], rollout: Rollout) -> None:
+        # Where tokens were computed, a NaN is shown as one: something is broken.
+        words = in_words if metrics["frac_tokens_skipped"] == 1 else format
         parts = [
             f"step {metrics['step']:.0f}/{self.total_steps}",
-            f"reward {metrics['reward']:.3f}",
+            f"reward {in_words(metrics['reward'], '.3f')}",
             f"length {metrics['completions/mean_length']:.1f}",
-            f"entropy {metrics['entropy']:.3f}",
-            *([f"kl {metrics['kl']:.4f}"] if "kl" in metrics else []),
+            f"entropy {words(metrics['entropy'], '.3f')}",
+            *([f"kl {words(metrics['kl'], '.4f')}"] if "kl" in metrics else []),
             f"{metrics['step_time']:.2f} s",
             f"peak {max(v for k, v in metrics.items() if k.endswith('peak_mib')):.0f} MiB",
+            *_remarks(metrics, rollout),
         ]
         if self.live:
             done = int(24 * metrics["step"] / self.total_steps)
             self.live.update(Text("━" * done + "─" * (24 - done) + "  " + "  ".join(parts)), refresh=True)
         else:
-            self.console.print("  ".join(parts), soft_wrap=True)
+            self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=True)
+
+
+def _remarks(metrics: dict[str, float], rollout: Rollout) -> list[str]:
+    """What a person should know who sees a step teach little."""
+    differs = rollout.advantages != 0
+    remarks = []
+    if not differs.any():
+        remarks.append("no difference in any group")
+    elif not (differs & rollout.completion_mask).any():
+        remarks.append("all that differ are masked")
+    cut_off = metrics["completions/clipped_ratio"]
+    if cut_off > 0.5:
+        remarks.append(f"{100 * cut_off:.0f} % cut off at max_completion_length")
+    return remarks
+
+
+def in_words(value: float | None, form: str) -> str:
+    """A metric for people, formatted as `.3f` says; - where it is the mean of nothing."""
+    return "-" if value is None or math.isnan(value) else format(value, form)

@@ -231,8 +231,8 @@ def backward(
             computed[batch.tokens] = logprobs.detach()
             if weighed is not None:
                 happened["correction"] = weighed
-            if old is None and sampled is not None:  # the policy is still the one that sampled
-                difference = (logprobs.detach() - sampled).abs()
+            if sampled is not None:
+                difference = (old_logprobs - sampled).abs()  # both of the policy that sampled
                 fresh = rollout.fresh_tokens is None or batch.tokens + rollout.first_token < rollout.fresh_tokens
                 happened["difference"] = difference * fresh
             tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
