@@ -107,8 +107,8 @@ def read_tensors(folder: Path, name: str, remedy: str = "resume from an older ch
 
 
 def _to_be_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All but the rewards of replayed completions, where a NaN says that a reward does not apply."""
-    return {name: values for name, values in tensors.items() if name != "rewards"}
+    """All but the rewards of replayed completions and of an evaluation: a NaN there is a reward that does not apply."""
+    return {name: values for name, values in tensors.items() if name != "rewards" and not name.startswith("eval_")}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Both are said in one sentence on standard error.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # the process is the command
+        arguments = sys.argv[1:]
+        warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     parser = make_parser()
@@ -60,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
+
+
+def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
+    """A warning of ours without a place: in a command there is no line of a user's program to name."""
+    return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,17 +89,19 @@ def make_parser() -> argparse.ArgumentParser:
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
         "task holds out. Settings are those of training; what is about learning is not used.",
         epilog=EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="lowmem-grpo eval --model M --dataset D [--reward_funcs F [F ...]] [--num_generations_eval K] [--json]",
+        usage="lowmem-grpo eval --model M --dataset D [--reward_funcs F [F ...]] [--num_generations_eval K] "
+        "[--show N] [--json]",
     )  # fmt: skip
     eval_parser.set_defaults(run=run_eval)
-    add_inputs(eval_parser, "what to evaluate, on what, by what").add_argument(
-        "--json", action="store_true", help="print JSON"
-    )
+    of_eval = add_inputs(eval_parser, "what to evaluate, on what, by what")
+    of_eval.add_argument("--show", metavar="N", help="print N completions with their prompts and rewards (default 0)")
+    of_eval.add_argument("--json", action="store_true", help="print JSON")
 
     plan_parser = commands.add_parser(
         "plan", help="predict what a run needs", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="Predict the peak GPU memory of each phase from a model's configuration, and with --vram_budget "
-        "choose settings that fit. No weights are downloaded, and no GPU is needed.",
+        description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
+        "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
+        "GPU is needed.",
         epilog=PLAN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lowmem-grpo plan --model M [--vram_budget 8GB] [--json] [options]",
     )  # fmt: skip
@@ -156,22 +168,39 @@ def run_train(given: dict[str, Any]) -> int:
 
 
 def run_eval(given: dict[str, Any]) -> int:
-    as_json = given.pop("json", False)
+    as_json, show = given.pop("json", False), given.pop("show", "0")
+    if not show.isdecimal():
+        raise ValueError(f"--show takes a number of completions, such as 5, and not {show!r}")
     inputs, fields = read_settings(given)
     if "eval_dataset" in inputs:
         raise ValueError("--eval_dataset is for training; name what to evaluate on with --dataset")
     config = GRPOConfig(**fields)
-    from lowmem_grpo.evaluate import as_table, evaluate_model
+    from lowmem_grpo.evaluate import as_difference_table, as_table, examples, examples_as_text, measure_model
 
-    found = evaluate_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+    found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+    metrics, shown = {who: one.metrics for who, one in found.items()}, examples(found, int(show))
     if as_json:
-        finite = {who: {k: v if v == v else None for k, v in metrics.items()} for who, metrics in found.items()}
-        print(json.dumps(finite, indent=1))
+        print(json.dumps(finite({**metrics, "shown": shown} if shown else metrics), indent=1, default=str))
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(as_table(found))
+        if shown:
+            encoding = sys.stdout.encoding or "utf-8"
+            print(examples_as_text(shown).encode(encoding, "backslashreplace").decode(encoding))
+        console = Console(highlight=False)
+        console.print(as_table(metrics))
+        if "adapter" in metrics:
+            console.print(as_difference_table(metrics["adapter"]))
     return 0
+
+
+def finite(value: Any) -> Any:
+    """A NaN as null, which JSON has, however deep."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def run_plan(given: dict[str, Any]) -> int:
@@ -180,10 +209,14 @@ def run_plan(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
     model, config = inputs["model"], GRPOConfig(**fields)
     from lowmem_grpo import memory
-    from lowmem_grpo.policy import adapter_config, find_model, read_config
+    from lowmem_grpo.policy import adapter_config, find_model, read_config, run_device
+    from lowmem_grpo.progress_bars import no_progress_bars
 
-    find_model(model, config)
-    found = memory.plan(read_config(model, config), config, adapter_config(model, config))
+    if config.use_cpu:
+        run_device(config)  # refuses what is about a GPU
+    with no_progress_bars():
+        find_model(model, config)
+        found = memory.plan(read_config(model, config), config, adapter_config(model, config))
     print(json.dumps(memory.as_dict(found), indent=1) if as_json else memory.as_text(found))
     return 0 if found.remedy is None else 1
 

@@ -20,7 +20,7 @@ from lowmem_grpo import checkpoint as checkpoints
 from lowmem_grpo.collect import Collected, Stream, collect_rollout, with_kl_in_reward
 from lowmem_grpo.config import GRPOConfig, refuse_changes
 from lowmem_grpo.data import check_budgets, load_rows, tokenize_prompts
-from lowmem_grpo.evaluate import check_vocabulary, evaluate
+from lowmem_grpo.evaluate import as_line, check_vocabulary, differences, measure
 from lowmem_grpo.interruption import Interruption
 from lowmem_grpo.loss import after_entropy, after_kl, coefficient_metrics, coefficients_of, first_coefficients
 from lowmem_grpo.memory import as_text as plan_as_text
@@ -39,6 +39,7 @@ from lowmem_grpo.policy import (
     read_config,
     run_device,
 )  # fmt: skip
+from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.replay import ReplayBuffer
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
 from lowmem_grpo.rollout import Prompt, Rollout
@@ -69,6 +70,7 @@ class TrainResult:
     policy: Policy
 
 
+@without_progress_bars
 def train(
     model: Any,
     reward_funcs: Any = None,
@@ -92,7 +94,8 @@ def train(
         eval_dataset: likewise; evaluated before, after and every eval_steps. A hub dataset's `test` split. By default
             what a generated task holds out.
         peft_config: a LoraConfig in place of the config's lora fields.
-        callbacks: called with (step, metrics, policy) after every step.
+        callbacks: called with (step, metrics, policy) after every step; a metric that is the mean of nothing is NaN,
+            and None in TrainResult's history.
 
     Raises:
         ValueError, TypeError: bad input, in one sentence with the remedy, before any long work starts.
@@ -170,7 +173,10 @@ def train(
     stream = Stream(0, set(), ReplayBuffer(config.replay_buffer_size))
     if config.reference == "initial" or config.sync_ref_model:
         policy.keep_reference()
-    data = fingerprint(prompts)
+    data, eval_data = fingerprint(prompts), eval_fingerprint(eval_prompts, config.num_generations_eval)
+    # The evaluation before training: each prompt's values, by metric, and what they are of.
+    first: dict[str, list[float]] = {}
+    first_data = eval_data
     if resume is not None:
         saved = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
         if saved["data"] != data:
@@ -178,6 +184,9 @@ def train(
         state = {key: saved.get(key, value) for key, value in state.items()}
         stream.position, stream.dull = saved["data_position"], set(saved.get("dull", ()))
         policy.samples_dense = saved.get("samples_dense")
+        if "eval_data" in saved:
+            kept = checkpoints.read_tensors(resume, "first_evaluation")
+            first, first_data = {name: values.tolist() for name, values in kept.items()}, saved["eval_data"]
         if config.replay_buffer_size:
             stream.replay.load(checkpoints.read_tensors(resume, "replay"))
         if policy.reference is not None:
@@ -193,6 +202,9 @@ def train(
         complete |= {"data_position": stream.position, "dull": sorted(stream.dull), "rewards": rewards.names}
         complete["samples_dense"] = policy.samples_dense
         tensors = {"replay": stream.replay.tensors()} if config.replay_buffer_size else {}
+        if first:
+            complete["eval_data"] = first_data
+            tensors["first_evaluation"] = {n: torch.tensor(v, dtype=torch.float64) for n, v in first.items()}
         if policy.reference is not None:
             tensors["reference"] = policy.reference
         folder = checkpoints.save_checkpoint(
@@ -201,14 +213,25 @@ def train(
         checkpoints.remove_old_checkpoints(output_dir, config.save_total_limit)
         return folder
 
+    shown = list(dict.fromkeys([best.metric, "eval_pass@1"]))
+
     def evaluate_now() -> None:
         """Once a step: a resumed run finds in the log what was done before it stopped."""
-        if eval_prompts and not any("eval_reward" in line and line["step"] == state["step"] for line in log.lines()):
-            with checkpoints.same_randomness():  # a run is the same, however often it is evaluated
-                sparing = for_evaluation(planned, config)
-                metrics = evaluate(policy, eval_prompts, rewards, sparing, state["step"])
-            best.keep(policy, state["step"], metrics)
-            log.write({"step": state["step"], **metrics})
+        nonlocal first
+        step = state["step"]
+        if not eval_prompts or log.evaluation(step):
+            return
+        with checkpoints.same_randomness():  # a run is the same, however often it is evaluated
+            found = measure(policy, eval_prompts, rewards, for_evaluation(planned, config), step)
+        metrics, values = found.metrics, {name: found.values[name] for name in shown if name in found.values}
+        if step == 0:
+            first = found.values
+        elif first_data == eval_data:
+            metrics = metrics | differences(first, values)
+        best.keep(policy, step, metrics)
+        log.write({"step": step, **metrics})
+        when = f"after {step} steps" if step == total_steps else f"at step {step}" if step else "before training"
+        progress.say(f"evaluation {when}: {as_line(metrics, shown)}")
 
     with limit_memory(planned, device), Progress(total_steps) as progress, Interruption() as interruption:
         if planned is not None:
@@ -218,6 +241,8 @@ def train(
                 progress.say(f"{left_out} {what} have more than {config.max_prompt_length} tokens and are left out")
         if resume is not None and state["step"] >= total_steps:
             progress.say(f"{resume} is at step {state['step']} of {total_steps}: nothing is left to train")
+        if eval_prompts and first_data != eval_data:
+            progress.say("eval_dataset or num_generations_eval has changed, so there is no difference from the start")
         budget = TokenBudget(config.token_budget)
         if policy.device.type == "cuda" and state["step"] < total_steps:
             sizes = [parameter.numel() for parameter in policy.trainable_parameters().values()]
@@ -328,7 +353,7 @@ def train(
                 log.write(metrics)
                 randomness = checkpoints.randomness()
                 interruption.release()
-                progress.step(metrics)
+                progress.step(metrics, rollout)
                 if config.log_completions:
                     write_completions(output_dir, step, rollout.table)
                 if config.eval_steps and step % config.eval_steps == 0:
@@ -344,6 +369,10 @@ def train(
                         f"{config.max_nonfinite_steps}; in step {step} {cause}"
                     )
             evaluate_now()
+            line = log.evaluation(total_steps) or {}
+            compared = [f"{name}/difference" for name in shown if f"{name}/difference" in line]
+            if compared:
+                progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
         except BaseException as error:
             if state["step"] and not interruption.holding:
                 try:
@@ -401,3 +430,9 @@ def writable_folder(output_dir: str) -> Path:
 def fingerprint(prompts: list[Prompt]) -> str:
     """Tells apart lists of prompts, so that a resumed run goes on with its own."""
     return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+
+
+def eval_fingerprint(prompts: list[Prompt], k: int | None) -> str:
+    """Tells apart what evaluations measure: prompts, gold answers, and how many completions are sampled of each."""
+    rows = [[prompt.ids, prompt.columns] for prompt in prompts]
+    return hashlib.sha256(json.dumps([k, rows], default=str).encode()).hexdigest()

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -179,3 +180,58 @@ def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, cap
 def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):
     assert cli.main(["eval", "--model", str(DEMO_MODEL), "--dataset", "countdown", *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_evaluation_prints_completions_with_their_rewards(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompts = [[{"role": "user", "content": task.question(p)}] for p in task.splits()[0][:3]]
+    rows = [{"prompt": prompt, "solution": "[red]4\x1b[2J"} for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rewards_to_show.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
+    given = ["--dataset", "rows.jsonl", "--reward_funcs", "rewards_to_show.zero", "--use_cpu", "true"]
+    given += ["--max_completion_length", "4"]
+    steps = ["--max_steps", "1", "--prompts_per_step", "1", "--num_generations", "2", "--output_dir", "out"]
+    assert cli.main(["train", "--model", str(DEMO_MODEL), *given, *steps]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "--model", "out/adapter", *given, "--show", "2"]) == 0
+    shown = capsys.readouterr().out
+    for number, prompt in enumerate(prompts[:2], 1):
+        text = f"{number} of 2\n  prompt\n    user: {prompt[0]['content']}\n  gold answer\n    [red]4\\x1b[2J\n  base: zero 0.000, cut off\n    "
+        assert text in shown
+    assert shown.count("  adapter: zero 0.000") == 2 and prompts[2][0]["content"] not in shown and "\x1b" not in shown
+    assert "adapter minus base, on the same prompts" in shown and "+0.000" in shown
+    assert cli.main(["eval", "--model", "out/adapter", *given, "--show", "9", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"base", "adapter", "shown"} and len(found["shown"]) == 3
+    assert found["shown"][0]["base"]["rewards"] == {"zero": 0.0} and found["shown"][0]["gold"] == rows[0]["solution"]
+    assert found["adapter"]["eval_reward/difference"] == 0 and found["adapter"]["eval_reward/difference/ci_high"] > 0
+
+
+@pytest.mark.parametrize("text", ["-1", "five", "2.5", "", "true", "1e3"])
+def test_a_number_of_completions_to_show_is_a_number(text, capsys):
+    assert cli.main(["eval", "--model", str(DEMO_MODEL), "--dataset", "countdown", f"--show={text}"]) == 2
+    assert capsys.readouterr().err == (
+        f"lowmem-grpo eval: --show takes a number of completions, such as 5, and not {text!r}\n"
+    )
+
+
+def test_what_a_terminal_cannot_write_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "solution": "½"}))
+    (tmp_path / "rewards_to_show.py").write_text("def zero(completions, **_): return [0.0] * len(completions)")
+    given = ["--dataset", "rows.jsonl", "--reward_funcs", "rewards_to_show.zero", "--use_cpu", "true", "--show", "1"]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert cli.main(["eval", "--model", str(DEMO_MODEL), *given, "--max_completion_length", "2"]) == 0
+    assert b"gold answer\n    \\xbd\n" in written.getvalue()
+
+
+def test_a_plan_for_a_cpu_counts_no_gpu(capsys):
+    plan = ["plan", "--model", str(DEMO_MODEL), "--max_completion_length", "32", "--max_prompt_length", "32"]
+    assert cli.main([*plan, "--use_cpu", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "CUDA" not in shown and "captured" not in shown and "resident throughout" in shown
+    assert cli.main([*plan, "--use_cpu", "true", "--vram_budget", "8GB"]) == 2
+    assert "vram_budget is about a GPU's memory" in capsys.readouterr().err
+    assert cli.main(plan) == 0
+    assert "CUDA and its libraries" in capsys.readouterr().out, "a GPU that need not be there"

@@ -13,9 +13,24 @@ from transformers import AutoTokenizer
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.checkpoint import BestAdapter
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluate import confidence_interval, evaluate, evaluate_model, majority, pass_at, shares
+from lowmem_grpo.evaluate import (
+    Evaluation,
+    confidence_interval,
+    differences,
+    evaluate,
+    evaluate_model,
+    examples,
+    examples_as_text,
+    majority,
+    measure,
+    measure_model,
+    paired_interval,
+    pass_at,
+    printable,
+    shares,
+)
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.rollout import Completion, Prompt
 
 ROWS = task.rows(task.splits()[0][:12])
 NAN = math.nan
@@ -143,6 +158,86 @@ def test_the_intervals_cover_as_often_as_they_say():
     assert held / 400 >= 0.95 - 3 * (0.95 * 0.05 / 400) ** 0.5
 
 
+def pairs_of(better, worse, right=0, wrong=0):
+    return [(0.0, 1.0)] * better + [(1.0, 0.0)] * worse + [(1.0, 1.0)] * right + [(0.0, 0.0)] * wrong
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "n", "interval"),
+    [  # Tango's intervals as Fagerland, Lydersen and Laake (2014, Statistics in Medicine 33:2850) print them
+        (1, 7, 21, (-0.517, -0.026)),
+        (6, 16, 161, (-0.124, -0.005)),
+    ],
+)
+def test_the_paired_interval_of_zeros_and_ones_is_tangos(better, worse, n, interval):
+    assert paired_interval(pairs_of(better, worse, wrong=n - better - worse)) == pytest.approx(interval, abs=1e-3)
+    mirrored = paired_interval(pairs_of(worse, better, right=n - better - worse))
+    assert mirrored == pytest.approx((-interval[1], -interval[0]), abs=1e-3)
+
+
+def test_a_paired_interval_has_a_width_where_nothing_or_everything_changed():
+    for n in (1, 5, 200):
+        width = 1.959964**2 / (n + 1.959964**2)
+        for pairs in (pairs_of(0, 0, right=n), pairs_of(0, 0, wrong=n)):
+            assert paired_interval(pairs) == pytest.approx((-width, width))
+    low, high = paired_interval(pairs_of(20, 0))
+    assert 0.6 < low < 1 and high == 1.0
+    assert paired_interval(pairs_of(0, 20)) == (-1.0, pytest.approx(-low))
+    low, high = paired_interval(pairs_of(1, 0))
+    assert low < 0 < high == 1.0, "one prompt says next to nothing"
+    assert all(math.isnan(bound) for bound in paired_interval([]))
+
+
+def test_few_changes_of_many_prompts_are_no_proof():
+    """Three of 200 got better and none worse: a sign test says p = 0.25, and an interval above 0 would be wrong."""
+    low, high = paired_interval(pairs_of(3, 0, wrong=197))
+    assert low < 0 < 3 / 200 < high
+
+
+def test_the_paired_interval_of_any_two_values_is_tangos_between_them():
+    low, high = paired_interval(pairs_of(9, 2, 4, 5))
+    scaled = [(0.2 + before, 0.2 + after) for before, after in pairs_of(9, 2, 4, 5)]
+    assert paired_interval(scaled) == pytest.approx((low, high))
+    scaled = [(-1 + 4 * before, -1 + 4 * after) for before, after in pairs_of(9, 2, 4, 5)]
+    assert paired_interval(scaled) == pytest.approx((4 * low, 4 * high))
+
+
+def test_other_values_are_resampled_in_pairs():
+    """What prompts have in common, here a spread of 100, is no part of the interval."""
+    draw = random.Random(0)
+    hard = [draw.gauss(0, 100) for _ in range(400)]
+    pairs = [(value, value + draw.gauss(1, 2)) for value in hard]
+    low, high = paired_interval(pairs)
+    mean = sum(after - before for before, after in pairs) / 400
+    assert (low, high) == pytest.approx((mean - 0.196, mean + 0.196), abs=0.02)
+    assert paired_interval(pairs) == (low, high), "always the same"
+    same = [(0.1, 0.3), (0.5, 0.7), (0.2, 0.4)]
+    assert all(math.isnan(bound) for bound in paired_interval(same)), "as for one value: nothing about another prompt's"
+
+
+@pytest.mark.parametrize(("k", "experiments"), [(1, 400), (4, 60)])
+def test_paired_intervals_cover_as_often_as_they_say(k, experiments):
+    """60 prompts whose share rises by 0.3 of what is missing; 0.95 of the intervals, give or take 3 deviations."""
+    draw, held = random.Random(2), 0
+    for _ in range(experiments):
+        pairs = []
+        for _ in range(60):
+            share = draw.betavariate(0.5, 0.5)
+            before, after = share, share + 0.3 * (1 - share)
+            pairs.append(tuple(sum(draw.random() < p for _ in range(k)) / k for p in (before, after)))
+        low, high = paired_interval(pairs)
+        held += low <= 0.15 <= high
+    assert held / experiments >= 0.95 - 3 * (0.95 * 0.05 / experiments) ** 0.5
+
+
+def test_a_difference_is_over_the_prompts_that_have_both_values():
+    found = differences({"a": [0.0, NAN, 1.0, 0.0], "gone": [1.0]}, {"a": [1.0, 1.0, NAN, 0.0], "new": [1.0]})
+    assert list(found) == ["a/difference", "a/difference/ci_low", "a/difference/ci_high"]
+    assert found["a/difference"] == 0.5
+    assert (found["a/difference/ci_low"], found["a/difference/ci_high"]) == paired_interval([(0.0, 1.0), (0.0, 0.0)])
+    assert all(math.isnan(value) for value in differences({"a": [NAN]}, {"a": [1.0]}).values())
+
+
 @pytest.fixture(scope="module")
 def policy():
     return make_policy("qwen2")
@@ -265,6 +360,11 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
         for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_completions/mean_length"):
             assert found[who][name] == pytest.approx(line[name])
     assert found["base"]["eval_reward"] != found["adapter"]["eval_reward"]
+    name = "eval_reward/difference"
+    assert found["adapter"][name] == pytest.approx(found["adapter"]["eval_reward"] - found["base"]["eval_reward"])
+    assert found["adapter"][name] == pytest.approx(result.eval_history[-1][name]), "as training found"
+    assert found["adapter"][f"{name}/ci_low"] < found["adapter"][name] < found["adapter"][f"{name}/ci_high"]
+    assert not any("difference" in name for name in found["base"])
     assert list(evaluate_model(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
 
 
@@ -275,3 +375,158 @@ def test_one_greedy_completion_is_what_training_without_sampling_measures():
     found = evaluate_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"]
     assert "eval_mean@1" not in found and "eval_maj@1" not in found
     assert found["eval_pass@1"] == found["eval_rewards/tag_format_reward/mean"]
+
+
+def by_length(completions, **kwargs):
+    """One that is different with every adapter."""
+    return [len(c[0]["content"]) / 10 for c in completions]
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_every_metric_that_is_a_mean_over_prompts_has_its_values(policy, k):
+    config = GRPOConfig(use_cpu=True, max_completion_length=6, num_generations_eval=k)
+    found = measure(policy, prompts_of(policy), RewardRunner([by_length, length_reward]), config, 0)
+    assert {"eval_reward", "eval_pass@1", "eval_rewards/by_length/mean", "eval_completions/mean_length"} < set(
+        found.values
+    )
+    for name, values in found.values.items():
+        assert len(values) == 4 and sum(values) / 4 == pytest.approx(found.metrics[name])
+    assert list(found.rewards) == ["total", "by_length", "length_reward"] and len(found.texts) == 4 * (k or 1)
+
+
+def test_training_says_each_evaluation_and_what_changed(tmp_path, capsys):
+    result = run(tmp_path / "out", by_length, eval_dataset=ROWS[:6], eval_steps=2, learning_rate=0.05)
+    said = capsys.readouterr().err.splitlines()
+    first, while_, last = result.eval_history
+    lines = [line for line in said if line.startswith(("evaluation", "difference"))]
+    assert [line.split(":")[0] for line in lines] == [
+        "evaluation before training", "evaluation at step 2", "evaluation after 3 steps",
+        "difference (after - before, 95 % intervals)",
+    ]  # fmt: skip
+    for line, metrics in zip(lines, (first, while_, last), strict=False):
+        low, high = (metrics[f"eval_reward/ci_{end}"] for end in ("low", "high"))
+        assert f": reward {metrics['eval_reward']:.3f} [{low:.3f}, {high:.3f}]  pass@1 " in line
+    name = "eval_reward/difference"
+    assert last[name] == pytest.approx(last["eval_reward"] - first["eval_reward"]) and last[name] != 0
+    assert (
+        f": reward {last[name]:+.3f} [{last[f'{name}/ci_low']:+.3f}, {last[f'{name}/ci_high']:+.3f}]  pass@1"
+        in lines[-1]
+    )
+    assert said.index(lines[0]) < min(i for i, line in enumerate(said) if line.startswith("step ")), (
+        "before the first step"
+    )
+    assert not any(isinstance(value, list) for line in result.eval_history for value in line.values())
+
+
+def difference_line(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("difference")]
+
+
+def test_a_resumed_run_still_knows_the_evaluation_before_training(tmp_path, capsys):
+    changes = dict(eval_dataset=ROWS[:6], learning_rate=0.05, lr_scheduler_type="constant", num_generations_eval=2)
+    whole = run(tmp_path / "whole", by_length, max_steps=3, **changes)
+    said = difference_line(capsys)
+    run(tmp_path / "out", by_length, max_steps=1, **changes)
+    again = dict(resume_from_checkpoint=True, metric_for_best_model="reward")
+    resumed = run(tmp_path / "out", by_length, max_steps=3, **changes, **again)
+    assert resumed.eval_history[-1] == whole.eval_history[-1]
+    assert difference_line(capsys)[1:] == said
+    run(tmp_path / "out", by_length, max_steps=3, **changes, **again)
+    assert difference_line(capsys) == said, "and where nothing is left to train"
+    moved = str(tmp_path / "out/checkpoint-1")
+    (tmp_path / "elsewhere").mkdir()
+    run(tmp_path / "elsewhere", by_length, max_steps=3, **changes, resume_from_checkpoint=moved)
+    assert difference_line(capsys) == said, "the checkpoint has it, not the folder"
+
+
+@pytest.mark.parametrize("change", [{"eval_dataset": ROWS[1:7]}, {"num_generations_eval": 2}])
+def test_evaluations_of_other_prompts_are_not_compared(change, tmp_path, capsys):
+    changes = dict(eval_dataset=ROWS[:6], learning_rate=0.05)
+    run(tmp_path / "out", by_length, max_steps=1, **changes)
+    capsys.readouterr()
+    changes |= {"resume_from_checkpoint": True}
+    result = run(tmp_path / "out", by_length, **{**changes, **change, "max_steps": 2})
+    said = capsys.readouterr().err
+    assert "eval_dataset or num_generations_eval has changed" in said and "difference (" not in said
+    assert "eval_reward/difference" not in result.eval_history[-1]
+    run(tmp_path / "out", by_length, max_steps=3, **changes)
+    assert len(difference_line(capsys)) == 1, "the first one's values are kept through it all"
+
+
+def test_the_metric_that_chooses_the_best_is_the_one_that_is_shown(tmp_path, capsys):
+    run(
+        tmp_path / "out", by_length, eval_dataset=ROWS[:6], max_steps=1, metric_for_best_model="completions/mean_length"
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert all(" completions/mean_length " in line and "  pass@1 " in line for line in said if "evaluation" in line)
+    run(tmp_path / "other", by_length, eval_dataset=ROWS[:6], max_steps=1, metric_for_best_model="pass@1")
+    assert "reward" not in "".join(line for line in capsys.readouterr().err.splitlines() if "evaluation" in line)
+
+
+def test_evaluations_without_a_reward_say_so(tmp_path, capsys):
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    result = run(tmp_path / "out", never, eval_dataset=ROWS[:1], max_steps=1)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("evaluation", "difference"))]
+    assert [line.split(": ")[1] for line in said] == ["reward -  pass@1 -"] * 3
+    assert result.eval_history[-1]["eval_reward/difference"] is None
+
+
+def test_a_reward_that_does_not_apply_everywhere_survives_a_checkpoint(tmp_path, capsys):
+    def sometimes(completions, solution, **kwargs):
+        left_out = [gold == ROWS[0]["solution"] for gold in solution]
+        return [None if out else len(c[0]["content"]) for c, out in zip(completions, left_out, strict=True)]
+
+    changes = dict(eval_dataset=ROWS[:3], learning_rate=0.05)
+    run(tmp_path / "out", sometimes, max_steps=1, **changes)
+    result = run(tmp_path / "out", sometimes, max_steps=2, resume_from_checkpoint=True, **changes)
+    assert len(difference_line(capsys)) == 2 and result.eval_history[-1]["eval_reward/difference"] is not None
+
+
+def evaluation_of(texts, prompts, k=1, **rewards) -> Evaluation:
+    completions = [Completion([1], None, None, None, "length" if "cut" in text else "eos") for text in texts]
+    return Evaluation({}, {}, prompts, completions, texts, rewards)
+
+
+def test_what_is_shown_are_the_first_completions_of_as_many_prompts_as_there_are():
+    prompts = [Prompt(f"p{i}", [1], {"answer": i} if i else {}) for i in range(3)]
+    base = evaluation_of(["a0", "b0", "a1", "b1", "a2", "b2 cut"], prompts, accuracy=[0.0, 1.0, NAN, 1.0, 0.0, 1.0])
+    adapter = evaluation_of(["A0", "B0", "A1", "B1", "A2", "B2"], prompts, accuracy=[1.0] * 6)
+    found = {"base": base, "adapter": adapter}
+    assert [one["base"]["completion"] for one in examples(found, 2)] == ["a0", "a1"]
+    assert [one["base"]["completion"] for one in examples(found, 4)] == ["a0", "b0", "a1", "a2"]
+    assert [one["prompt"] for one in examples(found, 4)] == ["p0", "p0", "p1", "p2"]
+    assert len(examples(found, 99)) == 6 and examples(found, 0) == []
+    assert [one["gold"] for one in examples(found, 3)] == [None, 1, 2]
+    text = examples_as_text(examples(found, 2))
+    assert text.splitlines() == [
+        "1 of 2", "  prompt", "    p0", "  base: accuracy 0.000", "    a0", "  adapter: accuracy 1.000", "    A0", "",
+        "2 of 2", "  prompt", "    p1", "  gold answer", "    1", "  base: accuracy -", "    a1",
+        "  adapter: accuracy 1.000", "    A1",
+    ]  # fmt: skip
+    assert "base: accuracy 1.000, cut off\n    b2 cut" in examples_as_text(examples(found, 6))
+
+
+def test_nothing_that_a_model_writes_moves_the_cursor_or_passes_for_ours():
+    bad = "\x1b[2J\x1b]0;title\x07\r\x9b31m[red]x[/red]\n2 of 2\n  base: accuracy 1.000\u2028\x0b\u202e\ud800"
+    chat = [{"role": "user\x1b[0m", "content": bad}]
+    found = {"model": evaluation_of([bad], [Prompt(chat, [1], {"solution": bad})], **{"r\x1b": [0.0]})}
+    text = examples_as_text(examples(found, 1))
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+    assert "[red]x[/red]" in text and "\\x1b[2J" in text
+    ours = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert ours == ["1 of 1", "  prompt", "  gold answer", "  model: r\\x1b 0.000"]
+
+
+def test_texts_of_all_languages_stay_as_they_are():
+    for text in ("naïve \u00a0 x", "数学\u3000は", "if x:\n\ty", "🙂 ½ ∑"):
+        assert "\n".join(map(printable, text.split("\n"))) == text
+
+
+def test_a_model_is_measured_with_what_it_wrote():
+    config = GRPOConfig(use_cpu=True, max_completion_length=8)
+    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)
+    (shown,) = examples(found, 1)
+    assert shown["prompt"] == ROWS[0]["prompt"] and shown["gold"] == ROWS[0]["solution"]
+    assert shown["model"]["completion"] and shown["model"]["rewards"]["tag_format_reward"] in (0.0, 1.0)

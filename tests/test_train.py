@@ -206,6 +206,35 @@ def test_truncated_completions_can_be_left_out(tmp_path):
     assert result.history[0]["completions/clipped_ratio"] == 1.0
     assert result.history[0]["grad_norm"] == 0.0
     assert result.history[0]["loss"] == 0.0
+    assert result.history[0]["completions/mean_terminated_length"] is None
+
+
+@pytest.mark.parametrize(
+    "kl", [{"beta": 0.1}, {"beta": 0.1, "kl_target": 0.1}, {"beta": 0.1, "kl_in_reward": True}, {}]
+)
+def test_where_nothing_was_learned_from_nothing_is_logged_as_0(kl, tmp_path, capsys):
+    seen = []
+    result = run(
+        tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True, **kl,
+        callbacks=lambda step, metrics, policy: seen.append(metrics["entropy"]),
+    )  # fmt: skip
+    for line in result.history:
+        names = ["entropy", "sampling/sampling_logp_difference/mean", "clip_ratio/low_min", *(["kl"] if kl else [])]
+        assert [line[name] for name in names] == [None] * len(names)
+        assert ("kl" in line) == bool(kl) and line["frac_tokens_skipped"] == 1
+        assert line.get("beta", 0.1) == 0.1, "a KL that nobody knows moves no coefficient"
+    assert all(math.isnan(value) for value in seen)
+    said = capsys.readouterr().err
+    assert "  entropy -  kl -  " in said if kl else "  entropy -  " in said
+    assert "100 % cut off at max_completion_length" in said and "nan" not in said
+
+
+def test_equal_rewards_leave_every_weight_where_it_was(tmp_path, capsys):
+    """Eight times 0.1, whose mean is not 0.1 in fp32."""
+    result = run(tmp_path, rewards=lambda completions, **_: [0.1] * len(completions), num_generations=8, max_steps=1)
+    assert result.history[0]["frac_tokens_skipped"] == 1 and result.history[0]["frac_reward_zero_std"] == 1
+    assert all((value == 0).all() for name, value in adapters(result).items() if "lora_B" in name)
+    assert "no difference in any group" in capsys.readouterr().err
 
 
 def test_completions_are_written_when_asked(tmp_path):
@@ -482,7 +511,7 @@ def test_groups_of_earlier_steps_fill_a_step_up(tmp_path):
     assert [line["replay/groups"] for line in lines] == [0, 1, 0, 0]
     assert lines[1]["frac_reward_zero_std"] == 1, "of what was sampled"
     assert lines[1]["grad_norm"] > 0 == lines[2]["grad_norm"]
-    assert lines[1]["sampling/sampling_logp_difference/max"] < 1e-4, "of what this step's policy sampled"
+    assert lines[1]["sampling/sampling_logp_difference/max"] is None, "of what this step's policy sampled: not computed"
     tables = [
         load_dataset(
             "parquet", data_files=str(tmp_path / f"out/completions/completions_0000{step}.parquet"), split="train"
@@ -538,6 +567,8 @@ def test_several_steps_on_one_rollout_are_measured_against_its_policy(tmp_path):
     ).history
     assert line["ratio/min"] < 1 < line["ratio/max"], "the second part's policy has moved"
     assert {"time/old_s", "memory/old/peak_mib", "tokens_per_s/old"} <= set(line)
+    difference = line["sampling/sampling_logp_difference/mean"]
+    assert 0 < difference < line["sampling/sampling_logp_difference/max"] < 1e-4, "measured, and of the old policy"
 
 
 def test_a_kl_in_the_reward_lowers_the_reward_of_what_has_drifted(tmp_path):

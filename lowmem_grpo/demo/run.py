@@ -15,7 +15,9 @@ from lowmem_grpo.answering import answer_greedily, as_text
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.data import load_rows, tokenize_prompts
 from lowmem_grpo.demo import task
+from lowmem_grpo.evaluate import printable
 from lowmem_grpo.policy import Policy
+from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.train import TrainResult, train
 
 MODEL = Path(__file__).parent / "model"
@@ -32,6 +34,7 @@ def recipe(output_dir: str, seed: int) -> GRPOConfig:
     )  # fmt: skip
 
 
+@without_progress_bars
 def run(seed: int = 0, output_dir: str | None = None) -> TrainResult:
     """Train, and print held-out accuracy, the reward curve and three completions, each before and after."""
     console = Console(highlight=False)
@@ -99,7 +102,7 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
         table.add_column(column, overflow="fold")
     for problem, prompt, *completions in zip(problems, prompts, before, after, strict=True):
         texts = [as_text(policy, prompt, completion)[0]["content"] for completion in completions]  # type: ignore[index]
-        table.add_row(f"{task.question(problem)} ({sum(problem)})", *texts)
+        table.add_row(f"{task.question(problem)} ({sum(problem)})", *map(printable, texts))
     return table
 
 
