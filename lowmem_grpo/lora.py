@@ -37,14 +37,14 @@ class _AddAdapter(torch.autograd.Function):
 
 
 def keep_one_input(model: nn.Module) -> None:
-    """Let the plain adapted layers of a model go through _AddAdapter, where they have one adapter and no dropout."""
+    """Let the plain adapted layers of a model go through _AddAdapter, where they have one adapter and drop nothing."""
     for layer in plain_lora_layers(model):
         layer.forward = partial(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    own = len(names) == 1 and isinstance(layer.lora_dropout[names[0]], nn.Identity) and not (arguments or keywords)
+    own = len(names) == 1 and not _drops(layer.lora_dropout[names[0]]) and not (arguments or keywords)
     if not own or layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *arguments, **keywords)
     device = x.device.type
@@ -54,6 +54,10 @@ def _forward(layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     with torch.autocast(device, enabled=False):
         a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
         return _AddAdapter.apply(out.to(x.dtype), x, a, b, layer.scaling[names[0]])
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def plain_lora_layers(model: nn.Module) -> list[Any]:

@@ -149,7 +149,7 @@ def _fits(found: Forecast, budget: int | None) -> bool:
 def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
     """What would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
-    if phase == "rollout" and config.rollout_weights == "dense":
+    if phase == "rollout" and found.phases[phase].get("dense weights"):
         yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
     if phase == "rollout" and config.has_cuda_graphs and not found.padded:
         yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
@@ -225,10 +225,10 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
-    rollout = (
-        _generate_bytes(key, config, traced, layer) if traced.padded else _engine_bytes(key, config, traced, layer)
-    )
-    if config.rollout_weights == "dense":
+    dense = config.rollout_weights == "dense"
+    count = _generate_bytes if traced.padded else _engine_bytes
+    rollout = count(key, config, traced, 0 if dense else layer)
+    if dense:
         rollout["dense weights"] = traced.dense
     phases = {
         "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.attention import UnknownAttention, in_a_line, refusal
 from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.packing import MicroBatch, fills_one, pack
 from lowmem_grpo.policy import Policy, add_adapter, equip
 
@@ -82,10 +81,10 @@ class Traced:
     resident: dict[str, int]
     adapter_sizes: tuple[int, ...]  # numbers in each trained parameter
     largest_linear: int  # numbers in the largest 4-bit layer
+    dense: int  # bytes of all 4-bit layers in the compute dtype, which rollout_weights="dense" samples from
     ran: Ran
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
-    dense: int  # bytes of the merged copy of the weights that rollout_weights="dense" samples from
 
     @property
     def adapter_numbers(self) -> int:
@@ -112,8 +111,7 @@ def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
         padded = _why_padded(whole, config)
         config = replace(config, padding_free=config.padding_free and not padded)
         generated = run_generate(whole, config) if padded else None
-        dense = dense_bytes(whole, getattr(torch, config.compute_dtype))
-        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated, dense)
+        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -400,27 +398,26 @@ class Live(TorchDispatchMode):
         self.now -= self.known.pop(key)[0]
 
 
-def _resident(whole: PeftModel, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int]:
-    """Bytes of the weights by kind, the numbers in each trained parameter, those in the largest 4-bit layer."""
+def _resident(whole: PeftModel, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int, int]:
+    """Bytes of the weights by kind, numbers in each trained parameter and in the largest 4-bit layer, dense bytes."""
     base: Any = whole.get_base_model()
     size = getattr(torch, config.compute_dtype).itemsize
-    quantized, largest, counted = 0, 0, set()
+    quantized, counted = [], set()
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if type(module) is nn.Linear and module is not head and "lora_" not in name and config.load_in_4bit:
-            quantized += nf4_bytes(module.weight.numel())
-            largest = max(largest, module.weight.numel())
+            quantized.append(module.weight.numel())
             counted.add(id(module.weight))
     adapters = [p for p in whole.parameters() if p.requires_grad]
     counted |= {id(p) for p in adapters}
     away = id(base.get_input_embeddings().weight) if config.offload_embedding else None
     others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted and id(p) != away}
     resident = {
-        "4-bit linear layers": quantized,
+        "4-bit linear layers": sum(map(nf4_bytes, quantized)),
         "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in whole.buffers()),
         "adapters": sum(4 * p.numel() for p in adapters),
     }
-    return resident, tuple(p.numel() for p in adapters), largest
+    return resident, tuple(p.numel() for p in adapters), max(quantized, default=0), size * sum(quantized)
 
 
 def nf4_bytes(numbers: int) -> int:

@@ -333,12 +333,27 @@ def test_keys_and_values_are_as_predicted(name, rollout_kv):
     assert predicted == sum(part.nbytes for part in parts if part is not None)
 
 
-def test_a_dense_copy_of_the_weights_is_planned():
-    config = GRPOConfig(**TASK)
+@pytest.mark.parametrize("settings", [{}, {"lora_target_modules": ["q_proj"]}, {"load_in_4bit": False}], ids=str)
+def test_a_dense_copy_of_the_4_bit_layers_is_planned(settings):
+    """And no layer besides, which only 4-bit products dequantize."""
+    config = GRPOConfig(**TASK, **settings)
     dense = replace(config, rollout_weights="dense")
     parts = memory.forecast(SHAPES["qwen2"], dense).phases["rollout"]
-    assert parts["dense weights"] == dense_bytes(make_policy("qwen2", config).base, torch.bfloat16) > 0
-    assert "dense weights" not in memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+    expected = dense_bytes(make_policy("qwen2", config).base, torch.bfloat16)
+    assert parts["dense weights"] == expected and (expected > 0) == config.load_in_4bit
+    others = memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+    assert "dense weights" not in others
+    assert (others["prefill or logits"] > parts["prefill or logits"]) == config.load_in_4bit
+
+
+def test_a_plan_takes_no_dense_copy_away_where_there_is_none():
+    config = GRPOConfig(**TASK, rollout_weights="dense")
+    for in_4bit in (True, False):
+        tight = replace(config, load_in_4bit=in_4bit)
+        found = memory.forecast(SHAPES["qwen2"], tight)
+        found = replace(found, phases={"rollout": found.phases["rollout"]})  # and so the largest
+        names = [change.name for change in memory._changes(SHAPES["qwen2"], tight, found)]
+        assert ("rollout_weights" in names) == in_4bit
 
 
 def test_captured_steps_have_memory_of_their_own():

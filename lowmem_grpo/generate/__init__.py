@@ -40,11 +40,12 @@ def sample(
     """num_generations completions of each prompt, group after group, with the adapters as they are now.
 
     At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
-    prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized and merged with the adapters
-    once for the call; "auto" does so on a CPU whose free memory holds them eight times over when that is first asked
-    of a policy. Keys and values are kept in the compute dtype, or in "int8". On a GPU they lie in pages, where paged,
-    and steps of decoding are captured as cuda_graphs and replayed; where that does not work for a model, a warning says
-    why. A model that the engine does not know is sampled from by transformers' `generate`, after a warning.
+    prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized once for the call, which takes
+    dense_bytes of memory; "auto" does so on a CPU whose free memory holds them eight times over when that is first
+    asked of a policy. Adapters are added to either as in training. Keys and values are kept in the compute dtype, or in
+    "int8". On a GPU they lie in pages, where paged, and steps of decoding are captured as cuda_graphs and replayed;
+    where that does not work for a model, a warning says why. A model that the engine does not know is sampled from by
+    transformers' `generate`, after a warning.
 
     Where a call ran out of memory, the next ones have the tokens that were enough for it.
 
