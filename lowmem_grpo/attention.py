@@ -68,16 +68,16 @@ def configs_of(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def attending(configs: list[Any]) -> Iterator[None]:
-    """The layers of the model whose configs_of these are call `attend` for the while."""
+def attending(configs: list[Any], name: str = NAME) -> Iterator[None]:
+    """The layers of the model whose configs_of these are call `attend` for the while, or another attention by name."""
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.lora import keep_one_input
 from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.packed_attention import Packed, flash_serves
-from lowmem_grpo.packing import MicroBatch, pack
+from lowmem_grpo.packing import MicroBatch
+from lowmem_grpo.trial import difference_when_packed
 from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
@@ -211,31 +212,6 @@ class Policy:
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first that has a NaN or an infinity, if any has."""
     return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
-
-
-def difference_when_packed(policy: Policy) -> str | None:
-    """Why packed rows do not give the log-probabilities of separate ones, or None. Two prompts, uneven completions."""
-    draw = torch.Generator().manual_seed(0)
-    length = iter([9, 9, 5, 1, 4, 7, 2, 8])
-    ids = [torch.randint(policy.head.weight.shape[0], (n,), generator=draw).tolist() for n in length]
-    given: dict[str, Any] = dict(token_budget=1000, pad_token_id=policy.pad_token_id, device=policy.device)
-    logprobs = []
-    try:
-        for padding_free in (False, True):
-            batches = pack(ids[:2], ids[2:], num_generations=3, padding_free=padding_free, **given)
-            flat = torch.zeros(sum(map(len, ids[2:])), device=policy.device)
-            with policy.inference():
-                for batch in batches:
-                    flat[batch.tokens] = policy.logprobs(batch, 1.0)
-            logprobs.append(flat)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
-        return in_a_line(error)
-    error = (logprobs[0] - logprobs[1]).abs().max().item()
-    if not error < (1e-3 if policy.dtype == torch.float32 else 0.5):
-        return f"log-probabilities of a packed row are {error:.1g} away from those of separate ones"
-    return None
 
 
 def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
