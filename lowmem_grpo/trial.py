@@ -178,9 +178,9 @@ def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
 
 
 def too_far(errors: dict[str, float], noise: dict[str, float]) -> str | None:
-    """Where an fp32 output is further away than LEAST, and than 10 times what it is in another batch; or None."""
+    """Where an fp32 output is further away than LEAST, and than 3 times what it is in another batch; or None."""
     for name, error in errors.items():
-        if not error <= min(max(LEAST, 10 * noise.get(name, 0.0)), MOST):  # a NaN is too far, too
+        if not error <= min(max(LEAST, 3 * noise.get(name, 0.0)), MOST):  # a NaN is too far, too
             return f"{name} is {error:.1g} away"
     return None
 
