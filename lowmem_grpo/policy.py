@@ -31,7 +31,7 @@ from lowmem_grpo.lora import keep_one_input
 from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.packed_attention import Packed, flash_serves
 from lowmem_grpo.packing import MicroBatch
-from lowmem_grpo.trial import difference_when_packed
+from lowmem_grpo.trial import difference_when_packed, refused
 from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
@@ -131,12 +131,12 @@ class Policy:
         reason = refusal(self.base)
         if not reason:
             self.varlen = flash_serves(self.device, self.dtype)
-            reason = difference_when_packed(self)
+            reason = refused(self, difference_when_packed)
         name = type(self.base).__name__
         if reason and self.varlen:
             warn(f"{name} attends without flash attention, which is slower: {reason}")
             self.varlen = False
-            reason = difference_when_packed(self)
+            reason = refused(self, difference_when_packed)
         if reason:
             warn(f"{name} is trained on padded rows, which takes more memory: {reason}")
         return not reason

@@ -7,9 +7,9 @@ is not: a layer that carries a thousandth of one sequence into the next shows.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -40,14 +40,16 @@ LEAST, MOST = 1e-4, 1e-3
 # Attention in 16 bits, from that in fp32 on the same queries, keys and values: 0.007 at most, its gradients 0.025.
 ROUGH = 0.1
 
+LAST = "its last hidden state"  # the name of what a decoder gives
 
-def text_ids(policy: Any, text: str, count: int) -> list[int]:
-    """So many ids of a text, over again where it is shorter; none of them is special."""
-    special = {*policy.tokenizer.all_special_ids, *policy.eos_token_ids}
+
+def pieces(policy: Any, text: str, lengths: Sequence[int]) -> list[list[int]]:
+    """The ids of a text, cut at these lengths, and over again where it is shorter; none of them is special."""
+    vocabulary, special = range(policy.head.weight.shape[0]), {*policy.tokenizer.all_special_ids, *policy.eos_token_ids}
     ids = policy.tokenizer(text, add_special_tokens=False).input_ids
-    vocabulary = range(policy.head.weight.shape[0])
     ids = [i for i in ids if i in vocabulary and i not in special] or [i for i in vocabulary if i not in special]
-    return [ids[i % len(ids)] for i in range(count)]
+    endless = cycle(ids)
+    return [[next(endless) for _ in range(length)] for length in lengths]
 
 
 def parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,7 +139,7 @@ def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Ite
             calls[name] = calls.get(name, 0) + 1
             keep(name if calls[name] == 1 else f"{name}, call {calls[name]},", output.flatten(2))
 
-    watched = [("its last hidden state", decoder)]
+    watched = [(LAST, decoder)]
     for name, layer in parts(decoder):
         if name.rpartition(".")[2].isdigit():
             watched += [(name, layer), *((f"{name}.{child}", module) for child, module in layer.named_children())]
@@ -149,7 +151,7 @@ def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Ite
             hook.remove()
 
 
-def _outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
+def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
     """What the layers make of the tokens that the batches' N tokens are predicted from."""
     found: Outputs = {}
     for batch in batches:
@@ -189,16 +191,16 @@ class Differs(ValueError):
     """A layout of ours gives something else, and the message says what and how far."""
 
 
-def difference_when_packed(policy: Any) -> str | None:
-    """Why packed rows do not give what separate ones give, or None. Two prompts, of which one is shared.
+def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
+    """Why a trial of the policy fails with each of TEXTS, or None; what it raises is a reason too.
 
-    A text that is refused is followed by another, up to three: a rounding may swap two experts of equal weight.
+    A text that is refused is followed by another: a rounding may swap two experts of equal weight.
     """
     reason = None
     try:
         with policy.inference(), narrow_windows(policy.base):
             for text in TEXTS:
-                reason = _difference_when_packed(policy, text)
+                reason = trial(policy, text)
                 if reason is None:
                     return None
     except torch.OutOfMemoryError:
@@ -208,24 +210,23 @@ def difference_when_packed(policy: Any) -> str | None:
     return reason
 
 
-def _difference_when_packed(policy: Any, text: str) -> str | None:
+def difference_when_packed(policy: Any, text: str) -> str | None:
+    """Why packed rows do not give what separate ones give, or None. Two prompts, of which one is shared."""
     lengths = (26, 1, 9, 5, 1, 14, 7, 2, 12, 3)
-    ends = list(accumulate(lengths))
-    ids = text_ids(policy, text, ends[-1])
-    pieces = [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    texts = pieces(policy, text, lengths)
 
     def batches(token_budget: int = 1000, padding_free: bool = False) -> Iterator[MicroBatch]:
         return pack(
-            pieces[:2], pieces[2:], num_generations=4, padding_free=padding_free, token_budget=token_budget,
+            texts[:2], texts[2:], num_generations=4, padding_free=padding_free, token_budget=token_budget,
             pad_token_id=policy.pad_token_id, device=policy.device,
         )  # fmt: skip
 
     count = sum(lengths[2:])
     with in_fp32(policy) as exact:
         with attending(policy.configs, "eager"):
-            truth = _outputs(exact, batches(), count)
-            noise = distances(_outputs(exact, batches(token_budget=90), count), truth)
-        reason = too_far(distances(_outputs(exact, batches(padding_free=True), count), truth), noise)
+            truth = outputs(exact, batches(), count)
+            noise = distances(outputs(exact, batches(token_budget=90), count), truth)
+        reason = too_far(distances(outputs(exact, batches(padding_free=True), count), truth), noise)
     if reason:
         return f"{reason} in a packed row from what it is in a separate one"
     if policy.dtype != torch.float32:

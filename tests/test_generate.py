@@ -504,7 +504,7 @@ def test_a_model_whose_steps_do_not_add_up_is_refused(monkeypatch):
     layer = policy.decoder.layers[0].mlp
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda x: forward(x) * x.shape[1])  # as if tokens saw each other there
-    assert "away from its own forward" in engine.refusal(policy, policy.dtype)
+    assert "away in a step from stored keys and values" in engine.refusal(policy, policy.dtype)
 
 
 def test_a_known_model_is_not_refused(family):

@@ -38,7 +38,9 @@ ALLOWED = {
     "data": {"config", "rollout"},
     "rewards": {"packing", "rewards"},
     "tasks": {"config", "rewards"},
-    "generate": {"attention", "generate", "kernels", "lora", "out_of_memory", "policy", "rollout", "warn"},
+    "generate": {
+        "attention", "generate", "kernels", "lora", "out_of_memory", "packing", "policy", "rollout", "trial", "warn"
+    },
     "metrics": {"advantages", "rollout"},
     "tracing": {"attention", "config", "generate", "packing", "policy"},
     "memory": {"config", "generate", "kernels", "optimizer", "policy", "tracing"},

@@ -14,7 +14,7 @@ from lowmem_grpo import policy as policy_module
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.packing import Block, pack
 from lowmem_grpo.policy import load_policy, load_tokenizer
-from lowmem_grpo.trial import difference_when_packed
+from lowmem_grpo.trial import difference_when_packed, refused
 
 PRECISIONS = [dict(bf16=False), dict(bf16=True)]
 both = pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
@@ -67,7 +67,7 @@ def test_a_wrong_layout_is_refused(name, precision, monkeypatch):
 
     policy = make_policy("llama", **precision)
     monkeypatch.setattr(trial, "pack", wrong)
-    assert "self_attn is" in difference_when_packed(policy)
+    assert "self_attn is" in refused(policy, difference_when_packed)
 
 
 @both
@@ -85,7 +85,7 @@ def test_a_window_that_is_off_by_one_is_refused(family, off, precision, monkeypa
     for owner in (policy.base.config, *policy.base.modules()):
         if getattr(owner, "sliding_window", None):
             owner.sliding_window = 4096
-    assert "self_attn is" in difference_when_packed(policy)
+    assert "self_attn is" in refused(policy, difference_when_packed)
     assert policy.base.config.sliding_window == 4096
 
 
@@ -115,7 +115,7 @@ def deep(request):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 30})).eval()
     policy = make_policy(model, load_in_4bit=False, lora_target_modules=["q_proj"], **request.param)
-    assert difference_when_packed(policy) is None
+    assert refused(policy, difference_when_packed) is None
     return policy
 
 
@@ -131,7 +131,7 @@ def test_one_layer_of_thirty_that_mixes_a_little_along_the_row_is_refused(name, 
 
     hook = getattr(deep.decoder.layers[17], part).register_forward_hook(mix)
     try:
-        assert f"layers.17.{part} is" in difference_when_packed(deep)
+        assert f"layers.17.{part} is" in refused(deep, difference_when_packed)
     finally:
         hook.remove()
 
@@ -160,7 +160,7 @@ def test_a_state_that_goes_on_from_one_sequence_into_the_next_is_refused(kind, p
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **STATES[kind]})).eval()
     policy = make_policy(model, load_in_4bit=False, lora_target_modules="all-linear", **precision)
-    assert "away in a packed row" in difference_when_packed(policy)
+    assert "away in a packed row" in refused(policy, difference_when_packed)
 
 
 @pytest.fixture
@@ -210,11 +210,11 @@ def test_as_much_as_separate_rows_differ_in_other_batches_is_allowed_where_it_is
     layer = policy.decoder.layers[1].mlp
     scales = {2: 1 + 2e-4, 1: 1 + 3e-4}
     layer.register_forward_hook(lambda _, __, out: out * scales.get(len(out), 1))
-    assert difference_when_packed(policy) is None
+    assert refused(policy, difference_when_packed) is None
     del scales[2]
-    assert "layers.1.mlp is" in difference_when_packed(policy)
+    assert "layers.1.mlp is" in refused(policy, difference_when_packed)
     scales.update({2: 1.02, 1: 1.02})
-    assert "layers.1.mlp is" in difference_when_packed(policy)
+    assert "layers.1.mlp is" in refused(policy, difference_when_packed)
 
 
 def looks(policy):
@@ -233,7 +233,7 @@ def test_a_trial_leaves_the_model_and_random_numbers_as_they_were(settings, fail
     if fails:
         monkeypatch.setattr(policy.decoder.layers[1].mlp, "forward", lambda x: x @ x)
     before, numbers, precision = looks(policy), torch.get_rng_state(), torch.backends.cuda.matmul.fp32_precision
-    assert bool(difference_when_packed(policy)) == fails
+    assert bool(refused(policy, difference_when_packed)) == fails
     assert looks(policy) == before
     assert torch.equal(torch.get_rng_state(), numbers)
     assert torch.backends.cuda.matmul.fp32_precision == precision
@@ -255,6 +255,6 @@ def test_a_real_model_is_packed_and_one_weak_mixer_in_it_is_refused(name, precis
     policy = real_policy(name, **precision)
     for text in trial.TEXTS:
         monkeypatch.setattr(trial, "TEXTS", (text,))
-        assert difference_when_packed(policy) is None
+        assert refused(policy, difference_when_packed) is None
     policy.decoder.layers[11].mlp.register_forward_hook(lambda _, __, out: out + 1e-3 * shift(out))
-    assert "layers.11.mlp is" in difference_when_packed(policy)
+    assert "layers.11.mlp is" in refused(policy, difference_when_packed)

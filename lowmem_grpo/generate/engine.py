@@ -7,13 +7,14 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.attention import attending, in_a_line, laid_out
+from lowmem_grpo.attention import attending, laid_out
 from lowmem_grpo.attention import refusal as attention_refusal
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.graphs import Graphs, cuda_capture
@@ -22,9 +23,12 @@ from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
 from lowmem_grpo.out_of_memory import as_torch_says_it
+from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import Policy
 from lowmem_grpo.rollout import Completion
+from lowmem_grpo.trial import LAST, ROUGH, distances, in_fp32, outputs, outputs_kept, pieces, refused, too_far
 
+ROUGHEST = 0.5  # what the last hidden state may be away, after the rounding of all layers and of int8 keys and values
 # A GPU is asked what it sampled only every so many tokens; a slot that ended in between goes on for nothing until then.
 ASK_EVERY = {"cuda": 8, "cpu": 1}
 CAPTURE = {"cuda": cuda_capture}
@@ -32,38 +36,48 @@ CAPTURE = {"cuda": cuda_capture}
 
 def refusal(policy: Policy, kv_dtype: torch.dtype) -> str | None:
     """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
-    reason = attention_refusal(policy.base)
-    if reason:
-        return reason
-    try:
-        return _difference(policy, kv_dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
-        return in_a_line(error)
+    return attention_refusal(policy.base) or refused(policy, partial(_difference, kv_dtype=kv_dtype))
 
 
-def _difference(policy: Policy, kv_dtype: torch.dtype) -> str | None:
-    """Compare prefill and one decoded token of two texts with the model's own forward, in each kind of store."""
-    plans = [RolloutPlan(2, 1, 2, 5), RolloutPlan(2, 6, 0, 0)]
+def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
+    """Compare prefill and one decoded token of three texts with the model's own forward, in each kind of store.
+
+    In fp32 each output of each layer. In the run's precision the first layer's, in which no other's rounding is, and
+    roughly the last hidden state: with int8 keys and values it is up to 0.18 away in Gemma 3 270M.
+    """
+    texts = pieces(policy, text, (14, 9, 11))
+    plans = [RolloutPlan(3, 1, 3, 13), RolloutPlan(3, 14, 0, 0)]
     if policy.device.type == "cuda":
-        plans.append(RolloutPlan(2, 2 * PAGE, 2, 5, 5, PAGE))  # several pages a slot: another kernel
-    ids = torch.randint(policy.head.weight.shape[0], (2, 6), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(policy.device)
-    with policy.inference(), policy.autocast():
-        theirs = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()
+        plans.append(RolloutPlan(3, 2 * PAGE, 3, 13, 7, PAGE))  # several pages a slot: another kernel
+    nexts = [ids[-1:] for ids in texts]  # any: what is looked at are the tokens that predict them
+    with in_fp32(policy) as exact:
+        batches = pack(texts, nexts, token_budget=100, pad_token_id=policy.pad_token_id, device=policy.device)
+        with attending(policy.configs, "eager"):
+            truth = outputs(exact, batches, len(texts))
+        errors = [distances(_stepped(exact, texts, plan, torch.float32), truth) for plan in plans]
+        reason = next(filter(None, (too_far(error, {}) for error in errors)), None)
+    if not reason and kv_dtype != torch.float32:
+        first_layer = next(iter(truth)).rpartition(".")[0]
         for plan in plans:
-            store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
-            scheduler = Scheduler([0, 1], 1, 2, plan.prefixes, plan.pages, plan.page_tokens)
-            slots = Slots(policy, store, plan, scheduler)
-            with attending(policy.configs):
-                slots.admit([row.tolist() for row in ids], prefill_tokens=100, ahead=1)
-                slots.reserve(ahead=1)
-                ours = slots.hidden(slots.rows).float()
-            error = ((ours - theirs).norm() / theirs.norm()).item()
-            if not error < (1e-3 if kv_dtype == torch.float32 else 0.1):
-                return f"a step from stored keys and values is {error:.1g} away from its own forward"
-    return None
+            for name, error in distances(_stepped(policy, texts, plan, kv_dtype), truth).items():
+                bound = ROUGH if name.startswith(first_layer) else ROUGHEST if name == LAST else torch.inf
+                if not error <= bound:
+                    reason = f"{name} is {error:.1g} away"
+    return reason and f"{reason} in a step from stored keys and values from what it is in its own forward"
+
+
+def _stepped(policy: Policy, texts: list[list[int]], plan: RolloutPlan, kv_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the layers make of each text's last token, decoded after a prefill of those before it."""
+    store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
+    scheduler = Scheduler(list(range(len(texts))), 1, len(texts), plan.prefixes, plan.pages, plan.page_tokens)
+    slots = Slots(policy, store, plan, scheduler)
+    found: dict[str, Tensor] = {}
+    with policy.autocast(), attending(policy.configs):
+        slots.admit(texts, prefill_tokens=100, ahead=1)
+        slots.reserve(ahead=1)
+        with outputs_kept(policy.decoder, lambda name, output: found.update({name: output[:, -1].float().cpu()})):
+            slots.hidden(slots.rows)
+    return found
 
 
 class Ran(NamedTuple):
