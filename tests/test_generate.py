@@ -507,11 +507,67 @@ def test_a_model_whose_steps_do_not_add_up_is_refused(monkeypatch):
     assert "away in a step from stored keys and values" in engine.refusal(policy, policy.dtype)
 
 
+def one_token_is_a_thousandth_off(policy, monkeypatch):
+    policy.decoder.layers[1].mlp.register_forward_hook(lambda _, __, out: out * (1 + 1e-3 * (out.shape[1] == 1)))
+
+
+def a_step_is_one_place_further(policy, monkeypatch):
+    def moved(decoder, arguments, keywords):
+        if keywords["input_ids"].shape[1] == 1 and "position_ids" in keywords:
+            keywords["position_ids"] = keywords["position_ids"] + 1
+        return arguments, keywords
+
+    policy.decoder.register_forward_pre_hook(moved, with_kwargs=True)
+
+
+def attention_changed(name, change):
+    def changed(policy, monkeypatch):
+        own = getattr(store, name)
+        monkeypatch.setattr(store, name, lambda *given: own(*given[:-3], *change(*given[-3:])))
+
+    return changed
+
+
+STEPS = {
+    "a weak layer": one_token_is_a_thousandth_off,
+    "a position": a_step_is_one_place_further,
+    "a prompt's window": attention_changed(
+        "_prefill", lambda scaling, window, cap: (scaling, window and window + 1, cap)
+    ),
+    "a step's window": attention_changed("_decode", lambda scaling, window, cap: (scaling, window and window + 1, cap)),
+    "no window": attention_changed("_decode", lambda scaling, window, cap: (scaling, None, cap)),
+    "a scale": attention_changed("_decode", lambda scaling, window, cap: (scaling * 1.01, window, cap)),
+}
+
+
+@pytest.mark.parametrize("bf16, kv_dtype", [(False, torch.float32), (True, torch.bfloat16), (True, torch.int8)])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_is_a_little_wrong_is_refused_in_every_precision(name, bf16, kv_dtype, monkeypatch):
+    """Windows are of 24 tokens, and a trial's texts of 14."""
+    policy = make_policy("gemma3", bf16=bf16)
+    assert engine.refusal(policy, kv_dtype) is None
+    STEPS[name](policy, monkeypatch)
+    assert "away in a step" in engine.refusal(policy, kv_dtype)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_int8_that_is_read_wrongly_is_refused(bf16, monkeypatch):
+    """Which the trial in fp32 does not see."""
+    policy = make_policy("llama", bf16=bf16)
+
+    def wrong(numbers, scales, dtype):
+        return dequantized(numbers, scales.float().roll(1, -1), dtype)
+
+    monkeypatch.setattr(store, "dequantized", wrong)
+    assert "layers.0.self_attn is" in engine.refusal(policy, torch.int8)
+
+
 def test_a_known_model_is_not_refused(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert engine.refusal(make_policy(family), torch.float32) is None
         assert engine.refusal(make_policy(family, bf16=True), torch.bfloat16) is None
+        assert engine.refusal(make_policy(family, bf16=True), torch.int8) is None
 
 
 on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))

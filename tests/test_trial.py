@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from lowmem_grpo import packed_attention, trial
 from lowmem_grpo import policy as policy_module
 from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.generate import engine
 from lowmem_grpo.packing import Block, pack
 from lowmem_grpo.policy import load_policy, load_tokenizer
 from lowmem_grpo.trial import difference_when_packed, refused
@@ -258,3 +259,12 @@ def test_a_real_model_is_packed_and_one_weak_mixer_in_it_is_refused(name, precis
         assert refused(policy, difference_when_packed) is None
     policy.decoder.layers[11].mlp.register_forward_hook(lambda _, __, out: out + 1e-3 * shift(out))
     assert "layers.11.mlp is" in refused(policy, difference_when_packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma3-270m"])
+def test_a_real_model_is_sampled_from_stored_keys_and_values(name, monkeypatch):
+    policy = real_policy(name)
+    for text in trial.TEXTS:
+        monkeypatch.setattr(trial, "TEXTS", (text,))
+        assert engine.refusal(policy, torch.bfloat16) is engine.refusal(policy, torch.int8) is None
