@@ -39,7 +39,16 @@ ALLOWED = {
     "rewards": {"packing", "rewards"},
     "tasks": {"config", "rewards"},
     "generate": {
-        "attention", "generate", "kernels", "lora", "out_of_memory", "packing", "policy", "rollout", "trial", "warn"
+        "attention",
+        "generate",
+        "kernels",
+        "lora",
+        "out_of_memory",
+        "packing",
+        "policy",
+        "rollout",
+        "trial",
+        "warn",
     },
     "metrics": {"advantages", "rollout"},
     "tracing": {"attention", "config", "generate", "packing", "policy"},

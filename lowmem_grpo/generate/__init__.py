@@ -99,7 +99,7 @@ def sample(
         stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
         ran = engine.run(
             policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
-            cuda_graphs,
+            cuda_graphs, dense,
         )  # fmt: skip
     if not any(completion.is_finite for completion in ran.completions):
         raise FloatingPointError(NOT_FINITE)

@@ -110,6 +110,7 @@ def run(
     prefill_tokens: int,
     kv_dtype: torch.dtype,  # the policy's, or int8
     graphs: bool,  # whether CUDA graphs may be captured
+    dense: bool = False,  # whether the layers are those of dense weights, whose captures are others
 ) -> Ran:
     """num_generations completions of each prompt.
 
@@ -126,7 +127,7 @@ def run(
         try:
             with as_torch_says_it():
                 captured = _run(
-                    policy, prompts, params, now, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, done
+                    policy, prompts, params, now, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, dense, done
                 )
         except torch.OutOfMemoryError as error:
             out_of_memory += 1
@@ -145,13 +146,14 @@ def run(
 
 def _run(
     policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
-    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, graphs: bool, done: dict[int, Completion],
+    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, graphs: bool, dense: bool,
+    done: dict[int, Completion],
 ) -> int:  # fmt: skip
     """Fill done; how many graphs were replayed for it."""
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params, uniforms)
     capture = CAPTURE.get(policy.device.type) if graphs else None
-    kind = params, kv_dtype, plan.shared, plan.paged
+    kind = params, kv_dtype, plan.shared, plan.paged, dense
     captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture(), slots.held, kind)
     step = captured or slots.step
     finish_of = ending(policy, params)
