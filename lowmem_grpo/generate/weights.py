@@ -19,12 +19,12 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, *, dense: bool) -> Iterat
     """Each adapter in two products, the second added onto the base layer's output: 2 calls where PEFT makes 7.
 
     With dense, every 4-bit layer is dequantized once for the while, which takes dense_bytes. Adapters stay apart from
-    that copy: merged into it and rounded to bf16, they lost 0.8 of what 20 steps of training had changed.
+    that copy: after 20 steps of SmolLM2-135M the rounding of a merged one, in bf16, was 0.83 of what they add.
     """
     forwards: dict[Any, Callable] = {layer: _dequantized(layer, dtype) for layer in _in_4bit(model)} if dense else {}
     for layer in plain_lora_layers(model):
         if not layer.disable_adapters and not layer.merged:
-            base = layer.get_base_layer()
+            base: Callable = layer.get_base_layer()
             forwards[layer] = _adapted(layer, forwards.get(base, base), dtype)
     before = {layer: vars(layer).get("forward") for layer in forwards}  # training's, or accelerate's
     try:
