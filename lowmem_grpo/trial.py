@@ -33,9 +33,8 @@ TEXTS = (
 
 Outputs = dict[str, Tensor]  # of each layer and of each of its parts: (N, D) fp32, on the CPU
 
-
-# Of outputs in fp32. Those of SmolLM2 and Gemma 3 270M are 1e-5 away at most; in tiny random models a state that goes on
-# from one sequence into the next is 0.4 to 0.95 away.
+# Of outputs in fp32. Those of SmolLM2 and Gemma 3 270M are 1e-5 away at most; of tiny random models, where a state
+# goes on from one sequence into the next, 0.4 to 0.95.
 LEAST, MOST = 5e-5, 1e-3
 # Of attention in 16 bits from that in fp32 on the same queries, keys and values, softened: 0.003 at most, its gradients
 # 0.007; one key more in a window of WINDOW tokens is 0.3 away.
@@ -252,7 +251,7 @@ class InBothPrecisions:
     ) -> Tensor:  # fmt: skip
         # Softened: attention that picks one key says little of the others, and its gradient is little but rounding.
         lengths = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
-        soft = min(scaling, 4 / lengths.item())
+        soft = min(scaling, 4 / max(lengths.item(), 1e-30))
 
         def run(packed: Packed, dtype: torch.dtype, upstream: Tensor | None = None) -> list[Tensor]:
             """Fp32 results (N, H, D), and gradients of query, key and value under upstream, or under the results."""
