@@ -2,6 +2,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ def test_every_family_packs_without_a_warning(family, precision):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert make_policy(family, **precision).packs
+
+
+def test_a_tokenizer_that_reads_no_text_is_no_reason_to_refuse():
+    policy = make_policy()
+    policy.tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)  # what benchmarks of random models have
+    assert policy.packs
+    assert engine.refusal(policy, policy.dtype) is None
 
 
 def by_the_rows_places(batch):
