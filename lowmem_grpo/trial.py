@@ -37,7 +37,7 @@ Outputs = dict[str, Tensor]  # of each layer and of each of its parts: (N, D) fp
 # goes on from one sequence into the next, 0.4 to 0.95.
 LEAST, MOST = 5e-5, 1e-3
 # Of attention in 16 bits from that in fp32 on the same queries, keys and values, softened: 0.003 at most, its gradients
-# 0.007; one key more in a window of WINDOW tokens is 0.3 away.
+# 0.008; one key more in a window of WINDOW tokens is 0.3 away.
 ROUGH = 0.05
 
 LAST = "its last hidden state"  # the name of what a decoder gives
