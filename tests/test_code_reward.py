@@ -1,13 +1,16 @@
 """What code in the sandbox tries, it must not manage; the tests run as root too, if the suite does."""
 
+import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,10 +128,10 @@ def test_no_socket_reaches_anyone(statement):
 
 def test_a_listening_server_hears_nothing():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.5)
+        server.setblocking(False)
         code = f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{server.getsockname()[1]}')"
         assert attempt(code) is None
-        with pytest.raises(TimeoutError):
+        with pytest.raises(BlockingIOError):  # nobody has connected: the code has come to its end
             server.accept()
 
 
@@ -190,55 +193,62 @@ def test_a_32_bit_call_ends_the_process():
     assert output == "before\n" and status == -31  # SIGSYS
 
 
-def processes_with(mark: str) -> list[str]:
+def processes_with(mark: str) -> list[Path]:
+    """/proc/{id} of the processes whose command has the mark in it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             if mark in path.read_text():
-                found.append(str(path))
-        except OSError:
-            continue
+                found.append(path.parent)
     return found
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for an event; fail where it has not come after a minute."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def own_jail(tmp_path, monkeypatch) -> str:
+    """A jail that no other test's process runs, whose processes can be told apart by its path."""
+    monkeypatch.setattr(sandbox, "JAIL", Path(shutil.copy(jail.__file__, tmp_path)))
+    return str(sandbox.JAIL)
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "while True: pass",
-        "import time; time.sleep(60)",
+        "import time; time.sleep(600)",
         "import signal\nfor n in range(1, 32):\n    n in (9, 19) or signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(60)",
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
-        "import atexit, time\natexit.register(time.sleep, 60)",
+        "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(600)",
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
+        "import atexit, time\natexit.register(time.sleep, 600)",
         "x = 10 ** 10 ** 10",
-        "import threading, time\nthreading.stack_size(32768)\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+        "import threading, time\nthreading.stack_size(32768)\nwhile True: threading.Thread(target=time.sleep, args=(600,)).start()",
     ],
 )
-def test_nothing_outlives_its_limit(code):
+def test_nothing_outlives_its_limit(code, own_jail):
     started = time.monotonic()
     assert attempt(code, seconds=1.0) is None
-    assert time.monotonic() - started < 5
-    assert not processes_with(str(sandbox.JAIL))
+    assert time.monotonic() - started < 60  # of 600
+    assert not processes_with(own_jail)
 
 
-def test_the_jail_dies_with_its_trainer():
-    trainer = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from lowmem_grpo.rewards.sandbox import *; run_program('import time; time.sleep(60)', '', Limits(60.0))",
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    deadline = time.monotonic() + 20
-    while not processes_with(str(sandbox.JAIL)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)  # into the code
-    trainer.kill()
-    trainer.wait()
-    time.sleep(0.5)
-    assert not processes_with(str(sandbox.JAIL))
+def test_the_jail_dies_with_its_trainer(own_jail):
+    """Killed in the midst of its code, which shows from outside: it has a second thread."""
+    code = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()"
+    folder = Path(shutil.copy(sandbox.__file__, Path(own_jail).parent)).parent  # alone, it imports no PyTorch
+    trainer = f"import sandbox; sandbox.run_program({code!r}, '', sandbox.Limits(600.0))"
+    process = subprocess.Popen([sys.executable, "-c", trainer], env={**os.environ, "PYTHONPATH": str(folder)})
+    until(lambda: any(len(list(path.glob("task/*"))) == 2 for path in processes_with(own_jail)))
+    process.kill()
+    process.wait()
+    until(lambda: not processes_with(own_jail))
 
 
 @pytest.mark.parametrize(
@@ -334,10 +344,10 @@ def test_fences_are_found_as_models_write_them(text, code):
 
 
 def test_many_fences_are_read_in_linear_time():
-    started = time.monotonic()
+    started = time.process_time()
     for piece in ("```python\n", "```", "``` \n", " ", "\n ", "```python" + " " * 50):
         last_python_block(piece * (1_000_000 // len(piece)) + "`")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_rewards_for_asserts_and_for_programs():
@@ -374,11 +384,10 @@ def test_a_system_that_cannot_isolate_is_refused_unless_told_otherwise(monkeypat
     monkeypatch.setattr("lowmem_grpo.rewards.code.cannot_isolate", lambda: "the kernel has no Landlock")
     with pytest.raises(ValueError, match="cannot isolate code here: the kernel has no Landlock.*allow_unsafe=True"):
         RewardRunner([code_reward], 60).try_out(["p"], {"tests": [TESTS]})
-    unsafe = get_code_reward(allow_unsafe=True, timeout=2.0)
-    escape = "import subprocess\ndef double(x):\n    subprocess.Popen(['sleep', '61.5'])\n    return x + x"
+    unsafe, mark = get_code_reward(allow_unsafe=True), f"61{os.getpid()}.5"
+    escape = f"import subprocess\ndef double(x):\n    subprocess.Popen(['sleep', '{mark}'])\n    return x + x"
     assert unsafe(completions=[block(escape)], tests=[TESTS]) == [1.0]
-    time.sleep(0.3)
-    assert not processes_with("61.5")
+    until(lambda: not processes_with(mark))
 
 
 def test_a_jail_that_fails_to_isolate_runs_nothing(monkeypatch, tmp_path):

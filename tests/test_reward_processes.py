@@ -1,13 +1,12 @@
 import os
 import sys
-import time
 
 import pytest
 
 from lowmem_grpo.rewards import RewardRunner, in_processes
 
 MODULE = """
-import os, time
+import os, pathlib, time
 
 def score(completions, gold, prompts, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
     print("a worker's own output goes nowhere")
@@ -15,16 +14,17 @@ def score(completions, gold, prompts, completion_ids, trainer_state, log_metric,
     log_metric("letters", len(completion))
     log_extra("pid", [os.getpid()])
     if completion == "hang":
-        while True:
-            pass
+        time.sleep(600)
     if completion == "die":
         os._exit(0)
     if completion == "raise":
         raise KeyError("no such thing")
     if completion == "two":
         return [1.0, 2.0]
-    if completion == "sleep":
-        time.sleep(0.4)
+    if completion == "meet":  # comes back once three others have come too
+        pathlib.Path(f"{__file__}.{os.getpid()}").touch()
+        while len(list(pathlib.Path(__file__).parent.glob("own_rewards.py.*"))) < 4:
+            time.sleep(0.01)
     if completion == "None":
         return [None]
     return [float(completion == gold[0]) + trainer_state.global_step + len(completion_ids[0])]
@@ -55,9 +55,7 @@ def test_each_completion_is_scored_in_a_worker(module):
 def test_one_that_hangs_dies_or_raises_costs_no_other_its_reward(module, caplog):
     function = in_processes(f"{module}.score", workers=2, timeout=1.0)
     score(function, ["a", "a"])  # the workers are up
-    started = time.monotonic()
     scores = score(function, ["a", "hang", "die", "raise", "two", "b"])
-    assert time.monotonic() - started < 10
     assert scores.rewards[:, 0].isnan().tolist() == [False, True, True, True, True, False]
     assert scores.metrics["rewards/score/failures"] == 4
     for said in ("no answer within 1 s", "worker process died", "KeyError: 'no such thing'"):
@@ -69,16 +67,12 @@ def test_the_runners_own_limit_stops_the_workers_too(module):
     score(function, ["a"])
     runner = RewardRunner([function], timeout_s=0.5)
     assert runner(["p"], ["hang"], [[7]], {"gold": ["a"]}, 0).rewards.isnan().all()
-    started = time.monotonic()
-    assert score(function, ["a"]).rewards.tolist() == [[5.0]] and time.monotonic() - started < 10
+    assert score(function, ["a"]).rewards.tolist() == [[5.0]], "it does not wait for the one that hangs"
 
 
 def test_completions_are_scored_at_once(module):
-    function = in_processes(f"{module}.score", workers=4)
-    score(function, ["sleep"] * 4)
-    started = time.monotonic()
-    score(function, ["sleep"] * 4)
-    assert time.monotonic() - started < 1.2
+    scores = score(in_processes(f"{module}.score", workers=4, timeout=60.0), ["meet"] * 4)
+    assert scores.metrics["rewards/score/failures"] == 0
 
 
 def at_the_top(completions, **kwargs):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,9 +139,7 @@ def test_accuracy_needs_a_gold_column():
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(monkeypatch):
     monkeypatch.setattr(math_pool, "TIME_LIMIT_S", 0.0)
     monkeypatch.setattr(math_pool, "START_LIMIT_S", 0.0)  # a worker that is not up yet has this one
-    started = time.monotonic()
     assert math_equal([("x + x", "2x")]) == [False]
-    assert time.monotonic() - started < 5
     monkeypatch.undo()
     assert math_equal([("x + x", "2x")]) == [True]
 
@@ -290,27 +289,27 @@ def hang_in_python(**kwargs):
 
 
 def hang_in_sleep(**kwargs):
-    time.sleep(60)
+    time.sleep(600)
 
 
 def hang_and_catch(**kwargs):
     while True:
         with contextlib.suppress(Exception):
-            time.sleep(60)
+            time.sleep(600)
 
 
 async def hang_in_await(**kwargs):
-    await asyncio.sleep(60)
+    await asyncio.sleep(600)
 
 
 async def hang_the_loop(**kwargs):
-    time.sleep(60)
+    time.sleep(600)
 
 
 async def refuse_to_be_cancelled(**kwargs):
     while True:
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
 
 
 async def quick(completions, **kwargs):
@@ -337,7 +336,7 @@ def test_a_reward_that_hangs_is_stopped_and_the_others_count(function, in_main_t
     else:
         with ThreadPoolExecutor(1) as pool:
             scores = pool.submit(work).result()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # of 600
     assert scores.rewards[:, 2].tolist() == [1.0, 2.0] and scores.rewards[:, 1].isnan().all()
     assert function is hang_the_loop or scores.rewards[:, 0].tolist() == [1.0, 1.0]
     assert scores.metrics[f"rewards/{function.__name__}/failures"] == 2
@@ -355,10 +354,9 @@ def test_a_time_limit_leaves_no_signal_behind():
     assert signal.getsignal(SIGNAL) == before and threading.active_count() == threads
 
 
-def test_c_code_that_keeps_the_interpreters_lock_is_stopped():
-    started = time.monotonic()
+def test_c_code_that_keeps_the_interpreters_lock_is_stopped(caplog):
     scores = score(lambda **_: re.match(r"(a|a)*$", "a" * 28 + "b"), timeout_s=0.3)
-    assert time.monotonic() - started < 5 and scores.rewards.isnan().all()
+    assert scores.rewards.isnan().all() and "took longer than reward_timeout=0.3 s" in caplog.text
 
 
 def test_threads_that_compute_do_not_shorten_a_time_limit():
@@ -389,18 +387,21 @@ def test_a_time_limit_gives_a_timer_back():
 
 
 def test_async_rewards_run_concurrently():
+    """None ends before all have begun; their time is what they took, not what it took to make them."""
+    together = asyncio.Barrier(4)
+
     def slow(name):
         async def function(completions, **kwargs):
-            await asyncio.sleep(0.5)
+            await together.wait()
+            await asyncio.sleep(0.05)
             return [1.0 for _ in completions]
 
         function.__name__ = name
         return function
 
-    started = time.monotonic()
-    scores = score(*(slow(f"slow_{n}") for n in range(4)))
-    assert time.monotonic() - started < 1.5 and scores.rewards.tolist() == [[1.0] * 4] * 2
-    assert scores.metrics["time/reward/slow_3_s"] > 0.4
+    scores = score(*(slow(f"slow_{n}") for n in range(4)), timeout_s=60.0)
+    assert scores.rewards.tolist() == [[1.0] * 4] * 2
+    assert scores.metrics["time/reward/slow_3_s"] > 0.04
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -467,9 +468,14 @@ def test_math_verify_works_in_a_reward_with_a_time_limit():
 
 
 def test_a_slow_reward_is_reported_once_and_again_when_twice_as_slow(caplog, monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.rewards.runner.SLOW_S", 0.05)
-    seconds = iter([0.1, 0.11, 0.5])
-    runner = RewardRunner([lambda completions, **_: time.sleep(next(seconds)) or [1.0 for _ in completions]])
+    clock, seconds = [0.0], iter([11.0, 12.0, 50.0])
+
+    def slow(completions, **kwargs):
+        clock[0] += next(seconds)
+        return [1.0 for _ in completions]
+
+    monkeypatch.setattr("lowmem_grpo.rewards.runner.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    runner = RewardRunner([slow])
     for step in range(3):
         runner(["p"], ["c"], [[1]], {}, step)
     assert caplog.text.count("s for 1 completions") == 2

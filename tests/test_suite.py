@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,11 @@ def test_a_suite_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, monkeypatch, capsys):
     broken = {"a": suite.Part("bench_context", "--shape nothing"), "b": suite.Part("bench_context")}
     monkeypatch.setattr(suite, "parts", lambda *_: broken)
+    program = "import signal, sys; sys.exit(2) if 'nothing' in sys.argv else signal.pause()"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        suite.subprocess, "Popen", lambda command, **k: popen([sys.executable, "-c", program, *command[3:]], **k)
+    )
     options = [f"--output_dir={tmp_path}", "--file=x.json"]
     assert suite.main(["a", *options]) == 1
     assert "a: exit status 2" in capsys.readouterr().err
@@ -125,22 +131,36 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, mon
 
 
 def test_an_interrupted_part_keeps_what_it_had_and_is_begun_anew(tmp_path, monkeypatch, capsys):
-    """A real one: it writes a first result, and then gets Ctrl-C."""
+    """A real one: it writes a first result, and then gets Ctrl-C, as soon as the suite waits for its end.
+
+    A shell starts what it runs in the background with SIGINT ignored, and Python leaves that so."""
     script = tmp_path / "part.py"
     script.write_text(
-        "import os, pathlib, signal, sys, time\n"
+        "import os, pathlib, signal, sys\n"
         "output = next(a for a in sys.argv if a.startswith('--output=')).removeprefix('--output=')\n"
         "pathlib.Path(output).write_text('{\"first\": 1}')\n"
+        "sys.stdin.readline()\n"
         "os.kill(os.getppid(), signal.SIGINT)\n"
-        "time.sleep(60)\n"
+        "signal.pause()\n"
     )
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        suite.subprocess, "Popen", lambda command, **k: popen([sys.executable, str(script), command[-1]], **k)
-    )
+
+    class Part(subprocess.Popen):
+        def __init__(self, command, **settings):
+            super().__init__([sys.executable, str(script), command[-1]], stdin=subprocess.PIPE, text=True, **settings)
+
+        def wait(self, timeout=None):
+            if self.stdin and not self.stdin.closed:
+                self.stdin.close()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(suite.subprocess, "Popen", Part)
     monkeypatch.setattr(suite, "parts", lambda *_: {"a": suite.Part("bench_context"), "b": suite.Part("bench_context")})
-    with pytest.raises(SystemExit) as ended:
-        suite.main([f"--output_dir={tmp_path}", "--file=x.json"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            suite.main([f"--output_dir={tmp_path}", "--file=x.json"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = json.loads((tmp_path / "x.json").read_text())["parts"]
     assert ended.value.code == 130 and found["a"]["first"] == 1 and found["a"]["incomplete"] == "interrupted"
     assert "b" not in found and not suite.is_done(found["a"], None)
