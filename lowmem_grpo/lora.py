@@ -31,8 +31,8 @@ class _AddAdapter(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)  # (T, out)
         grad_low = (flat @ b.to(rows.dtype)).mul_(ctx.scale)  # (T, r)
         grad_x = (grad_low @ a.to(rows.dtype)).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        grad_a = (grad_low.t() @ rows).float() if ctx.needs_input_grad[2] else None
-        grad_b = (flat.t() @ low).float().mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        grad_a = (grad_low.t() @ rows).to(a.dtype) if ctx.needs_input_grad[2] else None
+        grad_b = (flat.t() @ low).to(b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
         return grad, grad_x, grad_a, grad_b, None
 
 

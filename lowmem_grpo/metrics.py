@@ -70,7 +70,8 @@ class TokenMeter:
         """Record values (N,) at tokens (N,) of the rollout; a later iteration, or another attempt, overwrites them."""
         self.seen[tokens] = True
         for name, value in values.items():
-            self.values.setdefault(name, self._zeros())[tokens] = value.detach().float()
+            known = self.values.setdefault(name, self._zeros())
+            known[tokens] = value.detach().to(known.dtype)
 
     def mean(self, name: str, part: Rollout) -> float | None:
         """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted, if any did."""
@@ -119,7 +120,8 @@ class TokenMeter:
         lengths = self.rollout.offsets.diff().to(values.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
         sums, counts = (
-            torch.zeros(len(lengths), device=values.device).index_add_(0, owner, x) for x in (values, self.seen.float())
+            torch.zeros(len(lengths), device=values.device).index_add_(0, owner, x)
+            for x in (values, self.seen.to(values.dtype))
         )
         return sums[counts > 0] / counts[counts > 0]
 

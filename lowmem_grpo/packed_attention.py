@@ -88,7 +88,7 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
     batch, heads, queries, size = query.shape
     # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
     # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
-    few = query.device.type == "cpu" and query.dtype != torch.float32 and key.shape[2] <= 256
+    few = query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256
     plain = softcap is not None or few
     # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
     grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():  # kernels run in the interpreter, which Trito
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from tiny_models import DEMO_MODEL, FAMILIES
+from tiny_models import DEMO_MODEL, FAMILIES, compute_in_fp64, head_by_definition, make_policy
 from transformers import AutoTokenizer
 
 from lowmem_grpo.config import LOSS_TYPES
@@ -51,3 +51,19 @@ def spoil():
     yield register
     LOSS_TYPES.remove("spoiled")
     del AGGREGATION["spoiled"]
+
+
+@pytest.fixture
+def make_fp64_policy(monkeypatch):
+    """make_policy of a dense model, from its embedding to its loss in fp64: for claims that two ways are one sum."""
+
+    def make(family, **settings):
+        policy = make_policy(family, load_in_4bit=False, **settings)
+        assert policy.packs
+        compute_in_fp64(policy)
+        monkeypatch.setattr("lowmem_grpo.policy.linear_logprobs", head_by_definition)
+        torch.set_default_dtype(torch.float64)
+        return policy
+
+    yield make
+    torch.set_default_dtype(torch.float32)

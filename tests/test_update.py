@@ -58,21 +58,26 @@ def fixed_rollout(num_generations=2, prompts=3, seed=0):
         prompts=[Prompt("", ids(2, 12), {}) for _ in range(prompts)],
         completions=completions,
         offsets=lengths.cumsum(0),
-        sampling_logprobs=torch.randn(int(lengths.sum()), generator=draw) - 4,
+        sampling_logprobs=torch.randn(int(lengths.sum()), generator=draw, dtype=torch.float32) - 4,
         proposal_logprobs=None,
         rewards=torch.zeros(len(completions), 1),
-        advantages=torch.randn(len(completions), generator=draw),
+        advantages=torch.randn(len(completions), generator=draw, dtype=torch.float32),
         completion_mask=torch.tensor([True] * (len(completions) - 1) + [False]),
         metrics={},
         table={},
     )
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3"])
-def test_micro_batches_add_up_to_the_whole_batch(family, loss_type):
-    """Value, gradient and metrics are the step's, whatever the token budget and the layout; 1e-6 relative in fp32."""
-    policy = make_policy(family)
+@pytest.mark.parametrize(
+    ("family", "loss_type"),
+    [
+        *((family, "dapo") for family in ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3")),
+        *(("qwen3", loss_type) for loss_type in ("grpo", "bnpo", "dr_grpo")),  # of which no model knows
+    ],
+)
+def test_micro_batches_add_up_to_the_whole_batch(family, loss_type, make_fp64_policy):
+    """Value, gradient and metrics are the step's, whatever the token budget and the layout."""
+    policy = make_fp64_policy(family)
     rollout = fixed_rollout(num_generations=3)
     found = []
     for padding_free in (False, True):
@@ -81,11 +86,16 @@ def test_micro_batches_add_up_to_the_whole_batch(family, loss_type):
                 loss_type=loss_type, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False
             )
             found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
-    for loss, gradient, metrics in found[1:]:
-        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
-        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
-        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+    for one in found[1:]:
+        assert_same(one, found[0], bound=5e-7 if family == "gemma2" else 1e-12)  # a softcap's scores are fp32
     assert found[0][1].norm() > 0
+
+
+def assert_same(found, expected, bound=1e-12):
+    """Of two updates (loss, gradient, metrics): within a bound relative to the loss, the gradient, each metric."""
+    assert (found[1] - expected[1]).norm() / expected[1].norm() < bound
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=bound, abs=0)
+    assert found[2] == pytest.approx(expected[2], rel=bound, abs=bound)
 
 
 EVERY_OBJECTIVE = [
@@ -100,9 +110,9 @@ EVERY_OBJECTIVE = [
 
 
 @pytest.mark.parametrize("settings", EVERY_OBJECTIVE, ids=str)
-def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory(settings):
-    """The same to 1e-6 relative in fp32, with ratios, importance weights and divergences on both sides of 1."""
-    policy, rollout = make_policy("qwen3"), fixed_rollout(num_generations=3)
+def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory(settings, make_fp64_policy):
+    """With ratios, importance weights and divergences on both sides of 1."""
+    policy, rollout = make_fp64_policy("qwen3"), fixed_rollout(num_generations=3)
     own, entropies = old_logprobs_and_entropy(policy, rollout, GRPOConfig(bf16=False), 10_000)
     draw = torch.Generator().manual_seed(4)
     old, drawn, proposal = (own + 0.3 * torch.randn(own.shape, generator=draw) for _ in range(3))
@@ -112,17 +122,14 @@ def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory
         else None
     )
     rollout = dataclasses.replace(rollout, sampling_logprobs=drawn, proposal_logprobs=proposal, keep=keep)
-    assert policy.packs
     found = []
-    for padding_free, token_budget in ((False, 10_000), (False, 60), (True, 10_000), (True, 1)):
+    for padding_free, token_budget in ((False, 10_000), (False, 60), (True, 10_000)):
         config = GRPOConfig(**settings, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False)
         found.append(update(policy, rollout, config, old_logprobs=old))
     with OutOfMemory(tokens=70):
         found.append(update(policy, rollout, GRPOConfig(**settings, beta=0.1, bf16=False), old_logprobs=old))
-    for loss, gradient, metrics in found[1:]:
-        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-6
-        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-6)
-        assert metrics == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+    for one in found[1:]:
+        assert_same(one, found[0])
     assert found[0][1].norm() > 0
 
 
@@ -150,8 +157,8 @@ def definition_of_the_loss(policy, rollout, config):
     return total
 
 
-def test_the_update_is_the_definition_on_full_logits():
-    policy = make_policy("qwen3")
+def test_the_update_is_the_definition_on_full_logits(make_fp64_policy):
+    policy = make_fp64_policy("qwen3")
     rollout = fixed_rollout()
     with policy.inference():  # ratios on both sides of every bound
         sequences = [(rollout.prompt_of(b).ids, c.ids) for b, c in enumerate(rollout.completions)]
@@ -172,8 +179,9 @@ def test_the_update_is_the_definition_on_full_logits():
     truth = definition_of_the_loss(policy, rollout, config)
     truth.backward()
     theirs = torch.cat([p.grad.flatten() for p in parameters.values()])
-    torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    # Within the rounding of one number: what a token weighs is fp32.
+    torch.testing.assert_close(loss, truth.detach(), rtol=2**-24, atol=0)
+    assert (ours - theirs).norm() / theirs.norm() < 2**-24
     metrics = tokens.metrics()
     assert 0 < metrics["clip_ratio/low_mean"] != metrics["clip_ratio/high_mean"] > 0
 
@@ -206,8 +214,8 @@ def test_checkpointing_really_recomputes():
     assert calls == [1, 2]
 
 
-def test_groups_without_a_difference_are_skipped_and_change_nothing():
-    policy = make_policy("qwen3")
+def test_groups_without_a_difference_are_skipped_and_change_nothing(make_fp64_policy):
+    policy = make_fp64_policy("qwen3")
     rollout = fixed_rollout()
     rollout.advantages[:2] = 0
     found = []
@@ -224,8 +232,8 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing():
     total = lengths.sum()
     assert found[0][2] == pytest.approx(float((lengths[:2].sum() + lengths[-1]) / total), abs=1e-6)
     assert found[1][2] == pytest.approx(float(lengths[-1] / total), abs=1e-6), "the last one is masked"
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-6
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-12
     assert found[1][1].norm() > 0
 
 
@@ -239,7 +247,7 @@ def test_out_of_memory_anywhere_in_an_update_changes_nothing(gradient_checkpoint
     with OutOfMemory() as counted:
         loss, gradient, metrics = update(policy, rollout, config)
     drawn = torch.rand(3)
-    for nth in torch.linspace(1, counted.calls, 12).long().tolist():
+    for nth in torch.linspace(1, counted.calls, 6).long().tolist():
         torch.manual_seed(5)
         budget = TokenBudget(60)
         with OutOfMemory(nth):
@@ -249,11 +257,10 @@ def test_out_of_memory_anywhere_in_an_update_changes_nothing(gradient_checkpoint
         assert torch.equal(torch.rand(3), drawn), "what is drawn next is what would have been"
 
 
-def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered():
-    policy = make_policy("qwen3")
+def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered(make_fp64_policy):
+    policy = make_fp64_policy("qwen3")
     rollout, config = fixed_rollout(num_generations=4), GRPOConfig(beta=0.1, bf16=False)
-    assert policy.packs
-    loss, gradient, metrics = update(policy, rollout, config)
+    whole = update(policy, rollout, config)
     budget = TokenBudget(config.token_budget)
     with OutOfMemory(tokens=70):
         split = update(policy, rollout, config, budget)
@@ -262,9 +269,7 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered():
         update(policy, rollout, config, budget)
     assert budget.out_of_memory == failures, "the size that fitted was remembered"
     assert budget.metrics() == {"memory/token_budget": budget.tokens, "memory/out_of_memory": failures}
-    assert (split[1] - gradient).norm() / gradient.norm() < 1e-6
-    torch.testing.assert_close(split[0], loss, rtol=1e-5, atol=1e-6)
-    assert split[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert_same(split, whole)
 
 
 HALVINGS = {
@@ -280,11 +285,10 @@ HALVINGS = {
 
 
 @pytest.mark.parametrize("name", HALVINGS)
-def test_out_of_memory_twice_halves_the_micro_batch_that_failed(name):
+def test_out_of_memory_twice_halves_the_micro_batch_that_failed(name, make_fp64_policy):
     """The passes that are done, by their token budgets: each but the second is of smaller micro-batches."""
     prompts, completions, token_budget, failing, expected = HALVINGS[name]
-    policy, config = make_policy("qwen3"), GRPOConfig(bf16=False, token_budget=token_budget)
-    assert policy.packs
+    policy, config = make_fp64_policy("qwen3"), GRPOConfig(bf16=False, token_budget=token_budget)
     rollout = Rollout.bare(
         [[5 + place % 90 for place in range(length)] for length in prompts],
         [[7 + b] * length for b, length in enumerate(completions)],
@@ -302,7 +306,7 @@ def test_out_of_memory_twice_halves_the_micro_batch_that_failed(name):
         budget.fit(work, rollout.lengths)
     assert passes == expected
     assert (budget.tokens, budget.out_of_memory) == (expected[-1], len(expected) - 1)
-    assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-6
+    assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-12
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run_with_a_remedy():

@@ -1,5 +1,6 @@
 """Tiny models of every supported family, all with the demo's tokenizer of one token a character."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lowmem_grpo.attention import soften
 from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.policy import Policy, load_policy
 
@@ -67,6 +69,37 @@ def wake_adapters(policy: Policy) -> None:
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+
+
+def compute_in_fp64(policy: Policy) -> None:
+    """Let the decoder of a dense policy compute in fp64, where sums in another order differ by 1e-15.
+
+    transformers computes norms in fp32 whatever the weights are, so they become their formulas; a softcap's scores
+    stay fp32. The head's kernel takes no fp64: see head_by_definition.
+    """
+    policy.model.double()
+    for module in policy.model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            epsilon = module.eps if "Gemma" in kind else module.variance_epsilon
+            module.forward = partial(_rms_norm, module, epsilon, 1.0 if "Gemma" in kind else 0.0)
+
+
+def _rms_norm(module, epsilon: float, offset: float, x: torch.Tensor) -> torch.Tensor:
+    return (offset + module.weight) * x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+def head_by_definition(
+    hidden_states, weight, labels, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, return_entropy=False,
+    entropy_grad=False,
+):  # fmt: skip
+    """linear_logprobs from full logits, in any dtype."""
+    logits = hidden_states @ weight.T + (0 if bias is None else bias)
+    scores = soften(logits * logit_scale, softcap) / temperature
+    log_p = scores.log_softmax(-1)
+    logprobs = log_p.gather(1, labels[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return (logprobs, entropy if entropy_grad else entropy.detach()) if return_entropy else logprobs
 
 
 class OutOfMemory(TorchDispatchMode):
