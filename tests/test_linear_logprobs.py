@@ -17,7 +17,7 @@ from lowmem_grpo.kernels.linear_logprobs import linear_logprobs, quantize_head
 ROOT = Path(__file__).parents[1]
 # On a CPU the kernels run in Triton's interpreter, which cuts fp32 to bf16 where a GPU rounds.
 both = pytest.mark.parametrize("backend", ["torch", "triton"] if module.triton else ["torch"])
-BF16 = {"torch": 4e-3, "triton": 2e-2}
+BF16 = {"torch": 1.2e-2, "triton": 4e-2}  # of a row of the gradient; 0.0035 and 0.011 were measured
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +97,9 @@ def test_values_and_gradients_match_fp64_autograd(name, backend):
     true_logp, true_entropy, true_gradient = exact(hidden, weight, labels, bias, **case)
     # fp32 products of D terms: the absolute error grows with the size of the logits.
     size = (hidden @ weight.T).abs().max().item() * case.get("logit_scale", 1.0) / case.get("temperature", 1.0)
-    torch.testing.assert_close(logp.double(), true_logp, atol=2e-6 * max(size, 10), rtol=1e-6)
+    torch.testing.assert_close(logp.double(), true_logp, atol=8e-7 * max(size, 3), rtol=1e-6)
     torch.testing.assert_close(entropy.double(), true_entropy, atol=3e-5, rtol=1e-5)
-    assert row_error(gradient, true_gradient) < 2e-5, chunks
+    assert row_error(gradient, true_gradient) < 1e-5, chunks
 
 
 @both
@@ -118,11 +118,11 @@ def test_16_bit_inputs_lose_only_the_rounding_of_what_is_stored(name, dtype, bac
         logp, entropy, gradient = run(
             hidden, weight, labels, bias, entropy=with_entropy, backend=backend, chunks=(4, 128), **options
         )
-        atol = 2e-4 if name == "logits to 150" else 2e-5
+        atol = 4e-5 if name == "logits to 150" else 4e-6
         torch.testing.assert_close(logp.double(), true_logp, atol=atol, rtol=1e-6)
         assert row_error(gradient, true_gradient) < (BF16[backend] if dtype == torch.bfloat16 else 1.5e-3)
         if with_entropy:
-            torch.testing.assert_close(entropy.double(), true_entropy, atol=3e-5, rtol=1e-5)
+            torch.testing.assert_close(entropy.double(), true_entropy, atol=2e-5, rtol=0)
 
 
 @both
@@ -136,8 +136,8 @@ def test_the_entropy_has_a_gradient_when_asked(dtype, backend):
             hidden, weight, labels, bias, upstream=upstream, backend=backend, chunks=(4, 64), **options
         )
         _, true_entropy, truth = exact(hidden, weight, labels, bias, upstream=upstream, **options)
-        torch.testing.assert_close(entropy.double(), true_entropy, atol=2e-5, rtol=1e-5)
-        bound = {torch.float32: 2e-5, torch.bfloat16: 3 * BF16[backend], torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(entropy.double(), true_entropy, atol=4e-6, rtol=0)
+        bound = {torch.float32: 8e-6, torch.bfloat16: BF16[backend], torch.float16: 2e-3}[dtype]
         assert row_error(gradient, truth) < bound
 
 
@@ -151,7 +151,7 @@ def test_strided_inputs_are_read_where_they_lie(backend):
     every_second = torch.stack([bias, bias], 1)[:, 0], torch.stack([labels, labels], 1)[:, 0]
     strided = run(columns, apart[::2, :33], every_second[1], every_second[0], backend=backend, chunks=(2, 32))
     for mine, theirs in zip(strided, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6)
 
 
 @pytest.mark.skipif(module.triton is None, reason="needs Triton")
@@ -161,9 +161,9 @@ def test_kernels_and_twin_agree(upstream):
     options = dict(softcap=30.0, temperature=0.8, chunks=(4, 64), upstream=upstream)
     twin = run(hidden, weight, labels, bias, backend="torch", **options)
     kernels = run(hidden, weight, labels, bias, backend="triton", **options)
-    torch.testing.assert_close(kernels[0], twin[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(kernels[1], twin[1], rtol=1e-6, atol=2e-6)
-    assert row_error(kernels[2], twin[2].double()) < 2e-6
+    torch.testing.assert_close(kernels[0], twin[0], rtol=0, atol=1.2e-5)
+    torch.testing.assert_close(kernels[1], twin[1], rtol=0, atol=5e-6)
+    assert row_error(kernels[2], twin[2].double()) < 5e-6
 
 
 @both
@@ -172,14 +172,14 @@ def test_an_int8_head_is_its_dequantized_self(backend):
     quantized, scale = quantize_head(weight)
     assert quantized.dtype == torch.int8
     assert ((quantized * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
-    for dtype, bound in [(torch.float32, 2e-5), (torch.bfloat16, BF16[backend]), (torch.float16, 1.5e-3)]:
+    for dtype, bound in [(torch.float32, 8e-6), (torch.bfloat16, BF16[backend]), (torch.float16, 1.5e-3)]:
         narrow = hidden.to(dtype)
         logp, entropy, gradient = run(
             narrow, quantized, labels, bias, weight_scale=scale, backend=backend, chunks=(4, 64)
         )
         truth = exact(narrow, (quantized * scale[:, None]).to(dtype), labels, bias)
-        torch.testing.assert_close(logp.double(), truth[0], atol=2e-5, rtol=1e-6)
-        torch.testing.assert_close(entropy.double(), truth[1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logp.double(), truth[0], atol=5e-6, rtol=0)
+        torch.testing.assert_close(entropy.double(), truth[1], atol=1e-5, rtol=0)
         assert row_error(gradient, truth[2]) < bound
 
 
@@ -187,9 +187,9 @@ def test_bf16_tiles_round_the_scores_but_not_the_labels():
     hidden, weight, labels, bias = inputs(40, 64, 500, dtype=torch.bfloat16, bias=True, scale=4.0)
     logp, entropy, gradient = run(hidden, weight, labels, bias, tile_dtype=torch.bfloat16, chunks=(16, 128))
     truth = exact(hidden, weight, labels, bias)
-    torch.testing.assert_close(logp.double(), truth[0], atol=5e-2, rtol=0)  # logits to 16, in steps of 1/16
-    torch.testing.assert_close(entropy.double(), truth[1], atol=5e-2, rtol=0)
-    assert row_error(gradient, truth[2]) < 5e-2
+    torch.testing.assert_close(logp.double(), truth[0], atol=0.1, rtol=0)  # logits to 16, in steps of 1/16
+    torch.testing.assert_close(entropy.double(), truth[1], atol=0.1, rtol=0)
+    assert row_error(gradient, truth[2]) < 4e-2
     # A label 30 above the rest: its share would be off by exp(0.06) if its own score were rounded too.
     hidden, weight = torch.eye(12)[:3].mul(30.1).bfloat16(), torch.eye(12).bfloat16()
     certain = linear_logprobs(hidden, weight, torch.arange(3), tile_dtype=torch.bfloat16, chunks=(2, 4))
@@ -232,8 +232,8 @@ def test_a_label_far_below_or_above_the_rest_stays_exact(lead, backend):
     others = torch.exp(hidden.detach().double() - lead).scatter(1, labels[:, None], 0.0)
     rest = others.sum(-1)
     truth = (rest[:, None] * torch.eye(12).double()[labels] - others) / (1 + rest[:, None])
-    torch.testing.assert_close(logp.double(), -torch.log1p(rest), rtol=1e-6, atol=1e-38)
-    assert lead == 200 or row_error(hidden.grad, truth) < 1e-5
+    torch.testing.assert_close(logp.double(), -torch.log1p(rest), rtol=3e-7, atol=1e-38)
+    assert lead == 200 or row_error(hidden.grad, truth) < 5e-6
     assert lead < 200 or hidden.grad.abs().max() < 1e-38  # 1 - p_y is below fp32's smallest number
 
 
@@ -249,8 +249,9 @@ def test_one_score_far_above_the_label_overflows_nothing_in_16_bits(lead, dtype,
     for options in (dict(entropy=False), {}, dict(upstream=(1.0, 1.0))):
         logp, entropy, gradient = run(hidden, weight, labels, chunks=(2, 4), backend=backend, **options)
         torch.testing.assert_close(logp, torch.full((3,), -lead))
-        assert entropy is None or entropy.abs().max() < 2e-5
-        torch.testing.assert_close(gradient, weight[labels] - weight[others], rtol=2e-2, atol=1e-3)
+        assert entropy is None or entropy.abs().max() < 1.2e-5
+        rtol = 4e-2 if dtype == torch.bfloat16 else 2e-3
+        torch.testing.assert_close(gradient, weight[labels] - weight[others], rtol=rtol, atol=1e-3)
 
 
 @both
@@ -306,8 +307,8 @@ def test_the_gradient_is_as_exact_where_the_label_is_certain(low, high):
     hidden, weight, labels, (logp, _, gradient), (true_logp, _, truth) = labels_of_every_certainty()
     bucket = (true_logp.exp() > low) & (true_logp.exp() <= high)
     assert bucket.sum() > 20
-    assert row_error(gradient[bucket], truth[bucket]) < 4e-3
-    torch.testing.assert_close(logp.double(), true_logp, atol=2e-5, rtol=1e-5)
+    assert row_error(gradient[bucket], truth[bucket]) < BF16["torch"]
+    torch.testing.assert_close(logp.double(), true_logp, atol=4e-6, rtol=2e-6)
     if low >= 0.99:
         naive = naive_gradient(hidden[bucket], weight, labels[bucket])
         assert row_error(naive, truth[bucket]) > 0.1
@@ -323,7 +324,7 @@ def test_the_kernels_gradient_is_as_exact_where_the_label_is_certain(dtype, boun
     hidden = (torch.randn(100, 64, generator=draw) + lead * weight[labels].float()).to(dtype)
     logp, _, gradient = run(hidden, weight, labels, entropy=False, backend="triton", chunks=(100, 512))
     true_logp, _, truth = exact(hidden, weight, labels)
-    torch.testing.assert_close(logp.double(), true_logp, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logp.double(), true_logp, atol=2e-6, rtol=2e-6)
     edges = [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0]
     for low, high in itertools.pairwise(edges):
         bucket = (true_logp.exp() > low) & (true_logp.exp() <= high)
@@ -337,10 +338,11 @@ def test_the_kernels_gradient_is_as_exact_where_the_label_is_certain(dtype, boun
 def test_neither_the_order_of_rows_nor_of_the_vocabulary_matters(backend):
     hidden, weight, labels, bias = inputs(7, 24, 150, scale=5, bias=True)
     first = run(hidden, weight, labels, bias, backend=backend, chunks=(3, 64))
-    rows, ids = torch.randperm(7), torch.randperm(150)
+    draw = torch.Generator().manual_seed(1)
+    rows, ids = (torch.randperm(count, generator=draw) for count in (7, 150))
     moved = run(hidden[rows], weight[ids], ids.argsort()[labels[rows]], bias[ids], backend=backend, chunks=(3, 64))
     for mine, theirs in zip(moved, first, strict=True):
-        torch.testing.assert_close(mine, theirs[rows], rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(mine, theirs[rows], rtol=0, atol=1.2e-5)
 
 
 @both
@@ -362,7 +364,7 @@ def test_chunk_sizes_do_not_change_the_result(backend):
     for other in results[1:]:
         for mine, first in zip(other[:2], results[0][:2], strict=True):
             torch.testing.assert_close(mine, first, rtol=1e-6, atol=3e-5)  # logits reach 100
-        assert row_error(other[2], results[0][2].double()) < 1e-5
+        assert row_error(other[2], results[0][2].double()) < 2e-5
 
 
 @both

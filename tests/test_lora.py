@@ -55,7 +55,7 @@ def test_in_16_bits_the_gradient_is_as_close_to_the_truth_as_pefts(settings):
     for _ in range(2):
         errors.append(sum(((g - truth[n]).norm() / truth[n].norm()).item() for n, g in run(policy)[1].items()))
         leave_to_peft(policy)
-    assert errors[0] < 1.1 * errors[1] and errors[0] / len(truth) < 0.1
+    assert errors[0] < 1.3 * errors[1] and errors[0] / len(truth) < 0.1
 
 
 def test_the_backward_keeps_an_input_once_for_all_who_share_it():

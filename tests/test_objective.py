@@ -121,7 +121,7 @@ def test_advantages_are_trls(scale, nan):
         scale_rewards="group" if scale == "gdpo" else scale,
         multi_objective_aggregation="normalize_then_sum" if scale == "gdpo" else "sum_then_normalize",
     )  # fmt: skip
-    np.testing.assert_allclose(found.advantages, np.nan_to_num(truth.flatten()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.advantages, np.nan_to_num(truth.flatten()), rtol=1e-6, atol=2e-7)
 
 
 def test_a_penalty_is_taken_from_each_reward():

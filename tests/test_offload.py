@@ -24,8 +24,8 @@ def run(policy, length=60):
     return logprobs.detach(), gradients
 
 
-def assert_same(found, expected, bound=1e-6):
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+def assert_same(found, expected, bound=3e-6, atol=8e-6):
+    torch.testing.assert_close(found[0], expected[0], atol=atol, rtol=0)
     for name, gradient in found[1].items():
         assert (gradient - expected[1][name]).norm() <= bound * expected[1][name].norm(), name
 
@@ -171,4 +171,4 @@ def test_each_way_on_a_gpu_gives_the_same_gradient(setting, monkeypatch):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         return make_policy(model, use_cpu=False, gradient_checkpointing=True, **settings)
 
-    assert_same(run(policy(**{setting: True})), run(policy()), bound=1e-3)
+    assert_same(run(policy(**{setting: True})), run(policy()), bound=1e-3, atol=1e-5)

@@ -30,7 +30,7 @@ def test_every_optimizer_is_adamw(optim):
     step(make_optimizer(made, config), torch.amp.GradScaler("cpu", enabled=False))
     for parameter, old in zip(made, before, strict=True):
         expected = old * (1 - 0.01 * 0.5) - 0.01 * parameter.grad.sign()
-        torch.testing.assert_close(parameter.detach(), expected, atol=6e-4, rtol=0)
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
 
 
 def test_the_state_of_8_bits_takes_what_the_docstring_says():

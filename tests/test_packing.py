@@ -169,7 +169,7 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monk
     ):
         out = attention()[:real].float()
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    bound = 2e-6 if dtype == torch.float32 else 2e-2
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < bound
     assert all(mask.shape[0] <= tile for mask in batch.packing.masks.values())
@@ -218,14 +218,14 @@ def trained_on(policy):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_packed_rows_give_what_separate_rows_give(family, gradient_checkpointing):
-    """Log-probabilities within 1e-5, gradients of every adapter within 1e-5, whatever the budget."""
+    """Log-probabilities within 1e-5, gradients of every adapter within 4e-6, whatever the budget."""
     policy = make_policy(family, gradient_checkpointing=gradient_checkpointing)
     assert policy.packs
     (separate, truth), *others = trained_on(policy)
     for flat, gradients in others:
         torch.testing.assert_close(flat, separate, atol=1e-5, rtol=0)
         for name, gradient in gradients.items():
-            assert (gradient - truth[name]).norm() / truth[name].norm() < 1e-5, name
+            assert (gradient - truth[name]).norm() / truth[name].norm() < 4e-6, name
 
 
 @pytest.mark.gpu
@@ -251,7 +251,7 @@ def test_the_reference_is_packed_too():
             for batch in batches_of(policy, prompts, completions, token_budget=1000, padding_free=padding_free):
                 flat[batch.tokens] = policy.logprobs(batch, 1.0)
         found.append(flat)
-    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*found, atol=4e-6, rtol=0)
 
 
 def test_a_packed_row_leaves_the_models_own_attention_in_place():

@@ -84,13 +84,13 @@ def evaluate(place, logprobs, old, ref, advantages, weights, **changes):
 
 
 def assert_true(place, inputs, **changes):
-    """1e-6 of the definition: the loss relative to the sum of magnitudes, the gradient to its largest entry as well."""
+    """By the definition: the loss to 1e-6 of the sum of magnitudes, the gradient to 3e-6 of itself and its largest entry."""
     settings = SETTINGS | changes
     loss, gradient, stats = evaluate(place, *inputs, **changes)
     losses, slope, kl = definition(*inputs, **settings)
     assert abs(loss.double() - losses.sum()) <= 1e-6 * losses.abs().sum()
     torch.testing.assert_close(
-        gradient.double(), slope, rtol=1e-6, atol=1e-6 * float(slope.abs().max()) if len(slope) else 0
+        gradient.double(), slope, rtol=3e-6, atol=3e-6 * float(slope.abs().max()) if len(slope) else 0
     )
     logprobs, old, _, advantages, _ = inputs
     ratio = torch.ones_like(logprobs) if old is None else (logprobs - old).exp()
