@@ -51,7 +51,7 @@ def test_the_wheel_carries_every_part_and_no_tests(wheel):
 
 
 def test_the_installed_wheel_works_from_any_folder(wheel, tmp_path):
-    pip("install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")  # which is all that installing it without its needs does
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import lowmem_grpo, lowmem_grpo.kernels.linear_logprobs as k, lowmem_grpo.benchmarks.random_model\n"

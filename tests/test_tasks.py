@@ -62,20 +62,20 @@ CALM = dict(deadline=None, derandomize=True, database=None, suppress_health_chec
 
 @pytest.fixture(scope="module")
 def malformed():
-    """10,000 draws of hypothesis', always the same, most of them different."""
+    """3,000 draws of hypothesis', always the same, most of them different."""
     texts = []
 
-    @settings(max_examples=10_000, phases=[Phase.generate], **CALM)
+    @settings(max_examples=3_000, phases=[Phase.generate], **CALM)
     @given(MALFORMED)
     def collect(text):
         texts.append(text)
 
     collect()
-    assert len(texts) == 10_000 and len(set(texts)) > 9_000
+    assert len(texts) == 3_000 and len(set(texts)) > 2_700
     return texts
 
 
-def test_ten_thousand_malformed_completions_have_an_answer_or_none(malformed):
+def test_three_thousand_malformed_completions_have_an_answer_or_none(malformed):
     """What runs in the process itself; math-verify, which only its workers run, has the next test."""
     for text in malformed:
         answer = extract_answer(text)

@@ -428,15 +428,23 @@ def test_a_step_without_any_token_that_counts_is_survived_in_fp16(tmp_path):
     assert all(line["loss"] == 0.0 for line in result.history)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.35, 0.55, 0.75, 0.95])
-def test_out_of_memory_anywhere_in_a_run_changes_nothing(tmp_path, share):
-    """Rollouts are begun again with fewer slots, passes of an update as they were: in fp32 the run is the same."""
-    changes = dict(rewards=length_reward, bf16=False, beta=0.1, learning_rate=1e-3, rollout_weights="4bit")
+WITH_MEMORY = dict(rewards=length_reward, bf16=False, beta=0.1, learning_rate=1e-3, rollout_weights="4bit")
+
+
+@pytest.fixture(scope="module")
+def run_with_memory(tmp_path_factory):
+    """(a run that never was out of memory, its matrix products)"""
     with OutOfMemory() as counted:
-        expected = run(tmp_path / "whole", **changes)
-    with OutOfMemory(nth=int(share * counted.calls)) as interrupted:
-        found = run(tmp_path / "interrupted", **changes)
-    assert interrupted.calls > counted.calls, "something was done twice"
+        return run(tmp_path_factory.mktemp("whole"), **WITH_MEMORY), counted.calls
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.55, 0.75, 0.95])
+def test_out_of_memory_anywhere_in_a_run_changes_nothing(tmp_path, share, run_with_memory):
+    """Rollouts are begun again with fewer slots, passes of an update as they were: in fp32 the run is the same."""
+    expected, calls = run_with_memory
+    with OutOfMemory(nth=int(share * calls)) as interrupted:
+        found = run(tmp_path, **WITH_MEMORY)
+    assert interrupted.calls > calls, "something was done twice"
     for line, truth in zip(found.history, expected.history, strict=True):
         for name in set(truth) & TRL_METRICS - {"step_time"}:
             assert line[name] == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
