@@ -26,6 +26,7 @@ from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.limit import SIGNAL
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
 from lowmem_grpo.rewards.runner import LARGEST
+from lowmem_grpo.rewards.workers import WorkerPool
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,24 @@ def test_accuracy_needs_a_gold_column():
         accuracy_reward(["72"])
 
 
-def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(monkeypatch):
-    monkeypatch.setattr(math_pool, "TIME_LIMIT_S", 0.0)
-    monkeypatch.setattr(math_pool, "START_LIMIT_S", 0.0)  # a worker that is not up yet has this one
-    assert math_equal([("x + x", "2x")]) == [False]
-    monkeypatch.undo()
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(monkeypatch, tmp_path):
+    """The first worker never answers; the one in its place is math_worker.py."""
+    program, hangs = tmp_path / "worker.py", tmp_path / "hangs"
+    program.write_text(
+        "import pathlib, runpy, signal\n"
+        f"if pathlib.Path({str(hangs)!r}).exists():\n"
+        "    signal.pause()\n"
+        f"runpy.run_path({str(math_pool.POOL.program)!r}, run_name='__main__')\n"
+    )
+    hangs.touch()
+    pool = WorkerPool(program, workers=1)
+    monkeypatch.setattr(math_pool, "POOL", pool)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(math_pool, "START_LIMIT_S", 0.5)
+        assert math_equal([("x + x", "2x")]) == [False]
+    hangs.unlink()
     assert math_equal([("x + x", "2x")]) == [True]
+    pool.stop()
 
 
 def test_a_worker_that_dies_is_replaced():

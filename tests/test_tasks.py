@@ -85,9 +85,9 @@ def test_three_thousand_malformed_completions_have_an_answer_or_none(malformed):
 
 
 def test_malformed_completions_through_the_whole_reward(malformed):
-    worked = [text for text in malformed if (answer := extract_answer(text)) and as_number(answer) is None][:300]
-    assert len(worked) == 300
-    rewards = accuracy_reward([chat(text) for text in worked], solution=["72"] * 300)
+    worked = [text for text in malformed if (answer := extract_answer(text)) and as_number(answer) is None][:140]
+    assert len(worked) == 140
+    rewards = accuracy_reward([chat(text) for text in worked], solution=["72"] * 140)
     assert set(rewards) <= {0.0, 1.0}
 
 

@@ -449,7 +449,7 @@ def test_out_of_memory_anywhere_in_a_run_changes_nothing(tmp_path, share, run_wi
         for name in set(truth) & TRL_METRICS - {"step_time"}:
             assert line[name] == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
     for name, value in adapters(found).items():
-        torch.testing.assert_close(value, adapters(expected)[name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(value, adapters(expected)[name], atol=4e-5, rtol=0)
 
 
 def test_importance_weights_are_one_on_average_under_nucleus_sampling(tmp_path):
