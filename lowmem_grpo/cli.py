@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -63,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
 

@@ -225,7 +225,9 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
-    dense = config.rollout_weights == "dense"
+    # "auto" is dense on a CPU, where memory allows and the engine samples.
+    auto = config.rollout_weights == "auto" and config.use_cpu and not traced.padded
+    dense = config.rollout_weights == "dense" or auto
     count = _generate_bytes if traced.padded else _engine_bytes
     rollout = count(key, config, traced, 0 if dense else layer)
     if dense:

@@ -366,7 +366,7 @@ def train(
                 if in_a_row > config.max_nonfinite_steps:
                     raise FloatingPointError(
                         f"optimizer steps in a row that changed no weight: {in_a_row}, where max_nonfinite_steps is "
-                        f"{config.max_nonfinite_steps}; in step {step} {cause}"
+                        f"{config.max_nonfinite_steps}; in step {step} {cause}; lower learning_rate, or mend that cause"
                     )
             evaluate_now()
             line = log.evaluation(total_steps) or {}
@@ -387,7 +387,10 @@ def train(
         skipped = sum(line.get("skipped_steps", 0) for line in log.lines())
         if skipped:
             asked = state["step"] * config.num_iterations * config.steps_per_generation
-            progress.say(f"{skipped} of {asked} optimizer steps changed no weight: loss or gradient was not finite")
+            search = ", as while fp16 looks for its loss scale" if config.fp16 else ""
+            progress.say(
+                f"{skipped} of {asked} optimizer steps changed no weight: loss or gradient was not finite{search}"
+            )
     if config.load_best_model_at_end:
         best.load(policy)
     checkpoints.write_folder(output_dir / "adapter", policy.save)

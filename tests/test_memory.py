@@ -383,6 +383,7 @@ def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     (on_gpu, on_cpu) = (memory.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
     assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries"}
     assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
+    assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == {"dense weights"}, "what auto is there"
     assert on_gpu.phases["update"] == on_cpu.phases["update"], "tiles of the head are as large, of so small a model"
     shape = dict(prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
     paged, plain = (plan_rollout(**shape, paged=paged).tokens() for paged in (True, False))

@@ -9,6 +9,7 @@ from lowmem_grpo.config import GRPOConfig
 from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import (
     Head,
+    _placed,
     find_model,
     load_policy,
     load_tokenizer,
@@ -177,7 +178,8 @@ def test_a_model_that_is_quantized_on_its_way_to_the_device_is_4_bit_there_whate
     model = make_model("qwen2")
     quantize_linears(model, torch.device("cpu"), torch.float32)
     model.model.embed_tokens.to("meta")  # stands for the memory that the model came in
-    refuse_4bit_elsewhere(model, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # that it is moved, and not refused
+        _placed(model, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="4-bit on cpu, and the run is on cuda; load it there, or set use_cpu"):
         refuse_4bit_elsewhere(model, torch.device("cuda"))
 

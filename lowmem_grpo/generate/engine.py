@@ -22,6 +22,7 @@ from lowmem_grpo.generate.plan import PAGE, RolloutPlan, bucket, kv_shape
 from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
+from lowmem_grpo.lora import plain_lora_layers
 from lowmem_grpo.out_of_memory import as_torch_says_it
 from lowmem_grpo.packing import pack
 from lowmem_grpo.policy import Policy
@@ -157,7 +158,8 @@ def _run(
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
     slots = Slots(policy, store, plan, scheduler, params, uniforms)
     capture = CAPTURE.get(policy.device.type) if graphs else None
-    kind = params, kv_dtype, plan.shared, plan.paged, dense
+    adapters = [layer.disable_adapters for layer in plain_lora_layers(policy.base)]  # off in the base's own rollouts
+    kind = params, kv_dtype, plan.shared, plan.paged, dense, any(adapters)
     captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture(), slots.held, kind)
     step = captured or slots.step
     finish_of = ending(policy, params)
