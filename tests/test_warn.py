@@ -71,7 +71,7 @@ def test_a_warning_obeys_the_filters_of_the_users_module():
 
 @pytest.fixture
 def packing_refused(monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.policy.difference_when_packed", lambda policy: "looked for")
+    monkeypatch.setattr("lowmem_grpo.policy.difference_when_packed", lambda policy, text: "looked for")
     cached = Policy.__dict__["packs"]
     monkeypatch.setattr(Policy, "packs", property(cached.func))  # whose own frame there is not in 3.12
 
