@@ -4,7 +4,7 @@ import re
 
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
-from lowmem_grpo.rewards.words import MOST_CHARACTERS, OTHER_NUMBERS, has_words
+from lowmem_grpo.rewards.words import MOST_CHARACTERS, OTHER_NUMBERS, has_words, other_unit, reading
 
 NUMBER = re.compile(r"(?:(?<![\d.)])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 IN_WORDS = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox) *\{([^{}]*)\}")  # of LaTeX, where prose may stand
@@ -103,6 +103,8 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     if marked is None:
         numbers = NUMBER.findall(text)
         return numbers[-1] if numbers else None
+    if wants_number and len(marked) <= MOST_CHARACTERS and other_unit(reading(gold).unit, reading(marked).unit):
+        return marked  # €5, where gold is $5
     return (only_number(marked) if wants_number else None) or _only_formula(marked, gold) or marked
 
 

@@ -7,13 +7,21 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from lowmem_grpo.rewards.words import MOST_CHARACTERS, TIME, begins_with_zero, reading
+from lowmem_grpo.rewards.words import (
+    MOST_CHARACTERS,
+    TIME,
+    begins_with_zero,
+    other_unit,
+    reading,
+    same_product,
+    with_letter_unit,
+)
 from lowmem_grpo.rewards.workers import WorkerPool
 
 POOL = WorkerPool(Path(__file__).with_name("math_worker.py"))
 TIME_LIMIT_S = 10.0  # for one comparison
 START_LIMIT_S = 120.0  # for the first one, since a worker imports sympy before it
-NUMBER = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
+NUMBER = re.compile(r"[-+]?(?=[\d.])(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 
 
 def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
@@ -34,8 +42,14 @@ def _verdict(gold: str, answer: str) -> bool | tuple[str, str]:
     if None not in numbers and not begins_with_zero(gold):
         return numbers[0] == numbers[1]
     own, given = reading(gold), reading(answer)
-    if own.unit and given.unit and own.unit != given.unit:
+    if as_number(own.value or "") is not None:
+        given = with_letter_unit(given)
+    elif given.unit and as_number(given.value or "") is not None:
+        own = with_letter_unit(own)
+    if other_unit(own.unit, given.unit):
         return False
+    if same_product(gold, answer):
+        return True
     if own.value is None or given.value is None or begins_with_zero(gold):
         return own.text == given.text
     if own.value == given.value:

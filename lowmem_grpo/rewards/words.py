@@ -11,7 +11,16 @@ from typing import NamedTuple
 
 # Of LaTeX, what sets its argument in type, and what says nothing.
 STYLE = re.compile(r"\\(text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|emph) *\{([^{}]*)\}")
-LOOKS = re.compile(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\!\s*|(?<=\d)\{,\}(?=\d)")
+LOOKS = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|bf|it|rm|sf|tt)"
+    r"(?![a-zA-Z])|\\color *\{\w+\}|^\s*\\approx(?![a-zA-Z])|\\!\s*|(?<=\d)\{,\}(?=\d)"
+)
+BALANCED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+IN_A_BOX = re.compile(
+    r"\\(?:fbox|boldsymbol|bm|underline|mathbf(?= *\{[^{}]*\{)|textcolor *\{\w+\}) *" + BALANCED + f"|^{BALANCED}$"
+)
+PERCENT = re.compile(r"(?<=\d) *(?:\\(?:text|mbox|mathrm) *\{ *percent *\}|percent$)")
+GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|\{,\}) *\d{3})+(?!\d)")  # 10\,080, 10,\!080, 10{,}080
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 DOLLAR = re.compile(r"(?<!\\)\$")
 BRACKETS = re.compile(r"(?<!\\)\\\(|(?<!\\)\\\)|^\\\[|\\\]$")
@@ -35,7 +44,10 @@ NAMES = re.compile(
     r"\\(?:angle|triangle|parallel|perp|sim|cong|overline|overrightarrow|vec|bar|hat|widehat|to|[lL]?rightarrow)\b"
 )
 # What no word has in it: a digit, an operator, another command, a minus sign that is no hyphen, f(.
-FORMULA = re.compile(r"[\d^_+*=<>|\\]|(?<= )[-/](?= )|^ *-|(?<![^\W_])[a-z] ?[-/] ?[a-z](?![^\W_])|(?<![^\W_])[a-z]\(")
+FORMULA = re.compile(
+    r"[\d^_+*=<>|\\]|(?<= )[-/](?= )|^ *-"
+    r"|(?<![^\W_])(?:[a-z] ?[-/] ?[a-zA-Z]|[A-Z] ?[-/] ?[a-z])(?![^\W_])|(?<![^\W_])[a-z]\("
+)
 # A unit's other names; the plural is known without them.
 UNITS = {
     "cm": "centimeter", "mm": "millimeter", "m": "meter", "metre": "meter", "km": "kilometer", "mg": "milligram",
@@ -43,8 +55,14 @@ UNITS = {
     "in": "inch", "inches": "inch", "yd": "yard", "mi": "mile", "lb": "pound", "lbs": "pound", "oz": "ounce",
     "s": "second", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "hrs": "hour", "mph": "mph",
     "kph": "kph", "am": "am", "pm": "pm", "kw": "kw", "hz": "hz", "kwh": "kwh", "pt": "point", "pts": "point",
-    "$": "dollar", "€": "euro", "deg": "degree", "per": "/",
+    "$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "deg": "degree", "n": "newton", "j": "joule",
+    "kmh": "kph",
 }  # fmt: skip
+# Each differs from every other one; what is not here (apples, ways, units) is a noun and may be called otherwise.
+KNOWN_UNITS = {*UNITS.values(), "day", "week", "month", "year", "cent", "degreec", "degreef"} - {"newton", "joule"}
+CURRENCIES = {"dollar", "euro", "yen", "rupee"}
+COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
+RAISED = {"squared": 2, "cubed": 3, "²": 2, "³": 3}
 # Words that make another number of the one beside them.
 OTHER_NUMBERS = {
     "minus", "negative", "not", "plus", "times", "half", "third", "quarter", "dozen", "hundred", "thousand", "million",
@@ -53,12 +71,30 @@ OTHER_NUMBERS = {
 MONEY = re.compile(r"^(-?) *(\\?\$|[€£¥₹₩₽]) *(?=[\d.])|(?<=\d) *(\\?\$|[€£¥₹₩₽])$")
 DEGREE = re.compile(rf"(?<=[\d.}}]) *(?:\^ *\{{? *\\circ *\}}?|°|\\degree) *{WORD}?([CF]?){END}?$")
 POWER = r" *(?:\^ *\{?(\d)\}?|([²³]))?$"
-UNIT = re.compile(rf"(?<=[\d}})\]]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d_]+{END}?)?){POWER}")
+UNIT = re.compile(rf"(?<=[\d}})\]%]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d_]+{END}?)?){POWER}")
+LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL])")  # 540m
 LETTER_UNIT = re.compile(rf"(?<=\d) ([mgshlL](?:/[smhlL])?){POWER}")
 NUMBER_ALONE = re.compile(r"-?[\d.,/]+ ")  # before a letter that is a unit: in 2x^2 h it is a factor
 NUMBER_IN_BASE = re.compile(r"(?:\d[A-F]*|\d *\)|\([0-9A-F.]+\)) *_|[A-F]\d[\dA-F]*_")
 IN_TEN = re.compile(r"(-?[\d.]+) *_ *\{? *10 *\}?")
-LEADING_ZERO = re.compile(r"(?<![\w.,])0\d|(?<=,)0\d(?!\d\b)")
+LEADING_ZERO = re.compile(r"0\d+(?:\.\d+)?|0\d:\d\d|\d\d?:0\d|\d{4}-\d\d-\d\d")
+# \text{ cubic inches}, \mathrm{m s^{-1}} or \text{kg}\cdot\text{m} at the end of a formula.
+IN_TYPE = r"\\(?:text(?:rm|sf|tt|up|normal)?|math(?:rm|sf|tt|normal)|mbox) *\{(?:[^{}\\]|\^ *\{[^{}]*\}|\\cdot)*\}"
+EXPONENT = r"(?: *\^ *(?:\{ *-?\d *\}|\d)|[²³])?"
+MARKED_UNIT = re.compile(
+    rf"(?<=[\w}})\]!%|']) *({IN_TYPE}{EXPONENT}(?: *(?:\\(?:cdot|times)(?![a-zA-Z])|[/·])? *{IN_TYPE}{EXPONENT})*)$"
+)
+ENDS_A_VALUE = re.compile(
+    r"(?:[\d})\]!%|']|\\(?:pi|theta|alpha|beta|phi|lambda|infty)|(?<![^\W\d_])(?<!\\)[^\W\d_]{1,2}) *$"
+)
+PRODUCT = re.compile(
+    r"[A-Za-z]{2,4}|[A-Za-z](?: *(?:\\cdot|\\times|[*·×]) *[A-Za-z](?![A-Za-z])| [A-Za-z](?![A-Za-z]))+"
+)
+OPTION = re.compile(r"\(?[A-Z]\)?[.:]?")
+NO_NOUN = {
+    "and", "or", "if", "is", "are", "for", "where", "when", "base", "percent", "percentage", "pct", "e", "i", "d",
+}  # fmt: skip
+UNIT_PART = re.compile(r"[^\W\d_²³]+|[/$€£¥₹₩₽]|-?\d|[²³]")
 TIME = re.compile(r"\d{1,2}:\d\d")
 # 5'10", 3/4/2021, 2:3:4, 0x1A, B12, a list that goes on, a molecule, an option with its text: math-verify computes with
 # each of them. (And 1E999999999, with which it is never done.)
@@ -68,6 +104,7 @@ NO_FORMULA = re.compile(
     r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
 PRIMES = re.compile(r"(?<=[A-Za-z])(?:\^ *\{? *((?:\\prime *)+)\}?|(['\u2019]+))")
+LETTER_E = re.compile(r"\\(?:text\w*|mbox) *\{ *e *\}")  # a letter in type, and not the number
 LETTERS_ALONE = re.compile(r"[^\W\d_](?:[\s,;&]+(?:and |or )?[^\W\d_])*")
 NUMERALS = {
     "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
@@ -85,8 +122,12 @@ class Reading(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def reading(answer: str) -> Reading:
-    marked, unit = _without_unit(_with_words_marked(_tidy(answer)))
-    return Reading(_as_text(marked), _as_formula(marked), unit)
+    text, unit = _without_marked_unit(_tidy(answer))
+    marked = _with_words_marked(text)
+    if not unit or MONEY.search(marked):  # $5\text{ per day}
+        marked, unit = _without_unit(marked)
+    value = None if LETTER_E.fullmatch(answer.strip()) else _as_formula(marked)
+    return Reading(_as_text(marked), value, unit)
 
 
 def has_words(answer: str) -> bool:
@@ -94,8 +135,39 @@ def has_words(answer: str) -> bool:
 
 
 def begins_with_zero(gold: str) -> bool:
-    """Whether a gold answer has a number such as 0110 or 07:30, whose digits count and not its size."""
-    return LEADING_ZERO.search(gold) is not None
+    """Whether a gold answer is one number such as 0110 or 07:30, whose digits count and not its size."""
+    return LEADING_ZERO.fullmatch(reading(gold).value or "") is not None
+
+
+def same_product(gold: str, answer: str) -> bool:
+    r"""Whether they are the same letters in the same order, with or without signs between: `IR` and `V = I \cdot R`."""
+    sides = [_tidy(gold), _tidy(answer)]
+    if sum("=" in side for side in sides) == 1:
+        sides = [re.sub(r"^[A-Za-z](?:_\w)? *= *", "", side) for side in sides]
+    if not all(PRODUCT.fullmatch(side) for side in sides):
+        return False
+    return len({re.sub(r"\\cdot|\\times|[*·× ]", "", side) for side in sides}) == 1
+
+
+def other_unit(unit: str, other: str) -> bool:
+    """Whether they are two units that are known: cm and km, but not apples and fruits, or ways and arrangements."""
+    if "degree" in (unit, other) and unit.startswith("degree") and other.startswith("degree"):
+        return False
+    if not CURRENCIES.isdisjoint(set(unit.split()) & set(other.split())):  # dollars, and dollars per day
+        return False
+    if sorted(unit) == sorted(other):  # dogs and gods
+        return unit != other
+    return unit != other and _is_known(unit) and _is_known(other)
+
+
+def _is_known(unit: str) -> bool:
+    return bool(unit) and all(re.sub(r"-?\d$", "", name) in KNOWN_UNITS for name in unit.split())
+
+
+def with_letter_unit(side: Reading) -> Reading:
+    """`540m` as 540 metres, which it is where the other side is a number; beside a formula it is 540 times m."""
+    found = LETTER_BEHIND.fullmatch(side.value or "")
+    return Reading(side.text, found[1], _unit(found[2])) if found else side
 
 
 def _tidy(answer: str) -> str:
@@ -103,7 +175,11 @@ def _tidy(answer: str) -> str:
     text = unicodedata.normalize("NFC", answer).replace(WORD, "").replace(END, "").strip().strip("*`").strip()
     if len(DOLLAR.findall(text)) % 2 == 0:  # a single one is money
         text = DOLLAR.sub("", text)
-    text = SPACE.sub(" ", LOOKS.sub("", BRACKETS.sub("", text))).strip()
+    text = PERCENT.sub(r"\\%", text)
+    text = GROUPS.sub(lambda number: re.sub(r"\D", "", number[0]), BRACKETS.sub("", text))
+    text = SPACE.sub(" ", LOOKS.sub("", text)).strip()
+    while IN_A_BOX.search(text):
+        text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     in_ten = IN_TEN.fullmatch(text)
@@ -145,6 +221,8 @@ def _ends_a_number(before: str) -> bool:
 def _is_math(token: re.Match, in_formula: bool) -> bool:
     """Whether a token is no word: a command, the name of a function, or letters of which each may be a variable."""
     run, before, after = token[0], token.string[: token.start()], token.string[token.end() :]
+    if run in ("min", "sec") and re.search(r"\d *$", before) and not after:
+        return False
     if not run[0].isalpha() or run.lower() in FUNCTIONS or set(run) <= set("xyz"):
         return True
     latin = "".join(letter for letter in run if not "\u0370" <= letter <= "\u03ff")  # the others are Greek
@@ -163,6 +241,34 @@ def _is_math(token: re.Match, in_formula: bool) -> bool:
     return behind_number and not set(run.lower()) & set("aeiouy")
 
 
+def _without_marked_unit(text: str) -> tuple[str, str]:
+    r"""The same for `16\pi \text{ cubic inches}`, where the type says that what stands behind a formula is a unit."""
+    found = MARKED_UNIT.search(text)
+    if not found:
+        return text, ""
+    value = text[: found.start()].rstrip()
+    content = re.sub(r"\\[a-zA-Z]+|[{}^]", " ", found[1])
+    names = [name.lower() for name in re.findall(r"[^\W\d_]+", content)]
+    if not names or re.search(r"(?<![-\w ])\d|[^\w\s/.·²³'-]", content) or not ENDS_A_VALUE.search(value):
+        return text, ""
+    if _is_no_unit(names) or OPTION.fullmatch(value) or (len(names[0]) == 1 and names[0] not in UNITS):
+        return text, ""
+    if len(names[0]) == 1 and value[-1].isalpha() and found[0][0] != " " and not re.search(r"\{ ", found[1]):
+        return text, ""  # R\mathrm{h}
+    is_product = re.fullmatch("[A-Za-z]{2}", value) and _is_known(_unit(content))  # lw \text{ cm}^2
+    if not is_product and WORD in _with_words_marked(value).rpartition("=")[2]:
+        return text, ""
+    return value, _unit(content)
+
+
+def _is_no_unit(names: list[str]) -> bool:
+    r"""Whether words behind a value are no unit of it: `2 \text{ or}`, `18 thousand`; but `5 units squared`."""
+    first = names[0]
+    if first in NO_NOUN or first in OTHER_NUMBERS or (first in FUNCTIONS and first not in UNITS):
+        return True
+    return not OTHER_NUMBERS.isdisjoint(set(names) - {"squared", "cubed"})
+
+
 def _without_unit(marked: str) -> tuple[str, str]:
     """What is left, and the one name of the unit at its end or of its currency, or ''."""
     money = MONEY.search(marked)
@@ -170,13 +276,13 @@ def _without_unit(marked: str) -> tuple[str, str]:
         return marked[: money.start()] + (money[1] or "") + marked[money.end() :], _unit(money[2] or money[3])
     degree = DEGREE.search(marked)
     if degree:
-        return marked[: degree.start()], "degree" + degree[1]
+        return marked[: degree.start()], "degree" + degree[1].lower()
     found = UNIT.search(marked) or (LETTER_UNIT.search(marked) if NUMBER_ALONE.match(marked) else None)
     if not found:
         return marked, ""
     value = marked[: found.start()]
-    words = {word.lower() for word in re.findall(r"[^\W\d_]+", found[1])}
-    if words & OTHER_NUMBERS or re.search(r"\d", found[1]) or WORD in value.rpartition("=")[2]:
+    words = [word.lower() for word in re.findall(r"[^\W\d_]+", found[1])]
+    if not words or _is_no_unit(words) or re.search(r"\d", found[1]) or WORD in value.rpartition("=")[2]:
         return marked, ""
     if found[0][0] == WORD and not all(word in UNITS or not word.isascii() for word in words):  # 2abcd
         return marked, ""
@@ -184,12 +290,23 @@ def _without_unit(marked: str) -> tuple[str, str]:
 
 
 def _unit(text: str, power: str = "") -> str:
-    names = [name.lower() for name in re.findall(r"[^\W\d_]+|[/$€£¥₹₩₽]", text)]
-    for words, exponent in ((("square", "sq"), "2"), (("cubic", "cu"), "3")):
-        if names[0] in words:
-            names, power = names[1:], exponent
-    known = [UNITS.get(name) or UNITS.get(name.removesuffix("s")) or _singular(name) for name in names]
-    return " ".join(known) + {"²": "2", "³": "3"}.get(power, power)
+    """Its names with their exponents, in one order: `hour-1 mile` of mph and of miles per hour."""
+    exponents: dict[str, int] = {}
+    sign, following, last = 1, 1, ""
+    for part in UNIT_PART.findall(text + power):
+        name = part.lower()
+        if name in ("/", "per"):
+            sign = -1
+        elif name in ("square", "sq", "cubic", "cu"):
+            following = 2 if name.startswith("sq") else 3
+        elif last and (name in RAISED or re.fullmatch(r"-?\d", name)):
+            exponents[last] *= RAISED.get(name) or int(name)
+        else:
+            name = UNITS.get(name) or UNITS.get(name.removesuffix("s")) or _singular(name)
+            for last, exponent in COMPOUND.get(name, {name: 1}).items():
+                exponents[last] = exponents.get(last, 0) + sign * following * exponent
+            following = 1
+    return " ".join(name + (str(count) if count != 1 else "") for name, count in sorted(exponents.items()))
 
 
 def _singular(word: str) -> str:
