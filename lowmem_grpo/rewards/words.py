@@ -58,8 +58,13 @@ UNITS = {
     "$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "deg": "degree", "n": "newton", "j": "joule",
     "kmh": "kph",
 }  # fmt: skip
-# Each differs from every other one; what is not here (apples, ways, units) is a noun and may be called otherwise.
+# Each differs from every other one, however they are combined.
 KNOWN_UNITS = {*UNITS.values(), "day", "week", "month", "year", "cent", "degreec", "degreef"} - {"newton", "joule"}
+# What is counted, in words that say nothing of what it is: no other unit than any.
+COUNTS = {
+    "unit", "way", "arrangement", "possibilitie", "combination", "permutation", "solution", "piece", "item", "thing",
+    "people", "person", "total", "number", "integer", "value",
+}  # fmt: skip
 CURRENCIES = {"dollar", "euro", "yen", "rupee"}
 COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
 RAISED = {"squared": 2, "cubed": 3, "²": 2, "³": 3}
@@ -150,18 +155,22 @@ def same_product(gold: str, answer: str) -> bool:
 
 
 def other_unit(unit: str, other: str) -> bool:
-    """Whether they are two units that are known: cm and km, but not apples and fruits, or ways and arrangements."""
+    """Whether they are two units: cm and km, apples and pears, but not balls and red balls or ways and arrangements."""
     if "degree" in (unit, other) and unit.startswith("degree") and other.startswith("degree"):
         return False
     if not CURRENCIES.isdisjoint(set(unit.split()) & set(other.split())):  # dollars, and dollars per day
         return False
     if sorted(unit) == sorted(other):  # dogs and gods
         return unit != other
-    return unit != other and _is_known(unit) and _is_known(other)
+    names, others = _names(unit), _names(other)
+    if names and others and names | others <= KNOWN_UNITS:
+        return unit != other  # cm is not cm^2
+    return bool(names and others) and names.isdisjoint(others) and COUNTS.isdisjoint(names | others)
 
 
-def _is_known(unit: str) -> bool:
-    return bool(unit) and all(re.sub(r"-?\d$", "", name) in KNOWN_UNITS for name in unit.split())
+def _names(unit: str) -> set[str]:
+    """Those of a unit, without their exponents."""
+    return {re.sub(r"-?\d$", "", name) for name in unit.split()}
 
 
 def with_letter_unit(side: Reading) -> Reading:
@@ -255,7 +264,7 @@ def _without_marked_unit(text: str) -> tuple[str, str]:
         return text, ""
     if len(names[0]) == 1 and value[-1].isalpha() and found[0][0] != " " and not re.search(r"\{ ", found[1]):
         return text, ""  # R\mathrm{h}
-    is_product = re.fullmatch("[A-Za-z]{2}", value) and _is_known(_unit(content))  # lw \text{ cm}^2
+    is_product = re.fullmatch("[A-Za-z]{2}", value) and _names(_unit(content)) <= KNOWN_UNITS  # lw \text{ cm}^2
     if not is_product and WORD in _with_words_marked(value).rpartition("=")[2]:
         return text, ""
     return value, _unit(content)
