@@ -72,7 +72,7 @@ class Watch:
         self.step_s: list[float] = []
         self.phases: dict[str, list[float]] = defaultdict(list)
         self.rewards: list[float] = []
-        self.sampling_differences: list[float] = []  # mean of a step, of ours
+        self.sampling_differences: list[float | None] = []  # mean of a step, of ours; None where nothing was compared
         self.loaded_bytes, self.peak = 0, 0
 
     def now(self) -> float:
@@ -144,7 +144,8 @@ def run_ours(job: Job) -> dict[str, Any]:
     def after_step(step, metrics, policy):
         watch.step(step, policy.base)
         watch.rewards.append(metrics[first])
-        watch.sampling_differences.append(metrics.get("sampling/sampling_logp_difference/mean", math.nan))
+        difference = metrics.get("sampling/sampling_logp_difference/mean", math.nan)
+        watch.sampling_differences.append(difference if math.isfinite(difference) else None)
         for phase in ("rollout", "reference", "update"):
             watch.phases[phase].append(metrics[f"time/{phase}_s"])
         peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
