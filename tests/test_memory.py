@@ -350,7 +350,8 @@ def test_a_dense_copy_of_the_4_bit_layers_is_planned(settings):
     parts = memory.forecast(SHAPES["qwen2"], dense).phases["rollout"]
     expected = dense_bytes(make_policy("qwen2", config).base, torch.bfloat16)
     assert parts["dense weights"] == expected and (expected > 0) == config.load_in_4bit
-    others = memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+    assert memory.forecast(SHAPES["qwen2"], config).phases["rollout"] == parts, "what auto is on a CPU"
+    others = memory.forecast(SHAPES["qwen2"], replace(config, rollout_weights="4bit")).phases["rollout"]
     assert "dense weights" not in others
     assert (others["prefill or logits"] > parts["prefill or logits"]) == config.load_in_4bit
 
