@@ -406,7 +406,12 @@ def test_every_token_with_a_line_break_ends_a_completion_of_the_sums(tiny_folder
 
 
 def test_a_curve_of_the_sums_is_shown_with_its_intervals():
-    run = {"evaluations": [(0, 0.3), (20, 0.6)], "step_s": 4.0, "peak_mib": 900.0, "sampling_differences": [0.02] * 20 + [None]}
+    run = {
+        "evaluations": [(0, 0.3), (20, 0.6)],
+        "step_s": 4.0,
+        "peak_mib": 900.0,
+        "sampling_differences": [0.02] * 20 + [None],
+    }
     work = {"model": "smollm2", "seeds": [0, 1], "steps": 20, "every": 20}
     found = {"machine": {}, "work": work, "results": {"lowmem_grpo": [run, {"failed": "out of memory"}], "TRL": [run]}}
     lines = bench_sums.tables(found).splitlines()
