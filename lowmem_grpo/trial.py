@@ -49,9 +49,10 @@ def pieces(policy: Any, text: str, lengths: Sequence[int]) -> list[list[int]]:
 
     The first ids of the vocabulary where the tokenizer is a stand-in that reads no text, as those of benchmarks are.
     """
-    vocabulary, tokenizer = range(policy.head.weight.shape[0]), policy.tokenizer
-    special = {*getattr(tokenizer, "all_special_ids", ()), *policy.eos_token_ids}
-    ids = tokenizer(text, add_special_tokens=False).input_ids if callable(tokenizer) else range(100)
+    vocabulary = range(policy.head.weight.shape[0])
+    special = {*getattr(policy.tokenizer, "all_special_ids", ()), *policy.eos_token_ids}
+    reads = callable(policy.tokenizer)
+    ids = policy.tokenizer(text, add_special_tokens=False).input_ids if reads else range(100)
     ids = [i for i in ids if i in vocabulary and i not in special] or [i for i in vocabulary if i not in special]
     endless = cycle(ids)
     return [[next(endless) for _ in range(length)] for length in lengths]
