@@ -212,7 +212,7 @@ if triton is not None:
         query = tl.load(query_ptr + heads * query_head_stride + column, mask=(heads < left) & (column < D), other=0.0)
         query = query.to(tl.float32) * scaling
         known = tl.arange(0, HEADS) < left
-        sums_stride, state_stride = splits * D, splits * 2  # from head to head; so, they are known to be multiples of D
+        sums_stride, state_stride = splits * D, splits * 2  # from head to head; by products, whose D shows
         sums_ptr += (row * H + head) * sums_stride + split * D
         state_ptr += (row * H + head) * state_stride + split * 2
 
