@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo import memory
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.generate import SamplingParams, sample
-from lowmem_grpo.loss import Coefficients
-from lowmem_grpo.meter import Meter
-from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.optimizer import make_optimizer
-from lowmem_grpo.optimizer import step as optimizer_step
-from lowmem_grpo.rollout import Rollout
-from lowmem_grpo.update import TokenBudget, backward, reference_logprobs
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.objective.coefficients import Coefficients
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.planner import plan as planner
+from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.run.meter import Meter
+from lowmem_grpo.update.optimizer import make_optimizer
+from lowmem_grpo.update.optimizer import step as optimizer_step
+from lowmem_grpo.update.passes import backward, reference_logprobs
+from lowmem_grpo.update.token_metrics import TokenMeter
 
 BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 REAL = [shape for shape in SHAPES if not shape.startswith("tiny")]
@@ -49,7 +51,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     optimizer = make_optimizer(policy.trainable_parameters().values(), config)
     scaler = torch.amp.GradScaler(device, enabled=False)
     draw = torch.Generator().manual_seed(0)
-    size = (config.prompts_per_step, config.max_prompt_length or memory.PROMPT_TOKENS)
+    size = (config.prompts_per_step, config.max_prompt_length or planner.PROMPT_TOKENS)
     prompts = torch.randint(10, SHAPES[shape][5] - 1, size, generator=draw).tolist()
     params = SamplingParams(max_completion_length=config.max_completion_length, temperature=1.0)
     meter = Meter(policy.device)
@@ -79,12 +81,12 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
 
 
 def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
-    found = memory.plan(make_config(shape, 0, 1), config)
-    result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": memory.as_dict(found)}
+    found = planner.plan(make_config(shape, 0, 1), config)
+    result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": planner.as_dict(found)}
     if on_gpu and found.remedy is None:
         gc.collect()  # the model before has cycles, and would count
         torch.cuda.empty_cache()
-        with memory.limit_memory(found, torch.device("cuda", torch.cuda.current_device())):
+        with planner.limit_memory(found, torch.device("cuda", torch.cuda.current_device())):
             result["measured"] = measure.attempt(partial(measured_peaks, shape, found.config))
     return result
 
@@ -101,7 +103,7 @@ def cell(result: dict[str, Any]) -> str:
         return text
     if "reason" in measured:
         return f"{text}; measured: {measured['reason']}"
-    peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + memory.CONTEXT_BYTES
+    peak = max(v for name, v in measured.items() if name.endswith("peak_mib")) * 2**20 + planner.CONTEXT_BYTES
     failed = measured["memory/out_of_memory"] + measured["rollout/out_of_memory"]
     again = ", after an out-of-memory" if failed else ""
     return f"{text}; measured {peak / 10**9:.1f}{again}"

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo import memory
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_config
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.planner import plan as planner
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 WAYS = {"defaults": None, "every saving": "0.1GB"}  # vram_budget
@@ -23,7 +23,7 @@ WAYS = {"defaults": None, "every saving": "0.1GB"}  # vram_budget
 def peak(shape: str, length: int, budget: str | None) -> int:
     """Bytes."""
     config = GRPOConfig(max_completion_length=length, max_prompt_length=512, vram_budget=budget)
-    return memory.plan(make_config(shape, 0, 1), config).forecast.peak()
+    return planner.plan(make_config(shape, 0, 1), config).forecast.peak()
 
 
 def tables(found: dict[str, Any]) -> str:

@@ -21,12 +21,16 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
-from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.data.prompts import tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
-from lowmem_grpo.generate import SamplingParams, hf, sample
+from lowmem_grpo.generate import hf
 from lowmem_grpo.generate.plan import plan_rollout
-from lowmem_grpo.policy import Policy, load_policy
+from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.policy import Policy
 
 DEMO = "demo"  # the demo's own model and prompts, whose completions end by themselves
 RECIPE = recipe("", seed=0)

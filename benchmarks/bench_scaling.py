@@ -27,12 +27,13 @@ from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed, Once
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
 from lowmem_grpo.benchmarks.trainers import Job, prompts_unscored, trl_trainer
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.loss import Coefficients
-from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.policy import Policy, load_policy
-from lowmem_grpo.rollout import Rollout
-from lowmem_grpo.update import backward
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.objective.coefficients import Coefficients
+from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.update.passes import backward
+from lowmem_grpo.update.token_metrics import TokenMeter
 
 Parameters = dict[str, nn.Parameter]  # those that learn, with their gradients
 

@@ -21,7 +21,7 @@ import torch
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
 from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, Results, in_turns, train_with
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 
 QUICK = dict(shape="tiny", prompts=2, num_generations=2, prompt_length=16, max_completion_length=4, steps=2)
 

@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.trainers import OURS, TRL_VARIANTS, Job, Results, in_turns, train_with
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.evaluate import confidence_interval
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.evaluation.statistics import confidence_interval
 
 SHUFFLED = f"{OURS}, rewards shuffled"
 NAMES = (OURS, SHUFFLED, *TRL_VARIANTS)

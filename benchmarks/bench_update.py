@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.lora import plain_lora_layers
-from lowmem_grpo.loss import Coefficients
-from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.optimizer import make_optimizer
-from lowmem_grpo.policy import ONLY_ON_GPU, Policy
-from lowmem_grpo.rollout import Rollout
-from lowmem_grpo.update import backward
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.load import ONLY_ON_GPU
+from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.objective.coefficients import Coefficients
+from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.update.optimizer import make_optimizer
+from lowmem_grpo.update.passes import backward
+from lowmem_grpo.update.token_metrics import TokenMeter
 
 # How a step's completions become micro-batches; all in one unless token_budget says otherwise, of the step's tokens.
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lowmem_grpo import train
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
+from lowmem_grpo.loops.grpo import train
 
 # Of operations that compute something, by name without "aten::" and the "_" of one in place.
 KINDS = {

@@ -22,8 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.policy import Policy, load_policy, quantize_linears
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.load import load_policy, quantize_linears
+from lowmem_grpo.model.policy import Policy
 
 # Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
 SHAPES = {

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
-from lowmem_grpo.generate import SamplingParams, sample
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import Policy, load_policy, load_tokenizer
+from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.model.load import load_policy, load_tokenizer
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.policy import Policy
 
 
 def difference(policy: Policy, prompts: list[list[int]], num_generations: int, weights, kv) -> torch.Tensor:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.meter import peak_bytes, reset_peak
-from lowmem_grpo.policy import load_policy
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.run.meter import peak_bytes, reset_peak
 
 # What TRL is run with; ours has one way.
 TRL_VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,8 +132,8 @@ def train_with(name: str, job: Job) -> dict[str, Any]:
 
 
 def run_ours(job: Job) -> dict[str, Any]:
-    module, watch, peaks = importlib.import_module("lowmem_grpo.train"), Watch(job), []
-    importlib.import_module("lowmem_grpo.meter").time = SimpleNamespace(perf_counter=watch.now)
+    module, watch, peaks = importlib.import_module("lowmem_grpo.loops.grpo"), Watch(job), []
+    importlib.import_module("lowmem_grpo.run.meter").time = SimpleNamespace(perf_counter=watch.now)
     first = f"rewards/{job.rewards[0].__name__}/mean"
 
     def loaded(*args, **kwargs):

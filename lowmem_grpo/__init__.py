@@ -2,23 +2,22 @@
 
 import importlib
 import logging
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 
 if TYPE_CHECKING:
-    from lowmem_grpo.loss import register_objective
-    from lowmem_grpo.policy import Policy
-    from lowmem_grpo.train import TrainResult, train
+    from lowmem_grpo.loops.grpo import train
+    from lowmem_grpo.model.policy import Policy
+    from lowmem_grpo.objective.loss import register_objective
+    from lowmem_grpo.run.run import TrainResult
 
 __version__ = "0.1.0"
 __all__ = ["GRPOConfig", "Policy", "TrainResult", "register_objective", "train"]
 
 _HOMES = {
-    "train": "lowmem_grpo.train", "TrainResult": "lowmem_grpo.train", "Policy": "lowmem_grpo.policy",
-    "register_objective": "lowmem_grpo.loss",
+    "train": "lowmem_grpo.loops.grpo", "TrainResult": "lowmem_grpo.run.run", "Policy": "lowmem_grpo.model.policy",
+    "register_objective": "lowmem_grpo.objective.loss",
 }  # fmt: skip
 
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.
@@ -30,12 +29,3 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'lowmem_grpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        """Importing the module train would put it in the place of its function, which is what `train` means here."""
-        super().__setattr__(name, getattr(value, name) if name == "train" and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.config import SECTIONS, GRPOConfig, describe, field_types, from_text, refuse_unknown_fields
+from lowmem_grpo.config.fields import describe, field_types, from_text
+from lowmem_grpo.config.grpo import SECTIONS, GRPOConfig, refuse_unknown_fields
 
 TRAIN_EXAMPLE = """\
 example:
@@ -140,7 +141,7 @@ def add_config_flags(parser: argparse.ArgumentParser, group: Any) -> None:
     for field in dataclasses.fields(GRPOConfig):
         if field.name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[field.name])
-        words = describe(field_types()[field.name])
+        words = describe(field_types(GRPOConfig)[field.name])
         default = str(field.default).lower() if field.default in (None, True, False) else field.default
         many = "+" if "a list" in words else None
         text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
@@ -158,7 +159,7 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: li
 def run_train(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given)
     config = GRPOConfig(**fields)
-    from lowmem_grpo.train import train
+    from lowmem_grpo.loops.grpo import train
 
     result = train(
         inputs["model"],
@@ -179,7 +180,8 @@ def run_eval(given: dict[str, Any]) -> int:
     if "eval_dataset" in inputs:
         raise ValueError("--eval_dataset is for training; name what to evaluate on with --dataset")
     config = GRPOConfig(**fields)
-    from lowmem_grpo.evaluate import as_difference_table, as_table, examples, examples_as_text, measure_model
+    from lowmem_grpo.evaluation.evaluate import measure_model
+    from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
     found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
     metrics, shown = {who: one.metrics for who, one in found.items()}, examples(found, int(show))
@@ -212,16 +214,16 @@ def run_plan(given: dict[str, Any]) -> int:
     as_json = given.pop("json", False)
     inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
     model, config = inputs["model"], GRPOConfig(**fields)
-    from lowmem_grpo import memory
-    from lowmem_grpo.policy import adapter_config, find_model, read_config, run_device
+    from lowmem_grpo.model.load import adapter_config, find_model, read_config, run_device
+    from lowmem_grpo.planner import plan as planner
     from lowmem_grpo.progress_bars import no_progress_bars
 
     if config.use_cpu:
         run_device(config)  # refuses what is about a GPU
     with no_progress_bars():
         find_model(model, config)
-        found = memory.plan(read_config(model, config), config, adapter_config(model, config))
-    print(json.dumps(memory.as_dict(found), indent=1) if as_json else memory.as_text(found))
+        found = planner.plan(read_config(model, config), config, adapter_config(model, config))
+    print(json.dumps(planner.as_dict(found), indent=1) if as_json else planner.as_text(found))
     return 0 if found.remedy is None else 1
 
 
@@ -258,7 +260,7 @@ def read_settings(
         if not inputs.get(name):
             raise ValueError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     refuse_unknown_fields(settings)
-    return inputs, {name: from_text(name, value) for name, value in settings.items()}
+    return inputs, {name: from_text(GRPOConfig, name, value) for name, value in settings.items()}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def is_about_input(error: BaseException) -> bool:
     if traceback is None:
         return False
     origin = Path(traceback.tb_frame.f_code.co_filename)
-    return origin.name == "config.py" if isinstance(error, TypeError) else Path(__file__).parent in origin.parents
+    return origin.parent.name == "config" if isinstance(error, TypeError) else Path(__file__).parent in origin.parents
 
 
 if __name__ == "__main__":

@@ -1,10 +1,92 @@
 """Out of memory, whoever says so."""
 
 import contextlib
+import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+class TokenBudget:
+    """The most tokens of a micro-batch: what the configuration says, until that ran out of memory."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.out_of_memory = 0  # how often
+
+    def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
+        """work(tokens), which begins anew when called again, for sequences of these lengths.
+
+        Out of memory, what can be let go is, and the same is tried again; then with half of the tokens of the
+        micro-batch that failed, as often as need be, and from then on for good. Random numbers are drawn as if nothing
+        had happened; but a micro-batch that was split draws other masks of lora_dropout, which follow the
+        micro-batches.
+
+        Raises:
+            torch.OutOfMemoryError: one sequence alone does not fit; a note has the remedy.
+        """
+        seen = self.out_of_memory
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+        while True:
+            try:
+                with as_torch_says_it():
+                    return work(self.tokens)
+            except torch.OutOfMemoryError as error:
+                self.out_of_memory += 1
+                if self.out_of_memory > seen + 1:
+                    self._halve(error, lengths)
+            gc.collect()
+            torch.set_rng_state(drawn[0])
+            if drawn[1] is not None:
+                torch.cuda.set_rng_state(drawn[1])
+                torch.cuda.empty_cache()
+
+    def note(self) -> None:
+        """Out of memory in what has no micro-batches."""
+        self.out_of_memory += 1
+
+    def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
+        longest = max(lengths, default=0)
+        # Outside of a micro-batch nobody knows how many tokens were too many.
+        guess = min(self.tokens, sum(lengths))
+        tokens, alone = getattr(error, "micro_batch", (guess, guess <= longest))
+        if alone:
+            error.add_note(
+                f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length "
+                "or max_prompt_length, or choose a smaller model."
+            )
+            raise error
+        # Where short sequences are too many for memory, each with its keys, the longest by itself may still fit.
+        self.tokens = max(tokens // 2, longest if longest < tokens else 1)
+
+    def metrics(self) -> dict[str, float]:
+        return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
+
+
+def again(work: Callable[[], T], out_of_memory: Callable[[], None]) -> T:
+    """work(), and out of memory once more, when what can be let go is."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        out_of_memory()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return or_remedy(work)
+
+
+def or_remedy(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        error.add_note("The optimizer's step does not fit. Set optim='adamw_8bit', or lower lora_r or token_budget.")
+        raise
+
 
 # cuBLAS' and cuDNN's handles and workspaces, and what the driver tells Triton and bitsandbytes.
 SAYINGS = re.compile(r"out of memory|ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.IGNORECASE)

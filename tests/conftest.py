@@ -12,8 +12,8 @@ import pytest
 from tiny_models import DEMO_MODEL, FAMILIES, compute_in_fp64, head_by_definition, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo.config import LOSS_TYPES
-from lowmem_grpo.loss import AGGREGATION, register_objective
+from lowmem_grpo.config.grpo import LOSS_TYPES
+from lowmem_grpo.objective.loss import AGGREGATION, register_objective
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -61,7 +61,7 @@ def make_fp64_policy(monkeypatch):
         policy = make_policy(family, load_in_4bit=False, **settings)
         assert policy.packs
         compute_in_fp64(policy)
-        monkeypatch.setattr("lowmem_grpo.policy.linear_logprobs", head_by_definition)
+        monkeypatch.setattr("lowmem_grpo.model.policy.linear_logprobs", head_by_definition)
         torch.set_default_dtype(torch.float64)
         return policy
 

@@ -30,8 +30,8 @@ from lowmem_grpo.benchmarks import (
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 from lowmem_grpo.benchmarks.random_model import made_in_4bit, make_config, make_random_model
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.meter import Meter
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.run.meter import Meter
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -268,7 +268,10 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     monkeypatch.setattr(trainers, "_in_a_process", here)
-    for module, name in (("lowmem_grpo.train", "load_policy"), ("lowmem_grpo.meter", "time")):  # what run_ours replaces
+    for module, name in (
+        ("lowmem_grpo.loops.grpo", "load_policy"),
+        ("lowmem_grpo.run.meter", "time"),
+    ):  # what run_ours replaces
         monkeypatch.setattr(sys.modules[module], name, getattr(sys.modules[module], name))
     small = ["--shape=tiny", "--prompts=2", "--num_generations=2", "--prompt_length=16", "--max_completion_length=4"]
     names = ["lowmem_grpo", "TRL, no checkpointing, as on a GPU"]

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from test_train import ROWS, adapters, length_reward, run, spoil_a_weight
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo import checkpoint, cli
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.interruption import Interruption
+from lowmem_grpo import cli
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.run import checkpoint
+from lowmem_grpo.run.best import BestAdapter
+from lowmem_grpo.run.folder import write_folder
+from lowmem_grpo.run.interruption import Interruption
 
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
 
@@ -241,16 +244,16 @@ def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
 
 def test_a_folder_that_could_not_be_filled_leaves_the_old_one(tmp_path):
     folder = tmp_path / "adapter"
-    checkpoint.write_folder(folder, lambda f: (f / "a").write_text("old"))
+    write_folder(folder, lambda f: (f / "a").write_text("old"))
 
     def fails(f):
         (f / "a").write_text("new")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_folder(folder, fails)
+        write_folder(folder, fails)
     assert (folder / "a").read_text(encoding="utf-8") == "old"
-    checkpoint.write_folder(folder, lambda f: (f / "b").write_text("newer"))
+    write_folder(folder, lambda f: (f / "b").write_text("newer"))
     assert [path.name for path in folder.iterdir()] == ["b"]
 
 
@@ -364,7 +367,7 @@ def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
 
 def test_a_best_adapter_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "out")
-    best = checkpoint.BestAdapter(tmp_path / "out", GRPOConfig(), fresh=False)
+    best = BestAdapter(tmp_path / "out", GRPOConfig(), fresh=False)
     before = load_file(best.folder / "adapter_model.safetensors")
     policy = run(tmp_path / "next", str(finished / "adapter"), max_steps=1).policy
     spoil_a_weight(policy)

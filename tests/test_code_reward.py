@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_grpo.rewards import RewardRunner, code_reward, get_code_reward, jail, sandbox
+from lowmem_grpo.rewards import RewardRunner, code_reward, get_code_reward
 from lowmem_grpo.rewards.code import last_python_block
-from lowmem_grpo.rewards.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
+from lowmem_grpo.rewards.isolation import jail, sandbox
+from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
 
 pytestmark = pytest.mark.skipif(
     cannot_isolate() is not None, reason=f"this system cannot isolate code: {cannot_isolate()}"

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_grpo.config import LOSS_TYPES, READ_ONLY, UNSUPPORTED, GRPOConfig, field_types, from_text
+from lowmem_grpo.config.fields import field_types, from_text
+from lowmem_grpo.config.grpo import LOSS_TYPES, READ_ONLY, GRPOConfig
+from lowmem_grpo.config.trl import UNSUPPORTED
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
 # Fields of TRL's whose default differs on purpose; the README's table says why.
@@ -148,7 +150,7 @@ def test_texts_cover_every_field():
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_a_field_survives_the_way_from_text(name):
     text, value = TEXTS[name]
-    read = from_text(name, text)
+    read = from_text(GRPOConfig, name, text)
     assert read == value
     assert type(read) is type(value)
     assert value != FIELDS[name].default or name in {"bf16"}
@@ -179,14 +181,14 @@ def test_a_loss_of_ones_own_may_read_what_it_likes():
 
 
 def test_a_union_of_text_and_list_takes_both():
-    assert from_text("lora_target_modules", ["q_proj"]) == ["q_proj"]
+    assert from_text(GRPOConfig, "lora_target_modules", ["q_proj"]) == ["q_proj"]
     assert (
-        from_text("lora_target_modules", "all-linear")
-        == from_text("lora_target_modules", ["all-linear"])
+        from_text(GRPOConfig, "lora_target_modules", "all-linear")
+        == from_text(GRPOConfig, "lora_target_modules", ["all-linear"])
         == "all-linear"
     )
-    assert from_text("lora_target_modules", [r".*\.q_proj"]) == r".*\.q_proj"
-    assert from_text("resume_from_checkpoint", "out/checkpoint-20") == "out/checkpoint-20"
+    assert from_text(GRPOConfig, "lora_target_modules", [r".*\.q_proj"]) == r".*\.q_proj"
+    assert from_text(GRPOConfig, "resume_from_checkpoint", "out/checkpoint-20") == "out/checkpoint-20"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_union_of_text_and_list_takes_both():
 )  # fmt: skip
 def test_a_text_that_does_not_fit_says_what_would(name, text):
     with pytest.raises(ValueError, match=rf"^{name}: .* is not "):
-        from_text(name, text)
+        from_text(GRPOConfig, name, text)
 
 
 def test_a_field_of_trls_that_is_not_supported_is_refused_with_the_remedy():
@@ -281,4 +283,4 @@ def test_a_config_is_frozen_and_can_be_replaced():
 
 def test_every_field_has_a_type_and_a_help_text():
     assert all(field.metadata["help"] for field in FIELDS.values())
-    assert set(field_types()) >= set(FIELDS)
+    assert set(field_types(GRPOConfig)) >= set(FIELDS)

@@ -6,10 +6,11 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tiny_models import DEMO_MODEL
 from transformers import AutoTokenizer
 
-from lowmem_grpo import data
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.data import load_rows, prompts_at, tokenize_prompts
-from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data import rows
+from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.rollout.stream import prompts_at
 
 ROWS = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "2+2=", "solution": "4"}]
 CHAT = [{"prompt": [{"role": "user", "content": "1+1="}], "solution": "2"}]
@@ -46,7 +47,7 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         calls.append((name, config, split))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    monkeypatch.setattr(rows, "load_dataset", load_dataset)
     load_rows("openai/gsm8k", GRPOConfig(**settings))
     assert calls == [asked]
 

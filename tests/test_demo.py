@@ -7,14 +7,14 @@ from peft import PeftModel
 from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lowmem_grpo.answering import answer_greedily, as_text
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.make_model import demonstration, make_tokenizer
 from lowmem_grpo.demo.run import recipe, run, text_curve
-from lowmem_grpo.policy import load_policy
-from lowmem_grpo.rollout import Prompt
-from lowmem_grpo.train import train
+from lowmem_grpo.generate import answer_greedily, as_text
+from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.model.load import load_policy
 
 
 def test_the_splits_are_disjoint_and_always_the_same():

@@ -10,27 +10,23 @@ from safetensors.torch import load_file
 from tiny_models import DEMO_MODEL, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo import GRPOConfig, train
-from lowmem_grpo.checkpoint import BestAdapter
+from lowmem_grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluate import (
-    Evaluation,
+from lowmem_grpo.evaluation.evaluate import Evaluation, evaluate, evaluate_model, measure, measure_model
+from lowmem_grpo.evaluation.show import examples, examples_as_text, printable
+from lowmem_grpo.evaluation.statistics import (
     confidence_interval,
     differences,
-    evaluate,
-    evaluate_model,
-    examples,
-    examples_as_text,
     majority,
-    measure,
-    measure_model,
     paired_interval,
     pass_at,
-    printable,
     shares,
 )
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.rollout import Completion, Prompt
+from lowmem_grpo.run.best import BestAdapter
 
 ROWS = task.rows(task.splits()[0][:12])
 NAN = math.nan

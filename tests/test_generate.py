@@ -16,18 +16,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lowmem_grpo.generate import SamplingParams, engine, hf, sample, store
+from lowmem_grpo.generate import engine, hf, store
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
-from lowmem_grpo.generate.sampling import choose
+from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.kernels.decode_attention import decode_attention
-from lowmem_grpo.lora import plain_lora_layers
-from lowmem_grpo.packing import pack
-from lowmem_grpo.tracing import Live
+from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.planner.trace import Live
 
 # Of one token, of a few, and of more than a sliding window and than plan.SHARE_FROM.
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]

@@ -5,10 +5,10 @@ from tiny_models import make_model, make_policy
 from torch import nn
 from transformers import AutoTokenizer
 
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.lora import plain_lora_layers
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import load_policy
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.packing import pack
 
 
 def leave_to_peft(policy):

@@ -7,20 +7,22 @@ import pytest
 import torch
 from trl_reference import padded, trl_loss
 
-from lowmem_grpo.config import LOSS_TYPES, GRPOConfig
-from lowmem_grpo.loss import (
-    AGGREGATION,
+from lowmem_grpo.config.grpo import LOSS_TYPES, GRPOConfig
+from lowmem_grpo.objective.coefficients import (
     Coefficients,
-    Tokens,
     after_entropy,
     after_kl,
     coefficients_of,
-    correction,
     first_coefficients,
+)
+from lowmem_grpo.objective.loss import (
+    AGGREGATION,
+    Tokens,
+    correction,
     micro_batch_loss,
     register_objective,
     step_weights,
-)  # fmt: skip
+)
 
 LEVELS = ("token", "sequence")
 CASES = [

@@ -25,16 +25,17 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from lowmem_grpo import memory, tracing
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
-from lowmem_grpo.optimizer import make_optimizer
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import adapter_config, load_policy, lora_config, read_config
+from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.planner import plan as planner
+from lowmem_grpo.planner import trace
+from lowmem_grpo.update.optimizer import make_optimizer
 
 WIDE = {"vocab_size": 512, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SHAPES = {
@@ -174,9 +175,9 @@ def assert_near(predicted, measured, share=0.05):
     ],
 )
 def test_activations_are_as_predicted(name, rung, monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.offload.TILE_TOKENS", 32)
+    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 32)
     config = GRPOConfig(**TASK, **RUNGS[rung])
-    predicted = memory.forecast(SHAPES[name], config).phases["update"]["activations kept"]
+    predicted = planner.forecast(SHAPES[name], config).phases["update"]["activations kept"]
     policy = make_policy(name, config)
     # Of 87 tokens, as many as there may be, and the keys of four tails; or two groups that share no mask.
     worst = {"completions": [24, 9, 9, 9] * 2} if "split" in rung else {"prompts": [40, 39]}
@@ -187,11 +188,11 @@ def test_activations_are_as_predicted(name, rung, monkeypatch):
 @pytest.mark.parametrize("name", and_slow("gemma2", SHAPES))
 def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monkeypatch):
     """Of a backward and of a pass without one, up to the head, by the allocator's events, over the activations kept."""
-    monkeypatch.setattr("lowmem_grpo.offload.TILE_TOKENS", 64)
+    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 64)
     random_numbers = torch.get_rng_state()  # 5,056 bytes for each checkpoint, in a CPU's memory also on a GPU
     monkeypatch.setattr(torch, "get_rng_state", lambda: random_numbers)
     config = GRPOConfig(**TASK, **RUNGS[rung], load_in_4bit=False, beta=0.1)
-    phases = memory.forecast(SHAPES[name], config).phases
+    phases = planner.forecast(SHAPES[name], config).phases
     policy = make_policy(name, config)
     batch = next(micro_batches(policy, config))
     for parameter in policy.trainable_parameters().values():
@@ -218,7 +219,7 @@ def test_no_uneven_lengths_keep_more_than_is_predicted(rung):
     lengths = dict(prompts_per_step=4, max_prompt_length=80, max_completion_length=100, token_budget=600)
     config = GRPOConfig(**{**TASK, **lengths, **RUNGS[rung]})
     policy = make_policy("qwen2", config)
-    predicted = memory.forecast(SHAPES["qwen2"], config).phases["update"]["activations kept"]
+    predicted = planner.forecast(SHAPES["qwen2"], config).phases["update"]["activations kept"]
 
     @settings(max_examples=25, derandomize=True, deadline=None, database=None)
     @given(
@@ -237,7 +238,7 @@ def test_no_uneven_lengths_keep_more_than_is_predicted(rung):
 )
 def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     config = GRPOConfig(**TASK, **RUNGS[rung])
-    predicted = memory.forecast(MIXED[name], config)
+    predicted = planner.forecast(MIXED[name], config)
     policy = make_policy(name, config)
     kept = most_kept_bytes(policy, config, {"prompts": [40, 39]})
     assert_near(predicted.phases["update"]["activations kept"], kept)
@@ -251,17 +252,17 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
 @pytest.mark.parametrize("name", and_slow("qwen3 moe, dense first", {**MIXED, **PADDED, **SHAPES}))
 def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     model, config = {**SHAPES, **MIXED, **PADDED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
-    whole = tracing.skeleton(tracing.Key(model, lora_config(config)), config.compute_dtype, False)
+    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False)
     config = replace(config, padding_free=name not in PADDED)
-    with tracing.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
-        ran = tracing.run_few(policy, config, tracing.largest_steps(config)[0])
-    assert tracing.run_layers(whole, config) == ran
+    with trace.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
+        ran = trace.run_few(policy, config, trace.largest_steps(config)[0])
+    assert trace.run_layers(whole, config) == ran
 
 
 @pytest.mark.parametrize("name", and_slow("gpt-oss", PADDED))
 def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(name, tmp_path, capsys):
     config = GRPOConfig(**TASK, rollout_token_budget=200)
-    predicted = memory.forecast(PADDED[name], config)
+    predicted = planner.forecast(PADDED[name], config)
     policy = make_policy(name, config)
     assert not policy.packs
     assert_near(predicted.phases["update"]["activations kept"], kept_bytes(policy, config))
@@ -271,8 +272,8 @@ def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(
             do_sample=False, return_dict_in_generate=True,
         )  # fmt: skip
     held = [x for layer in out.past_key_values.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
-    whole = tracing.skeleton(tracing.Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
-    row = tracing.run_generate(whole, config)
+    whole = trace.skeleton(trace.Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
+    row = trace.run_generate(whole, config)
     assert_near(3 * row.cache, sum(x.nbytes for x in held), 0.01)
     # At this size the prompts take more than a token does at the end.
     parts = predicted.phases["rollout"]
@@ -281,16 +282,16 @@ def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(
     assert main(["plan", "--model", str(tmp_path), "--max_completion_length", "64"]) == 0
     assert "Trained on padded rows, sampled from by transformers' generate: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="rollout_kv='int8' does not serve this model: .*; leave it out"):
-        memory.forecast(PADDED[name], replace(config, rollout_kv="int8"))
+        planner.forecast(PADDED[name], replace(config, rollout_kv="int8"))
     with pytest.raises(ValueError, match="rollout_weights='dense' does not serve"):
-        memory.forecast(PADDED[name], replace(config, rollout_weights="dense"))
+        planner.forecast(PADDED[name], replace(config, rollout_weights="dense"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rung", ["none", "checkpointing"])
 def test_activations_of_a_real_shape_are_as_predicted(rung):
     config = GRPOConfig(**TASK, **RUNGS[rung])
-    predicted = memory.forecast(SHAPES["qwen2.5-0.5b"], config).phases["update"]["activations kept"]
+    predicted = planner.forecast(SHAPES["qwen2.5-0.5b"], config).phases["update"]["activations kept"]
     assert_near(predicted, kept_bytes(make_policy("qwen2.5-0.5b", config), config))
 
 
@@ -302,7 +303,7 @@ def storages(tensors):
 @pytest.mark.parametrize("name", [name for name in SHAPES if "0.5b" not in name])
 def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim):
     config = GRPOConfig(**TASK, optim=optim, lora_r=32)
-    resident = memory.forecast(SHAPES[name], config).resident
+    resident = planner.forecast(SHAPES[name], config).resident
     policy = make_policy(name, config)
     parameters = list(policy.trainable_parameters().values())
     for parameter in parameters:
@@ -331,7 +332,7 @@ def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim
 @pytest.mark.parametrize("name", SHAPES)
 def test_keys_and_values_are_as_predicted(name, rollout_kv):
     config = GRPOConfig(**TASK, rollout_token_budget=200, rollout_kv=rollout_kv)
-    predicted = memory.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
+    predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
     plan = plan_rollout(
         prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     )
@@ -347,11 +348,11 @@ def test_a_dense_copy_of_the_4_bit_layers_is_planned(settings):
     """And no layer besides, which only 4-bit products dequantize."""
     config = GRPOConfig(**TASK, **settings)
     dense = replace(config, rollout_weights="dense")
-    parts = memory.forecast(SHAPES["qwen2"], dense).phases["rollout"]
+    parts = planner.forecast(SHAPES["qwen2"], dense).phases["rollout"]
     expected = dense_bytes(make_policy("qwen2", config).base, torch.bfloat16)
     assert parts["dense weights"] == expected and (expected > 0) == config.load_in_4bit
-    assert memory.forecast(SHAPES["qwen2"], config).phases["rollout"] == parts, "what auto is on a CPU"
-    others = memory.forecast(SHAPES["qwen2"], replace(config, rollout_weights="4bit")).phases["rollout"]
+    assert planner.forecast(SHAPES["qwen2"], config).phases["rollout"] == parts, "what auto is on a CPU"
+    others = planner.forecast(SHAPES["qwen2"], replace(config, rollout_weights="4bit")).phases["rollout"]
     assert "dense weights" not in others
     assert (others["prefill or logits"] > parts["prefill or logits"]) == config.load_in_4bit
 
@@ -360,28 +361,28 @@ def test_a_plan_takes_no_dense_copy_away_where_there_is_none():
     config = GRPOConfig(**TASK, rollout_weights="dense")
     for in_4bit in (True, False):
         tight = replace(config, load_in_4bit=in_4bit)
-        found = memory.forecast(SHAPES["qwen2"], tight)
+        found = planner.forecast(SHAPES["qwen2"], tight)
         found = replace(found, phases={"rollout": found.phases["rollout"]})  # and so the largest
-        names = [change.name for change in memory._changes(SHAPES["qwen2"], tight, found)]
+        names = [change.name for change in planner._changes(SHAPES["qwen2"], tight, found)]
         assert ("rollout_weights" in names) == in_4bit
 
 
 def test_captured_steps_have_memory_of_their_own():
     config = GRPOConfig(**{**TASK, "use_cpu": False}, rollout_token_budget=200)
-    parts = memory.forecast(SHAPES["qwen2"], config).phases["rollout"]
+    parts = planner.forecast(SHAPES["qwen2"], config).phases["rollout"]
     slots = plan_rollout(
         prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
     assert parts["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
     for other in ({"rollout_cuda_graphs": False}, {"offload_embedding": True}):
-        assert "captured steps" not in memory.forecast(SHAPES["qwen2"], replace(config, **other)).phases["rollout"]
+        assert "captured steps" not in planner.forecast(SHAPES["qwen2"], replace(config, **other)).phases["rollout"]
 
 
 def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     gpu = GRPOConfig(**{**TASK, "use_cpu": False, "max_completion_length": 256}, rollout_token_budget=1000)
     cpu = replace(gpu, use_cpu=True)
-    (on_gpu, on_cpu) = (memory.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
+    (on_gpu, on_cpu) = (planner.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
     assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries"}
     assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
     assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == {"dense weights"}, "what auto is there"
@@ -405,7 +406,7 @@ def large_shape(layers=28):
 def test_a_plan_fits_its_budget_with_the_cheapest_settings():
     peaks = []
     for budget in ("24GB", "12GB", "8GB"):
-        found = memory.plan(large_shape(), replace(LARGE, vram_budget=budget))
+        found = planner.plan(large_shape(), replace(LARGE, vram_budget=budget))
         assert found.remedy is None and found.forecast.peak() <= found.budget
         assert all(getattr(found.config, change.name) == change.value for change in found.changes)
         peaks.append((found.forecast.peak(), len(found.changes)))
@@ -415,14 +416,14 @@ def test_a_plan_fits_its_budget_with_the_cheapest_settings():
 
 def test_no_change_is_more_than_is_asked_for():
     """Without the last setting that a plan chose, it would not fit."""
-    found = memory.plan(large_shape(), replace(LARGE, vram_budget="8GB"))
+    found = planner.plan(large_shape(), replace(LARGE, vram_budget="8GB"))
     last = found.changes[-1]
     before = replace(found.config, **{last.name: getattr(LARGE, last.name)})
-    assert memory.forecast(large_shape(), before).peak() > found.budget
+    assert planner.forecast(large_shape(), before).peak() > found.budget
 
 
 def test_without_a_budget_nothing_is_chosen():
-    found = memory.plan(large_shape(), LARGE)
+    found = planner.plan(large_shape(), LARGE)
     assert found.config == LARGE and not found.changes and found.remedy is None
 
 
@@ -435,30 +436,30 @@ EVERYTHING = replace(
 @pytest.mark.slow
 def test_where_completions_cannot_be_shorter_prompts_are():
     prompts = replace(EVERYTHING, vram_budget="6.1GB", max_completion_length=64, max_prompt_length=4096)
-    remedy = memory.plan(large_shape(), prompts).remedy
+    remedy = planner.plan(large_shape(), prompts).remedy
     assert remedy.startswith("max_prompt_length=")
     fitting = replace(prompts, max_prompt_length=int(remedy.split("=")[1].split()[0]))
-    assert memory.plan(large_shape(), fitting).remedy is None
-    both = memory.plan(large_shape(), replace(EVERYTHING, vram_budget="5.9GB", max_prompt_length=4096)).remedy
+    assert planner.plan(large_shape(), fitting).remedy is None
+    both = planner.plan(large_shape(), replace(EVERYTHING, vram_budget="5.9GB", max_prompt_length=4096)).remedy
     assert both.startswith("max_completion_length=64 and max_prompt_length=")
 
 
 def test_where_nothing_fits_the_smallest_change_is_named():
     short = replace(EVERYTHING, vram_budget="6.1GB")
-    found = memory.plan(large_shape(), short)
+    found = planner.plan(large_shape(), short)
     assert found.remedy.startswith("max_completion_length=")
     length = int(found.remedy.split("=")[1].split()[0])
-    assert memory.plan(large_shape(), replace(short, max_completion_length=length)).remedy is None
-    assert memory.plan(large_shape(), replace(short, max_completion_length=length + 32)).remedy is not None
+    assert planner.plan(large_shape(), replace(short, max_completion_length=length)).remedy is None
+    assert planner.plan(large_shape(), replace(short, max_completion_length=length + 32)).remedy is not None
     with pytest.raises(
         ValueError, match="vram_budget=4GB is too little, the predicted peak is .*CUDA alone take .* GB: .*smaller"
     ):
-        memory.plan_to_fit(large_shape(), replace(short, vram_budget="4GB", max_completion_length=64))
+        planner.plan_to_fit(large_shape(), replace(short, vram_budget="4GB", max_completion_length=64))
 
 
 def test_offloaded_activations_do_not_grow_with_the_layers():
     config = replace(LARGE, activation_offloading=True)
-    peaks = [memory.forecast(large_shape(layers), config).phases["update"] for layers in (4, 40)]
+    peaks = [planner.forecast(large_shape(layers), config).phases["update"] for layers in (4, 40)]
     assert peaks[0] == peaks[1]
 
 
@@ -475,8 +476,8 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
 
 
 def test_the_table_is_in_gb_as_the_budget_is():
-    forecast = memory.Forecast({"weights": 1_500_000_000, "adapters": 2_000_000}, {"update": {"head": 2**28}})
-    assert memory.as_text(memory.Plan(GRPOConfig(), forecast, 2 * 10**9, [], 512, [])).splitlines() == [
+    forecast = planner.Forecast({"weights": 1_500_000_000, "adapters": 2_000_000}, {"update": {"head": 2**28}})
+    assert planner.as_text(planner.Plan(GRPOConfig(), forecast, 2 * 10**9, [], 512, [])).splitlines() == [
         "resident throughout                   1.502 GB",
         "  weights                             1.500 GB",
         "  adapters                            0.002 GB",
@@ -512,21 +513,21 @@ def test_a_plan_says_which_prompts_it_is_for(tmp_path, capsys):
 def test_a_run_is_planned_for_its_longest_prompt(limit):
     model = SHAPES["qwen3, untied"]
     config = replace(GRPOConfig(**TASK), max_prompt_length=limit, vram_budget="24GB", token_budget=2000)
-    found = memory.plan_to_fit(model, config, None, 900)
-    assert found.forecast == memory.forecast(model, replace(config, max_prompt_length=900))
+    found = planner.plan_to_fit(model, config, None, 900)
+    assert found.forecast == planner.forecast(model, replace(config, max_prompt_length=900))
     assert found.config.max_prompt_length == limit, "the run's own is left as it is"
     assert found.prompt_tokens == 900 and not found.assumptions
-    shorter = memory.plan_to_fit(model, config, None, 30).forecast
-    assert shorter.peak() < memory.forecast(model, config).peak()
+    shorter = planner.plan_to_fit(model, config, None, 30).forecast
+    assert shorter.peak() < planner.forecast(model, config).peak()
 
 
 def test_a_setting_that_a_model_does_not_know_is_not_chosen():
     model = MIXED["two layers"]
     config = GRPOConfig(**{**TASK, "max_completion_length": 2048}, token_budget=2088, optim="adamw_8bit")
-    config = replace(config, vram_budget=f"{memory.forecast(model, config).peak() / 10**9 - 0.001:.4f}GB")
+    config = replace(config, vram_budget=f"{planner.forecast(model, config).peak() / 10**9 - 0.001:.4f}GB")
     with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
-        memory.forecast(model, replace(config, tiled_mlp=True))
-    names = [change.name for change in memory.plan(model, config).changes]
+        planner.forecast(model, replace(config, tiled_mlp=True))
+    names = [change.name for change in planner.plan(model, config).changes]
     assert "activation_offloading" in names and "tiled_mlp" not in names
 
 
@@ -534,10 +535,10 @@ def test_a_setting_that_a_model_does_not_know_is_not_chosen():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_limit_on_memory_ends_with_the_run():
     device = torch.device("cuda", torch.cuda.current_device())
-    found = memory.plan(SHAPES["qwen3, untied"], GRPOConfig(**{**TASK, "use_cpu": False}, vram_budget="2GB"))
+    found = planner.plan(SHAPES["qwen3, untied"], GRPOConfig(**{**TASK, "use_cpu": False}, vram_budget="2GB"))
     torch.cuda.set_per_process_memory_fraction(0.9, device)
     try:
-        with pytest.raises(KeyError), memory.limit_memory(found, device):
+        with pytest.raises(KeyError), planner.limit_memory(found, device):
             with pytest.raises(torch.OutOfMemoryError):
                 torch.empty(2 * 10**9, dtype=torch.uint8, device=device)
             raise KeyError
@@ -582,7 +583,7 @@ def test_a_mixture_of_experts_is_predicted(changes):
         vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
     )  # fmt: skip
-    found = memory.forecast(model, GRPOConfig(**{**TASK, **changes}))
+    found = planner.forecast(model, GRPOConfig(**{**TASK, **changes}))
     experts = 4 * 4 * 3 * 32 * 64  # layers, experts, matrices: no linear layers, so that they stay in 16 bits
     assert found.resident["embedding, head and the rest"] >= 2 * experts
 
@@ -591,18 +592,18 @@ def test_what_cannot_run_without_memory_is_refused_in_a_sentence(monkeypatch):
     def needs_values(*_):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr(tracing, "_activations", needs_values)
+    monkeypatch.setattr(trace, "_activations", needs_values)
     with pytest.raises(ValueError, match="memory of a 'qwen2' model cannot be predicted: data-dependent"):
-        memory.forecast(SHAPES["qwen2"], GRPOConfig(**TASK, lora_r=3))
+        planner.forecast(SHAPES["qwen2"], GRPOConfig(**TASK, lora_r=3))
 
 
 @pytest.mark.parametrize("given_as", ["peft_config", "a PeftModel", "an adapter folder"])
 def test_a_plan_is_for_the_adapter_that_is_trained(given_as, tmp_path, capsys):
     shape, config = SHAPES["qwen3, untied"], GRPOConfig(**TASK, vram_budget="2GB")
     wide = LoraConfig(r=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    expected = memory.forecast(shape, replace(config, lora_r=64, lora_target_modules=["q_proj", "v_proj"]))
+    expected = planner.forecast(shape, replace(config, lora_r=64, lora_target_modules=["q_proj", "v_proj"]))
     if given_as == "peft_config":
-        found = memory.plan_to_fit(shape, config, adapter_config("name", config, wide))
+        found = planner.plan_to_fit(shape, config, adapter_config("name", config, wide))
         assert found.forecast == expected and found.config.lora_r == config.lora_r
         return
     shape.save_pretrained(tmp_path)
@@ -610,14 +611,14 @@ def test_a_plan_is_for_the_adapter_that_is_trained(given_as, tmp_path, capsys):
     base.name_or_path = str(tmp_path)
     model = get_peft_model(base, wide)
     if given_as == "a PeftModel":
-        found = memory.plan_to_fit(read_config(model, config), config, adapter_config(model, config))
+        found = planner.plan_to_fit(read_config(model, config), config, adapter_config(model, config))
         assert found.forecast == expected
         return
     model.save_pretrained(tmp_path / "adapter")
     settings = [f"--{name}={str(value).lower()}" for name, value in TASK.items()]
     assert main(["plan", "--model", str(tmp_path / "adapter"), *settings, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["resident"] == memory.forecast(shape, replace(config, vram_budget=None), wide).resident
+    assert printed["resident"] == planner.forecast(shape, replace(config, vram_budget=None), wide).resident
     assert printed["resident"]["adapters"] == expected.resident["adapters"]
 
 
@@ -625,19 +626,19 @@ def test_what_an_objective_needs_besides_is_planned():
     """An entropy bonus keeps one more (N, D); a snapshot of the adapter is resident; a pass before the update is one."""
     model = FAMILIES["qwen2"]()
     given = dict(max_completion_length=64, prompts_per_step=2, num_generations=4, max_prompt_length=16)
-    plain = memory.forecast(model, GRPOConfig(**given, beta=0.1))
-    bonus = memory.forecast(model, GRPOConfig(**given, beta=0.1, entropy_coef=0.01))
+    plain = planner.forecast(model, GRPOConfig(**given, beta=0.1))
+    bonus = planner.forecast(model, GRPOConfig(**given, beta=0.1, entropy_coef=0.01))
     rows = 2 * 4 * 64 * model.hidden_size * 2
     assert bonus.phases["update"]["activations kept"] == plain.phases["update"]["activations kept"] + rows
-    snapshot = memory.forecast(model, GRPOConfig(**given, beta=0.1, reference="initial"))
+    snapshot = planner.forecast(model, GRPOConfig(**given, beta=0.1, reference="initial"))
     assert snapshot.resident["the reference's adapter"] == plain.resident["gradients"]
     for changes in (dict(steps_per_generation=2), dict(top_entropy_quantile=0.5)):
-        assert memory.forecast(model, GRPOConfig(**given, **changes)).phases["old"]["activations"] > 0
+        assert planner.forecast(model, GRPOConfig(**given, **changes)).phases["old"]["activations"] > 0
 
 
 def test_an_evaluation_holds_no_more_than_a_step_was_planned_with():
     """256 prompts at once would fill the whole budget of tokens, of which a step takes 2 (16 + 4 x 64)."""
     config = GRPOConfig(prompts_per_step=2, num_generations=4, max_completion_length=64, max_prompt_length=16)
-    found = memory.plan(FAMILIES["qwen2"](), config)
-    assert memory.for_evaluation(found, config).rollout_token_budget == 2 * (16 + 4 * 64)
-    assert memory.for_evaluation(None, config) is config
+    found = planner.plan(FAMILIES["qwen2"](), config)
+    assert planner.for_evaluation(found, config).rollout_token_budget == 2 * (16 + 4 * 64)
+    assert planner.for_evaluation(None, config) is config

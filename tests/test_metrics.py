@@ -7,9 +7,11 @@ import pytest
 import torch
 from test_update import fixed_rollout
 
-from lowmem_grpo.advantages import compare
-from lowmem_grpo.metrics import Progress, TokenMeter, length_metrics, reward_metrics
-from lowmem_grpo.rollout import Completion
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.objective.advantages import compare
+from lowmem_grpo.rollout.metrics import length_metrics, reward_metrics
+from lowmem_grpo.run.progress import Progress
+from lowmem_grpo.update.token_metrics import TokenMeter
 
 NAN = math.nan
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem_grpo.advantages import (
+from lowmem_grpo.objective.advantages import (
     compare,
     gdpo_advantages,
     group_advantages,
     nanstd,
     reinforce_plus_plus_advantages,
     rloo_advantages,
-)  # fmt: skip
-from lowmem_grpo.objective import token_weights
+)
+from lowmem_grpo.objective.formulas import token_weights
 
 NAN = math.nan
 

@@ -5,11 +5,11 @@ import torch
 from tiny_models import make_model, make_policy
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from lowmem_grpo import offload
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import load_policy
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model import offload
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
+from lowmem_grpo.model.packing import pack
 
 gpu = pytest.mark.gpu
 

@@ -6,9 +6,10 @@ import torch
 from tiny_models import DEMO_MODEL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo import GRPOConfig
 from lowmem_grpo.demo import task
-from lowmem_grpo.optimizer import clip_gradients, loss_scale_overflows, make_optimizer, step, total_norm
+from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.update.optimizer import clip_gradients, loss_scale_overflows, make_optimizer, step, total_norm
 
 ON_A_CPU = ["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
 

@@ -5,9 +5,9 @@ import torch
 from tiny_models import make_policy
 from transformers import MambaConfig, MambaForCausalLM
 
-from lowmem_grpo import packed_attention
-from lowmem_grpo.packed_attention import by_blocks, by_segments
-from lowmem_grpo.packing import pack
+from lowmem_grpo.model import packed_attention
+from lowmem_grpo.model.packed_attention import by_blocks, by_segments
+from lowmem_grpo.model.packing import pack
 
 CPU = torch.device("cpu")
 BUDGETS = [1, 64, 200, 10_000]

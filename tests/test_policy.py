@@ -5,19 +5,17 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
 
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import (
-    Head,
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.head import Head, probe_head, read_head
+from lowmem_grpo.model.load import (
     _placed,
     find_model,
     load_policy,
     load_tokenizer,
-    probe_head,
     quantize_linears,
-    read_head,
     refuse_4bit_elsewhere,
 )
+from lowmem_grpo.model.packing import pack
 
 PROMPTS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
 COMPLETIONS = [[30, 31, 32, 33, 1], [40, 41]]

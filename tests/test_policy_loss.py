@@ -12,8 +12,8 @@ from trl_reference import padded, trl_loss
 from lowmem_grpo.benchmarks import bench_policy_loss
 from lowmem_grpo.kernels import policy_loss as module
 from lowmem_grpo.kernels.policy_loss import BLOCK, policy_loss
-from lowmem_grpo.loss import AGGREGATION
-from lowmem_grpo.objective import token_weights
+from lowmem_grpo.objective.formulas import token_weights
+from lowmem_grpo.objective.loss import AGGREGATION
 
 CUDA = torch.cuda.is_available()
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))

@@ -9,7 +9,8 @@ from datasets.utils import tqdm as datasets_tqdm
 from tiny_models import DEMO_MODEL
 from transformers.utils import logging as transformers_logging
 
-from lowmem_grpo import GRPOConfig, cli, train
+from lowmem_grpo import GRPOConfig, cli
+from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.progress_bars import no_progress_bars, without_progress_bars
 
 

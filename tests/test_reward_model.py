@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, get_model_reward, resolve_reward_funcs
-from lowmem_grpo.rewards.model import _batches
+from lowmem_grpo.rewards.reward_model import _batches
 
 PROMPTS = ["1+2=", "a much longer question, what is 7 + 8?", "3"]
 COMPLETIONS = ["3", "it is 15 of course", "?"]

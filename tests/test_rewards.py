@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem_grpo.advantages import compare, nanstd
+from lowmem_grpo.objective.advantages import compare, nanstd
 from lowmem_grpo.rewards import (
     BUILT_IN,
     RewardRunner,
@@ -23,10 +23,10 @@ from lowmem_grpo.rewards import (
     think_format_reward,
 )
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
-from lowmem_grpo.rewards.limit import SIGNAL
+from lowmem_grpo.rewards.isolation.limit import SIGNAL
+from lowmem_grpo.rewards.isolation.workers import WorkerPool
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
 from lowmem_grpo.rewards.runner import LARGEST
-from lowmem_grpo.rewards.workers import WorkerPool
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lowmem_grpo import GRPOConfig
-from lowmem_grpo.data import load_rows
+from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.math_pool import as_number, math_equal

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from tiny_models import DEMO_MODEL, OutOfMemory, make_model, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo import GRPOConfig, train
-from lowmem_grpo.answering import answer, answer_greedily
-from lowmem_grpo.config import LOSS_TYPES
+from lowmem_grpo import GRPOConfig
+from lowmem_grpo.config.grpo import LOSS_TYPES
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
-from lowmem_grpo.loss import AGGREGATION, register_objective
-from lowmem_grpo.metrics import write_completions
-from lowmem_grpo.rollout import Prompt
+from lowmem_grpo.generate import answer, answer_greedily
+from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.objective.loss import AGGREGATION, register_objective
+from lowmem_grpo.run.log import write_completions
 
 ROWS = task.rows(task.splits()[0][:40])
 TRL_METRICS = {
@@ -289,7 +290,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, 
     def no_work(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sys.modules["lowmem_grpo.train"], "load_policy", no_work)
+    monkeypatch.setattr(sys.modules["lowmem_grpo.loops.grpo"], "load_policy", no_work)
     with pytest.raises((ValueError, RuntimeError), match=message) as caught:
         run(tmp_path, **given, **changes)
     assert "\n" not in str(caught.value)

@@ -10,13 +10,13 @@ from test_packing import reference_attention
 from tiny_models import SMALL, make_policy
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowmem_grpo import packed_attention, trial
-from lowmem_grpo import policy as policy_module
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate import engine
-from lowmem_grpo.packing import Block, pack
-from lowmem_grpo.policy import load_policy, load_tokenizer
-from lowmem_grpo.trial import difference_when_packed, refused
+from lowmem_grpo.model import packed_attention, trial
+from lowmem_grpo.model import policy as policy_module
+from lowmem_grpo.model.load import load_policy, load_tokenizer
+from lowmem_grpo.model.packing import Block, pack
+from lowmem_grpo.model.trial import difference_when_packed, refused
 
 PRECISIONS = [dict(bf16=False), dict(bf16=True)]
 both = pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])

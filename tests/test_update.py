@@ -5,20 +5,22 @@ import pytest
 import torch
 from tiny_models import OutOfMemory, make_policy
 
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.loss import Coefficients
-from lowmem_grpo.metrics import TokenMeter
-from lowmem_grpo.packing import pack
-from lowmem_grpo.rollout import Completion, Prompt, Rollout
-from lowmem_grpo.update import (
-    TokenBudget,
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.objective.coefficients import Coefficients
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.update.passes import (
     backward,
     high_entropy,
     kept_lengths,
     old_logprobs_and_entropy,
     reference_logprobs,
     try_largest_update,
-)  # fmt: skip
+)
+from lowmem_grpo.update.token_metrics import TokenMeter
 
 
 def gradient_of(policy) -> torch.Tensor:

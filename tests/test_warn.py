@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import DEMO_MODEL, make_policy
 
-from lowmem_grpo import train
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluate import evaluate_model
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.evaluation.evaluate import evaluate_model
+from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import OURS, warn
 
 ROWS = task.rows(task.splits()[0][:4])
@@ -71,7 +71,7 @@ def test_a_warning_obeys_the_filters_of_the_users_module():
 
 @pytest.fixture
 def packing_refused(monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.policy.difference_when_packed", lambda policy, text: "looked for")
+    monkeypatch.setattr("lowmem_grpo.model.policy.difference_when_packed", lambda policy, text: "looked for")
     cached = Policy.__dict__["packs"]
     monkeypatch.setattr(Policy, "packs", property(cached.func))  # whose own frame there is not in 3.12
 
@@ -107,8 +107,9 @@ def test_a_property_read_by_the_user_names_that_line(packing_refused):
 
 PROGRAM = """
 import runpy, sys
-from lowmem_grpo import cli, config, warn
-config.refuse_unknown_fields = cli.refuse_unknown_fields = lambda names: warn.warn("looked for")
+from lowmem_grpo import cli, warn
+from lowmem_grpo.config import grpo
+grpo.refuse_unknown_fields = cli.refuse_unknown_fields = lambda names: warn.warn("looked for")
 sys.argv[1:] = ["plan"]
 {call}
 """
@@ -122,7 +123,7 @@ sys.argv[1:] = ["plan"]
             "sys.modules.pop('lowmem_grpo.cli'); runpy.run_module('lowmem_grpo.cli', run_name='__main__', alter_sys=True)",
             "lowmem-grpo: looked for",
         ),
-        ("cli.main(['plan'])", "{program}:6: UserWarning: looked for\n  cli.main(['plan'])"),
+        ("cli.main(['plan'])", "{program}:7: UserWarning: looked for\n  cli.main(['plan'])"),
     ],
 )
 def test_a_command_warns_in_a_sentence_and_a_program_with_its_line(call, said, tmp_path):

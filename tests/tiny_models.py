@@ -19,9 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from lowmem_grpo.attention import soften
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.policy import Policy, load_policy
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.attention import soften
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.policy import Policy
 
 DEMO_MODEL = Path(__file__).parents[1] / "lowmem_grpo" / "demo" / "model"
 SMALL = {

@@ -11,14 +11,16 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_grpo.answering import answer_greedily, as_text
-from lowmem_grpo.config import GRPOConfig
-from lowmem_grpo.data import load_rows, tokenize_prompts
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluate import printable
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.evaluation.show import printable
+from lowmem_grpo.generate import answer_greedily, as_text
+from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.progress_bars import without_progress_bars
-from lowmem_grpo.train import TrainResult, train
+from lowmem_grpo.run.run import TrainResult
 
 MODEL = Path(__file__).parent / "model"
 BARS = " ▁▂▃▄▅▆▇█"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lowmem_grpo.generate.sampling import SamplingParams
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.model.policy import Policy
 
 
 def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str | None]:

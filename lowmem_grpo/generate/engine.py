@@ -6,28 +6,27 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 """
 
 import gc
-from collections.abc import Callable
 from functools import partial
-from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.attention import attending, laid_out
-from lowmem_grpo.attention import refusal as attention_refusal
+from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.graphs import Graphs, cuda_capture
-from lowmem_grpo.generate.plan import PAGE, RolloutPlan, bucket, kv_shape
-from lowmem_grpo.generate.sampling import SamplingParams, choose
-from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
-from lowmem_grpo.generate.store import SPAN, Decode, Prefill, Rows, Store
-from lowmem_grpo.lora import plain_lora_layers
+from lowmem_grpo.generate.plan import PAGE, RolloutPlan, kv_shape
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.slots import Slots
+from lowmem_grpo.generate.store import Store
+from lowmem_grpo.model.attention import attending
+from lowmem_grpo.model.attention import refusal as attention_refusal
+from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.trial import LAST, distances, in_fp32, outputs, outputs_kept, pieces, refused, too_far
 from lowmem_grpo.out_of_memory import as_torch_says_it
-from lowmem_grpo.packing import pack
-from lowmem_grpo.policy import Policy
-from lowmem_grpo.rollout import Completion
-from lowmem_grpo.trial import LAST, distances, in_fp32, outputs, outputs_kept, pieces, refused, too_far
 
 # How far a step in 16 bits may be from the fp32 truth in the first layer, where SmolLM2 and Gemma 3 270M are 0.017 away
 # at most, with int8 keys and values, and in its last hidden state, after the rounding of all layers: 0.18.
@@ -94,15 +93,6 @@ class Ran(NamedTuple):
     graphs: int  # replayed
     preempted: int  # times that a completion had to wait for pages
     out_of_memory: int  # times
-
-
-class Parked(NamedTuple):
-    """A completion that has to wait for pages: it goes on with the very keys and values that it had."""
-
-    token: Tensor  # () the next to feed, on the device
-    column: int  # where that goes
-    seen: Tensor | None  # (V,) bool, on the device
-    saved: list[list[Tensor]]  # its pages, in CPU memory
 
 
 def run(
@@ -186,231 +176,3 @@ def _run(
                     scheduler.finish(slot)
                     break
     return 0 if captured is None else len(captured.replays)
-
-
-class Slots:
-    """The slots' tensors, of which the first `rows` are computed with, and the model that fills them."""
-
-    def __init__(
-        self, policy: Policy, store: Store, plan: RolloutPlan, scheduler: Scheduler,
-        params: SamplingParams | None = None, uniforms: Tensor | None = None,
-    ):  # fmt: skip
-        """To step, and not only for hidden states, it takes params and uniforms."""
-        self.uniforms = uniforms
-        self.policy, self.store, self.plan, self.scheduler, self.params = policy, store, plan, scheduler, params
-        self.rows = len(scheduler.slots)
-        zeros = torch.zeros(3, self.rows, dtype=torch.int64, device=policy.device)
-        # The next token to feed, where it stands in its text, and how many prompt tokens stand before the first fed.
-        self.tokens, self.positions, self.prefilled = zeros
-        self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
-        self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
-        self.parked: dict[int, Parked] = {}  # by completion, until its pages are there again
-        self.prefix_rows = torch.zeros_like(self.completions)
-        self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
-        self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
-        if plan.paged:
-            self.table = self.completions.new_full((self.rows, ceil(plan.slot_tokens / plan.page_tokens)), NOBODYS)
-        elif policy.device.type == "cuda":
-            self.table = torch.arange(self.rows, device=policy.device)[:, None]
-        self.seen = None
-        if params is not None and params.repetition_penalty != 1:
-            shape = (self.rows, policy.head.weight.shape[0])
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=policy.device)
-
-    def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
-        """Start waiting completions in free slots, where `ahead` more tokens of all have room. The slots that are new.
-
-        Their prompts are prefilled.
-        """
-        new, prefixes = self.scheduler.admit(self._ahead(ahead), lambda completion: self._more(completion, ahead))
-        if not new:
-            return new
-        if self.table is None:
-            self.store.own.clear(self._tensor(new))
-            self.store.prefix.clear(self._tensor(prefixes))
-        completions = [self.scheduler.slots[slot] for slot in new]
-        asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type]
-        if self.plan.shared:
-            rows = {self.scheduler.prefixes[row]: [row] for row in prefixes}
-            self._prefill(prompts, rows, self.store.prefix, prefill_tokens)
-        else:
-            rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
-            self._prefill(prompts, rows, self.store.own, prefill_tokens)
-        at = self._tensor(new)
-        lengths = [len(prompts[p]) - 1 for p in asked]
-        self.tokens[at] = self._tensor([prompts[p][-1] for p in asked])
-        self.positions[at] = self.prefilled[at] = self._tensor(lengths)
-        self.completions[at] = self._tensor(completions)
-        for slot, length in zip(new, lengths, strict=True):
-            self.columns[slot] = 0 if self.plan.shared else length
-        if self.seen is not None:
-            self.seen[at] = False
-            for slot, prompt in zip(new, asked, strict=True):
-                self.seen[slot, self._tensor(prompts[prompt])] = True
-        for slot, completion in zip(new, completions, strict=True):
-            if completion in self.parked:
-                self._go_on(slot, self.parked[completion])
-        self._arrange()
-        return new
-
-    def _ahead(self, ahead: int) -> list[int]:
-        """How many tokens each slot will hold."""
-        return [min(column + ahead, self.plan.slot_tokens) for column in self.columns]
-
-    def _more(self, completion: int, ahead: int) -> int:
-        """The same of a completion that waits."""
-        column = self.parked[completion].column if completion in self.parked else 0
-        return min(column + ahead, self.plan.slot_tokens)
-
-    def held(self) -> list[int]:
-        """The rows in use that have a completion."""
-        return [slot for slot, completion in enumerate(self.scheduler.slots[: self.rows]) if completion is not None]
-
-    def _go_on(self, slot: int, parked: Parked) -> None:
-        """In a slot that was just filled, from where the completion was; its pages follow when it has some."""
-        self.tokens[slot] = parked.token
-        self.positions[slot] += parked.column
-        self.columns[slot] = parked.column
-        if self.seen is not None and parked.seen is not None:
-            self.seen[slot] = parked.seen
-
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
-
-    def _prefill(self, prompts: list[list[int]], rows: dict, store: Rows, prefill_tokens: int) -> None:
-        """Keys and values of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
-        order = sorted((p for p in rows if len(prompts[p]) > 1), key=lambda p: len(prompts[p]))
-        while order:
-            # Longest first, each padded to the first of its batch.
-            width = len(prompts[order[-1]]) - 1
-            batch = [order.pop() for _ in range(min(len(order), max(1, prefill_tokens // width)))]
-            ids = torch.full((len(batch), width), self.policy.pad_token_id)
-            for row, prompt in enumerate(batch):
-                ids[row, : len(prompts[prompt]) - 1] = torch.tensor(prompts[prompt][:-1])
-            sources = [row for row, prompt in enumerate(batch) for _ in rows[prompt]]
-            targets = [target for prompt in batch for target in rows[prompt]]
-            with laid_out(Prefill(store, self._tensor(sources), self._tensor(targets))):
-                self.policy.decoder(
-                    input_ids=ids.to(self.policy.device), position_ids=self._tensor([list(range(width))]),
-                    use_cache=False,
-                )  # fmt: skip
-
-    def _arrange(self) -> None:
-        """Which slots read which prefix row."""
-        if not self.plan.shared:
-            return
-        held = self.scheduler.prefixes
-        members: list[list[int]] = [[] for _ in range(max(r for r, p in enumerate(held) if p is not None) + 1)]
-        row_of = {prompt: row for row, prompt in enumerate(held) if prompt is not None}
-        places, prefix_rows = [0] * self.rows, [0] * self.rows
-        for slot, completion in enumerate(self.scheduler.slots[: self.rows]):
-            if completion is not None:
-                row = row_of[self.scheduler.prompt_of(completion)]
-                prefix_rows[slot], places[slot] = row, len(members[row])
-                members[row].append(slot)
-        self.prefix_rows[: self.rows] = self._tensor(prefix_rows)
-        if self.table is not None:
-            return
-        widest = max(map(len, members))
-        filled = [slots + [0] * (widest - len(slots)) for slots in members]
-        flat = [row * widest + place for row, place in zip(prefix_rows, places, strict=True)]
-        self.members = self._tensor(filled), self._tensor(flat)
-
-    def reserve(self, ahead: int) -> None:
-        """Pages for so many more tokens of every slot that runs, from slots that started later if need be."""
-        if not self.plan.paged:
-            return
-        assert self.table is not None
-        held, completions = [list(pages) for pages in self.scheduler.pages], list(self.scheduler.slots)
-        for slot in self.scheduler.reserve(self._ahead(ahead)):
-            self._park(slot, completions[slot], held[slot])  # type: ignore[arg-type]
-        # Only now, since they may have the pages of those.
-        for slot, completion in enumerate(self.scheduler.slots):
-            if completion in self.parked:
-                parked = self.parked.pop(completion)
-                self.store.own.copy_in(self._filled(self.scheduler.pages[slot], parked.column), parked.saved)
-        width = self.table.shape[1]
-        self.table.copy_(self._tensor([pages + [NOBODYS] * (width - len(pages)) for pages in self.scheduler.pages]))
-
-    def _park(self, slot: int, completion: int, pages: list[int]) -> None:
-        """Save what is in the pages that a slot had until now, which are still as they were."""
-        column = self.columns[slot]
-        if completion in self.parked or not column:  # not gone on since the last time, or not begun
-            return
-        seen = None if self.seen is None else self.seen[slot].clone()
-        saved = self.store.own.copied_out(self._filled(pages, column))
-        self.parked[completion] = Parked(self.tokens[slot].clone(), column, seen, saved)
-
-    def _filled(self, pages: list[int], columns: int) -> Tensor:
-        """Those of a slot's pages that have any of so many columns."""
-        return self._tensor(pages[: ceil(columns / self.plan.page_tokens)])
-
-    def shrink(self, times: int = 1) -> None:
-        """Compute with fewer rows once nobody waits and a smaller bucket, of 1 / times at most, holds what still runs.
-
-        A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): a capture for each bucket would cost
-        more than it saves.
-        """
-        rows = bucket(max(1, self.scheduler.running))
-        if self.scheduler.waiting or rows >= self.rows or times * rows > self.rows:
-            return
-        moves = self.scheduler.compact(rows)
-        if moves:
-            sources, targets = (self._tensor(list(side)) for side in zip(*moves, strict=True))
-            for values in (self.tokens, self.positions, self.prefilled, self.completions, self.seen):
-                if values is not None:
-                    values[targets] = values[sources]
-            if self.plan.paged:
-                assert self.table is not None
-                self.table[targets] = self.table[sources]
-            else:
-                self.store.own.move(sources, targets)
-            for source, target in moves:
-                self.columns[target] = self.columns[source]
-        self.rows = rows
-        if self.scheduler.running:
-            self._arrange()
-
-    def hidden(self, rows: int) -> Tensor:
-        """Feed each of the first S rows its next token: last hidden states (S, D)."""
-        tokens, positions, prefilled = (x[:rows] for x in (self.tokens, self.positions, self.prefilled))
-        columns = positions - prefilled if self.plan.shared else positions
-        lengths, prefix_rows = (prefilled, self.prefix_rows[:rows]) if self.plan.shared else (None, None)
-        members, places = self.members or (None, None)
-        table, span = (None, self._span()) if self.table is None else (self.table[:rows], 0)
-        now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
-        with laid_out(now):
-            out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
-        return out.last_hidden_state[:, -1]
-
-    def _span(self) -> int:
-        needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
-        return min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
-
-    def state(self) -> list[Tensor]:
-        """What a step changes, but for the keys and values, which it would only write again."""
-        return [self.tokens, self.positions, *(() if self.seen is None else (self.seen,))]
-
-    def step(self, rows: int) -> Tensor:
-        """One more token of each of the first `rows`: (4, rows) fp64, which holds ids and fp32 alike, as a Choice has.
-
-        With a table it depends on nothing that only the host knows, but on rows.
-        """
-        assert self.params is not None and self.uniforms is not None
-        now = (self.positions - self.prefilled)[:rows]
-        logits = self.policy.logits(self.hidden(rows))
-        seen = None if self.seen is None else self.seen[:rows]
-        choice = choose(logits, self.uniforms[self.completions[:rows], now], seen, self.params)
-        if seen is not None:
-            seen.scatter_(1, choice.tokens[:, None], True)
-        self.tokens[:rows] = choice.tokens
-        # A slot that ended since the host last looked, or holds nothing, writes its last column again and again.
-        last = self.prefilled + self.uniforms.shape[1] - 1
-        torch.minimum(self.positions + 1, last, out=self.positions)
-        return torch.stack([values.double() for values in choice])
-
-    def advance(self, step: Callable[[int], Tensor]) -> Tensor:
-        """What a step, this one's own or a replay of it, gives for the rows in use."""
-        made = step(self.rows)
-        self.columns = [min(column + 1, self.plan.slot_tokens - 1) for column in self.columns]
-        return made

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_grpo.attention import in_a_line
-from lowmem_grpo.policy import Policy
+from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
 
 # Steps of a number of rows before its first capture. They compile kernels and allocate workspaces.

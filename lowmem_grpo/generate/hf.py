@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
+from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import as_torch_says_it
-from lowmem_grpo.policy import Policy
-from lowmem_grpo.rollout import Completion
 
 
 def sample(

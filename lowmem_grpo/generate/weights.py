@@ -11,7 +11,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_grpo.lora import plain_lora_layers
+from lowmem_grpo.model.lora import plain_lora_layers
 
 
 @contextlib.contextmanager

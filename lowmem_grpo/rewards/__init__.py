@@ -15,6 +15,7 @@ from lowmem_grpo.rewards.format import (
     tag_count_reward,
     think_format_reward,
 )
+from lowmem_grpo.rewards.isolation.processes import in_processes
 from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.language import get_language_consistency_reward, language_consistency_reward
 from lowmem_grpo.rewards.length import (
@@ -22,9 +23,8 @@ from lowmem_grpo.rewards.length import (
     get_repetition_penalty_reward,
     get_soft_overlong_punishment,
 )
-from lowmem_grpo.rewards.model import get_model_reward
 from lowmem_grpo.rewards.names import resolve_reward_funcs
-from lowmem_grpo.rewards.processes import in_processes
+from lowmem_grpo.rewards.reward_model import get_model_reward
 from lowmem_grpo.rewards.runner import RewardRunner
 
 BUILT_IN = {

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from lowmem_grpo.rewards.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
+from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
+from lowmem_grpo.rewards.isolation.workers import WORKERS
 from lowmem_grpo.rewards.text import completion_text
-from lowmem_grpo.rewards.workers import WORKERS
 
 FENCE = re.compile(r"([ \t]*)```+([^`]*)")
 PYTHON = {"python", "python3", "py"}

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo.packing import pack
+from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.text import completion_text
 
 QUESTION = """\

@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+from lowmem_grpo.rewards.isolation.workers import WorkerPool
 from lowmem_grpo.rewards.words import (
     MOST_CHARACTERS,
     TIME,
@@ -16,7 +17,6 @@ from lowmem_grpo.rewards.words import (
     same_product,
     with_letter_unit,
 )
-from lowmem_grpo.rewards.workers import WorkerPool
 
 POOL = WorkerPool(Path(__file__).with_name("math_worker.py"))
 TIME_LIMIT_S = 10.0  # for one comparison

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lowmem_grpo.rewards.model import get_model_reward
+from lowmem_grpo.rewards.reward_model import get_model_reward
 
 
 def resolve_reward_funcs(

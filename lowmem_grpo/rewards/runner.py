@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_grpo.rewards.limit import Outcome, OutOfTime, await_within, call_within
+from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
 
 LARGEST = 1e16  # weighted tenfold and squared, thousands of them must add up in fp32, which ends at 3.4e38
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time

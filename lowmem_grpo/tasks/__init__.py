@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lowmem_grpo.config import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.tasks.countdown import countdown_task
 from lowmem_grpo.tasks.gsm8k import gsm8k_task
-from lowmem_grpo.tasks.names import options_of, refuse_unknown_options
+from lowmem_grpo.tasks.options import options_of, refuse_unknown_options
 from lowmem_grpo.tasks.reasoning_gym import reasoning_gym_task
 from lowmem_grpo.tasks.task import Task
 

@@ -10,7 +10,7 @@ import zlib
 from fractions import Fraction
 
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
-from lowmem_grpo.tasks.names import check_count
+from lowmem_grpo.tasks.options import check_count
 from lowmem_grpo.tasks.task import Task
 
 MOST_CHARACTERS = 200  # of an expression: four numbers need 30

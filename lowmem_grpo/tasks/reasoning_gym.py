@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 from lowmem_grpo.rewards.accuracy import extract_answer, only_number
 from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
-from lowmem_grpo.tasks.names import check_count, options_of, refuse_unknown_options
+from lowmem_grpo.tasks.options import check_count, options_of, refuse_unknown_options
 from lowmem_grpo.tasks.task import Task
 
 SYSTEM_PROMPT = (

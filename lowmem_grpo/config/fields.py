@@ -1,0 +1,94 @@
+"""A field of a configuration: its help text, its type in words, and its value read from text. Standard library only."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any, Literal
+
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text, which the CLI prints."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def field_types(config: type) -> dict[str, Any]:
+    """Annotations of a configuration's fields, by name."""
+    return typing.get_type_hints(config)
+
+
+def from_text(config: type, name: str, value: Any) -> Any:
+    """A field's value from a command line or a YAML file, where 1e-5 may arrive as a string.
+
+    `value` is a string, a list of strings, or anything YAML makes. Raises ValueError when it does not fit the field.
+    """
+    annotation = field_types(config)[name]
+    if name == "lora_target_modules" and isinstance(value, list) and len(value) == 1 and not value[0].isidentifier():
+        value = value[0]  # all-linear, or a regular expression: a text to peft, where a module's name is a list of one
+    for member in _members(annotation):
+        read = _READ.get(typing.get_origin(member) or member)
+        try:
+            converted = read(value, member) if read else value
+        except (ValueError, TypeError, AttributeError, KeyError):
+            continue
+        if _fits(converted, member):
+            return converted
+    raise ValueError(f"{name}: {value!r} is not {describe(annotation)}")
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words: `a number or none`."""
+    words = [_WORDS.get(m) or f"one of {', '.join(typing.get_args(m))}" for m in _members(annotation, in_order=True)]
+    return " or ".join(words)
+
+
+def _members(annotation: Any, in_order: bool = False) -> list[Any]:
+    """The members of a union; strict types first, since every text is a str."""
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    members = list(typing.get_args(annotation)) if union else [annotation]
+    return members if in_order else sorted(members, key=lambda member: member is str)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a Python value belongs to an annotation; an int serves as a float, a bool never as a number."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, member) for member in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if annotation is float:
+        # Not by math.isfinite, which has no answer to 10**400; out of fp32's reach is another refusal.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or annotation)
+
+
+def _read_list(value: Any, annotation: Any) -> list:
+    item = typing.get_args(annotation)[0]
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return [float(v) for v in value] if item is float else value
+
+
+def _read_dict(value: Any, annotation: Any) -> dict:
+    return value if isinstance(value, dict) else json.loads(value)
+
+
+_READ: dict[Any, typing.Callable[[Any, Any], Any]] = {
+    bool: lambda value, _: value if isinstance(value, bool) else {"true": True, "false": False}[value.lower()],
+    int: lambda value, _: int(value) if isinstance(value, str) else value,
+    float: lambda value, _: float(value) if isinstance(value, str) else value,
+    types.NoneType: lambda value, _: {"none": None, "null": None}[value.lower()] if value is not None else None,
+    list: _read_list,
+    dict: _read_dict,
+}
+_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "none",
+    list[str]: "a list of texts", list[float]: "a list of numbers", dict[str, Any]: "a mapping (JSON in a command)",
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Evaluation on held-out prompts, its statistics, and how it is shown."""

@@ -1,0 +1,150 @@
+"""Evaluation on held-out prompts: one greedy completion each, or k sampled ones; with 95 % intervals.
+
+A completion is *correct* when its first reward function says at least 1. Over prompts, each of which counts once:
+
+    mean@k   mean of the first reward function over the k completions
+    pass@j   chance that one of j completions is correct, 1 - C(n - c, j) / C(n, j) for c correct ones of n
+             (https://arxiv.org/abs/2107.03374)
+    maj@k    how often the most common answer is correct; answers that are equally common share the vote
+"""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
+from lowmem_grpo.generate import answer, answer_greedily, as_text
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.inputs import check_budgets, check_vocabulary
+from lowmem_grpo.model.load import find_model, is_adapter, load_policy, load_tokenizer
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.objective.advantages import weighted_rewards
+from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards.accuracy import extract_answer
+from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rollout.metrics import length_metrics
+from lowmem_grpo.tasks import find_task, held_out, with_tasks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What P prompts with k completions each, group after group, came to."""
+
+    metrics: dict[str, float]
+    values: dict[str, list[float]]  # of the metrics that are means over prompts, P each; NaN where nothing applies
+    prompts: list[Prompt]  # P
+    completions: list[Completion]  # P k
+    texts: list  # P k, as reward functions get them
+    rewards: dict[str, list[float]]  # P k each, by reward function; and of several the `total`, weighted
+
+
+def evaluate(
+    policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
+) -> dict[str, float]:
+    """The metrics of measure()."""
+    return measure(policy, prompts, rewards, config, step).metrics
+
+
+def measure(policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int) -> Evaluation:
+    """Rewards and lengths under the training metrics' names with `eval_` before them, pass@j, and with k > 1 the rest.
+
+    The same seed in every evaluation, so that two of them differ by the policy alone; torch's generator stays where it
+    was.
+    """
+    k = config.num_generations_eval or 1
+    completions = _completions(policy, prompts, config)
+    asked = [prompt for prompt in prompts for _ in range(k)]
+    texts = [as_text(policy, p, c) for p, c in zip(asked, completions, strict=True)]
+    columns = {key: [p.columns.get(key) for p in asked] for key in prompts[0].columns}
+    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
+    total = weighted_rewards(scores.rewards, config.reward_weights)
+    answers = [extract_answer(completion_text(text)) for text in texts]
+    values = {"reward": total.view(-1, k).nanmean(dim=1).tolist(), **shares(scores.rewards[:, 0], answers, k)}
+    metrics = {}
+    for name, of_prompts in values.items():
+        known = [value for value in of_prompts if not math.isnan(value)]
+        low, high = confidence_interval(known)
+        mean = sum(known) / len(known) if known else math.nan
+        metrics |= {name: mean, f"{name}/ci_low": low, f"{name}/ci_high": high}
+    metrics["reward"] = total.nanmean().item()  # over completions, as in training; the interval is over prompts
+    means = dict(zip(rewards.names, scores.rewards.nanmean(dim=0).tolist(), strict=True))
+    metrics |= {f"rewards/{name}/mean": mean for name, mean in means.items()} | length_metrics(completions)
+    of_rewards = dict(zip(rewards.names, scores.rewards.T, strict=True))
+    of_completions = {
+        **{f"rewards/{name}/mean": of for name, of in of_rewards.items()},
+        "completions/mean_length": torch.tensor([float(len(c.ids)) for c in completions]),
+        "completions/clipped_ratio": torch.tensor([float(c.finish == "length") for c in completions]),
+    }
+    values |= {name: of.view(-1, k).nanmean(dim=1).tolist() for name, of in of_completions.items()}
+    if len(of_rewards) > 1 or config.reward_weights is not None:
+        of_rewards = {"total": total, **of_rewards}
+    return Evaluation(
+        metrics={f"eval_{name}": value for name, value in metrics.items()},
+        values={f"eval_{name}": of_prompts for name, of_prompts in values.items()},
+        prompts=prompts, completions=completions, texts=texts,
+        rewards={name: of.tolist() for name, of in of_rewards.items()},
+    )  # fmt: skip
+
+
+def _completions(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
+    """num_generations_eval completions a prompt, drawn as training draws them; one greedy one where it is None."""
+    if config.num_generations_eval is None:
+        return answer_greedily(policy, prompts, config)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        return answer(policy, prompts, config.num_generations_eval, config).completions
+
+
+def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, dict[str, float]]:
+    """The metrics of measure_model()."""
+    return {who: found.metrics for who, found in measure_model(model, reward_funcs, dataset, config).items()}
+
+
+@without_progress_bars
+def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, Evaluation]:
+    """The evaluation of a model, {"model": ...}, or of an adapter folder, {"base": ..., "adapter": ...}.
+
+    The base is the same model with the adapter switched off; the adapter's metrics have their differences from it. A
+    task's held-out rows are what it is measured on, and a hub dataset's `test` split.
+
+    Raises:
+        ValueError: bad input, in one sentence with the remedy, before any weights are read.
+    """
+    if config.vram_budget is not None:
+        raise ValueError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
+    task = find_task(dataset)
+    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+    rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
+    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES), config.reward_timeout)
+    find_model(model, config)
+    trial = rows[:2]
+    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+    tokenizer = load_tokenizer(model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    if dropped:
+        log.warning(
+            f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
+        )
+    check_budgets(prompts, config)
+    torch.manual_seed(config.seed)
+    policy = load_policy(model, tokenizer, config)
+    check_vocabulary(prompts, policy)
+    rewards.bind(policy)
+    if not is_adapter(model):
+        return {"model": measure(policy, prompts, rewards, config, step=0)}
+    with policy.as_reference():
+        base = measure(policy, prompts, rewards, config, step=0)
+    adapter = measure(policy, prompts, rewards, config, step=0)
+    return {
+        "base": base,
+        "adapter": replace(adapter, metrics=adapter.metrics | differences(base.values, adapter.values)),
+    }

@@ -1,0 +1,104 @@
+"""An evaluation for people: tables with intervals, and completions as text that a terminal can trust."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unicodedata import category
+
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.evaluation.evaluate import Evaluation
+from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rollout.metrics import in_words
+
+
+def as_table(found: dict[str, dict[str, float]]) -> Table:
+    """A row a metric and a column a model, with the interval beside the value."""
+    return _table("evaluation; in brackets 95 % intervals over prompts", found, ".3f")
+
+
+def as_difference_table(metrics: dict[str, float]) -> Table:
+    """A row for each of an adapter's metrics that have a difference from the base's."""
+    changed = {name.replace("/difference", ""): value for name, value in metrics.items() if "/difference" in name}
+    return _table("adapter minus base, on the same prompts", {"difference": changed}, "+.3f")
+
+
+def _table(title: str, found: dict[str, dict[str, float]], form: str) -> Table:
+    table = Table(title=title)
+    table.add_column("", overflow="fold")
+    for who in found:
+        table.add_column(who, justify="right")
+    for name in next(iter(found.values())):
+        if not name.endswith(("/ci_low", "/ci_high")):
+            cells = [with_interval(metrics, name, form) for metrics in found.values()]
+            table.add_row(*map(Text, [name, *cells]))  # never markup, whatever a reward function is named
+    return table
+
+
+def as_line(metrics: Mapping[str, float | None], names: Sequence[str], form: str = ".3f") -> str:
+    """Some metrics with their intervals, as `reward 0.310 [0.250, 0.377]`."""
+    short = [name.removeprefix("eval_").removesuffix("/difference") for name in names]
+    return "  ".join(f"{word} {with_interval(metrics, name, form)}" for word, name in zip(short, names, strict=True))
+
+
+def with_interval(metrics: Mapping[str, float | None], name: str, form: str) -> str:
+    """A metric and, where it has one, its interval."""
+    value, low, high = (in_words(metrics.get(key), form) for key in (name, f"{name}/ci_low", f"{name}/ci_high"))
+    return value if "-" in (low, high) else f"{value} [{low}, {high}]"
+
+
+def examples(found: dict[str, Evaluation], count: int) -> list[dict[str, Any]]:
+    """The first completions of the first prompts, then the second ones, count in all; each evaluation's beside it."""
+    first = next(iter(found.values()))
+    k = len(first.completions) // len(first.prompts)
+    chosen = sorted(sorted(range(len(first.completions)), key=lambda place: place % k)[:count])
+    return [
+        {
+            "prompt": first.prompts[place // k].text,
+            "gold": _gold(first.prompts[place // k]),
+            **{
+                who: {
+                    "completion": completion_text(one.texts[place]),
+                    "cut_off": one.completions[place].finish == "length",
+                    "rewards": {name: values[place] for name, values in one.rewards.items()},
+                }
+                for who, one in found.items()
+            },
+        }
+        for place in chosen
+    ]
+
+
+def _gold(prompt: Prompt) -> Any:
+    """The gold answer that a prompt's row has, in the columns that the built-in rewards read; None without one."""
+    return next((prompt.columns[name] for name in ("solution", "answer") if prompt.columns.get(name) is not None), None)
+
+
+def examples_as_text(shown: list[dict[str, Any]]) -> str:
+    """For a terminal. What is not ours is indented, and nothing in it can move the cursor or pass for our own lines."""
+    lines = []
+    for number, example in enumerate(shown, 1):
+        prompt = example["prompt"]
+        chat = [f"{m['role']}: {m['content']}" for m in prompt] if isinstance(prompt, list) else [prompt]
+        lines += [f"{number} of {len(shown)}", "  prompt", *_indented("\n".join(chat))]
+        if example["gold"] is not None:
+            lines += ["  gold answer", *_indented(str(example["gold"]))]
+        for who in [key for key in example if key not in ("prompt", "gold")]:
+            of = example[who]
+            facts = [f"{printable(name)} {in_words(value, '.3f')}" for name, value in of["rewards"].items()]
+            facts += ["cut off"] if of["cut_off"] else []
+            lines += [f"  {who}: {', '.join(facts)}", *_indented(of["completion"])]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {printable(line)}" for line in text.split("\n")]
+
+
+def printable(line: str) -> str:
+    """A line with what a terminal would obey (escapes, carriage returns, changes of direction) written as `\\x1b`."""
+    return "".join(
+        c if c.isprintable() or c == "\t" or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in line
+    )

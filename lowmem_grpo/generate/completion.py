@@ -1,0 +1,23 @@
+"""A completion: token ids, and what the sampler says of each."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    ids: list[int]  # the end-of-sequence token included, where one was sampled
+    # (T,) fp32 on the CPU each, or None where the sampler does not say: each token's log-probability under temperature
+    # alone, which training computes too; in the distribution it was drawn from, after penalty and truncation; and in
+    # the latter times the share, under temperature alone, of what truncation left. The last is what an importance
+    # weight divides by: its mean is 1 whatever was truncated.
+    logprobs: Tensor | None
+    behaviour_logprobs: Tensor | None
+    proposal_logprobs: Tensor | None
+    finish: str  # "eos", "stop" (a stop string) or "length" (cut off)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model gave each of its tokens a probability, as far as the sampler says."""
+        return self.logprobs is None or bool(self.logprobs.isfinite().all())

@@ -1,0 +1,1 @@
+"""The training loops, each one function from top to bottom."""

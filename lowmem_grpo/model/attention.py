@@ -1,0 +1,140 @@
+"""The attention of ours that a model's layers call, while a forward of a layout of ours runs.
+
+It is registered with transformers under NAME. A model under `attending` calls it in every layer, and it hands queries,
+keys and values to the layout in force: a packed micro-batch of training, or a step of the rollout's. Outside of
+`attending`, the model has the attention it came with.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "lowmem_grpo"
+LAYERS_KNOWN = {"full_attention", "sliding_attention"}
+# Arguments of an attention call that say nothing about its result here: positions are in the keys already.
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
+
+
+class Layout(Protocol):
+    """What knows which token attends to which."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
+        ...
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+class UnknownAttention(ValueError):
+    """A model asks of its attention what is not understood here."""
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D), in a call signature of transformers'."""
+    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    if unknown:
+        raise UnknownAttention(f"its attention takes {unknown[0]}, which is not known here")
+    if getattr(module, "sliding_window", None) not in (None, sliding_window):  # it counts on the mask for it
+        raise UnknownAttention("its attention keeps its sliding window to itself")
+    if value.shape != key.shape:
+        raise UnknownAttention("its keys and values are of different sizes")
+    if dropout:
+        raise UnknownAttention("its attention has a dropout")
+    layout = _LAYOUT.get()
+    assert layout is not None, "attending() without a layout"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """Where a model's layers look up whose attention they call."""
+    return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
+
+
+@contextlib.contextmanager
+def attending(configs: list[Any], name: str = NAME) -> Iterator[None]:
+    """The layers of the model whose configs_of these are call `attend` for the while, or another attention by name."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """`attend` goes by this layout for the while, in this thread."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+class Recomputation(contextlib.ExitStack):
+    """The attention of a forward once more: a checkpointed layer is computed again in the backward, maybe elsewhere."""
+
+    def __init__(self, configs: list[Any]):
+        super().__init__()
+        self.configs, self.layout = configs, _LAYOUT.get()
+
+    def __enter__(self) -> "Recomputation":
+        if self.layout is not None:
+            self.enter_context(attending(self.configs))
+            self.enter_context(laid_out(self.layout))
+        return super().__enter__()
+
+
+def refusal(model: Any) -> str | None:
+    """Why the attention of a model cannot be ours, as far as its config tells, or None."""
+    config = model.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or LAYERS_KNOWN) - LAYERS_KNOWN
+    if unknown:
+        return f"it has layers of {unknown.pop()}"
+    if getattr(config, "kv_lora_rank", None):
+        return "it keeps compressed keys and values (MLA)"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotary embedding depends on the longest text of a batch"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    return None
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """(..., Q, D) queries over (..., K, D) keys, whose scores and softmax are fp32."""
+    scores = scores_of(query, key, scaling, softcap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """(..., Q, K) fp32."""
+    return soften((query @ key.transpose(-1, -2)).float() * scaling, softcap)
+
+
+def soften(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)

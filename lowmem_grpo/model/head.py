@@ -1,0 +1,105 @@
+"""The head of a language model: read off it, and compared with what the model itself makes of hidden states."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+
+
+class Head(NamedTuple):
+    """How a model turns hidden states into logits: softcap(logit_scale (h . W + b))."""
+
+    weight: Tensor  # (V, D), frozen
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a model, with its scale and softcap. Raises ValueError if it is trained or adapted."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+    weight = getattr(output, "weight", None)
+    if type(output).__module__.startswith("peft.") or weight is None or weight.requires_grad:
+        raise ValueError(
+            "the head is trained or has an adapter, which is not supported yet; "
+            "leave lm_head and the embeddings out of target_modules and modules_to_save"
+        )
+    if not weight.is_floating_point():
+        raise ValueError("the head is quantized; load the model with lm_head left out of the quantization")
+    config = model.config.get_text_config()
+    # Granite divides its logits, Cohere multiplies them.
+    logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(weight, getattr(output, "bias", None), logit_scale, getattr(config, "final_logit_softcapping", None))
+
+
+def probe_head(model: PreTrainedModel, head: Head) -> None:
+    """Compare head with what the model itself makes of hidden states, in fp32; raise ValueError where they differ.
+
+    Random hidden states are scaled until the largest logit reaches twice the softcap (or 30), where a missing scale or
+    softcap shows; a zero row shows a missing bias. Only the head runs, in slices, never the decoder.
+    """
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, head.weight.shape[1], generator=draw).to(head.weight.device)
+    largest = _head_in_fp32(head.weight, head.bias, hidden).abs().max() * head.logit_scale
+    hidden *= 2 * (head.softcap or 15.0) / largest
+    hidden[0] = 0
+    theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
+    labels = torch.stack([theirs[0].argmin(), theirs[1].argmax(), theirs[2].argmin(), theirs[3].argmax()])
+    with torch.no_grad():
+        ours = linear_logprobs(
+            hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+        )
+    gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
+    if not gap < 1e-3:
+        raise ValueError(
+            f"the head of {type(model).__name__} does something besides bias, scale and tanh softcap: its "
+            f"log-probabilities are {gap:.2g} away from ours; this model is not supported"
+        )
+
+
+class _LastHiddenState(BaseModelOutputWithPast):
+    """What a decoder returns, with None for whatever else a model asks of it (router logits, cross attentions)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The model's own fp32 logits (R, V) for given last hidden states (R, D)."""
+    output = model.get_output_embeddings()
+    assert output is not None
+    given = _LastHiddenState(last_hidden_state=hidden[None])
+    with (
+        torch.no_grad(),
+        _forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
+        _forward_replaced(output, lambda states: _head_in_fp32(output.weight, output.bias, states)),
+    ):
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # accelerate may have put one on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _head_in_fp32(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    """hidden W^T + b in fp32, without an fp32 copy of the whole weight."""
+    logits = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(4096)], dim=-1)
+    return logits if bias is None else logits + bias.float()

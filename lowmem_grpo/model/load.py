@@ -1,0 +1,323 @@
+"""Load a Policy: a model found, put on the device in 4-bit, given adapters, and made ready to train."""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.model.attention import Recomputation, configs_of
+from lowmem_grpo.model.head import probe_head
+from lowmem_grpo.model.lora import keep_one_input
+from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
+from lowmem_grpo.model.policy import Policy, not_finite
+
+OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
+ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
+    """A Policy from a hub id, a model folder, a 4-bit checkpoint, an adapter folder, or a loaded model.
+
+    A loaded model is changed in place: its linear layers become 4-bit if config says so, and it gets adapters.
+
+    Raises:
+        ValueError: the model cannot be found, or cannot be trained here; the message has the remedy.
+    """
+    find_model(model, config, peft_config)
+    device = run_device(config)
+    dtype = getattr(torch, config.compute_dtype)
+    if device.type == "cpu":
+        # 1024 otherwise, at 0.3 MiB each. A layer's update has some 25 shapes of matrix products, and where they do not
+        # all fit, each is compiled anew in every layer: with 16, a fifth of an update of the demo.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
+    peft_model = _load_model(model, config, peft_config, device, dtype)
+    for module in peft_model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
+            # repacked weight then raises, or silently loses the adapters' gradient.
+            module.support_avx512bf16_for_cpu = False
+    equip(peft_model, config)
+    policy = Policy(peft_model, tokenizer, dtype)
+    broken = not_finite(policy.trainable_parameters())
+    if broken:
+        raise ValueError(
+            f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
+        )
+    probe_head(policy.base, policy.head)
+    if config.activation_offloading:
+        policy.keeping = Offloading(device)
+    return policy
+
+
+def run_device(config: GRPOConfig) -> torch.device:
+    """Where a run computes. Raises ValueError for settings that it could not obey there."""
+    if torch.cuda.is_available() and not config.use_cpu:
+        device = torch.device("cuda", torch.cuda.current_device())  # some of torch.cuda wants the number
+        if config.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bfloat16; set fp16=True")
+        return device
+    device = torch.device("cpu")
+    for name in ONLY_ON_GPU:
+        if getattr(config, name):
+            raise ValueError(f"{name} is about a GPU's memory, and this run is on a CPU; leave it out")
+    if config.optim.startswith("paged"):
+        raise ValueError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
+    return device
+
+
+def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
+    """The transformers configuration of what find_model() found; no weights are read."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model().config  # type: ignore[return-value]
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+
+
+def equip(model: PeftModel, config: GRPOConfig) -> None:
+    """Make a model with adapters ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
+    base: Any = model.get_base_model()
+    undo(base)  # what an earlier load of it asked for
+    _switch_off_base_dropout(model)
+    keep_one_input(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.use_liger_kernel:
+        use_liger_kernels(base)
+    if config.tiled_mlp:
+        tile_mlps(base.get_decoder())
+    if config.offload_embedding:
+        offload_embedding(base)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(base)
+    elif any(getattr(layer, "gradient_checkpointing", False) for layer in base.modules()):
+        _disable_checkpointing(base)
+    model.train()
+
+
+def _switch_off_base_dropout(model: PeftModel) -> None:
+    """The sampler has none, and with it the ratio of policy and sampler would not start at 1; lora_dropout stays."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
+            layer.p = 0.0
+        if isinstance(getattr(layer, "attention_dropout", None), float):
+            vars(layer)["attention_dropout"] = 0.0
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # transformers renamed it; the old name warns where there is a new one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    configs = configs_of(model)
+    enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), Recomputation(configs))})
+
+
+def _disable_checkpointing(model: Any) -> None:
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+
+
+def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
+    if isinstance(model, PeftModel):
+        if config.load_in_4bit and not _is_4bit(model):
+            raise ValueError(
+                "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
+            )
+        _train_adapter(model)
+        return _placed(model, device, dtype)
+    if isinstance(model, PreTrainedModel):
+        model.requires_grad_(False)
+        if config.load_in_4bit and not _is_4bit(model):
+            quantize_linears(model, device, dtype)
+        return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
+    if is_adapter(model):
+        base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
+        with _outdated_name():
+            return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
+    return add_adapter(_load_base(model, config, device, dtype), peft_config or lora_config(config))
+
+
+def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
+    """Raise ValueError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
+    continues = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
+    if continues and peft_config is not None:
+        raise ValueError(
+            "peft_config is given, but the model already has an adapter; leave it out to continue that one"
+        )
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+    if peft_config is not None and peft_config.bias != "none":
+        raise ValueError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+    changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
+    if changed and (continues or peft_config is not None):
+        what = "the model's own adapter" if continues else "peft_config"
+        raise ValueError(f"{changed[0]} has no effect beside {what}; leave it out")
+    taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
+    if taken:
+        raise ValueError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
+    if isinstance(model, PreTrainedModel | PeftModel):
+        if config.model_init_kwargs:
+            raise ValueError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
+    elif isinstance(model, str):
+        _find_by_name(model, config)
+    else:
+        raise ValueError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
+
+
+def _find_by_name(model: str, config: GRPOConfig) -> None:
+    is_path = model.startswith((".", "/")) or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        raise ValueError(f"model {model!r} is not a folder on this machine")
+    if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
+    if is_adapter(model):
+        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        if not base:
+            raise ValueError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
+        return _find_by_name(base, config)
+    try:
+        found = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # also what a family's own checks of its configuration raise
+        raise ValueError(
+            f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
+        ) from error
+    saved: Any = getattr(found, "quantization_config", None)
+    if saved is None:
+        return
+    if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
+        raise ValueError(f"model {model!r} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
+    if not config.load_in_4bit:
+        raise ValueError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
+
+
+def is_adapter(model: str) -> bool:
+    """Whether it is the folder of an adapter in PEFT's format."""
+    return (Path(model) / "adapter_config.json").is_file()
+
+
+def _load_base(name: str, config: GRPOConfig, device, dtype) -> PreTrainedModel:
+    arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
+    saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    if config.load_in_4bit and getattr(saved, "quantization_config", None) is None:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(name, **arguments, **(config.model_init_kwargs or {}))
+
+
+def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every linear layer but a model's head on the device in NF4 with double quantization, in place, one at a time.
+
+    The dense weight is let go before the next layer's turn, so the device never holds more than one.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        with torch.device("meta"):
+            small = Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
+        weight: Any = Params4bit  # its __new__ has the arguments, which a type checker does not see
+        small.weight = weight(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
+        small.bias = linear.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, small.to(device))  # the move quantizes
+
+
+def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with its parameters and buffers on the device; what is not trained gets the dtype too."""
+    refuse_4bit_elsewhere(model, device)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
+                parameter.data = parameter.data.to(device, parameter.dtype if parameter.requires_grad else dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return model
+
+
+def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError if a weight that is 4-bit already lies on another kind of device, wherever the others lie."""
+    found = {p.device.type for p in model.parameters() if isinstance(p, Params4bit)} - {device.type}
+    if found:
+        raise ValueError(
+            f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device.type}; load it there"
+            + (", or set use_cpu" if found == {"cpu"} else "")
+        )
+
+
+def _is_4bit(model: nn.Module) -> bool:
+    return any(isinstance(module, Linear4bit) for module in model.modules())
+
+
+def lora_config(config: GRPOConfig) -> LoraConfig:
+    """What config's lora fields say."""
+    return LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def adapter_config(model: Any, config: GRPOConfig, peft_config: LoraConfig | None = None) -> PeftConfig:
+    """The adapter that a run of these trains: the model's own, which is continued, or peft_config, or config's."""
+    if isinstance(model, PeftModel):
+        return model.active_peft_config
+    if isinstance(model, str) and is_adapter(model):
+        return PeftConfig.from_pretrained(model)
+    return peft_config or lora_config(config)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    peft_config = copy.copy(peft_config)  # the caller's is left as it is
+    peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
+    with _outdated_name():
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ValueError(f"no adapter could be added: {error}") from error
+
+
+@contextlib.contextmanager
+def _outdated_name() -> Iterator[None]:
+    """peft still reads a name that transformers has given up, which warns; nothing is wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def _train_adapter(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and f".{model.active_adapter}." in name)
+
+
+def load_tokenizer(model, config: GRPOConfig):
+    """The tokenizer that comes with a model, by its name or the name it was loaded from; an adapter's is its base's."""
+    name = model if isinstance(model, str) else model.name_or_path
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer comes with {name!r}; pass one as tokenizer=") from error

@@ -1,0 +1,169 @@
+"""Attention over a packed row: each tail sees its prompt, which stands there once, and itself.
+
+The gradient of a shared prompt's keys and values is the sum of what its copies would get
+(https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, the
+scores of a prompt and of its tails are in memory.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowmem_grpo.model.attention import scores_of
+from lowmem_grpo.model.packing import Block, Packing
+
+TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+_ASKS_FOR_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The layout of one micro-batch, as attention.py asks for it."""
+
+    packing: Packing
+    varlen: bool  # by flash attention over segments, else by blocks
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
+        if self.varlen and softcap is None:
+            return by_segments(query, key, value, self.packing, scaling, window, flash)[None]
+        return by_blocks(query, key, value, self.packing, scaling, window, softcap)[None]
+
+
+def by_blocks(
+    query: Tensor,  # (T, H, D)
+    key: Tensor,  # (T, H_kv, D)
+    value: Tensor,
+    packing: Packing,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(T, H, D), by a call of scaled_dot_product_attention a block, or in plain products where there is a softcap.
+
+    Takes the memory of a copy of each prompt's keys and values per tail, which packing.py bounds.
+    """
+    results = []
+    for block in packing.blocks:
+        found = _attend(_inputs(block, query, key, value), packing, scaling, window, softcap)  # (G n, C, H, D)
+        results.append(found.flatten(0, 1))
+    return torch.cat(results).index_select(0, packing.outputs)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # queries (B, H, Q, D), keys and values (B, H_kv, K, D)
+
+
+def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    """B is G n, Q is C, K is P + C."""
+    groups, members, tail = block.tails.shape
+
+    def own(x: Tensor) -> Tensor:  # (G n, C, H or H_kv, D)
+        return x.index_select(0, block.tails.flatten()).unflatten(0, (groups * members, tail))
+
+    def whole(x: Tensor) -> Tensor:
+        if not block.prompts.numel():
+            return own(x).transpose(1, 2)
+        shared = x.index_select(0, block.prompts.flatten()).unflatten(0, (groups, 1, -1))
+        return torch.cat([shared.expand(-1, members, -1, -1, -1).flatten(0, 1), own(x)], 1).transpose(1, 2)
+
+    return own(query).transpose(1, 2), whole(key), whole(value)
+
+
+def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+    """(B, Q, H, D); the last Q keys are the queries' own."""
+    query, key, value = inputs
+    batch, heads, queries, size = query.shape
+    # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
+    # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
+    few = query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256
+    plain = softcap is not None or few
+    # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
+    grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)
+    if not plain and grouped_is_known and queries == key.shape[2] and (window is None or window >= queries):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+    most = max(8, TILE * key.shape[1] // heads // 8 * 8)
+    if queries > most:
+        before = key.shape[2] - queries
+        tiles = []
+        for stop in range(queries, 0, -most):  # from the last, which sees the most keys, and whose mask serves all
+            start = max(0, stop - most)
+            first = 0 if window is None else max(0, before + start + 1 - window)
+            seen = slice(first, before + stop)
+            tile = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
+            tiles.append(_attend(tile, packing, scaling, window, softcap))
+        return torch.cat(tiles[::-1], 1)
+    # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
+    grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # (B, H_kv, Q, H / H_kv, D)
+    folded = grouped.flatten(2, 3)
+    mask = _mask(packing, grouped, key.shape[2], window)
+    if not plain:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        out = (scores_of(folded, key, scaling, softcap) + mask).softmax(-1).to(value.dtype) @ value
+    return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
+
+
+def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> Tensor:
+    """(Q copies, K): 0 where one of the last Q of K tokens sees another, else -inf. grouped is (B, H_kv, Q, copies, D).
+
+    The lower right corner of the largest that was asked for yet. Added, and not chosen by: attention would make and
+    keep a copy like this of one of bools, in every layer.
+    """
+    queries, copies = grouped.shape[2:4]
+    kind = (copies, window, grouped.dtype)
+    rows, widest = packing.masks[kind].shape if kind in packing.masks else (0, 0)
+    if queries * copies > rows or keys > widest:
+        tallest, widest = max(queries, rows // copies), -(-max(keys, widest) // 8) * 8  # aligned, as a GPU wants it
+        place = torch.arange(widest, device=grouped.device)
+        back = place[widest - tallest :, None] - place
+        unseen = ((back < 0) | (back >= (window or widest))).repeat_interleave(copies, 0)
+        packing.masks[kind] = grouped.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+    mask = packing.masks[kind][-queries * copies :, -keys:]
+    return mask if mask.device.type == "cpu" or mask.data_ptr() % 16 == 0 else mask.contiguous()
+
+
+def by_segments(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None, attention: Callable
+) -> Tensor:
+    """The same by a varlen attention, whose causality is aligned to the last key of each segment."""
+    return attention(
+        query, key.index_select(0, packing.keys), value.index_select(0, packing.keys), packing.query_starts,
+        packing.key_starts, packing.longest_query, packing.longest_key, scaling, window,
+    )  # fmt: skip
+
+
+def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
+    """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
+    assert varlen_attn is not None
+    # Some releases take grouped queries as they come.
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GQA else {}
+    out: Any = varlen_attn(  # a tensor, where nothing else is asked for
+        query, key, value, query_starts, key_starts, longest_query, longest_key, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), **grouped,
+    )  # fmt: skip
+    return out
+
+
+def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `flash` may run there; head sizes that it does not know raise."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return (
+        varlen_attn is not None
+        and half
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )

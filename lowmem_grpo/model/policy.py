@@ -1,0 +1,195 @@
+"""Policy: one frozen 4-bit base with LoRA adapters. The reference is the same model with the adapters switched off."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.head import read_head
+from lowmem_grpo.model.packed_attention import Packed, flash_serves
+from lowmem_grpo.model.packing import MicroBatch
+from lowmem_grpo.model.trial import difference_when_packed, refused
+from lowmem_grpo.warn import warn
+
+
+class Policy:
+    """A language model that answers, and that learns through its adapters alone.
+
+    Attributes:
+        model: the peft model; only its LoRA parameters, fp32, ask for a gradient.
+        base: the model inside it, whose linear layers carry the adapters.
+        decoder: the model without its head. linear_logprobs is the head wherever probabilities are trained on.
+        dtype: of all computation but the adapters' masters.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
+        self.decoder: nn.Module = self.base.get_decoder()
+        self.head = read_head(self.base)
+        self.device = self.head.weight.device
+        self.eos_token_ids = eos_token_ids(self.base, tokenizer)
+        self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.configs = configs_of(self.base)
+        self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
+        self.samples_dense: bool | None = None  # what rollout_weights="auto" came to, for the whole run
+        self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
+        self.graph_refusal: str | None = None  # why its steps of decoding are not captured as CUDA graphs
+        self.trusted_captures: set[Hashable] = set()  # kinds of such steps whose replay was compared, and right
+        self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
+        self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
+        self.varlen = False  # whether packed rows go through flash attention
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
+        """Log-probability under temperature of each of the batch's N tokens, (N,) fp32, with its gradient."""
+        return linear_logprobs(**self._head_inputs(batch, temperature))
+
+    def logprobs_and_entropy(
+        self, batch: MicroBatch, temperature: float, *, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the entropy at each token, (N,) fp32, which carries a gradient only if it is asked to."""
+        inputs = self._head_inputs(batch, temperature)
+        return linear_logprobs(**inputs, return_entropy=True, entropy_grad=entropy_grad)
+
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """What the head makes each of the batch's N log-probabilities from, (N, D) in the head's dtype."""
+        with self.autocast(), self._laid_out(batch), self.keeping():
+            places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+            hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
+        return hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)
+
+    def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
+        return dict(
+            hidden_states=self.hidden_states(batch), weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
+            temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _laid_out(self, batch: MicroBatch) -> Iterator[None]:
+        """The model attends as the batch is packed; with its own attention, where each row is one sequence."""
+        if batch.packing is None:
+            yield
+            return
+        with attending(self.configs), laid_out(Packed(batch.packing, self.varlen)):
+            yield
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The next token's logits (S, V) of last hidden states (S, D), on a GPU in fp32. For sampling alone."""
+        weight, bias, logit_scale, softcap = self.head
+        rows = hidden_states.to(weight.dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            if rows.is_cuda and rows.dtype != torch.float32:
+                logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+            else:
+                logits = rows @ weight.t()
+        logits = logits if bias is None else logits + bias
+        logits = logits if logit_scale == 1 else logits * logit_scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether it can be trained on packed rows. Tried on a few tokens, once, with a warning where it cannot."""
+        reason = refusal(self.base)
+        if not reason:
+            self.varlen = flash_serves(self.device, self.dtype)
+            reason = refused(self, difference_when_packed)
+        name = type(self.base).__name__
+        if reason and self.varlen:
+            warn(f"{name} attends without flash attention, which is slower: {reason}")
+            self.varlen = False
+            reason = refused(self, difference_when_packed)
+        if reason:
+            warn(f"{name} is trained on padded rows, which takes more memory: {reason}")
+        return not reason
+
+    def autocast(self) -> torch.autocast:
+        """Casts the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Without gradients, dropout or checkpointing; the training mode is restored afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The frozen model without the adapters, for inference."""
+        layers: Any = self.model.base_model  # peft's disable_adapter() first takes stock of them all: 3 ms in the demo
+        with self.inference():
+            layers.disable_adapter_layers()
+            try:
+                yield
+            finally:
+                layers.enable_adapter_layers()
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """What a KL holds the policy to, for inference: the adapters off, or a snapshot of them in their place."""
+        if self.reference is None:
+            with self.as_base():
+                yield
+            return
+        with self.inference():
+            own = {name: parameter.data for name, parameter in self.trainable_parameters().items()}
+            try:
+                self._point_to(self.reference)
+                yield
+            finally:
+                self._point_to(own)
+
+    def keep_reference(self) -> None:
+        """From now on the reference is the adapters as they are: 4 bytes a parameter of theirs, in fp32."""
+        self.reference = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters().items()}
+
+    def sync_reference(self, share: float) -> None:
+        """Move the snapshot to share times the policy plus the rest of itself (TR-DPO, arXiv:2404.09656)."""
+        assert self.reference is not None
+        for name, parameter in self.trainable_parameters().items():
+            self.reference[name].lerp_(parameter.detach(), share)
+
+    def _point_to(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable_parameters().items():
+            parameter.data = values[name]
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format, and the tokenizer beside it.
+
+        Raises:
+            FloatingPointError: an adapter's weight is not finite; nothing is written.
+        """
+        broken = not_finite(self.trainable_parameters())
+        if broken:
+            raise FloatingPointError(f"the adapter is not saved, since {broken} has numbers that are not finite")
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(folder)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that has a NaN or an infinity, if any has."""
+    return next((name for name, values in tensors.items() if not values.isfinite().all()), None)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
+    """Every id that ends a completion: the model's, its generation config's and the tokenizer's."""
+    given = (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
+    if not ids:
+        raise ValueError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
+    return sorted(ids)

@@ -1,0 +1,279 @@
+"""Whether a model computes in a layout of ours what it computes by itself: tried once, at each layer's own output.
+
+The trial is in fp32, whatever the run computes in. In 16 bits the rounding of 30 layers moves a log-probability by up
+to 0.8 nats, which is more than a wrong mask in one of them does; in fp32 what is right is 1e-5 off, and what is wrong
+is not: a layer that carries a thousandth of one sequence into the next shows. Gradients are compared of attention
+alone, the one part with a layout of its own: a layer whose outputs are right and whose backward is not goes unseen.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from torch import Tensor, nn
+
+from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.model.attention import attending, configs_of, laid_out
+from lowmem_grpo.model.packed_attention import Packed
+from lowmem_grpo.model.packing import MicroBatch, pack
+
+HALF = (torch.bfloat16, torch.float16)
+WINDOW = 6  # tokens of a sliding window in a trial: texts as long as real windows would take seconds
+TEXTS = (
+    "Tom has 12 apples and gives 5 of them to his sister. How many apples does he have now? He had 12, and 12 - 5 = 7, "
+    "so the answer is 7. On the way home they meet an old friend, who asks if it is going to rain.",
+    "The sky over the hills was dark, and the wind had turned since noon. We should leave early, she said, or wait for "
+    "the next train; it costs 8 euros more, but there are 3 seats left, and nobody has to stand.",
+    "Let x be the number of red balls in the box. There are 4 times as many blue ones, 35 in all, so 5 x = 35 and x is "
+    "7. To check this, count the blue ones: 28, and 28 + 7 = 35. What if one of them is lost?",
+)  # fmt: skip
+
+Outputs = dict[str, Tensor]  # of each layer and of each of its parts: (N, D) fp32, on the CPU
+
+# Of outputs in fp32. Those of SmolLM2 and Gemma 3 270M are 1e-5 away at most; of tiny random models, where a state
+# goes on from one sequence into the next, 0.4 to 0.95.
+LEAST, MOST = 5e-5, 1e-3
+# Of attention in 16 bits from that in fp32 on the same queries, keys and values, softened: 0.003 at most, its gradients
+# 0.008; one key more in a window of WINDOW tokens is 0.3 away.
+ROUGH = 0.05
+
+LAST = "its last hidden state"  # the name of what a decoder gives
+
+
+def pieces(policy: Any, text: str, lengths: Sequence[int]) -> list[list[int]]:
+    """The ids of a text, cut at these lengths, and over again where it is shorter; none of them is special.
+
+    The first ids of the vocabulary where the tokenizer is a stand-in that reads no text, as those of benchmarks are.
+    """
+    vocabulary = range(policy.head.weight.shape[0])
+    special = {*getattr(policy.tokenizer, "all_special_ids", ()), *policy.eos_token_ids}
+    reads = callable(policy.tokenizer)
+    ids = policy.tokenizer(text, add_special_tokens=False).input_ids if reads else range(100)
+    ids = [i for i in ids if i in vocabulary and i not in special] or [i for i in vocabulary if i not in special]
+    endless = cycle(ids)
+    return [[next(endless) for _ in range(length)] for length in lengths]
+
+
+def parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A decoder's layers by name, and the modules that it has beside them."""
+    for name, module in decoder.named_children():
+        if isinstance(module, nn.ModuleList):
+            yield from ((f"{name}.{number}", layer) for number, layer in module.named_children())
+        elif any(isinstance(inner, nn.ModuleList) for inner in module.modules()):
+            yield from ((f"{name}.{part}", inner) for part, inner in parts(module))
+        else:
+            yield name, module
+
+
+@contextlib.contextmanager
+def in_fp32(policy: Any) -> Iterator[Any]:
+    """The policy as if it had been loaded in fp32; its 4-bit weights are what they are, the others one layer at a time.
+
+    The weights of a layer are fp32 from its forward to the next layer's.
+    """
+    exact = copy.copy(policy)
+    exact.dtype, exact.varlen = torch.float32, False
+    quantized = [(layer, layer.compute_dtype) for layer in policy.base.modules() if isinstance(layer, Linear4bit)]
+    given: list[tuple[Tensor, Tensor]] = []
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    before = [product.fp32_precision for product in products]
+
+    def give_back() -> None:
+        while given:
+            tensor, data = given.pop()
+            tensor.data = data
+
+    def cast(part: nn.Module, _: Any) -> None:
+        give_back()
+        for tensor in (*part.parameters(), *part.buffers()):
+            if tensor.dtype in HALF and not isinstance(tensor, Params4bit):
+                given.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, looked_up: looked_up.float())
+        for module in policy.decoder.modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    hooks += [
+        part.register_forward_pre_hook(cast) for _, part in parts(policy.decoder) if not isinstance(part, nn.Embedding)
+    ]
+    try:
+        for product in products:  # and not in TF32, or in bf16
+            product.fp32_precision = "ieee"
+        for layer, _ in quantized:
+            layer.compute_dtype = torch.float32
+        yield exact
+    finally:
+        give_back()
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
+        for layer, dtype in quantized:
+            layer.compute_dtype = dtype
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def narrow_windows(model: Any) -> Iterator[None]:
+    """Sliding windows are WINDOW tokens wide for the while."""
+    owners = [owner for owner in (*configs_of(model), *model.modules()) if "sliding_window" in vars(owner)]
+    before = [(owner, owner.sliding_window) for owner in owners if owner.sliding_window]
+    try:
+        for owner, window in before:
+            owner.sliding_window = min(WINDOW, window)
+        yield
+    finally:
+        for owner, window in before:
+            owner.sliding_window = window
+
+
+@contextlib.contextmanager
+def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand what each layer, each of its parts and the decoder give, (R, T, ...), to keep, under a name of that call."""
+    calls: dict[str, int] = {}
+
+    def kept(name: str, output: Any) -> None:
+        output = getattr(output, "last_hidden_state", output)
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor) and output.dim() >= 3 and output.is_floating_point():
+            calls[name] = calls.get(name, 0) + 1
+            keep(name if calls[name] == 1 else f"{name}, call {calls[name]},", output.flatten(2))
+
+    watched = [(LAST, decoder)]
+    for name, layer in parts(decoder):
+        if name.rpartition(".")[2].isdigit():
+            watched += [(name, layer), *((f"{name}.{child}", module) for child, module in layer.named_children())]
+    hooks = [m.register_forward_hook(lambda _, __, out, name=name: kept(name, out)) for name, m in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
+    """What the layers make of the tokens that the batches' N tokens are predicted from."""
+    found: Outputs = {}
+    for batch in batches:
+
+        def keep(name: str, output: Tensor, batch: MicroBatch = batch) -> None:
+            if output.shape[:2] == batch.input_ids.shape:
+                rows = output.flatten(0, 1).index_select(0, batch.predictors).float().cpu()
+                found.setdefault(name, rows.new_full((count, rows.shape[1]), torch.nan))[batch.tokens.cpu()] = rows
+
+        with outputs_kept(policy.decoder, keep):
+            policy.hidden_states(batch)
+    return found
+
+
+def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
+    """Of each output the root mean square over its tokens, each relative to its size or the median token's.
+
+    Where a token's is small, as between a model's norms, it is its rounding that a relative measure would show.
+    """
+    found = {}
+    for name in [name for name in theirs if name in ours]:
+        size = theirs[name].norm(dim=1)
+        error = (ours[name] - theirs[name]).norm(dim=1) / size.clamp(min=size.median().clamp(min=1e-30))
+        found[name] = error.square().mean().sqrt().item()
+    return found
+
+
+def too_far(errors: dict[str, float], noise: dict[str, float]) -> str | None:
+    """Where an fp32 output is further away than LEAST, and than 3 times what it is in another batch; or None."""
+    for name, error in errors.items():
+        if not error <= min(max(LEAST, 3 * noise.get(name, 0.0)), MOST):  # a NaN is too far, too
+            return f"{name} is {error:.1g} away"
+    return None
+
+
+class Differs(ValueError):
+    """A layout of ours gives something else, and the message says what and how far."""
+
+
+def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
+    """Why a trial of the policy fails with each of TEXTS, or None; what it raises is a reason too.
+
+    A text that is refused is followed by another: a rounding may swap two experts of equal weight.
+    """
+    reason = None
+    try:
+        with policy.inference(), narrow_windows(policy.base):
+            for text in TEXTS:
+                reason = trial(policy, text)
+                if reason is None:
+                    return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
+        return in_a_line(error)
+    return reason
+
+
+def difference_when_packed(policy: Any, text: str) -> str | None:
+    """Why packed rows do not give what separate ones give, or None. Two prompts, of which one is shared."""
+    lengths = (26, 1, 9, 5, 1, 14, 7, 2, 12, 3)
+    texts = pieces(policy, text, lengths)
+
+    def batches(token_budget: int = 1000, padding_free: bool = False) -> Iterator[MicroBatch]:
+        return pack(
+            texts[:2], texts[2:], num_generations=4, padding_free=padding_free, token_budget=token_budget,
+            pad_token_id=policy.pad_token_id, device=policy.device,
+        )  # fmt: skip
+
+    count = sum(lengths[2:])
+    with in_fp32(policy) as exact:
+        with attending(policy.configs, "eager"):
+            truth = outputs(exact, batches(), count)
+            noise = distances(outputs(exact, batches(token_budget=90), count), truth)
+        reason = too_far(distances(outputs(exact, batches(padding_free=True), count), truth), noise)
+    if reason:
+        return f"{reason} in a packed row from what it is in a separate one"
+    if policy.dtype != torch.float32:
+        for batch in batches(padding_free=True):
+            assert batch.packing is not None
+            layout = InBothPrecisions(Packed(batch.packing, policy.varlen), batch.predictors)
+            with policy.autocast(), attending(policy.configs), laid_out(layout):
+                policy.decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    return None
+
+
+@dataclass(frozen=True)
+class InBothPrecisions:
+    """A packed row whose attention and its gradient are, in 16 bits, near those in fp32, or it raises Differs."""
+
+    packed: Packed
+    predictors: Tensor  # (N,) int64: the tokens whose results count; those of padding are any
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        # Softened: attention that picks one key says little of the others, and its gradient is little but rounding.
+        lengths = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
+        soft = min(scaling, 4 / max(lengths.item(), 1e-30))
+
+        def run(packed: Packed, dtype: torch.dtype, upstream: Tensor | None = None) -> list[Tensor]:
+            """Fp32 results (N, H, D), and gradients of query, key and value under upstream, or under the results."""
+            q, k, v = leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+                out = packed.attend(layer, q, k, v, soft, window, softcap)[0]
+                out = out.index_select(0, self.predictors).float()
+                gradients = torch.autograd.grad(out, leaves, out.detach() if upstream is None else upstream)
+            return [out.detach(), *(gradient.float() for gradient in gradients)]
+
+        exact = run(replace(self.packed, varlen=False), torch.float32)
+        found = run(self.packed, query.dtype, exact[0])
+        names = ("result", "query's gradient", "key's gradient", "value's gradient")
+        for name, rounded, truth in zip(names, found, exact, strict=True):
+            error = ((rounded - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+            if not error < ROUGH:
+                raise Differs(f"its attention's {name} in {query.dtype} is {error:.1g} away from that in fp32")
+        return self.packed.attend(layer, query, key, value, scaling, window, softcap)

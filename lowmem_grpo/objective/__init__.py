@@ -1,0 +1,1 @@
+"""Losses, advantages and what multiplies them."""

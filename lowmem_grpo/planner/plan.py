@@ -1,0 +1,336 @@
+"""What a run will need: the peak of each phase, predicted from a model's configuration alone, and what to do about it.
+
+The layers' activations are not written down as formulas, which would go stale: tracing.py runs the training code.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedConfig
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.generate.plan import kv_shape, plan_rollout
+from lowmem_grpo.kernels.linear_logprobs import default_chunks
+from lowmem_grpo.model.load import lora_config
+from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
+from lowmem_grpo.update.optimizer import state_bytes
+
+CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
+SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on the device: what is there throughout, and what each phase adds at its peak, by name."""
+
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    padded: str | None = None  # why it is trained on padded rows and sampled from by transformers' generate
+
+    def peaks(self) -> dict[str, int]:
+        return {name: sum(self.resident.values()) + sum(parts.values()) for name, parts in self.phases.items()}
+
+    def peak(self) -> int:
+        return max(self.peaks().values())
+
+    def largest_phase(self) -> str:
+        peaks = self.peaks()
+        return max(peaks, key=lambda name: peaks[name])
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that the plan chose."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that fit a budget, or as near to it as they come."""
+
+    config: GRPOConfig
+    forecast: Forecast
+    budget: int | None
+    changes: list[Change]
+    prompt_tokens: int  # of the longest prompt
+    assumptions: list[str]  # sentences
+    remedy: str | None = None  # what would have to change besides; None where everything fits
+
+
+def plan(
+    model: PreTrainedConfig,
+    config: GRPOConfig,
+    adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
+    longest_prompt: int | None = None,  # its tokens; None where no prompt is known yet
+) -> Plan:
+    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit."""
+    key = Key(model, adapter or lora_config(config))
+    # Within here, max_prompt_length is the length that is planned for.
+    prompt = longest_prompt or config.max_prompt_length or PROMPT_TOKENS
+    chosen, found, changes = _fit(key, replace(config, max_prompt_length=prompt))
+    budget, assumptions, remedy = config.vram_budget_bytes, [], None
+    if found.padded:
+        assumptions.append(f"Trained on padded rows, sampled from by transformers' generate: {found.padded}.")
+    if longest_prompt is None:
+        given = "none" if config.max_prompt_length is None else prompt
+        assumptions.append(f"The longest prompt is assumed to have {prompt} tokens: max_prompt_length is {given}.")
+    if budget is not None and not _fits(found, budget):
+        remedy = _remedy(key, chosen, found, budget)
+    chosen = replace(chosen, max_prompt_length=config.max_prompt_length)
+    return Plan(chosen, found, budget, changes, prompt, assumptions, remedy)
+
+
+def plan_to_fit(
+    model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None, longest_prompt: int | None = None
+) -> Plan:
+    """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
+    found = plan(model, config, adapter, longest_prompt)
+    if found.remedy is not None:
+        peak = f"{found.forecast.peak() / 10**9:.2f} GB"
+        raise ValueError(
+            f"vram_budget={config.vram_budget} is too little, the predicted peak is {peak}; {found.remedy}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def limit_memory(found: Plan | None, device: torch.device) -> Iterator[None]:
+    """For the while, torch allocates the plan's budget and no more, which does not count the CUDA context."""
+    if found is None or found.budget is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    share = max(0.0, (found.budget - CONTEXT_BYTES) / total)
+    torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
+    """The same, with no more keys and values at once than a step of training was planned with."""
+    if found is None:
+        return config
+    tokens = config.prompts_per_step * (found.prompt_tokens + config.num_generations * config.max_completion_length)
+    return replace(config, rollout_token_budget=min(config.rollout_token_budget, tokens))
+
+
+def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Change]]:
+    budget, changes = config.vram_budget_bytes, {}
+    found = _forecast(key, config)
+    while not _fits(found, budget):
+        for change in _changes(key.model, config, found):
+            changed = replace(config, **{change.name: change.value})
+            try:
+                found = _forecast(key, changed)
+            except ValueError:  # not for this model
+                continue
+            config, changes[change.name] = changed, change
+            break
+        else:
+            break
+    return config, found, list(changes.values())
+
+
+def _fits(found: Forecast, budget: int | None) -> bool:
+    return budget is None or found.peak() <= (1 - SPARE) * budget
+
+
+def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
+    """What would make the largest phase smaller, the least costly first."""
+    phase, longest = found.largest_phase(), _longest(config)
+    if phase == "rollout" and found.phases[phase].get("dense weights"):
+        yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
+    if phase == "rollout" and config.has_cuda_graphs and not found.padded:
+        yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
+    if phase == "rollout" and config.rollout_token_budget > longest:
+        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
+        yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
+    if config.token_budget > longest:
+        halved = max(longest, min(config.token_budget, _step_tokens(config)) // 2)
+        yield Change("token_budget", halved, "smaller micro-batches, and more of them")
+    if phase == "update" and not config.gradient_checkpointing:
+        yield Change("gradient_checkpointing", True, "activations are computed again, a third more work in the update")
+    if config.optim in ("adamw_torch", "adamw_torch_fused"):
+        yield Change("optim", "adamw_8bit", "a quarter of the optimizer's state")
+    if phase != "rollout" and not config.tiled_mlp and longest > 1024:
+        yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
+    if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
+        yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
+    if phase == "rollout" and config.rollout_kv == "full" and not found.padded:
+        yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
+    if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
+        yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+
+
+def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
+    """The smallest change of the task itself that would fit: shorter completions, else shorter prompts."""
+    resident = sum(found.resident.values())
+    if resident > budget:
+        return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
+
+    def with_everything(**lengths: int) -> Forecast:
+        """All that a plan would choose, chosen at once."""
+        changed = replace(config, **lengths)
+        return _forecast(key, replace(changed, token_budget=_longest(changed), rollout_token_budget=_longest(changed)))
+
+    short = {"max_completion_length": min(64, config.max_completion_length)}
+    for name, besides in (("max_completion_length", {}), ("max_prompt_length", {}), ("max_prompt_length", short)):
+        # In multiples of 32: the largest length that fits is at least 32 low, and below 32 high.
+        low, high = 1, math.ceil(getattr(config, name) / 32)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = _fits(with_everything(**besides, **{name: 32 * middle}), budget)
+            low, high = (middle, high) if fits else (low, middle)
+        if low > 1:
+            return f"{_in_settings({**besides, name: 32 * low})} would fit"
+    shortest = {**short, "max_prompt_length": min(64, config.max_prompt_length or 64)}
+    needed = math.ceil(with_everything(**shortest).peak() / 10**8) / 10
+    return f"not even {_in_settings(shortest)} would fit, it takes {needed:.1f} GB: choose a smaller model"
+
+
+def _in_settings(values: dict[str, int]) -> str:
+    return " and ".join(f"{name}={value}" for name, value in values.items())
+
+
+def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Forecast:
+    """Peaks of the phases, each with the parts that it is made of. Nothing is downloaded or allocated."""
+    return _forecast(Key(model, adapter or lora_config(config)), config)
+
+
+def _forecast(key: Key, config: GRPOConfig) -> Forecast:
+    text = key.model.get_text_config()
+    dtype = getattr(torch, config.compute_dtype)
+    traced = trace(key, config)
+    resident = {
+        **traced.resident,
+        "gradients": 4 * traced.adapter_numbers,
+        "optimizer state": state_bytes(config.optim, traced.adapter_sizes),
+        **({} if config.use_cpu else {"CUDA and its libraries": CONTEXT_BYTES}),
+    }
+    if config.reference == "initial" or config.sync_ref_model:
+        resident["the reference's adapter"] = 4 * traced.adapter_numbers
+    # The head's scores and pull, in tiles as of a card of the budget's size; the entropy's gradient takes its own.
+    kind = "cpu" if config.use_cpu else "cuda"
+    tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
+    head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
+    layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
+    # "auto" is dense on a CPU, where memory allows and the engine samples.
+    auto = config.rollout_weights == "auto" and config.use_cpu and not traced.padded
+    dense = config.rollout_weights == "dense" or auto
+    count = _generate_bytes if traced.padded else _engine_bytes
+    rollout = count(key, config, traced, 0 if dense else layer)
+    if dense:
+        rollout["dense weights"] = traced.dense
+    phases = {
+        "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},
+        "reference": {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer},
+        "update": {
+            "activations kept": traced.ran.kept,
+            "one layer at work": traced.ran.peak - traced.ran.kept,
+            "head": head,
+            "one dequantized layer": layer,
+        },
+    }
+    if config.has_old_pass:
+        phases["old"] = phases["reference"]
+    if config.beta == 0:
+        del phases["reference"]
+    return Forecast(resident, phases, traced.padded)
+
+
+def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
+    text = key.model.get_text_config()
+    dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
+    rollout = plan_rollout(
+        prompt_tokens=prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget,
+        paged=config.rollout_paged and not config.use_cpu,
+    )  # fmt: skip
+    # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
+    # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
+    copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
+    logits = 4 * rollout.slots * text.vocab_size * copies
+    captured = {"captured steps": logits + layer}  # what a step takes, in a pool of its own
+    return {
+        "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
+        "prefill or logits": max(traced.ran.prefill + layer, logits),
+        **(captured if config.has_cuda_graphs else {}),
+    }
+
+
+def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
+    for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
+        if getattr(config, name) == value:
+            raise ValueError(f"{name}={value!r} does not serve this model: {traced.padded}; leave it out")
+    rows = min(
+        config.prompts_per_step * config.num_generations, max(1, config.rollout_token_budget // _longest(config))
+    )
+    row, size = traced.generated, getattr(torch, config.compute_dtype).itemsize
+    assert row is not None
+    # generate's copies of the logits: its own, one in fp32, one processed, probabilities; more where it truncates.
+    logits = (size + 4 * (9 if _truncates(config) else 3)) * key.model.get_text_config().vocab_size
+    prefill = {"keys and values": rows * row.prompt_cache, "prefill or logits": rows * row.prefill + layer}
+    decode = {"keys and values": rows * row.cache, "prefill or logits": rows * (row.decode + logits) + layer}
+    return max(prefill, decode, key=lambda parts: sum(parts.values()))
+
+
+def _truncates(config: GRPOConfig) -> bool:
+    return config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
+
+
+def _longest(config: GRPOConfig) -> int:
+    return prompt_tokens(config) + config.max_completion_length
+
+
+def _rollout_tokens(config: GRPOConfig, shared: bool) -> int:
+    """Of keys and values, were everything sampled at once."""
+    if not shared:
+        return _step_tokens(config)
+    return config.prompts_per_step * (prompt_tokens(config) + config.num_generations * config.max_completion_length)
+
+
+def _step_tokens(config: GRPOConfig) -> int:
+    return config.prompts_per_step * config.num_generations * _longest(config)
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 10**9:.3f} GB"
+
+
+def as_dict(found: Plan) -> dict[str, Any]:
+    """For JSON: bytes throughout."""
+    return {
+        "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
+        "peak": found.forecast.peak(), "prompt_tokens": found.prompt_tokens, "assumptions": found.assumptions,
+        "budget": found.budget, "fits": found.remedy is None,
+        "changes": [asdict(change) for change in found.changes], "remedy": found.remedy,
+    }  # fmt: skip
+
+
+def as_text(found: Plan) -> str:
+    """A table for people, in GB of 10^9 bytes, as budgets are written; and what the plan chose."""
+    peaks = found.forecast.peaks()
+    lines = [f"{'resident throughout':<34}{_in_words(sum(found.forecast.resident.values())):>12}"]
+    lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in found.forecast.resident.items()]
+    for phase, parts in found.forecast.phases.items():
+        lines.append(f"{f'at the peak of the {phase}':<34}{_in_words(peaks[phase]):>12}")
+        lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in parts.items()]
+    lines.append("")
+    lines += found.assumptions
+    lines.append(f"Predicted peak: {_in_words(found.forecast.peak())}, in the {found.forecast.largest_phase()}.")
+    lines += [f"Set {change.name}={change.value}: {change.reason}." for change in found.changes]
+    if found.budget is not None:
+        within = "This fits" if found.remedy is None else "This does not fit"
+        lines.append(f"{within} {found.budget / 10**9:g} GB{'' if found.remedy is None else f'; {found.remedy}'}.")
+    return "\n".join(lines)

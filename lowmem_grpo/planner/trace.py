@@ -1,0 +1,428 @@
+"""What a model's weights and activations take, seen on tensors that have a shape and no memory.
+
+Weights and adapters are counted on the whole model. Its activations are those of the training code itself, which runs
+2 and 3 layers of each kind that the model has; a whole model is these, by their number.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.model.attention import UnknownAttention, refusal
+from lowmem_grpo.model.load import add_adapter, equip
+from lowmem_grpo.model.packing import MicroBatch, fills_one, pack
+from lowmem_grpo.model.policy import Policy
+
+PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
+
+
+def prompt_tokens(config: GRPOConfig) -> int:
+    return config.max_prompt_length or PROMPT_TOKENS
+
+
+@dataclass(frozen=True)
+class Key:
+    """A model's configuration and its adapter's, that a cache can look up."""
+
+    model: PreTrainedConfig
+    adapter: PeftConfig
+
+    def text(self) -> str:
+        adapter = json.dumps(self.adapter.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+        return self.model.to_json_string() + adapter
+
+    def __hash__(self) -> int:
+        return hash(self.text())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.text() == other.text()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Bytes of activations of the layers that ran."""
+
+    kept: int  # what the backward of the largest micro-batch waits with
+    peak: int  # at the peak of its forward and backward
+    inference: int  # at the peak of its forward without a backward
+    prefill: int  # the same for a batch of prompts
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Bytes of a row in transformers' generate: its cache at the end of the prompt and in full, and what is besides."""
+
+    prompt_cache: int
+    prefill: int
+    cache: int
+    decode: int  # one more token
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What building a model and running its layers shows, for the whole of it."""
+
+    resident: dict[str, int]
+    adapter_sizes: tuple[int, ...]  # numbers in each trained parameter
+    largest_linear: int  # numbers in the largest 4-bit layer
+    dense: int  # bytes of all 4-bit layers in the compute dtype, which rollout_weights="dense" samples from
+    ran: Ran
+    padded: str | None  # why its rows are padded, and sampled by transformers' generate
+    generated: Generated | None  # where it is padded
+
+    @property
+    def adapter_numbers(self) -> int:
+        return sum(self.adapter_sizes)
+
+
+def trace(key: Key, config: GRPOConfig) -> Traced:
+    """Raises ValueError where a model cannot be run without memory."""
+    # Only what the activations depend on, so that trying other settings costs nothing.
+    names = (
+        "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
+        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code "
+        "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation kl_in_reward "
+        "replay_buffer_size"
+    )
+    return _traced(key, tuple((name, getattr(config, name)) for name in names.split()))
+
+
+@cache
+def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
+    config = GRPOConfig(**dict(settings))
+    try:
+        whole = skeleton(key, config.compute_dtype, config.trust_remote_code)
+        padded = _why_padded(whole, config)
+        config = replace(config, padding_free=config.padding_free and not padded)
+        generated = run_generate(whole, config) if padded else None
+        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever foreign code raises where its tensors have no memory
+        message = f"the memory of a {key.model.model_type!r} model cannot be predicted: {in_a_line(error)}"
+        raise ValueError(f"{message}; train it without vram_budget") from error
+
+
+@lru_cache(maxsize=4)
+def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel:
+    """The model with its adapter, all of its layers, on the device that has no memory."""
+    adapter = copy.copy(key.adapter)
+    # One that is continued is trained again, and what its values are is no matter.
+    adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        try:
+            base = AutoModelForCausalLM.from_config(
+                copy.deepcopy(key.model), dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            reason = f"a {key.model.model_type!r} model is no causal language model that transformers makes"
+            raise ValueError(f"{reason}: {in_a_line(error)}") from error
+        return add_adapter(base.requires_grad_(False), adapter)
+
+
+def _why_padded(whole: PeftModel, config: GRPOConfig) -> str | None:
+    """Why a model's rows can neither be packed nor sampled by the engine, as far as shows without values; or None."""
+    reason = refusal(whole.get_base_model())
+    if reason is not None:
+        return reason
+    with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), config) as policy:
+        try:
+            _inference(policy, _prompts(policy, 8, 1, padding_free=True))
+        except UnknownAttention as error:
+            return in_a_line(error)
+    return None
+
+
+def run_layers(whole: PeftModel, config: GRPOConfig) -> Ran:
+    """What all layers take at most, whichever of the largest steps it is."""
+    found = [_run_layers(whole, config, lengths) for lengths in largest_steps(config)]
+    return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
+
+
+def _run_layers(whole: PeftModel, config: GRPOConfig, lengths: list[int]) -> Ran:
+    """What all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
+    kinds = _kinds(whole)
+
+    @cache
+    def run(*chosen: int) -> Ran:
+        with fake_policy(whole, chosen, config) as policy:
+            return run_few(policy, config, lengths)
+
+    if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
+        return run(*range(len(kinds)))
+    distinct = sorted(set(kinds))
+    all_kinds = run(*(kind for kind in distinct for _ in range(2)))
+    # What one more layer of a kind keeps, and what it takes besides while it is at work.
+    keeps = {kind: run(kind, kind, kind).kept - run(kind, kind).kept for kind in distinct}
+    works = {kind: run(kind, kind, kind).peak - run(kind, kind, kind).kept for kind in distinct}
+    common = all_kinds.kept - 2 * sum(keeps.values())
+    if config.activation_offloading:  # the inputs of two layers are on the device at a time
+        kept = common + 2 * max(keeps.values())
+        peak = kept + max(works.values())
+    else:
+        below = list(accumulate(keeps[kind] for kind in kinds))
+        kept = common + below[-1]
+        # While a layer is at work in the backward, those below it wait.
+        peak = common + max(waiting + works[kind] for waiting, kind in zip(below, kinds, strict=True))
+    return replace(all_kinds, kept=kept, peak=peak)
+
+
+def _kinds(whole: PeftModel) -> list[int]:
+    """For each layer the first that is like it: of the same modules, parameters and attention."""
+    layers = _layers(whole)
+    types = getattr(_text_config(whole), "layer_types", None) or [None] * len(layers)
+    seen: dict[Any, int] = {}
+    return [seen.setdefault((_structure(layer), types[i]), i) for i, layer in enumerate(layers)]
+
+
+def _structure(layer: nn.Module) -> tuple:
+    modules = []
+    for name, module in layer.named_modules():
+        # Windows, kinds of attention and the like; what is different in every layer is its number.
+        simple = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str | None)}
+        simple = sorted((k, v) for k, v in simple.items() if "layer_i" not in k)
+        shapes = [(k, tuple(p.shape), p.requires_grad) for k, p in module.named_parameters(recurse=False)]
+        modules.append((name, type(module), tuple(map(repr, simple)), tuple(shapes)))
+    return tuple(modules)
+
+
+def _text_config(whole: PeftModel) -> Any:
+    return whole.get_base_model().config.get_text_config()  # type: ignore[union-attr]
+
+
+def _layers(whole: PeftModel) -> nn.ModuleList:
+    """Raises ValueError where a model has no list of its layers."""
+    base: Any = whole.get_base_model()
+    count = _text_config(whole).num_hidden_layers
+    for module in base.get_decoder().children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"the memory of a {base.config.model_type!r} model cannot be predicted: its layers are not in one list"
+    )
+
+
+@contextlib.contextmanager
+def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -> Iterator[Policy]:
+    """A policy of the chosen layers, each a copy, whose tensors have no memory; inside, neither has any new one."""
+    adapted = _with_layers(whole, chosen)
+    # A GPU's settings change what the device holds, and not what is computed.
+    config = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
+    if config.fp16:  # of the same size, and more operations have a fake of it
+        config = replace(config, fp16=False)
+    dtype = getattr(torch, config.compute_dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows():
+        for module in adapted.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    fake = torch.empty(parameter.shape, dtype=torch.float32 if parameter.requires_grad else dtype)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        adapted.get_base_model().tie_weights()  # type: ignore[operator]
+        equip(adapted, config)
+        yield Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
+
+
+@contextlib.contextmanager
+def _unpacked_rows() -> Iterator[None]:
+    """Where it cannot read positions, transformers takes rows for packed ones: a mask, and keys repeated to suit it."""
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
+    """A copy of a model with copies of the chosen layers in place of its own."""
+    layers = _layers(whole)
+    configs = {id(c): c for m in whole.modules() if (c := getattr(m, "config", None)) is not None}
+    shared = {key: copy.deepcopy(config) for key, config in configs.items()}
+    copies = [copy.deepcopy(layers[i], dict(shared)) for i in chosen]
+    for place, layer in enumerate(copies):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = place
+    adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
+    text = _text_config(adapted)
+    text.num_hidden_layers = len(chosen)
+    if "layer_types" in vars(text) and text.layer_types:
+        text.layer_types = [text.layer_types[i] for i in chosen]
+    return adapted
+
+
+def run_few(policy: Policy, config: GRPOConfig, lengths: list[int]) -> Ran:
+    """Of the first micro-batch of a step whose completions have these lengths."""
+    prompt = prompt_tokens(config)
+    batch = _first_micro_batch(config, lengths, policy.device)
+    kept, peak = _activations(policy, batch, config.has_entropy_bonus)
+    inference = _inference(policy, batch) if config.beta or config.has_old_pass else 0
+    count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
+    prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
+    return Ran(kept, peak, inference, prefill)
+
+
+def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
+    given: dict[str, Any] = dict(token_budget=10**9, pad_token_id=0, device=policy.device, padding_free=padding_free)
+    (batch,) = pack([[0] * tokens] * count, [[0]] * count, **given)
+    return batch
+
+
+def largest_steps(config: GRPOConfig) -> list[list[int]]:
+    """The lengths of the completions of steps, one of which has the micro-batch that takes the most memory.
+
+    Of even lengths, full ones or shorter ones that fill the budget better; and where rows are packed, of uneven ones.
+    Not counted is what attention alone fills up where a step has mostly short texts: up to 31 tokens each.
+    """
+    completions, completion = config.prompts_per_step * config.num_generations, config.max_completion_length
+    rows = math.ceil(config.token_budget / (prompt_tokens(config) + completion))  # more than fit at full length
+    filling = config.token_budget // rows - prompt_tokens(config)
+    found = [
+        [length] * completions for length in {*(completion // part for part in (1, 2, 4, 8)), filling} if length > 0
+    ]
+    cpu = torch.device("cpu")
+    steps = [max(found, key=lambda lengths: _first_micro_batch(config, lengths, cpu).input_ids.numel())]
+    if config.padding_free:
+        uneven = fills_one(
+            prompt_tokens(config), completion, prompts=config.prompts_per_step,
+            num_generations=config.num_generations, token_budget=config.token_budget,
+        )  # fmt: skip
+        steps += [uneven] if uneven and uneven not in steps else []
+    return steps
+
+
+def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.device) -> MicroBatch:
+    """The largest, as the trainer packs a step."""
+    return next(
+        pack(
+            [[0] * prompt_tokens(config)] * (len(lengths) // config.num_generations),
+            [[0] * length for length in lengths],
+            token_budget=config.token_budget,
+            pad_token_id=0,
+            device=device,
+            num_generations=config.num_generations,
+            padding_free=config.padding_free,
+        )
+    )
+
+
+def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
+    """(bytes kept between forward and backward, bytes at the peak), the gradients of the adapters not counted."""
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    with Live(policy.model) as live:
+        rows = policy.hidden_states(batch)
+        upstream = torch.zeros_like(rows)  # the head makes it while it computes the log-probabilities
+        lean = torch.zeros_like(rows) if entropy_bonus else None  # and this for the entropy's gradient
+        kept = live.now - rows.nbytes  # rows are gone as soon as there are log-probabilities
+        rows.backward(upstream)
+        del lean
+    return kept, live.peak
+
+
+def _inference(policy: Policy, batch: MicroBatch) -> int:
+    with policy.as_reference(), Live(policy.model) as live:
+        policy.hidden_states(batch)
+    return live.peak
+
+
+def run_generate(whole: PeftModel, config: GRPOConfig) -> Generated:
+    """From two layers of each kind, with a mask, as where prompts are of uneven lengths."""
+    kinds, prompt = _kinds(whole), prompt_tokens(config)
+    chosen = tuple(kind for kind in sorted(set(kinds)) for _ in range(2))
+
+    def forward(tokens: int, before: int = 0, cache: Any = None) -> tuple[int, int, Any]:
+        """(bytes of the whole model's cache, the others at the peak, the cache)"""
+        mask = torch.ones(1, before + tokens, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with policy.inference(), policy.autocast(), Live(policy.model) as live:
+            out = policy.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        layers = [[x for x in tree_leaves(vars(y)) if isinstance(x, Tensor)] for y in out.past_key_values.layers]
+        sizes = [sum(x.nbytes for x in held) for held in layers]
+        return sum(sizes[chosen.index(kind)] for kind in kinds), live.peak - sum(sizes), out.past_key_values
+
+    with fake_policy(whole, chosen, config) as policy:
+        prompt_cache, prefill, _ = forward(prompt)
+        tokens = prompt + config.max_completion_length - 1  # the last one's keys and values are never asked for
+        cache, _, filled = forward(tokens)
+        _, decode, _ = forward(1, tokens, filled)
+    return Generated(prompt_cache, prefill, cache, decode)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages while they live, but for those of a model's parameters, gradients and buffers."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, tuple[int, weakref.ref]] = {}
+        given = [*model.parameters(), *model.buffers()]
+        for tensor in [*given, *(p.grad for p in given if p.grad is not None)]:
+            self._know(tensor, 0)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        tree_map_only(Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        if id(tensor.untyped_storage()) not in self.known:
+            self._know(tensor, tensor.untyped_storage().nbytes())
+
+    def _know(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        self.known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.known.pop(key)[0]
+
+
+def _resident(whole: PeftModel, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int, int]:
+    """Bytes of the weights by kind, numbers in each trained parameter and in the largest 4-bit layer, dense bytes."""
+    base: Any = whole.get_base_model()
+    size = getattr(torch, config.compute_dtype).itemsize
+    quantized, counted = [], set()
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if type(module) is nn.Linear and module is not head and "lora_" not in name and config.load_in_4bit:
+            quantized.append(module.weight.numel())
+            counted.add(id(module.weight))
+    adapters = [p for p in whole.parameters() if p.requires_grad]
+    counted |= {id(p) for p in adapters}
+    away = id(base.get_input_embeddings().weight) if config.offload_embedding else None
+    others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted and id(p) != away}
+    resident = {
+        "4-bit linear layers": sum(map(nf4_bytes, quantized)),
+        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in whole.buffers()),
+        "adapters": sum(4 * p.numel() for p in adapters),
+    }
+    return resident, tuple(p.numel() for p in adapters), max(quantized, default=0), size * sum(quantized)
+
+
+def nf4_bytes(numbers: int) -> int:
+    """Of a bitsandbytes weight in NF4 with double quantization: codes, a scale for 64, and a scale of those for 256."""
+    scales = math.ceil(numbers / 64)
+    return math.ceil(numbers / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)

@@ -1,0 +1,1 @@
+"""One step's rollout: prompts drawn, completions sampled, scored and compared."""

@@ -1,0 +1,45 @@
+"""Metrics of completions and their rewards, under TRL's names, and a metric in words."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.objective.advantages import Advantages, nanstd
+
+
+def length_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Mean, least and greatest length, of all completions and of those that ended; NaN where none did."""
+    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.float32)
+    ended = torch.tensor([c.finish != "length" for c in completions])
+    terminated = lengths[ended] if ended.any() else torch.full((1,), torch.nan)
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - ended.float().mean().item(),
+        "completions/mean_terminated_length": terminated.mean().item(),
+        "completions/min_terminated_length": terminated.min().item(),
+        "completions/max_terminated_length": terminated.max().item(),
+    }
+
+
+def reward_metrics(names: list[str], rewards: Tensor, advantages: Advantages) -> dict[str, float]:
+    """Means and deviations of rewards (B, R): NaN where no completion has a reward, or only one to deviate."""
+    columns = torch.cat([rewards, advantages.rewards[:, None]], dim=1)
+    several = columns.isnan().logical_not().sum(dim=0) > 1
+    means, deviations = columns.nanmean(dim=0), nanstd(columns, dim=0).where(several, torch.nan)
+    metrics = {}
+    for name, mean, deviation in zip(names, means.tolist(), deviations.tolist(), strict=False):
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": deviation}
+    return metrics | {
+        "reward": means[-1].item(),
+        "reward_std": deviations[-1].item(),
+        "frac_reward_zero_std": advantages.zero_std.float().mean().item(),
+    }
+
+
+def in_words(value: float | None, form: str) -> str:
+    """A metric for people, formatted as `.3f` says; - where it is the mean of nothing."""
+    return "-" if value is None or math.isnan(value) else format(value, form)

@@ -1,0 +1,73 @@
+"""Groups of earlier steps that had a difference, kept to fill up steps that have too few of their own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.generate.completion import Completion
+
+FINISHES = ("eos", "stop", "length")
+
+
+@dataclass(frozen=True)
+class Group:
+    position: int  # of its prompt in the stream of prompts
+    completions: list[Completion]  # num_generations, with the log-probabilities that they were drawn with
+    rewards: Tensor  # (num_generations, R)
+
+
+class ReplayBuffer:
+    """The newest `size` groups. What is taken is gone: a group is replayed at most once."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.groups: list[Group] = []
+
+    def add(self, groups: list[Group]) -> None:
+        self.groups = (self.groups + groups)[-self.size :] if self.size else []
+
+    def take(self, count: int) -> list[Group]:
+        """Up to count groups, the newest first: their importance weights are nearest to 1."""
+        kept = max(0, len(self.groups) - count)
+        self.groups, taken = self.groups[:kept], self.groups[kept:]
+        return taken[::-1]
+
+    def copy(self) -> "ReplayBuffer":
+        other = ReplayBuffer(self.size)
+        other.groups = list(self.groups)
+        return other
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, for a checkpoint: flat over groups, completions and tokens."""
+        completions = [completion for group in self.groups for completion in group.completions]
+        if not completions:
+            return {}
+        return {
+            "positions": torch.tensor([group.position for group in self.groups]),
+            "rewards": torch.stack([group.rewards for group in self.groups]),
+            "lengths": torch.tensor([len(completion.ids) for completion in completions]),
+            "finishes": torch.tensor([FINISHES.index(completion.finish) for completion in completions]),
+            "ids": torch.tensor([token for completion in completions for token in completion.ids]),
+            **{name: torch.cat([getattr(completion, name) for completion in completions]) for name in _LOGPROBS},
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """What tensors() said."""
+        if not tensors:
+            return
+        lengths, size = tensors["lengths"].tolist(), tensors["rewards"].shape[1]
+        pieces = {name: tensors[name].split(lengths) for name in ("ids", *_LOGPROBS)}
+        completions = [
+            Completion(
+                ids=pieces["ids"][b].tolist(), finish=FINISHES[finish], **{name: pieces[name][b] for name in _LOGPROBS}
+            )
+            for b, finish in enumerate(tensors["finishes"].tolist())
+        ]
+        self.groups = [
+            Group(position, completions[g * size : (g + 1) * size], tensors["rewards"][g])
+            for g, position in enumerate(tensors["positions"].tolist())
+        ]
+
+
+_LOGPROBS = ("logprobs", "behaviour_logprobs", "proposal_logprobs")

@@ -1,0 +1,89 @@
+"""What crosses from sampling to the update: prompts, completions, and everything a step knows about them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.generate.completion import Completion
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B = prompts x num_generations completions, group after group, and M tokens, completion after completion.
+
+    Tensors over tokens are flat, (M,): token t of completion b stands at offsets[b] + t. So a micro-batch in any layout
+    reads and writes them by index.
+    """
+
+    prompts: list[Prompt]  # B / num_generations
+    completions: list[Completion]  # B
+    offsets: Tensor  # (B + 1,) int64
+    sampling_logprobs: Tensor | None  # (M,) fp32, by the sampler, under temperature alone; None if it does not say
+    proposal_logprobs: Tensor | None  # (M,) fp32, what an importance weight divides by; likewise
+    rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply
+    advantages: Tensor  # (B,) fp32
+    completion_mask: Tensor  # (B,) bool: whether the completion's tokens count
+    metrics: dict[str, float]  # lengths, rewards, and what the reward functions logged
+    table: dict[
+        str, list
+    ]  # a row a completion for people to read: prompt, completion, rewards, advantage, logged columns
+    old_logprobs: Tensor | None = None  # (M,) of the policy before the update; None: those of its first forward
+    ref_logprobs: Tensor | None = None  # (M,) of the reference, where there is a KL
+    keep: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
+    fresh_tokens: int | None = None  # this many are of this step's policy, the others replayed; None: all
+    first_token: int = 0  # where these tokens stand in the rollout that this one is a part of
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.completions) // len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every completion with its prompt, B of them."""
+        return [len(self.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(self.completions)]
+
+    @classmethod
+    def bare(cls, prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> "Rollout":
+        """Of ids alone, without rewards, metrics or text: what an update needs, to try or to measure one."""
+        lengths = torch.tensor([0, *map(len, completions)])
+        return cls(
+            prompts=[Prompt("", ids, {}) for ids in prompts],
+            completions=[Completion(ids, None, None, None, "eos") for ids in completions],
+            offsets=lengths.cumsum(0),
+            sampling_logprobs=None,
+            proposal_logprobs=None,
+            rewards=torch.zeros(len(completions), 1),
+            advantages=advantages,
+            completion_mask=torch.ones(len(completions), dtype=torch.bool),
+            metrics={},
+            table={},
+        )
+
+    def prompt_of(self, completion: int) -> Prompt:
+        return self.prompts[completion // self.num_generations]
+
+    def parts(self, count: int) -> "list[Rollout]":
+        """The same in count rollouts of as many prompts each; all have the whole one's metrics and table."""
+        if count == 1:
+            return [self]
+        size = len(self.prompts) // count
+        return [self._part(start, start + size) for start in range(0, size * count, size)]
+
+    def _part(self, start: int, stop: int) -> "Rollout":
+        first, last = start * self.num_generations, stop * self.num_generations
+        begin, end = self.offsets[[first, last]].tolist()
+        over_tokens = ("sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "keep")
+        known = {name: getattr(self, name) for name in over_tokens}
+        return replace(
+            self,
+            prompts=self.prompts[start:stop],
+            completions=self.completions[first:last],
+            offsets=self.offsets[first : last + 1] - begin,
+            rewards=self.rewards[first:last],
+            advantages=self.advantages[first:last],
+            completion_mask=self.completion_mask[first:last],
+            first_token=self.first_token + begin,
+            **{name: None if value is None else value[begin:end] for name, value in known.items()},
+        )

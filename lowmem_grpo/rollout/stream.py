@@ -1,0 +1,60 @@
+"""The endless stream of prompts that a run draws from: epochs, each in a random order of its own."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.rollout.replay import ReplayBuffer
+
+
+def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPOConfig) -> list[Prompt]:
+    """The prompts at these positions of the endless stream of epochs, each in a random order of its own.
+
+    A function of its arguments alone, so that a resumed run sees the prompts it would have seen.
+    """
+    return [prompts[index_at(position, len(prompts), config)] for position in positions]
+
+
+def next_positions(position: int, count: int, dull: set[int], prompts: int, config: GRPOConfig) -> list[int]:
+    """The next count positions from `position` on, of which those of dull prompts are passed over by chance.
+
+    A function of its arguments alone, like prompts_at. What is passed over is drawn anew at each position.
+    """
+    chosen = []
+    while len(chosen) < count:
+        skips = index_at(position, prompts, config) in dull and _chance(position, config) < config.curriculum_skip
+        chosen += [] if skips else [position]
+        position += 1
+    return chosen
+
+
+def index_at(position: int, prompts: int, config: GRPOConfig) -> int:
+    """Which of the prompts stands at a position of the stream."""
+    epoch, place = divmod(position, prompts)
+    return _order(prompts, epoch, config)[place]
+
+
+def _chance(position: int, config: GRPOConfig) -> float:
+    return torch.rand((), generator=torch.Generator().manual_seed(config.seed * 2**31 + position)).item()
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _order(count: int, epoch: int, config: GRPOConfig) -> Sequence[int]:
+    return _shuffled(count, config.seed + epoch) if config.shuffle_dataset else range(count)
+
+
+@dataclass
+class Stream:
+    """Where a run stands in its endless stream of prompts, and what it remembers of those it has seen."""
+
+    position: int
+    dull: set[int]  # prompts, by index, whose last group had no difference; kept with curriculum_skip alone
+    replay: ReplayBuffer

@@ -1,0 +1,1 @@
+"""What every training shares: folder, log, checkpoints, randomness, interruption, progress."""

@@ -1,0 +1,65 @@
+"""The adapter of the best evaluation so far, kept in output_dir/best."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import set_peft_model_state_dict
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.run.checkpoint import read_tensors
+from lowmem_grpo.run.folder import write_folder
+
+
+class BestAdapter:
+    """output_dir/best: the adapter of the best evaluation so far, and best.json with its step, metric and value.
+
+    It outlives a resume: an evaluation that was better than all before stays the best, even if the run then stopped
+    before its next checkpoint and goes on from an earlier one. A fresh run removes what is there.
+    """
+
+    def __init__(self, output_dir: Path, config: GRPOConfig, *, fresh: bool):
+        self.folder = output_dir / "best"
+        name = config.metric_for_best_model or "eval_reward"
+        self.metric = name if name.startswith("eval_") else f"eval_{name}"
+        self.sign = -1.0 if config.greater_is_better is False else 1.0
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def keep(self, policy: Policy, step: int, metrics: dict[str, float]) -> None:
+        """Write the adapter as it is now if its metric is better than that of the one that is kept.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        if self.metric not in metrics:
+            raise ValueError(
+                f"metric_for_best_model={self.metric!r} is none of the evaluation's metrics: {', '.join(metrics)}"
+            )
+        value, kept = metrics[self.metric], self.record()
+        if math.isnan(value) or (kept is not None and self.sign * value <= self.sign * kept["value"]):
+            return
+
+        def write(temporary: Path) -> None:
+            policy.save(temporary)
+            record = {"step": step, "metric": self.metric, "value": value}
+            (temporary / "best.json").write_text(json.dumps(record), encoding="utf-8")
+
+        write_folder(self.folder, write)
+
+    def record(self) -> dict[str, Any] | None:
+        """What is kept, or None where there is nothing, or something that was the best by another metric."""
+        path = self.folder / "best.json"
+        if not path.is_file():
+            return None
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept if kept["metric"] == self.metric else None
+
+    def load(self, policy: Policy) -> None:
+        """Give the policy the adapter that is kept; without one, where no evaluation had a value, it stays."""
+        if self.record() is not None:
+            weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
+            set_peft_model_state_dict(policy.model, weights)

@@ -1,0 +1,38 @@
+"""The states of all random generators that a step may draw from, saved and restored."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def randomness() -> dict[str, Any]:
+    """The states of every generator that a step may draw from: Python's, NumPy's, torch's on the CPU and each GPU."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return {"tensors": tensors, "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def restore_randomness(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["tensors"]["cpu"])
+    for name, state in saved["tensors"].items():
+        if name.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, name)
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(saved["numpy"]))
+
+
+@contextlib.contextmanager
+def same_randomness() -> Iterator[None]:
+    """Afterwards every generator is where it was before."""
+    saved = randomness()
+    try:
+        yield
+    finally:
+        restore_randomness(saved)

@@ -1,0 +1,1 @@
+"""One update: passes over micro-batches, and the optimizer."""

@@ -1,0 +1,81 @@
+"""What an update saw at each token, and the means that are logged of it."""
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.rollout.rollout import Rollout
+
+# Metrics that are the mean of what an update recorded, where it did: by metric, what it is the mean of.
+_MEANS = {"kl": "kl", "cispo_clip_ratio": "cispo_clipped", "vespo/phi_seq_mean": "phi_seq"}
+
+
+class TokenMeter:
+    """What an update saw at each of the rollout's M tokens that it computed, whatever the micro-batches."""
+
+    def __init__(self, rollout: Rollout, device: torch.device):
+        self.rollout = rollout
+        self.device = device
+        self.seen = self._zeros().bool()
+        self.values: dict[str, Tensor] = {}  # (M,) fp32 each, 0 where not seen
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(int(self.rollout.offsets[-1]), device=self.device)
+
+    def add(self, tokens: Tensor, **values: Tensor) -> None:
+        """Record values (N,) at tokens (N,) of the rollout; a later iteration, or another attempt, overwrites them."""
+        self.seen[tokens] = True
+        for name, value in values.items():
+            known = self.values.setdefault(name, self._zeros())
+            known[tokens] = value.detach().to(known.dtype)
+
+    def mean(self, name: str, part: Rollout) -> float | None:
+        """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted, if any did."""
+        where = slice(part.first_token, part.first_token + int(part.offsets[-1]))
+        counted = self.seen[where] if part.keep is None else self.seen[where] & part.keep
+        values = self.values.get(name, self._zeros())[where][counted]
+        return values.mean().item() if len(values) else None
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the tokens that counted; clip minimum and maximum are over completions, as in TRL.
+
+        What is the mean of nothing is NaN and not 0: where no token counted, because no group has a difference, or
+        every completion is masked, nobody knows the policy's entropy.
+        """
+        count, zeros = self.seen.sum(), self._zeros()  # a sum of nothing, 0, divided by 0 is NaN
+        clipped_low, clipped_high = (self.values.get(name, zeros) for name in ("clipped_low", "clipped_high"))
+        low, high = (self._completion_means(x) for x in (clipped_low, clipped_high))
+        nothing = zeros.sum() / 0
+        values = {
+            "frac_tokens_skipped": 1 - self.seen.float().mean(),
+            "entropy": self.values.get("entropy", zeros).sum() / count,
+            "clip_ratio/low_mean": clipped_low.sum() / count,
+            "clip_ratio/low_min": low.min() if len(low) else nothing,
+            "clip_ratio/high_mean": clipped_high.sum() / count,
+            "clip_ratio/high_max": high.max() if len(high) else nothing,
+            "clip_ratio/region_mean": (clipped_low + clipped_high).sum() / count,
+        }
+        for name, of in _MEANS.items():
+            if of in self.values:
+                values[name] = self.values[of].sum() / count
+        if self.rollout.ref_logprobs is not None and "kl" not in self.rollout.metrics:
+            values.setdefault("kl", nothing)
+        if self.rollout.sampling_logprobs is not None:
+            difference = self.values.get("difference", zeros)
+            fresh = self.seen[: self.rollout.fresh_tokens].sum()  # those that this step's policy sampled
+            values["sampling/sampling_logp_difference/mean"] = difference.sum() / fresh
+            values["sampling/sampling_logp_difference/max"] = difference.max() if fresh else nothing
+        for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "correction")):
+            if of in self.values and self.seen.any():
+                seen = self.values[of][self.seen]
+                values |= {f"{name}/mean": seen.mean(), f"{name}/min": seen.min(), f"{name}/max": seen.max()}
+        return {name: value.item() for name, value in values.items()}
+
+    def _completion_means(self, values: Tensor) -> Tensor:
+        """Means (B',) over each completion that counted at all."""
+        lengths = self.rollout.offsets.diff().to(values.device)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+        sums, counts = (
+            torch.zeros(len(lengths), device=values.device).index_add_(0, owner, x)
+            for x in (values, self.seen.to(values.dtype))
+        )
+        return sums[counts > 0] / counts[counts > 0]
