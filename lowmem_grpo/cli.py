@@ -13,6 +13,7 @@ from typing import Any
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import SECTIONS, GRPOConfig, refuse_unknown_fields
+from lowmem_grpo.errors import InputError, NotFiniteError
 
 TRAIN_EXAMPLE = """\
 example:
@@ -60,11 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         refuse_unknown_flags(parser, options.command, rest)
         return options.run(given)
-    except (ValueError, TypeError, FloatingPointError) as error:
-        if not is_about_input(error):
-            raise
+    except (InputError, NotFiniteError) as error:
         print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, NotFiniteError) else 2
     except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -153,7 +152,7 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: li
     if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
     if rest:
-        raise ValueError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
+        raise InputError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
 
 
 def run_train(given: dict[str, Any]) -> int:
@@ -175,10 +174,10 @@ def run_train(given: dict[str, Any]) -> int:
 def run_eval(given: dict[str, Any]) -> int:
     as_json, show = given.pop("json", False), given.pop("show", "0")
     if not show.isdecimal():
-        raise ValueError(f"--show takes a number of completions, such as 5, and not {show!r}")
+        raise InputError(f"--show takes a number of completions, such as 5, and not {show!r}")
     inputs, fields = read_settings(given)
     if "eval_dataset" in inputs:
-        raise ValueError("--eval_dataset is for training; name what to evaluate on with --dataset")
+        raise InputError("--eval_dataset is for training; name what to evaluate on with --dataset")
     config = GRPOConfig(**fields)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
@@ -249,7 +248,7 @@ def read_settings(
     """(inputs, config fields) from the flags and the YAML file that --config names; flags win.
 
     Raises:
-        ValueError, TypeError: an unreadable file, an unknown name, a value that does not fit, or a missing input.
+        InputError: an unreadable file, an unknown name, a value that does not fit, or a missing input.
     """
     settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
     settings.pop("config", None)
@@ -258,7 +257,7 @@ def read_settings(
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
     for name in needed:
         if not inputs.get(name):
-            raise ValueError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
+            raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     refuse_unknown_fields(settings)
     return inputs, {name: from_text(GRPOConfig, name, value) for name, value in settings.items()}
 
@@ -269,21 +268,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config file {path!r} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"config file {path!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"config file {path!r} must be a mapping of settings, such as `learning_rate: 1e-5`")
+        raise InputError(f"config file {path!r} must be a mapping of settings, such as `learning_rate: 1e-5`")
     return settings
-
-
-def is_about_input(error: BaseException) -> bool:
-    """Whether this package raised the error on purpose; a library's, or a bug's, needs its traceback."""
-    traceback = error.__traceback__
-    while traceback and traceback.tb_next:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return False
-    origin = Path(traceback.tb_frame.f_code.co_filename)
-    return origin.parent.name == "config" if isinstance(error, TypeError) else Path(__file__).parent in origin.parents
 
 
 if __name__ == "__main__":

@@ -1,5 +1,20 @@
 """Errors in our words: what a user gave, what is no longer finite, and what foreign code raised, in one sentence."""
 
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What a user gave cannot be obeyed: one sentence with the remedy, which a command prints and exits with 2."""
+
+
+class UnknownNameError(InputError, TypeError):
+    """A name that is no field of a configuration. A TypeError too, as Python raises for an unexpected keyword."""
+
+
+class NotFiniteError(FloatingPointError):
+    """A number that a run cannot go on with is NaN or infinite. A command prints the sentence and exits with 1."""
+
 
 def in_a_line(error: BaseException) -> str:
     """What foreign code raised, as a reason within a sentence."""
@@ -7,6 +22,13 @@ def in_a_line(error: BaseException) -> str:
 
 
 def cause(error: BaseException) -> str:
+    """The first line of what an error was raised from, at the bottom of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The hint of a refusal: the known name that is nearest to a wrong one, or what to say where none is near."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise

@@ -6,16 +6,17 @@ from peft import PeftModel
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.load import is_adapter
 from lowmem_grpo.model.policy import Policy
 
 
 def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
-    """Raise ValueError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
+    """Raise InputError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
     longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
     for name in ("token_budget", "rollout_token_budget"):
         if longest > getattr(config, name):
-            raise ValueError(
+            raise InputError(
                 f"the longest prompt and its completion may have {longest} tokens, more than {name}="
                 f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
             )
@@ -24,7 +25,7 @@ def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
 def check_vocabulary(prompts: list[Prompt], policy: Policy) -> None:
     largest, size = max(max(prompt.ids) for prompt in prompts), policy.head.weight.shape[0]
     if largest >= size:
-        raise ValueError(f"the tokenizer makes id {largest}, and the model has {size}; pass the tokenizer of the model")
+        raise InputError(f"the tokenizer makes id {largest}, and the model has {size}; pass the tokenizer of the model")
 
 
 # Fields that are read only where there is an eval_dataset.

@@ -84,6 +84,18 @@ def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_pat
     assert "Traceback" not in "".join(errors)
 
 
+@pytest.mark.parametrize(
+    "bug", [ValueError("too many values to unpack"), TypeError("no"), FloatingPointError("underflow")]
+)
+def test_a_bug_is_no_bad_input_and_keeps_its_traceback(bug, monkeypatch):
+    def read_settings(given):
+        raise bug
+
+    monkeypatch.setattr(cli, "read_settings", read_settings)
+    with pytest.raises(type(bug), match=str(bug)):
+        cli.main(["train"])
+
+
 @pytest.mark.parametrize("missing", ["model", "dataset", "reward_funcs"])
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_missing_input_is_named(missing, command, capsys):

@@ -17,7 +17,7 @@ from lowmem_grpo import GRPOConfig
 from lowmem_grpo.config.grpo import LOSS_TYPES
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
-from lowmem_grpo.generate import answer, answer_greedily
+from lowmem_grpo.generate import complete, complete_greedily
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.objective.loss import AGGREGATION, register_objective
 from lowmem_grpo.run.log import write_completions
@@ -135,7 +135,7 @@ def test_the_sampler_and_the_update_agree_on_every_token(tmp_path):
 
 
 def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
-    module, given = sys.modules["lowmem_grpo.answering"], {}
+    module, given = sys.modules["lowmem_grpo.generate"], {}
 
     def spy(policy, prompts, num_generations, params, **settings):
         given.update(vars(params), num_generations=num_generations, **settings)
@@ -843,9 +843,9 @@ def test_a_model_that_is_not_finite_is_said_to_be(tmp_path, tokenizer, engine_re
     model.get_decoder().norm.weight.data[3] = torch.nan
     policy = make_policy(model)
     policy.engine_refusal = engine_refusal
-    for sampled in (answer, answer_greedily):
+    for sampled in (complete, complete_greedily):
         prompts = [Prompt("1+1=", tokenizer("1+1=")["input_ids"], {})]
-        given = (policy, prompts, *([2] if sampled is answer else []), settings(tmp_path))
+        given = (policy, prompts, *([2] if sampled is complete else []), settings(tmp_path))
         with pytest.raises(FloatingPointError, match="cannot be sampled from, since its logits are not finite"):
             sampled(*given)
 

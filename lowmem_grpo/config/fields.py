@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any, Literal
 
+from lowmem_grpo.errors import InputError
+
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 
 
@@ -23,7 +25,7 @@ def field_types(config: type) -> dict[str, Any]:
 def from_text(config: type, name: str, value: Any) -> Any:
     """A field's value from a command line or a YAML file, where 1e-5 may arrive as a string.
 
-    `value` is a string, a list of strings, or anything YAML makes. Raises ValueError when it does not fit the field.
+    `value` is a string, a list of strings, or anything YAML makes. Raise InputError when it does not fit the field.
     """
     annotation = field_types(config)[name]
     if name == "lora_target_modules" and isinstance(value, list) and len(value) == 1 and not value[0].isidentifier():
@@ -36,7 +38,7 @@ def from_text(config: type, name: str, value: Any) -> Any:
             continue
         if _fits(converted, member):
             return converted
-    raise ValueError(f"{name}: {value!r} is not {describe(annotation)}")
+    raise InputError(f"{name}: {value!r} is not {describe(annotation)}")
 
 
 def describe(annotation: Any) -> str:

@@ -4,7 +4,6 @@ Standard library only. The README lists each deliberate difference from TRL.
 """
 
 import dataclasses
-import difflib
 import re
 import reprlib
 import typing
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from lowmem_grpo.config.fields import LARGEST, SMALLEST, _fits, describe, field_types, option
 from lowmem_grpo.config.trl import UNSUPPORTED
+from lowmem_grpo.errors import InputError, UnknownNameError, did_you_mean
 
 CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
 BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
@@ -25,8 +25,8 @@ class GRPOConfig:
     """Settings of one training run, in the order in which the loop meets them.
 
     Raises:
-        TypeError: a field of TRL's that is not supported here (with the remedy), or a misspelt one (with the nearest).
-        ValueError: a value out of its range, or one that contradicts another.
+        UnknownNameError: a field of TRL's that is not supported here, with the remedy, or a misspelt one.
+        InputError: a value out of its range, or one that contradicts another.
     """
 
     output_dir: str = option("grpo-output", "folder for checkpoints, the adapter and metrics.jsonl")
@@ -200,53 +200,53 @@ class GRPOConfig:
     def __post_init__(self):
         for name, annotation in field_types(type(self)).items():
             if not _fits(getattr(self, name), annotation):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not {describe(annotation)}")
+                raise InputError(f"{name}={getattr(self, name)!r} is not {describe(annotation)}")
         for name, value in vars(self).items():
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, (int, float)) and number and not SMALLEST <= abs(number) <= LARGEST:
-                    raise ValueError(
+                    raise InputError(
                         f"{name}={reprlib.repr(number)} is out of reach of fp32, in which a step is computed: what is "
                         f"not 0 must be between {SMALLEST:.2g} and {LARGEST:.2g}"
                     )
         for name in _POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+                raise InputError(f"{name} must be greater than 0, not {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
             if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be below 2**32, NumPy's limit")
+            raise InputError(f"seed={self.seed} must be below 2**32, NumPy's limit")
         if self.num_generations < 2:
-            raise ValueError(
+            raise InputError(
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, "
                 "since an advantage compares a completion with the others of its prompt"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}; 1 switches it off")
+            raise InputError(f"top_p must be in (0, 1], not {self.top_p}; 1 switches it off")
         if self.stop_strings and "" in self.stop_strings:
-            raise ValueError("stop_strings has an empty text, which would end every completion; remove it")
+            raise InputError("stop_strings has an empty text, which would end every completion; remove it")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}; None switches it off")
+            raise InputError(f"min_p must be in [0, 1], not {self.min_p}; None switches it off")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+            raise InputError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise ValueError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
+            raise InputError(f"adam_beta1={self.adam_beta1} and adam_beta2={self.adam_beta2} must be in [0, 1)")
         if self.learning_rate * self.weight_decay > 1:
-            raise ValueError(
+            raise InputError(
                 f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} must be at most 1: "
                 "a step takes that share off every weight"
             )
         if self.epsilon > 1 and self.loss_type != "gmpo":
-            raise ValueError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
+            raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.vram_budget is not None:
             _bytes(self.vram_budget)
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both set; choose one")
+            raise InputError("bf16 and fp16 are both set; choose one")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
+            raise InputError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
         _check_objective(self)
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
-            raise ValueError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
+            raise InputError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
 
     @property
     def upper_epsilon(self) -> float:
@@ -285,38 +285,37 @@ class GRPOConfig:
 def _check_objective(config: GRPOConfig) -> None:
     """Refuse an option that nothing reads, and settings of the objective that contradict."""
     if config.loss_type not in LOSS_TYPES:
-        nearest = difflib.get_close_matches(config.loss_type, LOSS_TYPES, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the objectives are {', '.join(LOSS_TYPES)}"
-        raise ValueError(f"loss_type={config.loss_type!r} is not known; {hint} (register_objective adds your own)")
+        hint = did_you_mean(config.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
+        raise InputError(f"loss_type={config.loss_type!r} is not known; {hint} (register_objective adds your own)")
     for field in dataclasses.fields(config):
         value, (is_read, words) = getattr(config, field.name), READ_ONLY.get(field.name, _ALWAYS)
         if value != field.default and not is_read(config):
-            raise ValueError(f"{field.name}={value!r} is read only {words}, or leave {field.name} out")
+            raise InputError(f"{field.name}={value!r} is read only {words}, or leave {field.name} out")
     if config.loss_type == "cispo" and config.epsilon_high is None:
-        raise ValueError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
+        raise InputError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
     if config.kl_target is not None and config.kl_estimator == "k1":
-        raise ValueError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
+        raise InputError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
     if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
-        raise ValueError(
+        raise InputError(
             "multi_objective_aggregation='normalize_then_sum' scales by group, then by batch; leave out scale_rewards"
         )
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     if low is not None and high is not None and low > high:
-        raise ValueError(f"importance_sampling_clip_min={low} is above importance_sampling_clip_max={high}")
+        raise InputError(f"importance_sampling_clip_min={low} is above importance_sampling_clip_max={high}")
     if not 0 < config.top_entropy_quantile <= 1:
-        raise ValueError(
+        raise InputError(
             f"top_entropy_quantile must be in (0, 1], not {config.top_entropy_quantile}; 1 switches it off"
         )
     if not 0 <= config.curriculum_skip < 1:
-        raise ValueError(f"curriculum_skip must be in [0, 1), not {config.curriculum_skip}; 0 switches it off")
+        raise InputError(f"curriculum_skip must be in [0, 1), not {config.curriculum_skip}; 0 switches it off")
     if config.replay_buffer_size and not config.importance_sampling_correction:
-        raise ValueError("replay_buffer_size needs importance_sampling_correction, since an older policy sampled them")
+        raise InputError("replay_buffer_size needs importance_sampling_correction, since an older policy sampled them")
     if config.entropy_coef_min > config.entropy_coef_max:
-        raise ValueError("entropy_coef_min is above entropy_coef_max")
+        raise InputError("entropy_coef_min is above entropy_coef_max")
     if not 0 <= config.ref_model_mixup_alpha <= 1:
-        raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {config.ref_model_mixup_alpha}")
+        raise InputError(f"ref_model_mixup_alpha must be in [0, 1], not {config.ref_model_mixup_alpha}")
     if config.prompts_per_step % config.steps_per_generation:
-        raise ValueError(
+        raise InputError(
             f"prompts_per_step={config.prompts_per_step} is not a multiple of steps_per_generation="
             f"{config.steps_per_generation}; change one"
         )
@@ -382,7 +381,7 @@ _ALWAYS: tuple[Condition, str] = (lambda _: True, "")
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
     if found is None or float(found[1]) == 0:
-        raise ValueError(f"vram_budget={text!r} is not a size; write it as 8GB or 7.5GiB")
+        raise InputError(f"vram_budget={text!r} is not a size; write it as 8GB or 7.5GiB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
 
 
@@ -409,15 +408,14 @@ _NOT_NEGATIVE = (
 
 
 def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
-    """Raise TypeError for the first name that is no field, with the remedy for TRL's and the nearest name otherwise."""
+    """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
     known = [field.name for field in dataclasses.fields(GRPOConfig)]
     for name in given:
         if name in UNSUPPORTED:
-            raise TypeError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
+            raise UnknownNameError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see `lowmem-grpo train --help` for the fields"
-            raise TypeError(f"GRPOConfig has no field {name!r}; {hint}")
+            hint = did_you_mean(name, known, "see `lowmem-grpo train --help` for the fields")
+            raise UnknownNameError(f"GRPOConfig has no field {name!r}; {hint}")
 
 
 # What a resumed run may change: where and how long it runs, what it reports, and how it fits into memory.
@@ -431,10 +429,10 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
-    """Raise ValueError if a setting that decides the result differs from the one the checkpoint's run had."""
+    """Raise InputError if a setting that decides the result differs from the one the checkpoint's run had."""
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE_ON_RESUME and name in saved and saved[name] != value:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {value!r}, and was {saved[name]!r} in the run to resume; set it back, "
                 "or start a new run from the adapter"
             )

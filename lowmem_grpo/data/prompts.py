@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import cause
+from lowmem_grpo.errors import InputError, cause
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,21 @@ def tokenize_prompts(
     transcript that ends in `Assistant:`.
 
     Raises:
-        ValueError: a prompt is neither, or none is left.
+        InputError: a prompt is neither, or none is left.
     """
     limit = config.max_prompt_length
     prompts = [_prompt(row, tokenizer, config, f"row {index} of {name}") for index, row in enumerate(rows)]
     if all(isinstance(p.text, str) for p in prompts) and (config.system_prompt or config.chat_template_kwargs):
-        raise ValueError(
+        raise InputError(
             f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
             'make the prompts lists such as [{"role": "user", "content": ...}], or leave the two out'
         )
     if config.chat_template_kwargs and tokenizer.chat_template is None:
-        raise ValueError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
+        raise InputError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
     if not short:
         shortest = min(len(p.ids) for p in prompts)
-        raise ValueError(
+        raise InputError(
             f"every prompt of {name} is longer than max_prompt_length={limit}; the shortest has {shortest} tokens"
         )
     return short, len(prompts) - len(short)
@@ -53,7 +53,7 @@ def _prompt(row: Any, tokenizer, config: GRPOConfig, where: str) -> Prompt:
     if isinstance(text, str):
         return Prompt(text, _not_empty(tokenizer(text)["input_ids"], where), columns)
     if not _is_chat(text):
-        raise ValueError(
+        raise InputError(
             f"{where} has the prompt {str(text)[:60]!r}; a prompt is a text, or a list of role and content texts"
         )
     messages: list[dict] = [{"role": m["role"], "content": m["content"]} for m in text]
@@ -66,7 +66,7 @@ def _prompt(row: Any, tokenizer, config: GRPOConfig, where: str) -> Prompt:
             messages, **{**(config.chat_template_kwargs or {}), "add_generation_prompt": True, "tokenize": False}
         )
     except Exception as error:
-        raise ValueError(f"the chat template cannot render {where}: {cause(error)}") from error
+        raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
     # The template writes its own special tokens.
     return Prompt(messages, _not_empty(tokenizer(rendered, add_special_tokens=False)["input_ids"], where), columns)
 
@@ -79,7 +79,7 @@ def _is_chat(value: Any) -> bool:
 
 def _not_empty(ids: list[int], where: str) -> list[int]:
     if not ids:
-        raise ValueError(f"{where} has a prompt without a single token; leave it out, or check the tokenizer")
+        raise InputError(f"{where} has a prompt without a single token; leave it out, or check the tokenizer")
     return ids
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import cause
+from lowmem_grpo.errors import InputError, cause
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # Hub datasets that need a configuration name, so that nobody has to look it up.
@@ -20,7 +20,7 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     a chat `prompt` and a `solution`. Of a streaming dataset the first dataset_take rows are read now.
 
     Raises:
-        ValueError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
+        InputError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
     """
     dataset = str(dataset) if isinstance(dataset, Path) else dataset
     on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in READERS
@@ -29,20 +29,20 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
         and not on_hub
         and (config.dataset_config is not None or config.dataset_split != "train")
     ):
-        raise ValueError(
+        raise InputError(
             "dataset_config and dataset_split are for hub datasets, and train_dataset is not one; leave them out"
         )
     rows = _load(dataset, config, name, split or config.dataset_split)
     if isinstance(rows, (DatasetDict, dict)):
-        raise ValueError(f"{name} has the splits {', '.join(rows)}; pass one of them")
+        raise InputError(f"{name} has the splits {', '.join(rows)}; pass one of them")
     if config.dataset_streaming and isinstance(rows, Dataset) and name == "train_dataset":
-        raise ValueError(f"dataset_streaming is for hub datasets and files, and {name} is in memory; leave it out")
+        raise InputError(f"dataset_streaming is for hub datasets and files, and {name} is in memory; leave it out")
     if isinstance(rows, IterableDataset):
         rows = _first(rows, config, name)
     elif config.dataset_take is not None and name == "train_dataset":
         rows = rows.take(min(config.dataset_take, len(rows)))
     if len(rows) == 0:
-        raise ValueError(f"{name} is empty; it needs at least one row with a prompt")
+        raise InputError(f"{name} is empty; it needs at least one row with a prompt")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     columns = rows.column_names
     if "prompt" not in columns and {"question", "answer"} <= set(columns):
@@ -50,7 +50,7 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
         return rows.map(_from_problem, desc=None)
     if "prompt" not in columns:
-        raise ValueError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
+        raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
     return rows
 
 
@@ -59,10 +59,10 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
         try:
             return Dataset.from_list(dataset)
         except Exception as error:
-            raise ValueError(f"{name} is not a list of rows with the same columns: {cause(error)}") from error
+            raise InputError(f"{name} is not a list of rows with the same columns: {cause(error)}") from error
     if not isinstance(dataset, str):
         if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset, dict)):
-            raise ValueError(
+            raise InputError(
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
@@ -71,17 +71,17 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
     reader = READERS.get(path.suffix.lower())
     if reader is not None:
         if not path.is_file():
-            raise ValueError(f"{name} {dataset!r} is not a file on this machine")
+            raise InputError(f"{name} {dataset!r} is not a file on this machine")
         if path.stat().st_size == 0:
-            raise ValueError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
+            raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
         try:
             return load_dataset(reader, data_files=str(path), split="train", **streaming)
         except Exception as error:
-            raise ValueError(f"{name} {dataset!r} cannot be read as {reader}: {cause(error)}") from error
+            raise InputError(f"{name} {dataset!r} cannot be read as {reader}: {cause(error)}") from error
     try:
         return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
             f"CSV or Parquet file nor a dataset the hub gives: {cause(error)}"
         ) from error
@@ -90,13 +90,13 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
 def _first(rows: IterableDataset, config: GRPOConfig, name: str) -> Dataset:
     """The first dataset_take rows: every epoch's order is drawn over all of them, so they must be known and few."""
     if config.dataset_take is None:
-        raise ValueError(
+        raise InputError(
             f"{name} is a streaming dataset, of unknown length; set dataset_take to the rows to read of it"
         )
     try:
         return Dataset.from_list(list(rows.take(config.dataset_take)))
     except Exception as error:
-        raise ValueError(f"{name} cannot be streamed: {cause(error)}") from error
+        raise InputError(f"{name} cannot be streamed: {cause(error)}") from error
 
 
 def _from_question_and_answer(row: dict) -> dict:

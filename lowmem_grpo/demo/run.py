@@ -16,7 +16,7 @@ from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.evaluation.show import printable
-from lowmem_grpo.generate import answer_greedily, as_text
+from lowmem_grpo.generate import as_text, complete_greedily
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -97,8 +97,8 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
     """The same prompts answered by the reference, which is the model before training, and by the policy."""
     prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
     with policy.as_reference():
-        before = answer_greedily(policy, prompts, config)
-    after = answer_greedily(policy, prompts, config)
+        before = complete_greedily(policy, prompts, config)
+    after = complete_greedily(policy, prompts, config)
     table = Table(title="\nThree held-out prompts", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold")

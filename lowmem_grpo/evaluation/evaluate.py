@@ -18,8 +18,9 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
-from lowmem_grpo.generate import answer, answer_greedily, as_text
+from lowmem_grpo.generate import as_text, complete, complete_greedily
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.inputs import check_budgets, check_vocabulary
 from lowmem_grpo.model.load import find_model, is_adapter, load_policy, load_tokenizer
@@ -98,10 +99,10 @@ def measure(policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config
 def _completions(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
     """num_generations_eval completions a prompt, drawn as training draws them; one greedy one where it is None."""
     if config.num_generations_eval is None:
-        return answer_greedily(policy, prompts, config)
+        return complete_greedily(policy, prompts, config)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        return answer(policy, prompts, config.num_generations_eval, config).completions
+        return complete(policy, prompts, config.num_generations_eval, config).completions
 
 
 def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, dict[str, float]]:
@@ -117,10 +118,10 @@ def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfi
     task's held-out rows are what it is measured on, and a hub dataset's `test` split.
 
     Raises:
-        ValueError: bad input, in one sentence with the remedy, before any weights are read.
+        InputError: bad input, in one sentence with the remedy, before any weights are read.
     """
     if config.vram_budget is not None:
-        raise ValueError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
+        raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
     task = find_task(dataset)
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")

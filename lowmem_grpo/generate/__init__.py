@@ -1,4 +1,4 @@
-"""Prompts answered as the configuration says, for a rollout and for an evaluation alike."""
+"""Completions of prompts, sampled as a configuration says: for a rollout, an evaluation, a demonstration."""
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
@@ -8,7 +8,7 @@ from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.model.policy import Policy
 
 
-def answer(policy: Policy, prompts: list[Prompt], count: int, config: GRPOConfig) -> Sampled:
+def complete(policy: Policy, prompts: list[Prompt], count: int, config: GRPOConfig) -> Sampled:
     """count completions of each prompt, drawn with every sampling setting."""
     params = SamplingParams(
         max_completion_length=config.max_completion_length, temperature=config.temperature, top_p=config.top_p,
@@ -18,7 +18,7 @@ def answer(policy: Policy, prompts: list[Prompt], count: int, config: GRPOConfig
     return _sample(policy, prompts, count, params, config)
 
 
-def answer_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
+def complete_greedily(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
     """The likeliest token each time; draws no random number."""
     params = SamplingParams(
         max_completion_length=config.max_completion_length, temperature=0, stop_strings=tuple(config.stop_strings or ())

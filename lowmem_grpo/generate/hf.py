@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from lowmem_grpo.errors import NotFiniteError
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
@@ -76,7 +77,7 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
 
     def checked(ids: Tensor, logits: Tensor) -> Tensor:
         if not logits.amax(-1).isfinite().all():  # of which multinomial makes an error that a GPU does not survive
-            raise FloatingPointError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         return logits
 
     criteria = StoppingCriteriaList([at_stop_string] if params.stop_strings else [])  # type: ignore[list-item]

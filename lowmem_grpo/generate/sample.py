@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
@@ -48,15 +49,15 @@ def sample(
     Where a call ran out of memory, the next ones have the tokens that were enough for it.
 
     Raises:
-        ValueError: a prompt without a token, or dense weights or int8 keys and values of a model that the engine does
+        InputError: a prompt without a token, or dense weights or int8 keys and values of a model that the engine does
             not know.
-        FloatingPointError: the policy's logits are not finite, by the engine in every completion; one of which they are
+        NotFiniteError: the policy's logits are not finite, by the engine in every completion; one of which they are
             not finite is nobody else's matter there, and its log-probabilities show it.
     """
     if not prompts:
         return Sampled([], {})
     if not all(prompts):
-        raise ValueError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
+        raise InputError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
     # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
     # none, so that it changes nothing of the training around it.
     draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
@@ -72,7 +73,7 @@ def sample(
     if policy.engine_refusal:
         asked = "rollout_kv='int8'" if kv == "int8" else "rollout_weights='dense'" if weights == "dense" else None
         if asked:
-            raise ValueError(
+            raise InputError(
                 f"{asked} needs the engine, which does not know this model: {policy.engine_refusal}; leave it out"
             )
         with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
@@ -100,7 +101,7 @@ def sample(
             cuda_graphs, dense,
         )  # fmt: skip
     if not any(completion.is_finite for completion in ran.completions):
-        raise FloatingPointError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
     if ran.plan != plan:
         policy.rollout_tokens = ran.plan.tokens()
     kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes

@@ -16,6 +16,7 @@ from transformers import get_scheduler, set_seed
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_changes
 from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.evaluation.statistics import differences
@@ -92,12 +93,12 @@ def train(
             and None in TrainResult's history.
 
     Raises:
-        ValueError, TypeError: bad input, in one sentence with the remedy, before any long work starts.
-        FloatingPointError: what is computed is no longer finite; the sentence names the last good checkpoint.
+        InputError: bad input, in one sentence with the remedy, before any long work starts.
+        NotFiniteError: what is computed is no longer finite; the sentence names the last good checkpoint.
     """
     config = config or GRPOConfig()
     if not isinstance(config, GRPOConfig):
-        raise ValueError(f"config is a {type(config).__name__}; pass a GRPOConfig")
+        raise InputError(f"config is a {type(config).__name__}; pass a GRPOConfig")
     callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     if isinstance(model, Path) or (isinstance(model, str) and model.startswith("~")):
@@ -105,11 +106,11 @@ def train(
     try:
         settings = json.dumps(asdict(config), indent=1)
     except TypeError as error:
-        raise ValueError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+        raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
     functions = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
     rewards = RewardRunner(functions, config.reward_timeout)
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
-        raise ValueError(
+        raise InputError(
             f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"
         )
     output_dir = writable_folder(config.output_dir)
@@ -118,7 +119,7 @@ def train(
         earlier = checkpoints.read_state(resume)
         refuse_changes(config, earlier["config"])
         if earlier.get("rewards", rewards.names) != rewards.names:
-            raise ValueError(
+            raise InputError(
                 f"{resume} is of a run with the rewards {', '.join(earlier['rewards'])}, and these are "
                 f"{', '.join(rewards.names)}; resume with the same ones, or start a new run from the adapter"
             )
@@ -126,12 +127,12 @@ def train(
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     for name in EVALUATION:
         if getattr(config, name) != getattr(GRPOConfig(), name) and eval_rows is None:
-            raise ValueError(
+            raise InputError(
                 f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
             )
     find_model(model, config, peft_config)
     if config.sync_ref_model and config.reference == "base" and is_continued(model):
-        raise ValueError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
+        raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
     device, given = run_device(config), config
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
@@ -174,7 +175,7 @@ def train(
     if resume is not None:
         saved = checkpoints.load_checkpoint(resume, policy, optimizer, scheduler, scaler)
         if saved["data"] != data:
-            raise ValueError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
+            raise InputError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
         state = {key: saved.get(key, value) for key, value in state.items()}
         stream.position, stream.dull = saved["data_position"], set(saved.get("dull", ()))
         policy.samples_dense = saved.get("samples_dense")
@@ -312,7 +313,7 @@ def train(
                         scheduler.step()
                     weights_norm = total_norm([parameter.detach() for parameter in parameters], budget.note)
                 if not weights_norm.isfinite():
-                    raise FloatingPointError(
+                    raise NotFiniteError(
                         f"step {step} moved the adapter's weights out of fp32's range (likely cause: "
                         f"learning_rate={config.learning_rate}, weight_decay={config.weight_decay} or "
                         f"adam_epsilon={config.adam_epsilon})"
@@ -358,7 +359,7 @@ def train(
                 if step == total_steps or step % config.save_steps == 0:
                     save(randomness)
                 if in_a_row > config.max_nonfinite_steps:
-                    raise FloatingPointError(
+                    raise NotFiniteError(
                         f"optimizer steps in a row that changed no weight: {in_a_row}, where max_nonfinite_steps is "
                         f"{config.max_nonfinite_steps}; in step {step} {cause}; lower learning_rate, or mend that cause"
                     )
@@ -371,12 +372,12 @@ def train(
             if state["step"] and not interruption.holding:
                 try:
                     progress.say(f"stopped; {save(randomness)} has everything up to step {state['step']}")
-                except FloatingPointError as unfit:
+                except NotFiniteError as unfit:
                     progress.say(f"stopped; {unfit}")
-            if isinstance(error, FloatingPointError):
+            if isinstance(error, NotFiniteError):
                 good = checkpoints.checkpoints(output_dir) or ([resume] if resume else [])
                 where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-                raise FloatingPointError(f"{error}; {where}") from error
+                raise NotFiniteError(f"{error}; {where}") from error
             raise
         skipped = sum(line.get("skipped_steps", 0) for line in log.lines())
         if skipped:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 
 
@@ -23,18 +24,18 @@ class Head(NamedTuple):
 
 
 def read_head(model: PreTrainedModel) -> Head:
-    """The head of a model, with its scale and softcap. Raises ValueError if it is trained or adapted."""
+    """The head of a model, with its scale and softcap. Raise InputError if it is trained or adapted."""
     output = model.get_output_embeddings()
     if output is None:
-        raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+        raise InputError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
     weight = getattr(output, "weight", None)
     if type(output).__module__.startswith("peft.") or weight is None or weight.requires_grad:
-        raise ValueError(
+        raise InputError(
             "the head is trained or has an adapter, which is not supported yet; "
             "leave lm_head and the embeddings out of target_modules and modules_to_save"
         )
     if not weight.is_floating_point():
-        raise ValueError("the head is quantized; load the model with lm_head left out of the quantization")
+        raise InputError("the head is quantized; load the model with lm_head left out of the quantization")
     config = model.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
     logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -42,7 +43,7 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def probe_head(model: PreTrainedModel, head: Head) -> None:
-    """Compare head with what the model itself makes of hidden states, in fp32; raise ValueError where they differ.
+    """Compare head with what the model itself makes of hidden states, in fp32; raise InputError where they differ.
 
     Random hidden states are scaled until the largest logit reaches twice the softcap (or 30), where a missing scale or
     softcap shows; a zero row shows a missing bias. Only the head runs, in slices, never the decoder.
@@ -60,7 +61,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
         )
     gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
     if not gap < 1e-3:
-        raise ValueError(
+        raise InputError(
             f"the head of {type(model).__name__} does something besides bias, scale and tanh softcap: its "
             f"log-probabilities are {gap:.2g} away from ours; this model is not supported"
         )

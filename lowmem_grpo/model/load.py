@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.attention import Recomputation, configs_of
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
@@ -40,7 +40,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     A loaded model is changed in place: its linear layers become 4-bit if config says so, and it gets adapters.
 
     Raises:
-        ValueError: the model cannot be found, or cannot be trained here; the message has the remedy.
+        InputError: the model cannot be found, or cannot be trained here; the message has the remedy.
     """
     find_model(model, config, peft_config)
     device = run_device(config)
@@ -60,7 +60,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     policy = Policy(peft_model, tokenizer, dtype)
     broken = not_finite(policy.trainable_parameters())
     if broken:
-        raise ValueError(
+        raise InputError(
             f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
         )
     probe_head(policy.base, policy.head)
@@ -70,18 +70,18 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
 
 
 def run_device(config: GRPOConfig) -> torch.device:
-    """Where a run computes. Raises ValueError for settings that it could not obey there."""
+    """Where a run computes. Raise InputError for settings that it could not obey there."""
     if torch.cuda.is_available() and not config.use_cpu:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch.cuda wants the number
         if config.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("this GPU has no bfloat16; set fp16=True")
+            raise InputError("this GPU has no bfloat16; set fp16=True")
         return device
     device = torch.device("cpu")
     for name in ONLY_ON_GPU:
         if getattr(config, name):
-            raise ValueError(f"{name} is about a GPU's memory, and this run is on a CPU; leave it out")
+            raise InputError(f"{name} is about a GPU's memory, and this run is on a CPU; leave it out")
     if config.optim.startswith("paged"):
-        raise ValueError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
+        raise InputError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
     return device
 
 
@@ -141,7 +141,7 @@ def _disable_checkpointing(model: Any) -> None:
 def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
     if isinstance(model, PeftModel):
         if config.load_in_4bit and not _is_4bit(model):
-            raise ValueError(
+            raise InputError(
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
         _train_adapter(model)
@@ -159,56 +159,56 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
 
 
 def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
-    """Raise ValueError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
+    """Raise InputError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
     continues = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
     if continues and peft_config is not None:
-        raise ValueError(
+        raise InputError(
             "peft_config is given, but the model already has an adapter; leave it out to continue that one"
         )
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
-        raise ValueError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
+        raise InputError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
     if peft_config is not None and peft_config.bias != "none":
-        raise ValueError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+        raise InputError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
     changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
-        raise ValueError(f"{changed[0]} has no effect beside {what}; leave it out")
+        raise InputError(f"{changed[0]} has no effect beside {what}; leave it out")
     taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
     if taken:
-        raise ValueError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
+        raise InputError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
     if isinstance(model, PreTrainedModel | PeftModel):
         if config.model_init_kwargs:
-            raise ValueError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
+            raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
     elif isinstance(model, str):
         _find_by_name(model, config)
     else:
-        raise ValueError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
+        raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
 
 
 def _find_by_name(model: str, config: GRPOConfig) -> None:
     is_path = model.startswith((".", "/")) or model.count("/") > 1
     if is_path and not Path(model).is_dir():
-        raise ValueError(f"model {model!r} is not a folder on this machine")
+        raise InputError(f"model {model!r} is not a folder on this machine")
     if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
+        raise InputError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
     if is_adapter(model):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         if not base:
-            raise ValueError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
+            raise InputError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
         return _find_by_name(base, config)
     try:
         found = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # also what a family's own checks of its configuration raise
-        raise ValueError(
+        raise InputError(
             f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
         ) from error
     saved: Any = getattr(found, "quantization_config", None)
     if saved is None:
         return
     if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
-        raise ValueError(f"model {model!r} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
+        raise InputError(f"model {model!r} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
     if not config.load_in_4bit:
-        raise ValueError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
+        raise InputError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
 
 
 def is_adapter(model: str) -> bool:
@@ -259,10 +259,10 @@ def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
-    """Raise ValueError if a weight that is 4-bit already lies on another kind of device, wherever the others lie."""
+    """Raise InputError if a weight that is 4-bit already lies on another kind of device, wherever the others lie."""
     found = {p.device.type for p in model.parameters() if isinstance(p, Params4bit)} - {device.type}
     if found:
-        raise ValueError(
+        raise InputError(
             f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device.type}; load it there"
             + (", or set use_cpu" if found == {"cpu"} else "")
         )
@@ -296,7 +296,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         try:
             return get_peft_model(model, peft_config)
         except ValueError as error:
-            raise ValueError(f"no adapter could be added: {error}") from error
+            raise InputError(f"no adapter could be added: {error}") from error
 
 
 @contextlib.contextmanager
@@ -320,4 +320,4 @@ def load_tokenizer(model, config: GRPOConfig):
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer comes with {name!r}; pass one as tokenizer=") from error
+        raise InputError(f"no tokenizer comes with {name!r}; pass one as tokenizer=") from error

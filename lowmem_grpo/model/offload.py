@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lowmem_grpo.errors import InputError
+
 TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
 LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"})
@@ -23,12 +25,12 @@ def tile_mlps(decoder: nn.Module) -> None:
     Only one tile's intermediates exist at a time, for the input and the output of the whole.
 
     Raises:
-        ValueError: a layer's MLP is not a plain one.
+        InputError: a layer's MLP is not a plain one.
     """
     for layer in _layers(decoder):
         mlp = getattr(layer, "mlp", None)
         if mlp is None or not any(names <= {name for name, _ in mlp.named_children()} for names in GATED):
-            raise ValueError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
+            raise InputError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
         mlp.forward = _Ours(_tiled(mlp.forward))
 
 
@@ -53,14 +55,14 @@ def offload_embedding(model: Any) -> None:
     Each lookup waits for the ids to come to the CPU, also in every step of sampling.
 
     Raises:
-        ValueError: the embedding is the head too, or more than a lookup.
+        InputError: the embedding is the head too, or more than a lookup.
     """
     embedding: Any = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if head is not None and head.weight.data_ptr() == embedding.weight.data_ptr():
-        raise ValueError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
+        raise InputError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
     if type(embedding) is not nn.Embedding:
-        raise ValueError(f"offload_embedding does not know {type(embedding).__name__}; leave offload_embedding out")
+        raise InputError(f"offload_embedding does not know {type(embedding).__name__}; leave offload_embedding out")
     device = embedding.weight.device
     weight = embedding.weight.data.cpu()
     embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
@@ -184,7 +186,7 @@ def use_liger_kernels(model: Any) -> None:
     The rotary embedding of the whole model class is replaced, for every model of it in this process.
 
     Raises:
-        ValueError: liger-kernel is not installed, or does not know the model.
+        InputError: liger-kernel is not installed, or does not know the model.
     """
     try:
         from liger_kernel.transformers.monkey_patch import (
@@ -192,14 +194,14 @@ def use_liger_kernels(model: Any) -> None:
             _apply_liger_kernel_to_instance,
         )
     except ImportError as error:
-        raise ValueError("use_liger_kernel needs the package liger-kernel; install it, or leave it out") from error
+        raise InputError("use_liger_kernel needs the package liger-kernel; install it, or leave it out") from error
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(f"liger-kernel does not know {model.config.model_type!r} models; leave use_liger_kernel out")
+        raise InputError(f"liger-kernel does not know {model.config.model_type!r} models; leave use_liger_kernel out")
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no list of layers; leave tiled_mlp out")
+        raise InputError(f"{type(decoder).__name__} has no list of layers; leave tiled_mlp out")
     return layers

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
@@ -172,11 +173,11 @@ class Policy:
         """Write the adapter in PEFT's format, and the tokenizer beside it.
 
         Raises:
-            FloatingPointError: an adapter's weight is not finite; nothing is written.
+            NotFiniteError: an adapter's weight is not finite; nothing is written.
         """
         broken = not_finite(self.trainable_parameters())
         if broken:
-            raise FloatingPointError(f"the adapter is not saved, since {broken} has numbers that are not finite")
+            raise NotFiniteError(f"the adapter is not saved, since {broken} has numbers that are not finite")
         self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
 
@@ -191,5 +192,5 @@ def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     given = (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
     if not ids:
-        raise ValueError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
+        raise InputError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
     return sorted(ids)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import BUILT_IN, CLIPPED, LOSS_TYPES, GRPOConfig
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.policy_loss import TokenStats, policy_loss
 from lowmem_grpo.objective import formulas
 from lowmem_grpo.objective.coefficients import Coefficients
@@ -50,12 +51,12 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     importance weights, masks, KL and entropy bonus are added as for every other loss_type.
 
     Raises:
-        ValueError: the name is taken, or the aggregation is none.
+        InputError: the name is taken, or the aggregation is none.
     """
     if name in BUILT_IN:
-        raise ValueError(f"loss_type {name!r} is built in; choose another name")
+        raise InputError(f"loss_type {name!r} is built in; choose another name")
     if aggregation not in AGGREGATION.values():
-        raise ValueError(f"aggregation {aggregation!r} is not one of {', '.join(sorted(set(AGGREGATION.values())))}")
+        raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(sorted(set(AGGREGATION.values())))}")
 
     def register(function: Objective) -> Objective:
         _OBJECTIVES[name], AGGREGATION[name] = function, aggregation
@@ -132,7 +133,7 @@ def _fused(tokens: Tokens, on_policy: bool, beta: float, config: GRPOConfig) -> 
 def _composed(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats, dict[str, Tensor]]:
     losses = _OBJECTIVES[config.loss_type](tokens, config)
     if losses.shape != tokens.logprobs.shape:
-        raise ValueError(
+        raise InputError(
             f"loss_type {config.loss_type!r} returned {tuple(losses.shape)}; return a loss for each of the "
             f"{len(tokens.logprobs)} tokens"
         )

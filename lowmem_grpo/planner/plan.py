@@ -14,6 +14,7 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.model.load import lora_config
@@ -91,11 +92,11 @@ def plan(
 def plan_to_fit(
     model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None, longest_prompt: int | None = None
 ) -> Plan:
-    """plan(), for a run. Raises ValueError, with the remedy, where nothing fits."""
+    """plan(), for a run. Raise InputError, with the remedy, where nothing fits."""
     found = plan(model, config, adapter, longest_prompt)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
-        raise ValueError(
+        raise InputError(
             f"vram_budget={config.vram_budget} is too little, the predicted peak is {peak}; {found.remedy}"
         )
     return found
@@ -133,7 +134,7 @@ def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Chang
             changed = replace(config, **{change.name: change.value})
             try:
                 found = _forecast(key, changed)
-            except ValueError:  # not for this model
+            except InputError:  # not for this model
                 continue
             config, changes[change.name] = changed, change
             break
@@ -272,7 +273,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
 def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
     for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
         if getattr(config, name) == value:
-            raise ValueError(f"{name}={value!r} does not serve this model: {traced.padded}; leave it out")
+            raise InputError(f"{name}={value!r} does not serve this model: {traced.padded}; leave it out")
     rows = min(
         config.prompts_per_step * config.num_generations, max(1, config.rollout_token_budget // _longest(config))
     )

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.load import add_adapter, equip
 from lowmem_grpo.model.packing import MicroBatch, fills_one, pack
@@ -94,7 +94,7 @@ class Traced:
 
 
 def trace(key: Key, config: GRPOConfig) -> Traced:
-    """Raises ValueError where a model cannot be run without memory."""
+    """Raise InputError where a model cannot be run without memory."""
     # Only what the activations depend on, so that trying other settings costs nothing.
     names = (
         "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
@@ -114,11 +114,11 @@ def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
         config = replace(config, padding_free=config.padding_free and not padded)
         generated = run_generate(whole, config) if padded else None
         return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated)
-    except (ValueError, torch.OutOfMemoryError):
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
         message = f"the memory of a {key.model.model_type!r} model cannot be predicted: {in_a_line(error)}"
-        raise ValueError(f"{message}; train it without vram_budget") from error
+        raise InputError(f"{message}; train it without vram_budget") from error
 
 
 @lru_cache(maxsize=4)
@@ -134,7 +134,7 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
             )
         except ValueError as error:
             reason = f"a {key.model.model_type!r} model is no causal language model that transformers makes"
-            raise ValueError(f"{reason}: {in_a_line(error)}") from error
+            raise InputError(f"{reason}: {in_a_line(error)}") from error
         return add_adapter(base.requires_grad_(False), adapter)
 
 
@@ -209,13 +209,13 @@ def _text_config(whole: PeftModel) -> Any:
 
 
 def _layers(whole: PeftModel) -> nn.ModuleList:
-    """Raises ValueError where a model has no list of its layers."""
+    """Raise InputError where a model has no list of its layers."""
     base: Any = whole.get_base_model()
     count = _text_config(whole).num_hidden_layers
     for module in base.get_decoder().children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(
+    raise InputError(
         f"the memory of a {base.config.model_type!r} model cannot be predicted: its layers are not in one list"
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
 from lowmem_grpo.rewards.isolation.workers import WORKERS
 from lowmem_grpo.rewards.text import completion_text
@@ -32,17 +33,17 @@ def get_code_reward(
         ValueError (the reward): no column `tests`, tests in another form, or a system that cannot isolate the code.
     """
     if timeout <= 0 or memory_mb < 64:
-        raise ValueError(f"timeout={timeout} must be greater than 0, and memory_mb={memory_mb} at least 64")
+        raise InputError(f"timeout={timeout} must be greater than 0, and memory_mb={memory_mb} at least 64")
     limits = Limits(timeout, memory_mb, isolate=not allow_unsafe)
 
     def code_reward(completions: list, tests: list | None = None, **kwargs) -> list[float | SandboxError | None]:
         if tests is None:
-            raise ValueError(
+            raise InputError(
                 "code_reward needs a dataset column named tests: lists of asserts, or of inputs and outputs"
             )
         reason = None if allow_unsafe else cannot_isolate()
         if reason:
-            raise ValueError(
+            raise InputError(
                 f"code_reward cannot isolate code here: {reason}; use another machine, or "
                 "get_code_reward(allow_unsafe=True) to run it with this process's rights"
             )
@@ -110,12 +111,12 @@ def _lines(text: str | None) -> list[str] | None:
 
 
 def _read_tests(tests: Any) -> list[str] | list[tuple[str, str]]:
-    """Asserts, or (input, output) pairs. Raises ValueError for another form."""
+    """Asserts, or (input, output) pairs. Raise InputError for another form."""
     if isinstance(tests, str) and tests.strip()[:1] in ("[", "{"):
         try:
             tests = json.loads(tests)
         except json.JSONDecodeError as error:
-            raise ValueError(f"a row's tests are no JSON: {error}") from error
+            raise InputError(f"a row's tests are no JSON: {error}") from error
     if not tests:
         return []
     if isinstance(tests, str):
@@ -130,6 +131,6 @@ def _read_tests(tests: Any) -> list[str] | list[tuple[str, str]]:
             return list(tests)
         if all(isinstance(test, dict) and {"input", "output"} <= set(test) for test in tests):
             return [(str(test["input"]), str(test["output"])) for test in tests]
-    raise ValueError(
+    raise InputError(
         f"a row's tests are {tests!r:.80}; give a list of assert statements, or of {{'input': ..., 'output': ...}}"
     )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.text import completion_text
 
 THINK = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
@@ -40,12 +41,12 @@ def get_regex_reward(pattern: str, full: bool = False, name: str = "regex_reward
     """1.0 where the pattern is found in a completion, or with `full` is all of it; a dot stands for newlines too.
 
     Raises:
-        ValueError: no regular expression.
+        InputError: no regular expression.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"get_regex_reward: {pattern!r} is no regular expression: {error}") from error
+        raise InputError(f"get_regex_reward: {pattern!r} is no regular expression: {error}") from error
     matches = compiled.fullmatch if full else compiled.search
 
     def reward(completions: list, **kwargs) -> list[float]:

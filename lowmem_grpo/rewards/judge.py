@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.text import completion_text
 
@@ -42,11 +43,11 @@ class JudgeReward:
         """From now on the policy's base judges.
 
         Raises:
-            ValueError: yes and no begin with the same token.
+            InputError: yes and no begin with the same token.
         """
         self.policy = policy
         if len({words[0] for words in self._verdicts()}) < 2:
-            raise ValueError(f"{self.yes!r} and {self.no!r} begin with the same token; choose other words")
+            raise InputError(f"{self.yes!r} and {self.no!r} begin with the same token; choose other words")
 
     def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | None]:
         if self.policy is None:  # tried out before there is a model

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 
 
@@ -12,7 +13,7 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
     Equation 13 of DAPO (https://arxiv.org/abs/2503.14476).
     """
     if not 0 <= soft_punish_cache <= max_completion_len:
-        raise ValueError(
+        raise InputError(
             f"soft_punish_cache={soft_punish_cache} must be from 0 to max_completion_len={max_completion_len}"
         )
 
@@ -37,7 +38,7 @@ def get_cosine_scaled_reward(
     Appendix C.1 of https://arxiv.org/abs/2502.03373. None where there is no gold answer.
     """
     if max_len < 1:
-        raise ValueError(f"max_len={max_len} must be at least 1 token")
+        raise InputError(f"max_len={max_len} must be at least 1 token")
     ends = {0.0: (min_value_wrong, max_value_wrong), 1.0: (max_value_correct, min_value_correct)}
 
     def cosine_scaled_reward(
@@ -61,7 +62,7 @@ def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0
     Appendix C.2 of https://arxiv.org/abs/2502.03373. 0 for a completion of fewer than ngram_size tokens.
     """
     if ngram_size < 1 or max_penalty > 0:
-        raise ValueError(f"ngram_size={ngram_size} must be at least 1, and max_penalty={max_penalty} at most 0")
+        raise InputError(f"ngram_size={ngram_size} must be at least 1, and max_penalty={max_penalty} at most 0")
 
     def repetition_penalty_reward(completion_ids: list, **kwargs) -> list[float]:
         return [_repeated_share(ids) * max_penalty or 0.0 for ids in completion_ids]

@@ -1,7 +1,6 @@
 """Finds reward functions by name."""
 
 import ast
-import difflib
 import importlib
 import inspect
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowmem_grpo.errors import InputError, did_you_mean
 from lowmem_grpo.rewards.reward_model import get_model_reward
 
 
@@ -25,11 +25,11 @@ def resolve_reward_funcs(
     id or folder of a reward model, which may be given loaded too.
 
     Raises:
-        ValueError: no function, an unknown name, wrong arguments, or something that cannot be called.
+        InputError: no function, an unknown name, wrong arguments, or something that cannot be called.
     """
     several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not several:
-        raise ValueError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
+        raise InputError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
     return [_resolve(reward, built_in, factories or {}) for reward in several]
 
 
@@ -40,7 +40,7 @@ def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Ca
             name, arguments = _read_call(reward)
             reward = _make(name, _find(name, factories, "function makes a reward and"), arguments)
         elif reward in factories:
-            raise ValueError(
+            raise InputError(
                 f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
                 "with names for its arguments"
             )
@@ -51,7 +51,7 @@ def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Ca
     if isinstance(reward, PreTrainedModel):
         reward = get_model_reward(reward)
     if not callable(reward):
-        raise ValueError(f"reward function {reward!r} cannot be called; give a function or a name")
+        raise InputError(f"reward function {reward!r} cannot be called; give a function or a name")
     return reward
 
 
@@ -63,7 +63,7 @@ def _read_call(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError
         return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"reward function {text!r} cannot be read; write it as name(argument=value), each value a number, a text, "
             "true or false as in Python, or a list of them"
         ) from error
@@ -74,7 +74,7 @@ def _make(name: str, factory: Callable, arguments: dict[str, Any]) -> Callable:
         inspect.signature(factory).bind(**arguments)
         return factory(**arguments)
     except TypeError as error:
-        raise ValueError(f"{name}: {error}; its arguments are {name}{_signature(factory)}") from error
+        raise InputError(f"{name}: {error}; its arguments are {name}{_signature(factory)}") from error
 
 
 def _signature(factory: Callable) -> str:
@@ -87,12 +87,11 @@ def _find(name: str, known: dict[str, Callable], what: str) -> Any:
         return known[name]
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the built-in ones are {', '.join(known)}"
-        raise ValueError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
+        hint = did_you_mean(name, known, f"the built-in ones are {', '.join(known)}")
+        raise InputError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"reward function {name!r} cannot be imported: {error}") from error
+        raise InputError(f"reward function {name!r} cannot be imported: {error}") from error

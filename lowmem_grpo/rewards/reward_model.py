@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from lowmem_grpo.errors import InputError
+
 
 def get_model_reward(
     model: str | PreTrainedModel, tokenizer: Any = None, token_budget: int = 16384, device: str | None = None
@@ -19,14 +21,14 @@ def get_model_reward(
     A text longer than the model's positions keeps its end.
 
     Raises:
-        ValueError: no such model, one without a trained head, or one of several labels.
+        InputError: no such model, one without a trained head, or one of several labels.
     """
     name = model if isinstance(model, str) else model.config._name_or_path
     scorer: Any = _load(model) if isinstance(model, str) else model
     if device or isinstance(model, str):
         scorer = scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if scorer.config.num_labels != 1:
-        raise ValueError(f"reward model {name!r} has {scorer.config.num_labels} labels; give one with a single score")
+        raise InputError(f"reward model {name!r} has {scorer.config.num_labels} labels; give one with a single score")
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(tokenizer or name)
     if tokenizer.pad_token_id is None:
@@ -56,11 +58,11 @@ def _load(name: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         words = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{name!r} is no built-in reward, no module.function and no reward model that loads: {words:.300}"
         ) from error
     if report["missing_keys"]:
-        raise ValueError(
+        raise InputError(
             f"{name!r} has no trained reward head ({', '.join(sorted(report['missing_keys'])[:3])} is missing); "
             "give a model that was trained for sequence classification"
         )
@@ -71,7 +73,7 @@ def _load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"reward model {name!r} has no tokenizer; pass get_model_reward(model, tokenizer=...)"
         ) from error
 
@@ -80,7 +82,7 @@ def _whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list
     if isinstance(prompt, str):
         return prompt + str(completion)
     if not tokenizer.chat_template:
-        raise ValueError(f"reward model {name!r} has no chat template, and the prompts are chats; give them as texts")
+        raise InputError(f"reward model {name!r} has no chat template, and the prompts are chats; give them as texts")
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 

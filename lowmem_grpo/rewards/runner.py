@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
 
 LARGEST = 1e16  # weighted tenfold and squared, thousands of them must add up in fp32, which ends at 3.4e38
@@ -61,7 +62,7 @@ class RewardRunner:
         self.names = [getattr(function, "__name__", type(function).__name__) for function in reward_funcs]
         repeated = {name for name in self.names if self.names.count(name) > 1}
         if repeated:
-            raise ValueError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
+            raise InputError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
         self.failed_calls: Counter = Counter()  # by name and kind
         self.slow_s = dict.fromkeys(self.names, SLOW_S)
         self.empty_steps = 0
@@ -102,7 +103,7 @@ class RewardRunner:
         """Call every function once on made-up completions, so that one which cannot work stops the run at its start.
 
         Raises:
-            ValueError: a function raised, took too long, or returned something other than B numbers or Nones; a NaN
+            InputError: a function raised, took too long, or returned something other than B numbers or Nones; a NaN
                 passes here, since an array has no None.
         """
         trial = "<think>trial</think> <answer>0</answer>"
@@ -111,7 +112,7 @@ class RewardRunner:
             for failure in call.failures:
                 if failure.kind != "NaN":
                     remedy = "; raise reward_timeout, or load what it needs earlier" if failure.kind == "time" else ""
-                    raise ValueError(
+                    raise InputError(
                         f"{failure.message}{remedy} (on made-up completions, which every reward is tried on first)"
                     )
 
@@ -186,16 +187,16 @@ class _Logs:
 
     def log_metric(self, name: str, value: float) -> None:
         if not isinstance(name, str) or name in RESERVED or name.startswith(RESERVED_PREFIXES):
-            raise ValueError(
+            raise InputError(
                 f"log_metric({name!r}) takes a text that is no name of the trainer's own; choose another name"
             )
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: list) -> None:
         if not isinstance(column, str):
-            raise ValueError(f"log_extra({column!r}) needs a text as the column's name")
+            raise InputError(f"log_extra({column!r}) needs a text as the column's name")
         if len(values) != self.count:
-            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
+            raise InputError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
         self.columns[column] = list(values)
 
     def functions(self) -> dict[str, Callable]:

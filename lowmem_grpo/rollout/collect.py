@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.generate import answer, as_text
+from lowmem_grpo.generate import as_text, complete
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import Advantages, compare, nanstd, weighted_rewards
@@ -171,7 +171,7 @@ def _compared(rewards: Tensor, config: GRPOConfig, penalty: Tensor | None = None
 def _sample_and_score(
     policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> _Scored:
-    sampled = answer(policy, prompts, config.num_generations, config)
+    sampled = complete(policy, prompts, config.num_generations, config)
     completions = sampled.completions
     asked = [prompt for prompt in prompts for _ in range(config.num_generations)]
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]

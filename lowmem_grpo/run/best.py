@@ -9,6 +9,7 @@ from typing import Any
 from peft import set_peft_model_state_dict
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.run.checkpoint import read_tensors
 from lowmem_grpo.run.folder import write_folder
@@ -33,10 +34,10 @@ class BestAdapter:
         """Write the adapter as it is now if its metric is better than that of the one that is kept.
 
         Raises:
-            ValueError: the evaluation has no such metric.
+            InputError: the evaluation has no such metric.
         """
         if self.metric not in metrics:
-            raise ValueError(
+            raise InputError(
                 f"metric_for_best_model={self.metric!r} is none of the evaluation's metrics: {', '.join(metrics)}"
             )
         value, kept = metrics[self.metric], self.record()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.model.policy import Policy, not_finite
 from lowmem_grpo.run.folder import write_folder
 from lowmem_grpo.run.randomness import restore_randomness
@@ -35,7 +36,7 @@ def save_checkpoint(
 
     Raises:
         OSError: the disk refused; nothing under the final name has changed.
-        FloatingPointError: something that a resume would go on with is not finite; likewise.
+        NotFiniteError: something that a resume would go on with is not finite; likewise.
     """
     folder = output_dir / f"checkpoint-{state['step']}"
     if folder.exists():
@@ -47,10 +48,10 @@ def save_checkpoint(
         for name, values in {"optimizer": moments, **tensors}.items():
             broken = not_finite(_to_be_finite(values))
             if broken:
-                raise FloatingPointError(f"{folder.name} is not saved, since {broken} of its {name} is not finite")
+                raise NotFiniteError(f"{folder.name} is not saved, since {broken} of its {name} is not finite")
         broken = [name for name, value in state.items() if isinstance(value, float) and math.isnan(value)]
         if broken:
-            raise FloatingPointError(f"{folder.name} is not saved, since its {broken[0]} is NaN")
+            raise NotFiniteError(f"{folder.name} is not saved, since its {broken[0]} is NaN")
         save_file(moments, temporary / "optimizer.safetensors")
         save_file(randomness["tensors"], temporary / "random_states.safetensors")
         for name, values in tensors.items():
@@ -70,13 +71,13 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, scheduler, scaler) 
     """Restore everything in place and return the state that was saved.
 
     Raises:
-        ValueError: the folder is no checkpoint of this package, or one of another adapter.
+        InputError: the folder is no checkpoint of this package, or one of another adapter.
     """
     state = read_state(folder)
     weights, moments, states = (read_tensors(folder, name) for name in ("adapter_model", "optimizer", "random_states"))
     own = get_peft_model_state_dict(policy.model)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
-        raise ValueError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
+        raise InputError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
     set_peft_model_state_dict(policy.model, weights)
     load_optimizer(optimizer, _restore_optimizer(moments, state["optimizer"]))
     # One step before the saved position and one step on: the rate is that of this run's schedule, even if it is longer.
@@ -94,10 +95,10 @@ def read_tensors(folder: Path, name: str, remedy: str = "resume from an older ch
     try:
         tensors = load_file(folder / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}; {remedy}") from error
+        raise InputError(f"{folder} cannot be read: {error}; {remedy}") from error
     broken = not_finite(_to_be_finite(tensors))
     if broken:
-        raise ValueError(f"{folder} has numbers that are not finite ({name}.safetensors, {broken}); {remedy}")
+        raise InputError(f"{folder} has numbers that are not finite ({name}.safetensors, {broken}); {remedy}")
     return tensors
 
 
@@ -109,17 +110,17 @@ def _to_be_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "trainer_state.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no trainer_state.json")
+        raise InputError(f"{folder} is not a checkpoint: it has no trainer_state.json")
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
+        raise InputError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
 
 
 def _no_nan(text: str) -> float:
     """What JSON does not have: Infinity is an entropy that was not measured yet, and NaN nothing that is saved."""
     if text == "NaN":
-        raise ValueError("it has a NaN")
+        raise InputError("it has a NaN")
     return float(text)
 
 
@@ -127,7 +128,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
     """The folder to resume from, or None for a fresh start.
 
     Raises:
-        ValueError: there is none to resume from, or a fresh start would mix with an earlier run's checkpoints.
+        InputError: there is none to resume from, or a fresh start would mix with an earlier run's checkpoints.
     """
     existing = checkpoints(output_dir)
     if isinstance(resume_from_checkpoint, str):
@@ -135,19 +136,19 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
         step = read_state(folder)["step"]
         later = [path for path in existing if int(path.name.split("-")[1]) >= step and not path.samefile(folder)]
         if later:
-            raise ValueError(
+            raise InputError(
                 f"{output_dir} holds {later[0].name}, which the run resumed from {folder} would mix with its "
                 "own; move it away, or choose another output_dir"
             )
         return folder
     if resume_from_checkpoint:
         if not existing:
-            raise ValueError(
+            raise InputError(
                 f"resume_from_checkpoint=True, but {output_dir} has no checkpoint; leave it out to start anew"
             )
         return existing[-1]
     if existing:
-        raise ValueError(
+        raise InputError(
             f"{output_dir} holds {existing[-1].name} of an earlier run; "
             "set resume_from_checkpoint=True to continue it, or choose another output_dir"
         )

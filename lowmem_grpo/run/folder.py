@@ -6,16 +6,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lowmem_grpo.errors import InputError
+
 
 def writable_folder(output_dir: str) -> Path:
-    """Make output_dir. Raises ValueError if nothing can be written there."""
+    """Make output_dir. Raise InputError if nothing can be written there."""
     folder = Path(output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"output_dir {output_dir!r} cannot be written: {error.strerror}; choose another folder"
         ) from error
     return folder

@@ -5,13 +5,13 @@ A name is `gsm8k`, `countdown` or `reasoning_gym:<one of its tasks>`, with optio
 """
 
 import dataclasses
-import difflib
 import inspect
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError, did_you_mean
 from lowmem_grpo.tasks.countdown import countdown_task
 from lowmem_grpo.tasks.gsm8k import gsm8k_task
 from lowmem_grpo.tasks.options import options_of, refuse_unknown_options
@@ -40,7 +40,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
     generated task holds out rows where there is no eval_dataset. Held-out rows never have a training row's prompt.
 
     Raises:
-        ValueError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
+        InputError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
     """
     task, other = find_task(train_dataset), find_task(eval_dataset)
     if other is not None:
@@ -54,11 +54,11 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         if config.stop_strings is None and task.stop_strings is not None:
             config = dataclasses.replace(config, stop_strings=task.stop_strings)
     if reward_funcs is None:
-        raise ValueError("reward_funcs is missing; give one or several, or train on a task, which has its own")
+        raise InputError("reward_funcs is missing; give one or several, or train on a task, which has its own")
     if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
         eval_dataset = without_prompts_of(train_dataset, eval_dataset)
         if not eval_dataset:
-            raise ValueError("every row of eval_dataset is one of train_dataset's; give it another seed")
+            raise InputError("every row of eval_dataset is one of train_dataset's; give it another seed")
     return Inputs(train_dataset, eval_dataset, reward_funcs, config)
 
 
@@ -75,10 +75,10 @@ def find_task(name: Any) -> Task | None:
         refuse_unknown_options(name, options, inspect.signature(TASKS[head]).parameters)
         return TASKS[head](**options)
     if head == REASONING_GYM:
-        raise ValueError("reasoning_gym is many tasks; name one, such as reasoning_gym:chain_sum")
-    if (query and "/" not in head) or (colon and difflib.get_close_matches(family, [REASONING_GYM])):
+        raise InputError("reasoning_gym is many tasks; name one, such as reasoning_gym:chain_sum")
+    if (query and "/" not in head) or (colon and did_you_mean(family, [REASONING_GYM], "")):
         known = ", ".join([*TASKS, f"{REASONING_GYM}:NAME"])
-        raise ValueError(f"no task is named {head!r}; the tasks are {known}")
+        raise InputError(f"no task is named {head!r}; the tasks are {known}")
     return None
 
 

@@ -9,6 +9,7 @@ import re
 import zlib
 from fractions import Fraction
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.options import check_count
 from lowmem_grpo.tasks.task import Task
@@ -43,7 +44,7 @@ def countdown_task(
     """size problems to train on and eval_size others: texts in R1-Zero's form for a base model, or chats.
 
     Raises:
-        ValueError: an option out of its range, or fewer problems than were asked for.
+        InputError: an option out of its range, or fewer problems than were asked for.
     """
     check_count("size", size)
     check_count("eval_size", eval_size, at_least=0)
@@ -51,9 +52,9 @@ def countdown_task(
     check_count("min_numbers", min_numbers, at_least=2)
     check_count("max_target", max_target, at_least=10)
     if not isinstance(max_numbers, int) or not min_numbers <= max_numbers <= 6:
-        raise ValueError(f"max_numbers={max_numbers!r} must be from min_numbers={min_numbers} to 6")
+        raise InputError(f"max_numbers={max_numbers!r} must be from min_numbers={min_numbers} to 6")
     if not isinstance(chat, bool):
-        raise ValueError(f"chat={chat!r} must be true or false")
+        raise InputError(f"chat={chat!r} must be true or false")
     rows, eval_rows = (
         [_row(numbers, target, solution, chat) for (numbers, target), solution in problems.items()]
         for problems in _problems(random.Random(seed), (size, eval_size), min_numbers, max_numbers, max_target)
@@ -84,7 +85,7 @@ def _problems(draw: random.Random, counts: tuple[int, int], fewest: int, most: i
                 in_vain, problems[key] = 0, expression
     for what, problems, count in zip(("to train on", "to hold out"), split, counts, strict=True):
         if len(problems) < count:
-            raise ValueError(
+            raise InputError(
                 f"there are fewer than {count} such problems {what}; lower size or eval_size, or raise max_numbers or "
                 "max_target"
             )
@@ -136,7 +137,7 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
         used.append(node.value)
         return Fraction(node.value)
     if not isinstance(node, ast.BinOp):
-        raise ValueError("not arithmetic")
+        raise InputError("not arithmetic")
     a, b = _value(node.left, used), _value(node.right, used)
     if isinstance(node.op, ast.Add):
         return a + b
@@ -146,4 +147,4 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
         return a * b
     if isinstance(node.op, ast.Div):
         return a / b
-    raise ValueError("not arithmetic")
+    raise InputError("not arithmetic")

@@ -1,5 +1,6 @@
 """GSM8K: grade-school word problems (https://arxiv.org/abs/2110.14168), answered in one of three styles."""
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.tasks.task import Task
 
@@ -14,8 +15,8 @@ def gsm8k_task(*, style: str = "boxed", file: str | None = None) -> Task:
     """The hub's openai/gsm8k, or a JSONL file with its columns; accuracy_reward reads every style, whatever is asked.
 
     Raises:
-        ValueError: a style that is none of boxed, tags and hash.
+        InputError: a style that is none of boxed, tags and hash.
     """
     if style not in STYLES:
-        raise ValueError(f"style={style!r} is not one of {', '.join(STYLES)}")
+        raise InputError(f"style={style!r} is not one of {', '.join(STYLES)}")
     return Task("openai/gsm8k" if file is None else file, accuracy_reward, system_prompt=STYLES[style])

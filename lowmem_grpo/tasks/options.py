@@ -1,25 +1,26 @@
 """Options in a task's name, written as in an address: `?size=5000&seed=1`."""
 
-import difflib
 import json
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qsl
+
+from lowmem_grpo.errors import InputError, did_you_mean
 
 
 def options_of(name: str, query: str) -> dict[str, Any]:
     """The options in the part after the question mark; a value is JSON (4, true, [1, 2]) where it can be read as such.
 
     Raises:
-        ValueError: something that is not `option=value`, or an option given twice.
+        InputError: something that is not `option=value`, or an option given twice.
     """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
-        raise ValueError(f"{name!r} has options that are not option=value, joined by &") from error
+        raise InputError(f"{name!r} has options that are not option=value, joined by &") from error
     options = {key: _value(text) for key, text in pairs}
     if len(options) < len(pairs):
-        raise ValueError(f"{name!r} gives an option twice; keep one")
+        raise InputError(f"{name!r} gives an option twice; keep one")
     return options
 
 
@@ -34,11 +35,10 @@ def refuse_unknown_options(name: str, options: Iterable[str], known: Iterable[st
     known = list(known)
     for option in options:
         if option not in known:
-            nearest = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(known)}"
-            raise ValueError(f"{name!r} has no option {option!r}; {hint}")
+            hint = did_you_mean(option, known, f"the options are {', '.join(known)}")
+            raise InputError(f"{name!r} has no option {option!r}; {hint}")
 
 
 def check_count(name: str, value: Any, at_least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {at_least}")
+        raise InputError(f"{name}={value!r} must be a whole number of at least {at_least}")

@@ -4,7 +4,6 @@ An optional dependency: `pip install "lowmem-grpo[tasks]"`.
 """
 
 import dataclasses
-import difflib
 import json
 import re
 import zlib
@@ -13,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
+from lowmem_grpo.errors import InputError, did_you_mean
 from lowmem_grpo.rewards.accuracy import extract_answer, only_number
 from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
@@ -51,33 +51,32 @@ def reasoning_gym_task(
     group where nothing is solved is as large an advantage as a solution is elsewhere.
 
     Raises:
-        ValueError: the package is not installed, it has no such task or option, or nothing is left to hold out.
+        InputError: the package is not installed, it has no such task or option, or nothing is left to hold out.
     """
     check_count("size", size)
     check_count("eval_size", eval_size, at_least=0)
     check_count("seed", seed, at_least=0)
     if not isinstance(partial, bool):
-        raise ValueError(f"partial={partial!r} must be true or false")
+        raise InputError(f"partial={partial!r} must be true or false")
     refuse_unknown(name, options)
     reward = reasoning_gym_partial_reward if partial else reasoning_gym_reward
     rows = _rows(_full_name(name, seed=seed, size=2 * size + 64, **options), size, held_out=False)
     if len(rows) < size:
-        raise ValueError(f"reasoning_gym:{name} has fewer than {size} problems to train on; lower size")
+        raise InputError(f"reasoning_gym:{name} has fewer than {size} problems to train on; lower size")
     if not eval_size:
         return Task(rows, reward, system_prompt=SYSTEM_PROMPT)
     others = _full_name(name, seed=seed + HELD_OUT_SEED, size=16 * eval_size + 64, **options)
     eval_rows = _rows(others, eval_size, held_out=True)
     if not eval_rows:
-        raise ValueError(f"reasoning_gym:{name} has no problem to hold out; set eval_size=0")
+        raise InputError(f"reasoning_gym:{name} has no problem to hold out; set eval_size=0")
     return Task(rows, reward, eval_rows=eval_rows, system_prompt=SYSTEM_PROMPT)
 
 
 def refuse_unknown(name: str, options: dict[str, Any]) -> None:
     datasets = _registry()
     if name not in datasets:
-        nearest = difflib.get_close_matches(name, datasets, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(sorted(datasets))}"
-        raise ValueError(f"reasoning_gym has no task {name!r}; {hint}")
+        hint = did_you_mean(name, datasets, f"it has {', '.join(sorted(datasets))}")
+        raise InputError(f"reasoning_gym has no task {name!r}; {hint}")
     known = [field.name for field in dataclasses.fields(datasets[name][1])]
     refuse_unknown_options(f"reasoning_gym:{name}", options, [*known, "eval_size", "partial"])
 
@@ -86,7 +85,7 @@ def _registry() -> dict[str, tuple[type, type]]:
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ValueError(f'reasoning_gym cannot be imported ({error}); pip install "lowmem-grpo[tasks]"') from error
+        raise InputError(f'reasoning_gym cannot be imported ({error}); pip install "lowmem-grpo[tasks]"') from error
     return DATASETS
 
 
@@ -117,7 +116,7 @@ def dataset(task: str) -> Any:
     """reasoning-gym's own dataset for `name?options`.
 
     Raises:
-        ValueError: options that it does not take.
+        InputError: options that it does not take.
     """
     from reasoning_gym import create_dataset
 
@@ -125,7 +124,7 @@ def dataset(task: str) -> Any:
     try:
         return create_dataset(name, **options_of(task, query))
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"reasoning_gym:{name} does not take these options: {error}") from error
+        raise InputError(f"reasoning_gym:{name} does not take these options: {error}") from error
 
 
 @lru_cache(maxsize=65536)

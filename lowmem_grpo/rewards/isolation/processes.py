@@ -6,6 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.workers import WORKERS, WorkerPool
 
 START_LIMIT_S = 120.0  # for a worker's first completion, before which it imports the function's module
@@ -19,11 +20,11 @@ def in_processes(function: str | Callable, workers: int = WORKERS, timeout: floa
     the processes import; it may not be async.
 
     Raises:
-        ValueError: a function that no other process can import: of the main script, a lambda, or one made in another.
+        InputError: a function that no other process can import: of the main script, a lambda, or one made in another.
     """
     module, name = _import_path(function)
     if workers < 1 or timeout <= 0:
-        raise ValueError(f"in_processes needs workers={workers} and timeout={timeout} to be greater than 0")
+        raise InputError(f"in_processes needs workers={workers} and timeout={timeout} to be greater than 0")
     pool = WorkerPool(Path(__file__).with_name("function_worker.py"), workers, _environment)
 
     def reward(prompts: list, completions: list, completion_ids: list, trainer_state, log_metric, log_extra, **columns):
@@ -55,11 +56,11 @@ def _import_path(function: str | Callable) -> tuple[str, str]:
     if isinstance(function, str):
         module, _, name = function.rpartition(".")
         if not module:
-            raise ValueError(f"in_processes({function!r}) needs a function as module.function")
+            raise InputError(f"in_processes({function!r}) needs a function as module.function")
         return module, name
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
     if module in (None, "__main__") or "<" in name or attrgetter(name)(sys.modules[module]) is not function:
-        raise ValueError(
+        raise InputError(
             f"in_processes cannot send {getattr(function, '__name__', function)!r} to another process; "
             "define it at the top of a module of its own, and pass 'module.function'"
         )
