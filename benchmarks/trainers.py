@@ -24,6 +24,7 @@ import torch
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.run.meter import peak_bytes, reset_peak
 
@@ -132,7 +133,7 @@ def train_with(name: str, job: Job) -> dict[str, Any]:
 
 
 def run_ours(job: Job) -> dict[str, Any]:
-    module, watch, peaks = importlib.import_module("lowmem_grpo.loops.grpo"), Watch(job), []
+    watch, peaks = Watch(job), []
     importlib.import_module("lowmem_grpo.run.meter").time = SimpleNamespace(perf_counter=watch.now)
     first = f"rewards/{job.rewards[0].__name__}/mean"
 
@@ -151,8 +152,8 @@ def run_ours(job: Job) -> dict[str, Any]:
         peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
 
     # What train() calls, in this process, which has no other use: time and memory are the run's from here on.
-    module.load_policy = loaded
-    module.train(job.model, job.rewards, job.data, config=job.config, callbacks=after_step)
+    importlib.import_module("lowmem_grpo.inputs").load_policy = loaded
+    train(job.model, job.rewards, job.data, config=job.config, callbacks=after_step)
     return watch.result(int(max(peaks) * 2**20))
 
 

@@ -1,14 +1,165 @@
-"""What a run is given, checked before long work: models, data, rewards, settings that contradict each other."""
+"""What a run is given, checked before long work: models, data, rewards, folders, and a plan of its memory."""
 
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from peft import PeftModel
+from transformers import set_seed
 
-from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.config.grpo import GRPOConfig, refuse_changes
+from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.model.load import is_adapter
+from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.model.load import adapter_config, find_model, is_adapter, load_policy, load_tokenizer, read_config
+from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.tasks import find_task, held_out, with_tasks
+
+# Fields that are read only where there is an eval_dataset.
+EVALUATION = (
+    "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given, checked; no weights are read yet."""
+
+    model: Any  # as find_model() accepts it
+    peft_config: Any
+    tokenizer: Any
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]  # empty where nothing is evaluated
+    rewards: RewardRunner
+    given: GRPOConfig  # as the caller and the task say it, which a resumed run has to repeat
+    config: GRPOConfig  # with what the plan chose
+    device: torch.device
+    notes: list[str]  # sentences for whoever watches the run
+    output_dir: Path | None = None
+    resume: Path | None = None  # the checkpoint to go on from
+    plan: Plan | None = None  # where there is a vram_budget
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint, besides settings."""
+        ids = json.dumps([prompt.ids for prompt in self.prompts])
+        return {"rewards": self.rewards.names, "data": hashlib.sha256(ids.encode()).hexdigest()}
+
+    def longest_prompt(self) -> list[int]:
+        """Ids of the training prompt of the most tokens."""
+        return max((prompt.ids for prompt in self.prompts), key=len)
+
+    def load_policy(self) -> Policy:
+        """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it.
+
+        Raises:
+            InputError: the tokenizer is not the model's.
+        """
+        set_seed(self.config.seed)
+        with limit_memory(self.plan, self.device):
+            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+        prompts, num_ids = self.prompts + self.eval_prompts, policy.head.weight.shape[0]
+        largest = max(max(prompt.ids) for prompt in prompts)
+        if largest >= num_ids:
+            raise InputError(
+                f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
+            )
+        self.rewards.bind(policy)
+        return policy
+
+
+def read_training_inputs(
+    model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
+    tokenizer: Any = None,
+) -> Inputs:  # fmt: skip
+    """The inputs of train(), which documents them.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    if not isinstance(config, GRPOConfig):
+        raise InputError(f"config is a {type(config).__name__}; pass a GRPOConfig")
+    train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
+    model = _expanded(model)
+    try:
+        json.dumps(asdict(config))
+    except TypeError as error:
+        raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+    rewards = _rewards(reward_funcs, config)
+    output_dir = writable_folder(config.output_dir)
+    resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    if resume is not None:
+        _refuse_another_run(resume, config, rewards.names)
+    rows = load_rows(train_dataset, config)
+    eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
+    for name in EVALUATION:
+        if getattr(config, name) != getattr(GRPOConfig(), name) and eval_rows is None:
+            raise InputError(
+                f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
+            )
+    find_model(model, config, peft_config)
+    is_continued = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
+    if config.sync_ref_model and config.reference == "base" and is_continued:
+        raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
+    device = device_of(config)
+    _try_out(rewards, rows)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer or model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config)
+    eval_prompts, eval_dropped = [], 0
+    if eval_rows is not None:
+        eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
+    check_budgets(prompts + eval_prompts, config)
+    notes = [
+        f"{left_out} {what} have more than {config.max_prompt_length} tokens and are left out"
+        for what, left_out in (("prompts", dropped), ("evaluation prompts", eval_dropped))
+        if left_out
+    ]
+    plan, given = None, config
+    if config.vram_budget is not None:
+        longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
+        adapter = adapter_config(model, config, peft_config)
+        plan = plan_to_fit(read_config(model, config), config, adapter, longest)
+        config = plan.config
+    inputs = Inputs(
+        model, peft_config, tokenizer, prompts, eval_prompts, rewards, given, config, device, notes, output_dir,
+        resume, plan,
+    )  # fmt: skip
+    if resume is not None and read_state(resume)["identity"]["data"] != inputs.identity["data"]:
+        raise InputError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
+    return inputs
+
+
+def read_evaluation_inputs(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+    """The inputs of an evaluation: a task's held-out rows, or a hub dataset's `test` split.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    if config.vram_budget is not None:
+        raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
+    task = find_task(dataset)
+    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+    rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
+    rewards = _rewards(reward_funcs, config)
+    find_model(model, config)
+    _try_out(rewards, rows)
+    tokenizer = load_tokenizer(model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    check_budgets(prompts, config)
+    notes = []
+    if dropped:
+        notes = [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
+    return Inputs(model, None, tokenizer, [], prompts, rewards, config, config, device_of(config), notes)
 
 
 def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
@@ -22,17 +173,34 @@ def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
             )
 
 
-def check_vocabulary(prompts: list[Prompt], policy: Policy) -> None:
-    largest, size = max(max(prompt.ids) for prompt in prompts), policy.head.weight.shape[0]
-    if largest >= size:
-        raise InputError(f"the tokenizer makes id {largest}, and the model has {size}; pass the tokenizer of the model")
+def _expanded(model: Any) -> Any:
+    """A path as a text, its ~ written out; anything else as it is."""
+    is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
+    return str(Path(model).expanduser()) if is_path else model
 
 
-# Fields that are read only where there is an eval_dataset.
-EVALUATION = (
-    "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
-)  # fmt: skip
+def _rewards(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
+    functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
+    rewards = RewardRunner(functions, config.reward_timeout)
+    if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
+        raise InputError(
+            f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"
+        )
+    return rewards
 
 
-def is_continued(model: Any) -> bool:
-    return isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
+def _try_out(rewards: RewardRunner, rows: Dataset) -> None:
+    """Call each reward once on the first two rows with made-up completions. Raise InputError where one cannot work."""
+    trial = rows[:2]
+    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+
+
+def _refuse_another_run(resume: Path, config: GRPOConfig, rewards: list[str]) -> None:
+    """Raise InputError where the run of a checkpoint had other settings or rewards, which would change the result."""
+    earlier = read_state(resume)
+    refuse_changes(config, earlier["config"])
+    if earlier["identity"]["rewards"] != rewards:
+        raise InputError(
+            f"{resume} is of a run with the rewards {', '.join(earlier['identity']['rewards'])}, and these are "
+            f"{', '.join(rewards)}; resume with the same ones, or start a new run from the adapter"
+        )

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import shutil
@@ -17,9 +18,9 @@ from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.run import checkpoint
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.folder import checkpoints, read_state, write_folder
 from lowmem_grpo.run.best import BestAdapter
-from lowmem_grpo.run.folder import write_folder
 from lowmem_grpo.run.interruption import Interruption
 
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
@@ -92,7 +93,7 @@ def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes
     assert [line["skipped_steps"] for line in whole.history] == [updates, updates, 0, updates, 0]
     assert comparable(resumed.history) == comparable(whole.history)
     assert all(torch.equal(value, adapters(whole)[name]) for name, value in adapters(resumed).items())
-    states = [checkpoint.read_state(tmp_path / f"{folder}/out/checkpoint-5") for folder in ("whole", "cut")]
+    states = [read_state(tmp_path / f"{folder}/out/checkpoint-5") for folder in ("whole", "cut")]
     del states[0]["config"], states[1]["config"]
     assert states[0] == states[1]
 
@@ -138,7 +139,7 @@ def test_a_fresh_start_does_not_mix_with_an_earlier_run(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
@@ -328,8 +329,8 @@ def test_an_interrupted_run_saves_first(tmp_path):
     assert process.returncode in {-signal.SIGINT, 1}, errors
     for name in ("terminated", "interrupted"):
         assert f"{name}/checkpoint-2 has everything up to step 2" in errors
-        state = checkpoint.read_state(tmp_path / name / "checkpoint-2")
-        assert (state["step"], state["data_position"]) == (2, 4)
+        state = read_state(tmp_path / name / "checkpoint-2")
+        assert (state["step"], state["parts"]["stream"]["position"]) == (2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -359,9 +360,25 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, finished, name):
 def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "out")
     path = tmp_path / "out/checkpoint-1/trainer_state.json"
-    path.write_text(path.read_text().replace('"beta": 0.1,\n "entropy_coef"', '"beta": NaN,\n "entropy_coef"'))
-    assert "NaN" in path.read_text()
+    state = json.loads(path.read_text())
+    state["parts"]["controllers"]["beta"] = math.nan
+    path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match="trainer_state.json cannot be read: it has a NaN; resume from an older"):
+        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("written", [{}, {"format": 2}])
+def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(written, tmp_path, finished, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out/checkpoint-1/trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state.pop("format") == 1
+    path.write_text(json.dumps({**state, **written}))
+    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", None)
+    words = (
+        f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 1; resume with the"
+    )
+    with pytest.raises(InputError, match=words):
         run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
 
 

@@ -29,7 +29,7 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory",
-    "config",
+    "config folder",
     "errors warn progress_bars kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

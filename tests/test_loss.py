@@ -10,10 +10,7 @@ from trl_reference import padded, trl_loss
 from lowmem_grpo.config.grpo import LOSS_TYPES, GRPOConfig
 from lowmem_grpo.objective.coefficients import (
     Coefficients,
-    after_entropy,
-    after_kl,
-    coefficients_of,
-    first_coefficients,
+    Controllers,
 )
 from lowmem_grpo.objective.loss import (
     AGGREGATION,
@@ -283,29 +280,40 @@ def test_the_entropy_controller_follows_its_target():
     config = GRPOConfig(
         entropy_coef=0.1, use_adaptive_entropy=True, entropy_coef_delta=0.05, entropy_coef_max=0.18, entropy_target=1.0
     )
-    state = first_coefficients(config)
-    assert coefficients_of(state, config).entropy_coef == 0
-    low = after_entropy(state, 0.9, config)
-    assert coefficients_of(low, config).entropy_coef == pytest.approx(0.15)
-    assert after_entropy(low, 1.0, config)["entropy_coef"] == pytest.approx(0.18)
-    high = after_entropy(low, 1.1, config)
-    assert high["entropy_coef"] == pytest.approx(0.1) and coefficients_of(high, config).entropy_coef == 0
-    assert all(after_entropy(low, value, config) == low for value in (math.nan, math.inf, None))
-    fixed = GRPOConfig(entropy_coef=0.1)
-    assert coefficients_of(after_entropy(first_coefficients(fixed), 9.0, fixed), fixed).entropy_coef == 0.1
+    controllers = Controllers(config)
+    assert controllers.coefficients().entropy_coef == 0
+    controllers.after_entropy(0.9)
+    assert controllers.coefficients().entropy_coef == pytest.approx(0.15)
+    for value in (math.nan, math.inf, None):
+        before = controllers.state()
+        controllers.after_entropy(value)
+        assert controllers.state() == before
+    other = Controllers(config)
+    other.load(controllers.state())
+    other.after_entropy(1.0)
+    assert other.entropy_coef == pytest.approx(0.18)
+    controllers.after_entropy(1.1)
+    assert controllers.entropy_coef == pytest.approx(0.1) and controllers.coefficients().entropy_coef == 0
+    fixed = Controllers(GRPOConfig(entropy_coef=0.1))
+    fixed.after_entropy(9.0)
+    assert fixed.coefficients().entropy_coef == 0.1
 
 
 def test_the_kl_controller_follows_its_target():
     config = GRPOConfig(beta=0.1, kl_target=0.02, kl_horizon=1000)
-    state = first_coefficients(config)
-    assert after_kl(state, 0.02, 64, config)["beta"] == pytest.approx(0.1)
-    assert after_kl(state, 0.021, 100, config)["beta"] == pytest.approx(0.1 * (1 + 0.05 * 0.1))
-    assert after_kl(state, 9.0, 100, config)["beta"] == pytest.approx(0.1 * 1.02)
-    assert after_kl(state, 0.0, 100, config)["beta"] == pytest.approx(0.1 * 0.98)
-    assert after_kl(state, 0.0, 10**6, config)["beta"] == pytest.approx(0.08), "never below a fifth less"
-    assert all(after_kl(state, value, 100, config) == state for value in (math.nan, math.inf, -math.inf, None))
-    fixed = GRPOConfig(beta=0.1)
-    assert after_kl(first_coefficients(fixed), 9.0, 64, fixed)["beta"] == 0.1
+
+    def beta_after(kl, num_completions, config=config):
+        controllers = Controllers(config)
+        controllers.after_kl(kl, num_completions)
+        return controllers.beta
+
+    assert beta_after(0.02, 64) == pytest.approx(0.1)
+    assert beta_after(0.021, 100) == pytest.approx(0.1 * (1 + 0.05 * 0.1))
+    assert beta_after(9.0, 100) == pytest.approx(0.1 * 1.02)
+    assert beta_after(0.0, 100) == pytest.approx(0.1 * 0.98)
+    assert beta_after(0.0, 10**6) == pytest.approx(0.08), "never below a fifth less"
+    assert {beta_after(value, 100) for value in (math.nan, math.inf, -math.inf, None)} == {0.1}
+    assert beta_after(9.0, 64, GRPOConfig(beta=0.1)) == 0.1
 
 
 def test_every_built_in_objective_is_compared_with_trl():

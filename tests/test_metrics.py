@@ -9,7 +9,7 @@ from test_update import fixed_rollout
 
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.objective.advantages import compare
-from lowmem_grpo.rollout.metrics import length_metrics, reward_metrics
+from lowmem_grpo.rollout.metrics import length_metrics, remarks, reward_metrics
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.update.token_metrics import TokenMeter
 
@@ -79,7 +79,8 @@ def line_of(monkeypatch, advantages=None, mask=None, **changes) -> str:
     given = {"advantages": advantages, "completion_mask": mask}
     changed = {name: torch.tensor(values) for name, values in given.items() if values is not None}
     progress = Progress(9)
-    progress.step({**METRICS, **changes}, dataclasses.replace(rollout, **changed))
+    given = {**METRICS, **changes}
+    progress.step(given, remarks(given, dataclasses.replace(rollout, **changed)))
     return sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
@@ -129,7 +130,7 @@ def test_standard_output_goes_where_it_went_unless_it_would_tear_the_line(file, 
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(sys, "stdout", file())
     with Progress(9) as progress:
-        progress.step(METRICS, fixed_rollout())
+        progress.step(METRICS)
         print("the user's")
     torn, own = sys.stderr.getvalue(), sys.stdout.getvalue()  # type: ignore[attr-defined]
     assert "step 3/9" in torn

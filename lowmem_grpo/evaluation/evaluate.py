@@ -16,22 +16,19 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
-from lowmem_grpo.data.rows import load_rows
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
 from lowmem_grpo.generate import as_text, complete, complete_greedily
 from lowmem_grpo.generate.completion import Completion
-from lowmem_grpo.inputs import check_budgets, check_vocabulary
-from lowmem_grpo.model.load import find_model, is_adapter, load_policy, load_tokenizer
+from lowmem_grpo.inputs import read_evaluation_inputs
+from lowmem_grpo.model.load import is_adapter
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.accuracy import extract_answer
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import length_metrics
-from lowmem_grpo.tasks import find_task, held_out, with_tasks
 
 log = logging.getLogger(__name__)
 
@@ -120,26 +117,10 @@ def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfi
     Raises:
         InputError: bad input, in one sentence with the remedy, before any weights are read.
     """
-    if config.vram_budget is not None:
-        raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
-    task = find_task(dataset)
-    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
-    rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
-    rewards = RewardRunner(resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES), config.reward_timeout)
-    find_model(model, config)
-    trial = rows[:2]
-    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
-    tokenizer = load_tokenizer(model, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
-    if dropped:
-        log.warning(
-            f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"
-        )
-    check_budgets(prompts, config)
-    torch.manual_seed(config.seed)
-    policy = load_policy(model, tokenizer, config)
-    check_vocabulary(prompts, policy)
-    rewards.bind(policy)
+    inputs = read_evaluation_inputs(model, reward_funcs, dataset, config)
+    for note in inputs.notes:
+        log.warning(note)
+    prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()
     if not is_adapter(model):
         return {"model": measure(policy, prompts, rewards, config, step=0)}
     with policy.as_reference():

@@ -165,6 +165,15 @@ class Policy:
         for name, parameter in self.trainable_parameters().items():
             self.reference[name].lerp_(parameter.detach(), share)
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has of it besides its adapter: the snapshot of the reference, where there is one."""
+        return self.reference or {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what state() returned."""
+        if self.reference is not None:
+            self.reference = {name: value.to(self.device) for name, value in state.items()}
+
     def _point_to(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.trainable_parameters().items():
             parameter.data = values[name]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.objective.advantages import Advantages, nanstd
+from lowmem_grpo.rollout.rollout import Rollout
 
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
@@ -43,3 +44,17 @@ def reward_metrics(names: list[str], rewards: Tensor, advantages: Advantages) ->
 def in_words(value: float | None, form: str) -> str:
     """A metric for people, formatted as `.3f` says; - where it is the mean of nothing."""
     return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def remarks(metrics: dict[str, float], rollout: Rollout) -> list[str]:
+    """What a person should know who sees a step teach little."""
+    differs = rollout.advantages != 0
+    found = []
+    if not differs.any():
+        found.append("no difference in any group")
+    elif not (differs & rollout.completion_mask).any():
+        found.append("all that differ are masked")
+    cut_off = metrics["completions/clipped_ratio"]
+    if cut_off > 0.5:
+        found.append(f"{100 * cut_off:.0f} % cut off at max_completion_length")
+    return found

@@ -38,7 +38,7 @@ class ReplayBuffer:
         other.groups = list(self.groups)
         return other
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint: flat over groups, completions and tokens."""
         completions = [completion for group in self.groups for completion in group.completions]
         if not completions:
@@ -53,7 +53,7 @@ class ReplayBuffer:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """What tensors() said."""
+        """Take over what state() returned."""
         if not tensors:
             return
         lengths, size = tensors["lengths"].tolist(), tensors["rewards"].shape[1]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -53,8 +54,23 @@ def _order(count: int, epoch: int, config: GRPOConfig) -> Sequence[int]:
 
 @dataclass
 class Stream:
-    """Where a run stands in its endless stream of prompts, and what it remembers of those it has seen."""
+    """Where a run stands in its endless stream of prompts, and what it remembers of those it has seen.
+
+    A part of a checkpoint, and so is its replay buffer.
+    """
 
     position: int
     dull: set[int]  # prompts, by index, whose last group had no difference; kept with curriculum_skip alone
     replay: ReplayBuffer
+
+    def move_to(self, other: "Stream") -> None:
+        """Stand where another stream stands."""
+        self.position, self.dull, self.replay.groups = other.position, other.dull, other.replay.groups
+
+    def state(self) -> dict[str, Any]:
+        """The position, and the indices of the dull prompts."""
+        return {"position": self.position, "dull": sorted(self.dull)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
+        self.position, self.dull = state["position"], set(state["dull"])

@@ -10,9 +10,9 @@ from peft import set_peft_model_state_dict
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.folder import write_folder
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.run.checkpoint import read_tensors
-from lowmem_grpo.run.folder import write_folder
 
 
 class BestAdapter:

@@ -1,13 +1,13 @@
 """The line that a person watches while a run goes on."""
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from lowmem_grpo.rollout.metrics import in_words
-from lowmem_grpo.rollout.rollout import Rollout
 
 
 class Progress:
@@ -30,18 +30,20 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def step(self, metrics: dict[str, float], rollout: Rollout) -> None:
+    def step(self, metrics: dict[str, float], remarks: Sequence[str] = ()) -> None:
+        """One finished step: of the metrics those that a person follows, and what the loop has to say."""
         # Where tokens were computed, a NaN is shown as one: something is broken.
-        words = in_words if metrics["frac_tokens_skipped"] == 1 else format
+        words = in_words if metrics.get("frac_tokens_skipped") == 1 else format
+        shown = [
+            ("reward", "reward", in_words, ".3f"), ("length", "completions/mean_length", in_words, ".1f"),
+            ("entropy", "entropy", words, ".3f"), ("kl", "kl", words, ".4f"),
+        ]  # fmt: skip
         parts = [
             f"step {metrics['step']:.0f}/{self.total_steps}",
-            f"reward {in_words(metrics['reward'], '.3f')}",
-            f"length {metrics['completions/mean_length']:.1f}",
-            f"entropy {words(metrics['entropy'], '.3f')}",
-            *([f"kl {words(metrics['kl'], '.4f')}"] if "kl" in metrics else []),
+            *(f"{word} {write(metrics[name], form)}" for word, name, write, form in shown if name in metrics),
             f"{metrics['step_time']:.2f} s",
             f"peak {max(v for k, v in metrics.items() if k.endswith('peak_mib')):.0f} MiB",
-            *_remarks(metrics, rollout),
+            *remarks,
         ]
         if self.live:
             done = int(24 * metrics["step"] / self.total_steps)
@@ -51,17 +53,3 @@ class Progress:
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
-
-
-def _remarks(metrics: dict[str, float], rollout: Rollout) -> list[str]:
-    """What a person should know who sees a step teach little."""
-    differs = rollout.advantages != 0
-    remarks = []
-    if not differs.any():
-        remarks.append("no difference in any group")
-    elif not (differs & rollout.completion_mask).any():
-        remarks.append("all that differ are masked")
-    cut_off = metrics["completions/clipped_ratio"]
-    if cut_off > 0.5:
-        remarks.append(f"{100 * cut_off:.0f} % cut off at max_completion_length")
-    return remarks

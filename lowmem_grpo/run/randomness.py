@@ -10,17 +10,21 @@ import torch
 
 
 def randomness() -> dict[str, Any]:
-    """The states of every generator that a step may draw from: Python's, NumPy's, torch's on the CPU and each GPU."""
-    tensors = {"cpu": torch.get_rng_state()}
+    """The states of every generator that a step may draw from: Python's, NumPy's, torch's on the CPU and each GPU.
+
+    As a part of a checkpoint has it: tensors (uint8) by device, and what JSON has.
+    """
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     name, keys, *rest = np.random.get_state()
-    return {"tensors": tensors, "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    return {**states, "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
 def restore_randomness(saved: dict[str, Any]) -> None:
-    torch.set_rng_state(saved["tensors"]["cpu"])
-    for name, state in saved["tensors"].items():
+    """Put every generator where randomness() found it."""
+    torch.set_rng_state(saved["cpu"])
+    for name, state in saved.items():
         if name.startswith("cuda:") and torch.cuda.is_available():
             torch.cuda.set_rng_state(state, name)
     version, internal, gauss = saved["python"]

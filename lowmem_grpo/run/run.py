@@ -1,28 +1,307 @@
-"""A run: what train() returns, and what tells one run's data from another's."""
+"""What every training shares: its steps, one after the other, and what happens between them and at the end."""
 
-import hashlib
+import contextlib
 import json
-from dataclasses import dataclass
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
-from lowmem_grpo.data.prompts import Prompt
+import torch
+from torch import Tensor
+
+from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.evaluation.show import as_line
+from lowmem_grpo.folder import checkpoints, read_state, remove_old_checkpoints, write_folder
+from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.planner.plan import as_text, limit_memory
+from lowmem_grpo.run.best import BestAdapter
+from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
+from lowmem_grpo.run.evaluations import Evaluations
+from lowmem_grpo.run.interruption import Interruption
+from lowmem_grpo.run.log import MetricsLog, write_completions
+from lowmem_grpo.run.meter import Meter
+from lowmem_grpo.run.progress import Progress
+from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
+from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
+
+T = TypeVar("T")
+Callback = Callable[[int, dict[str, Any], Policy], None]
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    """What train() returns."""
+
     history: list[dict[str, Any]]  # one dict a step, under TRL's metric names; a resumed run's earlier steps included
     eval_history: list[dict[str, Any]]  # one dict an evaluation, the one before training first
     output_dir: str  # adapter/ the trained adapter, best/ the best evaluation's, checkpoint-N/ all that a resume needs
     policy: Policy
 
 
-def fingerprint(prompts: list[Prompt]) -> str:
-    """Tells apart lists of prompts, so that a resumed run goes on with its own."""
-    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+@dataclass
+class Step:
+    """One step on its way: its number, its phases' time and memory, and its optimizer steps."""
+
+    number: int  # the first is 1
+    meter: Meter
+    learning_rate: float
+    started: float = field(default_factory=time.perf_counter)  # s
+    num_updates: int = 0  # optimizer steps
+    num_skipped: int = 0  # of those, the ones that changed no weight
+    grad_norm: float = math.nan  # before clipping, of the last
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Measure a part of the step, as time/{name}_s and memory/{name}/peak_mib."""
+        return self.meter.phase(name)
 
 
-def eval_fingerprint(prompts: list[Prompt], k: int | None) -> str:
-    """Tells apart what evaluations measure: prompts, gold answers, and how many completions are sampled of each."""
-    rows = [[prompt.ids, prompt.columns] for prompt in prompts]
-    return hashlib.sha256(json.dumps([k, rows], default=str).encode()).hexdigest()
+class Run:
+    """A training run around an algorithm's loop: folder, log, checkpoints, evaluations, interruption.
+
+        with Run(inputs, policy, learner, total_steps, parts) as run:
+            for step in run.steps():
+                with step.phase("update"):
+                    loss, _ = run.update(step, backward, lengths, why_not_finite)
+                run.finish(step, {"loss": loss})
+        return run.result()
+
+    Up to the first update() of a step only random generators and parts may have changed; whatever ends the run then
+    saves the last whole step, and a resumed run begins the next one anew.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        policy: Policy,
+        learner: Learner,
+        total_steps: int,
+        parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
+        evaluations: Evaluations | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):  # fmt: skip
+        assert inputs.output_dir is not None
+        self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
+        self.policy, self.learner, self.total_steps, self.callbacks = policy, learner, total_steps, callbacks
+        self.evaluations = evaluations
+        self.parts: dict[str, Part] = {**parts, **({"first_evaluation": evaluations} if evaluations else {})}
+        self.step, self.num_tokens = 0, 0
+        self.nonfinite_steps = 0  # how many optimizer steps in a row, up to now, changed no weight
+        self.cause = ""  # of the last of those
+        self.told: set[str] = set()  # the causes that were said
+        self.updates_a_step: int | None = None
+        self.budget = TokenBudget(self.config.token_budget)
+        if inputs.resume is not None:
+            self._load(inputs.resume)
+        self.log = MetricsLog(self.folder, self.step)
+        self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
+        self.shown = list(dict.fromkeys([self.best.metric, "eval_pass@1"]))
+        settings = json.dumps(asdict(inputs.given), indent=1)
+        (self.folder / "grpo_config.json").write_text(settings, encoding="utf-8")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.total_steps
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
+            self.progress = stack.enter_context(Progress(self.total_steps))
+            self.interruption = stack.enter_context(Interruption())
+            self.contexts = stack.pop_all()
+        if self.inputs.plan is not None:
+            self.progress.say(as_text(self.inputs.plan))
+        for note in self.inputs.notes:
+            self.progress.say(note)
+        if self.inputs.resume is not None and self.is_over:
+            at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
+            self.progress.say(f"{at}: nothing is left to train")
+        if self.evaluations is not None and self.evaluations.have_changed:
+            self.progress.say(
+                "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
+            )
+        self._remember()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        with self.contexts:
+            if error is None:
+                self._say_what_was_skipped()
+                return
+            if self.step and not self.interruption.holding:
+                try:
+                    self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
+                except NotFiniteError as unfit:
+                    self.progress.say(f"stopped; {unfit}")
+            if isinstance(error, NotFiniteError):
+                good = checkpoints(self.folder) or ([self.inputs.resume] if self.inputs.resume else [])
+                where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+                raise NotFiniteError(f"{error}; {where}") from error
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left; the evaluation before training comes before the first, the one after at the end."""
+        if self.step == 0:
+            self._evaluate()
+        while not self.is_over:
+            yield Step(self.step + 1, Meter(self.policy.device), self.learner.learning_rate)
+        self._evaluate()
+        line = self.log.evaluation(self.step) or {}
+        compared = [f"{name}/difference" for name in self.shown if f"{name}/difference" in line]
+        if compared:
+            self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
+
+    def update(
+        self,
+        step: Step,
+        backward: Callable[[int], tuple[Tensor, T]],  # of a token budget: sets gradients, returns the loss and more
+        lengths: list[int],  # tokens of each sequence in it
+        why_not_finite: Callable[[T, float, bool], str],  # of what backward returned, the loss, and fp16's overflow
+    ) -> tuple[float, T]:
+        """Take one optimizer step, or none where loss or gradient is not finite. The loss, and what backward returned.
+
+        From here on, until the step is whole, an interruption waits: weights are about to change.
+        """
+        loss, more = self.budget.fit(backward, lengths)
+        grad_norm = self.learner.clip(self.budget.note)
+        loss, step.grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
+        self.interruption.hold()
+        step.num_updates += 1
+        if math.isfinite(loss) and math.isfinite(step.grad_norm):
+            self.learner.step(self.budget.note)
+            self.nonfinite_steps = 0
+        else:
+            overflows = loss_scale_overflows(self.learner.scaler, loss)
+            step.num_skipped += 1
+            self.nonfinite_steps += not overflows
+            self.cause = why_not_finite(more, loss, overflows)
+            if self.cause not in self.told:
+                self.told.add(self.cause)
+                self.progress.say(f"step {step.number}: {self.cause}; no weight is changed (see skipped_steps)")
+        self.learner.release()
+        return loss, more
+
+    def finish(
+        self,
+        step: Step,
+        metrics: dict[str, float],
+        *,
+        num_tokens: int = 0,  # that the step took from the data or sampled
+        work: Mapping[str, int] | None = None,  # tokens by phase, for tokens_per_s/{phase}
+        table: dict[str, list] | None = None,  # columns of a row a completion, for log_completions
+        remarks: Sequence[str] = (),  # what a person who watches should know
+    ) -> None:
+        """The step is whole: write its metrics, let interruptions through, evaluate, call back, and save.
+
+        Raises:
+            NotFiniteError: a weight has left fp32's range, or too many optimizer steps in a row changed none.
+        """
+        if step.num_skipped < step.num_updates:
+            self.learner.scheduler.step()
+        if not self.learner.weights_norm(self.budget.note).isfinite():
+            raise NotFiniteError(
+                f"step {step.number} moved the adapter's weights out of fp32's range (likely cause: "
+                f"learning_rate={self.config.learning_rate}, weight_decay={self.config.weight_decay} or "
+                f"adam_epsilon={self.config.adam_epsilon})"
+            )
+        self.step, self.updates_a_step = step.number, step.num_updates
+        self.num_tokens += num_tokens
+        metrics = {
+            **metrics, "step": step.number, "grad_norm": step.grad_norm, "skipped_steps": step.num_skipped,
+            "learning_rate": step.learning_rate, "num_tokens": self.num_tokens, **self.budget.metrics(),
+            **step.meter.metrics, **step.meter.rates(dict(work or {})),
+            "step_time": time.perf_counter() - step.started,
+        }  # fmt: skip
+        self.log.write(metrics)
+        self._remember()
+        self.interruption.release()
+        self.progress.step(metrics, remarks)
+        if table is not None and self.config.log_completions:
+            write_completions(self.folder, step.number, table)
+        if self.config.eval_steps and step.number % self.config.eval_steps == 0:
+            self._evaluate()
+        for callback in self.callbacks:
+            callback(step.number, metrics, self.policy)
+        self._remember()
+        if self.is_over or step.number % self.config.save_steps == 0:
+            self._save()
+        if self.nonfinite_steps > self.config.max_nonfinite_steps:
+            raise NotFiniteError(
+                f"optimizer steps in a row that changed no weight: {self.nonfinite_steps}, where max_nonfinite_steps "
+                f"is {self.config.max_nonfinite_steps}; in step {step.number} {self.cause}; lower learning_rate, or "
+                "mend that cause"
+            )
+
+    def result(self) -> TrainResult:
+        """Write output_dir/adapter, of the last step or with load_best_model_at_end of the best evaluation."""
+        if self.config.load_best_model_at_end:
+            self.best.load(self.policy)
+        write_folder(self.folder / "adapter", self.policy.save)
+        lines = self.log.lines()
+        return TrainResult(
+            history=[line for line in lines if "loss" in line],
+            eval_history=[line for line in lines if "eval_reward" in line],
+            output_dir=str(self.folder),
+            policy=self.policy,
+        )
+
+    def _evaluate(self) -> None:
+        """Once a step: a resumed run finds in the log what was done before it stopped."""
+        if self.evaluations is None or self.log.evaluation(self.step):
+            return
+        with same_randomness():  # a run is the same, however often it is evaluated
+            metrics = self.evaluations.at(self.step, self.shown)
+        self.best.keep(self.policy, self.step, metrics)
+        self.log.write({"step": self.step, **metrics})
+        when = f"at step {self.step}" if self.step else "before training"
+        when = f"after {self.step} steps" if self.step == self.total_steps else when
+        self.progress.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
+
+    def _remember(self) -> None:
+        """Keep what a checkpoint of the last whole step has of the generators and parts, which the next one changes."""
+        self.states: dict[str, State] = {"random_states": randomness()}
+        self.states |= {name: part.state() for name, part in self.parts.items()}
+        self.counts = {"num_tokens": self.num_tokens, "nonfinite_steps": self.nonfinite_steps}
+
+    def _save(self) -> Path:
+        """Write the checkpoint of the last whole step."""
+        folder = self.folder / f"checkpoint-{self.step}"
+        values = {
+            "step": self.step,
+            **self.counts,
+            "identity": self.inputs.identity,
+            "config": asdict(self.inputs.given),
+        }
+        save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.states}, values)
+        remove_old_checkpoints(self.folder, self.config.save_total_limit)
+        return folder
+
+    def _load(self, folder: Path) -> None:
+        """Go on from a checkpoint: adapter, optimizer, parts, and last the random generators."""
+        saved = read_state(folder)
+        load_adapter(folder, self.policy)
+        for name, part in {"optimizer": self.learner, **self.parts, "random_states": _Randomness()}.items():
+            load_part(folder, name, part, saved)
+        self.step, self.num_tokens, self.nonfinite_steps = (
+            saved["step"], saved["num_tokens"], saved["nonfinite_steps"],
+        )  # fmt: skip
+
+    def _say_what_was_skipped(self) -> None:
+        skipped = sum(line.get("skipped_steps", 0) for line in self.log.lines())
+        if skipped and self.updates_a_step is not None:
+            asked = self.step * self.updates_a_step
+            search = ", as while fp16 looks for its loss scale" if self.config.fp16 else ""
+            self.progress.say(
+                f"{skipped} of {asked} optimizer steps changed no weight: loss or gradient was not finite{search}"
+            )
+
+
+class _Randomness:
+    """All random generators as a part of a checkpoint."""
+
+    state = staticmethod(randomness)
+    load = staticmethod(restore_randomness)

@@ -1,4 +1,4 @@
-"""The optimizer of a run, by Hugging Face's names, and its step with what comes before it."""
+"""The optimizer of a run, by Hugging Face's names: its schedule, its loss scale, and its step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import get_scheduler
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.out_of_memory import again, or_remedy
@@ -40,15 +41,6 @@ def state_bytes(optim: str, sizes: Iterable[int]) -> int:
     if optim == "adamw_8bit":
         return sum(2 * n + 8 * ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
     return sum(8 * n for n in sizes)
-
-
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """optimizer.load_state_dict, after which a paged state is paged again: bitsandbytes loads it into the GPU."""
-    optimizer.load_state_dict(state)
-    if getattr(optimizer, "is_paged", False):
-        for parameter, entry in optimizer.state.items():
-            for name in ("state1", "state2"):
-                entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
 
 
 def clip_gradients(
@@ -98,3 +90,102 @@ def step(
         scaler.step(optimizer)
 
     again(first, out_of_memory)
+
+
+class Learner:
+    """Parameters that learn: their optimizer, the schedule of its learning rate, and fp16's loss scale.
+
+    A part of a checkpoint: state() and load().
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], config: GRPOConfig, device: torch.device, total_steps: int
+    ):  # fmt: skip
+        self.parameters = list(parameters)
+        self.max_grad_norm = config.max_grad_norm
+        self.optim = config.optim
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
+            num_training_steps=total_steps,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next optimizer step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def bytes_to_come(self) -> int:
+        """What the optimizer's state will take on the device; 0 once it is there."""
+        return 0 if self.optimizer.state else state_bytes(self.optim, (p.numel() for p in self.parameters))
+
+    def clip(self, out_of_memory: Callable[[], None]) -> Tensor:
+        """Undo the loss scale, clip the gradients, and return the norm that they had, a scalar."""
+        self.scaler.unscale_(self.optimizer)
+        return clip_gradients(self.parameters, self.max_grad_norm, out_of_memory)
+
+    def step(self, out_of_memory: Callable[[], None]) -> None:
+        """Take one optimizer step of the gradients as they are."""
+        step(self.optimizer, self.scaler, out_of_memory)
+
+    def release(self) -> None:
+        """Let the gradients go, whether they were taken or not; the loss scale follows what they were."""
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def weights_norm(self, out_of_memory: Callable[[], None]) -> Tensor:
+        """The norm of all parameters, a scalar, as total_norm() has it."""
+        return total_norm([parameter.detach() for parameter in self.parameters], out_of_memory)
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's tensors as `{parameter}.{entry}`, and what else a resumed run goes on with."""
+        saved = self.optimizer.state_dict()
+        entries = _flattened(saved["state"])
+        # A copy each: bitsandbytes shares one table among all parameters, and a file has room for each tensor alone.
+        tensors = {path: value.clone() for path, value in entries.items() if isinstance(value, Tensor)}
+        schedule = self.scheduler.state_dict()
+        schedule.pop("lr_lambdas", None)  # functions; the schedule is built anew from the config
+        return {
+            **tensors, "numbers": {path: value for path, value in entries.items() if path not in tensors},
+            "param_groups": saved["param_groups"], "scheduler": schedule, "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() returned. The rate is this run's schedule's, even if that is longer."""
+        tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
+        nested = _nested({**tensors, **state["numbers"]})
+        self.optimizer.load_state_dict({"state": nested, "param_groups": state["param_groups"]})
+        optimizer: Any = self.optimizer
+        if getattr(optimizer, "is_paged", False):  # bitsandbytes has loaded it into the GPU
+            for parameter, entry in optimizer.state.items():
+                for name in ("state1", "state2"):
+                    entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
+        # To one step before the saved position, and one step on.
+        position = state["scheduler"]["last_epoch"]
+        before: Any = {**self.scheduler.state_dict(), "last_epoch": position - 1, "_step_count": 2}
+        self.scheduler.load_state_dict(before)
+        self.scheduler.step()  # at a count of 1 it would warn that no optimizer step came before it
+        self.scheduler._step_count = position + 1
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _flattened(entries: dict, path: str = "") -> dict[str, Any]:
+    """{"0.exp_avg": ...} of {0: {"exp_avg": ...}}, however deep: bitsandbytes has entries of entries."""
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        found |= _flattened(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def _nested(entries: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The inverse of _flattened: {0: {"exp_avg": ...}} of {"0.exp_avg": ...}."""
+    state: dict[Any, Any] = {}
+    for path, value in entries.items():
+        parameter, *within, last = path.split(".")
+        entry = state.setdefault(int(parameter), {})
+        for key in within:
+            entry = entry.setdefault(key, {})
+        entry[last] = value
+    return state

@@ -175,10 +175,10 @@ def backward(
 
 def why_not_finite(
     rollout: Rollout,  # what an optimizer step was computed from
+    config: GRPOConfig,
     logprobs: Tensor,  # (M,) the policy's, as backward returns them
     loss: float,
     overflowed: bool,  # whether fp16's loss scale may be all that was wrong
-    config: GRPOConfig,
 ) -> str:
     """Which of an optimizer step's numbers are the first that are not finite, with the likely cause."""
     if overflowed:

@@ -1,0 +1,53 @@
+"""The evaluations of a run: before training, every eval_steps, and after; each with its difference from the first."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.evaluation.evaluate import Evaluation
+from lowmem_grpo.evaluation.statistics import differences
+
+
+class Evaluations:
+    """Measures a policy at a step, and compares with the evaluation before training. A part of a checkpoint."""
+
+    def __init__(self, measure: Callable[[int], Evaluation], prompts: list[Prompt], num_generations: int | None):
+        """measure(step) evaluates; prompts and num_generations tell whether a resumed run measures the same."""
+        self.measure = measure
+        rows = [[prompt.ids, prompt.columns] for prompt in prompts]
+        self.data = hashlib.sha256(json.dumps([num_generations, rows], default=str).encode()).hexdigest()
+        self.first: dict[str, list[float]] = {}  # of the evaluation before training: each prompt's values, by metric
+        self.first_data = self.data  # what those are of
+
+    @property
+    def have_changed(self) -> bool:
+        """Whether this run measures something else than the evaluation before training did."""
+        return self.first_data != self.data
+
+    def at(self, step: int, shown: list[str]) -> dict[str, float]:
+        """The metrics at a step. Of those named, the differences from the evaluation before training are there too."""
+        found = self.measure(step)
+        if step == 0:
+            self.first = found.values
+            return found.metrics
+        if self.have_changed:
+            return found.metrics
+        return found.metrics | differences(
+            self.first, {name: found.values[name] for name in shown if name in found.values}
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Each prompt's values in the evaluation before training, (P,) fp64 by metric, and what they are of."""
+        if not self.first:
+            return {}
+        return {"data": self.first_data, **{n: torch.tensor(v, dtype=torch.float64) for n, v in self.first.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
+        if state:
+            self.first_data = state["data"]
+            self.first = {name: values.tolist() for name, values in state.items() if name != "data"}
