@@ -1,9 +1,10 @@
-"""The README's tables and the pictures, from the JSON that the suite writes; nothing in them is typed by hand.
+"""The documents' tables and the pictures, from the JSON that the suite writes; nothing in them is typed by hand.
 
-    python -m lowmem_grpo.benchmarks.report [--readme README.md] [--results benchmarks/results]
+    python -m lowmem_grpo.benchmarks.report [--documents README.md docs/*.md] [--results benchmarks/results]
 
 A table stands between `<!-- FILE.json PART -->` and `<!-- end -->`, and is made anew from that part of that file.
-Pictures lie beside each file, by its name.
+`<!-- FILE.json PART: ROW; ROW | COLUMN; COLUMN -->` is the part's first table with these rows and columns alone, in
+this order; without a bar every column. Pictures lie beside each file, by its name.
 """
 
 import argparse
@@ -14,13 +15,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PLACE = re.compile(r"(<!-- (?P<file>\S+\.json) (?P<part>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from lowmem_grpo.benchmarks.measure import markdown_table
+
+PLACE = re.compile(
+    r"(<!-- (?P<file>\S+\.json) (?P<part>[^\s:]+)(?:: (?P<rows>[^|\n]+?)(?: \| (?P<columns>[^\n]+?))?)? -->\n)"
+    r".*?<!-- end -->",
+    re.DOTALL,
+)
 CARDS_GB = (6, 8, 12, 16, 24)
 
 
 def tables(document: dict[str, Any]) -> str:
     """The tables of one part, by the benchmark that made it."""
     return importlib.import_module(f"lowmem_grpo.benchmarks.{document['benchmark']}").tables(document)
+
+
+def narrowed(table: str, rows: str, columns: str | None) -> str:
+    """The first of some tables with these rows, by their first cell, and these columns, by their heading.
+
+    Raises:
+        ValueError: the table has no such row or column.
+    """
+    lines = table.partition("\n\n")[0].splitlines()
+    header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    by_name = {row[0]: row for row in body}
+    names, headings = rows.split("; "), [header[0], *columns.split("; ")] if columns else header
+    for asked, known in ((names, by_name), (headings, header)):
+        missing = [name for name in asked if name not in known]
+        if missing:
+            raise ValueError(f"the table has no {missing[0]!r}; it has {'; '.join(known)}")
+    chosen = [header.index(heading) for heading in headings]
+    return markdown_table(headings, [[by_name[name][index] for index in chosen] for name in names])
 
 
 def caption(document: dict[str, Any]) -> str:
@@ -35,22 +60,25 @@ def caption(document: dict[str, Any]) -> str:
     return f"`{document['command']}` on {where}, {document['date']}, commit {short}, {used}.{partial}"
 
 
-def fill(readme: str, results: Path) -> str:
+def fill(text: str, results: Path) -> str:
     """The text with every table made anew."""
 
     def made(match: re.Match) -> str:
         path = results / match["file"]
         if not path.exists():
-            raise ValueError(f"the README asks for {match['file']}, which is not in {results}")
+            raise ValueError(f"the text asks for {match['file']}, which is not in {results}")
         known = json.loads(path.read_text())["parts"]
         if match["part"] not in known:
             raise ValueError(f"{match['file']} has no part {match['part']}; it has {', '.join(known)}")
         document = known[match["part"]]
         if "benchmark" not in document:
             raise ValueError(f"{match['part']} of {match['file']} has no result: {document['incomplete']}")
-        return f"{match[1]}\n{tables(document)}\n\n{caption(document)}\n\n{match[4]}"
+        made_anew = tables(document)
+        if match["rows"]:
+            made_anew = narrowed(made_anew, match["rows"], match["columns"])
+        return f"{match[1]}\n{made_anew}\n\n{caption(document)}\n\n<!-- end -->"
 
-    return PLACE.sub(made, readme)
+    return PLACE.sub(made, text)
 
 
 def draw_all(found: dict[str, Any], stem: Path) -> list[Path]:
@@ -178,12 +206,15 @@ def suites(results: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "--documents", type=Path, nargs="+", default=[Path("README.md"), *sorted(Path().glob("docs/*.md"))]
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(argv)
-    if not given.readme.exists():
-        parser.error(f"there is no {given.readme} here; run this in the checkout, or name it with --readme")
-    given.readme.write_text(fill(given.readme.read_text(encoding="utf-8"), given.results), encoding="utf-8")
+    for path in given.documents:
+        if not path.exists():
+            parser.error(f"there is no {path} here; run this in the checkout, or name others with --documents")
+        path.write_text(fill(path.read_text(encoding="utf-8"), given.results), encoding="utf-8")
     for path, found in suites(given.results):
         print(*draw_all(found, path.with_suffix("")), sep="\n")
 

@@ -85,7 +85,7 @@ def prompts_of(problems, tokenizer):
 
 
 def test_the_model_reasons_at_times_and_is_right_when_it_does(tokenizer):
-    """What the README says of the start: lazy more often than not, nearly always right when it works the sum out."""
+    """What the documents say of the start: lazy more often than not, nearly always right when it works the sum out."""
     config = GRPOConfig(use_cpu=True, max_completion_length=32)
     policy = load_policy(str(DEMO_MODEL), tokenizer, config)
     problems = task.splits()[1]

@@ -1,4 +1,4 @@
-"""`lowmem-grpo bench`, what it says of results, and the README made from them."""
+"""`lowmem-grpo bench`, what it says of results, and the documents made from them."""
 
 import argparse
 import importlib
@@ -21,12 +21,19 @@ from lowmem_grpo.cli import main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
 
-def test_the_readme_has_what_the_results_say():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(report.PLACE.findall(readme)) >= 6
-    assert report.fill(readme, RESULTS) == readme
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_a_document_has_what_the_results_say(name):
+    assert report.fill(DOCUMENTS[name], RESULTS) == DOCUMENTS[name]
+
+
+def test_every_result_that_is_shown_is_shown_whole_once():
+    places = [match for text in DOCUMENTS.values() for match in report.PLACE.finditer(text)]
+    whole = [(place["file"], place["part"]) for place in places if not place["rows"]]
+    assert len(whole) == len(set(whole)) >= 18
+    assert {(place["file"], place["part"]) for place in places} == set(whole)
 
 
 def test_a_table_is_made_anew_from_its_part(tmp_path):
@@ -44,6 +51,22 @@ def test_a_table_is_made_anew_from_its_part(tmp_path):
         report.fill("<!-- a.json none -->\n<!-- end -->", tmp_path)
     with pytest.raises(ValueError, match=r"asks for b\.json, which is not in"):
         report.fill("<!-- b.json none -->\n<!-- end -->", tmp_path)
+
+
+def test_a_place_may_ask_for_some_rows_and_columns():
+    table = "| a  |  b | c, ms |\n| -- | -: | ----: |\n| x  |  1 |     2 |\n| yy | 30 |     4 |"
+    several = f"{table}\n\n| another |\n| ------- |"
+    assert report.narrowed(several, "yy", "c, ms") == "| a  | c, ms |\n| -- | ----: |\n| yy |     4 |"
+    assert report.narrowed(several, "yy; x", "c, ms; b").splitlines()[2:] == [
+        "| yy |     4 | 30 |",
+        "| x  |     2 |  1 |",
+    ]
+    assert report.narrowed(several, "x; yy", None) == table
+    for rows, columns, known in (("z", None, "x; yy"), ("x", "d", "a; b; c, ms")):
+        with pytest.raises(ValueError, match=f"the table has no '[zd]'; it has {known}"):
+            report.narrowed(several, rows, columns)
+    place = report.PLACE.search("<!-- a.json p-1: x; y, z | b; c, ms -->\n<!-- end -->")
+    assert place is not None and place.group("part", "rows", "columns") == ("p-1", "x; y, z", "b; c, ms")
 
 
 def test_pictures_are_drawn_from_whatever_parts_there_are(tmp_path):

@@ -1,0 +1,50 @@
+"""Writes docs/settings.md, every setting with its default, from GRPOConfig: `python docs/make_settings.py`."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowmem_grpo.config import SECTIONS, GRPOConfig, describe, field_types
+
+PLACE = Path(__file__).with_name("settings.md")
+HEADER = """\
+# Settings
+
+Every field of `GRPOConfig`. In Python `GRPOConfig(max_steps=100)`, on the command line `--max_steps 100`, in a file for
+`--config` a line `max_steps: 100`; flags win over the file. Names and defaults are TRL 1.16's where TRL has the field,
+but for [stated differences](coming-from-trl.md). This page is made by `python docs/make_settings.py`.
+"""
+
+
+def sections() -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """Title and fields of each section, in the order of `--help`."""
+    title, members = "", []
+    for field in dataclasses.fields(GRPOConfig):
+        if field.name in SECTIONS:
+            if members:
+                yield title, members
+            title, members = SECTIONS[field.name], []
+        members.append(field)
+    yield title, members
+
+
+def as_text(value: Any) -> str:
+    """A default as the command line takes it: `true`, `none`, `1e-05`."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def page() -> str:
+    """The whole of settings.md."""
+    lines, types = [HEADER], field_types()
+    for title, fields in sections():
+        lines += [f"## {title.capitalize()}\n", "| setting | default | what it does | values |", "|---|---|---|---|"]
+        for field in fields:
+            cells = [f"`{field.name}`", as_text(field.default), field.metadata["help"], describe(types[field.name])]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PLACE.write_text(page(), encoding="utf-8")
