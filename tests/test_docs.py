@@ -56,6 +56,27 @@ def test_the_page_of_settings_is_made_from_the_configuration():
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
 
 
+def named_in_the_tree(page: str) -> list[str]:
+    """Every path of architecture.md: the drawn tree's, by its indentation, and those in the table of places."""
+    tree = re.search(r"^```\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert tree is not None
+    above, found = [], re.findall(r"`((?:\w+/)+\w+\.py)`", page)
+    for line in tree[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        above = [*above[:depth], line.split()[0].rstrip("/")]
+        found.append("/".join(above))
+    return found
+
+
+def test_the_tree_that_is_drawn_is_the_tree_that_is_there():
+    named = named_in_the_tree((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    assert [path for path in named if not list(ROOT.glob(path))] == []
+    elsewhere = {ROOT / "lowmem_grpo" / name for name in ("kernels", "benchmarks", "demo")}  # two links; not drawn out
+    modules = [*ROOT.glob("kernels/*.py"), *ROOT.glob("lowmem_grpo/**/*.py")]
+    there = {path for path in modules if path.name != "__init__.py" and elsewhere.isdisjoint(path.parents)}
+    assert {path.relative_to(ROOT).as_posix() for path in there} <= set(named)
+
+
 def texts_of_the_package() -> str:
     """Every text in the code, a line each; what an f-string fills in is left out."""
     found = []
