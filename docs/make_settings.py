@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.config import SECTIONS, GRPOConfig, describe, field_types
+from lowmem_grpo.config.fields import describe, field_types
+from lowmem_grpo.config.grpo import SECTIONS, GRPOConfig
 
 PLACE = Path(__file__).with_name("settings.md")
 HEADER = """\
@@ -36,7 +37,7 @@ def as_text(value: Any) -> str:
 
 def page() -> str:
     """The whole of settings.md."""
-    lines, types = [HEADER], field_types()
+    lines, types = [HEADER], field_types(GRPOConfig)
     for title, fields in sections():
         lines += [f"## {title.capitalize()}\n", "| setting | default | what it does | values |", "|---|---|---|---|"]
         for field in fields:
