@@ -29,7 +29,7 @@ from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.update.optimizer import make_optimizer
 from lowmem_grpo.update.optimizer import step as optimizer_step
-from lowmem_grpo.update.passes import backward, reference_logprobs
+from lowmem_grpo.update.passes import backward, with_reference
 from lowmem_grpo.update.token_metrics import TokenMeter
 
 BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
@@ -66,10 +66,9 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
     budget = TokenBudget(config.token_budget)
     with meter.phase("reference"):
-        reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
+        rollout = with_reference(policy, rollout, config, budget)
     with meter.phase("update"):
         tokens = TokenMeter(rollout, policy.device)
-        rollout = dataclasses.replace(rollout, ref_logprobs=reference)
         work = partial(backward, policy, rollout, tokens, Coefficients(config.beta, 0.0), scaler, config)
         budget.fit(work, rollout.lengths)
         optimizer_step(optimizer, scaler)

@@ -13,7 +13,7 @@ from tiny_models import DEMO_MODEL, FAMILIES, compute_in_fp64, head_by_definitio
 from transformers import AutoTokenizer
 
 from lowmem_grpo.config.grpo import LOSS_TYPES
-from lowmem_grpo.objective.loss import AGGREGATION, register_objective
+from lowmem_grpo.objective.loss import LOSSES, register_objective
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -50,7 +50,7 @@ def spoil():
 
     yield register
     LOSS_TYPES.remove("spoiled")
-    del AGGREGATION["spoiled"]
+    del LOSSES["spoiled"]
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from lowmem_grpo.objective.coefficients import (
     Controllers,
 )
 from lowmem_grpo.objective.loss import (
-    AGGREGATION,
+    LOSSES,
     Tokens,
-    correction,
+    importance_weights,
+    loss_weights,
     micro_batch_loss,
     register_objective,
-    step_weights,
 )
 
 LEVELS = ("token", "sequence")
@@ -45,32 +45,30 @@ def config_of(settings) -> GRPOConfig:
 
 
 def ours(config, logprobs, old, ref, advantages, mask, lengths, kept, *, entropies=None, proposal=None, sampling=None):
-    """(loss, gradient (N,), entropy's gradient (N,), what happened), from the same (B, T) tensors."""
+    """(loss, gradient (N,), entropy's gradient (N,), what was recorded), from the same (B, T) tensors."""
     owner = torch.arange(len(lengths))[:, None].expand_as(mask)
-    weights = step_weights(lengths, kept, config)
+    weights = loss_weights(lengths, kept, config)
 
     def flat(values):
         return None if values is None else values[mask].detach()
 
     logprobs = flat(logprobs).requires_grad_()
     entropy = (torch.zeros_like(logprobs) if entropies is None else flat(entropies)).detach().requires_grad_()
-    keep = None
+    learn_mask = None
     if config.top_entropy_quantile < 1:
-        keep = entropy >= torch.quantile(entropy, 1 - config.top_entropy_quantile)
+        learn_mask = entropy >= torch.quantile(entropy, 1 - config.top_entropy_quantile)
     old_logprobs = logprobs.detach() if old is None else flat(old)
     tokens = Tokens(
         logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=flat(ref) if config.beta else None, entropy=entropy,
-        advantages=flat(advantages[:, None].expand_as(mask)), weights=flat(weights[:, None].expand_as(mask)),
-        sequences=owner[mask], completions=len(lengths), keep=keep,
-        correction=correction(old_logprobs, flat(proposal), owner[mask], len(lengths), config),
+        advantages=flat(advantages[:, None].expand_as(mask)), loss_weights=flat(weights[:, None].expand_as(mask)),
+        sequences=owner[mask], num_completions=len(lengths), on_policy=old is None, learn_mask=learn_mask,
+        importance_weights=importance_weights(old_logprobs, flat(proposal), owner[mask], len(lengths), config),
         sampling_logprobs=flat(sampling),
     )  # fmt: skip
-    counted = len(logprobs) if keep is None else int(keep.sum())
-    loss, happened = micro_batch_loss(
-        tokens, old is None, 1 / counted, Coefficients(config.beta, config.entropy_coef), config
-    )
+    counted = len(logprobs) if learn_mask is None else int(learn_mask.sum())
+    loss, recorded = micro_batch_loss(tokens, 1 / counted, Coefficients(config.beta, config.entropy_coef), config)
     gradients = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
-    return loss.detach(), *gradients, happened, tokens.correction
+    return loss.detach(), *gradients, recorded
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=str)
@@ -91,9 +89,9 @@ def test_value_gradient_and_metrics_are_those_of_trls_own_code(case, extra):
     entropies = torch.rand(mask.shape, generator=draw, dtype=torch.float64)
     sampling = (logprobs if old is None else old) + 0.2 * torch.randn(mask.shape, generator=draw, dtype=torch.float64)
     bounds = dict(importance_sampling_clip_max=1.3, importance_sampling_clip_min=0.8)
-    weighing = dict(importance_sampling_mode=mode, **bounds) if mode else dict(importance_sampling_correction=False)
-    config = config_of({**settings, **weighing})
-    loss, gradient, entropy_gradient, happened, weighed = ours(
+    correcting = dict(importance_sampling_mode=mode, **bounds) if mode else dict(importance_sampling_correction=False)
+    config = config_of({**settings, **correcting})
+    loss, gradient, entropy_gradient, recorded = ours(
         config, logprobs, old, ref, advantages, mask, lengths, kept, entropies=entropies, proposal=sampling,
         sampling=sampling,
     )  # fmt: skip
@@ -102,7 +100,7 @@ def test_value_gradient_and_metrics_are_those_of_trls_own_code(case, extra):
     given = None
     if mode is not None:
         given = torch.ones_like(logprobs)
-        given[mask] = weighed
+        given[mask] = recorded["importance_weights"]
         if mode.startswith("sequence"):  # TRL has one number a completion, (B, 1)
             given = torch.stack([row[m][:1] if m.any() else row[:1] for row, m in zip(given, mask, strict=True)])
     expected, metrics = trl_loss(
@@ -115,13 +113,13 @@ def test_value_gradient_and_metrics_are_those_of_trls_own_code(case, extra):
     if config.entropy_coef:
         torch.testing.assert_close(entropy_gradient, wide_entropies.grad[mask], rtol=1e-6, atol=1e-9)
     if config.beta:
-        assert happened["kl"].mean().item() == pytest.approx(metrics["kl"], rel=1e-6)
+        assert recorded["kl"].mean().item() == pytest.approx(metrics["kl"], rel=1e-6)
     masked = mode is not None or "off_policy_mask_threshold" in extra or "top_entropy_quantile" in extra
     if "clip_ratio/low_mean" in metrics and config.importance_sampling_level == "token" and not masked:
-        assert happened["clipped_low"].float().mean().item() == pytest.approx(metrics["clip_ratio/low_mean"])
-        assert happened["clipped_high"].float().mean().item() == pytest.approx(metrics["clip_ratio/high_mean"])
+        assert recorded["clipped_low"].float().mean().item() == pytest.approx(metrics["clip_ratio/low_mean"])
+        assert recorded["clipped_high"].float().mean().item() == pytest.approx(metrics["clip_ratio/high_mean"])
     if config.loss_type == "cispo" and config.importance_sampling_level == "token" and not masked:
-        assert happened["cispo_clipped"].float().mean().item() == pytest.approx(metrics["cispo_clip_ratio"])
+        assert recorded["cispo_clipped"].float().mean().item() == pytest.approx(metrics["cispo_clip_ratio"])
 
 
 def one(config, *, new, old, advantage, ref=None, weight=1.0, proposal=None, entropy=0.0, **known):
@@ -132,12 +130,12 @@ def one(config, *, new, old, advantage, ref=None, weight=1.0, proposal=None, ent
     sequences = torch.zeros(count, dtype=torch.long)
     drawn = None if proposal is None else torch.tensor(proposal, dtype=torch.float64).log()
     tokens = Tokens(
-        logprobs=logprobs, old_logprobs=old, entropy=torch.full_like(old, entropy), sequences=sequences, completions=1,
+        logprobs=logprobs, old_logprobs=old, entropy=torch.full_like(old, entropy), sequences=sequences, num_completions=1,
         ref_logprobs=None if ref is None else torch.tensor(ref, dtype=torch.float64).log(),
-        advantages=torch.full_like(old, advantage), weights=torch.full_like(old, weight),
-        correction=correction(old, drawn, sequences, 1, config), **known,
+        advantages=torch.full_like(old, advantage), loss_weights=torch.full_like(old, weight),
+        importance_weights=importance_weights(old, drawn, sequences, 1, config), **known,
     )  # fmt: skip
-    loss, _ = micro_batch_loss(tokens, False, 1 / count, Coefficients(config.beta, config.entropy_coef), config)
+    loss, _ = micro_batch_loss(tokens, 1 / count, Coefficients(config.beta, config.entropy_coef), config)
     (slope,) = torch.autograd.grad(loss, logprobs)
     return loss.item(), slope.tolist()
 
@@ -175,7 +173,7 @@ def test_gspo_token_has_gspos_value_and_each_tokens_own_gradient():
     s = math.sqrt(0.99)
     assert found["sequence"][0] == pytest.approx(-2 * s) == found["sequence_token"][0]
     assert found["sequence"][1] == pytest.approx([-s, -s]) == found["sequence_token"][1]
-    uneven = dict(new=[0.55, 0.45], old=[0.5, 0.5], advantage=1.0, keep=torch.tensor([True, False]))
+    uneven = dict(new=[0.55, 0.45], old=[0.5, 0.5], advantage=1.0, learn_mask=torch.tensor([True, False]))
     assert one(GRPOConfig(importance_sampling_level="sequence"), **uneven)[1] == pytest.approx([-s / 2, -s / 2])
     assert one(GRPOConfig(importance_sampling_level="sequence_token"), **uneven)[1] == pytest.approx([-s, 0])
 
@@ -224,10 +222,10 @@ def test_importance_weights_by_hand(mode, expected):
     config = GRPOConfig(
         importance_sampling_mode=mode, importance_sampling_clip_min=0.8, importance_sampling_clip_max=2.0
     )
-    weights = correction(old.log(), proposal.log(), torch.zeros(3, dtype=torch.long), 1, config)
+    weights = importance_weights(old.log(), proposal.log(), torch.zeros(3, dtype=torch.long), 1, config)
     torch.testing.assert_close(weights, torch.tensor(expected), rtol=5e-7, atol=0)
     off = GRPOConfig(importance_sampling_correction=False)
-    assert correction(old.log(), proposal.log(), torch.zeros(3, dtype=torch.long), 1, off) is None
+    assert importance_weights(old.log(), proposal.log(), torch.zeros(3, dtype=torch.long), 1, off) is None
 
 
 def test_an_importance_weight_multiplies_the_policys_part_and_not_the_kl():
@@ -259,7 +257,7 @@ def test_a_registered_objective_is_trained_like_any_other():
 
     try:
         config = GRPOConfig(loss_type="reinforce", importance_sampling_mode="token_truncate")
-        weights = step_weights(torch.tensor([2, 1]), torch.tensor([True, True]), config)
+        weights = loss_weights(torch.tensor([2, 1]), torch.tensor([True, True]), config)
         torch.testing.assert_close(weights, torch.tensor([0.25, 0.5]))
         loss, slope = one(config, new=[0.5], old=[0.5], advantage=2.0, proposal=[0.25])
         assert loss == pytest.approx(-4 * math.log(0.5)) and slope == [-4.0]
@@ -272,7 +270,7 @@ def test_a_registered_objective_is_trained_like_any_other():
             one(config, new=[0.5], old=[0.5], advantage=2.0)
     finally:
         LOSS_TYPES.remove("reinforce")
-        del AGGREGATION["reinforce"]
+        del LOSSES["reinforce"]
 
 
 def test_the_entropy_controller_follows_its_target():

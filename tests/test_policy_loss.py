@@ -13,7 +13,7 @@ from lowmem_grpo.benchmarks import bench_policy_loss
 from lowmem_grpo.kernels import policy_loss as module
 from lowmem_grpo.kernels.policy_loss import BLOCK, policy_loss
 from lowmem_grpo.objective.formulas import token_weights
-from lowmem_grpo.objective.loss import AGGREGATION
+from lowmem_grpo.objective.loss import LOSSES
 
 CUDA = torch.cuda.is_available()
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
@@ -410,7 +410,7 @@ def test_trls_trainer_has_the_same_loss_gradient_and_metrics(place, loss_type, c
     )  # fmt: skip
     expected.backward()
 
-    weights = token_weights(lengths, kept, aggregation=AGGREGATION[loss_type], max_completion_length=16)
+    weights = token_weights(lengths, kept, aggregation=LOSSES[loss_type].aggregation, max_completion_length=16)
     flat = (
         None if x is None else x[mask]
         for x in (logprobs, old, ref, advantages[:, None].expand_as(mask), weights[:, None].expand_as(mask))

@@ -19,7 +19,7 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.generate import complete, complete_greedily
 from lowmem_grpo.loops.grpo import train
-from lowmem_grpo.objective.loss import AGGREGATION, register_objective
+from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.run.log import write_completions
 
 ROWS = task.rows(task.splits()[0][:40])
@@ -764,7 +764,7 @@ def test_fp16_may_look_for_its_loss_scale_as_long_as_it_takes(tmp_path, capsys):
         )  # fmt: skip
     finally:
         LOSS_TYPES.remove("steep")
-        del AGGREGATION["steep"]
+        del LOSSES["steep"]
     skipped = [line["skipped_steps"] for line in result.history]
     assert skipped[:3] == [1, 1, 1] and 0 in skipped
     assert result.history[skipped.index(0)]["learning_rate"] == 1e-3, "the schedule waited"

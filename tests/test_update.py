@@ -14,11 +14,10 @@ from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.passes import (
     backward,
-    high_entropy,
-    kept_lengths,
-    old_logprobs_and_entropy,
-    reference_logprobs,
+    lengths_with_gradient,
     try_largest_update,
+    with_old_logprobs,
+    with_reference,
 )
 from lowmem_grpo.update.token_metrics import TokenMeter
 
@@ -39,8 +38,7 @@ def update(policy, rollout, config, budget=None, old_logprobs=None):
     """(loss, gradient, metrics) of a rollout, as the loop gets them."""
     budget = budget or TokenBudget(config.token_budget)
     scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
-    reference = budget.fit(partial(reference_logprobs, policy, rollout, config), rollout.lengths)
-    rollout = dataclasses.replace(rollout, ref_logprobs=reference, old_logprobs=old_logprobs)
+    rollout = dataclasses.replace(with_reference(policy, rollout, config, budget), old_logprobs=old_logprobs)
     work = partial(backward, policy, rollout, tokens, coefficients(config), scaler, config)
     loss, _ = budget.fit(work, rollout.lengths)
     return loss, gradient_of(policy), tokens.metrics()
@@ -115,15 +113,16 @@ EVERY_OBJECTIVE = [
 def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory(settings, make_fp64_policy):
     """With ratios, importance weights and divergences on both sides of 1."""
     policy, rollout = make_fp64_policy("qwen3"), fixed_rollout(num_generations=3)
-    own, entropies = old_logprobs_and_entropy(policy, rollout, GRPOConfig(bf16=False), 10_000)
+    config = GRPOConfig(
+        steps_per_generation=2, top_entropy_quantile=settings.get("top_entropy_quantile", 1.0), bf16=False
+    )
+    rollout = with_old_logprobs(policy, rollout, config, TokenBudget(10_000))
+    own = rollout.old_logprobs
+    assert own is not None
     draw = torch.Generator().manual_seed(4)
     old, drawn, proposal = (own + 0.3 * torch.randn(own.shape, generator=draw) for _ in range(3))
-    keep = (
-        high_entropy(entropies, rollout, settings["top_entropy_quantile"])
-        if "top_entropy_quantile" in settings
-        else None
-    )
-    rollout = dataclasses.replace(rollout, sampling_logprobs=drawn, proposal_logprobs=proposal, keep=keep)
+    assert (rollout.learn_mask is not None) == ("top_entropy_quantile" in settings)
+    rollout = dataclasses.replace(rollout, sampling_logprobs=drawn, proposal_logprobs=proposal)
     found = []
     for padding_free, token_budget in ((False, 10_000), (False, 60), (True, 10_000)):
         config = GRPOConfig(**settings, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False)
@@ -172,8 +171,8 @@ def test_the_update_is_the_definition_on_full_logits(make_fp64_policy):
     )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     tokens = TokenMeter(rollout, policy.device)
-    reference = reference_logprobs(policy, rollout, config, config.token_budget)
-    given = dataclasses.replace(rollout, old_logprobs=rollout.sampling_logprobs, ref_logprobs=reference)
+    known = with_reference(policy, rollout, config, TokenBudget(config.token_budget))
+    given = dataclasses.replace(known, old_logprobs=rollout.sampling_logprobs)
     loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
     parameters = policy.trainable_parameters()
     ours = torch.cat([p.grad.flatten() for p in parameters.values()])
@@ -224,8 +223,8 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing(make_fp64_po
     for beta in (0.0, 1e-30):  # a KL, however small, lets nothing be skipped
         config = GRPOConfig(beta=beta, bf16=False)
         tokens, scaler = TokenMeter(rollout, policy.device), torch.amp.GradScaler("cpu", enabled=False)
-        reference = reference_logprobs(policy, rollout, config, config.token_budget)
-        given = dataclasses.replace(rollout, old_logprobs=rollout.sampling_logprobs, ref_logprobs=reference)
+        known = with_reference(policy, rollout, config, TokenBudget(config.token_budget))
+        given = dataclasses.replace(known, old_logprobs=rollout.sampling_logprobs)
         loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
         policy.model.zero_grad()
@@ -342,10 +341,10 @@ def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
     assert policy.packs
     masked = torch.tensor(rollout.lengths) < max(rollout.lengths)
     rollout = dataclasses.replace(rollout, completion_mask=masked)
-    budget, longest = TokenBudget(config.token_budget), max(kept_lengths(rollout, config))
+    budget, longest = TokenBudget(config.token_budget), max(lengths_with_gradient(rollout, config))
     assert longest < max(rollout.lengths)
     scaler, tokens = torch.amp.GradScaler("cpu", enabled=False), TokenMeter(rollout, policy.device)
     with OutOfMemory(tokens=longest):
         work = partial(backward, policy, rollout, tokens, coefficients(config), scaler, config)
-        budget.fit(work, kept_lengths(rollout, config))
+        budget.fit(work, lengths_with_gradient(rollout, config))
     assert budget.tokens <= longest

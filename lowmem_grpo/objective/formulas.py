@@ -114,7 +114,7 @@ def sapo_loss(ratio: Tensor, advantages: Tensor, *, temperature_pos: float, temp
 def vespo_weights(
     log_ratio: Tensor,  # (N,) of the tokens
     advantages: Tensor,  # (N,)
-    log_correction: Tensor | None,  # (N,) log of old policy to sampler, of the completion
+    log_importance_weights: Tensor | None,  # (N,) log of old policy to sampler, of the completion
     sequences: Tensor,
     completions: int,
     *,
@@ -128,7 +128,7 @@ def vespo_weights(
     https://arxiv.org/abs/2602.10693
     """
     log_w = sequence_sum(log_ratio.detach().clamp(-HIGHEST, HIGHEST), sequences, completions)
-    log_w = (log_w if log_correction is None else log_w + log_correction).clamp(LOWEST, HIGHEST)
+    log_w = (log_w if log_importance_weights is None else log_w + log_importance_weights).clamp(LOWEST, HIGHEST)
     k = torch.where(advantages >= 0, k_pos, k_neg)
     scale = torch.where(advantages >= 0, lambda_pos, lambda_neg).clamp(min=1e-4)
     return (scale + k * log_w - scale * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -142,7 +142,7 @@ def vespo_loss(logprobs: Tensor, weights: Tensor, advantages: Tensor) -> Tensor:
 def gmpo_loss(
     log_ratio: Tensor,  # (N,) of the tokens
     advantages: Tensor,  # (N,)
-    keep: Tensor | None,  # (N,) bool, the tokens of which the mean is; all
+    learn_mask: Tensor | None,  # (N,) bool, the tokens that the mean is over; None: all
     sequences: Tensor,
     completions: int,
     *,
@@ -155,7 +155,7 @@ def gmpo_loss(
     """
     bounded = log_ratio.clamp(-epsilon_low, epsilon_high)
     chosen = torch.where(advantages > 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
-    counted = torch.ones_like(chosen) if keep is None else keep.to(chosen.dtype)
+    counted = torch.ones_like(chosen) if learn_mask is None else learn_mask.to(chosen.dtype)
     count = sequence_sum(counted, sequences, completions).clamp(min=1)
     return -(sequence_sum(chosen * counted, sequences, completions) / count).exp() * advantages
 

@@ -1,23 +1,18 @@
-"""From the configuration to a micro-batch's loss: the objective by name, what multiplies it, the KL and the entropy."""
+"""From the configuration to a micro-batch's loss: a row a loss_type, what multiplies it, the KL and the entropy."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.config.grpo import BUILT_IN, CLIPPED, LOSS_TYPES, GRPOConfig
+from lowmem_grpo.config.grpo import LOSS_TYPES, GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.policy_loss import TokenStats, policy_loss
 from lowmem_grpo.objective import formulas
 from lowmem_grpo.objective.coefficients import Coefficients
-
-# How the token losses of an objective are weighted; bnpo's batch is the whole step here, which makes it dapo.
-AGGREGATION = {
-    "dapo": "dapo", "grpo": "grpo", "bnpo": "dapo", "dr_grpo": "dr_grpo", "luspo": "luspo", "cispo": "dapo",
-    "sapo": "grpo", "vespo": "dapo", "gmpo": "grpo",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,22 +21,118 @@ class Tokens:
 
     logprobs: Tensor  # of the policy, under temperature; carries the gradient
     old_logprobs: Tensor  # of the policy that sampled, as training computes them
-    ref_logprobs: Tensor | None  # of the reference, where there is one
+    ref_logprobs: Tensor | None  # of the reference, where there is a KL in the loss
     entropy: Tensor  # carries a gradient where there is an entropy bonus
-    advantages: Tensor  # with importance weights and masks multiplied in
-    weights: Tensor  # the normalisation: the loss is the sum of weights times token losses
+    advantages: Tensor  # an objective gets them with importance weights and masks multiplied in
+    loss_weights: Tensor  # the normalisation: the loss is the sum of loss_weights times token losses
     sequences: Tensor  # int64: which completion of the step each token is of
-    completions: int  # B, of the step
-    keep: Tensor | None = None  # bool: the tokens that top_entropy_quantile leaves
-    correction: Tensor | None = None  # importance weights, at each token
+    num_completions: int  # B, of the step
+    on_policy: bool = False  # old_logprobs are the values of logprobs
+    learn_mask: Tensor | None = None  # bool: the tokens that top_entropy_quantile leaves
+    importance_weights: Tensor | None = None  # of the training's policy over the sampler's
     sampling_logprobs: Tensor | None = None  # by the sampler, under temperature alone
 
     def log_ratios(self, level: str) -> Tensor:
         """log of new policy to old, with its gradient, at "token", "sequence" or "sequence_token" level."""
-        return formulas.log_ratios(self.logprobs, self.old_logprobs, self.sequences, self.completions, level=level)
+        return formulas.log_ratios(self.logprobs, self.old_logprobs, self.sequences, self.num_completions, level=level)
 
 
 Objective = Callable[[Tokens, GRPOConfig], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss_type is: its token losses, and how they become the loss of a step."""
+
+    token_losses: Objective  # (N,), without the KL and the entropy bonus
+    aggregation: str  # of the token losses, see formulas.token_weights
+    fused: bool = False  # kernels/policy_loss.py computes them, with ratios of tokens and the k3 estimate of the KL
+    # A ratio outside of these is cut off, which clip_ratio counts.
+    clip_bounds: Callable[[GRPOConfig], tuple[float, float]] = lambda config: (0.0, math.inf)
+    importance_weights_inside: bool = False  # token_losses reads them; else they multiply the advantages
+    learn_mask_inside: bool = False  # likewise
+    zero_advantage_has_no_gradient: bool = True  # so that such a completion need not be computed
+    # What is recorded of each token besides TokenStats.
+    token_metrics: Callable[[Tokens, TokenStats, GRPOConfig], dict[str, Tensor]] = lambda tokens, stats, config: {}
+
+
+def _ratios(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return tokens.log_ratios(config.importance_sampling_level).exp()
+
+
+def _clipped(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.clipped_loss(
+        _ratios(tokens, config), tokens.advantages,
+        epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
+    )  # fmt: skip
+
+
+def _cispo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.cispo_loss(
+        tokens.logprobs, _ratios(tokens, config), tokens.advantages, epsilon_high=config.upper_epsilon
+    )
+
+
+def _sapo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.sapo_loss(
+        _ratios(tokens, config), tokens.advantages,
+        temperature_pos=config.sapo_temperature_pos, temperature_neg=config.sapo_temperature_neg,
+    )  # fmt: skip
+
+
+def _vespo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.vespo_loss(tokens.logprobs, _phi(tokens, config), tokens.advantages)
+
+
+def _phi(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.vespo_weights(
+        tokens.log_ratios("token"), tokens.advantages, _log_importance_weights(tokens, config), tokens.sequences,
+        tokens.num_completions, k_pos=config.vespo_k_pos, lambda_pos=config.vespo_lambda_pos, k_neg=config.vespo_k_neg,
+        lambda_neg=config.vespo_lambda_neg,
+    )  # fmt: skip
+
+
+def _log_importance_weights(tokens: Tokens, config: GRPOConfig) -> Tensor | None:
+    """log of old policy to sampler of each token's completion, (N,), as VESPO's weight takes it."""
+    if tokens.importance_weights is None:
+        return None
+    log_weights = tokens.importance_weights.log().clamp(formulas.LOWEST, formulas.HIGHEST)
+    if config.importance_sampling_mode.startswith("sequence"):
+        return log_weights
+    return formulas.sequence_sum(log_weights, tokens.sequences, tokens.num_completions)
+
+
+def _gmpo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+    return formulas.gmpo_loss(
+        tokens.log_ratios("token"), tokens.advantages, tokens.learn_mask, tokens.sequences, tokens.num_completions,
+        epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon,
+    )  # fmt: skip
+
+
+_clipped_loss = partial(
+    Loss, _clipped, fused=True, clip_bounds=lambda config: (1 - config.epsilon, 1 + config.upper_epsilon)
+)
+LOSSES: dict[str, Loss] = {
+    "dapo": _clipped_loss("dapo"),
+    "grpo": _clipped_loss("grpo"),
+    "bnpo": _clipped_loss("dapo"),  # its batch is the whole step here
+    "dr_grpo": _clipped_loss("dr_grpo"),
+    "luspo": _clipped_loss("luspo"),
+    "cispo": Loss(
+        _cispo, "dapo", clip_bounds=lambda config: (0.0, config.upper_epsilon),
+        token_metrics=lambda tokens, stats, config: {"cispo_clipped": stats.clipped_high},
+    ),
+    "sapo": Loss(_sapo, "grpo"),
+    "vespo": Loss(
+        _vespo, "dapo", importance_weights_inside=True,
+        token_metrics=lambda tokens, stats, config: {"phi_seq": _phi(tokens, config)},
+    ),
+    "gmpo": Loss(
+        _gmpo, "grpo", learn_mask_inside=True,
+        clip_bounds=lambda config: (math.exp(-config.epsilon), math.exp(config.upper_epsilon)),
+    ),
+}  # fmt: skip
+_BUILT_IN = frozenset(LOSSES)
 
 
 def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Objective], Objective]:
@@ -53,13 +144,15 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     Raises:
         InputError: the name is taken, or the aggregation is none.
     """
-    if name in BUILT_IN:
+    aggregations = sorted({loss.aggregation for loss in LOSSES.values()})
+    if name in _BUILT_IN:
         raise InputError(f"loss_type {name!r} is built in; choose another name")
-    if aggregation not in AGGREGATION.values():
-        raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(sorted(set(AGGREGATION.values())))}")
+    if aggregation not in aggregations:
+        raise InputError(f"aggregation {aggregation!r} is not one of {', '.join(aggregations)}")
 
     def register(function: Objective) -> Objective:
-        _OBJECTIVES[name], AGGREGATION[name] = function, aggregation
+        # What it makes of an advantage of 0, nobody knows.
+        LOSSES[name] = Loss(function, aggregation, zero_advantage_has_no_gradient=False)
         if name not in LOSS_TYPES:
             LOSS_TYPES.append(name)
         return function
@@ -67,143 +160,102 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     return register
 
 
-def step_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -> Tensor:
-    """formulas.token_weights of the configured loss, (B,) fp32."""
+def loss_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -> Tensor:
+    """What a token of each completion weighs in the step's loss, (B,) fp32."""
     return formulas.token_weights(
         lengths, completion_mask,
-        aggregation=AGGREGATION[config.loss_type], max_completion_length=config.max_completion_length,
+        aggregation=LOSSES[config.loss_type].aggregation, max_completion_length=config.max_completion_length,
     )  # fmt: skip
 
 
-def correction(
-    old_logprobs: Tensor, proposal_logprobs: Tensor | None, sequences: Tensor, completions: int, config: GRPOConfig
+def importance_weights(
+    old_logprobs: Tensor, proposal_logprobs: Tensor | None, sequences: Tensor, num_completions: int, config: GRPOConfig
 ) -> Tensor | None:
     """Importance weights (N,) between the sampler and the policy that training computes; None where there are none."""
     if not config.importance_sampling_correction or proposal_logprobs is None:
         return None
     return formulas.importance_weights(
-        old_logprobs, proposal_logprobs, sequences, completions, mode=config.importance_sampling_mode,
+        old_logprobs, proposal_logprobs, sequences, num_completions, mode=config.importance_sampling_mode,
         clip_min=config.importance_sampling_clip_min, clip_max=config.importance_sampling_clip_max,
     )  # fmt: skip
 
 
 def micro_batch_loss(
     tokens: Tokens,
-    on_policy: bool,  # old_logprobs are those of this very forward
-    entropy_weight: float,  # of each kept token in the entropy bonus: 1 over their number in the step
+    entropy_weight: float,  # of each token in the entropy bonus: 1 over the number of those that learn in the step
     coefficients: Coefficients,
     config: GRPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's share of the step's loss, a scalar, and what happened to its tokens, (N,) each by name."""
-    loss_type = config.loss_type
-    if config.off_policy_mask_threshold is not None:
-        sampled = tokens.old_logprobs if tokens.sampling_logprobs is None else tokens.sampling_logprobs
-        near = formulas.low_divergence(
-            tokens.logprobs, sampled, tokens.advantages, tokens.sequences, tokens.completions,
-            threshold=config.off_policy_mask_threshold,
-        )  # fmt: skip
-        tokens = replace(tokens, advantages=tokens.advantages * near)
-    if tokens.correction is not None and loss_type != "vespo":  # VESPO has it in its weights
-        tokens = replace(tokens, advantages=tokens.advantages * tokens.correction)
-    if tokens.keep is not None and loss_type != "gmpo":  # GMPO has it in its mean
-        tokens = replace(tokens, advantages=tokens.advantages * tokens.keep)
-    if loss_type in CLIPPED and config.importance_sampling_level == "token" and config.kl_estimator == "k3":
-        loss, stats = _fused(tokens, on_policy, coefficients.beta, config)
-        happened = {}
-    else:
-        loss, stats, happened = _composed(tokens, coefficients.beta, config)
+    """A micro-batch's share of the step's loss, a scalar, and what is recorded of its tokens, (N,) each by name."""
+    loss = LOSSES[config.loss_type]
+    tokens = replace(tokens, advantages=_masked_advantages(loss, tokens, config))
+    by_kernel = loss.fused and config.importance_sampling_level == "token" and config.kl_estimator == "k3"
+    value, stats = (_fused if by_kernel else _composed)(tokens, coefficients.beta, config)
     if coefficients.entropy_coef:
-        kept = tokens.entropy if tokens.keep is None else tokens.entropy * tokens.keep
-        loss = loss - coefficients.entropy_coef * entropy_weight * kept.sum()
-    if loss_type == "cispo":
-        happened["cispo_clipped"] = stats.clipped_high
-    happened |= {name: value for name, value in stats._asdict().items() if value is not None}
-    return loss, happened
+        entropy = tokens.entropy if tokens.learn_mask is None else tokens.entropy * tokens.learn_mask
+        value = value - coefficients.entropy_coef * entropy_weight * entropy.sum()
+    recorded = {
+        **stats._asdict(),
+        **loss.token_metrics(tokens, stats, config),
+        "entropy": tokens.entropy,
+        "importance_weights": tokens.importance_weights,
+        "difference": _sampling_difference(tokens),
+    }
+    return value, {name: values for name, values in recorded.items() if values is not None}
 
 
-def _fused(tokens: Tokens, on_policy: bool, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
+def _masked_advantages(loss: Loss, tokens: Tokens, config: GRPOConfig) -> Tensor:
+    """Advantages (N,) times the off-policy mask, and what else the loss does not read itself."""
+    factors = [
+        _off_policy_mask(tokens, config),
+        None if loss.importance_weights_inside else tokens.importance_weights,
+        None if loss.learn_mask_inside else tokens.learn_mask,
+    ]
+    return math.prod((factor for factor in factors if factor is not None), start=tokens.advantages)
+
+
+def _off_policy_mask(tokens: Tokens, config: GRPOConfig) -> Tensor | None:
+    if config.off_policy_mask_threshold is None:
+        return None
+    return formulas.low_divergence(
+        tokens.logprobs, tokens.old_logprobs if tokens.sampling_logprobs is None else tokens.sampling_logprobs,
+        tokens.advantages, tokens.sequences, tokens.num_completions, threshold=config.off_policy_mask_threshold,
+    )  # fmt: skip
+
+
+def _sampling_difference(tokens: Tokens) -> Tensor | None:
+    """How far training's log-probabilities (N,) and the sampler's are apart, of the policy that sampled."""
+    return None if tokens.sampling_logprobs is None else (tokens.old_logprobs - tokens.sampling_logprobs).abs()
+
+
+def _fused(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
     return policy_loss(
-        tokens.logprobs, None if on_policy else tokens.old_logprobs, tokens.ref_logprobs, tokens.advantages,
-        tokens.weights, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
+        tokens.logprobs, None if tokens.on_policy else tokens.old_logprobs, tokens.ref_logprobs, tokens.advantages,
+        tokens.loss_weights, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
         beta=0.0 if tokens.ref_logprobs is None else beta,  # where the KL is in the reward
         use_bias_correction_kl=config.use_bias_correction_kl,
     )  # fmt: skip
 
 
-def _composed(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats, dict[str, Tensor]]:
-    losses = _OBJECTIVES[config.loss_type](tokens, config)
+def _composed(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
+    loss = LOSSES[config.loss_type]
+    losses = loss.token_losses(tokens, config)
     if losses.shape != tokens.logprobs.shape:
         raise InputError(
             f"loss_type {config.loss_type!r} returned {tuple(losses.shape)}; return a loss for each of the "
             f"{len(tokens.logprobs)} tokens"
         )
-    ratio, kl = tokens.log_ratios(config.importance_sampling_level).exp(), None
+    ratios, kl = _ratios(tokens, config), None
     if tokens.ref_logprobs is not None:
         kl = formulas.kl_estimate(tokens.logprobs, tokens.ref_logprobs, estimator=config.kl_estimator)
-        kl = kl * ratio if config.use_bias_correction_kl else kl
+        kl = kl * ratios if config.use_bias_correction_kl else kl
         losses = losses + beta * kl
-    low, high = _BOUNDS[config.loss_type](config) if config.loss_type in _BOUNDS else (0.0, torch.inf)
-    low, high = (ratio < low) & (tokens.advantages < 0), (ratio > high) & (tokens.advantages > 0)
-    stats = TokenStats(None if kl is None else kl.detach(), ratio.detach(), low, high)
-    happened = {"phi_seq": _phi(tokens, config)} if config.loss_type == "vespo" else {}
+    lowest, highest = loss.clip_bounds(config)
+    stats = TokenStats(
+        kl=None if kl is None else kl.detach(),
+        ratio=ratios.detach(),
+        clipped_low=(ratios < lowest) & (tokens.advantages < 0),
+        clipped_high=(ratios > highest) & (tokens.advantages > 0),
+    )
     # A token of weight 0 is left out, NaN or not.
-    return torch.where(tokens.weights != 0, losses * tokens.weights, 0).sum(), stats, happened
-
-
-def _clipped(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    return formulas.clipped_loss(
-        tokens.log_ratios(config.importance_sampling_level).exp(), tokens.advantages,
-        epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
-    )  # fmt: skip
-
-
-def _cispo(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    ratio = tokens.log_ratios(config.importance_sampling_level).exp()
-    return formulas.cispo_loss(tokens.logprobs, ratio, tokens.advantages, epsilon_high=config.upper_epsilon)
-
-
-def _sapo(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    return formulas.sapo_loss(
-        tokens.log_ratios(config.importance_sampling_level).exp(), tokens.advantages,
-        temperature_pos=config.sapo_temperature_pos, temperature_neg=config.sapo_temperature_neg,
-    )  # fmt: skip
-
-
-def _vespo(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    return formulas.vespo_loss(tokens.logprobs, _phi(tokens, config), tokens.advantages)
-
-
-def _gmpo(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    return formulas.gmpo_loss(
-        tokens.log_ratios("token"), tokens.advantages, tokens.keep, tokens.sequences, tokens.completions,
-        epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon,
-    )  # fmt: skip
-
-
-def _phi(tokens: Tokens, config: GRPOConfig) -> Tensor:
-    return formulas.vespo_weights(
-        tokens.log_ratios("token"), tokens.advantages, _log_correction(tokens, config), tokens.sequences,
-        tokens.completions, k_pos=config.vespo_k_pos, lambda_pos=config.vespo_lambda_pos, k_neg=config.vespo_k_neg,
-        lambda_neg=config.vespo_lambda_neg,
-    )  # fmt: skip
-
-
-def _log_correction(tokens: Tokens, config: GRPOConfig) -> Tensor | None:
-    """log of old policy to sampler of each token's completion, (N,), as VESPO's weight takes it."""
-    if tokens.correction is None:
-        return None
-    log_weights = tokens.correction.log().clamp(formulas.LOWEST, formulas.HIGHEST)
-    if config.importance_sampling_mode.startswith("sequence"):
-        return log_weights
-    return formulas.sequence_sum(log_weights, tokens.sequences, tokens.completions)
-
-
-_OBJECTIVES: dict[str, Objective] = {
-    **dict.fromkeys(CLIPPED, _clipped), "cispo": _cispo, "sapo": _sapo, "vespo": _vespo, "gmpo": _gmpo
-}  # fmt: skip
-# Outside of these a ratio is cut off: what clip_ratio counts.
-_BOUNDS: dict[str, Callable[[GRPOConfig], tuple[float, float]]] = {
-    **dict.fromkeys(CLIPPED, lambda config: (1 - config.epsilon, 1 + config.upper_epsilon)),
-    "cispo": lambda config: (0.0, config.upper_epsilon),
-    "gmpo": lambda config: (math.exp(-config.epsilon), math.exp(config.upper_epsilon)),
-}
+    return torch.where(tokens.loss_weights != 0, losses * tokens.loss_weights, 0).sum(), stats

@@ -89,7 +89,7 @@ def collect_rollout(
     rollout = _rollout(step_scored, metrics, rewards.names, policy, config)
     new = sum(len(completion.ids) for completion in every.completions)
     return Collected(
-        rollout=replace(rollout, fresh_tokens=sum(len(completion.ids) for completion in fresh.completions)),
+        rollout=replace(rollout, num_replayed_tokens=sum(len(c.ids) for group in replayed for c in group.completions)),
         stream=stream,
         tokens=new + config.num_generations * sum(len(prompt.ids) for prompt in every.prompts),
         new_tokens=new,

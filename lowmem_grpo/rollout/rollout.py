@@ -26,18 +26,29 @@ class Rollout:
     advantages: Tensor  # (B,) fp32
     completion_mask: Tensor  # (B,) bool: whether the completion's tokens count
     metrics: dict[str, float]  # lengths, rewards, and what the reward functions logged
-    table: dict[
-        str, list
-    ]  # a row a completion for people to read: prompt, completion, rewards, advantage, logged columns
+    # For people to read, a row a completion: prompt, completion, rewards, advantage, logged columns.
+    table: dict[str, list]
     old_logprobs: Tensor | None = None  # (M,) of the policy before the update; None: those of its first forward
     ref_logprobs: Tensor | None = None  # (M,) of the reference, where there is a KL
-    keep: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
-    fresh_tokens: int | None = None  # this many are of this step's policy, the others replayed; None: all
-    first_token: int = 0  # where these tokens stand in the rollout that this one is a part of
+    learn_mask: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
+    num_replayed_tokens: int = 0  # the last ones of the whole rollout, which the policy of an earlier step sampled
+    first_token_index: int = 0  # where these tokens stand in the rollout that this one is a part of
 
     @property
     def num_generations(self) -> int:
         return len(self.completions) // len(self.prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        """M, the tokens of all completions."""
+        return int(self.offsets[-1])
+
+    @property
+    def num_learning_tokens(self) -> int:
+        """The number of tokens in completions that count, or of those that top_entropy_quantile leaves."""
+        if self.learn_mask is not None:
+            return int(self.learn_mask.sum())
+        return int((self.offsets.diff() * self.completion_mask).sum())
 
     @property
     def lengths(self) -> list[int]:
@@ -46,7 +57,7 @@ class Rollout:
 
     @classmethod
     def bare(cls, prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> "Rollout":
-        """Of ids alone, without rewards, metrics or text: what an update needs, to try or to measure one."""
+        """A rollout of ids alone, without rewards, metrics or text: what an update needs, to try or to measure one."""
         lengths = torch.tensor([0, *map(len, completions)])
         return cls(
             prompts=[Prompt("", ids, {}) for ids in prompts],
@@ -61,11 +72,15 @@ class Rollout:
             table={},
         )
 
+    def lengths_of(self, chosen: list[bool]) -> list[int]:
+        """Tokens of each chosen completion with its prompt; `chosen` has a truth value for each of the B."""
+        return [length for length, is_chosen in zip(self.lengths, chosen, strict=True) if is_chosen]
+
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.num_generations]
 
     def parts(self, count: int) -> "list[Rollout]":
-        """The same in count rollouts of as many prompts each; all have the whole one's metrics and table."""
+        """This rollout split into count rollouts of as many prompts each, which all have its metrics and table."""
         if count == 1:
             return [self]
         size = len(self.prompts) // count
@@ -74,7 +89,7 @@ class Rollout:
     def _part(self, start: int, stop: int) -> "Rollout":
         first, last = start * self.num_generations, stop * self.num_generations
         begin, end = self.offsets[[first, last]].tolist()
-        over_tokens = ("sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "keep")
+        over_tokens = ("sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "learn_mask")
         known = {name: getattr(self, name) for name in over_tokens}
         return replace(
             self,
@@ -84,6 +99,6 @@ class Rollout:
             rewards=self.rewards[first:last],
             advantages=self.advantages[first:last],
             completion_mask=self.completion_mask[first:last],
-            first_token=self.first_token + begin,
+            first_token_index=self.first_token_index + begin,
             **{name: None if value is None else value[begin:end] for name, value in known.items()},
         )

@@ -2,16 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.config.grpo import BUILT_IN, GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.model.packing import MicroBatch, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Coefficients
-from lowmem_grpo.objective.loss import Tokens, correction, micro_batch_loss, step_weights
+from lowmem_grpo.objective.loss import LOSSES, Tokens, importance_weights, loss_weights, micro_batch_loss
 from lowmem_grpo.out_of_memory import TokenBudget, as_torch_says_it
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.token_metrics import TokenMeter
@@ -19,80 +20,79 @@ from lowmem_grpo.update.token_metrics import TokenMeter
 
 @contextlib.contextmanager
 def at_work(batch: MicroBatch) -> Iterator[None]:
-    """An out-of-memory inside carries, as `micro_batch`, the micro-batch's tokens and whether it cannot be split."""
+    """An out-of-memory inside carries, as `micro_batch`, its number of tokens and whether it cannot be split."""
     try:
         with as_torch_says_it():
             yield
     except torch.OutOfMemoryError as error:
-        tokens, sequences = batch.input_ids.numel(), set(batch.sequences.tolist())
-        error.micro_batch = tokens, len(sequences) == 1 or tokens == 1  # type: ignore[attr-defined]
+        num_tokens, sequences = batch.input_ids.numel(), set(batch.sequences.tolist())
+        error.micro_batch = num_tokens, len(sequences) == 1 or num_tokens == 1  # type: ignore[attr-defined]
         raise
 
 
-def kept(rollout: Rollout, config: GRPOConfig) -> list[bool]:
-    """Which completions have a gradient.
-
-    Without a KL or an entropy bonus in the loss, an advantage of 0 (every completion of a group got the same reward)
-    makes a gradient of 0.
-    """
-    by_advantage = (
-        (config.beta == 0 or config.kl_in_reward)
-        and not config.has_entropy_bonus
-        and config.loss_type in BUILT_IN  # what a registered one makes of an advantage of 0, nobody knows
-    )
-    learns = rollout.advantages != 0 if by_advantage else torch.ones_like(rollout.completion_mask)
-    return (rollout.completion_mask & learns).tolist()
-
-
-def kept_lengths(rollout: Rollout, config: GRPOConfig) -> list[int]:
-    """Tokens of each completion that is computed, with its prompt."""
-    return [length for length, counts in zip(rollout.lengths, kept(rollout, config), strict=True) if counts]
-
-
 def micro_batches(
-    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int, keep: list[bool]
+    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int, chosen: list[bool]
 ) -> Iterator[MicroBatch]:
-    """The completions to keep, packed under token_budget."""
+    """The chosen completions of the rollout, packed under token_budget."""
     return pack(
         [prompt.ids for prompt in rollout.prompts],
         [completion.ids for completion in rollout.completions],
         token_budget=token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        keep=keep,
+        keep=chosen,
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
 
 
-def reference_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int) -> Tensor | None:
-    """Log-probabilities (M,) of the rollout's tokens under the reference, or None where beta is 0."""
+def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
+    """The rollout with its tokens' log-probabilities under the reference; as it is where beta is 0."""
     if config.beta == 0:
-        return None
-    logprobs = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
-    keep = rollout.completion_mask.tolist() if config.kl_in_reward else kept(rollout, config)
-    with policy.as_reference():
-        for batch in micro_batches(policy, rollout, config, token_budget, keep):
-            with at_work(batch):
-                logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
-    return logprobs
+        return rollout
+    counted = rollout.completion_mask.tolist()
 
+    def compute(token_budget: int) -> Tensor:
+        logprobs = torch.zeros(rollout.num_tokens, device=policy.device)
+        with policy.as_reference():
+            for batch in micro_batches(policy, rollout, config, token_budget, counted):
+                with at_work(batch):
+                    logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
+        return logprobs
 
-def old_logprobs_and_entropy(
-    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (M,) of the rollout's tokens under the policy as it is, without a gradient."""
-    logprobs, entropies = torch.zeros(2, int(rollout.offsets[-1]), device=policy.device)
-    with policy.inference():
-        for batch in micro_batches(policy, rollout, config, token_budget, rollout.completion_mask.tolist()):
-            with at_work(batch):
-                logprobs[batch.tokens], entropies[batch.tokens] = policy.logprobs_and_entropy(batch, config.temperature)
-    return logprobs, entropies
+    return replace(rollout, ref_logprobs=budget.fit(compute, rollout.lengths_of(counted)))
 
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
     """Whether something must be known of every token before the first gradient."""
     return config.has_old_pass or (config.kl_in_reward and rollout.sampling_logprobs is None)
+
+
+def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
+    """The rollout with what must be known of its tokens before the first gradient; as it is where nothing must.
+
+    That is the log-probabilities of the policy as it stands, where the first gradient's would come too late, and
+    the learn_mask of top_entropy_quantile.
+    """
+    if not needs_old_pass(rollout, config):
+        return rollout
+    counted = rollout.completion_mask.tolist()
+
+    def compute(token_budget: int) -> tuple[Tensor, Tensor]:
+        logprobs, entropies = torch.zeros(2, rollout.num_tokens, device=policy.device)
+        with policy.inference():
+            for batch in micro_batches(policy, rollout, config, token_budget, counted):
+                with at_work(batch):
+                    found = policy.logprobs_and_entropy(batch, config.temperature)
+                    logprobs[batch.tokens], entropies[batch.tokens] = found
+        return logprobs, entropies
+
+    old_logprobs, entropies = budget.fit(compute, rollout.lengths_of(counted))
+    if config.top_entropy_quantile < 1:
+        rollout = replace(rollout, learn_mask=high_entropy(entropies, rollout, config.top_entropy_quantile))
+    if config.steps_per_generation > 1 or config.kl_in_reward:
+        rollout = replace(rollout, old_logprobs=old_logprobs)
+    return rollout
 
 
 def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor:
@@ -105,10 +105,27 @@ def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor
     return counted & (entropies >= torch.quantile(entropies[counted], 1 - quantile))
 
 
+def completions_with_gradient(rollout: Rollout, config: GRPOConfig) -> list[bool]:
+    """Which completions have a gradient.
+
+    Without a KL or an entropy bonus in the loss, an advantage of 0 (every completion of a group got the same reward)
+    makes a gradient of 0.
+    """
+    has_kl_in_loss = config.beta != 0 and not config.kl_in_reward
+    if has_kl_in_loss or config.has_entropy_bonus or not LOSSES[config.loss_type].zero_advantage_has_no_gradient:
+        return rollout.completion_mask.tolist()
+    return (rollout.completion_mask & (rollout.advantages != 0)).tolist()
+
+
+def lengths_with_gradient(rollout: Rollout, config: GRPOConfig) -> list[int]:
+    """Tokens of each completion that has a gradient, with its prompt."""
+    return rollout.lengths_of(completions_with_gradient(rollout, config))
+
+
 def backward(
     policy: Policy,
     rollout: Rollout,
-    tokens: TokenMeter,
+    token_meter: TokenMeter,
     coefficients: Coefficients,
     scaler: torch.amp.GradScaler,
     config: GRPOConfig,
@@ -117,60 +134,72 @@ def backward(
     """Set the parameters' gradient to that of the step's loss, micro-batch by micro-batch.
 
     The ratio is 1 where rollout.old_logprobs is None. Returns the loss, a scalar, and the log-probabilities (M,) of
-    the tokens that count.
+    the tokens that have a gradient.
     """
-    lengths, completions = rollout.offsets.diff(), len(rollout.completions)
-    weights = step_weights(lengths, rollout.completion_mask, config).to(policy.device)
+    completion_weights = loss_weights(rollout.offsets.diff(), rollout.completion_mask, config).to(policy.device)
     advantages = rollout.advantages.to(policy.device)
-    counted = (lengths * rollout.completion_mask).sum() if rollout.keep is None else rollout.keep.sum()
-    entropy_weight = 1 / max(1, int(counted))
-    # From zero, whatever an attempt that ran out of memory left; and where nothing is left to learn from, the gradient
-    # is 0 and not missing: the optimizer takes its step as always.
-    for parameter in policy.trainable_parameters().values():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    entropy_weight = 1 / max(1, rollout.num_learning_tokens)
+    _zero_gradients(policy)
     total = scaler.scale(torch.zeros((), device=policy.device)) * 0
-    computed = torch.zeros(int(rollout.offsets[-1]), device=policy.device)
-    for batch in micro_batches(policy, rollout, config, token_budget, kept(rollout, config)):
+    computed = torch.zeros(rollout.num_tokens, device=policy.device)
+    chosen = completions_with_gradient(rollout, config)
+    for batch in micro_batches(policy, rollout, config, token_budget, chosen):
         with at_work(batch):
             logprobs, entropy = policy.logprobs_and_entropy(  # (N,) each
                 batch, config.temperature, entropy_grad=coefficients.entropy_coef != 0
             )
-            old = _at(batch.tokens, rollout.old_logprobs)
-            sampled = _at(batch.tokens, rollout.sampling_logprobs)
-            old_logprobs = logprobs.detach() if old is None else old
-            weighed = correction(
-                old_logprobs, _at(batch.tokens, rollout.proposal_logprobs), batch.sequences, completions, config
-            )
-            loss, happened = micro_batch_loss(
-                Tokens(
-                    logprobs=logprobs,
-                    old_logprobs=old_logprobs,
-                    ref_logprobs=None if config.kl_in_reward else _at(batch.tokens, rollout.ref_logprobs),
-                    entropy=entropy,
-                    advantages=advantages[batch.sequences],
-                    weights=weights[batch.sequences],
-                    sequences=batch.sequences,
-                    completions=completions,
-                    keep=_at(batch.tokens, rollout.keep),
-                    correction=weighed,
-                    sampling_logprobs=sampled,
-                ),
-                on_policy=old is None,
-                entropy_weight=entropy_weight,
-                coefficients=coefficients,
-                config=config,
-            )
+            loss, recorded = micro_batch_loss(
+                _tokens(batch, rollout, logprobs, entropy, completion_weights, advantages, config),
+                entropy_weight, coefficients, config,
+            )  # fmt: skip
             scaler.scale(loss).backward()
             total += loss.detach()
             computed[batch.tokens] = logprobs.detach()
-            if weighed is not None:
-                happened["correction"] = weighed
-            if sampled is not None:
-                difference = (old_logprobs - sampled).abs()  # both of the policy that sampled
-                fresh = rollout.fresh_tokens is None or batch.tokens + rollout.first_token < rollout.fresh_tokens
-                happened["difference"] = difference * fresh
-            tokens.add(batch.tokens + rollout.first_token, entropy=entropy, **happened)
+            token_meter.add(batch.tokens + rollout.first_token_index, **recorded)
     return total, computed
+
+
+def _zero_gradients(policy: Policy) -> None:
+    """Make every gradient 0, whatever an attempt that ran out of memory left of it.
+
+    Where nothing is left to learn from, it is 0 and not missing: the optimizer takes its step as always.
+    """
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+
+
+def _tokens(
+    batch: MicroBatch,
+    rollout: Rollout,
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor,  # (N,)
+    completion_weights: Tensor,  # (B,) of each completion's tokens in the loss
+    advantages: Tensor,  # (B,)
+    config: GRPOConfig,
+) -> Tokens:
+    """What an objective gets of a micro-batch's tokens."""
+
+    def at(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[batch.tokens]
+
+    known, num_completions = at(rollout.old_logprobs), len(rollout.completions)
+    old_logprobs = logprobs.detach() if known is None else known
+    return Tokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=None if config.kl_in_reward else at(rollout.ref_logprobs),
+        entropy=entropy,
+        advantages=advantages[batch.sequences],
+        loss_weights=completion_weights[batch.sequences],
+        sequences=batch.sequences,
+        num_completions=num_completions,
+        on_policy=known is None,
+        learn_mask=at(rollout.learn_mask),
+        importance_weights=importance_weights(
+            old_logprobs, at(rollout.proposal_logprobs), batch.sequences, num_completions, config
+        ),
+        sampling_logprobs=at(rollout.sampling_logprobs),
+    )
 
 
 def why_not_finite(
@@ -197,10 +226,6 @@ def why_not_finite(
     return f"the gradient is not finite, though the loss is (likely cause: {cause})"
 
 
-def _at(tokens: Tensor, values: Tensor | None) -> Tensor | None:
-    return None if values is None else values[tokens]
-
-
 def try_largest_update(
     policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig, reserved: int = 0
 ) -> None:
@@ -221,10 +246,10 @@ def try_largest_update(
 def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: TokenBudget, config: GRPOConfig) -> None:
     # Each prompt a group of its own, so that none is shared.
     rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
-    scaler, tokens = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
+    scaler, token_meter = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
     coefficients = Coefficients(0.0, config.entropy_coef_max if config.has_entropy_bonus else 0.0)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        budget.fit(partial(backward, policy, rollout, tokens, coefficients, scaler, config), rollout.lengths)
+        budget.fit(partial(backward, policy, rollout, token_meter, coefficients, scaler, config), rollout.lengths)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None

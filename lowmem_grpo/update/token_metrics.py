@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lowmem_grpo.rollout.rollout import Rollout
 
-# Metrics that are the mean of what an update recorded, where it did: by metric, what it is the mean of.
+# Metrics that are the mean of what an update recorded, where it did: by metric, the name of what was recorded.
 _MEANS = {"kl": "kl", "cispo_clip_ratio": "cispo_clipped", "vespo/phi_seq_mean": "phi_seq"}
 
 
@@ -19,19 +19,19 @@ class TokenMeter:
         self.values: dict[str, Tensor] = {}  # (M,) fp32 each, 0 where not seen
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(int(self.rollout.offsets[-1]), device=self.device)
+        return torch.zeros(self.rollout.num_tokens, device=self.device)
 
-    def add(self, tokens: Tensor, **values: Tensor) -> None:
-        """Record values (N,) at tokens (N,) of the rollout; a later iteration, or another attempt, overwrites them."""
-        self.seen[tokens] = True
+    def add(self, token_index: Tensor, **values: Tensor) -> None:
+        """Record values (N,) at the tokens token_index (N,); a later iteration or another attempt overwrites them."""
+        self.seen[token_index] = True
         for name, value in values.items():
             known = self.values.setdefault(name, self._zeros())
-            known[tokens] = value.detach().to(known.dtype)
+            known[token_index] = value.detach().to(known.dtype)
 
     def mean(self, name: str, part: Rollout) -> float | None:
-        """Over the tokens of a part of the rollout that counted, those that `keep` leaves out excepted, if any did."""
-        where = slice(part.first_token, part.first_token + int(part.offsets[-1]))
-        counted = self.seen[where] if part.keep is None else self.seen[where] & part.keep
+        """Mean over the tokens of a part that were computed and that learn_mask leaves; None without any."""
+        where = slice(part.first_token_index, part.first_token_index + part.num_tokens)
+        counted = self.seen[where] if part.learn_mask is None else self.seen[where] & part.learn_mask
         values = self.values.get(name, self._zeros())[where][counted]
         return values.mean().item() if len(values) else None
 
@@ -60,11 +60,12 @@ class TokenMeter:
         if self.rollout.ref_logprobs is not None and "kl" not in self.rollout.metrics:
             values.setdefault("kl", nothing)
         if self.rollout.sampling_logprobs is not None:
-            difference = self.values.get("difference", zeros)
-            fresh = self.seen[: self.rollout.fresh_tokens].sum()  # those that this step's policy sampled
-            values["sampling/sampling_logp_difference/mean"] = difference.sum() / fresh
-            values["sampling/sampling_logp_difference/max"] = difference.max() if fresh else nothing
-        for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "correction")):
+            fresh = self.seen.clone()  # the tokens that this step's policy sampled
+            fresh[len(fresh) - self.rollout.num_replayed_tokens :] = False
+            difference = self.values.get("difference", zeros) * fresh
+            values["sampling/sampling_logp_difference/mean"] = difference.sum() / fresh.sum()
+            values["sampling/sampling_logp_difference/max"] = difference.max() if fresh.any() else nothing
+        for name, of in (("ratio", "ratio"), ("sampling/importance_sampling_ratio", "importance_weights")):
             if of in self.values and self.seen.any():
                 seen = self.values[of][self.seen]
                 values |= {f"{name}/mean": seen.mean(), f"{name}/min": seen.min(), f"{name}/max": seen.max()}
