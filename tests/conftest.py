@@ -49,8 +49,7 @@ def spoil():
         return calls
 
     yield register
-    LOSS_TYPES.remove("spoiled")
-    del LOSSES["spoiled"]
+    del LOSS_TYPES["spoiled"], LOSSES["spoiled"]
 
 
 @pytest.fixture

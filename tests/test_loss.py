@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl_reference import padded, trl_loss
 
-from lowmem_grpo.config.grpo import LOSS_TYPES, GRPOConfig
+from lowmem_grpo.config.grpo import LOSS_TYPES, OWN_LOSS, GRPOConfig
 from lowmem_grpo.objective.coefficients import (
     Coefficients,
     Controllers,
@@ -269,8 +269,7 @@ def test_a_registered_objective_is_trained_like_any_other():
         with pytest.raises(ValueError, match="returned \\(\\); return a loss for each of the 1 tokens"):
             one(config, new=[0.5], old=[0.5], advantage=2.0)
     finally:
-        LOSS_TYPES.remove("reinforce")
-        del LOSSES["reinforce"]
+        del LOSS_TYPES["reinforce"], LOSSES["reinforce"]
 
 
 def test_the_entropy_controller_follows_its_target():
@@ -316,3 +315,27 @@ def test_the_kl_controller_follows_its_target():
 
 def test_every_built_in_objective_is_compared_with_trl():
     assert {case.get("loss_type", "dapo") for case in CASES} == set(LOSS_TYPES)
+
+
+def test_every_loss_type_has_a_row_of_functions_and_a_row_of_settings():
+    assert set(LOSSES) == set(LOSS_TYPES)
+    assert all(hasattr(GRPOConfig, name) for loss in LOSS_TYPES.values() for name in loss.reads)
+
+
+def test_a_loss_reads_the_settings_that_its_row_names_and_no_other():
+    changed = dict(
+        epsilon=0.01, epsilon_high=0.05, delta=1.3, importance_sampling_level="sequence", sapo_temperature_pos=0.5,
+        sapo_temperature_neg=0.5, vespo_k_pos=1.0, vespo_lambda_pos=1.0, vespo_k_neg=1.0, vespo_lambda_neg=1.0,
+    )  # fmt: skip
+    assert set(changed) == set(OWN_LOSS.reads)
+    logprobs, old, _, advantages, mask, lengths, kept = padded()
+    for loss_type, settings in LOSS_TYPES.items():
+        config = GRPOConfig(loss_type=loss_type, **({"epsilon_high": 0.3} if "epsilon_high" in settings.reads else {}))
+        read = set()
+        for name, value in changed.items():
+            # Past the check, which would refuse what is not read.
+            other = dataclasses.replace(config)
+            object.__setattr__(other, name, value)
+            losses = [ours(c, logprobs, old, None, advantages, mask, lengths, kept)[0] for c in (config, other)]
+            read |= {name} if losses[0] != losses[1] else set()
+        assert read == set(settings.reads), loss_type

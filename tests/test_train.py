@@ -763,8 +763,7 @@ def test_fp16_may_look_for_its_loss_scale_as_long_as_it_takes(tmp_path, capsys):
             max_completion_length=4, prompts_per_step=1,
         )  # fmt: skip
     finally:
-        LOSS_TYPES.remove("steep")
-        del LOSSES["steep"]
+        del LOSS_TYPES["steep"], LOSSES["steep"]
     skipped = [line["skipped_steps"] for line in result.history]
     assert skipped[:3] == [1, 1, 1] and 0 in skipped
     assert result.history[skipped.index(0)]["learning_rate"] == 1e-3, "the schedule waited"

@@ -4,6 +4,7 @@ Standard library only. The README lists each deliberate difference from TRL.
 """
 
 import dataclasses
+import math
 import re
 import reprlib
 import typing
@@ -15,9 +16,27 @@ from lowmem_grpo.config.fields import LARGEST, SMALLEST, _fits, describe, field_
 from lowmem_grpo.config.trl import UNSUPPORTED
 from lowmem_grpo.errors import InputError, UnknownNameError, did_you_mean
 
-CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
-BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
-LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings that a loss_type reads, of those that not every one reads, and what it asks of them."""
+
+    reads: tuple[str, ...]
+    highest_epsilon: float = 1.0  # a ratio is never below 0
+    needs_epsilon_high: bool = False
+
+
+_CLIPPED = LossSettings(("epsilon", "epsilon_high", "delta", "importance_sampling_level"))
+# A row for each loss_type; the functions are in objective/loss.py, where register_objective adds rows of both.
+LOSS_TYPES = {
+    **dict.fromkeys(("dapo", "grpo", "bnpo", "dr_grpo", "luspo"), _CLIPPED),
+    "cispo": LossSettings(("epsilon_high", "importance_sampling_level"), needs_epsilon_high=True),
+    "sapo": LossSettings(("importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")),
+    "vespo": LossSettings(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
+    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=math.inf),  # its bounds are of log-ratios
+}
+# The row of a registered loss, which may read all of them.
+OWN_LOSS = LossSettings(tuple(dict.fromkeys(name for loss in LOSS_TYPES.values() for name in loss.reads)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +255,6 @@ class GRPOConfig:
                 f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} must be at most 1: "
                 "a step takes that share off every weight"
             )
-        if self.epsilon > 1 and self.loss_type != "gmpo":
-            raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.vram_budget is not None:
             _bytes(self.vram_budget)
         if self.bf16 and self.fp16:
@@ -287,12 +304,17 @@ def _check_objective(config: GRPOConfig) -> None:
     if config.loss_type not in LOSS_TYPES:
         hint = did_you_mean(config.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
         raise InputError(f"loss_type={config.loss_type!r} is not known; {hint} (register_objective adds your own)")
+    loss = LOSS_TYPES[config.loss_type]
+    if config.epsilon > loss.highest_epsilon:
+        raise InputError(f"epsilon={config.epsilon} must be at most 1, since a ratio is never below 0")
     for field in dataclasses.fields(config):
         value, (is_read, words) = getattr(config, field.name), READ_ONLY.get(field.name, _ALWAYS)
         if value != field.default and not is_read(config):
             raise InputError(f"{field.name}={value!r} is read only {words}, or leave {field.name} out")
-    if config.loss_type == "cispo" and config.epsilon_high is None:
-        raise InputError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
+    if loss.needs_epsilon_high and config.epsilon_high is None:
+        raise InputError(
+            f"loss_type={config.loss_type!r} bounds the ratio itself by epsilon_high; set it, for example to 5.0"
+        )
     if config.kl_target is not None and config.kl_estimator == "k1":
         raise InputError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
     if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
@@ -324,11 +346,12 @@ def _check_objective(config: GRPOConfig) -> None:
 Condition = Callable[[GRPOConfig], bool]
 
 
-def _by_losses(*loss_types: str) -> tuple[Condition, str]:
-    """Read by these of the built-in losses; what one of your own reads, nobody knows."""
+def _by_losses(name: str) -> tuple[Condition, str]:
+    """When a setting that some losses alone read is read, and the losses to choose from."""
+    *others, last = (loss_type for loss_type, loss in LOSS_TYPES.items() if name in loss.reads)
     return (
-        lambda config: config.loss_type in loss_types or config.loss_type not in BUILT_IN,
-        f"by {' and '.join(filter(None, [', '.join(loss_types[:-1]), loss_types[-1]]))}; choose such a loss_type",
+        lambda config: name in LOSS_TYPES[config.loss_type].reads,
+        f"by {' and '.join(filter(None, [', '.join(others), last]))}; choose such a loss_type",
     )
 
 
@@ -355,12 +378,7 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
         lambda config: config.sync_ref_model,
         "with sync_ref_model; set that",
     ),
-    "epsilon": _by_losses(*CLIPPED, "gmpo"),
-    "epsilon_high": _by_losses(*CLIPPED, "cispo", "gmpo"),
-    "delta": _by_losses(*CLIPPED),
-    "importance_sampling_level": _by_losses(*CLIPPED, "cispo", "sapo"),
-    "sapo_temperature_pos sapo_temperature_neg": _by_losses("sapo"),
-    "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": _by_losses("vespo"),
+    **{name: _by_losses(name) for name in OWN_LOSS.reads},
     "importance_sampling_mode importance_sampling_clip_max importance_sampling_clip_min": (
         lambda config: config.importance_sampling_correction,
         "with importance_sampling_correction; set that",

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowmem_grpo.config.grpo import LOSS_TYPES, GRPOConfig
+from lowmem_grpo.config.grpo import LOSS_TYPES, OWN_LOSS, GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.policy_loss import TokenStats, policy_loss
 from lowmem_grpo.objective import formulas
@@ -153,8 +153,7 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     def register(function: Objective) -> Objective:
         # What it makes of an advantage of 0, nobody knows.
         LOSSES[name] = Loss(function, aggregation, zero_advantage_has_no_gradient=False)
-        if name not in LOSS_TYPES:
-            LOSS_TYPES.append(name)
+        LOSS_TYPES[name] = OWN_LOSS
         return function
 
     return register
