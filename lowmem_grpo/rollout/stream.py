@@ -20,23 +20,28 @@ def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPO
     return [prompts[index_at(position, len(prompts), config)] for position in positions]
 
 
-def next_positions(position: int, count: int, dull: set[int], prompts: int, config: GRPOConfig) -> list[int]:
+def next_positions(
+    position: int, count: int, dull_prompts: set[int], num_prompts: int, config: GRPOConfig
+) -> list[int]:
     """The next count positions from `position` on, of which those of dull prompts are passed over by chance.
 
     A function of its arguments alone, like prompts_at. What is passed over is drawn anew at each position.
     """
     chosen = []
     while len(chosen) < count:
-        skips = index_at(position, prompts, config) in dull and _chance(position, config) < config.curriculum_skip
+        skips = (
+            index_at(position, num_prompts, config) in dull_prompts
+            and _chance(position, config) < config.curriculum_skip
+        )
         chosen += [] if skips else [position]
         position += 1
     return chosen
 
 
-def index_at(position: int, prompts: int, config: GRPOConfig) -> int:
+def index_at(position: int, num_prompts: int, config: GRPOConfig) -> int:
     """Which of the prompts stands at a position of the stream."""
-    epoch, place = divmod(position, prompts)
-    return _order(prompts, epoch, config)[place]
+    epoch, place = divmod(position, num_prompts)
+    return _order(num_prompts, epoch, config)[place]
 
 
 def _chance(position: int, config: GRPOConfig) -> float:
@@ -60,7 +65,7 @@ class Stream:
     """
 
     position: int
-    dull: set[int]  # prompts, by index, whose last group had no difference; kept with curriculum_skip alone
+    dull_prompts: set[int]  # by index, those whose last group had no difference; kept with curriculum_skip alone
     replay: ReplayBuffer
 
     def move_to(self, other: "Stream") -> None:
