@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def ours(config, logprobs, old, ref, advantages, mask, lengths, kept, *, entropi
     owner = torch.arange(len(lengths))[:, None].expand_as(mask)
     weights = loss_weights(lengths, kept, config)
 
-    def flat(values):
+    def flat(values) -> Any:
         return None if values is None else values[mask].detach()
 
     logprobs = flat(logprobs).requires_grad_()
@@ -89,8 +90,8 @@ def test_value_gradient_and_metrics_are_those_of_trls_own_code(case, extra):
     entropies = torch.rand(mask.shape, generator=draw, dtype=torch.float64)
     sampling = (logprobs if old is None else old) + 0.2 * torch.randn(mask.shape, generator=draw, dtype=torch.float64)
     bounds = dict(importance_sampling_clip_max=1.3, importance_sampling_clip_min=0.8)
-    correcting = dict(importance_sampling_mode=mode, **bounds) if mode else dict(importance_sampling_correction=False)
-    config = config_of({**settings, **correcting})
+    importance = dict(importance_sampling_mode=mode, **bounds) if mode else dict(importance_sampling_correction=False)
+    config = config_of({**settings, **importance})
     loss, gradient, entropy_gradient, recorded = ours(
         config, logprobs, old, ref, advantages, mask, lengths, kept, entropies=entropies, proposal=sampling,
         sampling=sampling,
@@ -104,13 +105,15 @@ def test_value_gradient_and_metrics_are_those_of_trls_own_code(case, extra):
         if mode.startswith("sequence"):  # TRL has one number a completion, (B, 1)
             given = torch.stack([row[m][:1] if m.any() else row[:1] for row, m in zip(given, mask, strict=True)])
     expected, metrics = trl_loss(
-        wide, old, ref if config.beta else None, advantages, mask, entropies=wide_entropies, correction=given,
+        wide, old, ref if config.beta else None, advantages, mask, entropies=wide_entropies, importance_weights=given,
         sampling=sampling, trainer_class=trainer, **settings,
     )  # fmt: skip
     expected.backward()
+    assert wide.grad is not None
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
     torch.testing.assert_close(gradient, wide.grad[mask], rtol=1e-6, atol=1e-6 * float(wide.grad.abs().max()))
     if config.entropy_coef:
+        assert wide_entropies.grad is not None
         torch.testing.assert_close(entropy_gradient, wide_entropies.grad[mask], rtol=1e-6, atol=1e-9)
     if config.beta:
         assert recorded["kl"].mean().item() == pytest.approx(metrics["kl"], rel=1e-6)
@@ -173,7 +176,9 @@ def test_gspo_token_has_gspos_value_and_each_tokens_own_gradient():
     s = math.sqrt(0.99)
     assert found["sequence"][0] == pytest.approx(-2 * s) == found["sequence_token"][0]
     assert found["sequence"][1] == pytest.approx([-s, -s]) == found["sequence_token"][1]
-    uneven = dict(new=[0.55, 0.45], old=[0.5, 0.5], advantage=1.0, learn_mask=torch.tensor([True, False]))
+    uneven: dict[str, Any] = dict(
+        new=[0.55, 0.45], old=[0.5, 0.5], advantage=1.0, learn_mask=torch.tensor([True, False])
+    )
     assert one(GRPOConfig(importance_sampling_level="sequence"), **uneven)[1] == pytest.approx([-s / 2, -s / 2])
     assert one(GRPOConfig(importance_sampling_level="sequence_token"), **uneven)[1] == pytest.approx([-s, 0])
 
@@ -197,7 +202,7 @@ def test_gmpo_clips_tokens_before_their_mean():
 )
 def test_kl_estimators_by_hand(estimator, kl, slope):
     """pi = 0.5, ref = 0.25: d = log 2; bias-corrected, the gradient is that of r kl at r = 1."""
-    given = dict(new=[0.5], old=[0.5], ref=[0.25], advantage=0.0)
+    given: dict[str, Any] = dict(new=[0.5], old=[0.5], ref=[0.25], advantage=0.0)
     config = GRPOConfig(beta=0.1, kl_estimator=estimator, use_bias_correction_kl=False)
     loss, (gradient,) = one(config, **given)
     assert loss == pytest.approx(0.1 * kl) and gradient == pytest.approx(0.1 * slope)
@@ -237,8 +242,8 @@ def test_an_importance_weight_multiplies_the_policys_part_and_not_the_kl():
 
 def test_the_off_policy_mask_drops_what_was_bad_and_has_drifted():
     config = GRPOConfig(off_policy_mask_threshold=0.5)
-    near = dict(new=[0.5], old=[0.5])
-    far = dict(new=[0.25], old=[0.5])  # log 2 = 0.69
+    near: dict[str, Any] = dict(new=[0.5], old=[0.5])
+    far: dict[str, Any] = dict(new=[0.25], old=[0.5])  # log 2 = 0.69
     assert one(config, **near, advantage=-1.0)[0] == pytest.approx(1.0)
     assert one(config, **far, advantage=-1.0) == (0.0, [0.0])
     assert one(config, **far, advantage=1.0)[0] == pytest.approx(-0.5)
@@ -330,7 +335,7 @@ def test_a_loss_reads_the_settings_that_its_row_names_and_no_other():
     assert set(changed) == set(OWN_LOSS.reads)
     logprobs, old, _, advantages, mask, lengths, kept = padded()
     for loss_type, settings in LOSS_TYPES.items():
-        config = GRPOConfig(loss_type=loss_type, **({"epsilon_high": 0.3} if "epsilon_high" in settings.reads else {}))
+        config = config_of({"loss_type": loss_type})
         read = set()
         for name, value in changed.items():
             # Past the check, which would refuse what is not read.

@@ -48,8 +48,10 @@ def test_with_nothing_to_refill_a_step_is_collects():
             one, other = map(comparable, (one, other))
         if field.name == "completions":
             one, other = ([completion.ids for completion in completions] for completions in (one, other))
-        tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-        assert torch.equal(one, other) if tensors else one == other, field.name
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            assert torch.equal(one, other), field.name
+        else:
+            assert one == other, field.name
     assert collected.rollout.advantages.any()
 
 

@@ -26,9 +26,10 @@ def padded(seed=0):
 
 
 def trl_loss(
-    logprobs, old, ref, advantages, mask, *, entropies=None, correction=None, sampling=None, trainer_class=None, **changes
+    logprobs, old, ref, advantages, mask, *, entropies=None, importance_weights=None, sampling=None,
+    trainer_class=None, **changes
 ):  # fmt: skip
-    """(loss, metrics) of TRL's own `_compute_loss`; tensors are (B, T), correction may be (B, 1)."""
+    """(loss, metrics) of TRL's own `_compute_loss`; tensors are (B, T), importance_weights may be (B, 1)."""
     trl = pytest.importorskip("trl", minversion="1.16")
     settings = SimpleNamespace(**DEFAULTS | changes, steps_per_generation=1)
     trainer = object.__new__(trainer_class or trl.GRPOTrainer)
@@ -44,7 +45,7 @@ def trl_loss(
         ),
         "aux_loss_enabled": False, "top_entropy_quantile": settings.top_entropy_quantile,
         "off_policy_mask_threshold": settings.off_policy_mask_threshold,
-        "importance_sampling_level": settings.importance_sampling_level, "use_vllm": correction is not None,
+        "importance_sampling_level": settings.importance_sampling_level, "use_vllm": importance_weights is not None,
         "vllm_importance_sampling_correction": True, "_entropy_bonus_enabled": settings.entropy_coef > 0,
         "use_adaptive_entropy": False, "entropy_coef": settings.entropy_coef,
         "current_gradient_accumulation_steps": 1, "loss_type": settings.loss_type, "beta": settings.beta,
@@ -58,8 +59,8 @@ def trl_loss(
         "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    if correction is not None:
-        inputs["importance_sampling_ratio"] = correction
+    if importance_weights is not None:
+        inputs["importance_sampling_ratio"] = importance_weights
     if sampling is not None:
         inputs["sampling_per_token_logps"] = sampling
     return trainer._compute_loss(None, inputs), {name: values[0] for name, values in metrics["train"].items()}

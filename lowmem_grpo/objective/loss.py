@@ -187,7 +187,7 @@ def micro_batch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's share of the step's loss, a scalar, and what is recorded of its tokens, (N,) each by name."""
     loss = LOSSES[config.loss_type]
-    tokens = replace(tokens, advantages=_masked_advantages(loss, tokens, config))
+    tokens = replace(tokens, advantages=_scaled_advantages(loss, tokens, config))
     by_kernel = loss.fused and config.importance_sampling_level == "token" and config.kl_estimator == "k3"
     value, stats = (_fused if by_kernel else _composed)(tokens, coefficients.beta, config)
     if coefficients.entropy_coef:
@@ -203,7 +203,7 @@ def micro_batch_loss(
     return value, {name: values for name, values in recorded.items() if values is not None}
 
 
-def _masked_advantages(loss: Loss, tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _scaled_advantages(loss: Loss, tokens: Tokens, config: GRPOConfig) -> Tensor:
     """Advantages (N,) times the off-policy mask, and what else the loss does not read itself."""
     factors = [
         _off_policy_mask(tokens, config),
