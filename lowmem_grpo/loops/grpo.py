@@ -15,8 +15,9 @@ from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Controllers
 from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.progress_bars import without_progress_bars
-from lowmem_grpo.rollout.collect import Collected, collect_rollout, with_kl_in_reward
+from lowmem_grpo.rollout.collect import Collected, collect, with_kl_in_reward
 from lowmem_grpo.rollout.metrics import remarks
+from lowmem_grpo.rollout.refill import needs_refill, refill
 from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
@@ -25,13 +26,12 @@ from lowmem_grpo.run.run import Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
     backward,
-    high_entropy,
-    kept_lengths,
+    lengths_with_gradient,
     needs_old_pass,
-    old_logprobs_and_entropy,
-    reference_logprobs,
     try_largest_update,
     why_not_finite,
+    with_old_logprobs,
+    with_reference,
 )
 from lowmem_grpo.update.token_metrics import TokenMeter
 
@@ -83,51 +83,42 @@ def train(
     if inputs.eval_prompts:
         evaluate = partial(measure, policy, inputs.eval_prompts, rewards, for_evaluation(inputs.plan, config))
         evaluations = Evaluations(evaluate, inputs.eval_prompts, config.num_generations_eval)
+    collect_step = refill if needs_refill(config) else collect
     parts = {"stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers}
 
     with Run(inputs, policy, learner, total_steps, parts, evaluations, callbacks) as run:
         if policy.device.type == "cuda" and not run.is_over:
             try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())
         for step in run.steps():
-            # 1. Rollout: the policy answers every prompt num_generations times; rewards; group advantages.
+            # 1. Rollout: the policy completes every prompt num_generations times; rewards; group advantages.
             with step.phase("rollout"):
-                collected = collect_rollout(policy, prompts, stream, rewards, config, step.number)
+                collected = collect_step(policy, prompts, stream, rewards, config, step.number)
                 rollout = collected.rollout
 
             # 2. The reference, and where something must be known before the first gradient, the policy as it is.
-            lengths = [n for n, counts in zip(rollout.lengths, rollout.completion_mask, strict=True) if counts]
             with step.phase("reference"):
-                reference = run.budget.fit(partial(reference_logprobs, policy, rollout, config), lengths)
-                rollout = replace(rollout, ref_logprobs=reference)
+                rollout = with_reference(policy, rollout, config, run.budget)
             if needs_old_pass(rollout, config):
                 with step.phase("old"):
-                    work = partial(old_logprobs_and_entropy, policy, rollout, config)
-                    old_logprobs, entropies = run.budget.fit(work, lengths)
-                if config.top_entropy_quantile < 1:
-                    keep = high_entropy(entropies, rollout, config.top_entropy_quantile)
-                    rollout = replace(rollout, keep=keep)
-                if config.steps_per_generation > 1 or config.kl_in_reward:
-                    rollout = replace(rollout, old_logprobs=old_logprobs)
+                    rollout = with_old_logprobs(policy, rollout, config, run.budget)
             if config.kl_in_reward:
                 rollout = with_kl_in_reward(rollout, controllers.beta, config)
 
             # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
             # all that num_iterations times.
-            tokens, done = TokenMeter(rollout, policy.device), []
+            token_meter, done = TokenMeter(rollout, policy.device), []
             with step.phase("update"):
                 for _ in range(config.num_iterations):
                     done = []
                     for part in rollout.parts(config.steps_per_generation):
-                        work = partial(
-                            backward, policy, part, tokens, controllers.coefficients(), learner.scaler, config
-                        )
-                        why = partial(why_not_finite, part, config)
-                        done.append(run.update(step, work, kept_lengths(part, config), why))
+                        given = policy, part, token_meter, controllers.coefficients(), learner.scaler, config
+                        lengths, why = lengths_with_gradient(part, config), partial(why_not_finite, part, config)
+                        done.append(run.update(step, partial(backward, *given), lengths, why))
                         if config.use_adaptive_entropy:
-                            controllers.after_entropy(tokens.mean("entropy", part))
+                            controllers.after_entropy(token_meter.mean("entropy", part))
                     if rollout.old_logprobs is None:  # those of the first pass, before any weight moved
                         rollout = replace(rollout, old_logprobs=torch.cat([logprobs for _, logprobs in done]))
-            metrics = {**rollout.metrics, **tokens.metrics()}
+            metrics = {**rollout.metrics, **token_meter.metrics()}
             controllers.after_kl(metrics.get("kl"), len(rollout.completions))
             if config.sync_ref_model and step.number % config.ref_model_sync_steps == 0:
                 policy.sync_reference(config.ref_model_mixup_alpha)
@@ -137,7 +128,7 @@ def train(
             metrics["epoch"] = stream.position / len(prompts)
             metrics["loss"] = sum(loss for loss, _ in done) / len(done)
             run.finish(
-                step, metrics | controllers.metrics(), num_tokens=collected.tokens, table=rollout.table,
+                step, metrics | controllers.metrics(), num_tokens=collected.num_tokens, table=rollout.table,
                 work=tokens_by_phase(collected, rollout, config), remarks=remarks(metrics, rollout),
             )  # fmt: skip
     return run.result()
@@ -145,8 +136,8 @@ def train(
 
 def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
     """What a phase had to do: a rollout its new tokens, the others what they compute, completions with prompts."""
-    counted = sum(n for n, counts in zip(rollout.lengths, rollout.completion_mask, strict=True) if counts)
+    counted = sum(rollout.lengths_of(rollout.completion_mask.tolist()))
     return {
-        "rollout": collected.new_tokens, "reference": counted if config.beta else 0, "old": counted,
-        "update": config.num_iterations * sum(kept_lengths(rollout, config)),
+        "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,
+        "update": config.num_iterations * sum(lengths_with_gradient(rollout, config)),
     }  # fmt: skip

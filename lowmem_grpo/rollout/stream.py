@@ -70,12 +70,12 @@ class Stream:
 
     def move_to(self, other: "Stream") -> None:
         """Stand where another stream stands."""
-        self.position, self.dull, self.replay.groups = other.position, other.dull, other.replay.groups
+        self.position, self.dull_prompts, self.replay.groups = other.position, other.dull_prompts, other.replay.groups
 
     def state(self) -> dict[str, Any]:
         """The position, and the indices of the dull prompts."""
-        return {"position": self.position, "dull": sorted(self.dull)}
+        return {"position": self.position, "dull_prompts": sorted(self.dull_prompts)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
-        self.position, self.dull = state["position"], set(state["dull"])
+        self.position, self.dull_prompts = state["position"], set(state["dull_prompts"])

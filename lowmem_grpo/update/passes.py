@@ -69,13 +69,11 @@ def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
 
 
 def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
-    """The rollout with what must be known of its tokens before the first gradient; as it is where nothing must.
+    """The rollout with what must be known of its tokens before the first gradient.
 
     That is the log-probabilities of the policy as it stands, where the first gradient's would come too late, and
     the learn_mask of top_entropy_quantile.
     """
-    if not needs_old_pass(rollout, config):
-        return rollout
     counted = rollout.completion_mask.tolist()
 
     def compute(token_budget: int) -> tuple[Tensor, Tensor]:
