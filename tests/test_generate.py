@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lowmem_grpo.generate import engine, hf, store
+from lowmem_grpo.generate import engine, hf, layouts, store
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
@@ -529,8 +529,8 @@ def a_step_is_one_place_further(policy, monkeypatch):
 
 def attention_changed(name, change):
     def changed(policy, monkeypatch):
-        own = getattr(store, name)
-        monkeypatch.setattr(store, name, lambda *given: own(*given[:-3], *change(*given[-3:])))
+        own = getattr(layouts, name)
+        monkeypatch.setattr(layouts, name, lambda *given: own(*given[:-3], *change(*given[-3:])))
 
     return changed
 
@@ -619,7 +619,7 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
     tokens = 6 if cpu else 100  # the interpreter is slow
     pages = RolloutPlan(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
     for backend in ("torch", "triton"):
-        monkeypatch.setattr(store, "decode_attention", partial(decode_attention, backend=backend))
+        monkeypatch.setattr(layouts, "decode_attention", partial(decode_attention, backend=backend))
         found.append(run(policy, 2, prompts=PROMPTS[1:2], plan=pages, kv=kv, max_completion_length=tokens))
     assert ids_of(found[0]) == ids_of(found[1])
     atol = {"full": 6e-6, "int8": 4e-3}[kv] if cpu else {"full": 1e-4, "int8": 2e-2}[kv]  # of another exp()
