@@ -21,7 +21,7 @@ from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
 from lowmem_grpo.generate.sample import sample
-from lowmem_grpo.generate.sampling import SamplingParams, choose
+from lowmem_grpo.generate.sampling import SamplingParams, choose, penalize, truncate
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
@@ -90,7 +90,7 @@ def test_greedy_completions_are_those_of_generate(family):
         assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == ids_of(theirs)
 
 
-def test_behaviour_logprobs_are_of_the_distribution_that_was_drawn_from():
+def test_proposal_logprobs_are_of_what_was_drawn_from_times_the_share_that_is_left():
     """transformers' own processors, one after the other in its order, on the logits of a full forward."""
     policy = make_policy("llama")
     params = dict(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
@@ -106,8 +106,9 @@ def test_behaviour_logprobs_are_of_the_distribution_that_was_drawn_from():
                 TopPLogitsWarper(0.9), MinPLogitsWarper(0.02),
             ):  # fmt: skip
                 scores = processor(before, scores)
-            truth = scores.log_softmax(-1)[0, token]
-            torch.testing.assert_close(completion.behaviour_logprobs[t], truth, atol=4e-5, rtol=0)
+            share = (logits[len(prompt) - 1 + t] / 0.8).softmax(-1)[scores[0].isfinite()].sum()
+            truth = scores.log_softmax(-1)[0, token] + share.log()
+            torch.testing.assert_close(completion.proposal_logprobs[t], truth, atol=4e-5, rtol=0)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
@@ -119,7 +120,9 @@ def test_the_mean_importance_weight_is_one_whatever_is_truncated(truncation, pen
     seen = (torch.arange(40) % 3 == 0).expand(rows, -1) if penalty != 1 else None
     params = SamplingParams(max_completion_length=1, temperature=0.7, repetition_penalty=penalty, **truncation)
     uniforms = (torch.arange(rows) + 0.5) / rows
-    tokens, own, behaviour, proposal = choose(logits.expand(rows, -1), uniforms, seen, params)
+    tokens, own, proposal = choose(logits.expand(rows, -1), uniforms, seen, params)
+    penalized = logits[None] if seen is None else penalize(logits[None], seen[:1], penalty)
+    behaviour = truncate(penalized, params).log_softmax(-1)[0, tokens]
     first = torch.stack([(tokens == token).nonzero()[0, 0] for token in tokens.unique()])
     drawn, weight, naive = (x[first].double().exp() for x in (behaviour, own - proposal, own - behaviour))
     assert drawn.sum() == pytest.approx(1, abs=2e-4), "hardly a token that can be drawn was missed"
@@ -129,7 +132,7 @@ def test_the_mean_importance_weight_is_one_whatever_is_truncated(truncation, pen
 
 
 def test_without_truncation_both_logprobs_are_one():
-    assert all(torch.equal(c.logprobs, c.behaviour_logprobs) for c in run(make_policy()))
+    assert all(torch.equal(c.logprobs, c.proposal_logprobs) for c in run(make_policy()))
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 8, "top_p": 0.9, "min_p": 0.02}])

@@ -102,7 +102,7 @@ def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_
         assert ids_of(found) == ids_of(truth)
         for replayed, stepped in zip(found, truth, strict=True):
             assert torch.equal(replayed.logprobs, stepped.logprobs)
-            assert torch.equal(replayed.behaviour_logprobs, stepped.behaviour_logprobs)
+            assert torch.equal(replayed.proposal_logprobs, stepped.proposal_logprobs)
         # The sampler's twin asks, on a CPU alone, whether a rare case is there.
         assert waits and set(waits) == {0 if sampling.get("temperature") == 0 else 1}
 
@@ -228,7 +228,7 @@ def test_a_number_of_rows_is_captured_once_and_only_if_it_lasts():
 
     def step(rows):
         state.add_(1)
-        return torch.stack([state.expand(rows)] * 4).double()
+        return torch.stack([state.expand(rows)] * 3).double()
 
     steps = Graphs(policy, step, [state], lambda step: made.append(0) or recorder()(step), lambda: [0])
     found = [steps(rows)[0, 0].item() for rows in [4] * (graphs.EAGER + 3) + [2] * graphs.EAGER + [4]]

@@ -157,7 +157,7 @@ def _run(
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(prompts, prefill_tokens, block):
-            texts.setdefault(scheduler.slots[slot], [[], [], [], []])  # type: ignore[arg-type]
+            texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type]
         slots.reserve(block)
         slots.shrink(1 if captured is None else 2)
         made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
@@ -170,8 +170,8 @@ def _run(
                     kept.append(value)
                 finish = finish_of(text[0])
                 if finish is not None:
-                    own, behaviour, proposal = (torch.tensor(values) for values in text[1:])
-                    done[completion] = Completion(text[0], own, behaviour, proposal, finish)
+                    own, proposal = (torch.tensor(values) for values in text[1:])
+                    done[completion] = Completion(text[0], own, proposal, finish)
                     del texts[completion]
                     scheduler.finish(slot)
                     break

@@ -38,7 +38,7 @@ class Graphs:
         self, policy: Policy, step: Callable[[int], Tensor], state: list[Tensor],
         capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable = None,
     ):  # fmt: skip
-        """step gives (4, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
+        """step gives (3, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
 
         held says which rows have a completion; what comes out of the others does not matter. kind is what else than the
         number of rows decides which kernels a step runs.
@@ -97,7 +97,7 @@ class Graphs:
 
 
 def _difference(found: Tensor, truth: Tensor) -> str | None:
-    """Why a replay's (4, rows) is not the step's, or None. One row in 8 may be within rounding of another token."""
+    """Why a replay's (3, rows) is not the step's, or None. One row in 8 may be within rounding of another token."""
     near = (found[0] == truth[0]) & ((found[1:] - truth[1:]).abs() < 0.1).all(0)
     wrong = int((~near).sum())
     return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 8 * wrong > len(near) else None

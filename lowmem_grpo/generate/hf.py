@@ -60,8 +60,8 @@ def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Comple
     for length in range(1, len(ids) + 1):
         finish = finish_of(ids[:length])
         if finish is not None:
-            return Completion(ids[:length], None, None, None, finish)
-    return Completion(ids, None, None, None, "length")
+            return Completion(ids[:length], None, None, finish)
+    return Completion(ids, None, None, "length")
 
 
 def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> list[list[int]]:

@@ -39,8 +39,7 @@ class Choice(NamedTuple):
 
     tokens: Tensor  # int64
     logprobs: Tensor  # fp32, under temperature alone, as a training forward computes it
-    behaviour_logprobs: Tensor  # fp32, of the distribution it was drawn from; of a greedy token 0
-    proposal_logprobs: Tensor  # fp32, behaviour times the share, under temperature alone, of what truncation left
+    proposal_logprobs: Tensor  # fp32, as Completion has them; of a greedy token the same as logprobs
 
 
 def choose(
@@ -54,18 +53,18 @@ def choose(
     if params.greedy:
         tokens = penalized.argmax(-1)
         logprobs = selective_logprobs(logits, tokens, temperature=1.0)
-        return Choice(tokens, logprobs, torch.zeros_like(logprobs), logprobs)
+        return Choice(tokens, logprobs, logprobs)
     if penalized is logits and not params.truncates:
         tokens, logprobs = sample_tokens(logits, uniforms, temperature=params.temperature)
-        return Choice(tokens, logprobs, logprobs, logprobs)
+        return Choice(tokens, logprobs, logprobs)
     left = truncate(penalized, params)
     tokens, behaviour = sample_tokens(left, uniforms, temperature=1.0)
     logprobs = selective_logprobs(logits, tokens, temperature=params.temperature)
     if penalized is logits:  # behaviour is logprobs over what is left: the share cancels
-        return Choice(tokens, logprobs, behaviour, logprobs)
+        return Choice(tokens, logprobs, logprobs)
     if not params.truncates:
-        return Choice(tokens, logprobs, behaviour, behaviour)
-    return Choice(tokens, logprobs, behaviour, behaviour + log_share(logits.float() / params.temperature, left))
+        return Choice(tokens, logprobs, behaviour)
+    return Choice(tokens, logprobs, behaviour + log_share(logits.float() / params.temperature, left))
 
 
 def log_share(

@@ -229,7 +229,7 @@ class Slots:
         return [self.tokens, self.positions, *(() if self.seen is None else (self.seen,))]
 
     def step(self, rows: int) -> Tensor:
-        """One more token of each of the first `rows`: (4, rows) fp64, which holds ids and fp32 alike, as a Choice has.
+        """One more token of each of the first `rows`: (3, rows) fp64, which holds ids and fp32 alike, as a Choice has.
 
         With a table it depends on nothing that only the host knows, but on rows.
         """

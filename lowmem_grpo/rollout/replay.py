@@ -70,4 +70,4 @@ class ReplayBuffer:
         ]
 
 
-_LOGPROBS = ("logprobs", "behaviour_logprobs", "proposal_logprobs")
+_LOGPROBS = ("logprobs", "proposal_logprobs")

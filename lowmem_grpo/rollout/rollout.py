@@ -61,7 +61,7 @@ class Rollout:
         lengths = torch.tensor([0, *map(len, completions)])
         return cls(
             prompts=[Prompt("", ids, {}) for ids in prompts],
-            completions=[Completion(ids, None, None, None, "eos") for ids in completions],
+            completions=[Completion(ids, None, None, "eos") for ids in completions],
             offsets=lengths.cumsum(0),
             sampling_logprobs=None,
             proposal_logprobs=None,
