@@ -20,8 +20,8 @@ import torch
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.generate.sample import sample
-from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.objective.coefficients import Coefficients
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.planner import plan as planner
@@ -53,15 +53,10 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     draw = torch.Generator().manual_seed(0)
     size = (config.prompts_per_step, config.max_prompt_length or planner.PROMPT_TOKENS)
     prompts = torch.randint(10, SHAPES[shape][5] - 1, size, generator=draw).tolist()
-    params = SamplingParams(max_completion_length=config.max_completion_length, temperature=1.0)
+    sampler = Sampler(policy, config)
     meter = Meter(policy.device)
     with meter.phase("rollout"):
-        sampled = sample(
-            policy, prompts, config.num_generations, params,
-            rollout_token_budget=config.rollout_token_budget, token_budget=config.token_budget,
-            weights=config.rollout_weights, kv=config.rollout_kv, paged=config.rollout_paged,
-            cuda_graphs=config.has_cuda_graphs,
-        )  # fmt: skip
+        sampled = sampler.complete([Prompt("", ids, {}) for ids in prompts], config.num_generations)
     answers = [completion.ids for completion in sampled.completions]
     rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
     budget = TokenBudget(config.token_budget)

@@ -21,13 +21,14 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
-from lowmem_grpo.data.prompts import tokenize_prompts
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.generate import hf
-from lowmem_grpo.generate.plan import plan_rollout
-from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.plan import RolloutPlan
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.policy import Policy
@@ -79,29 +80,37 @@ def _random(work: Work) -> Policy:
     return random_policy(work.shape, work.device, ends=max(1, work.vocabulary // work.mean_length))
 
 
-def _ours(
-    policy: Policy, work: Work, slots: int | None = None, weights="4bit", kv="full", paged=True, cuda_graphs=True
-) -> list[list[int]]:
-    texts = work.texts()
-    plan = plan_rollout(
-        prompt_tokens=max(map(len, texts)), prompts=work.prompts, num_generations=work.num_generations,
-        max_completion_length=work.max_completion_length, budget_tokens=work.rollout_token_budget, max_slots=slots,
-        paged=paged and work.device == "cuda",
+class HalfTheSlots(Sampler):
+    def plan(self, prompts: list[list[int]], count: int, tokens: int) -> RolloutPlan:
+        return super().plan(prompts, count, tokens).at_most(len(prompts) * count // 2)
+
+
+@cache  # as in a run: what a first call learns serves the later ones
+def _sampler(policy: Policy, work: Work, kind: type[Sampler], **settings) -> Sampler:
+    config = GRPOConfig(
+        max_completion_length=work.max_completion_length, rollout_token_budget=work.rollout_token_budget,
+        **{"rollout_weights": "4bit", **settings},
     )  # fmt: skip
-    sampled = sample(
-        policy, texts, work.num_generations, work.params,
-        rollout_token_budget=work.rollout_token_budget, token_budget=16384, plan=plan, weights=weights, kv=kv,
-        cuda_graphs=cuda_graphs,
-    )  # fmt: skip
+    return kind(policy, config)
+
+
+def _ours(policy: Policy, work: Work, kind: type[Sampler] = Sampler, **settings) -> list[list[int]]:
+    prompts = [Prompt("", text, {}) for text in work.texts()]
+    sampled = _sampler(policy, work, kind, **settings).complete(prompts, work.num_generations)
     return [completion.ids for completion in sampled.completions]
 
 
-def _generate(policy: Policy, work: Work, cache_implementation: str | None = None) -> list[list[int]]:
-    found = hf.sample(
-        policy, work.texts(), work.num_generations, work.params,
-        rollout_token_budget=work.rollout_token_budget, cache_implementation=cache_implementation,
-    )  # fmt: skip
+def _generate(policy: Policy, work: Work) -> list[list[int]]:
+    found, _ = hf.sample(policy, work.texts(), work.num_generations, work.params, work.rollout_token_budget)
     return [completion.ids for completion in found]
+
+
+def _generate_static(policy: Policy, work: Work) -> list[list[int]]:
+    policy.base.generate = partial(policy.base.generate, cache_implementation="static")
+    try:
+        return _generate(policy, work)
+    finally:
+        del policy.base.generate
 
 
 def _generate_batch(policy: Policy, work: Work) -> list[list[int]]:
@@ -120,13 +129,13 @@ def _generate_batch(policy: Policy, work: Work) -> list[list[int]]:
 
 IMPLEMENTATIONS = {
     "ours": _ours,
-    "ours, half the slots": lambda policy, work: _ours(policy, work, work.prompts * work.num_generations // 2),
-    "ours, int8 keys and values": partial(_ours, kv="int8"),
-    "ours, without pages": partial(_ours, paged=False),
-    "ours, without CUDA graphs": partial(_ours, cuda_graphs=False),
-    "ours, dense weights": partial(_ours, weights="dense"),
+    "ours, half the slots": partial(_ours, kind=HalfTheSlots),
+    "ours, int8 keys and values": partial(_ours, rollout_kv="int8"),
+    "ours, without pages": partial(_ours, rollout_paged=False),
+    "ours, without CUDA graphs": partial(_ours, rollout_cuda_graphs=False),
+    "ours, dense weights": partial(_ours, rollout_weights="dense"),
     "generate": _generate,
-    "generate, static cache": partial(_generate, cache_implementation="static"),
+    "generate, static cache": _generate_static,
     "generate_batch": _generate_batch,
 }
 

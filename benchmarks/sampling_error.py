@@ -14,24 +14,23 @@ import torch
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.prompts import tokenize_prompts
+from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
-from lowmem_grpo.generate.sample import sample
-from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 
 
-def difference(policy: Policy, prompts: list[list[int]], num_generations: int, weights, kv) -> torch.Tensor:
+def difference(policy: Policy, prompts: list[Prompt], num_generations: int, weights, kv) -> torch.Tensor:
     """|sampling - training| of every token, flat."""
-    params = SamplingParams(max_completion_length=32, temperature=1.0)
-    completions = sample(
-        policy, prompts, num_generations, params, rollout_token_budget=10**9, token_budget=16384, weights=weights, kv=kv
-    ).completions
-    asked = [prompt for prompt in prompts for _ in range(num_generations)]
+    config = GRPOConfig(
+        max_completion_length=32, rollout_token_budget=10**9, rollout_weights=weights, rollout_kv=kv, use_cpu=True
+    )
+    completions = Sampler(policy, config).complete(prompts, num_generations).completions
+    asked = [prompt.ids for prompt in prompts for _ in range(num_generations)]
     answers = [completion.ids for completion in completions]
     known = [completion.logprobs for completion in completions if completion.logprobs is not None]
     error = torch.cat(known)
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not parameter.any():
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
         rows = load_rows(task.rows(task.splits()[1][: arguments.prompts]), config)
-        prompts = [prompt.ids for prompt in tokenize_prompts(rows, policy.tokenizer, config)[0]]
+        prompts, _ = tokenize_prompts(rows, policy.tokenizer, config)
         for weights in ("4bit", "dense"):
             for kv in ("full", "int8"):
                 torch.manual_seed(0)

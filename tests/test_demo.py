@@ -12,7 +12,8 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.make_model import demonstration, make_tokenizer
 from lowmem_grpo.demo.run import recipe, run, text_curve
-from lowmem_grpo.generate import as_text, complete_greedily
+from lowmem_grpo.generate import as_text
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.load import load_policy
 
@@ -92,7 +93,7 @@ def test_the_model_reasons_at_times_and_is_right_when_it_does(tokenizer):
     prompts = prompts_of(problems, tokenizer)
     texts = [
         as_text(policy, p, c)[0]["content"]
-        for p, c in zip(prompts, complete_greedily(policy, prompts, config), strict=True)
+        for p, c in zip(prompts, Sampler(policy, config).complete_greedily(prompts), strict=True)
     ]  # type: ignore[index]
     right = [f"<answer>{sum(p)}</answer>" in text for p, text in zip(problems, texts, strict=True)]
     reasons = ["=" in text for text in texts]
@@ -121,7 +122,7 @@ def test_the_demo_learns(seed, tmp_path, capsys):
 def same_answers_in_plain_transformers(result, adapter):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     prompts = prompts_of(task.splits()[1][:64], tokenizer)
-    ours = [c.ids for c in complete_greedily(result.policy, prompts, recipe("unused", 0))]
+    ours = [c.ids for c in Sampler(result.policy, recipe("unused", 0)).complete_greedily(prompts)]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

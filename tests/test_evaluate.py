@@ -24,6 +24,7 @@ from lowmem_grpo.evaluation.statistics import (
     shares,
 )
 from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.run.best import BestAdapter
@@ -253,8 +254,8 @@ def length_reward(completions, **kwargs):
 @pytest.mark.parametrize("k", [None, 1, 4])
 def test_an_evaluation_is_the_same_twice_and_leaves_the_generator_where_it_was(policy, k):
     config = GRPOConfig(use_cpu=True, max_completion_length=6, num_generations_eval=k)
-    before = torch.get_rng_state()
-    first, second = (evaluate(policy, prompts_of(policy), RewardRunner([length_reward]), config, 0) for _ in range(2))
+    sampler, before = Sampler(policy, config), torch.get_rng_state()
+    first, second = (evaluate(sampler, prompts_of(policy), RewardRunner([length_reward]), config, 0) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     same = {name for name in first if "time/" not in name}
     assert {n: first[n] for n in same} == pytest.approx({n: second[n] for n in same}, nan_ok=True)
@@ -266,7 +267,7 @@ def test_an_evaluation_is_the_same_twice_and_leaves_the_generator_where_it_was(p
 def test_a_reward_that_never_applies_is_no_value(policy):
     config = GRPOConfig(use_cpu=True, max_completion_length=2, num_generations_eval=2)
     never = RewardRunner([lambda completions, **_: [None] * len(completions)])
-    found = evaluate(policy, prompts_of(policy), never, config, 0)
+    found = evaluate(Sampler(policy, config), prompts_of(policy), never, config, 0)
     assert all(math.isnan(found[name]) for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_reward/ci_low"))
 
 
@@ -381,7 +382,8 @@ def by_length(completions, **kwargs):
 @pytest.mark.parametrize("k", [None, 2])
 def test_every_metric_that_is_a_mean_over_prompts_has_its_values(policy, k):
     config = GRPOConfig(use_cpu=True, max_completion_length=6, num_generations_eval=k)
-    found = measure(policy, prompts_of(policy), RewardRunner([by_length, length_reward]), config, 0)
+    rewards = RewardRunner([by_length, length_reward])
+    found = measure(Sampler(policy, config), prompts_of(policy), rewards, config, 0)
     assert {"eval_reward", "eval_pass@1", "eval_rewards/by_length/mean", "eval_completions/mean_length"} < set(
         found.values
     )

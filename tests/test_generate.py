@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from types import SimpleNamespace
@@ -16,11 +17,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate import engine, hf, layouts, store
+from lowmem_grpo.generate import plan as plan_module
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
-from lowmem_grpo.generate.sample import sample
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.generate.sampling import SamplingParams, choose, penalize, truncate
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.store import Store, dequantized, quantized
@@ -34,15 +38,32 @@ from lowmem_grpo.planner.trace import Live
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 
+class PlannedSampler(Sampler):
+    """Samples with a given plan, if any, and without a trial of the model, which has tests of its own."""
+
+    def __init__(self, policy, plan=None, **settings):
+        config = {"max_completion_length": 12, "rollout_token_budget": 10_000, "token_budget": 100, **settings}
+        super().__init__(policy, GRPOConfig(**config))
+        self.given = plan
+        self.engine_refusal = None
+
+    def plan(self, prompts, count, tokens):
+        return self.given or super().plan(prompts, count, tokens)
+
+    def sampled(self, num_generations=3, seed=0, prompts=PROMPTS, **params):
+        torch.manual_seed(seed)
+        return self._sample(prompts, num_generations, replace(self.params, **params))
+
+    def run(self, *given, **params):
+        return self.sampled(*given, **params).completions
+
+
 def run(
-    policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", kv="full", cuda_graphs=True, **params
-):
-    torch.manual_seed(seed)
-    params = {"max_completion_length": 12, "temperature": 1.0, **params}
-    return sample(
-        policy, prompts, num_generations, SamplingParams(**params),
-        rollout_token_budget=10_000, token_budget=100, plan=plan, weights=weights, kv=kv, cuda_graphs=cuda_graphs,
-    ).completions  # fmt: skip
+    policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", kv="full", max_completion_length=12,
+    **params,
+):  # fmt: skip
+    settings = dict(rollout_weights=weights, rollout_kv=kv, max_completion_length=max_completion_length)
+    return PlannedSampler(policy, plan, **settings).run(num_generations, seed, prompts, **params)
 
 
 def plans(prompts, num_generations, tokens, slots):
@@ -57,6 +78,10 @@ def paged_plans(prompts, num_generations, tokens, slots):
     longest, prefixes = max(map(len, prompts)) - 1, min(len(prompts), 2 * ceil(slots / num_generations))
     for pages in (slots * ceil(tokens / 4), ceil(tokens / 4)):
         yield RolloutPlan(slots, tokens, prefixes, max(1, longest), 1 + pages, 4)
+
+
+def as_prompts(prompts):
+    return [Prompt("", ids, {}) for ids in prompts]
 
 
 def ids_of(completions):
@@ -85,7 +110,7 @@ def test_logprobs_are_those_of_a_training_forward(family, truncation):
 def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
     params = SamplingParams(max_completion_length=30, temperature=0)
-    theirs = hf.sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000)
+    theirs, _ = hf.sample(policy, PROMPTS, 1, params, 10_000)
     for plan in (*plans(PROMPTS, 1, 30, 3), *plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
         assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == ids_of(theirs)
 
@@ -222,24 +247,23 @@ def test_what_is_sampled_from_int8_does_not_depend_on_slots_or_sharing(family):
 
 
 def test_int8_keys_and_values_take_the_bytes_that_are_reported():
-    policy = make_policy("qwen3", bf16=True)
-    params, found = SamplingParams(max_completion_length=4, temperature=1.0), {}
+    policy, found = make_policy("qwen3", bf16=True), {}
     for kv in ("full", "int8"):
-        out = sample(policy, PROMPTS, 2, params, rollout_token_budget=1000, token_budget=100, kv=kv)
-        found[kv] = out.metrics["rollout/kv_mib"]
+        sampler = PlannedSampler(policy, max_completion_length=4, rollout_token_budget=1000, rollout_kv=kv)
+        found[kv] = sampler.sampled(2).metrics["rollout/kv_mib"]
     assert found["int8"] == found["full"] * (1 + 2 / 16) / 2
 
 
 def test_int8_keys_and_values_are_not_silently_left_out_by_generate(monkeypatch):
     policy = make_policy("llama")
     monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(ValueError, match="rollout_kv='int8' needs the engine, .*; leave it out"),
-    ):
-        run(policy, kv="int8")
-    with pytest.raises(ValueError, match="rollout_weights='dense' needs the engine, .*; leave it out"):
-        run(policy, weights="dense")
+    for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
+        sampler = Sampler(policy, GRPOConfig(**{name: value}))
+        with (
+            pytest.warns(UserWarning),
+            pytest.raises(ValueError, match=f"{name}='{value}' needs the engine, .*; leave it out"),
+        ):
+            sampler.complete(as_prompts(PROMPTS), 2)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +277,6 @@ def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(
     policy = make_policy("llama")
     expected = run(policy, 4, max_completion_length=30)
     forward = policy.decoder.forward
-    policy.engine_refusal = None  # the check on first use would be the one that fails
     for times in (1, 2):
         calls: list[int] = []
 
@@ -277,7 +300,7 @@ def test_a_late_out_of_memory_says_nothing_of_all_slots(monkeypatch):
     """What is left is done with fewer slots; the next rollout has all again."""
     policy, failures = make_policy("llama"), []
     policy.eos_token_ids = list(range(5))
-    run(policy, 4, max_completion_length=30)
+    sampler = PlannedSampler(policy, max_completion_length=30)
     step = engine.Slots.step
 
     def failing(slots, rows):
@@ -287,10 +310,10 @@ def test_a_late_out_of_memory_says_nothing_of_all_slots(monkeypatch):
         return step(slots, rows)
 
     monkeypatch.setattr(engine.Slots, "step", failing)
-    found = run(policy, 4, max_completion_length=30)
-    assert failures[0] == 12 and failures[1] <= 5 and policy.rollout_tokens is None
+    found = sampler.run(4)
+    assert failures[0] == 12 and failures[1] <= 5 and sampler.fitting_tokens is None
     monkeypatch.undo()
-    assert ids_of(found) == ids_of(run(policy, 4, max_completion_length=30))
+    assert ids_of(found) == ids_of(sampler.run(4))
 
 
 def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
@@ -304,11 +327,14 @@ def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
         return own(policy, rows, params)
 
     monkeypatch.setattr(hf, "_generate", short_of_memory)
-    params = SamplingParams(max_completion_length=5, temperature=0)
-    found = ids_of(hf.sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000))
-    assert waves == [12, 6, 3, 3, 3, 3] and policy.rollout_tokens == 3 * 85
+    sampler = PlannedSampler(policy, max_completion_length=5)
+    sampler.engine_refusal = "a test"
+    found = ids_of(sampler.run(4, temperature=0))
+    assert waves == [12, 6, 3, 3, 3, 3] and sampler.fitting_tokens == 3 * 85
+    assert found == ids_of(sampler.run(4, temperature=0)) and waves[6:] == [3, 3, 3, 3], "more was not tried again"
     monkeypatch.undo()
-    assert found == ids_of(hf.sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000))
+    sampler.fitting_tokens = None
+    assert found == ids_of(sampler.run(4, temperature=0))
 
 
 def test_a_nan_of_one_completion_is_nobody_elses():
@@ -324,12 +350,16 @@ def test_a_nan_of_one_completion_is_nobody_elses():
 
 
 def test_what_auto_came_to_is_kept(monkeypatch):
+    """For later calls, and for a resumed run, however much memory is free there."""
     policy = make_policy("llama")
+    sampler, resumed = (PlannedSampler(policy, max_completion_length=3) for _ in range(2))
     for available in (10**12, 1000):
         monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
-        params = SamplingParams(max_completion_length=3, temperature=1.0)
-        found = sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000, token_budget=100)
-        assert found.metrics["rollout/dense_weights_mib"] > 0 and policy.samples_dense is True
+        found = sampler.sampled(1)
+        assert found.metrics["rollout/dense_weights_mib"] > 0 and sampler.state() == {"samples_dense": True}
+    resumed.load(sampler.state())
+    assert resumed.sampled(1).metrics["rollout/dense_weights_mib"] > 0
+    assert PlannedSampler(policy).sampled(1).metrics["rollout/dense_weights_mib"] == 0
 
 
 def test_a_plan_that_would_never_end_is_none():
@@ -347,7 +377,6 @@ def test_out_of_memory_with_one_slot_is_an_error(monkeypatch):
         raise torch.OutOfMemoryError("made up")
 
     monkeypatch.setattr(policy.decoder, "forward", failing)
-    policy.engine_refusal = None
     with pytest.raises(torch.OutOfMemoryError):
         run(policy)
 
@@ -491,9 +520,10 @@ def test_a_refusal_names_its_reason(field, value, reason):
 def test_a_refused_model_is_sampled_from_by_generate_after_one_warning(monkeypatch):
     policy = make_policy("llama")
     monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
+    sampler = Sampler(policy, GRPOConfig(max_completion_length=12))
     with pytest.warns(UserWarning, match="attention cannot be replaced") as caught:
-        completions = run(policy)
-        run(policy)
+        completions = sampler.complete(as_prompts(PROMPTS), 3).completions
+        sampler.complete_greedily(as_prompts(PROMPTS))
     assert len(caught) == 1
     assert len(completions) == 9 and all(c.logprobs is None for c in completions)
 
@@ -636,7 +666,7 @@ def counted_bytes(store):
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget():
+def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch):
     draw = torch.Generator().manual_seed(0)
 
     def number(high):
@@ -649,16 +679,17 @@ def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget():
             prompt_tokens=number(300), prompts=number(6), num_generations=number(8), max_completion_length=number(200)
         )
         budget = number(8000)
-        for share, paged in ((None, False), (False, False), (True, False), (None, True)):
-            plan = plan_rollout(**asked, budget_tokens=budget, share=share, paged=paged)
+        for share_from, paged in ((64, False), (10**9, False), (0, False), (64, True)):
+            monkeypatch.setattr(plan_module, "SHARE_FROM", share_from)
+            plan = plan_rollout(**asked, budget_tokens=budget, paged=paged)
             bytes_ = counted_bytes(Store(shape, plan, torch.bfloat16, torch.device("cpu")))
             assert bytes_ == plan.tokens() * shape.token_bytes
             rounded = counted_bytes(Store(small, plan, torch.int8, torch.device("cpu")))
             assert rounded == plan.tokens() * small.token_bytes
             one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_budgets refuses a smaller budget
             assert bytes_ <= max(budget, one) * shape.token_bytes
-            assert not paged or plan.slots >= plan_rollout(**asked, budget_tokens=budget).slots
-            more = plan_rollout(**asked, budget_tokens=10**9, share=share, paged=paged)
+            assert not paged or plan.slots >= plan_rollout(**asked, budget_tokens=budget, paged=False).slots
+            more = plan_rollout(**asked, budget_tokens=10**9, paged=paged)
             assert 1 <= plan.slots <= more.slots == asked["prompts"] * asked["num_generations"]
 
 
@@ -749,9 +780,8 @@ def test_waiting_for_pages_is_counted():
     policy = make_policy("qwen2")
     counts = []
     for plan in paged_plans(PROMPTS, 4, 30, 8):
-        params = SamplingParams(max_completion_length=30, temperature=1.0)
-        sampled = sample(policy, PROMPTS, 4, params, rollout_token_budget=10_000, token_budget=100, plan=plan)
-        counts.append(sampled.metrics["rollout/preempted"])
+        sampler = PlannedSampler(policy, plan, max_completion_length=30)
+        counts.append(sampler.sampled(4).metrics["rollout/preempted"])
     assert counts[0] == 0 < counts[1]
 
 
@@ -781,7 +811,7 @@ def test_nothing_is_inherited_from_the_models_generation_config():
 
 def by_generate(policy, params):
     torch.manual_seed(0)
-    return hf.sample(policy, PROMPTS, 3, params, rollout_token_budget=10_000)
+    return hf.sample(policy, PROMPTS, 3, params, 10_000)[0]
 
 
 def test_the_planted_settings_would_have_been_inherited():
@@ -830,9 +860,10 @@ def test_a_stop_string_ends_a_completion_that_keeps_it():
 def test_generate_stops_at_the_same_strings():
     policy = make_policy("llama")
     params = SamplingParams(max_completion_length=30, temperature=0)
-    text = policy.tokenizer.decode(hf.sample(policy, PROMPTS[1:2], 1, params, rollout_token_budget=10_000)[0].ids)
+    (greedy,), _ = hf.sample(policy, PROMPTS[1:2], 1, params, 10_000)
+    text = policy.tokenizer.decode(greedy.ids)
     params = SamplingParams(max_completion_length=30, temperature=0, stop_strings=(text[3:5],))
-    theirs = hf.sample(policy, PROMPTS, 2, params, rollout_token_budget=10_000)
+    theirs, _ = hf.sample(policy, PROMPTS, 2, params, 10_000)
     ours = run(policy, 2, max_completion_length=30, temperature=0, stop_strings=(text[3:5],))
     assert [(c.ids, c.finish) for c in ours] == [(c.ids, c.finish) for c in theirs]
     assert any(c.finish == "stop" for c in ours)
@@ -851,12 +882,11 @@ def test_a_completion_that_is_cut_off_says_so():
 class TestOnAGpu:
     def test_greedy_completions_are_those_of_generate_in_fp32(self, family):
         policy = make_policy(family, use_cpu=False)
-        assert policy.engine_refusal == "unasked" and policy.device.type == "cuda"
+        assert policy.device.type == "cuda" and Sampler(policy, GRPOConfig()).engine_refusal is None
         params = SamplingParams(max_completion_length=30, temperature=0)
-        theirs = ids_of(hf.sample(policy, PROMPTS, 1, params, rollout_token_budget=10_000))
+        theirs = ids_of(hf.sample(policy, PROMPTS, 1, params, 10_000)[0])
         for plan in (*plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
             assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == theirs
-        assert policy.engine_refusal is None
 
     def test_bf16_logprobs_are_near_those_of_a_training_forward(self, family):
         policy = make_policy(family, use_cpu=False, bf16=True)
@@ -879,8 +909,7 @@ def test_greedy_sampling_leaves_torchs_generator_alone():
     policy = make_policy("llama")
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    params = SamplingParams(max_completion_length=2, temperature=0)
-    sample(policy, PROMPTS, 1, params, rollout_token_budget=1000, token_budget=100)
+    Sampler(policy, GRPOConfig(max_completion_length=2)).complete_greedily(as_prompts(PROMPTS))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -947,9 +976,8 @@ def test_a_stop_string_is_found_among_tokens_of_a_byte():
 
 def test_what_fitted_is_remembered_and_reported(monkeypatch):
     policy = make_policy("llama")
-    params = SamplingParams(max_completion_length=30, temperature=1.0)
-    budgets = dict(rollout_token_budget=10_000, token_budget=100)
-    whole = sample(policy, PROMPTS, 4, params, **budgets)
+    sampler = PlannedSampler(policy, max_completion_length=30)
+    whole = sampler.sampled(4)
     failures, forward = [], policy.decoder.forward
 
     def short_of_memory(*args, **kwargs):
@@ -959,14 +987,33 @@ def test_what_fitted_is_remembered_and_reported(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(policy.decoder, "forward", short_of_memory)
-    torch.manual_seed(0)
-    first = sample(policy, PROMPTS, 4, params, **budgets)
+    first = sampler.sampled(4)
     assert len(failures) == 3 and first.metrics["rollout/slots"] == 3 and first.metrics["rollout/out_of_memory"] == 3
     assert first.metrics["rollout/kv_mib"] < whole.metrics["rollout/kv_mib"]
-    torch.manual_seed(0)
-    second = sample(policy, PROMPTS, 4, params, **budgets)
+    second = sampler.sampled(4)
     assert len(failures) == 3, "it was not tried again"
     assert second.metrics["rollout/slots"] <= 3 and ids_of(second.completions) == ids_of(first.completions)
+
+
+def test_a_call_may_take_fewer_tokens_than_the_configuration_but_not_more():
+    """As an evaluation of a planned run does. What is drawn does not depend on it."""
+    sampler = PlannedSampler(make_policy("llama"), max_completion_length=20, rollout_token_budget=400)
+    found = []
+    for at_most in (None, 200, 4000):
+        torch.manual_seed(0)
+        found.append(sampler.complete(as_prompts(PROMPTS), 4, at_most=at_most))
+    slots = [sampled.metrics["rollout/slots"] for sampled in found]
+    assert slots[1] < slots[0] == slots[2] < 12
+    assert ids_of(found[0].completions) == ids_of(found[1].completions) == ids_of(found[2].completions)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_keys_and_values_are_in_pages_on_a_gpu_where_that_is_asked_for(paged):
+    policy = make_policy("llama")
+    sampler = PlannedSampler(policy, max_completion_length=200, rollout_paged=paged)
+    assert not sampler.plan(PROMPTS, 4, 900).paged
+    policy.device = torch.device("cuda")
+    assert sampler.plan(PROMPTS, 4, 900).paged == paged
 
 
 def test_no_prompt_makes_no_completion_and_an_empty_one_is_refused():
@@ -977,14 +1024,14 @@ def test_no_prompt_makes_no_completion_and_an_empty_one_is_refused():
 
 
 def test_generate_in_the_engines_place_leaves_the_random_numbers_alone():
-    policy = make_policy("llama")
-    policy.engine_refusal = "a test"
-    first = run(policy)
+    sampler = PlannedSampler(make_policy("llama"))
+    sampler.engine_refusal = "a test"
+    first = sampler.run()
     after = torch.rand(3)
     torch.manual_seed(0)
     torch.randint(2**62, ())
     assert torch.equal(torch.rand(3), after), "one number is taken, whatever is sampled"
-    assert ids_of(run(policy)) == ids_of(first) != ids_of(run(policy, seed=1))
+    assert ids_of(sampler.run()) == ids_of(first) != ids_of(sampler.run(seed=1))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -1036,7 +1083,7 @@ def test_what_generate_stopped_is_not_padded_out():
     policy, _ = with_bytes(make_policy("llama"))
     params = SamplingParams(max_completion_length=40, temperature=1.0, stop_strings=("x",))
     torch.manual_seed(0)
-    for completion in hf.sample(policy, PROMPTS, 8, params, rollout_token_budget=10_000):
+    for completion in hf.sample(policy, PROMPTS, 8, params, 10_000)[0]:
         shown = "x" in policy.tokenizer.decode(completion.ids)
         assert completion.finish == ("stop" if shown else "length")
         assert completion.finish == "stop" or len(completion.ids) == 40

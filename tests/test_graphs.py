@@ -6,13 +6,13 @@ from math import ceil
 
 import pytest
 import torch
-from test_generate import PROMPTS, ids_of, paged_plans, plans, run
+from test_generate import PROMPTS, PlannedSampler, ids_of, paged_plans, plans, run
 from tiny_models import make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.generate import engine, graphs
-from lowmem_grpo.generate.graphs import Graphs
+from lowmem_grpo.generate.graphs import Captures, Graphs
 from lowmem_grpo.generate.plan import RolloutPlan
 
 
@@ -73,6 +73,11 @@ def recorder(waits=None):
     return capture
 
 
+def roomy(**settings):
+    """A sampler that has pages for all nine completions at full length."""
+    return PlannedSampler(make_policy(), next(paged_plans(PROMPTS, 3, 12, 9)), **settings)
+
+
 @pytest.fixture
 def captured_early(monkeypatch):
     """Blocks of 3 steps, of which the first 2 of a number of rows are not replayed."""
@@ -92,7 +97,7 @@ def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_
     policy = make_policy(family)
     room, short = next(paged_plans(PROMPTS, 3, 12, 4)), list(paged_plans(PROMPTS, 3, 12, 9))[1]
     for plan in (room, short):
-        sampled = partial(run, policy, plan=plan, kv=kv, weights="4bit", **sampling)
+        sampled = partial(PlannedSampler(policy, plan, rollout_kv=kv, rollout_weights="4bit").run, **sampling)
         truth, waits = sampled(), []
         monkeypatch.setitem(engine.CAPTURE, "cpu", partial(recorder, waits))
         with warnings.catch_warnings():
@@ -161,47 +166,43 @@ def half_wrong(step):
     ],
 )  # fmt: skip
 def test_a_capture_that_fails_changes_nothing_and_is_given_up(capture, reason, tries, captured_early, monkeypatch):
-    policy, tried = make_policy(), []
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth = run(policy, plan=plan, repetition_penalty=1.3)
+    sampler, tried = roomy(), []
+    truth = sampler.run(repetition_penalty=1.3)
     monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: lambda step: tried.append(0) or capture(step))
     with pytest.warns(UserWarning, match=f"without CUDA graphs, which is slower: .*{reason}[^\n]*$"):
-        assert ids_of(run(policy, plan=plan, repetition_penalty=1.3)) == ids_of(truth)
+        assert ids_of(sampler.run(repetition_penalty=1.3)) == ids_of(truth)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert ids_of(run(policy, plan=plan, repetition_penalty=1.3)) == ids_of(truth)
+        assert ids_of(sampler.run(repetition_penalty=1.3)) == ids_of(truth)
     assert len(tried) == tries
 
 
 def test_a_row_that_rounding_tipped_once_costs_no_graph(captured_early, monkeypatch):
-    policy, tried = make_policy(), []
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth = run(policy, plan=plan)
+    sampler, tried = roomy(), []
+    truth = sampler.run()
     monkeypatch.setitem(
         engine.CAPTURE, "cpu", lambda: lambda step: (recorder(), tried.append(0), wrong)[2 * (len(tried) == 1)](step)
     )
-    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
-    assert len(tried) > 1 and policy.graph_refusal is None
+    assert ids_of(sampler.run()) == ids_of(truth)
+    assert len(tried) > 1 and sampler.captures.refusal is None
 
 
 def test_a_capture_for_which_there_is_no_memory_leaves_the_slots(captured_early, monkeypatch):
-    policy = make_policy()
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth = run(policy, plan=plan)
+    sampler = roomy()
+    truth = sampler.run()
 
     def capture(step):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
     with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: CUDA out of memory"):
-        assert ids_of(run(policy, plan=plan)) == ids_of(truth)
-    assert policy.rollout_tokens is None
+        assert ids_of(sampler.run()) == ids_of(truth)
+    assert sampler.fitting_tokens is None
 
 
 def test_a_step_for_which_there_is_no_memory_halves_the_slots(captured_early, monkeypatch):
-    policy = make_policy()
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth, own, tried = run(policy, plan=plan), engine.Slots.step, []
+    sampler = roomy()
+    truth, own, tried = sampler.run(), engine.Slots.step, []
 
     def step(slots, rows):
         tried.append(0)
@@ -211,35 +212,34 @@ def test_a_step_for_which_there_is_no_memory_halves_the_slots(captured_early, mo
 
     monkeypatch.setattr(engine.Slots, "step", step)
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
-    assert policy.graph_refusal is None and policy.rollout_tokens is not None
+    assert ids_of(sampler.run()) == ids_of(truth)
+    assert sampler.captures.refusal is None and sampler.fitting_tokens is not None
 
 
 def test_switched_off_nothing_is_captured(captured_early, monkeypatch):
     monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: broken)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        run(make_policy(), plan=next(paged_plans(PROMPTS, 3, 12, 9)), cuda_graphs=False)
+        roomy(rollout_cuda_graphs=False).run()
 
 
 def test_a_number_of_rows_is_captured_once_and_only_if_it_lasts():
-    policy, made = make_policy(), []
+    captures, made = Captures("a model"), []
     state = torch.zeros(1)
 
     def step(rows):
         state.add_(1)
         return torch.stack([state.expand(rows)] * 3).double()
 
-    steps = Graphs(policy, step, [state], lambda step: made.append(0) or recorder()(step), lambda: [0])
+    steps = Graphs(captures, step, [state], lambda step: made.append(0) or recorder()(step), lambda: [0], "a kind")
     found = [steps(rows)[0, 0].item() for rows in [4] * (graphs.EAGER + 3) + [2] * graphs.EAGER + [4]]
     assert found == list(range(1, 2 * graphs.EAGER + 5)), "each step once, and each result a tensor of its own"
     assert len(made) == 1 and list(steps.replays) == [4]
 
 
 def test_a_later_rollout_captures_its_first_step_and_takes_none_by_itself(captured_early, monkeypatch):
-    policy, alone = make_policy(), []
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth, own, recording = run(policy, plan=plan), engine.Slots.step, []
+    sampler, alone = roomy(), []
+    truth, own, recording = sampler.run(), engine.Slots.step, []
 
     def step(slots, rows):
         alone.extend([rows] * (not recording))
@@ -253,27 +253,26 @@ def test_a_later_rollout_captures_its_first_step_and_takes_none_by_itself(captur
 
     monkeypatch.setattr(engine.Slots, "step", step)
     monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
-    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
+    assert ids_of(sampler.run()) == ids_of(truth)
     assert alone
     alone.clear()
-    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
+    assert ids_of(sampler.run()) == ids_of(truth)
     assert not alone
-    run(policy, plan=plan, temperature=0)
+    sampler.run(temperature=0)
     assert alone, "another kind of step was never compared"
 
 
 def test_a_later_capture_that_fails_is_tried_from_the_start(captured_early, monkeypatch):
-    policy, tried = make_policy(), []
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth = run(policy, plan=plan)
+    sampler, tried = roomy(), []
+    truth = sampler.run()
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    run(policy, plan=plan)
-    trusted = set(policy.trusted_captures)
+    sampler.run()
+    trusted = set(sampler.captures.trusted)
     monkeypatch.setitem(
         engine.CAPTURE, "cpu", lambda: lambda step: tried.append(0) or (broken if len(tried) == 1 else recorder())(step)
     )
-    assert ids_of(run(policy, plan=plan)) == ids_of(truth)
-    assert len(tried) > 1 and policy.graph_refusal is None and policy.trusted_captures == trusted
+    assert ids_of(sampler.run()) == ids_of(truth)
+    assert len(tried) > 1 and sampler.captures.refusal is None and sampler.captures.trusted == trusted
 
 
 @pytest.mark.gpu
@@ -290,16 +289,18 @@ class TestOnAGpu:
             *plans(PROMPTS, 3, longest, 9), RolloutPlan(9, longest, 3, 79, 1 + 9 * ceil(longest / 16), 16),
             RolloutPlan(9, longest, 3, 79, 1 + 4 * ceil(longest / 16), 16),
         ):  # fmt: skip
-            sampled = partial(run, policy, plan=plan, kv=kv, max_completion_length=longest, **sampling)
-            truth = sampled(cuda_graphs=False)
-            assert ids_of(sampled()) == ids_of(truth)
-            assert policy.graph_refusal is None
+            settings = dict(rollout_kv=kv, max_completion_length=longest)
+            sampler = PlannedSampler(policy, plan, **settings)
+            truth = PlannedSampler(policy, plan, rollout_cuda_graphs=False, **settings).run(**sampling)
+            assert ids_of(sampler.run(**sampling)) == ids_of(truth)
+            assert sampler.captures.refusal is None
 
     def test_the_memory_of_graphs_is_given_back(self):
         policy = make_policy("qwen2", use_cpu=False)
-        run(policy, 4, max_completion_length=60)  # cuBLAS keeps a workspace for the stream of captures, in their pool
+        sampler = PlannedSampler(policy, max_completion_length=60)
+        sampler.run(4)  # cuBLAS keeps a workspace for the stream of captures, in their pool
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        run(policy, 4, max_completion_length=60)
+        sampler.run(4)
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == before

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -17,7 +18,8 @@ from lowmem_grpo import GRPOConfig
 from lowmem_grpo.config.grpo import LOSS_TYPES
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
-from lowmem_grpo.generate import complete, complete_greedily
+from lowmem_grpo.generate import engine, sample
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.run.log import write_completions
@@ -134,40 +136,29 @@ def test_the_sampler_and_the_update_agree_on_every_token(tmp_path):
             assert line["sampling/sampling_logp_difference/max"] < bound
 
 
-def test_every_sampling_setting_reaches_the_sampler(tmp_path, monkeypatch):
-    module, given = sys.modules["lowmem_grpo.generate"], {}
+def test_every_sampling_setting_reaches_the_engine(tmp_path, monkeypatch):
+    """But rollout_paged, which a GPU alone reads: see test_generate.py."""
+    given, run_engine, plan_rollout = [], engine.run, sample.plan_rollout
 
-    def spy(policy, prompts, num_generations, params, **settings):
-        given.update(vars(params), num_generations=num_generations, **settings)
-        return sample(policy, prompts, num_generations, params, **settings)
+    def spy(request, plan):
+        given.append(request)
+        return run_engine(request, plan)
 
-    sample = module.sample
-    monkeypatch.setattr(module, "sample", spy)
+    def planned(**asked):
+        assert asked["budget_tokens"] == 333
+        return plan_rollout(**asked)
+
+    monkeypatch.setattr(engine, "run", spy)
+    monkeypatch.setattr(sample, "plan_rollout", planned)
     chosen = dict(temperature=0.9, top_p=0.8, top_k=7, min_p=0.01, repetition_penalty=1.1, max_completion_length=5)
     run(
-        tmp_path,
-        max_steps=1,
-        num_generations=3,
-        rollout_token_budget=333,
-        token_budget=222,
-        rollout_weights="4bit",
-        rollout_kv="int8",
-        rollout_paged=False,
-        rollout_cuda_graphs=False,
-        stop_strings=["zz"],
-        **chosen,
-    )
-    assert given == {
-        **chosen,
-        "stop_strings": ("zz",),
-        "num_generations": 3,
-        "rollout_token_budget": 333,
-        "token_budget": 222,
-        "weights": "4bit",
-        "kv": "int8",
-        "paged": False,
-        "cuda_graphs": False,
-    }
+        tmp_path, max_steps=1, num_generations=3, rollout_token_budget=333, token_budget=222, rollout_weights="4bit",
+        rollout_kv="int8", rollout_cuda_graphs=False, use_cpu=False, stop_strings=["zz"], **chosen,
+    )  # fmt: skip
+    (request,) = given
+    assert vars(request.params) == {**chosen, "stop_strings": ("zz",)}
+    assert (request.num_generations, request.prefill_tokens, request.kv_dtype) == (3, 222, torch.int8)
+    assert request.dense is False and request.captures is None
 
 
 @pytest.mark.parametrize(
@@ -841,12 +832,12 @@ def test_a_model_that_is_not_finite_is_said_to_be(tmp_path, tokenizer, engine_re
     model = make_model("llama")
     model.get_decoder().norm.weight.data[3] = torch.nan
     policy = make_policy(model)
-    policy.engine_refusal = engine_refusal
-    for sampled in (complete, complete_greedily):
-        prompts = [Prompt("1+1=", tokenizer("1+1=")["input_ids"], {})]
-        given = (policy, prompts, *([2] if sampled is complete else []), settings(tmp_path))
+    sampler = Sampler(policy, settings(tmp_path))
+    sampler.engine_refusal = engine_refusal
+    prompts = [Prompt("1+1=", tokenizer("1+1=")["input_ids"], {})]
+    for sampled in (partial(sampler.complete, count=2), sampler.complete_greedily):
         with pytest.raises(FloatingPointError, match="cannot be sampled from, since its logits are not finite"):
-            sampled(*given)
+            sampled(prompts)
 
 
 @pytest.mark.parametrize("kl_in_reward", [False, True])

@@ -16,7 +16,8 @@ from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.evaluation.show import printable
-from lowmem_grpo.generate import as_text, complete_greedily
+from lowmem_grpo.generate import as_text
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -96,9 +97,10 @@ def text_curve(values: list[float], top: float, height: int = 6) -> str:
 def completions_table(policy: Policy, problems: list[task.Problem], config: GRPOConfig) -> Table:
     """The same prompts answered by the reference, which is the model before training, and by the policy."""
     prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
+    sampler = Sampler(policy, config)
     with policy.as_reference():
-        before = complete_greedily(policy, prompts, config)
-    after = complete_greedily(policy, prompts, config)
+        before = sampler.complete_greedily(prompts)
+    after = sampler.complete_greedily(prompts)
     table = Table(title="\nThree held-out prompts", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold")

@@ -18,11 +18,11 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
-from lowmem_grpo.generate import as_text, complete, complete_greedily
+from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.load import is_adapter
-from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner
@@ -46,22 +46,22 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
+    sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> dict[str, float]:
     """The metrics of measure()."""
-    return measure(policy, prompts, rewards, config, step).metrics
+    return measure(sampler, prompts, rewards, config, step).metrics
 
 
-def measure(policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int) -> Evaluation:
+def measure(sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int) -> Evaluation:
     """Rewards and lengths under the training metrics' names with `eval_` before them, pass@j, and with k > 1 the rest.
 
     The same seed in every evaluation, so that two of them differ by the policy alone; torch's generator stays where it
     was.
     """
     k = config.num_generations_eval or 1
-    completions = _completions(policy, prompts, config)
+    completions = _completions(sampler, prompts, config)
     asked = [prompt for prompt in prompts for _ in range(k)]
-    texts = [as_text(policy, p, c) for p, c in zip(asked, completions, strict=True)]
+    texts = [as_text(sampler.policy, p, c) for p, c in zip(asked, completions, strict=True)]
     columns = {key: [p.columns.get(key) for p in asked] for key in prompts[0].columns}
     scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
     total = weighted_rewards(scores.rewards, config.reward_weights)
@@ -93,13 +93,14 @@ def measure(policy: Policy, prompts: list[Prompt], rewards: RewardRunner, config
     )  # fmt: skip
 
 
-def _completions(policy: Policy, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
+def _completions(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
     """num_generations_eval completions a prompt, drawn as training draws them; one greedy one where it is None."""
+    at_most = config.rollout_token_budget
     if config.num_generations_eval is None:
-        return complete_greedily(policy, prompts, config)
+        return sampler.complete_greedily(prompts, at_most=at_most)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        return complete(policy, prompts, config.num_generations_eval, config).completions
+        return sampler.complete(prompts, config.num_generations_eval, at_most=at_most).completions
 
 
 def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, dict[str, float]]:
@@ -121,11 +122,12 @@ def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfi
     for note in inputs.notes:
         log.warning(note)
     prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()
+    sampler = Sampler(policy, config)
     if not is_adapter(model):
-        return {"model": measure(policy, prompts, rewards, config, step=0)}
+        return {"model": measure(sampler, prompts, rewards, config, step=0)}
     with policy.as_reference():
-        base = measure(policy, prompts, rewards, config, step=0)
-    adapter = measure(policy, prompts, rewards, config, step=0)
+        base = measure(sampler, prompts, rewards, config, step=0)
+    adapter = measure(sampler, prompts, rewards, config, step=0)
     return {
         "base": base,
         "adapter": replace(adapter, metrics=adapter.metrics | differences(base.values, adapter.values)),

@@ -6,6 +6,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 """
 
 import gc
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
-from lowmem_grpo.generate.graphs import Graphs, cuda_capture
+from lowmem_grpo.generate.graphs import Captures, Graphs, cuda_capture
 from lowmem_grpo.generate.plan import PAGE, RolloutPlan, kv_shape
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.store import Store
+from lowmem_grpo.generate.weights import fast_linears
 from lowmem_grpo.model.attention import attending
 from lowmem_grpo.model.attention import refusal as attention_refusal
 from lowmem_grpo.model.lora import plain_lora_layers
@@ -85,81 +87,88 @@ def _stepped(policy: Policy, texts: list[list[int]], plan: RolloutPlan, kv_dtype
     return found
 
 
+@dataclass(frozen=True)
+class Request:
+    """B = prompts x num_generations completions to sample, and from what."""
+
+    policy: Policy
+    prompts: list[list[int]]
+    num_generations: int
+    params: SamplingParams
+    uniforms: Tensor  # (B, max_completion_length) fp32 in [0, 1)
+    prefill_tokens: int  # of prompts that go through the model at once
+    kv_dtype: torch.dtype  # the policy's, or int8
+    dense: bool  # whether 4-bit layers are dequantized once for all
+    captures: Captures | None  # None: no step is captured as a CUDA graph
+
+
 class Ran(NamedTuple):
     """What a rollout made, and how."""
 
     completions: list[Completion]  # B, group after group
-    plan: RolloutPlan  # the given one, or of its kind what was enough where all of it was not
+    plan: RolloutPlan  # the given one, or a smaller one of its kind that fitted after an out-of-memory
     graphs: int  # replayed
     preempted: int  # times that a completion had to wait for pages
     out_of_memory: int  # times
 
 
-def run(
-    policy: Policy,
-    prompts: list[list[int]],
-    num_generations: int,
-    params: SamplingParams,
-    plan: RolloutPlan,
-    uniforms: Tensor,  # (B, max_completion_length) fp32 in [0, 1)
-    prefill_tokens: int,
-    kv_dtype: torch.dtype,  # the policy's, or int8
-    graphs: bool,  # whether CUDA graphs may be captured
-    dense: bool = False,  # whether the layers are those of dense weights, whose captures are others
-) -> Ran:
-    """num_generations completions of each prompt.
+def run(request: Request, plan: RolloutPlan) -> Ran:
+    """Sample what the request asks for, in a store of the plan.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
     others could let go may be enough, and then with half of the slots.
     """
+    policy, count = request.policy, len(request.prompts) * request.num_generations
     done: dict[int, Completion] = {}
     captured, preempted, out_of_memory = 0, 0, 0
     now = plan
-    while len(done) < len(prompts) * num_generations:
-        todo = [i for i in range(len(prompts) * num_generations) if i not in done]
-        now = now.at_most(len(todo))
-        scheduler = Scheduler(todo, num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
-        try:
-            with as_torch_says_it():
-                captured = _run(
-                    policy, prompts, params, now, scheduler, uniforms, prefill_tokens, kv_dtype, graphs, dense, done
-                )
-        except torch.OutOfMemoryError as error:
-            out_of_memory += 1
-            if out_of_memory > 1 and now.slots == 1:
-                error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
-                raise
-            if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
-                plan, now = now.halved() if now == plan else plan, now.halved()
-        preempted += scheduler.preempted
-        if len(done) < len(prompts) * num_generations:
-            gc.collect()
-        if policy.device.type == "cuda" and (graphs or len(done) < len(prompts) * num_generations):
-            torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    return Ran([done[i] for i in range(len(prompts) * num_generations)], plan, captured, preempted, out_of_memory)
+    linears = fast_linears(policy.base, policy.dtype, dense=request.dense)
+    with policy.inference(), policy.autocast(), attending(policy.configs), linears:
+        while len(done) < count:
+            todo = [i for i in range(count) if i not in done]
+            now = now.at_most(len(todo))
+            scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
+            try:
+                with as_torch_says_it():
+                    captured = _run(request, now, scheduler, done)
+            except torch.OutOfMemoryError as error:
+                out_of_memory += 1
+                if out_of_memory > 1 and now.slots == 1:
+                    error.add_note(
+                        "One completion at a time does not fit. Lower max_completion_length or token_budget."
+                    )
+                    raise
+                if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
+                    plan, now = now.halved() if now == plan else plan, now.halved()
+            preempted += scheduler.preempted
+            if len(done) < count:
+                gc.collect()
+            if policy.device.type == "cuda" and (request.captures is not None or len(done) < count):
+                torch.cuda.empty_cache()  # the graphs' pool serves nobody else
+    return Ran([done[i] for i in range(count)], plan, captured, preempted, out_of_memory)
 
 
-def _run(
-    policy: Policy, prompts: list[list[int]], params: SamplingParams, plan: RolloutPlan, scheduler: Scheduler,
-    uniforms: Tensor, prefill_tokens: int, kv_dtype: torch.dtype, graphs: bool, dense: bool,
-    done: dict[int, Completion],
-) -> int:  # fmt: skip
-    """Fill done; how many graphs were replayed for it."""
+def _run(request: Request, plan: RolloutPlan, scheduler: Scheduler, done: dict[int, Completion]) -> int:
+    """Sample the scheduler's completions into done; returns how many CUDA graphs were replayed."""
+    policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
     store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
-    slots = Slots(policy, store, plan, scheduler, params, uniforms)
-    capture = CAPTURE.get(policy.device.type) if graphs else None
-    adapters = [layer.disable_adapters for layer in plain_lora_layers(policy.base)]  # off in the base's own rollouts
-    kind = params, kv_dtype, plan.shared, plan.paged, dense, any(adapters)
-    captured = None if capture is None else Graphs(policy, slots.step, slots.state(), capture(), slots.held, kind)
-    step = captured or slots.step
+    slots = Slots(policy, store, plan, scheduler, params, request.uniforms)
+    capture = CAPTURE.get(policy.device.type)
+    graphs = None
+    if request.captures is not None and capture is not None:
+        # Adapters are off in the base's own rollouts.
+        is_base = any(layer.disable_adapters for layer in plain_lora_layers(policy.base))
+        kind = params, kv_dtype, plan.shared, plan.paged, request.dense, is_base
+        graphs = Graphs(request.captures, slots.step, slots.state(), capture(), slots.held, kind)
+    step = graphs or slots.step
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
-        for slot in slots.admit(prompts, prefill_tokens, block):
+        for slot in slots.admit(request.prompts, request.prefill_tokens, block):
             texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type]
         slots.reserve(block)
-        slots.shrink(1 if captured is None else 2)
+        slots.shrink(1 if graphs is None else 2)
         made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
@@ -175,4 +184,4 @@ def _run(
                     del texts[completion]
                     scheduler.finish(slot)
                     break
-    return 0 if captured is None else len(captured.replays)
+    return 0 if graphs is None else len(graphs.replays)

@@ -9,6 +9,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.errors import in_a_line
-from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
 
 # Steps of a number of rows before its first capture. They compile kernels and allocate workspaces.
@@ -25,25 +25,38 @@ EAGER = 1
 Replay = Callable[[], Tensor]
 
 
+@dataclass
+class Captures:
+    """What a run knows of a model's decoding steps as CUDA graphs."""
+
+    model: str  # its name, for the warning
+    refusal: str | None = None  # why none is captured
+    trusted: set[Hashable] = field(default_factory=set)  # kinds of steps whose replay was compared, and right
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = reason
+        warn(f"{self.model} is sampled from without CUDA graphs, which is slower: {reason}")
+
+
 class Graphs:
     """Runs step(rows) by replaying what a capture of it recorded: from its third on, and in later rollouts its first.
 
     A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
-    two results are compared. Where that fails, steps run one by one for as long as the policy lives, after one warning.
-    Of a kind of step that was trusted once, a policy's later rollouts capture the first: a capture takes 0.05 to 0.1 s
-    on an H200, as long as a step by itself.
+    two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning. Of a
+    kind of step that was trusted once, later rollouts capture the first: a capture takes 0.05 to 0.1 s on an H200, as
+    long as a step by itself.
     """
 
     def __init__(
-        self, policy: Policy, step: Callable[[int], Tensor], state: list[Tensor],
-        capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable = None,
+        self, captures: Captures, step: Callable[[int], Tensor], state: list[Tensor],
+        capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable,
     ):  # fmt: skip
         """step gives (3, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
 
         held says which rows have a completion; what comes out of the others does not matter. kind is what else than the
         number of rows decides which kernels a step runs.
         """
-        self.policy, self.step, self.state, self.capture, self.held = policy, step, state, capture, held
+        self.captures, self.step, self.state, self.capture, self.held = captures, step, state, capture, held
         self.kind = kind
         self.replays: dict[int, Replay] = {}
         self.doubts = 0  # captures whose first replay was another step
@@ -51,8 +64,8 @@ class Graphs:
 
     def __call__(self, rows: int) -> Tensor:
         self.ran[rows] += 1
-        if rows not in self.replays and self.policy.graph_refusal is None:
-            if (self.kind, rows) in self.policy.trusted_captures:
+        if rows not in self.replays and self.captures.refusal is None:
+            if (self.kind, rows) in self.captures.trusted:
                 self._capture(rows)
             elif self.ran[rows] > EAGER:
                 self._try(rows)
@@ -63,12 +76,12 @@ class Graphs:
         try:
             self.replays[rows] = self.capture(partial(self.step, rows))
         except Exception:  # as below, for a reason that was not there the last time: it is tried from the start
-            self.policy.trusted_captures.discard((self.kind, rows))
+            self.captures.trusted.discard((self.kind, rows))
 
     def _try(self, rows: int) -> None:
         before, truth = [x.clone() for x in self.state], None
         try:
-            with _never_waiting(self.policy.device):
+            with _never_waiting(self.state[0].device):
                 truth = self.step(rows)
             self._go_back(before)
             replay = self.capture(partial(self.step, rows))
@@ -81,15 +94,14 @@ class Graphs:
         else:
             if reason is None:
                 self.replays[rows] = replay
-                self.policy.trusted_captures.add((self.kind, rows))
+                self.captures.trusted.add((self.kind, rows))
             self.doubts += reason is not None
         self._go_back(before)
         # Rounding may tip one row into another token, though hardly twice: the next step tries again.
         if reason is None or self.doubts == 1:
             return
         self.replays.clear()
-        self.policy.graph_refusal = reason
-        warn(f"{type(self.policy.base).__name__} is sampled from without CUDA graphs, which is slower: {reason}")
+        self.captures.refuse(reason)
 
     def _go_back(self, before: list[Tensor]) -> None:
         for tensor, values in zip(self.state, before, strict=True):

@@ -22,20 +22,19 @@ def sample(
     prompts: list[list[int]],
     num_generations: int,
     params: SamplingParams,
-    *,
-    rollout_token_budget: int,
-    cache_implementation: str | None = None,
-) -> list[Completion]:
-    """num_generations completions of each prompt, group after group, without log-probabilities.
+    tokens: int,
+) -> tuple[list[Completion], int | None]:
+    """Draw num_generations completions of each prompt, group after group, without log-probabilities.
 
-    A wave holds at most rollout_token_budget tokens (prompt, completion and padding), and at least one completion. Out
-    of memory it is done again in halves, which draw other random numbers; policy.rollout_tokens is then what fitted.
+    A wave holds at most so many tokens (prompt, completion and padding), and at least one completion. Out of memory it
+    is done again in halves, which draw other random numbers. The second value is what then fitted, in tokens, or None.
     """
     rows = [ids for ids in prompts for _ in range(num_generations)]
     sampled: list[list[int]] = []
-    with policy.inference(), policy.autocast(), _prepared(policy, params, cache_implementation):
+    fitting: int | None = None
+    with policy.inference(), policy.autocast(), _prepared(policy, params):
         width = max(map(len, rows)) + params.max_completion_length
-        wave = max(1, rollout_token_budget // width)
+        wave = max(1, tokens // width)
         while len(sampled) < len(rows):
             now = rows[len(sampled) : len(sampled) + wave]
             try:
@@ -46,13 +45,13 @@ def sample(
                     error.add_note("One completion at a time does not fit. Lower max_completion_length.")
                     raise
                 wave = len(now) // 2
-                policy.rollout_tokens = wave * width
+                fitting = wave * width
             else:
                 continue
             gc.collect()
             if policy.device.type == "cuda":
                 torch.cuda.empty_cache()
-    return [_cut(ids, ending(policy, params)) for ids in sampled]
+    return [_cut(ids, ending(policy, params)) for ids in sampled], fitting
 
 
 def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Completion:
@@ -92,7 +91,7 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
 
 
 @contextlib.contextmanager
-def _prepared(policy: Policy, params: SamplingParams, cache_implementation: str | None) -> Iterator[None]:
+def _prepared(policy: Policy, params: SamplingParams) -> Iterator[None]:
     """`generate` without two of its surprises.
 
     It fills whatever a call leaves open from the model's generation config (top_k 20, top_p 0.8 and a repetition
@@ -102,7 +101,6 @@ def _prepared(policy: Policy, params: SamplingParams, cache_implementation: str 
     model = policy.base
     own = model.generation_config
     model.generation_config = generation_config(policy, params)
-    model.generation_config.cache_implementation = cache_implementation
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
         yield

@@ -79,22 +79,21 @@ class RolloutPlan:
 
 def plan_rollout(
     *, prompt_tokens: int, prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
-    share: bool | None = None, paged: bool = False, max_slots: int | None = None,
+    paged: bool,
 ) -> RolloutPlan:  # fmt: skip
     """The most slots whose keys and values fit in budget_tokens; at least one.
 
     prompt_tokens is the longest prompt's. The last token of a prompt is the first that decoding feeds, so that
     prompt_tokens - 1 are prefilled, and max_completion_length are stored: the prompt's last and all but the last
-    sampled. share says whether prompts are shared; None leaves it to SHARE_FROM. A group whose slots are freed at
-    different times keeps its prefix: there are twice as many prefixes as full groups, if the budget allows it.
+    sampled. A group of several shares a prompt of SHARE_FROM tokens or more. A group whose slots are freed at different
+    times keeps its prefix: there are twice as many prefixes as full groups, if the budget allows it.
 
     paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
     slots for completions of half the maximum.
     """
     prefilled = prompt_tokens - 1
-    if share is None:
-        share = num_generations > 1 and prefilled >= SHARE_FROM
-    every = min(prompts * num_generations, max_slots or prompts * num_generations)
+    share = num_generations > 1 and prefilled >= SHARE_FROM
+    every = prompts * num_generations
     dense = _largest(every, prefilled, prompts, num_generations, max_completion_length, budget_tokens, share)
     if not paged or dense.slots == every or max_completion_length <= PAGE:
         return dense

@@ -1,118 +1,165 @@
-"""Sampling completions from the resident policy: prompts and a group size in, completions out."""
+"""Sampler: completions of prompts from the resident policy, as a configuration says."""
 
-import contextlib
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.generate.graphs import Captures
 from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
-from lowmem_grpo.generate.weights import dense_bytes, fast_linears
-from lowmem_grpo.model.attention import attending
+from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
 
 
 class Sampled(NamedTuple):
-    completions: list[Completion]  # B
+    completions: list[Completion]  # B, group after group
     metrics: dict[str, float]  # how it was done, as rollout/slots, kv_mib, dense_weights_mib, cuda_graphs, ...
 
 
-def sample(
-    policy: Policy,
-    prompts: list[list[int]],
-    num_generations: int,
-    params: SamplingParams,
-    *,
-    rollout_token_budget: int,
-    token_budget: int,
-    plan: RolloutPlan | None = None,
-    weights: Literal["auto", "4bit", "dense"] = "auto",
-    kv: Literal["full", "int8"] = "full",
-    paged: bool = True,
-    cuda_graphs: bool = True,
-) -> Sampled:
-    """num_generations completions of each prompt, group after group, with the adapters as they are now.
+class Sampler:
+    """Draws completions from a policy, with its adapters as they are, and remembers what a call has shown.
 
-    At most rollout_token_budget tokens have their keys and values in memory at once, unless plan says otherwise;
-    prompts are prefilled token_budget tokens at a time. "dense" weights are dequantized once for the call, which takes
-    dense_bytes of memory; "auto" does so on a CPU whose free memory holds them eight times over when that is first
-    asked of a policy. Adapters are added to either as in training. Keys and values are kept in the compute dtype, or in
-    "int8". On a GPU they lie in pages, where paged, and steps of decoding are captured as cuda_graphs and replayed;
-    where that does not work for a model, a warning says why. A model that the engine does not know is sampled from by
-    transformers' `generate`, after a warning.
+    Made once a run. A model that the engine does not know is sampled from by transformers' `generate`, after a warning.
 
-    Where a call ran out of memory, the next ones have the tokens that were enough for it.
-
-    Raises:
-        InputError: a prompt without a token, or dense weights or int8 keys and values of a model that the engine does
-            not know.
-        NotFiniteError: the policy's logits are not finite, by the engine in every completion; one of which they are
-            not finite is nobody else's matter there, and its log-probabilities show it.
+    Attributes:
+        params, greedy: how complete() and complete_greedily() choose the next token.
+        fitting_tokens: how many tokens' keys and values fitted, after a call ran out of memory; None if none did.
+        samples_dense: what rollout_weights="auto" came to in its first call; None before that.
+        captures: which steps of decoding may be replayed as CUDA graphs.
     """
-    if not prompts:
-        return Sampled([], {})
-    if not all(prompts):
-        raise InputError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
-    # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
-    # none, so that it changes nothing of the training around it.
-    draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
-    kv_dtype = torch.int8 if kv == "int8" else policy.dtype
-    if policy.engine_refusal == "unasked":
-        policy.engine_refusal = engine.refusal(policy, kv_dtype)
-        if policy.engine_refusal:
-            warn(
-                f"{type(policy.base).__name__} is sampled from by transformers' generate, which is slower and does not "
-                f"say its log-probabilities, so that there are no importance weights: {policy.engine_refusal}"
-            )
-    rollout_token_budget = min(rollout_token_budget, policy.rollout_tokens or rollout_token_budget)
-    if policy.engine_refusal:
-        asked = "rollout_kv='int8'" if kv == "int8" else "rollout_weights='dense'" if weights == "dense" else None
-        if asked:
-            raise InputError(
-                f"{asked} needs the engine, which does not know this model: {policy.engine_refusal}; leave it out"
-            )
-        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
-            torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
-            completions = hf.sample(policy, prompts, num_generations, params, rollout_token_budget=rollout_token_budget)
-        return Sampled(completions, {})
-    plan = plan or plan_rollout(
-        prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=num_generations,
-        max_completion_length=params.max_completion_length, budget_tokens=rollout_token_budget,
-        paged=paged and policy.device.type == "cuda",
-    )  # fmt: skip
-    plan = plan.at_most(len(prompts) * num_generations)
-    size = dense_bytes(policy.base, policy.dtype)
-    if weights == "auto" and policy.samples_dense is None:
-        policy.samples_dense = policy.device.type == "cpu" and 8 * size <= psutil.virtual_memory().available
-    dense = weights == "dense" or (weights == "auto" and bool(policy.samples_dense))
-    uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(policy.inference())
-        stack.enter_context(policy.autocast())
-        stack.enter_context(attending(policy.configs))
-        stack.enter_context(fast_linears(policy.base, policy.dtype, dense=dense))
-        ran = engine.run(
-            policy, prompts, num_generations, params, plan, uniforms.to(policy.device), token_budget, kv_dtype,
-            cuda_graphs, dense,
+
+    def __init__(self, policy: Policy, config: GRPOConfig):
+        self.policy, self.config = policy, config
+        length, stop_strings = config.max_completion_length, tuple(config.stop_strings or ())
+        self.params = SamplingParams(
+            max_completion_length=length, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+            min_p=config.min_p, repetition_penalty=config.repetition_penalty, stop_strings=stop_strings,
         )  # fmt: skip
-    if not any(completion.is_finite for completion in ran.completions):
-        raise NotFiniteError(NOT_FINITE)
-    if ran.plan != plan:
-        policy.rollout_tokens = ran.plan.tokens()
-    kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, kv_dtype).token_bytes
-    return Sampled(
-        ran.completions,
-        {
-            "rollout/slots": ran.plan.slots,
-            "rollout/kv_mib": kv_bytes / 2**20,
-            "rollout/dense_weights_mib": size / 2**20 if dense else 0.0,
-            "rollout/cuda_graphs": ran.graphs,
-            "rollout/preempted": ran.preempted,
-            "rollout/out_of_memory": ran.out_of_memory,
-        },
-    )
+        self.greedy = SamplingParams(max_completion_length=length, temperature=0, stop_strings=stop_strings)
+        self.kv_dtype = torch.int8 if config.rollout_kv == "int8" else policy.dtype
+        self.fitting_tokens: int | None = None
+        self.samples_dense: bool | None = None
+        self.captures = Captures(type(policy.base).__name__)
+
+    def complete(self, prompts: list[Prompt], count: int, *, at_most: int | None = None) -> Sampled:
+        """Draw count completions of each prompt; one number of torch's generator decides all of them.
+
+        At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less.
+
+        Raises:
+            InputError: a prompt has no token, or dense weights or int8 keys and values are asked of a model that the
+                engine does not know.
+            NotFiniteError: no completion of the engine has finite logits, or one of `generate` has not. Where only some
+                of the engine's have not, their log-probabilities show it.
+        """
+        return self._sample([prompt.ids for prompt in prompts], count, self.params, at_most)
+
+    def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
+        """Take the likeliest token each time, for one completion a prompt; draws no random number.
+
+        Memory and errors are as complete() has them.
+        """
+        return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most).completions
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know to sample the same completions, for JSON."""
+        return {"samples_dense": self.samples_dense}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() returned."""
+        self.samples_dense = state["samples_dense"]
+
+    @cached_property
+    def engine_refusal(self) -> str | None:
+        """Why the engine cannot sample from this model, or None. Tried on a few tokens, once, with a warning."""
+        reason = engine.refusal(self.policy, self.kv_dtype)
+        if reason:
+            warn(
+                f"{type(self.policy.base).__name__} is sampled from by transformers' generate, which is slower and "
+                f"does not say its log-probabilities, so that there are no importance weights: {reason}"
+            )
+        return reason
+
+    def plan(self, prompts: list[list[int]], count: int, tokens: int) -> RolloutPlan:
+        """The store for count completions of each prompt, of at most so many tokens if one completion fits in them.
+
+        A benchmark or test that wants another store overrides this.
+        """
+        return plan_rollout(
+            prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=count,
+            max_completion_length=self.config.max_completion_length, budget_tokens=tokens,
+            paged=self.config.rollout_paged and self.policy.device.type == "cuda",
+        )  # fmt: skip
+
+    def _sample(
+        self, prompts: list[list[int]], count: int, params: SamplingParams, at_most: int | None = None
+    ) -> Sampled:
+        if not prompts:
+            return Sampled([], {})
+        if not all(prompts):
+            raise InputError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
+        # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
+        # none, so that it changes nothing of the training around it.
+        draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
+        limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
+        tokens = min(limit for limit in limits if limit is not None)
+        by = self._by_generate if self.engine_refusal else self._by_engine
+        return by(prompts, count, params, draw, tokens)
+
+    def _by_generate(
+        self, prompts: list[list[int]], count: int, params: SamplingParams, draw: torch.Generator, tokens: int
+    ) -> Sampled:
+        for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
+            if getattr(self.config, name) == value:
+                raise InputError(
+                    f"{name}={value!r} needs the engine, which does not know this model: {self.engine_refusal}; leave "
+                    "it out"
+                )
+        device = self.policy.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
+            completions, fitting = hf.sample(self.policy, prompts, count, params, tokens)
+        self.fitting_tokens = fitting or self.fitting_tokens
+        return Sampled(completions, {})
+
+    def _by_engine(
+        self, prompts: list[list[int]], count: int, params: SamplingParams, draw: torch.Generator, tokens: int
+    ) -> Sampled:
+        config, policy = self.config, self.policy
+        plan = self.plan(prompts, count, tokens).at_most(len(prompts) * count)
+        copy_bytes = dense_bytes(policy.base, policy.dtype)
+        if config.rollout_weights == "auto" and self.samples_dense is None:
+            self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
+        dense = bool(self.samples_dense) if config.rollout_weights == "auto" else config.rollout_weights == "dense"
+        uniforms = torch.rand(len(prompts) * count, params.max_completion_length, generator=draw)
+        ran = engine.run(
+            engine.Request(
+                policy, prompts, count, params, uniforms.to(policy.device), prefill_tokens=config.token_budget,
+                kv_dtype=self.kv_dtype, dense=dense, captures=self.captures if config.has_cuda_graphs else None,
+            ),
+            plan,
+        )  # fmt: skip
+        if not any(completion.is_finite for completion in ran.completions):
+            raise NotFiniteError(NOT_FINITE)
+        if ran.plan != plan:
+            self.fitting_tokens = ran.plan.tokens()
+        kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
+        return Sampled(
+            ran.completions,
+            {
+                "rollout/slots": ran.plan.slots,
+                "rollout/kv_mib": kv_bytes / 2**20,
+                "rollout/dense_weights_mib": copy_bytes / 2**20 if dense else 0.0,
+                "rollout/cuda_graphs": ran.graphs,
+                "rollout/preempted": ran.preempted,
+                "rollout/out_of_memory": ran.out_of_memory,
+            },
+        )

@@ -10,6 +10,7 @@ import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.evaluation.evaluate import measure
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_training_inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Controllers
@@ -76,15 +77,18 @@ def train(
     if total_steps < 0:
         total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
     learner = Learner(policy.trainable_parameters().values(), config, policy.device, total_steps)
+    sampler = Sampler(policy, config)
     stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:
         policy.keep_reference()
     evaluations = None
     if inputs.eval_prompts:
-        evaluate = partial(measure, policy, inputs.eval_prompts, rewards, for_evaluation(inputs.plan, config))
+        evaluate = partial(measure, sampler, inputs.eval_prompts, rewards, for_evaluation(inputs.plan, config))
         evaluations = Evaluations(evaluate, inputs.eval_prompts, config.num_generations_eval)
     collect_step = refill if needs_refill(config) else collect
-    parts = {"stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers}
+    parts = {
+        "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
+    }  # fmt: skip
 
     with Run(inputs, policy, learner, total_steps, parts, evaluations, callbacks) as run:
         if policy.device.type == "cuda" and not run.is_over:
@@ -92,7 +96,7 @@ def train(
         for step in run.steps():
             # 1. Rollout: the policy completes every prompt num_generations times; rewards; group advantages.
             with step.phase("rollout"):
-                collected = collect_step(policy, prompts, stream, rewards, config, step.number)
+                collected = collect_step(sampler, prompts, stream, rewards, config, step.number)
                 rollout = collected.rollout
 
             # 2. The reference, and where something must be known before the first gradient, the policy as it is.
@@ -122,7 +126,6 @@ def train(
             controllers.after_kl(metrics.get("kl"), len(rollout.completions))
             if config.sync_ref_model and step.number % config.ref_model_sync_steps == 0:
                 policy.sync_reference(config.ref_model_mixup_alpha)
-            stream.move_to(collected.stream)
 
             # 4. The step is whole: metrics, evaluation, checkpoint.
             metrics["epoch"] = stream.position / len(prompts)

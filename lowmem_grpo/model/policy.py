@@ -1,10 +1,10 @@
 """Policy: one frozen 4-bit base with LoRA adapters. The reference is the same model with the adapters switched off."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -40,11 +40,6 @@ class Policy:
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
-        self.rollout_tokens: int | None = None  # whose keys and values fitted, after a rollout ran out of memory
-        self.samples_dense: bool | None = None  # what rollout_weights="auto" came to, for the whole run
-        self.engine_refusal: str | Literal["unasked"] | None = "unasked"  # why generate.engine cannot sample from it
-        self.graph_refusal: str | None = None  # why its steps of decoding are not captured as CUDA graphs
-        self.trusted_captures: set[Hashable] = set()  # kinds of such steps whose replay was compared, and right
         self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention

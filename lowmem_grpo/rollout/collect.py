@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.generate import as_text, complete
+from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.completion import Completion
-from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.objective.advantages import Advantages, compare
 from lowmem_grpo.objective.formulas import kl_estimate
 from lowmem_grpo.rewards import RewardRunner
@@ -22,24 +22,24 @@ from lowmem_grpo.rollout.stream import Stream, prompts_at
 
 class Collected(NamedTuple):
     rollout: Rollout
-    stream: Stream  # as it stands when the step is whole
     num_tokens: int  # of every completion sampled, whether or not the rollout has it, with its prompt
     num_new_tokens: int  # of these completions alone
 
 
 def collect(
-    policy: Policy, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
+    sampler: Sampler, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Collected:
     """Sample num_generations completions of each of the stream's next prompts, score them, and compare them.
 
-    `stream` is not changed; Collected has the one that the next step draws from.
+    The stream moves on to where the next step draws from.
     """
     positions = range(stream.position, stream.position + config.prompts_per_step)
-    scored = sample_and_score(policy, prompts, positions, rewards, config, step)
+    scored = sample_and_score(sampler, prompts, positions, rewards, config, step)
     compared = compare_rewards(scored.rewards, config)
     metrics = scored_metrics(scored, compared, rewards.names)
-    rollout = as_rollout(scored, compared, metrics, rewards.names, policy.device, config)
-    return Collected(rollout, replace(stream, position=positions.stop), sum(rollout.lengths), rollout.num_tokens)
+    rollout = as_rollout(scored, compared, metrics, rewards.names, sampler.policy.device, config)
+    stream.position = positions.stop
+    return Collected(rollout, sum(rollout.lengths), rollout.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Scored:
 
 
 def sample_and_score(
-    policy: Policy,
+    sampler: Sampler,
     prompts: list[Prompt],
     positions: Sequence[int],
     rewards: RewardRunner,
@@ -64,9 +64,9 @@ def sample_and_score(
 ) -> Scored:
     """num_generations completions of the prompts at these positions of the stream, and what the rewards say of them."""
     drawn = prompts_at(prompts, positions, config)
-    completions, metrics = complete(policy, drawn, config.num_generations, config)
+    completions, metrics = sampler.complete(drawn, config.num_generations)
     asked = [prompt for prompt in drawn for _ in range(config.num_generations)]
-    texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
+    texts = [as_text(sampler.policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
     columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
     scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
     table = {**scores.extra_columns, "prompt": [p.text for p in asked], "completion": texts}

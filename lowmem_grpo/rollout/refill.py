@@ -8,6 +8,7 @@ from torch import Tensor
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate import as_text
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import nanstd, weighted_rewards
 from lowmem_grpo.rewards import RewardRunner
@@ -29,7 +30,7 @@ def needs_refill(config: GRPOConfig) -> bool:
 
 
 def refill(
-    policy: Policy, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
+    sampler: Sampler, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Collected:
     """A step as `collect` makes it, with the groups that have no difference replaced where that can be done.
 
@@ -37,10 +38,9 @@ def refill(
     https://arxiv.org/abs/2503.14476), and then for those in the replay buffer. A group that is without a difference
     after all that stays, so that a step has always as many. Metrics are over everything that was sampled.
 
-    `stream` is not changed; Collected has the one that the next step draws from.
+    The stream moves on to where the next step draws from, and knows the prompts that turned out dull.
     """
-    stream = Stream(stream.position, set(stream.dull_prompts), stream.replay.copy())
-    rounds = _sample_rounds(policy, prompts, stream, rewards, config, step)
+    rounds = _sample_rounds(sampler, prompts, stream, rewards, config, step)
     missing = _missing(rounds, config)
     replayed = stream.replay.take(missing)
     # What is still missing are groups of the last round as they are: it asked for no more than were missing then.
@@ -58,15 +58,14 @@ def refill(
         metrics["dynamic_sampling/dropped_groups"] = len(every.prompts) - len(fresh.prompts)
     if config.replay_buffer_size:
         metrics["replay/groups"] = len(replayed)
-    learned = _joined([fresh, _replayed(policy, prompts, replayed, config)])
+    learned = _joined([fresh, _replayed(sampler.policy, prompts, replayed, config)])
     compared = compare_rewards(learned.rewards, config)
-    rollout = as_rollout(learned, compared, metrics, rewards.names, policy.device, config)
+    rollout = as_rollout(learned, compared, metrics, rewards.names, sampler.policy.device, config)
     num_new_tokens = sum(len(completion.ids) for completion in every.completions)
     num_prompt_tokens = config.num_generations * sum(len(prompt.ids) for prompt in every.prompts)
     num_replayed_tokens = sum(len(completion.ids) for group in replayed for completion in group.completions)
     return Collected(
         replace(rollout, num_replayed_tokens=num_replayed_tokens),
-        stream,
         num_tokens=num_new_tokens + num_prompt_tokens,
         num_new_tokens=num_new_tokens,
     )
@@ -83,14 +82,14 @@ def _missing(rounds: list[_Round], config: GRPOConfig) -> int:
 
 
 def _sample_rounds(
-    policy: Policy, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
+    sampler: Sampler, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> list[_Round]:
     """Sample until no group is missing or no round is left; the stream moves on and learns which prompts are dull."""
     rounds: list[_Round] = []
     while len(rounds) <= config.dynamic_sampling_rounds and _missing(rounds, config):
         positions = next_positions(stream.position, _missing(rounds, config), stream.dull_prompts, len(prompts), config)
         stream.position = positions[-1] + 1
-        scored = sample_and_score(policy, prompts, positions, rewards, config, step)
+        scored = sample_and_score(sampler, prompts, positions, rewards, config, step)
         differs = _differs(scored.rewards, config)
         for position, is_dull in zip(positions, (~differs).tolist(), strict=True):
             index = index_at(position, len(prompts), config)

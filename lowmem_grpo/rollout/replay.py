@@ -33,11 +33,6 @@ class ReplayBuffer:
         self.groups, taken = self.groups[:kept], self.groups[kept:]
         return taken[::-1]
 
-    def copy(self) -> "ReplayBuffer":
-        other = ReplayBuffer(self.size)
-        other.groups = list(self.groups)
-        return other
-
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint: flat over groups, completions and tokens."""
         completions = [completion for group in self.groups for completion in group.completions]

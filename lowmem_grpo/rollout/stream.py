@@ -68,10 +68,6 @@ class Stream:
     dull_prompts: set[int]  # by index, those whose last group had no difference; kept with curriculum_skip alone
     replay: ReplayBuffer
 
-    def move_to(self, other: "Stream") -> None:
-        """Stand where another stream stands."""
-        self.position, self.dull_prompts, self.replay.groups = other.position, other.dull_prompts, other.replay.groups
-
     def state(self) -> dict[str, Any]:
         """The position, and the indices of the dull prompts."""
         return {"position": self.position, "dull_prompts": sorted(self.dull_prompts)}
