@@ -8,6 +8,7 @@ from tiny_models import make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rollout.collect import collect
 from lowmem_grpo.rollout.refill import needs_refill, refill
@@ -37,8 +38,8 @@ def step_of(how, policy, config, position=0):
 def test_with_nothing_to_refill_a_step_is_collects():
     """Every tensor, metric and row of the table, also past the end of an epoch."""
     policy, config = make_policy("qwen3"), GRPOConfig(**SETTINGS)
-    collected, refilled = (step_of(how, policy, config, position=4) for how in (collect, refill))
-    assert collected[2:] == refilled[2:] and collected.stream.position == refilled.stream.position == 6
+    (collected, one), (refilled, other) = (step_of(how, policy, config, position=4) for how in (collect, refill))
+    assert collected[1:] == refilled[1:] and one.position == other.position == 6
     assert collected.num_tokens == collected.num_new_tokens + 6 * 3
     for field in dataclasses.fields(collected.rollout):
         one, other = (getattr(found.rollout, field.name) for found in (collected, refilled))
@@ -68,13 +69,14 @@ def test_what_differs_is_kept_for_replay_and_what_is_dull_is_remembered():
     config = GRPOConfig(**SETTINGS, replay_buffer_size=4, curriculum_skip=0.5, shuffle_dataset=False)
     torch.manual_seed(3)
     stream = Stream(0, set(), ReplayBuffer(4))
-    found = refill(make_policy("qwen3"), PROMPTS, stream, RewardRunner([only_prompt_0], None), config, 1)
-    assert found.stream.dull_prompts == {1}
-    assert [group.position for group in found.stream.replay.groups] == [0]
+    sampler = Sampler(make_policy("qwen3"), config)
+    found = refill(sampler, PROMPTS, stream, RewardRunner([only_prompt_0], None), config, 1)
+    assert stream.dull_prompts == {1}
+    assert [group.position for group in stream.replay.groups] == [0]
     assert len(found.rollout.prompts) == 2 and found.rollout.num_replayed_tokens == 0
     torch.manual_seed(4)
     dull = RewardRunner([lambda completions, **_: [1.0] * len(completions)], None)
-    again = refill(make_policy("qwen3"), PROMPTS, found.stream, dull, config, 2)
+    again = refill(Sampler(make_policy("qwen3"), config), PROMPTS, stream, dull, config, 2)
     assert [prompt.text for prompt in again.rollout.prompts] == ["2", "0"], "of two dull groups one makes room"
     assert again.rollout.num_replayed_tokens == sum(len(c.ids) for c in again.rollout.completions[3:]) > 0
     assert again.rollout.advantages[:3].eq(0).all() and again.rollout.advantages[3:].any()

@@ -52,7 +52,9 @@ def evaluate(
     return measure(sampler, prompts, rewards, config, step).metrics
 
 
-def measure(sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int) -> Evaluation:
+def measure(
+    sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
+) -> Evaluation:
     """Rewards and lengths under the training metrics' names with `eval_` before them, pass@j, and with k > 1 the rest.
 
     The same seed in every evaluation, so that two of them differ by the policy alone; torch's generator stays where it
