@@ -48,7 +48,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         if getattr(config, field.name) != field.default and field.name != "use_cpu"
     }
     policy = random_policy(shape, device, **settings)
-    optimizer = make_optimizer(policy.trainable_parameters().values(), config)
+    optimizer = make_optimizer(policy.parameters_of(policy.adapter).values(), config)
     scaler = torch.amp.GradScaler(device, enabled=False)
     draw = torch.Generator().manual_seed(0)
     size = (config.prompts_per_step, config.max_prompt_length or planner.PROMPT_TOKENS)

@@ -101,7 +101,7 @@ def ours(folder: str, device: str, work: Work) -> Parameters:
     scaler, tokens = torch.amp.GradScaler(device, enabled=False), TokenMeter(rollout, policy.device)
     config = settings(device)
     backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
-    return policy.trainable_parameters()
+    return policy.parameters_of(policy.adapter)
 
 
 def trl(folder: str, device: str, work: Work) -> Parameters:

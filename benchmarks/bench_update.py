@@ -111,7 +111,7 @@ def gradient(work: Work, name: str) -> Tensor:
     config = GRPOConfig(token_budget=budget, padding_free=padding_free)
     scaler, tokens = torch.amp.GradScaler(work.device, enabled=False), TokenMeter(rollout, policy.device)
     backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
-    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values() if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in policy.parameters_of(policy.adapter).values() if p.grad is not None])
 
 
 def build(name: str, work: Work, small: bool) -> measure.Run:
@@ -155,7 +155,7 @@ def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, di
     for name in OPTIMIZERS:
         if work.device == "cpu" and name.startswith("paged"):
             continue
-        parameters = [nn.Parameter(p.detach().clone()) for p in policy.trainable_parameters().values()]
+        parameters = [nn.Parameter(p.detach().clone()) for p in policy.parameters_of(policy.adapter).values()]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         optimizer = make_optimizer(parameters, GRPOConfig(**{"optim": name}))

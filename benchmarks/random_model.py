@@ -95,7 +95,7 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=config.pad_token_id)
     policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=device == "cpu", **settings))
     with torch.no_grad():
-        for parameter in policy.trainable_parameters().values():
+        for parameter in policy.parameters_of(policy.adapter).values():
             parameter.normal_(std=0.02)
     return policy
 

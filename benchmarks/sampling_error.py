@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         policy = load_policy(arguments.model, load_tokenizer(arguments.model, config), config)
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in policy.trainable_parameters().values():
+            for parameter in policy.parameters_of(policy.adapter).values():
                 if not parameter.any():
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
         rows = load_rows(task.rows(task.splits()[1][: arguments.prompts]), config)

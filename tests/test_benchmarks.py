@@ -193,8 +193,8 @@ def test_rungs_have_the_gradient_and_optimizers_their_bytes(tmp_path):
     assert found["results"][bench_update.PEFTS]["error"] > 0, "computed another way"
     assert all(result["error"] < 0.03 and result["peak_bytes"] > 0 for result in found["results"].values())
     work = bench_update.Work(**found["work"])
-    sizes = [p.numel() for p in bench_update.make_policy("tiny", "cpu", "", gradient_checkpointing=False)
-             .trainable_parameters().values()]  # fmt: skip
+    policy = bench_update.make_policy("tiny", "cpu", "", gradient_checkpointing=False)
+    sizes = [p.numel() for p in policy.parameters_of(policy.adapter).values()]
     states = {name: result["state_bytes"] for name, result in found["optimizers"].items()}
     assert states["adamw_torch"] == states["adamw_torch_fused"] == 8 * sum(sizes)
     assert 2 * sum(sizes) < states["adamw_8bit"] < 8 * sum(sizes)
@@ -315,7 +315,7 @@ def test_every_implementation_of_the_scaling_has_the_same_gradient(tiny_folder):
     policy, trainer = bench_scaling.our_policy(tiny_folder, "cpu"), bench_scaling.their_trainer(tiny_folder, "cpu")
     layers = [*policy.decoder.layers, *trainer.model.get_base_model().model.layers]
     assert all(layer.gradient_checkpointing and layer.training for layer in layers), "both recompute activations"
-    sides = policy.trainable_parameters(), bench_scaling.adapters(trainer)
+    sides = policy.parameters_of(policy.adapter), bench_scaling.adapters(trainer)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sides[0].items():  # TRL's adapters are in bf16

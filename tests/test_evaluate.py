@@ -47,7 +47,7 @@ def run(folder, rewards, *, eval_dataset=None, callbacks=(), **changes):
 
 
 def adapters(policy):
-    return {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+    return {name: p.detach().clone() for name, p in policy.parameters_of(policy.adapter).items()}
 
 
 def noisy_reward(completions, **kwargs):

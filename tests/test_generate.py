@@ -388,7 +388,7 @@ def test_a_changed_adapter_is_what_is_sampled_from():
     for changed in (policy, fresh):
         draw = torch.Generator().manual_seed(9)
         with torch.no_grad():
-            for parameter in changed.trainable_parameters().values():
+            for parameter in changed.parameters_of(changed.adapter).values():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
     after, expected = run(policy, 4), run(fresh, 4)
     assert ids_of(after) == ids_of(expected) != ids_of(before)
@@ -403,7 +403,7 @@ def test_a_rollout_changes_no_gradient(family, dense):
         policy.model.zero_grad()
         with policy.autocast():
             policy.model(input_ids=torch.tensor([PROMPTS[2]])).logits.float().logsumexp(-1).sum().backward()
-        return [p.grad.clone() for p in policy.trainable_parameters().values()]
+        return [p.grad.clone() for p in policy.parameters_of(policy.adapter).values()]
 
     before = gradients()
     mode = policy.base.config._attn_implementation
@@ -426,7 +426,7 @@ def test_dense_weights_keep_what_the_adapters_learned_in_bf16(family):
     policy, draw = make_policy(family, bf16=True), torch.Generator().manual_seed(1)
     with torch.no_grad():
         policy.base.get_input_embeddings().weight += 1
-        for name, parameter in policy.trainable_parameters().items():
+        for name, parameter in policy.parameters_of(policy.adapter).items():
             sizes = 3e-5 * torch.randn(parameter.shape[0], 1, generator=draw)
             parameter.copy_(sizes.expand(parameter.shape) if "lora_B" in name else torch.full(parameter.shape, 0.25))
     errors = {}

@@ -31,7 +31,7 @@ def run(policy):
         logprobs = policy.logprobs(batch, 1.0)
     size = sum(storage.nbytes() for storage in kept.values())
     logprobs.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}
+    gradients = {name: p.grad.clone() for name, p in policy.parameters_of(policy.adapter).items()}
     policy.model.zero_grad()
     return logprobs.detach(), gradients, size
 

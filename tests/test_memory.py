@@ -195,7 +195,7 @@ def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monk
     phases = planner.forecast(SHAPES[name], config).phases
     policy = make_policy(name, config)
     batch = next(micro_batches(policy, config))
-    for parameter in policy.trainable_parameters().values():
+    for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter)
 
     def update():
@@ -242,7 +242,7 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     policy = make_policy(name, config)
     kept = most_kept_bytes(policy, config, {"prompts": [40, 39]})
     assert_near(predicted.phases["update"]["activations kept"], kept)
-    trained = policy.trainable_parameters().values()
+    trained = policy.parameters_of(policy.adapter).values()
     assert predicted.resident["adapters"] == storages(trained)
     known = {id(p) for p in trained} | {id(p) for p in policy.base.parameters() if hasattr(p, "quant_state")}
     others = [*(p for p in policy.base.parameters() if id(p) not in known), *policy.base.buffers()]
@@ -305,7 +305,7 @@ def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim
     config = GRPOConfig(**TASK, optim=optim, lora_r=32)
     resident = planner.forecast(SHAPES[name], config).resident
     policy = make_policy(name, config)
-    parameters = list(policy.trainable_parameters().values())
+    parameters = list(policy.parameters_of(policy.adapter).values())
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer(parameters, config)

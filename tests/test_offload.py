@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import make_model, make_policy
+from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -19,7 +20,7 @@ def run(policy, length=60):
     (batch,) = pack([[5] * 20], [[7, 8, 9] * (length // 3)], token_budget=1000, pad_token_id=0, device=policy.device)
     logprobs = policy.logprobs(batch, 1.0)
     logprobs.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}
+    gradients = {name: p.grad.clone() for name, p in policy.parameters_of(policy.adapter).items()}
     policy.model.zero_grad()
     return logprobs.detach(), gradients
 
@@ -73,7 +74,7 @@ def test_mlps_that_are_not_plain_are_not_tiled():
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
     )  # fmt: skip
     with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
-        tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder())
+        tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder(), noop_context_fn)
 
 
 @pytest.fixture

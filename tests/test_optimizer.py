@@ -137,7 +137,9 @@ def test_a_resumed_run_goes_on_with_the_optimizers_state(tmp_path, optim):
     run("parts", max_steps=2)
     resumed = run("parts", max_steps=3, resume_from_checkpoint=True)
     for (name, a), b in zip(
-        whole.policy.trainable_parameters().items(), resumed.policy.trainable_parameters().values(), strict=True
+        whole.policy.parameters_of(whole.policy.adapter).items(),
+        resumed.policy.parameters_of(resumed.policy.adapter).values(),
+        strict=True,
     ):
         assert torch.equal(a, b), name
 

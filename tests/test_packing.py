@@ -212,7 +212,7 @@ def trained_on(policy):
             logprobs = policy.logprobs(batch, 1.0)
             (logprobs * weights[batch.tokens]).sum().backward()
             flat[batch.tokens] = logprobs.detach()
-        yield flat, {name: p.grad.clone() for name, p in policy.trainable_parameters().items()}
+        yield flat, {name: p.grad.clone() for name, p in policy.parameters_of(policy.adapter).items()}
         policy.model.zero_grad()
 
 

@@ -70,13 +70,13 @@ def test_the_training_mode_survives_inference():
     with policy.as_reference():
         assert not policy.model.training
     assert policy.model.training
-    assert all(parameter.requires_grad for parameter in policy.trainable_parameters().values())
-    assert len(policy.trainable_parameters()) == 2 * 7 * 2  # A and B of seven linears in two layers
+    assert all(parameter.requires_grad for parameter in policy.parameters_of(policy.adapter).values())
+    assert len(policy.parameters_of(policy.adapter)) == 2 * 7 * 2  # A and B of seven linears in two layers
 
 
 def test_only_fp32_adapters_are_trained():
     policy = make_policy(bf16=True)
-    assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.trainable_parameters().items())
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.parameters_of(policy.adapter).items())
     assert policy.head.weight.dtype == torch.bfloat16
 
 
@@ -137,7 +137,7 @@ def test_gradients_after_an_inference_are_those_before_it(family):
     def gradients():
         for batch in batches(policy):
             policy.logprobs(batch, 1.0).sum().backward()
-        found = [parameter.grad.clone() for parameter in policy.trainable_parameters().values()]
+        found = [parameter.grad.clone() for parameter in policy.parameters_of(policy.adapter).values()]
         policy.model.zero_grad()
         return found
 
@@ -155,7 +155,7 @@ def test_checkpointing_does_not_change_gradients():
         policy = make_policy("qwen3", gradient_checkpointing=gradient_checkpointing)
         for batch in batches(policy):
             policy.logprobs(batch, 1.0).sum().backward()
-        results.append([parameter.grad for parameter in policy.trainable_parameters().values()])
+        results.append([parameter.grad for parameter in policy.parameters_of(policy.adapter).values()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -218,7 +218,7 @@ def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
     adapter = str(tmp_path / "adapter")
     second = load_policy(adapter, load_tokenizer(adapter, config), config)
     torch.testing.assert_close(flat_logprobs(second), flat_logprobs(first))
-    assert second.trainable_parameters()
+    assert second.parameters_of(second.adapter)
     with pytest.raises(ValueError, match="leave it out to continue that one"):
         load_policy(adapter, tokenizer, config, LoraConfig())
 
@@ -243,7 +243,7 @@ def test_a_loaded_peft_model_continues_its_adapter(tokenizer):
     model = get_peft_model(make_model("qwen2"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.requires_grad_(False)
     policy = load_policy(model, tokenizer, config)
-    assert len(policy.trainable_parameters()) == 4
+    assert len(policy.parameters_of(policy.adapter)) == 4
     with pytest.raises(ValueError, match="set load_in_4bit=False"):
         load_policy(model, tokenizer, GRPOConfig(bf16=False, use_cpu=True))
 
@@ -278,7 +278,7 @@ def test_checkpoints_of_another_quantization_are_refused(quantization, settings,
 def test_peft_config_wins_over_the_lora_fields(tokenizer):
     config = GRPOConfig(bf16=False, use_cpu=True)
     policy = load_policy(make_model("qwen2"), tokenizer, config, LoraConfig(r=2, target_modules=["q_proj"]))
-    shapes = {tuple(p.shape) for name, p in policy.trainable_parameters().items() if "lora_A" in name}
+    shapes = {tuple(p.shape) for name, p in policy.parameters_of(policy.adapter).items() if "lora_A" in name}
     assert shapes == {(2, 64)}
 
 

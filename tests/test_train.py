@@ -60,7 +60,7 @@ def run(
 
 
 def adapters(result):
-    return {name: p.detach().clone() for name, p in result.policy.trainable_parameters().items()}
+    return {name: p.detach().clone() for name, p in result.policy.parameters_of(result.policy.adapter).items()}
 
 
 def length_reward(completions, **kwargs):
@@ -90,7 +90,7 @@ def test_nothing_changes_at_a_learning_rate_of_zero(tmp_path):
     before = {}
     result = run(
         tmp_path, rewards=length_reward, learning_rate=0.0, max_steps=3,
-        callbacks=[lambda step, _, policy: before.setdefault(step, {n: p.detach().clone() for n, p in policy.trainable_parameters().items()})],
+        callbacks=[lambda step, _, policy: before.setdefault(step, {n: p.detach().clone() for n, p in policy.parameters_of(policy.adapter).items()})],
     )  # fmt: skip
     after = adapters(result)
     assert all(torch.equal(before[1][name], after[name]) for name in after)
@@ -787,7 +787,7 @@ def test_weights_out_of_range_are_never_saved(tmp_path):
 
 
 def spoil_a_weight(policy) -> None:
-    next(iter(policy.trainable_parameters().values())).data[0, 0] = torch.nan
+    next(iter(policy.parameters_of(policy.adapter).values())).data[0, 0] = torch.nan
 
 
 @pytest.mark.parametrize("save_steps", [1, 20])

@@ -24,8 +24,8 @@ from lowmem_grpo.update.token_metrics import TokenMeter
 
 def gradient_of(policy) -> torch.Tensor:
     """Of all adapters, flat; they have none afterwards."""
-    flat = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
-    for parameter in policy.trainable_parameters().values():
+    flat = torch.cat([p.grad.flatten() for p in policy.parameters_of(policy.adapter).values()])
+    for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None
     return flat
 
@@ -174,7 +174,7 @@ def test_the_update_is_the_definition_on_full_logits(make_fp64_policy):
     known = with_reference(policy, rollout, config, TokenBudget(config.token_budget))
     given = dataclasses.replace(known, old_logprobs=rollout.sampling_logprobs)
     loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
-    parameters = policy.trainable_parameters()
+    parameters = policy.parameters_of(policy.adapter)
     ours = torch.cat([p.grad.flatten() for p in parameters.values()])
     policy.model.zero_grad()
     truth = definition_of_the_loss(policy, rollout, config)
@@ -226,7 +226,7 @@ def test_groups_without_a_difference_are_skipped_and_change_nothing(make_fp64_po
         known = with_reference(policy, rollout, config, TokenBudget(config.token_budget))
         given = dataclasses.replace(known, old_logprobs=rollout.sampling_logprobs)
         loss, _ = backward(policy, given, tokens, coefficients(config), scaler, config, config.token_budget)
-        gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters_of(policy.adapter).values()])
         policy.model.zero_grad()
         found.append((loss, gradient, tokens.metrics()["frac_tokens_skipped"]))
     lengths = rollout.offsets.diff()
@@ -322,7 +322,7 @@ def test_one_sequence_that_does_not_fit_ends_the_run_with_a_remedy():
 def test_the_longest_sequences_are_tried_before_the_first_step():
     policy, budget = make_policy("qwen3"), TokenBudget(200)
     assert policy.packs
-    before = {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+    before = {name: p.detach().clone() for name, p in policy.parameters_of(policy.adapter).items()}
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -330,7 +330,7 @@ def test_the_longest_sequences_are_tried_before_the_first_step():
         try_largest_update(policy, [5] * 20, budget, GRPOConfig(bf16=False, max_completion_length=30))
     assert budget.tokens == 98, "half of 4 x (20 + 29), which a CPU's padding to 224 would take above the budget"
     assert torch.equal(torch.rand(1), expected)
-    for name, parameter in policy.trainable_parameters().items():
+    for name, parameter in policy.parameters_of(policy.adapter).items():
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 

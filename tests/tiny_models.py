@@ -68,7 +68,7 @@ def wake_adapters(policy: Policy) -> None:
     """Set every adapter to fixed values: LoRA's second factor starts at zero, where the policy is its reference."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in policy.trainable_parameters().values():
+        for parameter in policy.parameters_of(policy.adapter).values():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
 
 

@@ -24,7 +24,6 @@ from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import fast_linears
 from lowmem_grpo.model.attention import attending
 from lowmem_grpo.model.attention import refusal as attention_refusal
-from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import LAST, distances, in_fp32, outputs, outputs_kept, pieces, refused, too_far
@@ -156,9 +155,7 @@ def _run(request: Request, plan: RolloutPlan, scheduler: Scheduler, done: dict[i
     capture = CAPTURE.get(policy.device.type)
     graphs = None
     if request.captures is not None and capture is not None:
-        # Adapters are off in the base's own rollouts.
-        is_base = any(layer.disable_adapters for layer in plain_lora_layers(policy.base))
-        kind = params, kv_dtype, plan.shared, plan.paged, request.dense, is_base
+        kind = params, kv_dtype, plan.shared, plan.paged, request.dense, policy.adapters.worn
         graphs = Graphs(request.captures, slots.step, slots.state(), capture(), slots.held, kind)
     step = graphs or slots.step
     finish_of = ending(policy, params)

@@ -11,7 +11,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.lora import plain_lora_layers, worn_by
 
 
 @contextlib.contextmanager
@@ -62,8 +62,7 @@ def _dequantized(layer: Any, dtype: torch.dtype) -> Callable:
 def _adapted(layer: Any, base: Callable, dtype: torch.dtype) -> Callable:
     factors = [
         (layer.lora_A[name].weight.t().to(dtype), layer.lora_B[name].weight.t().to(dtype), layer.scaling[name])
-        for name in layer.active_adapters
-        if name in layer.lora_A
+        for name in worn_by(layer)
     ]
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:

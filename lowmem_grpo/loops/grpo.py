@@ -76,7 +76,7 @@ def train(
     total_steps = config.max_steps
     if total_steps < 0:
         total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
-    learner = Learner(policy.trainable_parameters().values(), config, policy.device, total_steps)
+    learner = Learner(policy.parameters_of(policy.adapter).values(), config, policy.device, total_steps)
     sampler = Sampler(policy, config)
     stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from lowmem_grpo.model.adapters import Adapters
+
 NAME = "lowmem_grpo"
 LAYERS_KNOWN = {"full_attention", "sliding_attention"}
 # Arguments of an attention call that say nothing about its result here: positions are in the keys already.
@@ -91,13 +93,20 @@ def laid_out(layout: Layout) -> Iterator[None]:
 
 
 class Recomputation(contextlib.ExitStack):
-    """The attention of a forward once more: a checkpointed layer is computed again in the backward, maybe elsewhere."""
+    """The attention and the adapters of a forward once more, around a checkpointed layer's part of the backward.
 
-    def __init__(self, configs: list[Any]):
+    It is made in the forward and entered in the backward, where the model may attend otherwise, and wear others: the
+    gradients of a layer that is recomputed with another adapter are wrong, and nothing says so.
+    """
+
+    def __init__(self, configs: list[Any], adapters: Adapters):
         super().__init__()
         self.configs, self.layout = configs, _LAYOUT.get()
+        self.adapters, self.worn = adapters, adapters.worn
 
     def __enter__(self) -> "Recomputation":
+        if self.worn != self.adapters.worn:
+            self.enter_context(self.adapters.wearing(self.worn))
         if self.layout is not None:
             self.enter_context(attending(self.configs))
             self.enter_context(laid_out(self.layout))

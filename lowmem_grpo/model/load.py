@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from transformers import (
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.attention import Recomputation, configs_of
+from lowmem_grpo.model.adapters import refuse_config
+from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
@@ -56,9 +57,9 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
             # repacked weight then raises, or silently loses the adapters' gradient.
             module.support_avx512bf16_for_cpu = False
-    equip(peft_model, config)
     policy = Policy(peft_model, tokenizer, dtype)
-    broken = not_finite(policy.trainable_parameters())
+    equip(policy, config)
+    broken = not_finite(policy.parameters_of(policy.adapter))
     if broken:
         raise InputError(
             f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
@@ -95,23 +96,28 @@ def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
-def equip(model: PeftModel, config: GRPOConfig) -> None:
-    """Make a model with adapters ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
-    base: Any = model.get_base_model()
+def equip(policy: Policy, config: GRPOConfig) -> None:
+    """Make a policy ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
+    model, base = policy.model, policy.base
     undo(base)  # what an earlier load of it asked for
     _switch_off_base_dropout(model)
     keep_one_input(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """Of a checkpointed layer's forward, and of its recomputation."""
+        return contextlib.nullcontext(), Recomputation(policy.configs, policy.adapters)
+
     if config.use_liger_kernel:
         use_liger_kernels(base)
     if config.tiled_mlp:
-        tile_mlps(base.get_decoder())
+        tile_mlps(base.get_decoder(), contexts)
     if config.offload_embedding:
         offload_embedding(base)
     if config.gradient_checkpointing:
-        _enable_checkpointing(base)
+        _enable_checkpointing(base, contexts)
     elif any(getattr(layer, "gradient_checkpointing", False) for layer in base.modules()):
         _disable_checkpointing(base)
     model.train()
@@ -126,11 +132,10 @@ def _switch_off_base_dropout(model: PeftModel) -> None:
             vars(layer)["attention_dropout"] = 0.0
 
 
-def _enable_checkpointing(model: Any) -> None:
+def _enable_checkpointing(model: Any, contexts: Callable[[], tuple]) -> None:
     # transformers renamed it; the old name warns where there is a new one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    configs = configs_of(model)
-    enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), Recomputation(configs))})
+    enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _disable_checkpointing(model: Any) -> None:
@@ -144,7 +149,8 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
             raise InputError(
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
-        _train_adapter(model)
+        model.requires_grad_(False)
+        model.set_requires_grad(list(model.peft_config))  # also of those that are not worn, which stay fp32 so
         return _placed(model, device, dtype)
     if isinstance(model, PreTrainedModel):
         model.requires_grad_(False)
@@ -165,10 +171,11 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
         raise InputError(
             "peft_config is given, but the model already has an adapter; leave it out to continue that one"
         )
-    if peft_config is not None and not isinstance(peft_config, LoraConfig):
-        raise InputError(f"peft_config is a {type(peft_config).__name__}; only LoraConfig is supported")
-    if peft_config is not None and peft_config.bias != "none":
-        raise InputError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
+        raise InputError(
+            f"the model has the adapters {', '.join(model.active_adapters)} active at once; activate the one to train"
+        )
+    refuse_config(peft_config)
     changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
@@ -305,11 +312,6 @@ def _outdated_name() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
-
-
-def _train_adapter(model: PeftModel) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name and f".{model.active_adapter}." in name)
 
 
 def load_tokenizer(model, config: GRPOConfig):

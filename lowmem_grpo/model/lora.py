@@ -37,15 +37,15 @@ class _AddAdapter(torch.autograd.Function):
 
 
 def keep_one_input(model: nn.Module) -> None:
-    """Let the plain adapted layers of a model go through _AddAdapter, where they have one adapter and drop nothing."""
-    for layer in plain_lora_layers(model):
+    """Let the adapted linear layers of a model go through _AddAdapter, wherever what they wear is one plain adapter."""
+    for layer in _linear_lora_layers(model):
         layer.forward = partial(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    own = len(names) == 1 and not _drops(layer.lora_dropout[names[0]]) and not (arguments or keywords)
-    if not own or layer.disable_adapters or layer.merged:
+    names = worn_by(layer)
+    own = len(names) == 1 and _is_plain(layer, names[0]) and not _drops(layer.lora_dropout[names[0]])
+    if not own or arguments or keywords or layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *arguments, **keywords)
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -61,11 +61,22 @@ def _drops(dropout: nn.Module) -> bool:
 
 
 def plain_lora_layers(model: nn.Module) -> list[Any]:
-    """Adapted linear layers. DoRA, 8-bit weights and the like PEFT goes on computing itself."""
+    """Linear layers that wear plain LoRA, or nothing. DoRA, 8-bit weights and the like are left to PEFT."""
+    return [layer for layer in _linear_lora_layers(model) if all(_is_plain(layer, name) for name in worn_by(layer))]
+
+
+def worn_by(layer: Any) -> list[str]:
+    """The names of the adapters that a layer computes with, unless they are off; it may lack what other layers wear."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    return name not in layer.lora_variant and layer.lora_B[name].bias is None
+
+
+def _linear_lora_layers(model: nn.Module) -> list[Any]:
     return [
         layer
         for layer in model.modules()
         if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in (nn.Linear, Linear4bit)
-        if not getattr(layer, "lora_variant", None)
-        if not any(lora_b.bias is not None for lora_b in layer.lora_B.values())
-    ]  # fmt: skip
+    ]

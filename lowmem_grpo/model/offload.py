@@ -19,10 +19,11 @@ LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is wor
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"})
 
 
-def tile_mlps(decoder: nn.Module) -> None:
+def tile_mlps(decoder: nn.Module, contexts: Callable[[], tuple]) -> None:
     """Compute each layer's MLP TILE_TOKENS rows at a time, and again in the backward: its rows are independent.
 
-    Only one tile's intermediates exist at a time, for the input and the output of the whole.
+    Only one tile's intermediates exist at a time, for the input and the output of the whole. contexts makes those of a
+    tile's forward and of its recomputation.
 
     Raises:
         InputError: a layer's MLP is not a plain one.
@@ -31,17 +32,17 @@ def tile_mlps(decoder: nn.Module) -> None:
         mlp = getattr(layer, "mlp", None)
         if mlp is None or not any(names <= {name for name, _ in mlp.named_children()} for names in GATED):
             raise InputError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
-        mlp.forward = _Ours(_tiled(mlp.forward))
+        mlp.forward = _Ours(_tiled(mlp.forward, contexts))
 
 
-def _tiled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _tiled(forward: Callable[[Tensor], Tensor], contexts: Callable[[], tuple]) -> Callable[[Tensor], Tensor]:
     def tiled(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if len(rows) <= TILE_TOKENS:
             return forward(x)
         tiles = rows.split(TILE_TOKENS)
         if torch.is_grad_enabled():
-            out = [checkpoint(forward, tile, use_reentrant=False) for tile in tiles]
+            out = [checkpoint(forward, tile, use_reentrant=False, context_fn=contexts) for tile in tiles]
         else:
             out = [forward(tile) for tile in tiles]
         return torch.cat(out).view(*x.shape[:-1], -1)  # type: ignore[arg-type]

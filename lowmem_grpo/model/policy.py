@@ -1,20 +1,23 @@
 """Policy: one frozen 4-bit base with LoRA adapters. The reference is the same model with the adapters switched off."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.model.adapters import Adapters
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
+from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.trial import difference_when_packed, refused
@@ -22,10 +25,14 @@ from lowmem_grpo.warn import warn
 
 
 class Policy:
-    """A language model that answers, and that learns through its adapters alone.
+    """A language model that answers, and that learns through its adapter alone.
+
+    Other adapters may share the base: add() puts them on it, and wearing() has the layers compute with one of them.
 
     Attributes:
         model: the peft model; only its LoRA parameters, fp32, ask for a gradient.
+        adapter: PEFT's name of the policy's own adapter.
+        adapters: all of the model's, and which of them its layers wear: the policy's own, unless told otherwise.
         base: the model inside it, whose linear layers carry the adapters.
         decoder: the model without its head. linear_logprobs is the head wherever probabilities are trained on.
         dtype: of all computation but the adapters' masters.
@@ -34,6 +41,7 @@ class Policy:
     def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
+        self.adapter, self.adapters = str(model.active_adapter), Adapters(model)
         self.decoder: nn.Module = self.base.get_decoder()
         self.head = read_head(self.base)
         self.device = self.head.weight.device
@@ -44,8 +52,39 @@ class Policy:
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention
 
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """What is trained of an adapter, under the model's names and in the model's order."""
+        return self.adapters.parameters_of(name)
+
+    def add(self, name: str, peft_config: LoraConfig | None = None, *, copy_of: str | None = None) -> None:
+        """Put one more adapter on the base, without wearing it: fp32, on the base's device, 4 bytes a parameter.
+
+        It starts without effect, as LoRA does, or as a copy of another adapter's values. By default its configuration
+        is that of the policy's own adapter.
+
+        Raises:
+            InputError: the name is taken, or no adapter of this configuration can be added.
+        """
+        if peft_config is not None and copy_of is not None:
+            raise InputError("peft_config has no effect beside copy_of, whose configuration a copy has; leave it out")
+        if peft_config is None:
+            peft_config = copy.copy(self.adapters.config_of(copy_of or self.adapter))
+            peft_config.init_lora_weights = True
+        self.adapters.add(name, peft_config)
+        read_head(self.base)  # which has no adapter still, or it says so
+        keep_one_input(self.model)
+        if copy_of is not None:
+            self.adapters.copy(name, copy_of)
+
+    @contextlib.contextmanager
+    def wearing(self, name: str) -> Iterator[None]:
+        """The layers compute with an adapter for the while, in training, in sampling and where a layer is recomputed.
+
+        A forward made inside may have its backward outside: what a checkpointed layer wore, it wears again.
+        """
+        self.adapters.config_of(name)
+        with self.adapters.wearing((name,)):
+            yield
 
     def logprobs(self, batch: MicroBatch, temperature: float) -> Tensor:
         """Log-probability under temperature of each of the batch's N tokens, (N,) fp32, with its gradient."""
@@ -127,13 +166,8 @@ class Policy:
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """The frozen model without the adapters, for inference."""
-        layers: Any = self.model.base_model  # peft's disable_adapter() first takes stock of them all: 3 ms in the demo
-        with self.inference():
-            layers.disable_adapter_layers()
-            try:
-                yield
-            finally:
-                layers.enable_adapter_layers()
+        with self.inference(), self.adapters.wearing(()):
+            yield
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -142,8 +176,8 @@ class Policy:
             with self.as_base():
                 yield
             return
-        with self.inference():
-            own = {name: parameter.data for name, parameter in self.trainable_parameters().items()}
+        with self.inference(), self.wearing(self.adapter):
+            own = {name: parameter.data for name, parameter in self.parameters_of(self.adapter).items()}
             try:
                 self._point_to(self.reference)
                 yield
@@ -152,12 +186,14 @@ class Policy:
 
     def keep_reference(self) -> None:
         """From now on the reference is the adapters as they are: 4 bytes a parameter of theirs, in fp32."""
-        self.reference = {name: parameter.detach().clone() for name, parameter in self.trainable_parameters().items()}
+        self.reference = {
+            name: parameter.detach().clone() for name, parameter in self.parameters_of(self.adapter).items()
+        }
 
     def sync_reference(self, share: float) -> None:
         """Move the snapshot to share times the policy plus the rest of itself (TR-DPO, arXiv:2404.09656)."""
         assert self.reference is not None
-        for name, parameter in self.trainable_parameters().items():
+        for name, parameter in self.parameters_of(self.adapter).items():
             self.reference[name].lerp_(parameter.detach(), share)
 
     def state(self) -> dict[str, Tensor]:
@@ -170,19 +206,24 @@ class Policy:
             self.reference = {name: value.to(self.device) for name, value in state.items()}
 
     def _point_to(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.trainable_parameters().items():
+        for name, parameter in self.parameters_of(self.adapter).items():
             parameter.data = values[name]
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format, and the tokenizer beside it.
+    def save(self, folder: Path, name: str | None = None) -> None:
+        """Write an adapter in PEFT's format, by default the policy's own, and the tokenizer beside it.
 
         Raises:
             NotFiniteError: an adapter's weight is not finite; nothing is written.
         """
-        broken = not_finite(self.trainable_parameters())
+        name = name or self.adapter
+        broken = not_finite(self.parameters_of(name))
         if broken:
             raise NotFiniteError(f"the adapter is not saved, since {broken} has numbers that are not finite")
-        self.model.save_pretrained(str(folder))
+        self.model.save_pretrained(str(folder), selected_adapters=[name])
+        if name != "default":  # PEFT writes that one into the folder itself, and each other into one of its own in it
+            for path in (folder / name).iterdir():
+                path.replace(folder / path.name)
+            (folder / name).rmdir()
         self.tokenizer.save_pretrained(folder)
 
 

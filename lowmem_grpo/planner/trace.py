@@ -238,8 +238,9 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
         adapted.get_base_model().tie_weights()  # type: ignore[operator]
-        equip(adapted, config)
-        yield Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
+        policy = Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
+        equip(policy, config)
+        yield policy
 
 
 @contextlib.contextmanager
@@ -328,7 +329,7 @@ def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.dev
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
     """(bytes kept between forward and backward, bytes at the peak), the gradients of the adapters not counted."""
-    for parameter in policy.trainable_parameters().values():
+    for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter)
     with Live(policy.model) as live:
         rows = policy.hidden_states(batch)

@@ -63,4 +63,4 @@ class BestAdapter:
         """Give the policy the adapter that is kept; without one, where no evaluation had a value, it stays."""
         if self.record() is not None:
             weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
-            set_peft_model_state_dict(policy.model, weights)
+            set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)

@@ -70,10 +70,10 @@ def save_checkpoint(folder: Path, policy: Policy, states: Mapping[str, State], v
 def load_adapter(folder: Path, policy: Policy) -> None:
     """Give the policy the adapter in a checkpoint. Raise InputError where that is another one than the policy's."""
     weights = read_tensors(folder, "adapter_model")
-    own = get_peft_model_state_dict(policy.model)
+    own = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise InputError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
-    set_peft_model_state_dict(policy.model, weights)
+    set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)
 
 
 def load_part(folder: Path, name: str, part: Part, saved: State) -> None:

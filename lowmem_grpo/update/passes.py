@@ -162,7 +162,7 @@ def _zero_gradients(policy: Policy) -> None:
 
     Where nothing is left to learn from, it is 0 and not missing: the optimizer takes its step as always.
     """
-    for parameter in policy.trainable_parameters().values():
+    for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
 
@@ -249,5 +249,5 @@ def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: Tok
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         budget.fit(partial(backward, policy, rollout, token_meter, coefficients, scaler, config), rollout.lengths)
-    for parameter in policy.trainable_parameters().values():
+    for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None
