@@ -5,7 +5,7 @@ import copy
 from collections.abc import Iterator
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -90,6 +90,8 @@ class Adapters:
                 f"init_lora_weights={config.init_lora_weights!r} takes from the base, which all adapters share; "
                 "leave it at True"
             )
+        if self._asks_for_the_head(config):
+            raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
         config = copy.copy(config)  # the caller's is left as it is
         config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
         worn = self.worn
@@ -101,6 +103,12 @@ class Adapters:
             self._settle(worn)
         for parameter in self.parameters_of(name).values():
             parameter.data = parameter.data.float()
+
+    def _asks_for_the_head(self, config: LoraConfig) -> bool:
+        base = self.model.get_base_model()
+        head = next(path for path, module in base.named_modules() if module is base.get_output_embeddings())
+        matched = config.target_modules not in (None, "all-linear") and check_target_module_exists(config, head)
+        return bool(matched) or head.endswith(tuple(config.modules_to_save or ()))
 
     def copy(self, name: str, values_of: str) -> None:
         """Give an adapter the values of another one of the same configuration."""

@@ -71,7 +71,6 @@ class Policy:
             peft_config = copy.copy(self.adapters.config_of(copy_of or self.adapter))
             peft_config.init_lora_weights = True
         self.adapters.add(name, peft_config)
-        read_head(self.base)  # which has no adapter still, or it says so
         keep_one_input(self.model)
         if copy_of is not None:
             self.adapters.copy(name, copy_of)
