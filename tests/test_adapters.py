@@ -1,6 +1,7 @@
 """Several adapters on one base: what each computes, whose gradients there are, and what is saved."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def wake(policy, name, seed=2):
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
 
 
-def policy_with_critic(model="qwen2", config=None, **settings):
+def policy_with_critic(model: Any = "qwen2", config=None, **settings):
     policy = make_policy(model, **settings)
     policy.add("critic", config)
     wake(policy, "critic")
@@ -202,7 +203,7 @@ def test_adding_an_adapter_changes_neither_what_is_worn_nor_who_asks_for_a_gradi
     assert asking == {name for name, _ in policy.model.named_parameters() if "lora_" in name}
 
 
-RECOMPUTED = {
+RECOMPUTED: dict[str, Any] = {
     "layers": {"gradient_checkpointing": True},
     "tiles": {"tiled_mlp": True},
     "tiles of layers": {"gradient_checkpointing": True, "tiled_mlp": True},
@@ -237,7 +238,7 @@ def test_a_recomputation_wears_what_its_forward_wore_whatever_is_worn_in_the_bac
 
 def test_a_recomputation_without_adapters_has_none_in_the_backward_either():
     policy = policy_with_critic(gradient_checkpointing=True)
-    inputs = []
+    inputs: list[Any] = []
     policy.base.get_input_embeddings().register_forward_hook(
         lambda _, __, looked_up: inputs.append(looked_up.detach().requires_grad_()) or inputs[-1]
     )
@@ -248,7 +249,8 @@ def test_a_recomputation_without_adapters_has_none_in_the_backward_either():
                 loss.backward()
         if leave:
             loss.backward()
-    assert torch.equal(inputs[0].grad, inputs[1].grad) and inputs[0].grad.abs().max() > 0
+    inside, left = (given.grad for given in inputs)
+    assert torch.equal(left, inside) and inside.abs().max() > 0
     assert not gradients(policy)
 
 
@@ -301,7 +303,7 @@ def test_a_broken_adapter_is_not_saved_and_does_not_stop_the_policys_own(tmp_pat
     assert not (tmp_path / "critic").exists()
 
 
-def two_adapters():
+def two_adapters() -> Any:
     """The demo's model with two adapters that are not zero, of which the second is active."""
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     torch.manual_seed(0)

@@ -7,12 +7,11 @@ from transformers import AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.model.load import load_policy
-from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
 
 
 def leave_to_peft(policy):
-    for layer in plain_lora_layers(policy.model):
+    for layer in policy.adapters.layers:
         vars(layer).pop("forward", None)
 
 

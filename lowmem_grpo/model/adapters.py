@@ -3,8 +3,9 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -32,7 +33,7 @@ class Adapters:
     def _settle(self, names: tuple[str, ...]) -> None:
         """After PEFT made or changed layers: take stock of them, have all wear the same, and ask for gradients."""
         kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-        self.layers = [layer for layer in self.model.modules() if isinstance(layer, kinds)]
+        self.layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, kinds)]
         self._wear(names)
         self.model.set_requires_grad(list(self.model.peft_config))
 
@@ -57,11 +58,12 @@ class Adapters:
             layer._disable_adapters = not names
             layer._active_adapter = list(names)
 
-    def config_of(self, name: str) -> PeftConfig:
+    def config_of(self, name: str) -> LoraConfig:
         """The PEFT configuration of an adapter. Raise InputError where there is none of that name."""
-        if name not in self.model.peft_config:
-            raise InputError(f"there is no adapter {name!r}; there are {', '.join(self.model.peft_config)}")
-        return self.model.peft_config[name]
+        configs: dict[str, Any] = self.model.peft_config
+        if name not in configs:
+            raise InputError(f"there is no adapter {name!r}; there are {', '.join(configs)}")
+        return configs[name]
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """What is trained of an adapter, under the model's names and in the model's order."""
@@ -101,11 +103,9 @@ class Adapters:
             raise InputError(f"no adapter could be added: {error}") from error
         finally:
             self._settle(worn)
-        for parameter in self.parameters_of(name).values():
-            parameter.data = parameter.data.float()
 
     def _asks_for_the_head(self, config: LoraConfig) -> bool:
-        base = self.model.get_base_model()
+        base: Any = self.model.get_base_model()
         head = next(path for path, module in base.named_modules() if module is base.get_output_embeddings())
         matched = config.target_modules not in (None, "all-linear") and check_target_module_exists(config, head)
         return bool(matched) or head.endswith(tuple(config.modules_to_save or ()))
