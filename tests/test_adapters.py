@@ -61,6 +61,10 @@ def logprobs(policy):
     return policy.logprobs(batch, 1.0)
 
 
+def logprobs_of(completions) -> list[Any]:
+    return [completion.logprobs for completion in completions]
+
+
 def gradients(policy):
     """Of every parameter that has one, which then has none."""
     found = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
@@ -264,7 +268,7 @@ def test_what_is_sampled_is_the_worn_adapters(kind, dense):
         found = complete(policy, weights=weights)
     theirs = complete(expected, weights=weights)
     assert ids_of(found) == ids_of(theirs) != ids_of(own)
-    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(found, theirs, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(logprobs_of(found), logprobs_of(theirs), strict=True))
     assert ids_of(complete(policy, weights=weights)) == ids_of(own)
 
 

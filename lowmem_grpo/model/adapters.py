@@ -54,9 +54,8 @@ class Adapters:
             self._wear(before)
 
     def _wear(self, names: tuple[str, ...]) -> None:
-        for layer in self.layers:
-            layer._disable_adapters = not names
-            layer._active_adapter = list(names)
+        for layer in self.layers:  # past nn.Module.__setattr__, which looks each name up among parameters and modules
+            vars(layer).update(_disable_adapters=not names, _active_adapter=list(names))
 
     def config_of(self, name: str) -> LoraConfig:
         """The PEFT configuration of an adapter. Raise InputError where there is none of that name."""
