@@ -1,7 +1,6 @@
 """The command `lowmem-grpo`: train, eval, plan, demo, bench."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
-from lowmem_grpo.config.grpo import SECTIONS, GRPOConfig, refuse_unknown_fields
+from lowmem_grpo.config.grpo import GRPOConfig, refuse_unknown_fields
+from lowmem_grpo.config.sections import sections
 from lowmem_grpo.errors import InputError, NotFiniteError
 
 TRAIN_EXAMPLE = """\
@@ -28,6 +28,7 @@ PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
 """
+HELP_ALL = "--help shows the settings that people change, --help_all every setting."
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
 INPUTS = (
     ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
@@ -36,7 +37,11 @@ INPUTS = (
         ("--dataset_name", "--train_dataset"),
         "hub id, JSONL, JSON, CSV or Parquet file, or a task: gsm8k, countdown, reasoning_gym:NAME",
     ),
-    ("eval_dataset", (), "the same, to evaluate on; a hub dataset's test split, what a task holds out"),
+    (
+        "eval_dataset",
+        (),
+        "hub id (its test split is read), file or task to evaluate on; by default what the task of --dataset holds out",
+    ),
     (
         "reward_funcs",
         (),
@@ -55,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
-    parser = make_parser()
+    parser = make_parser(every_setting="--help_all" in arguments)
     options, rest = parser.parse_known_args(arguments)
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     try:
@@ -76,23 +81,31 @@ def as_sentence(others: Callable[..., str], message: Warning | str, category: An
     return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
+    """The parser of the whole command, whose help shows every setting or those that people change."""
     parser = argparse.ArgumentParser(prog="lowmem-grpo", description="GRPO on one small GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train_parser = commands.add_parser(
-        "train", help="train a model", description="Train LoRA adapters on a 4-bit model with GRPO.",
-        epilog=TRAIN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+
+    def add_command(name: str, example: str, **words: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, **words, epilog=f"{example}\n{HELP_ALL}", formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+        command.add_argument("--help_all", action="help", help="show this help with every setting, and exit")
+        return command
+
+    train_parser = add_command(
+        "train", TRAIN_EXAMPLE, help="train a model", description="Train LoRA adapters on a 4-bit model with GRPO.",
         usage="lowmem-grpo train --model M --dataset D [--reward_funcs F [F ...]] [options]",
     )  # fmt: skip
     train_parser.set_defaults(run=run_train)
     add_inputs(train_parser, "what to train, on what, for what")
+    add_config_flags(train_parser, every_setting)
 
-    eval_parser = commands.add_parser(
-        "eval", help="evaluate a model or an adapter", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    eval_parser = add_command(
+        "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
         "task holds out. Settings are those of training; what is about learning is not used.",
-        epilog=EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lowmem-grpo eval --model M --dataset D [--reward_funcs F [F ...]] [--num_generations_eval K] "
         "[--show N] [--json]",
     )  # fmt: skip
@@ -100,21 +113,19 @@ def make_parser() -> argparse.ArgumentParser:
     of_eval = add_inputs(eval_parser, "what to evaluate, on what, by what")
     of_eval.add_argument("--show", metavar="N", help="print N completions with their prompts and rewards (default 0)")
     of_eval.add_argument("--json", action="store_true", help="print JSON")
+    add_config_flags(eval_parser, every_setting)
 
-    plan_parser = commands.add_parser(
-        "plan", help="predict what a run needs", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    plan_parser = add_command(
+        "plan", PLAN_EXAMPLE, help="predict what a run needs",
         description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
         "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
         "GPU is needed.",
-        epilog=PLAN_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lowmem-grpo plan --model M [--vram_budget 8GB] [--json] [options]",
     )  # fmt: skip
     plan_parser.set_defaults(run=run_plan)
-    of_plan = plan_parser.add_argument_group("what to plan")
-    of_plan.add_argument("--model", "--model_name_or_path", dest="model", metavar="MODEL", help=INPUTS[0][2])
-    of_plan.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+    of_plan = add_inputs(plan_parser, "what to plan", INPUTS[:1])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    add_config_flags(plan_parser, of_plan)
+    add_config_flags(plan_parser, every_setting)
 
     demo_parser = commands.add_parser("demo", help="train the embedded model on the embedded task, on a CPU")
     demo_parser.set_defaults(run=run_demo)
@@ -124,27 +135,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_inputs(parser: argparse.ArgumentParser, title: str) -> Any:
-    """Flags for INPUTS, --config and every field; returns the group of the first two."""
+def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS) -> Any:
+    """Add flags for the inputs and for --config, and return their group."""
     group = parser.add_argument_group(title)
-    for name, aliases, text in INPUTS:
+    for name, aliases, text in inputs:
         many = "+" if name == "reward_funcs" else None
         group.add_argument(f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many)
     group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
-    add_config_flags(parser, group)
     return group
 
 
-def add_config_flags(parser: argparse.ArgumentParser, group: Any) -> None:
-    """A flag for every field of GRPOConfig, in sections."""
-    for field in dataclasses.fields(GRPOConfig):
-        if field.name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[field.name])
-        words = describe(field_types(GRPOConfig)[field.name])
-        default = str(field.default).lower() if field.default in (None, True, False) else field.default
-        many = "+" if "a list" in words else None
-        text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
-        group.add_argument(f"--{field.name}", metavar="X", help=text, nargs=many)
+def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool) -> None:
+    """Add a flag for every field of GRPOConfig, in sections; the help of some is hidden, unless of every setting."""
+    types = field_types(GRPOConfig)
+    for title, fields in sections(GRPOConfig):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            words = describe(types[field.name])
+            default = str(field.default).lower() if field.default in (None, True, False) else field.default
+            many = "+" if "a list" in words else None
+            text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
+            shown = text if every_setting or field.metadata["common"] else argparse.SUPPRESS
+            group.add_argument(f"--{field.name}", metavar="X", help=shown, nargs=many)
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:

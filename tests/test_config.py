@@ -1,12 +1,16 @@
 import dataclasses
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 
 from lowmem_grpo.config.fields import field_types, from_text
-from lowmem_grpo.config.grpo import LOSS_TYPES, OWN_LOSS, READ_ONLY, GRPOConfig
+from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
+from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
 from lowmem_grpo.config.trl import UNSUPPORTED
+from lowmem_grpo.errors import InputError
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
 # Fields of TRL's whose default differs on purpose; docs/coming-from-trl.md says why.
@@ -210,7 +214,7 @@ def test_a_field_of_trls_that_is_not_supported_is_refused_with_the_remedy():
 def test_a_misspelt_field_is_refused_with_the_nearest():
     with pytest.raises(TypeError, match="no field 'learning_rat'; did you mean learning_rate"):
         GRPOConfig(learning_rat=1e-5)
-    with pytest.raises(TypeError, match="see `lowmem-grpo train --help`"):
+    with pytest.raises(TypeError, match="see `lowmem-grpo train --help_all`"):
         GRPOConfig(xyzzy=1)
 
 
@@ -219,24 +223,25 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
     [
         ({"num_generations": 1}, "a group needs at least 2 completions"),
         ({"learning_rate": "1e-5"}, "learning_rate='1e-5' is not a number"),
-        ({"learning_rate": -1.0}, "learning_rate must not be negative"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, not -1.0; the default is 1e-05"),
         ({"seed": 2**32}, "must be below 2\\*\\*32"),
         ({"learning_rate": float("inf")}, "is not a number"),
         ({"seed": True}, "seed=True is not a whole number"),
         ({"loss_type": "ppo"}, "loss_type='ppo' is not known; the objectives are dapo, grpo"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
-        ({"top_p": 0.0}, "top_p must be in"),
-        ({"min_p": 1.5}, "min_p must be in"),
+        ({"top_p": 0.0}, "top_p must be greater than 0"),
+        ({"top_p": 1.1}, "top_p must be at most 1, not 1.1; the default is 1.0"),
+        ({"min_p": 1.5}, "min_p must be at most 1, not 1.5; the default is None"),
         ({"epsilon": 1.5}, "epsilon=1.5 must be at most 1"),
         ({"delta": 1.1}, "delta=1.1 must be above 1"),
         ({"bf16": True, "fp16": True}, "choose one"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "'constant_with_warmup'"),
         ({"max_steps": 0}, "max_steps=0 must be positive"),
         ({"save_steps": 0}, "save_steps must be greater than 0"),
-        ({"adam_beta1": 1.0}, "must be in"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
+        ({"adam_beta1": 1.0}, "adam_beta1 must be below 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be below 1"),
         ({"learning_rate": float("nan")}, "is not a number"),
-        ({"max_nonfinite_steps": -1}, "max_nonfinite_steps must not be negative"),
+        ({"max_nonfinite_steps": -1}, "max_nonfinite_steps must be at least 0"),
         ({"learning_rate": 0.1, "weight_decay": 11.0}, "times learning_rate=0.1 must be at most 1"),
     ],
 )
@@ -276,6 +281,44 @@ def test_a_config_is_frozen_and_can_be_replaced():
     assert dataclasses.replace(config, seed=3) == GRPOConfig(beta=0.1, seed=3)
 
 
-def test_every_field_has_a_type_and_a_help_text():
-    assert all(field.metadata["help"] for field in FIELDS.values())
+def test_every_field_has_a_type_and_a_short_help_text():
+    assert all(0 < len(field.metadata["help"]) <= 110 for field in FIELDS.values())
     assert set(field_types(GRPOConfig)) >= set(FIELDS)
+
+
+def test_sections_hold_every_field_once_in_the_order_of_the_config():
+    found = [field.name for _, fields in sections(GRPOConfig) for field in fields]
+    assert found == list(FIELDS) == list(dataclasses.asdict(GRPOConfig()))
+    titles = [title for title, _ in sections(GRPOConfig)]
+    assert titles[:2] == ["run", "model"] and titles[-1] == "saving"
+
+
+def test_another_training_can_be_made_of_the_same_sections():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(SavingFields, ModelFields, RunFields):
+        def check(self):
+            if self.save_steps == 7:
+                raise InputError("not 7")
+
+    assert [title for title, _ in sections(Other)] == ["run", "model", "saving"]
+    assert Other(vram_budget="8GB").vram_budget_bytes == 8 * 10**9
+    for given, message in [
+        ({"vram_budget": "8"}, "is not a size"),
+        ({"seed": -1}, "at least 0"),
+        ({"save_steps": 7}, "not 7"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Other(**given)
+
+
+def test_a_section_by_itself_checks_its_own_fields():
+    assert OptimizerFields(learning_rate=0.1) == OptimizerFields(learning_rate=0.1) != OptimizerFields()
+    with pytest.raises(InputError, match="times learning_rate=0.1 must be at most 1"):
+        OptimizerFields(learning_rate=0.1, weight_decay=11.0)
+    with pytest.raises(InputError, match="optim='sgd' is not one of"):
+        OptimizerFields(optim="sgd")  # type: ignore[arg-type]
+
+
+def test_a_config_survives_pickle():
+    config = GRPOConfig(beta=0.1, stop_strings=["</answer>"])
+    assert pickle.loads(pickle.dumps(config)) == config

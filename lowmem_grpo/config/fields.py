@@ -1,10 +1,13 @@
-"""A field of a configuration: its help text, its type in words, and its value read from text. Standard library only."""
+"""A field of a configuration: help text, range, type in words, value read from text. Standard library only."""
 
 import dataclasses
 import json
 import math
+import reprlib
 import types
 import typing
+from functools import cache
+from operator import ge, gt, le, lt
 from typing import Any, Literal
 
 from lowmem_grpo.errors import InputError
@@ -12,14 +15,45 @@ from lowmem_grpo.errors import InputError
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which the CLI prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
+BOUNDS = {
+    "above": (gt, "greater than"),
+    "at_least": (ge, "at least"),
+    "below": (lt, "below"),
+    "at_most": (le, "at most"),
+}
 
 
+def option(default: Any, help: str, *, common: bool = False, may_change: bool = False, **bounds: float) -> Any:
+    """A dataclass field with a help text, and the bounds of its numbers by BOUNDS' names: `above=0, at_most=1`.
+
+    --help shows the `common` fields, and --help_all every field. What has `may_change`, a resumed run may change: where
+    and how long it runs, what it reports, and how it fits into memory.
+    """
+    assert bounds.keys() <= BOUNDS.keys()
+    metadata = {"help": help, "common": common, "may_change": may_change, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@cache
 def field_types(config: type) -> dict[str, Any]:
     """Annotations of a configuration's fields, by name."""
     return typing.get_type_hints(config)
+
+
+def check_value(field: dataclasses.Field, annotation: Any, value: Any) -> None:
+    """Raise InputError for what is not of the field's type, is no number of fp32, or breaks a bound."""
+    if not _fits(value, annotation):
+        raise InputError(f"{field.name}={value!r} is not {describe(annotation)}")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and number and not SMALLEST <= abs(number) <= LARGEST:
+            raise InputError(
+                f"{field.name}={reprlib.repr(number)} is out of reach of fp32, in which a step is computed: what is "
+                f"not 0 must be between {SMALLEST:.2g} and {LARGEST:.2g}"
+            )
+    for bound, limit in field.metadata["bounds"].items():
+        holds, words = BOUNDS[bound]
+        if value is not None and not holds(value, limit):
+            raise InputError(f"{field.name} must be {words} {limit}, not {value}; the default is {field.default}")
 
 
 def from_text(config: type, name: str, value: Any) -> Any:

@@ -1,0 +1,398 @@
+"""The sections of --help: each a dataclass of fields, of which the configuration of a training inherits what it needs.
+
+A function takes the section that it reads, and gets a whole configuration, which is one. Standard library only.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lowmem_grpo.config.fields import check_value, field_types, option
+from lowmem_grpo.errors import InputError
+
+CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
+BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
+LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
+
+
+class Checked:
+    """A dataclass whose values are checked as it is made: each by itself, then by every class's own `check`."""
+
+    def __post_init__(self) -> None:
+        types = field_types(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type] # every class below is a dataclass
+            check_value(field, types[field.name], getattr(self, field.name))
+        for kind in reversed(type(self).__mro__):
+            if "check" in vars(kind):
+                vars(kind)["check"](self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFields(Checked):
+    """Where a run writes, what it goes on from, and on which device."""
+
+    output_dir: str = option(
+        "grpo-output", "folder for checkpoints, the adapter and metrics.jsonl", common=True, may_change=True
+    )
+    resume_from_checkpoint: str | bool | None = option(
+        None, "checkpoint folder to go on from, or true for the newest in output_dir", common=True, may_change=True
+    )
+    seed: int = option(
+        42, "seed of the adapter's initial values, the data order and the sampling", common=True, at_least=0
+    )
+    use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
+
+    def check(self) -> None:
+        if self.seed >= 2**32:
+            raise InputError(f"seed={self.seed} must be below 2**32, NumPy's limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFields(Checked):
+    """How the frozen base is loaded, and how its computation fits into memory."""
+
+    model_init_kwargs: dict[str, Any] | None = option(
+        None, "keyword arguments for from_pretrained, as JSON on the command line"
+    )
+    trust_remote_code: bool = option(False, "run modelling code that comes with the model")
+    vram_budget: str | None = option(
+        None, "GPU memory to stay within, like 8GB or 7.5GiB; settings are chosen to fit", common=True
+    )
+    load_in_4bit: bool = option(True, "hold the frozen base in NF4 with double quantization")
+    bf16: bool | None = option(None, "compute in bfloat16; on by default, unless fp16 is on")
+    fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in the backward pass instead of keeping them", may_change=True
+    )
+    activation_offloading: bool = option(
+        False, "move the activations that gradient_checkpointing keeps to CPU memory", may_change=True
+    )
+    tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time, in less memory", may_change=True)
+    offload_embedding: bool = option(
+        False, "keep the input embedding in CPU memory, for models that do not tie it to the head", may_change=True
+    )
+    use_liger_kernel: bool = option(
+        False, "use liger-kernel's norms, rotary embedding and gated MLPs, on a GPU", may_change=True
+    )
+
+    def check(self) -> None:
+        if self.vram_budget is not None:
+            _bytes(self.vram_budget)
+        if self.bf16 and self.fp16:
+            raise InputError("bf16 and fp16 are both set; choose one")
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
+        return None if self.vram_budget is None else _bytes(self.vram_budget)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of torch's dtype for everything but the fp32 adapters: bfloat16, float16 or float32."""
+        if self.fp16:
+            return "float16"
+        return "float32" if self.bf16 is False else "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFields(Checked):
+    """The LoRA adapter that is trained, where the model has none of its own."""
+
+    lora_r: int = option(16, "rank of the LoRA adapters", common=True, above=0)
+    lora_alpha: int = option(32, "scale of the LoRA adapters, which is divided by lora_r", common=True, above=0)
+    lora_dropout: float = option(0.0, "dropout on the adapters' input", at_least=0, below=1)
+    lora_target_modules: str | list[str] = option(
+        "all-linear", "modules that get an adapter: all-linear, their names, or a regular expression"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFields(Checked):
+    """Which rows are read, how they become prompts, and for how many steps."""
+
+    dataset_config: str | None = option(None, "configuration name of a hub dataset")
+    dataset_split: str = option("train", "split of a hub dataset to train on")
+    dataset_streaming: bool = option(False, "read hub datasets and files only as far as dataset_take")
+    dataset_take: int | None = option(None, "train on the first so many rows; a streaming dataset needs this", above=0)
+    system_prompt: str | None = option(None, "system message for chat prompts that have none", common=True)
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, "keyword arguments for the chat template, as JSON on the command line"
+    )
+    max_prompt_length: int | None = option(
+        512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0
+    )
+    shuffle_dataset: bool = option(True, "draw the prompts of each epoch in random order")
+    num_train_epochs: float = option(
+        3.0, "passes over the data, where max_steps is -1", common=True, may_change=True, above=0
+    )
+    max_steps: int = option(-1, "number of steps; -1 lets num_train_epochs say", common=True, may_change=True)
+
+    def check(self) -> None:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise InputError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFields(Checked):
+    """Of which prompts a step samples how many completions, and how."""
+
+    prompts_per_step: int = option(
+        8, "prompts of a step; num_generations completions are sampled for each", common=True, above=0
+    )
+    num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True)
+    max_completion_length: int = option(512, "tokens after which a completion is cut off", common=True, above=0)
+    temperature: float = option(1.0, "sampling temperature", common=True, above=0)
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens whose probabilities add up to top_p; 1 is off", above=0, at_most=1
+    )
+    top_k: int = option(0, "sample from the top_k likeliest tokens; 0 is off", at_least=0)
+    min_p: float | None = option(
+        None, "least probability of a token, as a share of the likeliest token's; none is off", at_least=0, at_most=1
+    )
+    repetition_penalty: float = option(1.0, "penalty on tokens that are already in the text; 1 is off", above=0)
+    stop_strings: list[str] | None = option(None, "texts at which a completion ends; the completion keeps them")
+    rollout_token_budget: int = option(
+        65536, "most tokens whose keys and values are in memory at once while sampling", may_change=True, above=0
+    )
+    rollout_weights: Literal["auto", "4bit", "dense"] = option(
+        "auto", "sample from the 4-bit weights or a dense copy; auto is dense on a CPU with memory to spare"
+    )
+    rollout_kv: Literal["full", "int8"] = option(
+        "full", "keys and values while sampling: in the compute dtype, or rounded to int8 in half of 16 bits' memory"
+    )
+    rollout_paged: bool = option(
+        True, "hold keys and values in pages on a GPU, for more completions at once than fit at full length"
+    )
+    rollout_cuda_graphs: bool = option(
+        True, "capture decoding steps on a GPU and replay them; not with offload_embedding"
+    )
+    dynamic_sampling_rounds: int = option(
+        0, "times that groups whose completions all got one reward are replaced by the next prompts'", at_least=0
+    )
+    replay_buffer_size: int = option(
+        0, "groups of earlier steps kept for steps in which too few groups have rewards that differ", at_least=0
+    )
+    curriculum_skip: float = option(
+        0.0, "chance that a prompt is passed over whose last completions all got one reward", at_least=0, below=1
+    )
+
+    def check(self) -> None:
+        if self.num_generations < 2:
+            raise InputError(
+                f"num_generations={self.num_generations}: a group needs at least 2 completions, "
+                "since an advantage compares a completion with the others of its prompt"
+            )
+        if self.stop_strings and "" in self.stop_strings:
+            raise InputError("stop_strings has an empty text, which would end every completion; remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFields(Checked):
+    """How rewards are weighed, and how they become advantages."""
+
+    reward_weights: list[float] | None = option(
+        None, "weights of the reward functions, one each; 1 by default", common=True
+    )
+    reward_timeout: float | None = option(
+        300.0, "seconds after which a call of a reward function is stopped; none is never", may_change=True, above=0
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
+    )
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = option(
+        "grpo", "what a reward is compared with: its group's mean, the others' mean, the batch, or group and batch"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "which rewards' standard deviation divides the advantages: the group's, the batch's, or none"
+    )
+    mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveFields(Checked):
+    """The loss of a rollout's tokens: KL, clipping, importance weights, entropy, and how often it is gone through."""
+
+    beta: float = option(
+        0.0, "weight of the KL between policy and reference; 0 skips the reference pass", common=True, at_least=0
+    )
+    kl_estimator: Literal["k3", "k1", "k2", "abs"] = option(
+        "k3", "estimate of the KL from a token's log-probabilities under policy and reference"
+    )
+    use_bias_correction_kl: bool = option(
+        True, "multiply the KL by the ratio of new to old policy, which makes its gradient unbiased"
+    )
+    kl_in_reward: bool = option(
+        False, "subtract beta times a completion's KL from its reward, instead of adding it to the loss"
+    )
+    kl_target: float | None = option(
+        None, "mean KL of a token that beta is moved towards, step by step; none leaves beta as it is", above=0
+    )
+    kl_horizon: int = option(10000, "completions over which beta is moved to reach kl_target", above=0)
+    reference: Literal["base", "initial"] = option(
+        "base", "what the KL compares the policy with: the base without adapters, or the adapter at the start"
+    )
+    sync_ref_model: bool = option(False, "move the reference towards the policy every ref_model_sync_steps")
+    ref_model_mixup_alpha: float = option(
+        0.6, "share of the policy's adapter in the reference after sync_ref_model moves it", at_least=0, at_most=1
+    )
+    ref_model_sync_steps: int = option(
+        512, "steps from one move of the reference by sync_ref_model to the next", above=0
+    )
+
+    steps_per_generation: int = option(1, "optimizer steps that a rollout's prompts are split over", above=0)
+    num_iterations: int = option(1, "times that an update goes through a rollout", above=0)
+    epsilon: float = option(0.2, "the ratio of new to old policy is clipped below 1 - epsilon", at_least=0)
+    epsilon_high: float | None = option(
+        None, "the ratio of new to old policy is clipped above 1 + epsilon_high; epsilon by default", at_least=0
+    )
+    delta: float | None = option(
+        None, "upper bound of the ratio of new to old policy where it is not clipped (two-sided clipping)"
+    )
+    loss_type: str = option("dapo", f"objective: {', '.join(LOSS_TYPES)}, or one that you registered", common=True)
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = option(
+        "token", "ratio of new to old policy: of the token, or of its completion (GSPO, and GSPO-token)"
+    )
+    sapo_temperature_pos: float = option(1.0, "temperature of sapo for tokens of positive advantage", above=0)
+    sapo_temperature_neg: float = option(1.05, "temperature of sapo for tokens of advantage 0 or less", above=0)
+    vespo_k_pos: float = option(2.0, "power of the ratio in vespo where the advantage is not negative", at_least=0)
+    vespo_lambda_pos: float = option(
+        3.0, "decay with the ratio in vespo where the advantage is not negative", at_least=0
+    )
+    vespo_k_neg: float = option(3.0, "power of the ratio in vespo where the advantage is negative", at_least=0)
+    vespo_lambda_neg: float = option(2.0, "decay with the ratio in vespo where the advantage is negative", at_least=0)
+    importance_sampling_correction: bool = option(
+        True, "multiply a token's loss by its importance weight, the ratio of old to sampling probability"
+    )
+    importance_sampling_mode: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"] = option(
+        "sequence_mask", "importance weight of token or completion; outside its bounds it becomes 0, or the bound"
+    )
+    importance_sampling_clip_max: float | None = option(3.0, "upper bound of an importance weight", above=0)
+    importance_sampling_clip_min: float | None = option(None, "lower bound of an importance weight", at_least=0)
+    off_policy_mask_threshold: float | None = option(
+        None, "leave out completions of negative advantage whose mean log(sampling / new) is above this", at_least=0
+    )
+    top_entropy_quantile: float = option(
+        1.0, "share of a step's tokens, those of highest entropy, that learn; 1 is all", above=0, at_most=1
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus, with use_adaptive_entropy at the start", at_least=0)
+    use_adaptive_entropy: bool = option(
+        False, "raise entropy_coef while the entropy is at most entropy_target, and lower it above"
+    )
+    entropy_coef_min: float = option(0.0, "least entropy_coef under use_adaptive_entropy", at_least=0)
+    entropy_coef_max: float = option(1.0, "largest entropy_coef under use_adaptive_entropy")
+    entropy_coef_delta: float = option(
+        0.005, "change of entropy_coef an optimizer step under use_adaptive_entropy", at_least=0
+    )
+    entropy_target: float = option(
+        0.2, "mean entropy of a token, in nats, above which use_adaptive_entropy gives no bonus"
+    )
+
+    @property
+    def upper_epsilon(self) -> float:
+        """epsilon_high, or epsilon where that is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus, or may get one."""
+        return self.entropy_coef > 0 or self.use_adaptive_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFields(Checked):
+    """How an update packs its sequences into micro-batches."""
+
+    token_budget: int = option(
+        16384, "most tokens, padding included, in a micro-batch of an update", common=True, may_change=True, above=0
+    )
+    padding_free: bool = option(
+        True, "micro-batches without padding, a prompt once for its group where that pays", may_change=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFields(Checked):
+    """The optimizer, the schedule of the learning rate, and which steps are not taken."""
+
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
+        "adamw_torch_fused", "AdamW by torch, or by bitsandbytes with its state in 8 bits or paged to CPU memory"
+    )
+    learning_rate: float = option(1e-5, "peak learning rate", common=True, at_least=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "schedule of the learning rate", common=True
+    )
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", at_least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's decay rate of the mean gradient", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay rate of the mean squared gradient", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon, which keeps its denominator from 0", above=0)
+    max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down", above=0)
+    max_nonfinite_steps: int = option(
+        5, "optimizer steps in a row that a loss or gradient that is not finite may cost before the run ends",
+        may_change=True, at_least=0,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        if self.learning_rate * self.weight_decay > 1:
+            raise InputError(
+                f"weight_decay={self.weight_decay} times learning_rate={self.learning_rate} must be at most 1: "
+                "a step takes that share off every weight"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFields(Checked):
+    """When a run evaluates, on how many completions, and which adapter is the best."""
+
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps, besides before and after training", common=True, may_change=True, above=0
+    )
+    num_generations_eval: int | None = option(
+        None, "completions sampled for each evaluation prompt; by default one greedy completion",
+        common=True, may_change=True, above=0,
+    )  # fmt: skip
+    metric_for_best_model: str | None = option(
+        None, "metric of an evaluation whose best adapter is kept in output_dir/best; eval_reward by default",
+        may_change=True,
+    )  # fmt: skip
+    greater_is_better: bool | None = option(
+        None, "whether more of metric_for_best_model is better; true by default", may_change=True
+    )
+    load_best_model_at_end: bool = option(
+        False, "make the best evaluation's adapter the result, not the last step's", may_change=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingFields(Checked):
+    """What a run writes besides its metrics, and how often."""
+
+    log_completions: bool = option(
+        False, "write each step's completions to output_dir/completions/", common=True, may_change=True
+    )
+    save_steps: int = option(
+        20, "write a checkpoint every so many steps, besides at the end", common=True, may_change=True, above=0
+    )
+    save_total_limit: int | None = option(
+        None, "number of newest checkpoints to keep; none keeps all", may_change=True, above=0
+    )
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"vram_budget={text!r} is not a size; write it as 8GB or 7.5GiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
+
+
+TITLES: dict[type, str] = {
+    RunFields: "run", ModelFields: "model", AdapterFields: "adapters", DataFields: "data", SamplingFields: "sampling",
+    RewardFields: "rewards and advantages", ObjectiveFields: "objective", UpdateFields: "update",
+    OptimizerFields: "optimizer", EvaluationFields: "evaluation", SavingFields: "saving",
+}  # fmt: skip
+
+
+def sections(config: type) -> list[tuple[str, list[dataclasses.Field]]]:
+    """(title, fields) of every section of a configuration, in the order of its fields."""
+    return [(TITLES[kind], list(dataclasses.fields(kind))) for kind in reversed(config.__mro__) if kind in TITLES]
