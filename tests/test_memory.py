@@ -636,6 +636,46 @@ def test_what_an_objective_needs_besides_is_planned():
         assert planner.forecast(model, GRPOConfig(**given, **changes)).phases["old"]["activations"] > 0
 
 
+NOT_TRACED = dict(
+    rollout_token_budget=100, rollout_kv="int8", rollout_weights="4bit", rollout_cuda_graphs=False, optim="adamw_8bit",
+    vram_budget="8GB", learning_rate=1e-3, reference="initial", loss_type="grpo", output_dir="elsewhere",
+)  # fmt: skip
+
+
+def test_trying_a_setting_that_activations_do_not_depend_on_traces_nothing(monkeypatch):
+    traced, run = [], trace._trace
+    monkeypatch.setattr(trace, "_trace", lambda *given: traced.append(given) or run(*given))
+    monkeypatch.setattr(trace, "_TRACED", {})
+    model, config = MIXED["one layer"], GRPOConfig(**TASK, beta=0.1)
+    planner.forecast(model, config)
+    for name, value in NOT_TRACED.items():
+        planner.forecast(model, replace(config, **{name: value}))
+    assert len(traced) == 1
+    planner.forecast(model, replace(config, token_budget=87))
+    assert len(traced) == 2
+
+
+TRACED = [
+    {}, dict(beta=0.1), dict(beta=0.1, kl_in_reward=True, replay_buffer_size=4), dict(steps_per_generation=2),
+    dict(entropy_coef=0.01), dict(bf16=False), dict(padding_free=False), dict(token_budget=87), dict(tiled_mlp=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_trace_depends_on_no_setting_but_those_that_it_read(padded):
+    model = GptOssConfig(**{**SMALL, "num_hidden_layers": 1}, head_dim=16) if padded else MIXED["one layer"]
+    key, found, shared = trace.Key(model, lora_config(GRPOConfig())), [], 0
+    for changes in TRACED[:4] if padded else TRACED:
+        config, read = GRPOConfig(**TASK, **changes), set()
+        found.append((config, read, trace._trace(key, config, read)))
+    for config, read, traced in found:
+        for other, _, traced_there in found:
+            if other != config and all(getattr(config, name) == getattr(other, name) for name in read):
+                assert traced == traced_there
+                shared += 1
+    assert shared == 2, "with beta, the pass that a replayed KL needs makes no difference"
+
+
 def test_an_evaluation_holds_no_more_than_a_step_was_planned_with():
     """256 prompts at once would fill the whole budget of tokens, of which a step takes 2 (16 + 4 x 64)."""
     config = GRPOConfig(prompts_per_step=2, num_generations=4, max_completion_length=64, max_prompt_length=16)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import refuse_config
 from lowmem_grpo.model.attention import Recomputation
@@ -96,7 +97,7 @@ def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
-def equip(policy: Policy, config: GRPOConfig) -> None:
+def equip(policy: Policy, config: ModelFields) -> None:
     """Make a policy ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
     model, base = policy.model, policy.base
     undo(base)  # what an earlier load of it asked for

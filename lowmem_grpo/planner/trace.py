@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.load import add_adapter, equip
@@ -93,27 +94,49 @@ class Traced:
         return sum(self.adapter_sizes)
 
 
+class Watched:
+    """Reads a configuration's fields and properties, and remembers the names of the fields in `read`."""
+
+    def __init__(self, config: GRPOConfig, read: set[str]):
+        self._config, self._read = config, read
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(type(self._config), name)
+        if isinstance(found, property):
+            return found.fget(self)  # type: ignore[misc] # which reads fields in its turn
+        self._read.add(name)
+        return getattr(self._config, name)
+
+
+# For each model what was traced, with the settings that the trace read: trying any other setting costs nothing.
+_TRACED: dict[Key, list[tuple[dict[str, Any], Traced]]] = {}
+
+
 def trace(key: Key, config: GRPOConfig) -> Traced:
-    """Raise InputError where a model cannot be run without memory."""
-    # Only what the activations depend on, so that trying other settings costs nothing.
-    names = (
-        "num_generations prompts_per_step max_completion_length max_prompt_length token_budget padding_free tiled_mlp "
-        "gradient_checkpointing activation_offloading offload_embedding load_in_4bit bf16 fp16 beta trust_remote_code "
-        "entropy_coef use_adaptive_entropy top_entropy_quantile steps_per_generation kl_in_reward "
-        "replay_buffer_size"
-    )
-    return _traced(key, tuple((name, getattr(config, name)) for name in names.split()))
+    """Build a model and run its layers without memory, unless a trace under equal settings is known.
+
+    Raises:
+        InputError: the model cannot be run without memory.
+    """
+    known = _TRACED.setdefault(key, [])
+    for settings, traced in known:
+        if all(getattr(config, name) == value for name, value in settings.items()):
+            return traced
+    read: set[str] = set()
+    traced = _trace(key, config, read)
+    known.append(({name: getattr(config, name) for name in read}, traced))
+    return traced
 
 
-@cache
-def _traced(key: Key, settings: tuple[tuple[str, Any], ...]) -> Traced:
-    config = GRPOConfig(**dict(settings))
+def _trace(key: Key, config: GRPOConfig, read: set[str]) -> Traced:
+    watched = cast(GRPOConfig, Watched(config, read))
     try:
-        whole = skeleton(key, config.compute_dtype, config.trust_remote_code)
-        padded = _why_padded(whole, config)
-        config = replace(config, padding_free=config.padding_free and not padded)
-        generated = run_generate(whole, config) if padded else None
-        return Traced(*_resident(whole, config), run_layers(whole, config), padded, generated)
+        whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code)
+        padded = _why_padded(whole, watched)
+        if padded:
+            watched = cast(GRPOConfig, Watched(replace(config, padding_free=False), read))
+        generated = run_generate(whole, watched) if padded else None
+        return Traced(*_resident(whole, watched), run_layers(whole, watched), padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -224,11 +247,8 @@ def _layers(whole: PeftModel) -> nn.ModuleList:
 def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -> Iterator[Policy]:
     """A policy of the chosen layers, each a copy, whose tensors have no memory; inside, neither has any new one."""
     adapted = _with_layers(whole, chosen)
-    # A GPU's settings change what the device holds, and not what is computed.
-    config = replace(config, use_liger_kernel=False, offload_embedding=False, activation_offloading=False)
-    if config.fp16:  # of the same size, and more operations have a fake of it
-        config = replace(config, fp16=False)
-    dtype = getattr(torch, config.compute_dtype)
+    # bfloat16 is of float16's size, and more operations have a fake of it.
+    dtype = torch.bfloat16 if config.fp16 else getattr(torch, config.compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows():
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
@@ -239,7 +259,8 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
         adapted.get_base_model().tie_weights()  # type: ignore[operator]
         policy = Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
-        equip(policy, config)
+        # A GPU's settings, left out here, change what the device holds, and not what is computed.
+        equip(policy, ModelFields(gradient_checkpointing=config.gradient_checkpointing, tiled_mlp=config.tiled_mlp))
         yield policy
 
 
