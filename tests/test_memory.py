@@ -676,6 +676,11 @@ def test_a_trace_depends_on_no_setting_but_those_that_it_read(padded):
     assert shared == 2, "with beta, the pass that a replayed KL needs makes no difference"
 
 
+def test_float16_is_planned_in_16_bits_whatever_bf16_says():
+    model, config = MIXED["one layer"], GRPOConfig(**TASK, fp16=True, bf16=False)
+    assert planner.forecast(model, config) == planner.forecast(model, replace(config, bf16=None))
+
+
 def test_an_evaluation_holds_no_more_than_a_step_was_planned_with():
     """256 prompts at once would fill the whole budget of tokens, of which a step takes 2 (16 + 4 x 64)."""
     config = GRPOConfig(prompts_per_step=2, num_generations=4, max_completion_length=64, max_prompt_length=16)

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import DataFields
 from lowmem_grpo.errors import InputError, cause
 
 
@@ -19,7 +19,7 @@ class Prompt:
 
 
 def tokenize_prompts(
-    rows: Dataset, tokenizer, config: GRPOConfig, *, name: str = "train_dataset"
+    rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset"
 ) -> tuple[list[Prompt], int]:
     """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
 
@@ -47,7 +47,7 @@ def tokenize_prompts(
     return short, len(prompts) - len(short)
 
 
-def _prompt(row: Any, tokenizer, config: GRPOConfig, where: str) -> Prompt:
+def _prompt(row: Any, tokenizer, config: DataFields, where: str) -> Prompt:
     text = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
     if isinstance(text, str):

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import DataFields
 from lowmem_grpo.errors import InputError, cause
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -13,7 +13,7 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 
 
-def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
+def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
     """A Dataset with a `prompt` column from a hub id, a JSONL, JSON, CSV or Parquet file, a Dataset, or a list of rows.
 
     Without a `prompt`, `question` and `answer` columns (GSM8K), or `problem` and `solution` or `answer` (MATH), become
@@ -54,7 +54,7 @@ def load_rows(dataset: Any, config: GRPOConfig, *, name: str = "train_dataset", 
     return rows
 
 
-def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
+def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
     if isinstance(dataset, list):
         try:
             return Dataset.from_list(dataset)
@@ -87,7 +87,7 @@ def _load(dataset: Any, config: GRPOConfig, name: str, split: str) -> Any:
         ) from error
 
 
-def _first(rows: IterableDataset, config: GRPOConfig, name: str) -> Dataset:
+def _first(rows: IterableDataset, config: DataFields, name: str) -> Dataset:
     """The first dataset_take rows: every epoch's order is drawn over all of them, so they must be known and few."""
     if config.dataset_take is None:
         raise InputError(

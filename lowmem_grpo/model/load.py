@@ -5,6 +5,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import ModelFields
+from lowmem_grpo.config.sections import AdapterFields, ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import refuse_config
 from lowmem_grpo.model.attention import Recomputation
@@ -33,7 +34,6 @@ from lowmem_grpo.model.policy import Policy, not_finite
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
-LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
@@ -87,7 +87,7 @@ def run_device(config: GRPOConfig) -> torch.device:
     return device
 
 
-def read_config(model: Any, config: GRPOConfig) -> PreTrainedConfig:
+def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
     """The transformers configuration of what find_model() found; no weights are read."""
     if isinstance(model, PeftModel):
         return model.get_base_model().config  # type: ignore[return-value]
@@ -177,7 +177,7 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
             f"the model has the adapters {', '.join(model.active_adapters)} active at once; activate the one to train"
         )
     refuse_config(peft_config)
-    changed = [name for name in LORA_FIELDS if getattr(config, name) != getattr(GRPOConfig(), name)]
+    changed = [field.name for field in fields(AdapterFields) if getattr(config, field.name) != field.default]
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
         raise InputError(f"{changed[0]} has no effect beside {what}; leave it out")
@@ -193,7 +193,7 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
         raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
 
 
-def _find_by_name(model: str, config: GRPOConfig) -> None:
+def _find_by_name(model: str, config: ModelFields) -> None:
     is_path = model.startswith((".", "/")) or model.count("/") > 1
     if is_path and not Path(model).is_dir():
         raise InputError(f"model {model!r} is not a folder on this machine")
@@ -224,7 +224,7 @@ def is_adapter(model: str) -> bool:
     return (Path(model) / "adapter_config.json").is_file()
 
 
-def _load_base(name: str, config: GRPOConfig, device, dtype) -> PreTrainedModel:
+def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel:
     arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
     saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     if config.load_in_4bit and getattr(saved, "quantization_config", None) is None:
@@ -280,7 +280,7 @@ def _is_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def lora_config(config: GRPOConfig) -> LoraConfig:
+def lora_config(config: AdapterFields) -> LoraConfig:
     """What config's lora fields say."""
     return LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -288,7 +288,7 @@ def lora_config(config: GRPOConfig) -> LoraConfig:
     )  # fmt: skip
 
 
-def adapter_config(model: Any, config: GRPOConfig, peft_config: LoraConfig | None = None) -> PeftConfig:
+def adapter_config(model: Any, config: AdapterFields, peft_config: LoraConfig | None = None) -> PeftConfig:
     """The adapter that a run of these trains: the model's own, which is continued, or peft_config, or config's."""
     if isinstance(model, PeftModel):
         return model.active_peft_config
@@ -315,7 +315,7 @@ def _outdated_name() -> Iterator[None]:
         yield
 
 
-def load_tokenizer(model, config: GRPOConfig):
+def load_tokenizer(model, config: ModelFields):
     """The tokenizer that comes with a model, by its name or the name it was loaded from; an adapter's is its base's."""
     name = model if isinstance(model, str) else model.name_or_path
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():

@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ObjectiveFields
 
 
 class Coefficients(NamedTuple):
@@ -16,7 +16,7 @@ class Coefficients(NamedTuple):
 class Controllers:
     """beta and entropy_coef, which follow kl_target and entropy_target where those are set. A part of a checkpoint."""
 
-    def __init__(self, config: GRPOConfig):
+    def __init__(self, config: ObjectiveFields):
         self.config = config
         self.beta, self.entropy_coef, self.last_entropy = config.beta, config.entropy_coef, math.inf
 

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.plan import kv_shape, plan_rollout
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
@@ -286,7 +287,7 @@ def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) ->
     return max(prefill, decode, key=lambda parts: sum(parts.values()))
 
 
-def _truncates(config: GRPOConfig) -> bool:
+def _truncates(config: SamplingFields) -> bool:
     return config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
 
 

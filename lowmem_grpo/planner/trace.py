@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import ModelFields
+from lowmem_grpo.config.sections import DataFields, ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.load import add_adapter, equip
@@ -35,7 +35,7 @@ from lowmem_grpo.model.policy import Policy
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
 
 
-def prompt_tokens(config: GRPOConfig) -> int:
+def prompt_tokens(config: DataFields) -> int:
     return config.max_prompt_length or PROMPT_TOKENS
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import RunFields
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.rollout.replay import ReplayBuffer
 
@@ -44,7 +45,7 @@ def index_at(position: int, num_prompts: int, config: GRPOConfig) -> int:
     return _order(num_prompts, epoch, config)[place]
 
 
-def _chance(position: int, config: GRPOConfig) -> float:
+def _chance(position: int, config: RunFields) -> float:
     return torch.rand((), generator=torch.Generator().manual_seed(config.seed * 2**31 + position)).item()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import set_peft_model_state_dict
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import EvaluationFields
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.folder import write_folder
 from lowmem_grpo.model.policy import Policy
@@ -22,7 +22,7 @@ class BestAdapter:
     before its next checkpoint and goes on from an earlier one. A fresh run removes what is there.
     """
 
-    def __init__(self, output_dir: Path, config: GRPOConfig, *, fresh: bool):
+    def __init__(self, output_dir: Path, config: EvaluationFields, *, fresh: bool):
         self.folder = output_dir / "best"
         name = config.metric_for_best_model or "eval_reward"
         self.metric = name if name.startswith("eval_") else f"eval_{name}"

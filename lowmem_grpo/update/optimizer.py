@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import OptimizerFields
 from lowmem_grpo.out_of_memory import again, or_remedy
 
 BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: GRPOConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerFields) -> torch.optim.Optimizer:
     """AdamW. A paged state lies in memory that CUDA moves to the CPU and back; on a CPU a run refuses it."""
     settings: dict[str, Any] = dict(
         lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
