@@ -161,7 +161,7 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
         return add_adapter(base.requires_grad_(False), adapter)
 
 
-def _why_padded(whole: PeftModel, config: GRPOConfig) -> str | None:
+def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
     """Why a model's rows can neither be packed nor sampled by the engine, as far as shows without values; or None."""
     reason = refusal(whole.get_base_model())
     if reason is not None:
@@ -244,7 +244,7 @@ def _layers(whole: PeftModel) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
-def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: GRPOConfig) -> Iterator[Policy]:
+def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) -> Iterator[Policy]:
     """A policy of the chosen layers, each a copy, whose tensors have no memory; inside, neither has any new one."""
     adapted = _with_layers(whole, chosen)
     # bfloat16 is of float16's size, and more operations have a fake of it.
@@ -422,7 +422,7 @@ class Live(TorchDispatchMode):
         self.now -= self.known.pop(key)[0]
 
 
-def _resident(whole: PeftModel, config: GRPOConfig) -> tuple[dict[str, int], tuple[int, ...], int, int]:
+def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tuple[int, ...], int, int]:
     """Bytes of the weights by kind, numbers in each trained parameter and in the largest 4-bit layer, dense bytes."""
     base: Any = whole.get_base_model()
     size = getattr(torch, config.compute_dtype).itemsize
