@@ -13,8 +13,6 @@ from typing import Any, Literal
 from lowmem_grpo.errors import InputError
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
-
-
 BOUNDS = {
     "above": (gt, "greater than"),
     "at_least": (ge, "at least"),

@@ -56,9 +56,39 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         return object.__new__(cls)
 
     def check(self) -> None:
+        """Refuse an option that nothing reads, and settings that contradict each other."""
         if self.epsilon > 1 and self.loss_type != "gmpo":
             raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
-        _check_objective(self)
+        if self.loss_type not in LOSS_TYPES:
+            hint = did_you_mean(self.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
+            raise InputError(f"loss_type={self.loss_type!r} is not known; {hint} (register_objective adds your own)")
+        for name, (is_read, words) in READ_ONLY.items():
+            value, default = getattr(self, name), getattr(GRPOConfig, name)
+            if value != default and not is_read(self):
+                raise InputError(f"{name}={value!r} is read only {words}, or leave {name} out")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise InputError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
+        if self.kl_target is not None and self.kl_estimator == "k1":
+            raise InputError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise InputError(
+                "multi_objective_aggregation='normalize_then_sum' scales by group, then by batch; "
+                "leave out scale_rewards"
+            )
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if low is not None and high is not None and low > high:
+            raise InputError(f"importance_sampling_clip_min={low} is above importance_sampling_clip_max={high}")
+        if self.replay_buffer_size and not self.importance_sampling_correction:
+            raise InputError(
+                "replay_buffer_size needs importance_sampling_correction, since an older policy sampled them"
+            )
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise InputError("entropy_coef_min is above entropy_coef_max")
+        if self.prompts_per_step % self.steps_per_generation:
+            raise InputError(
+                f"prompts_per_step={self.prompts_per_step} is not a multiple of steps_per_generation="
+                f"{self.steps_per_generation}; change one"
+            )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise InputError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
 
@@ -73,37 +103,6 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     def has_cuda_graphs(self) -> bool:
         """Whether steps of decoding may be captured: on a GPU, while none waits for an embedding from the CPU."""
         return self.rollout_cuda_graphs and not self.offload_embedding and not self.use_cpu
-
-
-def _check_objective(config: GRPOConfig) -> None:
-    """Refuse an option that nothing reads, and settings of the objective that contradict."""
-    if config.loss_type not in LOSS_TYPES:
-        hint = did_you_mean(config.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
-        raise InputError(f"loss_type={config.loss_type!r} is not known; {hint} (register_objective adds your own)")
-    for name, (is_read, words) in READ_ONLY.items():
-        value, default = getattr(config, name), getattr(GRPOConfig, name)
-        if value != default and not is_read(config):
-            raise InputError(f"{name}={value!r} is read only {words}, or leave {name} out")
-    if config.loss_type == "cispo" and config.epsilon_high is None:
-        raise InputError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
-    if config.kl_target is not None and config.kl_estimator == "k1":
-        raise InputError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
-    if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
-        raise InputError(
-            "multi_objective_aggregation='normalize_then_sum' scales by group, then by batch; leave out scale_rewards"
-        )
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
-    if low is not None and high is not None and low > high:
-        raise InputError(f"importance_sampling_clip_min={low} is above importance_sampling_clip_max={high}")
-    if config.replay_buffer_size and not config.importance_sampling_correction:
-        raise InputError("replay_buffer_size needs importance_sampling_correction, since an older policy sampled them")
-    if config.entropy_coef_min > config.entropy_coef_max:
-        raise InputError("entropy_coef_min is above entropy_coef_max")
-    if config.prompts_per_step % config.steps_per_generation:
-        raise InputError(
-            f"prompts_per_step={config.prompts_per_step} is not a multiple of steps_per_generation="
-            f"{config.steps_per_generation}; change one"
-        )
 
 
 Condition = Callable[[GRPOConfig], bool]

@@ -16,12 +16,13 @@ BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
 LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
 
 
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A dataclass whose values are checked as it is made: each by itself, then by every class's own `check`."""
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type] # every class below is a dataclass
+        for field in dataclasses.fields(self):
             check_value(field, types[field.name], getattr(self, field.name))
         for kind in reversed(type(self).__mro__):
             if "check" in vars(kind):
@@ -329,7 +330,7 @@ class OptimizerFields(Checked):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon, which keeps its denominator from 0", above=0)
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down", above=0)
     max_nonfinite_steps: int = option(
-        5, "optimizer steps in a row that a loss or gradient that is not finite may cost before the run ends",
+        5, "optimizer steps in a row that may be skipped for numbers that are not finite; one more ends the run",
         may_change=True, at_least=0,
     )  # fmt: skip
 
