@@ -1,12 +1,11 @@
 """Writes docs/settings.md, every setting with its default, from GRPOConfig: `python docs/make_settings.py`."""
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.fields import describe, field_types
-from lowmem_grpo.config.grpo import SECTIONS, GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import sections
 
 PLACE = Path(__file__).with_name("settings.md")
 HEADER = """\
@@ -18,18 +17,6 @@ but for [stated differences](coming-from-trl.md). This page is made by `python d
 """
 
 
-def sections() -> Iterator[tuple[str, list[dataclasses.Field]]]:
-    """Title and fields of each section, in the order of `--help`."""
-    title, members = "", []
-    for field in dataclasses.fields(GRPOConfig):
-        if field.name in SECTIONS:
-            if members:
-                yield title, members
-            title, members = SECTIONS[field.name], []
-        members.append(field)
-    yield title, members
-
-
 def as_text(value: Any) -> str:
     """A default as the command line takes it: `true`, `none`, `1e-05`."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -38,7 +25,7 @@ def as_text(value: Any) -> str:
 def page() -> str:
     """The whole of settings.md."""
     lines, types = [HEADER], field_types(GRPOConfig)
-    for title, fields in sections():
+    for title, fields in sections(GRPOConfig):
         lines += [f"## {title.capitalize()}\n", "| setting | default | what it does | values |", "|---|---|---|---|"]
         for field in fields:
             cells = [f"`{field.name}`", as_text(field.default), field.metadata["help"], describe(types[field.name])]

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import DEMO_MODEL, FAMILIES, compute_in_fp64, head_by_definition, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo.config.grpo import LOSS_TYPES
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.objective.loss import LOSSES, register_objective
 
 

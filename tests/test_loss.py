@@ -8,7 +8,8 @@ import pytest
 import torch
 from trl_reference import padded, trl_loss
 
-from lowmem_grpo.config.grpo import LOSS_TYPES, OWN_LOSS, GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.objective.coefficients import (
     Coefficients,
     Controllers,

@@ -15,7 +15,7 @@ from tiny_models import DEMO_MODEL, OutOfMemory, make_model, make_policy
 from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig
-from lowmem_grpo.config.grpo import LOSS_TYPES
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.generate import engine, sample

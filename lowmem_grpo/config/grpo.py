@@ -1,7 +1,7 @@
 """GRPOConfig: every setting of a run, with TRL's names and defaults wherever TRL has one.
 
 The fields are those of sections.py; here are the checks of what only GRPO has, and of one section against another.
-Standard library only. The README lists each deliberate difference from TRL.
+Standard library only. docs/coming-from-trl.md lists each deliberate difference from TRL.
 """
 
 import dataclasses
@@ -10,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import (
-    BUILT_IN,
-    CLIPPED,
-    LOSS_TYPES,
     AdapterFields,
     DataFields,
     EvaluationFields,
@@ -57,17 +55,20 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
 
     def check(self) -> None:
         """Refuse an option that nothing reads, and settings that contradict each other."""
-        if self.epsilon > 1 and self.loss_type != "gmpo":
-            raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         if self.loss_type not in LOSS_TYPES:
             hint = did_you_mean(self.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
             raise InputError(f"loss_type={self.loss_type!r} is not known; {hint} (register_objective adds your own)")
+        loss = LOSS_TYPES[self.loss_type]
+        if self.epsilon > loss.highest_epsilon:
+            raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         for name, (is_read, words) in READ_ONLY.items():
             value, default = getattr(self, name), getattr(GRPOConfig, name)
             if value != default and not is_read(self):
                 raise InputError(f"{name}={value!r} is read only {words}, or leave {name} out")
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise InputError("loss_type='cispo' bounds the ratio itself by epsilon_high; set it, for example to 5.0")
+        if loss.needs_epsilon_high and self.epsilon_high is None:
+            raise InputError(
+                f"loss_type={self.loss_type!r} bounds the ratio itself by epsilon_high; set it, for example to 5.0"
+            )
         if self.kl_target is not None and self.kl_estimator == "k1":
             raise InputError("kl_target needs an estimate that is never negative; set kl_estimator to k2, k3 or abs")
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
@@ -108,11 +109,12 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
 Condition = Callable[[GRPOConfig], bool]
 
 
-def _by_losses(*loss_types: str) -> tuple[Condition, str]:
-    """Read by these of the built-in losses; what one of your own reads, nobody knows."""
+def _by_losses(name: str) -> tuple[Condition, str]:
+    """When a setting that some losses alone read is read, and the losses to choose from."""
+    *others, last = (loss_type for loss_type, loss in LOSS_TYPES.items() if name in loss.reads)
     return (
-        lambda config: config.loss_type in loss_types or config.loss_type not in BUILT_IN,
-        f"by {' and '.join(filter(None, [', '.join(loss_types[:-1]), loss_types[-1]]))}; choose such a loss_type",
+        lambda config: name in LOSS_TYPES[config.loss_type].reads,
+        f"by {' and '.join(filter(None, [', '.join(others), last]))}; choose such a loss_type",
     )
 
 
@@ -139,12 +141,7 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
         lambda config: config.sync_ref_model,
         "with sync_ref_model; set that",
     ),
-    "epsilon": _by_losses(*CLIPPED, "gmpo"),
-    "epsilon_high": _by_losses(*CLIPPED, "cispo", "gmpo"),
-    "delta": _by_losses(*CLIPPED),
-    "importance_sampling_level": _by_losses(*CLIPPED, "cispo", "sapo"),
-    "sapo_temperature_pos sapo_temperature_neg": _by_losses("sapo"),
-    "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": _by_losses("vespo"),
+    **{name: _by_losses(name) for name in OWN_LOSS.reads},
     "importance_sampling_mode importance_sampling_clip_max importance_sampling_clip_min": (
         lambda config: config.importance_sampling_correction,
         "with importance_sampling_correction; set that",

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem_grpo.config.fields import check_value, field_types, option
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.errors import InputError
-
-CLIPPED = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")  # the losses that differ in their weights alone
-BUILT_IN = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo")
-LOSS_TYPES = [*BUILT_IN]  # the names that loss_type may have; loss.register_objective adds to them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ def train(
     total_steps = config.max_steps
     if total_steps < 0:
         total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
-    learner = Learner(policy.parameters_of(policy.adapter).values(), config, policy.device, total_steps)
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
+    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, total_steps)
     sampler = Sampler(policy, config)
     stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:
@@ -115,7 +116,7 @@ def train(
                 for _ in range(config.num_iterations):
                     done = []
                     for part in rollout.parts(config.steps_per_generation):
-                        given = policy, part, token_meter, controllers.coefficients(), learner.scaler, config
+                        given = policy, part, token_meter, controllers.coefficients(), scaler, config
                         lengths, why = lengths_with_gradient(part, config), partial(why_not_finite, part, config)
                         done.append(run.update(step, partial(backward, *given), lengths, why))
                         if config.use_adaptive_entropy:

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowmem_grpo.config.grpo import LOSS_TYPES, OWN_LOSS, GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.config.sections import ObjectiveFields
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.policy_loss import TokenStats, policy_loss
 from lowmem_grpo.objective import formulas
@@ -48,43 +50,43 @@ class Loss:
     aggregation: str  # of the token losses, see formulas.token_weights
     fused: bool = False  # kernels/policy_loss.py computes them, with ratios of tokens and the k3 estimate of the KL
     # A ratio outside of these is cut off, which clip_ratio counts.
-    clip_bounds: Callable[[GRPOConfig], tuple[float, float]] = lambda config: (0.0, math.inf)
+    clip_bounds: Callable[[ObjectiveFields], tuple[float, float]] = lambda config: (0.0, math.inf)
     importance_weights_inside: bool = False  # token_losses reads them; else they multiply the advantages
     learn_mask_inside: bool = False  # likewise
     zero_advantage_has_no_gradient: bool = True  # so that such a completion need not be computed
     # What is recorded of each token besides TokenStats.
-    token_metrics: Callable[[Tokens, TokenStats, GRPOConfig], dict[str, Tensor]] = lambda tokens, stats, config: {}
+    token_metrics: Callable[[Tokens, TokenStats, ObjectiveFields], dict[str, Tensor]] = lambda tokens, stats, config: {}
 
 
-def _ratios(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _ratios(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return tokens.log_ratios(config.importance_sampling_level).exp()
 
 
-def _clipped(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _clipped(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.clipped_loss(
         _ratios(tokens, config), tokens.advantages,
         epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,
     )  # fmt: skip
 
 
-def _cispo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _cispo(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.cispo_loss(
         tokens.logprobs, _ratios(tokens, config), tokens.advantages, epsilon_high=config.upper_epsilon
     )
 
 
-def _sapo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _sapo(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.sapo_loss(
         _ratios(tokens, config), tokens.advantages,
         temperature_pos=config.sapo_temperature_pos, temperature_neg=config.sapo_temperature_neg,
     )  # fmt: skip
 
 
-def _vespo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _vespo(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.vespo_loss(tokens.logprobs, _phi(tokens, config), tokens.advantages)
 
 
-def _phi(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _phi(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.vespo_weights(
         tokens.log_ratios("token"), tokens.advantages, _log_importance_weights(tokens, config), tokens.sequences,
         tokens.num_completions, k_pos=config.vespo_k_pos, lambda_pos=config.vespo_lambda_pos, k_neg=config.vespo_k_neg,
@@ -92,7 +94,7 @@ def _phi(tokens: Tokens, config: GRPOConfig) -> Tensor:
     )  # fmt: skip
 
 
-def _log_importance_weights(tokens: Tokens, config: GRPOConfig) -> Tensor | None:
+def _log_importance_weights(tokens: Tokens, config: ObjectiveFields) -> Tensor | None:
     """log of old policy to sampler of each token's completion, (N,), as VESPO's weight takes it."""
     if tokens.importance_weights is None:
         return None
@@ -102,7 +104,7 @@ def _log_importance_weights(tokens: Tokens, config: GRPOConfig) -> Tensor | None
     return formulas.sequence_sum(log_weights, tokens.sequences, tokens.num_completions)
 
 
-def _gmpo(tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _gmpo(tokens: Tokens, config: ObjectiveFields) -> Tensor:
     return formulas.gmpo_loss(
         tokens.log_ratios("token"), tokens.advantages, tokens.learn_mask, tokens.sequences, tokens.num_completions,
         epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon,
@@ -168,7 +170,11 @@ def loss_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -
 
 
 def importance_weights(
-    old_logprobs: Tensor, proposal_logprobs: Tensor | None, sequences: Tensor, num_completions: int, config: GRPOConfig
+    old_logprobs: Tensor,
+    proposal_logprobs: Tensor | None,
+    sequences: Tensor,
+    num_completions: int,
+    config: ObjectiveFields,
 ) -> Tensor | None:
     """Importance weights (N,) between the sampler and the policy that training computes; None where there are none."""
     if not config.importance_sampling_correction or proposal_logprobs is None:
@@ -203,7 +209,7 @@ def micro_batch_loss(
     return value, {name: values for name, values in recorded.items() if values is not None}
 
 
-def _scaled_advantages(loss: Loss, tokens: Tokens, config: GRPOConfig) -> Tensor:
+def _scaled_advantages(loss: Loss, tokens: Tokens, config: ObjectiveFields) -> Tensor:
     """Advantages (N,) times the off-policy mask, and what else the loss does not read itself."""
     factors = [
         _off_policy_mask(tokens, config),
@@ -213,7 +219,7 @@ def _scaled_advantages(loss: Loss, tokens: Tokens, config: GRPOConfig) -> Tensor
     return math.prod((factor for factor in factors if factor is not None), start=tokens.advantages)
 
 
-def _off_policy_mask(tokens: Tokens, config: GRPOConfig) -> Tensor | None:
+def _off_policy_mask(tokens: Tokens, config: ObjectiveFields) -> Tensor | None:
     if config.off_policy_mask_threshold is None:
         return None
     return formulas.low_divergence(
@@ -227,7 +233,7 @@ def _sampling_difference(tokens: Tokens) -> Tensor | None:
     return None if tokens.sampling_logprobs is None else (tokens.old_logprobs - tokens.sampling_logprobs).abs()
 
 
-def _fused(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
+def _fused(tokens: Tokens, beta: float, config: ObjectiveFields) -> tuple[Tensor, TokenStats]:
     return policy_loss(
         tokens.logprobs, None if tokens.on_policy else tokens.old_logprobs, tokens.ref_logprobs, tokens.advantages,
         tokens.loss_weights, epsilon_low=config.epsilon, epsilon_high=config.upper_epsilon, delta=config.delta,

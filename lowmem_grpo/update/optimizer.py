@@ -99,17 +99,16 @@ class Learner:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], config: GRPOConfig, device: torch.device, total_steps: int
+        self, parameters: Iterable[nn.Parameter], config: OptimizerFields, scaler: torch.amp.GradScaler,
+        total_steps: int,
     ):  # fmt: skip
         self.parameters = list(parameters)
-        self.max_grad_norm = config.max_grad_norm
-        self.optim = config.optim
+        self.max_grad_norm, self.optim, self.scaler = config.max_grad_norm, config.optim, scaler
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
             num_training_steps=total_steps,
         )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
 
     @property
     def learning_rate(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ObjectiveFields, UpdateFields
 from lowmem_grpo.model.packing import MicroBatch, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Coefficients
@@ -31,7 +32,7 @@ def at_work(batch: MicroBatch) -> Iterator[None]:
 
 
 def micro_batches(
-    policy: Policy, rollout: Rollout, config: GRPOConfig, token_budget: int, chosen: list[bool]
+    policy: Policy, rollout: Rollout, config: UpdateFields, token_budget: int, chosen: list[bool]
 ) -> Iterator[MicroBatch]:
     """The chosen completions of the rollout, packed under token_budget."""
     return pack(
@@ -103,7 +104,7 @@ def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor
     return counted & (entropies >= torch.quantile(entropies[counted], 1 - quantile))
 
 
-def completions_with_gradient(rollout: Rollout, config: GRPOConfig) -> list[bool]:
+def completions_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list[bool]:
     """Which completions have a gradient.
 
     Without a KL or an entropy bonus in the loss, an advantage of 0 (every completion of a group got the same reward)
@@ -115,7 +116,7 @@ def completions_with_gradient(rollout: Rollout, config: GRPOConfig) -> list[bool
     return (rollout.completion_mask & (rollout.advantages != 0)).tolist()
 
 
-def lengths_with_gradient(rollout: Rollout, config: GRPOConfig) -> list[int]:
+def lengths_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list[int]:
     """Tokens of each completion that has a gradient, with its prompt."""
     return rollout.lengths_of(completions_with_gradient(rollout, config))
 

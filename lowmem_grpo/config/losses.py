@@ -1,0 +1,26 @@
+"""The names that loss_type may have, and what each reads of the settings. Standard library only."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings that a loss_type reads, of those that not every one reads, and what it asks of them."""
+
+    reads: tuple[str, ...]
+    highest_epsilon: float = 1.0  # a ratio is never below 0
+    needs_epsilon_high: bool = False
+
+
+_CLIPPED = LossSettings(("epsilon", "epsilon_high", "delta", "importance_sampling_level"))
+# A row for each loss_type; the functions are in objective/loss.py, where register_objective adds rows of both.
+LOSS_TYPES = {
+    **dict.fromkeys(("dapo", "grpo", "bnpo", "dr_grpo", "luspo"), _CLIPPED),
+    "cispo": LossSettings(("epsilon_high", "importance_sampling_level"), needs_epsilon_high=True),
+    "sapo": LossSettings(("importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")),
+    "vespo": LossSettings(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
+    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=math.inf),  # its bounds are of log-ratios
+}
+# The row of a registered loss, which may read all of them.
+OWN_LOSS = LossSettings(tuple(dict.fromkeys(name for loss in LOSS_TYPES.values() for name in loss.reads)))
