@@ -36,7 +36,7 @@ def difference(policy: Policy, prompts: list[Prompt], num_generations: int, weig
     error = torch.cat(known)
     with policy.inference():
         for batch in pack(asked, answers, token_budget=16384, pad_token_id=policy.pad_token_id, device=policy.device):
-            error[batch.tokens] -= policy.logprobs(batch, 1.0)
+            error[batch.token_index] -= policy.logprobs(batch, 1.0)
     return error.abs()
 
 

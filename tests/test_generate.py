@@ -632,7 +632,7 @@ def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv)
     gaps = torch.cat([completion.logprobs for completion in found]).to(policy.device)
     with policy.inference():
         for batch in pack(texts, answers, token_budget=500, pad_token_id=0, device=policy.device):
-            gaps[batch.tokens] -= policy.logprobs(batch, 1.0)
+            gaps[batch.token_index] -= policy.logprobs(batch, 1.0)
     exact = (4e-6, 4e-5) if cpu else (1e-4, 1e-3)
     mean, largest = (0.07, 0.5) if bf16 or kv == "int8" else exact
     assert gaps.abs().mean() < mean and gaps.abs().max() < largest

@@ -48,13 +48,13 @@ def test_every_token_is_predicted_once_from_the_one_before_it(token_budget, seed
     for batch in packed(prompts, completions, token_budget):
         ids = batch.input_ids.flatten()
         assert torch.equal(ids[batch.predictors + 1], batch.labels)
-        assert torch.equal(flat[batch.tokens], batch.labels)
-        assert torch.equal(owners[batch.tokens], batch.sequences)
+        assert torch.equal(flat[batch.token_index], batch.labels)
+        assert torch.equal(owners[batch.token_index], batch.sequences)
         rows = batch.predictors // batch.input_ids.shape[1]
         for row, b in {(int(r), int(b)) for r, b in zip(rows, batch.sequences, strict=True)}:
             whole = prompts[b] + completions[b]
             assert batch.input_ids[row].tolist() == whole + [0] * (batch.input_ids.shape[1] - len(whole))
-        seen += batch.tokens.tolist()
+        seen += batch.token_index.tolist()
     assert sorted(seen) == list(range(len(flat)))
 
 
@@ -68,7 +68,7 @@ def test_a_packed_token_is_predicted_from_its_own_sequence_alone(token_budget, s
     batches = packed(prompts, completions, token_budget, num_generations=num_generations, padding_free=True)
     for batch in batches:
         for predictor, label, token, b in zip(
-            batch.predictors, batch.labels, batch.tokens, batch.sequences, strict=True
+            batch.predictors, batch.labels, batch.token_index, batch.sequences, strict=True
         ):
             t = int(token - offsets[b])
             assert completions[b][t] == label
@@ -122,15 +122,15 @@ def test_the_token_budget_bounds_what_attention_holds_of_an_uneven_group(lengths
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_rows_that_are_not_kept_are_left_out_and_keep_their_numbers(padding_free):
-    given = dict(keep=[False, True, True], padding_free=padding_free)
+    given = dict(chosen=[False, True, True], padding_free=padding_free)
     batches = packed([[5], [6], [7]], [[1, 2], [3, 4], [8]], 100, **given)
-    assert sorted(torch.cat([b.tokens for b in batches]).tolist()) == [2, 3, 4]
+    assert sorted(torch.cat([b.token_index for b in batches]).tolist()) == [2, 3, 4]
     assert set(torch.cat([b.sequences for b in batches]).tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_nothing_to_keep_makes_no_micro_batch(padding_free):
-    assert packed([[5]], [[1]], 100, keep=[False], padding_free=padding_free) == []
+    assert packed([[5]], [[1]], 100, chosen=[False], padding_free=padding_free) == []
     assert packed([[5]], [[]], 100, padding_free=padding_free) == []
 
 
@@ -210,8 +210,8 @@ def trained_on(policy):
         flat = torch.zeros_like(weights)
         for batch in batches_of(policy, prompts, completions, **{"token_budget": 10_000, **settings}):
             logprobs = policy.logprobs(batch, 1.0)
-            (logprobs * weights[batch.tokens]).sum().backward()
-            flat[batch.tokens] = logprobs.detach()
+            (logprobs * weights[batch.token_index]).sum().backward()
+            flat[batch.token_index] = logprobs.detach()
         yield flat, {name: p.grad.clone() for name, p in policy.parameters_of(policy.adapter).items()}
         policy.model.zero_grad()
 
@@ -249,7 +249,7 @@ def test_the_reference_is_packed_too():
         flat = torch.zeros(30)
         with policy.as_reference():
             for batch in batches_of(policy, prompts, completions, token_budget=1000, padding_free=padding_free):
-                flat[batch.tokens] = policy.logprobs(batch, 1.0)
+                flat[batch.token_index] = policy.logprobs(batch, 1.0)
         found.append(flat)
     torch.testing.assert_close(*found, atol=4e-6, rtol=0)
 

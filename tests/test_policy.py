@@ -39,7 +39,7 @@ def own_logprobs(policy, temperature=1.0):
 def flat_logprobs(policy, token_budget=1000, temperature=1.0):
     flat = torch.zeros(7)
     for batch in batches(policy, token_budget):
-        flat[batch.tokens] = policy.logprobs(batch, temperature).detach()
+        flat[batch.token_index] = policy.logprobs(batch, temperature).detach()
     return flat
 
 

@@ -50,7 +50,7 @@ class MicroBatch:
     input_ids: Tensor  # (R, T) int64
     predictors: Tensor  # (N,) int64: index into the R * T positions, of the one that predicts each token
     labels: Tensor  # (N,) int64
-    tokens: Tensor  # (N,) int64: index of each token among the rollout's M
+    token_index: Tensor  # (N,) int64: index of each token among the rollout's M
     sequences: Tensor  # (N,) int64: the completion that each token belongs to
     # None where each row is a prompt, its completion and padding, which a causal model never looks at. Else R is 1.
     position_ids: Tensor | None = None  # (1, T) int64: each token's place in its own sequence
@@ -64,13 +64,13 @@ def pack(
     token_budget: int,
     pad_token_id: int,
     device: torch.device,
-    keep: Sequence[bool] | None = None,
+    chosen: Sequence[bool] | None = None,
     num_generations: int = 1,
     padding_free: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of at most token_budget tokens, padding included, the longest first; rows not kept are left out.
+    """Micro-batches of at most token_budget tokens, padding included, the longest first, of the chosen completions.
 
-    completions[b] answers prompts[b // num_generations]. Tokens are numbered completion after completion, kept or not.
+    completions[b] answers prompts[b // num_generations]. Tokens are numbered completion after completion, all of them.
     A sequence longer than the budget still makes a micro-batch of its own.
 
     padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for what
@@ -78,7 +78,7 @@ def pack(
     one with more than KEYS token_budget keys.
     """
     offsets = [0, *accumulate(map(len, completions))]
-    rows = [b for b in range(len(completions)) if completions[b] and (keep is None or keep[b])]
+    rows = [b for b in range(len(completions)) if completions[b] and (chosen is None or chosen[b])]
     if padding_free:
         pieces = _pieces(rows, prompts, completions, num_generations, token_budget)
         for filled in _bins(pieces, token_budget):
@@ -95,19 +95,19 @@ def pack(
 
 
 def _padded(rows, prompts, completions, offsets, width, pad_token_id, device) -> MicroBatch:
-    ids, predictors, labels, tokens, sequences = [], [], [], [], []
+    ids, predictors, labels, token_index, sequences = [], [], [], [], []
     for row, b in enumerate(rows):
         prompt, completion = prompts[b], completions[b]
         ids.append(prompt + completion + [pad_token_id] * (width - len(prompt) - len(completion)))
         first = row * width + len(prompt) - 1  # the prompt's last token predicts the completion's first
         predictors += range(first, first + len(completion))
         labels += completion
-        tokens += range(offsets[b], offsets[b + 1])
+        token_index += range(offsets[b], offsets[b + 1])
         sequences += [b] * len(completion)
-    ids, predictors, labels, tokens, sequences = (
-        torch.tensor(x, device=device) for x in (ids, predictors, labels, tokens, sequences)
+    ids, predictors, labels, token_index, sequences = (
+        torch.tensor(x, device=device) for x in (ids, predictors, labels, token_index, sequences)
     )
-    return MicroBatch(ids, predictors, labels, tokens, sequences)
+    return MicroBatch(ids, predictors, labels, token_index, sequences)
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Piece:
     tails: list[list[int]]  # each completion without its last token, which predicts nothing
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.tails))
 
     @property
-    def keys(self) -> int:
-        return self.tokens + len(self.prompt) * len(self.tails)
+    def num_keys(self) -> int:
+        return self.num_tokens + len(self.prompt) * len(self.tails)
 
 
 def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[Piece]:
@@ -136,7 +136,7 @@ def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[P
         prompt = prompts[group]
         apart = [Piece([b], [], [prompt + completions[b][:-1]]) for b in members]
         together = _split(members, prompt, completions, token_budget)
-        shared = sum(piece.tokens for piece in apart) >= SHARE_FROM * sum(piece.tokens for piece in together)
+        shared = sum(piece.num_tokens for piece in apart) >= SHARE_FROM * sum(piece.num_tokens for piece in together)
         pieces += together if shared else apart
     return pieces
 
@@ -147,7 +147,7 @@ def _split(members: list[int], prompt: list[int], completions, token_budget: int
     for b in members:
         if pieces:
             longer = Piece([*pieces[-1].rows, b], prompt, [*pieces[-1].tails, completions[b][:-1]])
-            if longer.tokens <= token_budget and longer.keys <= KEYS * token_budget:
+            if longer.num_tokens <= token_budget and longer.num_keys <= KEYS * token_budget:
                 pieces[-1] = longer
                 continue
         pieces.append(Piece([b], prompt, [completions[b][:-1]]))
@@ -157,17 +157,21 @@ def _split(members: list[int], prompt: list[int], completions, token_budget: int
 def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
     """First fit, the largest first."""
     bins: list[list[Piece]] = []
-    room: list[tuple[int, int]] = []  # tokens and keys
-    for piece in sorted(pieces, key=lambda piece: piece.tokens, reverse=True):
-        fits = (i for i, (tokens, keys) in enumerate(room) if tokens >= piece.tokens and keys >= piece.keys)
+    room: list[tuple[int, int]] = []  # for tokens and for keys
+    for piece in sorted(pieces, key=lambda piece: piece.num_tokens, reverse=True):
+        fits = (
+            i
+            for i, (num_tokens, num_keys) in enumerate(room)
+            if num_tokens >= piece.num_tokens and num_keys >= piece.num_keys
+        )
         place = next(fits, None)
         if place is None:
             place = len(bins)
             bins.append([])
             room.append((token_budget, KEYS * token_budget))
         bins[place].append(piece)
-        tokens, keys = room[place]
-        room[place] = tokens - piece.tokens, keys - piece.keys
+        num_tokens, num_keys = room[place]
+        room[place] = num_tokens - piece.num_tokens, num_keys - piece.num_keys
     return bins
 
 
@@ -188,7 +192,7 @@ def fills_one(
         asked = [[0] * prompt] * groups
         pieces = _pieces(range(len(completions)), asked, completions, num_generations, token_budget)
         filled = _bins(pieces, token_budget)
-        return len(filled) == 1 and sum(piece.tokens for piece in filled[0]) <= token_budget
+        return len(filled) == 1 and sum(piece.num_tokens for piece in filled[0]) <= token_budget
 
     groups = bisect(range(1, prompts + 1), False, key=lambda groups: not fit(groups, 1))
     if not groups:
@@ -197,7 +201,7 @@ def fills_one(
 
 
 def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:
-    ids, positions, predictors, labels, tokens, sequences = [], [], [], [], [], []
+    ids, positions, predictors, labels, token_index, sequences = [], [], [], [], [], []
     alike: dict[tuple, list[tuple[range, list[range]]]] = {}  # prompts, with tails, that one call of attention serves
     query_starts, key_starts, keys = [0], [0], []
 
@@ -224,7 +228,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) ->
             # The completion's first token is predicted by its prompt's last, and each other by the one before it.
             predictors += [*prompt, *places][-len(completions[b]) :]
             labels += completions[b]
-            tokens += range(offsets[b], offsets[b + 1])
+            token_index += range(offsets[b], offsets[b + 1])
             sequences += [b] * len(completions[b])
         for width, tails in widths.items():
             alike.setdefault((len(prompt), len(tails), width), []).append((prompt, tails))
@@ -249,7 +253,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) ->
         prompts = tensor([[*prompt] for prompt, _ in same])
         blocks.append(Block(prompts, tensor(filled).view(len(same), -1, widest)))
     return MicroBatch(
-        tensor([ids]), tensor(predictors), tensor(labels), tensor(tokens), tensor(sequences), tensor([positions]),
+        tensor([ids]), tensor(predictors), tensor(labels), tensor(token_index), tensor(sequences), tensor([positions]),
         Packing(
             tuple(blocks), tensor(outputs), tensor(query_starts, torch.int32), tensor(key_starts, torch.int32),
             tensor(keys), _longest(query_starts), _longest(key_starts),

@@ -166,7 +166,7 @@ def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
         def keep(name: str, output: Tensor, batch: MicroBatch = batch) -> None:
             if output.shape[:2] == batch.input_ids.shape:
                 rows = output.flatten(0, 1).index_select(0, batch.predictors).float().cpu()
-                found.setdefault(name, rows.new_full((count, rows.shape[1]), torch.nan))[batch.tokens.cpu()] = rows
+                found.setdefault(name, rows.new_full((count, rows.shape[1]), torch.nan))[batch.token_index.cpu()] = rows
 
         with outputs_kept(policy.decoder, keep):
             policy.hidden_states(batch)

@@ -61,7 +61,7 @@ class JudgeReward:
         )  # fmt: skip
         with self.policy.as_base():
             for batch in batches:
-                logprobs[batch.tokens] = self.policy.logprobs(batch, 1.0)
+                logprobs[batch.token_index] = self.policy.logprobs(batch, 1.0)
         return logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist()
 
     def _question(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:

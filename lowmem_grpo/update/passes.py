@@ -41,7 +41,7 @@ def micro_batches(
         token_budget=token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        keep=chosen,
+        chosen=chosen,
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
@@ -58,7 +58,7 @@ def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget:
         with policy.as_reference():
             for batch in micro_batches(policy, rollout, config, token_budget, counted):
                 with at_work(batch):
-                    logprobs[batch.tokens] = policy.logprobs(batch, config.temperature)
+                    logprobs[batch.token_index] = policy.logprobs(batch, config.temperature)
         return logprobs
 
     return replace(rollout, ref_logprobs=budget.fit(compute, rollout.lengths_of(counted)))
@@ -83,7 +83,7 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
             for batch in micro_batches(policy, rollout, config, token_budget, counted):
                 with at_work(batch):
                     found = policy.logprobs_and_entropy(batch, config.temperature)
-                    logprobs[batch.tokens], entropies[batch.tokens] = found
+                    logprobs[batch.token_index], entropies[batch.token_index] = found
         return logprobs, entropies
 
     old_logprobs, entropies = budget.fit(compute, rollout.lengths_of(counted))
@@ -153,8 +153,8 @@ def backward(
             )  # fmt: skip
             scaler.scale(loss).backward()
             total += loss.detach()
-            computed[batch.tokens] = logprobs.detach()
-            token_meter.add(batch.tokens + rollout.first_token_index, **recorded)
+            computed[batch.token_index] = logprobs.detach()
+            token_meter.add(batch.token_index + rollout.first_token_index, **recorded)
     return total, computed
 
 
@@ -179,7 +179,7 @@ def _tokens(
     """What an objective gets of a micro-batch's tokens."""
 
     def at(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[batch.tokens]
+        return None if values is None else values[batch.token_index]
 
     known, num_completions = at(rollout.old_logprobs), len(rollout.completions)
     old_logprobs = logprobs.detach() if known is None else known
