@@ -1,4 +1,4 @@
-"""Out of memory, whoever says so."""
+"""Out of memory, whoever says so: the one place where work is tried again, and the token budget that then shrinks."""
 
 import contextlib
 import gc
@@ -9,6 +9,39 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+
+# cuBLAS' and cuDNN's handles and workspaces, and what the driver tells Triton and bitsandbytes.
+SAYINGS = re.compile(r"out of memory|ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def as_torch_says_it() -> Iterator[None]:
+    """A library's own error for want of memory becomes torch.OutOfMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not SAYINGS.search(str(error)):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError], None]) -> T:
+    """The result of work(), which begins anew after each out-of-memory, once all that can be let go is.
+
+    failed(error) comes before: there the next attempt is made smaller, or the error raised where nothing is left to do.
+    """
+    while True:
+        try:
+            with as_torch_says_it():
+                return work()
+        except torch.OutOfMemoryError as error:
+            failed(error)
+        gc.collect()  # only here is the error gone, and with it the frames that held what did not fit
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 class TokenBudget:
@@ -32,19 +65,16 @@ class TokenBudget:
         seen = self.out_of_memory
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-        while True:
-            try:
-                with as_torch_says_it():
-                    return work(self.tokens)
-            except torch.OutOfMemoryError as error:
-                self.out_of_memory += 1
-                if self.out_of_memory > seen + 1:
-                    self._halve(error, lengths)
-            gc.collect()
+
+        def failed(error: torch.OutOfMemoryError) -> None:
+            self.out_of_memory += 1
+            if self.out_of_memory > seen + 1:
+                self._halve(error, lengths)
             torch.set_rng_state(drawn[0])
             if drawn[1] is not None:
                 torch.cuda.set_rng_state(drawn[1])
-                torch.cuda.empty_cache()
+
+        return tried_again(lambda: work(self.tokens), failed)
 
     def note(self) -> None:
         """Out of memory in what has no micro-batches."""
@@ -66,40 +96,3 @@ class TokenBudget:
 
     def metrics(self) -> dict[str, float]:
         return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
-
-
-def again(work: Callable[[], T], out_of_memory: Callable[[], None]) -> T:
-    """work(), and out of memory once more, when what can be let go is."""
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        out_of_memory()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return or_remedy(work)
-
-
-def or_remedy(work: Callable[[], T]) -> T:
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        error.add_note("The optimizer's step does not fit. Set optim='adamw_8bit', or lower lora_r or token_budget.")
-        raise
-
-
-# cuBLAS' and cuDNN's handles and workspaces, and what the driver tells Triton and bitsandbytes.
-SAYINGS = re.compile(r"out of memory|ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.IGNORECASE)
-
-
-@contextlib.contextmanager
-def as_torch_says_it() -> Iterator[None]:
-    """A library's own error for want of memory becomes torch.OutOfMemoryError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if not SAYINGS.search(str(error)):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error

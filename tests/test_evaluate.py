@@ -483,7 +483,7 @@ def test_a_reward_that_does_not_apply_everywhere_survives_a_checkpoint(tmp_path,
 
 
 def evaluation_of(texts, prompts, k=1, **rewards) -> Evaluation:
-    completions = [Completion([1], None, None, None, "length" if "cut" in text else "eos") for text in texts]
+    completions = [Completion([1], None, None, "length" if "cut" in text else "eos") for text in texts]
     return Evaluation({}, {}, prompts, completions, texts, rewards)
 
 

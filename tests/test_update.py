@@ -52,7 +52,7 @@ def fixed_rollout(num_generations=2, prompts=3, seed=0):
         length = int(torch.randint(low, high, (1,), generator=draw))
         return torch.randint(10, 100, (length,), generator=draw).tolist()
 
-    completions = [Completion(ids(1, 20), None, None, None, "eos") for _ in range(prompts * num_generations)]
+    completions = [Completion(ids(1, 20), None, None, "eos") for _ in range(prompts * num_generations)]
     lengths = torch.tensor([0] + [len(c.ids) for c in completions])
     return Rollout(
         prompts=[Prompt("", ids(2, 12), {}) for _ in range(prompts)],

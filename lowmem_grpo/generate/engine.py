@@ -5,7 +5,6 @@ others. So which completions share a batch, in what order they start and how oft
 what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
 """
 
-import gc
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from lowmem_grpo.model.attention import refusal as attention_refusal
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import LAST, distances, in_fp32, outputs, outputs_kept, pieces, refused, too_far
-from lowmem_grpo.out_of_memory import as_torch_says_it
+from lowmem_grpo.out_of_memory import tried_again
 
 # How far a step in 16 bits may be from the fp32 truth in the first layer, where SmolLM2 and Gemma 3 270M are 0.017 away
 # at most, with int8 keys and values, and in its last hidden state, after the rounding of all layers: 0.18.
@@ -121,29 +120,31 @@ def run(request: Request, plan: RolloutPlan) -> Ran:
     done: dict[int, Completion] = {}
     captured, preempted, out_of_memory = 0, 0, 0
     now = plan
+
+    def attempt() -> None:
+        nonlocal now, captured, preempted
+        todo = [i for i in range(count) if i not in done]
+        now = now.at_most(len(todo))
+        scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
+        try:
+            captured = _run(request, now, scheduler, done)
+        finally:
+            preempted += scheduler.preempted
+
+    def failed(error: torch.OutOfMemoryError) -> None:
+        nonlocal plan, now, out_of_memory
+        out_of_memory += 1
+        if out_of_memory > 1 and now.slots == 1:
+            error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
+            raise error
+        if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
+            plan, now = now.halved() if now == plan else plan, now.halved()
+
     linears = fast_linears(policy.base, policy.dtype, dense=request.dense)
     with policy.inference(), policy.autocast(), attending(policy.configs), linears:
-        while len(done) < count:
-            todo = [i for i in range(count) if i not in done]
-            now = now.at_most(len(todo))
-            scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
-            try:
-                with as_torch_says_it():
-                    captured = _run(request, now, scheduler, done)
-            except torch.OutOfMemoryError as error:
-                out_of_memory += 1
-                if out_of_memory > 1 and now.slots == 1:
-                    error.add_note(
-                        "One completion at a time does not fit. Lower max_completion_length or token_budget."
-                    )
-                    raise
-                if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
-                    plan, now = now.halved() if now == plan else plan, now.halved()
-            preempted += scheduler.preempted
-            if len(done) < count:
-                gc.collect()
-            if policy.device.type == "cuda" and (request.captures is not None or len(done) < count):
-                torch.cuda.empty_cache()  # the graphs' pool serves nobody else
+        tried_again(attempt, failed)
+    if policy.device.type == "cuda" and request.captures is not None:
+        torch.cuda.empty_cache()  # the graphs' pool serves nobody else
     return Ran([done[i] for i in range(count)], plan, captured, preempted, out_of_memory)
 
 

@@ -1,7 +1,6 @@
 """Sampling by transformers' `model.generate`, in waves under a token budget: for what the engine does not know."""
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.out_of_memory import as_torch_says_it
+from lowmem_grpo.out_of_memory import tried_again
 
 
 def sample(
@@ -35,22 +34,21 @@ def sample(
     with policy.inference(), policy.autocast(), _prepared(policy, params):
         width = max(map(len, rows)) + params.max_completion_length
         wave = max(1, tokens // width)
+
+        def failed(error: torch.OutOfMemoryError) -> None:
+            nonlocal wave, fitting
+            if wave == 1:
+                error.add_note("One completion at a time does not fit. Lower max_completion_length.")
+                raise error
+            wave //= 2
+            fitting = wave * width
+
+        def next_wave() -> list[list[int]]:
+            return _generate(policy, rows[len(sampled) : len(sampled) + wave], params)
+
         while len(sampled) < len(rows):
-            now = rows[len(sampled) : len(sampled) + wave]
-            try:
-                with as_torch_says_it():
-                    sampled += _generate(policy, now, params)
-            except torch.OutOfMemoryError as error:
-                if len(now) == 1:
-                    error.add_note("One completion at a time does not fit. Lower max_completion_length.")
-                    raise
-                wave = len(now) // 2
-                fitting = wave * width
-            else:
-                continue
-            gc.collect()
-            if policy.device.type == "cuda":
-                torch.cuda.empty_cache()
+            wave = min(wave, len(rows) - len(sampled))
+            sampled += tried_again(next_wave, failed)
     return [_cut(ids, ending(policy, params)) for ids in sampled], fitting
 
 

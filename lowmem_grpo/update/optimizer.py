@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW, PagedAdamW8bit
@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from lowmem_grpo.config.sections import OptimizerFields
-from lowmem_grpo.out_of_memory import again, or_remedy
+from lowmem_grpo.out_of_memory import tried_again
 
+T = TypeVar("T")
 BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}
 
 
@@ -62,7 +63,7 @@ def total_norm(tensors: Sequence[Tensor], out_of_memory: Callable[[], None] = la
 
     Out of memory, out_of_memory() is told, and it is computed anew.
     """
-    return again(partial(get_total_norm, tensors), out_of_memory)
+    return _tried(2, partial(get_total_norm, tensors), out_of_memory)
 
 
 def loss_scale_overflows(scaler: torch.amp.GradScaler, loss: float) -> bool:
@@ -82,14 +83,31 @@ def step(
     ends the run, with a note that has the remedy.
     """
     if optimizer.state or not optimizer.defaults.get("fused"):
-        or_remedy(partial(scaler.step, optimizer))
+        _tried(1, partial(scaler.step, optimizer), out_of_memory)
         return
 
     def first() -> None:
         optimizer.state.clear()  # half of it, where this is not the first attempt; no weight has changed yet
         scaler.step(optimizer)
 
-    again(first, out_of_memory)
+    _tried(2, first, out_of_memory)
+
+
+def _tried(attempts: int, work: Callable[[], T], out_of_memory: Callable[[], None]) -> T:
+    """The result of work() in so many attempts; of a failed one, out_of_memory() is told."""
+    failures = 0
+
+    def failed(error: torch.OutOfMemoryError) -> None:
+        nonlocal failures
+        failures += 1
+        if failures == attempts:
+            error.add_note(
+                "The optimizer's step does not fit. Set optim='adamw_8bit', or lower lora_r or token_budget."
+            )
+            raise error
+        out_of_memory()
+
+    return tried_again(work, failed)
 
 
 class Learner:
