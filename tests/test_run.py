@@ -1,0 +1,117 @@
+"""Run around a loop that is not GRPO's: what a second kind of training gets from it without knowing how."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_policy
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.folder import find_checkpoint, read_state
+from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.run.run import Run
+from lowmem_grpo.update.optimizer import Learner
+
+PROMPTS = [Prompt(str(i), [5 + i, 9, 20], {}) for i in range(5)]
+
+
+class Examples:
+    """Where the loop stands among its examples, which it draws at random: a part of its checkpoints."""
+
+    def __init__(self):
+        self.seen: list[int] = []
+
+    def draw(self) -> list[int]:
+        self.seen.append(int(torch.randint(len(PROMPTS), ())))
+        return PROMPTS[self.seen[-1]].ids
+
+    def state(self):
+        return {"seen": list(self.seen)}
+
+    def load(self, state):
+        self.seen = list(state["seen"])
+
+
+def backward(policy, prompt, spoiled, token_budget):
+    """The gradient of the likelihood of a fixed completion: supervised fine-tuning, in small."""
+    (batch,) = pack([prompt], [[7, 8, 9]], token_budget=token_budget, pad_token_id=0, device=policy.device)
+    loss = -policy.logprobs(batch, 1.0).mean() * (torch.nan if spoiled else 1.0)
+    policy.model.zero_grad()
+    loss.backward()
+    return loss.detach(), batch
+
+
+def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
+    """A training loop of a dozen lines; stop_in raises in the middle of that step, spoiled ones have no finite loss."""
+    config = GRPOConfig(**{
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "save_steps": 2,
+        "lr_scheduler_type": "cosine", **settings,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    policy, examples = make_policy("qwen2"), Examples()
+    folder.mkdir(exist_ok=True)
+    inputs = Inputs(
+        None, None, None, PROMPTS, [], RewardRunner([len], None), config, config, policy.device, ["a note"], folder,
+        find_checkpoint(folder, config.resume_from_checkpoint),
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, total_steps=5)
+    with Run(inputs, policy, learner, 5, {"examples": examples}, None, callbacks) as run:
+        for step in run.steps():
+            with step.phase("update"):
+                work = partial(backward, policy, examples.draw(), step.number in spoiled)
+                if step.number == stop_in:
+                    raise RuntimeError("the machine is needed elsewhere")
+                loss, _ = run.update(step, work, [6], lambda batch, loss, overflowed: f"a loss of {loss}")
+            run.finish(step, {"loss": loss}, num_tokens=6)
+    return run.result(), examples
+
+
+def comparable(history):
+    unlike = ("time/", "memory/", "step_time")
+    return [{name: value for name, value in line.items() if not name.startswith(unlike)} for line in history]
+
+
+def adapter(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def test_a_loop_that_was_stopped_in_a_step_resumes_to_the_same_end(tmp_path, capsys):
+    whole, examples = fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="needed elsewhere"):
+        fit(tmp_path / "cut", stop_in=4)
+    said = capsys.readouterr().err
+    assert "a note" in said and "checkpoint-3 has everything up to step 3" in said
+    assert read_state(tmp_path / "cut/checkpoint-3")["parts"]["examples"] == {"seen": examples.seen[:3]}
+    resumed, again = fit(tmp_path / "cut", resume_from_checkpoint=True)
+    assert comparable(resumed.history) == comparable(whole.history) and again.seen == examples.seen
+    assert [line["num_tokens"] for line in whole.history] == [6, 12, 18, 24, 30]
+    ours, theirs = adapter(tmp_path / "cut"), adapter(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert whole.history[-1]["loss"] < whole.history[0]["loss"] - 0.1, "it learns"
+
+
+def test_a_step_that_is_not_finite_changes_no_weight_and_too_many_end_the_run(tmp_path, capsys):
+    result, _ = fit(tmp_path / "some", spoiled=(2, 3))
+    assert [line["skipped_steps"] for line in result.history] == [0, 1, 1, 0, 0]
+    said = capsys.readouterr().err
+    assert "step 2: a loss of nan; no weight is changed" in said and "2 of 5 optimizer steps changed no weight" in said
+    with pytest.raises(NotFiniteError, match=r"in step 3 a loss of nan; .*the last good checkpoint is .*checkpoint-3"):
+        fit(tmp_path / "all", spoiled=(1, 2, 3), max_nonfinite_steps=2)
+
+
+def test_callbacks_see_the_step_and_may_not_move_the_randomness_of_the_next_one_in_a_resume(tmp_path):
+    def draws(step, metrics, policy):
+        torch.rand(step)
+
+    whole, examples = fit(tmp_path / "whole", callbacks=[draws])
+    with contextlib.suppress(RuntimeError):
+        fit(tmp_path / "cut", stop_in=4, callbacks=[draws])
+    resumed, again = fit(tmp_path / "cut", callbacks=[draws], resume_from_checkpoint=True)
+    assert again.seen == examples.seen and comparable(resumed.history) == comparable(whole.history)
