@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Inputs:
     resume: Path | None = None  # the checkpoint to go on from
     plan: Plan | None = None  # where there is a vram_budget
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint, besides settings."""
         ids = json.dumps([prompt.ids for prompt in self.prompts])
