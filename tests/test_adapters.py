@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_generate import ids_of
+from test_generate import PlannedSampler, ids_of
 from test_generate import run as complete
 from test_graphs import captured_early, recorder  # noqa: F401
 from test_train import adapters, length_reward, run
@@ -277,11 +277,12 @@ def test_a_capture_that_is_trusted_is_of_what_was_worn(captured_early, monkeypat
     policy.add("few", OTHERS["of few layers"])
     wake(policy, "few")
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    complete(policy)
-    trusted = {*policy.trusted_captures}
+    sampler = PlannedSampler(policy)
+    sampler.run()
+    trusted = {*sampler.captures.trusted}
     with policy.wearing("few"):
-        assert ids_of(complete(policy)) == ids_of(complete(expected))
-    assert trusted and len(policy.trusted_captures) == 2 * len(trusted) and policy.graph_refusal is None
+        assert ids_of(sampler.run()) == ids_of(complete(expected))
+    assert trusted and len(sampler.captures.trusted) == 2 * len(trusted) and sampler.captures.refusal is None
 
 
 def test_a_folder_holds_one_adapter_in_pefts_format_whatever_its_name(tmp_path):

@@ -17,7 +17,7 @@ NAN = math.nan
 
 
 def completion(length, finish):
-    return Completion([5] * length, None, None, None, finish)
+    return Completion([5] * length, None, None, finish)
 
 
 def test_the_length_of_what_ended_is_no_number_where_nothing_did():
