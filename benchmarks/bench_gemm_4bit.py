@@ -14,8 +14,8 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage]: public, but in no __all__
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,16 +31,17 @@ Product = Callable[[Tensor, Weight], Tensor]  # (rows, in) bf16 to (rows, out)
 
 
 def _chosen(x: Tensor, weight: Weight) -> Tensor:
-    return bnb.matmul_4bit(x, weight[0], weight[1])
+    return matmul_4bit(x, weight[0], weight[1])
 
 
 def _fused(x: Tensor, weight: Weight) -> Tensor:
     from bitsandbytes.backends.cuda.ops import _gemm_4bit_kernel_impl  # what the public one calls where it chooses it
 
     numbers, state, _ = weight
+    nested: Any = state.state2  # of the scales: there with double quantization
     return _gemm_4bit_kernel_impl(
-        x, numbers, state.shape, state.state2.absmax, state.blocksize, state.quant_type, absmax_8bit=state.absmax,
-        absmax_code=state.state2.code, absmax_offset=state.offset,
+        x, numbers, state.shape, nested.absmax, state.blocksize, state.quant_type, absmax_8bit=state.absmax,
+        absmax_code=nested.code, absmax_offset=state.offset,
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def bench(
             if isinstance(timing, Failed):
                 found[name][count] = {"failed": timing.reason}
             else:
-                seconds = measure.Timing(*(value / layers for value in timing[:3]), timing.repetitions)
+                seconds = measure.Timing(*(value / layers for value in timing[:3]), repetitions=timing.repetitions)
                 found[name][count] = {"seconds": seconds, "error": runs[name][1]}
     return found
 

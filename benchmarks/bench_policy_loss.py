@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ from lowmem_grpo.kernels.policy_loss import policy_loss
 
 SIZES = (1024, 16384, 131072)
 COMPLETION = 512  # tokens of each completion; none is padded, so that everyone does the same work
-SETTINGS = dict(epsilon_low=0.2, epsilon_high=0.28, delta=None, beta=0.04, use_bias_correction_kl=False)
+SETTINGS: dict[str, Any] = dict(epsilon_low=0.2, epsilon_high=0.28, delta=None, beta=0.04, use_bias_correction_kl=False)
 WARM_UPS, REPEATS = 3, 10
 
 # A pass from (logprobs with a gradient, old, ref, advantages), the first three (B, T) and the last (B,), to the loss.
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(backend: str) -> Loss:
+def ours(backend: Literal["triton", "torch"]) -> Loss:
     def run(logprobs, old, ref, advantages):
         weight = torch.full((), 1 / logprobs.numel(), device=logprobs.device)
         return policy_loss(
@@ -43,7 +43,7 @@ def ours(backend: str) -> Loss:
 
 def trl() -> Loss:
     """The bound method of a trainer that has only what the method reads."""
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer = object.__new__(GRPOTrainer)
     for name, value in {
@@ -100,7 +100,7 @@ def implementations(device: str) -> dict[str, Loss | None]:
     return found
 
 
-def make_inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(tokens: int, device: str) -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(0)
     shape = (tokens // COMPLETION, COMPLETION)
     logprobs = -4 * torch.rand(shape, generator=draw)
@@ -113,6 +113,7 @@ def one_pass(loss: Loss, inputs: tuple[Tensor, ...]) -> Tensor:
     """The gradient (B, T)."""
     logprobs = inputs[0].detach().requires_grad_()
     loss(logprobs, *inputs[1:]).backward()
+    assert logprobs.grad is not None
     return logprobs.grad
 
 
@@ -121,14 +122,15 @@ def bench(tokens: int, device: torch.device) -> dict[str, dict]:
     inputs = make_inputs(tokens, device.type)
     losses = implementations(device.type)
     exact = one_pass(ours("torch"), tuple(x.double() for x in inputs))
-    runs = {name: lambda turn, loss=loss: one_pass(loss, inputs) for name, loss in losses.items() if loss}
-    results: dict[str, dict] = {name: {"failed": "not installed"} for name, loss in losses.items() if loss is None}
+    here = {name: loss for name, loss in losses.items() if loss}
+    runs = {name: lambda turn, loss=loss: one_pass(loss, inputs) for name, loss in here.items()}
+    results: dict[str, dict] = {name: {"failed": "not installed"} for name in losses if name not in here}
     for name, timing in measure.time_each(runs, device, REPEATS, WARM_UPS).items():
         if isinstance(timing, measure.Failed):
             results[name] = {"failed": timing.reason}
             continue
-        error = (one_pass(losses[name], inputs).double() - exact).abs().max() / exact.abs().max()
-        peak = measure.peak_allocated(partial(one_pass, losses[name], inputs), device)
+        error = (one_pass(here[name], inputs).double() - exact).abs().max() / exact.abs().max()
+        peak = measure.peak_allocated(partial(one_pass, here[name], inputs), device)
         results[name] = {"seconds": timing, "peak_bytes": peak, "error": float(error)}
     return results
 

@@ -50,7 +50,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "none of these": {},
 }
 IMPLEMENTATIONS = LAYOUTS | RUNGS
-OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 class Work(NamedTuple):
@@ -158,7 +158,7 @@ def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, di
         parameters = [nn.Parameter(p.detach().clone()) for p in policy.parameters_of(policy.adapter).values()]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        optimizer = make_optimizer(parameters, GRPOConfig(**{"optim": name}))
+        optimizer = make_optimizer(parameters, GRPOConfig(optim=name))
         timing = measure.time_each({name: lambda turn, step=optimizer.step: step()}, device, repetitions, warmups)[name]
         if isinstance(timing, Failed):
             results[name] = {"failed": timing.reason}

@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
-    function: object
+    function: Any  # a JITFunction
     arguments: dict
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
@@ -135,7 +136,7 @@ def _merge(name: str, narrow: int, **change) -> Kernel:
     return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
 
 
-_SPREAD = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
+_SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
     _start("linear_logprobs start, bias, softcap", bias_ptr="*half", BIAS=True, SOFTCAP=True),
@@ -204,9 +205,9 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     return dict(
         kernel=kernel.name,
         target=capability,
@@ -248,7 +249,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
     parser.add_argument("--json", action="store_true", help="one list of results in place of the table")
     arguments = parser.parse_args()

@@ -77,7 +77,7 @@ def make_config(
 
 def make_random_model(shape: str, text: Path | None, output_dir: Path, vocabulary: int | None = None) -> None:
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(text)
+    tokenizer: Any = make_tokenizer(text)  # ids are declared as whatever a tokenizer's attribute may be
     config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id, vocabulary)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(output_dir)

@@ -134,7 +134,8 @@ def train_with(name: str, job: Job) -> dict[str, Any]:
 
 def run_ours(job: Job) -> dict[str, Any]:
     watch, peaks = Watch(job), []
-    importlib.import_module("lowmem_grpo.run.meter").time = SimpleNamespace(perf_counter=watch.now)
+    meter: Any = importlib.import_module("lowmem_grpo.run.meter")
+    meter.time = SimpleNamespace(perf_counter=watch.now)
     first = f"rewards/{job.rewards[0].__name__}/mean"
 
     def loaded(*args, **kwargs):
@@ -152,7 +153,8 @@ def run_ours(job: Job) -> dict[str, Any]:
         peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
 
     # What train() calls, in this process, which has no other use: time and memory are the run's from here on.
-    importlib.import_module("lowmem_grpo.inputs").load_policy = loaded
+    inputs: Any = importlib.import_module("lowmem_grpo.inputs")
+    inputs.load_policy = loaded
     train(job.model, job.rewards, job.data, config=job.config, callbacks=after_step)
     return watch.result(int(max(peaks) * 2**20))
 
@@ -192,8 +194,7 @@ def run_trl(
 @contextlib.contextmanager
 def prompts_unscored() -> Iterator[None]:
     """TRL leaves the prompts' positions out of its head, as on a GPU; where there is no Triton it scores them too."""
-    from trl.trainer import utils
-
+    utils: Any = importlib.import_module("trl.trainer.utils")
     before = utils._use_triton  # which positions are scored, and no more
     utils._use_triton = lambda device: True
     try:
@@ -204,11 +205,12 @@ def prompts_unscored() -> Iterator[None]:
 
 def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str, *callbacks: Any) -> Any:
     """TRL's GRPOTrainer for the same job: NF4 with double quantization, LoRA on every linear layer."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     ours = job.config
     args = GRPOConfig(
@@ -231,13 +233,13 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
         device_map=str(job.device),
     )  # fmt: skip
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     adapter = LoraConfig(
         r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return GRPOTrainer(
-        model=model, reward_funcs=job.rewards, args=args, train_dataset=Dataset.from_list(job.data),
+        model=model, reward_funcs=[*job.rewards], args=args, train_dataset=Dataset.from_list(job.data),
         processing_class=AutoTokenizer.from_pretrained(job.model), peft_config=adapter, callbacks=list(callbacks),
     )  # fmt: skip
 

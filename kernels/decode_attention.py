@@ -21,7 +21,7 @@ not. Lengths, pages and prefix rows are read on the device alone: CUDA graphs ca
 """
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Windows, macOS
-    triton = None
+    triton: Any = None
 
 # Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
 SPLIT = 256
@@ -355,8 +355,8 @@ def _gathered(
 def _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling, softcap, window) -> Tensor:
     S, H, D = query.shape
     kv_heads, page_tokens = own_keys.shape[1:3]
-    prefix_keys, prefix_values, prefix_rows, prefix_lengths = (None,) * 4 if prefix is None else prefix
-    prefix_tokens = 0 if prefix is None else prefix_keys.shape[2]
+    prefix_keys, prefix_values, prefix_rows, prefix_lengths = prefix or (None,) * 4
+    prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[2]
     own_tokens = table.shape[1] * page_tokens
     splits = triton.cdiv(prefix_tokens, SPLIT) + triton.cdiv(own_tokens, SPLIT)  # by capacity: lengths stay unread
     heads = min(HEADS, triton.next_power_of_2(H // kv_heads))
@@ -376,9 +376,8 @@ def _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling
             _split_kernel[(S, kv_heads * triton.cdiv(H // kv_heads, heads), splits)](
                 query, own_keys, own_values, prefix_keys, prefix_values, *scales, table, lengths, prefix_rows,
                 prefix_lengths, sums, state, *query.stride()[:2], *own_keys.stride()[:3], *own_values.stride()[:3],
-                *(prefix_keys.stride()[:3] if prefix else (0, 0, 0)),
-                *(prefix_values.stride()[:3] if prefix else (0, 0, 0)),
-                *(stride for x in scales for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
+                *(stride for x in (prefix_keys, prefix_values, *scales)
+                  for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
                 table.stride(0), splits, prefix_tokens, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 D=D, H=H, GROUP=H // kv_heads, PAGE=page_tokens if table.shape[1] > 1 else None, SPLIT=SPLIT,

@@ -33,7 +33,7 @@ kernel has a plain-PyTorch twin at the end of the file, which is what runs on a 
 
 import math
 import os
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Windows, macOS
-    triton = None
+    triton: Any = None
 
 # (device type, least GPU memory in GiB, largest D) -> (C, Vb): tokens and vocabulary entries of a tile. First match.
 # Scratch is 4 C (Vb + D) bytes on a GPU: 44 MiB at D = 1536 and 60 MiB at 3584 where (C, Vb) = (2048, 4096).
@@ -404,13 +404,14 @@ def _forward(
         else (_torch_start, _torch_fold, _torch_finish)
     )
 
-    def buffer(*shape, dtype=torch.float32, when=True):
-        return torch.empty(shape, dtype=dtype, device=device) if when else None
+    def buffer(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=device)
 
+    leans = gradient and settings.entropy_gradient
     logprobs, entropy = buffer(n), buffer(n)
-    factor = buffer(n, when=gradient)
-    direction = buffer(n, d, dtype=hidden_states.dtype, when=gradient)
-    lean = buffer(n, d, dtype=hidden_states.dtype, when=gradient and settings.entropy_gradient)
+    factor = buffer(n) if gradient else None
+    direction = buffer(n, d, dtype=hidden_states.dtype) if gradient else None
+    lean = buffer(n, d, dtype=hidden_states.dtype) if leans else None
     if n == 0:
         return logprobs, entropy, factor, direction, lean
 
@@ -427,15 +428,15 @@ def _forward(
     wide_vb = -(-vb // WIDE) * WIDE
     scores = buffer(c, wide_vb, dtype=settings.tile_dtype)
     shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
-    drifts = buffer(c, wide_vb, dtype=share, when=gradient and settings.entropy_gradient)
+    drifts = buffer(c, wide_vb, dtype=share) if leans else None
     if bias is not None and settings.by_triton:
         bias = F.pad(bias, (0, WIDE))
-    tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings, gradient)
-    head = buffer(vb, d, dtype=operand, when=weight.dtype != operand)
-    wide = buffer(c, d, dtype=operand, when=hidden_states.dtype != operand)
+    tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings)
+    head = buffer(vb, d, dtype=operand) if weight.dtype != operand else None
+    wide = buffer(c, d, dtype=operand) if hidden_states.dtype != operand else None
     state = buffer(5, c)
-    pull = buffer(c, d, when=gradient)
-    spread = buffer(c, d, when=gradient and settings.entropy_gradient)
+    pull = buffer(c, d) if gradient else None
+    spread = buffer(c, d) if leans else None
     # A CPU multiplies 16-bit operands into 16 bits: (the product, its fp32 copy).
     rounds = gradient and not narrow and operand != torch.float32
     product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
@@ -462,22 +463,20 @@ def _forward(
             for first in range(0, v, vb):
                 width = min(vb, v - first)
                 tile_head = weight[first : first + width]
-                if weight_scale is not None:
+                if head is not None and weight_scale is not None:
                     scale = weight_scale[first : first + width]
                     tile_head = _dequantize(tile_head, scale, hidden_states.dtype, out=head[:width])
                 elif head is not None:
                     tile_head = head[:width].copy_(tile_head)
-                tile, tile_shares, tile_drifts = (
-                    x if x is None else x[:rows, :width] for x in (scores, shares, drifts)
-                )
+                tile = scores[:rows, :width]
+                tile_shares, tile_drifts = (x if x is None else x[:rows, :width] for x in (shares, drifts))
                 _multiply(chunk.hidden, tile_head.t(), tile)
                 fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
-                if gradient:
-                    _accumulate(chunk.pull, tile_shares, tile_head, product)
-                if chunk.spread is not None:
-                    _accumulate(chunk.spread, tile_drifts, tile_head, product)
+                for total, a in ((chunk.pull, tile_shares), (chunk.spread, tile_drifts)):
+                    if total is not None and a is not None:
+                        _accumulate(total, a, tile_head, product)
             outputs = [x if x is None else x[here] for x in (logprobs, entropy, factor, direction, lean)]
-            finish(chunk, *outputs, settings)
+            finish(chunk, *outputs, settings=settings)
     return logprobs, entropy, factor, direction, lean
 
 
@@ -545,7 +544,7 @@ def _triton_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, se
     gradient, weight = direction is not None, chunk.label_weight
     _finish_kernel[(len(logprobs),)](
         chunk.state, weight, chunk.label_index, chunk.pull, chunk.spread, logprobs, entropy, factor, direction, lean,
-        chunk.state.stride(0), *weight.stride(), chunk.pull.stride(0) if gradient else 0,
+        chunk.state.stride(0), *weight.stride(), 0 if chunk.pull is None else chunk.pull.stride(0),
         direction.stride(0) if gradient else 0, settings.slope_scale,
         **_blocks(weight.shape[1]), SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
         GRADIENT=gradient, ENTROPY_GRADIENT=lean is not None,
@@ -723,11 +722,11 @@ def _torch_start(chunk: _Chunk, bias: Tensor | None, _: int, settings: _Settings
     chunk.state[REST:] = 0.0
 
 
-def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings, gradient: bool) -> tuple:
+def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings) -> tuple:
     """(fp32 scores, fp32 shares) of ROWS rows, where the tile's own storage does not serve."""
     narrow = scores.dtype != torch.float32
-    aliased = gradient and not narrow and shares.dtype != torch.float32
-    second = settings.entropy or aliased or (gradient and settings.softcap is not None)
+    aliased = shares is not None and not narrow and shares.dtype != torch.float32
+    second = settings.entropy or aliased or (shares is not None and settings.softcap is not None)
     rows = scores[:ROWS]
     return tuple(torch.empty_like(rows, dtype=torch.float32) if when else None for when in (narrow, second))
 
@@ -791,7 +790,7 @@ def _torch_fold_rows(chunk, scores, shares, drifts, tiles, bias, first: int, set
             drift.mul_(slope)
     if share is not scores:
         shares.copy_(share)
-    if drift is not None:
+    if drifts is not None:
         drifts.copy_(drift)
 
 
@@ -808,7 +807,7 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
         below = (some + (-gap.clamp(min=0.0)).exp()).log() - q * mean + p * gap
         exact = torch.where(gap > 0, below, -logprobs - q * (mean + gap))
         entropy.copy_(torch.where(rest == 0, 0.0, exact))
-    if direction is None:
+    if chunk.pull is None:
         return
     factor.copy_(q * settings.slope_scale)
     towards = chunk.label_weight[chunk.label_index].float()
@@ -817,7 +816,7 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
     pull = chunk.pull.div_(some[:, None])
     towards -= pull
     direction.copy_(towards)
-    if lean is not None:
+    if chunk.spread is not None:
         lean_scale = torch.where(rest == 0, 0.0, p * (-gap - mean))
         spread = chunk.spread.div_(some[:, None])
         lean.copy_(spread.addcmul_(pull, -mean[:, None]).addcmul_(towards, lean_scale[:, None]))
@@ -826,5 +825,5 @@ def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, set
 def _torch_scale(direction: Tensor, factor: Tensor, lean: Tensor | None, lean_factor: Tensor | None) -> None:
     """The twin of _scale_kernel."""
     direction.mul_(factor[:, None])
-    if lean is not None:
+    if lean is not None and lean_factor is not None:
         direction.addcmul_(lean, lean_factor[:, None].to(lean.dtype))

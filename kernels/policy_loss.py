@@ -17,7 +17,7 @@ halves the gradient between its arguments, and here the ratios decide, not the p
 """
 
 import os
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # the plain-PyTorch twin needs none of it
-    triton = None
+    triton: Any = None
 
 BLOCK = 256  # tokens of a program: 2 a thread in its 4 warps
 

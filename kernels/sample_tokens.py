@@ -11,7 +11,7 @@ more (S, V) fp32 tensors, 117 MiB at 64 x 151,936, in seven launches.
 """
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Windows, macOS
-    triton = None
+    triton: Any = None
 
 BLOCK = 4096  # logits of one pass through the loop: 16 to each thread of 8 warps
 LOGITS = 2**21  # of the twin at a time, in whole rows: its scratch is three such fp32 tensors, 24 MiB

@@ -84,7 +84,7 @@ class InAssert(ast.NodeTransformer):
         call = ast.parse("__import__('bounds').compared()", mode="eval").body
         for node in ast.walk(call):
             ast.copy_location(node, left)
-        call.args = [low, ast.Constant(LESS[type(operator)]), high]  # type: ignore[attr-defined]
+        call.args = [low, ast.Constant(LESS[type(operator)]), high]  # type: ignore[attr-defined] # an ast.Call
         return call
 
 

@@ -160,9 +160,9 @@ def test_help_shows_what_people_change_and_help_all_every_field_without_importin
 
 def test_every_help_text_can_be_read_alone():
     """Sorted by name or found by a search, a text has no line before it that "its" or "such" could mean."""
-    (commands,) = [action for action in cli.make_parser(every_setting=True)._actions if action.choices]
+    (commands,) = [vars(action)["choices"] for action in cli.make_parser(every_setting=True)._actions if action.choices]
     texts = {text for _, _, text in cli.INPUTS}
-    for parser in commands.choices.values():
+    for parser in commands.values():
         texts |= {action.help for action in parser._actions}
     assert len(texts) > len(TEXTS)
     for text in texts:

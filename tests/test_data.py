@@ -62,7 +62,7 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         ([{"prompt": "x"}, {"prompt": [{"role": "user", "content": "y"}]}], "is not a list of rows"),
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
-        (DatasetDict(train=Dataset.from_list(ROWS)), "has the splits train; pass one of them"),
+        (DatasetDict({"train": Dataset.from_list(ROWS)}), "has the splits train; pass one of them"),
         (IterableDataset.from_generator(lambda: iter(ROWS)), "of unknown length; set dataset_take"),
     ],
 )

@@ -1,6 +1,7 @@
 """One query per sequence over [prefix ; own], kernel and twin, against fp64 attention; unread memory is NaN throughout."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_large_scores_neither_overflow_nor_vanish(place):
 @every_backend
 def test_what_is_not_attended_to_is_not_read(place):
     """Every case here has NaN there; other garbage gives the same, bit for bit."""
-    given = case([3, 37, 16], [30, 18, 0]) | dict(window=25)
+    given: dict[str, Any] = case([3, 37, 16], [30, 18, 0]) | dict(window=25)
     for name in ("keys", "values"):  # before the window
         given[f"own_{name}"][given["table"][1, 0]] = given[f"prefix_{name}"][1] = torch.nan
         given[f"prefix_{name}"][0, :, :8] = torch.nan

@@ -94,7 +94,7 @@ def test_the_model_reasons_at_times_and_is_right_when_it_does(tokenizer):
     texts = [
         as_text(policy, p, c)[0]["content"]
         for p, c in zip(prompts, Sampler(policy, config).complete_greedily(prompts), strict=True)
-    ]  # type: ignore[index]
+    ]
     right = [f"<answer>{sum(p)}</answer>" in text for p, text in zip(problems, texts, strict=True)]
     reasons = ["=" in text for text in texts]
     assert sum(right) / 256 <= 0.50

@@ -822,7 +822,7 @@ def test_the_planted_settings_would_have_been_inherited():
     given = generation_config(policy, SamplingParams(max_completion_length=12, temperature=1.0))
     given.top_k = None
     torch.manual_seed(0)
-    out = policy.model.get_base_model().generate(torch.tensor([PROMPTS[0]] * 8), generation_config=given)
+    out = policy.base.generate(torch.tensor([PROMPTS[0]] * 8), generation_config=given)
     assert (out == out[0]).all(), "top_k=1 leaves one choice"
 
 

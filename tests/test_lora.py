@@ -78,7 +78,7 @@ def test_what_is_not_plain_is_left_to_peft(change):
     policy = load_policy(make_model("llama"), tokenizer, config, given)
     if change == "two adapters":
         policy.model.add_adapter("second", given)
-        policy.model.base_model.set_adapter(["default", "second"])
+        policy.model.base_model.set_adapter(["default", "second"])  # pyright: ignore[reportCallIssue]: of a LoraModel
         for parameter in policy.model.parameters():
             parameter.requires_grad_(False)
         for name, parameter in policy.model.named_parameters():

@@ -57,11 +57,11 @@ SHAPES = {
 }  # fmt: skip
 MIXED = {  # whose layers are not all alike
     "qwen3 moe, dense first": Qwen3MoeConfig(
-        **{**SMALL, "num_hidden_layers": 6}, moe_intermediate_size=32, head_dim=16, num_experts=8,
+        **{**SMALL, "num_hidden_layers": 6}, moe_intermediate_size=32, head_dim=16, num_experts=8,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
         num_experts_per_tok=2, mlp_only_layers=[0, 1, 2],
     ),
     "qwen3 moe, dense last": Qwen3MoeConfig(
-        **{**SMALL, "num_hidden_layers": 6, "intermediate_size": 256}, moe_intermediate_size=32, head_dim=16,
+        **{**SMALL, "num_hidden_layers": 6, "intermediate_size": 256}, moe_intermediate_size=32, head_dim=16,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
         num_experts=8, num_experts_per_tok=2, mlp_only_layers=[4, 5],
     ),
     "gemma3": Gemma3TextConfig(**{**SMALL, "num_hidden_layers": 8}, head_dim=16, sliding_window=24),
@@ -72,7 +72,7 @@ MIXED = {  # whose layers are not all alike
     ),
     "one layer": Qwen2Config(**{**SMALL, "num_hidden_layers": 1}),
     "two layers": Qwen3MoeConfig(
-        **SMALL, moe_intermediate_size=32, head_dim=16, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[0]
+        **SMALL, moe_intermediate_size=32, head_dim=16, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[0]  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     ),
 }  # fmt: skip
 PADDED = {  # that neither packing nor the engine serves
@@ -581,7 +581,7 @@ def test_a_model_that_cannot_be_adapted_is_refused_in_a_sentence(tmp_path, capsy
 def test_a_mixture_of_experts_is_predicted(changes):
     model = Qwen3MoeConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     )  # fmt: skip
     found = planner.forecast(model, GRPOConfig(**{**TASK, **changes}))
     experts = 4 * 4 * 3 * 32 * 64  # layers, experts, matrices: no linear layers, so that they stay in 16 bits

@@ -81,7 +81,7 @@ def line_of(monkeypatch, advantages=None, mask=None, **changes) -> str:
     progress = Progress(9)
     given = {**METRICS, **changes}
     progress.step(given, remarks(given, dataclasses.replace(rollout, **changed)))
-    return sys.stderr.getvalue()  # type: ignore[attr-defined]
+    return sys.stderr.getvalue()  # type: ignore[attr-defined] # a StringIO
 
 
 ALIKE, NOTHING = [0.0] * 6, {"frac_tokens_skipped": 1.0, "entropy": NAN, "kl": NAN}
@@ -117,7 +117,7 @@ def test_the_share_cut_off_stands_in_the_line_where_it_is_over_a_half(share, wor
 def test_what_is_said_is_printed_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     Progress(1).say("evaluation: [bold]x[/bold] :smile: [0.1, 0.2] " + "y" * 200)
-    assert sys.stderr.getvalue() == "evaluation: [bold]x[/bold] :smile: [0.1, 0.2] " + "y" * 200 + "\n"  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue() == "evaluation: [bold]x[/bold] :smile: [0.1, 0.2] " + "y" * 200 + "\n"  # type: ignore[attr-defined] # a StringIO
 
 
 class Terminal(io.StringIO):
@@ -132,6 +132,6 @@ def test_standard_output_goes_where_it_went_unless_it_would_tear_the_line(file, 
     with Progress(9) as progress:
         progress.step(METRICS)
         print("the user's")
-    torn, own = sys.stderr.getvalue(), sys.stdout.getvalue()  # type: ignore[attr-defined]
+    torn, own = sys.stderr.getvalue(), sys.stdout.getvalue()  # type: ignore[attr-defined] # a StringIO
     assert "step 3/9" in torn
     assert (("the user's" in torn), own) == ((True, "") if file is Terminal else (False, "the user's\n"))

@@ -71,7 +71,7 @@ def test_a_model_that_is_loaded_again_has_only_what_that_asks_for():
 def test_mlps_that_are_not_plain_are_not_tiled():
     config = Qwen3MoeConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     )  # fmt: skip
     with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
         tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder(), noop_context_fn)

@@ -161,11 +161,12 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monk
     real = int((batch.input_ids != 0).sum())
     torch.manual_seed(seed)
     inputs = [torch.randn(batch.input_ids.shape[1], heads, 16, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = inputs
     upstream = torch.randn(real, 4, 16)
     found = []
     for attention in (
-        lambda: by_blocks(*inputs, batch.packing, 0.3, window, None),
-        lambda: by_segments(*inputs, batch.packing, 0.3, window, reference_attention),
+        lambda: by_blocks(q, k, v, batch.packing, 0.3, window, None),
+        lambda: by_segments(q, k, v, batch.packing, 0.3, window, reference_attention),
     ):
         out = attention()[:real].float()
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
@@ -180,7 +181,7 @@ def test_the_tiles_of_a_long_tail_keep_one_mask(monkeypatch):
     monkeypatch.setattr(packed_attention, "TILE", 64)
     (batch,) = packed([[5] * 700], [[7] * 400] * 2, 10_000, num_generations=2, padding_free=True)
     width, kept = batch.input_ids.shape[1], {}
-    inputs = [torch.randn(width, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(width, heads, 8, requires_grad=True) for heads in (4, 2, 2))
 
     def keep(tensor):
         if tensor.dim() == 2 and tensor.shape[0] <= 64:
@@ -188,7 +189,7 @@ def test_the_tiles_of_a_long_tail_keep_one_mask(monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        by_blocks(*inputs, batch.packing, 0.3, None, None)
+        by_blocks(q, k, v, batch.packing, 0.3, None, None)
     (mask,) = batch.packing.masks.values()
     assert sum(kept.values()) <= mask.nbytes == 64 * 1104 * 4
 

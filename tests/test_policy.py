@@ -1,6 +1,6 @@
-import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
@@ -119,7 +119,7 @@ def test_a_head_that_does_something_unknown_is_refused():
         GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1),
         Qwen3MoeConfig(
             vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2, eos_token_id=1,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
         ),
     ],
 )  # fmt: skip
@@ -146,7 +146,7 @@ def test_gradients_after_an_inference_are_those_before_it(family):
         flat_logprobs(policy)
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
     assert any(gradient.abs().max() > 0 for gradient in before)
-    assert not any(m.support_avx512bf16_for_cpu for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    assert not any(m.support_avx512bf16_for_cpu for m in policy.model.modules() if isinstance(m, Linear4bit))
 
 
 def test_checkpointing_does_not_change_gradients():
@@ -161,7 +161,7 @@ def test_checkpointing_does_not_change_gradients():
 
 
 def four_bit_layers(policy):
-    return sum(isinstance(module, bnb.nn.Linear4bit) for module in policy.model.modules())
+    return sum(isinstance(module, Linear4bit) for module in policy.model.modules())
 
 
 def test_a_loaded_model_and_its_folder_make_the_same_policy(tmp_path, tokenizer):
@@ -205,7 +205,7 @@ def test_a_4_bit_checkpoint_is_loaded_as_it_is(tmp_path, tokenizer):
     small.save_pretrained(tmp_path / "small")
     policy = make_policy(str(tmp_path / "small"), tokenizer)
     torch.testing.assert_close(flat_logprobs(policy), flat_logprobs(make_policy(str(tmp_path / "dense"), tokenizer)))
-    layer = next(module for module in policy.model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    layer = next(module for module in policy.model.modules() if isinstance(module, Linear4bit))
     assert layer.compute_dtype == torch.float32, "the run's compute dtype wins over the checkpoint's"
 
 
@@ -296,7 +296,7 @@ def test_an_adapter_on_the_head_is_refused(peft_config, tokenizer):
 
 def test_only_lora_is_accepted(tokenizer):
     with pytest.raises(ValueError, match="only LoraConfig"):
-        load_policy(make_model("qwen2"), tokenizer, GRPOConfig(use_cpu=True), PrefixTuningConfig())  # type: ignore[arg-type]
+        load_policy(make_model("qwen2"), tokenizer, GRPOConfig(use_cpu=True), PrefixTuningConfig())
 
 
 def test_modules_that_are_not_there_are_refused(tokenizer):

@@ -59,7 +59,7 @@ def test_bars_come_back_after_an_error(users_choice):
 def test_a_run_shows_no_bar_but_its_own(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # so that splits are generated
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # so that splits are generated
     rows = "\n".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) for i in range(8))
     (tmp_path / "rows.jsonl").write_text(rows)
     (tmp_path / "rewards_by_place.py").write_text("def reward(completions, **_): return list(range(len(completions)))")

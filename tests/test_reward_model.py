@@ -105,4 +105,4 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no reward model that loads"):
         resolve_reward_funcs("nobody/has-this-model", BUILT_IN, BUILT_IN_FACTORIES)
     with pytest.raises(ValueError, match="has 2 labels"):
-        get_model_reward(Qwen2ForSequenceClassification(Qwen2Config(**SMALL, num_labels=2)))
+        get_model_reward(Qwen2ForSequenceClassification(Qwen2Config(**{**SMALL, "num_labels": 2})))

@@ -1,5 +1,6 @@
 import os
 import sys
+from types import FunctionType
 
 import pytest
 
@@ -80,7 +81,7 @@ def at_the_top(completions, **kwargs):
 
 
 def test_what_no_process_can_import_is_refused():
-    main = type(at_the_top)(at_the_top.__code__, {})
+    main = FunctionType(at_the_top.__code__, {})
     main.__module__ = "__main__"
     for function in (lambda **_: [], main, len.__call__):
         with pytest.raises(ValueError, match="in_processes cannot send.*module.function"):

@@ -199,7 +199,7 @@ def test_checkpointing_really_recomputes():
         policy = make_policy("llama", gradient_checkpointing=gradient_checkpointing)
         assert policy.packs  # tries it
         count = []
-        policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))  # type: ignore[union-attr,index]
+        policy.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         rollout = dataclasses.replace(fixed_rollout(), sampling_logprobs=None)
         config = GRPOConfig(bf16=False)
         backward(

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -105,8 +106,8 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold")
     for problem, prompt, *completions in zip(problems, prompts, before, after, strict=True):
-        texts = [as_text(policy, prompt, completion)[0]["content"] for completion in completions]  # type: ignore[index]
-        table.add_row(f"{task.question(problem)} ({sum(problem)})", *map(printable, texts))
+        chats: list[Any] = [as_text(policy, prompt, completion) for completion in completions]  # as the prompts are
+        table.add_row(f"{task.question(problem)} ({sum(problem)})", *(printable(chat[0]["content"]) for chat in chats))
     return table
 
 

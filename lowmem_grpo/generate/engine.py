@@ -164,7 +164,7 @@ def _run(request: Request, plan: RolloutPlan, scheduler: Scheduler, done: dict[i
     texts: dict[int, list[list]] = {}
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(request.prompts, request.prefill_tokens, block):
-            texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type]
+            texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type] # a new slot holds one
         slots.reserve(block)
         slots.shrink(1 if graphs is None else 2)
         made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block

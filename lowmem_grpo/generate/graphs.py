@@ -144,7 +144,7 @@ def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
             # Where a capture cannot be ended, torch 2.13 leaves its stream current and its pool in charge.
             torch.cuda.set_stream(before)
             with contextlib.suppress(Exception):
-                torch._C._cuda_endAllocateToPool(before.device_index, pool)  # type: ignore[attr-defined]
+                torch._C._cuda_endAllocateToPool(before.device_index, pool)
             raise
 
         def replay() -> Tensor:

@@ -77,13 +77,13 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
             raise NotFiniteError(NOT_FINITE)
         return logits
 
-    criteria = StoppingCriteriaList([at_stop_string] if params.stop_strings else [])  # type: ignore[list-item]
+    criteria = StoppingCriteriaList([at_stop_string] if params.stop_strings else [])
     width = max(map(len, rows))
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
     out = policy.base.generate(
         input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
-        logits_processor=LogitsProcessorList([checked]),  # type: ignore[list-item]
+        logits_processor=LogitsProcessorList([checked]),
     )  # fmt: skip
     return out[:, width:].tolist()
 

@@ -66,7 +66,7 @@ class Slots:
             self.store.own.clear(self._tensor(new))
             self.store.prefix.clear(self._tensor(prefixes))
         completions = [self.scheduler.slots[slot] for slot in new]
-        asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type]
+        asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type] # a new slot holds one
         if self.plan.shared:
             rows = {self.scheduler.prefixes[row]: [row] for row in prefixes}
             self._prefill(prompts, rows, self.store.prefix, prefill_tokens)
@@ -160,7 +160,7 @@ class Slots:
         assert self.table is not None
         held, completions = [list(pages) for pages in self.scheduler.pages], list(self.scheduler.slots)
         for slot in self.scheduler.reserve(self._ahead(ahead)):
-            self._park(slot, completions[slot], held[slot])  # type: ignore[arg-type]
+            self._park(slot, completions[slot], held[slot])  # type: ignore[arg-type] # it held one
         # Only now, since they may have the pages of those.
         for slot, completion in enumerate(self.scheduler.slots):
             if completion in self.parked:

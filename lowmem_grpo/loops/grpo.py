@@ -1,6 +1,6 @@
 """train(): GRPO on one device, from top to bottom."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -12,7 +12,6 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_training_inputs
-from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Controllers
 from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -23,7 +22,7 @@ from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
 from lowmem_grpo.run.evaluations import Evaluations
-from lowmem_grpo.run.run import Run, TrainResult
+from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
     backward,
@@ -46,7 +45,7 @@ def train(
     config: GRPOConfig | None = None,
     peft_config: Any = None,
     tokenizer: Any = None,
-    callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = (),
+    callbacks: Callback | Sequence[Callback] = (),
 ) -> TrainResult:
     """Train LoRA adapters on a frozen 4-bit model with GRPO (https://arxiv.org/abs/2402.03300).
 
@@ -61,8 +60,8 @@ def train(
         eval_dataset: likewise; evaluated before, after and every eval_steps. A hub dataset's `test` split. By default
             what a generated task holds out.
         peft_config: a LoraConfig in place of the config's lora fields.
-        callbacks: called with (step, metrics, policy) after every step; a metric that is the mean of nothing is NaN,
-            and None in TrainResult's history.
+        callbacks: one function or several, called with (step, metrics, policy) after every step; a metric that is the
+            mean of nothing is NaN, and None in TrainResult's history.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.

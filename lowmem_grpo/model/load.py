@@ -90,7 +90,7 @@ def run_device(config: GRPOConfig) -> torch.device:
 def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
     """The transformers configuration of what find_model() found; no weights are read."""
     if isinstance(model, PeftModel):
-        return model.get_base_model().config  # type: ignore[return-value]
+        return model.get_base_model().config  # type: ignore[return-value] # a PreTrainedModel's
     if isinstance(model, PreTrainedModel):
         return model.config
     name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model

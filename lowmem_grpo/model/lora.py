@@ -26,7 +26,7 @@ class _AddAdapter(torch.autograd.Function):
         return torch.addmm(out.flatten(0, -2), low, b.t().to(x.dtype), alpha=scale).view(out.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)  # (T, out)
         grad_low = (flat @ b.to(rows.dtype)).mul_(ctx.scale)  # (T, r)

@@ -45,7 +45,7 @@ def _tiled(forward: Callable[[Tensor], Tensor], contexts: Callable[[], tuple]) -
             out = [checkpoint(forward, tile, use_reentrant=False, context_fn=contexts) for tile in tiles]
         else:
             out = [forward(tile) for tile in tiles]
-        return torch.cat(out).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+        return torch.cat(out).view(*x.shape[:-1], -1)
 
     return tiled
 

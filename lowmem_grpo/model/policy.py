@@ -42,7 +42,7 @@ class Policy:
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
         self.adapter, self.adapters = str(model.active_adapter), Adapters(model)
-        self.decoder: nn.Module = self.base.get_decoder()
+        self.decoder: Any = self.base.get_decoder()  # the PreTrainedModel in it that has no head
         self.head = read_head(self.base)
         self.device = self.head.weight.device
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)

@@ -149,7 +149,7 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
     """The model with its adapter, all of its layers, on the device that has no memory."""
     adapter = copy.copy(key.adapter)
     # One that is continued is trained again, and what its values are is no matter.
-    adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined]
+    adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined] # a LoraConfig's
     with torch.device("meta"):
         try:
             base = AutoModelForCausalLM.from_config(
@@ -228,7 +228,7 @@ def _structure(layer: nn.Module) -> tuple:
 
 
 def _text_config(whole: PeftModel) -> Any:
-    return whole.get_base_model().config.get_text_config()  # type: ignore[union-attr]
+    return whole.get_base_model().config.get_text_config()  # type: ignore[union-attr] # a PreTrainedModel's
 
 
 def _layers(whole: PeftModel) -> nn.ModuleList:
@@ -257,7 +257,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
                     module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        adapted.get_base_model().tie_weights()  # type: ignore[operator]
+        adapted.get_base_model().tie_weights()  # type: ignore[operator] # a PreTrainedModel's
         policy = Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
         # A GPU's settings, left out here, change what the device holds, and not what is computed.
         equip(policy, ModelFields(gradient_checkpointing=config.gradient_checkpointing, tiled_mlp=config.tiled_mlp))
@@ -268,7 +268,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
 def _unpacked_rows() -> Iterator[None]:
     """Where it cannot read positions, transformers takes rows for packed ones: a mask, and keys repeated to suit it."""
     own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ def at_work(batch: MicroBatch) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         num_tokens, sequences = batch.input_ids.numel(), set(batch.sequences.tolist())
-        error.micro_batch = num_tokens, len(sequences) == 1 or num_tokens == 1  # type: ignore[attr-defined]
+        error.micro_batch = num_tokens, len(sequences) == 1 or num_tokens == 1  # type: ignore[attr-defined] # ours
         raise
 
 
