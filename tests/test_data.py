@@ -1,6 +1,5 @@
 import json
 
-import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from tiny_models import DEMO_MODEL
@@ -67,7 +66,6 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
     ],
 )
 def test_bad_datasets_are_refused_in_one_sentence(given, message):
-    datasets.disable_progress_bars()
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(given, GRPOConfig())
     assert "\n" not in str(caught.value)
