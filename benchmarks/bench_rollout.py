@@ -27,9 +27,9 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.generate import hf
-from lowmem_grpo.generate.plan import RolloutPlan
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.shape import StoreShape
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.policy import Policy
 
@@ -81,8 +81,8 @@ def _random(work: Work) -> Policy:
 
 
 class HalfTheSlots(Sampler):
-    def plan(self, prompts: list[list[int]], count: int, tokens: int) -> RolloutPlan:
-        return super().plan(prompts, count, tokens).at_most(len(prompts) * count // 2)
+    def store_shape(self, prompts: list[list[int]], count: int, tokens: int) -> StoreShape:
+        return super().store_shape(prompts, count, tokens).at_most(len(prompts) * count // 2)
 
 
 @cache  # as in a run: what a first call learns serves the later ones

@@ -20,13 +20,13 @@ from transformers import (
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate import engine, hf, layouts, store
-from lowmem_grpo.generate import plan as plan_module
+from lowmem_grpo.generate import shape as shape_module
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.hf import generation_config
-from lowmem_grpo.generate.plan import KVShape, RolloutPlan, bucket, plan_rollout
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.generate.sampling import SamplingParams, choose, penalize, truncate
 from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.shape import KVShape, StoreShape, bucket, store_shape
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.kernels.decode_attention import decode_attention
@@ -34,21 +34,21 @@ from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner.trace import Live
 
-# Of one token, of a few, and of more than a sliding window and than plan.SHARE_FROM.
+# Of one token, of a few, and of more than a sliding window and than shape.SHARE_FROM.
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 
-class PlannedSampler(Sampler):
-    """Samples with a given plan, if any, and without a trial of the model, which has tests of its own."""
+class ShapedSampler(Sampler):
+    """Samples with a given shape, if any, and without a trial of the model, which has tests of its own."""
 
-    def __init__(self, policy, plan=None, **settings):
+    def __init__(self, policy, shape=None, **settings):
         config = {"max_completion_length": 12, "rollout_token_budget": 10_000, "token_budget": 100, **settings}
         super().__init__(policy, GRPOConfig(**config))
-        self.given = plan
+        self.given = shape
         self.engine_refusal = None
 
-    def plan(self, prompts, count, tokens):
-        return self.given or super().plan(prompts, count, tokens)
+    def store_shape(self, prompts, count, tokens):
+        return self.given or super().store_shape(prompts, count, tokens)
 
     def sampled(self, num_generations=3, seed=0, prompts=PROMPTS, **params):
         torch.manual_seed(seed)
@@ -59,25 +59,25 @@ class PlannedSampler(Sampler):
 
 
 def run(
-    policy, num_generations=3, seed=0, prompts=PROMPTS, plan=None, weights="auto", kv="full", max_completion_length=12,
+    policy, num_generations=3, seed=0, prompts=PROMPTS, shape=None, weights="auto", kv="full", max_completion_length=12,
     **params,
 ):  # fmt: skip
     settings = dict(rollout_weights=weights, rollout_kv=kv, max_completion_length=max_completion_length)
-    return PlannedSampler(policy, plan, **settings).run(num_generations, seed, prompts, **params)
+    return ShapedSampler(policy, shape, **settings).run(num_generations, seed, prompts, **params)
 
 
-def plans(prompts, num_generations, tokens, slots):
-    """Plans of so many slots, prompts shared and not."""
+def shapes(prompts, num_generations, tokens, slots):
+    """Shapes of so many slots, prompts shared and not."""
     longest = max(map(len, prompts)) - 1
-    yield RolloutPlan(slots, tokens, min(len(prompts), 2 * ceil(slots / num_generations)), max(1, longest))
-    yield RolloutPlan(slots, tokens + longest, 0, 0)
+    yield StoreShape(slots, tokens, min(len(prompts), 2 * ceil(slots / num_generations)), max(1, longest))
+    yield StoreShape(slots, tokens + longest, 0, 0)
 
 
-def paged_plans(prompts, num_generations, tokens, slots):
+def paged_shapes(prompts, num_generations, tokens, slots):
     """Pages for every slot at full length, and for one at full length: there most are sent back."""
     longest, prefixes = max(map(len, prompts)) - 1, min(len(prompts), 2 * ceil(slots / num_generations))
     for pages in (slots * ceil(tokens / 4), ceil(tokens / 4)):
-        yield RolloutPlan(slots, tokens, prefixes, max(1, longest), 1 + pages, 4)
+        yield StoreShape(slots, tokens, prefixes, max(1, longest), 1 + pages, 4)
 
 
 def as_prompts(prompts):
@@ -111,8 +111,8 @@ def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
     params = SamplingParams(max_completion_length=30, temperature=0)
     theirs, _ = hf.sample(policy, PROMPTS, 1, params, 10_000)
-    for plan in (*plans(PROMPTS, 1, 30, 3), *plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
-        assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == ids_of(theirs)
+    for shape in (*shapes(PROMPTS, 1, 30, 3), *shapes(PROMPTS, 1, 30, 2), *paged_shapes(PROMPTS, 1, 30, 3)):
+        assert ids_of(run(policy, 1, shape=shape, temperature=0, max_completion_length=30)) == ids_of(theirs)
 
 
 def test_proposal_logprobs_are_of_what_was_drawn_from_times_the_share_that_is_left():
@@ -187,9 +187,9 @@ def test_draws_are_distributed_as_transformers_says(settings):
 def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation):
     policy = make_policy(family)
     found = [
-        run(policy, 6, plan=plan, max_completion_length=20, **truncation)
+        run(policy, 6, shape=shape, max_completion_length=20, **truncation)
         for slots in (16, 4, 2)
-        for plan in (*plans(PROMPTS, 6, 20, slots), *paged_plans(PROMPTS, 6, 20, slots))
+        for shape in (*shapes(PROMPTS, 6, 20, slots), *paged_shapes(PROMPTS, 6, 20, slots))
     ]
     assert len({tuple(ids) for ids in ids_of(found[0])}) > 8
     for completions in found[1:]:
@@ -203,8 +203,8 @@ def test_what_is_sampled_does_not_depend_on_how_often_the_device_is_asked(kv, mo
     policy, seen = make_policy("qwen2"), []
     for every in (1, 8, 40):
         monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
-        for plan in (next(plans(PROMPTS, 4, 30, 5)), *paged_plans(PROMPTS, 4, 30, 5)):
-            found = run(policy, 4, plan=plan, kv=kv, max_completion_length=30)
+        for shape in (next(shapes(PROMPTS, 4, 30, 5)), *paged_shapes(PROMPTS, 4, 30, 5)):
+            found = run(policy, 4, shape=shape, kv=kv, max_completion_length=30)
             seen.append((ids_of(found), torch.cat([c.logprobs for c in found])))
             assert all(type(token) is int for c in found for token in c.ids)
     assert all(ids == seen[0][0] for ids, _ in seen)
@@ -238,9 +238,9 @@ def test_int8_keys_and_values_change_logprobs_by_little(family, bf16):
 def test_what_is_sampled_from_int8_does_not_depend_on_slots_or_sharing(family):
     policy = make_policy(family)
     found = [
-        run(policy, 4, plan=plan, kv="int8", max_completion_length=12)
+        run(policy, 4, shape=shape, kv="int8", max_completion_length=12)
         for slots in (12, 4, 1)
-        for plan in (*plans(PROMPTS, 4, 12, slots), *paged_plans(PROMPTS, 4, 12, slots))
+        for shape in (*shapes(PROMPTS, 4, 12, slots), *paged_shapes(PROMPTS, 4, 12, slots))
     ]
     for completions in found[1:]:
         assert ids_of(completions) == ids_of(found[0])
@@ -249,7 +249,7 @@ def test_what_is_sampled_from_int8_does_not_depend_on_slots_or_sharing(family):
 def test_int8_keys_and_values_take_the_bytes_that_are_reported():
     policy, found = make_policy("qwen3", bf16=True), {}
     for kv in ("full", "int8"):
-        sampler = PlannedSampler(policy, max_completion_length=4, rollout_token_budget=1000, rollout_kv=kv)
+        sampler = ShapedSampler(policy, max_completion_length=4, rollout_token_budget=1000, rollout_kv=kv)
         found[kv] = sampler.sampled(2).metrics["rollout/kv_mib"]
     assert found["int8"] == found["full"] * (1 + 2 / 16) / 2
 
@@ -300,12 +300,12 @@ def test_a_late_out_of_memory_says_nothing_of_all_slots(monkeypatch):
     """What is left is done with fewer slots; the next rollout has all again."""
     policy, failures = make_policy("llama"), []
     policy.eos_token_ids = list(range(5))
-    sampler = PlannedSampler(policy, max_completion_length=30)
+    sampler = ShapedSampler(policy, max_completion_length=30)
     step = engine.Slots.step
 
     def failing(slots, rows):
         if slots.scheduler.running <= 5 and len(failures) < 3:
-            failures.append(slots.plan.slots)
+            failures.append(slots.shape.slots)
             raise torch.OutOfMemoryError("made up")
         return step(slots, rows)
 
@@ -327,7 +327,7 @@ def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
         return own(policy, rows, params)
 
     monkeypatch.setattr(hf, "_generate", short_of_memory)
-    sampler = PlannedSampler(policy, max_completion_length=5)
+    sampler = ShapedSampler(policy, max_completion_length=5)
     sampler.engine_refusal = "a test"
     found = ids_of(sampler.run(4, temperature=0))
     assert waves == [12, 6, 3, 3, 3, 3] and sampler.fitting_tokens == 3 * 85
@@ -342,8 +342,8 @@ def test_a_nan_of_one_completion_is_nobody_elses():
     with torch.no_grad():
         policy.base.get_input_embeddings().weight[120] = torch.nan
     prompts = [[120], [120] * 70, *PROMPTS[1:]]
-    for plan in (*plans(prompts, 2, 8, 2), *paged_plans(prompts, 2, 8, 2)):
-        found = run(policy, 2, prompts=prompts, plan=plan, max_completion_length=8)
+    for shape in (*shapes(prompts, 2, 8, 2), *paged_shapes(prompts, 2, 8, 2)):
+        found = run(policy, 2, prompts=prompts, shape=shape, max_completion_length=8)
         assert not any(120 in completion.ids for completion in found[4:])
         finite = [bool(completion.logprobs.isfinite().all()) for completion in found]
         assert finite == [False] * 4 + [True] * 4
@@ -352,22 +352,22 @@ def test_a_nan_of_one_completion_is_nobody_elses():
 def test_what_auto_came_to_is_kept(monkeypatch):
     """For later calls, and for a resumed run, however much memory is free there."""
     policy = make_policy("llama")
-    sampler, resumed = (PlannedSampler(policy, max_completion_length=3) for _ in range(2))
+    sampler, resumed = (ShapedSampler(policy, max_completion_length=3) for _ in range(2))
     for available in (10**12, 1000):
         monkeypatch.setattr("psutil.virtual_memory", lambda available=available: SimpleNamespace(available=available))
         found = sampler.sampled(1)
         assert found.metrics["rollout/dense_weights_mib"] > 0 and sampler.state() == {"samples_dense": True}
     resumed.load(sampler.state())
     assert resumed.sampled(1).metrics["rollout/dense_weights_mib"] > 0
-    assert PlannedSampler(policy).sampled(1).metrics["rollout/dense_weights_mib"] == 0
+    assert ShapedSampler(policy).sampled(1).metrics["rollout/dense_weights_mib"] == 0
 
 
 def test_a_plan_that_would_never_end_is_none():
-    assert RolloutPlan(2, 8, 1, 4, 5, 4).at_most(1) == RolloutPlan(1, 8, 1, 4, 3, 4)
+    assert StoreShape(2, 8, 1, 4, 5, 4).at_most(1) == StoreShape(1, 8, 1, 4, 3, 4)
     with pytest.raises(ValueError, match="fewer pages than one slot"):
-        RolloutPlan(2, 9, 1, 4, 3, 4)
+        StoreShape(2, 9, 1, 4, 3, 4)
     with pytest.raises(ValueError, match="no prefixes"):
-        RolloutPlan(2, 8, 0, 0, 5, 4)
+        StoreShape(2, 8, 0, 0, 5, 4)
 
 
 def test_out_of_memory_with_one_slot_is_an_error(monkeypatch):
@@ -626,7 +626,7 @@ def endless(**settings):
 def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv):
     """Of 4 slots with 3 pages each at full length, and 7 pages: some start over. In groups that share a prompt."""
     policy = endless(use_cpu=cpu, bf16=bf16)
-    found = run(policy, 2, plan=RolloutPlan(4, 150, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=150)
+    found = run(policy, 2, shape=StoreShape(4, 150, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=150)
     assert all(len(completion.ids) == 150 for completion in found)
     texts, answers = [prompt for prompt in PROMPTS for _ in range(2)], ids_of(found)
     gaps = torch.cat([completion.logprobs for completion in found]).to(policy.device)
@@ -650,10 +650,10 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
     pytest.importorskip("triton")
     policy, found = endless(use_cpu=cpu), []
     tokens = 6 if cpu else 100  # the interpreter is slow
-    pages = RolloutPlan(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
+    pages = StoreShape(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
     for backend in ("torch", "triton"):
         monkeypatch.setattr(layouts, "decode_attention", partial(decode_attention, backend=backend))
-        found.append(run(policy, 2, prompts=PROMPTS[1:2], plan=pages, kv=kv, max_completion_length=tokens))
+        found.append(run(policy, 2, prompts=PROMPTS[1:2], shape=pages, kv=kv, max_completion_length=tokens))
     assert ids_of(found[0]) == ids_of(found[1])
     atol = {"full": 6e-6, "int8": 4e-3}[kv] if cpu else {"full": 1e-4, "int8": 2e-2}[kv]  # of another exp()
     for twin, kernel in zip(*found, strict=True):
@@ -661,18 +661,18 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
 
 
 def counted_bytes(store):
-    """By the allocator, whatever the plan says."""
+    """By the allocator, whatever the shape says."""
     tensors = [tensor for rows in vars(store).values() for tensor in rows if tensor is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch):
+def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch):
     draw = torch.Generator().manual_seed(0)
 
     def number(high):
         return int(torch.randint(1, high, (1,), generator=draw))
 
-    shape = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=2)
+    full = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=2)
     small = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=1, scale_bytes=2)
     for _ in range(200):
         asked = dict(
@@ -680,17 +680,17 @@ def test_a_plan_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch):
         )
         budget = number(8000)
         for share_from, paged in ((64, False), (10**9, False), (0, False), (64, True)):
-            monkeypatch.setattr(plan_module, "SHARE_FROM", share_from)
-            plan = plan_rollout(**asked, budget_tokens=budget, paged=paged)
-            bytes_ = counted_bytes(Store(shape, plan, torch.bfloat16, torch.device("cpu")))
-            assert bytes_ == plan.tokens() * shape.token_bytes
-            rounded = counted_bytes(Store(small, plan, torch.int8, torch.device("cpu")))
-            assert rounded == plan.tokens() * small.token_bytes
+            monkeypatch.setattr(shape_module, "SHARE_FROM", share_from)
+            shape = store_shape(**asked, budget_tokens=budget, paged=paged)
+            bytes_ = counted_bytes(Store(full, shape, torch.bfloat16, torch.device("cpu")))
+            assert bytes_ == shape.tokens() * full.token_bytes
+            rounded = counted_bytes(Store(small, shape, torch.int8, torch.device("cpu")))
+            assert rounded == shape.tokens() * small.token_bytes
             one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_budgets refuses a smaller budget
-            assert bytes_ <= max(budget, one) * shape.token_bytes
-            assert not paged or plan.slots >= plan_rollout(**asked, budget_tokens=budget, paged=False).slots
-            more = plan_rollout(**asked, budget_tokens=10**9, paged=paged)
-            assert 1 <= plan.slots <= more.slots == asked["prompts"] * asked["num_generations"]
+            assert bytes_ <= max(budget, one) * full.token_bytes
+            assert not paged or shape.slots >= store_shape(**asked, budget_tokens=budget, paged=False).slots
+            more = store_shape(**asked, budget_tokens=10**9, paged=paged)
+            assert 1 <= shape.slots <= more.slots == asked["prompts"] * asked["num_generations"]
 
 
 def test_buckets_are_few_and_large_enough():
@@ -764,11 +764,11 @@ def test_a_completion_that_waits_for_pages_goes_on_where_it_was(kv, every, sampl
         return step(self, rows)
 
     monkeypatch.setattr(engine.Slots, "step", watched)
-    roomy, short = paged_plans(PROMPTS, 4, 30, 8)
+    roomy, short = paged_shapes(PROMPTS, 4, 30, 8)
     sampled = partial(run, policy, 4, kv=kv, weights="4bit", max_completion_length=30, **sampling)
-    truth = sampled(plan=roomy)
+    truth = sampled(shape=roomy)
     computed.clear()
-    found = sampled(plan=short)
+    found = sampled(shape=short)
     assert ids_of(found) == ids_of(truth)
     for ours, first in zip(found, truth, strict=True):
         torch.testing.assert_close(ours.logprobs, first.logprobs, atol=2e-5 if kv == "full" else 4e-3, rtol=0)
@@ -779,8 +779,8 @@ def test_a_completion_that_waits_for_pages_goes_on_where_it_was(kv, every, sampl
 def test_waiting_for_pages_is_counted():
     policy = make_policy("qwen2")
     counts = []
-    for plan in paged_plans(PROMPTS, 4, 30, 8):
-        sampler = PlannedSampler(policy, plan, max_completion_length=30)
+    for shape in paged_shapes(PROMPTS, 4, 30, 8):
+        sampler = ShapedSampler(policy, shape, max_completion_length=30)
         counts.append(sampler.sampled(4).metrics["rollout/preempted"])
     assert counts[0] == 0 < counts[1]
 
@@ -885,8 +885,8 @@ class TestOnAGpu:
         assert policy.device.type == "cuda" and Sampler(policy, GRPOConfig()).engine_refusal is None
         params = SamplingParams(max_completion_length=30, temperature=0)
         theirs = ids_of(hf.sample(policy, PROMPTS, 1, params, 10_000)[0])
-        for plan in (*plans(PROMPTS, 1, 30, 2), *paged_plans(PROMPTS, 1, 30, 3)):
-            assert ids_of(run(policy, 1, plan=plan, temperature=0, max_completion_length=30)) == theirs
+        for shape in (*shapes(PROMPTS, 1, 30, 2), *paged_shapes(PROMPTS, 1, 30, 3)):
+            assert ids_of(run(policy, 1, shape=shape, temperature=0, max_completion_length=30)) == theirs
 
     def test_bf16_logprobs_are_near_those_of_a_training_forward(self, family):
         policy = make_policy(family, use_cpu=False, bf16=True)
@@ -976,7 +976,7 @@ def test_a_stop_string_is_found_among_tokens_of_a_byte():
 
 def test_what_fitted_is_remembered_and_reported(monkeypatch):
     policy = make_policy("llama")
-    sampler = PlannedSampler(policy, max_completion_length=30)
+    sampler = ShapedSampler(policy, max_completion_length=30)
     whole = sampler.sampled(4)
     failures, forward = [], policy.decoder.forward
 
@@ -997,7 +997,7 @@ def test_what_fitted_is_remembered_and_reported(monkeypatch):
 
 def test_a_call_may_take_fewer_tokens_than_the_configuration_but_not_more():
     """As an evaluation of a planned run does. What is drawn does not depend on it."""
-    sampler = PlannedSampler(make_policy("llama"), max_completion_length=20, rollout_token_budget=400)
+    sampler = ShapedSampler(make_policy("llama"), max_completion_length=20, rollout_token_budget=400)
     found = []
     for at_most in (None, 200, 4000):
         torch.manual_seed(0)
@@ -1010,10 +1010,10 @@ def test_a_call_may_take_fewer_tokens_than_the_configuration_but_not_more():
 @pytest.mark.parametrize("paged", [True, False])
 def test_keys_and_values_are_in_pages_on_a_gpu_where_that_is_asked_for(paged):
     policy = make_policy("llama")
-    sampler = PlannedSampler(policy, max_completion_length=200, rollout_paged=paged)
-    assert not sampler.plan(PROMPTS, 4, 900).paged
+    sampler = ShapedSampler(policy, max_completion_length=200, rollout_paged=paged)
+    assert not sampler.store_shape(PROMPTS, 4, 900).paged
     policy.device = torch.device("cuda")
-    assert sampler.plan(PROMPTS, 4, 900).paged == paged
+    assert sampler.store_shape(PROMPTS, 4, 900).paged == paged
 
 
 def test_no_prompt_makes_no_completion_and_an_empty_one_is_refused():
@@ -1024,7 +1024,7 @@ def test_no_prompt_makes_no_completion_and_an_empty_one_is_refused():
 
 
 def test_generate_in_the_engines_place_leaves_the_random_numbers_alone():
-    sampler = PlannedSampler(make_policy("llama"))
+    sampler = ShapedSampler(make_policy("llama"))
     sampler.engine_refusal = "a test"
     first = sampler.run()
     after = torch.rand(3)

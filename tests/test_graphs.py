@@ -6,14 +6,14 @@ from math import ceil
 
 import pytest
 import torch
-from test_generate import PROMPTS, PlannedSampler, ids_of, paged_plans, plans, run
+from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes, run, shapes
 from tiny_models import make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.generate import engine, graphs
 from lowmem_grpo.generate.graphs import Captures, Graphs
-from lowmem_grpo.generate.plan import RolloutPlan
+from lowmem_grpo.generate.shape import StoreShape
 
 
 def tensors(values):
@@ -75,7 +75,7 @@ def recorder(waits=None):
 
 def roomy(**settings):
     """A sampler that has pages for all nine completions at full length."""
-    return PlannedSampler(make_policy(), next(paged_plans(PROMPTS, 3, 12, 9)), **settings)
+    return ShapedSampler(make_policy(), next(paged_shapes(PROMPTS, 3, 12, 9)), **settings)
 
 
 @pytest.fixture
@@ -95,9 +95,9 @@ def captured_early(monkeypatch):
 def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_early, monkeypatch):
     """Over refills, shrinking buckets, pages that grow, and preemption; no Python number of the captured step counts."""
     policy = make_policy(family)
-    room, short = next(paged_plans(PROMPTS, 3, 12, 4)), list(paged_plans(PROMPTS, 3, 12, 9))[1]
-    for plan in (room, short):
-        sampled = partial(PlannedSampler(policy, plan, rollout_kv=kv, rollout_weights="4bit").run, **sampling)
+    room, short = next(paged_shapes(PROMPTS, 3, 12, 4)), list(paged_shapes(PROMPTS, 3, 12, 9))[1]
+    for shape in (room, short):
+        sampled = partial(ShapedSampler(policy, shape, rollout_kv=kv, rollout_weights="4bit").run, **sampling)
         truth, waits = sampled(), []
         monkeypatch.setitem(engine.CAPTURE, "cpu", partial(recorder, waits))
         with warnings.catch_warnings():
@@ -115,8 +115,8 @@ def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_
 def test_what_a_capture_fixed_would_be_seen(captured_early, monkeypatch):
     """The recorder is no better than a capture: a step that counts by the host's numbers goes wrong, and is found out."""
     policy = make_policy()
-    plan = next(paged_plans(PROMPTS, 3, 12, 9))
-    truth = run(policy, plan=plan, temperature=0)
+    shape = next(paged_shapes(PROMPTS, 3, 12, 9))
+    truth = run(policy, shape=shape, temperature=0)
     own = engine.Slots.hidden
 
     def by_the_host(slots, rows):
@@ -124,9 +124,9 @@ def test_what_a_capture_fixed_would_be_seen(captured_early, monkeypatch):
         return own(slots, rows)
 
     monkeypatch.setattr(engine.Slots, "hidden", by_the_host)
-    assert ids_of(run(policy, plan=plan, temperature=0)) == ids_of(truth)
+    assert ids_of(run(policy, shape=shape, temperature=0)) == ids_of(truth)
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    assert ids_of(run(policy, plan=plan, temperature=0)) != ids_of(truth)
+    assert ids_of(run(policy, shape=shape, temperature=0)) != ids_of(truth)
 
 
 def broken(step):
@@ -285,19 +285,19 @@ class TestOnAGpu:
     def test_graphs_sample_what_steps_sample(self, family, kv, sampling):
         policy = make_policy(family, use_cpu=False)
         longest = 100
-        for plan in (
-            *plans(PROMPTS, 3, longest, 9), RolloutPlan(9, longest, 3, 79, 1 + 9 * ceil(longest / 16), 16),
-            RolloutPlan(9, longest, 3, 79, 1 + 4 * ceil(longest / 16), 16),
+        for shape in (
+            *shapes(PROMPTS, 3, longest, 9), StoreShape(9, longest, 3, 79, 1 + 9 * ceil(longest / 16), 16),
+            StoreShape(9, longest, 3, 79, 1 + 4 * ceil(longest / 16), 16),
         ):  # fmt: skip
             settings = dict(rollout_kv=kv, max_completion_length=longest)
-            sampler = PlannedSampler(policy, plan, **settings)
-            truth = PlannedSampler(policy, plan, rollout_cuda_graphs=False, **settings).run(**sampling)
+            sampler = ShapedSampler(policy, shape, **settings)
+            truth = ShapedSampler(policy, shape, rollout_cuda_graphs=False, **settings).run(**sampling)
             assert ids_of(sampler.run(**sampling)) == ids_of(truth)
             assert sampler.captures.refusal is None
 
     def test_the_memory_of_graphs_is_given_back(self):
         policy = make_policy("qwen2", use_cpu=False)
-        sampler = PlannedSampler(policy, max_completion_length=60)
+        sampler = ShapedSampler(policy, max_completion_length=60)
         sampler.run(4)  # cuBLAS keeps a workspace for the stream of captures, in their pool
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()

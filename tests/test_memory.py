@@ -28,7 +28,7 @@ from transformers import (
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
+from lowmem_grpo.generate.shape import StoreShape, kv_shape, store_shape
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
@@ -333,12 +333,12 @@ def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim
 def test_keys_and_values_are_as_predicted(name, rollout_kv):
     config = GRPOConfig(**TASK, rollout_token_budget=200, rollout_kv=rollout_kv)
     predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
-    plan = plan_rollout(
+    shape = store_shape(
         prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     )
-    assert isinstance(plan, RolloutPlan)
+    assert isinstance(shape, StoreShape)
     dtype = torch.int8 if rollout_kv == "int8" else torch.bfloat16
-    store = Store(kv_shape(SHAPES[name], dtype), plan, dtype, torch.device("cpu"))
+    store = Store(kv_shape(SHAPES[name], dtype), shape, dtype, torch.device("cpu"))
     parts = [*store.own, *store.prefix]
     assert predicted == sum(part.nbytes for part in parts if part is not None)
 
@@ -370,7 +370,7 @@ def test_a_plan_takes_no_dense_copy_away_where_there_is_none():
 def test_captured_steps_have_memory_of_their_own():
     config = GRPOConfig(**{**TASK, "use_cpu": False}, rollout_token_budget=200)
     parts = planner.forecast(SHAPES["qwen2"], config).phases["rollout"]
-    slots = plan_rollout(
+    slots = store_shape(
         prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
@@ -387,8 +387,8 @@ def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
     assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == {"dense weights"}, "what auto is there"
     assert on_gpu.phases["update"] == on_cpu.phases["update"], "tiles of the head are as large, of so small a model"
-    shape = dict(prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
-    paged, plain = (plan_rollout(**shape, paged=paged).tokens() for paged in (True, False))
+    asked = dict(prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
+    paged, plain = (store_shape(**asked, paged=paged).tokens() for paged in (True, False))
     assert paged != plain, "else this says nothing"
     assert on_cpu.phases["rollout"]["keys and values"] * paged == on_gpu.phases["rollout"]["keys and values"] * plain
 

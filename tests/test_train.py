@@ -138,18 +138,18 @@ def test_the_sampler_and_the_update_agree_on_every_token(tmp_path):
 
 def test_every_sampling_setting_reaches_the_engine(tmp_path, monkeypatch):
     """But rollout_paged, which a GPU alone reads: see test_generate.py."""
-    given, run_engine, plan_rollout = [], engine.run, sample.plan_rollout
+    given, run_engine, store_shape = [], engine.run, sample.store_shape
 
-    def spy(request, plan):
+    def spy(request, shape):
         given.append(request)
-        return run_engine(request, plan)
+        return run_engine(request, shape)
 
-    def planned(**asked):
+    def shaped(**asked):
         assert asked["budget_tokens"] == 333
-        return plan_rollout(**asked)
+        return store_shape(**asked)
 
     monkeypatch.setattr(engine, "run", spy)
-    monkeypatch.setattr(sample, "plan_rollout", planned)
+    monkeypatch.setattr(sample, "store_shape", shaped)
     chosen = dict(temperature=0.9, top_p=0.8, top_k=7, min_p=0.01, repetition_penalty=1.1, max_completion_length=5)
     run(
         tmp_path, max_steps=1, num_generations=3, rollout_token_budget=333, token_budget=222, rollout_weights="4bit",

@@ -15,9 +15,9 @@ from torch import Tensor
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.graphs import Captures, Graphs, cuda_capture
-from lowmem_grpo.generate.plan import PAGE, RolloutPlan, kv_shape
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
+from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import fast_linears
@@ -48,22 +48,22 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
     roughly the last hidden state.
     """
     texts = pieces(policy, text, (14, 9, 11))
-    plans = [RolloutPlan(3, 1, 3, 13), RolloutPlan(3, 14, 0, 0)]
+    shapes = [StoreShape(3, 1, 3, 13), StoreShape(3, 14, 0, 0)]
     if policy.device.type == "cuda":
-        plans.append(RolloutPlan(3, 2 * PAGE, 3, 13, 7, PAGE))  # several pages a slot: another kernel
+        shapes.append(StoreShape(3, 2 * PAGE, 3, 13, 7, PAGE))  # several pages a slot: another kernel
     than = "in a step from stored keys and values from what it is in its own forward"
     nexts = [ids[-1:] for ids in texts]  # any: what is looked at are the tokens that predict them
     with in_fp32(policy) as exact:
         batches = pack(texts, nexts, token_budget=100, pad_token_id=policy.pad_token_id, device=policy.device)
         with attending(policy.configs, "eager"):
             truth = outputs(exact, batches, len(texts))
-        for plan in plans:
-            reason = too_far(distances(_stepped(exact, texts, plan, torch.float32), truth), {})
+        for shape in shapes:
+            reason = too_far(distances(_stepped(exact, texts, shape, torch.float32), truth), {})
             if reason:
                 return f"{reason} {than}"
     first_layer = next(iter(truth)).rpartition(".")[0]
-    for plan in plans if kv_dtype != torch.float32 else ():
-        for name, error in distances(_stepped(policy, texts, plan, kv_dtype), truth).items():
+    for shape in shapes if kv_dtype != torch.float32 else ():
+        for name, error in distances(_stepped(policy, texts, shape, kv_dtype), truth).items():
             if not error <= (
                 FIRST_LAYER if name.startswith(first_layer) else LAST_STATE if name == LAST else torch.inf
             ):
@@ -71,11 +71,11 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
     return None
 
 
-def _stepped(policy: Policy, texts: list[list[int]], plan: RolloutPlan, kv_dtype: torch.dtype) -> dict[str, Tensor]:
+def _stepped(policy: Policy, texts: list[list[int]], shape: StoreShape, kv_dtype: torch.dtype) -> dict[str, Tensor]:
     """What the layers make of each text's last token, decoded after a prefill of those before it."""
-    store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
-    scheduler = Scheduler(list(range(len(texts))), 1, len(texts), plan.prefixes, plan.pages, plan.page_tokens)
-    slots = Slots(policy, store, plan, scheduler)
+    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
+    scheduler = Scheduler(list(range(len(texts))), 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
+    slots = Slots(policy, store, shape, scheduler)
     found: dict[str, Tensor] = {}
     with policy.autocast(), attending(policy.configs):
         slots.admit(texts, prefill_tokens=100, ahead=1)
@@ -104,14 +104,14 @@ class Ran(NamedTuple):
     """What a rollout made, and how."""
 
     completions: list[Completion]  # B, group after group
-    plan: RolloutPlan  # the given one, or a smaller one of its kind that fitted after an out-of-memory
+    shape: StoreShape  # the given one, or a smaller one of its kind that fitted after an out-of-memory
     graphs: int  # replayed
     preempted: int  # times that a completion had to wait for pages
     out_of_memory: int  # times
 
 
-def run(request: Request, plan: RolloutPlan) -> Ran:
-    """Sample what the request asks for, in a store of the plan.
+def run(request: Request, shape: StoreShape) -> Ran:
+    """Sample what the request asks for, in a store of the shape.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
     others could let go may be enough, and then with half of the slots.
@@ -119,7 +119,7 @@ def run(request: Request, plan: RolloutPlan) -> Ran:
     policy, count = request.policy, len(request.prompts) * request.num_generations
     done: dict[int, Completion] = {}
     captured, preempted, out_of_memory = 0, 0, 0
-    now = plan
+    now = shape
 
     def attempt() -> None:
         nonlocal now, captured, preempted
@@ -132,31 +132,31 @@ def run(request: Request, plan: RolloutPlan) -> Ran:
             preempted += scheduler.preempted
 
     def failed(error: torch.OutOfMemoryError) -> None:
-        nonlocal plan, now, out_of_memory
+        nonlocal shape, now, out_of_memory
         out_of_memory += 1
         if out_of_memory > 1 and now.slots == 1:
             error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
             raise error
         if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
-            plan, now = now.halved() if now == plan else plan, now.halved()
+            shape, now = now.halved() if now == shape else shape, now.halved()
 
     linears = fast_linears(policy.base, policy.dtype, dense=request.dense)
     with policy.inference(), policy.autocast(), attending(policy.configs), linears:
         tried_again(attempt, failed)
     if policy.device.type == "cuda" and request.captures is not None:
         torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    return Ran([done[i] for i in range(count)], plan, captured, preempted, out_of_memory)
+    return Ran([done[i] for i in range(count)], shape, captured, preempted, out_of_memory)
 
 
-def _run(request: Request, plan: RolloutPlan, scheduler: Scheduler, done: dict[int, Completion]) -> int:
+def _run(request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion]) -> int:
     """Sample the scheduler's completions into done; returns how many CUDA graphs were replayed."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
-    store = Store(kv_shape(policy.base.config, kv_dtype), plan, kv_dtype, policy.device)
-    slots = Slots(policy, store, plan, scheduler, params, request.uniforms)
+    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
+    slots = Slots(policy, store, shape, scheduler, params, request.uniforms)
     capture = CAPTURE.get(policy.device.type)
     graphs = None
     if request.captures is not None and capture is not None:
-        kind = params, kv_dtype, plan.shared, plan.paged, request.dense, policy.adapters.worn
+        kind = params, kv_dtype, shape.shared, shape.paged, request.dense, policy.adapters.worn
         graphs = Graphs(request.captures, slots.step, slots.state(), capture(), slots.held, kind)
     step = graphs or slots.step
     finish_of = ending(policy, params)

@@ -12,8 +12,8 @@ from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.graphs import Captures
-from lowmem_grpo.generate.plan import RolloutPlan, kv_shape, plan_rollout
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
+from lowmem_grpo.generate.shape import StoreShape, kv_shape, store_shape
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
@@ -88,12 +88,12 @@ class Sampler:
             )
         return reason
 
-    def plan(self, prompts: list[list[int]], count: int, tokens: int) -> RolloutPlan:
+    def store_shape(self, prompts: list[list[int]], count: int, tokens: int) -> StoreShape:
         """The store for count completions of each prompt, of at most so many tokens if one completion fits in them.
 
         A benchmark or test that wants another store overrides this.
         """
-        return plan_rollout(
+        return store_shape(
             prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=count,
             max_completion_length=self.config.max_completion_length, budget_tokens=tokens,
             paged=self.config.rollout_paged and self.policy.device.type == "cuda",
@@ -134,7 +134,7 @@ class Sampler:
         self, prompts: list[list[int]], count: int, params: SamplingParams, draw: torch.Generator, tokens: int
     ) -> Sampled:
         config, policy = self.config, self.policy
-        plan = self.plan(prompts, count, tokens).at_most(len(prompts) * count)
+        shape = self.store_shape(prompts, count, tokens).at_most(len(prompts) * count)
         copy_bytes = dense_bytes(policy.base, policy.dtype)
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
@@ -145,17 +145,17 @@ class Sampler:
                 policy, prompts, count, params, uniforms.to(policy.device), prefill_tokens=config.token_budget,
                 kv_dtype=self.kv_dtype, dense=dense, captures=self.captures if config.has_cuda_graphs else None,
             ),
-            plan,
+            shape,
         )  # fmt: skip
         if not any(completion.is_finite for completion in ran.completions):
             raise NotFiniteError(NOT_FINITE)
-        if ran.plan != plan:
-            self.fitting_tokens = ran.plan.tokens()
-        kv_bytes = ran.plan.tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
+        if ran.shape != shape:
+            self.fitting_tokens = ran.shape.tokens()
+        kv_bytes = ran.shape.tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
         return Sampled(
             ran.completions,
             {
-                "rollout/slots": ran.plan.slots,
+                "rollout/slots": ran.shape.slots,
                 "rollout/kv_mib": kv_bytes / 2**20,
                 "rollout/dense_weights_mib": copy_bytes / 2**20 if dense else 0.0,
                 "rollout/cuda_graphs": ran.graphs,

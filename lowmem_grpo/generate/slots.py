@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.generate.layouts import SPAN, Decode, Prefill
-from lowmem_grpo.generate.plan import RolloutPlan, bucket
 from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
+from lowmem_grpo.generate.shape import StoreShape, bucket
 from lowmem_grpo.generate.store import Rows, Store
 from lowmem_grpo.model.attention import laid_out
 from lowmem_grpo.model.policy import Policy
@@ -29,12 +29,12 @@ class Slots:
     """The slots' tensors, of which the first `rows` are computed with, and the model that fills them."""
 
     def __init__(
-        self, policy: Policy, store: Store, plan: RolloutPlan, scheduler: Scheduler,
+        self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
         params: SamplingParams | None = None, uniforms: Tensor | None = None,
     ):  # fmt: skip
         """To step, and not only for hidden states, it takes params and uniforms."""
         self.uniforms = uniforms
-        self.policy, self.store, self.plan, self.scheduler, self.params = policy, store, plan, scheduler, params
+        self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
         self.rows = len(scheduler.slots)
         zeros = torch.zeros(3, self.rows, dtype=torch.int64, device=policy.device)
         # The next token to feed, where it stands in its text, and how many prompt tokens stand before the first fed.
@@ -45,14 +45,14 @@ class Slots:
         self.prefix_rows = torch.zeros_like(self.completions)
         self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
         self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
-        if plan.paged:
-            self.table = self.completions.new_full((self.rows, ceil(plan.slot_tokens / plan.page_tokens)), NOBODYS)
+        if shape.paged:
+            self.table = self.completions.new_full((self.rows, ceil(shape.slot_tokens / shape.page_tokens)), NOBODYS)
         elif policy.device.type == "cuda":
             self.table = torch.arange(self.rows, device=policy.device)[:, None]
         self.seen = None
         if params is not None and params.repetition_penalty != 1:
-            shape = (self.rows, policy.head.weight.shape[0])
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=policy.device)
+            vocabulary = policy.head.weight.shape[0]
+            self.seen = torch.zeros(self.rows, vocabulary, dtype=torch.bool, device=policy.device)
 
     def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
         """Start waiting completions in free slots, where `ahead` more tokens of all have room. The slots that are new.
@@ -67,7 +67,7 @@ class Slots:
             self.store.prefix.clear(self._tensor(prefixes))
         completions = [self.scheduler.slots[slot] for slot in new]
         asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type] # a new slot holds one
-        if self.plan.shared:
+        if self.shape.shared:
             rows = {self.scheduler.prefixes[row]: [row] for row in prefixes}
             self._prefill(prompts, rows, self.store.prefix, prefill_tokens)
         else:
@@ -79,7 +79,7 @@ class Slots:
         self.positions[at] = self.prefilled[at] = self._tensor(lengths)
         self.completions[at] = self._tensor(completions)
         for slot, length in zip(new, lengths, strict=True):
-            self.columns[slot] = 0 if self.plan.shared else length
+            self.columns[slot] = 0 if self.shape.shared else length
         if self.seen is not None:
             self.seen[at] = False
             for slot, prompt in zip(new, asked, strict=True):
@@ -92,12 +92,12 @@ class Slots:
 
     def _ahead(self, ahead: int) -> list[int]:
         """How many tokens each slot will hold."""
-        return [min(column + ahead, self.plan.slot_tokens) for column in self.columns]
+        return [min(column + ahead, self.shape.slot_tokens) for column in self.columns]
 
     def _more(self, completion: int, ahead: int) -> int:
         """The same of a completion that waits."""
         column = self.parked[completion].column if completion in self.parked else 0
-        return min(column + ahead, self.plan.slot_tokens)
+        return min(column + ahead, self.shape.slot_tokens)
 
     def held(self) -> list[int]:
         """The rows in use that have a completion."""
@@ -134,7 +134,7 @@ class Slots:
 
     def _arrange(self) -> None:
         """Which slots read which prefix row."""
-        if not self.plan.shared:
+        if not self.shape.shared:
             return
         held = self.scheduler.prefixes
         members: list[list[int]] = [[] for _ in range(max(r for r, p in enumerate(held) if p is not None) + 1)]
@@ -155,7 +155,7 @@ class Slots:
 
     def reserve(self, ahead: int) -> None:
         """Pages for so many more tokens of every slot that runs, from slots that started later if need be."""
-        if not self.plan.paged:
+        if not self.shape.paged:
             return
         assert self.table is not None
         held, completions = [list(pages) for pages in self.scheduler.pages], list(self.scheduler.slots)
@@ -180,7 +180,7 @@ class Slots:
 
     def _filled(self, pages: list[int], columns: int) -> Tensor:
         """Those of a slot's pages that have any of so many columns."""
-        return self._tensor(pages[: ceil(columns / self.plan.page_tokens)])
+        return self._tensor(pages[: ceil(columns / self.shape.page_tokens)])
 
     def shrink(self, times: int = 1) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket, of 1 / times at most, holds what still runs.
@@ -197,7 +197,7 @@ class Slots:
             for values in (self.tokens, self.positions, self.prefilled, self.completions, self.seen):
                 if values is not None:
                     values[targets] = values[sources]
-            if self.plan.paged:
+            if self.shape.paged:
                 assert self.table is not None
                 self.table[targets] = self.table[sources]
             else:
@@ -211,8 +211,8 @@ class Slots:
     def hidden(self, rows: int) -> Tensor:
         """Feed each of the first S rows its next token: last hidden states (S, D)."""
         tokens, positions, prefilled = (x[:rows] for x in (self.tokens, self.positions, self.prefilled))
-        columns = positions - prefilled if self.plan.shared else positions
-        lengths, prefix_rows = (prefilled, self.prefix_rows[:rows]) if self.plan.shared else (None, None)
+        columns = positions - prefilled if self.shape.shared else positions
+        lengths, prefix_rows = (prefilled, self.prefix_rows[:rows]) if self.shape.shared else (None, None)
         members, places = self.members or (None, None)
         table, span = (None, self._span()) if self.table is None else (self.table[:rows], 0)
         now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
@@ -222,7 +222,7 @@ class Slots:
 
     def _span(self) -> int:
         needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
-        return min(self.plan.slot_tokens, -(-needed // SPAN) * SPAN)
+        return min(self.shape.slot_tokens, -(-needed // SPAN) * SPAN)
 
     def state(self) -> list[Tensor]:
         """What a step changes, but for the keys and values, which it would only write again."""
@@ -249,5 +249,5 @@ class Slots:
     def advance(self, step: Callable[[int], Tensor]) -> Tensor:
         """What a step, this one's own or a replay of it, gives for the rows in use."""
         made = step(self.rows)
-        self.columns = [min(column + 1, self.plan.slot_tokens - 1) for column in self.columns]
+        self.columns = [min(column + 1, self.shape.slot_tokens - 1) for column in self.columns]
         return made

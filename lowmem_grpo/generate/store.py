@@ -1,7 +1,7 @@
 """Keys and values of the tokens in flight, and the attention that reads them.
 
     own (L, 2, S, H_kv, T, D)        each slot's tokens, or pages of them in place of slots
-    prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the plan shares them
+    prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the shape shares them
 
 Both are of the compute dtype, or int8 with an fp16 scale for every token and head, its largest magnitude over 127.
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_grpo.generate.plan import KVShape, RolloutPlan
+from lowmem_grpo.generate.shape import KVShape, StoreShape
 
 
 class Rows(NamedTuple):
@@ -82,11 +82,11 @@ def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 class Store:
     """The memory of a rollout, zeroed: what is never attended to must still be finite."""
 
-    def __init__(self, shape: KVShape, plan: RolloutPlan, dtype: torch.dtype, device: torch.device):
+    def __init__(self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device):
         def rows(count: int, tokens: int) -> Rows:
-            size = (shape.layers, 2, count, shape.kv_heads, tokens)
-            numbers = torch.zeros(*size, shape.head_dim, dtype=dtype, device=device)
+            size = (kv.layers, 2, count, kv.kv_heads, tokens)
+            numbers = torch.zeros(*size, kv.head_dim, dtype=dtype, device=device)
             return Rows(numbers, torch.zeros(size, dtype=torch.float16, device=device) if dtype == torch.int8 else None)
 
-        self.own = rows(plan.pages, plan.page_tokens) if plan.paged else rows(plan.slots, plan.slot_tokens)
-        self.prefix = rows(plan.prefixes, plan.prefix_tokens)
+        self.own = rows(shape.pages, shape.page_tokens) if shape.paged else rows(shape.slots, shape.slot_tokens)
+        self.prefix = rows(shape.prefixes, shape.prefix_tokens)

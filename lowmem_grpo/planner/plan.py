@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.generate.plan import kv_shape, plan_rollout
+from lowmem_grpo.generate.shape import kv_shape, store_shape
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.model.load import lora_config
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
@@ -254,7 +254,7 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
 def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
     text = key.model.get_text_config()
     dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
-    rollout = plan_rollout(
+    shape = store_shape(
         prompt_tokens=prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
         max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget,
         paged=config.rollout_paged and not config.use_cpu,
@@ -262,10 +262,10 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
-    logits = 4 * rollout.slots * text.vocab_size * copies
+    logits = 4 * shape.slots * text.vocab_size * copies
     captured = {"captured steps": logits + layer}  # what a step takes, in a pool of its own
     return {
-        "keys and values": rollout.tokens() * kv_shape(key.model, dtype).token_bytes,
+        "keys and values": shape.tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
         **(captured if config.has_cuda_graphs else {}),
     }

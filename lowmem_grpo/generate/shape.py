@@ -34,7 +34,7 @@ def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
+class StoreShape:
     """The store's shape.
 
     Where shared, a prompt's keys and values stand once, in a prefix row, else in every slot. Where paged, slots take
@@ -64,23 +64,23 @@ class RolloutPlan:
         own = self.pages * self.page_tokens if self.paged else self.slots * self.slot_tokens
         return own + self.prefixes * self.prefix_tokens
 
-    def at_most(self, completions: int) -> "RolloutPlan":
+    def at_most(self, completions: int) -> "StoreShape":
         """The same with no more slots than there are completions, and no more memory than those can use."""
         if completions >= self.slots:
             return self
         pages = min(self.pages, 1 + completions * ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
         return replace(self, slots=completions, prefixes=min(self.prefixes, completions), pages=pages)
 
-    def halved(self) -> "RolloutPlan":
+    def halved(self) -> "StoreShape":
         """The same with half of the slots and, down to one slot's, of the memory, for after an out-of-memory."""
         pages = max(self.pages // 2, 1 + ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
         return replace(self, slots=max(1, self.slots // 2), prefixes=ceil(self.prefixes / 2), pages=pages)
 
 
-def plan_rollout(
+def store_shape(
     *, prompt_tokens: int, prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
     paged: bool,
-) -> RolloutPlan:  # fmt: skip
+) -> StoreShape:  # fmt: skip
     """The most slots whose keys and values fit in budget_tokens; at least one.
 
     prompt_tokens is the longest prompt's. The last token of a prompt is the first that decoding feeds, so that
@@ -105,25 +105,25 @@ def plan_rollout(
         one = 1 + ceil(max_completion_length / PAGE)
         if pages < max(one, 1 + slots * ceil(max_completion_length / 2 / PAGE)):
             break
-        best = RolloutPlan(slots, max_completion_length, prefixes, max(1, prefilled), pages, PAGE)
+        best = StoreShape(slots, max_completion_length, prefixes, max(1, prefilled), pages, PAGE)
     return best if best is not None and best.slots > dense.slots else dense
 
 
 def _largest(
     most: int, prefilled: int, prompts: int, num_generations: int, completion: int, budget: int, share: bool
-) -> RolloutPlan:
-    """The plan without pages of the most slots; at least one, within the budget or not."""
+) -> StoreShape:
+    """The shape without pages of the most slots; at least one, within the budget or not."""
 
-    def plan(slots: int, per_group: int) -> RolloutPlan:
+    def shape(slots: int, per_group: int) -> StoreShape:
         if not share:
-            return RolloutPlan(slots, completion + prefilled, 0, 0)
+            return StoreShape(slots, completion + prefilled, 0, 0)
         groups = ceil(slots / num_generations)
-        return RolloutPlan(slots, completion, min(prompts, per_group * groups), max(1, prefilled))
+        return StoreShape(slots, completion, min(prompts, per_group * groups), max(1, prefilled))
 
     # One prefix a group where the budget does not hold two of even one slot's.
-    per_group = 2 if plan(1, 2).tokens() <= budget else 1
-    fitting = (slots for slots in range(1, most + 1) if plan(slots, per_group).tokens() <= budget)
-    return plan(max(fitting, default=1), per_group)
+    per_group = 2 if shape(1, 2).tokens() <= budget else 1
+    fitting = (slots for slots in range(1, most + 1) if shape(slots, per_group).tokens() <= budget)
+    return shape(max(fitting, default=1), per_group)
 
 
 def bucket(rows: int) -> int:
