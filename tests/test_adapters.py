@@ -178,7 +178,7 @@ def test_only_an_adapter_that_is_there_is_worn_or_asked_for():
 def test_what_was_worn_is_worn_again_however_a_with_is_left(reference):
     policy = policy_with_critic()
     if reference == "initial":
-        policy.keep_reference()
+        policy.snapshot_reference()
     before = settled(policy)
     assert before[0] == (policy.adapter,)
     with policy.as_reference():

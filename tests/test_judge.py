@@ -37,7 +37,7 @@ def test_a_judgement_is_the_bases_own_next_word_and_not_the_adapters(token_budge
 def test_a_snapshot_of_the_reference_does_not_judge():
     policy = make_policy("llama")
     before = judge(policy)(PROMPTS, COMPLETIONS)
-    policy.keep_reference()
+    policy.snapshot_reference()
     assert judge(policy)(PROMPTS, COMPLETIONS) == before
 
 

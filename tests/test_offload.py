@@ -85,7 +85,7 @@ def everything_is_large(monkeypatch):
 def test_offloaded_checkpoints_come_back_as_they_were(family, everything_is_large):
     policy = make_policy(family, gradient_checkpointing=True)
     expected = run(policy)
-    policy.keeping = Offloading(policy.device)
+    policy.saved_activations = Offloading(policy.device)
     assert_same(run(policy), expected, bound=0)
     assert_same(run(policy), expected, bound=0)
 
@@ -105,7 +105,7 @@ def test_every_layers_input_but_the_first_is_sent_away_and_fetched_ahead(everyth
             brought.append(tuple(away.copy.shape))
             return super()._bring(away)
 
-    policy.keeping = Watched(policy.device)
+    policy.saved_activations = Watched(policy.device)
     run(policy)
     assert sent.count((1, 80, 64)) >= 1, "the input of the second layer"
     assert sorted(brought) == sorted(sent), "each once"
@@ -113,12 +113,12 @@ def test_every_layers_input_but_the_first_is_sent_away_and_fetched_ahead(everyth
 
 def test_a_forward_without_a_backward_leaves_nothing_behind(everything_is_large):
     policy = make_policy("llama", gradient_checkpointing=True)
-    policy.keeping = keeping = Offloading(policy.device)
+    policy.saved_activations = offloading = Offloading(policy.device)
     (batch,) = pack([[5] * 20], [[7] * 60], token_budget=1000, pad_token_id=0, device=policy.device)
     logprobs = policy.logprobs(batch, 1.0)
-    assert keeping.last() is not None
+    assert offloading.last() is not None
     del logprobs
-    assert keeping.last() is None
+    assert offloading.last() is None
 
 
 def test_an_embedding_on_the_cpu_looks_up_the_same():

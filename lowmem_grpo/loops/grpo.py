@@ -80,7 +80,7 @@ def train(
     sampler = Sampler(policy, config)
     stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:
-        policy.keep_reference()
+        policy.snapshot_reference()
     evaluations = None
     if inputs.eval_prompts:
         evaluate = partial(measure, sampler, inputs.eval_prompts, rewards, for_evaluation(inputs.plan, config))

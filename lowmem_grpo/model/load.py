@@ -67,7 +67,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
         )
     probe_head(policy.base, policy.head)
     if config.activation_offloading:
-        policy.keeping = Offloading(device)
+        policy.saved_activations = Offloading(device)
     return policy
 
 

@@ -48,7 +48,8 @@ class Policy:
         self.eos_token_ids = eos_token_ids(self.base, tokenizer)
         self.pad_token_id = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.configs = configs_of(self.base)
-        self.keeping: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # what a forward keeps
+        # Entered around each forward: where what it saves for the backward goes.
+        self.saved_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention
 
@@ -98,7 +99,7 @@ class Policy:
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """What the head makes each of the batch's N log-probabilities from, (N, D) in the head's dtype."""
-        with self.autocast(), self._laid_out(batch), self.keeping():
+        with self.autocast(), self._laid_out(batch), self.saved_activations():
             places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
         return hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)
@@ -183,7 +184,7 @@ class Policy:
             finally:
                 self._point_to(own)
 
-    def keep_reference(self) -> None:
+    def snapshot_reference(self) -> None:
         """From now on the reference is the adapters as they are: 4 bytes a parameter of theirs, in fp32."""
         self.reference = {
             name: parameter.detach().clone() for name, parameter in self.parameters_of(self.adapter).items()
