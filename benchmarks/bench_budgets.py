@@ -57,8 +57,8 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     meter = Meter(policy.device)
     with meter.phase("rollout"):
         sampled = sampler.complete([Prompt("", ids, {}) for ids in prompts], config.num_generations)
-    answers = [completion.ids for completion in sampled.completions]
-    rollout = Rollout.bare(prompts, answers, torch.randn(len(answers), generator=draw))
+    completions = [completion.ids for completion in sampled.completions]
+    rollout = Rollout.bare(prompts, completions, torch.randn(len(completions), generator=draw))
     budget = TokenBudget(config.token_budget)
     with meter.phase("reference"):
         rollout = with_reference(policy, rollout, config, budget)

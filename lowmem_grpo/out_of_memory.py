@@ -47,12 +47,12 @@ def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError]
 class TokenBudget:
     """The most tokens of a micro-batch: what the configuration says, until that ran out of memory."""
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
         self.out_of_memory = 0  # how often
 
     def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
-        """work(tokens), which begins anew when called again, for sequences of these lengths.
+        """work(num_tokens), which begins anew when called again, for sequences of these lengths.
 
         Out of memory, what can be let go is, and the same is tried again; then with half of the tokens of the
         micro-batch that failed, as often as need be, and from then on for good. Random numbers are drawn as if nothing
@@ -74,7 +74,7 @@ class TokenBudget:
             if drawn[1] is not None:
                 torch.cuda.set_rng_state(drawn[1])
 
-        return tried_again(lambda: work(self.tokens), failed)
+        return tried_again(lambda: work(self.num_tokens), failed)
 
     def note(self) -> None:
         """Out of memory in what has no micro-batches."""
@@ -83,8 +83,8 @@ class TokenBudget:
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
         longest = max(lengths, default=0)
         # Outside of a micro-batch nobody knows how many tokens were too many.
-        guess = min(self.tokens, sum(lengths))
-        tokens, alone = getattr(error, "micro_batch", (guess, guess <= longest))
+        guess = min(self.num_tokens, sum(lengths))
+        num_tokens, alone = getattr(error, "micro_batch", (guess, guess <= longest))
         if alone:
             error.add_note(
                 f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length "
@@ -92,7 +92,7 @@ class TokenBudget:
             )
             raise error
         # Where short sequences are too many for memory, each with its keys, the longest by itself may still fit.
-        self.tokens = max(tokens // 2, longest if longest < tokens else 1)
+        self.num_tokens = max(num_tokens // 2, longest if longest < num_tokens else 1)
 
     def metrics(self) -> dict[str, float]:
-        return {"memory/token_budget": self.tokens, "memory/out_of_memory": self.out_of_memory}
+        return {"memory/token_budget": self.num_tokens, "memory/out_of_memory": self.out_of_memory}

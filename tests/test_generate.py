@@ -147,9 +147,9 @@ def test_the_mean_importance_weight_is_one_whatever_is_truncated(truncation, pen
     uniforms = (torch.arange(rows) + 0.5) / rows
     tokens, own, proposal = choose(logits.expand(rows, -1), uniforms, seen, params)
     penalized = logits[None] if seen is None else penalize(logits[None], seen[:1], penalty)
-    behaviour = truncate(penalized, params).log_softmax(-1)[0, tokens]
+    probability = truncate(penalized, params).log_softmax(-1)[0, tokens]
     first = torch.stack([(tokens == token).nonzero()[0, 0] for token in tokens.unique()])
-    drawn, weight, naive = (x[first].double().exp() for x in (behaviour, own - proposal, own - behaviour))
+    drawn, weight, naive = (x[first].double().exp() for x in (probability, own - proposal, own - probability))
     assert drawn.sum() == pytest.approx(1, abs=2e-4), "hardly a token that can be drawn was missed"
     assert (drawn * weight).sum() == pytest.approx(1, abs=1e-3)
     if truncation:
@@ -171,7 +171,7 @@ def test_draws_are_distributed_as_transformers_says(settings):
         for warper in (TopKLogitsWarper(8), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)):
             expected = warper(None, expected)
     expected = 4000 * expected.softmax(-1)[0]
-    tokens = choose(logits.expand(4000, 30), torch.rand(4000, generator=draw), None, params).tokens
+    tokens = choose(logits.expand(4000, 30), torch.rand(4000, generator=draw), None, params).token_ids
     counts = torch.bincount(tokens, minlength=30)
     kept = expected > 0
     assert counts[~kept].sum() == 0
@@ -628,10 +628,10 @@ def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv)
     policy = endless(use_cpu=cpu, bf16=bf16)
     found = run(policy, 2, shape=StoreShape(4, 150, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=150)
     assert all(len(completion.ids) == 150 for completion in found)
-    texts, answers = [prompt for prompt in PROMPTS for _ in range(2)], ids_of(found)
+    texts, completions = [prompt for prompt in PROMPTS for _ in range(2)], ids_of(found)
     gaps = torch.cat([completion.logprobs for completion in found]).to(policy.device)
     with policy.inference():
-        for batch in pack(texts, answers, token_budget=500, pad_token_id=0, device=policy.device):
+        for batch in pack(texts, completions, token_budget=500, pad_token_id=0, device=policy.device):
             gaps[batch.token_index] -= policy.logprobs(batch, 1.0)
     exact = (4e-6, 4e-5) if cpu else (1e-4, 1e-3)
     mean, largest = (0.07, 0.5) if bf16 or kv == "int8" else exact
@@ -676,21 +676,24 @@ def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch)
     small = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=1, scale_bytes=2)
     for _ in range(200):
         asked = dict(
-            prompt_tokens=number(300), prompts=number(6), num_generations=number(8), max_completion_length=number(200)
+            prompt_tokens=number(300),
+            num_prompts=number(6),
+            num_generations=number(8),
+            max_completion_length=number(200),
         )
         budget = number(8000)
         for share_from, paged in ((64, False), (10**9, False), (0, False), (64, True)):
             monkeypatch.setattr(shape_module, "SHARE_FROM", share_from)
             shape = store_shape(**asked, budget_tokens=budget, paged=paged)
             bytes_ = counted_bytes(Store(full, shape, torch.bfloat16, torch.device("cpu")))
-            assert bytes_ == shape.tokens() * full.token_bytes
+            assert bytes_ == shape.num_tokens() * full.token_bytes
             rounded = counted_bytes(Store(small, shape, torch.int8, torch.device("cpu")))
-            assert rounded == shape.tokens() * small.token_bytes
+            assert rounded == shape.num_tokens() * small.token_bytes
             one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_budgets refuses a smaller budget
             assert bytes_ <= max(budget, one) * full.token_bytes
             assert not paged or shape.slots >= store_shape(**asked, budget_tokens=budget, paged=False).slots
             more = store_shape(**asked, budget_tokens=10**9, paged=paged)
-            assert 1 <= shape.slots <= more.slots == asked["prompts"] * asked["num_generations"]
+            assert 1 <= shape.slots <= more.slots == asked["num_prompts"] * asked["num_generations"]
 
 
 def test_buckets_are_few_and_large_enough():

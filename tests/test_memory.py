@@ -334,7 +334,7 @@ def test_keys_and_values_are_as_predicted(name, rollout_kv):
     config = GRPOConfig(**TASK, rollout_token_budget=200, rollout_kv=rollout_kv)
     predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
     shape = store_shape(
-        prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
+        prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     )
     assert isinstance(shape, StoreShape)
     dtype = torch.int8 if rollout_kv == "int8" else torch.bfloat16
@@ -371,7 +371,7 @@ def test_captured_steps_have_memory_of_their_own():
     config = GRPOConfig(**{**TASK, "use_cpu": False}, rollout_token_budget=200)
     parts = planner.forecast(SHAPES["qwen2"], config).phases["rollout"]
     slots = store_shape(
-        prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
+        prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
     assert parts["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
@@ -387,8 +387,8 @@ def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
     assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == {"dense weights"}, "what auto is there"
     assert on_gpu.phases["update"] == on_cpu.phases["update"], "tiles of the head are as large, of so small a model"
-    asked = dict(prompt_tokens=40, prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
-    paged, plain = (store_shape(**asked, paged=paged).tokens() for paged in (True, False))
+    asked = dict(prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
+    paged, plain = (store_shape(**asked, paged=paged).num_tokens() for paged in (True, False))
     assert paged != plain, "else this says nothing"
     assert on_cpu.phases["rollout"]["keys and values"] * paged == on_gpu.phases["rollout"]["keys and values"] * plain
 

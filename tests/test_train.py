@@ -835,7 +835,7 @@ def test_a_model_that_is_not_finite_is_said_to_be(tmp_path, tokenizer, engine_re
     sampler = Sampler(policy, settings(tmp_path))
     sampler.engine_refusal = engine_refusal
     prompts = [Prompt("1+1=", tokenizer("1+1=")["input_ids"], {})]
-    for sampled in (partial(sampler.complete, count=2), sampler.complete_greedily):
+    for sampled in (partial(sampler.complete, num_generations=2), sampler.complete_greedily):
         with pytest.raises(FloatingPointError, match="cannot be sampled from, since its logits are not finite"):
             sampled(prompts)
 

@@ -253,7 +253,7 @@ def test_out_of_memory_anywhere_in_an_update_changes_nothing(gradient_checkpoint
         budget = TokenBudget(60)
         with OutOfMemory(nth):
             again = update(policy, rollout, config, budget)
-        assert (budget.tokens, budget.out_of_memory) == (60, 1)
+        assert (budget.num_tokens, budget.out_of_memory) == (60, 1)
         assert torch.equal(again[0], loss) and torch.equal(again[1], gradient) and again[2] == metrics
         assert torch.equal(torch.rand(3), drawn), "what is drawn next is what would have been"
 
@@ -266,10 +266,10 @@ def test_a_micro_batch_that_does_not_fit_is_split_and_its_size_remembered(make_f
     with OutOfMemory(tokens=70):
         split = update(policy, rollout, config, budget)
         failures = budget.out_of_memory
-        assert failures >= 2 and max(rollout.lengths) <= budget.tokens <= 70
+        assert failures >= 2 and max(rollout.lengths) <= budget.num_tokens <= 70
         update(policy, rollout, config, budget)
     assert budget.out_of_memory == failures, "the size that fitted was remembered"
-    assert budget.metrics() == {"memory/token_budget": budget.tokens, "memory/out_of_memory": failures}
+    assert budget.metrics() == {"memory/token_budget": budget.num_tokens, "memory/out_of_memory": failures}
     assert_same(split, whole)
 
 
@@ -306,7 +306,7 @@ def test_out_of_memory_twice_halves_the_micro_batch_that_failed(name, make_fp64_
     with OutOfMemory(**failing):
         budget.fit(work, rollout.lengths)
     assert passes == expected
-    assert (budget.tokens, budget.out_of_memory) == (expected[-1], len(expected) - 1)
+    assert (budget.num_tokens, budget.out_of_memory) == (expected[-1], len(expected) - 1)
     assert (gradient_of(policy) - gradient).norm() / gradient.norm() < 1e-12
 
 
@@ -328,7 +328,7 @@ def test_the_longest_sequences_are_tried_before_the_first_step():
     torch.manual_seed(1)
     with OutOfMemory(tokens=120):
         try_largest_update(policy, [5] * 20, budget, GRPOConfig(bf16=False, max_completion_length=30))
-    assert budget.tokens == 98, "half of 4 x (20 + 29), which a CPU's padding to 224 would take above the budget"
+    assert budget.num_tokens == 98, "half of 4 x (20 + 29), which a CPU's padding to 224 would take above the budget"
     assert torch.equal(torch.rand(1), expected)
     for name, parameter in policy.parameters_of(policy.adapter).items():
         assert parameter.grad is None and torch.equal(parameter, before[name])
@@ -347,4 +347,4 @@ def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
     with OutOfMemory(tokens=longest):
         work = partial(backward, policy, rollout, tokens, coefficients(config), scaler, config)
         budget.fit(work, lengths_with_gradient(rollout, config))
-    assert budget.tokens <= longest
+    assert budget.num_tokens <= longest

@@ -81,7 +81,7 @@ def _stepped(policy: Policy, texts: list[list[int]], shape: StoreShape, kv_dtype
         slots.admit(texts, prefill_tokens=100, ahead=1)
         slots.reserve(ahead=1)
         with outputs_kept(policy.decoder, lambda name, output: found.update({name: output[:, -1].float().cpu()})):
-            slots.hidden(slots.rows)
+            slots.hidden(slots.num_rows)
     return found
 
 

@@ -39,7 +39,7 @@ class Captures:
 
 
 class Graphs:
-    """Runs step(rows) by replaying what a capture of it recorded: from its third on, and in later rollouts its first.
+    """Runs step(num_rows) by replaying a recording of it: from its third run on, in later rollouts from the first.
 
     A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
     two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning. Of a
@@ -51,7 +51,7 @@ class Graphs:
         self, captures: Captures, step: Callable[[int], Tensor], state: list[Tensor],
         capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable,
     ):  # fmt: skip
-        """step gives (3, rows) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
+        """step gives (3, S) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
 
         held says which rows have a completion; what comes out of the others does not matter. kind is what else than the
         number of rows decides which kernels a step runs.
@@ -62,29 +62,29 @@ class Graphs:
         self.doubts = 0  # captures whose first replay was another step
         self.ran: Counter[int] = Counter()
 
-    def __call__(self, rows: int) -> Tensor:
-        self.ran[rows] += 1
-        if rows not in self.replays and self.captures.refusal is None:
-            if (self.kind, rows) in self.captures.trusted:
-                self._capture(rows)
-            elif self.ran[rows] > EAGER:
-                self._try(rows)
-        replay = self.replays.get(rows)
-        return self.step(rows) if replay is None else replay().clone()  # the next replay writes over it
+    def __call__(self, num_rows: int) -> Tensor:
+        self.ran[num_rows] += 1
+        if num_rows not in self.replays and self.captures.refusal is None:
+            if (self.kind, num_rows) in self.captures.trusted:
+                self._capture(num_rows)
+            elif self.ran[num_rows] > EAGER:
+                self._try(num_rows)
+        replay = self.replays.get(num_rows)
+        return self.step(num_rows) if replay is None else replay().clone()  # the next replay writes over it
 
-    def _capture(self, rows: int) -> None:
+    def _capture(self, num_rows: int) -> None:
         try:
-            self.replays[rows] = self.capture(partial(self.step, rows))
+            self.replays[num_rows] = self.capture(partial(self.step, num_rows))
         except Exception:  # as below, for a reason that was not there the last time: it is tried from the start
-            self.captures.trusted.discard((self.kind, rows))
+            self.captures.trusted.discard((self.kind, num_rows))
 
-    def _try(self, rows: int) -> None:
+    def _try(self, num_rows: int) -> None:
         before, truth = [x.clone() for x in self.state], None
         try:
             with _never_waiting(self.state[0].device):
-                truth = self.step(rows)
+                truth = self.step(num_rows)
             self._go_back(before)
-            replay = self.capture(partial(self.step, rows))
+            replay = self.capture(partial(self.step, num_rows))
             held = self.held()
             reason = _difference(replay()[:, held], truth[:, held])
         except Exception as error:  # whatever a model's code, a kernel or the driver has against it
@@ -93,8 +93,8 @@ class Graphs:
             reason = in_a_line(error.__context__ or error)  # a capture ends with an error about its end
         else:
             if reason is None:
-                self.replays[rows] = replay
-                self.captures.trusted.add((self.kind, rows))
+                self.replays[num_rows] = replay
+                self.captures.trusted.add((self.kind, num_rows))
             self.doubts += reason is not None
         self._go_back(before)
         # Rounding may tip one row into another token, though hardly twice: the next step tries again.
@@ -109,7 +109,7 @@ class Graphs:
 
 
 def _difference(found: Tensor, truth: Tensor) -> str | None:
-    """Why a replay's (3, rows) is not the step's, or None. One row in 8 may be within rounding of another token."""
+    """Why a replay's (3, S) is not the step's, or None. One row in 8 may be within rounding of another token."""
     near = (found[0] == truth[0]) & ((found[1:] - truth[1:]).abs() < 0.1).all(0)
     wrong = int((~near).sum())
     return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 8 * wrong > len(near) else None

@@ -21,19 +21,19 @@ def sample(
     prompts: list[list[int]],
     num_generations: int,
     params: SamplingParams,
-    tokens: int,
+    num_tokens: int,
 ) -> tuple[list[Completion], int | None]:
     """Draw num_generations completions of each prompt, group after group, without log-probabilities.
 
-    A wave holds at most so many tokens (prompt, completion and padding), and at least one completion. Out of memory it
-    is done again in halves, which draw other random numbers. The second value is what then fitted, in tokens, or None.
+    A wave holds at most num_tokens tokens (prompt, completion and padding), and at least one completion. Out of memory
+    it is sampled again in halves, with other random numbers. The second value is what then fitted, in tokens, or None.
     """
     rows = [ids for ids in prompts for _ in range(num_generations)]
     sampled: list[list[int]] = []
     fitting: int | None = None
     with policy.inference(), policy.autocast(), _prepared(policy, params):
         width = max(map(len, rows)) + params.max_completion_length
-        wave = max(1, tokens // width)
+        wave = max(1, num_tokens // width)
 
         def failed(error: torch.OutOfMemoryError) -> None:
             nonlocal wave, fitting

@@ -49,8 +49,8 @@ class Sampler:
         self.samples_dense: bool | None = None
         self.captures = Captures(type(policy.base).__name__)
 
-    def complete(self, prompts: list[Prompt], count: int, *, at_most: int | None = None) -> Sampled:
-        """Draw count completions of each prompt; one number of torch's generator decides all of them.
+    def complete(self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None) -> Sampled:
+        """Draw num_generations completions of each prompt; one number of torch's generator decides all of them.
 
         At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less.
 
@@ -60,7 +60,7 @@ class Sampler:
             NotFiniteError: no completion of the engine has finite logits, or one of `generate` has not. Where only some
                 of the engine's have not, their log-probabilities show it.
         """
-        return self._sample([prompt.ids for prompt in prompts], count, self.params, at_most)
+        return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most)
 
     def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
         """Take the likeliest token each time, for one completion a prompt; draws no random number.
@@ -88,19 +88,19 @@ class Sampler:
             )
         return reason
 
-    def store_shape(self, prompts: list[list[int]], count: int, tokens: int) -> StoreShape:
-        """The store for count completions of each prompt, of at most so many tokens if one completion fits in them.
+    def store_shape(self, prompts: list[list[int]], num_generations: int, num_tokens: int) -> StoreShape:
+        """The shape of a store with at most num_tokens tokens, or with room for one completion if that is more.
 
         A benchmark or test that wants another store overrides this.
         """
         return store_shape(
-            prompt_tokens=max(map(len, prompts)), prompts=len(prompts), num_generations=count,
-            max_completion_length=self.config.max_completion_length, budget_tokens=tokens,
+            prompt_tokens=max(map(len, prompts)), num_prompts=len(prompts), num_generations=num_generations,
+            max_completion_length=self.config.max_completion_length, budget_tokens=num_tokens,
             paged=self.config.rollout_paged and self.policy.device.type == "cuda",
         )  # fmt: skip
 
     def _sample(
-        self, prompts: list[list[int]], count: int, params: SamplingParams, at_most: int | None = None
+        self, prompts: list[list[int]], num_generations: int, params: SamplingParams, at_most: int | None = None
     ) -> Sampled:
         if not prompts:
             return Sampled([], {})
@@ -110,12 +110,17 @@ class Sampler:
         # none, so that it changes nothing of the training around it.
         draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
         limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
-        tokens = min(limit for limit in limits if limit is not None)
+        num_tokens = min(limit for limit in limits if limit is not None)
         by = self._by_generate if self.engine_refusal else self._by_engine
-        return by(prompts, count, params, draw, tokens)
+        return by(prompts, num_generations, params, draw, num_tokens)
 
     def _by_generate(
-        self, prompts: list[list[int]], count: int, params: SamplingParams, draw: torch.Generator, tokens: int
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        params: SamplingParams,
+        draw: torch.Generator,
+        num_tokens: int,
     ) -> Sampled:
         for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
             if getattr(self.config, name) == value:
@@ -126,32 +131,38 @@ class Sampler:
         device = self.policy.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
-            completions, fitting = hf.sample(self.policy, prompts, count, params, tokens)
+            completions, fitting = hf.sample(self.policy, prompts, num_generations, params, num_tokens)
         self.fitting_tokens = fitting or self.fitting_tokens
         return Sampled(completions, {})
 
     def _by_engine(
-        self, prompts: list[list[int]], count: int, params: SamplingParams, draw: torch.Generator, tokens: int
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        params: SamplingParams,
+        draw: torch.Generator,
+        num_tokens: int,
     ) -> Sampled:
         config, policy = self.config, self.policy
-        shape = self.store_shape(prompts, count, tokens).at_most(len(prompts) * count)
+        shape = self.store_shape(prompts, num_generations, num_tokens).at_most(len(prompts) * num_generations)
         copy_bytes = dense_bytes(policy.base, policy.dtype)
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
         dense = bool(self.samples_dense) if config.rollout_weights == "auto" else config.rollout_weights == "dense"
-        uniforms = torch.rand(len(prompts) * count, params.max_completion_length, generator=draw)
+        uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
         ran = engine.run(
             engine.Request(
-                policy, prompts, count, params, uniforms.to(policy.device), prefill_tokens=config.token_budget,
-                kv_dtype=self.kv_dtype, dense=dense, captures=self.captures if config.has_cuda_graphs else None,
+                policy, prompts, num_generations, params, uniforms.to(policy.device),
+                prefill_tokens=config.token_budget, kv_dtype=self.kv_dtype, dense=dense,
+                captures=self.captures if config.has_cuda_graphs else None,
             ),
             shape,
         )  # fmt: skip
         if not any(completion.is_finite for completion in ran.completions):
             raise NotFiniteError(NOT_FINITE)
         if ran.shape != shape:
-            self.fitting_tokens = ran.shape.tokens()
-        kv_bytes = ran.shape.tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
+            self.fitting_tokens = ran.shape.num_tokens()
+        kv_bytes = ran.shape.num_tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
         return Sampled(
             ran.completions,
             {

@@ -37,7 +37,7 @@ class SamplingParams:
 class Choice(NamedTuple):
     """One token of each row, (S,) each."""
 
-    tokens: Tensor  # int64
+    token_ids: Tensor  # int64
     logprobs: Tensor  # fp32, under temperature alone, as a training forward computes it
     proposal_logprobs: Tensor  # fp32, as Completion has them; of a greedy token the same as logprobs
 
@@ -51,20 +51,20 @@ def choose(
     """Penalty, temperature, top-k, top-p, min-p, in transformers' order and by its own functions; then inverse CDF."""
     penalized = logits if seen is None else penalize(logits, seen, params.repetition_penalty)
     if params.greedy:
-        tokens = penalized.argmax(-1)
-        logprobs = selective_logprobs(logits, tokens, temperature=1.0)
-        return Choice(tokens, logprobs, logprobs)
+        token_ids = penalized.argmax(-1)
+        logprobs = selective_logprobs(logits, token_ids, temperature=1.0)
+        return Choice(token_ids, logprobs, logprobs)
     if penalized is logits and not params.truncates:
-        tokens, logprobs = sample_tokens(logits, uniforms, temperature=params.temperature)
-        return Choice(tokens, logprobs, logprobs)
+        token_ids, logprobs = sample_tokens(logits, uniforms, temperature=params.temperature)
+        return Choice(token_ids, logprobs, logprobs)
     left = truncate(penalized, params)
-    tokens, behaviour = sample_tokens(left, uniforms, temperature=1.0)
-    logprobs = selective_logprobs(logits, tokens, temperature=params.temperature)
-    if penalized is logits:  # behaviour is logprobs over what is left: the share cancels
-        return Choice(tokens, logprobs, logprobs)
+    token_ids, drawn = sample_tokens(left, uniforms, temperature=1.0)
+    logprobs = selective_logprobs(logits, token_ids, temperature=params.temperature)
+    if penalized is logits:  # drawn is logprobs over what is left: the share cancels
+        return Choice(token_ids, logprobs, logprobs)
     if not params.truncates:
-        return Choice(tokens, logprobs, behaviour)
-    return Choice(tokens, logprobs, behaviour + log_share(logits.float() / params.temperature, left))
+        return Choice(token_ids, logprobs, drawn)
+    return Choice(token_ids, logprobs, drawn + log_share(logits.float() / params.temperature, left))
 
 
 def log_share(

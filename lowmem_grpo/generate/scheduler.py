@@ -18,17 +18,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, completions: list[int], num_generations: int, slots: int, prefixes: int, pages: int = 0,
+        self, completions: list[int], num_generations: int, num_slots: int, num_prefixes: int, num_pages: int = 0,
         page_tokens: int = 0,
     ):  # fmt: skip
         self.waiting = deque(completions)
         self.num_generations = num_generations
-        self.slots: list[int | None] = [None] * slots
-        self.prefixes: list[int | None] = [None] * prefixes
-        self.pages: list[list[int]] = [[] for _ in range(slots)]
+        self.slots: list[int | None] = [None] * num_slots
+        self.prefixes: list[int | None] = [None] * num_prefixes
+        self.pages: list[list[int]] = [[] for _ in range(num_slots)]
         self.page_tokens = page_tokens
-        self.free = [page for page in range(pages) if page != NOBODYS]
-        self.admitted = [0] * slots  # when each slot's completion started, in admissions
+        self.free = [page for page in range(num_pages) if page != NOBODYS]
+        self.admitted = [0] * num_slots  # when each slot's completion started, in admissions
         self.admissions = 0
         self.preempted = 0  # times that a completion was sent back for want of pages
         self.short = False  # that happened, and none has ended since
@@ -75,8 +75,8 @@ class Scheduler:
             new_slots.append(slot)
         return new_slots, new_prefixes
 
-    def reserve(self, tokens: list[int]) -> list[int]:
-        """Give each running slot, the oldest first, pages for tokens[slot] tokens. The slots that were preempted.
+    def reserve(self, num_tokens: list[int]) -> list[int]:
+        """Give each running slot, the oldest first, pages for num_tokens[slot] tokens. The slots that were preempted.
 
         Where pages run out, the youngest goes back to the queue's front.
         """
@@ -84,7 +84,7 @@ class Scheduler:
         if not self.page_tokens:
             return preempted
         for slot in sorted((s for s, c in enumerate(self.slots) if c is not None), key=lambda s: self.admitted[s]):
-            while self.slots[slot] is not None and len(self.pages[slot]) < self._pages(tokens[slot]):
+            while self.slots[slot] is not None and len(self.pages[slot]) < self._pages(num_tokens[slot]):
                 if self.free:
                     self.pages[slot].append(self.free.pop())
                     continue
@@ -96,8 +96,8 @@ class Scheduler:
                 self.short = True
         return preempted
 
-    def _pages(self, tokens: int) -> int:
-        return ceil(tokens / self.page_tokens) if self.page_tokens else 0
+    def _pages(self, num_tokens: int) -> int:
+        return ceil(num_tokens / self.page_tokens) if self.page_tokens else 0
 
     def finish(self, slot: int) -> None:
         """Free a slot and its pages, and its prompt's prefix row if nobody else needs it."""
@@ -114,12 +114,12 @@ class Scheduler:
         self.pages[slot] = []
         return completion
 
-    def compact(self, rows: int) -> list[tuple[int, int]]:
-        """Move every running completion below `rows`: (from, to) of each move."""
-        free = [slot for slot in range(rows) if self.slots[slot] is None]
+    def compact(self, num_rows: int) -> list[tuple[int, int]]:
+        """Move every running completion below num_rows: (from, to) of each move."""
+        free = [slot for slot in range(num_rows) if self.slots[slot] is None]
         every: list[list[Any]] = [self.slots, self.pages, self.admitted]
         moves = []
-        for source in range(rows, len(self.slots)):
+        for source in range(num_rows, len(self.slots)):
             if self.slots[source] is not None:
                 target = free.pop(0)
                 for values in every:

@@ -60,16 +60,16 @@ class StoreShape:
     def paged(self) -> bool:
         return self.pages > 0
 
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         own = self.pages * self.page_tokens if self.paged else self.slots * self.slot_tokens
         return own + self.prefixes * self.prefix_tokens
 
-    def at_most(self, completions: int) -> "StoreShape":
+    def at_most(self, num_completions: int) -> "StoreShape":
         """The same with no more slots than there are completions, and no more memory than those can use."""
-        if completions >= self.slots:
+        if num_completions >= self.slots:
             return self
-        pages = min(self.pages, 1 + completions * ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
-        return replace(self, slots=completions, prefixes=min(self.prefixes, completions), pages=pages)
+        pages = min(self.pages, 1 + num_completions * ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
+        return replace(self, slots=num_completions, prefixes=min(self.prefixes, num_completions), pages=pages)
 
     def halved(self) -> "StoreShape":
         """The same with half of the slots and, down to one slot's, of the memory, for after an out-of-memory."""
@@ -78,7 +78,7 @@ class StoreShape:
 
 
 def store_shape(
-    *, prompt_tokens: int, prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
+    *, prompt_tokens: int, num_prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
     paged: bool,
 ) -> StoreShape:  # fmt: skip
     """The most slots whose keys and values fit in budget_tokens; at least one.
@@ -93,13 +93,13 @@ def store_shape(
     """
     prefilled = prompt_tokens - 1
     share = num_generations > 1 and prefilled >= SHARE_FROM
-    every = prompts * num_generations
-    dense = _largest(every, prefilled, prompts, num_generations, max_completion_length, budget_tokens, share)
+    every = num_prompts * num_generations
+    dense = _largest(every, prefilled, num_prompts, num_generations, max_completion_length, budget_tokens, share)
     if not paged or dense.slots == every or max_completion_length <= PAGE:
         return dense
     best = None
     for slots in range(1, every + 1):
-        prefixes = min(prompts, 2 * ceil(slots / num_generations))
+        prefixes = min(num_prompts, 2 * ceil(slots / num_generations))
         room = budget_tokens - prefixes * max(1, prefilled)
         pages = room // PAGE
         one = 1 + ceil(max_completion_length / PAGE)
@@ -110,7 +110,7 @@ def store_shape(
 
 
 def _largest(
-    most: int, prefilled: int, prompts: int, num_generations: int, completion: int, budget: int, share: bool
+    most: int, prefilled: int, num_prompts: int, num_generations: int, completion: int, budget: int, share: bool
 ) -> StoreShape:
     """The shape without pages of the most slots; at least one, within the budget or not."""
 
@@ -118,14 +118,14 @@ def _largest(
         if not share:
             return StoreShape(slots, completion + prefilled, 0, 0)
         groups = ceil(slots / num_generations)
-        return StoreShape(slots, completion, min(prompts, per_group * groups), max(1, prefilled))
+        return StoreShape(slots, completion, min(num_prompts, per_group * groups), max(1, prefilled))
 
     # One prefix a group where the budget does not hold two of even one slot's.
-    per_group = 2 if shape(1, 2).tokens() <= budget else 1
-    fitting = (slots for slots in range(1, most + 1) if shape(slots, per_group).tokens() <= budget)
+    per_group = 2 if shape(1, 2).num_tokens() <= budget else 1
+    fitting = (slots for slots in range(1, most + 1) if shape(slots, per_group).num_tokens() <= budget)
     return shape(max(fitting, default=1), per_group)
 
 
-def bucket(rows: int) -> int:
-    """The least of 1, 2, 4, 8, 16, 32, 48, 64, ... that is not below rows: shapes change rarely as slots run out."""
-    return 1 << (rows - 1).bit_length() if rows <= 16 else ceil(rows / 16) * 16
+def bucket(num_rows: int) -> int:
+    """The least of 1, 2, 4, 8, 16, 32, 48, 64, ... that is at least num_rows, so that shapes change rarely."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else ceil(num_rows / 16) * 16

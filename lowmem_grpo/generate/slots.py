@@ -26,7 +26,7 @@ class Parked(NamedTuple):
 
 
 class Slots:
-    """The slots' tensors, of which the first `rows` are computed with, and the model that fills them."""
+    """The slots' tensors, of which the first num_rows rows are computed with, and the model that fills them."""
 
     def __init__(
         self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
@@ -35,24 +35,26 @@ class Slots:
         """To step, and not only for hidden states, it takes params and uniforms."""
         self.uniforms = uniforms
         self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
-        self.rows = len(scheduler.slots)
-        zeros = torch.zeros(3, self.rows, dtype=torch.int64, device=policy.device)
+        self.num_rows = len(scheduler.slots)
+        zeros = torch.zeros(3, self.num_rows, dtype=torch.int64, device=policy.device)
         # The next token to feed, where it stands in its text, and how many prompt tokens stand before the first fed.
-        self.tokens, self.positions, self.prefilled = zeros
-        self.completions = torch.zeros(self.rows, dtype=torch.int64, device=policy.device)
-        self.columns = [0] * self.rows  # where each slot's next token goes, as the host knows it
+        self.token_ids, self.positions, self.prefilled = zeros
+        self.completions = torch.zeros(self.num_rows, dtype=torch.int64, device=policy.device)
+        self.columns = [0] * self.num_rows  # where each slot's next token goes, as the host knows it
         self.parked: dict[int, Parked] = {}  # by completion, until its pages are there again
         self.prefix_rows = torch.zeros_like(self.completions)
         self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
         self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
         if shape.paged:
-            self.table = self.completions.new_full((self.rows, ceil(shape.slot_tokens / shape.page_tokens)), NOBODYS)
+            self.table = self.completions.new_full(
+                (self.num_rows, ceil(shape.slot_tokens / shape.page_tokens)), NOBODYS
+            )
         elif policy.device.type == "cuda":
-            self.table = torch.arange(self.rows, device=policy.device)[:, None]
+            self.table = torch.arange(self.num_rows, device=policy.device)[:, None]
         self.seen = None
         if params is not None and params.repetition_penalty != 1:
             vocabulary = policy.head.weight.shape[0]
-            self.seen = torch.zeros(self.rows, vocabulary, dtype=torch.bool, device=policy.device)
+            self.seen = torch.zeros(self.num_rows, vocabulary, dtype=torch.bool, device=policy.device)
 
     def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
         """Start waiting completions in free slots, where `ahead` more tokens of all have room. The slots that are new.
@@ -75,7 +77,7 @@ class Slots:
             self._prefill(prompts, rows, self.store.own, prefill_tokens)
         at = self._tensor(new)
         lengths = [len(prompts[p]) - 1 for p in asked]
-        self.tokens[at] = self._tensor([prompts[p][-1] for p in asked])
+        self.token_ids[at] = self._tensor([prompts[p][-1] for p in asked])
         self.positions[at] = self.prefilled[at] = self._tensor(lengths)
         self.completions[at] = self._tensor(completions)
         for slot, length in zip(new, lengths, strict=True):
@@ -101,11 +103,11 @@ class Slots:
 
     def held(self) -> list[int]:
         """The rows in use that have a completion."""
-        return [slot for slot, completion in enumerate(self.scheduler.slots[: self.rows]) if completion is not None]
+        return [slot for slot, completion in enumerate(self.scheduler.slots[: self.num_rows]) if completion is not None]
 
     def _go_on(self, slot: int, parked: Parked) -> None:
         """In a slot that was just filled, from where the completion was; its pages follow when it has some."""
-        self.tokens[slot] = parked.token
+        self.token_ids[slot] = parked.token
         self.positions[slot] += parked.column
         self.columns[slot] = parked.column
         if self.seen is not None and parked.seen is not None:
@@ -139,13 +141,13 @@ class Slots:
         held = self.scheduler.prefixes
         members: list[list[int]] = [[] for _ in range(max(r for r, p in enumerate(held) if p is not None) + 1)]
         row_of = {prompt: row for row, prompt in enumerate(held) if prompt is not None}
-        places, prefix_rows = [0] * self.rows, [0] * self.rows
-        for slot, completion in enumerate(self.scheduler.slots[: self.rows]):
+        places, prefix_rows = [0] * self.num_rows, [0] * self.num_rows
+        for slot, completion in enumerate(self.scheduler.slots[: self.num_rows]):
             if completion is not None:
                 row = row_of[self.scheduler.prompt_of(completion)]
                 prefix_rows[slot], places[slot] = row, len(members[row])
                 members[row].append(slot)
-        self.prefix_rows[: self.rows] = self._tensor(prefix_rows)
+        self.prefix_rows[: self.num_rows] = self._tensor(prefix_rows)
         if self.table is not None:
             return
         widest = max(map(len, members))
@@ -176,7 +178,7 @@ class Slots:
             return
         seen = None if self.seen is None else self.seen[slot].clone()
         saved = self.store.own.copied_out(self._filled(pages, column))
-        self.parked[completion] = Parked(self.tokens[slot].clone(), column, seen, saved)
+        self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved)
 
     def _filled(self, pages: list[int], columns: int) -> Tensor:
         """Those of a slot's pages that have any of so many columns."""
@@ -188,13 +190,13 @@ class Slots:
         A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): a capture for each bucket would cost
         more than it saves.
         """
-        rows = bucket(max(1, self.scheduler.running))
-        if self.scheduler.waiting or rows >= self.rows or times * rows > self.rows:
+        num_rows = bucket(max(1, self.scheduler.running))
+        if self.scheduler.waiting or num_rows >= self.num_rows or times * num_rows > self.num_rows:
             return
-        moves = self.scheduler.compact(rows)
+        moves = self.scheduler.compact(num_rows)
         if moves:
             sources, targets = (self._tensor(list(side)) for side in zip(*moves, strict=True))
-            for values in (self.tokens, self.positions, self.prefilled, self.completions, self.seen):
+            for values in (self.token_ids, self.positions, self.prefilled, self.completions, self.seen):
                 if values is not None:
                     values[targets] = values[sources]
             if self.shape.paged:
@@ -204,20 +206,20 @@ class Slots:
                 self.store.own.move(sources, targets)
             for source, target in moves:
                 self.columns[target] = self.columns[source]
-        self.rows = rows
+        self.num_rows = num_rows
         if self.scheduler.running:
             self._arrange()
 
-    def hidden(self, rows: int) -> Tensor:
+    def hidden(self, num_rows: int) -> Tensor:
         """Feed each of the first S rows its next token: last hidden states (S, D)."""
-        tokens, positions, prefilled = (x[:rows] for x in (self.tokens, self.positions, self.prefilled))
+        token_ids, positions, prefilled = (x[:num_rows] for x in (self.token_ids, self.positions, self.prefilled))
         columns = positions - prefilled if self.shape.shared else positions
-        lengths, prefix_rows = (prefilled, self.prefix_rows[:rows]) if self.shape.shared else (None, None)
+        lengths, prefix_rows = (prefilled, self.prefix_rows[:num_rows]) if self.shape.shared else (None, None)
         members, places = self.members or (None, None)
-        table, span = (None, self._span()) if self.table is None else (self.table[:rows], 0)
+        table, span = (None, self._span()) if self.table is None else (self.table[:num_rows], 0)
         now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
         with laid_out(now):
-            out = self.policy.decoder(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False)
+            out = self.policy.decoder(input_ids=token_ids[:, None], position_ids=positions[:, None], use_cache=False)
         return out.last_hidden_state[:, -1]
 
     def _span(self) -> int:
@@ -226,21 +228,21 @@ class Slots:
 
     def state(self) -> list[Tensor]:
         """What a step changes, but for the keys and values, which it would only write again."""
-        return [self.tokens, self.positions, *(() if self.seen is None else (self.seen,))]
+        return [self.token_ids, self.positions, *(() if self.seen is None else (self.seen,))]
 
-    def step(self, rows: int) -> Tensor:
-        """One more token of each of the first `rows`: (3, rows) fp64, which holds ids and fp32 alike, as a Choice has.
+    def step(self, num_rows: int) -> Tensor:
+        """One more token of each of the first S rows: (3, S) fp64, which holds ids and fp32 alike, as a Choice has.
 
-        With a table it depends on nothing that only the host knows, but on rows.
+        With a table it depends on nothing that only the host knows, but on num_rows.
         """
         assert self.params is not None and self.uniforms is not None
-        now = (self.positions - self.prefilled)[:rows]
-        logits = self.policy.logits(self.hidden(rows))
-        seen = None if self.seen is None else self.seen[:rows]
-        choice = choose(logits, self.uniforms[self.completions[:rows], now], seen, self.params)
+        now = (self.positions - self.prefilled)[:num_rows]
+        logits = self.policy.logits(self.hidden(num_rows))
+        seen = None if self.seen is None else self.seen[:num_rows]
+        choice = choose(logits, self.uniforms[self.completions[:num_rows], now], seen, self.params)
         if seen is not None:
-            seen.scatter_(1, choice.tokens[:, None], True)
-        self.tokens[:rows] = choice.tokens
+            seen.scatter_(1, choice.token_ids[:, None], True)
+        self.token_ids[:num_rows] = choice.token_ids
         # A slot that ended since the host last looked, or holds nothing, writes its last column again and again.
         last = self.prefilled + self.uniforms.shape[1] - 1
         torch.minimum(self.positions + 1, last, out=self.positions)
@@ -248,6 +250,6 @@ class Slots:
 
     def advance(self, step: Callable[[int], Tensor]) -> Tensor:
         """What a step, this one's own or a replay of it, gives for the rows in use."""
-        made = step(self.rows)
+        made = step(self.num_rows)
         self.columns = [min(column + 1, self.shape.slot_tokens - 1) for column in self.columns]
         return made

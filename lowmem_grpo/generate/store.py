@@ -41,10 +41,14 @@ class Rows(NamedTuple):
             read.append(given)
         return read
 
-    def read(self, layer: int, rows: int, tokens: int, dtype: torch.dtype) -> Tensor:
-        """(2, rows, H_kv, tokens, D) of the first rows and tokens: a view, or of int8 a copy of this layer's."""
-        numbers = self.numbers[layer, :, :rows, :, :tokens]
-        return numbers if self.scales is None else dequantized(numbers, self.scales[layer, :, :rows, :, :tokens], dtype)
+    def read(self, layer: int, num_rows: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
+        """Keys and values of the first rows and tokens, (2, num_rows, H_kv, num_tokens, D). Of int8 it is a copy."""
+        numbers = self.numbers[layer, :, :num_rows, :, :num_tokens]
+        return (
+            numbers
+            if self.scales is None
+            else dequantized(numbers, self.scales[layer, :, :num_rows, :, :num_tokens], dtype)
+        )
 
     def clear(self, rows: Tensor) -> None:
         """So that a NaN of who had them before does not spread: 0 times it, where it is not attended to, is NaN."""
@@ -83,8 +87,8 @@ class Store:
     """The memory of a rollout, zeroed: what is never attended to must still be finite."""
 
     def __init__(self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device):
-        def rows(count: int, tokens: int) -> Rows:
-            size = (kv.layers, 2, count, kv.kv_heads, tokens)
+        def rows(num_rows: int, num_tokens: int) -> Rows:
+            size = (kv.layers, 2, num_rows, kv.kv_heads, num_tokens)
             numbers = torch.zeros(*size, kv.head_dim, dtype=dtype, device=device)
             return Rows(numbers, torch.zeros(size, dtype=torch.float16, device=device) if dtype == torch.int8 else None)
 

@@ -176,7 +176,7 @@ def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
 
 
 def fills_one(
-    prompt: int, completion: int, *, prompts: int, num_generations: int, token_budget: int
+    prompt_tokens: int, completion_tokens: int, *, num_prompts: int, num_generations: int, token_budget: int
 ) -> list[int] | None:
     """The completions' lengths, group after group, of a step that fills one micro-batch and has it cost the most.
 
@@ -185,19 +185,19 @@ def fills_one(
     """
 
     def step(groups: int, others: int) -> list[int]:
-        return [completion, *[others] * (num_generations - 1)] * groups
+        return [completion_tokens, *[others] * (num_generations - 1)] * groups
 
     def fit(groups: int, others: int) -> bool:
         completions = [[0] * length for length in step(groups, others)]
-        asked = [[0] * prompt] * groups
+        asked = [[0] * prompt_tokens] * groups
         pieces = _pieces(range(len(completions)), asked, completions, num_generations, token_budget)
         filled = _bins(pieces, token_budget)
         return len(filled) == 1 and sum(piece.num_tokens for piece in filled[0]) <= token_budget
 
-    groups = bisect(range(1, prompts + 1), False, key=lambda groups: not fit(groups, 1))
+    groups = bisect(range(1, num_prompts + 1), False, key=lambda groups: not fit(groups, 1))
     if not groups:
         return None
-    return step(groups, bisect(range(1, completion + 1), False, key=lambda others: not fit(groups, others)))
+    return step(groups, bisect(range(1, completion_tokens + 1), False, key=lambda others: not fit(groups, others)))
 
 
 def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:

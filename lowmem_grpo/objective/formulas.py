@@ -33,36 +33,36 @@ def token_weights(
     A completion that is masked out still counts in B, as in TRL.
     """
     counted = lengths * completion_mask
-    completions = lengths.shape[0]
+    num_completions = lengths.shape[0]
     if aggregation == "grpo":
-        weights = 1.0 / (completions * counted.clamp(min=1))
+        weights = 1.0 / (num_completions * counted.clamp(min=1))
     elif aggregation == "dapo":
         weights = torch.ones_like(lengths) / counted.sum().clamp(min=1)
     elif aggregation == "dr_grpo":
-        weights = torch.full(lengths.shape, 1.0 / (completions * max_completion_length), device=lengths.device)
+        weights = torch.full(lengths.shape, 1.0 / (num_completions * max_completion_length), device=lengths.device)
     elif aggregation == "luspo":
-        weights = torch.full(lengths.shape, 1.0 / completions, device=lengths.device)
+        weights = torch.full(lengths.shape, 1.0 / num_completions, device=lengths.device)
     else:
         raise ValueError(f"aggregation {aggregation!r} is not one of grpo, dapo, dr_grpo, luspo")
     return weights.float() * completion_mask
 
 
-def sequence_sum(values: Tensor, sequences: Tensor, completions: int) -> Tensor:
+def sequence_sum(values: Tensor, sequences: Tensor, num_completions: int) -> Tensor:
     """At each token (N,) the sum over its completion's tokens."""
-    return values.new_zeros(completions).index_add(0, sequences, values)[sequences]
+    return values.new_zeros(num_completions).index_add(0, sequences, values)[sequences]
 
 
-def sequence_mean(values: Tensor, sequences: Tensor, completions: int) -> Tensor:
+def sequence_mean(values: Tensor, sequences: Tensor, num_completions: int) -> Tensor:
     """At each token (N,) the mean over its completion's tokens."""
-    count = sequence_sum(torch.ones_like(values), sequences, completions)
-    return sequence_sum(values, sequences, completions) / count
+    count = sequence_sum(torch.ones_like(values), sequences, num_completions)
+    return sequence_sum(values, sequences, num_completions) / count
 
 
 def log_ratios(
     logprobs: Tensor,  # (N,), carries the gradient
     old_logprobs: Tensor,  # (N,)
     sequences: Tensor,  # (N,)
-    completions: int,
+    num_completions: int,
     *,
     level: str,
 ) -> Tensor:
@@ -75,7 +75,7 @@ def log_ratios(
     own = logprobs - old_logprobs
     if level == "token":
         return own
-    mean = sequence_mean(own, sequences, completions)
+    mean = sequence_mean(own, sequences, num_completions)
     if level == "sequence":
         return mean
     if level == "sequence_token":
@@ -116,7 +116,7 @@ def vespo_weights(
     advantages: Tensor,  # (N,)
     log_importance_weights: Tensor | None,  # (N,) log of old policy to sampler, of the completion
     sequences: Tensor,
-    completions: int,
+    num_completions: int,
     *,
     k_pos: float,
     lambda_pos: float,
@@ -127,7 +127,7 @@ def vespo_weights(
 
     https://arxiv.org/abs/2602.10693
     """
-    log_w = sequence_sum(log_ratio.detach().clamp(-HIGHEST, HIGHEST), sequences, completions)
+    log_w = sequence_sum(log_ratio.detach().clamp(-HIGHEST, HIGHEST), sequences, num_completions)
     log_w = (log_w if log_importance_weights is None else log_w + log_importance_weights).clamp(LOWEST, HIGHEST)
     k = torch.where(advantages >= 0, k_pos, k_neg)
     scale = torch.where(advantages >= 0, lambda_pos, lambda_neg).clamp(min=1e-4)
@@ -144,7 +144,7 @@ def gmpo_loss(
     advantages: Tensor,  # (N,)
     learn_mask: Tensor | None,  # (N,) bool, the tokens that the mean is over; None: all
     sequences: Tensor,
-    completions: int,
+    num_completions: int,
     *,
     epsilon_low: float,
     epsilon_high: float,
@@ -156,8 +156,8 @@ def gmpo_loss(
     bounded = log_ratio.clamp(-epsilon_low, epsilon_high)
     chosen = torch.where(advantages > 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
     counted = torch.ones_like(chosen) if learn_mask is None else learn_mask.to(chosen.dtype)
-    count = sequence_sum(counted, sequences, completions).clamp(min=1)
-    return -(sequence_sum(chosen * counted, sequences, completions) / count).exp() * advantages
+    count = sequence_sum(counted, sequences, num_completions).clamp(min=1)
+    return -(sequence_sum(chosen * counted, sequences, num_completions) / count).exp() * advantages
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
@@ -183,7 +183,7 @@ def low_divergence(
     sampling_logprobs: Tensor,  # (N,) of the policy that drew the tokens
     advantages: Tensor,  # (N,)
     sequences: Tensor,
-    completions: int,
+    num_completions: int,
     *,
     threshold: float,
 ) -> Tensor:
@@ -191,7 +191,7 @@ def low_divergence(
 
     DeepSeek-V3.2, https://arxiv.org/abs/2512.02556
     """
-    divergence = sequence_mean(sampling_logprobs - logprobs.detach(), sequences, completions)
+    divergence = sequence_mean(sampling_logprobs - logprobs.detach(), sequences, num_completions)
     return (advantages >= 0) | (divergence <= threshold)
 
 
@@ -199,7 +199,7 @@ def importance_weights(
     old_logprobs: Tensor,  # (N,) of the policy, as training computes them
     proposal_logprobs: Tensor,  # (N,) of the distribution that the tokens were drawn from
     sequences: Tensor,
-    completions: int,
+    num_completions: int,
     *,
     mode: str,
     clip_min: float | None,
@@ -216,6 +216,6 @@ def importance_weights(
             "sequence_mask"
         )
     log_ratio = old_logprobs.detach() - proposal_logprobs
-    ratio = (sequence_sum(log_ratio, sequences, completions) if level == "sequence" else log_ratio).exp()
+    ratio = (sequence_sum(log_ratio, sequences, num_completions) if level == "sequence" else log_ratio).exp()
     bounded = ratio.clamp(clip_min, clip_max) if (clip_min, clip_max) != (None, None) else ratio
     return bounded if bound == "truncate" else torch.where(bounded == ratio, ratio, 0)

@@ -255,9 +255,9 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     text = key.model.get_text_config()
     dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
     shape = store_shape(
-        prompt_tokens=prompt_tokens(config), prompts=config.prompts_per_step, num_generations=config.num_generations,
-        max_completion_length=config.max_completion_length, budget_tokens=config.rollout_token_budget,
-        paged=config.rollout_paged and not config.use_cpu,
+        prompt_tokens=prompt_tokens(config), num_prompts=config.prompts_per_step,
+        num_generations=config.num_generations, max_completion_length=config.max_completion_length,
+        budget_tokens=config.rollout_token_budget, paged=config.rollout_paged and not config.use_cpu,
     )  # fmt: skip
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
@@ -265,7 +265,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     logits = 4 * shape.slots * text.vocab_size * copies
     captured = {"captured steps": logits + layer}  # what a step takes, in a pool of its own
     return {
-        "keys and values": shape.tokens() * kv_shape(key.model, dtype).token_bytes,
+        "keys and values": shape.num_tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
         **(captured if config.has_cuda_graphs else {}),
     }

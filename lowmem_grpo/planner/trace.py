@@ -326,7 +326,7 @@ def largest_steps(config: GRPOConfig) -> list[list[int]]:
     steps = [max(found, key=lambda lengths: _first_micro_batch(config, lengths, cpu).input_ids.numel())]
     if config.padding_free:
         uneven = fills_one(
-            prompt_tokens(config), completion, prompts=config.prompts_per_step,
+            prompt_tokens(config), completion, num_prompts=config.prompts_per_step,
             num_generations=config.num_generations, token_budget=config.token_budget,
         )  # fmt: skip
         steps += [uneven] if uneven and uneven not in steps else []

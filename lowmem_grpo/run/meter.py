@@ -32,10 +32,10 @@ class Meter:
         self.metrics[f"time/{name}_s"] = time.perf_counter() - started
         self.metrics[f"memory/{name}/peak_mib"] = peak_bytes(self.device) / MIB
 
-    def rates(self, tokens: dict[str, int]) -> dict[str, float]:
+    def rates(self, num_tokens: dict[str, int]) -> dict[str, float]:
         """`tokens_per_s/{phase}` of the phases that had so many tokens to do."""
-        took = {phase: self.metrics.get(f"time/{phase}_s") for phase in tokens}
-        did = {phase: (tokens[phase], took_s) for phase, took_s in took.items() if took_s and tokens[phase]}
+        took = {phase: self.metrics.get(f"time/{phase}_s") for phase in num_tokens}
+        did = {phase: (num_tokens[phase], took_s) for phase, took_s in took.items() if took_s and num_tokens[phase]}
         return {f"tokens_per_s/{phase}": count / took_s for phase, (count, took_s) in did.items()}
 
 

@@ -234,9 +234,9 @@ def try_largest_update(
     later. The weights and the random numbers stay as they are.
     """
     held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
-    count = max(1, budget.tokens // (len(prompt) + config.max_completion_length))
+    count = max(1, budget.num_tokens // (len(prompt) + config.max_completion_length))
     _try(policy, prompt, count, config.max_completion_length, budget, config)
-    filling = budget.tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
+    filling = budget.num_tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
     if filling > 0:
         _try(policy, prompt, count + 1, filling, budget, config)
     del held
