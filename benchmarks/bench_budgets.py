@@ -1,4 +1,4 @@
-"""What fits in a small card: the planner's prediction for real shapes, and on a GPU the measured peak beside it.
+"""Models that fit in a small card: the predicted peak of real shapes, and on a GPU the measured one.
 
     python -m lowmem_grpo.benchmarks.bench_budgets [--shape NAME ...] [--vram_budget 8GB ...]
         [--max_completion_length 1024] [--output FILE]
@@ -104,7 +104,7 @@ def cell(result: dict[str, Any]) -> str:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people: a row a shape, a column a budget."""
+    """The document as a table for people: a row a shape, a column a budget."""
     rows: dict[str, list[str]] = {}
     for result in found["results"]:
         rows.setdefault(result["shape"], [result["shape"]]).append(cell(result))

@@ -1,4 +1,4 @@
-"""The peak of a training step against the length of its completions, as the planner predicts it; nothing is measured.
+"""The predicted peak of a training step against the length of its completions; nothing is measured.
 
     python -m lowmem_grpo.benchmarks.bench_context [--shape NAME ...] [--max_completion_length N ...] [--output FILE]
 
@@ -21,13 +21,13 @@ WAYS = {"defaults": None, "every saving": "0.1GB"}  # vram_budget
 
 
 def peak(shape: str, length: int, budget: str | None) -> int:
-    """Bytes."""
+    """Predicted peak of a step, in bytes."""
     config = GRPOConfig(max_completion_length=length, max_prompt_length=512, vram_budget=budget)
     return planner.plan(make_config(shape, 0, 1), config).forecast.peak()
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     rows = [
         [f"{shape}, {way}", *(f"{value / 10**9:.1f}" for value in peaks)]
         for shape, ways in found["predicted"].items()

@@ -58,14 +58,14 @@ IMPLEMENTATIONS: dict[str, Product] = {
 
 
 def sizes(shape: str) -> list[tuple[int, int]]:
-    """(out, in) of q, k, v, o, gate, up and down."""
+    """The (out, in) sizes of q, k, v, o, gate, up and down."""
     _, hidden, mlp, heads, kv_heads, _, _ = SHAPES[shape]
     kv = hidden // heads * kv_heads
     return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
 
 
 def make_weights(shape: str, device: torch.device) -> list[Weight]:
-    """Of more layers than a cache holds, at least one."""
+    """Random 4-bit weights of more layers than a cache holds, at least one."""
     numbers = sum(out * into for out, into in sizes(shape))
     layers = max(1, ceil(CACHE_BYTES[device.type] / (numbers / 2)))
     made = []
@@ -82,7 +82,7 @@ def products(product: Product, weights: list[Weight], inputs: dict[int, Tensor])
 
 
 def repeatable(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """On CUDA the same as one graph."""
+    """A function that repeats a call, on CUDA as one graph."""
     if device.type != "cuda":
         return run
     side = torch.cuda.Stream(device)
@@ -98,7 +98,7 @@ def repeatable(run: Callable[[], Any], device: torch.device) -> Callable[[], Any
 def bench(
     shape: str, rows: Sequence[int], names: list[str], device: torch.device, repetitions: int, warmups: int
 ) -> dict[str, dict]:
-    """Per implementation, by rows: seconds (Timing) of a layer, and error, of the first one's products; or failed."""
+    """Seconds (Timing) of a layer and the error of its products, or failed, by implementation and rows."""
     weights = make_weights(shape, device)
     first = weights[: len(sizes(shape))]
     layers = len(weights) // len(first)
@@ -127,7 +127,7 @@ def bench(
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     clock = "us" if "gpu" in found["machine"] else "CPU us"
     rows = list(next(iter(found["results"].values())))
 

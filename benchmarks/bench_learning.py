@@ -1,4 +1,4 @@
-"""One run of GRPO on the demo's model and task, ours and TRL's: how fast each learns, and what a step costs.
+"""Runs of GRPO on the demo's model and task, ours and TRL's: speed of learning, and a step's cost.
 
     python -m lowmem_grpo.benchmarks.bench_learning [--seeds 0 1 2] [--steps 60] [--only NAME ...] [--output FILE]
 
@@ -29,7 +29,7 @@ TARGET = 0.9
 
 @torch.no_grad()
 def accuracy(tokenizer, model) -> float:
-    """Share of right greedy answers; draws no random number."""
+    """Share of right greedy completions; draws no random number."""
     rows = task.rows(task.splits()[1][:HELD_OUT])
     texts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False) for row in rows]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -56,7 +56,7 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people: a row an implementation, medians over the seeds that ran."""
+    """The document as a table for people: a row an implementation, medians over the seeds that ran."""
     header = [
         "implementation", "accuracy at the end", f"steps to {TARGET:.0%}", f"samples to {TARGET:.0%}",
         "those steps, CPU-s", "step, CPU-ms", "rollout / reference / update, ms", "peak above the model, MiB",

@@ -76,7 +76,7 @@ def make_inputs(shape: tuple[int, int, int], device: torch.device, seed: int = 0
 
 
 def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[str, Implementation]:
-    """Everything that can be compared on this device; a library that is missing shows when it is called."""
+    """All implementations to compare on a device; a library that is missing shows when it is called."""
     on_cuda = device.type == "cuda"
     found = {f"ours{suffix}": _ours(**options) for suffix, options in _our_options(on_cuda, sweep_chunks).items()}
     found |= {
@@ -207,7 +207,7 @@ class _BareGemms(torch.autograd.Function):
 
 
 def call(implementation: Implementation, inputs: Inputs, temperature: float, backward: bool) -> tuple[Tensor, ...]:
-    """(logp (N,),) or with backward also d loss / dh (N, D)."""
+    """The result (logp (N,),) or with backward also d loss / dh (N, D)."""
     hidden = inputs.hidden.detach().requires_grad_(backward)
     with implementation.setting(), torch.set_grad_enabled(backward):
         logprobs = implementation.logprobs(hidden, inputs.weight, inputs.labels, temperature)
@@ -218,7 +218,7 @@ def call(implementation: Implementation, inputs: Inputs, temperature: float, bac
 
 
 def truth(inputs: Inputs, temperature: float, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, d loss / dh) of these rows in fp64, the head widened vocabulary chunk by vocabulary chunk."""
+    """The fp64 (logp, d loss / dh) of these rows, the head widened vocabulary chunk by vocabulary chunk."""
     hidden, labels, gradient = inputs.hidden[rows].double(), inputs.labels[rows], inputs.gradient[rows].double()
     scores = torch.cat([hidden @ part.double().t() / temperature for part in inputs.weight.split(8192)], -1)  # (N, V)
     logprobs = scores.log_softmax(-1)
@@ -240,7 +240,7 @@ def build(
     name: str, shape: tuple[int, int, int], temperature: float, backward: bool, sweep_chunks: bool, device: str,
     small: bool,
 ) -> measure.Run:  # fmt: skip
-    """What measure.peak_above_inputs() calls, on a CPU in a process of its own."""
+    """Make inputs and the call for measure.peak_above_inputs(), on a CPU in a process of its own."""
     rows, width, vocabulary = shape
     inputs = make_inputs((min(rows, 64), width, min(vocabulary, 4096)) if small else shape, torch.device(device))
     implementation = implementations(torch.device(device), sweep_chunks)[name]
@@ -288,7 +288,7 @@ def bench_shape(
 
 
 def _first_call(implementation: Implementation, inputs: Inputs, temperature: float) -> tuple[Tensor, ...] | Failed:
-    """What is checked, and the warm-up: it imports, compiles and tunes."""
+    """Check a result and warm up: the first call imports, compiles and tunes."""
     if implementation.module and measure.missing(implementation.module):
         return Failed("not installed")
 
@@ -300,7 +300,7 @@ def _first_call(implementation: Implementation, inputs: Inputs, temperature: flo
 
 
 def _sets_of_inputs(shape: tuple[int, int, int], device: torch.device) -> int:
-    """As many as it takes for none to be in the L2 cache from the turn before."""
+    """Sets of inputs, so many that none is in the L2 cache from the turn before."""
     if device.type != "cuda":
         return 1
     rows, width, vocabulary = shape
@@ -309,7 +309,7 @@ def _sets_of_inputs(shape: tuple[int, int, int], device: torch.device) -> int:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     unit = "ms" if "gpu" in found["machine"] else "CPU s"
     return "\n\n".join(_tables(entry["N,D,V"], entry["results"], unit) for entry in found["shapes"])
 
@@ -335,7 +335,7 @@ def _tables(shape: Sequence[int], results: dict[str, dict], unit: str) -> str:
 
 
 def _ratios(results: dict[str, dict]) -> str:
-    """How many times as long as ours the others take, forward and backward / forward only."""
+    """Times of the others over ours, forward and backward / forward only."""
 
     def median(name: str, key: str) -> float:
         return results[name][key]["median"]

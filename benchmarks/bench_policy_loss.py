@@ -42,7 +42,7 @@ def ours(backend: Literal["triton", "torch"]) -> Loss:
 
 
 def trl() -> Loss:
-    """The bound method of a trainer that has only what the method reads."""
+    """The bound loss method of a trainer that has only what the method reads."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     trainer = object.__new__(GRPOTrainer)
@@ -87,7 +87,7 @@ def liger(compiled: bool) -> Loss:
 
 
 def implementations(device: str) -> dict[str, Loss | None]:
-    """Those that this machine has."""
+    """The implementations that this machine has."""
     makers = {"lowmem_grpo, PyTorch twin": lambda: ours("torch"), "TRL": trl, "Liger": lambda: liger(False)}
     if device == "cuda":
         makers = {"lowmem_grpo, Triton": lambda: ours("triton"), **makers, "Liger, compiled": lambda: liger(True)}
@@ -136,7 +136,7 @@ def bench(tokens: int, device: torch.device) -> dict[str, dict]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     rows = []
     for entry in found["sizes"]:
         for name, result in entry["results"].items():

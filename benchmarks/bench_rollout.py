@@ -38,7 +38,7 @@ RECIPE = recipe("", seed=0)
 
 
 class Work(NamedTuple):
-    """What is sampled."""
+    """Prompts and completions to sample."""
 
     shape: str
     prompts: int
@@ -141,7 +141,7 @@ IMPLEMENTATIONS = {
 
 
 def build(name: str, work: Work, first: bool, small: bool) -> measure.Run:
-    """What measure.peak_above_inputs() calls, on a CPU in a process of its own."""
+    """Make inputs and the call for measure.peak_above_inputs(), on a CPU in a process of its own."""
     policy = make_policy(work)
     if small and first:
         work = work._replace(prompt_length=8, max_completion_length=4, prompts=1)
@@ -177,7 +177,7 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     return "\n\n".join(_table(Work(**entry["work"]), entry["results"]) for entry in found["lengths"])
 
 

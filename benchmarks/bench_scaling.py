@@ -74,7 +74,7 @@ def advantages(work: Work) -> Tensor:
 
 
 def settings(device: str) -> GRPOConfig:
-    """For any work: lengths and the size of a group do not matter to a loss."""
+    """Settings of a loss, for any work: lengths and the size of a group do not matter to it."""
     return GRPOConfig(use_cpu=device == "cpu", prompts_per_step=1, num_generations=2, token_budget=10**9)
 
 
@@ -168,7 +168,7 @@ NEEDS = {OURS: [], "Liger": ["trl", "liger_kernel"]}  # else TRL, whose model th
 
 
 def build(name: str, folder: str, device: str, work: Work, small: bool) -> measure.Run:
-    """What measure.once() calls, on a CPU in a process of its own."""
+    """Make inputs and the call for measure.once(), on a CPU in a process of its own."""
 
     def run() -> None:
         for parameter in IMPLEMENTATIONS[name](folder, device, work._replace(**SMALL) if small else work).values():
@@ -207,7 +207,7 @@ def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people: memory and time of each sweep, with the fitted slopes."""
+    """The document as tables for people: memory and time of each sweep, with the fitted slopes."""
     clock = "s" if "gpu" in found["machine"] else "CPU s"
     return "\n\n".join(
         table

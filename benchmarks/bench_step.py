@@ -1,4 +1,4 @@
-"""One GRPO step, ours and TRL's, at a given shape: its time by phase, and its memory above the loaded model.
+"""One GRPO step, ours and TRL's: its time by phase, and its memory above the loaded model.
 
     python -m lowmem_grpo.benchmarks.bench_step [--shape tiny-large-vocabulary] [--prompts 4] [--num_generations 8]
         [--prompt_length 256] [--max_completion_length 64] [--steps 4] [--only NAME ...] [--output FILE]
@@ -27,7 +27,7 @@ QUICK = dict(shape="tiny", prompts=2, num_generations=2, prompt_length=16, max_c
 
 
 def id_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
-    """Differs within a group, whatever a random model says."""
+    """A reward that differs within a group, whatever a random model says."""
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
@@ -52,7 +52,7 @@ def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     rows, work = [], found["work"]
     for name, (result,) in found["results"].items():
         if "failed" in result:

@@ -57,7 +57,7 @@ def shuffled_reward(completions: list[str], solution: list[str], **kwargs) -> li
 
 @torch.no_grad()
 def evaluate(tokenizer: Any, held_out: list[dict], model: Any) -> float:
-    """Share of right greedy answers; draws no random number."""
+    """Share of right greedy completions; draws no random number."""
     was_training, right = model.training, []
     model.eval()
     for first in range(0, len(held_out), 50):
@@ -104,7 +104,7 @@ def run_one(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people: a row a run."""
+    """The document as tables for people: a row a run."""
     clock = "s" if "gpu" in found["machine"] else "CPU s"
     steps = found["work"]["steps"]
     shown = [step for step in range(0, steps + 1) if step % found["work"]["every"] == 0]

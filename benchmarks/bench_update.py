@@ -54,7 +54,7 @@ OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bi
 
 
 class Work(NamedTuple):
-    """What is learned from."""
+    """Prompts and completions to learn from."""
 
     shape: str
     prompts: int
@@ -77,7 +77,7 @@ def make_policy(shape: str, device: str, name: str, **settings: bool) -> Policy:
 
 
 def serves(work: Work, name: str) -> bool:
-    """Whether this device and shape know the setting."""
+    """Tell whether a device and shape know the setting."""
     settings = IMPLEMENTATIONS[name]
     if "offload_embedding" in settings and SHAPES[work.shape][6]:  # it is the head, too
         return False
@@ -115,7 +115,7 @@ def gradient(work: Work, name: str) -> Tensor:
 
 
 def build(name: str, work: Work, small: bool) -> measure.Run:
-    """What measure.peak_above_inputs() calls, on a CPU in a process of its own."""
+    """Make inputs and the call for measure.peak_above_inputs(), on a CPU in a process of its own."""
     if small:
         work = work._replace(prompt_length=8, completion_length=4, prompts=1)
     gradient(work._replace(prompt_length=8, completion_length=4, prompts=1), name)
@@ -170,7 +170,7 @@ def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, di
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     made = [_updates(found)]
     if "optimizers" in found:
         made.append(_optimizers(found))

@@ -39,7 +39,7 @@ HALF = {75: "*fp16"}  # sm_75 has no bf16; every other card is compiled with it
 
 
 class Kernel(NamedTuple):
-    """What is compiled: an argument is a Triton type ("*half" is the card's 16-bit one), or the value of a constexpr.
+    """A kernel to compile: an argument is a Triton type ("*half" is the card's 16-bit one), or a constexpr's value.
 
     Pointers and "i32" are taken as divisible by 16, as torch's allocations and the strides of a model are, but for
     arguments that the kernel does not specialize. A pointer that is not used is None.
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
     arguments: dict
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
-    narrow: int = 0  # likewise, of instructions that read or write parts of a tensor by less than 16 bytes a thread
+    narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
     read_again: int = 0  # loads that the compiler may do twice
 
 
@@ -189,7 +189,7 @@ KERNELS = [
 
 
 def compile_for(kernel: Kernel, capability: int) -> dict:
-    """What the kernel needs there, and in the entries with `limit` and the first of `loads` what is accepted."""
+    """A kernel's resources on a card; entries with `limit`, and the first of `loads`, also what is accepted."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
@@ -224,9 +224,10 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
 
 
 def narrow_accesses(ttir: str, ptx: str) -> int:
-    """How many instructions read or write global memory by less than 16 bytes, beside those of single numbers.
+    """Number of instructions that access global memory by less than 16 bytes, beside those of single numbers.
 
-    One such in a loop over a row makes it several times slower: a bound without a known multiple is enough for that.
+    A single one in a loop over a row makes it several times slower: a bound without a known multiple is enough for
+    that.
     """
     widths = [int(vector or 1) * int(bits) for vector, bits in ACCESS.findall(ptx)]
     single = len(re.findall(r"^(?!.*tensor<).*tt\.(?:load|store) ", ttir, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""One way to time and one way to measure memory, the same for every implementation that a benchmark compares.
+"""One way to time and one way to measure memory, for every implementation that a benchmark compares.
 
 Time is that of CUDA events. On a CPU it is the CPU time of the process, all threads together, which a busy machine
 disturbs less than it does the clock on the wall. The order rotates from repetition to repetition, so that no
@@ -41,7 +41,7 @@ Run = Callable[[], object]
 
 
 class Failed(NamedTuple):
-    """What stands in the place of a measurement that could not be made."""
+    """The reason why a measurement could not be made, in its place."""
 
     reason: str  # OUT_OF_MEMORY, or the class of the error
 
@@ -69,7 +69,7 @@ class Build(Protocol):
 
 
 def positive(text: str) -> int:
-    """An argument that counts something; argparse says which one is bad."""
+    """A whole number of at least 1, for argparse, which says which one is bad."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
@@ -77,17 +77,17 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """The same, and 0."""
+    """A whole number of at least 0, for argparse, which says which one is bad."""
     return 0 if text == "0" else positive(text)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """--output, as every benchmark has it."""
+    """Add the option --output."""
     parser.add_argument("--output", type=_new_file, metavar="FILE", help="JSON, with machine, versions and commit")
 
 
 def _new_file(text: str) -> Path:
-    """What is written to after hours of work: now is the time to say that it cannot be."""
+    """A file that can be written, found out now and not after hours of work."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +156,15 @@ def _timing(seconds: list[float]) -> Timing:
 
 
 def missing(module: str) -> bool:
-    """Whether a peer's library is not installed."""
+    """Tell whether a peer's library is not installed."""
     return find_spec(module.partition(".")[0]) is None
 
 
 def preload(*modules: str) -> None:
-    """Imports what the children of peak_above_inputs() need, once and in the background. Call it first of all.
+    """Import the needs of peak_above_inputs()'s children, once and in the background. Call it first of all.
 
-    They are forks of a server that computes nothing: they start at once, and there are no threads for a fork to lose.
+    The children are forks of a server that computes nothing: they start at once, and there are no threads for a fork to
+    lose.
     """
     # That the program's own module is among them, and then is run once more as the program, is meant.
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET]))
@@ -182,7 +183,7 @@ def peak_above_inputs(build: Build, device: torch.device) -> int | Failed:
 
 
 def once(build: Build, device: torch.device, limit_bytes: int | None = None) -> Once | Failed:
-    """Peak and time of one call, which on CUDA is the second one. As peak_above_inputs().
+    """Peak and time of one call, on CUDA of the second; on a CPU in a process of its own.
 
     A limit makes the address space of a CPU's child process so much larger than it is before the call, and no larger.
     """
@@ -242,16 +243,16 @@ def _once_resident(build: Build, limit_bytes: int | None) -> Once:
 
 
 def give_back_free_memory() -> None:
-    """To the system: freed memory that the process still holds would hide as much of what it takes next."""
+    """Return freed memory to the system: what the process still holds would hide as much of the next peak."""
     gc.collect()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc's
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_allocated(run: Run, device: torch.device) -> int:
-    """Bytes that a call holds at most above what was there before, by the allocator's own record: exact for small ones.
+    """Bytes that a call holds at most above those before, by the allocator's own record.
 
-    Takes no note of what is allocated without torch.
+    Exact for a few bytes, too. Takes no note of what is allocated without torch.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -350,7 +351,7 @@ def save(found: dict[str, Any], path: Path | None) -> None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON has a form for, with the names of a named tuple's fields."""
+    """A value in types that JSON has, with the names of a named tuple's fields."""
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, dict):

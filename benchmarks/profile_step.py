@@ -1,4 +1,4 @@
-"""Where the time of a step of the demo goes on a CPU: kinds of operations, and Python between them, phase by phase.
+"""Time of the demo's step on a CPU, phase by phase: kinds of operations, and Python between them.
 
     python -m lowmem_grpo.benchmarks.profile_step [--steps 4] [--seed 0] [--output FILE]
 
@@ -50,7 +50,7 @@ def kind_of(name: str) -> str:
 
 
 def milliseconds(events: Iterable[Any], steps: int) -> dict[str, dict[str, float]]:
-    """Per phase and kind, of one of so many steps, after a first that is left out: it makes kernels.
+    """Milliseconds by phase and kind, of one of so many steps, after a first that is left out.
 
     An event's own time is without that of the events in it.
     """
@@ -78,7 +78,7 @@ def run(steps: int, seed: int) -> dict[str, dict[str, float]]:
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     spent = found["milliseconds"]
     phases = sorted(spent, key=lambda phase: -sum(spent[phase].values()))
     kinds = sorted(

@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(text: Path | None, vocabulary: int = 8192) -> PreTrainedTokenizerFast:
-    """Without a text every byte is a token, so that a text of so many ASCII letters has as many tokens."""
+    """A tokenizer trained on a text; without one each byte is a token, so that lengths can be chosen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def make_random_model(shape: str, text: Path | None, output_dir: Path, vocabular
 
 
 def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Policy:
-    """In 4-bit, with adapters that are not zero; the first `ends` ids of the vocabulary all end a completion."""
+    """A policy in 4-bit with adapters that are not zero; the first `ends` ids all end a completion."""
     torch.manual_seed(0)
     config = make_config(shape, list(range(ends)), SHAPES[shape][5] - 1)
     if device == "cuda":
@@ -101,7 +101,7 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
 
 
 def made_in_4bit(config: PreTrainedConfig, device: torch.device) -> Any:
-    """A random model whose dense weights exist on the device, and one layer at a time: a 7B takes seconds there."""
+    """A random model in 4-bit, dense one layer at a time, on the device: a 7B takes seconds there."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     decoder = model.get_decoder()

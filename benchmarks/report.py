@@ -49,7 +49,7 @@ def narrowed(table: str, rows: str, columns: str | None) -> str:
 
 
 def caption(document: dict[str, Any]) -> str:
-    """What a reader needs to run it again."""
+    """The command, machine and versions of a result, to run it again."""
     machine, versions = document["machine"], document["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     shown = ("torch", "transformers", "trl", "liger-kernel")

@@ -1,4 +1,4 @@
-"""How far sampling's log-probabilities are from those of a training forward, by how weights, keys and values are kept.
+"""Distance of sampling's log-probabilities from a training forward's, by how weights, keys and values are stored.
 
     python -m lowmem_grpo.benchmarks.sampling_error [--model FOLDER] [--prompts 32] [--num_generations 8]
         [--output FILE]
@@ -41,7 +41,7 @@ def difference(policy: Policy, prompts: list[Prompt], num_generations: int, weig
 
 
 def tables(found: dict[str, Any]) -> str:
-    """What the document says, for people."""
+    """The document as tables for people."""
     rows = [
         [row["dtype"], row["weights"], row["kv"], f"{row['mean']:.1e}", f"{row['max']:.1e}"] for row in found["errors"]
     ]

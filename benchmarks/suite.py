@@ -133,7 +133,7 @@ def parts(quick: bool, dry_run: bool) -> dict[str, Part]:
 
 
 def dry(part: Part) -> Part:
-    """The same command with a tiny model and sizes."""
+    """A part's command with a tiny model and sizes."""
     arguments = re.sub(r"--shape \d\S+", "--shape 50,32,500", part.arguments)
     arguments = re.sub(r"--shape [a-z]\S+", "--shape tiny", arguments)
     return Part(part.module, f"{arguments} {TINY[part.module]}".strip())
@@ -168,7 +168,7 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
 
 
 def faults(document: Any, where: str = "") -> Iterator[str]:
-    """What is wrong with a result: a failure that is neither a missing library nor memory, or times that cannot be."""
+    """Faults of a result: a failure that is neither a missing library nor memory, or impossible times."""
     if not isinstance(document, dict | list):
         return
     entries = list(document.items() if isinstance(document, dict) else enumerate(document))
@@ -189,14 +189,14 @@ def faults(document: Any, where: str = "") -> Iterator[str]:
 
 
 def _times(result: Any, name: str) -> list[float]:
-    """Of one implementation: its median, or that of its first run."""
+    """Times of one implementation: its median, or that of its first run."""
     runs = result[:1] if isinstance(result, list) else [result]  # the sizes of a sweep are no repetitions
     found = [run[name] for run in runs if isinstance(run, dict) and name in run]
     return [value.get("median", math.nan) if isinstance(value, dict) else value for value in found]
 
 
 def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
-    """Whether a part is not to be run again: it ended, or did not in as much time as now, give or take 10 s."""
+    """Tell whether a part ended, or timed out in the time it would have now, give or take 10 s."""
     if document is None or "incomplete" not in document:
         return document is not None
     return allowed_s is not None and allowed_s <= document.get("had_s", -10.0) + 10
@@ -232,7 +232,7 @@ def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: flo
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is not a suite's."""
+    """The content of a suite's file. Raises ValueError where it is none."""
     if not path.exists():
         return {"parts": {}}
     try:
@@ -244,7 +244,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def of_name(name: str, known: dict[str, Part]) -> list[str]:
-    """The part of that name, or all that begin with it and a hyphen."""
+    """The part with a name, or all parts whose names begin with it and a hyphen."""
     found = [part for part in known if part == name or part.startswith(f"{name}-")]
     if not found:
         raise ValueError(f"no part {name}; there are {', '.join(known)}")
@@ -252,7 +252,7 @@ def of_name(name: str, known: dict[str, Part]) -> list[str]:
 
 
 def chosen_file(given: argparse.Namespace, known: dict[str, Part]) -> Path:
-    """That of --file; or this machine's newest that lacks a part; or a new one, of today. Raises ValueError."""
+    """The suite's file: --file, this machine's newest that lacks a part, or a new one. Raises ValueError."""
     try:
         given.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=given.output_dir).close()

@@ -41,7 +41,7 @@ IMPLEMENTATIONS = (OURS, *TRL_VARIANTS)
 
 @dataclass(frozen=True)
 class Job:
-    """What both train."""
+    """The training that both do."""
 
     model: str  # folder
     data: list[dict]
@@ -162,8 +162,11 @@ def run_ours(job: Job) -> dict[str, Any]:
 def run_trl(
     job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa", as_on_a_gpu: bool = False
 ) -> dict[str, Any]:
-    """as_on_a_gpu takes two things away that it does on a CPU alone: it scores the prompts' positions too, and
-    `generate` gives the head a strided slice, for which a CPU copies the whole head once a row."""
+    """One run of TRL's GRPOTrainer, watched.
+
+    as_on_a_gpu takes two things away that TRL does on a CPU alone: it scores the prompts' positions too, and `generate`
+    gives the head a strided slice, for which a CPU copies the whole head once a row.
+    """
     from transformers import TrainerCallback
 
     watch = Watch(job)
@@ -193,7 +196,7 @@ def run_trl(
 
 @contextlib.contextmanager
 def prompts_unscored() -> Iterator[None]:
-    """TRL leaves the prompts' positions out of its head, as on a GPU; where there is no Triton it scores them too."""
+    """Keep TRL from scoring the prompts' positions, as on a GPU; without Triton it would score them."""
     utils: Any = importlib.import_module("trl.trainer.utils")
     before = utils._use_triton  # which positions are scored, and no more
     utils._use_triton = lambda device: True
@@ -267,7 +270,7 @@ def in_turns(module: str, names: list[str], turns: list[list[str]], save: Callab
 
 
 def _in_a_process(command: list[str]) -> dict[str, Any]:
-    """What the last line of a program says, as JSON, or the last line of its error."""
+    """The last line of a program's output, as JSON, or the last line of its error."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)

@@ -340,7 +340,7 @@ def decode_attention(
 def _gathered(
     keys: Tensor, values: Tensor, scales: Tensor | None, table: Tensor, lengths: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """keys and values (S, H_kv, N, D) fp32 of each row's pages, whether they are real, how far before text they end."""
+    """Keys and values (S, H_kv, N, D) fp32 of each row's pages, which are real, and how far before its text."""
     page_tokens = keys.shape[2]
     place = torch.arange(table.shape[1] * page_tokens, device=table.device)
     used = place[::page_tokens] < lengths[:, None]

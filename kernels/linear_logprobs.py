@@ -57,7 +57,7 @@ CHUNKS = (
 
 
 class Rule(NamedTuple):
-    """When a score moves the reference m: as it exceeds m by `above`, to `below` nats under that score."""
+    """The move of the reference m: by a score over `above` nats higher, to `below` nats under that score."""
 
     above: float
     below: float
@@ -375,7 +375,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """What belongs to one chunk of tokens, C rows of everything."""
+    """The tensors of one chunk of C tokens."""
 
     hidden: Tensor  # (C, D) as given, or widened to the operands' dtype
     labels: Tensor  # (C,)
@@ -395,7 +395,7 @@ def _forward(
     settings: _Settings,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(logp, entropy, factor (N,), direction (N, D), lean (N, D)): the last three where a gradient is wanted."""
+    """(logp, entropy, factor (N,), direction (N, D), lean (N, D)); the last three where a gradient is wanted."""
     device, (n, d), v = hidden_states.device, hidden_states.shape, weight.shape[0]
     c, vb = min(settings.chunks[0], n), min(settings.chunks[1], v)
     start, fold, finish = (
@@ -500,7 +500,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, product: tuple[Tensor, Tens
 
 
 def _dequantize(rows: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """int8 rows (*, D) times their scale (*,), rounded to dtype, which is the head's for every purpose."""
+    """int8 rows (*, D) times their scale (*,), rounded to dtype, which for every purpose is the head's."""
     if out is None:
         return (rows * scale[:, None]).to(dtype)
     torch.mul(rows, scale[:, None], out=out)
@@ -641,7 +641,7 @@ def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
-    """(C, Vb) for a device, from the table CHUNKS."""
+    """The tile (C, Vb) of a device, from the table CHUNKS."""
     if device.type != "cuda":
         return default_chunks("cpu", 0, d)
     total = torch.cuda.get_device_properties(device).total_memory
@@ -650,7 +650,7 @@ def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
 
 
 def default_chunks(kind: str, gib: float, d: int) -> tuple[int, int]:
-    """The same for a device of so much memory that need not be there: kind "cuda" or "cpu"."""
+    """The tile (C, Vb) of a kind of device, "cuda" or "cpu", with so much memory, which need not be there."""
     return next(sizes for which, memory, most, sizes in CHUNKS if which == kind and gib >= memory and d <= most)
 
 
@@ -723,7 +723,7 @@ def _torch_start(chunk: _Chunk, bias: Tensor | None, _: int, settings: _Settings
 
 
 def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings) -> tuple:
-    """(fp32 scores, fp32 shares) of ROWS rows, where the tile's own storage does not serve."""
+    """Storage (fp32 scores, fp32 shares) of ROWS rows, for tiles whose own storage does not serve."""
     narrow = scores.dtype != torch.float32
     aliased = shares is not None and not narrow and shares.dtype != torch.float32
     second = settings.entropy or aliased or (shares is not None and settings.softcap is not None)

@@ -32,7 +32,7 @@ BLOCK = 256  # tokens of a program: 2 a thread in its 4 warps
 
 
 class TokenStats(NamedTuple):
-    """What happened to each token, (N,) each, without gradient. A token of weight 0: ratio 1, kl 0, not clipped."""
+    """Statistics of each token, (N,) each, without gradient. A token of weight 0: ratio 1, kl 0, not clipped."""
 
     kl: Tensor | None  # fp32, as it enters the loss; None without a reference
     ratio: Tensor  # fp32, new policy to old, before any bound
@@ -167,7 +167,7 @@ def policy_loss(
     use_bias_correction_kl: bool,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, TokenStats]:
-    """Scalar loss, the weighted sum over tokens, and what happened to each of them.
+    """The loss, a scalar weighted sum over tokens, and the TokenStats of each.
 
     Deterministic: sums of fixed blocks, no atomics. auto is the Triton kernel for fp32 on a GPU, else its twin in plain
     PyTorch, which also computes in fp64. A forward that will be differentiated keeps (N,) numbers; the backward
@@ -197,7 +197,7 @@ def _triton_forward(
     logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor, weights: Tensor,
     settings: _Settings, with_slope: bool,
 ) -> tuple[Tensor, Tensor | None, TokenStats]:  # fmt: skip
-    """The kernel: (loss (), d loss / d logp (N,) or None, what happened to each token)."""
+    """(loss (), d loss / d logp (N,) or None, TokenStats), by the kernel."""
     tokens, device = logprobs.shape[0], logprobs.device
     blocks = -(-tokens // BLOCK)
     partials, ratio = (torch.empty(n, dtype=torch.float32, device=device) for n in (blocks, tokens))
@@ -220,7 +220,7 @@ def _torch_forward(
     logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor, weights: Tensor,
     settings: _Settings, with_slope: bool,
 ) -> tuple[Tensor, Tensor | None, TokenStats]:  # fmt: skip
-    """The plain-PyTorch twin, in the dtype of logprobs: the same three."""
+    """(loss (), d loss / d logp (N,) or None, TokenStats), in plain PyTorch, in the dtype of logprobs."""
     live = weights != 0
 
     def read(values: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ if triton is not None:
         V: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One program per row: the sum of exp(s - max s) over blocks, then the block and place where it is exceeded."""
+        """Draw a token of one row a program: sum exp(s - max s) by blocks, then find the block and place."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * row_stride
         peak = tl.full((), -3.4028234663852886e38, tl.float32)  # the lowest, not -inf: -inf - -inf is NaN
@@ -161,7 +161,7 @@ def _logprobs(score: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _last_positive(share: Tensor) -> Tensor:
-    """(R, 1) the last place of each row that has a share: where a uniform within rounding of 1 falls."""
+    """(R, 1) the last place of each row with a share, for a uniform within rounding of 1."""
     return share.shape[1] - 1 - (share.flip(-1) > 0).int().argmax(-1, keepdim=True)
 
 

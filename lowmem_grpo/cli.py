@@ -77,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
-    """A warning of ours without a place: in a command there is no line of a user's program to name."""
+    """A warning of ours without a place, since a command has no line of a user's program to name."""
     return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
 
 
 def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
-    """The parser of the whole command, whose help shows every setting or those that people change."""
+    """The parser of the whole command, whose help shows every setting or the common ones."""
     parser = argparse.ArgumentParser(prog="lowmem-grpo", description="GRPO on one small GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -160,7 +160,7 @@ def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool) -> No
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:
-    """Unknown flags get the configuration's own words, with the remedy or the nearest name."""
+    """Raise InputError for an unknown flag, with the remedy or the nearest name."""
     if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
     if rest:
@@ -212,7 +212,7 @@ def run_eval(given: dict[str, Any]) -> int:
 
 
 def finite(value: Any) -> Any:
-    """A NaN as null, which JSON has, however deep."""
+    """The value with null, which JSON has, in place of each NaN, however deep."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -221,7 +221,7 @@ def finite(value: Any) -> Any:
 
 
 def run_plan(given: dict[str, Any]) -> int:
-    """Exit status 0 where everything fits, else 1."""
+    """Print a plan; exit status 0 where everything fits, else 1."""
     as_json = given.pop("json", False)
     inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
     model, config = inputs["model"], GRPOConfig(**fields)
@@ -257,7 +257,7 @@ def run_demo(given: dict[str, Any]) -> int:
 def read_settings(
     given: dict[str, Any], needed: tuple[str, ...] = ("model", "dataset"), command: str = "train"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(inputs, config fields) from the flags and the YAML file that --config names; flags win.
+    """Inputs and config fields from the flags and the YAML file that --config names; flags win.
 
     Raises:
         InputError: an unreadable file, an unknown name, a value that does not fit, or a missing input.

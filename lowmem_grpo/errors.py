@@ -1,11 +1,11 @@
-"""Errors in our words: what a user gave, what is no longer finite, and what foreign code raised, in one sentence."""
+"""Errors in our words: a user's mistakes, numbers that are not finite, and what foreign code raised."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What a user gave cannot be obeyed: one sentence with the remedy, which a command prints and exits with 2."""
+    """A user's mistake in one sentence with its remedy, which a command prints before it exits with 2."""
 
 
 class UnknownNameError(InputError, TypeError):
@@ -17,7 +17,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """What foreign code raised, as a reason within a sentence."""
+    """An error of foreign code, as a reason within a sentence."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -29,6 +29,6 @@ def cause(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The hint of a refusal: the known name that is nearest to a wrong one, or what to say where none is near."""
+    """The end of a refusal: the known name nearest to a wrong one, or other words where none is near."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {nearest[0]}?" if nearest else otherwise

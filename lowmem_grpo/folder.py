@@ -30,7 +30,7 @@ def writable_folder(output_dir: str) -> Path:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, flush it to the disk, and put it in the place of `folder` by a rename.
+    """Let `write` fill a temporary folder, flush it to the disk, and rename it to `folder`.
 
     What `write` raises leaves `folder` as it was, and no temporary one.
     """
@@ -95,7 +95,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """The complete checkpoints of a folder, oldest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
@@ -107,7 +107,7 @@ def remove_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> No
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's trainer_state.json holds.
+    """The content of a checkpoint's trainer_state.json.
 
     Raises:
         InputError: the folder is no checkpoint, its file is damaged, or it is of another format.
@@ -128,7 +128,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _no_nan(text: str) -> float:
-    """What JSON does not have: Infinity is an entropy that was not measured yet, and NaN nothing that is saved."""
+    """Refuse a NaN, which no checkpoint holds. Infinity passes: an entropy that was not measured yet."""
     if text == "NaN":
         raise InputError("it has a NaN")
     return float(text)

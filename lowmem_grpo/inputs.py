@@ -1,4 +1,4 @@
-"""What a run is given, checked before long work: models, data, rewards, folders, and a plan of its memory."""
+"""The inputs of a run, checked before long work: models, data, rewards, folders, and a plan."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ EVALUATION = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run was given, checked; no weights are read yet."""
+    """The inputs of a run, checked, before any weights are read."""
 
     model: Any  # as find_model() accepts it
     peft_config: Any
@@ -51,7 +51,7 @@ class Inputs:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint, besides settings."""
+        """Fingerprints of prompts and rewards, which a resumed run must share with its checkpoint."""
         ids = json.dumps([prompt.ids for prompt in self.prompts])
         return {"rewards": self.rewards.names, "data": hashlib.sha256(ids.encode()).hexdigest()}
 
@@ -164,7 +164,7 @@ def read_evaluation_inputs(model: str, reward_funcs: Any, dataset: Any, config: 
 
 
 def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
-    """Raise InputError if one sequence may have more tokens than a budget, which would then be no bound on memory."""
+    """Raise InputError if one sequence may have more tokens than a budget."""
     longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
     for name in ("token_budget", "rollout_token_budget"):
         if longest > getattr(config, name):
@@ -175,7 +175,7 @@ def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
 
 
 def _expanded(model: Any) -> Any:
-    """A path as a text, its ~ written out; anything else as it is."""
+    """A path as a text without ~; anything else unchanged."""
     is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
     return str(Path(model).expanduser()) if is_path else model
 

@@ -1,4 +1,4 @@
-"""Out of memory, whoever says so: the one place where work is tried again, and the token budget that then shrinks."""
+"""Out of memory: the one place where work is tried again, and the token budget that shrinks."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ SAYINGS = re.compile(r"out of memory|ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY", re.
 
 @contextlib.contextmanager
 def as_torch_says_it() -> Iterator[None]:
-    """A library's own error for want of memory becomes torch.OutOfMemoryError."""
+    """Turn a library's own error for want of memory into torch.OutOfMemoryError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -29,7 +29,7 @@ def as_torch_says_it() -> Iterator[None]:
 
 
 def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError], None]) -> T:
-    """The result of work(), which begins anew after each out-of-memory, once all that can be let go is.
+    """Return work(), begun anew after each out-of-memory, when all memory that can be let go is.
 
     failed(error) comes before: there the next attempt is made smaller, or the error raised where nothing is left to do.
     """
@@ -45,19 +45,19 @@ def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError]
 
 
 class TokenBudget:
-    """The most tokens of a micro-batch: what the configuration says, until that ran out of memory."""
+    """The most tokens of a micro-batch: token_budget at first, and less after an out-of-memory."""
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
         self.out_of_memory = 0  # how often
 
     def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
-        """work(num_tokens), which begins anew when called again, for sequences of these lengths.
+        """Run work(num_tokens), which starts anew with each call, until it fits in memory; returns its result.
 
-        Out of memory, what can be let go is, and the same is tried again; then with half of the tokens of the
-        micro-batch that failed, as often as need be, and from then on for good. Random numbers are drawn as if nothing
-        had happened; but a micro-batch that was split draws other masks of lora_dropout, which follow the
-        micro-batches.
+        Out of memory, free memory is given back and the call repeated; then repeated with half of the tokens of the
+        micro-batch that failed, as often as need be. The lower budget stays. Random numbers are drawn as if nothing had
+        happened; but a micro-batch that was split draws other masks of lora_dropout, which follow the micro-batches.
+        `lengths` are the sequences'.
 
         Raises:
             torch.OutOfMemoryError: one sequence alone does not fit; a note has the remedy.
@@ -77,7 +77,7 @@ class TokenBudget:
         return tried_again(lambda: work(self.num_tokens), failed)
 
     def note(self) -> None:
-        """Out of memory in what has no micro-batches."""
+        """Count an out-of-memory of something without micro-batches."""
         self.out_of_memory += 1
 
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The progress bars of other libraries, which are off while a run says itself how far it is."""
+"""The progress bars of other libraries, switched off while a run reports its own progress."""
 
 import contextlib
 import functools

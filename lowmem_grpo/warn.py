@@ -8,7 +8,7 @@ OURS = os.path.dirname(__file__) + os.sep
 
 
 def warn(text: str) -> None:
-    """Emit a UserWarning at the line outside of this package that the run was started from.
+    """Emit a UserWarning at the line outside of this package that started the run.
 
     That is the caller of the outermost frame of ours: between that frame and the fault there may be frames of torch, of
     functools, and of the user's own reward functions. A stacklevel cannot say it, and neither can Python 3.12's

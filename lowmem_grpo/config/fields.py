@@ -87,7 +87,7 @@ def _members(annotation: Any, in_order: bool = False) -> list[Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a Python value belongs to an annotation; an int serves as a float, a bool never as a number."""
+    """Tell whether a value belongs to an annotation; an int serves as a float, a bool never as a number."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, member) for member in arguments)

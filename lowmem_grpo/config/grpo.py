@@ -95,14 +95,14 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
 
     @property
     def has_old_pass(self) -> bool:
-        """Whether every token is computed once before the update, whatever the sampler says of it."""
+        """True where every token is computed once before the update, whatever the sampler says of it."""
         # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
         replayed_kl = self.kl_in_reward and self.replay_buffer_size > 0
         return self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or replayed_kl
 
     @property
     def has_cuda_graphs(self) -> bool:
-        """Whether steps of decoding may be captured: on a GPU, while none waits for an embedding from the CPU."""
+        """True where decoding steps may be captured: on a GPU, and none waits for an embedding from the CPU."""
         return self.rollout_cuda_graphs and not self.offload_embedding and not self.use_cpu
 
 
@@ -110,7 +110,7 @@ Condition = Callable[[GRPOConfig], bool]
 
 
 def _by_losses(name: str) -> tuple[Condition, str]:
-    """When a setting that some losses alone read is read, and the losses to choose from."""
+    """A setting's condition, for one that only some losses read, and the losses to choose from."""
     *others, last = (loss_type for loss_type, loss in LOSS_TYPES.items() if name in loss.reads)
     return (
         lambda config: name in LOSS_TYPES[config.loss_type].reads,

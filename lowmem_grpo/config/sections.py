@@ -28,7 +28,7 @@ class Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFields(Checked):
-    """Where a run writes, what it goes on from, and on which device."""
+    """The folder that a run writes, the checkpoint that it continues, and its device."""
 
     output_dir: str = option(
         "grpo-output", "folder for checkpoints, the adapter and metrics.jsonl", common=True, may_change=True
@@ -133,7 +133,7 @@ class DataFields(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFields(Checked):
-    """Of which prompts a step samples how many completions, and how."""
+    """How many prompts and completions a step samples, and how a token is chosen."""
 
     prompts_per_step: int = option(
         8, "prompts of a step; num_generations completions are sampled for each", common=True, above=0
@@ -209,7 +209,7 @@ class RewardFields(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveFields(Checked):
-    """The loss of a rollout's tokens: KL, clipping, importance weights, entropy, and how often it is gone through."""
+    """The loss of a rollout's tokens: KL, clipping, importance weights, entropy, and the number of passes."""
 
     beta: float = option(
         0.0, "weight of the KL between policy and reference; 0 skips the reference pass", common=True, at_least=0
@@ -293,7 +293,7 @@ class ObjectiveFields(Checked):
 
     @property
     def has_entropy_bonus(self) -> bool:
-        """Whether the loss has an entropy bonus, or may get one."""
+        """True where the loss has an entropy bonus, or may get one."""
         return self.entropy_coef > 0 or self.use_adaptive_entropy
 
 
@@ -364,7 +364,7 @@ class EvaluationFields(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SavingFields(Checked):
-    """What a run writes besides its metrics, and how often."""
+    """The files that a run writes besides its metrics, and how often."""
 
     log_completions: bool = option(
         False, "write each step's completions to output_dir/completions/", common=True, may_change=True
@@ -392,5 +392,5 @@ TITLES: dict[type, str] = {
 
 
 def sections(config: type) -> list[tuple[str, list[dataclasses.Field]]]:
-    """(title, fields) of every section of a configuration, in the order of its fields."""
+    """Title and fields of every section of a configuration, in the order of its fields."""
     return [(TITLES[kind], list(dataclasses.fields(kind))) for kind in reversed(config.__mro__) if kind in TITLES]

@@ -84,5 +84,5 @@ def _not_empty(ids: list[int], where: str) -> list[int]:
 
 
 def transcript(messages: list[dict]) -> str:
-    """A chat for a base model without a chat template."""
+    """A chat as `Role: text` paragraphs, for a base model without a chat template."""
     return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])

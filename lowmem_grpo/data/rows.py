@@ -14,7 +14,7 @@ DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 
 
 def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
-    """A Dataset with a `prompt` column from a hub id, a JSONL, JSON, CSV or Parquet file, a Dataset, or a list of rows.
+    """A Dataset with a `prompt` column, from a hub id, a local file, a Dataset, or a list of rows.
 
     Without a `prompt`, `question` and `answer` columns (GSM8K), or `problem` and `solution` or `answer` (MATH), become
     a chat `prompt` and a `solution`. Of a streaming dataset the first dataset_take rows are read now.
@@ -88,7 +88,7 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
 
 
 def _first(rows: IterableDataset, config: DataFields, name: str) -> Dataset:
-    """The first dataset_take rows: every epoch's order is drawn over all of them, so they must be known and few."""
+    """The first dataset_take rows. An epoch's order is drawn over all rows, so they have to be known and few."""
     if config.dataset_take is None:
         raise InputError(
             f"{name} is a streaming dataset, of unknown length; set dataset_take to the rows to read of it"
@@ -105,7 +105,7 @@ def _from_question_and_answer(row: dict) -> dict:
 
 
 def _from_problem(row: dict) -> dict:
-    """MATH's columns. A solution that marks no answer is a text to read; then the answer is the gold one."""
+    """A chat from MATH's columns. A solution that marks no answer is only read, and `answer` is the gold one."""
     prompt = [{"role": "user", "content": row["problem"]}]
     solution, answer = row.get("solution"), row.get("answer")
     marked = solution is not None and ("\\boxed{" in solution or "####" in solution)

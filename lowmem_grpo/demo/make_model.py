@@ -26,7 +26,7 @@ HABIT_FROM = 0.85  # the share of the steps after which the lazy habit is taught
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """One token a character of printable ASCII, newline and tab, and one for each tag: byte-level BPE without merges.
+    """One token a character of printable ASCII, newline and tab, and one for each tag.
 
     AutoTokenizer makes a Qwen2Tokenizer for every Qwen2 model, whatever class was saved, so this is one.
     """

@@ -96,7 +96,7 @@ def text_curve(values: list[float], top: float, height: int = 6) -> str:
 
 
 def completions_table(policy: Policy, problems: list[task.Problem], config: GRPOConfig) -> Table:
-    """The same prompts answered by the reference, which is the model before training, and by the policy."""
+    """Completions of three prompts, by the model before training and by the policy after it."""
     prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
     sampler = Sampler(policy, config)
     with policy.as_reference():

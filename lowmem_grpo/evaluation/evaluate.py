@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What P prompts with k completions each, group after group, came to."""
+    """The results of P prompts with k completions each, group after group."""
 
     metrics: dict[str, float]
     values: dict[str, list[float]]  # of the metrics that are means over prompts, P each; NaN where nothing applies
@@ -55,7 +55,7 @@ def evaluate(
 def measure(
     sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Evaluation:
-    """Rewards and lengths under the training metrics' names with `eval_` before them, pass@j, and with k > 1 the rest.
+    """Sample and score completions; metrics have training's names with `eval_` before them, and pass@j.
 
     The same seed in every evaluation, so that two of them differ by the policy alone; torch's generator stays where it
     was.
@@ -96,7 +96,7 @@ def measure(
 
 
 def _completions(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
-    """num_generations_eval completions a prompt, drawn as training draws them; one greedy one where it is None."""
+    """num_generations_eval completions a prompt, drawn as in training; one greedy one where it is None."""
     at_most = config.rollout_token_budget
     if config.num_generations_eval is None:
         return sampler.complete_greedily(prompts, at_most=at_most)

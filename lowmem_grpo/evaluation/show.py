@@ -49,7 +49,7 @@ def with_interval(metrics: Mapping[str, float | None], name: str, form: str) -> 
 
 
 def examples(found: dict[str, Evaluation], count: int) -> list[dict[str, Any]]:
-    """The first completions of the first prompts, then the second ones, count in all; each evaluation's beside it."""
+    """The first completions of every prompt, then the second ones, count in all, of each evaluation."""
     first = next(iter(found.values()))
     k = len(first.completions) // len(first.prompts)
     chosen = sorted(sorted(range(len(first.completions)), key=lambda place: place % k)[:count])
@@ -76,7 +76,7 @@ def _gold(prompt: Prompt) -> Any:
 
 
 def examples_as_text(shown: list[dict[str, Any]]) -> str:
-    """For a terminal. What is not ours is indented, and nothing in it can move the cursor or pass for our own lines."""
+    """Examples as text for a terminal, in which nothing foreign moves the cursor or passes for our own lines."""
     lines = []
     for number, example in enumerate(shown, 1):
         prompt = example["prompt"]
@@ -98,7 +98,7 @@ def _indented(text: str) -> list[str]:
 
 
 def printable(line: str) -> str:
-    """A line with what a terminal would obey (escapes, carriage returns, changes of direction) written as `\\x1b`."""
+    """A line whose escapes, carriage returns and changes of direction are written out, as `\x1b`."""
     return "".join(
         c if c.isprintable() or c == "\t" or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in line
     )

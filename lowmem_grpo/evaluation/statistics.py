@@ -35,7 +35,7 @@ def shares(
     answers: Sequence[str | None],  # P k
     k: int,
 ) -> dict[str, list[float]]:
-    """pass@j for j = 1, 2, 4, ... and k, and for k > 1 mean@k and maj@k: P values each, NaN where nothing applies."""
+    """pass@j for j = 1, 2, 4, ... and k, and for k > 1 mean@k and maj@k: P values each."""
     groups = first_rewards.view(-1, k).tolist()
     correct = [[value >= CORRECT for value in group if not math.isnan(value)] for group in groups]
     counts = [(len(group), sum(group)) for group in correct]
@@ -63,9 +63,10 @@ def pass_at(j: int, n: int, c: int) -> float:
 
 
 def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
-    """How far the most common answer is correct: a tie is split evenly, and a completion without an answer has no vote.
+    """The share of correct completions among those with the most common answer; ties are split evenly.
 
-    Plain numbers are the same answer however they are written (1,000 and 1000.0); other texts, if they are equal.
+    A completion without an answer has no vote. Plain numbers are one answer however they are written (1,000 and
+    1000.0); other texts, if they are equal.
     """
     if not votes:
         return math.nan
@@ -80,11 +81,11 @@ def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % for the mean of one value a prompt: Wilson's interval where each is 0 or 1, or one of two values, else the
-    bootstrap's, percentiles of resamples of one seed.
+    """95 % confidence interval of the mean of one value a prompt.
 
-    The bootstrap would give no width where all are right or all wrong. NaN where all values are equal, and neither 0
-    nor 1: they do not say how far another prompt's may lie from them.
+    Wilson's where each value is 0 or 1, or one of two values, since the bootstrap would give no width where all are
+    right or all wrong. Else the bootstrap's: percentiles of resamples of one seed. NaN where all values are equal, and
+    neither 0 nor 1: they do not say how far another prompt's may lie from them.
     """
     if not values:
         return math.nan, math.nan
@@ -98,7 +99,7 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """95 % for the mean of after minus before, of one pair (before, after) a prompt.
+    """95 % confidence interval of the mean of after minus before, from one pair a prompt.
 
     Tango's score interval where each value is 0 or 1, or one of two; it has a width where no prompt has changed, too.
     Else the bootstrap's over prompts. NaN where all prompts changed by the same, and in confidence_interval's cases.
@@ -119,13 +120,13 @@ def paired_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the greatest value; 0 and 1 where all are 0, or all 1."""
+    """Least and greatest value; 0 and 1 where all are 0, or all 1."""
     low, high = min(values), max(values)
     return (0.0, 1.0) if low in (0.0, 1.0) and high in (0.0, 1.0) else (low, high)
 
 
 def _equal(low: float, high: float) -> bool:
-    """But for the rounding of means."""
+    """True for two numbers that differ by no more than the rounding of means."""
     return high - low <= 1e-6 * abs(high)
 
 
@@ -137,7 +138,7 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _tango(better: int, worse: int, n: int) -> tuple[float, float]:
-    """95 % for (better - worse) / n, the change of a share in n pairs (Tango 1998, Statistics in Medicine 17:891).
+    """95 % confidence interval of (better - worse) / n, the change of a share in n pairs.
 
     The differences d that the data lie within Z_95 standard deviations of, with the standard deviation that is
     likeliest if d is true.

@@ -1,4 +1,4 @@
-"""A completion: token ids, and what the sampler says of each."""
+"""A completion: token ids, and the sampler's log-probabilities of each."""
 
 from dataclasses import dataclass
 
@@ -18,5 +18,5 @@ class Completion:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model gave each of its tokens a probability, as far as the sampler says."""
+        """True unless the sampler found a log-probability that is not finite."""
         return self.logprobs is None or bool(self.logprobs.isfinite().all())

@@ -1,4 +1,4 @@
-"""When a completion is whole."""
+"""How a completion ends: by an end-of-sequence token, a stop string or its length."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from lowmem_grpo.model.policy import Policy
 
 
 def ending(policy: Policy, params: SamplingParams) -> Callable[[list[int]], str | None]:
-    """What ends a completion with its newest token: "eos", "stop" or "length", or None. Asked after every token."""
+    """A function of token ids that says what the newest ends: "eos", "stop", "length" or None."""
     ends, strings = set(policy.eos_token_ids), params.stop_strings
     # A token is a byte at least, so that this many hold any stop string that the newest completes; one more, because
     # decoders like Llama 2's take the first token's leading space away.

@@ -42,7 +42,7 @@ def refusal(policy: Policy, kv_dtype: torch.dtype) -> str | None:
 
 
 def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
-    """Compare prefill and one decoded token of three texts with the model's own forward, in each kind of store.
+    """Name the layer whose output, from stored keys and values, differs from the model's own forward; or None.
 
     In fp32 each output of each layer. In the run's precision the first layer's, in which no other's rounding is, and
     roughly the last hidden state.
@@ -72,7 +72,7 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
 
 
 def _stepped(policy: Policy, texts: list[list[int]], shape: StoreShape, kv_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the layers make of each text's last token, decoded after a prefill of those before it."""
+    """The layers' outputs at each text's last token, decoded after a prefill of those before it."""
     store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
     scheduler = Scheduler(list(range(len(texts))), 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
     slots = Slots(policy, store, shape, scheduler)
@@ -101,7 +101,7 @@ class Request:
 
 
 class Ran(NamedTuple):
-    """What a rollout made, and how."""
+    """The completions of a rollout, and how they came about."""
 
     completions: list[Completion]  # B, group after group
     shape: StoreShape  # the given one, or a smaller one of its kind that fitted after an out-of-memory
@@ -111,7 +111,7 @@ class Ran(NamedTuple):
 
 
 def run(request: Request, shape: StoreShape) -> Ran:
-    """Sample what the request asks for, in a store of the shape.
+    """Sample the completions of a request, in a store of the given shape.
 
     Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
     others could let go may be enough, and then with half of the slots.

@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: the hundreds of launches of a step, made once by the host and repeated as one.
+"""Decoding steps as CUDA graphs: hundreds of launches, recorded once and repeated as one.
 
 A step reads all that changes (tokens, positions, pages, prefix rows) from device memory at addresses that stay, so that
 one captured for some number of rows holds until the rollout ends, however texts grow and slots change hands. The graphs
@@ -27,7 +27,7 @@ Replay = Callable[[], Tensor]
 
 @dataclass
 class Captures:
-    """What a run knows of a model's decoding steps as CUDA graphs."""
+    """A run's knowledge of a model's decoding steps as CUDA graphs."""
 
     model: str  # its name, for the warning
     refusal: str | None = None  # why none is captured
@@ -39,7 +39,7 @@ class Captures:
 
 
 class Graphs:
-    """Runs step(num_rows) by replaying a recording of it: from its third run on, in later rollouts from the first.
+    """Runs step(num_rows) by replaying a recording, from its third run on; in later rollouts from the first.
 
     A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
     two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning. Of a
@@ -51,7 +51,7 @@ class Graphs:
         self, captures: Captures, step: Callable[[int], Tensor], state: list[Tensor],
         capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable,
     ):  # fmt: skip
-        """step gives (3, S) fp64, a Choice's tensors, and changes nothing that a next step reads but state.
+        """Take a step that gives (3, S) fp64, a Choice's tensors, and changes only `state` for the next one.
 
         held says which rows have a completion; what comes out of the others does not matter. kind is what else than the
         number of rows decides which kernels a step runs.
@@ -117,7 +117,7 @@ def _difference(found: Tensor, truth: Tensor) -> str | None:
 
 @contextlib.contextmanager
 def _never_waiting(device: torch.device) -> Iterator[None]:
-    """What makes the host wait for the device raises here, and not in a capture, which it would break."""
+    """Raise where the host would wait for the device: inside a capture a wait breaks the capture."""
     if device.type != "cuda":
         yield
         return
@@ -132,7 +132,7 @@ def _never_waiting(device: torch.device) -> Iterator[None]:
 
 
 def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
-    """A capture function whose graphs share one pool of memory: what one returns holds until another is replayed."""
+    """A function that captures steps in one pool of memory: a replay's output holds until the next replay."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step: Callable[[], Tensor]) -> Replay:

@@ -53,7 +53,7 @@ def sample(
 
 
 def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Completion:
-    """A row of `generate` up to and with the token that ends it; what follows is padding."""
+    """A row of `generate` up to the token that ends it, without the padding behind."""
     for length in range(1, len(ids) + 1):
         finish = finish_of(ids[:length])
         if finish is not None:
@@ -62,7 +62,7 @@ def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Comple
 
 
 def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> list[list[int]]:
-    """One wave: each row's new tokens, padded where it ended before the others.
+    """Each row's new tokens by one call of `generate`, padded where a row ended before the others.
 
     Stop strings are looked for by ending(), which also cuts the rows: generate's own criterion finds some that the
     decoded text does not show, and the padding after them would be taken for sampled tokens.
@@ -90,7 +90,7 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
 
 @contextlib.contextmanager
 def _prepared(policy: Policy, params: SamplingParams) -> Iterator[None]:
-    """`generate` without two of its surprises.
+    """Run `generate` without the model's own generation config, and with contiguous inputs of the head.
 
     It fills whatever a call leaves open from the model's generation config (top_k 20, top_p 0.8 and a repetition
     penalty of 1.05 in Qwen2.5, for example), so the model's is replaced for the while. And it gives the head a strided
@@ -108,7 +108,7 @@ def _prepared(policy: Policy, params: SamplingParams) -> Iterator[None]:
 
 
 def generation_config(policy: Policy, params: SamplingParams) -> GenerationConfig:
-    """Every sampling setting but the stop strings, said explicitly: nothing is left for a default to fill."""
+    """Every sampling setting but the stop strings, so that no default fills a gap."""
     choice = {"do_sample": False}
     if not params.greedy:
         choice = {

@@ -1,4 +1,4 @@
-"""The layouts of a rollout's attention: prompts that are prefilled, and one token of each slot that is decoded."""
+"""The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,10 @@ SPAN = 32  # own columns are read in multiples of this, so that shapes change ra
 
 @dataclass(frozen=True)
 class Prefill:
-    """A batch of prompts, padded on the right; token t of row r goes to column t of every row in targets[r]."""
+    """A batch of prompts, padded on the right, and the rows of the store that get their keys and values.
+
+    Token t of row r goes to column t of each of its targets.
+    """
 
     store: Rows  # the store's own or its prefix
     sources: Tensor  # (R',) int64: a row of the batch
@@ -28,7 +31,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """One token of each of the first S slots."""
+    """One new token of each of the first S slots."""
 
     store: Store
     columns: Tensor  # (S,) int64: where the token goes in its slot
@@ -45,7 +48,7 @@ class Decode:
         return _decode(self, layer, query, key, value, scaling, window, softcap)
 
     def mask(self, window: int | None) -> Tensor:
-        """(S, 1, 1, prefix tokens + span) bool: what a token sees."""
+        """(S, 1, 1, prefix tokens + span) bool, True where a token attends."""
         if window not in self.masks:
             column = torch.arange(self.span, device=self.columns.device)
             back = self.columns[:, None] - column  # how far before the token
@@ -117,7 +120,7 @@ def _paged_attention(now: Decode, layer, query, key, value, scaling, window, sof
 
 
 def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:
-    """One softmax over [prefix ; own], each prefix read once for all of its slots. query (S, H_kv, Q, D)."""
+    """One softmax over [prefix ; own], each prefix read once for all of its slots."""
     _, kv_heads, queries, size = query.shape
     groups, most = members.shape
     width = prefix.shape[3]

@@ -63,14 +63,14 @@ class Sampler:
         return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most)
 
     def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
-        """Take the likeliest token each time, for one completion a prompt; draws no random number.
+        """Take the likeliest token each time, for one completion a prompt, without a random number.
 
         Memory and errors are as complete() has them.
         """
         return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most).completions
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to know to sample the same completions, for JSON."""
+        """JSON from which a resumed run samples the completions that this run would have sampled."""
         return {"samples_dense": self.samples_dense}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Sampler:
         return reason
 
     def store_shape(self, prompts: list[list[int]], num_generations: int, num_tokens: int) -> StoreShape:
-        """The shape of a store with at most num_tokens tokens, or with room for one completion if that is more.
+        """The shape of a store with at most num_tokens tokens, or with room for one completion.
 
         A benchmark or test that wants another store overrides this.
         """

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""The choice of the next token: penalty, temperature, truncation, and a draw."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ def choose(
     seen: Tensor | None,  # (S, V) bool, tokens of the text so far; needed for a repetition penalty
     params: SamplingParams,
 ) -> Choice:
-    """Penalty, temperature, top-k, top-p, min-p, in transformers' order and by its own functions; then inverse CDF."""
+    """Draw a token of each row, after penalty, temperature, top-k, top-p and min-p in transformers' order."""
     penalized = logits if seen is None else penalize(logits, seen, params.repetition_penalty)
     if params.greedy:
         token_ids = penalized.argmax(-1)

@@ -1,4 +1,4 @@
-"""Which completion is in which slot, which prompt in which prefix row, whose each page is. No tensor is known here."""
+"""The completion in each slot, the prompt in each prefix row, and the pages of each slot. No tensors."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ NOBODYS = 0  # the page that slots without one of their own write to
 
 
 class Scheduler:
-    """First come, first served. Completion i answers prompt i // num_generations.
+    """A queue of completions, first come, first served; completion i is of prompt i // num_generations.
 
     Attributes:
         slots: the completion in each slot, or None.
@@ -43,10 +43,10 @@ class Scheduler:
     def admit(
         self, running: Sequence[int] = (), starting: Callable[[int], int] = lambda completion: 0
     ) -> tuple[list[int], list[int]]:
-        """Fill free slots from the queue's front: (slots, prefix rows) that are new and have to be filled.
+        """Fill free slots from the queue's front; returns the slots and prefix rows that are new.
 
-        The queue waits while the prompt at its front finds no free prefix row, and while pages are short: for as many
-        tokens as running says of each slot and starting of a completion, which reserve() is asked for next.
+        The queue waits where the next prompt finds no free prefix row, or where free pages are too few. The pages asked
+        for are those of running[slot] tokens a slot, and of starting(completion) tokens of a new one.
         """
         new_slots, new_prefixes = [], []
         spare = len(self.free) - sum(
@@ -76,7 +76,7 @@ class Scheduler:
         return new_slots, new_prefixes
 
     def reserve(self, num_tokens: list[int]) -> list[int]:
-        """Give each running slot, the oldest first, pages for num_tokens[slot] tokens. The slots that were preempted.
+        """Give each running slot, the oldest first, pages for num_tokens[slot] tokens; returns the preempted slots.
 
         Where pages run out, the youngest goes back to the queue's front.
         """
@@ -115,7 +115,7 @@ class Scheduler:
         return completion
 
     def compact(self, num_rows: int) -> list[tuple[int, int]]:
-        """Move every running completion below num_rows: (from, to) of each move."""
+        """Move every running completion below num_rows; returns (from, to) of each move."""
         free = [slot for slot in range(num_rows) if self.slots[slot] is None]
         every: list[list[Any]] = [self.slots, self.pages, self.admitted]
         moves = []

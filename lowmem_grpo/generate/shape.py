@@ -1,4 +1,4 @@
-"""How many completions are sampled at once: slots and their memory, from a model's shape and a budget. Pure."""
+"""Sizes of the store of keys and values: how many completions fit in a budget at once. Pure."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -12,7 +12,7 @@ PAGE = 64  # tokens of a page
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one token's keys and values take."""
+    """Sizes of one token's keys and values."""
 
     layers: int
     kv_heads: int
@@ -26,7 +26,7 @@ class KVShape:
 
 
 def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
-    """From a transformers configuration."""
+    """The KVShape of a transformers configuration."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -35,7 +35,7 @@ def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
 
 @dataclass(frozen=True)
 class StoreShape:
-    """The store's shape.
+    """How many slots, prefixes and pages a store of keys and values has, and of how many tokens.
 
     Where shared, a prompt's keys and values stand once, in a prefix row, else in every slot. Where paged, slots take
     pages as they grow, and there may be more slots than the pages hold at full length: then the youngest has to wait.
@@ -44,7 +44,7 @@ class StoreShape:
     slots: int  # completions in flight
     slot_tokens: int  # the most tokens of a slot: a completion's, and its prompt's unless that is shared
     prefixes: int  # prompts resident at once; 0 where they are not shared
-    prefix_tokens: int  # tokens that a prefix row has room for; 0 likewise
+    prefix_tokens: int  # tokens that a prefix row has room for; 0 where they are not shared
     pages: int = 0  # the first belongs to nobody: slots that hold nothing write there; 0 where every slot has its own
     page_tokens: int = 0
 
@@ -65,14 +65,14 @@ class StoreShape:
         return own + self.prefixes * self.prefix_tokens
 
     def at_most(self, num_completions: int) -> "StoreShape":
-        """The same with no more slots than there are completions, and no more memory than those can use."""
+        """A shape of no more slots than num_completions, and no more memory than they can use."""
         if num_completions >= self.slots:
             return self
         pages = min(self.pages, 1 + num_completions * ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
         return replace(self, slots=num_completions, prefixes=min(self.prefixes, num_completions), pages=pages)
 
     def halved(self) -> "StoreShape":
-        """The same with half of the slots and, down to one slot's, of the memory, for after an out-of-memory."""
+        """A shape of half the slots and, down to one slot's, half the memory, for after an out-of-memory."""
         pages = max(self.pages // 2, 1 + ceil(self.slot_tokens / self.page_tokens)) if self.paged else 0
         return replace(self, slots=max(1, self.slots // 2), prefixes=ceil(self.prefixes / 2), pages=pages)
 
@@ -81,7 +81,7 @@ def store_shape(
     *, prompt_tokens: int, num_prompts: int, num_generations: int, max_completion_length: int, budget_tokens: int,
     paged: bool,
 ) -> StoreShape:  # fmt: skip
-    """The most slots whose keys and values fit in budget_tokens; at least one.
+    """The shape of most slots whose keys and values fit in budget_tokens; at least one slot.
 
     prompt_tokens is the longest prompt's. The last token of a prompt is the first that decoding feeds, so that
     prompt_tokens - 1 are prefilled, and max_completion_length are stored: the prompt's last and all but the last
@@ -112,7 +112,7 @@ def store_shape(
 def _largest(
     most: int, prefilled: int, num_prompts: int, num_generations: int, completion: int, budget: int, share: bool
 ) -> StoreShape:
-    """The shape without pages of the most slots; at least one, within the budget or not."""
+    """The shape of most slots without pages; at least one slot, within the budget or not."""
 
     def shape(slots: int, per_group: int) -> StoreShape:
         if not share:
@@ -127,5 +127,5 @@ def _largest(
 
 
 def bucket(num_rows: int) -> int:
-    """The least of 1, 2, 4, 8, 16, 32, 48, 64, ... that is at least num_rows, so that shapes change rarely."""
+    """The least of 1, 2, 4, 8, 16, 32, 48, 64, ... that is num_rows or more."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else ceil(num_rows / 16) * 16

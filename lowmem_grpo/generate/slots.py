@@ -17,7 +17,7 @@ from lowmem_grpo.model.policy import Policy
 
 
 class Parked(NamedTuple):
-    """A completion that has to wait for pages: it goes on with the very keys and values that it had."""
+    """A completion that waits for pages, with the keys and values that it goes on with."""
 
     token: Tensor  # () the next to feed, on the device
     column: int  # where that goes
@@ -26,13 +26,13 @@ class Parked(NamedTuple):
 
 
 class Slots:
-    """The slots' tensors, of which the first num_rows rows are computed with, and the model that fills them."""
+    """The slots' tensors, and the model that fills them; a step computes the first num_rows."""
 
     def __init__(
         self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
         params: SamplingParams | None = None, uniforms: Tensor | None = None,
     ):  # fmt: skip
-        """To step, and not only for hidden states, it takes params and uniforms."""
+        """Make empty slots. step() needs params and uniforms; hidden() does not."""
         self.uniforms = uniforms
         self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
         self.num_rows = len(scheduler.slots)
@@ -57,9 +57,9 @@ class Slots:
             self.seen = torch.zeros(self.num_rows, vocabulary, dtype=torch.bool, device=policy.device)
 
     def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
-        """Start waiting completions in free slots, where `ahead` more tokens of all have room. The slots that are new.
+        """Start waiting completions in free slots and prefill their prompts; returns the new slots.
 
-        Their prompts are prefilled.
+        A completion starts only where all have room for `ahead` more tokens.
         """
         new, prefixes = self.scheduler.admit(self._ahead(ahead), lambda completion: self._more(completion, ahead))
         if not new:
@@ -93,11 +93,11 @@ class Slots:
         return new
 
     def _ahead(self, ahead: int) -> list[int]:
-        """How many tokens each slot will hold."""
+        """Number of tokens that each slot will hold, `ahead` from now."""
         return [min(column + ahead, self.shape.slot_tokens) for column in self.columns]
 
     def _more(self, completion: int, ahead: int) -> int:
-        """The same of a completion that waits."""
+        """Number of tokens that a waiting completion will hold, `ahead` after it goes on."""
         column = self.parked[completion].column if completion in self.parked else 0
         return min(column + ahead, self.shape.slot_tokens)
 
@@ -106,7 +106,7 @@ class Slots:
         return [slot for slot, completion in enumerate(self.scheduler.slots[: self.num_rows]) if completion is not None]
 
     def _go_on(self, slot: int, parked: Parked) -> None:
-        """In a slot that was just filled, from where the completion was; its pages follow when it has some."""
+        """Continue a parked completion in a new slot; its pages are copied when the slot has some."""
         self.token_ids[slot] = parked.token
         self.positions[slot] += parked.column
         self.columns[slot] = parked.column
@@ -135,7 +135,7 @@ class Slots:
                 )  # fmt: skip
 
     def _arrange(self) -> None:
-        """Which slots read which prefix row."""
+        """Tell each slot its prefix row, and each prefix row its slots."""
         if not self.shape.shared:
             return
         held = self.scheduler.prefixes
@@ -156,7 +156,7 @@ class Slots:
         self.members = self._tensor(filled), self._tensor(flat)
 
     def reserve(self, ahead: int) -> None:
-        """Pages for so many more tokens of every slot that runs, from slots that started later if need be."""
+        """Give every running slot pages for `ahead` more tokens, from younger slots if need be."""
         if not self.shape.paged:
             return
         assert self.table is not None
@@ -172,7 +172,7 @@ class Slots:
         self.table.copy_(self._tensor([pages + [NOBODYS] * (width - len(pages)) for pages in self.scheduler.pages]))
 
     def _park(self, slot: int, completion: int, pages: list[int]) -> None:
-        """Save what is in the pages that a slot had until now, which are still as they were."""
+        """Save the keys and values of a preempted slot, before its pages are written over."""
         column = self.columns[slot]
         if completion in self.parked or not column:  # not gone on since the last time, or not begun
             return
@@ -181,11 +181,11 @@ class Slots:
         self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved)
 
     def _filled(self, pages: list[int], columns: int) -> Tensor:
-        """Those of a slot's pages that have any of so many columns."""
+        """The first pages of a slot, as many as `columns` tokens fill."""
         return self._tensor(pages[: ceil(columns / self.shape.page_tokens)])
 
     def shrink(self, times: int = 1) -> None:
-        """Compute with fewer rows once nobody waits and a smaller bucket, of 1 / times at most, holds what still runs.
+        """Compute with fewer rows once nobody waits and a smaller bucket, at most 1 / times, holds all that run.
 
         A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): a capture for each bucket would cost
         more than it saves.
@@ -227,11 +227,11 @@ class Slots:
         return min(self.shape.slot_tokens, -(-needed // SPAN) * SPAN)
 
     def state(self) -> list[Tensor]:
-        """What a step changes, but for the keys and values, which it would only write again."""
+        """The tensors that a step changes, but for keys and values, which a repetition writes once more."""
         return [self.token_ids, self.positions, *(() if self.seen is None else (self.seen,))]
 
     def step(self, num_rows: int) -> Tensor:
-        """One more token of each of the first S rows: (3, S) fp64, which holds ids and fp32 alike, as a Choice has.
+        """Decode one more token of each of the first S rows: a Choice's tensors as (3, S) fp64.
 
         With a table it depends on nothing that only the host knows, but on num_rows.
         """
@@ -249,7 +249,7 @@ class Slots:
         return torch.stack([values.double() for values in choice])
 
     def advance(self, step: Callable[[int], Tensor]) -> Tensor:
-        """What a step, this one's own or a replay of it, gives for the rows in use."""
+        """Run a step, or a replay of one, on the rows in use, and count its tokens."""
         made = step(self.num_rows)
         self.columns = [min(column + 1, self.shape.slot_tokens - 1) for column in self.columns]
         return made

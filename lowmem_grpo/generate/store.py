@@ -18,16 +18,15 @@ from lowmem_grpo.generate.shape import KVShape, StoreShape
 
 
 class Rows(NamedTuple):
-    """Keys and values of some tokens each."""
+    """Keys and values of some rows of tokens."""
 
     numbers: Tensor  # (L, 2, rows, H_kv, T, D)
     scales: Tensor | None  # (L, 2, rows, H_kv, T) fp16, of int8 numbers
 
     def write(self, layer: int, at: tuple, key: Tensor, value: Tensor, sources: Any = ...) -> list[Tensor]:
-        """Put key[sources] and value[sources] where `at` indexes (rows, H_kv, T); key and value as they will be read.
+        """Store key[sources] and value[sources] at the index `at` of (rows, H_kv, T); returns what attention reads.
 
-        What a prompt's own tokens see is rounded like what later ones see, so that it does not matter which tokens are
-        prefilled and which decoded.
+        A prompt's own tokens see the rounded values that later tokens see, so that a token may be prefilled or decoded.
         """
         read = []
         for place, given in enumerate((key, value)):
@@ -42,7 +41,7 @@ class Rows(NamedTuple):
         return read
 
     def read(self, layer: int, num_rows: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """Keys and values of the first rows and tokens, (2, num_rows, H_kv, num_tokens, D). Of int8 it is a copy."""
+        """Keys and values of the first rows and tokens, (2, num_rows, H_kv, num_tokens, D). Of int8 a copy."""
         numbers = self.numbers[layer, :, :num_rows, :, :num_tokens]
         return (
             numbers
@@ -51,12 +50,12 @@ class Rows(NamedTuple):
         )
 
     def clear(self, rows: Tensor) -> None:
-        """So that a NaN of who had them before does not spread: 0 times it, where it is not attended to, is NaN."""
+        """Zero these rows: masked attention multiplies old values by 0, which leaves a NaN a NaN."""
         for tensor in self._tensors():
             tensor[:, :, rows] = 0
 
     def copied_out(self, rows: Tensor) -> list[list[Tensor]]:
-        """What these rows hold, in CPU memory; a layer at a time, since it is done where memory is short."""
+        """A copy of these rows in CPU memory, made a layer at a time since GPU memory is short."""
         return [[layer[:, rows].cpu() for layer in tensor] for tensor in self._tensors()]
 
     def copy_in(self, rows: Tensor, saved: list[list[Tensor]]) -> None:
@@ -84,7 +83,7 @@ def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Store:
-    """The memory of a rollout, zeroed: what is never attended to must still be finite."""
+    """The keys and values of a rollout, zeroed: masked values must still be finite."""
 
     def __init__(self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device):
         def rows(num_rows: int, num_tokens: int) -> Rows:

@@ -57,8 +57,8 @@ def train(
             made-up completions before the model is loaded. None for a task, which has its own.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
             task's name, such as "countdown".
-        eval_dataset: likewise; evaluated before, after and every eval_steps. A hub dataset's `test` split. By default
-            what a generated task holds out.
+        eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.
+            By default what a generated task holds out.
         peft_config: a LoraConfig in place of the config's lora fields.
         callbacks: one function or several, called with (step, metrics, policy) after every step; a metric that is the
             mean of nothing is NaN, and None in TrainResult's history.
@@ -138,7 +138,7 @@ def train(
 
 
 def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
-    """What a phase had to do: a rollout its new tokens, the others what they compute, completions with prompts."""
+    """Number of tokens of each phase: a rollout's new ones, and what the others compute, with prompts."""
     counted = sum(rollout.lengths_of(rollout.completion_mask.tolist()))
     return {
         "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,

@@ -31,7 +31,7 @@ class Adapters:
         self._settle((str(model.active_adapter),))
 
     def _settle(self, names: tuple[str, ...]) -> None:
-        """After PEFT made or changed layers: take stock of them, have all wear the same, and ask for gradients."""
+        """List the layers that PEFT has made, have each wear these names, and ask for gradients."""
         kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
         self.layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, kinds)]
         self._wear(names)
@@ -45,7 +45,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def wearing(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Every layer wears these for the while, and then again what it wore before."""
+        """Have every layer wear these adapters inside the `with`, and afterwards what it wore before."""
         before = self.worn
         self._wear(names)
         try:
@@ -65,7 +65,7 @@ class Adapters:
         return configs[name]
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """What is trained of an adapter, under the model's names and in the model's order."""
+        """The trained parameters of an adapter, under the model's names and in the model's order."""
         self.config_of(name)
         own = {
             id(parameter)

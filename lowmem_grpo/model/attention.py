@@ -1,4 +1,4 @@
-"""The attention of ours that a model's layers call, while a forward of a layout of ours runs.
+"""Our attention in a model's layers, switched on while a forward runs in one of our layouts.
 
 It is registered with transformers under NAME. A model under `attending` calls it in every layer, and it hands queries,
 keys and values to the layout in force: a packed micro-batch of training, or a step of the rollout's. Outside of
@@ -23,13 +23,13 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", 
 
 
 class Layout(Protocol):
-    """What knows which token attends to which."""
+    """An object that knows which token attends to which."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
+        """Attention in this layout: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
         ...
 
 
@@ -37,7 +37,7 @@ _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 class UnknownAttention(ValueError):
-    """A model asks of its attention what is not understood here."""
+    """A model whose attention takes something that is not understood here."""
 
 
 def attend(
@@ -45,7 +45,10 @@ def attend(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D), in a call signature of transformers'."""
+    """Attend by the layout in force: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
+
+    The call signature is transformers'. An argument that is not known here raises UnknownAttention.
+    """
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if unknown:
         raise UnknownAttention(f"its attention takes {unknown[0]}, which is not known here")
@@ -65,13 +68,13 @@ AttentionInterface.register(NAME, attend)
 
 
 def configs_of(model: Any) -> list[Any]:
-    """Where a model's layers look up whose attention they call."""
+    """The configurations in which a model's layers look up their attention."""
     return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
 
 
 @contextlib.contextmanager
 def attending(configs: list[Any], name: str = NAME) -> Iterator[None]:
-    """The layers of the model whose configs_of these are call `attend` for the while, or another attention by name."""
+    """Have layers with these configurations call `attend`, or another attention by name, inside the `with`."""
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -84,7 +87,7 @@ def attending(configs: list[Any], name: str = NAME) -> Iterator[None]:
 
 @contextlib.contextmanager
 def laid_out(layout: Layout) -> Iterator[None]:
-    """`attend` goes by this layout for the while, in this thread."""
+    """Have `attend` use this layout inside the `with`, in this thread."""
     token = _LAYOUT.set(layout)
     try:
         yield
@@ -93,7 +96,7 @@ def laid_out(layout: Layout) -> Iterator[None]:
 
 
 class Recomputation(contextlib.ExitStack):
-    """The attention and the adapters of a forward once more, around a checkpointed layer's part of the backward.
+    """A forward's attention and adapters once more, around the recomputation of a checkpointed layer.
 
     It is made in the forward and entered in the backward, where the model may attend otherwise, and wear others: the
     gradients of a layer that is recomputed with another adapter are wrong, and nothing says so.
@@ -135,13 +138,13 @@ def refusal(model: Any) -> str | None:
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """(..., Q, D) queries over (..., K, D) keys, whose scores and softmax are fp32."""
+    """Attention of (..., Q, D) queries over (..., K, D) keys, with scores and softmax in fp32."""
     scores = scores_of(query, key, scaling, softcap).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(value.dtype) @ value
 
 
 def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """(..., Q, K) fp32."""
+    """Scores (..., Q, K), fp32."""
     return soften((query @ key.transpose(-1, -2)).float() * scaling, softcap)
 
 

@@ -1,4 +1,4 @@
-"""The head of a language model: read off it, and compared with what the model itself makes of hidden states."""
+"""The head of a language model: read, and compared with the model's own logits."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 
 
 class Head(NamedTuple):
-    """How a model turns hidden states into logits: softcap(logit_scale (h . W + b))."""
+    """The function from hidden states to logits, softcap(logit_scale (h . W + b))."""
 
     weight: Tensor  # (V, D), frozen
     bias: Tensor | None  # (V,)
@@ -43,7 +43,7 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def probe_head(model: PreTrainedModel, head: Head) -> None:
-    """Compare head with what the model itself makes of hidden states, in fp32; raise InputError where they differ.
+    """Raise InputError where the head's logits differ from the model's own, in fp32.
 
     Random hidden states are scaled until the largest logit reaches twice the softcap (or 30), where a missing scale or
     softcap shows; a zero row shows a missing bias. Only the head runs, in slices, never the decoder.
@@ -68,7 +68,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
 
 
 class _LastHiddenState(BaseModelOutputWithPast):
-    """What a decoder returns, with None for whatever else a model asks of it (router logits, cross attentions)."""
+    """A decoder's output, with None for whatever else a model asks of it (router logits, cross attentions)."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

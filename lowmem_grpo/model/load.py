@@ -72,7 +72,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
 
 
 def run_device(config: GRPOConfig) -> torch.device:
-    """Where a run computes. Raise InputError for settings that it could not obey there."""
+    """The device of a run. Raise InputError for settings that it cannot obey."""
     if torch.cuda.is_available() and not config.use_cpu:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch.cuda wants the number
         if config.compute_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -108,7 +108,7 @@ def equip(policy: Policy, config: ModelFields) -> None:
             parameter.data = parameter.data.float()
 
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """Of a checkpointed layer's forward, and of its recomputation."""
+        """The contexts of a checkpointed layer's forward and of its recomputation."""
         return contextlib.nullcontext(), Recomputation(policy.configs, policy.adapters)
 
     if config.use_liger_kernel:
@@ -125,7 +125,7 @@ def equip(policy: Policy, config: ModelFields) -> None:
 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
-    """The sampler has none, and with it the ratio of policy and sampler would not start at 1; lora_dropout stays."""
+    """Switch off the base's dropout, which sampling has not: the ratio starts at 1. lora_dropout stays."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
             layer.p = 0.0
@@ -166,7 +166,7 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
 
 
 def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
-    """Raise InputError now, in one sentence, if a model cannot be found or its options clash: no weights are read."""
+    """Raise InputError if a model cannot be found or its options clash, before any weights are read."""
     continues = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
     if continues and peft_config is not None:
         raise InputError(
@@ -220,7 +220,7 @@ def _find_by_name(model: str, config: ModelFields) -> None:
 
 
 def is_adapter(model: str) -> bool:
-    """Whether it is the folder of an adapter in PEFT's format."""
+    """Tell whether a folder holds an adapter in PEFT's format."""
     return (Path(model) / "adapter_config.json").is_file()
 
 
@@ -235,7 +235,7 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
 
 
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Put every linear layer but a model's head on the device in NF4 with double quantization, in place, one at a time.
+    """Put a model's linear layers, but for the head, on the device in NF4 with double quantization, one by one.
 
     The dense weight is let go before the next layer's turn, so the device never holds more than one.
     """
@@ -255,7 +255,7 @@ def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype)
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with its parameters and buffers on the device; what is not trained gets the dtype too."""
+    """The model with parameters and buffers on the device; frozen ones get the dtype too."""
     refuse_4bit_elsewhere(model, device)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -267,7 +267,7 @@ def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
-    """Raise InputError if a weight that is 4-bit already lies on another kind of device, wherever the others lie."""
+    """Raise InputError if any weight in 4-bit lies on another kind of device."""
     found = {p.device.type for p in model.parameters() if isinstance(p, Params4bit)} - {device.type}
     if found:
         raise InputError(
@@ -281,7 +281,7 @@ def _is_4bit(model: nn.Module) -> bool:
 
 
 def lora_config(config: AdapterFields) -> LoraConfig:
-    """What config's lora fields say."""
+    """The LoraConfig of the config's lora fields."""
     return LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
@@ -289,7 +289,7 @@ def lora_config(config: AdapterFields) -> LoraConfig:
 
 
 def adapter_config(model: Any, config: AdapterFields, peft_config: LoraConfig | None = None) -> PeftConfig:
-    """The adapter that a run of these trains: the model's own, which is continued, or peft_config, or config's."""
+    """The adapter that a run trains: the model's own, which is continued, or peft_config, or config's."""
     if isinstance(model, PeftModel):
         return model.active_peft_config
     if isinstance(model, str) and is_adapter(model):
@@ -309,14 +309,14 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 @contextlib.contextmanager
 def _outdated_name() -> Iterator[None]:
-    """peft still reads a name that transformers has given up, which warns; nothing is wrong."""
+    """Silence a warning of peft, which reads a name that transformers has given up; nothing is wrong."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
 
 
 def load_tokenizer(model, config: ModelFields):
-    """The tokenizer that comes with a model, by its name or the name it was loaded from; an adapter's is its base's."""
+    """The tokenizer of a model, found by its name or its config's; of an adapter, its base's."""
     name = model if isinstance(model, str) else model.name_or_path
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path

@@ -1,4 +1,4 @@
-"""LoRA in training: the same numbers as PEFT's but for rounding in 16 bits, of which the backward keeps less.
+"""LoRA with PEFT's numbers, but for rounding in 16 bits, and with less saved for the backward.
 
 PEFT casts an adapted layer's input to the adapter's fp32, which autocast casts back: the backward then keeps a copy of
 the input for each adapted layer. Here it keeps the very tensor that the base layer got, once for all that share it (q,
@@ -37,7 +37,7 @@ class _AddAdapter(torch.autograd.Function):
 
 
 def keep_one_input(model: nn.Module) -> None:
-    """Let the adapted linear layers of a model go through _AddAdapter, wherever what they wear is one plain adapter."""
+    """Let the linear layers that wear one plain adapter go through _AddAdapter."""
     for layer in _linear_lora_layers(model):
         layer.forward = partial(_forward, layer)
 
@@ -66,7 +66,7 @@ def plain_lora_layers(model: nn.Module) -> list[Any]:
 
 
 def worn_by(layer: Any) -> list[str]:
-    """The names of the adapters that a layer computes with, unless they are off; it may lack what other layers wear."""
+    """The names of the adapters that a layer computes with; it may lack one that other layers wear."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 

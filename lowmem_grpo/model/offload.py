@@ -22,8 +22,8 @@ GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {
 def tile_mlps(decoder: nn.Module, contexts: Callable[[], tuple]) -> None:
     """Compute each layer's MLP TILE_TOKENS rows at a time, and again in the backward: its rows are independent.
 
-    Only one tile's intermediates exist at a time, for the input and the output of the whole. contexts makes those of a
-    tile's forward and of its recomputation.
+    Only one tile's intermediates exist at a time, for the input and the output of the whole. contexts makes the
+    contexts of a tile's forward and of its recomputation.
 
     Raises:
         InputError: a layer's MLP is not a plain one.
@@ -73,7 +73,7 @@ def offload_embedding(model: Any) -> None:
 
 
 class _Ours:
-    """A layer's forward that one of these put there, which undo() takes away."""
+    """A layer's forward that this module has replaced, which undo() takes away."""
 
     def __init__(self, forward: Callable[..., Tensor]):
         self.forward = forward
@@ -93,7 +93,7 @@ def undo(model: Any) -> None:
 
 @dataclass(eq=False)
 class Away:
-    """A tensor that is in CPU memory."""
+    """A tensor in CPU memory, on its way back when it is asked for."""
 
     copy: Tensor
     copied: Any  # the event after which copy is whole
@@ -103,10 +103,10 @@ class Away:
 
 
 class Offloading:
-    """While it is entered, what a checkpointed layer keeps, its input, goes to the CPU; it comes back in the backward.
+    """Sends the saved input of each checkpointed layer to the CPU; the backward brings it back.
 
-    On a stream of its own, and ahead of its use: when one layer's input is asked for, the next one's is on its way.
-    Without CUDA the same is done without streams, which only serves to test it.
+    Copies have a stream of their own, ahead of their use: when one layer's input is asked for, the next one's is on its
+    way. Without CUDA there are no streams, which only serves to test it.
     """
 
     def __init__(self, device: torch.device):
@@ -138,7 +138,7 @@ class Offloading:
         return away
 
     def _let_go(self, but: int) -> None:
-        """Of all inputs but the last ones, once their copy is whole.
+        """Let the sent inputs go, but for the last ones, once their copies are whole.
 
         record_stream would give their memory back only when the host sees that, which runs far ahead of the GPU: by
         then the forward would have taken new memory for every layer.

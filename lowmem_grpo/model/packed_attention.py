@@ -52,7 +52,7 @@ def by_blocks(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """(T, H, D), by a call of scaled_dot_product_attention a block, or in plain products where there is a softcap.
+    """Attention (T, H, D), by one scaled_dot_product_attention a block, or plain products with a softcap.
 
     Takes the memory of a copy of each prompt's keys and values per tail, which packing.py bounds.
     """
@@ -67,7 +67,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # queries (B, H, Q, D), keys and values 
 
 
 def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
-    """B is G n, Q is C, K is P + C."""
+    """Queries, keys and values of a block: B is G n, Q is C, K is P + C."""
     groups, members, tail = block.tails.shape
 
     def own(x: Tensor) -> Tensor:  # (G n, C, H or H_kv, D)
@@ -83,7 +83,7 @@ def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
 
 
 def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-    """(B, Q, H, D); the last Q keys are the queries' own."""
+    """Attention (B, Q, H, D), where the last Q keys are the queries' own."""
     query, key, value = inputs
     batch, heads, queries, size = query.shape
     # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
@@ -118,10 +118,10 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
 
 
 def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> Tensor:
-    """(Q copies, K): 0 where one of the last Q of K tokens sees another, else -inf. grouped is (B, H_kv, Q, copies, D).
+    """An additive mask (Q copies, K): 0 where a token is seen, else -inf. The last Q of K tokens are the queries.
 
-    The lower right corner of the largest that was asked for yet. Added, and not chosen by: attention would make and
-    keep a copy like this of one of bools, in every layer.
+    It is a view of the lower right corner of the largest that was asked for. A mask of bools would be turned into
+    numbers, and saved, in every layer. grouped is (B, H_kv, Q, copies, D).
     """
     queries, copies = grouped.shape[2:4]
     kind = (copies, window, grouped.dtype)
@@ -139,7 +139,7 @@ def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> T
 def by_segments(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None, attention: Callable
 ) -> Tensor:
-    """The same by a varlen attention, whose causality is aligned to the last key of each segment."""
+    """Attention (T, H, D), by a varlen attention whose causality ends at each segment's last key."""
     return attention(
         query, key.index_select(0, packing.keys), value.index_select(0, packing.keys), packing.query_starts,
         packing.key_starts, packing.longest_query, packing.longest_key, scaling, window,
@@ -159,7 +159,7 @@ def flash(query, key, value, query_starts, key_starts, longest_query, longest_ke
 
 
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `flash` may run there; head sizes that it does not know raise."""
+    """Tell whether `flash` may run on a device; it raises for head sizes that it does not know."""
     half = dtype in (torch.bfloat16, torch.float16)
     return (
         varlen_attn is not None

@@ -1,4 +1,4 @@
-"""Sequences to micro-batches under a token budget: without padding, and a prompt once for its whole group."""
+"""Sequences packed into micro-batches under a token budget: no padding, a prompt once for its group."""
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ KEYS = 4  # times the token budget: a micro-batch's keys, which attention copies
 
 @dataclass(frozen=True)
 class Block:
-    """What one call of attention serves: after each of G prompts of P tokens n tails of up to C tokens.
+    """One call of attention: G prompts of P tokens, and n tails of up to C tokens after each.
 
     A tail is a completion without its last token. Where P is 0 nothing is before the tails, which are prompts and
     whole sequences.
@@ -26,7 +26,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which token of a packed row of T tokens attends to which.
+    """The attention of a packed row of T tokens: which token sees which.
 
     The row is a list of segments: prompts, tails, and at most one of padding. As varlen attention takes it, segment s
     has the queries [query_starts[s], query_starts[s + 1]) and the keys keys[key_starts[s]:key_starts[s + 1]], the
@@ -70,11 +70,11 @@ def pack(
 ) -> Iterator[MicroBatch]:
     """Micro-batches of at most token_budget tokens, padding included, the longest first, of the chosen completions.
 
-    completions[b] answers prompts[b // num_generations]. Tokens are numbered completion after completion, all of them.
-    A sequence longer than the budget still makes a micro-batch of its own.
+    completions[b] is of prompts[b // num_generations]. Tokens are numbered completion after completion, all of them. A
+    sequence longer than the budget still makes a micro-batch of its own.
 
-    padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for what
-    answers it, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split, and so is
+    padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for its
+    completions, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split, and so is
     one with more than KEYS token_budget keys.
     """
     offsets = [0, *accumulate(map(len, completions))]
@@ -142,7 +142,7 @@ def _pieces(rows, prompts, completions, num_generations, token_budget) -> list[P
 
 
 def _split(members: list[int], prompt: list[int], completions, token_budget: int) -> list[Piece]:
-    """A group in pieces within the budget, each with the prompt again."""
+    """A group in pieces within the budget, each with its own copy of the prompt."""
     pieces: list[Piece] = []
     for b in members:
         if pieces:
@@ -155,7 +155,7 @@ def _split(members: list[int], prompt: list[int], completions, token_budget: int
 
 
 def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
-    """First fit, the largest first."""
+    """Pieces in bins within the budget: first fit, the largest first."""
     bins: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # for tokens and for keys
     for piece in sorted(pieces, key=lambda piece: piece.num_tokens, reverse=True):
@@ -178,7 +178,7 @@ def _bins(pieces: list[Piece], token_budget: int) -> list[list[Piece]]:
 def fills_one(
     prompt_tokens: int, completion_tokens: int, *, num_prompts: int, num_generations: int, token_budget: int
 ) -> list[int] | None:
-    """The completions' lengths, group after group, of a step that fills one micro-batch and has it cost the most.
+    """The completions' lengths of a step that fills one micro-batch and has it cost the most memory.
 
     Every group has one completion of full length and others of one length, the longest with which all still fit: so
     attention has keys and filling for many tails. None where not even one group fits.
@@ -206,7 +206,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) ->
     query_starts, key_starts, keys = [0], [0], []
 
     def segment(new: list[int], before: range) -> range:
-        """Append tokens that see the places before and each other; the places they got."""
+        """Append tokens that see the places before and each other; returns the places they got."""
         places = range(len(ids), len(ids) + len(new))
         ids.extend(new)
         positions.extend(range(len(before), len(before) + len(new)))
@@ -266,18 +266,20 @@ def _longest(starts: list[int]) -> int:
 
 
 def _width(prompt: int, length: int) -> int:
-    """Equal for tails that are filled up to the longest of them, which attention alone pays for.
+    """The class of tails that are padded to one length: 0 for up to 31 tokens, 1 for 32 to 63.
 
-    Of lone sequences and prompts, those of 32 lengths; after a prompt, none that is 32 long and twice another.
+    From 64 tokens on, tails after a prompt have classes that double (64 to 127, 128 to 255), lone sequences and prompts
+    one for each 32 lengths. Attention alone pays for the padding.
     """
     return (length // 32).bit_length() if prompt else length // 32
 
 
 def _rounded_up(width: int, token_budget: int, device: torch.device) -> int:
-    """To a multiple of 8, and on a CPU to one of 4 to 16 widths between powers of two.
+    """The width of a padded row: a multiple of 8, or the width itself where that exceeds the budget.
 
-    There each matrix product of a new shape takes 0.3 ms and 0.3 MiB for a kernel that is never let go, and a width has
-    25 shapes. From 1024 on 256 tokens of padding are the larger cost, from 4096 on a sixteenth.
+    On a CPU there are only 4 to 16 widths between powers of two, since each matrix product of a new shape takes 0.3 ms
+    and 0.3 MiB for a kernel that is never let go, and a width has 25 shapes. From 1024 on 256 tokens of padding are the
+    larger cost, from 4096 on a sixteenth.
     """
     step, power = 8, 1 << (width.bit_length() - 1)
     if device.type == "cpu":

@@ -25,17 +25,9 @@ from lowmem_grpo.warn import warn
 
 
 class Policy:
-    """A language model that answers, and that learns through its adapter alone.
+    """A language model that completes prompts, and that learns through its adapter alone.
 
     Other adapters may share the base: add() puts them on it, and wearing() has the layers compute with one of them.
-
-    Attributes:
-        model: the peft model; only its LoRA parameters, fp32, ask for a gradient.
-        adapter: PEFT's name of the policy's own adapter.
-        adapters: all of the model's, and which of them its layers wear: the policy's own, unless told otherwise.
-        base: the model inside it, whose linear layers carry the adapters.
-        decoder: the model without its head. linear_logprobs is the head wherever probabilities are trained on.
-        dtype: of all computation but the adapters' masters.
     """
 
     def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
@@ -54,7 +46,7 @@ class Policy:
         self.varlen = False  # whether packed rows go through flash attention
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """What is trained of an adapter, under the model's names and in the model's order."""
+        """The trained parameters of an adapter, under the model's names and in the model's order."""
         return self.adapters.parameters_of(name)
 
     def add(self, name: str, peft_config: LoraConfig | None = None, *, copy_of: str | None = None) -> None:
@@ -78,7 +70,7 @@ class Policy:
 
     @contextlib.contextmanager
     def wearing(self, name: str) -> Iterator[None]:
-        """The layers compute with an adapter for the while, in training, in sampling and where a layer is recomputed.
+        """Have the layers compute with an adapter inside the `with`, in training, sampling and recomputation.
 
         A forward made inside may have its backward outside: what a checkpointed layer wore, it wears again.
         """
@@ -93,12 +85,15 @@ class Policy:
     def logprobs_and_entropy(
         self, batch: MicroBatch, temperature: float, *, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The same, and the entropy at each token, (N,) fp32, which carries a gradient only if it is asked to."""
+        """Log-probability and entropy of each of the batch's N tokens, (N,) fp32 each.
+
+        The log-probability carries its gradient, the entropy only with entropy_grad.
+        """
         inputs = self._head_inputs(batch, temperature)
         return linear_logprobs(**inputs, return_entropy=True, entropy_grad=entropy_grad)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """What the head makes each of the batch's N log-probabilities from, (N, D) in the head's dtype."""
+        """The head's input for each of the batch's N tokens, (N, D) in the head's dtype."""
         with self.autocast(), self._laid_out(batch), self.saved_activations():
             places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
@@ -112,7 +107,7 @@ class Policy:
 
     @contextlib.contextmanager
     def _laid_out(self, batch: MicroBatch) -> Iterator[None]:
-        """The model attends as the batch is packed; with its own attention, where each row is one sequence."""
+        """Have the model attend as the batch is packed, or by its own attention where rows are padded."""
         if batch.packing is None:
             yield
             return
@@ -134,7 +129,7 @@ class Policy:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether it can be trained on packed rows. Tried on a few tokens, once, with a warning where it cannot."""
+        """True where the policy can be trained on packed rows. Tried once, on a few tokens, with a warning."""
         reason = refusal(self.base)
         if not reason:
             self.varlen = flash_serves(self.device, self.dtype)
@@ -149,12 +144,12 @@ class Policy:
         return not reason
 
     def autocast(self) -> torch.autocast:
-        """Casts the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
+        """Cast the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Without gradients, dropout or checkpointing; the training mode is restored afterwards."""
+        """Switch off gradients, dropout and checkpointing inside the `with`; afterwards the training mode is back."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -165,13 +160,13 @@ class Policy:
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
-        """The frozen model without the adapters, for inference."""
+        """Take off all adapters inside the `with`, for inference."""
         with self.inference(), self.adapters.wearing(()):
             yield
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """What a KL holds the policy to, for inference: the adapters off, or a snapshot of them in their place."""
+        """Compute as the reference inside the `with`: without adapters, or with the snapshot of them."""
         if self.reference is None:
             with self.as_base():
                 yield
@@ -185,7 +180,7 @@ class Policy:
                 self._point_to(own)
 
     def snapshot_reference(self) -> None:
-        """From now on the reference is the adapters as they are: 4 bytes a parameter of theirs, in fp32."""
+        """Make a copy of the adapter as it is the reference from now on: 4 bytes a parameter."""
         self.reference = {
             name: parameter.detach().clone() for name, parameter in self.parameters_of(self.adapter).items()
         }
@@ -197,7 +192,7 @@ class Policy:
             self.reference[name].lerp_(parameter.detach(), share)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has of it besides its adapter: the snapshot of the reference, where there is one."""
+        """The tensors of a checkpoint besides the adapter: the reference's snapshot, where there is one."""
         return self.reference or {}
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model computes in a layout of ours what it computes by itself: tried once, at each layer's own output.
+"""A trial of our layouts: each layer's outputs compared with the model's own, once, on a few tokens.
 
 The trial is in fp32, whatever the run computes in. In 16 bits the rounding of 30 layers moves a log-probability by up
 to 0.8 nats, which is more than a wrong mask in one of them does; in fp32 what is right is 1e-5 off, and what is wrong
@@ -46,7 +46,7 @@ LAST = "its last hidden state"  # the name of what a decoder gives
 
 
 def pieces(policy: Any, text: str, lengths: Sequence[int]) -> list[list[int]]:
-    """The ids of a text, cut at these lengths, and over again where it is shorter; none of them is special.
+    """The token ids of a text in pieces of these lengths, begun again where it ends; none is special.
 
     The first ids of the vocabulary where the tokenizer is a stand-in that reads no text, as those of benchmarks are.
     """
@@ -60,7 +60,7 @@ def pieces(policy: Any, text: str, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A decoder's layers by name, and the modules that it has beside them."""
+    """A decoder's layers by name, and the modules beside them."""
     for name, module in decoder.named_children():
         if isinstance(module, nn.ModuleList):
             yield from ((f"{name}.{number}", layer) for number, layer in module.named_children())
@@ -72,9 +72,9 @@ def parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def in_fp32(policy: Any) -> Iterator[Any]:
-    """The policy as if it had been loaded in fp32; its 4-bit weights are what they are, the others one layer at a time.
+    """The policy computing in fp32 inside the `with`: its 4-bit weights as they are, the others cast.
 
-    The weights of a layer are fp32 from its forward to the next layer's.
+    The weights of a layer are fp32 from its forward to the next layer's, so that one layer at a time takes the memory.
     """
     exact = copy.copy(policy)
     exact.dtype, exact.varlen = torch.float32, False
@@ -122,7 +122,7 @@ def in_fp32(policy: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def narrow_windows(model: Any) -> Iterator[None]:
-    """Sliding windows are WINDOW tokens wide for the while."""
+    """Narrow sliding windows to WINDOW tokens inside the `with`."""
     owners = [owner for owner in (*configs_of(model), *model.modules()) if "sliding_window" in vars(owner)]
     before = [(owner, owner.sliding_window) for owner in owners if owner.sliding_window]
     try:
@@ -136,7 +136,7 @@ def narrow_windows(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hand what each layer, each of its parts and the decoder give, (R, T, ...), to keep, under a name of that call."""
+    """Call keep(name, output (R, T, ...)) for each layer, each of its parts and the decoder, inside the `with`."""
     calls: dict[str, int] = {}
 
     def kept(name: str, output: Any) -> None:
@@ -159,7 +159,7 @@ def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Ite
 
 
 def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
-    """What the layers make of the tokens that the batches' N tokens are predicted from."""
+    """The layers' outputs at the positions that predict the batches' N tokens, by layer."""
     found: Outputs = {}
     for batch in batches:
 
@@ -174,9 +174,10 @@ def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
 
 
 def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
-    """Of each output the root mean square over its tokens, each relative to its size or the median token's.
+    """The root mean square error of each output over its tokens, by name, each relative to a size.
 
-    Where a token's is small, as between a model's norms, it is its rounding that a relative measure would show.
+    The size is the token's own or, where that is smaller, the median token's: between a model's norms some tokens are
+    small, and would show their rounding.
     """
     found = {}
     for name in [name for name in theirs if name in ours]:
@@ -187,7 +188,7 @@ def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
 
 
 def too_far(errors: dict[str, float], noise: dict[str, float]) -> str | None:
-    """Where an fp32 output is further away than LEAST, and than 3 times what it is in another batch; or None."""
+    """A sentence on the first fp32 output further away than LEAST and 3 times its usual distance; or None."""
     for name, error in errors.items():
         if not error <= min(max(LEAST, 3 * noise.get(name, 0.0)), MOST):  # a NaN is too far, too
             return f"{name} is {error:.1g} away"
@@ -195,7 +196,7 @@ def too_far(errors: dict[str, float], noise: dict[str, float]) -> str | None:
 
 
 class Differs(ValueError):
-    """A layout of ours gives something else, and the message says what and how far."""
+    """One of our layouts gives something else, and the message says what and how far."""
 
 
 def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
@@ -218,7 +219,7 @@ def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
 
 
 def difference_when_packed(policy: Any, text: str) -> str | None:
-    """Why packed rows do not give what separate ones give, or None. Two prompts, of which one is shared."""
+    """A sentence on how packed rows differ from separate ones, or None. Two prompts, of which one is shared."""
     lengths = (26, 1, 9, 5, 1, 14, 7, 2, 12, 3)
     texts = pieces(policy, text, lengths)
 
@@ -247,7 +248,7 @@ def difference_when_packed(policy: Any, text: str) -> str | None:
 
 @dataclass(frozen=True)
 class InBothPrecisions:
-    """A packed row whose attention and its gradient are, in 16 bits, near those in fp32, or it raises Differs."""
+    """A layout that raises Differs where attention or its gradient in 16 bits is far from fp32."""
 
     packed: Packed
     predictors: Tensor  # (N,) int64: the tokens whose results count; those of padding are any

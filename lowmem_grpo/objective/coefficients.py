@@ -7,7 +7,7 @@ from lowmem_grpo.config.sections import ObjectiveFields
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the KL and the entropy in the loss of one optimizer step."""
+    """The weights of the KL and of the entropy in the loss of one optimizer step."""
 
     beta: float
     entropy_coef: float
@@ -21,7 +21,7 @@ class Controllers:
         self.beta, self.entropy_coef, self.last_entropy = config.beta, config.entropy_coef, math.inf
 
     def coefficients(self) -> Coefficients:
-        """Those of the next optimizer step.
+        """The coefficients of the next optimizer step.
 
         With use_adaptive_entropy there is a bonus only where the last step's entropy was at most entropy_target.
         """
@@ -52,7 +52,7 @@ class Controllers:
         self.beta *= 1 + error * min(1.0, num_completions / config.kl_horizon)
 
     def metrics(self) -> dict[str, float]:
-        """The coefficients that the next step has, where a controller or the entropy bonus makes them worth a look."""
+        """The coefficients of the next step, where a controller or the entropy bonus is on."""
         found = {"entropy_coef": self.entropy_coef} if self.config.has_entropy_bonus else {}
         return found if self.config.kl_target is None else {**found, "beta": self.beta}
 

@@ -48,12 +48,12 @@ def token_weights(
 
 
 def sequence_sum(values: Tensor, sequences: Tensor, num_completions: int) -> Tensor:
-    """At each token (N,) the sum over its completion's tokens."""
+    """The sum over each token's completion, (N,)."""
     return values.new_zeros(num_completions).index_add(0, sequences, values)[sequences]
 
 
 def sequence_mean(values: Tensor, sequences: Tensor, num_completions: int) -> Tensor:
-    """At each token (N,) the mean over its completion's tokens."""
+    """The mean over each token's completion, (N,)."""
     count = sequence_sum(torch.ones_like(values), sequences, num_completions)
     return sequence_sum(values, sequences, num_completions) / count
 
@@ -66,7 +66,7 @@ def log_ratios(
     *,
     level: str,
 ) -> Tensor:
-    """log of new policy to old at each token (N,), of the token or of its completion, with its gradient.
+    """Log of new policy over old at each token, (N,), of the token or of its completion, with its gradient.
 
     token            the token's own
     sequence         the mean over its completion (GSPO, https://arxiv.org/abs/2507.18071)
@@ -187,7 +187,7 @@ def low_divergence(
     *,
     threshold: float,
 ) -> Tensor:
-    """Off-policy sequence mask, (N,) bool: a completion with A < 0 counts while its mean log(old / new) is low.
+    """Off-policy sequence mask, (N,) bool: completions with A < 0 count only at a low mean log(old / new).
 
     DeepSeek-V3.2, https://arxiv.org/abs/2512.02556
     """
@@ -205,7 +205,7 @@ def importance_weights(
     clip_min: float | None,
     clip_max: float | None,
 ) -> Tensor:
-    """What corrects for sampling from another distribution, (N,): old / proposal, of each token or its completion.
+    """Importance weights (N,), old policy over the distribution drawn from, of each token or its completion.
 
     {token,sequence}_truncate bounds the ratio, {token,sequence}_mask makes those outside of the bounds 0.
     """

@@ -1,4 +1,4 @@
-"""From the configuration to a micro-batch's loss: a row a loss_type, what multiplies it, the KL and the entropy."""
+"""A micro-batch's loss, as configured: one row a loss_type, importance weights and masks, KL and entropy."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Tokens:
     sampling_logprobs: Tensor | None = None  # by the sampler, under temperature alone
 
     def log_ratios(self, level: str) -> Tensor:
-        """log of new policy to old, with its gradient, at "token", "sequence" or "sequence_token" level."""
+        """Log of new policy over old, with its gradient, at "token", "sequence" or "sequence_token" level."""
         return formulas.log_ratios(self.logprobs, self.old_logprobs, self.sequences, self.num_completions, level=level)
 
 
@@ -44,7 +44,7 @@ Objective = Callable[[Tokens, GRPOConfig], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss_type is: its token losses, and how they become the loss of a step."""
+    """A loss_type: its token losses, and how they become the loss of a step."""
 
     token_losses: Objective  # (N,), without the KL and the entropy bonus
     aggregation: str  # of the token losses, see formulas.token_weights
@@ -52,7 +52,7 @@ class Loss:
     # A ratio outside of these is cut off, which clip_ratio counts.
     clip_bounds: Callable[[ObjectiveFields], tuple[float, float]] = lambda config: (0.0, math.inf)
     importance_weights_inside: bool = False  # token_losses reads them; else they multiply the advantages
-    learn_mask_inside: bool = False  # likewise
+    learn_mask_inside: bool = False  # token_losses reads it; else it multiplies the advantages
     zero_advantage_has_no_gradient: bool = True  # so that such a completion need not be computed
     # What is recorded of each token besides TokenStats.
     token_metrics: Callable[[Tokens, TokenStats, ObjectiveFields], dict[str, Tensor]] = lambda tokens, stats, config: {}
@@ -95,7 +95,7 @@ def _phi(tokens: Tokens, config: ObjectiveFields) -> Tensor:
 
 
 def _log_importance_weights(tokens: Tokens, config: ObjectiveFields) -> Tensor | None:
-    """log of old policy to sampler of each token's completion, (N,), as VESPO's weight takes it."""
+    """Log importance weight of each token's completion, (N,), as VESPO takes it."""
     if tokens.importance_weights is None:
         return None
     log_weights = tokens.importance_weights.log().clamp(formulas.LOWEST, formulas.HIGHEST)
@@ -162,7 +162,7 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
 
 
 def loss_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -> Tensor:
-    """What a token of each completion weighs in the step's loss, (B,) fp32."""
+    """Weight in the step's loss of a token of each completion, (B,) fp32."""
     return formulas.token_weights(
         lengths, completion_mask,
         aggregation=LOSSES[config.loss_type].aggregation, max_completion_length=config.max_completion_length,
@@ -191,7 +191,7 @@ def micro_batch_loss(
     coefficients: Coefficients,
     config: GRPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's share of the step's loss, a scalar, and what is recorded of its tokens, (N,) each by name."""
+    """A micro-batch's share of the step's loss, a scalar, and values to record of its tokens, (N,) by name."""
     loss = LOSSES[config.loss_type]
     tokens = replace(tokens, advantages=_scaled_advantages(loss, tokens, config))
     by_kernel = loss.fused and config.importance_sampling_level == "token" and config.kl_estimator == "k3"
@@ -210,7 +210,7 @@ def micro_batch_loss(
 
 
 def _scaled_advantages(loss: Loss, tokens: Tokens, config: ObjectiveFields) -> Tensor:
-    """Advantages (N,) times the off-policy mask, and what else the loss does not read itself."""
+    """Advantages (N,) times importance weights and masks, but for those that the loss reads itself."""
     factors = [
         _off_policy_mask(tokens, config),
         None if loss.importance_weights_inside else tokens.importance_weights,
@@ -229,7 +229,7 @@ def _off_policy_mask(tokens: Tokens, config: ObjectiveFields) -> Tensor | None:
 
 
 def _sampling_difference(tokens: Tokens) -> Tensor | None:
-    """How far training's log-probabilities (N,) and the sampler's are apart, of the policy that sampled."""
+    """Distance (N,) of the sampler's log-probabilities from training's, of the policy that sampled."""
     return None if tokens.sampling_logprobs is None else (tokens.old_logprobs - tokens.sampling_logprobs).abs()
 
 

@@ -1,1 +1,1 @@
-"""What a run will need, predicted from a model's configuration alone."""
+"""The needs of a run, predicted from a model's configuration alone."""

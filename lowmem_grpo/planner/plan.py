@@ -1,6 +1,6 @@
-"""What a run will need: the peak of each phase, predicted from a model's configuration alone, and what to do about it.
+"""The peak memory of each phase, predicted from a model's configuration, and settings that fit a budget.
 
-The layers' activations are not written down as formulas, which would go stale: tracing.py runs the training code.
+The layers' activations are not written down as formulas, which would go stale: trace.py runs the training code.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is all
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes on the device: what is there throughout, and what each phase adds at its peak, by name."""
+    """Bytes on the device, by name: resident ones, and those that each phase adds at its peak."""
 
     resident: dict[str, int]
     phases: dict[str, dict[str, int]]
@@ -73,7 +73,7 @@ def plan(
     adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
     longest_prompt: int | None = None,  # its tokens; None where no prompt is known yet
 ) -> Plan:
-    """The cheapest settings with which every phase stays within vram_budget; config's own are kept where they fit."""
+    """The cheapest settings with which every phase stays within vram_budget; config's own where they fit."""
     key = Key(model, adapter or lora_config(config))
     # Within here, max_prompt_length is the length that is planned for.
     prompt = longest_prompt or config.max_prompt_length or PROMPT_TOKENS
@@ -93,7 +93,7 @@ def plan(
 def plan_to_fit(
     model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None, longest_prompt: int | None = None
 ) -> Plan:
-    """plan(), for a run. Raise InputError, with the remedy, where nothing fits."""
+    """The plan of a run. Raise InputError, with the remedy, where nothing fits."""
     found = plan(model, config, adapter, longest_prompt)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
@@ -105,7 +105,7 @@ def plan_to_fit(
 
 @contextlib.contextmanager
 def limit_memory(found: Plan | None, device: torch.device) -> Iterator[None]:
-    """For the while, torch allocates the plan's budget and no more, which does not count the CUDA context."""
+    """Have torch allocate no more than the plan's budget inside the `with`, CUDA's context not counted."""
     if found is None or found.budget is None:
         yield
         return
@@ -120,7 +120,7 @@ def limit_memory(found: Plan | None, device: torch.device) -> Iterator[None]:
 
 
 def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
-    """The same, with no more keys and values at once than a step of training was planned with."""
+    """The configuration for an evaluation, with no more keys and values than the plan's training step has."""
     if found is None:
         return config
     tokens = config.prompts_per_step * (found.prompt_tokens + config.num_generations * config.max_completion_length)
@@ -149,7 +149,7 @@ def _fits(found: Forecast, budget: int | None) -> bool:
 
 
 def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
-    """What would make the largest phase smaller, the least costly first."""
+    """Changes that would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
     if phase == "rollout" and found.phases[phase].get("dense weights"):
         yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
@@ -176,13 +176,13 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> It
 
 
 def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
-    """The smallest change of the task itself that would fit: shorter completions, else shorter prompts."""
+    """The smallest change of the task that would fit: shorter completions, else shorter prompts."""
     resident = sum(found.resident.values())
     if resident > budget:
         return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
 
     def with_everything(**lengths: int) -> Forecast:
-        """All that a plan would choose, chosen at once."""
+        """The forecast with every change that a plan could choose."""
         changed = replace(config, **lengths)
         return _forecast(key, replace(changed, token_budget=_longest(changed), rollout_token_budget=_longest(changed)))
 
@@ -206,7 +206,7 @@ def _in_settings(values: dict[str, int]) -> str:
 
 
 def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Forecast:
-    """Peaks of the phases, each with the parts that it is made of. Nothing is downloaded or allocated."""
+    """The peak of each phase, in parts. Nothing is downloaded or allocated."""
     return _forecast(Key(model, adapter or lora_config(config)), config)
 
 
@@ -296,7 +296,7 @@ def _longest(config: GRPOConfig) -> int:
 
 
 def _rollout_tokens(config: GRPOConfig, shared: bool) -> int:
-    """Of keys and values, were everything sampled at once."""
+    """Number of tokens with keys and values, if all completions are sampled at once."""
     if not shared:
         return _step_tokens(config)
     return config.prompts_per_step * (prompt_tokens(config) + config.num_generations * config.max_completion_length)
@@ -311,7 +311,7 @@ def _in_words(size: int) -> str:
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
-    """For JSON: bytes throughout."""
+    """The plan for JSON, in bytes throughout."""
     return {
         "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
         "peak": found.forecast.peak(), "prompt_tokens": found.prompt_tokens, "assumptions": found.assumptions,
@@ -321,7 +321,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
 
 
 def as_text(found: Plan) -> str:
-    """A table for people, in GB of 10^9 bytes, as budgets are written; and what the plan chose."""
+    """The plan for people: a table in GB of 10^9 bytes, and the chosen settings."""
     peaks = found.forecast.peaks()
     lines = [f"{'resident throughout':<34}{_in_words(sum(found.forecast.resident.values())):>12}"]
     lines += [f"  {name:<32}{_in_words(size):>12}" for name, size in found.forecast.resident.items()]

@@ -1,4 +1,4 @@
-"""What a model's weights and activations take, seen on tensors that have a shape and no memory.
+"""Memory of a model's weights and activations, seen on tensors that have a shape and no memory.
 
 Weights and adapters are counted on the whole model. Its activations are those of the training code itself, which runs
 2 and 3 layers of each kind that the model has; a whole model is these, by their number.
@@ -41,7 +41,7 @@ def prompt_tokens(config: DataFields) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """A model's configuration and its adapter's, that a cache can look up."""
+    """A cache's key: a model's configuration and its adapter's."""
 
     model: PreTrainedConfig
     adapter: PeftConfig
@@ -69,7 +69,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Generated:
-    """Bytes of a row in transformers' generate: its cache at the end of the prompt and in full, and what is besides."""
+    """Bytes of a row in transformers' generate: its cache, after the prompt and in full, and the rest."""
 
     prompt_cache: int
     prefill: int
@@ -79,7 +79,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Traced:
-    """What building a model and running its layers shows, for the whole of it."""
+    """Numbers of a whole model, from building it and running some of its layers."""
 
     resident: dict[str, int]
     adapter_sizes: tuple[int, ...]  # numbers in each trained parameter
@@ -95,7 +95,7 @@ class Traced:
 
 
 class Watched:
-    """Reads a configuration's fields and properties, and remembers the names of the fields in `read`."""
+    """A configuration that remembers, in `read`, the names of the fields that were read of it."""
 
     def __init__(self, config: GRPOConfig, read: set[str]):
         self._config, self._read = config, read
@@ -162,7 +162,7 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
 
 
 def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
-    """Why a model's rows can neither be packed nor sampled by the engine, as far as shows without values; or None."""
+    """The reason why a model can neither be packed nor sampled by the engine, as far as shapes show it."""
     reason = refusal(whole.get_base_model())
     if reason is not None:
         return reason
@@ -175,13 +175,13 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
 
 
 def run_layers(whole: PeftModel, config: GRPOConfig) -> Ran:
-    """What all layers take at most, whichever of the largest steps it is."""
+    """Bytes that all layers take in the largest of a training step's micro-batches."""
     found = [_run_layers(whole, config, lengths) for lengths in largest_steps(config)]
     return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
 
 
 def _run_layers(whole: PeftModel, config: GRPOConfig, lengths: list[int]) -> Ran:
-    """What all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
+    """Bytes that all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
     kinds = _kinds(whole)
 
     @cache
@@ -209,7 +209,7 @@ def _run_layers(whole: PeftModel, config: GRPOConfig, lengths: list[int]) -> Ran
 
 
 def _kinds(whole: PeftModel) -> list[int]:
-    """For each layer the first that is like it: of the same modules, parameters and attention."""
+    """The index, for each layer, of the first with its modules, parameters and attention."""
     layers = _layers(whole)
     types = getattr(_text_config(whole), "layer_types", None) or [None] * len(layers)
     seen: dict[Any, int] = {}
@@ -245,7 +245,7 @@ def _layers(whole: PeftModel) -> nn.ModuleList:
 
 @contextlib.contextmanager
 def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) -> Iterator[Policy]:
-    """A policy of the chosen layers, each a copy, whose tensors have no memory; inside, neither has any new one."""
+    """A policy of copies of the chosen layers, whose tensors have no memory; new ones inside have none."""
     adapted = _with_layers(whole, chosen)
     # bfloat16 is of float16's size, and more operations have a fake of it.
     dtype = torch.bfloat16 if config.fp16 else getattr(torch, config.compute_dtype)
@@ -266,7 +266,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
 
 @contextlib.contextmanager
 def _unpacked_rows() -> Iterator[None]:
-    """Where it cannot read positions, transformers takes rows for packed ones: a mask, and keys repeated to suit it."""
+    """Keep transformers from taking rows for packed ones, as it does where it cannot read positions."""
     own = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -294,7 +294,7 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
 
 
 def run_few(policy: Policy, config: GRPOConfig, lengths: list[int]) -> Ran:
-    """Of the first micro-batch of a step whose completions have these lengths."""
+    """The memory of the first micro-batch of a step whose completions have these lengths."""
     prompt = prompt_tokens(config)
     batch = _first_micro_batch(config, lengths, policy.device)
     kept, peak = _activations(policy, batch, config.has_entropy_bonus)
@@ -311,10 +311,10 @@ def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> Mic
 
 
 def largest_steps(config: GRPOConfig) -> list[list[int]]:
-    """The lengths of the completions of steps, one of which has the micro-batch that takes the most memory.
+    """Completion lengths of the steps that may take the most memory: one even, and where rows are packed one uneven.
 
-    Of even lengths, full ones or shorter ones that fill the budget better; and where rows are packed, of uneven ones.
-    Not counted is what attention alone fills up where a step has mostly short texts: up to 31 tokens each.
+    Even lengths are full ones, halves, quarters, eighths, or those that fill the budget best. Not counted is
+    attention's padding where a step has mostly short texts: up to 31 tokens each.
     """
     completions, completion = config.prompts_per_step * config.num_generations, config.max_completion_length
     rows = math.ceil(config.token_budget / (prompt_tokens(config) + completion))  # more than fit at full length
@@ -334,7 +334,7 @@ def largest_steps(config: GRPOConfig) -> list[list[int]]:
 
 
 def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.device) -> MicroBatch:
-    """The largest, as the trainer packs a step."""
+    """The first micro-batch of a step, which is the largest, as the trainer packs one."""
     return next(
         pack(
             [[0] * prompt_tokens(config)] * (len(lengths) // config.num_generations),
@@ -349,7 +349,7 @@ def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.dev
 
 
 def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
-    """(bytes kept between forward and backward, bytes at the peak), the gradients of the adapters not counted."""
+    """(bytes saved between forward and backward, bytes at the peak), without the adapters' gradients."""
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter)
     with Live(policy.model) as live:
@@ -369,12 +369,12 @@ def _inference(policy: Policy, batch: MicroBatch) -> int:
 
 
 def run_generate(whole: PeftModel, config: GRPOConfig) -> Generated:
-    """From two layers of each kind, with a mask, as where prompts are of uneven lengths."""
+    """The memory of a row in `generate`, from two layers of each kind, with a mask."""
     kinds, prompt = _kinds(whole), prompt_tokens(config)
     chosen = tuple(kind for kind in sorted(set(kinds)) for _ in range(2))
 
     def forward(tokens: int, before: int = 0, cache: Any = None) -> tuple[int, int, Any]:
-        """(bytes of the whole model's cache, the others at the peak, the cache)"""
+        """(bytes of the whole model's cache, other bytes at the peak, the cache)"""
         mask = torch.ones(1, before + tokens, dtype=torch.long)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with policy.inference(), policy.autocast(), Live(policy.model) as live:
@@ -392,7 +392,7 @@ def run_generate(whole: PeftModel, config: GRPOConfig) -> Generated:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages while they live, but for those of a model's parameters, gradients and buffers."""
+    """Counts the bytes of living storages, but for a model's parameters, gradients and buffers."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -423,7 +423,7 @@ class Live(TorchDispatchMode):
 
 
 def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tuple[int, ...], int, int]:
-    """Bytes of the weights by kind, numbers in each trained parameter and in the largest 4-bit layer, dense bytes."""
+    """Bytes of the weights by kind, and the sizes of trained parameters and of 4-bit layers."""
     base: Any = whole.get_base_model()
     size = getattr(torch, config.compute_dtype).itemsize
     quantized, counted = [], set()
@@ -445,6 +445,6 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
 
 
 def nf4_bytes(numbers: int) -> int:
-    """Of a bitsandbytes weight in NF4 with double quantization: codes, a scale for 64, and a scale of those for 256."""
+    """Bytes of a bitsandbytes weight in NF4: codes, a scale for 64, and double quantization's scale for 256."""
     scales = math.ceil(numbers / 64)
     return math.ceil(numbers / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)

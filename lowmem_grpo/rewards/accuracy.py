@@ -56,8 +56,10 @@ def reasoning_accuracy_reward(
     log_extra=None,
     **kwargs,
 ) -> list[float | None]:
-    """accuracy_reward of what follows the reasoning: after the last `</think>`, or the last of the first of
-    reasoning_delimiters that occurs; 0.0 where none does, since the reasoning never came to its end."""
+    """accuracy_reward of the text after the reasoning; 0.0 where the reasoning never ends.
+
+    The reasoning ends at the last `</think>`, or at the last of the first of reasoning_delimiters that occurs.
+    """
     answers = [_after_reasoning(completion_text(c), reasoning_delimiters or ["</think>"]) for c in completions]
     rewards = accuracy_reward([text or "" for text in answers], solution, answer, log_extra)
     return [0.0 if text is None else reward for text, reward in zip(answers, rewards, strict=True)]
@@ -113,7 +115,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_heading(text: str, marked: str) -> bool:
-    """Whether the mark is a Markdown heading's: one with no number, or with words, where a number comes later."""
+    """Tell whether a mark is a Markdown heading's: it has no number, or words, and a number comes later."""
     if _last_boxed(text) is not None or tagged_answer(text) is not None or _is_number(marked.strip(EMPHASIS)):
         return False
     after = text.rsplit("####", 1)[1].lstrip()[len(marked) :]
@@ -170,7 +172,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, whose braces may be nested; None if there is none or it never closes."""
+    r"""The content of the last `\boxed{...}`, whose braces may be nested; None without one that closes."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None

@@ -62,7 +62,7 @@ code_reward = get_code_reward()
 
 
 def last_python_block(text: str) -> str | None:
-    """The code between the last fences of Python, or between those of no language if there are no others at all."""
+    """The code of the last Python block; else that of a lone block without a language."""
     blocks = _blocks(text)
     python = [code for language, code in blocks if language in PYTHON]
     if python:
@@ -71,7 +71,7 @@ def last_python_block(text: str) -> str | None:
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """(language, code) of each block that ends, at the next fence that is indented no further than its first."""
+    """Blocks that end, as (language, code): each at the next fence that is indented no further."""
     blocks: list[tuple[str, str]] = []
     language, indent, code = None, "", []
     for line in text.replace("\r\n", "\n").split("\n"):

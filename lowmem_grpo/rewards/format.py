@@ -1,4 +1,4 @@
-"""Rewards that look at the form of a completion alone."""
+"""Rewards of a completion's form alone."""
 
 import re
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def solution_format_reward(completions: list, **kwargs) -> list[float]:
 
 
 def get_regex_reward(pattern: str, full: bool = False, name: str = "regex_reward") -> Callable:
-    """1.0 where the pattern is found in a completion, or with `full` is all of it; a dot stands for newlines too.
+    """1.0 where the pattern is found in a completion, or with `full` matches it all; `.` matches newlines.
 
     Raises:
         InputError: no regular expression.

@@ -1,4 +1,4 @@
-"""The policy's own base, its adapters off, as the judge of the policy's answers: no second model."""
+"""The policy's own base, without its adapters, as the judge of completions: no second model."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class JudgeReward:
         self.policy: Any = None
 
     def bind(self, policy: Any) -> None:
-        """From now on the policy's base judges.
+        """Make the policy's base the judge.
 
         Raises:
             InputError: yes and no begin with the same token.

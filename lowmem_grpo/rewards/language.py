@@ -1,4 +1,4 @@
-"""A reward for answering in the script of the question."""
+"""A reward for completing in the script of the prompt."""
 
 import unicodedata
 from collections import Counter
@@ -11,7 +11,7 @@ LEAST_SHARE = 0.1  # of a prompt's letters: a script with fewer is a quotation
 
 
 def language_consistency_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
-    """The share of a completion's letters that are in a script of its prompt; None where the prompt has no letters.
+    """The share of a completion's letters in a script of its prompt; None for a prompt without letters.
 
     A script (LATIN, CYRILLIC, CJK, HIRAGANA, ...) is one of the prompt's if a tenth of its letters are in it. A
     completion without letters has 1.0. Languages that share a script are not told apart.
@@ -25,7 +25,7 @@ def language_consistency_reward(prompts: list, completions: list, **kwargs) -> l
 
 
 def get_language_consistency_reward(scripts: Sequence[str]) -> Callable:
-    """The share of a completion's letters that are in the given scripts, such as ["CJK"], whatever the prompt's."""
+    """The share of a completion's letters in the given scripts, such as ["CJK"], whatever the prompt's."""
     wanted = {scripts.upper()} if isinstance(scripts, str) else {script.upper() for script in scripts}
 
     def script_reward(completions: list, **kwargs) -> list[float]:
@@ -40,7 +40,7 @@ def _share(text: str, wanted: set[str]) -> float:
 
 
 def _scripts(text: str) -> Counter:
-    """How many letters of a text are in which script; what is only a variant of a letter (ℝ, Ａ) counts as that."""
+    """Number of a text's letters by script; a variant of a letter (ℝ, Ａ) counts as that letter."""
     found = Counter(map(_script, unicodedata.normalize("NFKC", text)))
     del found[None]
     return found

@@ -1,6 +1,6 @@
-"""math_equal(): are two answers equal? By math-verify in worker processes, so that one which takes for ever ends.
+"""math_equal(): tells whether answers are equal, by math-verify in worker processes, which can be ended.
 
-math-verify's own limit is an alarm signal, which works only in a main thread; in a worker it is one.
+math-verify's own limit is an alarm signal, which works only in a main thread; a worker's only thread is one.
 """
 
 import re
@@ -25,7 +25,7 @@ NUMBER = re.compile(r"[-+]?(?=[\d.])(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-
 
 
 def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
-    """Whether each (gold, answer) is equal: plain numbers and words at once, formulas by math-verify in the workers."""
+    """A truth value for each (gold, answer): plain numbers and words at once, formulas by math-verify."""
     verdicts = [_verdict(gold, answer) for gold, answer in pairs]
     open_pairs = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
     if not open_pairs:
@@ -35,7 +35,7 @@ def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
 
 
 def _verdict(gold: str, answer: str) -> bool | tuple[str, str]:
-    """Whether they are equal, or the two formulas of which math-verify has to say it."""
+    """True or false of a gold text and an answer, or the two formulas that math-verify has to compare."""
     if gold == answer or max(len(gold), len(answer)) > MOST_CHARACTERS:
         return gold == answer
     numbers = as_number(gold), as_number(answer)

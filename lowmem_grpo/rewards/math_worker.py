@@ -1,4 +1,4 @@
-"""The program of a math-verify worker: gets (gold, answer), and answers true or false.
+"""The program of a math-verify worker: gets (gold, answer), and sends true or false.
 
 What math-verify rounds is compared exactly here: it chops a difference of numbers at 1e-15, so that 2^{-99} is 2^{-98}
 to it, and rounds decimals to six places. It also takes the letter at the end of `2t` for a unit, R for r, and of a text
@@ -26,7 +26,7 @@ MOST_DIGITS = 100_000  # of a whole number that is written out
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """math-verify's verdict on two answers; where one of them is no formula, whether they are the same text."""
+    """math-verify's verdict on two formulas; of others, whether their texts are equal."""
     texts = [normalize_latex(text, NORMAL) for text in (gold, answer)]
     keep_case = any(_has_both_cases(text) for text in texts)
     formulas = [timeout(PARSING_LIMIT_S)(parsed)(text, keep_case) for text in texts]
@@ -42,13 +42,13 @@ def is_equal(gold: str, answer: str) -> bool:
 
 
 def _has_both_cases(text: str) -> bool:
-    """Whether a letter stands in it as a capital and as a small one, as in R - r, which math-verify takes for 0."""
+    """Tell whether a letter is there as a capital and as a small one: math-verify takes R - r for 0."""
     letters = {text[i] for i in range(len(text)) if text[i].isalpha()}
     return any(letter.isupper() and letter.lower() in letters for letter in letters)
 
 
 def parsed(text: str, keep_case: bool) -> Any:
-    """The formula that a text is, or the last side of a long equation with a side that is none; None for neither."""
+    """The formula of a text, or the last side of a long equation that is one; None without any."""
     config = ConversionConfig(lowercase_symbols=not keep_case)
     for part in dict.fromkeys((text, get_last_eq(text))):
         try:
@@ -60,7 +60,7 @@ def parsed(text: str, keep_case: bool) -> Any:
 
 
 def same_number(a: Any, b: Any, *_: int) -> bool:
-    """In place of math-verify's comparison of two values: exact, but for a decimal that the other is rounded to."""
+    """Compare two values exactly, but for a decimal that the other is rounded to; replaces math-verify's own."""
     if isinstance(a, sympy.MatrixBase | sympy.MatrixExpr) and isinstance(b, sympy.MatrixBase | sympy.MatrixExpr):
         a, b = a.doit(), b.doit()
         return a.shape == b.shape and all(
@@ -91,12 +91,12 @@ def same_number(a: Any, b: Any, *_: int) -> bool:
 
 
 def _last_place(decimal: Any) -> Any:
-    """1/100 for 0.25."""
+    """The value of a decimal's last place: 1/100 for 0.25."""
     return sympy.Rational(1, 10 ** next(places for places in range(MOST_DIGITS) if (decimal * 10**places).is_integer))
 
 
 def same_formula(a: Any, b: Any) -> bool:
-    """In place of math-verify's comparison of two formulas, which rounds their decimals."""
+    """Compare two formulas, without rounding their decimals; replaces math-verify's own comparison."""
     if not (a.free_symbols or b.free_symbols):
         return False
     try:
@@ -107,17 +107,17 @@ def same_formula(a: Any, b: Any) -> bool:
 
 
 def _with_hundredths(value: Any) -> Any:
-    """With the hundredth that a percent sign is as a number, where math-verify holds it back."""
+    """A percentage as a number of hundredths, where math-verify holds its percent sign back."""
     return value.xreplace({held: held.args[0] for held in value.atoms(sympy.UnevaluatedExpr)})
 
 
 def _in_fractions(value: Any) -> Any:
-    """With each decimal as the fraction that it is."""
+    """The formula with each decimal as a fraction."""
     return value.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in value.atoms(sympy.Float)})
 
 
 def _only_with_solutions(compare: Callable) -> Callable:
-    """math-verify takes two equations for the same that have no solution: x^2 = -1 and x^2 = -4."""
+    """Compare two equations that have solutions; without any, math-verify finds x^2 = -1 and x^2 = -4 equal."""
 
     def compare_solutions(gold: Any, answer: Any, *rounding: int) -> bool:
         return bool(sympy.solve(gold, gold.free_symbols)) and compare(gold, answer, *rounding)

@@ -1,4 +1,4 @@
-"""Finds reward functions by name."""
+"""Reward functions found by name."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ from lowmem_grpo.rewards.reward_model import get_model_reward
 def resolve_reward_funcs(
     reward_funcs: Any, built_in: dict[str, Callable], factories: dict[str, Callable] | None = None
 ) -> list[Callable]:
-    """Functions from one or several functions or names.
+    """Functions from one or several functions, names or reward models.
 
     A name is a built-in's, or `module.function` on the Python path; either may be a call with keyword arguments that
     are literals, `get_cosine_scaled_reward(max_len=1024)`, of a function that makes a reward function. Or it is the hub
@@ -82,7 +82,7 @@ def _signature(factory: Callable) -> str:
 
 
 def _find(name: str, known: dict[str, Callable], what: str) -> Any:
-    """What a known name or an import path stands for."""
+    """The function of a known name or of an import path."""
     if name in known:
         return known[name]
     module_name, _, function_name = name.rpartition(".")

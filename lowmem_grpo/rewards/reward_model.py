@@ -14,7 +14,7 @@ from lowmem_grpo.errors import InputError
 def get_model_reward(
     model: str | PreTrainedModel, tokenizer: Any = None, token_budget: int = 16384, device: str | None = None
 ) -> Callable:
-    """The single logit that a reward model gives to a prompt with its completion, a chat through its own chat template.
+    """A reward model's logit for a prompt with its completion, a chat in its own chat template.
 
     `model` is a hub id, a folder, or a loaded model with one label. It stays in memory (device: the GPU where there is
     one, a loaded model's own), which no plan of the run counts. token_budget: most tokens of a batch, padding included.
@@ -98,7 +98,7 @@ def _batches(lengths: list[int], token_budget: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
-    """(B,) fp32: padded to the right, as TRL does."""
+    """The model's logits (B,) fp32, of rows padded on the right as TRL pads them."""
     width, pad = max(1, *map(len, ids)), model.config.get_text_config().pad_token_id
     rows = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)

@@ -44,7 +44,7 @@ class Failure(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one function made of B completions."""
+    """The result of one function for B completions."""
 
     rewards: list[float]  # B, NaN where there is none
     failures: list[Failure]  # one for each completion that has no reward because of a failure
@@ -70,8 +70,10 @@ class RewardRunner:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
     ) -> Scores:
-        """Rewards of B completions; prompts, completions, ids and every column have B entries. No function's error is
-        raised: the run goes on without its reward."""
+        """Rewards of B completions; prompts, completions, ids and every column have B entries.
+
+        No function's error is raised: the run goes on without its reward.
+        """
         calls = self._call_all(prompts, completions, completion_ids, columns, step)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
@@ -100,7 +102,7 @@ class RewardRunner:
                 function.bind(policy)
 
     def try_out(self, prompts: list, columns: dict[str, list]) -> None:
-        """Call every function once on made-up completions, so that one which cannot work stops the run at its start.
+        """Call every function once on made-up completions, so that a broken one stops the run at its start.
 
         Raises:
             InputError: a function raised, took too long, or returned something other than B numbers or Nones; a NaN
@@ -119,7 +121,7 @@ class RewardRunner:
     def _call_all(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
     ) -> list[Call]:
-        """Each function in turn; then what the async ones returned, all of it concurrently."""
+        """Call each function in turn, then await concurrently all that the async ones returned."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         state = SimpleNamespace(global_step=step)
         logs = [_Logs(len(completions)) for _ in self.functions]
@@ -178,7 +180,7 @@ class RewardRunner:
 
 
 class _Logs:
-    """What one function logs; kept apart until its call has succeeded."""
+    """One function's logs, held back until its call has succeeded."""
 
     def __init__(self, count: int):
         self.count = count
@@ -225,7 +227,7 @@ def _torch_settings_kept() -> Iterator[None]:
 
 
 def _as_reward(name: str, value: Any) -> float | Failure:
-    """One completion's reward: NaN for None, a Failure for what is no finite number or an exception in its place."""
+    """One completion's reward: NaN for None, a Failure for no finite number or an exception in its place."""
     if value is None:
         return math.nan
     if isinstance(value, BaseException):

@@ -1,4 +1,4 @@
-r"""What an answer's letters are: words, which are compared as text; the unit of a number; or the letters of a formula.
+r"""Letters in an answer: words, which are compared as text, units of a number, or a formula's variables.
 
 math-verify takes every letter for a variable, so that `listen` equals `silent`, and drops what it has no use for:
 `204_5` is 204 to it, and `2t` is 2, the t being a unit.
@@ -140,12 +140,12 @@ def has_words(answer: str) -> bool:
 
 
 def begins_with_zero(gold: str) -> bool:
-    """Whether a gold answer is one number such as 0110 or 07:30, whose digits count and not its size."""
+    """Tell whether a gold answer is one number such as 0110 or 07:30, whose digits count and not its size."""
     return LEADING_ZERO.fullmatch(reading(gold).value or "") is not None
 
 
 def same_product(gold: str, answer: str) -> bool:
-    r"""Whether they are the same letters in the same order, with or without signs between: `IR` and `V = I \cdot R`."""
+    r"""Tell whether two products have equal letters in order, signs aside: `IR` and `V = I \cdot R`."""
     sides = [_tidy(gold), _tidy(answer)]
     if sum("=" in side for side in sides) == 1:
         sides = [re.sub(r"^[A-Za-z](?:_\w)? *= *", "", side) for side in sides]
@@ -155,7 +155,7 @@ def same_product(gold: str, answer: str) -> bool:
 
 
 def other_unit(unit: str, other: str) -> bool:
-    """Whether they are two units: cm and km, apples and pears, but not balls and red balls or ways and arrangements."""
+    """Tell whether two units differ: cm and km, apples and pears; but not balls and red balls."""
     if "degree" in (unit, other) and unit.startswith("degree") and other.startswith("degree"):
         return False
     if not CURRENCIES.isdisjoint(set(unit.split()) & set(other.split())):  # dollars, and dollars per day
@@ -169,18 +169,18 @@ def other_unit(unit: str, other: str) -> bool:
 
 
 def _names(unit: str) -> set[str]:
-    """Those of a unit, without their exponents."""
+    """The names in a unit, without their exponents."""
     return {re.sub(r"-?\d$", "", name) for name in unit.split()}
 
 
 def with_letter_unit(side: Reading) -> Reading:
-    """`540m` as 540 metres, which it is where the other side is a number; beside a formula it is 540 times m."""
+    """Read `540m` as 540 metres, where the other side is a number; else it is 540 times m."""
     found = LETTER_BEHIND.fullmatch(side.value or "")
     return Reading(side.text, found[1], _unit(found[2])) if found else side
 
 
 def _tidy(answer: str) -> str:
-    """Without what only sets a formula apart or spaces it, and without a subscript that says base ten."""
+    """An answer without spacing, without what sets a formula apart, and without a subscript for base ten."""
     text = unicodedata.normalize("NFC", answer).replace(WORD, "").replace(END, "").strip().strip("*`").strip()
     if len(DOLLAR.findall(text)) % 2 == 0:  # a single one is money
         text = DOLLAR.sub("", text)
@@ -204,7 +204,7 @@ def _with_words_marked(text: str) -> str:
 
 
 def _without_style(found: re.Match) -> str:
-    """What stands in \\text{} or the like, marked where it is words, or the unit of a number."""
+    """An answer whose \text{} and the like are taken off, and marked where they hold words or a unit."""
     content = found[2].replace(WORD, "").replace(END, "")
     name = content.strip()
     if name in ("and", "or"):
@@ -228,7 +228,7 @@ def _ends_a_number(before: str) -> bool:
 
 
 def _is_math(token: re.Match, in_formula: bool) -> bool:
-    """Whether a token is no word: a command, the name of a function, or letters of which each may be a variable."""
+    """Tell whether a token is no word but a command, a function's name, or letters that are variables."""
     run, before, after = token[0], token.string[: token.start()], token.string[token.end() :]
     if run in ("min", "sec") and re.search(r"\d *$", before) and not after:
         return False
@@ -251,7 +251,7 @@ def _is_math(token: re.Match, in_formula: bool) -> bool:
 
 
 def _without_marked_unit(text: str) -> tuple[str, str]:
-    r"""The same for `16\pi \text{ cubic inches}`, where the type says that what stands behind a formula is a unit."""
+    r"""The formula and unit of `16\pi \text{ cubic inches}`, where type marks the unit behind a formula."""
     found = MARKED_UNIT.search(text)
     if not found:
         return text, ""
@@ -271,7 +271,7 @@ def _without_marked_unit(text: str) -> tuple[str, str]:
 
 
 def _is_no_unit(names: list[str]) -> bool:
-    r"""Whether words behind a value are no unit of it: `2 \text{ or}`, `18 thousand`; but `5 units squared`."""
+    r"""Tell whether words behind a value are no unit: `2 \text{ or}`, `18 thousand`; but `5 units squared`."""
     first = names[0]
     if first in NO_NOUN or first in OTHER_NUMBERS or (first in FUNCTIONS and first not in UNITS):
         return True
@@ -279,7 +279,7 @@ def _is_no_unit(names: list[str]) -> bool:
 
 
 def _without_unit(marked: str) -> tuple[str, str]:
-    """What is left, and the one name of the unit at its end or of its currency, or ''."""
+    """The value and the one name of the unit at its end or of its currency, or ''."""
     money = MONEY.search(marked)
     if money:
         return marked[: money.start()] + (money[1] or "") + marked[money.end() :], _unit(money[2] or money[3])
@@ -299,7 +299,7 @@ def _without_unit(marked: str) -> tuple[str, str]:
 
 
 def _unit(text: str, power: str = "") -> str:
-    """Its names with their exponents, in one order: `hour-1 mile` of mph and of miles per hour."""
+    """The names of a unit with their exponents, in one order: `hour-1 mile` of mph and of miles per hour."""
     exponents: dict[str, int] = {}
     sign, following, last = 1, 1, ""
     for part in UNIT_PART.findall(text + power):
@@ -323,7 +323,7 @@ def _singular(word: str) -> str:
 
 
 def _as_formula(marked: str) -> str | None:
-    """What math-verify may read, with a word in a formula (AB, or Area =) as a single symbol; None for text."""
+    """A formula for math-verify, with each word (AB, or Area =) as a single symbol; None for text."""
     only_option = re.fullmatch(r"[\s()\[\]{}.:]*[A-Z]?[\s()\[\]{}.:]*", marked)
     if only_option or NO_FORMULA.search(marked) or NUMBER_IN_BASE.search(marked):
         return None
@@ -339,7 +339,7 @@ def _as_formula(marked: str) -> str | None:
 
 
 def _subscript_of_primes(found: re.Match) -> str:
-    """f' as f_{p}, since math-verify drops the quote."""
+    """f' written as f_{p}, since math-verify drops the quote."""
     count = len(found[2]) if found[2] else found[1].count("prime")
     return "_{" + count * "p" + "}"
 

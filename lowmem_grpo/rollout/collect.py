@@ -62,7 +62,7 @@ def sample_and_score(
     config: GRPOConfig,
     step: int,
 ) -> Scored:
-    """num_generations completions of the prompts at these positions of the stream, and what the rewards say of them."""
+    """Completions of the prompts at these positions of the stream, and the rewards' verdicts on them."""
     drawn = prompts_at(prompts, positions, config)
     completions, metrics = sampler.complete(drawn, config.num_generations)
     asked = [prompt for prompt in drawn for _ in range(config.num_generations)]

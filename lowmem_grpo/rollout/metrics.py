@@ -47,7 +47,7 @@ def in_words(value: float | None, form: str) -> str:
 
 
 def remarks(metrics: dict[str, float], rollout: Rollout) -> list[str]:
-    """What a person should know who sees a step teach little."""
+    """Hints for a person who sees a step teach little."""
     differs = rollout.advantages != 0
     found = []
     if not differs.any():

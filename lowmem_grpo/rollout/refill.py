@@ -1,4 +1,4 @@
-"""One step's rollout where groups without a difference make room: for further prompts, and for earlier groups."""
+"""One step's rollout, with groups without a difference replaced by further prompts or earlier groups."""
 
 from dataclasses import dataclass, replace
 
@@ -25,14 +25,14 @@ from lowmem_grpo.rollout.stream import Stream, index_at, next_positions, prompts
 
 
 def needs_refill(config: GRPOConfig) -> bool:
-    """Whether a step is more than the completions of the stream's next prompts."""
+    """True where a step is more than the completions of the stream's next prompts."""
     return bool(config.dynamic_sampling_rounds or config.replay_buffer_size or config.curriculum_skip)
 
 
 def refill(
     sampler: Sampler, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Collected:
-    """A step as `collect` makes it, with the groups that have no difference replaced where that can be done.
+    """A step as `collect` makes it, with groups without a difference replaced where that can be done.
 
     With dynamic_sampling_rounds, they are dropped for groups of the prompts that come next (DAPO,
     https://arxiv.org/abs/2503.14476), and then for those in the replay buffer. A group that is without a difference
@@ -84,7 +84,7 @@ def _missing(rounds: list[_Round], config: GRPOConfig) -> int:
 def _sample_rounds(
     sampler: Sampler, prompts: list[Prompt], stream: Stream, rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> list[_Round]:
-    """Sample until no group is missing or no round is left; the stream moves on and learns which prompts are dull."""
+    """Sample until no group is missing or no round is left; the stream learns which prompts are dull."""
     rounds: list[_Round] = []
     while len(rounds) <= config.dynamic_sampling_rounds and _missing(rounds, config):
         positions = next_positions(stream.position, _missing(rounds, config), stream.dull_prompts, len(prompts), config)
@@ -102,9 +102,9 @@ def _sample_rounds(
 
 
 def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
-    """Whether the completions of each group were told apart, (B / num_generations,) bool.
+    """A truth value for each group, (B / num_generations,) bool: its completions were told apart.
 
-    Where the batch is what a reward is compared with (reinforce_plus_plus), every group is, if anything is.
+    Where a reward is compared with the whole batch (reinforce_plus_plus), all groups are told apart, or none.
     """
     if config.adv_estimator == "reinforce_plus_plus":
         advantages = compare_rewards(rewards, config).advantages
@@ -116,7 +116,7 @@ def _differs(rewards: Tensor, config: GRPOConfig) -> Tensor:
 
 
 def _to_replay(scored: Scored, config: GRPOConfig) -> list[Group]:
-    """The groups that a later step may take: those with a difference, whose sampler said what it drew them with.
+    """The groups that a later step may replay: those with a difference and the sampler's log-probabilities.
 
     A group with a log-probability that is not finite is left out, since it would spoil another step.
     """
@@ -137,7 +137,7 @@ def _to_replay(scored: Scored, config: GRPOConfig) -> list[Group]:
 
 
 def _replayed(policy: Policy, prompts: list[Prompt], groups: list[Group], config: GRPOConfig) -> Scored:
-    """Groups out of the replay buffer, with the rewards that they got then."""
+    """Groups out of the replay buffer, with the rewards that they had."""
     positions = [group.position for group in groups]
     drawn = prompts_at(prompts, positions, config)
     completions = [completion for group in groups for completion in group.completions]
@@ -149,7 +149,7 @@ def _replayed(policy: Policy, prompts: list[Prompt], groups: list[Group], config
 
 
 def _chosen(scored: Scored, groups: list[int], config: GRPOConfig) -> Scored:
-    """These groups of what was scored."""
+    """The chosen groups of scored completions."""
     size = config.num_generations
     rows = [b for group in groups for b in range(group * size, (group + 1) * size)]
     return Scored(
@@ -163,7 +163,7 @@ def _chosen(scored: Scored, groups: list[int], config: GRPOConfig) -> Scored:
 
 
 def _joined(parts: list[Scored]) -> Scored:
-    """Several parts as one, without metrics; its table has the columns that all of them have."""
+    """Several Scored as one, without metrics; its table has the columns that all of them have."""
     parts = [part for part in parts if part.prompts] or parts[:1]
     names = [name for name in parts[0].table if all(name in part.table for part in parts)]
     return Scored(

@@ -18,7 +18,7 @@ class Group:
 
 
 class ReplayBuffer:
-    """The newest `size` groups. What is taken is gone: a group is replayed at most once."""
+    """The newest `size` groups, each of which is replayed at most once."""
 
     def __init__(self, size: int):
         self.size = size
@@ -34,7 +34,7 @@ class ReplayBuffer:
         return taken[::-1]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, for a checkpoint: flat over groups, completions and tokens."""
+        """All groups, for a checkpoint: flat over groups, completions and tokens."""
         completions = [completion for group in self.groups for completion in group.completions]
         if not completions:
             return {}

@@ -1,4 +1,4 @@
-"""What crosses from sampling to the update: prompts, completions, and everything a step knows about them."""
+"""The data that sampling hands to the update: prompts, completions, and all that a step knows of them."""
 
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ class Rollout:
     completions: list[Completion]  # B
     offsets: Tensor  # (B + 1,) int64
     sampling_logprobs: Tensor | None  # (M,) fp32, by the sampler, under temperature alone; None if it does not say
-    proposal_logprobs: Tensor | None  # (M,) fp32, what an importance weight divides by; likewise
+    proposal_logprobs: Tensor | None  # (M,) fp32, what an importance weight divides by; None where that is None
     rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply
     advantages: Tensor  # (B,) fp32
     completion_mask: Tensor  # (B,) bool: whether the completion's tokens count
@@ -57,7 +57,7 @@ class Rollout:
 
     @classmethod
     def bare(cls, prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> "Rollout":
-        """A rollout of ids alone, without rewards, metrics or text: what an update needs, to try or to measure one."""
+        """A rollout of ids alone, without rewards, metrics or text, to try or to measure an update."""
         lengths = torch.tensor([0, *map(len, completions)])
         return cls(
             prompts=[Prompt("", ids, {}) for ids in prompts],
@@ -80,7 +80,7 @@ class Rollout:
         return self.prompts[completion // self.num_generations]
 
     def parts(self, count: int) -> "list[Rollout]":
-        """This rollout split into count rollouts of as many prompts each, which all have its metrics and table."""
+        """The rollout split into count ones of equally many prompts, which all have its metrics and table."""
         if count == 1:
             return [self]
         size = len(self.prompts) // count

@@ -24,9 +24,10 @@ def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPO
 def next_positions(
     position: int, count: int, dull_prompts: set[int], num_prompts: int, config: GRPOConfig
 ) -> list[int]:
-    """The next count positions from `position` on, of which those of dull prompts are passed over by chance.
+    """The next count positions from `position` on, of which dull prompts' are passed over by chance.
 
-    A function of its arguments alone, like prompts_at. What is passed over is drawn anew at each position.
+    A function of its arguments alone, so that a resumed run draws as it would have. The chance is drawn anew at each
+    position.
     """
     chosen = []
     while len(chosen) < count:
@@ -40,7 +41,7 @@ def next_positions(
 
 
 def index_at(position: int, num_prompts: int, config: GRPOConfig) -> int:
-    """Which of the prompts stands at a position of the stream."""
+    """The index of the prompt at a position of the stream."""
     epoch, place = divmod(position, num_prompts)
     return _order(num_prompts, epoch, config)[place]
 
@@ -60,7 +61,7 @@ def _order(count: int, epoch: int, config: GRPOConfig) -> Sequence[int]:
 
 @dataclass
 class Stream:
-    """Where a run stands in its endless stream of prompts, and what it remembers of those it has seen.
+    """A run's place in its endless stream of prompts, and the memory of those it has seen.
 
     A part of a checkpoint, and so is its replay buffer.
     """

@@ -1,1 +1,1 @@
-"""What every training shares: folder, log, checkpoints, randomness, interruption, progress."""
+"""The common part of every training: folder, log, checkpoints, randomness, interruption, progress."""

@@ -1,4 +1,4 @@
-"""The adapter of the best evaluation so far, kept in output_dir/best."""
+"""The adapter of the best evaluation so far, in output_dir/best."""
 
 import json
 import math
@@ -31,7 +31,7 @@ class BestAdapter:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def keep(self, policy: Policy, step: int, metrics: dict[str, float]) -> None:
-        """Write the adapter as it is now if its metric is better than that of the one that is kept.
+        """Write the adapter as it is now if its metric is better than the saved one's.
 
         Raises:
             InputError: the evaluation has no such metric.
@@ -52,7 +52,7 @@ class BestAdapter:
         write_folder(self.folder, write)
 
     def record(self) -> dict[str, Any] | None:
-        """What is kept, or None where there is nothing, or something that was the best by another metric."""
+        """The step, metric and value of the best adapter, or None without one by this metric."""
         path = self.folder / "best.json"
         if not path.is_file():
             return None
@@ -60,7 +60,7 @@ class BestAdapter:
         return kept if kept["metric"] == self.metric else None
 
     def load(self, policy: Policy) -> None:
-        """Give the policy the adapter that is kept; without one, where no evaluation had a value, it stays."""
+        """Give the policy the saved adapter; without one, where no evaluation had a value, it stays."""
         if self.record() is not None:
             weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
             set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)

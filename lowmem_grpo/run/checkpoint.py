@@ -24,7 +24,7 @@ State = dict[str, Any]  # by name: tensors, and what JSON has
 
 
 class Part(Protocol):
-    """What an algorithm wants in a checkpoint."""
+    """A part of a run that a checkpoint saves and loads."""
 
     def state(self) -> State:
         """Everything that a resumed run goes on with. What it returns must not change afterwards."""
@@ -99,5 +99,5 @@ def read_tensors(folder: Path, name: str, remedy: str = "resume from an older ch
 
 
 def _to_be_finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All but the rewards of replayed completions and of an evaluation: a NaN there is a reward that does not apply."""
+    """The tensors whose NaN would be an error; in rewards it means that a reward does not apply."""
     return {name: values for name, values in tensors.items() if name != "rewards" and not name.startswith("eval_")}

@@ -16,7 +16,7 @@ class Evaluations:
     """Measures a policy at a step, and compares with the evaluation before training. A part of a checkpoint."""
 
     def __init__(self, measure: Callable[[int], Evaluation], prompts: list[Prompt], num_generations: int | None):
-        """measure(step) evaluates; prompts and num_generations tell whether a resumed run measures the same."""
+        """Take measure(step), which evaluates; prompts and num_generations identify it in a checkpoint."""
         self.measure = measure
         rows = [[prompt.ids, prompt.columns] for prompt in prompts]
         self.data = hashlib.sha256(json.dumps([num_generations, rows], default=str).encode()).hexdigest()
@@ -25,11 +25,11 @@ class Evaluations:
 
     @property
     def have_changed(self) -> bool:
-        """Whether this run measures something else than the evaluation before training did."""
+        """True where this run measures something else than the evaluation before training did."""
         return self.first_data != self.data
 
     def at(self, step: int, shown: list[str]) -> dict[str, float]:
-        """The metrics at a step. Of those named, the differences from the evaluation before training are there too."""
+        """The metrics at a step; of those named, also the differences from the evaluation before training."""
         found = self.measure(step)
         if step == 0:
             self.first = found.values

@@ -36,7 +36,7 @@ def _fits_parquet(values: list) -> bool:
 
 
 def _as_texts(values: list) -> list[str | None]:
-    """str() of each, a character that UTF-8 lacks as its escape."""
+    """str() of each value, with an escape for a character that UTF-8 lacks."""
     return [None if v is None else str(v).encode("utf-8", "backslashreplace").decode() for v in values]
 
 

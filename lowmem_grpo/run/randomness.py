@@ -34,7 +34,7 @@ def restore_randomness(saved: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def same_randomness() -> Iterator[None]:
-    """Afterwards every generator is where it was before."""
+    """Put every generator back where it was before the `with`."""
     saved = randomness()
     try:
         yield

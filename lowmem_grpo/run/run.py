@@ -1,4 +1,4 @@
-"""What every training shares: its steps, one after the other, and what happens between them and at the end."""
+"""The common part of every training: its steps, one after the other, and the work between them."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ Callback = Callable[[int, dict[str, Any], Policy], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What train() returns."""
+    """The result of train()."""
 
     history: list[dict[str, Any]]  # one dict a step, under TRL's metric names; a resumed run's earlier steps included
     eval_history: list[dict[str, Any]]  # one dict an evaluation, the one before training first
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left."""
+        """True where no step is left."""
         return self.step >= self.total_steps
 
     def __enter__(self) -> "Run":
@@ -250,7 +250,7 @@ class Run:
         )
 
     def _evaluate(self) -> None:
-        """Once a step: a resumed run finds in the log what was done before it stopped."""
+        """Evaluate once a step; a resumed run finds in the log the evaluations before it stopped."""
         if self.evaluations is None or self.log.evaluation(self.step):
             return
         with same_randomness():  # a run is the same, however often it is evaluated

@@ -25,7 +25,7 @@ REASONING_GYM = "reasoning_gym"
 
 
 class Inputs(NamedTuple):
-    """What a run is about, with names of tasks replaced by what they stand for."""
+    """The inputs of a run, with datasets and rewards in place of names of tasks."""
 
     train_dataset: Any
     eval_dataset: Any
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig) -> Inputs:
-    """Datasets in place of names of tasks. What is left open, the training task says.
+    """Inputs with datasets in place of names of tasks; the training task fills what is left open.
 
     Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and a
     generated task holds out rows where there is no eval_dataset. Held-out rows never have a training row's prompt.
@@ -63,7 +63,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
 
 
 def find_task(name: Any) -> Task | None:
-    """The task of that name, or None for anything that is not one: a hub id, a file, a Dataset."""
+    """The task of a name, or None for anything else: a hub id, a file, a Dataset."""
     if not isinstance(name, str):
         return None
     head, _, query = name.partition("?")
@@ -83,7 +83,7 @@ def find_task(name: Any) -> Task | None:
 
 
 def held_out(task: Task) -> Any:
-    """The rows to measure on; of a dataset with splits, the name, whose test split an evaluation takes."""
+    """The rows to measure on; of a dataset with splits its name, whose test split an evaluation takes."""
     return task.rows if task.eval_rows is None else task.eval_rows
 
 

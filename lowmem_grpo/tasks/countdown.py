@@ -66,7 +66,7 @@ def countdown_task(
 
 
 def is_held_out(numbers: tuple[int, ...], target: int) -> bool:
-    """An eighth of all problems, which no run trains on, whatever its seed and size."""
+    """Tell whether a problem is in the eighth of all that no run trains on, whatever its seed and size."""
     return zlib.crc32(repr((numbers, target)).encode()) % 8 == 0
 
 
@@ -93,7 +93,7 @@ def _problems(draw: random.Random, counts: tuple[int, int], fewest: int, most: i
 
 
 def random_expression(draw: random.Random, numbers: list[int]) -> tuple[Fraction, str]:
-    """Two of what is left are joined by a random operation until one value is left, so every target is reachable."""
+    """A random expression of the numbers, so that every target is reachable: two are joined until one is left."""
     parts = [(Fraction(number), str(number)) for number in numbers]
     while len(parts) > 1:
         (a, left), (b, right) = (parts.pop(draw.randrange(len(parts))) for _ in range(2))
@@ -120,7 +120,7 @@ def countdown_reward(completions: list, numbers: list, target: list, **kwargs) -
 
 
 def solves(expression: str, numbers: list[int], target: int) -> bool:
-    """Whether it is arithmetic of exactly these numbers, in any order, that equals the target; in exact fractions."""
+    """Tell whether a text is arithmetic of exactly these numbers that equals the target, in exact fractions."""
     if len(expression) > MOST_CHARACTERS or not ALPHABET.fullmatch(expression):
         return False
     used: list[int] = []

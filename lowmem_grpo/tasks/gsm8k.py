@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems (https://arxiv.org/abs/2110.14168), answered in one of three styles."""
+"""GSM8K: grade-school word problems (https://arxiv.org/abs/2110.14168), with answers in one of three styles."""
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.accuracy import accuracy_reward

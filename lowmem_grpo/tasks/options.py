@@ -9,7 +9,7 @@ from lowmem_grpo.errors import InputError, did_you_mean
 
 
 def options_of(name: str, query: str) -> dict[str, Any]:
-    """The options in the part after the question mark; a value is JSON (4, true, [1, 2]) where it can be read as such.
+    """The options behind the question mark; a value is JSON (4, true, [1, 2]) where it can be read so.
 
     Raises:
         InputError: something that is not `option=value`, or an option given twice.

@@ -45,10 +45,11 @@ SMALL_POWER = re.compile(r"(?:\*\*|\^)\s*(?:\d{1,2}|\(\s*-?\d{1,2}(?:\s*/\s*\d{1
 def reasoning_gym_task(
     name: str, /, *, size: int = 2000, eval_size: int = 128, seed: int = 0, partial: bool = False, **options: Any
 ) -> Task:
-    """size problems of one of its tasks to train on and up to eval_size others; options are of the task's own config.
+    """size problems of a reasoning-gym task to train on, and up to eval_size others.
 
-    With `partial` its verifier's score is the reward as it is: 0.01 for a wrong answer in a good form, say, which in a
-    group where nothing is solved is as large an advantage as a solution is elsewhere.
+    Options are those of the task's own config. With `partial` its verifier's score is the reward as it is: 0.01 for a
+    wrong answer in a good form, say, which in a group where nothing is solved is as large an advantage as a solution is
+    elsewhere.
 
     Raises:
         InputError: the package is not installed, it has no such task or option, or nothing is left to hold out.
@@ -133,7 +134,7 @@ def problem(task: str, index: int) -> dict[str, Any]:
 
 
 def reasoning_gym_reward(completions: list, task: list[str], index: list[int], **kwargs) -> list[float]:
-    """1.0 where the verifier takes the answer for a solution, else 0.0, whatever it gives for a good form or beginning.
+    """1.0 where the verifier takes the answer for a solution, else 0.0, however good its form or beginning.
 
     The answer is the last answer tag, else the last line; where the problem's own answer is a number, a completion
     without a tag is also asked for its last number.
@@ -155,7 +156,7 @@ def reasoning_gym_partial_reward(completions: list, task: list[str], index: list
 
 
 def answers_of(text: str, gold: str | None) -> list[str]:
-    """The last answer tag; without one the last line, with and without `The answer is`, and a number in place of them.
+    """Texts to try as the answer: the last answer tag; else the last line in three readings.
 
     Each that is found is asked, and the best counts: a verifier may want `$1/2$` where 1/2 is the last number.
     """
@@ -184,7 +185,7 @@ def score(answer: str, task: str, index: int) -> float:
 
 
 def agrees(answer: str, gold: str) -> bool:
-    """Whether an answer is the gold number, whatever words are beside it, or the gold word."""
+    """Tell whether an answer is the gold number, whatever words are beside it, or the gold word."""
     wanted, given = as_number(gold), as_number(only_number(answer) or answer)
     if wanted is None:
         return answer.strip().casefold() == gold.casefold()
@@ -192,7 +193,7 @@ def agrees(answer: str, gold: str) -> bool:
 
 
 def harmless(answer: str, name: str) -> bool:
-    """Whether the verifier of that task may see this answer."""
+    """Tell whether a task's verifier, which may evaluate an answer, may see this one."""
     if name in EVALUATED:
         return len(answer) <= MOST_CHARACTERS and not CAN_ACT.search(answer)
     if name in ALGEBRA:

@@ -1,4 +1,4 @@
-"""The value that a task is, and how its answers are marked."""
+"""Task, the value that describes a task, and the ways its answers are marked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

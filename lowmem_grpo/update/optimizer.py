@@ -32,7 +32,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerFields) 
 
 
 def state_bytes(optim: str, sizes: Iterable[int]) -> int:
-    """Of parameters of so many numbers, on the device, from the first step on.
+    """Bytes of the optimizer's state on the device, from the first step on, for parameters of these sizes.
 
     In 8 bits bitsandbytes has two numbers of a byte each, and two scales for each 256; it keeps the state of parameters
     below 4,096 numbers in 32 bits.
@@ -47,7 +47,7 @@ def state_bytes(optim: str, sizes: Iterable[int]) -> int:
 def clip_gradients(
     parameters: Iterable[nn.Parameter], max_norm: float, out_of_memory: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Scale the gradients to a norm of max_norm at most, and return what it was.
+    """Scale the gradients to a norm of max_norm at most, and return the norm before.
 
     Out of memory before they are scaled, out_of_memory() is told, and the norm is computed anew. Where the norm is not
     finite, neither are they afterwards: no step may be taken with them.
@@ -59,15 +59,15 @@ def clip_gradients(
 
 
 def total_norm(tensors: Sequence[Tensor], out_of_memory: Callable[[], None] = lambda: None) -> Tensor:
-    """The norm of all their numbers, a scalar: not finite where one of them is not, or is above 1e19 (squared, 1e38).
+    """The norm of all numbers, a scalar: not finite where one is not, or is above 1e19 (squared, 1e38).
 
-    Out of memory, out_of_memory() is told, and it is computed anew.
+    Out of memory, out_of_memory() is told, and the norm is computed anew.
     """
     return _tried(2, partial(get_total_norm, tensors), out_of_memory)
 
 
 def loss_scale_overflows(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """Whether fp16's loss scale may be all that made a gradient not finite: it is above 1, and the loss is finite.
+    """True where fp16's loss scale may be all that made a gradient not finite: it is above 1, the loss finite.
 
     The scale starts at 65,536 and is halved each time, so that 16 steps in a row may be skipped before it fits.
     """
@@ -77,10 +77,11 @@ def loss_scale_overflows(scaler: torch.amp.GradScaler, loss: float) -> bool:
 def step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, out_of_memory: Callable[[], None] = lambda: None
 ) -> None:
-    """One step. A fused one's first makes all of the state and then changes weights, without any more memory.
+    """Take one optimizer step, and begin anew after an out-of-memory where no weight has changed yet.
 
-    So out of memory in there, out_of_memory() is told, and it is begun anew; others are partly through, and their error
-    ends the run, with a note that has the remedy.
+    A fused optimizer's first step makes all of the state and then changes weights, without any more memory; there
+    out_of_memory() is told and the step begun anew. Other steps are partly through, and their error ends the run, with
+    a note that has the remedy.
     """
     if optimizer.state or not optimizer.defaults.get("fused"):
         _tried(1, partial(scaler.step, optimizer), out_of_memory)
@@ -134,11 +135,11 @@ class Learner:
         return float(self.scheduler.get_last_lr()[0])
 
     def bytes_to_come(self) -> int:
-        """What the optimizer's state will take on the device; 0 once it is there."""
+        """Bytes that the optimizer's state will take on the device; 0 once it is there."""
         return 0 if self.optimizer.state else state_bytes(self.optim, (p.numel() for p in self.parameters))
 
     def clip(self, out_of_memory: Callable[[], None]) -> Tensor:
-        """Undo the loss scale, clip the gradients, and return the norm that they had, a scalar."""
+        """Undo the loss scale, clip the gradients, and return the norm before, a scalar."""
         self.scaler.unscale_(self.optimizer)
         return clip_gradients(self.parameters, self.max_grad_norm, out_of_memory)
 
@@ -147,12 +148,12 @@ class Learner:
         step(self.optimizer, self.scaler, out_of_memory)
 
     def release(self) -> None:
-        """Let the gradients go, whether they were taken or not; the loss scale follows what they were."""
+        """Let the gradients go, whether or not a step was taken, and update the loss scale."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
 
     def weights_norm(self, out_of_memory: Callable[[], None]) -> Tensor:
-        """The norm of all parameters, a scalar, as total_norm() has it."""
+        """The norm of all parameters, a scalar."""
         return total_norm([parameter.detach() for parameter in self.parameters], out_of_memory)
 
     def state(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def _flattened(entries: dict, path: str = "") -> dict[str, Any]:
 
 
 def _nested(entries: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The inverse of _flattened: {0: {"exp_avg": ...}} of {"0.exp_avg": ...}."""
+    """{0: {"exp_avg": ...}} of {"0.exp_avg": ...}: the inverse of _flattened."""
     state: dict[Any, Any] = {}
     for path, value in entries.items():
         parameter, *within, last = path.split(".")

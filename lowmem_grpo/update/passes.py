@@ -1,4 +1,4 @@
-"""One update: what the reference and the policy say of a rollout's tokens, micro-batch by micro-batch."""
+"""The passes of an update: log-probabilities of reference and policy, and the loss's gradient."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from lowmem_grpo.update.token_metrics import TokenMeter
 
 @contextlib.contextmanager
 def at_work(batch: MicroBatch) -> Iterator[None]:
-    """An out-of-memory inside carries, as `micro_batch`, its number of tokens and whether it cannot be split."""
+    """Give an out-of-memory its `micro_batch`: the number of tokens, and whether that is one sequence."""
     try:
         with as_torch_says_it():
             yield
@@ -65,15 +65,14 @@ def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget:
 
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
-    """Whether something must be known of every token before the first gradient."""
+    """True where every token needs a forward before the first gradient."""
     return config.has_old_pass or (config.kl_in_reward and rollout.sampling_logprobs is None)
 
 
 def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
-    """The rollout with what must be known of its tokens before the first gradient.
+    """The rollout with old log-probabilities and the learn_mask, where the first gradient's would come too late.
 
-    That is the log-probabilities of the policy as it stands, where the first gradient's would come too late, and
-    the learn_mask of top_entropy_quantile.
+    Old log-probabilities are those of the policy as it stands; top_entropy_quantile makes the learn_mask.
     """
     counted = rollout.completion_mask.tolist()
 
@@ -105,7 +104,7 @@ def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor
 
 
 def completions_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list[bool]:
-    """Which completions have a gradient.
+    """A truth value for each completion: its tokens have a gradient.
 
     Without a KL or an entropy bonus in the loss, an advantage of 0 (every completion of a group got the same reward)
     makes a gradient of 0.
@@ -117,7 +116,7 @@ def completions_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list
 
 
 def lengths_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list[int]:
-    """Tokens of each completion that has a gradient, with its prompt."""
+    """Number of tokens of each completion that has a gradient, with its prompt."""
     return rollout.lengths_of(completions_with_gradient(rollout, config))
 
 
@@ -176,7 +175,7 @@ def _tokens(
     advantages: Tensor,  # (B,)
     config: GRPOConfig,
 ) -> Tokens:
-    """What an objective gets of a micro-batch's tokens."""
+    """The Tokens of a micro-batch, for the objective."""
 
     def at(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[batch.token_index]
@@ -208,7 +207,7 @@ def why_not_finite(
     loss: float,
     overflowed: bool,  # whether fp16's loss scale may be all that was wrong
 ) -> str:
-    """Which of an optimizer step's numbers are the first that are not finite, with the likely cause."""
+    """The first of an optimizer step's numbers that is not finite, with the likely cause."""
     if overflowed:
         return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
     overflow = f"activations overflow {config.compute_dtype}"
@@ -228,9 +227,9 @@ def why_not_finite(
 def try_largest_update(
     policy: Policy, prompt: list[int], budget: TokenBudget, config: GRPOConfig, reserved: int = 0
 ) -> None:
-    """Gradients of a micro-batch of the longest sequences and of a full one, thrown away: budget shrinks if it must.
+    """Try the gradient of the longest sequences and of a full micro-batch; budget shrinks if it must.
 
-    Otherwise a run dies when its completions have grown long. So many bytes are reserved meanwhile, for what comes
+    Otherwise a run dies when its completions have grown long. `reserved` bytes are held meanwhile, for what comes
     later. The weights and the random numbers stay as they are.
     """
     held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)

@@ -1,4 +1,4 @@
-"""What an update saw at each token, and the means that are logged of it."""
+"""Values that an update records at each token, and the means that are logged of them."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _MEANS = {"kl": "kl", "cispo_clip_ratio": "cispo_clipped", "vespo/phi_seq_mean":
 
 
 class TokenMeter:
-    """What an update saw at each of the rollout's M tokens that it computed, whatever the micro-batches."""
+    """Values that an update recorded at the rollout's M tokens, however they were split into micro-batches."""
 
     def __init__(self, rollout: Rollout, device: torch.device):
         self.rollout = rollout
@@ -72,7 +72,7 @@ class TokenMeter:
         return {name: value.item() for name, value in values.items()}
 
     def _completion_means(self, values: Tensor) -> Tensor:
-        """Means (B',) over each completion that counted at all."""
+        """Means (B',) over the tokens of each completion that was computed."""
         lengths = self.rollout.offsets.diff().to(values.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
         sums, counts = (

@@ -1,4 +1,4 @@
-"""The program of a worker of in_processes: gets (module, name, arguments), and answers with what the function made."""
+"""The program of a worker of in_processes: gets (module, name, arguments), sends the function's result."""
 
 import importlib
 import sys

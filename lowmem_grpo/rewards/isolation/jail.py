@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def run_program(code: str) -> None:
-    """As `python solution.py` would."""
+    """Run the code as `python solution.py` would."""
     sys.argv = ["solution.py"]
     exec(compile(code, "solution.py", "exec"), _module("__main__"))
 
@@ -116,7 +116,7 @@ def _module(name: str) -> dict:
 
 
 def set_limits(job: dict) -> None:
-    """Of memory, processor time, files; and death together with the trainer."""
+    """Limit memory, processor time and files, and die together with the trainer."""
     cpu_s = math.ceil(job["seconds"]) + 1
     limits = {
         resource.RLIMIT_AS: job["memory_bytes"], resource.RLIMIT_CPU: cpu_s, resource.RLIMIT_FSIZE: LARGEST_FILE,
@@ -131,7 +131,7 @@ def set_limits(job: dict) -> None:
 
 
 def isolate(folder: str) -> None:
-    """Raises OSError where this system cannot."""
+    """Give up files, sockets and other processes. Raises OSError where this system cannot."""
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES or sys.maxsize < 2**32:
         raise OSError(f"there is no filter for {sys.platform} on {platform.machine()}")
     _check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
@@ -142,7 +142,7 @@ def isolate(folder: str) -> None:
 
 
 def restrict_files(folder: str) -> None:
-    """Python's and the system's libraries to read, `folder` to read and write files in, and nothing else.
+    """Allow reading Python's and the system's libraries, and reading and writing `folder`; nothing else.
 
     Metadata are not files: stat() and readlink() still answer for any path.
     """

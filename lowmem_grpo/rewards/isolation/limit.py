@@ -16,11 +16,11 @@ GRACE_S = 2.0  # for an event loop to cancel what is over its time
 
 
 class OutOfTime(BaseException):
-    """Raised in code whose time is over. No Exception, so that no `except Exception` of that code keeps it going."""
+    """Raised in code whose time is over. No Exception, so that no `except Exception` of that code catches it."""
 
 
 def call_within(limit_s: float | None, function: Callable[[], Any]) -> Any:
-    """function(), or OutOfTime once limit_s seconds have passed; None sets no limit.
+    """Call function(); raise OutOfTime once limit_s seconds have passed. None sets no limit.
 
     In the main thread it runs in that thread, since code that uses alarm signals (math-verify) works in no other, and a
     signal stops it. Elsewhere it runs in a thread of its own, which is abandoned if it cannot be stopped.
@@ -36,8 +36,11 @@ def call_within(limit_s: float | None, function: Callable[[], Any]) -> Any:
 
 
 def _interrupted(limit_s: float, function: Callable[[], Any]) -> Any:
-    """A watcher sends the signal when the time is over; and a timer of the CPU time that the process uses, ten times in
-    limit_s, since no watcher gets to run while C code keeps the interpreter's lock."""
+    """Send this thread a signal when limit_s seconds have passed inside the `with`.
+
+    A watcher thread sends it. A timer of the process's CPU time, which rings ten times in limit_s, serves where C code
+    holds the interpreter's lock, since no watcher gets to run there.
+    """
     assert SIGNAL is not None
     number, main, running, done = SIGNAL, threading.get_ident(), True, threading.Event()
     due = time.monotonic() + limit_s
@@ -105,7 +108,7 @@ class Outcome(NamedTuple):
 
 
 def await_within(limit_s: float | None, awaitables: list[Awaitable]) -> list[Outcome]:
-    """All of them concurrently, in an event loop of a thread of its own, since a notebook's already runs one."""
+    """Await all of them concurrently, in an event loop of a thread of its own: a notebook's already runs one."""
     started = time.perf_counter()
     outcomes: dict[int, Outcome] = {}
 

@@ -52,7 +52,7 @@ def in_processes(function: str | Callable, workers: int = WORKERS, timeout: floa
 
 
 def _import_path(function: str | Callable) -> tuple[str, str]:
-    """Module and name of a function; those of one given as a text are tried by the workers."""
+    """Module and name of a function; workers try those that are given as text."""
     if isinstance(function, str):
         module, _, name = function.rpartition(".")
         if not module:
@@ -68,6 +68,6 @@ def _import_path(function: str | Callable) -> tuple[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with its search path, on which a script's own folder is first."""
+    """A copy of this process's environment with its search path, on which a script's own folder is first."""
     path = os.pathsep.join(dict.fromkeys(os.path.abspath(folder) for folder in [*sys.path, os.getcwd()]))
     return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}

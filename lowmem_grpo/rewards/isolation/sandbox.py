@@ -31,21 +31,21 @@ class Limits:
 
 
 def run_tests(code: str, tests: list[str], limits: Limits) -> list[bool]:
-    """Which of the tests, each some lines of Python, raise nothing after the code; none do if the code raises."""
+    """A truth value for each test, some lines of Python: it raises nothing after the code."""
     _, _, lines = _run({"code": code, "tests": tests}, "", limits)
     passed = {int(line.split()[1]) for line in lines if line.startswith("passed ")}
     return [index in passed for index in range(len(tests))]
 
 
 def run_program(code: str, given: str, limits: Limits) -> str | None:
-    """What the code prints when it reads `given` from standard input; None if it fails, or does not come to its end."""
+    """The code's output when it reads `given` from standard input; None if it fails or is ended."""
     status, output, _ = _run({"code": code, "tests": None}, given, limits)
     return output if status == 0 else None
 
 
 @lru_cache(maxsize=1)
 def cannot_isolate() -> str | None:
-    """Why this system cannot isolate code, found out by trying; None where it can."""
+    """The reason why this system cannot isolate code, found out by trying; None where it can."""
     try:
         worked = run_tests("import heapq, random, statistics", ["assert statistics.mean([1, 3]) == 2"], Limits(30.0))
     except SandboxError as error:
@@ -95,7 +95,7 @@ def _run(job: dict[str, Any], given: str, limits: Limits) -> tuple[int | None, s
 
 
 def _watch(pid: int, folder: str, limit_s: float) -> bool:
-    """Wait for the process's end; False once it is over a limit. It is not reaped, so that its id stays its own."""
+    """Wait for the process's end without reaping it, so that its id stays its own; False past a limit."""
     deadline = time.monotonic() + limit_s
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         if time.monotonic() > deadline or _threads(pid) > MOST_THREADS or _is_over_full(folder):
@@ -125,7 +125,7 @@ def _is_over_full(folder: str) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The process and, where the code was not isolated, whatever is in its group."""
+    """Kill the process and, where the code was not isolated, its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Worker processes that answer requests, each within a time limit, past which the process is killed and replaced.
+"""Worker processes for requests with a time limit, past which a process is killed and replaced.
 
 They are plain subprocesses at the other end of a pipe: nothing of the caller's is imported again, as a multiprocessing
 pool would do with a training script.
@@ -19,7 +19,7 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 
 class WorkerPool:
-    """Workers that each run one program: it gets a connection's file number as its argument, and answers on it."""
+    """Workers that each run one program, which talks over a connection whose file number is its argument."""
 
     def __init__(self, program: Path, workers: int = WORKERS, environment: Callable[[], dict[str, str]] | None = None):
         self.program, self.workers = program, workers
@@ -29,7 +29,7 @@ class WorkerPool:
         self.threads: ThreadPoolExecutor | None = None
 
     def ask_all(self, requests: list, limit_s: float, start_limit_s: float) -> list[Any]:
-        """The answers, or in their place a TimeoutError or an EOFError where a worker took too long or died.
+        """The replies, or in their place a TimeoutError or an EOFError where a worker took too long or died.
 
         A worker's first answer may take start_limit_s, since it imports what it needs before it.
         """
@@ -92,7 +92,7 @@ class _Worker:
         return error
 
     def kill(self) -> None:
-        """Only ends the process, so that another thread may do it while this one waits for an answer."""
+        """End the process without more, so that another thread may do it while this one waits for a reply."""
         process = self.process
         if process is not None:
             process.kill()
