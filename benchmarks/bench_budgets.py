@@ -66,7 +66,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
         tokens = TokenMeter(rollout, policy.device)
         work = partial(backward, policy, rollout, tokens, Coefficients(config.beta, 0.0), scaler, config)
         budget.fit(work, rollout.lengths)
-        optimizer_step(optimizer, scaler)
+        optimizer_step(optimizer, scaler, budget.note)
     found = {**meter.metrics, **sampled.metrics, **budget.metrics()}
     if device == "cuda":  # what is not torch's allocator's; of other processes too, where there are any
         free, total = torch.cuda.mem_get_info()

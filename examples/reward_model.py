@@ -1,4 +1,4 @@
-"""A reward model as the reward, held near the base by a KL, and a penalty for answers that run on.
+"""A reward model as the reward, held near the base by a KL, and a penalty for completions that run on.
 
     python examples/reward_model.py --model Qwen/Qwen2.5-0.5B-Instruct \\
         --reward_model Skywork/Skywork-Reward-V2-Qwen3-0.6B --dataset prompts.jsonl

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lowmem_grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluation.evaluate import Evaluation, evaluate, evaluate_model, measure, measure_model
+from lowmem_grpo.evaluation.evaluate import Evaluation, measure, measure_model
 from lowmem_grpo.evaluation.show import examples, examples_as_text, printable
 from lowmem_grpo.evaluation.statistics import (
     confidence_interval,
@@ -255,7 +255,8 @@ def length_reward(completions, **kwargs):
 def test_an_evaluation_is_the_same_twice_and_leaves_the_generator_where_it_was(policy, k):
     config = GRPOConfig(use_cpu=True, max_completion_length=6, num_generations_eval=k)
     sampler, before = Sampler(policy, config), torch.get_rng_state()
-    first, second = (evaluate(sampler, prompts_of(policy), RewardRunner([length_reward]), config, 0) for _ in range(2))
+    rewards = RewardRunner([length_reward])
+    first, second = (measure(sampler, prompts_of(policy), rewards, config, 0).metrics for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     same = {name for name in first if "time/" not in name}
     assert {n: first[n] for n in same} == pytest.approx({n: second[n] for n in same}, nan_ok=True)
@@ -267,7 +268,7 @@ def test_an_evaluation_is_the_same_twice_and_leaves_the_generator_where_it_was(p
 def test_a_reward_that_never_applies_is_no_value(policy):
     config = GRPOConfig(use_cpu=True, max_completion_length=2, num_generations_eval=2)
     never = RewardRunner([lambda completions, **_: [None] * len(completions)])
-    found = evaluate(Sampler(policy, config), prompts_of(policy), never, config, 0)
+    found = measure(Sampler(policy, config), prompts_of(policy), never, config, 0).metrics
     assert all(math.isnan(found[name]) for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_reward/ci_low"))
 
 
@@ -352,7 +353,9 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
     changes = dict(eval_dataset=ROWS[:6], num_generations_eval=2, learning_rate=0.05)
     result = run(tmp_path / "out", [task.tag_format_reward, length_reward], **changes)
     config = settings(tmp_path / "unused", num_generations_eval=2)
-    found = evaluate_model(str(tmp_path / "out/adapter"), [task.tag_format_reward, length_reward], ROWS[:6], config)
+    rewards = [task.tag_format_reward, length_reward]
+    measured = measure_model(str(tmp_path / "out/adapter"), rewards, ROWS[:6], config)
+    found = {who: evaluation.metrics for who, evaluation in measured.items()}
     for who, line in (("base", result.eval_history[0]), ("adapter", result.eval_history[-1])):
         for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_completions/mean_length"):
             assert found[who][name] == pytest.approx(line[name])
@@ -362,14 +365,14 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
     assert found["adapter"][name] == pytest.approx(result.eval_history[-1][name]), "as training found"
     assert found["adapter"][f"{name}/ci_low"] < found["adapter"][name] < found["adapter"][f"{name}/ci_high"]
     assert not any("difference" in name for name in found["base"])
-    assert list(evaluate_model(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
+    assert list(measure_model(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
 
 
 def test_one_greedy_completion_is_what_training_without_sampling_measures():
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert tokenizer.chat_template
     config = GRPOConfig(use_cpu=True, max_completion_length=8)
-    found = evaluate_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"]
+    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"].metrics
     assert "eval_mean@1" not in found and "eval_maj@1" not in found
     assert found["eval_pass@1"] == found["eval_rewards/tag_format_reward/mean"]
 

@@ -22,13 +22,18 @@ def parameters():
     return made
 
 
+def unexpected():
+    """Is told of an out-of-memory."""
+    raise AssertionError("out of memory")
+
+
 @pytest.mark.parametrize("optim", ON_A_CPU)
 def test_every_optimizer_is_adamw(optim):
     """The first step of Adam is lr in the gradient's direction, and weight decay is decoupled."""
     made = parameters()
     before = [p.detach().clone() for p in made]
     config = GRPOConfig(optim=optim, learning_rate=0.01, weight_decay=0.5)
-    step(make_optimizer(made, config), torch.amp.GradScaler("cpu", enabled=False))
+    step(make_optimizer(made, config), torch.amp.GradScaler("cpu", enabled=False), unexpected)
     for parameter, old in zip(made, before, strict=True):
         expected = old * (1 - 0.01 * 0.5) - 0.01 * parameter.grad.sign()
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
@@ -37,7 +42,7 @@ def test_every_optimizer_is_adamw(optim):
 def test_the_state_of_8_bits_takes_what_the_docstring_says():
     made = parameters()
     optimizer = make_optimizer(made, GRPOConfig(optim="adamw_8bit"))
-    step(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    step(optimizer, torch.amp.GradScaler("cpu", enabled=False), unexpected)
     large, small = (
         sum(v.nbytes for name, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and "qmap" not in name)
         for p in made
@@ -50,8 +55,8 @@ def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
     made, again = parameters(), parameters()
     config = GRPOConfig(optim="adamw_torch_fused")
     expected = make_optimizer(made, config)
-    step(expected, torch.amp.GradScaler("cpu", enabled=False))
-    zeros_like, calls = torch.zeros_like, []
+    step(expected, torch.amp.GradScaler("cpu", enabled=False), unexpected)
+    zeros_like, calls, told = torch.zeros_like, [], []
 
     def short_of_memory(*arguments, **keywords):
         calls.append(1)
@@ -60,8 +65,8 @@ def test_out_of_memory_in_the_first_step_makes_the_state_again(monkeypatch):
         return zeros_like(*arguments, **keywords)
 
     monkeypatch.setattr(torch, "zeros_like", short_of_memory)
-    step(make_optimizer(again, config), torch.amp.GradScaler("cpu", enabled=False))
-    assert len(calls) > 4
+    step(make_optimizer(again, config), torch.amp.GradScaler("cpu", enabled=False), lambda: told.append(1))
+    assert len(calls) > 4 and told == [1]
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
 
 
@@ -118,7 +123,7 @@ def test_out_of_memory_in_a_step_that_changes_weights_on_the_way_is_an_error(opt
 
     monkeypatch.setattr(optimizer, "step", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        step(optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        step(optimizer, torch.amp.GradScaler("cpu", enabled=False), unexpected)
     assert len(calls) == 1, "a second would apply part of the step twice"
 
 
@@ -158,9 +163,9 @@ def test_what_was_done_again_is_logged(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20])
 def test_a_norm_shows_one_number_that_is_not_finite(value):
     tensors = [parameter.grad for parameter in parameters()]
-    assert total_norm(tensors).isfinite()
+    assert total_norm(tensors, unexpected).isfinite()
     tensors[0][3, 5] = value
-    assert not total_norm(tensors).isfinite()
+    assert not total_norm(tensors, unexpected).isfinite()
 
 
 def test_a_loss_scale_is_to_blame_while_it_is_above_1_and_the_loss_finite():

@@ -59,7 +59,7 @@ def test_one_that_hangs_dies_or_raises_costs_no_other_its_reward(module, caplog)
     scores = score(function, ["a", "hang", "die", "raise", "two", "b"])
     assert scores.rewards[:, 0].isnan().tolist() == [False, True, True, True, True, False]
     assert scores.metrics["rewards/score/failures"] == 4
-    for said in ("no answer within 1 s", "worker process died", "KeyError: 'no such thing'"):
+    for said in ("no reply within 1 s", "worker process died", "KeyError: 'no such thing'"):
         assert said in caplog.text
 
 

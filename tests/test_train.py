@@ -454,7 +454,7 @@ def test_importance_weights_are_one_on_average_under_nucleus_sampling(tmp_path):
     assert 0.99 < line[f"{name}/min"] <= line[f"{name}/max"] < 1.01
 
 
-def test_a_repetition_penalty_is_weighed(tmp_path):
+def test_a_repetition_penalty_changes_the_importance_weights(tmp_path):
     lines = [
         run(
             tmp_path / str(on), bf16=False, repetition_penalty=1.5, max_steps=1, importance_sampling_correction=on

@@ -61,10 +61,10 @@ class ModelFields(Checked):
     bf16: bool | None = option(None, "compute in bfloat16; on by default, unless fp16 is on")
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
     gradient_checkpointing: bool = option(
-        True, "recompute activations in the backward pass instead of keeping them", may_change=True
+        True, "recompute activations in the backward pass instead of saving them", may_change=True
     )
     activation_offloading: bool = option(
-        False, "move the activations that gradient_checkpointing keeps to CPU memory", may_change=True
+        False, "move the activations that gradient_checkpointing saves to CPU memory", may_change=True
     )
     tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time, in less memory", may_change=True)
     offload_embedding: bool = option(

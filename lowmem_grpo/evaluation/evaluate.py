@@ -45,13 +45,6 @@ class Evaluation:
     rewards: dict[str, list[float]]  # P k each, by reward function; and of several the `total`, weighted
 
 
-def evaluate(
-    sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
-) -> dict[str, float]:
-    """The metrics of measure()."""
-    return measure(sampler, prompts, rewards, config, step).metrics
-
-
 def measure(
     sampler: Sampler, prompts: list[Prompt], rewards: RewardRunner, config: GRPOConfig, step: int
 ) -> Evaluation:
@@ -103,11 +96,6 @@ def _completions(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig) ->
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         return sampler.complete(prompts, config.num_generations_eval, at_most=at_most).completions
-
-
-def evaluate_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, dict[str, float]]:
-    """The metrics of measure_model()."""
-    return {who: found.metrics for who, found in measure_model(model, reward_funcs, dataset, config).items()}
 
 
 @without_progress_bars

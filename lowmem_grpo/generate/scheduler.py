@@ -18,8 +18,8 @@ class Scheduler:
     """
 
     def __init__(
-        self, completions: list[int], num_generations: int, num_slots: int, num_prefixes: int, num_pages: int = 0,
-        page_tokens: int = 0,
+        self, completions: list[int], num_generations: int, num_slots: int, num_prefixes: int, num_pages: int,
+        page_tokens: int,
     ):  # fmt: skip
         self.waiting = deque(completions)
         self.num_generations = num_generations
@@ -40,9 +40,7 @@ class Scheduler:
     def prompt_of(self, completion: int) -> int:
         return completion // self.num_generations
 
-    def admit(
-        self, running: Sequence[int] = (), starting: Callable[[int], int] = lambda completion: 0
-    ) -> tuple[list[int], list[int]]:
+    def admit(self, running: Sequence[int], starting: Callable[[int], int]) -> tuple[list[int], list[int]]:
         """Fill free slots from the queue's front; returns the slots and prefix rows that are new.
 
         The queue waits where the next prompt finds no free prefix row, or where free pages are too few. The pages asked

@@ -184,7 +184,7 @@ class Slots:
         """The first pages of a slot, as many as `columns` tokens fill."""
         return self._tensor(pages[: ceil(columns / self.shape.page_tokens)])
 
-    def shrink(self, times: int = 1) -> None:
+    def shrink(self, times: int) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket, at most 1 / times, holds all that run.
 
         A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): a capture for each bucket would cost

@@ -44,9 +44,7 @@ def state_bytes(optim: str, sizes: Iterable[int]) -> int:
     return sum(8 * n for n in sizes)
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, out_of_memory: Callable[[], None] = lambda: None
-) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, out_of_memory: Callable[[], None]) -> Tensor:
     """Scale the gradients to a norm of max_norm at most, and return the norm before.
 
     Out of memory before they are scaled, out_of_memory() is told, and the norm is computed anew. Where the norm is not
@@ -58,7 +56,7 @@ def clip_gradients(
     return norm
 
 
-def total_norm(tensors: Sequence[Tensor], out_of_memory: Callable[[], None] = lambda: None) -> Tensor:
+def total_norm(tensors: Sequence[Tensor], out_of_memory: Callable[[], None]) -> Tensor:
     """The norm of all numbers, a scalar: not finite where one is not, or is above 1e19 (squared, 1e38).
 
     Out of memory, out_of_memory() is told, and the norm is computed anew.
@@ -74,9 +72,7 @@ def loss_scale_overflows(scaler: torch.amp.GradScaler, loss: float) -> bool:
     return math.isfinite(loss) and scaler.get_scale() > 1
 
 
-def step(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, out_of_memory: Callable[[], None] = lambda: None
-) -> None:
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, out_of_memory: Callable[[], None]) -> None:
     """Take one optimizer step, and begin anew after an out-of-memory where no weight has changed yet.
 
     A fused optimizer's first step makes all of the state and then changes weights, without any more memory; there

@@ -31,11 +31,11 @@ def main() -> None:
         except EOFError:  # the trainer is gone
             return
         try:
-            answer = score(*request)
+            reply = score(*request)
         except Exception as error:
-            answer = RuntimeError(f"{type(error).__name__}: {error}"[:1000])  # which can be pickled, as not all can
+            reply = RuntimeError(f"{type(error).__name__}: {error}"[:1000])  # which can be pickled, as not all can
         try:
-            trainer.send(answer)
+            trainer.send(reply)
         except (TypeError, AttributeError, ValueError) as error:  # what was returned or logged cannot be pickled
             trainer.send(RuntimeError(f"{type(error).__name__}: {error}"[:1000]))
 

@@ -34,18 +34,18 @@ def in_processes(function: str | Callable, workers: int = WORKERS, timeout: floa
             (module, name, {column: [values[index]] for column, values in columns.items()} | state)
             for index in range(len(completions))
         ]
-        answers = pool.ask_all(requests, timeout, max(timeout, START_LIMIT_S))
+        replies = pool.ask_all(requests, timeout, max(timeout, START_LIMIT_S))
         extra: dict[str, list] = {}
-        for index, answer in enumerate(answers):
-            if isinstance(answer, Exception):
+        for index, reply in enumerate(replies):
+            if isinstance(reply, Exception):
                 continue
-            for metric, value in answer[1]:
+            for metric, value in reply[1]:
                 log_metric(metric, value)
-            for column, value in answer[2]:
+            for column, value in reply[2]:
                 extra.setdefault(column, [None] * len(completions))[index] = value
         for column, values in extra.items():
             log_extra(column, values)
-        return [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
+        return [reply if isinstance(reply, Exception) else reply[0] for reply in replies]
 
     reward.__name__ = name.rpartition(".")[2]
     return reward

@@ -31,7 +31,7 @@ class WorkerPool:
     def ask_all(self, requests: list, limit_s: float, start_limit_s: float) -> list[Any]:
         """The replies, or in their place a TimeoutError or an EOFError where a worker took too long or died.
 
-        A worker's first answer may take start_limit_s, since it imports what it needs before it.
+        A worker's first reply may take start_limit_s, since it imports what it needs before it.
         """
         if self.threads is None:
             self.threads = ThreadPoolExecutor(self.workers, thread_name_prefix=self.program.stem)
@@ -84,7 +84,7 @@ class _Worker:
             self.connection.send(request)
             if self.connection.poll(limit_s):
                 return self.connection.recv()
-            error = TimeoutError(f"no answer within {limit_s:g} s")
+            error = TimeoutError(f"no reply within {limit_s:g} s")
         except (OSError, EOFError):
             error = EOFError("the worker process died")
         self.kill()
