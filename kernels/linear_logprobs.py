@@ -57,7 +57,7 @@ CHUNKS = (
 
 
 class Rule(NamedTuple):
-    """The move of the reference m: by a score over `above` nats higher, to `below` nats under that score."""
+    """When the reference m moves: to `below` nats under a score that exceeds it by `above`."""
 
     above: float
     below: float

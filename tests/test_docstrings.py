@@ -42,6 +42,8 @@ def faults(docstring: str) -> list[str]:
         found.append("refers to another definition")
     if len(words) > MOST_WORDS:
         found.append(f"has a first sentence of {len(words)} words")
+    if re.search(r"[\x00-\x09\x0b-\x1f]", docstring):
+        found.append("has a control character, from a backslash that is not escaped")
     return found
 
 
@@ -57,6 +59,7 @@ def test_a_docstring_can_be_read_alone(path):
         ("(N,) of the tokens.\n\nLikewise.", "begins with 'of'"),
         ("The same of a completion that waits.", "refers to another definition"),
         ("Its rate.", "begins with 'Its'"),
+        ("What is in \text{}.", "has a control character, from a backslash that is not escaped"),
         ("Sum " + "of numbers " * 10 + "of these. Short.", "has a first sentence of 23 words"),
     ],
 )

@@ -98,7 +98,7 @@ def _indented(text: str) -> list[str]:
 
 
 def printable(line: str) -> str:
-    """A line whose escapes, carriage returns and changes of direction are written out, as `\x1b`."""
+    """A line whose escapes, carriage returns and changes of direction are written out, as `\\x1b`."""
     return "".join(
         c if c.isprintable() or c == "\t" or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in line
     )

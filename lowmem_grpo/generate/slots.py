@@ -249,7 +249,7 @@ class Slots:
         return torch.stack([values.double() for values in choice])
 
     def advance(self, step: Callable[[int], Tensor]) -> Tensor:
-        """Run a step, or a replay of one, on the rows in use, and count its tokens."""
+        """Run a step, or a replay of one, on the rows in use, and move each slot's column on."""
         made = step(self.num_rows)
         self.columns = [min(column + 1, self.shape.slot_tokens - 1) for column in self.columns]
         return made

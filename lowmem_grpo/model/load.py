@@ -125,7 +125,7 @@ def equip(policy: Policy, config: ModelFields) -> None:
 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
-    """Switch off the base's dropout, which sampling has not: the ratio starts at 1. lora_dropout stays."""
+    """Switch off the base's dropout, so that the ratio of policy and sampler starts at 1. lora_dropout stays."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
             layer.p = 0.0
@@ -316,7 +316,7 @@ def _outdated_name() -> Iterator[None]:
 
 
 def load_tokenizer(model, config: ModelFields):
-    """The tokenizer of a model, found by its name or its config's; of an adapter, its base's."""
+    """The tokenizer of a model, by its name or where it was loaded from; of an adapter, its base's."""
     name = model if isinstance(model, str) else model.name_or_path
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path

@@ -188,7 +188,7 @@ def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
 
 
 def too_far(errors: dict[str, float], noise: dict[str, float]) -> str | None:
-    """A sentence on the first fp32 output further away than LEAST and 3 times its usual distance; or None."""
+    """A sentence on the first output further away than LEAST and 3 times its noise; or None."""
     for name, error in errors.items():
         if not error <= min(max(LEAST, 3 * noise.get(name, 0.0)), MOST):  # a NaN is too far, too
             return f"{name} is {error:.1g} away"

@@ -204,7 +204,7 @@ def _with_words_marked(text: str) -> str:
 
 
 def _without_style(found: re.Match) -> str:
-    """An answer whose \text{} and the like are taken off, and marked where they hold words or a unit."""
+    """An answer whose \\text{} and the like are taken off, and marked where they hold words or a unit."""
     content = found[2].replace(WORD, "").replace(END, "")
     name = content.strip()
     if name in ("and", "or"):
@@ -251,7 +251,7 @@ def _is_math(token: re.Match, in_formula: bool) -> bool:
 
 
 def _without_marked_unit(text: str) -> tuple[str, str]:
-    r"""The formula and unit of `16\pi \text{ cubic inches}`, where type marks the unit behind a formula."""
+    r"""The formula and unit of `16\pi \text{ cubic inches}`, where \text{} behind a formula marks a unit."""
     found = MARKED_UNIT.search(text)
     if not found:
         return text, ""

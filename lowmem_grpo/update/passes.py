@@ -70,7 +70,7 @@ def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
 
 
 def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
-    """The rollout with old log-probabilities and the learn_mask, where the first gradient's would come too late.
+    """The rollout with old log-probabilities and the learn_mask, as far as they are needed before the first gradient.
 
     Old log-probabilities are those of the policy as it stands; top_entropy_quantile makes the learn_mask.
     """

@@ -36,10 +36,10 @@ def call_within(limit_s: float | None, function: Callable[[], Any]) -> Any:
 
 
 def _interrupted(limit_s: float, function: Callable[[], Any]) -> Any:
-    """Send this thread a signal when limit_s seconds have passed inside the `with`.
+    """Call function(), and raise OutOfTime in this thread once limit_s seconds have passed.
 
-    A watcher thread sends it. A timer of the process's CPU time, which rings ten times in limit_s, serves where C code
-    holds the interpreter's lock, since no watcher gets to run there.
+    A watcher thread sends a signal. A timer of the process's CPU time, which rings ten times in limit_s, serves where C
+    code holds the interpreter's lock, since no watcher gets to run there.
     """
     assert SIGNAL is not None
     number, main, running, done = SIGNAL, threading.get_ident(), True, threading.Event()
