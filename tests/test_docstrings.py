@@ -35,7 +35,7 @@ def faults(docstring: str) -> list[str]:
     sentence = re.split(r"(?<=[.?!])(?=\s|$)", paragraph)[0]
     words = re.findall(r"[A-Za-z][\w'./-]*", sentence)
     found = []
-    opener = sentence.split()[0].strip(",:") if sentence else ""
+    opener = next(iter(sentence.split()), "").strip(",:")
     if opener.lower() in OPENERS:
         found.append(f"begins with {opener!r}")
     if REFERENCE.search(docstring):

@@ -34,9 +34,9 @@ def refill(
 ) -> Collected:
     """A step as `collect` makes it, with groups without a difference replaced where that can be done.
 
-    With dynamic_sampling_rounds, they are dropped for groups of the prompts that come next (DAPO,
-    https://arxiv.org/abs/2503.14476), and then for those in the replay buffer. A group that is without a difference
-    after all that stays, so that a step has always as many. Metrics are over everything that was sampled.
+    With dynamic_sampling_rounds, groups of the next prompts replace them (DAPO, https://arxiv.org/abs/2503.14476); the
+    replay buffer's fill what is still missing. Where both are not enough, groups without a difference stay: a step has
+    prompts_per_step groups always. Metrics are over everything that was sampled.
 
     The stream moves on to where the next step draws from, and knows the prompts that turned out dull.
     """
