@@ -100,9 +100,9 @@ def implementations(device: str) -> dict[str, Loss | None]:
     return found
 
 
-def make_inputs(tokens: int, device: str) -> tuple[Tensor, ...]:
+def make_inputs(num_tokens: int, device: str) -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(0)
-    shape = (tokens // COMPLETION, COMPLETION)
+    shape = (num_tokens // COMPLETION, COMPLETION)
     logprobs = -4 * torch.rand(shape, generator=draw)
     old, ref = (logprobs + 0.2 * torch.randn(shape, generator=draw) for _ in range(2))
     inputs = logprobs, old, ref, torch.randn(shape[0], generator=draw)
@@ -117,9 +117,9 @@ def one_pass(loss: Loss, inputs: tuple[Tensor, ...]) -> Tensor:
     return logprobs.grad
 
 
-def bench(tokens: int, device: torch.device) -> dict[str, dict]:
+def bench(num_tokens: int, device: torch.device) -> dict[str, dict]:
     """Per implementation: failed, or seconds (Timing), peak_bytes and error, the gradient's."""
-    inputs = make_inputs(tokens, device.type)
+    inputs = make_inputs(num_tokens, device.type)
     losses = implementations(device.type)
     exact = one_pass(ours("torch"), tuple(x.double() for x in inputs))
     here = {name: loss for name, loss in losses.items() if loss}

@@ -4,7 +4,7 @@
     kl = exp(ref - logp) - (ref - logp) - 1, times r with bias correction        (k3, http://joschu.net/blog/kl-approx.html)
     loss = sum_t weight_t loss_t                                                 (PPO, https://arxiv.org/abs/1707.06347)
 
-    logprobs, old, ref, advantages, weights (N,)  ->  loss (), TokenStats (N,) each
+    logprobs, old, ref, advantages, loss_weights (N,)  ->  loss (), TokenStats (N,) each
 
 One pass makes the loss, the metrics and d loss / d logp, which the backward only scales, in place:
 
@@ -138,8 +138,8 @@ if triton is not None:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, old_logprobs, ref_logprobs, advantages, weights, settings, forward):
-        loss, slope, stats = forward(logprobs, old_logprobs, ref_logprobs, advantages, weights, settings, True)
+    def forward(ctx, logprobs, old_logprobs, ref_logprobs, advantages, loss_weights, settings, forward):
+        loss, slope, stats = forward(logprobs, old_logprobs, ref_logprobs, advantages, loss_weights, settings, True)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(*(value for value in stats if value is not None))
         ctx.set_materialize_grads(False)
@@ -158,7 +158,7 @@ def policy_loss(
     old_logprobs: Tensor | None,  # (N,) of the policy that the rollout was sampled from; None: of this one, r is 1
     ref_logprobs: Tensor | None,  # (N,) of the reference; needed where beta is not 0
     advantages: Tensor,  # (N,) each token's own
-    weights: Tensor,  # (N,) the normalisation; a token of weight 0 is left out, NaN or not
+    loss_weights: Tensor,  # (N,) the normalisation; a token of weight 0 is left out, NaN or not
     *,
     epsilon_low: float,
     epsilon_high: float,
@@ -181,11 +181,16 @@ def policy_loss(
         raise ValueError(f"beta={beta} needs ref_logprobs")
     _check(
         logprobs,
-        {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "advantages": advantages, "weights": weights},
+        {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "advantages": advantages,
+            "loss_weights": loss_weights,
+        },
     )
     settings = _Settings(1 - epsilon_low, 1 + epsilon_high, delta, beta, use_bias_correction_kl)
     forward = _triton_forward if _use_triton(backend, logprobs) else _torch_forward
-    inputs = (logprobs, old_logprobs, ref_logprobs, advantages, weights, settings)
+    inputs = (logprobs, old_logprobs, ref_logprobs, advantages, loss_weights, settings)
     if logprobs.requires_grad and torch.is_grad_enabled():
         loss, *stats = _PolicyLoss.apply(*inputs, forward)
         return loss, TokenStats(*stats)
@@ -194,8 +199,8 @@ def policy_loss(
 
 
 def _triton_forward(
-    logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor, weights: Tensor,
-    settings: _Settings, with_slope: bool,
+    logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor,
+    loss_weights: Tensor, settings: _Settings, with_slope: bool,
 ) -> tuple[Tensor, Tensor | None, TokenStats]:  # fmt: skip
     """(loss (), d loss / d logp (N,) or None, TokenStats), by the kernel."""
     tokens, device = logprobs.shape[0], logprobs.device
@@ -205,7 +210,7 @@ def _triton_forward(
     kl = None if ref_logprobs is None else torch.empty_like(ratio)
     clipped_low, clipped_high = (torch.empty(tokens, dtype=torch.bool, device=device) for _ in range(2))
     if blocks:
-        inputs = (logprobs, old_logprobs, ref_logprobs, advantages, weights)
+        inputs = (logprobs, old_logprobs, ref_logprobs, advantages, loss_weights)
         strides = (0 if x is None else x.stride(0) for x in inputs)
         with torch.cuda.device_of(logprobs):
             _policy_loss_kernel[(blocks,)](
@@ -217,16 +222,16 @@ def _triton_forward(
 
 
 def _torch_forward(
-    logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor, weights: Tensor,
-    settings: _Settings, with_slope: bool,
+    logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, advantages: Tensor,
+    loss_weights: Tensor, settings: _Settings, with_slope: bool,
 ) -> tuple[Tensor, Tensor | None, TokenStats]:  # fmt: skip
     """(loss (), d loss / d logp (N,) or None, TokenStats), in plain PyTorch, in the dtype of logprobs."""
-    live = weights != 0
+    live = loss_weights != 0
 
     def read(values: Tensor) -> Tensor:
         return torch.where(live, values.detach(), 0).to(logprobs.dtype)
 
-    logprob, advantage, weight = read(logprobs), read(advantages), weights.to(logprobs.dtype)
+    logprob, advantage, weight = read(logprobs), read(advantages), loss_weights.to(logprobs.dtype)
     ratio = torch.ones_like(logprob) if old_logprobs is None else logprob.sub(read(old_logprobs)).exp_()
     loss, slope = _torch_clipped(ratio, advantage, settings)
     kl = None

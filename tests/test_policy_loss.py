@@ -444,7 +444,7 @@ def test_beta_without_a_reference_is_refused():
         (0, lambda x: x[None], "must be \\(N,\\) float32, not \\(1, 4\\)"),
         (1, lambda x: x[:3], "old_logprobs \\(3,\\) on cpu must be as logprobs is"),
         (2, lambda x: x.to("meta"), "ref_logprobs \\(4,\\) on meta must be as logprobs is"),
-        (4, lambda x: x.requires_grad_(), "weights asks for a gradient, and only logprobs gets one; detach it"),
+        (4, lambda x: x.requires_grad_(), "loss_weights asks for a gradient, and only logprobs gets one; detach it"),
     ],
 )
 def test_inputs_that_do_not_belong_together_are_refused(which, change, message):
