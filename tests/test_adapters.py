@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_generate import PlannedSampler, ids_of
+from test_generate import ShapedSampler, ids_of
 from test_generate import run as complete
 from test_graphs import captured_early, recorder  # noqa: F401
 from test_train import adapters, length_reward, run
@@ -277,7 +277,7 @@ def test_a_capture_that_is_trusted_is_of_what_was_worn(captured_early, monkeypat
     policy.add("few", OTHERS["of few layers"])
     wake(policy, "few")
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    sampler = PlannedSampler(policy)
+    sampler = ShapedSampler(policy)
     sampler.run()
     trusted = {*sampler.captures.trusted}
     with policy.wearing("few"):
