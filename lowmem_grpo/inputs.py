@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ class Inputs:
         """Fingerprints of prompts and rewards, which a resumed run must share with its checkpoint."""
         ids = json.dumps([prompt.ids for prompt in self.prompts])
         return {"rewards": self.rewards.names, "data": hashlib.sha256(ids.encode()).hexdigest()}
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps the run has: max_steps, or as many as num_train_epochs take."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return ceil(self.config.num_train_epochs * len(self.prompts) / self.config.prompts_per_step)
 
     def longest_prompt(self) -> list[int]:
         """Ids of the training prompt of the most tokens."""

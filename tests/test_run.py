@@ -51,7 +51,7 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     """A training loop of a dozen lines; stop_in raises in the middle of that step, spoiled ones have no finite loss."""
     config = GRPOConfig(**{
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "save_steps": 2,
-        "lr_scheduler_type": "cosine", **settings,
+        "lr_scheduler_type": "cosine", "max_steps": 5, **settings,
     })  # fmt: skip
     torch.manual_seed(0)
     policy, examples = make_policy("qwen2"), Examples()
@@ -61,8 +61,8 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
         find_checkpoint(folder, config.resume_from_checkpoint),
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, total_steps=5)
-    with Run(inputs, policy, learner, 5, {"examples": examples}, None, callbacks) as run:
+    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
+    with Run(inputs, policy, learner, {"examples": examples}, None, callbacks) as run:
         for step in run.steps():
             with step.phase("update"):
                 work = partial(backward, policy, examples.draw(), step.number in spoiled)

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_training_inputs
 from lowmem_grpo.objective.coefficients import Controllers
-from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rollout.collect import Collected, collect, with_kl_in_reward
 from lowmem_grpo.rollout.metrics import remarks
@@ -21,7 +18,7 @@ from lowmem_grpo.rollout.refill import needs_refill, refill
 from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
-from lowmem_grpo.run.evaluations import Evaluations
+from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
@@ -67,30 +64,22 @@ def train(
         InputError: bad input, in one sentence with the remedy, before any long work starts.
         NotFiniteError: what is computed is no longer finite; the sentence names the last good checkpoint.
     """
-    callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
     inputs = read_training_inputs(
         model, reward_funcs, train_dataset, eval_dataset, config or GRPOConfig(), peft_config, tokenizer
     )
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
-    total_steps = config.max_steps
-    if total_steps < 0:
-        total_steps = ceil(config.num_train_epochs * len(prompts) / config.prompts_per_step)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
-    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, total_steps)
+    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
     sampler = Sampler(policy, config)
     stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:
         policy.snapshot_reference()
-    evaluations = None
-    if inputs.eval_prompts:
-        evaluate = partial(measure, sampler, inputs.eval_prompts, rewards, for_evaluation(inputs.plan, config))
-        evaluations = Evaluations(evaluate, inputs.eval_prompts, config.num_generations_eval)
     collect_step = refill if needs_refill(config) else collect
     parts = {
         "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
     }  # fmt: skip
 
-    with Run(inputs, policy, learner, total_steps, parts, evaluations, callbacks) as run:
+    with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler), callbacks) as run:
         if policy.device.type == "cuda" and not run.is_over:
             try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())
         for step in run.steps():

@@ -1,5 +1,7 @@
 """Advantages: how much better a completion is than what it is compared with. Pure functions of the rewards."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +94,15 @@ def compare(
     given: dict[str, Any] = dict(num_generations=num_generations, reward_weights=reward_weights, penalty=penalty)
     if multi_objective_aggregation == "normalize_then_sum":
         return gdpo_advantages(rewards, **given)
-    if adv_estimator == "rloo":
-        return rloo_advantages(rewards, **given)
-    if adv_estimator.startswith("reinforce_plus_plus"):
-        return reinforce_plus_plus_advantages(rewards, **given, group_baseline=adv_estimator.endswith("baseline"))
-    return group_advantages(rewards, **given, scale_rewards=scale_rewards)
+    return _ESTIMATORS[adv_estimator](scale_rewards)(rewards, **given)
+
+
+_ESTIMATORS: dict[str, Callable[[str], Callable[..., Advantages]]] = {  # by scale_rewards, which only the first reads
+    "grpo": lambda scale_rewards: partial(group_advantages, scale_rewards=scale_rewards),
+    "rloo": lambda _: rloo_advantages,
+    "reinforce_plus_plus": lambda _: partial(reinforce_plus_plus_advantages, group_baseline=False),
+    "reinforce_plus_plus_baseline": lambda _: partial(reinforce_plus_plus_advantages, group_baseline=True),
+}
 
 
 def _over_batch(values: Tensor, rewards: Tensor, penalty: Tensor | None = None) -> Advantages:

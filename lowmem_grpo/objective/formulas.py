@@ -6,6 +6,7 @@ here, which is the same in every objective: they are linear in it, but for its s
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,19 +33,19 @@ def token_weights(
 
     A completion that is masked out still counts in B, as in TRL.
     """
-    counted = lengths * completion_mask
-    num_completions = lengths.shape[0]
-    if aggregation == "grpo":
-        weights = 1.0 / (num_completions * counted.clamp(min=1))
-    elif aggregation == "dapo":
-        weights = torch.ones_like(lengths) / counted.sum().clamp(min=1)
-    elif aggregation == "dr_grpo":
-        weights = torch.full(lengths.shape, 1.0 / (num_completions * max_completion_length), device=lengths.device)
-    elif aggregation == "luspo":
-        weights = torch.full(lengths.shape, 1.0 / num_completions, device=lengths.device)
-    else:
-        raise ValueError(f"aggregation {aggregation!r} is not one of grpo, dapo, dr_grpo, luspo")
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation {aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
+    weights = AGGREGATIONS[aggregation](lengths * completion_mask, max_completion_length)
     return weights.float() * completion_mask
+
+
+# Of counted tokens (B,) int64 of each completion, and max_completion_length.
+AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "grpo": lambda counted, longest: 1.0 / (len(counted) * counted.clamp(min=1)),
+    "dapo": lambda counted, longest: torch.ones_like(counted) / counted.sum().clamp(min=1),
+    "dr_grpo": lambda counted, longest: torch.full_like(counted, 1.0 / (len(counted) * longest), dtype=torch.float32),
+    "luspo": lambda counted, longest: torch.full_like(counted, 1.0 / len(counted), dtype=torch.float32),
+}
 
 
 def sequence_sum(values: Tensor, sequences: Tensor, num_completions: int) -> Tensor:
@@ -166,16 +167,17 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Te
     With d = logp - ref: k1 is d, whose gradient is 0 in the mean: for rewards; k2 is d^2 / 2; k3 is exp(-d) - 1 + d,
     unbiased and never negative; abs is |d|.
     """
-    gap = logprobs - ref_logprobs
-    if estimator == "k1":
-        return gap
-    if estimator == "k2":
-        return gap.square() / 2
-    if estimator == "k3":
-        return torch.expm1(-gap) + gap
-    if estimator == "abs":
-        return gap.abs()
-    raise ValueError(f"kl_estimator {estimator!r} is not one of k1, k2, k3, abs")
+    if estimator not in KL_ESTIMATES:
+        raise ValueError(f"kl_estimator {estimator!r} is not one of {', '.join(KL_ESTIMATES)}")
+    return KL_ESTIMATES[estimator](logprobs - ref_logprobs)
+
+
+KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: torch.expm1(-d) + d,
+    "abs": lambda d: d.abs(),
+}
 
 
 def low_divergence(

@@ -3,13 +3,17 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.evaluation.evaluate import Evaluation
+from lowmem_grpo.evaluation.evaluate import Evaluation, measure
 from lowmem_grpo.evaluation.statistics import differences
+from lowmem_grpo.generate.sample import Sampler
+from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.planner.plan import for_evaluation
 
 
 class Evaluations:
@@ -51,3 +55,12 @@ class Evaluations:
         if state:
             self.first_data = state["data"]
             self.first = {name: values.tolist() for name, values in state.items() if name != "data"}
+
+
+def evaluations_of(inputs: Inputs, sampler: Sampler) -> Evaluations | None:
+    """The evaluations of a run's eval_dataset by its rewards, or None where there is no eval_dataset."""
+    prompts, config = inputs.eval_prompts, inputs.config
+    if not prompts:
+        return None
+    evaluate = partial(measure, sampler, prompts, inputs.rewards, for_evaluation(inputs.plan, config))
+    return Evaluations(evaluate, prompts, config.num_generations_eval)

@@ -63,7 +63,7 @@ class Step:
 class Run:
     """A training run around an algorithm's loop: folder, log, checkpoints, evaluations, interruption.
 
-        with Run(inputs, policy, learner, total_steps, parts) as run:
+        with Run(inputs, policy, learner, parts) as run:
             for step in run.steps():
                 with step.phase("update"):
                     loss, _ = run.update(step, backward, lengths, why_not_finite)
@@ -79,14 +79,14 @@ class Run:
         inputs: Inputs,
         policy: Policy,
         learner: Learner,
-        total_steps: int,
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
         evaluations: Evaluations | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
     ):  # fmt: skip
         assert inputs.output_dir is not None
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
-        self.policy, self.learner, self.total_steps, self.callbacks = policy, learner, total_steps, callbacks
+        self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
+        self.callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
         self.evaluations = evaluations
         self.parts: dict[str, Part] = {**parts, **({"first_evaluation": evaluations} if evaluations else {})}
         self.step, self.num_tokens = 0, 0
