@@ -285,20 +285,20 @@ def test_the_entropy_controller_follows_its_target():
     )
     controllers = Controllers(config)
     assert controllers.coefficients().entropy_coef == 0
-    controllers.after_entropy(0.9)
+    controllers.move_entropy_coef(0.9)
     assert controllers.coefficients().entropy_coef == pytest.approx(0.15)
     for value in (math.nan, math.inf, None):
         before = controllers.state()
-        controllers.after_entropy(value)
+        controllers.move_entropy_coef(value)
         assert controllers.state() == before
     other = Controllers(config)
     other.load(controllers.state())
-    other.after_entropy(1.0)
+    other.move_entropy_coef(1.0)
     assert other.entropy_coef == pytest.approx(0.18)
-    controllers.after_entropy(1.1)
+    controllers.move_entropy_coef(1.1)
     assert controllers.entropy_coef == pytest.approx(0.1) and controllers.coefficients().entropy_coef == 0
     fixed = Controllers(GRPOConfig(entropy_coef=0.1))
-    fixed.after_entropy(9.0)
+    fixed.move_entropy_coef(9.0)
     assert fixed.coefficients().entropy_coef == 0.1
 
 
@@ -307,7 +307,7 @@ def test_the_kl_controller_follows_its_target():
 
     def beta_after(kl, num_completions, config=config):
         controllers = Controllers(config)
-        controllers.after_kl(kl, num_completions)
+        controllers.move_beta(kl, num_completions)
         return controllers.beta
 
     assert beta_after(0.02, 64) == pytest.approx(0.1)

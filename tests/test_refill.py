@@ -31,7 +31,7 @@ def comparable(metrics):
 def step_of(how, policy, config, position=0):
     """The same draws for each, from a stream of its own."""
     torch.manual_seed(3)
-    stream = Stream(position, set(), ReplayBuffer(config.replay_buffer_size))
+    stream = Stream(ReplayBuffer(config.replay_buffer_size), position)
     return how(Sampler(policy, config), PROMPTS, stream, RewardRunner([number_of_even_ids], None), config, 1), stream
 
 
@@ -68,7 +68,7 @@ def test_what_differs_is_kept_for_replay_and_what_is_dull_is_remembered():
 
     config = GRPOConfig(**SETTINGS, replay_buffer_size=4, curriculum_skip=0.5, shuffle_dataset=False)
     torch.manual_seed(3)
-    stream = Stream(0, set(), ReplayBuffer(4))
+    stream = Stream(ReplayBuffer(4))
     sampler = Sampler(make_policy("qwen3"), config)
     found = refill(sampler, PROMPTS, stream, RewardRunner([only_prompt_0], None), config, 1)
     assert stream.dull_prompts == {1}

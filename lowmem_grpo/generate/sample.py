@@ -50,15 +50,15 @@ class Sampler:
         self.captures = Captures(type(policy.base).__name__)
 
     def complete(self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None) -> Sampled:
-        """Draw num_generations completions of each prompt; one number of torch's generator decides all of them.
+        """Draw num_generations completions of each prompt, all from one random number of torch's generator.
 
         At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less.
 
         Raises:
             InputError: a prompt has no token, or dense weights or int8 keys and values are asked of a model that the
                 engine does not know.
-            NotFiniteError: no completion of the engine has finite logits, or one of `generate` has not. Where only some
-                of the engine's have not, their log-probabilities show it.
+            NotFiniteError: the logits of every completion are not finite (by `generate`, of one). Of a single one by
+                the engine, the log-probabilities are NaN.
         """
         return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate.sample import Sampler
@@ -56,7 +57,9 @@ def train(
             task's name, such as "countdown".
         eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.
             By default what a generated task holds out.
+        config: every setting; GRPOConfig() by default.
         peft_config: a LoraConfig in place of the config's lora fields.
+        tokenizer: in place of the one that comes with the model; loaded, or its hub id or folder.
         callbacks: one function or several, called with (step, metrics, policy) after every step; a metric that is the
             mean of nothing is NaN, and None in TrainResult's history.
 
@@ -71,15 +74,17 @@ def train(
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
     sampler = Sampler(policy, config)
-    stream, controllers = Stream(0, set(), ReplayBuffer(config.replay_buffer_size)), Controllers(config)
+    stream = Stream(ReplayBuffer(config.replay_buffer_size))
+    controllers = Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:
         policy.snapshot_reference()
     collect_step = refill if needs_refill(config) else collect
-    parts = {
+    parts = {  # of a checkpoint; the policy's is the snapshot of the reference
         "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
     }  # fmt: skip
 
     with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler), callbacks) as run:
+        # Completions may grow long late in a run, which must not be when an update first runs out of memory.
         if policy.device.type == "cuda" and not run.is_over:
             try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())
         for step in run.steps():
@@ -88,7 +93,7 @@ def train(
                 collected = collect_step(sampler, prompts, stream, rewards, config, step.number)
                 rollout = collected.rollout
 
-            # 2. The reference, and where something must be known before the first gradient, the policy as it is.
+            # 2. Log-probabilities of the reference, and where they are needed before the update those of the policy.
             with step.phase("reference"):
                 rollout = with_reference(policy, rollout, config, run.budget)
             if needs_old_pass(rollout, config):
@@ -99,20 +104,22 @@ def train(
 
             # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
             # all that num_iterations times.
-            token_meter, done = TokenMeter(rollout, policy.device), []
+            token_meter = TokenMeter(rollout, policy.device)
+            done: list[tuple[float, Tensor]] = []  # loss and log-probabilities of the last iteration's optimizer steps
             with step.phase("update"):
                 for _ in range(config.num_iterations):
                     done = []
-                    for part in rollout.parts(config.steps_per_generation):
-                        given = policy, part, token_meter, controllers.coefficients(), scaler, config
-                        lengths, why = lengths_with_gradient(part, config), partial(why_not_finite, part, config)
-                        done.append(run.update(step, partial(backward, *given), lengths, why))
+                    for mini_batch in rollout.mini_batches(config.steps_per_generation):
+                        coefficients = controllers.coefficients()
+                        work = partial(backward, policy, mini_batch, token_meter, coefficients, scaler, config)
+                        lengths = lengths_with_gradient(mini_batch, config)
+                        done.append(run.update(step, work, lengths, partial(why_not_finite, mini_batch, config)))
                         if config.use_adaptive_entropy:
-                            controllers.after_entropy(token_meter.mean("entropy", part))
-                    if rollout.old_logprobs is None:  # those of the first pass, before any weight moved
+                            controllers.move_entropy_coef(token_meter.mean("entropy", mini_batch))
+                    if rollout.old_logprobs is None:  # there was one mini-batch, computed before any weight moved
                         rollout = replace(rollout, old_logprobs=torch.cat([logprobs for _, logprobs in done]))
             metrics = {**rollout.metrics, **token_meter.metrics()}
-            controllers.after_kl(metrics.get("kl"), len(rollout.completions))
+            controllers.move_beta(metrics.get("kl"), len(rollout.completions))
             if config.sync_ref_model and step.number % config.ref_model_sync_steps == 0:
                 policy.sync_reference(config.ref_model_mixup_alpha)
 

@@ -28,7 +28,7 @@ class Controllers:
         bonus = not self.config.use_adaptive_entropy or self.last_entropy <= self.config.entropy_target
         return Coefficients(self.beta, self.entropy_coef if bonus else 0.0)
 
-    def after_entropy(self, entropy: float | None) -> None:
+    def move_entropy_coef(self, entropy: float | None) -> None:
         """Move entropy_coef after an optimizer step over tokens of this mean entropy (Skywork-OR1, arXiv:2505.22312).
 
         None, where no token was computed, moves nothing, and neither does what is not finite.
@@ -40,7 +40,7 @@ class Controllers:
         self.entropy_coef = min(max(self.entropy_coef + change, config.entropy_coef_min), config.entropy_coef_max)
         self.last_entropy = entropy
 
-    def after_kl(self, kl: float | None, num_completions: int) -> None:
+    def move_beta(self, kl: float | None, num_completions: int) -> None:
         """Move beta after a step of this mean KL a token, by at most 20 % a horizon (arXiv:1909.08593).
 
         None, where no token was computed, moves nothing, and neither does what is not finite.

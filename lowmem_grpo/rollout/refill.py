@@ -25,7 +25,7 @@ from lowmem_grpo.rollout.stream import Stream, index_at, next_positions, prompts
 
 
 def needs_refill(config: GRPOConfig) -> bool:
-    """True where a step is more than the completions of the stream's next prompts."""
+    """True where dynamic sampling, the replay buffer or the curriculum is on, so that collect() is not enough."""
     return bool(config.dynamic_sampling_rounds or config.replay_buffer_size or config.curriculum_skip)
 
 
@@ -34,16 +34,17 @@ def refill(
 ) -> Collected:
     """A step as `collect` makes it, with groups without a difference replaced where that can be done.
 
-    With dynamic_sampling_rounds, groups of the next prompts replace them (DAPO, https://arxiv.org/abs/2503.14476); the
-    replay buffer's fill what is still missing. Where both are not enough, groups without a difference stay: a step has
-    prompts_per_step groups always. Metrics are over everything that was sampled.
+    With dynamic_sampling_rounds, groups of the next prompts replace them (DAPO, https://arxiv.org/abs/2503.14476); then
+    groups of earlier steps do, from the replay buffer. Where both are not enough, groups without a difference stay: a
+    step always has prompts_per_step groups. Metrics are over everything that was sampled.
 
-    The stream moves on to where the next step draws from, and knows the prompts that turned out dull.
+    The stream moves on to where the next step draws from, and knows the dull prompts: those of groups without a
+    difference.
     """
     rounds = _sample_rounds(sampler, prompts, stream, rewards, config, step)
     missing = _missing(rounds, config)
     replayed = stream.replay.take(missing)
-    # What is still missing are groups of the last round as they are: it asked for no more than were missing then.
+    # The rest are groups of the last round without a difference: it sampled as many as were missing before it.
     last = rounds[-1]
     others = [group for group in range(len(last.scored.prompts)) if group not in last.chosen]
     last.chosen = sorted(last.chosen + others[: missing - len(replayed)])

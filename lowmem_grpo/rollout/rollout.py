@@ -79,7 +79,7 @@ class Rollout:
     def prompt_of(self, completion: int) -> Prompt:
         return self.prompts[completion // self.num_generations]
 
-    def parts(self, count: int) -> "list[Rollout]":
+    def mini_batches(self, count: int) -> "list[Rollout]":
         """The rollout split into count ones of equally many prompts, which all have its metrics and table."""
         if count == 1:
             return [self]

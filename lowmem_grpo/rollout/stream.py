@@ -1,7 +1,7 @@
 """The endless stream of prompts that a run draws from: epochs, each in a random order of its own."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -24,10 +24,10 @@ def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPO
 def next_positions(
     position: int, count: int, dull_prompts: set[int], num_prompts: int, config: GRPOConfig
 ) -> list[int]:
-    """The next count positions from `position` on, of which dull prompts' are passed over by chance.
+    """The next count positions from `position` on, without some of those of dull prompts.
 
-    A function of its arguments alone, so that a resumed run draws as it would have. The chance is drawn anew at each
-    position.
+    A dull prompt, whose last group had no difference, is passed over with the chance curriculum_skip, drawn anew at
+    each position. A function of its arguments alone, so that a resumed run draws the positions it would have drawn.
     """
     chosen = []
     while len(chosen) < count:
@@ -66,9 +66,11 @@ class Stream:
     A part of a checkpoint, and so is its replay buffer.
     """
 
-    position: int
-    dull_prompts: set[int]  # by index, those whose last group had no difference; kept with curriculum_skip alone
     replay: ReplayBuffer
+    position: int = 0  # of the next prompt
+    dull_prompts: set[int] = field(
+        default_factory=set
+    )  # by index, those whose last group had no difference; kept with curriculum_skip alone
 
     def state(self) -> dict[str, Any]:
         """The position, and the indices of the dull prompts."""

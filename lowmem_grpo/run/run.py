@@ -45,7 +45,7 @@ class TrainResult:
 
 @dataclass
 class Step:
-    """One step on its way: its number, its phases' time and memory, and its optimizer steps."""
+    """A step in progress: its number, time and memory of its phases, and counts of optimizer steps."""
 
     number: int  # the first is 1
     meter: Meter
@@ -70,8 +70,8 @@ class Run:
                 run.finish(step, {"loss": loss})
         return run.result()
 
-    Up to the first update() of a step only random generators and parts may have changed; whatever ends the run then
-    saves the last whole step, and a resumed run begins the next one anew.
+    Before a step's first update() the loop may change random generators and parts alone. An error or Ctrl-C until then
+    saves the last whole step, and a resumed run begins the interrupted one anew.
     """
 
     def __init__(
@@ -158,13 +158,14 @@ class Run:
     def update(
         self,
         step: Step,
-        backward: Callable[[int], tuple[Tensor, T]],  # of a token budget: sets gradients, returns the loss and more
+        backward: Callable[[int], tuple[Tensor, T]],  # sets gradients within a token budget; returns the loss and more
         lengths: list[int],  # tokens of each sequence in it
         why_not_finite: Callable[[T, float, bool], str],  # of what backward returned, the loss, and fp16's overflow
     ) -> tuple[float, T]:
-        """Take one optimizer step, or none where loss or gradient is not finite. The loss, and what backward returned.
+        """Take one optimizer step, or none where loss or gradient is not finite.
 
-        From here on, until the step is whole, an interruption waits: weights are about to change.
+        Returns the loss, and what else backward returned. Once the gradient is there an interruption waits for
+        finish(), since weights are about to change.
         """
         loss, more = self.budget.fit(backward, lengths)
         grad_norm = self.learner.clip(self.budget.note)
@@ -195,7 +196,7 @@ class Run:
         table: dict[str, list] | None = None,  # columns of a row a completion, for log_completions
         remarks: Sequence[str] = (),  # what a person who watches should know
     ) -> None:
-        """The step is whole: write its metrics, let interruptions through, evaluate, call back, and save.
+        """End a step: write its metrics, raise an interruption that waited, evaluate, call back, and save.
 
         Raises:
             NotFiniteError: a weight has left fp32's range, or too many optimizer steps in a row changed none.
@@ -262,7 +263,7 @@ class Run:
         self.progress.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
 
     def _remember(self) -> None:
-        """Keep what a checkpoint of the last whole step has of the generators and parts, which the next one changes."""
+        """Keep the states of generators and parts after a whole step, for its checkpoint: the next step changes them."""
         self.states: dict[str, State] = {"random_states": randomness()}
         self.states |= {name: part.state() for name, part in self.parts.items()}
         self.counts = {"num_tokens": self.num_tokens, "nonfinite_steps": self.nonfinite_steps}

@@ -70,9 +70,9 @@ def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
 
 
 def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
-    """The rollout with old log-probabilities and the learn_mask, as far as they are needed before the first gradient.
+    """The rollout with old_logprobs and learn_mask, from a pass of the policy without a gradient.
 
-    Old log-probabilities are those of the policy as it stands; top_entropy_quantile makes the learn_mask.
+    Call where needs_old_pass(): each is set only if the update could not make it as it goes.
     """
     counted = rollout.completion_mask.tolist()
 
