@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     try:
-        refuse_unknown_flags(parser, options.command, rest)
+        refuse_unknown_flags(options.command, rest)
         return options.run(given)
     except (InputError, NotFiniteError) as error:
         print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
@@ -154,15 +154,18 @@ def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool) -> No
             words = describe(types[field.name])
             default = str(field.default).lower() if field.default in (None, True, False) else field.default
             many = "+" if "a list" in words else None
-            text = f"{field.metadata['help']} ({words}; default {default})".replace("%", "%%")
-            shown = text if every_setting or field.metadata["common"] else argparse.SUPPRESS
+            text = f"{field.metadata.get('help', field.name)} ({words}; default {default})".replace("%", "%%")
+            shown = text if every_setting or field.metadata.get("common") else argparse.SUPPRESS
             group.add_argument(f"--{field.name}", metavar="X", help=shown, nargs=many)
 
 
-def refuse_unknown_flags(parser: argparse.ArgumentParser, command: str, rest: list[str]) -> None:
+def refuse_unknown_flags(command: str, rest: list[str]) -> None:
     """Raise InputError for an unknown flag, with the remedy or the nearest name."""
     if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
+    for flag in rest:
+        if "-" in flag[2:] and flag.startswith("--"):
+            raise InputError(f"{flag} is not understood; did you mean {flag.replace('-', '_').replace('__', '--', 1)}?")
     if rest:
         raise InputError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
 

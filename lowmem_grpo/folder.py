@@ -119,6 +119,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise InputError(f"{path} cannot be read: it holds no state of a run; resume from an older checkpoint")
     if state.get("format") != FORMAT:
         raise InputError(
             f"{folder} is a checkpoint of format {state.get('format', 0)}, and this version reads {FORMAT}; "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -15,10 +15,12 @@ from peft import PeftModel
 from transformers import set_seed
 
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_changes
+from lowmem_grpo.config.sections import RewardFields
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.model.adapters import refuse_config
 from lowmem_grpo.model.load import adapter_config, find_model, is_adapter, load_policy, load_tokenizer, read_config
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
@@ -49,6 +51,7 @@ class Inputs:
     output_dir: Path | None = None
     resume: Path | None = None  # the checkpoint to go on from
     plan: Plan | None = None  # where there is a vram_budget
+    callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -88,7 +91,7 @@ class Inputs:
 
 def read_training_inputs(
     model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
-    tokenizer: Any = None,
+    tokenizer: Any = None, callbacks: Any = (),
 ) -> Inputs:  # fmt: skip
     """The inputs of train(), which documents them.
 
@@ -97,6 +100,9 @@ def read_training_inputs(
     """
     if not isinstance(config, GRPOConfig):
         raise InputError(f"config is a {type(config).__name__}; pass a GRPOConfig")
+    callbacks = [callbacks] if callable(callbacks) else callbacks or []
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise InputError(f"callbacks={callbacks!r:.80} is neither a function nor a list of functions")
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     model = _expanded(model)
     try:
@@ -116,6 +122,7 @@ def read_training_inputs(
                 f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
             )
     find_model(model, config, peft_config)
+    refuse_config(adapter_config(model, config, peft_config), "the model's adapter")
     is_continued = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
@@ -141,14 +148,14 @@ def read_training_inputs(
         config = plan.config
     inputs = Inputs(
         model, peft_config, tokenizer, prompts, eval_prompts, rewards, given, config, device, notes, output_dir,
-        resume, plan,
+        resume, plan, callbacks,
     )  # fmt: skip
     if resume is not None and read_state(resume)["identity"]["data"] != inputs.identity["data"]:
         raise InputError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
     return inputs
 
 
-def read_evaluation_inputs(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
     """The inputs of an evaluation: a task's held-out rows, or a hub dataset's `test` split.
 
     Raises:
@@ -156,7 +163,7 @@ def read_evaluation_inputs(model: str, reward_funcs: Any, dataset: Any, config: 
     """
     if config.vram_budget is not None:
         raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
-    task = find_task(dataset)
+    model, task = _expanded(model), find_task(dataset)
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
     rewards = _rewards(reward_funcs, config)
@@ -188,7 +195,7 @@ def _expanded(model: Any) -> Any:
     return str(Path(model).expanduser()) if is_path else model
 
 
-def _rewards(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
+def _rewards(reward_funcs: Any, config: RewardFields) -> RewardRunner:
     functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
     rewards = RewardRunner(functions, config.reward_timeout)
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):

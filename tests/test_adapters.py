@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_generate import ShapedSampler, ids_of
 from test_generate import run as complete
@@ -15,8 +15,9 @@ from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.generate import engine
+from lowmem_grpo.inputs import read_training_inputs
 from lowmem_grpo.model import offload
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack
@@ -142,7 +143,10 @@ def test_an_added_adapter_takes_4_bytes_a_parameter(settings):
     ("name", "given", "message"),
     [
         ("default", {}, "'default': there is one of that name"),
-        ("a.b", {}, "'a.b': a dot is in that name"),
+        ("a.b", {}, "'a.b': a name is letters, digits and _"),
+        ("", {}, "a name is letters, digits and _"),
+        ("keys", {}, "and none that modules have"),
+        ("a/b", {}, "a name is letters, digits and _"),
         ("new", {"copy_of": "nobody"}, "no adapter 'nobody'; there are default, critic"),
         ("new", {"copy_of": "critic", "peft_config": LoraConfig()}, "peft_config has no effect beside copy_of"),
         ("new", {"peft_config": LoraConfig(target_modules=["no_such_proj"])}, "no adapter could be added: .*no_such"),
@@ -379,3 +383,16 @@ def test_a_model_that_is_loaded_again_keeps_its_adapters_and_what_they_are(token
         values = logprobs(again)
     values.sum().backward()
     assert {*gradients(again)} == {*again.parameters_of("critic")}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(r=2, bias="all", task_type="CAUSAL_LM"), "the model's adapter trains biases"),
+        (IA3Config(task_type="CAUSAL_LM"), "the model's adapter is a IA3Config; only LoraConfig is supported"),
+    ],
+)
+def test_an_adapter_that_is_not_trained_here_is_refused_where_it_comes_with_the_model(config, words, tmp_path):
+    model = get_peft_model(make_model(), config)
+    with pytest.raises(InputError, match=words):
+        read_training_inputs(model, len, [{"prompt": "1"}], None, GRPOConfig(output_dir=str(tmp_path), use_cpu=True))

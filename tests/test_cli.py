@@ -60,6 +60,7 @@ def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
     ("arguments", "message"),
     [
         (["--learning_rat", "1"], "did you mean learning_rate"),
+        (["--learning-rate", "1"], "--learning-rate is not understood; did you mean --learning_rate?"),
         (["--use_vllm", "true"], "has no use_vllm: completions are sampled"),
         (["--num_generations", "1"], "a group needs at least 2"),
         (["--learning_rate", "fast"], "learning_rate: 'fast' is not a number"),
@@ -221,6 +222,7 @@ def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, cap
         (["--vram_budget", "8GB"], "vram_budget plans a training run"),
         (["--dataset", "countdwn?size=3"], "no task is named 'countdwn'"),
         (["--learning_rat", "1"], "did you mean learning_rate"),
+        (["--learning-rate", "1"], "--learning-rate is not understood; did you mean --learning_rate?"),
     ],
 )
 def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):

@@ -322,3 +322,16 @@ def test_a_section_by_itself_checks_its_own_fields():
 def test_a_config_survives_pickle():
     config = GRPOConfig(beta=0.1, stop_strings=["</answer>"])
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_subclass_has_fields_of_its_own():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(GRPOConfig):
+        extra: int = 3
+        beta: float = 0.3
+
+    assert (Mine().extra, Mine(extra=4).extra, Mine().beta) == (3, 4, 0.3)
+    with pytest.raises(InputError, match="extra='x' is not a whole number"):
+        Mine(extra="x")
+    with pytest.raises(TypeError, match="no field 'extr'; did you mean extra"):
+        Mine(**{"extr": 4})

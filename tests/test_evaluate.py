@@ -423,6 +423,16 @@ def difference_line(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("difference")]
 
 
+def test_the_evaluation_before_training_outlives_a_resume_without_any(tmp_path):
+    changes = dict(learning_rate=0.05, lr_scheduler_type="constant")
+    whole = run(tmp_path / "whole", by_length, max_steps=3, eval_dataset=ROWS[:6], **changes)
+    run(tmp_path / "out", by_length, max_steps=1, eval_dataset=ROWS[:6], **changes)
+    run(tmp_path / "out", by_length, max_steps=2, resume_from_checkpoint=True, **changes)
+    last = run(tmp_path / "out", by_length, max_steps=3, eval_dataset=ROWS[:6], resume_from_checkpoint=True, **changes)
+    assert "eval_reward/difference" in last.eval_history[-1]
+    assert last.eval_history[-1] == whole.eval_history[-1]
+
+
 def test_a_resumed_run_still_knows_the_evaluation_before_training(tmp_path, capsys):
     changes = dict(eval_dataset=ROWS[:6], learning_rate=0.05, lr_scheduler_type="constant", num_generations_eval=2)
     whole = run(tmp_path / "whole", by_length, max_steps=3, **changes)

@@ -1,6 +1,7 @@
 """Run around a loop that is not GRPO's: what a second kind of training gets from it without knowing how."""
 
 import contextlib
+import json
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.folder import find_checkpoint, read_state
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.packing import pack
@@ -58,11 +59,11 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     folder.mkdir(exist_ok=True)
     inputs = Inputs(
         None, None, None, PROMPTS, [], RewardRunner([len], None), config, config, policy.device, ["a note"], folder,
-        find_checkpoint(folder, config.resume_from_checkpoint),
+        find_checkpoint(folder, config.resume_from_checkpoint), callbacks=callbacks,
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
-    with Run(inputs, policy, learner, {"examples": examples}, None, callbacks) as run:
+    with Run(inputs, policy, learner, {"examples": examples}) as run:
         for step in run.steps():
             with step.phase("update"):
                 work = partial(backward, policy, examples.draw(), step.number in spoiled)
@@ -95,6 +96,44 @@ def test_a_loop_that_was_stopped_in_a_step_resumes_to_the_same_end(tmp_path, cap
     ours, theirs = adapter(tmp_path / "cut"), adapter(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert whole.history[-1]["loss"] < whole.history[0]["loss"] - 0.1, "it learns"
+
+
+def test_an_interruption_while_a_whole_step_is_remembered_loses_nothing(tmp_path):
+    """At every place where a part says its state: what is saved then resumes, with all parts, to the same end."""
+    whole, examples = fit(tmp_path / "whole")
+    own, calls = Examples.state, 0
+
+    def interrupted(self, at):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return own(self)
+
+    for at in range(1, 6):
+        folder, calls = tmp_path / str(at), 0
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Examples, "state", lambda self, at=at: interrupted(self, at))
+            with contextlib.suppress(KeyboardInterrupt):
+                fit(folder)
+        saved = find_checkpoint(folder, True) if any(folder.glob("checkpoint-*")) else None
+        assert saved is None or "examples" in read_state(saved)["parts"]
+        resumed, again = fit(folder, resume_from_checkpoint=saved is not None)
+        assert comparable(resumed.history) == comparable(whole.history) and again.seen == examples.seen
+
+
+def test_a_checkpoint_without_a_part_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(RuntimeError):
+        fit(tmp_path, stop_in=3)
+    path = tmp_path / "checkpoint-2/trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["parts"]["examples"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="checkpoint-2 has no state of its examples; resume from an older checkpoint"):
+        fit(tmp_path, resume_from_checkpoint=True)
+    path.write_text("[]")
+    with pytest.raises(InputError, match="holds no state of a run"):
+        fit(tmp_path, resume_from_checkpoint=True)
 
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_too_many_end_the_run(tmp_path, capsys):

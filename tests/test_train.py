@@ -273,6 +273,8 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"eval_steps": 5}, "there is no eval_dataset"),
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
+        ({"callbacks": 5}, {}, "callbacks=5 is neither a function nor a list of functions"),
+        ({"callbacks": [print, "x"]}, {}, "is neither a function nor a list of functions"),
         ({"rows": [{"prompt": "\u6f22"}], "rewards": lambda **_: [1.0]}, {}, "without a single token"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],

@@ -48,7 +48,7 @@ def check_value(field: dataclasses.Field, annotation: Any, value: Any) -> None:
                 f"{field.name}={reprlib.repr(number)} is out of reach of fp32, in which a step is computed: what is "
                 f"not 0 must be between {SMALLEST:.2g} and {LARGEST:.2g}"
             )
-    for bound, limit in field.metadata["bounds"].items():
+    for bound, limit in field.metadata.get("bounds", {}).items():
         holds, words = BOUNDS[bound]
         if value is not None and not holds(value, limit):
             raise InputError(f"{field.name} must be {words} {limit}, not {value}; the default is {field.default}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_grpo.config.fields import field_types
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import (
     AdapterFields,
@@ -50,7 +51,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     """
 
     def __new__(cls, **given: Any):
-        refuse_unknown_fields(given)
+        refuse_unknown_fields(given, cls)
         return object.__new__(cls)
 
     def check(self) -> None:
@@ -158,9 +159,9 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
 READ_ONLY = {name: row for names, row in _READ_ONLY.items() for name in names.split()}
 
 
-def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
+def refuse_unknown_fields(given: typing.Iterable[str], config: type = GRPOConfig) -> None:
     """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
-    known = [field.name for field in dataclasses.fields(GRPOConfig)]
+    known = list(field_types(config))
     for name in given:
         if name in UNSUPPORTED:
             raise UnknownNameError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
@@ -172,7 +173,7 @@ def refuse_unknown_fields(given: typing.Iterable[str]) -> None:
 def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
     """Raise InputError if a setting that decides the result differs from the one the checkpoint's run had."""
     now = dataclasses.asdict(config)
-    for name in [field.name for field in dataclasses.fields(config) if not field.metadata["may_change"]]:
+    for name in [field.name for field in dataclasses.fields(config) if not field.metadata.get("may_change")]:
         if name in saved and saved[name] != now[name]:
             raise InputError(
                 f"{name} is {now[name]!r}, and was {saved[name]!r} in the run to resume; set it back, "

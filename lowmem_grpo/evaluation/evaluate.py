@@ -113,7 +113,7 @@ def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfi
         log.warning(note)
     prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()
     sampler = Sampler(policy, config)
-    if not is_adapter(model):
+    if not is_adapter(inputs.model):
         return {"model": measure(sampler, prompts, rewards, config, step=0)}
     with policy.as_reference():
         base = measure(sampler, prompts, rewards, config, step=0)

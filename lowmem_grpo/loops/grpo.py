@@ -68,8 +68,9 @@ def train(
         NotFiniteError: what is computed is no longer finite; the sentence names the last good checkpoint.
     """
     inputs = read_training_inputs(
-        model, reward_funcs, train_dataset, eval_dataset, config or GRPOConfig(), peft_config, tokenizer
-    )
+        model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,
+        tokenizer, callbacks,
+    )  # fmt: skip
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
@@ -83,7 +84,7 @@ def train(
         "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
     }  # fmt: skip
 
-    with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler), callbacks) as run:
+    with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler)) as run:
         # Completions may grow long late in a run, which must not be when an update first runs out of memory.
         if policy.device.type == "cuda" and not run.is_over:
             try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -81,10 +82,14 @@ class Adapters:
         """Put one more adapter on the base, in fp32, without wearing it.
 
         Raises:
-            InputError: the name is taken or has a dot, or the config is none that PEFT can add to this base as it is.
+            InputError: the name is taken or no module's, or PEFT cannot add such an adapter to this base as it is.
         """
-        if name in self.model.peft_config or "." in name:
-            raise InputError(f"adapter {name!r}: {'a dot is in' if '.' in name else 'there is one of'} that name")
+        if not re.fullmatch(r"\w+", name) or name in dir(nn.ModuleDict):
+            raise InputError(
+                f"adapter {name!r}: a name is letters, digits and _, and none that modules have; rename it"
+            )
+        if name in self.model.peft_config:
+            raise InputError(f"adapter {name!r}: there is one of that name; choose another")
         refuse_config(config)
         if config.init_lora_weights not in KEEP_THE_BASE:
             raise InputError(
@@ -115,9 +120,9 @@ class Adapters:
         set_peft_model_state_dict(self.model, values, adapter_name=name)
 
 
-def refuse_config(config: LoraConfig | None) -> None:
-    """Raise InputError if an adapter's configuration asks for what is not trained here."""
+def refuse_config(config: PeftConfig | None, what: str = "peft_config") -> None:
+    """Raise InputError if an adapter's configuration, which `what` names, asks for what is not trained here."""
     if config is not None and not isinstance(config, LoraConfig):
-        raise InputError(f"peft_config is a {type(config).__name__}; only LoraConfig is supported")
+        raise InputError(f"{what} is a {type(config).__name__}; only LoraConfig is supported")
     if config is not None and config.bias != "none":
-        raise InputError("peft_config trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+        raise InputError(f"{what} trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.sample import Sampler
@@ -24,7 +25,7 @@ from lowmem_grpo.rollout.replay import Group
 from lowmem_grpo.rollout.stream import Stream, index_at, next_positions, prompts_at
 
 
-def needs_refill(config: GRPOConfig) -> bool:
+def needs_refill(config: SamplingFields) -> bool:
     """True where dynamic sampling, the replay buffer or the curriculum is on, so that collect() is not enough."""
     return bool(config.dynamic_sampling_rounds or config.replay_buffer_size or config.curriculum_skip)
 
@@ -78,7 +79,7 @@ class _Round:
     chosen: list[int]  # the groups that the step learns from
 
 
-def _missing(rounds: list[_Round], config: GRPOConfig) -> int:
+def _missing(rounds: list[_Round], config: SamplingFields) -> int:
     return config.prompts_per_step - sum(len(each.chosen) for each in rounds)
 
 
@@ -149,7 +150,7 @@ def _replayed(policy: Policy, prompts: list[Prompt], groups: list[Group], config
     return Scored(positions, drawn, completions, rewards, {}, table)
 
 
-def _chosen(scored: Scored, groups: list[int], config: GRPOConfig) -> Scored:
+def _chosen(scored: Scored, groups: list[int], config: SamplingFields) -> Scored:
     """The chosen groups of scored completions."""
     size = config.num_generations
     rows = [b for group in groups for b in range(group * size, (group + 1) * size)]

@@ -22,7 +22,8 @@ class ReplayBuffer:
 
     def __init__(self, size: int):
         self.size = size
-        self.groups: list[Group] = []
+        self.groups: list[Group] = []  # a list that add, take and load replace, and never change
+        self.saved: tuple[list[Group], dict[str, Tensor]] = (self.groups, {})  # some groups, and state() of them
 
     def add(self, groups: list[Group]) -> None:
         self.groups = (self.groups + groups)[-self.size :] if self.size else []
@@ -35,6 +36,11 @@ class ReplayBuffer:
 
     def state(self) -> dict[str, Tensor]:
         """All groups, for a checkpoint: flat over groups, completions and tokens."""
+        if self.saved[0] is not self.groups:
+            self.saved = self.groups, self._tensors()
+        return self.saved[1]
+
+    def _tensors(self) -> dict[str, Tensor]:
         completions = [completion for group in self.groups for completion in group.completions]
         if not completions:
             return {}

@@ -78,8 +78,10 @@ def load_adapter(folder: Path, policy: Policy) -> None:
 
 def load_part(folder: Path, name: str, part: Part, saved: State) -> None:
     """Give a part what its state() was when the checkpoint was written; `saved` is its trainer_state.json."""
+    if name not in saved["parts"]:
+        raise InputError(f"{folder} has no state of its {name}; resume from an older checkpoint")
     tensors = read_tensors(folder, name) if (folder / f"{name}.safetensors").is_file() else {}
-    part.load({**saved["parts"].get(name, {}), **tensors})
+    part.load({**saved["parts"][name], **tensors})
 
 
 def read_tensors(folder: Path, name: str, remedy: str = "resume from an older checkpoint") -> dict[str, Tensor]:

@@ -19,48 +19,53 @@ from lowmem_grpo.planner.plan import for_evaluation
 class Evaluations:
     """Measures a policy at a step, and compares with the evaluation before training. A part of a checkpoint."""
 
-    def __init__(self, measure: Callable[[int], Evaluation], prompts: list[Prompt], num_generations: int | None):
-        """Take measure(step), which evaluates; prompts and num_generations identify it in a checkpoint."""
+    def __init__(self, measure: Callable[[int], Evaluation] | None, prompts: list[Prompt], num_generations: int | None):
+        """measure(step) evaluates; prompts and num_generations tell whether a resumed run measures the same.
+
+        Without measure nothing is evaluated, and the values of an earlier run are carried on.
+        """
         self.measure = measure
         rows = [[prompt.ids, prompt.columns] for prompt in prompts]
         self.data = hashlib.sha256(json.dumps([num_generations, rows], default=str).encode()).hexdigest()
-        self.first: dict[str, list[float]] = {}  # of the evaluation before training: each prompt's values, by metric
-        self.first_data = self.data  # what those are of
+        # Of the evaluation before training: each prompt's value, (P,) fp64 by metric, and what those are of.
+        self.first: dict[str, torch.Tensor] = {}
+        self.first_data = self.data
+
+    @property
+    def are_off(self) -> bool:
+        """True where nothing is evaluated."""
+        return self.measure is None
 
     @property
     def have_changed(self) -> bool:
         """True where this run measures something else than the evaluation before training did."""
-        return self.first_data != self.data
+        return not self.are_off and self.first_data != self.data
 
     def at(self, step: int, shown: list[str]) -> dict[str, float]:
         """The metrics at a step; of those named, also the differences from the evaluation before training."""
+        assert self.measure is not None
         found = self.measure(step)
         if step == 0:
-            self.first = found.values
+            self.first = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.values.items()}
             return found.metrics
         if self.have_changed:
             return found.metrics
-        return found.metrics | differences(
-            self.first, {name: found.values[name] for name in shown if name in found.values}
-        )
+        before = {name: values.tolist() for name, values in self.first.items()}
+        return found.metrics | differences(before, {name: found.values[name] for name in shown if name in found.values})
 
     def state(self) -> dict[str, Any]:
-        """Each prompt's values in the evaluation before training, (P,) fp64 by metric, and what they are of."""
-        if not self.first:
-            return {}
-        return {"data": self.first_data, **{n: torch.tensor(v, dtype=torch.float64) for n, v in self.first.items()}}
+        """The values of the evaluation before training, and what they are of."""
+        return {"data": self.first_data, **self.first} if self.first else {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
         if state:
             self.first_data = state["data"]
-            self.first = {name: values.tolist() for name, values in state.items() if name != "data"}
+            self.first = {name: values for name, values in state.items() if name != "data"}
 
 
-def evaluations_of(inputs: Inputs, sampler: Sampler) -> Evaluations | None:
-    """The evaluations of a run's eval_dataset by its rewards, or None where there is no eval_dataset."""
+def evaluations_of(inputs: Inputs, sampler: Sampler) -> Evaluations:
+    """The evaluations of a run's eval_dataset by its rewards; they are off where there is none."""
     prompts, config = inputs.eval_prompts, inputs.config
-    if not prompts:
-        return None
     evaluate = partial(measure, sampler, prompts, inputs.rewards, for_evaluation(inputs.plan, config))
-    return Evaluations(evaluate, prompts, config.num_generations_eval)
+    return Evaluations(evaluate if prompts else None, prompts, config.num_generations_eval)

@@ -81,12 +81,10 @@ class Run:
         learner: Learner,
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
         evaluations: Evaluations | None = None,
-        callbacks: Callback | Sequence[Callback] = (),
-    ):  # fmt: skip
+    ):
         assert inputs.output_dir is not None
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
-        self.callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
         self.evaluations = evaluations
         self.parts: dict[str, Part] = {**parts, **({"first_evaluation": evaluations} if evaluations else {})}
         self.step, self.num_tokens = 0, 0
@@ -113,19 +111,9 @@ class Run:
             stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
             self.progress = stack.enter_context(Progress(self.total_steps))
             self.interruption = stack.enter_context(Interruption())
+            self._say_what_is_given()
+            self._remember()
             self.contexts = stack.pop_all()
-        if self.inputs.plan is not None:
-            self.progress.say(as_text(self.inputs.plan))
-        for note in self.inputs.notes:
-            self.progress.say(note)
-        if self.inputs.resume is not None and self.is_over:
-            at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
-            self.progress.say(f"{at}: nothing is left to train")
-        if self.evaluations is not None and self.evaluations.have_changed:
-            self.progress.say(
-                "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
-            )
-        self._remember()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -133,7 +121,7 @@ class Run:
             if error is None:
                 self._say_what_was_skipped()
                 return
-            if self.step and not self.interruption.holding:
+            if self.step and not self.interruption.holding:  # else nothing is whole, or weights are half changed
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
                 except NotFiniteError as unfit:
@@ -225,9 +213,9 @@ class Run:
             write_completions(self.folder, step.number, table)
         if self.config.eval_steps and step.number % self.config.eval_steps == 0:
             self._evaluate()
-        for callback in self.callbacks:
+        for callback in self.inputs.callbacks:
             callback(step.number, metrics, self.policy)
-        self._remember()
+        self.whole = {**self.whole, "random_states": randomness()}  # evaluations keep them, callbacks may draw
         if self.is_over or step.number % self.config.save_steps == 0:
             self._save()
         if self.nonfinite_steps > self.config.max_nonfinite_steps:
@@ -252,7 +240,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Evaluate once a step; a resumed run finds in the log the evaluations before it stopped."""
-        if self.evaluations is None or self.log.evaluation(self.step):
+        if self.evaluations is None or self.evaluations.are_off or self.log.evaluation(self.step):
             return
         with same_randomness():  # a run is the same, however often it is evaluated
             metrics = self.evaluations.at(self.step, self.shown)
@@ -263,21 +251,17 @@ class Run:
         self.progress.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
 
     def _remember(self) -> None:
-        """Keep the states of generators and parts after a whole step, for its checkpoint: the next step changes them."""
-        self.states: dict[str, State] = {"random_states": randomness()}
-        self.states |= {name: part.state() for name, part in self.parts.items()}
-        self.counts = {"num_tokens": self.num_tokens, "nonfinite_steps": self.nonfinite_steps}
+        """Keep the states of generators and parts after a whole step, since the next one changes them."""
+        states: dict[str, State] = {name: part.state() for name, part in self.parts.items()}
+        states["counts"] = {"num_tokens": self.num_tokens, "nonfinite_steps": self.nonfinite_steps}
+        # In one assignment: an interruption saves either all of the step or all of the one before.
+        self.whole = {**states, "random_states": randomness()}
 
     def _save(self) -> Path:
         """Write the checkpoint of the last whole step."""
         folder = self.folder / f"checkpoint-{self.step}"
-        values = {
-            "step": self.step,
-            **self.counts,
-            "identity": self.inputs.identity,
-            "config": asdict(self.inputs.given),
-        }
-        save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.states}, values)
+        values = {"step": self.step, "identity": self.inputs.identity, "config": asdict(self.inputs.given)}
+        save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
         remove_old_checkpoints(self.folder, self.config.save_total_limit)
         return folder
 
@@ -287,17 +271,32 @@ class Run:
         load_adapter(folder, self.policy)
         for name, part in {"optimizer": self.learner, **self.parts, "random_states": _Randomness()}.items():
             load_part(folder, name, part, saved)
-        self.step, self.num_tokens, self.nonfinite_steps = (
-            saved["step"], saved["num_tokens"], saved["nonfinite_steps"],
-        )  # fmt: skip
+        counts = saved["parts"]["counts"]
+        self.step, self.num_tokens = saved["step"], counts["num_tokens"]
+        self.nonfinite_steps = counts["nonfinite_steps"]
+
+    def _say_what_is_given(self) -> None:
+        """Tell whoever watches what the run has been given, before the first step."""
+        if self.inputs.plan is not None:
+            self.progress.say(as_text(self.inputs.plan))
+        for note in self.inputs.notes:
+            self.progress.say(note)
+        if self.inputs.resume is not None and self.is_over:
+            at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
+            self.progress.say(f"{at}: nothing is left to train")
+        if self.evaluations is not None and self.evaluations.have_changed:
+            self.progress.say(
+                "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
+            )
 
     def _say_what_was_skipped(self) -> None:
+        """Tell whoever watches how many optimizer steps of the whole run changed no weight, if any."""
         skipped = sum(line.get("skipped_steps", 0) for line in self.log.lines())
-        if skipped and self.updates_a_step is not None:
-            asked = self.step * self.updates_a_step
+        if skipped:
+            of_all = "" if self.updates_a_step is None else f" of {self.step * self.updates_a_step}"
             search = ", as while fp16 looks for its loss scale" if self.config.fp16 else ""
             self.progress.say(
-                f"{skipped} of {asked} optimizer steps changed no weight: loss or gradient was not finite{search}"
+                f"{skipped}{of_all} optimizer steps changed no weight: loss or gradient was not finite{search}"
             )
 
 
