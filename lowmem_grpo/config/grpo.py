@@ -1,6 +1,6 @@
-"""GRPOConfig: every setting of a run, with TRL's names and defaults wherever TRL has one.
+"""GRPOConfig, made of the fields in sections.py, with TRL's names and defaults wherever TRL has one.
 
-The fields are those of sections.py; here are the checks of what only GRPO has, and of one section against another.
+The fields and their help stand there; here are the checks of what only GRPO has, and of one section against another.
 Standard library only. docs/coming-from-trl.md lists each deliberate difference from TRL.
 """
 
