@@ -131,6 +131,34 @@ def selective_logprobs(
     return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float32)
 
 
+@torch.no_grad()
+def sample_next(
+    logits: Tensor,  # (S, V), not changed
+    uniforms: Tensor,  # (completions, tokens) fp32 in [0, 1)
+    completions: Tensor,  # (S,) int64
+    token_ids: Tensor,  # (S,) int64, overwritten by what is drawn
+    positions: Tensor,  # (S,) int64, moved on by one
+    prefilled: Tensor,  # (S,) int64
+    *,
+    temperature: float,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> Tensor:
+    """Draw each row's next token and move the row on: (3, S) fp64 of token, log-probability and once more that.
+
+    Row i is drawn by uniforms[completions[i], positions[i] - prefilled[i]] from softcap tanh(scale logits / softcap).
+    No position goes beyond the last of the uniforms: a row that has them all draws its last token again and again.
+    """
+    now = positions - prefilled
+    scores = logits if scale == 1 else logits * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    tokens, logprobs = sample_tokens(scores, uniforms[completions, now], temperature=temperature, backend="torch")
+    token_ids.copy_(tokens)
+    torch.minimum(positions + 1, prefilled + uniforms.shape[1] - 1, out=positions)
+    return torch.stack([tokens.double(), logprobs.double(), logprobs.double()])
+
+
 def _launch(logits: Tensor, uniforms: Tensor | None, tokens: Tensor, temperature: float) -> Tensor:
     logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
