@@ -1,17 +1,16 @@
 """The linear layers while sampling: training's numbers, rounded where training rounds them, in fewer calls."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem_grpo.model.lora import plain_lora_layers, worn_by
+from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
 
 @contextlib.contextmanager
@@ -24,8 +23,8 @@ def fast_linears(model: nn.Module, dtype: torch.dtype, *, dense: bool) -> Iterat
     forwards: dict[Any, Callable] = {layer: _dequantized(layer, dtype) for layer in _in_4bit(model)} if dense else {}
     for layer in plain_lora_layers(model):
         if not layer.disable_adapters and not layer.merged:
-            base: Callable = layer.get_base_layer()
-            forwards[layer] = _adapted(layer, forwards.get(base, base), dtype)
+            base = layer.get_base_layer()
+            forwards[layer] = _adapted(layer, forwards.get(base) or _product(base), dtype)
     before = {layer: vars(layer).get("forward") for layer in forwards}  # training's, or accelerate's
     try:
         for layer, forward in forwards.items():
@@ -48,15 +47,18 @@ def _in_4bit(model: nn.Module) -> list[Any]:
 
 
 def _dequantized(layer: Any, dtype: torch.dtype) -> Callable:
-    state = copy.copy(layer.weight.quant_state)
-    state.dtype = dtype  # at once, as the 4-bit product does it; a checkpoint may have been made from another
-    weight = dequantize_4bit(layer.weight.data, state)
+    weight = dequantized(layer, dtype)
     bias = None if layer.bias is None else layer.bias.to(dtype)
 
     def forward(x: Tensor) -> Tensor:
         return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
     return forward
+
+
+def _product(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The product of a layer: product_4bit, or the layer itself where it is no Linear4bit or has a hooked forward."""
+    return product_4bit(layer) if type(layer) is Linear4bit and "forward" not in vars(layer) else layer
 
 
 def _adapted(layer: Any, base: Callable, dtype: torch.dtype) -> Callable:

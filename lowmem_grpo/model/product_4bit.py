@@ -1,0 +1,49 @@
+"""bitsandbytes' 4-bit product, called past Linear4bit and matmul_4bit: their numbers for 38 us less of the host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from torch import Tensor
+
+_gemm = torch.ops.bitsandbytes.gemm_4bit.default
+_dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+_dequantize_scales = torch.ops.bitsandbytes.dequantize_blockwise.default
+
+
+def product_4bit(layer: Linear4bit) -> Callable[[Tensor], Tensor]:
+    """A layer's product with its bias as a function: x (..., in) -> (..., out) in x's dtype, without a gradient.
+
+    It computes in x's dtype, and reads the codes where they lay when it was made: a layer whose weight is moved or
+    merged needs a new one.
+    """
+    codes, (shape, scales, blocksize, kind), double = _unpacked(layer)
+
+    def product(x: Tensor) -> Tensor:
+        bias = layer.bias if layer.bias is None else layer.bias.to(x.dtype)
+        return _gemm(x, codes, shape, scales, blocksize, kind, bias, *double)
+
+    return product
+
+
+def dequantized(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of a layer, rounded once to dtype, whatever it was quantized from."""
+    codes, (shape, scales, blocksize, kind), double = _unpacked(layer)
+    if double:
+        codes_of_scales, table, offset = double
+        scales = _dequantize_scales(codes_of_scales, scales, table, 256, torch.float32).add_(offset)
+    return _dequantize(codes, scales, blocksize, kind, shape, dtype)
+
+
+def _unpacked(layer: Linear4bit) -> tuple[Tensor, tuple, tuple]:
+    """Codes, then (shape, scales, blocksize, kind), and of double quantization (codes of scales, table, offset)."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    codes = weight.data.view(-1, 1)
+    if not state.nested:
+        return codes, (state.shape, state.absmax, state.blocksize, state.quant_type), ()
+    if state.state2.blocksize != 256:  # the product has it built in
+        raise NotImplementedError(f"double quantization in blocks of {state.state2.blocksize} in place of 256")
+    own = (state.shape, state.state2.absmax, state.blocksize, state.quant_type)
+    return codes, own, (state.absmax, state.state2.code, state.offset)
