@@ -5,6 +5,7 @@ others. So which completions share a batch, in what order they start and how oft
 what is sampled, up to the rounding of the matrix products, which in fp32 is far below what moves a token.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
+from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import fast_linears
 from lowmem_grpo.model.attention import attending
@@ -98,6 +100,7 @@ class Request:
     kv_dtype: torch.dtype  # the policy's, or int8
     dense: bool  # whether 4-bit layers are dequantized once for all
     captures: Captures | None  # None: no step is captured as a CUDA graph
+    fast: FastStep | None  # None: the model's own layers decode
 
 
 class Ran(NamedTuple):
@@ -140,8 +143,11 @@ def run(request: Request, shape: StoreShape) -> Ran:
         if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
             shape, now = now.halved() if now == shape else shape, now.halved()
 
-    linears = fast_linears(policy.base, policy.dtype, dense=request.dense)
-    with policy.inference(), policy.autocast(), attending(policy.configs), linears:
+    with contextlib.ExitStack() as ready:
+        made = {} if request.fast is None else ready.enter_context(request.fast.ready(dense=request.dense))
+        linears = fast_linears(policy.base, policy.dtype, dense=request.dense, matrices=made)
+        for context in (policy.inference(), policy.autocast(), attending(policy.configs), linears):
+            ready.enter_context(context)
         tried_again(attempt, failed)
     if policy.device.type == "cuda" and request.captures is not None:
         torch.cuda.empty_cache()  # the graphs' pool serves nobody else
@@ -152,7 +158,7 @@ def _run(request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[i
     """Sample the scheduler's completions into done; returns how many CUDA graphs were replayed."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
     store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
-    slots = Slots(policy, store, shape, scheduler, params, request.uniforms)
+    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, request.fast)
     capture = CAPTURE.get(policy.device.type)
     graphs = None
     if request.captures is not None and capture is not None:

@@ -31,8 +31,13 @@ class Slots:
     def __init__(
         self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
         params: SamplingParams | None = None, uniforms: Tensor | None = None,
+        fast: Callable[[Tensor, Decode], Tensor] | None = None,
     ):  # fmt: skip
-        """Make empty slots. step() needs params and uniforms; hidden() does not."""
+        """Make empty slots. step() needs params and uniforms; hidden() does not.
+
+        fast decodes tokens to their last hidden states (S, D) in place of the model's own layers.
+        """
+        self.fast = fast
         self.uniforms = uniforms
         self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
         self.num_rows = len(scheduler.slots)
@@ -212,15 +217,23 @@ class Slots:
 
     def hidden(self, num_rows: int) -> Tensor:
         """Feed each of the first S rows its next token: last hidden states (S, D)."""
-        token_ids, positions, prefilled = (x[:num_rows] for x in (self.token_ids, self.positions, self.prefilled))
+        token_ids, now = self.token_ids[:num_rows], self.layout(num_rows)
+        if self.fast is not None:
+            return self.fast(token_ids, now)
+        with laid_out(now):
+            out = self.policy.decoder(
+                input_ids=token_ids[:, None], position_ids=now.positions[:, None], use_cache=False
+            )
+        return out.last_hidden_state[:, -1]
+
+    def layout(self, num_rows: int) -> Decode:
+        """The layout in which the first rows attend."""
+        positions, prefilled = self.positions[:num_rows], self.prefilled[:num_rows]
         columns = positions - prefilled if self.shape.shared else positions
         lengths, prefix_rows = (prefilled, self.prefix_rows[:num_rows]) if self.shape.shared else (None, None)
         members, places = self.members or (None, None)
         table, span = (None, self._span()) if self.table is None else (self.table[:num_rows], 0)
-        now = Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
-        with laid_out(now):
-            out = self.policy.decoder(input_ids=token_ids[:, None], position_ids=positions[:, None], use_cache=False)
-        return out.last_hidden_state[:, -1]
+        return Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
 
     def _span(self) -> int:
         needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)

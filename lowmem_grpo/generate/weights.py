@@ -1,7 +1,7 @@
 """The linear layers while sampling: training's numbers, rounded where training rounds them, in fewer calls."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,19 @@ from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
 
 @contextlib.contextmanager
-def fast_linears(model: nn.Module, dtype: torch.dtype, *, dense: bool) -> Iterator[None]:
+def fast_linears(
+    model: nn.Module, dtype: torch.dtype, *, dense: bool, matrices: Mapping[Any, Tensor] | None = None
+) -> Iterator[None]:
     """Compute each adapter in two products on top of the base layer: 2 calls where PEFT makes 7.
 
     With dense, every 4-bit layer is dequantized once for the while, which takes dense_bytes. Adapters stay apart from
     that copy: after 20 steps of SmolLM2-135M the rounding of a merged one, in bf16, was 0.83 of what they add.
+    matrices, by layer, take the place of copies that somebody holds already.
     """
-    forwards: dict[Any, Callable] = {layer: _dequantized(layer, dtype) for layer in _in_4bit(model)} if dense else {}
+    held = matrices or {}
+    forwards: dict[Any, Callable] = {}
+    if dense:
+        forwards = {layer: _dense(layer, held.get(layer), dtype) for layer in _in_4bit(model)}
     for layer in plain_lora_layers(model):
         if not layer.disable_adapters and not layer.merged:
             base = layer.get_base_layer()
@@ -46,8 +52,8 @@ def _in_4bit(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if type(layer) is Linear4bit]
 
 
-def _dequantized(layer: Any, dtype: torch.dtype) -> Callable:
-    weight = dequantized(layer, dtype)
+def _dense(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Callable:
+    weight = dequantized(layer, dtype) if weight is None else weight
     bias = None if layer.bias is None else layer.bias.to(dtype)
 
     def forward(x: Tensor) -> Tensor:

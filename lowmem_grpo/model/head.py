@@ -82,14 +82,15 @@ def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     given = _LastHiddenState(last_hidden_state=hidden[None])
     with (
         torch.no_grad(),
-        _forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
-        _forward_replaced(output, lambda states: _head_in_fp32(output.weight, output.bias, states)),
+        forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
+        forward_replaced(output, lambda states: _head_in_fp32(output.weight, output.bias, states)),
     ):
         return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
 
 
 @contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Have a module compute something else inside the `with`."""
     own = module.__dict__.get("forward")  # accelerate may have put one on the instance
     module.forward = forward
     try:

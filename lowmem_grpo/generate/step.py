@@ -1,0 +1,181 @@
+"""A step of decoding by a model's outline: 10 launches a layer and 4 outside, where its own layers take 58 and 52.
+
+    start                                stream = embedding, h = its norm
+    product, heads, attention (2)        queries, keys and values of h; keys and values go into the store
+    product, residual                    stream += attention's result, h = the norm of the stream
+    product, gated                       activation(gate) up
+    product, residual                    stream += the MLP's result, h = the norm of the stream
+    head, sample_next (2)                the next token
+
+A product leaves fp32 parts; their sum, the bias, the adapter's second factor and all rounding are the first lines of
+the kernel that comes next anyway (kernels/decode_layer.py). Rounding is where a training forward has it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lowmem_grpo.generate.layers import Norm, Outline, Product, rotations
+from lowmem_grpo.generate.layouts import Decode
+from lowmem_grpo.kernels.decode_layer import gated, heads, residual, start
+from lowmem_grpo.kernels.nf4_product import product
+from lowmem_grpo.model.lora import worn_by
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.product_4bit import dequantized
+
+POSITIONS = 1024  # the tables of cosines and sines grow by so many: 0.5 MiB for heads of 128 in 16 bits
+RANK = 16  # an adapter's rank is filled up with zeros to a multiple of it
+
+
+class Linears:
+    """A Product with the adapters that its linears wear.
+
+    Attributes:
+        a: (n R, K) first factors of n linears, R rows of each, filled up with zeros; None without adapters.
+        b: (R, N) second factors side by side, with their scale in them.
+        matrices: (N_i, K) each, of linears that are not in 4 bits, or all in one for a rollout with dense weights.
+    """
+
+    def __init__(self, product: Product, dtype: torch.dtype):
+        """Make room for the adapters that are worn now."""
+        self.product, self.dtype = product, dtype
+        self.a = self.b = None
+        self.matrices = None if product.weights else [base.weight for base in product.bases]
+        rank = max(sum(len(a) for a, _, _ in _worn(linear)) for linear in product.linears)
+        if rank:
+            self.rank = -(-rank // RANK) * RANK
+            weight = product.bases[0].weight
+            self.a = weight.new_zeros(len(product.linears) * self.rank, product.bases[0].in_features, dtype=dtype)
+            self.b = weight.new_zeros(self.rank, sum(product.sizes), dtype=dtype)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the adapters' values, at the addresses of the last ones."""
+        if self.a is None or self.b is None:
+            return
+        rows, columns = self.a.split(self.rank), self.b.split(self.product.sizes, 1)
+        for linear, its_a, its_b in zip(self.product.linears, rows, columns, strict=True):
+            at = 0
+            for a, b, scale in _worn(linear):
+                its_a[at : at + len(a)] = a
+                its_b[at : at + len(a)] = b.t() * scale
+                at += len(a)
+
+    def dequantize(self) -> dict[Any, Tensor]:
+        """Compute with one dense matrix of all linears until quantize(); returns its rows by linear layer."""
+        if self.product.weights is None:
+            return {}
+        bases, sizes = self.product.bases, self.product.sizes
+        matrix = self.product.weights[0].absmax.new_empty(sum(sizes), bases[0].in_features, dtype=self.dtype)
+        self.matrices = [matrix]
+        by_layer = dict(zip(bases, matrix.split(sizes), strict=True))
+        for base, rows in by_layer.items():
+            rows.copy_(dequantized(base, self.dtype))
+        return by_layer
+
+    def quantize(self) -> None:
+        """Compute with the weights as they are in the model."""
+        if self.product.weights is not None:
+            self.matrices = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Parts (splits, S, N), low (splits, S, n R), b and bias of x (S, K): what a kernel finishes a product with."""
+        if self.matrices is None:
+            assert self.product.weights is not None
+            parts, low = product(x, self.product.weights, self.a)
+        else:
+            wholes = [_in_fp32(x, matrix) for matrix in self.matrices]
+            parts = (wholes[0] if len(wholes) == 1 else torch.cat(wholes, 1))[None]
+            low = None if self.a is None else _in_fp32(x, self.a)[None]
+        return parts, low, self.b, self.product.bias
+
+
+def _worn(linear: Any) -> list[tuple[Any, Any, float]]:
+    """Factors (r, K) and (N, r) and scale of each adapter that a linear layer wears."""
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
+        return []
+    return [(linear.lora_A[n].weight, linear.lora_B[n].weight, linear.scaling[n]) for n in worn_by(linear)]
+
+
+def _in_fp32(x: Tensor, matrix: Tensor) -> Tensor:
+    """The product x matrix^T, (S, N) fp32; a CPU rounds it to 16 bits before."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, matrix.t(), out_dtype=torch.float32)
+    return (x @ matrix.t()).float()
+
+
+class FastStep:
+    """Decodes tokens by an outline in place of the model's own layers, with the adapters that they wear.
+
+    Attributes:
+        num_positions: positions that there are cosines and sines for.
+    """
+
+    def __init__(self, policy: Policy, outline: Outline, num_positions: int):
+        self.policy, self.outline = policy, outline
+        self.num_positions = -(-num_positions // POSITIONS) * POSITIONS
+        with policy.inference(), policy.autocast():
+            self.tables, _ = rotations(policy, self.num_positions)
+        self.layers = [
+            [Linears(product, policy.dtype) for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+            for layer in outline.layers
+        ]
+        self.following = [*(layer.before[0] for layer in outline.layers[1:]), outline.norm]
+
+    @contextlib.contextmanager
+    def ready(self, *, dense: bool) -> Iterator[dict[Any, Tensor]]:
+        """Take over the adapters' values; with dense, hold the matrices of all 4-bit layers inside the `with`."""
+        every = [linears for layer in self.layers for linears in layer]
+        for linears in every:
+            linears.refresh()
+        try:
+            yield {base: rows for linears in every if dense for base, rows in linears.dequantize().items()}
+        finally:
+            for linears in every:
+                linears.quantize()
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Tensor, now: Decode) -> Tensor:
+        """Last hidden states (S, D) of one token of each of S slots; its keys and values go into the store."""
+        stream, h = self.begin(token_ids)
+        for index, following in enumerate(self.following):
+            h = self.layer(index, stream, h, following, now)
+        return h
+
+    def begin(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream (S, D) of tokens, and the first layer's norm of it."""
+        embedding, before = self.outline.embedding.weight, self.outline.layers[0].before[0]
+        if embedding.device != token_ids.device:  # offload_embedding
+            embedding = self.outline.embedding(token_ids)
+            token_ids = torch.arange(len(token_ids), device=token_ids.device)
+        scale, dtype = self.outline.embedding_scale, self.policy.dtype
+        return start(token_ids, embedding, scale=scale, before=before, dtype=dtype)
+
+    def layer(self, index: int, stream: Tensor, h: Tensor, following: Norm | None, now: Decode) -> Tensor:
+        """Add a layer's results to the stream (S, D), in place; returns the norm of it that follows."""
+        layer, dtype = self.outline.layers[index], self.policy.dtype
+        _, out, gate_up, down = self.layers[index]
+        own = now.store.own
+        assert now.table is not None
+        query = self.heads(index, h, own.numbers, own.scales, index, now.table, now.positions, now.prefix_lengths)
+        attended = now.read(index, query, layer.scaling, layer.window, layer.softcap).flatten(1)
+        h = residual(stream, *out(attended), after=layer.after[0], share=layer.share, before=layer.before[1])
+        h = gated(*gate_up(h), activation=layer.activation, dtype=dtype)
+        return residual(stream, *down(h), after=layer.after[1], share=layer.share, before=following)
+
+    def heads(
+        self, index: int, h: Tensor, own: Tensor, scales: Tensor | None, place: int, table: Tensor, positions: Tensor,
+        prefilled: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """A layer's queries (S, H, D); keys and values go into own[place]."""
+        layer = self.outline.layers[index]
+        cos, sin = (None, None) if layer.table is None else self.tables[layer.table]
+        return heads(
+            *self.layers[index][0](h), own=own, scales=scales, layer=place, table=table, positions=positions,
+            prefilled=prefilled, query_norm=layer.query_norm, key_norm=layer.key_norm, cos=cos, sin=sin,
+            paired=layer.paired, dtype=self.policy.dtype,
+        )  # fmt: skip
