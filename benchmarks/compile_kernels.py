@@ -20,7 +20,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowmem_grpo.kernels import decode_attention, linear_logprobs, policy_loss, sample_tokens
+from lowmem_grpo.kernels import (
+    decode_attention,
+    decode_layer,
+    linear_logprobs,
+    nf4_product,
+    policy_loss,
+    sample_tokens,
+)
 
 # Compute capability -> the most shared memory of a block, in bytes.
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
@@ -35,6 +42,8 @@ SHARED_MEMORY = {
 }
 # Of PTX: ld.global.v4.b32, st.global.L1::evict_last.b16, ...
 ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
+# cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3;   the third operand is a number of bytes
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
 HALF = {75: "*fp16"}  # sm_75 has no bf16; every other card is compiled with it
 
 
@@ -52,6 +61,7 @@ class Kernel(NamedTuple):
     spill_bytes: int = 0  # the most that is accepted
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
     read_again: int = 0  # loads that the compiler may do twice
+    oldest: int = 75  # the least compute capability that it is launched on
 
 
 def _start(name: str, **change) -> Kernel:
@@ -113,6 +123,14 @@ def _choose(name: str, **change) -> Kernel:
     return Kernel(name, sample_tokens._choose_kernel, arguments | change, num_warps=8)
 
 
+def _next(name: str, function: Any, narrow: int, **change) -> Kernel:
+    arguments = dict(
+        logits_ptr="*fp32", state_ptr="*fp32", row_stride="i32", scale=None, softcap=None, inverse_temperature="fp32",
+        V=151936, BLOCK=sample_tokens.BLOCK,
+    )  # fmt: skip
+    return Kernel(name, function, arguments | change, num_warps=8, narrow=narrow)
+
+
 def _split(name: str, also_narrow: int, **change) -> Kernel:
     narrow = 8 + also_narrow  # the peak and the total of each query, with tokens and without, of prefix and own
     arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
@@ -134,6 +152,68 @@ def _merge(name: str, narrow: int, **change) -> Kernel:
         TILE=decode_attention.TILE,
     )  # fmt: skip
     return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
+
+
+def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
+    arguments: dict[str, Any] = {argument: None for argument in nf4_product._product_kernel.arg_names}
+    for index in range(len(sizes)):
+        arguments |= {f"w{index}_ptr": "*u8", f"absmax{index}_ptr": "*u8", f"outer{index}_ptr": "*fp32"}
+        arguments |= {f"offset{index}_ptr": "*fp32"}
+    n0, n1, n2 = sizes + [0] * (3 - len(sizes))
+    arguments |= dict(
+        x_ptr="*half", x_words_ptr="*i32", code_ptr="*fp32", a_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", M="i32",
+        N0=n0, N1=n1, N2=n2, R=R, NESTED=True, BLOCK_M=16, BLOCK_N=nf4_product.BLOCK_N, RANK=nf4_product.RANK,
+        STAGES=nf4_product.STAGES,
+    )  # fmt: skip
+    # Of each row of a weight one byte of absmax and four of its scale, some steps ahead; of a 7B's low a pair. sm_90
+    # copies weights by 8 bytes.
+    return Kernel(
+        name,
+        nf4_product._product_kernel,
+        arguments | change,
+        nf4_product.NUM_WARPS,
+        narrow=21,
+        oldest=nf4_product.OLDEST,
+    )
+
+
+def _start_layer(name: str, **change) -> Kernel:
+    arguments = dict(
+        token_ids_ptr="*i64", embedding_ptr="*half", stream_ptr="*half", gain_ptr="*fp32", out_ptr="*half",
+        scale="fp32", eps="fp32", N=3584, EARLY=True, BLOCK=4096,
+    )  # fmt: skip
+    return Kernel(name, decode_layer._start_kernel, arguments | change, num_warps=8)
+
+
+def _residual(name: str, num_warps: int = 8, **change) -> Kernel:
+    arguments = dict(
+        stream_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, after_ptr=None,
+        before_ptr="*fp32", out_ptr="*half", M="i32", share=None, after_eps="fp32", before_eps="fp32", N=3584, R=16,
+        STEP=decode_layer.STEP, SPLITS=8, AFTER_EARLY=True, BEFORE_EARLY=True, BLOCK=4096,
+    )  # fmt: skip
+    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps)
+
+
+def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
+    arguments: dict[str, Any] = {argument: "i32" for argument in decode_layer._heads_kernel.arg_names}
+    arguments |= dict(
+        parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr="*half", query_gain_ptr=None, key_gain_ptr=None,
+        cos_ptr="*half", sin_ptr="*half", positions_ptr="*i64", prefilled_ptr="*i64", table_ptr="*i64",
+        query_ptr="*half", own_ptr="*half", scales_ptr=None, addresses_ptr="*i64", query_eps="fp32", key_eps="fp32",
+        D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=48, R=16, STEP=decode_layer.STEP, SPLITS=4, EARLY=True,
+        WHOLE=False, HEADS=1, BLOCK_D=128,
+    )  # fmt: skip
+    # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale.
+    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=10)
+
+
+def _gated(name: str, **change) -> Kernel:
+    arguments = dict(
+        parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, out_ptr="*half", M="i32", WIDTH=18944,
+        LOW=32, R=16, STEP=decode_layer.STEP, SPLITS=2, ACTIVATION="silu", ROWS=decode_layer.ROWS,
+        BLOCK=decode_layer.COLUMNS,
+    )  # fmt: skip
+    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2)
 
 
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
@@ -165,6 +245,13 @@ KERNELS = [
     ),
     _choose("sample_tokens"),
     _choose("selective_logprobs", uniforms_ptr=None),
+    _next("sample_next sums, scale, softcap", sample_tokens._sums_kernel, 0, scale="fp32", softcap="fp32"),
+    _next(
+        "sample_next pick", sample_tokens._pick_kernel, 2,  # each chunk's peak, and its sum
+        uniforms_ptr="*fp32", completions_ptr="*i64",
+        token_ids_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64", out_ptr="*fp64", uniforms_stride="i32",
+        tokens="i32", CHUNKS=64,
+    ),
     _split("decode_attention, 7 x 128, prefix", 0, H=28),
     _split("decode_attention, 7 x 64, prefix", 1, D=64, BLOCK_D=64, ROWS=16),
     _split(
@@ -185,6 +272,25 @@ KERNELS = [
     ),
     _merge("decode_attention merge, 128", 35),
     _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
+    _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
+    _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),
+    _product("nf4_product, down 7B, 64 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=64),
+    _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, K=3584, SPLITS=1, BLOCK_M=64),
+    _start_layer("decode_layer start, 3584"),
+    _residual("decode_layer residual, 3584"),
+    _residual("decode_layer residual, 3584, rank 64, norm after, share", R=64, after_ptr="*fp32", share="fp32"),
+    _residual("decode_layer residual, 8192", 16, N=8192, BLOCK=8192, SPLITS=4),
+    _heads("decode_layer heads, 128"),
+    _heads(
+        "decode_layer heads, 128, norms, int8", query_gain_ptr="*fp32", key_gain_ptr="*fp32", own_ptr="*i8",
+        scales_ptr="*fp16",
+    ),
+    _heads(
+        "decode_layer heads, 32 x 128, norms over all", 8, query_gain_ptr="*fp32", key_gain_ptr="*fp32", H=32, H_KV=32,
+        WHOLE=True, HEADS=32, cos_ptr="*fp32", sin_ptr="*fp32", bias_ptr=None,
+    ),
+    _gated("decode_layer gated, 18944"),
+    _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64),
 ]  # fmt: skip
 
 
@@ -193,7 +299,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
-        if not isinstance(value, str):
+        if parameter.is_constexpr or not isinstance(value, str):
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
         signature[parameter.name] = value.replace("*half", HALF.get(capability, "*bf16"))
@@ -230,6 +336,7 @@ def narrow_accesses(ttir: str, ptx: str) -> int:
     that.
     """
     widths = [int(vector or 1) * int(bits) for vector, bits in ACCESS.findall(ptx)]
+    widths += [8 * int(size, 0) for size in COPY.findall(ptx)]
     single = len(re.findall(r"^(?!.*tensor<).*tt\.(?:load|store) ", ttir, re.MULTILINE))
     return sum(width < 128 for width in widths) - single
 
@@ -245,7 +352,7 @@ def table(results: list[dict]) -> str:
     lines = ["| registers / spill B / shared B | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
     lines.append("|---" * (len(targets) + 1) + "|")
     for name in dict.fromkeys(result["kernel"] for result in results):
-        lines.append(f"| {name} | " + " | ".join(cells[name, target] for target in targets) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells.get((name, target), "-") for target in targets) + " |")
     return "\n".join(lines)
 
 
@@ -256,7 +363,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
-    results = [compile_for(kernel, target) for kernel in KERNELS for target in arguments.targets]
+    results = [
+        compile_for(kernel, target) for kernel in KERNELS for target in arguments.targets if target >= kernel.oldest
+    ]
     print(json.dumps(results) if arguments.json else table(results))
 
 

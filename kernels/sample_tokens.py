@@ -71,6 +71,92 @@ if triton is not None:
         chosen = tl.load(logits_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
         tl.store(logprobs_ptr + row, (chosen - peak) * inverse_temperature - tl.log(total))
 
+    @triton.jit
+    def _score(logit, scale, softcap):
+        score = logit.to(tl.float32)
+        if scale is not None:
+            score *= scale
+        if softcap is not None:
+            e = tl.exp(-2.0 * tl.abs(score / softcap))
+            score = softcap * tl.where(score < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+        return score
+
+    @triton.jit
+    def _sums_kernel(
+        logits_ptr,  # (S, V)
+        state_ptr,  # (S, chunks, 2) fp32, written: peak, and sum of exp((s - peak) / temperature)
+        row_stride,
+        scale,  # or None
+        softcap,  # or None
+        inverse_temperature,
+        V: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program per row and BLOCK scores."""
+        row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        score = _score(tl.load(logits_ptr + row * row_stride + at, mask=at < V, other=0.0), scale, softcap)
+        score = tl.where(at < V, score, float("-inf"))
+        peak = tl.maximum(tl.max(score, 0), -3.4028234663852886e38)
+        state_ptr += (row * tl.num_programs(1) + chunk) * 2
+        tl.store(state_ptr, peak)
+        tl.store(state_ptr + 1, tl.sum(tl.exp((score - peak) * inverse_temperature), 0))
+
+    @triton.jit
+    def _pick_kernel(
+        logits_ptr,  # (S, V)
+        state_ptr,  # (S, chunks, 2) fp32
+        uniforms_ptr,  # (completions, tokens) fp32
+        completions_ptr,  # (S,) int64
+        token_ids_ptr,  # (S,) int64, written
+        positions_ptr,  # (S,) int64, overwritten
+        prefilled_ptr,  # (S,) int64
+        out_ptr,  # (3, S) fp64, written
+        row_stride,
+        uniforms_stride,
+        tokens,
+        scale,
+        softcap,
+        inverse_temperature,
+        V: tl.constexpr,
+        BLOCK: tl.constexpr,
+        CHUNKS: tl.constexpr,  # at least as many as there are, a power of two
+    ):
+        """One program a row: the chunk that its uniform falls in, and the token in it."""
+        row = tl.program_id(0).to(tl.int64)
+        chunks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+        chunk = tl.arange(0, CHUNKS)
+        state_ptr += (row * chunks + chunk) * 2
+        peaks = tl.load(state_ptr, mask=chunk < chunks, other=-3.4028234663852886e38)
+        sums = tl.load(state_ptr + 1, mask=chunk < chunks, other=0.0)
+        peak = tl.max(peaks, 0)
+        sums *= tl.exp((peaks - peak) * inverse_temperature)
+        total = tl.sum(sums, 0)
+        position, prefilled = tl.load(positions_ptr + row), tl.load(prefilled_ptr + row)
+        uniform_at = tl.load(completions_ptr + row) * uniforms_stride + position - prefilled
+        threshold = tl.load(uniforms_ptr + uniform_at) * total
+        reached = (tl.cumsum(sums, 0) > threshold) & (sums > 0)
+        picked = tl.min(tl.where(reached, chunk, CHUNKS), 0)
+        last = tl.max(tl.where(sums > 0, chunk, 0), 0)
+        picked = tl.where(picked < CHUNKS, picked, last)  # a uniform within rounding of 1
+        passed = tl.sum(tl.where(chunk < picked, sums, 0.0), 0)
+        logits_ptr += row * row_stride
+        at = picked * BLOCK + tl.arange(0, BLOCK)
+        score = _score(tl.load(logits_ptr + at, mask=at < V, other=0.0), scale, softcap)
+        share = tl.where(at < V, tl.exp((score - peak) * inverse_temperature), 0.0)
+        reached = (passed + tl.cumsum(share, 0) > threshold) & (share > 0)
+        token = tl.min(tl.where(reached, at, V), 0)
+        last = tl.max(tl.where(share > 0, at, 0), 0)
+        token = tl.where(token < V, token, last)
+        chosen = _score(tl.load(logits_ptr + token), scale, softcap)
+        logprob = ((chosen - peak) * inverse_temperature - tl.log(total)).to(tl.float64)
+        tl.store(token_ids_ptr + row, token.to(tl.int64))
+        tl.store(positions_ptr + row, tl.minimum(position + 1, prefilled + tokens - 1))
+        rows = tl.num_programs(0)
+        tl.store(out_ptr + row, token.to(tl.float64))
+        tl.store(out_ptr + rows + row, logprob)
+        tl.store(out_ptr + 2 * rows + row, logprob)
+
 
 @torch.no_grad()
 def sample_tokens(
@@ -149,10 +235,31 @@ def sample_next(
 
     Row i is drawn by uniforms[completions[i], positions[i] - prefilled[i]] from softcap tanh(scale logits / softcap).
     No position goes beyond the last of the uniforms: a row that has them all draws its last token again and again.
+    Two launches, in which a row's logits are summed by S V / BLOCK programs, where sample_tokens has S.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that do not belong together, or temperature not above 0.
+        RuntimeError: backend="triton" where it cannot run.
     """
+    _check_next(logits, uniforms, temperature, completions, token_ids, positions, prefilled)
+    S, V = logits.shape
+    if _runs_by_triton(backend, logits.device.type):
+        chunks = triton.cdiv(V, BLOCK)
+        state = torch.empty(S, chunks, 2, dtype=torch.float32, device=logits.device)
+        out = torch.empty(3, S, dtype=torch.float64, device=logits.device)
+        if S:
+            terms = (None if scale == 1 else scale, softcap, 1 / temperature)
+            with torch.cuda.device_of(logits):
+                _sums_kernel[(S, chunks)](logits, state, logits.stride(0), *terms, V=V, BLOCK=BLOCK, num_warps=8)
+                _pick_kernel[(S,)](
+                    logits, state, uniforms, completions, token_ids, positions, prefilled, out, logits.stride(0),
+                    uniforms.stride(0), uniforms.shape[1], *terms, V=V, BLOCK=BLOCK,
+                    CHUNKS=triton.next_power_of_2(chunks), num_warps=8,
+                )  # fmt: skip
+        return out
     now = positions - prefilled
-    scores = logits if scale == 1 else logits * scale
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = logits if scale == 1 else logits.float() * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores.float() / softcap)
     tokens, logprobs = sample_tokens(scores, uniforms[completions, now], temperature=temperature, backend="torch")
     token_ids.copy_(tokens)
     torch.minimum(positions + 1, prefilled + uniforms.shape[1] - 1, out=positions)
@@ -198,6 +305,18 @@ def _check(logits: Tensor, others: Tensor, dtype: torch.dtype, temperature: floa
         raise ValueError(f"logits must be (S, V) floating-point numbers, not {tuple(logits.shape)} {logits.dtype}")
     if others.shape != logits.shape[:1] or others.dtype != dtype:
         raise ValueError(f"{name} must be ({len(logits)},) {dtype}, not {tuple(others.shape)} {others.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}; the greedy token is logits.argmax(-1)")
+
+
+def _check_next(logits: Tensor, uniforms: Tensor, temperature: float, *rows: Tensor) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0 or logits.stride(1) != 1:
+        raise ValueError(f"logits must be (S, V) floating-point numbers with a last stride of 1, not {logits.shape}")
+    if uniforms.dim() != 2 or uniforms.dtype != torch.float32 or uniforms.stride(1) != 1:
+        raise ValueError(f"uniforms must be (completions, tokens) fp32, not {tuple(uniforms.shape)} {uniforms.dtype}")
+    for name, given in zip(("completions", "token_ids", "positions", "prefilled"), rows, strict=True):
+        if given.shape != logits.shape[:1] or given.dtype != torch.int64 or not given.is_contiguous():
+            raise ValueError(f"{name} must be contiguous ({len(logits)},) torch.int64, not {tuple(given.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}; the greedy token is logits.argmax(-1)")
 
