@@ -16,6 +16,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,7 +45,9 @@ SHARED_MEMORY = {
 ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
 # cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3;   the third operand is a number of bytes
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
-HALF = {75: "*fp16"}  # sm_75 has no bf16; every other card is compiled with it
+# sm_75 has no bf16; every other card is compiled with it.
+HALF = {75: "*fp16"}
+HALF_DTYPE = {75: tl.float16}
 
 
 class Kernel(NamedTuple):
@@ -135,13 +138,21 @@ def _split(name: str, also_narrow: int, **change) -> Kernel:
     narrow = 8 + also_narrow  # the peak and the total of each query, with tokens and without, of prefix and own
     arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
     arguments |= dict(
-        query_ptr="*half", own_key_ptr="*half", own_value_ptr="*half", prefix_key_ptr="*half", prefix_value_ptr="*half",
-        own_scale_ptr=None, prefix_scale_ptr=None, table_ptr="*i64", lengths_ptr="*i64", prefix_rows_ptr="*i64",
-        prefix_lengths_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
-        D=128, H=14, GROUP=7, PAGE=None, SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8,
-        STEP=decode_attention.STEP,
+        query_ptr="*half", addresses_ptr="*i64", table_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64",
+        prefix_rows_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
+        NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, SPLIT=decode_attention.SPLIT, HEADS=8,
+        BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP,
     )  # fmt: skip
     return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow)
+
+
+def _write(name: str, narrow: int = 0, **change) -> Kernel:
+    arguments = {argument: "i32" for argument in decode_attention._write_kernel.arg_names}
+    arguments |= dict(
+        key_ptr="*half", value_ptr="*half", addresses_ptr="*i64", table_ptr="*i64", positions_ptr="*i64",
+        prefilled_ptr="*i64", NUMBERS=tl.bfloat16, LAYERS=28, KV_HEADS=2, T=64, D=128, BLOCK_HEADS=2, BLOCK_D=128,
+    )  # fmt: skip
+    return Kernel(name, decode_attention._write_kernel, arguments | change, num_warps=1, narrow=narrow)
 
 
 def _merge(name: str, narrow: int, **change) -> Kernel:
@@ -256,20 +267,21 @@ KERNELS = [
     _split("decode_attention, 7 x 64, prefix", 1, D=64, BLOCK_D=64, ROWS=16),
     _split(
         "decode_attention, 8 x 256, fp32, pages, prefix, softcap, window", 16,  # each token's page
-        query_ptr="*fp32", own_key_ptr="*fp32", own_value_ptr="*fp32", prefix_key_ptr="*fp32",
-        prefix_value_ptr="*fp32", window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4,
-        H=16, GROUP=8, PAGE=16,
+        query_ptr="*fp32", NUMBERS=tl.float32, window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4, H=16, GROUP=8,
+        T=16, PAGED=True,
     ),
     _split(
         "decode_attention, 1 x 80, pages", 14,  # likewise; and a query and its sums, 80 numbers for 128 threads
-        prefix_key_ptr=None, prefix_value_ptr=None, prefix_rows_ptr=None, prefix_lengths_ptr=None,
-        D=80, H=8, GROUP=1, HEADS=1, PAGE=16,
+        prefilled_ptr=None, prefix_rows_ptr=None, D=80, H=8, GROUP=1, HEADS=1, T=16, PAGED=True,
     ),
     _split(
         "decode_attention, 7 x 128, int8, pages, prefix", 44,  # likewise; 32 scales of a token, 4 times 8 bytes of it
-        own_key_ptr="*i8", own_value_ptr="*i8", prefix_key_ptr="*i8", prefix_value_ptr="*i8", own_scale_ptr="*fp16",
-        prefix_scale_ptr="*fp16", PAGE=64, STEP=decode_attention.STEP_INT8,
+        NUMBERS=tl.int8, PAGED=True, STEP=decode_attention.STEP_INT8,
     ),
+    _write("write_token, 2 x 128"),
+    _write("write_token, 8 x 256, fp32, without prefixes", key_ptr="*fp32", value_ptr="*fp32", prefilled_ptr=None,
+           NUMBERS=tl.float32, KV_HEADS=8, BLOCK_HEADS=8, D=256, BLOCK_D=256),
+    _write("write_token, 8 x 128, int8", 1, NUMBERS=tl.int8, KV_HEADS=8, BLOCK_HEADS=8),  # 8 numbers of a byte a thread
     _merge("decode_attention merge, 128", 35),
     _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
     _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
@@ -300,6 +312,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
         if parameter.is_constexpr or not isinstance(value, str):
+            value = HALF_DTYPE.get(capability, value) if value is tl.bfloat16 else value
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
         signature[parameter.name] = value.replace("*half", HALF.get(capability, "*bf16"))

@@ -2,26 +2,30 @@
 
     u_t = scaling q . k_t      s_t = softcap tanh(u_t / softcap), or u_t      out = sum_t exp(s_t) v_t / sum_t exp(s_t)
 
-    query (S, H, D), own_keys and own_values (pages, H_kv, page_tokens, D), table (S, max_pages), lengths (S,),
-    prefix_keys and prefix_values (P, H_kv, T_p, D), prefix_rows (S,), prefix_lengths (S,)  ->  out (S, H, D)
+    query (S, H, D), own (L, 2, pages, H_kv, T, D), prefix (L, 2, P, H_kv, T_p, D), table (S, max_pages),
+    positions, prefilled, prefix_rows (S,)  ->  out (S, H, D)
 
-Keys and values may be int8, with scales (2, pages or P, H_kv, page_tokens or T_p), of keys and then of values: k_t and
+Of L layers, keys are 0 and values 1. In memory a page comes first, (pages, L, 2, H_kv, T, D), so that all strides but a
+prefix row's are the model's. Keys and values may be int8, with fp16 scales (L, 2, pages or P, H_kv, T or T_p): k_t and
 v_t are the int8 numbers times their token's scale.
+
+The kernels take the store's addresses and T_p from device memory. A CUDA graph that was captured with one store is
+right with a later one, wherever that lies and however many pages and prefix rows it has.
 
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
 peak and sums in fp32, and a second kernel merges them. One fp32 multiplication per query of a kv head and element: with
 at most 8 of them the keys' and values' way from memory takes longer, and sm_75 has no tensor cores in Triton. Scratch:
-about S H splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages page_tokens / SPLIT); a table no
-wider than the longest sequence keeps it small. A prefix comes from memory once and then, for the rest of its
-sequences, mostly from the L2 cache.
+about S H splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the
+longest sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from
+the L2 cache.
 
 A row's result depends neither on S nor on the other rows nor, by the kernel, on how much wider the table is than the
 row: the splits are the same tokens, merged in the same order. What a row does not attend to never reaches it, NaN or
-not. Lengths, pages and prefix rows are read on the device alone: CUDA graphs can capture the call.
+not. Positions, pages and prefix rows are read on the device alone: CUDA graphs can capture the calls.
 """
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +42,14 @@ STEP = 2  # tokens that a thread has in hand at a time; 4 spill
 STEP_INT8 = 1  # with 2, a thread would have 16 columns of a token in place of 8, and spill
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
 TILE = 16  # splits that the second kernel merges at a time
 
 if triton is not None:
+    IN_TRITON = {
+        torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
+    }  # fmt: skip
+    LEAST = tl.constexpr(LEAST_SCALE)
     LOWEST = tl.constexpr(-3.4028234663852886e38)  # a peak of nothing; not -inf: -inf - -inf is NaN
 
     @triton.jit
@@ -54,17 +63,17 @@ if triton is not None:
         return softcap * tl.where(y < 0.0625, near, far)
 
     @triton.jit
+    def _pointer(address_ptr, DTYPE: tl.constexpr):
+        """The pointer that lies in memory. Without the hint, every access by it would be of one number."""
+        return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(DTYPE)), 16)  # type: ignore[arg-type]
+
+    @triton.jit
     def _attend(
         query,  # (1, 1, HEADS, BLOCK_D) fp32, times scaling
-        key_ptr,  # of the kv head
-        key_page_stride,
-        key_token_stride,
-        value_ptr,
-        value_page_stride,
-        value_token_stride,
-        key_scale_ptr,  # of the kv head, or None
-        value_scale_ptr,
-        scale_page_stride,
+        base_ptr,  # (pages, L, 2, H_kv, T, D)
+        scale_base_ptr,  # (pages, L, 2, H_kv, T), or None
+        key_row,  # of (L 2 H_kv): the layer's and kv head's
+        tokens,  # T
         table_ptr,  # of the sequence
         first,  # tokens first ... stop - 1 are attended to
         stop,
@@ -74,6 +83,8 @@ if triton is not None:
         state_stride,
         known,  # (HEADS,) bool
         softcap,
+        LAYERS: tl.constexpr,
+        KV_HEADS: tl.constexpr,
         D: tl.constexpr,
         PAGE: tl.constexpr,  # tokens of a page; None where the table has one page per sequence
         HEADS: tl.constexpr,
@@ -105,14 +116,15 @@ if triton is not None:
                     page = tl.load(table_ptr + at // PAGE, mask=seen, other=0).to(tl.int64)
                     inside = (at % PAGE).to(tl.int64)
                 read = seen & (column < D)
-                key_at = key_ptr + page * key_page_stride + inside * key_token_stride + column
-                value_at = value_ptr + page * value_page_stride + inside * value_token_stride + column
+                # Of a token's key; its value is H_kv rows of T tokens further.
+                token_at = (page * (LAYERS * 2 * KV_HEADS) + key_row) * tokens + inside
+                key_at = base_ptr + token_at * D + column
                 key = tl.load(key_at, mask=read, other=0).to(tl.float32)
-                value = tl.load(value_at, mask=read, other=0).to(tl.float32)
-                if key_scale_ptr is not None:
-                    scale_at = page * scale_page_stride + inside
-                    key *= tl.load(key_scale_ptr + scale_at, mask=seen, other=0.0).to(tl.float32)
-                    value *= tl.load(value_scale_ptr + scale_at, mask=seen, other=0.0).to(tl.float32)
+                value = tl.load(key_at + KV_HEADS * tokens * D, mask=read, other=0).to(tl.float32)
+                if scale_base_ptr is not None:
+                    scale_at = scale_base_ptr + token_at
+                    key *= tl.load(scale_at, mask=seen, other=0.0).to(tl.float32)
+                    value *= tl.load(scale_at + KV_HEADS * tokens, mask=seen, other=0.0).to(tl.float32)
                 score = tl.sum(query * key, 3)  # (STEP, ROWS, HEADS)
                 if softcap is not None:
                     score = _softcap(score, softcap)
@@ -136,61 +148,34 @@ if triton is not None:
             tl.store(state_ptr + heads * state_stride + 1, 0.0, mask=known)
 
     @triton.jit(
-        do_not_specialize=[
-            "table_stride",
-            "own_scale_kind_stride",
-            "prefix_scale_kind_stride",
-            "prefix_tokens",
-            "own_tokens",
-            "window",
-            "splits",
-        ]
+        do_not_specialize=["layer", "table_stride", "splits", "prefix_splits", "own_tokens", "window"],
     )
     def _split_kernel(
         query_ptr,  # (S, H, D)
-        own_key_ptr,  # (pages, H_kv, page_tokens, D)
-        own_value_ptr,
-        prefix_key_ptr,  # (P, H_kv, T_p, D), or None
-        prefix_value_ptr,
-        own_scale_ptr,  # (2, pages, H_kv, page_tokens), or None
-        prefix_scale_ptr,  # (2, P, H_kv, T_p), or None
+        addresses_ptr,  # (5,) int64
         table_ptr,  # (S, max_pages)
-        lengths_ptr,  # (S,) int64
+        positions_ptr,  # (S,) int64
+        prefilled_ptr,  # (S,) int64, or None
         prefix_rows_ptr,  # (S,) int64, or None
-        prefix_lengths_ptr,  # (S,) int64, or None
         sums_ptr,  # (S, H, splits, D) fp32, written
         state_ptr,  # (S, H, splits, 2) fp32, written
         query_row_stride,
         query_head_stride,
-        own_key_page_stride,
-        own_key_head_stride,
-        own_key_token_stride,
-        own_value_page_stride,
-        own_value_head_stride,
-        own_value_token_stride,
-        prefix_key_page_stride,
-        prefix_key_head_stride,
-        prefix_key_token_stride,
-        prefix_value_page_stride,
-        prefix_value_head_stride,
-        prefix_value_token_stride,
-        own_scale_kind_stride,  # from keys to values
-        own_scale_page_stride,
-        own_scale_head_stride,
-        prefix_scale_kind_stride,
-        prefix_scale_page_stride,
-        prefix_scale_head_stride,
         table_stride,
+        layer,
         splits,
-        prefix_tokens,  # T_p, or 0
-        own_tokens,  # max_pages page_tokens
+        prefix_splits,  # the first of them
+        own_tokens,  # max_pages T
         window,  # or None
         scaling,
         softcap,  # or None
-        D: tl.constexpr,
+        NUMBERS: tl.constexpr,  # dtype of keys and values
+        LAYERS: tl.constexpr,
         H: tl.constexpr,
         GROUP: tl.constexpr,  # H / H_kv
-        PAGE: tl.constexpr,
+        T: tl.constexpr,  # tokens of a page
+        D: tl.constexpr,
+        PAGED: tl.constexpr,  # False where the table has one page per sequence
         SPLIT: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK_D: tl.constexpr,
@@ -200,6 +185,7 @@ if triton is not None:
         """One program per sequence, up to HEADS queries of a kv head, and split: the prefix's splits, then its own."""
         row = tl.program_id(0).to(tl.int64)
         parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+        KV_HEADS: tl.constexpr = H // GROUP
         kv_head = (tl.program_id(1) // parts).to(tl.int64)
         part = tl.program_id(1) % parts
         split = tl.program_id(2)
@@ -216,41 +202,38 @@ if triton is not None:
         sums_ptr += (row * H + head) * sums_stride + split * D
         state_ptr += (row * H + head) * state_stride + split * 2
 
-        length = tl.load(lengths_ptr + row).to(tl.int32)
-        own_value_scale_ptr, prefix_value_scale_ptr = own_scale_ptr, prefix_scale_ptr
-        if own_scale_ptr is not None:
-            own_scale_ptr += kv_head * own_scale_head_stride
-            own_value_scale_ptr = own_scale_ptr + own_scale_kind_stride
-        if prefix_scale_ptr is not None:
-            prefix_scale_ptr += kv_head * prefix_scale_head_stride
-            prefix_value_scale_ptr = prefix_scale_ptr + prefix_scale_kind_stride
-        own_split = split
-        if prefix_key_ptr is not None:
-            own_split -= tl.cdiv(prefix_tokens, SPLIT)
+        length = tl.load(positions_ptr + row).to(tl.int32) + 1
+        prefix_length = 0
+        if prefilled_ptr is not None:
+            prefix_length = tl.load(prefilled_ptr + row).to(tl.int32)
+            length -= prefix_length
+        key_row = layer.to(tl.int64) * (2 * KV_HEADS) + kv_head
+        own_split = split - prefix_splits
+        if prefilled_ptr is not None:
+            prefix_tokens = tl.load(addresses_ptr + 4)
             if own_split < 0:
-                prefix_length = tl.load(prefix_lengths_ptr + row).to(tl.int32)
+                base_ptr = _pointer(addresses_ptr + 2, NUMBERS)
+                scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 3, tl.float16)
                 first = split * SPLIT
-                stop = tl.minimum(tl.minimum(first + SPLIT, prefix_length), prefix_tokens)
+                stop = tl.minimum(tl.minimum(first + SPLIT, prefix_length), prefix_tokens.to(tl.int32))
                 if window is not None:
                     first = tl.maximum(first, prefix_length + length - window)
                 _attend(
-                    query,
-                    prefix_key_ptr + kv_head * prefix_key_head_stride, prefix_key_page_stride, prefix_key_token_stride,
-                    prefix_value_ptr + kv_head * prefix_value_head_stride, prefix_value_page_stride,
-                    prefix_value_token_stride, prefix_scale_ptr, prefix_value_scale_ptr, prefix_scale_page_stride,
-                    prefix_rows_ptr + row, first, stop, sums_ptr, state_ptr, sums_stride, state_stride, known, softcap,
-                    D, None, HEADS, BLOCK_D, ROWS, STEP,
+                    query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
+                    sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D, None, HEADS,
+                    BLOCK_D, ROWS, STEP,
                 )  # fmt: skip
         if own_split >= 0:
+            base_ptr = _pointer(addresses_ptr, NUMBERS)
+            scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 1, tl.float16)
             first = own_split * SPLIT
             stop = tl.minimum(tl.minimum(first + SPLIT, length), own_tokens)
             if window is not None:
                 first = tl.maximum(first, length - window)
             _attend(
-                query, own_key_ptr + kv_head * own_key_head_stride, own_key_page_stride, own_key_token_stride,
-                own_value_ptr + kv_head * own_value_head_stride, own_value_page_stride, own_value_token_stride,
-                own_scale_ptr, own_value_scale_ptr, own_scale_page_stride, table_ptr + row * table_stride, first, stop,
-                sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, D, PAGE, HEADS, BLOCK_D, ROWS, STEP,
+                query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
+                sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D,
+                T if PAGED else None, HEADS, BLOCK_D, ROWS, STEP,
             )  # fmt: skip
 
     @triton.jit(do_not_specialize=["splits"])
@@ -285,45 +268,169 @@ if triton is not None:
             peak = higher
         tl.store(out_ptr + row * D + column, (sums / total).to(out_ptr.dtype.element_ty), mask=column < D)
 
+    @triton.jit(do_not_specialize=["layer", "table_stride"])
+    def _write_kernel(
+        key_ptr,  # (S, H_kv, D)
+        value_ptr,  # (S, H_kv, D)
+        addresses_ptr,  # (5,) int64
+        table_ptr,  # (S, max_pages)
+        positions_ptr,  # (S,) int64
+        prefilled_ptr,  # (S,) int64, or None
+        key_row_stride,
+        key_head_stride,
+        value_row_stride,
+        value_head_stride,
+        table_stride,
+        layer,
+        NUMBERS: tl.constexpr,
+        LAYERS: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        T: tl.constexpr,
+        D: tl.constexpr,
+        BLOCK_HEADS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        """One program per sequence, keys and values."""
+        row, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        column = tl.load(positions_ptr + row)
+        if prefilled_ptr is not None:
+            column -= tl.load(prefilled_ptr + row)
+        page = tl.load(table_ptr + row * table_stride + column // T).to(tl.int64)
+        head, d = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+        there = (head < KV_HEADS) & (d < D)
+        if kind == 0:
+            x = tl.load(key_ptr + row * key_row_stride + head * key_head_stride + d, mask=there, other=0.0)
+        else:
+            x = tl.load(value_ptr + row * value_row_stride + head * value_head_stride + d, mask=there, other=0.0)
+        base_ptr = _pointer(addresses_ptr, NUMBERS)
+        scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 1, tl.float16)
+        token_at = (((page * LAYERS + layer) * 2 + kind) * KV_HEADS + head) * T + column % T  # (BLOCK_HEADS, 1)
+        if scale_base_ptr is not None:
+            x = x.to(tl.float32)
+            # Nothing is added but where x has an infinity or a NaN, which the maximum alone would pass over.
+            peak = tl.max(tl.abs(x), 1, keep_dims=True) + tl.sum(x * 0.0, 1, keep_dims=True)
+            scale = tl.div_rn(peak, 127.0).to(tl.float16)
+            scale = tl.where(scale < LEAST, LEAST, scale.to(tl.float32))
+            x = tl.div_rn(x, scale)
+            x = (x + 12582912.0) - 12582912.0  # 1.5 x 2**23: to the next whole number, to the even one of two
+            x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+            tl.store(scale_base_ptr + token_at, scale.to(tl.float16), mask=head < KV_HEADS)
+        tl.store(base_ptr + token_at * D + d, x.to(NUMBERS), mask=there)
+
+
+class KeysValues(NamedTuple):
+    """A store of keys (0) and values (1), and its addresses, which are all that the kernels know of where it lies."""
+
+    own: Tensor  # (L, 2, pages, H_kv, T, D)
+    own_scales: Tensor | None  # (L, 2, pages, H_kv, T) fp16, of int8 numbers
+    prefix: Tensor | None  # (L, 2, P, H_kv, T_p, D)
+    prefix_scales: Tensor | None  # (L, 2, P, H_kv, T_p) fp16
+    addresses: Tensor  # (5,) int64: of own, its scales or 0, prefix or 0, its scales or 0; and T_p
+
+
+def addressed(
+    own: Tensor,
+    own_scales: Tensor | None = None,
+    prefix: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
+    addresses: Tensor | None = None,
+) -> KeysValues:
+    """A store's KeysValues; its addresses are written over what is in `addresses`, or to a tensor of their own.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or an order in memory that do not belong together.
+    """
+    _check_store("own", own, own_scales, own)
+    if prefix is None and prefix_scales is not None:
+        raise ValueError("prefix_scales go with a prefix")
+    if prefix is not None:
+        _check_store("prefix", prefix, prefix_scales, own)
+    addresses = torch.zeros(5, dtype=torch.int64, device=own.device) if addresses is None else addresses
+    if addresses.shape != (5,) or addresses.dtype != torch.int64:
+        raise ValueError(f"addresses must be (5,) torch.int64, not {tuple(addresses.shape)} {addresses.dtype}")
+    _check_devices(own, own_scales, prefix, prefix_scales, addresses)
+    found = [0 if x is None else x.data_ptr() for x in (own, own_scales, prefix, prefix_scales)]
+    addresses.copy_(torch.tensor([*found, 0 if prefix is None else prefix.shape[4]]))
+    return KeysValues(own, own_scales, prefix, prefix_scales, addresses)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 numbers (..., D) and fp16 scales (...,) of x (..., D), half a scale off at most."""
+    scales = (x.float().abs().amax(-1) / 127).half().clamp(min=LEAST_SCALE)
+    return (x / scales[..., None].float()).round().clamp(-127, 127).to(torch.int8), scales
+
+
+@torch.no_grad()
+def write_token(
+    key: Tensor,  # (S, H_kv, D)
+    value: Tensor,  # (S, H_kv, D)
+    store: KeysValues,
+    *,
+    layer: int,
+    table: Tensor,  # (S, max_pages) int64: each sequence's pages in order
+    positions: Tensor,  # (S,) int64: where the token stands in its text
+    prefilled: Tensor | None = None,  # (S,) int64: how many tokens of the text stand in its prefix, before own's first
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> None:
+    """Store each sequence's newest key and value in column positions - prefilled of its pages; int8 ones rounded.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+        RuntimeError: backend="triton" where it cannot run.
+    """
+    own, scales = store.own, store.own_scales
+    expected = (len(positions), own.shape[3], own.shape[5])
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != expected or x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be {expected} fp32, bf16 or fp16, not {tuple(x.shape)} {x.dtype}")
+    _check_sequences(len(positions), table, positions, prefilled, layer, own)
+    if _runs_by_triton(backend, key.device.type):
+        return _launch_write(key, value, store, layer, table, positions, prefilled)
+    tokens = own.shape[4]
+    columns = positions if prefilled is None else positions - prefilled
+    at = (table.gather(1, (columns // tokens)[:, None])[:, 0], slice(None), columns % tokens)
+    for kind, x in enumerate((key, value)):
+        if scales is None:
+            own[layer, kind][at] = x.to(own.dtype)
+        else:
+            own[layer, kind][at], scales[layer, kind][at] = quantized(x)
+
 
 @torch.no_grad()
 def decode_attention(
     query: Tensor,  # (S, H, D)
-    own_keys: Tensor,  # (pages, H_kv, page_tokens, D), any strides but the last, which is 1
-    own_values: Tensor,  # like own_keys
-    table: Tensor,  # (S, max_pages) int32 or int64: each sequence's pages in order; what is past its length is not read
-    lengths: Tensor,  # (S,) int64 >= 1: own tokens to attend to, the newest included
+    store: KeysValues,
     *,
-    scaling: float,
-    prefix_keys: Tensor | None = None,  # (P, H_kv, T_p, D), strides likewise
-    prefix_values: Tensor | None = None,  # like prefix_keys
+    layer: int,
+    table: Tensor,  # (S, max_pages) int64: each sequence's pages in order; what is past its length is not read
+    positions: Tensor,  # (S,) int64: where the newest token stands in its text
+    prefilled: Tensor | None = None,  # (S,) int64 in 0 ... T_p: how many tokens of the text stand in its prefix row
     prefix_rows: Tensor | None = None,  # (S,) int64: the prefix row of each sequence
-    prefix_lengths: Tensor | None = None,  # (S,) int64 in 0 ... T_p: how many tokens of it are real
-    own_scales: Tensor | None = None,  # (2, pages, H_kv, page_tokens) fp16, last stride 1, of int8 keys and values
-    prefix_scales: Tensor | None = None,  # (2, P, H_kv, T_p), likewise
+    scaling: float,
     softcap: float | None = None,
     window: int | None = None,  # only the last that many tokens of [prefix ; own] are seen
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Tensor:
     """Attention of each sequence's newest token, (S, H, D) in query's dtype; scores and sums are fp32. No gradient.
 
-    Memory that is one page per sequence is the case page_tokens = all of it, table = arange(S)[:, None]. A row that
-    attends to nothing is NaN. Tokens past the end of table and prefix are left out, whatever the lengths say.
+    A sequence has positions - prefilled + 1 tokens of its own. Memory that is one page per sequence is the case T = all
+    of it, table = arange(S)[:, None]. A row that attends to nothing is NaN. Tokens past the end of table and prefix are
+    left out, whatever the positions say.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not belong together.
         RuntimeError: backend="triton" where it cannot run.
     """
-    prefix = _all_or_none(prefix_keys, prefix_values, prefix_rows, prefix_lengths)
-    scales = (own_scales, prefix_scales)
-    _check(query, own_keys, own_values, table, lengths, prefix, scales, softcap, window)
+    _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window)
     if _runs_by_triton(backend, query.device.type):
-        return _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling, softcap, window)
-    keys, values, seen, back = _gathered(own_keys, own_values, own_scales, table, lengths, lengths)
-    if prefix is not None:
-        prefix_keys, prefix_values, prefix_rows, prefix_lengths = prefix
-        text = prefix_lengths + lengths
-        before = _gathered(prefix_keys, prefix_values, prefix_scales, prefix_rows[:, None], prefix_lengths, text)
+        return _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window)
+    lengths = positions + 1 if prefilled is None else positions + 1 - prefilled
+    keys, values, seen, back = _gathered(store.own[layer], store.own_scales, layer, table, lengths, lengths)
+    if prefilled is not None:
+        assert store.prefix is not None and prefix_rows is not None
+        before = _gathered(
+            store.prefix[layer], store.prefix_scales, layer, prefix_rows[:, None], prefilled, positions + 1
+        )
         keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
         seen, back = torch.cat([before[2], seen], 1), torch.cat([before[3], back], 1)
     if window is not None:
@@ -338,115 +445,127 @@ def decode_attention(
 
 
 def _gathered(
-    keys: Tensor, values: Tensor, scales: Tensor | None, table: Tensor, lengths: Tensor, text: Tensor
+    numbers: Tensor, scales: Tensor | None, layer: int, table: Tensor, lengths: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values (S, H_kv, N, D) fp32 of each row's pages, which are real, and how far before its text."""
-    page_tokens = keys.shape[2]
-    place = torch.arange(table.shape[1] * page_tokens, device=table.device)
-    used = place[::page_tokens] < lengths[:, None]
-    pages = table.long().masked_fill(~used, 0)
-    keys, values = (x[pages].float() for x in (keys, values))  # (S, max_pages, H_kv, page_tokens, D)
+    tokens = numbers.shape[3]
+    place = torch.arange(table.shape[1] * tokens, device=table.device)
+    used = place[::tokens] < lengths[:, None]
+    pages = table.masked_fill(~used, 0)
+    keys, values = (x[pages].float() for x in numbers)  # (S, max_pages, H_kv, T, D)
     if scales is not None:
-        keys, values = (x * scale[pages][..., None] for x, scale in zip((keys, values), scales, strict=True))
+        keys, values = (x * scale[pages][..., None] for x, scale in zip((keys, values), scales[layer], strict=True))
     keys, values = (x.transpose(1, 2).flatten(2, 3) for x in (keys, values))
     return keys, values, place < lengths[:, None], text[:, None] - place
 
 
-def _launch(query, own_keys, own_values, table, lengths, prefix, scales, scaling, softcap, window) -> Tensor:
+def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window) -> Tensor:
     S, H, D = query.shape
-    kv_heads, page_tokens = own_keys.shape[1:3]
-    prefix_keys, prefix_values, prefix_rows, prefix_lengths = prefix or (None,) * 4
-    prefix_tokens = 0 if prefix_keys is None else prefix_keys.shape[2]
-    own_tokens = table.shape[1] * page_tokens
-    splits = triton.cdiv(prefix_tokens, SPLIT) + triton.cdiv(own_tokens, SPLIT)  # by capacity: lengths stay unread
+    layers, _, _, kv_heads, tokens, _ = store.own.shape
+    own_tokens = table.shape[1] * tokens
+    # By capacity: what the positions are stays on the device.
+    prefix_splits = 0 if prefilled is None else triton.cdiv(store.prefix.shape[4], SPLIT)
+    splits = prefix_splits + triton.cdiv(own_tokens, SPLIT)
     heads = min(HEADS, triton.next_power_of_2(H // kv_heads))
-    step = STEP_INT8 if own_keys.dtype == torch.int8 else STEP
+    step = STEP_INT8 if store.own.dtype == torch.int8 else STEP
     block_d = max(16, triton.next_power_of_2(D))
     rows = 1024 // block_d  # 8 elements of a token to each thread of 4 warps
     out = torch.empty(S, H, D, dtype=query.dtype, device=query.device)
     sums = torch.empty(S, H, splits, D, dtype=torch.float32, device=query.device)
     state = torch.empty(S, H, splits, 2, dtype=torch.float32, device=query.device)
     query = query if query.stride(2) == 1 else query.contiguous()
-    table = table if table.stride(1) == 1 else table.contiguous()
-    lengths, prefix_rows, prefix_lengths = (
-        x if x is None else x.contiguous() for x in (lengths, prefix_rows, prefix_lengths)
-    )
     if S:
         with torch.cuda.device_of(query):
             _split_kernel[(S, kv_heads * triton.cdiv(H // kv_heads, heads), splits)](
-                query, own_keys, own_values, prefix_keys, prefix_values, *scales, table, lengths, prefix_rows,
-                prefix_lengths, sums, state, *query.stride()[:2], *own_keys.stride()[:3], *own_values.stride()[:3],
-                *(stride for x in (prefix_keys, prefix_values, *scales)
-                  for stride in ((0, 0, 0) if x is None else x.stride()[:3])),
-                table.stride(0), splits, prefix_tokens, own_tokens,
+                query, store.addresses, table, positions, prefilled, prefix_rows, sums, state, *query.stride()[:2],
+                table.stride(0), layer, splits, prefix_splits, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
-                D=D, H=H, GROUP=H // kv_heads, PAGE=page_tokens if table.shape[1] > 1 else None, SPLIT=SPLIT,
-                HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=step, num_warps=4,
+                NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
+                PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=step, num_warps=4,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out
 
 
-def _all_or_none(*given: Tensor | None) -> tuple[Tensor, ...] | None:
-    there = tuple(x for x in given if x is not None)
-    if there and len(there) < len(given):
-        raise ValueError("prefix_keys, prefix_values, prefix_rows and prefix_lengths go together: pass all or none")
-    return there or None
+def _launch_write(key, value, store, layer, table, positions, prefilled) -> None:
+    S, kv_heads, D = key.shape
+    layers, _, _, _, tokens, _ = store.own.shape
+    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
+    if S:
+        with torch.cuda.device_of(key):
+            _write_kernel[(S, 2)](
+                key, value, store.addresses, table, positions, prefilled, *key.stride()[:2], *value.stride()[:2],
+                table.stride(0), layer, NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, KV_HEADS=kv_heads, T=tokens,
+                D=D, BLOCK_HEADS=triton.next_power_of_2(kv_heads), BLOCK_D=max(16, triton.next_power_of_2(D)),
+                num_warps=1,
+            )  # fmt: skip
 
 
-def _check(query, own_keys, own_values, table, lengths, prefix, scales, softcap, window) -> None:
-    if query.dim() != 3 or query.dtype not in DTYPES or not 1 <= query.shape[2] <= 256:
-        raise ValueError(f"query must be (S, H, D <= 256) fp32, bf16 or fp16, not {tuple(query.shape)} {query.dtype}")
-    S, H, D = query.shape
-    _check_store("own", own_keys, own_values, scales[0], own_keys, H, D)
-    if table.dim() != 2 or len(table) != S or table.shape[1] == 0 or table.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"table must be ({S}, max_pages) int32 or int64, not {tuple(table.shape)} {table.dtype}")
-    _check_rows("lengths", lengths, S)
-    given = (query, own_keys, own_values, table, lengths, *(prefix or ()), *scales)
-    devices = {x.device for x in given if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, not on {sorted(map(str, devices))}")
-    if prefix is None and scales[1] is not None:
-        raise ValueError("prefix_scales go with prefix_keys and the rest of a prefix")
-    if prefix is not None:
-        _check_store("prefix", prefix[0], prefix[1], scales[1], own_keys, H, D)
-        if prefix[0].shape[1] != own_keys.shape[1]:
-            raise ValueError(f"prefix_keys must have own_keys' {own_keys.shape[1]} heads, not {prefix[0].shape[1]}")
-        _check_rows("prefix_rows", prefix[2], S)
-        _check_rows("prefix_lengths", prefix[3], S)
+def _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window) -> None:
+    if query.dim() != 3 or query.dtype not in DTYPES or query.shape[2] != store.own.shape[5]:
+        raise ValueError(
+            f"query must be (S, H, {store.own.shape[5]}) fp32, bf16 or fp16, not {tuple(query.shape)} {query.dtype}"
+        )
+    S, H, _ = query.shape
+    if H % store.own.shape[3]:
+        raise ValueError(f"query's {H} heads must be a multiple of the store's {store.own.shape[3]}")
+    _check_sequences(S, table, positions, prefilled, layer, store.own)
+    if (prefilled is None) != (prefix_rows is None):
+        raise ValueError("prefilled and prefix_rows go together: pass both or neither")
+    if prefilled is not None and store.prefix is None:
+        raise ValueError("prefilled and prefix_rows go with a store that has a prefix")
+    if prefix_rows is not None:
+        _check_rows("prefix_rows", prefix_rows, S)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}; None leaves scores as they are")
     if window is not None and not window > 0:
         raise ValueError(f"window must be positive, not {window}; None shows every token")
 
 
-def _check_store(
-    name: str, keys: Tensor, values: Tensor, scales: Tensor | None, own_keys: Tensor, H: int, D: int
-) -> None:
+def _check_store(name: str, numbers: Tensor, scales: Tensor | None, own: Tensor) -> None:
     dtypes = (*DTYPES, torch.int8)
-    if keys.dim() != 4 or keys.shape[3] != D or 0 in keys.shape or H % keys.shape[1] or keys.dtype not in dtypes:
+    if numbers.dim() != 6 or numbers.shape[1] != 2 or 0 in numbers.shape or numbers.dtype not in dtypes:
         raise ValueError(
-            f"{name}_keys must be (pages, kv heads that divide {H}, tokens, {D}) fp32, bf16, fp16 or int8, and not "
-            f"empty, not {tuple(keys.shape)} {keys.dtype}"
+            f"{name} must be (layers, 2, pages, kv heads, tokens, head_dim) fp32, bf16, fp16 or int8, and not empty, "
+            f"not {tuple(numbers.shape)} {numbers.dtype}"
         )
-    if (scales is not None) != (keys.dtype == torch.int8):
+    layers, _, _, heads, _, size = numbers.shape
+    if (layers, heads, size) != (own.shape[0], own.shape[3], own.shape[5]) or numbers.dtype != own.dtype or size > 256:
+        raise ValueError(f"{name} must have own's layers, kv heads, head_dim of at most 256, and dtype")
+    if (scales is not None) != (numbers.dtype == torch.int8):
         raise ValueError(f"{name}_scales go with int8 keys and values, and with no others")
-    if scales is not None and (
-        scales.shape != (2, *keys.shape[:3]) or scales.dtype != torch.float16 or scales.stride(3) != 1
-    ):
+    if scales is not None and (scales.shape != numbers.shape[:5] or scales.dtype != torch.float16):
         raise ValueError(
-            f"{name}_scales must be {(2, *keys.shape[:3])} torch.float16 with a last stride of 1, not "
-            f"{tuple(scales.shape)} {scales.dtype}"
+            f"{name}_scales must be {tuple(numbers.shape[:5])} torch.float16, not {tuple(scales.shape)} {scales.dtype}"
         )
-    if values.shape != keys.shape or not values.dtype == keys.dtype == own_keys.dtype:
-        raise ValueError(f"{name}_values must have {name}_keys' shape, and all keys and values one dtype")
-    if keys.stride(3) != 1 or values.stride(3) != 1:
-        raise ValueError(f"{name}_keys and {name}_values must have a last stride of 1: store head_dim last")
+    if not all(x is None or x.movedim(2, 0).is_contiguous() for x in (numbers, scales)):
+        raise ValueError(f"{name} must lie in memory as (pages, layers, 2, kv heads, tokens, head_dim)")
+
+
+def _check_sequences(
+    S: int, table: Tensor, positions: Tensor, prefilled: Tensor | None, layer: int, own: Tensor
+) -> None:
+    if table.dim() != 2 or len(table) != S or not table.shape[1] or table.dtype != torch.int64 or table.stride(1) != 1:
+        raise ValueError(
+            f"table must be ({S}, max_pages) torch.int64, its last stride 1, not {tuple(table.shape)} {table.dtype}"
+        )
+    _check_rows("positions", positions, S)
+    if prefilled is not None:
+        _check_rows("prefilled", prefilled, S)
+    if not 0 <= layer < len(own):
+        raise ValueError(f"layer must be one of {len(own)}, not {layer}")
+    _check_devices(own, table, positions, prefilled)
+
+
+def _check_devices(*given: Tensor | None) -> None:
+    devices = {x.device for x in given if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, not on {sorted(map(str, devices))}")
 
 
 def _check_rows(name: str, given: Tensor, S: int) -> None:
-    if given.shape != (S,) or given.dtype != torch.int64:
-        raise ValueError(f"{name} must be ({S},) torch.int64, not {tuple(given.shape)} {given.dtype}")
+    if given.shape != (S,) or given.dtype != torch.int64 or not given.is_contiguous():
+        raise ValueError(f"{name} must be ({S},) torch.int64, contiguous, not {tuple(given.shape)} {given.dtype}")
 
 
 def _runs_by_triton(backend: str, device_type: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from lowmem_grpo.kernels import decode_attention as module
 from lowmem_grpo.kernels import linear_logprobs, policy_loss, sample_tokens
-from lowmem_grpo.kernels.decode_attention import decode_attention
+from lowmem_grpo.kernels.decode_attention import addressed, decode_attention, quantized, write_token
 
 CUDA = torch.cuda.is_available()
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
@@ -84,10 +84,32 @@ def rounded(given):
     return given | changed
 
 
+def in_layer_1(keys_values):
+    """(2, pages, H_kv, T, ...) as layer 1 of 3, of which all others are NaN or 127, in a store's order in memory."""
+    other = torch.full_like(keys_values, torch.nan if keys_values.is_floating_point() else 127)
+    return torch.stack([other, keys_values, other]).movedim(2, 0).contiguous().movedim(0, 2)
+
+
+def as_called(given):
+    """A store, and the other arguments of decode_attention, from those of exact()."""
+    given = dict(given)
+    parts = []
+    for name in ("own", "prefix"):
+        both = [given.pop(f"{name}_{kind}", None) for kind in ("keys", "values")]
+        scales = given.pop(f"{name}_scales", None)
+        keys_values = None if both[0] is None else torch.stack(both)
+        parts += [None if x is None else in_layer_1(x) for x in (keys_values, scales)]
+    before, lengths = given.pop("prefix_lengths", None), given.pop("lengths")
+    positions = lengths - 1 if before is None else before + lengths - 1
+    store = addressed(*parts)
+    return store, given | dict(layer=1, positions=positions, prefilled=before)
+
+
 def attended(given, place):
     backend, device = place
     given = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in given.items()}
-    return decode_attention(**given, backend=backend).cpu()
+    store, others = as_called(given)
+    return decode_attention(store=store, **others, backend=backend).cpu()
 
 
 def exact(
@@ -160,7 +182,7 @@ def test_lengths_at_the_edges_of_pages_and_splits(place):
 @every_backend
 def test_a_table_that_is_full_is_read_to_its_end(place):
     given = case([48, 41, 3])
-    given["table"] = given["table"][:, :6].int()
+    given["table"] = given["table"][:, :6]
     assert_exact(given, place)
 
 
@@ -257,16 +279,16 @@ def test_one_split_and_many_agree(place, monkeypatch):
 
 @every_backend
 def test_a_store_of_one_row_a_slot_is_read_where_it_is(place):
-    """Views of (L, 2, S, H_kv, T, D) as the rollout has them, and queries of which no stride is 1."""
-    store = torch.randn(2, 2, 5, 2, 40, 16, generator=torch.Generator().manual_seed(0))
-    own = store[1, :, :4, :, :37]
+    """As the rollout has it without pages, and queries of which no stride is 1."""
+    own = torch.randn(2, 5, 2, 40, 16, generator=torch.Generator().manual_seed(0))
     query = torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
-    table, lengths = torch.arange(8)[::2, None] // 2, torch.tensor([1, 37, 16, 9])
+    table, lengths = torch.arange(4)[:, None], torch.tensor([1, 37, 16, 9])
     given = dict(query=query, own_keys=own[0], own_values=own[1], table=table, lengths=lengths, scaling=0.3)
     assert_exact(given, place)
-    apart = own[1].transpose(1, 2).contiguous().transpose(1, 2)
-    assert_exact(given | dict(own_values=apart), place)
-    prefix = dict(prefix_keys=own[0].flip(0), prefix_values=apart, prefix_rows=table[:, 0], prefix_lengths=lengths)
+    flipped = own.flip(1)
+    prefix = dict(
+        prefix_keys=flipped[0], prefix_values=flipped[1], prefix_rows=table.flip(0)[:, 0], prefix_lengths=lengths
+    )
     assert_exact(given | prefix, place)
 
 
@@ -310,18 +332,31 @@ def test_no_gradient_is_kept(place):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-def test_a_captured_call_follows_lengths_that_change():
-    given = case([30, 40], [20, 7])
+def test_captured_calls_follow_positions_and_stores_that_change():
+    given = rounded(case([30, 40], [20, 7]))
     there = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in given.items()}
-    decode_attention(**there)
+    store, others = as_called(there)
+    key, value = torch.randn(2, 2, 1, 16, device="cuda")
+    at = {name: others[name] for name in ("layer", "table", "positions", "prefilled")}
+
+    def step():
+        write_token(key, value, store, **at)
+        return decode_attention(store=store, **others)
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(**there)
+        out = step()
     for lengths in ([30, 40], [1, 17]):
-        there["lengths"].copy_(torch.tensor(lengths))
+        again, _ = as_called(there)  # elsewhere
+        store.addresses.copy_(again.addresses)
+        at["positions"].copy_(torch.tensor(lengths) + torch.tensor([20, 7]) - 1)
         graph.replay()
-        expected = exact(**given | dict(lengths=torch.tensor(lengths)))
-        torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-6)
+        expected = decode_attention(store=again, **others, backend="torch")
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+        where = at["positions"] - at["prefilled"]
+        pages = at["table"].gather(1, where[:, None] // PAGE)[:, 0]
+        assert torch.equal(again.own[1, 0, pages, :, where % PAGE], quantized(key)[0])
 
 
 @pytest.mark.parametrize(
@@ -329,38 +364,136 @@ def test_a_captured_call_follows_lengths_that_change():
     [
         (dict(query=torch.zeros(2, 16)), "query must be"),
         (dict(query=torch.zeros(2, 2, 16, dtype=torch.float64)), "query must be"),
-        (dict(query=torch.zeros(2, 2, 300)), "query must be"),
-        (dict(own_keys=torch.zeros(4, 1, 8, 15)), "own_keys must be"),
-        (dict(own_keys=torch.zeros(4, 4, 8, 16)), "kv heads that divide 2"),
-        (dict(own_values=torch.zeros(7, 1, 9, 16)), "own_values must have own_keys' shape"),
-        (dict(own_values=torch.zeros(7, 1, 8, 16).half()), "one dtype"),
-        (dict(own_values=torch.zeros(7, 1, 16, 8).mT), "last stride of 1"),
+        (dict(query=torch.zeros(2, 2, 15)), "query must be"),
+        (dict(query=torch.zeros(2, 3, 16)), "must be a multiple of the store's 2"),
         (dict(table=torch.zeros(3, 1).long()), "table must be"),
-        (dict(table=torch.zeros(2, 1)), "table must be"),
-        (dict(lengths=torch.ones(2)), "lengths must be"),
-        (dict(lengths=torch.ones(3).long()), "lengths must be"),
-        (dict(prefix_rows=None), "pass all or none"),
-        (dict(prefix_keys=torch.zeros(4, 2, 8, 16)), "prefix_values must have"),
-        (dict(prefix_keys=torch.zeros(3, 2, 8, 16), prefix_values=torch.zeros(3, 2, 8, 16)), "own_keys' 1 heads"),
-        (dict(prefix_lengths=torch.ones(2).int()), "prefix_lengths must be"),
-        (dict(lengths=torch.ones(2, dtype=torch.int64, device="meta")), "one device"),
-        (dict(own_keys=torch.zeros(7, 1, 8, 16).char()), "own_scales go with int8"),
-        (dict(own_scales=torch.zeros(2, 7, 1, 8).half()), "own_scales go with int8"),
+        (dict(table=torch.zeros(2, 1).int()), "table must be"),
+        (dict(table=torch.zeros(4, 2).long().T), "table must be"),
+        (dict(positions=torch.ones(2)), "positions must be"),
+        (dict(positions=torch.ones(3).long()), "positions must be"),
+        (dict(positions=torch.ones(4).long()[::2]), "positions must be"),
+        (dict(prefix_rows=None), "pass both or neither"),
+        (dict(prefilled=torch.ones(2).int()), "prefilled must be"),
+        (dict(positions=torch.ones(2, dtype=torch.int64, device="meta")), "one device"),
+        (dict(layer=3), "layer must be one of 3"),
         (dict(softcap=0.0), "softcap must be positive"),
         (dict(window=0), "window must be positive"),
         (dict(backend="cuda"), "backend must be"),
     ],
 )
 def test_bad_input_is_refused(change, message):
+    store, given = as_called(case([3, 9], [4, 5], heads=2, kv_heads=2))
     with pytest.raises(ValueError, match=message):
-        decode_attention(**case([3, 9], [4, 5]) | change)
+        decode_attention(store=store, **given | change)
 
 
-@pytest.mark.parametrize("name", ["own", "prefix"])
-def test_scales_that_do_not_fit_are_refused(name):
-    given = rounded(case([3, 9], [4, 5]))
-    for wrong in (given[f"{name}_scales"].float(), given[f"{name}_scales"][:, 1:]):
-        with pytest.raises(ValueError, match=f"{name}_scales must be"):
-            decode_attention(**given | {f"{name}_scales": wrong})
-    with pytest.raises(ValueError, match="prefix_scales go with prefix_keys"):
-        decode_attention(**rounded(case([3, 9])), prefix_scales=given["prefix_scales"])
+OWN = torch.zeros(4, 3, 2, 1, 8, 16).movedim(0, 2)  # four pages of three layers
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((torch.zeros(3, 4, 1, 8, 16),), "own must be"),
+        ((torch.zeros(0, 3, 2, 1, 8, 16).movedim(0, 2),), "own must be"),
+        ((torch.zeros(4, 3, 2, 1, 8, 300).movedim(0, 2),), "head_dim of at most 256"),
+        ((torch.zeros(3, 2, 4, 1, 8, 16),), "own must lie in memory"),
+        ((OWN.to(torch.int8),), "own_scales go with int8"),
+        ((OWN, torch.zeros(4, 3, 2, 1, 8).half()), "own_scales go with int8"),
+        ((OWN.to(torch.int8), torch.zeros(4, 3, 2, 1, 8).movedim(0, 2)), "own_scales must be"),
+        ((OWN, None, OWN.half()), "prefix must have own's"),
+        ((OWN, None, torch.zeros(4, 2, 2, 1, 8, 16).movedim(0, 2)), "prefix must have own's"),
+        ((OWN, None, None, torch.zeros(4, 3, 2, 1, 8).half()), "prefix_scales go with a prefix"),
+        ((OWN, None, None, None, torch.zeros(4).long()), "addresses must be"),
+        ((OWN, None, None, None, torch.zeros(5)), "addresses must be"),
+    ],
+)  # fmt: skip
+def test_a_store_that_is_none_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        addressed(*given)
+
+
+@the_kernel
+@pytest.mark.parametrize("kv", ["full", "int8"])
+def test_the_kernels_go_where_the_addresses_say(kv, place):
+    """As a graph does that was captured with a store of another size, which is gone."""
+    given = case([3, 37], [30, 18], kv_heads=2, heads=2)
+    given = {k: x.to(place[1]) if isinstance(x, torch.Tensor) else x for k, x in given.items()}
+    given = rounded(given) if kv == "int8" else given
+    store, others = as_called(given)
+    parts = [None if x is None else x[:, :, :2] for x in store[:4]]
+    gone = addressed(*(None if x is None else x.clone() for x in parts))
+    moved = gone._replace(addresses=store.addresses)
+    assert torch.equal(
+        decode_attention(store=moved, **others, backend="triton"),
+        decode_attention(store=store, **others, backend="triton"),
+    )
+    key, value = torch.randn(2, 2, 2, 16, generator=torch.Generator().manual_seed(0)).to(place[1])
+    at = {name: others[name] for name in ("layer", "table", "positions", "prefilled")}
+    before = [None if x is None else x.clone() for x in gone[:4]]
+    write_token(key, value, moved, **at, backend="triton")
+    for now, was in zip(gone[:4], before, strict=True):
+        assert was is None or torch.equal(now.nan_to_num(), was.nan_to_num())
+    again = addressed(*(None if x is None else x.clone() for x in store[:4]))
+    write_token(key, value, again, **at, backend="torch")
+    for now, expected in zip(store[:4], again[:4], strict=True):
+        assert now is None or torch.equal(now.nan_to_num(), expected.nan_to_num())
+
+
+def written(key, value, place, int8=False, prefilled=None):
+    """A store of three layers in which tokens were written to layer 1, and the places where they went."""
+    backend, device = place
+    numbers = torch.full((7, 3, 2, key.shape[1], PAGE, key.shape[2]), 99, device=device)
+    numbers = numbers.to(torch.int8 if int8 else key.dtype).movedim(0, 2)
+    scales = torch.full(numbers.shape[:5], 9.0, device=device).movedim(2, 0).half().contiguous().movedim(0, 2)
+    store = addressed(numbers, scales if int8 else None)
+    table = torch.tensor([[3, 1], [5, GARBAGE], [6, 2]], device=device)
+    columns = torch.tensor([8 + 5, 7, 8], device=device)
+    before = torch.zeros(3, dtype=torch.int64, device=device) if prefilled is None else prefilled.to(device)
+    write_token(
+        key.to(device), value.to(device), store, layer=1, table=table, positions=columns + before,
+        prefilled=None if prefilled is None else before, backend=backend,
+    )  # fmt: skip
+    return store.own.cpu(), None if store.own_scales is None else store.own_scales.cpu(), ([1, 5, 2], [5, 7, 0])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads, size", [(1, 16), (3, 80), (2, 128)])
+def test_a_token_goes_to_its_column_and_nowhere_else(kv_heads, size, dtype, place):
+    draw = torch.Generator().manual_seed(0)
+    key = torch.randn(3, kv_heads, size, generator=draw).to(dtype)
+    value = torch.randn(size, 3, kv_heads, generator=draw).to(dtype).permute(1, 2, 0)
+    found, _, (pages, columns) = written(key, value, place, prefilled=torch.tensor([4, 0, 11]))
+    expected = torch.full_like(found, 99)
+    for row, (page, column) in enumerate(zip(pages, columns, strict=True)):
+        expected[1, 0, page, :, column], expected[1, 1, page, :, column] = key[row], value[row]
+    assert torch.equal(found, expected)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_tokens_are_rounded_as_prompts_are(dtype, place):
+    """Bit for bit, with values of all magnitudes, zeros, and a NaN and an infinity, which stay to be seen."""
+    key = torch.randn(3, 2, 80, generator=torch.Generator().manual_seed(0))
+    key *= torch.tensor([[1.0, 1e-6], [1e-9, 300.0], [0.0, 1.0]])[..., None]
+    value = key.flip(0).clone()
+    value[0, 1, 7], value[1, 0, 3] = torch.nan, torch.inf
+    key, value = key.to(dtype), value.to(dtype)
+    found, scales, (pages, columns) = written(key, value, place, int8=True)
+    for kind, x in enumerate((key, value)):
+        numbers, sizes = quantized(x)
+        for row, (page, column) in enumerate(zip(pages, columns, strict=True)):
+            assert torch.equal(scales[1, kind, page, :, column].isfinite(), sizes[row].isfinite())
+            sure = sizes[row].isfinite()
+            assert torch.equal(scales[1, kind, page, :, column][sure], sizes[row][sure])
+            assert torch.equal(found[1, kind, page, :, column][sure], numbers[row][sure])
+    assert int((scales != 9).sum()) == 2 * 3 * 2
+    assert int((found != 99).flatten(0, 4).any(1).sum()) <= 2 * 3 * 2
+
+
+def test_a_token_that_does_not_fit_the_store_is_refused():
+    store = addressed(OWN.clone(memory_format=torch.preserve_format))
+    at = dict(layer=0, table=torch.zeros(2, 1).long(), positions=torch.zeros(2).long())
+    for key in (torch.zeros(2, 2, 16), torch.zeros(2, 1, 16).long(), torch.zeros(3, 1, 16)):
+        with pytest.raises(ValueError, match="key must be"):
+            write_token(key, torch.zeros(2, 1, 16), store, **at)

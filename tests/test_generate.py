@@ -29,7 +29,7 @@ from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import KVShape, StoreShape, bucket, store_shape
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
-from lowmem_grpo.kernels.decode_attention import decode_attention
+from lowmem_grpo.kernels.decode_attention import decode_attention, write_token
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner.trace import Live
@@ -652,7 +652,8 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
     tokens = 6 if cpu else 100  # the interpreter is slow
     pages = StoreShape(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
     for backend in ("torch", "triton"):
-        monkeypatch.setattr(layouts, "decode_attention", partial(decode_attention, backend=backend))
+        for name, both in (("decode_attention", decode_attention), ("write_token", write_token)):
+            monkeypatch.setattr(store, name, partial(both, backend=backend))
         found.append(run(policy, 2, prompts=PROMPTS[1:2], shape=pages, kv=kv, max_completion_length=tokens))
     assert ids_of(found[0]) == ids_of(found[1])
     atol = {"full": 6e-6, "int8": 4e-3}[kv] if cpu else {"full": 1e-4, "int8": 2e-2}[kv]  # of another exp()
@@ -662,7 +663,7 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
 
 def counted_bytes(store):
     """By the allocator, whatever the shape says."""
-    tensors = [tensor for rows in vars(store).values() for tensor in rows if tensor is not None]
+    tensors = [tensor for rows in (store.own, store.prefix) for tensor in rows if tensor is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

@@ -1,14 +1,12 @@
 """The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_grpo.generate.store import Rows, Store
-from lowmem_grpo.kernels.decode_attention import decode_attention
 from lowmem_grpo.model.attention import soften, softmax_attention
 
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
@@ -47,11 +45,6 @@ class Decode:
     def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
         return _decode(self, layer, query, key, value, scaling, window, softcap)
 
-    def read(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-        """Attention (S, H, D) of queries (S, H, D) to what is stored, the tokens' own keys and values included."""
-        by = _dense_attention if self.table is None else _paged_attention
-        return by(self, layer, query, scaling, window, softcap)
-
     def mask(self, window: int | None) -> Tensor:
         """(S, 1, 1, prefix tokens + span) bool, True where a token attends."""
         if window not in self.masks:
@@ -83,18 +76,14 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
 
 
 def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
-    rows, columns = torch.arange(len(query), device=query.device), now.columns
     if now.table is not None:
-        page_tokens = now.store.own.numbers.shape[4]
-        rows, columns = now.table.gather(1, (columns // page_tokens)[:, None])[:, 0], columns % page_tokens
-    now.store.own.write(layer, (rows, slice(None), columns), key[:, :, 0], value[:, :, 0])
-    return now.read(layer, query[:, :, 0], scaling, window, softcap)[:, None]
-
-
-def _dense_attention(now: Decode, layer, query, scaling, window, softcap) -> Tensor:
-    slots, heads, size = query.shape
+        return _paged_attention(now, layer, query, key, value, scaling, window, softcap)
+    slots, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    at = (torch.arange(slots, device=query.device), slice(None), now.columns)
+    now.store.own.write(layer, at, key[:, :, 0], value[:, :, 0])
     keys, values = now.store.own.read(layer, slots, now.span, query.dtype)
-    query = query.view(slots, keys.shape[1], -1, size)
+    query = query.view(slots, kv_heads, heads // kv_heads, size)
     mask = now.mask(window)
     if now.members is not None:
         store = now.store.prefix
@@ -104,24 +93,16 @@ def _dense_attention(now: Decode, layer, query, scaling, window, softcap) -> Ten
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     else:
         out = softmax_attention(query, keys, values, mask, scaling, softcap)
-    return out.view(slots, heads, size)
+    return out.view(slots, 1, heads, size)
 
 
-def _paged_attention(now: Decode, layer, query, scaling, window, softcap) -> Tensor:
-    assert now.table is not None
-    own, shared = now.store.own, now.store.prefix
-    keys, values = own.numbers[layer]  # (pages, H_kv, page tokens, D)
-    prefix: dict[str, Any] = {}
-    if now.prefix_lengths is not None:
-        prefix_keys, prefix_values = shared.numbers[layer]
-        prefix = dict(
-            prefix_keys=prefix_keys, prefix_values=prefix_values, prefix_rows=now.prefix_rows,
-            prefix_lengths=now.prefix_lengths, prefix_scales=None if shared.scales is None else shared.scales[layer],
-        )  # fmt: skip
-    return decode_attention(
-        query, keys, values, now.table, now.columns + 1, scaling=scaling, softcap=softcap, window=window,
-        own_scales=None if own.scales is None else own.scales[layer], **prefix,
-    )  # fmt: skip
+def _paged_attention(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    where = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
+    now.store.write_token(key[:, :, 0], value[:, :, 0], **where)
+    out = now.store.attend(
+        query[:, :, 0], prefix_rows=now.prefix_rows, scaling=scaling, softcap=softcap, window=window, **where
+    )
+    return out[:, None]
 
 
 def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:

@@ -185,9 +185,9 @@ class Slots:
         saved = self.store.own.copied_out(self._filled(pages, column))
         self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved)
 
-    def _filled(self, pages: list[int], columns: int) -> Tensor:
+    def _filled(self, pages: list[int], columns: int) -> list[int]:
         """The first pages of a slot, as many as `columns` tokens fill."""
-        return self._tensor(pages[: ceil(columns / self.shape.page_tokens)])
+        return pages[: ceil(columns / self.shape.page_tokens)]
 
     def shrink(self, times: int) -> None:
         """Compute with fewer rows once nobody waits and a smaller bucket, at most 1 / times, holds all that run.

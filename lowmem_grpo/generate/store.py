@@ -4,17 +4,21 @@
     prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the shape shares them
 
 Both are of the compute dtype, or int8 with an fp16 scale for every token and head, its largest magnitude over 127.
+Where a decoding step goes by a table of pages, as on a GPU, a page or slot is the outermost in memory, and the step
+finds the store by its addresses, in a tensor that may outlive the store.
 
 Each layer's attention stores the new keys and values and attends over [prefix ; own]. The cache classes of transformers
 are never touched, and keys are never repeated for grouped queries.
 """
 
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from lowmem_grpo.generate.shape import KVShape, StoreShape
+from lowmem_grpo.kernels.decode_attention import addressed, decode_attention, quantized, write_token
 
 
 class Rows(NamedTuple):
@@ -54,14 +58,14 @@ class Rows(NamedTuple):
         for tensor in self._tensors():
             tensor[:, :, rows] = 0
 
-    def copied_out(self, rows: Tensor) -> list[list[Tensor]]:
-        """A copy of these rows in CPU memory, made a layer at a time since GPU memory is short."""
-        return [[layer[:, rows].cpu() for layer in tensor] for tensor in self._tensors()]
+    def copied_out(self, rows: list[int]) -> list[list[Tensor]]:
+        """A copy of these rows in CPU memory, made a row at a time since GPU memory is short."""
+        return [[tensor[:, :, row].to("cpu", copy=True) for row in rows] for tensor in self._tensors()]
 
-    def copy_in(self, rows: Tensor, saved: list[list[Tensor]]) -> None:
-        for tensor, layers in zip(self._tensors(), saved, strict=True):
-            for layer, held in zip(tensor, layers, strict=True):
-                layer[:, rows] = held.to(layer.device)
+    def copy_in(self, rows: list[int], saved: list[list[Tensor]]) -> None:
+        for tensor, held in zip(self._tensors(), saved, strict=True):
+            for row, values in zip(rows, held, strict=True):
+                tensor[:, :, row] = values.to(tensor.device)
 
     def _tensors(self) -> list[Tensor]:
         return [self.numbers] if self.scales is None else [self.numbers, self.scales]
@@ -72,12 +76,6 @@ class Rows(NamedTuple):
                 layer[:, targets] = layer[:, sources]
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., D) and fp16 scales (...,) of x (..., D), half a scale off at most."""
-    scales = (x.float().abs().amax(-1) / 127).half().clamp(min=2**-24)  # fp16's least, where all is 0
-    return (x / scales[..., None].float()).round().clamp(-127, 127).to(torch.int8), scales
-
-
 def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (numbers * scales[..., None].float()).to(dtype)
 
@@ -85,11 +83,70 @@ def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 class Store:
     """The keys and values of a rollout, zeroed: masked values must still be finite."""
 
-    def __init__(self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device, addresses: Tensor | None = None
+    ):
+        """Allocate a store. Where steps go by a table, its addresses are written to `addresses`, or to a new tensor."""
+        by_table = shape.paged or device.type == "cuda"
+
+        def zeros(num_rows: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            outer = (kv.layers, 2)
+            if by_table:
+                return torch.zeros(num_rows, *outer, *sizes, dtype=dtype, device=device).movedim(0, 2)
+            return torch.zeros(*outer, num_rows, *sizes, dtype=dtype, device=device)
+
         def rows(num_rows: int, num_tokens: int) -> Rows:
-            size = (kv.layers, 2, num_rows, kv.kv_heads, num_tokens)
-            numbers = torch.zeros(*size, kv.head_dim, dtype=dtype, device=device)
-            return Rows(numbers, torch.zeros(size, dtype=torch.float16, device=device) if dtype == torch.int8 else None)
+            size = (kv.kv_heads, num_tokens)
+            scales = zeros(num_rows, size, torch.float16) if dtype == torch.int8 else None
+            return Rows(zeros(num_rows, (*size, kv.head_dim), dtype), scales)
 
         self.own = rows(shape.pages, shape.page_tokens) if shape.paged else rows(shape.slots, shape.slot_tokens)
         self.prefix = rows(shape.prefixes, shape.prefix_tokens)
+        if by_table:
+            prefix = self.prefix if shape.shared else (None, None)
+            self.keys_values = addressed(*self.own, *prefix, addresses)
+            _LIVE[self.own.numbers.data_ptr()] = self
+
+    def write_token(self, key: Tensor, value: Tensor, **where: Any) -> None:
+        """Store each row's newest key and value, (S, H_kv, D); `where` is as kernels/decode_attention.py has it."""
+        if key.device.type == "cpu":
+            _write_token(key, value, self.keys_values.addresses, **where)
+        else:
+            write_token(key, value, self.keys_values, **where)
+
+    def attend(self, query: Tensor, **where: Any) -> Tensor:
+        """Attention of each row's newest token, (S, H, D); `where` is as kernels/decode_attention.py has it."""
+        if query.device.type == "cpu":
+            return _attend(query, self.keys_values.addresses, **where)
+        return decode_attention(query, self.keys_values, **where)
+
+
+# A CPU, where tests alone go by a table, looks for the store that lies at an address. Each is one call, so that what a
+# test records in place of a CUDA graph knows as little of the store as the graph does.
+_LIVE: WeakValueDictionary[int, Store] = WeakValueDictionary()
+
+
+def _at(addresses: Tensor) -> Any:
+    store = _LIVE.get(int(addresses[0]))
+    if store is None:
+        raise RuntimeError("a step goes to a store that was given back")
+    return store.keys_values
+
+
+@torch.library.custom_op("lowmem_grpo::write_token", mutates_args=())
+def _write_token(
+    key: Tensor, value: Tensor, addresses: Tensor, layer: int, table: Tensor, positions: Tensor,
+    prefilled: Tensor | None,
+) -> None:  # fmt: skip
+    write_token(key, value, _at(addresses), layer=layer, table=table, positions=positions, prefilled=prefilled)
+
+
+@torch.library.custom_op("lowmem_grpo::decode_attention", mutates_args=())
+def _attend(
+    query: Tensor, addresses: Tensor, layer: int, table: Tensor, positions: Tensor, prefilled: Tensor | None,
+    prefix_rows: Tensor | None, scaling: float, softcap: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    return decode_attention(
+        query, _at(addresses), layer=layer, table=table, positions=positions, prefilled=prefilled,
+        prefix_rows=prefix_rows, scaling=scaling, softcap=softcap, window=window,
+    )  # fmt: skip
