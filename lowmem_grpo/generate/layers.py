@@ -1,4 +1,4 @@
-"""What the layers of a decoder compute, in numbers, so that a step of decoding need not call them.
+"""Numbers that say what the layers of a decoder compute, so that a step of decoding need not call them.
 
 Names say only which module stands where. Numbers are read off what the model does: what its layers call attention with,
 which cosines they are given, what a norm, a rotation or an activation makes of probes. What is left unexplained is
@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, _rms, _rotated
-from lowmem_grpo.kernels.nf4_product import BLOCK_K, Weight
+from lowmem_grpo.kernels.nf4_product import Weight
 from lowmem_grpo.model.attention import attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.lora import plain_lora_layers
@@ -92,7 +92,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a decoder computes: embedding times scale, its layers, the last norm."""
+    """A decoder in numbers: embedding times scale, its layers, the last norm."""
 
     embedding: nn.Embedding
     embedding_scale: float
@@ -101,7 +101,7 @@ class Outline:
 
 
 class Call(NamedTuple):
-    """What a layer's attention is called with."""
+    """Arguments that a layer calls attention with."""
 
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, H_kv, T, D)
@@ -166,7 +166,7 @@ def rotations(policy: Policy, num_positions: int) -> tuple[list[tuple[Tensor, Te
 
 
 def _inputs(policy: Policy, ids: list[int]) -> list[tuple[Tensor, Any]]:
-    """What each layer is given for a text, when none of them does anything: the stream, cosines and sines."""
+    """Stream, cosines and sines that each layer is given for a text, when none of them does anything."""
     given: list[tuple[Tensor, Any]] = []
 
     def keep(hidden: Tensor, *, position_embeddings: Any = None, **_: Any) -> Tensor:
@@ -299,8 +299,8 @@ def _weight(base: Any) -> Weight:
     outer = state.state2 if state.nested else None
     if (
         state.quant_type != "nf4"
-        or state.blocksize != BLOCK_K
-        or base.in_features % BLOCK_K
+        or state.blocksize != 64
+        or base.in_features % 64
         or (outer is not None and outer.blocksize != 256)
     ):
         raise Unknown("its 4-bit weights are not NF4 in blocks of 64")

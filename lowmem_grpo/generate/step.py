@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowmem_grpo.generate.layers import Norm, Outline, Product, rotations
 from lowmem_grpo.generate.layouts import Decode
+from lowmem_grpo.kernels.decode_attention import KeysValues
 from lowmem_grpo.kernels.decode_layer import gated, heads, residual, start
 from lowmem_grpo.kernels.nf4_product import product
 from lowmem_grpo.model.lora import worn_by
@@ -141,9 +142,10 @@ class FastStep:
     @torch.no_grad()
     def __call__(self, token_ids: Tensor, now: Decode) -> Tensor:
         """Last hidden states (S, D) of one token of each of S slots; its keys and values go into the store."""
-        stream, h = self.begin(token_ids)
-        for index, following in enumerate(self.following):
-            h = self.layer(index, stream, h, following, now)
+        with torch.autocast(self.policy.device.type, enabled=False):  # the kernels' references have products in fp32
+            stream, h = self.begin(token_ids)
+            for index, following in enumerate(self.following):
+                h = self.layer(index, stream, h, following, now)
         return h
 
     def begin(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,25 +159,24 @@ class FastStep:
 
     def layer(self, index: int, stream: Tensor, h: Tensor, following: Norm | None, now: Decode) -> Tensor:
         """Add a layer's results to the stream (S, D), in place; returns the norm of it that follows."""
-        layer, dtype = self.outline.layers[index], self.policy.dtype
+        layer = self.outline.layers[index]
         _, out, gate_up, down = self.layers[index]
-        own = now.store.own
-        assert now.table is not None
-        query = self.heads(index, h, own.numbers, own.scales, index, now.table, now.positions, now.prefix_lengths)
-        attended = now.read(index, query, layer.scaling, layer.window, layer.softcap).flatten(1)
+        where: dict[str, Any] = dict(
+            layer=index, table=now.table, positions=now.positions, prefilled=now.prefix_lengths
+        )
+        query = self.heads(index, h, now.store.keys_values, **where)
+        scores: dict[str, Any] = dict(scaling=layer.scaling, softcap=layer.softcap, window=layer.window)
+        attended = now.store.attend(query, prefix_rows=now.prefix_rows, **scores, **where).flatten(1)
         h = residual(stream, *out(attended), after=layer.after[0], share=layer.share, before=layer.before[1])
-        h = gated(*gate_up(h), activation=layer.activation, dtype=dtype)
+        h = gated(*gate_up(h), activation=layer.activation, dtype=self.policy.dtype)
         return residual(stream, *down(h), after=layer.after[1], share=layer.share, before=following)
 
-    def heads(
-        self, index: int, h: Tensor, own: Tensor, scales: Tensor | None, place: int, table: Tensor, positions: Tensor,
-        prefilled: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """A layer's queries (S, H, D); keys and values go into own[place]."""
+    def heads(self, index: int, h: Tensor, store: KeysValues, **where: Any) -> Tensor:
+        """A layer's queries (S, H, D); keys and values go to where `where` says, as kernels/decode_layer.py has it."""
         layer = self.outline.layers[index]
         cos, sin = (None, None) if layer.table is None else self.tables[layer.table]
         return heads(
-            *self.layers[index][0](h), own=own, scales=scales, layer=place, table=table, positions=positions,
-            prefilled=prefilled, query_norm=layer.query_norm, key_norm=layer.key_norm, cos=cos, sin=sin,
-            paired=layer.paired, dtype=self.policy.dtype,
+            *self.layers[index][0](h), own=store.own, scales=store.own_scales, addresses=store.addresses,
+            query_norm=layer.query_norm, key_norm=layer.key_norm, cos=cos, sin=sin, paired=layer.paired,
+            dtype=self.policy.dtype, **where,
         )  # fmt: skip

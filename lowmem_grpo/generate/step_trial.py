@@ -21,6 +21,7 @@ from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
+from lowmem_grpo.kernels.decode_attention import addressed
 from lowmem_grpo.model.attention import attending, laid_out
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces
@@ -49,7 +50,7 @@ def difference(fast: FastStep) -> str | None:
     """A sentence on the first result that differs from the model's own, or None."""
     policy = fast.policy
     limit = EXACT if policy.dtype == torch.float32 else ROUGH
-    with fast.ready(dense=False), policy.inference(), policy.autocast(), attending(policy.configs):
+    with fast.ready(dense=False), policy.inference(), attending(policy.configs):
         for distances in (_of_calls, _of_results):
             for name, error in distances(fast):
                 if not error <= limit:  # a NaN is too far, too
@@ -63,17 +64,18 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
     positions = torch.tensor([0, 1, 7, last // 2, last], device=policy.device)
     ids = torch.tensor(pieces(policy, TEXTS[0], [len(positions)]), device=policy.device)
     listening = Listening()
-    with laid_out(listening), _fed_alike(policy.decoder.layers) as seen:
+    with policy.autocast(), laid_out(listening), _fed_alike(policy.decoder.layers) as seen:
         policy.decoder(input_ids=ids, position_ids=positions[None], use_cache=False)
     table = torch.arange(len(positions), device=policy.device)[:, None]
     for index, layer in enumerate(fast.outline.layers):
         call = listening.calls[index]
         if (call.scaling, call.window, call.softcap) != (layer.scaling, layer.window, layer.softcap):
             yield f"the scaling, window or softcap of layer {index}", torch.inf
-        own = call.key.new_zeros(1, 2, len(positions), layer.kv_heads, 16, layer.head_dim)  # a page a token
+        pages = call.key.new_zeros(len(positions), 1, 2, layer.kv_heads, 16, layer.head_dim)  # of a token each
         h = normed(seen[index][0][0], layer.before[0])
-        query = fast.heads(index, h, own, None, 0, table, positions, positions)
-        key, value = own[0, :, :, :, 0]
+        store = addressed(pages.movedim(0, 2))
+        query = fast.heads(index, h, store, layer=0, table=table, positions=positions, prefilled=positions)
+        key, value = store.own[0, :, :, :, 0]
         for name, ours, theirs in (("query", query, call.query), ("key", key, call.key), ("value", value, call.value)):
             yield f"the {name} of layer {index}", _distance(ours, theirs[0].transpose(0, 1))
 
@@ -89,7 +91,7 @@ def _of_results(fast: FastStep) -> Iterator[tuple[str, float]]:
     store = Store(kv_shape(policy.base.config, policy.dtype), shape, policy.dtype, policy.device)
     scheduler = Scheduler([*range(len(texts))], 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
     slots = Slots(policy, store, shape, scheduler)
-    with narrow_windows(policy.base), _fed_alike(policy.decoder.layers) as seen:
+    with policy.autocast(), narrow_windows(policy.base), _fed_alike(policy.decoder.layers) as seen:
         slots.admit(texts, prefill_tokens=100, ahead=1)
         slots.reserve(ahead=1)
         now = slots.layout(len(texts))
