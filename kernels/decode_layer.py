@@ -259,8 +259,10 @@ if triton is not None:
                 if addresses_ptr is not None:
                     first_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(tl.float16))
                 first_ptr += scales_layer + (kind - 1) * scales_kind_stride + page * scales_page_stride + column
-                scale = tl.div_rn(tl.max(tl.abs(y), 1), 127.0).to(tl.float16)
-                scale = tl.maximum(scale.to(tl.float32), 5.960464477539063e-08)[:, None]  # fp16's least, where all is 0
+                # The largest magnitude; what is added is nothing, or a NaN, which a maximum would pass over.
+                peak = tl.max(tl.abs(y), 1)[:, None] + tl.sum(y * 0.0, 1)[:, None]
+                scale = tl.div_rn(peak, 127.0).to(tl.float16).to(tl.float32)
+                scale = tl.where(scale < 5.960464477539063e-08, 5.960464477539063e-08, scale)  # fp16's least, of zeros
                 # Half to even, as torch rounds: above 2**23 an fp32 number is a whole one.
                 number = tl.div_rn(y, tl.broadcast_to(scale, y.shape)) + 12582912.0 - 12582912.0
                 number = tl.minimum(tl.maximum(number, -127.0), 127.0)

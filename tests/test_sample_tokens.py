@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_grpo.kernels import sample_tokens as module
-from lowmem_grpo.kernels.sample_tokens import BLOCK, sample_tokens, selective_logprobs
+from lowmem_grpo.kernels.sample_tokens import BLOCK, sample_next, sample_tokens, selective_logprobs
 
 CUDA = torch.cuda.is_available()
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
@@ -153,6 +153,83 @@ def test_a_row_of_nothing_has_nan_and_a_valid_token():
     assert ((tokens >= 0) & (tokens < 10)).all() and logprobs.isnan().all()
 
 
+def next_of(logits, place, *, temperature=1.0, scale=1.0, softcap=None, uniform=None):
+    """What sample_next makes of rows, token ids and positions after it, and the uniform that belongs to each row.
+
+    Row i is completion 3 i + 1 of a table of uniforms, and has 4 i tokens prefilled and i drawn.
+    """
+    backend, device = place
+    rows = len(logits)
+    uniforms = torch.rand(3 * rows + 1, rows + 2, generator=torch.Generator().manual_seed(4))
+    drawn = torch.arange(rows)
+    completions, prefilled = 3 * drawn + 1, 4 * drawn
+    if uniform is not None:
+        uniforms[completions, drawn] = uniform
+    token_ids, positions = torch.full((rows,), -1).to(device), (prefilled + drawn).to(device)
+    out = sample_next(
+        logits.to(device), uniforms.to(device), completions.to(device), token_ids, positions, prefilled.to(device),
+        temperature=temperature, scale=scale, softcap=softcap, backend=backend,
+    )  # fmt: skip
+    assert positions.tolist() == (prefilled + drawn + 1).tolist()
+    return out.cpu(), token_ids.cpu(), uniforms[completions, drawn]
+
+
+@every_backend
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 300), (9, BLOCK), (4, 2 * BLOCK + 1)])
+@pytest.mark.parametrize(
+    "temperature, scale, softcap", [(1.0, 1.0, None), (0.1, 1.0, None), (0.7, 0.25, None), (1.3, 2.0, 6.0)]
+)
+def test_the_next_token_is_where_the_cdf_of_a_capped_row_passes_its_uniform(
+    rows, size, temperature, scale, softcap, place
+):
+    logits, _ = rows_of(rows, size)
+    out, tokens, uniforms = next_of(logits, place, temperature=temperature, scale=scale, softcap=softcap)
+    scores = logits.double() * scale
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    exact = (scores / temperature).log_softmax(-1)
+    assert out.dtype == torch.float64 and torch.equal(out[0], tokens.double()) and torch.equal(out[1], out[2])
+    row = torch.arange(rows)
+    torch.testing.assert_close(out[1], exact[row, tokens], rtol=3e-7, atol=4e-6)
+    cdf = exact.exp().cumsum(-1)
+    before = cdf[row, tokens] - exact[row, tokens].exp()
+    assert (before <= uniforms + 2e-6).all() and (uniforms <= cdf[row, tokens] + 2e-6).all()
+
+
+@every_backend
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+def test_a_next_token_that_is_ruled_out_is_never_drawn(uniform, place):
+    logits = torch.full((4, 3 * BLOCK), -torch.inf)
+    logits[0, 5], logits[1, BLOCK + 7], logits[2, [BLOCK - 1, 2 * BLOCK]] = 2.0, -300.0, 0.0
+    out, tokens, _ = next_of(logits, place, uniform=uniform)
+    assert tokens[:2].tolist() == [5, BLOCK + 7] and out[1, :2].tolist() == [0.0, 0.0]
+    assert tokens[2] == (BLOCK - 1 if uniform < 0.5 else 2 * BLOCK)
+    assert 0 <= tokens[3] < 3 * BLOCK and out[1, 3].isnan()
+
+
+@every_backend
+def test_a_next_token_is_that_of_its_row_alone(place):
+    logits, _ = rows_of(6, 500)
+    spoiled = logits.clone()
+    spoiled[2:] = torch.nan
+    whole, some, other = (next_of(x, place, uniform=0.4)[0] for x in (logits, logits[:2], spoiled))
+    assert torch.equal(whole[:, :2], other[:, :2]) and torch.equal(whole[:, :2], some)
+    assert other[1, 2:].isnan().all() and ((other[0] >= 0) & (other[0] < 500)).all()
+
+
+@every_backend
+def test_a_row_that_has_all_its_tokens_draws_the_last_again_and_again(place):
+    backend, device = place
+    logits, uniforms = rows_of(2, 40)[0].to(device), torch.rand(2, 3).to(device)
+    token_ids, completions = (torch.arange(2, device=device) for _ in range(2))
+    positions, prefilled = torch.tensor([7, 6], device=device), torch.tensor([5, 5], device=device)
+    made = [
+        sample_next(logits, uniforms, completions, token_ids, positions, prefilled, temperature=1.0, backend=backend)
+        for _ in range(3)
+    ]
+    assert positions.tolist() == [7, 7]
+    assert torch.equal(made[0][:, 0], made[1][:, 0]) and torch.equal(made[1], made[2])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -168,3 +245,22 @@ def test_bad_input_is_refused(change, message):
     given = dict(logits=torch.zeros(3, 5), uniforms=torch.zeros(3), temperature=1.0, backend="auto") | change
     with pytest.raises(ValueError, match=message):
         sample_tokens(given.pop("logits"), given.pop("uniforms"), **given)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(logits=torch.zeros(3, 0)), "logits must be"),
+        (dict(logits=torch.zeros(3, 10)[:, ::2]), "last stride of 1"),
+        (dict(uniforms=torch.zeros(3)), "uniforms must be"),
+        (dict(positions=torch.zeros(3)), "positions must be"),
+        (dict(completions=torch.zeros(4, dtype=torch.int64)), "completions must be"),
+        (dict(temperature=0.0), "temperature must be positive"),
+        (dict(backend="cuda"), "backend must be"),
+    ],
+)
+def test_bad_input_for_a_next_token_is_refused(change, message):
+    given: dict = {name: torch.zeros(3, dtype=torch.int64) for name in ("completions", "token_ids", "positions")}
+    given |= dict(logits=torch.zeros(3, 5), uniforms=torch.zeros(3, 4), prefilled=given["positions"].clone())
+    with pytest.raises(ValueError, match=message):
+        sample_next(**given | dict(temperature=1.0) | change)
