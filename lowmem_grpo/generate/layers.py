@@ -78,7 +78,6 @@ class Layer:
     after: tuple[Norm | None, Norm | None]  # of their results, before these are added
     query_norm: Norm | None  # of each head, or with a gain of all heads' size over all of them
     key_norm: Norm | None
-    heads: int
     kv_heads: int
     head_dim: int
     table: int | None  # which of the tables of cosines and sines; None: no positions
@@ -197,7 +196,7 @@ def _embedding_scale(policy: Policy) -> float:
     fitted = ((rows * hidden.float()).sum() / rows.square().sum()).item()
     rounded = torch.tensor(fitted).to(policy.dtype).item()  # Gemma rounds it before it multiplies
     scale = min((rounded, fitted), key=lambda scale: ((rows * scale).to(policy.dtype) != hidden).sum().item())
-    if not torch.allclose(rows * scale, hidden.float(), rtol=torch.finfo(policy.dtype).eps, atol=1e-7):
+    if not torch.allclose(rows * scale, hidden.float(), rtol=max(torch.finfo(policy.dtype).eps, 1e-6), atol=1e-7):
         raise Unknown("its embedding does something besides a scale")
     return scale
 
@@ -226,9 +225,9 @@ def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
     qkv = _linears(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))
     gate_up = _linears(mlp, ("gate_up_proj",), ("gate_proj", "up_proj"))
     (out,), (down,) = _linears(attention, ("o_proj",)), _linears(mlp, ("down_proj",))
-    normed = [getattr(layer, name) for name in (*before, *after) if name]
-    normed += [getattr(attention, name) for name in (query_norm, key_norm) if name]
-    _all_claimed(layer, [*normed, *qkv, out, *gate_up, down])
+    norms = [_part(layer, name) for name in (*before, *after) if name]
+    norms += [_part(attention, name) for name in (query_norm, key_norm) if name]
+    _all_claimed(layer, [*norms, *qkv, out, *gate_up, down])
     _, heads, _, head_dim = call.query.shape
     kv_heads = call.key.shape[1]
     outline = Layer(
@@ -237,7 +236,7 @@ def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
         before=(_norm(layer, before[0], dtype), _norm(layer, before[1], dtype)),
         after=(_norm(layer, after[0], dtype), _norm(layer, after[1], dtype)),
         query_norm=_norm(attention, query_norm, dtype), key_norm=_norm(attention, key_norm, dtype),
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        kv_heads=kv_heads, head_dim=head_dim,
         table=kind if _moves(call.key) else None, paired=_paired(attention),
         scaling=call.scaling, window=call.window, softcap=call.softcap,
         share=float(getattr(layer, "residual_multiplier", 1.0)),

@@ -12,6 +12,7 @@ from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.shape import StoreShape, bucket
 from lowmem_grpo.generate.store import Rows, Store
+from lowmem_grpo.kernels.sample_tokens import sample_next
 from lowmem_grpo.model.attention import laid_out
 from lowmem_grpo.model.policy import Policy
 
@@ -249,8 +250,16 @@ class Slots:
         With a table it depends on nothing that only the host knows, but on num_rows.
         """
         assert self.params is not None and self.uniforms is not None
+        hidden = self.hidden(num_rows)
+        if self.fast is not None and self.seen is None and not self.params.greedy and not self.params.truncates:
+            rows = (x[:num_rows] for x in (self.completions, self.token_ids, self.positions, self.prefilled))
+            head = self.policy.head
+            return sample_next(
+                self.policy.bare_logits(hidden), self.uniforms, *rows, temperature=self.params.temperature,
+                scale=head.logit_scale, softcap=head.softcap,
+            )  # fmt: skip
         now = (self.positions - self.prefilled)[:num_rows]
-        logits = self.policy.logits(self.hidden(num_rows))
+        logits = self.policy.logits(hidden)
         seen = None if self.seen is None else self.seen[:num_rows]
         choice = choose(logits, self.uniforms[self.completions[:num_rows], now], seen, self.params)
         if seen is not None:

@@ -116,16 +116,20 @@ class Policy:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The next token's logits (S, V) of last hidden states (S, D), on a GPU in fp32. For sampling alone."""
-        weight, bias, logit_scale, softcap = self.head
+        logits, (_, _, logit_scale, softcap) = self.bare_logits(hidden_states), self.head
+        logits = logits if logit_scale == 1 else logits * logit_scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def bare_logits(self, hidden_states: Tensor) -> Tensor:
+        """The head's product and bias, (S, V), before its scale and softcap."""
+        weight, bias = self.head.weight, self.head.bias
         rows = hidden_states.to(weight.dtype)
         with torch.autocast(self.device.type, enabled=False):
             if rows.is_cuda and rows.dtype != torch.float32:
                 logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
             else:
                 logits = rows @ weight.t()
-        logits = logits if bias is None else logits + bias
-        logits = logits if logit_scale == 1 else logits * logit_scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits if bias is None else logits + bias
 
     @cached_property
     def packs(self) -> bool:
