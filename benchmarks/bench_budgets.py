@@ -36,7 +36,8 @@ BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 REAL = [shape for shape in SHAPES if not shape.startswith("tiny")]
 LETTERS = {
     "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
-    "offload_embedding": "e", "rollout_kv": "k", "rollout_cuda_graphs": "c", "gradient_checkpointing": "g",
+    "offload_embedding": "e", "rollout_kv": "k", "rollout_graphs_last": "a", "rollout_cuda_graphs": "c",
+    "gradient_checkpointing": "g",
 }  # fmt: skip
 
 

@@ -354,6 +354,11 @@ def addressed(
     return KeysValues(own, own_scales, prefix, prefix_scales, addresses)
 
 
+def goes_by_addresses(device: torch.device) -> bool:
+    """Whether calls with tensors on a device take a store's addresses for it, as the kernels do, or its tensors."""
+    return _runs_by_triton("auto", device.type)
+
+
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers (..., D) and fp16 scales (...,) of x (..., D), half a scale off at most."""
     scales = (x.float().abs().amax(-1) / 127).half().clamp(min=LEAST_SCALE)

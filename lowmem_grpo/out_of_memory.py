@@ -45,10 +45,15 @@ def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError]
 
 
 class TokenBudget:
-    """The most tokens of a micro-batch: token_budget at first, and less after an out-of-memory."""
+    """The most tokens of a micro-batch: token_budget at first, and less after an out-of-memory.
+
+    Attributes:
+        give_way: lets go what is kept for other phases; called before anything is tried again.
+    """
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
+        self.give_way: Callable[[], None] = lambda: None
         self.out_of_memory = 0  # how often
 
     def fit(self, work: Callable[[int], T], lengths: list[int]) -> T:
@@ -67,7 +72,7 @@ class TokenBudget:
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
 
         def failed(error: torch.OutOfMemoryError) -> None:
-            self.out_of_memory += 1
+            self.note()
             if self.out_of_memory > seen + 1:
                 self._halve(error, lengths)
             torch.set_rng_state(drawn[0])
@@ -77,8 +82,9 @@ class TokenBudget:
         return tried_again(lambda: work(self.num_tokens), failed)
 
     def note(self) -> None:
-        """Count an out-of-memory of something without micro-batches."""
+        """Count an out-of-memory, also of something without micro-batches, and let other phases' memory go."""
         self.out_of_memory += 1
+        self.give_way()
 
     def _halve(self, error: torch.OutOfMemoryError, lengths: list[int]) -> None:
         longest = max(lengths, default=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_generate import ShapedSampler, ids_of
+from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes
 from test_generate import run as complete
 from test_graphs import captured_early, recorder  # noqa: F401
 from test_train import adapters, length_reward, run
@@ -281,12 +281,17 @@ def test_a_capture_that_is_trusted_is_of_what_was_worn(captured_early, monkeypat
     policy.add("few", OTHERS["of few layers"])
     wake(policy, "few")
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
-    sampler = ShapedSampler(policy)
-    sampler.run()
+    sampler = ShapedSampler(policy, next(paged_shapes(PROMPTS, 3, 12, 9)), rollout_weights="4bit")
+    own = ids_of(sampler.run())
     trusted = {*sampler.captures.trusted}
-    with policy.wearing("few"):
-        assert ids_of(sampler.run()) == ids_of(complete(expected))
-    assert trusted and len(sampler.captures.trusted) == 2 * len(trusted) and sampler.captures.refusal is None
+    assert trusted and own != ids_of(complete(expected, weights="4bit"))
+    for _ in range(2):  # captured, and from then on replayed: each graph reads its own adapter's copy
+        with policy.wearing("few"):
+            found = sampler.sampled()
+        assert ids_of(found.completions) == ids_of(complete(expected, weights="4bit"))
+        assert ids_of(sampler.run()) == own
+    assert found.metrics["rollout/replayed_share"] == 1
+    assert len(sampler.captures.trusted) == 2 * len(trusted) and sampler.captures.refusal is None
 
 
 def test_a_folder_holds_one_adapter_in_pefts_format_whatever_its_name(tmp_path):

@@ -19,7 +19,7 @@ DIFFERENT = {"output_dir", "learning_rate", "save_steps", "steps_per_generation"
 OURS = {
     "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
     "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights",
-    "rollout_kv", "rollout_paged", "rollout_cuda_graphs", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
+    "rollout_kv", "rollout_paged", "rollout_cuda_graphs", "rollout_graphs_last", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
     "reward_timeout", "max_nonfinite_steps",
@@ -37,7 +37,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "shuffle_dataset": ("false", False), "num_train_epochs": ("1.5", 1.5), "max_steps": ("10", 10),
     "prompts_per_step": ("4", 4), "num_generations": ("16", 16), "max_completion_length": ("64", 64),
     "temperature": ("0.9", 0.9), "top_p": ("0.95", 0.95), "top_k": ("20", 20), "min_p": ("0.1", 0.1),
-    "repetition_penalty": ("1.1", 1.1), "rollout_token_budget": ("4096", 4096), "rollout_weights": ("4bit", "4bit"), "rollout_kv": ("int8", "int8"), "rollout_paged": ("false", False), "rollout_cuda_graphs": ("false", False), "stop_strings": (["</answer>"], ["</answer>"]),
+    "repetition_penalty": ("1.1", 1.1), "rollout_token_budget": ("4096", 4096), "rollout_weights": ("4bit", "4bit"), "rollout_kv": ("int8", "int8"), "rollout_paged": ("false", False), "rollout_cuda_graphs": ("false", False), "rollout_graphs_last": ("false", False), "stop_strings": (["</answer>"], ["</answer>"]),
     "reward_weights": (["1", "0.2"], [1.0, 0.2]), "reward_timeout": ("30", 30.0),
     "scale_rewards": ("batch", "batch"), "mask_truncated_completions": ("true", True), "beta": ("0.04", 0.04),
     "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),

@@ -1,6 +1,8 @@
 """CUDA graphs without a GPU: a recorder with a capture's semantics takes their place, and below are tests for a GPU."""
 
+import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -8,27 +10,46 @@ import pytest
 import torch
 from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes, run, shapes
 from tiny_models import make_policy
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lowmem_grpo.generate import engine, graphs
+from lowmem_grpo.generate import engine, graphs, store
 from lowmem_grpo.generate.graphs import Captures, Graphs
-from lowmem_grpo.generate.shape import StoreShape
+from lowmem_grpo.generate.shape import StoreShape, one_of_five
+from lowmem_grpo.kernels.decode_attention import decode_attention
+from lowmem_grpo.out_of_memory import TokenBudget
 
 
 def tensors(values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps every operation with the very tensors that it read and wrote; what Python computed is fixed in them.
+class Place:
+    """A tensor by its address: it does not keep its memory."""
 
-    As a capture of CUDA's, it leaves all tensors as they were, and a replay does the operations again in the same memory.
+    def __init__(self, x):
+        self.storage = StorageWeakRef(x.untyped_storage())
+        self.dtype, self.layout = x.dtype, (x.storage_offset(), x.size(), x.stride())
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RuntimeError("a replay goes to memory that was given back")
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.layout)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operation with the addresses that it read and wrote; what Python computed is fixed in them.
+
+    As a capture of CUDA's, it leaves all tensors as they were, keeps none alive but those that it made, and a replay
+    does the operations again in the same memory.
     """
 
     def __init__(self):
         super().__init__()
         self.calls, self.before, self.waits = [], [], 0
+        self.made = {}  # by storage: what the step itself allocates, a graph's own pool
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,17 +59,23 @@ class Recorder(TorchDispatchMode):
                 self.before += [(x, x.clone()) for x in tensors(given)]
         self.before += [(x, x.clone()) for x in tensors(kwargs.get("out"))]
         out = func(*args, **kwargs)
-        shared = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-        self.calls.append(
-            (func, args, kwargs, [x for x in tensors(out) if x.untyped_storage().data_ptr() not in shared])
-        )
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+        # None where an output is a view, or was written in place.
+        made = [None if x.untyped_storage()._cdata in given else x for x in tensors(out)]
+        self.calls.append((func, tree_map(self.placed, (args, kwargs)), made))
+        self.made |= {x.untyped_storage()._cdata: x for x in made if x is not None}
         return out
 
+    def placed(self, x):
+        if not isinstance(x, torch.Tensor) or x.untyped_storage()._cdata in self.made:
+            return x
+        return Place(x) if x.dim() else x  # a single number: Python makes such ones, and a launch has it as an argument
+
     def replay(self):
-        for func, args, kwargs, owned in self.calls:
-            out = func(*args, **kwargs)
-            if owned:
-                for old, new in zip(owned, tensors(out), strict=True):
+        for func, given, made in self.calls:
+            args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, Place) else x, given)
+            for old, new in zip(made, tensors(func(*args, **kwargs)), strict=True):
+                if old is not None:
                     old.copy_(new)
 
 
@@ -60,6 +87,7 @@ def recorder(waits=None):
             out = step()
         for tensor, values in reversed(recorded.before):
             tensor.copy_(values)
+        recorded.before.clear()
         out.zero_()  # nothing was computed yet
         if waits is not None:
             waits.append(recorded.waits)
@@ -120,7 +148,8 @@ def test_what_a_capture_fixed_would_be_seen(captured_early, monkeypatch):
     own = engine.Slots.hidden
 
     def by_the_host(slots, rows):
-        slots.positions[:rows] = torch.tensor([slots.prefilled[i] + slots.columns[i] for i in range(rows)])
+        for row in range(rows):
+            slots.positions[row] = slots.prefilled[row] + slots.columns[row]
         return own(slots, rows)
 
     monkeypatch.setattr(engine.Slots, "hidden", by_the_host)
@@ -225,16 +254,19 @@ def test_switched_off_nothing_is_captured(captured_early, monkeypatch):
 
 def test_a_number_of_rows_is_captured_once_and_only_if_it_lasts():
     captures, made = Captures("a model"), []
+    captures.capture = lambda step: made.append(0) or recorder()(step)
     state = torch.zeros(1)
 
     def step(rows):
         state.add_(1)
         return torch.stack([state.expand(rows)] * 3).double()
 
-    steps = Graphs(captures, step, [state], lambda step: made.append(0) or recorder()(step), lambda: [0], "a kind")
+    steps = Graphs(captures, step, [state], lambda: [0], "a kind")
     found = [steps(rows)[0, 0].item() for rows in [4] * (graphs.EAGER + 3) + [2] * graphs.EAGER + [4]]
     assert found == list(range(1, 2 * graphs.EAGER + 5)), "each step once, and each result a tensor of its own"
-    assert len(made) == 1 and list(steps.replays) == [4]
+    assert len(made) == 1 and list(captures.replays) == [("a kind", 4)]
+    assert (captures.counts.steps, captures.counts.replayed) == (len(found), 4)
+    assert captures.counts.capture_s > 0
 
 
 def test_a_later_rollout_captures_its_first_step_and_takes_none_by_itself(captured_early, monkeypatch):
@@ -258,6 +290,9 @@ def test_a_later_rollout_captures_its_first_step_and_takes_none_by_itself(captur
     alone.clear()
     assert ids_of(sampler.run()) == ids_of(truth)
     assert not alone
+    sampler.captures.release()
+    assert ids_of(sampler.run()) == ids_of(truth)
+    assert not alone, "what was trusted is captured again at its first step"
     sampler.run(temperature=0)
     assert alone, "another kind of step was never compared"
 
@@ -268,11 +303,214 @@ def test_a_later_capture_that_fails_is_tried_from_the_start(captured_early, monk
     monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
     sampler.run()
     trusted = set(sampler.captures.trusted)
+    sampler.captures.release()
     monkeypatch.setitem(
         engine.CAPTURE, "cpu", lambda: lambda step: tried.append(0) or (broken if len(tried) == 1 else recorder())(step)
     )
     assert ids_of(sampler.run()) == ids_of(truth)
     assert len(tried) > 1 and sampler.captures.refusal is None and sampler.captures.trusted == trusted
+
+
+ROOM = next(paged_shapes(PROMPTS, 3, 12, 9))
+
+
+def in_4bit(*given, **settings):
+    """A sampler from the 4-bit weights: on a CPU a copy of them is the default, and what reads a copy does not last."""
+    return ShapedSampler(*given, **{"rollout_weights": "4bit", **settings})
+
+
+def stepping(*given, **settings):
+    """A sampler with the same numbers of rows, whose steps are not captured."""
+    sampler = in_4bit(*given, **settings)
+    sampler.captures.refusal = "this one is compared with"
+    return sampler
+
+
+@pytest.fixture
+def captured(captured_early, monkeypatch):
+    """Recordings in place of captures, from a kind's second step on; returns the list of those that were made."""
+    made: list[int] = []
+
+    def capture(step):
+        made.append(0)
+        return recorder()(step)
+
+    monkeypatch.setattr(graphs, "EAGER", 1)
+    monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
+    return made
+
+
+def poisoned(num_bytes):
+    """Memory that an update takes where a store was, full of NaN, in pieces of every size."""
+    return [torch.full((size,), torch.nan) for size in (num_bytes // 4, num_bytes // 8, *[num_bytes // 64] * 8)]
+
+
+def change_adapters(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters_of(policy.adapter).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+
+
+def assert_same(found, truth):
+    assert ids_of(found) == ids_of(truth)
+    for one, other in zip(found, truth, strict=True):
+        assert torch.equal(one.logprobs, other.logprobs)
+        assert torch.equal(one.proposal_logprobs, other.proposal_logprobs)
+
+
+@pytest.mark.parametrize(
+    "family, kv, sampling",
+    [("qwen2", "full", {}), ("gemma2", "int8", {}), ("qwen2", "full", {"top_p": 0.9, "repetition_penalty": 1.3})],
+)
+def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captured, monkeypatch):
+    """In stores elsewhere and of other sizes, with fewer pages, shorter prompts and moved adapters, bit for bit."""
+    policy = make_policy(family)
+    lasting, plain = in_4bit(policy, rollout_kv=kv), stepping(policy, rollout_kv=kv)
+    more, fewer = replace(ROOM, pages=ROOM.pages + 7, prefix_tokens=200), replace(ROOM, pages=8)
+    small = replace(ROOM, prefix_tokens=20)
+    rollouts = [(ROOM, PROMPTS), (more, PROMPTS), (fewer, PROMPTS), (small, [*PROMPTS[:2], [11]]), (ROOM, PROMPTS)]
+    update, preempted = [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for number, (shape, prompts) in enumerate([*rollouts, *rollouts]):
+            lasting.given = plain.given = shape
+            num_graphs = len(captured)
+            found = lasting.sampled(seed=number, prompts=prompts, **sampling)
+            assert_same(found.completions, plain.run(seed=number, prompts=prompts, **sampling))
+            new = len(captured) - num_graphs
+            counts, metrics = lasting.captures.counts, found.metrics
+            assert counts.steps - counts.replayed == new, "a number of rows costs one step, once"
+            assert metrics["rollout/replayed_share"] == counts.replayed / counts.steps
+            assert (metrics["time/rollout_capture_s"] > 0) == (new > 0)
+            preempted += metrics["rollout/preempted"]
+            change_adapters(policy)
+            update.append(poisoned(2**16))
+    assert len(captured) <= 5 and new == 0 and preempted
+
+
+@pytest.mark.parametrize("thing", ["adapters", "slots", "store"])
+def test_what_is_made_anew_in_each_rollout_would_be_seen(thing, captured, monkeypatch):
+    """The recorder keeps nothing alive, so that a replay fails that reads what the rollout before it gave back."""
+    if thing == "adapters":
+        monkeypatch.setattr(graphs.Kept, "copy", lambda kept, name, values, dtype: values.to(dtype, copy=True))
+    if thing == "slots":
+        monkeypatch.setattr(graphs.Kept, "zeros", lambda kept, name, size, dtype, _: torch.zeros(size, dtype=dtype))
+    if thing == "store":  # by itself, and not by its address
+        monkeypatch.setattr(
+            store.Store, "attend", lambda self, query, **where: decode_attention(query, self.keys_values, **where)
+        )
+    sampler = in_4bit(make_policy(), ROOM)
+    sampler.run()
+    with pytest.raises(RuntimeError, match="given back"):
+        sampler.run(seed=1)
+
+
+def test_a_store_that_was_given_back_is_not_read(captured):
+    sampler = in_4bit(make_policy(), ROOM)
+    sampler.run()
+    with pytest.raises(RuntimeError, match="a store that was given back"):
+        next(iter(sampler.captures.replays.values()))()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(params=dict(temperature=0)), dict(params=dict(top_k=3)), dict(params=dict(max_completion_length=9)),
+        dict(shape=replace(ROOM, page_tokens=6)), dict(shape=replace(ROOM, slot_tokens=20, pages=60)),
+        dict(shape=replace(ROOM, prefix_tokens=300)), dict(shape=StoreShape(5, 12, 3, 79, 28, 4)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_graph_fixed_is_in_its_key(change, captured):
+    """A rollout that needs other numbers in a kernel's arguments is captured for itself; the first kind's graphs stay."""
+    policy = make_policy()
+    sampler, plain = in_4bit(policy, ROOM), stepping(policy)
+    truth = sampler.run()
+    num_graphs = len(captured)
+    sampler.given = plain.given = change.get("shape", ROOM)
+    assert_same(sampler.run(**change.get("params", {})), plain.run(**change.get("params", {})))
+    assert len(captured) > num_graphs
+    sampler.given, num_graphs = ROOM, len(captured)
+    again = sampler.sampled()
+    assert_same(again.completions, truth)
+    grown = change.get("shape", ROOM).slot_tokens > ROOM.slot_tokens  # a wider table lies elsewhere
+    assert (len(captured) > num_graphs) == grown
+    assert again.metrics["rollout/replayed_share"] == 1, "it was trusted"
+
+
+def test_an_evaluation_of_more_prompts_moves_what_is_kept_once(captured):
+    policy = make_policy()
+    sampler = in_4bit(policy, ROOM)
+    plain = stepping(policy, StoreShape(24, 12, 24, 79, 100, 4))
+    truth = sampler.run()
+    for turn in range(3):
+        sampler.given = plain.given
+        prompts = PROMPTS * 8
+        assert_same(sampler.run(1, prompts=prompts, temperature=0), plain.run(1, prompts=prompts, temperature=0))
+        num_graphs, sampler.given = len(captured), ROOM
+        assert_same(sampler.run(), truth)
+        assert (len(captured) > num_graphs) == (turn == 0)
+
+
+def test_out_of_memory_lets_graphs_go_before_slots_are_halved(captured, monkeypatch):
+    sampler = in_4bit(make_policy(), ROOM)
+    truth, own = sampler.run(), store.Store.__init__
+    num_graphs, there = len(captured), []
+
+    def short_of_memory(self, *given):
+        there.append(len(sampler.captures.replays))
+        if len(there) == 1:
+            raise torch.OutOfMemoryError("made up")
+        own(self, *given)
+
+    monkeypatch.setattr(store.Store, "__init__", short_of_memory)
+    found = sampler.sampled()
+    assert_same(found.completions, truth)
+    assert there[0] > 0 and there[1] == 0 and len(there) == 2
+    assert found.metrics["rollout/out_of_memory"] == 1 and sampler.fitting_tokens is None
+    assert len(captured) == 2 * num_graphs
+    assert_same(sampler.run(), truth)
+    assert len(captured) == 2 * num_graphs, "they last again"
+
+
+def test_an_update_that_runs_out_of_memory_lets_everything_go_for_good(captured):
+    sampler = in_4bit(make_policy(), ROOM)
+    truth = sampler.run()
+    captures, budget = sampler.captures, TokenBudget(100)
+    budget.give_way = captures.give_way
+    assert captures.replays and captures.kept.tensors
+    tried = []
+
+    def work(num_tokens):
+        tried.append((num_tokens, len(captures.replays), len(captures.kept.tensors)))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("made up")
+
+    budget.fit(work, [10])
+    assert tried[0][1] > 0 and tried[1] == (100, 0, 0), "before micro-batches become smaller"
+    for _ in range(2):
+        num_graphs = len(captured)
+        found = sampler.sampled()
+        assert_same(found.completions, truth)
+        assert len(captured) > num_graphs and found.metrics["rollout/replayed_share"] == 1
+        assert not captures.replays and not captures.kept.tensors
+
+
+@pytest.mark.parametrize("settings", [dict(rollout_weights="dense"), dict(rollout_graphs_last=False)], ids=str)
+def test_graphs_that_do_not_last_are_captured_in_each_rollout(settings, captured):
+    sampler = in_4bit(make_policy(), ROOM, **settings)
+    truth = sampler.run()
+    num_graphs = len(captured)
+    assert num_graphs and not sampler.captures.replays and not sampler.captures.kept.tensors
+    found = sampler.sampled()
+    assert_same(found.completions, truth)
+    assert len(captured) == 2 * num_graphs and found.metrics["rollout/replayed_share"] == 1
+
+
+def test_five_numbers_of_rows_are_captured():
+    assert {one_of_five(n, 64) for n in range(1, 65)} == {1, 8, 16, 32, 64}
+    assert [one_of_five(n, 9) for n in range(1, 10)] == [1, 2, 3, 5, 5, 9, 9, 9, 9]
+    assert [one_of_five(n, 3) for n in (1, 2, 3)] == [1, 2, 3] and one_of_five(1, 1) == 1
 
 
 @pytest.mark.gpu
@@ -295,12 +533,42 @@ class TestOnAGpu:
             assert ids_of(sampler.run(**sampling)) == ids_of(truth)
             assert sampler.captures.refusal is None
 
+    @pytest.mark.parametrize("kv", ["full", "int8"])
+    def test_graphs_of_one_rollout_serve_the_later_ones(self, kv, monkeypatch):
+        """And name no memory that was given back, where torch can tell (2.13)."""
+        if "check_input_liveness" in inspect.signature(torch.cuda.graph.__init__).parameters:
+            monkeypatch.setattr(torch.cuda, "graph", partial(torch.cuda.graph, check_input_liveness=True))
+        policy, longest = make_policy("qwen2", use_cpu=False), 100
+        settings = dict(rollout_kv=kv, max_completion_length=longest)
+        lasting, plain = ShapedSampler(policy, **settings), ShapedSampler(policy, rollout_cuda_graphs=False, **settings)
+        for number, pages in enumerate((40, 70, 30, 40)):
+            lasting.given = plain.given = StoreShape(9, longest, 3, 79, pages, 16)
+            found = lasting.sampled(seed=number)
+            assert ids_of(found.completions) == ids_of(plain.run(seed=number))
+            assert found.metrics["rollout/replayed_share"] == 1 or number == 0
+            change_adapters(policy)
+            torch.full((2**24,), torch.nan, device="cuda")  # over the store that is gone
+        assert lasting.captures.refusal is None
+
     def test_the_memory_of_graphs_is_given_back(self):
         policy = make_policy("qwen2", use_cpu=False)
-        sampler = ShapedSampler(policy, max_completion_length=60)
+        sampler = ShapedSampler(policy, max_completion_length=60, rollout_graphs_last=False)
         sampler.run(4)  # cuBLAS keeps a workspace for the stream of captures, in their pool
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         sampler.run(4)
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == before
+
+    def test_graphs_that_last_take_no_more_with_each_rollout(self):
+        sampler = ShapedSampler(make_policy("qwen2", use_cpu=False), max_completion_length=60)
+        sampler.run(4)
+        sampler.run(4)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        sampler.run(4)
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == before
+        sampler.captures.release()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() < before

@@ -367,25 +367,53 @@ def test_a_plan_takes_no_dense_copy_away_where_there_is_none():
         assert ("rollout_weights" in names) == in_4bit
 
 
+CAPTURED = ("captured steps", "adapters in the compute dtype")
+
+
+CAPTURED = ("captured steps", "adapters in the compute dtype")
+
+
 def test_captured_steps_have_memory_of_their_own():
     config = GRPOConfig(**{**TASK, "use_cpu": False}, rollout_token_budget=200)
-    parts = planner.forecast(SHAPES["qwen2"], config).phases["rollout"]
     slots = store_shape(
         prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
-    assert parts["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
+    lasting = planner.forecast(SHAPES["qwen2"], config)
+    assert lasting.resident["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
+    again = planner.forecast(SHAPES["qwen2"], replace(config, rollout_graphs_last=False))
+    for name in CAPTURED:
+        assert lasting.resident[name] == again.phases["rollout"][name] > 0
+        assert name not in again.resident and name not in lasting.phases["rollout"]
+    assert lasting.peaks()["rollout"] == again.peaks()["rollout"]
+    assert lasting.peaks()["update"] - again.peaks()["update"] == sum(lasting.resident[name] for name in CAPTURED)
     for other in ({"rollout_cuda_graphs": False}, {"offload_embedding": True}):
-        assert "captured steps" not in planner.forecast(SHAPES["qwen2"], replace(config, **other)).phases["rollout"]
+        found = planner.forecast(SHAPES["qwen2"], replace(config, **other))
+        assert "captured steps" not in found.phases["rollout"] | found.resident
+    dense = planner.forecast(SHAPES["qwen2"], replace(config, rollout_weights="dense"))
+    assert "captured steps" in dense.phases["rollout"], "which read the copy, and go with it"
+
+
+def test_a_plan_gives_up_lasting_graphs_before_it_gives_up_graphs():
+    config = GRPOConfig(**{**TASK, "use_cpu": False})
+    found = planner.forecast(SHAPES["qwen2"], config)
+    for phase, expected in (("update", "rollout_graphs_last"), ("rollout", "rollout_cuda_graphs")):
+        largest = replace(found, phases={phase: found.phases[phase]})
+        assert next(planner._changes(SHAPES["qwen2"], config, largest)).name == expected
+    assert planner._fit(
+        planner.Key(SHAPES["qwen2"], planner.lora_config(config)),
+        replace(config, vram_budget=f"{found.peak() / 0.97 / 2**20 - 0.001:.3f}MiB"),
+    )[0].rollout_graphs_last == (found.largest_phase() == "rollout")
 
 
 def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     gpu = GRPOConfig(**{**TASK, "use_cpu": False, "max_completion_length": 256}, rollout_token_budget=1000)
     cpu = replace(gpu, use_cpu=True)
     (on_gpu, on_cpu) = (planner.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
-    assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries"}
-    assert set(on_gpu.phases["rollout"]) - set(on_cpu.phases["rollout"]) == {"captured steps"}
-    assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == {"dense weights"}, "what auto is there"
+    assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries", *CAPTURED}
+    assert set(on_cpu.phases["rollout"]) >= set(on_gpu.phases["rollout"])
+    others = {"dense weights", "adapters in the compute dtype"}
+    assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == others, "auto is dense there"
     assert on_gpu.phases["update"] == on_cpu.phases["update"], "tiles of the head are as large, of so small a model"
     asked = dict(prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=256, budget_tokens=1000)
     paged, plain = (store_shape(**asked, paged=paged).num_tokens() for paged in (True, False))

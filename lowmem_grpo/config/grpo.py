@@ -106,6 +106,11 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         """True where decoding steps may be captured: on a GPU, and none waits for an embedding from the CPU."""
         return self.rollout_cuda_graphs and not self.offload_embedding and not self.use_cpu
 
+    @property
+    def has_lasting_graphs(self) -> bool:
+        """True where captured steps are kept for later rollouts, as those that read a copy of the weights are not."""
+        return self.has_cuda_graphs and self.rollout_graphs_last and self.rollout_weights != "dense"
+
 
 Condition = Callable[[GRPOConfig], bool]
 

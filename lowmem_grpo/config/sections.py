@@ -165,6 +165,9 @@ class SamplingFields(Checked):
     rollout_cuda_graphs: bool = option(
         True, "capture decoding steps on a GPU and replay them; not with offload_embedding"
     )
+    rollout_graphs_last: bool = option(
+        True, "keep captured steps for later rollouts, in a pool of memory; false captures them again in each"
+    )
     dynamic_sampling_rounds: int = option(
         0, "times that groups whose completions all got one reward are replaced by the next prompts'", at_least=0
     )

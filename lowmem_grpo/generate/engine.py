@@ -6,23 +6,26 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
-from lowmem_grpo.generate.graphs import Captures, Graphs, cuda_capture
+from lowmem_grpo.generate.graphs import Captures, Counts, Graphs, Kept, cuda_capture
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
-from lowmem_grpo.generate.store import Store
+from lowmem_grpo.generate.store import Store, can_outlive, goes_by_table
 from lowmem_grpo.generate.weights import fast_linears
+from lowmem_grpo.kernels.decode_attention import SPLIT
 from lowmem_grpo.model.attention import attending
 from lowmem_grpo.model.attention import refusal as attention_refusal
 from lowmem_grpo.model.packing import pack
@@ -108,7 +111,9 @@ class Ran(NamedTuple):
 
     completions: list[Completion]  # B, group after group
     shape: StoreShape  # the given one, or a smaller one of its kind that fitted after an out-of-memory
-    graphs: int  # replayed
+    graphs: int  # that steps were replayed from
+    replayed_share: float  # of the steps of decoding
+    capture_s: float  # time in captures
     preempted: int  # times that a completion had to wait for pages
     out_of_memory: int  # times
 
@@ -121,50 +126,83 @@ def run(request: Request, shape: StoreShape) -> Ran:
     """
     policy, count = request.policy, len(request.prompts) * request.num_generations
     done: dict[int, Completion] = {}
-    captured, preempted, out_of_memory = 0, 0, 0
+    captures = _captures(request, shape)
+    preempted, out_of_memory = 0, 0
     now = shape
 
     def attempt() -> None:
-        nonlocal now, captured, preempted
+        nonlocal now, preempted
         todo = [i for i in range(count) if i not in done]
         now = now.at_most(len(todo))
         scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
         try:
-            captured = _run(request, now, scheduler, done)
+            _run(request, now, scheduler, done, captures)
         finally:
             preempted += scheduler.preempted
 
     def failed(error: torch.OutOfMemoryError) -> None:
         nonlocal shape, now, out_of_memory
         out_of_memory += 1
+        if captures is not None:
+            captures.drop_graphs()
         if out_of_memory > 1 and now.slots == 1:
             error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
             raise error
         if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
             shape, now = now.halved() if now == shape else shape, now.halved()
 
+    keeping: dict[str, Any] = {} if captures is None else {"copy": captures.kept.copy}
     with contextlib.ExitStack() as ready:
-        made = {} if request.fast is None else ready.enter_context(request.fast.ready(dense=request.dense))
-        linears = fast_linears(policy.base, policy.dtype, dense=request.dense, matrices=made)
+        held = {} if request.fast is None else ready.enter_context(request.fast.ready(dense=request.dense))
+        linears = fast_linears(policy.base, policy.dtype, dense=request.dense, matrices=held, **keeping)
         for context in (policy.inference(), policy.autocast(), attending(policy.configs), linears):
             ready.enter_context(context)
         tried_again(attempt, failed)
-    if policy.device.type == "cuda" and request.captures is not None:
-        torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    return Ran([done[i] for i in range(count)], shape, captured, preempted, out_of_memory)
+    completions = [done[i] for i in range(count)]
+    if captures is None:
+        return Ran(completions, shape, 0, 0.0, 0.0, preempted, out_of_memory)
+    counts, num_graphs = captures.counts, len(captures.replays)
+    if not captures.last or captures.refusal is not None or not _can_last(request):
+        captures.release()
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # the graphs' pool serves nobody else
+    share = counts.replayed / counts.steps
+    return Ran(completions, shape, num_graphs, share, counts.capture_s, preempted, out_of_memory)
 
 
-def _run(request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion]) -> int:
-    """Sample the scheduler's completions into done; returns how many CUDA graphs were replayed."""
+def _captures(request: Request, shape: StoreShape) -> Captures | None:
+    """The request's, with its counts at 0; or None where steps are not captured."""
+    device, captures = request.policy.device, request.captures
+    if captures is None or device.type not in CAPTURE or not goes_by_table(shape, device):
+        return None
+    captures.counts = Counts()
+    return captures
+
+
+def _can_last(request: Request) -> bool:
+    """Whether all that a graph reads may stay: no copy of the weights, nor a store by its own address."""
+    return not request.dense and can_outlive(request.policy.device)
+
+
+def _run(
+    request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion], captures: Captures | None
+) -> None:
+    """Sample the scheduler's completions into done."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
-    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
-    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, request.fast)
-    capture = CAPTURE.get(policy.device.type)
-    graphs = None
-    if request.captures is not None and capture is not None:
-        kind = params, kv_dtype, shape.shared, shape.paged, request.dense, policy.adapters.worn
-        graphs = Graphs(request.captures, slots.step, slots.state(), capture(), slots.held, kind)
-    step = graphs or slots.step
+    kept = Kept() if captures is None else captures.kept
+    addresses = kept.zeros("addresses", (5,), torch.int64, policy.device)
+    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device, addresses)
+    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, kept, request.fast)
+    step: Callable[[int], Tensor] = slots.step
+    if captures is not None:
+        captures.capture = captures.capture or CAPTURE[policy.device.type]()
+        assert slots.table is not None
+        kind = (
+            params, kv_dtype, store.own.numbers.shape[4], slots.table.shape[1], shape.shared,
+            ceil(shape.prefix_tokens / SPLIT), request.dense, policy.adapters.worn,
+            request.fast and request.fast.num_positions,
+        )  # fmt: skip
+        step = Graphs(captures, slots.step, slots.state(), slots.held, kind)
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
     texts: dict[int, list[list]] = {}
@@ -172,7 +210,7 @@ def _run(request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[i
         for slot in slots.admit(request.prompts, request.prefill_tokens, block):
             texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type] # a new slot holds one
         slots.reserve(block)
-        slots.shrink(1 if graphs is None else 2)
+        slots.shrink(captured=captures is not None)
         made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
@@ -188,4 +226,3 @@ def _run(request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[i
                     del texts[completion]
                     scheduler.finish(slot)
                     break
-    return 0 if graphs is None else len(graphs.replays)

@@ -1,11 +1,12 @@
 """Decoding steps as CUDA graphs: hundreds of launches, recorded once and repeated as one.
 
-A step reads all that changes (tokens, positions, pages, prefix rows) from device memory at addresses that stay, so that
-one captured for some number of rows holds until the rollout ends, however texts grow and slots change hands. The graphs
-and their memory end with the rollout: the update has all of it.
+A step reads all that changes (tokens, positions, pages, prefix rows, adapters, where the store lies) from device memory
+at addresses that stay, so that one captured for some number of rows holds however texts grow, slots change hands and
+weights move: in this rollout, and where graphs last in all later ones.
 """
 
 import contextlib
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -25,56 +26,122 @@ EAGER = 1
 Replay = Callable[[], Tensor]
 
 
+class Kept:
+    """Tensors that steps read, by name, which stay where they are from rollout to rollout, whatever is in them."""
+
+    def __init__(self, moved: Callable[[], None] = lambda: None):
+        """Take what is called where a tensor is made anew, larger: no step may be replayed that read it."""
+        self.tensors: dict[Hashable, Tensor] = {}
+        self.moved = moved
+
+    def zeros(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros of a shape: a view of what is there, if that is large enough in every dimension."""
+        there = self.tensors.get(name)
+        if there is None or any(size < needed for size, needed in zip(there.shape, shape, strict=True)):
+            largest = shape if there is None else tuple(map(max, there.shape, shape))
+            if there is not None:
+                self.moved()
+            there = self.tensors[name] = torch.zeros(largest, dtype=dtype, device=device)
+        return there[tuple(slice(size) for size in shape)].zero_()
+
+    def copy(self, name: Hashable, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of values in a dtype, with their strides; of one name they always have one shape."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty_like(values, dtype=dtype)
+        return self.tensors[name].copy_(values)
+
+
+@dataclass
+class Counts:
+    """Number of a rollout's decoding steps, and how they were run."""
+
+    steps: int = 0
+    replayed: int = 0  # of them
+    capture_s: float = 0.0  # time in captures
+
+
 @dataclass
 class Captures:
-    """A run's knowledge of a model's decoding steps as CUDA graphs."""
+    """A run's decoding steps as CUDA graphs, and its knowledge of them."""
 
     model: str  # its name, for the warning
+    last: bool = True  # whether graphs and what they read are kept for later rollouts
     refusal: str | None = None  # why none is captured
-    trusted: set[Hashable] = field(default_factory=set)  # kinds of steps whose replay was compared, and right
+    trusted: set[Hashable] = field(default_factory=set)  # kinds and rows of steps whose replay was compared, and right
+    replays: dict[Hashable, Replay] = field(default_factory=dict)  # by kind and rows
+    capture: Callable[[Callable[[], Tensor]], Replay] | None = None  # in the pool of memory of all of them
+    counts: Counts = field(default_factory=Counts)  # of the last rollout
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(moved=self.drop_graphs)
 
     def refuse(self, reason: str) -> None:
         self.refusal = reason
         warn(f"{self.model} is sampled from without CUDA graphs, which is slower: {reason}")
 
+    def drop_graphs(self) -> None:
+        """Let the graphs and their memory go; the next steps are captured anew."""
+        self.replays.clear()
+        self.capture = None
+
+    def release(self) -> None:
+        """Let the graphs go, and the tensors that they read; not within a rollout, which goes on with those."""
+        self.drop_graphs()
+        self.kept.tensors.clear()
+
+    def give_way(self) -> None:
+        """Let all memory go for good: from now on steps are captured again in each rollout."""
+        self.release()
+        self.last = False
+
 
 class Graphs:
-    """Runs step(num_rows) by replaying a recording, from its third run on; in later rollouts from the first.
+    """Runs step(num_rows) by replaying a recording, from its second run on; of a kind once trusted from the first.
 
     A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
     two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning. Of a
-    kind of step that was trusted once, later rollouts capture the first: a capture takes 0.05 to 0.1 s on an H200, as
-    long as a step by itself.
+    kind of step that was trusted once, a recording that is gone is made anew at the first step: a capture takes 0.05 to
+    0.1 s on an H200, as long as a step by itself.
     """
 
     def __init__(
         self, captures: Captures, step: Callable[[int], Tensor], state: list[Tensor],
-        capture: Callable[[Callable[[], Tensor]], Replay], held: Callable[[], list[int]], kind: Hashable,
+        held: Callable[[], list[int]], kind: Hashable,
     ):  # fmt: skip
         """Take a step that gives (3, S) fp64, a Choice's tensors, and changes only `state` for the next one.
 
-        held says which rows have a completion; what comes out of the others does not matter. kind is what else than the
-        number of rows decides which kernels a step runs.
+        held says which rows have a completion; what comes out of the others does not matter. kind is all else than the
+        number of rows that a recording fixes: which kernels a step runs, and the numbers that Python hands to them.
         """
-        self.captures, self.step, self.state, self.capture, self.held = captures, step, state, capture, held
+        assert captures.capture is not None
+        self.captures, self.step, self.state, self.held = captures, step, state, held
         self.kind = kind
-        self.replays: dict[int, Replay] = {}
         self.doubts = 0  # captures whose first replay was another step
         self.ran: Counter[int] = Counter()
 
     def __call__(self, num_rows: int) -> Tensor:
         self.ran[num_rows] += 1
-        if num_rows not in self.replays and self.captures.refusal is None:
-            if (self.kind, num_rows) in self.captures.trusted:
-                self._capture(num_rows)
+        captures, key = self.captures, (self.kind, num_rows)
+        if key not in captures.replays and captures.refusal is None:
+            if key in captures.trusted:
+                self._capture_trusted(num_rows)
             elif self.ran[num_rows] > EAGER:
                 self._try(num_rows)
-        replay = self.replays.get(num_rows)
+        replay = captures.replays.get(key)
+        captures.counts.steps += 1
+        captures.counts.replayed += replay is not None
         return self.step(num_rows) if replay is None else replay().clone()  # the next replay writes over it
 
-    def _capture(self, num_rows: int) -> None:
+    def _capture(self, num_rows: int) -> Replay:
+        started = time.perf_counter()
         try:
-            self.replays[num_rows] = self.capture(partial(self.step, num_rows))
+            return self.captures.capture(partial(self.step, num_rows))  # type: ignore[misc] # there is one
+        finally:
+            self.captures.counts.capture_s += time.perf_counter() - started
+
+    def _capture_trusted(self, num_rows: int) -> None:
+        try:
+            self.captures.replays[self.kind, num_rows] = self._capture(num_rows)
         except Exception:  # as below, for a reason that was not there the last time: it is tried from the start
             self.captures.trusted.discard((self.kind, num_rows))
 
@@ -84,7 +151,7 @@ class Graphs:
             with _never_waiting(self.state[0].device):
                 truth = self.step(num_rows)
             self._go_back(before)
-            replay = self.capture(partial(self.step, num_rows))
+            replay = self._capture(num_rows)
             held = self.held()
             reason = _difference(replay()[:, held], truth[:, held])
         except Exception as error:  # whatever a model's code, a kernel or the driver has against it
@@ -93,14 +160,14 @@ class Graphs:
             reason = in_a_line(error.__context__ or error)  # a capture ends with an error about its end
         else:
             if reason is None:
-                self.replays[num_rows] = replay
+                self.captures.replays[self.kind, num_rows] = replay
                 self.captures.trusted.add((self.kind, num_rows))
             self.doubts += reason is not None
         self._go_back(before)
         # Rounding may tip one row into another token, though hardly twice: the next step tries again.
         if reason is None or self.doubts == 1:
             return
-        self.replays.clear()
+        self.captures.drop_graphs()
         self.captures.refuse(reason)
 
     def _go_back(self, before: list[Tensor]) -> None:

@@ -40,7 +40,7 @@ class Sampler:
         params, greedy: how complete() and complete_greedily() choose the next token.
         fitting_tokens: how many tokens' keys and values fitted, after a call ran out of memory; None if none did.
         samples_dense: what rollout_weights="auto" came to in its first call; None before that.
-        captures: which steps of decoding may be replayed as CUDA graphs.
+        captures: the steps of decoding that are replayed as CUDA graphs.
         fast_steps: what decodes in place of the model's layers, by the adapters that are worn; None where it cannot.
     """
 
@@ -55,7 +55,7 @@ class Sampler:
         self.kv_dtype = torch.int8 if config.rollout_kv == "int8" else policy.dtype
         self.fitting_tokens: int | None = None
         self.samples_dense: bool | None = None
-        self.captures = Captures(type(policy.base).__name__)
+        self.captures = Captures(type(policy.base).__name__, last=config.rollout_graphs_last)
         self.fast_steps: dict[tuple[str, ...], FastStep | None] = {}
 
     def complete(self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None) -> Sampled:
@@ -200,6 +200,8 @@ class Sampler:
                 "rollout/kv_mib": kv_bytes / 2**20,
                 "rollout/dense_weights_mib": copy_bytes / 2**20 if dense else 0.0,
                 "rollout/cuda_graphs": ran.graphs,
+                "rollout/replayed_share": ran.replayed_share,
+                "time/rollout_capture_s": ran.capture_s,
                 "rollout/preempted": ran.preempted,
                 "rollout/out_of_memory": ran.out_of_memory,
             },

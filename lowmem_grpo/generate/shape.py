@@ -89,10 +89,13 @@ def store_shape(
     times keeps its prefix: there are twice as many prefixes as full groups, if the budget allows it.
 
     paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
-    slots for completions of half the maximum.
+    slots for completions of half the maximum. paged, slots that hold their prompts have room for whole pages of one:
+    captured steps serve slots of one length.
     """
     prefilled = prompt_tokens - 1
     share = num_generations > 1 and prefilled >= SHARE_FROM
+    if paged and not share:
+        prefilled = ceil(prefilled / PAGE) * PAGE
     every = num_prompts * num_generations
     dense = _largest(every, prefilled, num_prompts, num_generations, max_completion_length, budget_tokens, share)
     if not paged or dense.slots == every or max_completion_length <= PAGE:
@@ -129,3 +132,8 @@ def _largest(
 def bucket(num_rows: int) -> int:
     """The least of 1, 2, 4, 8, 16, 32, 48, 64, ... that is num_rows or more."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 16 else ceil(num_rows / 16) * 16
+
+
+def one_of_five(num_rows: int, every: int) -> int:
+    """The least of every, every / 2, / 4, / 8 and 1 that is num_rows or more: five numbers of rows are captured."""
+    return min(rows for rows in (1, *(ceil(every / part) for part in (8, 4, 2, 1))) if rows >= num_rows)

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layouts import SPAN, Decode, Prefill
 from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
-from lowmem_grpo.generate.shape import StoreShape, bucket
-from lowmem_grpo.generate.store import Rows, Store
+from lowmem_grpo.generate.shape import StoreShape, bucket, one_of_five
+from lowmem_grpo.generate.store import Rows, Store, goes_by_table
 from lowmem_grpo.kernels.sample_tokens import sample_next
 from lowmem_grpo.model.attention import laid_out
 from lowmem_grpo.model.policy import Policy
@@ -31,36 +32,41 @@ class Slots:
 
     def __init__(
         self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
-        params: SamplingParams | None = None, uniforms: Tensor | None = None,
+        params: SamplingParams | None = None, uniforms: Tensor | None = None, kept: Kept | None = None,
         fast: Callable[[Tensor, Decode], Tensor] | None = None,
     ):  # fmt: skip
-        """Make empty slots. step() needs params and uniforms; hidden() does not.
+        """Make empty slots, whose tensors are views of what is kept. step() needs params and uniforms.
 
         fast decodes tokens to their last hidden states (S, D) in place of the model's own layers.
         """
         self.fast = fast
-        self.uniforms = uniforms
         self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
         self.num_rows = len(scheduler.slots)
-        zeros = torch.zeros(3, self.num_rows, dtype=torch.int64, device=policy.device)
-        # The next token to feed, where it stands in its text, and how many prompt tokens stand before the first fed.
-        self.token_ids, self.positions, self.prefilled = zeros
-        self.completions = torch.zeros(self.num_rows, dtype=torch.int64, device=policy.device)
+        kept = kept or Kept()
+
+        def zeros(name: str, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return kept.zeros(name, size, dtype, policy.device)
+
+        self.token_ids = zeros("token_ids", self.num_rows)  # the next to feed
+        self.positions = zeros("positions", self.num_rows)  # where that stands in its text
+        self.prefilled = zeros("prefilled", self.num_rows)  # how many prompt tokens stand before the first fed
+        self.completions = zeros("completions", self.num_rows)
+        self.prefix_rows = zeros("prefix_rows", self.num_rows)
         self.columns = [0] * self.num_rows  # where each slot's next token goes, as the host knows it
         self.parked: dict[int, Parked] = {}  # by completion, until its pages are there again
-        self.prefix_rows = torch.zeros_like(self.completions)
         self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
-        self.table: Tensor | None = None  # filled with NOBODYS where a slot has no page
+        self.table: Tensor | None = None  # filled with NOBODYS, 0, where a slot has no page
         if shape.paged:
-            self.table = self.completions.new_full(
-                (self.num_rows, ceil(shape.slot_tokens / shape.page_tokens)), NOBODYS
-            )
-        elif policy.device.type == "cuda":
-            self.table = torch.arange(self.num_rows, device=policy.device)[:, None]
+            self.table = zeros("table", self.num_rows, ceil(shape.slot_tokens / shape.page_tokens))
+        elif goes_by_table(shape, policy.device):
+            self.table = zeros("table", self.num_rows, 1)
+            self.table += torch.arange(self.num_rows, device=policy.device)[:, None]
         self.seen = None
         if params is not None and params.repetition_penalty != 1:
-            vocabulary = policy.head.weight.shape[0]
-            self.seen = torch.zeros(self.num_rows, vocabulary, dtype=torch.bool, device=policy.device)
+            self.seen = zeros("seen", self.num_rows, policy.head.weight.shape[0], dtype=torch.bool)
+        self.uniforms = None
+        if uniforms is not None:
+            self.uniforms = zeros("uniforms", *uniforms.shape, dtype=uniforms.dtype).copy_(uniforms)
 
     def admit(self, prompts: list[list[int]], prefill_tokens: int, ahead: int) -> list[int]:
         """Start waiting completions in free slots and prefill their prompts; returns the new slots.
@@ -190,14 +196,14 @@ class Slots:
         """The first pages of a slot, as many as `columns` tokens fill."""
         return pages[: ceil(columns / self.shape.page_tokens)]
 
-    def shrink(self, times: int) -> None:
-        """Compute with fewer rows once nobody waits and a smaller bucket, at most 1 / times, holds all that run.
+    def shrink(self, captured: bool) -> None:
+        """Compute with fewer rows once nobody waits and a smaller number of them holds all that run.
 
-        A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): a capture for each bucket would cost
-        more than it saves.
+        A replay of 64 rows takes 1.04 times as long as one of 16 (1.5B, H200): of captured steps few numbers are made.
         """
-        num_rows = bucket(max(1, self.scheduler.running))
-        if self.scheduler.waiting or num_rows >= self.num_rows or times * num_rows > self.num_rows:
+        running = max(1, self.scheduler.running)
+        num_rows = one_of_five(running, len(self.scheduler.slots)) if captured else bucket(running)
+        if self.scheduler.waiting or num_rows >= self.num_rows:
             return
         moves = self.scheduler.compact(num_rows)
         if moves:
@@ -266,8 +272,8 @@ class Slots:
             seen.scatter_(1, choice.token_ids[:, None], True)
         self.token_ids[:num_rows] = choice.token_ids
         # A slot that ended since the host last looked, or holds nothing, writes its last column again and again.
-        last = self.prefilled + self.uniforms.shape[1] - 1
-        torch.minimum(self.positions + 1, last, out=self.positions)
+        positions, last = self.positions[:num_rows], self.prefilled[:num_rows] + self.uniforms.shape[1] - 1
+        torch.minimum(positions + 1, last, out=positions)
         return torch.stack([values.double() for values in choice])
 
     def advance(self, step: Callable[[int], Tensor]) -> Tensor:

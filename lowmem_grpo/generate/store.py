@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.generate.shape import KVShape, StoreShape
-from lowmem_grpo.kernels.decode_attention import addressed, decode_attention, quantized, write_token
+from lowmem_grpo.kernels.decode_attention import (
+    addressed,
+    decode_attention,
+    goes_by_addresses,
+    quantized,
+    write_token,
+)
 
 
 class Rows(NamedTuple):
@@ -80,6 +86,19 @@ def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (numbers * scales[..., None].float()).to(dtype)
 
 
+def goes_by_table(shape: StoreShape, device: torch.device) -> bool:
+    """Whether steps of decoding find keys and values by a table of pages, or of one row a slot."""
+    return shape.paged or device.type == "cuda"
+
+
+def can_outlive(device: torch.device) -> bool:
+    """Whether a step that was captured with one store serves a later one: by addresses alone it finds that.
+
+    Without Triton's kernels a step on a GPU holds the store's own tensors.
+    """
+    return device.type == "cpu" or goes_by_addresses(device)
+
+
 class Store:
     """The keys and values of a rollout, zeroed: masked values must still be finite."""
 
@@ -87,7 +106,7 @@ class Store:
         self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device, addresses: Tensor | None = None
     ):
         """Allocate a store. Where steps go by a table, its addresses are written to `addresses`, or to a new tensor."""
-        by_table = shape.paged or device.type == "cuda"
+        by_table = goes_by_table(shape, device)
 
         def zeros(num_rows: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             outer = (kv.layers, 2)

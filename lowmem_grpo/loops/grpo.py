@@ -85,6 +85,7 @@ def train(
     }  # fmt: skip
 
     with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler)) as run:
+        run.budget.give_way = sampler.captures.give_way
         # Completions may grow long late in a run, which must not be when an update first runs out of memory.
         if policy.device.type == "cuda" and not run.is_over:
             try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())

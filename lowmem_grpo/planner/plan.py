@@ -151,6 +151,8 @@ def _fits(found: Forecast, budget: int | None) -> bool:
 def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
     """Changes that would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
+    if phase != "rollout" and config.has_lasting_graphs and not found.padded:
+        yield Change("rollout_graphs_last", False, "the memory of captured steps is the rollout's alone")
     if phase == "rollout" and found.phases[phase].get("dense weights"):
         yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
     if phase == "rollout" and config.has_cuda_graphs and not found.padded:
@@ -234,8 +236,12 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     rollout = count(key, config, traced, 0 if dense else layer)
     if dense:
         rollout["dense weights"] = traced.dense
+    rollout["adapters in the compute dtype"] = dtype.itemsize * traced.adapter_numbers
+    if config.has_lasting_graphs and not traced.padded:
+        for name in ("captured steps", "adapters in the compute dtype"):
+            resident[name] = rollout.pop(name)
     phases = {
-        "rollout": {**rollout, "adapters in the compute dtype": dtype.itemsize * traced.adapter_numbers},
+        "rollout": rollout,
         "reference": {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer},
         "update": {
             "activations kept": traced.ran.kept,
