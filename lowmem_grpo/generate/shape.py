@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-SHARE_FROM = 64  # prompt tokens from which one copy of a prompt's keys and values serves its whole group
+SHARE_FROM = 64  # prompt tokens from which one copy of a prompt's keys and values serves its whole group, without pages
 PAGE = 64  # tokens of a page
 
 
@@ -89,13 +89,11 @@ def store_shape(
     times keeps its prefix: there are twice as many prefixes as full groups, if the budget allows it.
 
     paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
-    slots for completions of half the maximum. paged, slots that hold their prompts have room for whole pages of one:
-    captured steps serve slots of one length.
+    slots for completions of half the maximum. paged, a group of several always shares its prompt, so that slots have
+    one length whatever the prompts': captured steps serve that alone.
     """
     prefilled = prompt_tokens - 1
-    share = num_generations > 1 and prefilled >= SHARE_FROM
-    if paged and not share:
-        prefilled = ceil(prefilled / PAGE) * PAGE
+    share = num_generations > 1 and (paged or prefilled >= SHARE_FROM)
     every = num_prompts * num_generations
     dense = _largest(every, prefilled, num_prompts, num_generations, max_completion_length, budget_tokens, share)
     if not paged or dense.slots == every or max_completion_length <= PAGE:
