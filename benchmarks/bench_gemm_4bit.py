@@ -1,17 +1,23 @@
 """A layer's linear products by number of rows: bitsandbytes' choice, its fused kernel, and dequantizing first.
 
-    python -m lowmem_grpo.benchmarks.bench_gemm_4bit [--shape NAME] [--rows N ...] [--output FILE]
+    python -m lowmem_grpo.benchmarks.bench_gemm_4bit [--shape NAME] [--rows N ...] [--choose] [--output FILE]
 
 bitsandbytes has a kernel that multiplies with 4-bit weights as they are, and chooses by shape and card between it and
 dequantizing a whole matrix before an ordinary product. A rollout's slots are the rows. The layer is that of the shape,
 with random NF4 weights, double quantization, bf16, no gradient and no adapters. On a GPU there are more copies of it
 than a cache holds, and each pass over them is one CUDA graph, as in a rollout, so that launches do not count.
+
+--choose times, of each product of a decoding step (q, k, v at once; o; gate, up at once; down), bitsandbytes' and
+kernels/nf4_product.py with some numbers of splits, and keeps the fastest over all rows for this card, where the
+kernel's splits_of finds it.
 """
 
 import argparse
+import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -23,9 +29,11 @@ from torch.nn import functional as F
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES
+from lowmem_grpo.kernels import nf4_product
 
 CACHE_BYTES = {"cuda": 256 * 2**20, "cpu": 0}  # more than any GPU's
 ROWS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256]
+CHOSEN_BY = [1, 16, 64]  # rows of each tile of the kernel
 Weight = tuple[Tensor, QuantState, Tensor]  # 4-bit numbers, what they mean, and the same in bf16
 Product = Callable[[Tensor, Weight], Tensor]  # (rows, in) bf16 to (rows, out)
 
@@ -62,6 +70,13 @@ def sizes(shape: str) -> list[tuple[int, int]]:
     _, hidden, mlp, heads, kv_heads, _, _ = SHAPES[shape]
     kv = hidden // heads * kv_heads
     return [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
+
+
+def products_of_a_step(shape: str) -> dict[str, tuple[list[int], int]]:
+    """Rows of the weights that are multiplied at once, and their columns."""
+    q, k, v, o, gate, up, down = sizes(shape)
+    together = {"q, k, v": [q, k, v], "o": [o], "gate, up": [gate, up], "down": [down]}
+    return {name: ([out for out, _ in members], members[0][1]) for name, members in together.items()}
 
 
 def make_weights(shape: str, device: torch.device) -> list[Weight]:
@@ -126,6 +141,94 @@ def bench(
     return found
 
 
+def choose(
+    shape: str, rows: Sequence[int], device: torch.device, repetitions: int, warmups: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds (Timing) of `copies` of each product of a step by contender and rows, and the fastest's splits.
+
+    The fastest has the least product of medians over all rows. Splits None, "bitsandbytes" by name, is one product
+    for each weight.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    found = {}
+    for name, (outs, into) in products_of_a_step(shape).items():
+        copies = max(1, ceil(CACHE_BYTES[device.type] / (sum(outs) * into / 2)))
+        weights = [[_quantized(out, into, device) for out in outs] for _ in range(copies)]
+        default = nf4_product.default_splits(outs, into, processors)
+        contenders: dict[str, int | None] = {"bitsandbytes": None}
+        contenders |= {f"split in {n}": n for n in sorted({max(1, default // 2), default, 2 * default})}
+        seconds: dict[int, dict] = {}
+        for count in rows:
+            x = torch.randn(count, into, device=device, dtype=torch.bfloat16)
+            runs = {
+                contender: measure.attempt(partial(repeatable, partial(_multiply, x, weights, splits), device))
+                for contender, splits in contenders.items()
+            }
+            timings = measure.time_each(
+                {contender: lambda turn, run=run: run() for contender, run in runs.items() if callable(run)},
+                device, repetitions, warmups,
+            )  # fmt: skip
+            seconds[count] = runs | timings
+        finished = {c: n for c, n in contenders.items() if all(isinstance(seconds[m][c], measure.Timing) for m in rows)}
+        total = {contender: prod(seconds[count][contender].median for count in rows) for contender in finished}
+        chosen = min(total, key=lambda contender: total[contender])
+        found[name] = {"key": nf4_product.shape_key(outs, into), "chosen": chosen, "splits": contenders[chosen]}
+        found[name] |= {"copies": copies, "seconds": seconds}
+    return found
+
+
+def _quantized(out: int, into: int, device: torch.device) -> tuple[Tensor, QuantState]:
+    dense = torch.randn(out, into, device=device, dtype=torch.bfloat16) / into**0.5
+    return quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+
+
+@torch.no_grad()
+def _multiply(x: Tensor, weights: list[list[tuple[Tensor, QuantState]]], splits: int | None) -> None:
+    for group in weights:
+        if splits is None:
+            for numbers, state in group:
+                matmul_4bit(x, numbers, state)
+        else:
+            nested: list[Any] = [state.state2 for _, state in group]
+            nf4_product.product(
+                x,
+                [
+                    nf4_product.Weight(numbers, state.absmax, outer.absmax, state.offset, outer.code)
+                    for (numbers, state), outer in zip(group, nested, strict=True)
+                ],
+                splits=splits,
+            )
+
+
+def keep(found: dict[str, dict[str, Any]], card: str) -> None:
+    """Write what was chosen to where a decoding step looks for it, beside what other cards and shapes have."""
+    path = nf4_product.table_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table.setdefault(card, {}).update({result["key"]: result["splits"] for result in found.values()})
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def table_of_choices(found: dict[str, Any]) -> str:
+    """The document of --choose as a table for people."""
+    clock = "us" if "gpu" in found["machine"] else "CPU us"
+    body = []
+    for name, result in found["results"].items():
+        by_rows = list(result["seconds"].values())
+        for contender in by_rows[0]:
+            cells = [
+                f"{1e6 * timings[contender]['median'] / result['copies']:.1f}"
+                if "median" in timings[contender]
+                else timings[contender]["reason"]
+                for timings in by_rows
+            ]
+            body.append([name, contender + (", chosen" if contender == result["chosen"] else ""), *cells])
+    rows = list(next(iter(found["results"].values()))["seconds"])
+    return measure.markdown_table([f"{found['shape']}: {clock}, by rows", "", *map(str, rows)], body)
+
+
 def tables(found: dict[str, Any]) -> str:
     """The document as tables for people."""
     clock = "us" if "gpu" in found["machine"] else "CPU us"
@@ -147,13 +250,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--warmups", type=measure.natural, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--choose", action="store_true", help="time each product of a step, and keep the fastest for this card"
+    )
     measure.add_output(parser)
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     skipped = () if given.device == "cuda" else ("fused",)
     names = given.only or [name for name in IMPLEMENTATIONS if name not in skipped]
     shape, rows = ("tiny", [1, 8]) if given.quick else (given.shape, given.rows)
-    results = bench(shape, rows, names, device, 1 if given.quick else given.repetitions, given.warmups)
+    repetitions = 1 if given.quick else given.repetitions
+    if given.choose:
+        rows = [1, 8] if given.quick else CHOSEN_BY if given.rows is ROWS else given.rows
+        results = choose(shape, rows, device, repetitions, given.warmups)
+        found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
+        print(table_of_choices(found))
+        keep(results, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+        measure.save(found, given.output)
+        return
+    results = bench(shape, rows, names, device, repetitions, given.warmups)
     found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
     print(tables(found))
     measure.save(found, given.output)

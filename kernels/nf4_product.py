@@ -11,8 +11,11 @@ A weight is its code, rounded to x's dtype, times the absmax of its block of 64;
 A row's result depends neither on S nor on the other rows: the splits are chosen by shape and card alone.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK_N, NUM_WARPS, STAGES = 64, 4, 4  # rows of a weight in a program; more warps would leave a warp under 16 of them
+PROGRAMS, MOST_SPLITS = 4, 8  # to each processor; more splits are more parts to write and to read. Not measured yet
 OLDEST = 80  # compute capability: below it Triton multiplies without tensor cores, and spills
 RANK = 16  # rows of A in a program, which take as many bytes as 64 rows of a weight
 
@@ -203,7 +207,7 @@ def product(
     weights: Sequence[Weight],  # 1 to 3, whose rows stand one after another in N; all nested or none
     a: Tensor | None = None,  # (R, K) in x's dtype, contiguous, R a multiple of 16
     *,
-    splits: int = 1,  # of K
+    splits: int | None = None,  # of K; None: those of splits_of, or 1
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Parts (splits, S, N) and low (splits, S, R), both fp32, of x with weights and with A. No gradient.
@@ -215,6 +219,9 @@ def product(
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(x, weights, a, splits)
+    if splits is None:
+        sizes = tuple(2 * weight.packed.numel() // x.shape[1] for weight in weights)
+        splits = splits_of(sizes, x.shape[1], x.device) or 1
     if _runs_by_triton(backend, x):
         return _launch(x, weights, a, splits)
     dense = torch.cat([dequantized(weight, x.shape[1], x.dtype) for weight in weights])
@@ -224,6 +231,56 @@ def product(
     if a is None:
         return parts, None
     return parts, torch.stack([x[:, piece].float() @ a[:, piece].float().T for piece in pieces])
+
+
+@cache
+def splits_of(
+    sizes: tuple[int, ...],  # N_j
+    K: int,
+    device: torch.device,
+) -> int | None:
+    """Number of splits of K that a product takes on a device, or None where bitsandbytes' product serves instead.
+
+    A process asks once: what bench_gemm_4bit keeps later is for the next one. Never by rows, or a completion's
+    rounding would depend on how many run beside it.
+    """
+    if device.type != "cuda":
+        return 1
+    card = torch.cuda.get_device_properties(device)
+    return splits_on(card.name, 10 * card.major + card.minor, card.multi_processor_count, sizes, K)
+
+
+def splits_on(card: str, capability: int, processors: int, sizes: Sequence[int], K: int) -> int | None:
+    """Splits of K, or None for bitsandbytes' product, on a card of such a name, compute capability and processors.
+
+    What bench_gemm_4bit measured and kept at table_path() decides. For a shape or card that was not measured:
+    bitsandbytes' product below sm_80, else default_splits.
+    """
+    measured = measured_splits(card)
+    if (key := shape_key(sizes, K)) in measured:
+        return measured[key]
+    return default_splits(sizes, K, processors) if capability >= OLDEST else None
+
+
+def default_splits(sizes: Sequence[int], K: int, processors: int) -> int:
+    """Splits of K by arithmetic: programs enough for all processors, three blocks of K or more to each."""
+    blocks = sum(-(-size // BLOCK_N) for size in sizes)
+    return max(1, min(MOST_SPLITS, K // 64 // 3, round(PROGRAMS * processors / blocks)))
+
+
+def measured_splits(card: str) -> dict[str, int | None]:
+    """Splits by shape_key that were measured on a card, None where bitsandbytes' product was faster."""
+    path = table_path()
+    return json.loads(path.read_text(encoding="utf-8")).get(card, {}) if path.exists() else {}
+
+
+def shape_key(sizes: Sequence[int], K: int) -> str:
+    return f"{'+'.join(map(str, sizes))}x{K}"
+
+
+def table_path() -> Path:
+    """The file of measured splits, JSON by card and shape_key."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem_grpo" / "nf4_product.json"
 
 
 def dequantized(weight: Weight, K: int, dtype: torch.dtype) -> Tensor:
@@ -259,7 +316,7 @@ def _launch(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int)
     return parts, low
 
 
-def _check(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int) -> None:
+def _check(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int | None) -> None:
     if x.dim() != 2 or not x.is_floating_point() or not x.is_contiguous() or x.shape[1] % 64 or not x.shape[1]:
         raise ValueError(f"x must be contiguous (S, K), K a multiple of 64, not {tuple(x.shape)} {x.dtype}")
     K = x.shape[1]
@@ -277,7 +334,7 @@ def _check(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int) 
             raise ValueError("outer, offset and code go with an absmax of uint8, and with no other")
     if a is not None and (a.shape[1:] != (K,) or len(a) % RANK or a.dtype != x.dtype or not a.is_contiguous()):
         raise ValueError(f"a must be contiguous (R, {K}) {x.dtype}, R a multiple of {RANK}, not {tuple(a.shape)}")
-    if splits < 1:
+    if splits is not None and splits < 1:
         raise ValueError(f"splits must be at least 1, not {splits}")
 
 

@@ -220,6 +220,28 @@ def test_products_with_4_bit_weights_are_timed_by_rows(tmp_path, capsys):
     assert "Error" in capsys.readouterr().out, "a failure is a cell"
 
 
+def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    table, output = tmp_path / "lowmem_grpo/nf4_product.json", tmp_path / "result.json"
+    table.parent.mkdir()
+    table.write_text(json.dumps({"another card": {"1x64": 3}, "cpu": {"256x256": 77, "1x64": 5}}))
+    arguments = ["--quick", "--choose", "--warmups=0", "--device=cpu", f"--output={output}"]
+    bench_gemm_4bit.main(arguments)
+    results = json.loads(output.read_text())["results"]
+    assert [result["key"] for result in results.values()] == ["256+64+64x256", "256x256", "768+768x256", "256x768"]
+    kept = json.loads(table.read_text())
+    assert kept["another card"] == {"1x64": 3} and kept["cpu"].pop("1x64") == 5
+    assert kept["cpu"] == {result["key"]: result["splits"] for result in results.values()}
+    for result in results.values():
+        total = {
+            name: math.prod(rows[name]["median"] for rows in result["seconds"].values())
+            for name in result["seconds"]["1"]
+        }
+        assert total[result["chosen"]] == min(total.values())
+        assert (result["splits"] is None) == (result["chosen"] == "bitsandbytes")
+    assert "split in 2" in capsys.readouterr().out
+
+
 def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
     output = tmp_path / "result.json"
     bench_budgets.main(

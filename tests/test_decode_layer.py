@@ -91,11 +91,14 @@ def normed(x, norm, dtype):
 
 
 def close(found, expected, dtype, place):
-    """The distance is a small part of what is expected, over all numbers, and no number is far off."""
-    bound = BOUND[dtype] * (8 if dtype == torch.bfloat16 and place == ("triton", "cpu") else 1)
+    """The distance is a small part of what is expected, no number is far off, and few are rounded otherwise."""
+    interpreted = dtype == torch.bfloat16 and place == ("triton", "cpu")
+    bound = BOUND[dtype] * (8 if interpreted else 1)
     distance = found.cpu().double() - expected.double()
     assert distance.norm() <= bound * expected.double().norm(), distance.norm() / expected.double().norm()
     assert distance.abs().max() <= 16 * bound * expected.double().abs().max()
+    if dtype != torch.float32 and not interpreted:
+        assert (distance != 0).sum() <= 1 + 0.01 * distance.numel(), (distance != 0).double().mean()
 
 
 # Start.

@@ -1,5 +1,6 @@
 """Products of few rows with 4-bit weights, kernel and twin, against fp64; the unpacking of bytes, in PTX and all."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from lowmem_grpo.kernels import nf4_product as module
-from lowmem_grpo.kernels.nf4_product import NF4, Weight, dequantized, product, unpacking
+from lowmem_grpo.kernels.nf4_product import (
+    NF4,
+    Weight,
+    default_splits,
+    dequantized,
+    product,
+    splits_of,
+    splits_on,
+    unpacking,
+)
 
 CUDA = torch.cuda.is_available()
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
@@ -214,6 +224,32 @@ def test_products_of_real_shapes_are_those_of_the_twin(sizes, K, splits, rows):
     found, expected = (multiplied(x, weights, a, splits, (backend, "cuda")) for backend in ("triton", "torch"))
     for one, other in zip(found, expected, strict=True):
         assert error(one, other.double()) < 2e-6
+
+
+def test_splits_make_programs_enough_for_a_card_and_no_split_is_tiny():
+    assert default_splits([18944, 18944], 3584, 132) == 1  # 592 blocks of rows
+    assert default_splits([3584], 18944, 132) == 8  # 56 blocks of rows; 9 splits would be nearer to 528 programs
+    assert default_splits([1536, 256, 256], 1536, 40) == 5  # a small card: 32 blocks of rows, 160 programs
+    assert default_splits([64], 192, 132) == 1  # three blocks of K to a program
+
+
+def test_what_was_measured_on_a_card_decides_and_else_its_age(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def splits(card, capability, sizes, K):
+        return splits_on(card, capability, 132, sizes, K)
+
+    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [None, 8, 8]
+    (tmp_path / "lowmem_grpo").mkdir()
+    table = {"T4": {"3584x18944": 4}, "H100": {"3584x18944": None, "1536+256+256x1536": 2}}
+    (tmp_path / "lowmem_grpo/nf4_product.json").write_text(json.dumps(table))
+    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [4, 8, None]
+    assert splits("H100", 90, [1536, 256, 256], 1536) == 2
+    assert splits("H100", 90, [1536], 1536) == 8, "not measured"
+
+
+def test_on_a_cpu_nothing_is_split():
+    assert splits_of((3584,), 18944, torch.device("cpu")) == 1
 
 
 def wrong(**change):
