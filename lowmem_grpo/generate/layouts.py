@@ -1,7 +1,6 @@
 """The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +45,6 @@ class Decode:
     def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
         return _decode(self, layer, query, key, value, scaling, window, softcap)
 
-    def read(self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-        """Attention (S, H, D) of queries (S, H, D) to what is stored, the tokens' own keys and values included."""
-        if self.table is None:
-            return _dense_attention(self, layer, query, scaling, window, softcap)
-        where = self.where(layer) | dict(prefix_rows=self.prefix_rows)
-        return self.store.attend(query, **where, scaling=scaling, window=window, softcap=softcap)
-
-    def where(self, layer: int) -> dict[str, Any]:
-        """The tokens' places in the store's memory, as its write_token takes them."""
-        return dict(layer=layer, table=self.table, positions=self.positions, prefilled=self.prefix_lengths)
-
     def mask(self, window: int | None) -> Tensor:
         """(S, 1, 1, prefix tokens + span) bool, True where a token attends."""
         if window not in self.masks:
@@ -88,19 +76,14 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
 
 
 def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
-    key, value = key[:, :, 0], value[:, :, 0]
-    if now.table is None:
-        at = (torch.arange(len(query), device=query.device), slice(None), now.columns)
-        now.store.own.write(layer, at, key, value)
-    else:
-        now.store.write_token(key, value, **now.where(layer))
-    return now.read(layer, query[:, :, 0], scaling, window, softcap)[:, None]
-
-
-def _dense_attention(now: Decode, layer, query, scaling, window, softcap) -> Tensor:
-    slots, heads, size = query.shape
+    if now.table is not None:
+        return _paged_attention(now, layer, query, key, value, scaling, window, softcap)
+    slots, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    at = (torch.arange(slots, device=query.device), slice(None), now.columns)
+    now.store.own.write(layer, at, key[:, :, 0], value[:, :, 0])
     keys, values = now.store.own.read(layer, slots, now.span, query.dtype)
-    query = query.view(slots, keys.shape[1], -1, size)
+    query = query.view(slots, kv_heads, heads // kv_heads, size)
     mask = now.mask(window)
     if now.members is not None:
         store = now.store.prefix
@@ -110,7 +93,16 @@ def _dense_attention(now: Decode, layer, query, scaling, window, softcap) -> Ten
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     else:
         out = softmax_attention(query, keys, values, mask, scaling, softcap)
-    return out.view(slots, heads, size)
+    return out.view(slots, 1, heads, size)
+
+
+def _paged_attention(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    where = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
+    now.store.write_token(key[:, :, 0], value[:, :, 0], **where)
+    out = now.store.attend(
+        query[:, :, 0], prefix_rows=now.prefix_rows, scaling=scaling, softcap=softcap, window=window, **where
+    )
+    return out[:, None]
 
 
 def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:
