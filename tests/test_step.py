@@ -18,7 +18,7 @@ from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
-from lowmem_grpo.generate.step import FastStep, splits_of
+from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import difference, known_step
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import fast_linears
@@ -452,7 +452,10 @@ def test_a_layer_that_does_more_than_its_outline_says_is_found_out():
         known_step(policy, 40)
 
 
-def test_splits_depend_on_the_shape_alone():
-    assert [splits_of(*shape) for shape in ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (64, 64))] == [
-        6, 6, 2, 16, 1,
-    ]  # fmt: skip
+def test_where_bitsandbytes_product_serves_a_step_is_right_too(monkeypatch):
+    """Below sm_80, or where it was measured to be faster; it adds a bias itself."""
+    monkeypatch.setattr(step, "splits_of", lambda *_: None)
+    monkeypatch.setattr(step, "product", None)
+    policy = policy_of("qwen2")
+    for ours, _, own in steps(policy, known_step(policy, 40), 2):
+        torch.testing.assert_close(ours, own, atol=2e-5, rtol=0)

@@ -23,15 +23,12 @@ from lowmem_grpo.generate.layers import Norm, Outline, Product, rotations
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.kernels.decode_attention import KeysValues
 from lowmem_grpo.kernels.decode_layer import gated, heads, residual, start
-from lowmem_grpo.kernels.nf4_product import product
+from lowmem_grpo.kernels.nf4_product import product, splits_of
 from lowmem_grpo.model.lora import worn_by
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
 POSITIONS = 1024  # the tables of cosines and sines grow by so many: 0.5 MiB for heads of 128 in 16 bits
-PROGRAMS = (
-    512  # of a product: about four for each of the 128 to 132 multiprocessors of a 4090 or H100; not measured yet
-)
 RANK = 16  # an adapter's rank is filled up with zeros to a multiple of it
 
 
@@ -41,6 +38,7 @@ class Linears:
     Attributes:
         a: (n R, K) first factors of n linears, R rows of each, filled up with zeros; None without adapters.
         b: (R, N) second factors side by side, with their scale in them.
+        splits: of K, by the kernel; None where bitsandbytes' product serves instead.
         matrices: (N_i, K) each, of linears that are not in 4 bits, or all in one for a rollout with dense weights.
     """
 
@@ -49,15 +47,16 @@ class Linears:
         self.product, self.dtype = product, dtype
         self.a = self.b = None
         self.matrices = None if product.weights else [base.weight for base in product.bases]
-        self.by_kernel = has_kernel(product.bases[0].weight.device, dtype)
+        device, num_inputs = product.bases[0].weight.device, product.bases[0].in_features
+        self.splits = splits_of(tuple(product.sizes), num_inputs, device)
+        if device.type == "cuda" and dtype == torch.float32:  # which the kernel does not take
+            self.splits = None
         self.by_bitsandbytes = [product_4bit(base) for base in product.bases] if product.weights else []
-        self.splits = splits_of(sum(product.sizes), product.bases[0].in_features)
         rank = max(sum(len(a) for a, _, _ in _worn(linear)) for linear in product.linears)
         if rank:
             self.rank = -(-rank // RANK) * RANK
-            weight = product.bases[0].weight
-            self.a = weight.new_zeros(len(product.linears) * self.rank, product.bases[0].in_features, dtype=dtype)
-            self.b = weight.new_zeros(self.rank, sum(product.sizes), dtype=dtype)
+            self.a = torch.zeros(len(product.linears) * self.rank, num_inputs, dtype=dtype, device=device)
+            self.b = torch.zeros(self.rank, sum(product.sizes), dtype=dtype, device=device)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -91,7 +90,7 @@ class Linears:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Parts (splits, S, N), low (splits, S, n R), b and bias of x (S, K): what a kernel finishes a product with."""
-        if self.matrices is None and self.by_kernel:
+        if self.matrices is None and self.splits is not None:
             assert self.product.weights is not None
             parts, low = product(x, self.product.weights, self.a, splits=self.splits)
             return parts, low, self.b, self.product.bias
@@ -102,22 +101,6 @@ class Linears:
             wholes = [_in_fp32(x, matrix) for matrix in self.matrices]
         parts = wholes[0] if len(wholes) == 1 else torch.cat(wholes, 1)
         return parts[None], None if self.a is None else _in_fp32(x, self.a)[None], self.b, bias
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether nf4_product multiplies there: bf16 and fp16 from sm_80 on. A CPU has its reference."""
-    if device.type != "cuda":
-        return True
-    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def splits_of(num_outputs: int, num_inputs: int) -> int:
-    """Splits of a product's K with which it is about PROGRAMS programs, each of four blocks of 64 or more.
-
-    By shape alone: if the number of rows counted, a completion's rounding would depend on how many run beside it.
-    """
-    blocks = -(-num_outputs // 64)
-    return max(1, min(round(PROGRAMS / blocks), num_inputs // 256, 16))
 
 
 def _worn(linear: Any) -> list[tuple[Any, Any, float]]:
