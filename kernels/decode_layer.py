@@ -153,7 +153,7 @@ if triton is not None:
             y = _normed(y, tl.sum(y * y, 0), before_ptr, n, n_in, before_eps, N, BEFORE_EARLY, dtype)
             tl.store(out_ptr + row * N + n, y.to(dtype), mask=n_in)
 
-    @triton.jit(do_not_specialize=["M", "page_tokens"])
+    @triton.jit(do_not_specialize=["M", "table_stride", "page_tokens"])
     def _heads_kernel(
         parts_ptr,  # (SPLITS, M, (H + 2 H_KV) D) fp32
         low_ptr,  # (SPLITS, M, LOW) fp32, LOW 3 R or, of one adapter for all three, R; or None

@@ -56,8 +56,9 @@ def unpacking(dtype: torch.dtype) -> str:
         prmt.b32 c, {high[0]}, {high[1]}, s; prmt.b32 d, {high[2]}, {high[3]}, s; lop3.b32 c, m, d, c, 0xCA;
         prmt.b32 {of_high}, a, c, 0x7351; prmt.b32 {of_low}, a, c, 0x6240;"""
 
-    second = two_bytes("w", "$1", "$3")
-    return "{ .reg .b32 s, t, m, a, b, c, d, w;" + two_bytes("$4", "$0", "$2") + " shr.u32 w, $4, 16;" + second + " }"
+    # $4 is read for the last time before $0 is written: both may be one register.
+    upper = "{ .reg .b32 s, t, m, a, b, c, d, w; shr.u32 w, $4, 16;"
+    return upper + two_bytes("$4", "$0", "$2") + two_bytes("w", "$1", "$3") + " }"
 
 
 if triton is not None:

@@ -167,7 +167,7 @@ def ran(ptx, word):
     registers = {"$4": word}
 
     def value(name):
-        return registers[name] if name in registers else torch.full_like(word, int(name, 0))
+        return registers[name] if name in registers else torch.full_like(word, int(name, 0))  # else a number
 
     def prmt(a, b, selector):
         table = [a >> 8 * byte & 255 for byte in range(4)] + [b >> 8 * byte & 255 for byte in range(4)]
@@ -192,6 +192,8 @@ def ran(ptx, word):
     for operation, operands in re.findall(r"(and\.b32|shr\.u32|prmt\.b32|lop3\.b32) ([^;]+);", ptx):
         target, *sources = re.split(r",\s*", operands)
         registers[target] = operations[operation](*map(value, sources))
+        if target == "$0":
+            registers.pop("$4")  # may be the register of $0
     return [registers[f"${index}"] for index in range(4)]
 
 
