@@ -77,13 +77,13 @@ def _start(name: str, **change) -> Kernel:
     return Kernel(name, linear_logprobs._start_kernel, arguments | change)
 
 
-def _fold(name: str, num_warps: int = 8, **change) -> Kernel:
+def _fold(name: str, num_warps: int = 4, **change) -> Kernel:
     arguments = dict(
         score_ptr="*fp32", share_ptr="*half", drift_ptr=None, pull_ptr="*fp32", spread_ptr=None, bias_ptr=None,
         label_ptr="*i64", state_ptr="*fp32", score_stride="i32", share_stride="i32", drift_stride="i32",
         pull_stride="i32", state_stride="i32", vocabulary_start="i32", width="i32", inner="fp32", outer="fp32",
-        above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, WIDE=linear_logprobs.WIDE, BIAS=False,
-        SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
+        above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, WIDE=linear_logprobs.WIDE, WHOLE=True,
+        BIAS=False, SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._fold_kernel, arguments | change, num_warps)
 
@@ -239,7 +239,8 @@ KERNELS = [
         "linear_logprobs fold 4096, bias, softcap, gradient of entropy",
         bias_ptr="*half", BIAS=True, SOFTCAP=True, **_SPREAD,
     ),
-    _fold("linear_logprobs fold 8192, entropy", num_warps=16, BLOCK_V=8192, BLOCK_D=2048, ENTROPY=True),
+    _fold("linear_logprobs fold 4096, the last tile", WHOLE=False),
+    _fold("linear_logprobs fold 8192, entropy", num_warps=8, BLOCK_V=8192, ENTROPY=True),
     _finish("linear_logprobs finish, entropy", ENTROPY=True),
     _finish(
         "linear_logprobs finish, softcap, gradient of entropy",

@@ -47,6 +47,13 @@ except ImportError:  # Windows, macOS
 
 # (device type, least GPU memory in GiB, largest D) -> (C, Vb): tokens and vocabulary entries of a tile. First match.
 # Scratch is 4 C (Vb + D) bytes on a GPU: 44 MiB at D = 1536 and 60 MiB at 3584 where (C, Vb) = (2048, 4096).
+# A tile's launches cost the host 0.08 to 0.09 ms (an H200's machine, at 76 to 304 tiles a call), for which the GPU must
+# be busy: few and large tiles where it is fast. On an H200 at commit 2e88e23 (N 8192, D 1536), whose fold kernel took
+# twice today's time, a training pass and one without gradient were, in ms,
+#   (1024, 4096) 25.1, 24.7    (2048, 4096) 19.5, 14.2    (2048, 8192) 18.4, 8.3    (4096, 8192) 17.8, 9.0
+#   (1024, 8192) 19.8, 14.2    (4096, 4096) 18.5, 8.2     (8192, 4096) 17.6, 8.3    (8192, 8192) 18.5, 8.1
+# and at D 3584 all from (1024, 8192) on were within 5 %. On slower cards a tile is to stay in the L2 cache: 32 MiB of
+# scores in the 40 to 96 MiB of those from 20 GiB on, 16 MiB below. Not measured yet there.
 CHUNKS = (
     ("cuda", 70, math.inf, (4096, 8192)),
     ("cuda", 20, 4096, (2048, 4096)),
@@ -165,26 +172,32 @@ if triton is not None:
         BLOCK_V: tl.constexpr,
         BLOCK_D: tl.constexpr,
         WIDE: tl.constexpr,
+        WHOLE: tl.constexpr,
         BIAS: tl.constexpr,
         SOFTCAP: tl.constexpr,
         ENTROPY: tl.constexpr,
         GRADIENT: tl.constexpr,
         ENTROPY_GRADIENT: tl.constexpr,
     ):
-        """A tile of raw products into rest and moment, and into the next products' operands. One program per token."""
+        """A tile of raw products into rest and moment, and into the next products' operands. One program per token.
+
+        WHOLE: width is BLOCK_V, as of all tiles but the last, and nothing has to be left out.
+        """
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK_V)
-        real = at < width
         # A mask that ends anywhere makes every access one number wide; what is past the width is read and left out.
-        near = at < tl.cdiv(width, WIDE) * WIDE
+        near = at < (BLOCK_V if WHOLE else tl.cdiv(width, WIDE) * WIDE)
         score = tl.load(score_ptr + row * score_stride + at, mask=near, other=0.0)
         if BIAS:
             score += tl.load(bias_ptr + at, mask=near, other=0.0).to(tl.float32)
         score = score * inner
         if SOFTCAP:
             score, slope = _soften(score, outer)
-        label = tl.load(label_ptr + row)
-        score = tl.where(real & (at + vocabulary_start != label), score, float("-inf"))
+        if not WHOLE:
+            score = tl.where(at < width, score, float("-inf"))
+        label_at = tl.load(label_ptr + row) - vocabulary_start
+        if (label_at >= 0) & (label_at < BLOCK_V):  # in one tile of many: the others compare no score with it
+            score = tl.where(at == label_at.to(tl.int32), float("-inf"), score)
 
         reference = tl.load(state_ptr + 2 * state_stride + row)
         rest = tl.load(state_ptr + 3 * state_stride + row)
@@ -442,6 +455,8 @@ def _forward(
     product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(hidden_states):
+        heads = weight.split(vb)  # as are the tiles' views, once: every operation of a tile costs the host
+        widths = {len(tile_head) for tile_head in heads}
         for row in range(0, n, c):
             here = slice(row, min(row + c, n))
             rows = here.stop - row
@@ -460,16 +475,17 @@ def _forward(
                 None if spread is None else spread[:rows].zero_(),
             )
             start(chunk._replace(hidden=hidden), bias, v, settings, rule)
-            for first in range(0, v, vb):
-                width = min(vb, v - first)
-                tile_head = weight[first : first + width]
+            tile_of: dict[int, Any] = {
+                width: [x if x is None else x[:rows, :width] for x in (scores, shares, drifts)] for width in widths
+            }
+            for first, tile_head in zip(range(0, v, vb), heads, strict=True):
+                width = len(tile_head)
                 if head is not None and weight_scale is not None:
                     scale = weight_scale[first : first + width]
                     tile_head = _dequantize(tile_head, scale, hidden_states.dtype, out=head[:width])
                 elif head is not None:
                     tile_head = head[:width].copy_(tile_head)
-                tile = scores[:rows, :width]
-                tile_shares, tile_drifts = (x if x is None else x[:rows, :width] for x in (shares, drifts))
+                tile, tile_shares, tile_drifts = tile_of[width]
                 _multiply(chunk.hidden, tile_head.t(), tile)
                 fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
                 for total, a in ((chunk.pull, tile_shares), (chunk.spread, tile_drifts)):
@@ -526,14 +542,15 @@ def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings:
 def _triton_fold(chunk, scores, shares, drifts, _, bias, first: int, settings: _Settings, rule: Rule) -> None:
     gradient = shares is not None
     block = triton.next_power_of_2(settings.chunks[1])
-    num_warps = min(max(block // 512, 4), 32)  # 16 scores to a thread
+    # 32 scores to a thread: 14 instructions a score and 160 KiB of scores in flight on an SM of 65,536 registers.
+    num_warps = min(max(block // 1024, 4), 32)
     bias = None if bias is None else bias[first:]
     _fold_kernel[(len(scores),)](
         scores, shares, drifts, chunk.pull, chunk.spread, bias, chunk.labels, chunk.state,
         scores.stride(0), shares.stride(0) if gradient else 0, 0 if drifts is None else drifts.stride(0),
         chunk.pull.stride(0) if gradient else 0, chunk.state.stride(0), first, scores.shape[1],
         settings.inner, settings.outer, rule.above, rule.below,
-        **_blocks(chunk.hidden.shape[1], num_warps), BLOCK_V=block, WIDE=WIDE,
+        **_blocks(chunk.hidden.shape[1], num_warps), BLOCK_V=block, WIDE=WIDE, WHOLE=scores.shape[1] == block,
         BIAS=bias is not None, SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
         GRADIENT=gradient, ENTROPY_GRADIENT=drifts is not None,
         num_warps=num_warps,
@@ -613,7 +630,7 @@ def linear_logprobs(
     if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
         raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
     if chunks is None:
-        chunks = chunk_sizes(hidden_states.device, hidden_states.shape[1])
+        chunks = chunk_sizes(hidden_states.device, *hidden_states.shape)
     if len(chunks) != 2 or min(chunks) < 1:
         raise ValueError(f"chunks must be (C, Vb), both at least 1, or None for the table's; not {chunks}")
     settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, tile_dtype, by_triton)
@@ -640,13 +657,23 @@ def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantized, scale
 
 
-def chunk_sizes(device: torch.device, d: int) -> tuple[int, int]:
-    """The tile (C, Vb) of a device, from the table CHUNKS."""
+def chunk_sizes(device: torch.device, n: int, d: int) -> tuple[int, int]:
+    """The tile (C, Vb) for N tokens, from the table CHUNKS; on a GPU all chunks of tokens are alike."""
     if device.type != "cuda":
         return default_chunks("cpu", 0, d)
     total = torch.cuda.get_device_properties(device).total_memory
     # A large card that is limited to a small one's memory counts as one.
-    return default_chunks("cuda", total * torch.cuda.get_per_process_memory_fraction(device) / 2**30, d)
+    tokens, entries = default_chunks("cuda", total * torch.cuda.get_per_process_memory_fraction(device) / 2**30, d)
+    return even_chunks(n, tokens), entries
+
+
+def even_chunks(n: int, most: int) -> int:
+    """Tokens of a chunk where N are cut into as few as possible: 2,560 of 5,100 where a chunk has at most 4,096.
+
+    A last chunk of 1,004 would have as many launches as a full one. A multiple of 128, the rows of a library's tile.
+    """
+    count = max(-(-n // most), 1)
+    return min(most, -(-n // (128 * count)) * 128) or 1
 
 
 def default_chunks(kind: str, gib: float, d: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -518,6 +519,57 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(dtype, with_gradient, so
         if with_gradient:
             logp.sum().backward()
     assert 0 < largest.elements <= max(c * vb, c * d, n * d, vb * d)
+
+
+class Launches(TorchDispatchMode):
+    """How often our kernels are launched, and those of torch's operations that compute. Memory that is NaN is not."""
+
+    COMPUTING = ("mm", "addmm", "addmm_", "zero_", "copy_", "_to_copy", "cat", "mul", "add", "add_", "clone")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.counts, self.in_a_kernel = Counter(), False
+        for name in ("start", "fold", "finish"):
+            monkeypatch.setattr(module, f"_triton_{name}", self.counted(name, getattr(module, f"_triton_{name}")))
+
+    def counted(self, name, launch):
+        def run(*args, **kwargs):
+            self.counts[name], self.in_a_kernel = self.counts[name] + 1, True
+            launch(*args, **kwargs)
+            self.in_a_kernel = False
+
+        return run
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not self.in_a_kernel and name in self.COMPUTING:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(module.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_tile_is_a_launch_a_product_and_one_for_the_fold(with_gradient, monkeypatch):
+    """And a chunk three more at most, whatever its tiles."""
+    hidden, weight, labels, _ = inputs(5, 16, 100)
+    chunks, tiles = 3, 4
+    hidden.requires_grad_(with_gradient)
+    with Launches(monkeypatch) as launches:
+        linear_logprobs(hidden, weight, labels, backend="triton", chunks=(2, 32))
+    expected = {"start": chunks, "finish": chunks, "mm": chunks * tiles, "fold": chunks * tiles}
+    if with_gradient:
+        expected |= {"zero_": chunks, "addmm_": chunks * tiles}
+    assert launches.counts == expected
+
+
+def test_chunks_of_tokens_are_as_few_as_can_be_and_alike():
+    assert [module.even_chunks(n, 4096) for n in (1, 128, 129, 4096, 4097, 5100, 8192, 8193)] == [
+        128, 128, 256, 4096, 2176, 2560, 4096, 2816
+    ]  # fmt: skip
+    assert module.even_chunks(0, 4096) == 1, "no tokens are cut into chunks of one"
+    assert module.even_chunks(100, 37) == 37, "never more than asked for"
+    for n in range(1, 20000, 777):
+        assert -(-n // module.even_chunks(n, 2048)) == -(-n // 2048), n
 
 
 def test_the_size_test_sees_full_logits():
