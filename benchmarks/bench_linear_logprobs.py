@@ -29,7 +29,11 @@ SHAPES = {
     "cuda": [(n, d, v) for d, v in [(1536, 151936), (3584, 151936), (4096, 128256)] for n in (4096, 16384, 32768)],
 }
 QUICK = [(100, 64, 3000)]
-SWEEP = [(c, vb) for c in (1024, 2048, 4096) for vb in (2048, 4096, 8192, 16384)]
+# Of tiles that stay in an L2 cache of 50 MB, and of few and large ones.
+SWEEP = [
+    (1024, 4096), (1024, 8192), (2048, 4096), (2048, 8192), (4096, 4096), (4096, 8192), (4096, 16384), (8192, 4096),
+    (8192, 8192),
+]  # fmt: skip
 REPETITIONS = {"cpu": (3, 0), "cuda": (10, 3)}  # timed, warm-ups; every implementation has run once before these
 TRL, LIGER, CCE = "trl.trainer.utils", "liger_kernel.chunked_loss.fused_linear_ppo", "cut_cross_entropy"
 LOGIT_STD = 2.5
@@ -106,7 +110,7 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
     if on_cuda:
         compiled = torch.compile(_full_fp32, dynamic=False)
         found["full logits compiled"] = Implementation(compiled, "torch.compile of full logits fp32")
-    found["two bare GEMMs"] = Implementation(
+    found[FLOOR] = Implementation(
         lambda hidden, weight, labels, temperature: _BareGemms.apply(hidden, weight),
         "bf16 tile = h W^T, then tile W summed up; the forward alone is one GEMM. No log-probabilities: a floor",
         is_exact=False,
@@ -118,6 +122,9 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
             is_exact=False,
         )
     return found
+
+
+FLOOR = "two bare GEMMs"
 
 
 def _our_options(on_cuda: bool, sweep_chunks: bool) -> dict[str, dict]:
@@ -290,7 +297,7 @@ def bench_shape(
 def _first_call(implementation: Implementation, inputs: Inputs, temperature: float) -> tuple[Tensor, ...] | Failed:
     """Check a result and warm up: the first call imports, compiles and tunes."""
     if implementation.module and measure.missing(implementation.module):
-        return Failed("not installed")
+        return Failed(measure.NOT_INSTALLED)
 
     def run() -> tuple[Tensor, ...]:
         head = implementation.head(inputs.weight)
@@ -319,19 +326,27 @@ def _tables(shape: Sequence[int], results: dict[str, dict], unit: str) -> str:
 
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
-            return [name, result["failed"], *[""] * 6]
+            return [name, result["failed"], *[""] * 7]
         error = [f"{value:.1e}" for value in result["errors"].values()] if "errors" in result else [""] * 3
         return [
             name, measure.spread(result["train_s"], scale), measure.spread(result["score_s"], scale),
-            measure.mib(result["train_bytes"]), measure.mib(result["score_bytes"]), *error,
+            _multiples(result, floor), measure.mib(result["train_bytes"]), measure.mib(result["score_bytes"]), *error,
         ]  # fmt: skip
 
     header = [
-        "N {}, D {}, V {}".format(*shape), f"forward + backward, {unit}", f"forward only, {unit}", "peak MiB",
-        "forward only", "logp error", "gradient error, median", "largest",
+        "N {}, D {}, V {}".format(*shape), f"forward + backward, {unit}", f"forward only, {unit}", "of bare GEMMs",
+        "peak MiB", "forward only", "logp error", "gradient error, median", "largest",
     ]  # fmt: skip
+    floor = results.get(FLOOR, {})
     table = measure.markdown_table(header, [row(name, result) for name, result in results.items()])
     return f"{table}\n\n{_ratios(results)}"
+
+
+def _multiples(result: dict, floor: dict) -> str:
+    """Times of a training pass and of one without gradient over those of the bare products."""
+    if any("median" not in one.get(key, {}) for one in (result, floor) for key in ("train_s", "score_s")):
+        return ""
+    return " / ".join(f"{result[key]['median'] / floor[key]['median']:.2f}" for key in ("train_s", "score_s"))
 
 
 def _ratios(results: dict[str, dict]) -> str:
@@ -357,7 +372,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="an implementation; may be given more than once"
     )
-    parser.add_argument("--sweep_chunks", action="store_true", help="ours with other sizes of tile as well")
+    parser.add_argument(
+        "--sweep_chunks", action="store_true", help="ours with other sizes of tile; beside these --only and bare GEMMs"
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repetitions", type=measure.positive, help="3 on a CPU, 10 on a GPU")
     parser.add_argument(
@@ -386,7 +403,11 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(arguments.only or ()) - set(chosen)
     if unknown:
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: there are {', '.join(chosen)}")
-    chosen = {name: chosen[name] for name in arguments.only or chosen}
+    names = arguments.only or chosen
+    if arguments.sweep_chunks:
+        swept = {"ours", *(f"ours {c} x {vb}" for c, vb in SWEEP), FLOOR}
+        names = [name for name in chosen if name in swept or name in (arguments.only or ())]
+    chosen = {name: chosen[name] for name in names}
 
     if device.type == "cpu":
         measure.preload(linear_logprobs.__module__, *sorted({one.module for one in chosen.values() if one.module}))

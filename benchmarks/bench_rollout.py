@@ -249,10 +249,13 @@ def main(argv: list[str] | None = None) -> None:
             work = work._replace(prompt_length=max(map(len, work.texts())))
         skipped = () if arguments.device == "cuda" else ("ours, without pages", "ours, without CUDA graphs")
         names = arguments.only or [name for name in IMPLEMENTATIONS if name not in skipped]
-        results = bench(work, names, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
-        lengths.append({"work": work._asdict(), "results": measure.plain(results)})
+        lengths.append({"work": work._asdict(), "results": {}})
+        # On a GPU one after the other, each saved as it is done: a machine there is lent for minutes.
+        for group in [[name] for name in names] if arguments.device == "cuda" else [names]:
+            results = bench(work, group, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
+            lengths[-1]["results"] |= measure.plain(results)
+            measure.save(measure.document("bench_rollout", argv, device, lengths=lengths), arguments.output)
         print(_table(work, lengths[-1]["results"]), end="\n\n", flush=True)
-        measure.save(measure.document("bench_rollout", argv, device, lengths=lengths), arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""One GRPO step, ours and TRL's: its time by phase, and its memory above the loaded model.
+"""One GRPO step, ours, TRL's and Unsloth's: its time by phase, and its memory above the loaded model.
 
     python -m lowmem_grpo.benchmarks.bench_step [--shape tiny-large-vocabulary] [--prompts 4] [--num_generations 8]
         [--prompt_length 256] [--max_completion_length 64] [--steps 4] [--only NAME ...] [--output FILE]
 
 A 4-bit model with random weights, LoRA of rank 16 on every linear layer, beta 0.04, prompts of exactly --prompt_length
 tokens. It hardly ever ends a completion, so that all have the full length: the case in which TRL wastes least. On CUDA
-where there is a GPU. Each implementation has a process of its own; what is measured is in trainers.py.
+where there is a GPU, and only there with Unsloth. Each implementation has a process of its own; what is measured is in
+trainers.py.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks import measure, trainers
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
-from lowmem_grpo.benchmarks.trainers import IMPLEMENTATIONS, Job, Results, in_turns, train_with
+from lowmem_grpo.benchmarks.trainers import UNSLOTH, Job, Results, in_turns, train_with
 from lowmem_grpo.config.grpo import GRPOConfig
 
+IMPLEMENTATIONS = (*trainers.IMPLEMENTATIONS, UNSLOTH)
 QUICK = dict(shape="tiny", prompts=2, num_generations=2, prompt_length=16, max_completion_length=4, steps=2)
 
 
@@ -78,10 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt_length", type=measure.positive, default=256)
     parser.add_argument("--max_completion_length", type=measure.positive, default=64)
     parser.add_argument("--steps", type=measure.positive, default=4, help="the first one is not counted")
-    # On a GPU everything is as on a GPU.
-    usual = [name for name in IMPLEMENTATIONS if not (torch.cuda.is_available() and name.endswith("as on a GPU"))]
+    # On a GPU everything is as on a GPU; Unsloth runs nowhere else.
+    elsewhere = "as on a GPU" if torch.cuda.is_available() else UNSLOTH
+    usual = [name for name in IMPLEMENTATIONS if not name.endswith(elsewhere)]
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=usual)
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
+    parser.add_argument("--limit_s", type=measure.positive, help="seconds after which one of them is given up")
     parser.add_argument("--quick", action="store_true", help="a tiny model and lengths: does everything run?")
     measure.add_output(parser)
     given = parser.parse_args(argv)
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments = [*(f"--{name}={value}" for name, value in work.items()), f"--model={model}"]
         results = in_turns(
             "lowmem_grpo.benchmarks.bench_step", given.only, [arguments],
-            save=lambda results: measure.save(document(results), given.output),
+            save=lambda results: measure.save(document(results), given.output), limit_s=given.limit_s,
         )  # fmt: skip
     print(tables(document(results)))
 

@@ -1,38 +1,33 @@
 #!/usr/bin/env bash
-# The whole GPU programme: the tests that need a GPU, then every part of the suite, the most valuable first.
+# The GPU programme: two calls, for a card that is lent for minutes.
 #
-#   benchmarks/gpu_suite.sh             again and again until it says "all done": a call ends within ALLOWED_S (540) seconds
-#   benchmarks/gpu_suite.sh PART ...    these parts alone
-#   DRY_RUN=1 benchmarks/gpu_suite.sh   the same commands with tiny sizes, on a CPU
+#   benchmarks/gpu_suite.sh tests   4 minutes: versions, every GPU test, whole steps of a 0.5B and a 1.5B model
+#   benchmarks/gpu_suite.sh speed   5 minutes: sampling, the head, budgets, a step beside the peers'
+#   DRY_RUN=1 ...                   the same commands with tiny sizes, on a CPU
 #
-# Results go to RESULTS (benchmarks/results), which is also where a later call sees what is done; OUT, if set, gets a copy.
+# The most valuable comes first, each part has a time limit of its own (suite.py) and is saved as soon as it is there.
+# Results go to OUT if that is set, which begins with those of this checkout, or else to RESULTS (benchmarks/results).
+# PYTHON is the interpreter. Words after the call are passed on: names of parts, --again.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-begun=$SECONDS
-options=()
-allowed=${ALLOWED_S:-540}
-results=${RESULTS:-benchmarks/results}
+call=${1:-}
+case $call in tests | speed) shift ;; *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 python=${PYTHON:-python}
+results=${OUT:-${RESULTS:-benchmarks/results}}
+tests_s=110 # of them most goes into compiling kernels
 mkdir -p "$results"
+[ -z "${OUT:-}" ] || cp benchmarks/results/nvidia-*.json "$results" 2>/dev/null
 for folder in kernels benchmarks; do # links that an archive may have lost
     [ -e "lowmem_grpo/$folder" ] || ln -s "../$folder" "lowmem_grpo/$folder"
 done
-copy() { [ -z "${OUT:-}" ] || cp -r "$results/." "$OUT/"; }
-trap copy EXIT
 
-tests="$results/gpu-tests.txt"
-if [ -n "${DRY_RUN:-}" ]; then
-    options=(--dry_run)
-    tests="$results/dry-run-gpu-tests.txt"
+if [ "$call" = tests ] && [ $# -eq 0 ]; then
+    found="$results/${DRY_RUN:+dry-run-}gpu-tests.txt"
+    "$python" -m lowmem_grpo.benchmarks.measure | tee "$found"
+    workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 11 --dist loadfile")
+    # -v, since a run that is cut short prints no summary.
+    timeout $tests_s "$python" -m pytest -v --tb=short -m gpu ${DRY_RUN:+--collect-only} $workers >>"$found" 2>&1
+    echo "exit status $?" >>"$found"
+    tail -n 40 "$found"
 fi
-# Once, and with half of the time, so that every call has some for the rest: `rm` its file to have it again.
-if [ $# -eq 0 ] && [ ! -e "$tests" ]; then
-    # Most of their time goes into compiling kernels; -v, since a run that is cut short prints no summary.
-    workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8 --dist loadfile")
-    timeout $((allowed / 2)) "$python" -m pytest -v --tb=short -m gpu ${DRY_RUN:+--collect-only} $workers >"$tests.part" 2>&1
-    echo "exit status $?" >>"$tests.part"
-    mv "$tests.part" "$tests"
-    tail -n 40 "$tests"
-fi
-left=$((allowed - SECONDS + begun))
-"$python" -m lowmem_grpo.benchmarks --output_dir "$results" --allowed_s "$left" "${options[@]}" "$@"
+"$python" -m lowmem_grpo.benchmarks --call "$call" --output_dir "$results" ${DRY_RUN:+--dry_run} "$@"

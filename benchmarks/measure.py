@@ -1,5 +1,7 @@
 """One way to time and one way to measure memory, for every implementation that a benchmark compares.
 
+    python -m lowmem_grpo.benchmarks.measure      prints what results depend on: machine, versions, commit
+
 Time is that of CUDA events. On a CPU it is the CPU time of the process, all threads together, which a busy machine
 disturbs less than it does the clock on the wall. The order rotates from repetition to repetition, so that no
 implementation always runs in the wake of the same other one.
@@ -35,8 +37,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 OUT_OF_MEMORY = "out of memory"
+NOT_INSTALLED = "not installed"
+NOT_DONE = "not done in"  # so many seconds
 QUIET = "ignore::RuntimeWarning:runpy"
-PACKAGES = ["torch", "triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "cut-cross-entropy"]
+PACKAGES = [
+    "torch", "triton", "transformers", "bitsandbytes", "peft", "trl", "liger-kernel", "cut-cross-entropy", "unsloth",
+]  # fmt: skip
 Run = Callable[[], object]
 
 
@@ -128,7 +134,7 @@ def time_each(
         for name in names[first:] + names[:first]:
             if name in failures:
                 continue
-            taken = attempt(lambda run=runs[name], turn=turn: _seconds(run, turn, device))
+            taken = attempt(lambda run=runs[name], turn=turn: seconds_of(run, turn, device))
             if isinstance(taken, Failed):
                 failures[name] = taken
             elif turn >= warmups:
@@ -136,7 +142,7 @@ def time_each(
     return {name: failures.get(name) or _timing(seconds[name]) for name in runs}
 
 
-def _seconds(run: Callable[[int], object], turn: int, device: torch.device) -> float:
+def seconds_of(run: Callable[[int], object], turn: int, device: torch.device) -> float:
     if device.type != "cuda":
         start = time.process_time()
         run(turn)
@@ -220,7 +226,7 @@ def _once_on_cuda(build: Build, device: torch.device) -> Once:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = _seconds(lambda turn: run(), 0, device)
+    seconds = seconds_of(lambda turn: run(), 0, device)
     return Once(torch.cuda.max_memory_allocated(device) - before, seconds)
 
 
@@ -238,7 +244,7 @@ def _once_resident(build: Build, limit_bytes: int | None) -> Once:
 
         resource.setrlimit(resource.RLIMIT_AS, (_status_bytes("VmSize") + limit_bytes, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS: man 5 proc
-    seconds = _seconds(lambda turn: run(), 0, torch.device("cpu"))
+    seconds = seconds_of(lambda turn: run(), 0, torch.device("cpu"))
     return Once(_status_bytes("VmHWM") - before, seconds)
 
 
@@ -382,3 +388,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    print(json.dumps({**versions(*PACKAGES), "commit": commit()}))

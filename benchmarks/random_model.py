@@ -79,7 +79,10 @@ def make_random_model(shape: str, text: Path | None, output_dir: Path, vocabular
     torch.manual_seed(0)
     tokenizer: Any = make_tokenizer(text)  # ids are declared as whatever a tokenizer's attribute may be
     config = make_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id, vocabulary)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if torch.cuda.is_available():  # a 1.5B takes a minute of a CPU, and 2 s there
+        model = made(config, torch.device("cuda", torch.cuda.current_device()), in_4bit=False)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
@@ -89,7 +92,7 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
     torch.manual_seed(0)
     config = make_config(shape, list(range(ends)), SHAPES[shape][5] - 1)
     if device == "cuda":
-        model = made_in_4bit(config, torch.device(device, torch.cuda.current_device()))
+        model = made(config, torch.device(device, torch.cuda.current_device()), in_4bit=True)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=config.pad_token_id)
@@ -100,14 +103,15 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
     return policy
 
 
-def made_in_4bit(config: PreTrainedConfig, device: torch.device) -> Any:
-    """A random model in 4-bit, dense one layer at a time, on the device: a 7B takes seconds there."""
+def made(config: PreTrainedConfig, device: torch.device, in_4bit: bool) -> Any:
+    """A random model, made on the device layer by layer: a 7B in 4-bit takes seconds and one dense layer."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     decoder = model.get_decoder()
     for layer in decoder.layers:
         _fill(layer.to_empty(device=device))
-        quantize_linears(layer, device, torch.bfloat16)
+        if in_4bit:
+            quantize_linears(layer, device, torch.bfloat16)
     for module in (decoder.embed_tokens, decoder.norm, model.get_output_embeddings()):
         _fill(module.to_empty(device=device))
     model.tie_weights()

@@ -2,7 +2,9 @@
 
     python -m lowmem_grpo.benchmarks.report [--documents README.md docs/*.md] [--results benchmarks/results]
 
-A table stands between `<!-- FILE.json PART -->` and `<!-- end -->`, and is made anew from that part of that file.
+A table stands between `<!-- FILE.json PART -->` and `<!-- end -->`, and is made anew from that part of that file. FILE
+may have a star, as nvidia-*: then it is the newest result of them all, or "Not measured yet." until there is one. The
+part `summary` of such files is a line for each part of the GPU programme.
 `<!-- FILE.json PART: ROW; ROW | COLUMN; COLUMN -->` is the part's first table with these rows and columns alone, in
 this order; without a bar every column. Pictures lie beside each file, by its name.
 """
@@ -11,7 +13,8 @@ import argparse
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,8 @@ def fill(text: str, results: Path) -> str:
     """The text with every table made anew."""
 
     def made(match: re.Match) -> str:
+        if "*" in match["file"]:
+            return f"{match[1]}\n{newest_table(results, match)}\n\n<!-- end -->"
         path = results / match["file"]
         if not path.exists():
             raise ValueError(f"the text asks for {match['file']}, which is not in {results}")
@@ -73,16 +78,89 @@ def fill(text: str, results: Path) -> str:
         document = known[match["part"]]
         if "benchmark" not in document:
             raise ValueError(f"{match['part']} of {match['file']} has no result: {document['incomplete']}")
-        made_anew = tables(document)
-        if match["rows"]:
-            made_anew = narrowed(made_anew, match["rows"], match["columns"])
-        return f"{match[1]}\n{made_anew}\n\n{caption(document)}\n\n<!-- end -->"
+        return f"{match[1]}\n{_table(document, match)}\n\n<!-- end -->"
 
     return PLACE.sub(made, text)
 
 
+def _table(document: dict[str, Any], match: re.Match) -> str:
+    made_anew = tables(document)
+    if match["rows"]:
+        made_anew = narrowed(made_anew, match["rows"], match["columns"])
+    return f"{made_anew}\n\n{caption(document)}"
+
+
+def newest(results: Path, pattern: str, part: str) -> dict[str, Any] | None:
+    """A part's result of the last date among the files of a pattern, or None."""
+    known = [json.loads(path.read_text()).get("parts", {}).get(part, {}) for path in sorted(results.glob(pattern))]
+    return max(reversed([one for one in known if "benchmark" in one]), key=lambda one: one["date"], default=None)
+
+
+def newest_table(results: Path, match: re.Match) -> str:
+    if match["part"] == "summary":
+        return summary(results, match["file"])
+    document = newest(results, match["file"], match["part"])
+    return _table(document, match) if document else NOT_YET
+
+
+def summary(results: Path, pattern: str) -> str:
+    """A row for each part of the GPU programme: what was measured, where, and at which commit."""
+    rows = []
+    for what, (part, shown) in SUMMARY.items():
+        document = newest(results, pattern, part)
+        try:
+            where = f"{document['machine']['gpu']}, {str(document['commit'])[:7]}" if document else ""
+            rows.append([what, shown(document) if document else NOT_YET, where])
+        except (KeyError, IndexError):  # stopped before it had this
+            rows.append([what, NOT_YET, ""])
+    return markdown_table(["on one GPU", "measured", "card, commit"], rows)
+
+
+def _in_steps(document: dict[str, Any]) -> str:
+    return f"{document['results']['ours']['tokens_per_s']:,.0f} tokens/s"
+
+
+def _in_all(document: dict[str, Any]) -> str:
+    return f"{document['lengths'][0]['results']['ours']['tokens_per_s']:,.0f} tokens/s"
+
+
+def _steps(document: dict[str, Any]) -> str:
+    shown = []
+    for name, (result,) in document["results"].items():
+        label = f"{name}: " if len(document["results"]) > 1 else ""
+        shown.append(label + (result.get("failed") or f"{result['step_s']:.2f} s, {result['peak_mib']:,.0f} MiB"))
+    return "; ".join(shown)
+
+
+def _head(shape: int, document: dict[str, Any]) -> str:
+    results = document["shapes"][shape]["results"]
+    ours, floor = results["ours"], results["two bare GEMMs"]
+    train, score = (ours[key]["median"] / floor[key]["median"] for key in ("train_s", "score_s"))
+    return f"{train:.2f}, forward alone {score:.2f}"
+
+
+def _budget(document: dict[str, Any]) -> str:
+    return importlib.import_module("lowmem_grpo.benchmarks.bench_budgets").cell(document["results"][0]) + " GB"
+
+
+NOT_YET = "Not measured yet."
+# What a row says, its part of the GPU programme, and the part's result in a few words.
+SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "64 even completions of a 1.5B model, in steps": ("decode-1.5b", _in_steps),
+    "64 completions of 100 tokens in the mean, at most 256, in all": ("rollout-1.5b", _in_all),
+    "64 even completions of a 7B model, in steps": ("decode-7b", _in_steps),
+    "a step of 4 x 8 x 128 tokens, 0.5B": ("step-0.5b", _steps),
+    "a step of 4 x 8 x 128 tokens, 1.5B": ("step-1.5b", _steps),
+    "a step of 4 x 8 x 32 tokens, 1.5B, beside others": ("step-beside", _steps),
+    "the head over two bare products, D 1536": ("head-tiles", partial(_head, 0)),
+    "the head over two bare products, D 3584": ("head-tiles", partial(_head, 1)),
+    "peak of a 1.5B model in 4 GB": ("budget-1.5b", _budget),
+    "peak of a 7B model in 8 GB": ("budget-7b", _budget),
+}
+
+
 def draw_all(found: dict[str, Any], stem: Path) -> list[Path]:
-    """Every picture for which the parts are there: memory, scaling and learning, as stem-NAME.svg."""
+    """Every picture for which the parts are there, as stem-NAME.svg: memory, scaling, learning, and a GPU's step."""
     made_by: dict[str, list[dict[str, Any]]] = {}
     for document in found["parts"].values():
         made_by.setdefault(document.get("benchmark", ""), []).append(document)
@@ -95,6 +173,9 @@ def draw_all(found: dict[str, Any], stem: Path) -> list[Path]:
         figures["scaling"] = draw_scaling(scaling)
     if learning:
         figures["learning"] = draw_learning(learning[0])
+    for document in made_by.get("bench_step", []):
+        if "gpu" in document["machine"] and sum("step_s" in runs[0] for runs in document["results"].values()) > 1:
+            figures["step"] = draw_step(document)
     paths = []
     for name, figure in figures.items():
         paths.append(stem.with_name(f"{stem.name}-{name}.svg"))
@@ -193,6 +274,19 @@ def draw_learning(learning: dict[str, Any]) -> Any:
     axis.set(xlabel="step", ylabel="greedy accuracy, held out", ylim=(0, 1.02), title="The demo's task, a line a seed")
     axis.grid(alpha=0.3)
     axis.legend()
+    return figure
+
+
+def draw_step(step: dict[str, Any]) -> Any:
+    """Time and peak memory of a step, ours beside others."""
+    figure, axes = _pyplot().subplots(1, 2, figsize=(9, 3.5))
+    runs = {name: run for name, (run,) in step["results"].items() if "step_s" in run}
+    for axis, key, label in zip(axes, ("step_s", "peak_mib"), ("step, s", "peak above the model, MiB"), strict=True):
+        axis.bar(list(runs), [run[key] for run in runs.values()], color=[f"C{place}" for place in range(len(runs))])
+        axis.set(ylabel=label)
+    work = step["work"]
+    size = f"{work['prompts']} x {work['num_generations']} completions of {work['max_completion_length']}"
+    figure.suptitle(f"{work['shape']}, {size}, {step['machine']['gpu']}", fontsize=10)
     return figure
 
 

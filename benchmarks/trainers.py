@@ -1,9 +1,10 @@
-"""One training run each of lowmem_grpo and of TRL's GRPOTrainer, on the same model, data and hyper-parameters, watched.
+"""One training run each of lowmem_grpo, TRL and Unsloth, on the same model, data and hyper-parameters, watched.
 
 bitsandbytes' in-place repacking of weights on AVX512-BF16 CPUs, which spoils training after a rollout, is off for both.
 Times are CPU time of all threads, on CUDA the clock after it has finished. Memory is the peak of the steps above the
 loaded model; the trial of a longest micro-batch, by which ours begins on CUDA, is not counted. Rewards are in ours'
-rollout and in TRL's reference; the optimizer's step is in ours' update, and of TRL's in the whole step alone.
+rollout and in TRL's reference; the optimizer's step is in ours' update, and of TRL's in the whole step alone. Unsloth,
+which needs CUDA, is TRL's trainer as Unsloth patches it, without vLLM.
 """
 
 import contextlib
@@ -35,8 +36,11 @@ TRL_VARIANTS: dict[str, dict[str, Any]] = {
     "TRL, no checkpointing, eager attention": dict(gradient_checkpointing=False, attn_implementation="eager"),
     "TRL, no checkpointing, as on a GPU": dict(gradient_checkpointing=False, as_on_a_gpu=True),
 }
-OURS = "lowmem_grpo"
+OURS, UNSLOTH = "lowmem_grpo", "Unsloth"
 IMPLEMENTATIONS = (OURS, *TRL_VARIANTS)
+NEEDS = {**dict.fromkeys(TRL_VARIANTS, "trl"), UNSLOTH: "unsloth"}  # the module that has to be installed
+# Unsloth patches torch, transformers, peft and TRL, and has to be imported before them.
+AFTER_UNSLOTH = "import unsloth, runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class Watch:
 
 
 def train_with(name: str, job: Job) -> dict[str, Any]:
-    return run_ours(job) if name == OURS else run_trl(job, **TRL_VARIANTS[name])
+    if name == OURS:
+        return run_ours(job)
+    return run_trl(job, by_unsloth=True) if name == UNSLOTH else run_trl(job, **TRL_VARIANTS[name])
 
 
 def run_ours(job: Job) -> dict[str, Any]:
@@ -160,9 +166,13 @@ def run_ours(job: Job) -> dict[str, Any]:
 
 
 def run_trl(
-    job: Job, gradient_checkpointing: bool, attn_implementation: str = "sdpa", as_on_a_gpu: bool = False
+    job: Job,
+    gradient_checkpointing: bool = True,
+    attn_implementation: str = "sdpa",
+    as_on_a_gpu: bool = False,
+    by_unsloth: bool = False,
 ) -> dict[str, Any]:
-    """One run of TRL's GRPOTrainer, watched.
+    """One run of TRL's GRPOTrainer, or of what Unsloth makes of it, watched.
 
     as_on_a_gpu takes two things away that TRL does on a CPU alone: it scores the prompts' positions too, and `generate`
     gives the head a strided slice, for which a CPU copies the whole head once a row.
@@ -175,7 +185,10 @@ def run_trl(
         def on_step_end(self, args, state, control, model=None, **kwargs):
             watch.step(state.global_step, model)
 
-    trainer = trl_trainer(job, gradient_checkpointing, attn_implementation, Watching())
+    if by_unsloth:
+        trainer = unsloth_trainer(job, Watching())
+    else:
+        trainer = trl_trainer(job, gradient_checkpointing, attn_implementation, Watching())
     if as_on_a_gpu:
         trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     trainer._generate = watch.timed("rollout", trainer._generate)
@@ -216,17 +229,6 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     ours = job.config
-    args = GRPOConfig(
-        output_dir=ours.output_dir, seed=ours.seed, use_cpu=ours.use_cpu, bf16=True, max_steps=ours.max_steps,
-        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=gradient_checkpointing,
-        per_device_train_batch_size=job.rows,
-        gradient_accumulation_steps=ours.prompts_per_step * ours.num_generations // job.rows,
-        num_generations=ours.num_generations, max_completion_length=ours.max_completion_length,
-        temperature=ours.temperature, learning_rate=ours.learning_rate, lr_scheduler_type=ours.lr_scheduler_type,
-        beta=ours.beta, epsilon=ours.epsilon, loss_type=ours.loss_type, scale_rewards=ours.scale_rewards,
-        reward_weights=ours.reward_weights, max_grad_norm=ours.max_grad_norm, weight_decay=ours.weight_decay,
-    )  # fmt: skip
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
@@ -242,36 +244,84 @@ def trl_trainer(job: Job, gradient_checkpointing: bool, attn_implementation: str
         r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return GRPOTrainer(
-        model=model, reward_funcs=[*job.rewards], args=args, train_dataset=Dataset.from_list(job.data),
-        processing_class=AutoTokenizer.from_pretrained(job.model), peft_config=adapter, callbacks=list(callbacks),
+        model=model, reward_funcs=[*job.rewards], args=_trl_config(GRPOConfig, job, gradient_checkpointing),
+        train_dataset=Dataset.from_list(job.data), processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=adapter, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def unsloth_trainer(job: Job, *callbacks: Any) -> Any:
+    """Unsloth's GRPOTrainer for the same job, without vLLM, by https://docs.unsloth.ai; it was not run here yet."""
+    from datasets import Dataset
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]: for CUDA alone
+
+    trl: Any = importlib.import_module("trl")  # whose trainer and configuration Unsloth has replaced by its own
+    ours = job.config
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job.model, max_seq_length=job.prompt_length + ours.max_completion_length, load_in_4bit=True,
+        fast_inference=False, max_lora_rank=ours.lora_r, dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = FastLanguageModel.get_peft_model(
+        model, r=ours.lora_r, lora_alpha=ours.lora_alpha, lora_dropout=0.0, use_gradient_checkpointing="unsloth",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        random_state=ours.seed,
+    )  # fmt: skip
+    return trl.GRPOTrainer(
+        model=model, reward_funcs=[*job.rewards], args=_trl_config(trl.GRPOConfig, job, gradient_checkpointing=True),
+        train_dataset=Dataset.from_list(job.data), processing_class=tokenizer, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def _trl_config(kind: Any, job: Job, gradient_checkpointing: bool) -> Any:
+    ours = job.config
+    return kind(
+        output_dir=ours.output_dir, seed=ours.seed, use_cpu=ours.use_cpu, bf16=True, max_steps=ours.max_steps,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=gradient_checkpointing,
+        per_device_train_batch_size=job.rows,
+        gradient_accumulation_steps=ours.prompts_per_step * ours.num_generations // job.rows,
+        num_generations=ours.num_generations, max_completion_length=ours.max_completion_length,
+        temperature=ours.temperature, learning_rate=ours.learning_rate, lr_scheduler_type=ours.lr_scheduler_type,
+        beta=ours.beta, epsilon=ours.epsilon, loss_type=ours.loss_type, scale_rewards=ours.scale_rewards,
+        reward_weights=ours.reward_weights, max_grad_norm=ours.max_grad_norm, weight_decay=ours.weight_decay,
     )  # fmt: skip
 
 
 Results = dict[str, list[dict[str, Any]]]  # of each implementation that has any, a run a turn
 
 
-def in_turns(module: str, names: list[str], turns: list[list[str]], save: Callable[[Results], None]) -> Results:
+def in_turns(
+    module: str,
+    names: list[str],
+    turns: list[list[str]],
+    save: Callable[[Results], None],
+    limit_s: float | None = None,
+) -> Results:
     """Each implementation's results, one a turn, each by `python -m module --one NAME arguments` in a fresh process.
 
-    The order rotates from turn to turn. What there is goes to save() after each.
+    The order rotates from turn to turn. What there is goes to save() after each. limit_s is of one process.
     """
     results: Results = {}
     for turn, arguments in enumerate(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if name in TRL_VARIANTS and measure.missing("trl"):
-                found = {"failed": "not installed"}
+            if name in NEEDS and measure.missing(NEEDS[name]):
+                found = {"failed": measure.NOT_INSTALLED}
             else:
-                found = _in_a_process([sys.executable, "-m", module, "--one", name, *arguments])
+                begun = ["-c", AFTER_UNSLOTH] if name == UNSLOTH else ["-m"]
+                found = _in_a_process([sys.executable, *begun, module, "--one", name, *arguments], limit_s)
             results.setdefault(name, []).append(found)
             save(results)
             print(f"turn {turn}, {name}: done", file=sys.stderr)
     return results
 
 
-def _in_a_process(command: list[str]) -> dict[str, Any]:
+def _in_a_process(command: list[str], limit_s: float | None = None) -> dict[str, Any]:
     """The last line of a program's output, as JSON, or the last line of its error."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"{measure.NOT_DONE} {limit_s:.0f} s"}
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         if done.returncode < 0:

@@ -29,7 +29,7 @@ from lowmem_grpo.benchmarks import (
 )
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
-from lowmem_grpo.benchmarks.random_model import made_in_4bit, make_config, make_random_model
+from lowmem_grpo.benchmarks.random_model import made, make_config, make_random_model
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.run.meter import Meter
 
@@ -283,10 +283,10 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
     pytest.importorskip("trl")
     output, in_a_process = tmp_path / "step.json", trainers._in_a_process
 
-    def here(command):
+    def here(command, limit_s):
         """One in a process of its own, as all are outside of tests; the others here, which has imported everything."""
         if bench_step.__name__ in command and "lowmem_grpo" in command:
-            return in_a_process(command)
+            return in_a_process(command, limit_s)
         sys.modules[command[2]].main(command[3:])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -404,14 +404,15 @@ def test_phases_are_named_for_a_profiler():
     assert found["rollout"]["matrix products"] > 0 and found["rollout"][profile_step.PYTHON] > 0
 
 
-def test_a_random_model_made_layer_by_layer_is_a_model_in_4_bits():
-    model = made_in_4bit(make_config("tiny", [0], 5), torch.device("cpu"))
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_a_random_model_made_layer_by_layer_is_a_model(in_4bit):
+    model = made(make_config("tiny", [0], 5), torch.device("cpu"), in_4bit)
     with torch.no_grad():
         logits = model(torch.arange(4)[None]).logits
     assert logits.isfinite().all()
     assert logits.std() > 0.05, "positions or weights are missing"
     dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    assert dense == ["lm_head"]
+    assert (dense == ["lm_head"]) == in_4bit and (in_4bit or len(dense) == 1 + 4 * 7)
 
 
 def test_the_sums_are_others_to_train_on_and_to_measure_on():

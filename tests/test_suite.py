@@ -53,6 +53,59 @@ def test_a_table_is_made_anew_from_its_part(tmp_path):
         report.fill("<!-- b.json none -->\n<!-- end -->", tmp_path)
 
 
+def test_a_place_with_a_star_has_the_newest_result_or_says_that_there_is_none(tmp_path):
+    def save(file, date, mean, **part):
+        error = {"benchmark": "sampling_error", "command": "c", "date": date, "commit": "0123456789", "versions": {
+            "torch": "1", "transformers": "2", "trl": None, "liger-kernel": None}, "machine": {"gpu": "H9"},
+            "errors": [{"dtype": "bf16", "weights": "4bit", "kv": "full", "mean": mean, "max": 0.5}]}  # fmt: skip
+        (tmp_path / file).write_text(json.dumps({"parts": {"error": error, **part}}))
+
+    text = "<!-- nvidia-*.json error -->\n<!-- end -->"
+    assert report.fill(text, tmp_path) == "<!-- nvidia-*.json error -->\n\nNot measured yet.\n\n<!-- end -->"
+    save("nvidia-a.json", "2026-11-26", 0.1)
+    save("nvidia-b.json", "2026-11-25", 0.2)
+    save("amd.json", "2026-11-27", 0.3)
+    assert "| 1.0e-01 |" in report.fill(text, tmp_path)
+    save("nvidia-b.json", "2026-11-26", 0.2)
+    assert "| 2.0e-01 |" in report.fill(text, tmp_path), "of one date that of the last file"
+    lost = {"error": {"incomplete": "out of time"}}
+    (tmp_path / "nvidia-c.json").write_text(json.dumps({"parts": lost}))
+    assert "| 2.0e-01 |" in report.fill(text, tmp_path), "a part without a result has none"
+    assert report.fill(report.fill(text, tmp_path), tmp_path) == report.fill(text, tmp_path)
+
+
+def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
+    known = {name for call in suite.PROGRAMME.values() for name in call}
+    assert {part for part, _ in report.SUMMARY.values()} == known
+    text = report.fill("<!-- nvidia-*.json summary -->\n<!-- end -->", tmp_path)
+    assert text.count(report.NOT_YET) == len(report.SUMMARY)
+    at = {"benchmark": "x", "date": "2026-11-26", "machine": {"gpu": "H9"}, "commit": "0123456789"}
+    run = {"step_s": 2.0, "peak_mib": 1500.0}
+    times = {"train_s": {"median": 3.0}, "score_s": {"median": 1.5}}
+    head = {"ours": times, "two bare GEMMs": {"train_s": {"median": 2.0}, "score_s": {"median": 1.0}}}
+    parts = {
+        "decode-1.5b": {**at, "results": {"ours": {"tokens_per_s": 21234.5}}},
+        "decode-7b": {**at, "results": {}},
+        "rollout-1.5b": {**at, "lengths": [{"results": {"ours": {"tokens_per_s": 8000.0}}}]},
+        "step-1.5b": {**at, "results": {"lowmem_grpo": [run]}},
+        "step-beside": {**at, "results": {"lowmem_grpo": [run], "TRL": [{"failed": "not done in 35 s"}]}},
+        "head-tiles": {**at, "shapes": [{"results": head}]},
+        "budget-7b": {**at, "results": [{"plan": {"fits": True, "peak": 7.6e9, "changes": []}}]},
+    }
+    (tmp_path / "nvidia-a.json").write_text(json.dumps({"parts": parts}))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in report.summary(tmp_path, "nvidia-*.json").splitlines()[2:])
+    found = {what.strip(): cells.split(" | ")[0].strip() for what, cells in rows.items()}
+    assert found["64 even completions of a 1.5B model, in steps"] == "21,234 tokens/s"
+    assert found["64 completions of 100 tokens in the mean, at most 256, in all"] == "8,000 tokens/s"
+    assert found["a step of 4 x 8 x 128 tokens, 1.5B"] == "2.00 s, 1,500 MiB"
+    beside = "lowmem_grpo: 2.00 s, 1,500 MiB; TRL: not done in 35 s"
+    assert found["a step of 4 x 8 x 32 tokens, 1.5B, beside others"] == beside
+    assert found["the head over two bare products, D 1536"] == "1.50, forward alone 1.50"
+    assert found["the head over two bare products, D 3584"] == report.NOT_YET, "stopped before it"
+    assert found["64 even completions of a 7B model, in steps"] == report.NOT_YET
+    assert found["peak of a 7B model in 8 GB"] == "7.6 GB"
+
+
 def test_a_place_may_ask_for_some_rows_and_columns():
     table = "| a  |  b | c, ms |\n| -- | -: | ----: |\n| x  |  1 |     2 |\n| yy | 30 |     4 |"
     several = f"{table}\n\n| another |\n| ------- |"
@@ -209,6 +262,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert "is not a file of this suite" in capsys.readouterr().err
     for wrong, reason in (
         (["--allowed_s=-5"], "is not above 0"), (["--quick", "--dry_run"], "two things; choose one"),
+        (["--quick", "--call=tests"], "two things; choose one"), (["--call=all"], "invalid choice"),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             suite.main(wrong)
@@ -232,7 +286,7 @@ def test_a_bench_refuses_bad_input_before_it_measures(wrong, reason, capsys):
 
 
 def test_a_suite_goes_on_past_midnight(tmp_path):
-    given = SimpleNamespace(output_dir=tmp_path, file=None, quick=False, dry_run=False)
+    given = SimpleNamespace(output_dir=tmp_path, file=None, quick=False, dry_run=False, call=None)
     today = suite.chosen_file(given, suite.CPU)
     yesterday = tmp_path / re.sub(r"\d{4}-\d\d-\d\d", "2020-01-01", today.name)
     yesterday.write_text(json.dumps({"parts": {"head": {}}}))
@@ -241,11 +295,13 @@ def test_a_suite_goes_on_past_midnight(tmp_path):
 
 
 ALL_PARTS = [
-    *suite.CPU.values(), *suite.CUDA.values(), *suite.QUICK.values(), *(suite.dry(part) for part in suite.CUDA.values())
+    *suite.CPU.values(), *suite.CUDA.values(), *suite.QUICK.values(), *(suite.dry(part) for part in suite.CUDA.values()),
+    *(part for call in suite.PROGRAMME for part in suite.parts(False, False, call).values()),
+    *(part for call in suite.PROGRAMME for part in suite.parts(False, True, call).values()),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("part", sorted(set(ALL_PARTS)), ids=lambda part: f"{part.module} {part.arguments}")
+@pytest.mark.parametrize("part", sorted(set(ALL_PARTS), key=str), ids=lambda part: f"{part.module} {part.arguments}")
 def test_every_part_is_understood_by_its_module(part, monkeypatch):
     class Parsed(Exception):
         pass
@@ -263,39 +319,57 @@ def test_every_part_is_understood_by_its_module(part, monkeypatch):
 
 
 def test_every_part_of_a_gpu_has_a_tiny_form():
-    for part in suite.CUDA.values():
-        tiny = suite.dry(part).arguments
-        assert not re.search(r"qwen|llama|151936", tiny), tiny
+    for part in (*suite.CUDA.values(), *suite.PROGRAMME["tests"].values(), *suite.PROGRAMME["speed"].values()):
+        tiny = suite.dry(part)
+        assert not re.search(r"qwen|llama|15\d{4}", tiny.arguments), tiny
+        assert tiny.limit_s is None
 
 
-def test_the_programme_of_a_gpu_runs_dry(tmp_path):
-    """One of its parts; all of them in the slow tests."""
-    run_dry(tmp_path, ["policy_loss"])
+def test_the_two_calls_of_the_programme_end_within_4_and_5_minutes():
+    """By the limits of their parts, which run_all() passes on; the tests' own stands in the script."""
+    script = (ROOT / "benchmarks/gpu_suite.sh").read_text()
+    (tests_s,) = re.findall(r"^tests_s=(\d+)", script, re.MULTILINE)
+    assert "timeout $tests_s" in script
+    limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
+    assert all(0 < limit < 70 for call in limits.values() for limit in call)
+    assert sum(limits["tests"]) + int(tests_s) < 240
+    assert sum(limits["speed"]) < 300
+
+
+def test_a_part_of_the_programme_gets_no_more_than_its_limit(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(suite, "run_part", lambda part, allowed_s: given.append(allowed_s) or ({"benchmark": "x"}, ""))
+    options = [f"--output_dir={tmp_path}", "--file=x.json", "--call=tests"]
+    assert suite.main([*options, "--allowed_s=50"]) == 0 and given == [45], "the second would have less than a minute"
+    assert suite.main(options) == 0 and given == [45, 65]
+
+
+def test_the_programme_runs_dry_in_two_calls_and_asks_for_one_of_them(tmp_path):
+    """One part of each; all of them in the slow tests."""
+    run_dry(tmp_path, "speed", ["decode-7b"])
+    done = subprocess.run(["bash", "benchmarks/gpu_suite.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "gpu_suite.sh speed   5 minutes" in done.stdout
 
 
 @pytest.mark.slow
 def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
-    out = run_dry(tmp_path, [])
+    out = run_dry(tmp_path, "tests", [])
     assert "collected" in (out / "dry-run-gpu-tests.txt").read_text()
+    run_dry(tmp_path, "speed", [])
+    assert len(list(out.iterdir())) <= 8
 
 
-def run_dry(folder: Path, names: list[str]) -> Path:
-    out = folder / "out"
-    out.mkdir()
-    environment = {
-        **os.environ,
-        "DRY_RUN": "1",
-        "RESULTS": str(folder / "results"),
-        "OUT": str(out),
-        "ALLOWED_S": "3600",
-    }
-    command = ["bash", "benchmarks/gpu_suite.sh", *names]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**environment, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
+def run_dry(out: Path, call: str, names: list[str]) -> Path:
+    """A call's parts in small, with results in OUT beside those that the checkout has."""
+    environment = {**os.environ, "DRY_RUN": "1", "OUT": str(out), "PYTHON": sys.executable}
+    command = ["bash", "benchmarks/gpu_suite.sh", call, *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "all done" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     (path,) = out.glob("dry-run-*.json")
-    assert list(json.loads(path.read_text())["parts"]) == (names or list(suite.CUDA))
+    assert set(json.loads(path.read_text())["parts"]) >= set(names or suite.PROGRAMME[call])
+    assert sorted(file.name for file in out.glob("nvidia*")) == sorted(
+        file.name for file in RESULTS.glob("nvidia-*.json")
+    )
     return out
 
 
