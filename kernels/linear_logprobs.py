@@ -455,8 +455,7 @@ def _forward(
     product = (buffer(c, d, dtype=operand), buffer(c, d)) if rounds else None
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(hidden_states):
-        heads = weight.split(vb)  # as are the tiles' views, once: every operation of a tile costs the host
-        widths = {len(tile_head) for tile_head in heads}
+        heads = weight.split(vb)
         for row in range(0, n, c):
             here = slice(row, min(row + c, n))
             rows = here.stop - row
@@ -475,17 +474,17 @@ def _forward(
                 None if spread is None else spread[:rows].zero_(),
             )
             start(chunk._replace(hidden=hidden), bias, v, settings, rule)
-            tile_of: dict[int, Any] = {
-                width: [x if x is None else x[:rows, :width] for x in (scores, shares, drifts)] for width in widths
-            }
+            width, tile, tile_shares, tile_drifts = 0, scores, shares, drifts
             for first, tile_head in zip(range(0, v, vb), heads, strict=True):
-                width = len(tile_head)
+                if len(tile_head) != width:  # of a chunk's first tile and of its last: each view costs the host
+                    width = len(tile_head)
+                    tile = scores[:rows, :width]
+                    tile_shares, tile_drifts = (x if x is None else x[:rows, :width] for x in (shares, drifts))
                 if head is not None and weight_scale is not None:
                     scale = weight_scale[first : first + width]
                     tile_head = _dequantize(tile_head, scale, hidden_states.dtype, out=head[:width])
                 elif head is not None:
                     tile_head = head[:width].copy_(tile_head)
-                tile, tile_shares, tile_drifts = tile_of[width]
                 _multiply(chunk.hidden, tile_head.t(), tile)
                 fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
                 for total, a in ((chunk.pull, tile_shares), (chunk.spread, tile_drifts)):
