@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.benchmarks import (
     bench_budgets,
+    bench_decode,
     bench_gemm_4bit,
     bench_learning,
     bench_rollout,
@@ -25,6 +26,7 @@ from lowmem_grpo.benchmarks import (
     measure,
     profile_step,
     sampling_error,
+    suite,
     trainers,
 )
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
@@ -310,6 +312,32 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
     assert "no such thing" in bench_learning.tables({"results": {"TRL": [{"failed": "no such thing"}]}})
 
 
+def test_unsloth_is_imported_first_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """A stand-in for it, since it imports on CUDA alone; a peer that is not done in time or not there is a row."""
+    (tmp_path / "unsloth.py").write_text("import sys; first = 'torch' not in sys.modules")
+    program = "import json, sys, torch, unsloth; print(json.dumps({'argv': sys.argv[1:], 'first': unsloth.first}))"
+    (tmp_path / "peer.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = trainers.in_turns("peer", [trainers.UNSLOTH], [["--steps=2"]], save=lambda results: None)
+    assert found == {"Unsloth": [{"argv": ["--one", "Unsloth", "--steps=2"], "first": True}]}
+    (tmp_path / "peer.py").write_text("import time; time.sleep(60)")
+    found = trainers.in_turns("peer", [trainers.UNSLOTH], [[]], save=lambda results: None, limit_s=0.5)
+    assert found["Unsloth"][0]["failed"].startswith(measure.NOT_DONE) and not list(suite.faults(found))
+    monkeypatch.setattr(measure, "missing", lambda module: module == "unsloth")
+    found = trainers.in_turns("peer", [trainers.UNSLOTH], [[]], save=lambda results: None)
+    assert found == {"Unsloth": [{"failed": measure.NOT_INSTALLED}]} and not list(suite.faults(found))
+
+
+def test_a_saved_random_model_made_layer_by_layer_is_loaded_as_it_was(tmp_path):
+    """As on a GPU, where make_random_model makes it so; its embedding is its head."""
+    model = made(make_config("tiny", [0], 5), torch.device("cpu"), in_4bit=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(4)[None]).logits, loaded(torch.arange(4)[None]).logits)
+
+
 @LINUX
 def test_ways_to_sample_are_measured(tmp_path):
     output = tmp_path / "rollout.json"
@@ -323,6 +351,24 @@ def test_ways_to_sample_are_measured(tmp_path):
     assert len(demo.texts()) == 3 and bench_rollout.build("ours", demo, first=True, small=True)()
     assert all(result["tokens_per_s"] > 0 for result in found["results"].values())
     assert all(result["first_peak_bytes"] > 0 for result in found["results"].values())
+
+
+def test_a_step_of_decoding_is_the_difference_of_two_rollouts(tmp_path, capsys, monkeypatch):
+    """Of 8 and of 4 tokens, each once before it counts, by a clock of its own."""
+    clock = iter([9.0, 5.0, 4.0, 3.0])
+    monkeypatch.setattr(measure, "seconds_of", lambda run, turn, device: (run(turn), next(clock))[1])
+    output = tmp_path / "decode.json"
+    bench_decode.main(["--quick", "--prompts=2", "--only=ours", "--device=cpu", f"--output={output}"])
+    found = json.loads(output.read_text())
+    (result,) = found["results"].values()
+    assert (result["longest"], result["first_s"], result["later_s"]) == (8, 9.0, 5.0)
+    assert result["step_s"] == (5 - 3) / 4 and result["tokens_per_s"] == 16 / 0.5
+    assert result["rollout_tokens_per_s"] == 16 * 8 / 5
+    assert result["metrics"]["rollout/slots"] == 16
+    assert "| ours " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--longest=1"])
+    assert "has no half" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
