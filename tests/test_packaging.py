@@ -1,8 +1,10 @@
 """What a person gets who installs the wheel."""
 
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -70,3 +72,10 @@ def test_the_sdist_makes_the_same_wheel(source, wheel, tmp_path):
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "again"), str(archive))
     again = next((tmp_path / "again").glob("*.whl"))
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("package", ["torch", "triton"])
+def test_the_lowest_version_that_is_asked_for_has_a_job_of_its_own(package):
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (lowest,) = [match[1] for need in needs if (match := re.match(rf"{package}>=([\d.]+)", need))]
+    assert f" {package}=={lowest}.0 " in (ROOT / ".github/workflows/ci.yml").read_text()
