@@ -1,9 +1,9 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import make_model, make_policy
-from torch.utils.checkpoint import noop_context_fn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -74,7 +74,7 @@ def test_mlps_that_are_not_plain_are_not_tiled():
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     )  # fmt: skip
     with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
-        tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder(), noop_context_fn)
+        tile_mlps(AutoModelForCausalLM.from_config(config).get_decoder(), nullcontext)
 
 
 @pytest.fixture

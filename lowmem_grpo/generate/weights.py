@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowmem_grpo.model.lora import plain_lora_layers, worn_by
-from lowmem_grpo.model.product_4bit import dequantized, product_4bit
+from lowmem_grpo.model.product_4bit import dequantized, product_of
 
 Copy = Callable[[Hashable, Tensor, torch.dtype], Tensor]  # values under a name, in a dtype
 
@@ -39,7 +39,7 @@ def fast_linears(
     for layer in plain_lora_layers(model):
         if not layer.disable_adapters and not layer.merged:
             base = layer.get_base_layer()
-            forwards[layer] = _adapted(layer, forwards.get(base) or _product(base), dtype, copy)
+            forwards[layer] = _adapted(layer, forwards.get(base) or product_of(base), dtype, copy)
     before = {layer: vars(layer).get("forward") for layer in forwards}  # training's, or accelerate's
     try:
         for layer, forward in forwards.items():
@@ -69,11 +69,6 @@ def _dense(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Callable:
         return F.linear(x.to(dtype), weight, bias).to(x.dtype)
 
     return forward
-
-
-def _product(layer: Any) -> Callable[[Tensor], Tensor]:
-    """The product of a layer: product_4bit, or the layer itself where it is no Linear4bit or has a hooked forward."""
-    return product_4bit(layer) if type(layer) is Linear4bit and "forward" not in vars(layer) else layer
 
 
 def _adapted(layer: Any, base: Callable, dtype: torch.dtype, copy: Copy) -> Callable:

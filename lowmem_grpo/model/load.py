@@ -4,8 +4,9 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lowmem_grpo.config.sections import AdapterFields, ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import refuse_config
 from lowmem_grpo.model.attention import Recomputation
+from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
@@ -107,20 +109,19 @@ def equip(policy: Policy, config: ModelFields) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
-    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """The contexts of a checkpointed layer's forward and of its recomputation."""
-        return contextlib.nullcontext(), Recomputation(policy.configs, policy.adapters)
-
+    again = partial(Recomputation, policy.configs, policy.adapters)
     if config.use_liger_kernel:
         use_liger_kernels(base)
     if config.tiled_mlp:
-        tile_mlps(base.get_decoder(), contexts)
+        tile_mlps(base.get_decoder(), again)
     if config.offload_embedding:
         offload_embedding(base)
     if config.gradient_checkpointing:
-        _enable_checkpointing(base, contexts)
+        checkpoint_layers(base, again)
     elif any(getattr(layer, "gradient_checkpointing", False) for layer in base.modules()):
         _disable_checkpointing(base)
+    if hasattr(base, "_require_grads_hook"):  # PEFT's: the embedding's result would get a gradient that nobody reads
+        base.disable_input_require_grads()
     model.train()
 
 
@@ -131,12 +132,6 @@ def _switch_off_base_dropout(model: PeftModel) -> None:
             layer.p = 0.0
         if isinstance(getattr(layer, "attention_dropout", None), float):
             vars(layer)["attention_dropout"] = 0.0
-
-
-def _enable_checkpointing(model: Any, contexts: Callable[[], tuple]) -> None:
-    # transformers renamed it; the old name warns where there is a new one.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def _disable_checkpointing(model: Any) -> None:

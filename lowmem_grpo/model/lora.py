@@ -1,11 +1,10 @@
-"""LoRA with PEFT's numbers, but for rounding in 16 bits, and with less saved for the backward.
+"""LoRA with PEFT's numbers, but for rounding in 16 bits, with less of the host and less saved for the backward.
 
 PEFT casts an adapted layer's input to the adapter's fp32, which autocast casts back: the backward then keeps a copy of
-the input for each adapted layer. Here it keeps the very tensor that the base layer got, once for all that share it (q,
-k and v; gate and up), and r numbers a token.
+the input for each adapted layer. Here a layer's product and its adapter are one node of the graph. It keeps the very
+input, once for all that share it (q, k and v; gate and up), and r numbers a token.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,47 +12,78 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lowmem_grpo.model.product_4bit import dequantized, product_of
 
-class _AddAdapter(torch.autograd.Function):
-    """out + scale x A^T B^T."""
+
+class _Adapted(torch.autograd.Function):
+    """product(x) + scale x A^T B^T, where product(x) is x W^T + bias, and W and bias are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, product: Any) -> Tensor:
         rows = x.flatten(0, -2)  # (T, in)
-        low = rows @ a.t().to(x.dtype)  # (T, r)
+        low = rows @ a.to(x.dtype).t()  # (T, r)
         ctx.save_for_backward(rows, low, a, b)
-        ctx.scale = scale
-        return torch.addmm(out.flatten(0, -2), low, b.t().to(x.dtype), alpha=scale).view(out.shape)
+        ctx.scale, ctx.base, ctx.shape = scale, base, x.shape
+        out = product(x)
+        return out.flatten(0, -2).addmm_(low, b.to(x.dtype).t(), alpha=scale).view(out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)  # (T, out)
+        flat = grad.reshape(-1, grad.shape[-1])  # (T, out)
         grad_low = (flat @ b.to(rows.dtype)).mul_(ctx.scale)  # (T, r)
-        grad_x = (grad_low @ a.to(rows.dtype)).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        grad_a = (grad_low.t() @ rows).to(a.dtype) if ctx.needs_input_grad[2] else None
-        grad_b = (flat.t() @ low).to(b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
-        return grad, grad_x, grad_a, grad_b, None
+        grad_a = (grad_low.t() @ rows).to(a.dtype)
+        grad_b = (flat.t() @ low).to(b.dtype).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_low @ a.to(rows.dtype)).addmm_(flat, _weight(ctx.base, rows.dtype)).view(ctx.shape)
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
+    return dequantized(base, dtype) if type(base) is Linear4bit else base.weight
 
 
 def keep_one_input(model: nn.Module) -> None:
-    """Let the linear layers that wear one plain adapter go through _AddAdapter."""
+    """Let the linear layers that wear one plain adapter, or none, go past PEFT."""
     for layer in _linear_lora_layers(model):
-        layer.forward = partial(_forward, layer)
+        layer.forward = _Forward(layer)
 
 
-def _forward(layer: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-    names = worn_by(layer)
-    own = len(names) == 1 and _is_plain(layer, names[0]) and not _drops(layer.lora_dropout[names[0]])
-    if not own or arguments or keywords or layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x, *arguments, **keywords)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    out = layer.base_layer(x)
-    with torch.autocast(device, enabled=False):
+class _Forward:
+    """The forward of a linear layer: _Adapted, the bare product where no adapter is worn, or else PEFT's."""
+
+    def __init__(self, layer: Any):
+        self.layer, self.base = layer, layer.get_base_layer()
+        self.weight = self.product = None  # what the product was made of; a merge makes another weight
+
+    def __call__(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        layer, base = self.layer, self.base
+        device = x.device.type
+        given = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        ours = not (arguments or keywords or layer.merged) and given.dtype == _computes_in(base)
+        if ours and layer.disable_adapters and given is x and not (torch.is_grad_enabled() and x.requires_grad):
+            return self._product()(x)
+        names = worn_by(layer)
+        ours = ours and not layer.disable_adapters and len(names) == 1 and _is_plain(layer, names[0])
+        if not ours or _drops(layer.lora_dropout[names[0]]):
+            return type(layer).forward(layer, x, *arguments, **keywords)
         a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-        return _AddAdapter.apply(out.to(x.dtype), x, a, b, layer.scaling[names[0]])
+        return _Adapted.apply(given, a, b, layer.scaling[names[0]], base, self._product())
+
+    def _product(self) -> Any:
+        if "forward" in vars(self.base):  # a copy of its weight to sample from, or accelerate's hook
+            return self.base
+        if self.weight is not self.base.weight:
+            self.weight, self.product = self.base.weight, product_of(self.base)
+        return self.product
+
+
+def _computes_in(base: Any) -> torch.dtype | None:
+    """The dtype that a base layer computes in; None where it is another class than those that are known here."""
+    if type(base) is Linear4bit:
+        return base.compute_dtype
+    return base.weight.dtype if type(base) is nn.Linear else None
 
 
 def _drops(dropout: nn.Module) -> bool:

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.checkpointing import Contexts, by_torch
 
 TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
 LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"})
 
 
-def tile_mlps(decoder: nn.Module, contexts: Callable[[], tuple]) -> None:
+def tile_mlps(decoder: nn.Module, again: Contexts) -> None:
     """Compute each layer's MLP TILE_TOKENS rows at a time, and again in the backward: its rows are independent.
 
-    Only one tile's intermediates exist at a time, for the input and the output of the whole. contexts makes the
-    contexts of a tile's forward and of its recomputation.
+    Only one tile's intermediates exist at a time, for the input and the output of the whole. again() makes, in a tile's
+    forward, the context of its recomputation.
 
     Raises:
         InputError: a layer's MLP is not a plain one.
@@ -32,17 +32,17 @@ def tile_mlps(decoder: nn.Module, contexts: Callable[[], tuple]) -> None:
         mlp = getattr(layer, "mlp", None)
         if mlp is None or not any(names <= {name for name, _ in mlp.named_children()} for names in GATED):
             raise InputError(f"tiled_mlp does not know the MLP of {type(layer).__name__}; leave tiled_mlp out")
-        mlp.forward = _Ours(_tiled(mlp.forward, contexts))
+        mlp.forward = _Ours(_tiled(mlp.forward, by_torch(again)))
 
 
-def _tiled(forward: Callable[[Tensor], Tensor], contexts: Callable[[], tuple]) -> Callable[[Tensor], Tensor]:
+def _tiled(forward: Callable[[Tensor], Tensor], checkpoint: Callable) -> Callable[[Tensor], Tensor]:
     def tiled(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if len(rows) <= TILE_TOKENS:
             return forward(x)
         tiles = rows.split(TILE_TOKENS)
         if torch.is_grad_enabled():
-            out = [checkpoint(forward, tile, use_reentrant=False, context_fn=contexts) for tile in tiles]
+            out = [checkpoint(forward, tile) for tile in tiles]
         else:
             out = [forward(tile) for tile in tiles]
         return torch.cat(out).view(*x.shape[:-1], -1)

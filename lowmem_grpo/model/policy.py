@@ -149,7 +149,9 @@ class Policy:
 
     def autocast(self) -> torch.autocast:
         """Cast the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        enabled = self.dtype != torch.float32
+        # Kept, a cast that a checkpointed layer's forward made without a gradient would serve its recomputation too.
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled, cache_enabled=False)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

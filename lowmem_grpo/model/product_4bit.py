@@ -27,6 +27,11 @@ def product_4bit(layer: Linear4bit) -> Callable[[Tensor], Tensor]:
     return product
 
 
+def product_of(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The product of a layer: product_4bit, or the layer itself where it is no Linear4bit or has a hooked forward."""
+    return product_4bit(layer) if type(layer) is Linear4bit and "forward" not in vars(layer) else layer
+
+
 def dequantized(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) of a layer, rounded once to dtype, whatever it was quantized from."""
     codes, (shape, scales, blocksize, kind), double = _unpacked(layer)
