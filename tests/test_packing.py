@@ -1,4 +1,6 @@
+import inspect
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from tiny_models import make_policy
 from transformers import MambaConfig, MambaForCausalLM
 
 from lowmem_grpo.model import packed_attention
-from lowmem_grpo.model.packed_attention import by_blocks, by_segments
+from lowmem_grpo.model.attention import soften
+from lowmem_grpo.model.packed_attention import Packed, by_blocks, by_segments
 from lowmem_grpo.model.packing import pack
 
 CPU = torch.device("cpu")
@@ -134,7 +137,7 @@ def test_nothing_to_keep_makes_no_micro_batch(padding_free):
     assert packed([[5]], [[]], 100, padding_free=padding_free) == []
 
 
-def reference_attention(query, key, value, query_starts, key_starts, _, __, scaling, window):
+def reference_attention(query, key, value, query_starts, key_starts, _, __, scaling, window, softcap=None):
     """What a varlen attention returns, from its definition, in fp64: one segment at a time, aligned at the end."""
     results = []
     for s in range(len(query_starts) - 1):
@@ -143,7 +146,7 @@ def reference_attention(query, key, value, query_starts, key_starts, _, __, scal
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         back = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
         seen = (back >= 0) & (back < (window or len(k)))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+        scores = soften(torch.einsum("qhd,khd->hqk", q, k) * scaling, softcap)
         shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         results.append(torch.einsum("hqk,khd->qhd", shares, v))
     return torch.cat(results).to(query.dtype)
@@ -174,6 +177,87 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monk
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < bound
     assert all(mask.shape[0] <= tile for mask in batch.packing.masks.values())
+
+
+def documented(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """A twin of flash-attn's flash_attn_varlen_func, with the signature and the meaning that its documentation has."""
+    others = (dropout_p, alibi_slopes, deterministic, return_attn_probs, block_table)
+    assert causal and others == (0.0, None, False, False, None)
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    assert window_size[1] in (-1, 0), "no key after the query, which causal sees to anyway"
+    window = None if window_size[0] == -1 else window_size[0] + 1
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, scale, window, softcap or None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attn_is_called_as_its_documentation_has_it(window, softcap, monkeypatch):
+    monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", documented)
+    if softcap is None:
+        monkeypatch.setattr(packed_attention, "varlen_attn", None)
+    prompts, completions = random_sequences(0, 4, groups=4, longest_prompt=50)
+    (batch,) = packed(prompts, completions, 10_000, num_generations=4, padding_free=True)
+    real = int((batch.input_ids != 0).sum())
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, batch.input_ids.shape[1], 16, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = inputs
+    upstream, found = torch.randn(real, 4, 16), []
+    for varlen in (False, True):
+        out = Packed(batch.packing, varlen).attend(0, q, k, v, 0.3, window, softcap)[0, :real]
+        found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).norm() / truth.norm() < 2e-6
+
+
+def test_a_varlen_attention_is_chosen_by_what_it_can_do(monkeypatch):
+    torchs, theirs = packed_attention.flash, packed_attention.flash_with_softcap
+    for has_torchs, has_theirs, chosen, with_softcap in (
+        (True, False, torchs, None), (True, True, torchs, theirs), (False, True, theirs, theirs), (False, False, None, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(packed_attention, "varlen_attn", documented if has_torchs else None)
+        monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", documented if has_theirs else None)
+        for softcap, expected in ((None, chosen), (50.0, with_softcap)):
+            found = packed_attention.varlen_attention(softcap)
+            assert getattr(found, "func", found) is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attn_attends_as_blocks_do(window, softcap):
+    flash_attn = pytest.importorskip("flash_attn")
+    parameters = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
+    known = inspect.signature(documented).parameters
+    assert {name: p.default for name, p in known.items()}.items() <= {
+        n: p.default for n, p in parameters.items()
+    }.items()
+    prompts, completions = random_sequences(0, 4, groups=4, longest_prompt=50)
+    batch = next(
+        pack(
+            prompts, completions, token_budget=10_000, pad_token_id=0, device=torch.device("cuda"), num_generations=4,
+            padding_free=True,
+        )
+    )  # fmt: skip
+    real = int((batch.input_ids != 0).sum())
+    torch.manual_seed(0)
+    width, dtype = batch.input_ids.shape[1], torch.bfloat16
+    inputs = [torch.randn(width, heads, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = inputs
+    upstream, found = torch.randn(real, 4, 64, device="cuda"), []
+    flash = partial(packed_attention.flash_with_softcap, softcap=softcap)
+    for attention in (
+        lambda: by_blocks(q, k, v, batch.packing, 0.125, window, softcap),
+        lambda: by_segments(q, k, v, batch.packing, 0.125, window, flash),
+    ):
+        out = attention()[:real].float()
+        found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).float().norm() / truth.float().norm() < 2e-2
 
 
 def test_the_tiles_of_a_long_tail_keep_one_mask(monkeypatch):

@@ -2,12 +2,13 @@
 
 The gradient of a shared prompt's keys and values is the sum of what its copies would get
 (https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, the
-scores of a prompt and of its tails are in memory.
+scores of a prompt and of its tails are in memory, unless flash-attn is installed, which knows one.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]: the extra [flash]
+except ImportError:
+    flash_attn_varlen_func = None
 _ASKS_FOR_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -38,8 +43,9 @@ class Packed:
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
-        if self.varlen and softcap is None:
-            return by_segments(query, key, value, self.packing, scaling, window, flash)[None]
+        attention = varlen_attention(softcap) if self.varlen else None
+        if attention is not None:
+            return by_segments(query, key, value, self.packing, scaling, window, attention)[None]
         return by_blocks(query, key, value, self.packing, scaling, window, softcap)[None]
 
 
@@ -146,6 +152,13 @@ def by_segments(
     )  # fmt: skip
 
 
+def varlen_attention(softcap: float | None) -> Callable | None:
+    """A varlen attention that knows a softcap: torch's own, else flash-attn's where it is installed, or None."""
+    if softcap is None and varlen_attn is not None:
+        return flash
+    return None if flash_attn_varlen_func is None else partial(flash_with_softcap, softcap=softcap)
+
+
 def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
     """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
     assert varlen_attn is not None
@@ -158,11 +171,22 @@ def flash(query, key, value, query_starts, key_starts, longest_query, longest_ke
     return out
 
 
+def flash_with_softcap(
+    query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window, softcap: float | None
+) -> Tensor:
+    """flash-attn's flash_attn_varlen_func; CUDA from sm_80 on, bf16 or fp16. Grouped queries are as they come."""
+    assert flash_attn_varlen_func is not None
+    return flash_attn_varlen_func(
+        query, key, value, query_starts, key_starts, longest_query, longest_key, softmax_scale=scaling, causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether `flash` may run on a device; it raises for head sizes that it does not know."""
+    """Tell whether a varlen attention may run on a device; it raises for head sizes that it does not know."""
     half = dtype in (torch.bfloat16, torch.float16)
     return (
-        varlen_attn is not None
+        (varlen_attn is not None or flash_attn_varlen_func is not None)
         and half
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
