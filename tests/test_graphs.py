@@ -478,6 +478,9 @@ def test_an_update_that_runs_out_of_memory_lets_everything_go_for_good(captured)
     truth = sampler.run()
     captures, budget = sampler.captures, TokenBudget(100)
     budget.give_way = captures.give_way
+    nothing_yet = Captures("another model")
+    nothing_yet.give_way()
+    assert nothing_yet.last and captures.last, "as when the largest update is tried, before any rollout"
     assert captures.replays and captures.kept.tensors
     tried = []
 

@@ -189,15 +189,15 @@ def _run(
 ) -> None:
     """Sample the scheduler's completions into done."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
-    kept = Kept() if captures is None else captures.kept
-    addresses = kept.zeros("addresses", (5,), torch.int64, policy.device)
+    lasting = Kept() if captures is None else captures.kept
+    addresses = lasting.zeros("addresses", (5,), torch.int64, policy.device)
     store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device, addresses)
-    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, kept, request.fast)
+    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, lasting, request.fast)
     step: Callable[[int], Tensor] = slots.step
     if captures is not None:
         captures.capture = captures.capture or CAPTURE[policy.device.type]()
         assert slots.table is not None
-        kind = (
+        kind = (  # all that a recorded step holds besides its number of rows and what is in memory
             params, kv_dtype, store.own.numbers.shape[4], slots.table.shape[1], shape.shared,
             ceil(shape.prefix_tokens / SPLIT), request.dense, policy.adapters.worn,
             request.fast and request.fast.num_positions,

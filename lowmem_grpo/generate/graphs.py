@@ -90,9 +90,9 @@ class Captures:
         self.kept.tensors.clear()
 
     def give_way(self) -> None:
-        """Let all memory go for good: from now on steps are captured again in each rollout."""
+        """Let all memory go; if that is any, steps are captured again in each rollout from now on."""
+        self.last = self.last and not self.kept.tensors
         self.release()
-        self.last = False
 
 
 class Graphs:
