@@ -1,14 +1,21 @@
 """Time and memory of one update's gradient: padded rows, rows one by one, and packed rows that share their prompt.
 
     python -m lowmem_grpo.benchmarks.bench_update [--shape NAME] [--prompts 1] [--num_generations 8]
-        [--prompt_length 512] [--completion_length 128] [--uneven] [--rungs] [--output FILE]
+        [--prompt_length 512] [--completion_length 128] [--uneven] [--rungs] [--host] [--output FILE]
 
 With --rungs, packed rows with each of the settings that `lowmem-grpo plan` chooses from (but for sampling's, which
-bench_rollout has), and the optimizers' steps. All compute the same gradient of the same random 4-bit model's LoRA
-adapters; the last column says how far apart they are. Peak memory is above the loaded model.
+bench_rollout has), and the optimizers' steps. With --host, the host's time alone of an update and a reference pass: 28
+layers of tiny widths on a CPU, 4-bit products left out. MFU at 16,384 tokens a micro-batch: --prompts 4
+--prompt_length 512 --completion_length 448 --checkpointing, on a card of PEAKS.
+
+All compute the same gradient of the same random 4-bit model's LoRA adapters; the last column says how far apart they
+are. Peak memory is above the loaded model.
 """
 
 import argparse
+import contextlib
+import time
+from collections.abc import Iterator
 from functools import cache, partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -26,7 +33,7 @@ from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Coefficients
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.optimizer import make_optimizer
-from lowmem_grpo.update.passes import backward
+from lowmem_grpo.update.passes import backward, micro_batches
 from lowmem_grpo.update.token_metrics import TokenMeter
 
 # How a step's completions become micro-batches; all in one unless token_budget says otherwise, of the step's tokens.
@@ -50,6 +57,11 @@ RUNGS: dict[str, dict[str, Any]] = {
     "none of these": {},
 }
 IMPLEMENTATIONS = LAYOUTS | RUNGS
+# Dense 16-bit FLOP/s of tensor cores with fp32 sums, by a part of the card's name, by NVIDIA's data sheets.
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
+}  # fmt: skip
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
@@ -123,7 +135,7 @@ def build(name: str, work: Work, small: bool) -> measure.Run:
 
 
 def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[str, dict]:
-    """Per implementation: failed, or seconds (Timing), peak_bytes, and error: the gradient's distance to the last's."""
+    """Per implementation: failed, or seconds (Timing), peak_bytes, mfu, error: the distance to the last gradient."""
     device = torch.device(work.device)
 
     def timed(group: list[str]) -> dict[str, measure.Timing | Failed]:
@@ -142,9 +154,82 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
         results[name] = {
             "seconds": timing,
             "peak_bytes": measure.peak_above_inputs(partial(build, name, work), device),
+            "mfu": mfu(work, timing.median, torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
             "error": ((gradient(work, name) - truth).norm() / truth.norm()).item(),
         }
     return results
+
+
+def flops(work: Work) -> int:
+    """Floating point operations of an update's forward and backward, without what is computed again.
+
+    The weights are frozen, so that each takes 4 a token (a product, and its input's gradient): those of the layers for
+    every token, the head's for those of completions. Attention takes 12 times the hidden size, a layer and a pair of
+    tokens of which one sees the other. Adapters are not counted.
+    """
+    layers, hidden, mlp, heads, kv_heads, vocabulary, _ = SHAPES[work.shape]
+    weights = layers * hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * mlp)
+    rollout = make_rollout(work)
+    lengths = rollout.offsets.diff().tolist()
+    tokens, counted = work.prompts * work.prompt_length + sum(lengths), sum(lengths)
+    pairs = work.prompts * work.prompt_length**2 // 2
+    pairs += sum(length * work.prompt_length + length**2 // 2 for length in lengths)
+    return 4 * weights * tokens + 4 * vocabulary * hidden * counted + 12 * hidden * layers * pairs
+
+
+def mfu(work: Work, seconds: float, card: str) -> float | None:
+    """Model FLOP/s utilization of an update that took so many seconds: flops(work) of the card's peak, by PEAKS.
+
+    None where the card is not in PEAKS.
+    """
+    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
+    return None if peak is None else flops(work) / seconds / peak
+
+
+@contextlib.contextmanager
+def without_products() -> Iterator[None]:
+    """Have bitsandbytes' 4-bit product on a CPU return zeros at once inside the `with`, through all of its calls."""
+    library = torch.library.Library("bitsandbytes", "IMPL")
+
+    def zeros(x: Tensor, codes: Tensor, shape: list[int], *_: Any, **__: Any) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], shape[0])
+
+    library.impl("gemm_4bit", zeros, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def bench_host(repetitions: int, warmups: int) -> dict[str, measure.Timing]:
+    """Seconds of this thread in an update and in a reference pass of 28 layers, on 28 tokens and in fp32.
+
+    So small are the tensors that the time is the host's. In fp32, since a CPU's products of few rows in 16 bits take 7
+    times as long.
+    """
+    policy = make_policy("28-tiny-layers", "cpu", "", gradient_checkpointing=True, bf16=False)
+    work = Work("28-tiny-layers", 1, 3, 7, 7, uneven=False, checkpointing=True, device="cpu")
+    rollout, config = make_rollout(work), GRPOConfig(token_budget=10**9, bf16=False)
+    (batch,) = micro_batches(policy, rollout, config, config.token_budget, [True] * 3)
+
+    def update() -> None:
+        policy.logprobs(batch, 1.0).sum().backward()
+
+    def reference() -> None:
+        with policy.as_base():
+            policy.logprobs(batch, 1.0)
+
+    found = {}
+    with without_products():
+        for name, run in (("update", update), ("reference", reference)):
+            spent = []
+            for _ in range(warmups + repetitions):
+                start = time.thread_time()
+                run()
+                spent.append(time.thread_time() - start)
+            spent = sorted(spent[warmups:])
+            found[name] = measure.Timing(spent[len(spent) // 2], spent[0], spent[-1], repetitions)
+    return found
 
 
 def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, dict]:
@@ -171,7 +256,10 @@ def bench_optimizers(work: Work, repetitions: int, warmups: int) -> dict[str, di
 
 def tables(found: dict[str, Any]) -> str:
     """The document as tables for people."""
-    made = [_updates(found)]
+    made = [_updates(found)] if found["results"] else []
+    if "host" in found:
+        rows = [[name, measure.spread(spent, 1e3)] for name, spent in found["host"].items()]
+        made.append(measure.markdown_table(["28 tiny layers, 4-bit products left out", "CPU ms"], rows))
     if "optimizers" in found:
         made.append(_optimizers(found))
     return "\n\n".join(made)
@@ -193,15 +281,18 @@ def _updates(found: dict[str, Any]) -> str:
 
     def row(name: str, result: dict) -> list[str]:
         if "failed" in result:
-            return [name, result["failed"], "", ""]
-        return [name, measure.spread(result["seconds"]), measure.mib(result["peak_bytes"]), f"{result['error']:.1e}"]
+            return [name, result["failed"], "", "", ""]
+        used = "" if result.get("mfu") is None else f"{result['mfu']:.1%}"
+        seconds, peak = measure.spread(result["seconds"]), measure.mib(result["peak_bytes"])
+        return [name, seconds, used, peak, f"{result['error']:.1e}"]
 
     title = (
         f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations} of "
         f"{'up to ' if work.uneven else ''}{work.completion_length}{', checkpointed' if work.checkpointing else ''}"
     )
     return measure.markdown_table(
-        [title, clock, "peak MiB", "gradient, from the last row's"], [row(n, r) for n, r in found["results"].items()]
+        [title, clock, "MFU", "peak MiB", "gradient, from the last row's"],
+        [row(n, r) for n, r in found["results"].items()],
     )
 
 
@@ -215,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--uneven", action="store_true", help="lengths from an eighth of completion_length up to it")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--rungs", action="store_true", help="the settings that need less memory, with packed rows")
+    parser.add_argument("--host", action="store_true", help="the host's time alone, and nothing else")
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
@@ -232,7 +324,11 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     names = arguments.only or [name for name in (RUNGS if arguments.rungs else LAYOUTS) if serves(work, name)]
     repetitions = 1 if arguments.quick else arguments.repetitions
-    results: dict[str, Any] = {"results": bench(work, names, repetitions, arguments.warmups)}
+    results: dict[str, Any] = {"results": {}}
+    if arguments.host:
+        results["host"] = bench_host(repetitions, arguments.warmups)
+    else:
+        results["results"] = bench(work, names, repetitions, arguments.warmups)
     if arguments.rungs:
         results["optimizers"] = bench_optimizers(work, repetitions, arguments.warmups)
     found = measure.document("bench_update", argv, device, work=work, **results)

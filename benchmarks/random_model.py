@@ -29,6 +29,7 @@ from lowmem_grpo.model.policy import Policy
 # Layers, hidden, MLP, query heads, KV heads, vocabulary, tied head.
 SHAPES = {
     "tiny": (4, 256, 768, 8, 2, 4096, True),
+    "28-tiny-layers": (28, 64, 128, 4, 2, 512, True),
     "tiny-large-vocabulary": (4, 256, 768, 8, 2, 151936, True),
     "qwen2.5-0.5b": (24, 896, 4864, 14, 2, 151936, True),
     "qwen2.5-1.5b": (28, 1536, 8960, 12, 2, 151936, True),

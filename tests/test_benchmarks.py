@@ -177,6 +177,32 @@ def test_updates_in_every_layout_have_one_gradient(tmp_path):
     assert all(result["error"] < 0.03 and result["seconds"]["repetitions"] == 1 for result in results.values())
 
 
+def test_mfu_is_of_the_update_by_hand_and_of_a_known_card_alone():
+    work = bench_update.Work("tiny", 1, 1, 3, 2, uneven=False, checkpointing=True, device="cpu")
+    layer = 256 * (256 + 64 + 64 + 256) + 3 * 256 * 768
+    pairs = 3 * 3 // 2 + 2 * 3 + 2 * 2 // 2
+    by_hand = 4 * 4 * layer * (3 + 2) + 4 * 4096 * 256 * 2 + 12 * 256 * 4 * pairs
+    assert bench_update.flops(work) == by_hand
+    assert bench_update.mfu(work, 2.0, "NVIDIA H100 PCIe") == pytest.approx(by_hand / 2 / 756e12)
+    assert bench_update.mfu(work, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(by_hand / 2 / 989e12)
+    assert bench_update.mfu(work, 2.0, "a card of tomorrow") is None
+
+
+def test_the_hosts_time_is_measured_alone_and_products_come_back(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    bench_update.main(["--host", "--repetitions=1", "--warmups=0", "--device=cpu", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert found["host"]["update"]["median"] > found["host"]["reference"]["median"] > 0
+    assert "28 tiny layers" in capsys.readouterr().out
+    policy = bench_update.make_policy("28-tiny-layers", "cpu", "", gradient_checkpointing=True, bf16=False)
+    layer = policy.decoder.layers[0].mlp.up_proj.base_layer
+    with torch.no_grad():
+        assert layer(torch.ones(1, 64)).any()
+        with bench_update.without_products():
+            assert not layer(torch.ones(1, 64)).any()
+        assert layer(torch.ones(1, 64)).any()
+
+
 @LINUX
 def test_rungs_have_the_gradient_and_optimizers_their_bytes(tmp_path):
     output = tmp_path / "result.json"
