@@ -7,7 +7,6 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
-gpu = pytest.mark.gpu
 IN, OUT = 192, 80  # 3 blocks of 64 a row
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,7 +70,8 @@ def test_double_quantization_in_other_blocks_is_refused():
         product_4bit(layer)
 
 
-@gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 64, 2000])
 def test_the_product_is_linear4bits_on_a_gpu(rows, dtype):
