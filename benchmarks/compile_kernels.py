@@ -45,6 +45,8 @@ SHARED_MEMORY = {
 ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
 # cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3;   the third operand is a number of bytes
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
+# A product and a sum in 16 bits as one operation, rounded once where torch rounds twice.
+UNROUNDED = re.compile(r"\bfma\.rn\.(?:bf16|f16)")
 # sm_75 has no bf16; every other card is compiled with it.
 HALF = {75: "*fp16"}
 HALF_DTYPE = {75: tl.float16}
@@ -65,6 +67,7 @@ class Kernel(NamedTuple):
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
+    fuses: bool = True  # products and sums into one
 
 
 def _start(name: str, **change) -> Kernel:
@@ -215,7 +218,7 @@ def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
         WHOLE=False, HEADS=1, BLOCK_D=128,
     )  # fmt: skip
     # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale.
-    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=10)
+    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=10, fuses=False)
 
 
 def _gated(name: str, **change) -> Kernel:
@@ -321,7 +324,8 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": kernel.num_warps})
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": kernel.fuses}
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -340,6 +344,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         loads=[compiled.asm["ttir"].count("tt.load") + kernel.read_again, compiled.asm["ttgir"].count("tt.load")],
         narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
         narrow_limit=kernel.narrow,
+        unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
     )
 
 

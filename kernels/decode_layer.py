@@ -383,10 +383,10 @@ def heads(
     turned = []
     for x, norm in ((query, query_norm), (key, key_norm)):
         if norm is not None:
-            x = _rms(x.unflatten(1, (-1, len(norm[0]))), norm).flatten(1)
+            x = rms(x.unflatten(1, (-1, len(norm[0]))), norm).flatten(1)
         x = x.unflatten(1, (-1, D))
         if cos is not None and sin is not None:
-            x = _rotated(x, cos[positions][:, None], sin[positions][:, None], paired)
+            x = rotated(x, cos[positions][:, None], sin[positions][:, None], paired)
         turned.append(x)
     columns = positions if prefilled is None else positions - prefilled
     page = table.gather(1, (columns // page_tokens)[:, None])[:, 0]
@@ -493,6 +493,7 @@ def _launch_heads(
                 LOW=0 if low is None else low.shape[2], R=0 if b is None else len(b), STEP=STEP, SPLITS=splits,
                 EARLY=early, WHOLE=whole, HEADS=triton.next_power_of_2(H) if whole else 1,
                 BLOCK_D=triton.next_power_of_2(D), num_warps=8 if whole else 1,
+                enable_fp_fusion=False,  # a product in 16 bits and a sum would become one, rounded once
             )  # fmt: skip
     return query
 
@@ -516,7 +517,7 @@ def _summed(
     return (y.float() + high).to(dtype)
 
 
-def _rms(x: Tensor, norm: Norm) -> Tensor:
+def rms(x: Tensor, norm: Norm) -> Tensor:
     gain, eps, early = norm
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -524,10 +525,10 @@ def _rms(x: Tensor, norm: Norm) -> Tensor:
 
 
 def _after_norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else _rms(x, norm)
+    return x if norm is None else rms(x, norm)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:
     """x (S, H, D) with its first columns rotated, by cos and sin (S, 1, rotary)."""
     front, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     if paired:

@@ -32,6 +32,7 @@ def check(results: list[dict]) -> None:
         most, loads = result["loads"]
         assert loads <= most, result
         assert result["narrow"] <= result["narrow_limit"], result
+        assert result["unrounded"] == 0, result
 
 
 def test_every_kernel_compiles_without_spills_for_an_ampere_and_a_hopper_card():

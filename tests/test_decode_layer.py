@@ -98,7 +98,7 @@ def close(found, expected, dtype, place):
     assert distance.norm() <= bound * expected.double().norm(), distance.norm() / expected.double().norm()
     assert distance.abs().max() <= 16 * bound * expected.double().abs().max()
     if dtype != torch.float32 and not interpreted:
-        assert (distance != 0).sum() <= 1 + 0.01 * distance.numel(), (distance != 0).double().mean()
+        assert (distance != 0).sum() <= 3 + 0.01 * distance.numel(), (distance != 0).double().mean()
 
 
 # Start.

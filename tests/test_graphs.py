@@ -348,7 +348,8 @@ def poisoned(num_bytes):
 def change_adapters(policy):
     with torch.no_grad():
         for parameter in policy.parameters_of(policy.adapter).values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+            parameter += 0.05 * noise.to(parameter.device)
 
 
 def assert_same(found, truth):

@@ -224,8 +224,8 @@ def test_products_of_real_shapes_are_those_of_the_twin(sizes, K, splits, rows):
     x, a = inputs(rows, K, torch.bfloat16)
     weights, _ = weights_of(sizes, K, True)
     found, expected = (multiplied(x, weights, a, splits, (backend, "cuda")) for backend in ("triton", "torch"))
-    for one, other in zip(found, expected, strict=True):
-        assert error(one, other.double()) < 2e-6
+    for one, other in zip(found, expected, strict=True):  # two fp32 sums of K / splits products, in other orders
+        assert error(one, other.double()) < 1.5e-7 * (K / splits) ** 0.5
 
 
 def test_splits_make_programs_enough_for_a_card_and_no_split_is_tiny():

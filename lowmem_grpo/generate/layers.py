@@ -15,7 +15,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, _rms, _rotated
+from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, rms, rotated
 from lowmem_grpo.kernels.nf4_product import Weight
 from lowmem_grpo.model.attention import attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
@@ -325,7 +325,7 @@ def _norm(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
     with torch.autocast(weight.device.type, enabled=False):
         theirs = module(x).float()
         for gain in (weight.float(), 1 + weight.float()):
-            if torch.allclose(_rms(x, (gain, eps, False)), theirs, rtol=1e-5, atol=1e-6):
+            if torch.allclose(rms(x, (gain, eps, False)), theirs, rtol=1e-5, atol=1e-6):
                 break
         else:
             raise unknown
@@ -333,13 +333,13 @@ def _norm(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
             return Norm(gain, eps, False)
         x = x.to(dtype)
         theirs = module(x)
-        early = min((True, False), key=lambda early: (_rms(x, (gain, eps, early)) != theirs).sum().item())
+        early = min((True, False), key=lambda early: (rms(x, (gain, eps, early)) != theirs).sum().item())
     return Norm(gain, eps, early)
 
 
 def normed(x: Tensor, norm: Norm | None) -> Tensor:
     """The norm of x (..., N), or x where there is none."""
-    return x if norm is None else _rms(x, norm)
+    return x if norm is None else rms(x, norm)
 
 
 def _moves(key: Tensor) -> bool:
@@ -357,7 +357,7 @@ def _paired(attention: Any) -> bool:
         given = torch.cat([angle, angle], -1)
         theirs = rotate(x, x, given.cos(), given.sin())[0]
         for paired, angles in ((False, given), (True, angle.repeat_interleave(2, -1))):
-            if torch.allclose(theirs, _rotated(x, angles.cos(), angles.sin(), paired), atol=1e-5):
+            if torch.allclose(theirs, rotated(x, angles.cos(), angles.sin(), paired), atol=1e-5):
                 return paired
     raise Unknown("it rotates queries and keys in a way that is not known")
 

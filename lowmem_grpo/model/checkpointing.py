@@ -27,7 +27,7 @@ def checkpoint_layers(model: Any, again: Contexts) -> None:
     enable(torchs.keywords)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-            vars(layer)["_gradient_checkpointing_func"] = _OneNode(torchs, again)
+            vars(layer)["_gradient_checkpointing_func"] = _OneNode(layer, torchs, again)
 
 
 def by_torch(again: Contexts) -> partial:
@@ -38,16 +38,16 @@ def by_torch(again: Contexts) -> partial:
 class _OneNode:
     """A layer's checkpointing: torch's from then on where a layer gives more than one tensor."""
 
-    def __init__(self, torchs: Callable, again: Contexts):
-        self.torchs, self.again, self.gives_a_tensor = torchs, again, True
+    def __init__(self, layer: Any, torchs: Callable, again: Contexts):
+        self.layer, self.torchs, self.again, self.gives_a_tensor = layer, torchs, again, True
 
     def __call__(self, run: partial, *inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*inputs)
         plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not _has_gradient(run.keywords)
         if plain and self.gives_a_tensor:
-            (hidden,), (layer, *_) = inputs, run.args
-            if not hidden.requires_grad and not any(p.requires_grad for p in layer.parameters()):
+            (hidden,) = inputs
+            if not hidden.requires_grad and not any(p.requires_grad for p in self.layer.parameters()):
                 return run(hidden)
             out = _Layer.apply(hidden, None if hidden.requires_grad else _ASKS_FOR_A_GRADIENT, run, self.again())
             if isinstance(out, Tensor):
