@@ -68,6 +68,7 @@ class Kernel(NamedTuple):
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
     fuses: bool = True  # products and sums into one
+    num_stages: int = 3
 
 
 def _start(name: str, **change) -> Kernel:
@@ -144,9 +145,14 @@ def _split(name: str, also_narrow: int, **change) -> Kernel:
         query_ptr="*half", addresses_ptr="*i64", table_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64",
         prefix_rows_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
         NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, SPLIT=decode_attention.SPLIT, HEADS=8,
-        BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP,
+        BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None, FACTOR=None,
     )  # fmt: skip
     return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow)
+
+
+def _tiles(name: str, also_narrow: int, **change) -> Kernel:
+    arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16) | change
+    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=2)
 
 
 def _write(name: str, narrow: int = 0, **change) -> Kernel:
@@ -175,7 +181,7 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
         arguments |= {f"offset{index}_ptr": "*fp32"}
     n0, n1, n2 = sizes + [0] * (3 - len(sizes))
     arguments |= dict(
-        x_ptr="*half", x_words_ptr="*i32", code_ptr="*fp32", a_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", M="i32",
+        x_ptr="*half", code_ptr="*fp32", a_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", M="i32",
         N0=n0, N1=n1, N2=n2, R=R, NESTED=True, BLOCK_M=16, BLOCK_N=nf4_product.BLOCK_N, RANK=nf4_product.RANK,
         STAGES=nf4_product.STAGES,
     )  # fmt: skip
@@ -186,7 +192,7 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
         nf4_product._product_kernel,
         arguments | change,
         nf4_product.NUM_WARPS,
-        narrow=21,
+        narrow=22,
         oldest=nf4_product.OLDEST,
     )
 
@@ -224,7 +230,7 @@ def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
 def _gated(name: str, **change) -> Kernel:
     arguments = dict(
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, out_ptr="*half", M="i32", WIDTH=18944,
-        LOW=32, R=16, STEP=decode_layer.STEP, SPLITS=2, ACTIVATION="silu", ROWS=decode_layer.ROWS,
+        LOW=32, R=16, STEP=decode_layer.STEP, SPLITS=2, ACTIVATION="silu", ROWS=1,
         BLOCK=decode_layer.COLUMNS,
     )  # fmt: skip
     return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2)
@@ -280,7 +286,13 @@ KERNELS = [
     ),
     _split(
         "decode_attention, 7 x 128, int8, pages, prefix", 44,  # likewise; 32 scales of a token, 4 times 8 bytes of it
-        NUMBERS=tl.int8, PAGED=True, STEP=decode_attention.STEP_INT8,
+        NUMBERS=tl.int8, PAGED=True,
+    ),
+    _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 0, PAGED=True),
+    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 59, NUMBERS=tl.int8, PAGED=True),
+    _tiles(
+        "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 0,
+        window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32, PAGED=True,
     ),
     _write("write_token, 2 x 128"),
     _write("write_token, 8 x 256, fp32, without prefixes", key_ptr="*fp32", value_ptr="*fp32", prefilled_ptr=None,
@@ -306,7 +318,7 @@ KERNELS = [
         WHOLE=True, HEADS=32, cos_ptr="*fp32", sin_ptr="*fp32", bias_ptr=None,
     ),
     _gated("decode_layer gated, 18944"),
-    _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64),
+    _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64, ROWS=4),
 ]  # fmt: skip
 
 
@@ -324,7 +336,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": kernel.fuses}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": kernel.fuses}
     compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -104,7 +104,9 @@ PROGRAMME = {
         ),
     },
     "speed": {
-        "decode-1.5b": Part("bench_decode", f"--shape qwen2.5-1.5b {_EVEN} --profile", 50),
+        "decode-1.5b": Part(
+            "bench_decode", f"--shape qwen2.5-1.5b {_EVEN} --profile --only ours --only 'ours, without CUDA graphs'", 50
+        ),
         "rollout-1.5b": Part(
             "bench_rollout",
             f"--shape qwen2.5-1.5b {_EVEN} --max_completion_length 256 --repetitions 2 "

@@ -13,9 +13,8 @@ The kernels take the store's addresses and T_p from device memory. A CUDA graph 
 right with a later one, wherever that lies and however many pages and prefix rows it has.
 
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
-peak and sums in fp32, and a second kernel merges them. One fp32 multiplication per query of a kv head and element: with
-at most 8 of them the keys' and values' way from memory takes longer, and sm_75 has no tensor cores in Triton. Scratch:
-about S H splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the
+peak and sums in fp32, and a second kernel merges them. Tensor cores multiply 16-bit queries with keys and values of 16
+or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: about S H splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the
 longest sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from
 the L2 cache.
 
@@ -38,8 +37,8 @@ except ImportError:  # Windows, macOS
 
 # Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
 SPLIT = 256
-STEP = 2  # tokens that a thread has in hand at a time; 4 spill
-STEP_INT8 = 1  # with 2, a thread would have 16 columns of a token in place of 8, and spill
+STEP = 1  # tokens that a thread has in hand at a time; with 2 an H200 takes 1.5 to 1.6 times as long, 4 spill
+TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, twice for the next
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
@@ -147,6 +146,81 @@ if triton is not None:
             tl.store(state_ptr + heads * state_stride, LOWEST, mask=known)
             tl.store(state_ptr + heads * state_stride + 1, 0.0, mask=known)
 
+    @triton.jit
+    def _attend_by_tiles(
+        query,  # (HEADS, BLOCK_D), as given
+        base_ptr,  # (pages, L, 2, H_kv, T, D)
+        scale_base_ptr,  # (pages, L, 2, H_kv, T), or None
+        key_row,  # of (L 2 H_kv): the layer's and kv head's
+        tokens,  # T
+        table_ptr,  # of the sequence
+        first,  # tokens first ... stop - 1 are attended to
+        stop,
+        sums_ptr,  # (HEADS, D) fp32, written
+        state_ptr,  # (HEADS, 2) fp32, written: peak and total
+        sums_stride,
+        state_stride,
+        known,  # (HEADS,) bool
+        scaling,
+        softcap,
+        LAYERS: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        D: tl.constexpr,
+        PAGE: tl.constexpr,  # tokens of a page; None where the table has one page per sequence
+        HEADS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        TOKENS: tl.constexpr,
+        FACTOR: tl.constexpr,  # dtype of a product's factors
+    ):
+        """Peak, total and sums of one split, TOKENS at a time, on tensor cores.
+
+        Keys, values and queries have 16 bits, or 8, so that their products are exact in fp32. A token's share is the
+        sum of two numbers of 16 bits, which leaves it 16 bits or more.
+        """
+        heads = tl.arange(0, HEADS)
+        d = tl.arange(0, BLOCK_D)[None, :]
+        peak = tl.full((HEADS,), LOWEST, tl.float32)
+        total = tl.zeros((HEADS,), tl.float32)
+        sums = tl.zeros((HEADS, BLOCK_D), tl.float32)
+        if PAGE is None:
+            page = tl.load(table_ptr).to(tl.int64)
+        for start in range(first, stop, TOKENS):
+            at = start + tl.arange(0, TOKENS)
+            seen = at < stop
+            if PAGE is None:
+                inside = at.to(tl.int64)
+            else:
+                page = tl.load(table_ptr + at // PAGE, mask=seen, other=0).to(tl.int64)
+                inside = (at % PAGE).to(tl.int64)
+            # Of a token's key; its value is H_kv rows of T tokens further.
+            token_at = (page * (LAYERS * 2 * KV_HEADS) + key_row) * tokens + inside
+            key_at = base_ptr + token_at[:, None] * D + d
+            read = seen[:, None] & (d < D)
+            key = tl.load(key_at, mask=read, other=0).to(FACTOR)
+            value = tl.load(key_at + KV_HEADS * tokens * D, mask=read, other=0).to(FACTOR)
+            score = tl.dot(query.to(FACTOR), tl.trans(key), input_precision="ieee") * scaling  # (HEADS, TOKENS)
+            if scale_base_ptr is not None:
+                score *= tl.load(scale_base_ptr + token_at, mask=seen, other=0.0).to(tl.float32)[None, :]
+            if softcap is not None:
+                score = _softcap(score, softcap)
+            score = tl.where(seen[None, :], score, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 1))
+            share = tl.exp(score - higher[:, None])
+            fade = tl.exp(peak - higher)
+            total = total * fade + tl.sum(share, 1)
+            if scale_base_ptr is not None:
+                scale = tl.load(scale_base_ptr + token_at + KV_HEADS * tokens, mask=seen, other=0.0)
+                share *= scale.to(tl.float32)[None, :]
+            most = share.to(FACTOR)
+            rest = (share - most.to(tl.float32)).to(FACTOR)
+            sums = tl.dot(rest, value, sums * fade[:, None], input_precision="ieee")
+            sums = tl.dot(most, value, sums, input_precision="ieee")
+            peak = higher
+        tl.store(state_ptr + heads * state_stride, peak, mask=known)
+        tl.store(state_ptr + heads * state_stride + 1, total, mask=known)
+        if first < stop:
+            tl.store(sums_ptr + heads[:, None] * sums_stride + d, sums, mask=known[:, None] & (d < D))
+
     @triton.jit(
         do_not_specialize=["layer", "table_stride", "splits", "prefix_splits", "own_tokens", "window"],
     )
@@ -181,6 +255,8 @@ if triton is not None:
         BLOCK_D: tl.constexpr,
         ROWS: tl.constexpr,
         STEP: tl.constexpr,
+        TOKENS: tl.constexpr,  # of a tile for tensor cores, or None
+        FACTOR: tl.constexpr,
     ):
         """One program per sequence, up to HEADS queries of a kv head, and split: the prefix's splits, then its own."""
         row = tl.program_id(0).to(tl.int64)
@@ -192,11 +268,18 @@ if triton is not None:
         head = kv_head * GROUP + part * HEADS
         left = GROUP - part * HEADS
 
-        heads = tl.arange(0, HEADS)[None, None, :, None]
-        column = tl.arange(0, BLOCK_D)[None, None, None, :]
         query_ptr += row * query_row_stride + head * query_head_stride
-        query = tl.load(query_ptr + heads * query_head_stride + column, mask=(heads < left) & (column < D), other=0.0)
-        query = query.to(tl.float32) * scaling
+        if TOKENS is None:
+            heads = tl.arange(0, HEADS)[None, None, :, None]
+            column = tl.arange(0, BLOCK_D)[None, None, None, :]
+            there = (heads < left) & (column < D)
+            query = tl.load(query_ptr + heads * query_head_stride + column, mask=there, other=0.0)
+            query = query.to(tl.float32) * scaling
+        else:
+            heads = tl.arange(0, HEADS)[:, None]
+            column = tl.arange(0, BLOCK_D)[None, :]
+            there = (heads < left) & (column < D)
+            query = tl.load(query_ptr + heads * query_head_stride + column, mask=there, other=0.0)
         known = tl.arange(0, HEADS) < left
         sums_stride, state_stride = splits * D, splits * 2  # from head to head; by products, whose D shows
         sums_ptr += (row * H + head) * sums_stride + split * D
@@ -218,11 +301,18 @@ if triton is not None:
                 stop = tl.minimum(tl.minimum(first + SPLIT, prefix_length), prefix_tokens.to(tl.int32))
                 if window is not None:
                     first = tl.maximum(first, prefix_length + length - window)
-                _attend(
-                    query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
-                    sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D, None, HEADS,
-                    BLOCK_D, ROWS, STEP,
-                )  # fmt: skip
+                if TOKENS is None:
+                    _attend(
+                        query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
+                        sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D, None,
+                        HEADS, BLOCK_D, ROWS, STEP,
+                    )  # fmt: skip
+                else:
+                    _attend_by_tiles(
+                        query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
+                        sums_ptr, state_ptr, sums_stride, state_stride, known, scaling, softcap, LAYERS, KV_HEADS, D,
+                        None, HEADS, BLOCK_D, TOKENS, FACTOR,
+                    )  # fmt: skip
         if own_split >= 0:
             base_ptr = _pointer(addresses_ptr, NUMBERS)
             scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 1, tl.float16)
@@ -230,11 +320,18 @@ if triton is not None:
             stop = tl.minimum(tl.minimum(first + SPLIT, length), own_tokens)
             if window is not None:
                 first = tl.maximum(first, length - window)
-            _attend(
-                query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
-                sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D,
-                T if PAGED else None, HEADS, BLOCK_D, ROWS, STEP,
-            )  # fmt: skip
+            if TOKENS is None:
+                _attend(
+                    query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
+                    sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D,
+                    T if PAGED else None, HEADS, BLOCK_D, ROWS, STEP,
+                )  # fmt: skip
+            else:
+                _attend_by_tiles(
+                    query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
+                    sums_ptr, state_ptr, sums_stride, state_stride, known, scaling, softcap, LAYERS, KV_HEADS, D,
+                    T if PAGED else None, HEADS, BLOCK_D, TOKENS, FACTOR,
+                )  # fmt: skip
 
     @triton.jit(do_not_specialize=["splits"])
     def _merge_kernel(
@@ -464,6 +561,13 @@ def _gathered(
     return keys, values, place < lengths[:, None], text[:, None] - place
 
 
+def has_tiles(query: Tensor, numbers: torch.dtype) -> bool:
+    """Whether tensor cores multiply a query with keys and values: both of 16 bits, or those of 8, from sm_80 on."""
+    if query.dtype == torch.float32 or numbers not in (query.dtype, torch.int8):
+        return False
+    return not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window) -> Tensor:
     S, H, D = query.shape
     layers, _, _, kv_heads, tokens, _ = store.own.shape
@@ -471,8 +575,8 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
     # By capacity: what the positions are stays on the device.
     prefix_splits = 0 if prefilled is None else triton.cdiv(store.prefix.shape[4], SPLIT)
     splits = prefix_splits + triton.cdiv(own_tokens, SPLIT)
-    heads = min(HEADS, triton.next_power_of_2(H // kv_heads))
-    step = STEP_INT8 if store.own.dtype == torch.int8 else STEP
+    tiles = has_tiles(query, store.own.dtype)
+    heads = 16 if tiles else min(HEADS, triton.next_power_of_2(H // kv_heads))
     block_d = max(16, triton.next_power_of_2(D))
     rows = 1024 // block_d  # 8 elements of a token to each thread of 4 warps
     out = torch.empty(S, H, D, dtype=query.dtype, device=query.device)
@@ -486,7 +590,10 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 table.stride(0), layer, splits, prefix_splits, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
-                PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=step, num_warps=4,
+                PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
+                TOKENS=min(128, TILE_NUMBERS // block_d) if tiles else None,
+                FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
+                num_warps=4, num_stages=2,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out

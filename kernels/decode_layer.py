@@ -35,7 +35,7 @@ NO_NORM = (None, 0.0, False)
 RANK = 16  # an adapter's rank is a multiple of it, by zeros
 STEP = 4  # of its columns that are in hand at a time
 COLUMNS = 512  # of gated in a program: 8 to each thread of 2 warps, 16 bytes of b
-ROWS = 8  # of gated in a program, for which b comes from L2 once
+ROWS = 8  # of gated in a program at most: as many as b has times 16 columns, since each program reads b from L2
 
 if triton is not None:
 
@@ -455,9 +455,10 @@ def gated(
         out = torch.empty(S, N // 2, dtype=dtype, device=parts.device)
         if S:
             with torch.cuda.device_of(parts):
-                _gated_kernel[(triton.cdiv(S, ROWS), triton.cdiv(N // 2, COLUMNS))](
+                rows = 1 if b is None else min(ROWS, len(b) // RANK)
+                _gated_kernel[(triton.cdiv(S, rows), triton.cdiv(N // 2, COLUMNS))](
                     parts, low, b, bias, out, S, WIDTH=N // 2, LOW=0 if low is None else low.shape[2],
-                    R=0 if b is None else len(b), STEP=STEP, SPLITS=splits, ACTIVATION=activation, ROWS=ROWS,
+                    R=0 if b is None else len(b), STEP=STEP, SPLITS=splits, ACTIVATION=activation, ROWS=rows,
                     BLOCK=COLUMNS, num_warps=2,
                 )  # fmt: skip
         return out

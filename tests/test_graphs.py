@@ -549,7 +549,8 @@ class TestOnAGpu:
             lasting.given = plain.given = StoreShape(9, longest, 3, 79, pages, 16)
             found = lasting.sampled(seed=number)
             assert ids_of(found.completions) == ids_of(plain.run(seed=number))
-            assert found.metrics["rollout/replayed_share"] == 1 or number == 0
+            # A number of rows that no rollout had before costs one step.
+            assert found.metrics["rollout/replayed_share"] > 0.95 or number == 0
             change_adapters(policy)
             torch.full((2**24,), torch.nan, device="cuda")  # over the store that is gone
         assert lasting.captures.refusal is None

@@ -230,7 +230,8 @@ def test_products_of_real_shapes_are_those_of_the_twin(sizes, K, splits, rows):
 
 def test_splits_make_programs_enough_for_a_card_and_no_split_is_tiny():
     assert default_splits([18944, 18944], 3584, 132) == 1  # 592 blocks of rows
-    assert default_splits([3584], 18944, 132) == 8  # 56 blocks of rows; 9 splits would be nearer to 528 programs
+    assert default_splits([3584], 18944, 132) == 9  # 56 blocks of rows: 504 programs
+    assert default_splits([1536], 8960, 132) == 16  # 24 blocks of rows; 22 splits would be nearer to 528 programs
     assert default_splits([1536, 256, 256], 1536, 40) == 5  # a small card: 32 blocks of rows, 160 programs
     assert default_splits([64], 192, 132) == 1  # three blocks of K to a program
 
@@ -241,11 +242,11 @@ def test_what_was_measured_on_a_card_decides_and_else_its_age(monkeypatch, tmp_p
     def splits(card, capability, sizes, K):
         return splits_on(card, capability, 132, sizes, K)
 
-    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [None, 8, 8]
+    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [None, 9, 9]
     (tmp_path / "lowmem_grpo").mkdir()
     table = {"T4": {"3584x18944": 4}, "H100": {"3584x18944": None, "1536+256+256x1536": 2}}
     (tmp_path / "lowmem_grpo/nf4_product.json").write_text(json.dumps(table))
-    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [4, 8, None]
+    assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [4, 9, None]
     assert splits("H100", 90, [1536, 256, 256], 1536) == 2
     assert splits("H100", 90, [1536], 1536) == 8, "not measured"
 
