@@ -14,9 +14,10 @@ right with a later one, wherever that lies and however many pages and prefix row
 
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
 peak and sums in fp32, and a second kernel merges them. Tensor cores multiply 16-bit queries with keys and values of 16
-or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: about S H splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the
-longest sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from
-the L2 cache.
+or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: about S H
+splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the longest
+sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from the L2
+cache.
 
 A row's result depends neither on S nor on the other rows nor, by the kernel, on how much wider the table is than the
 row: the splits are the same tokens, merged in the same order. What a row does not attend to never reaches it, NaN or
