@@ -319,32 +319,32 @@ def test_every_part_is_understood_by_its_module(part, monkeypatch):
 
 
 def test_every_part_of_a_gpu_has_a_tiny_form():
-    for part in (*suite.CUDA.values(), *suite.PROGRAMME["tests"].values(), *suite.PROGRAMME["speed"].values()):
+    for part in (*suite.CUDA.values(), *(part for call in suite.PROGRAMME.values() for part in call.values())):
         tiny = suite.dry(part)
         assert not re.search(r"qwen|llama|15\d{4}", tiny.arguments), tiny
         assert tiny.limit_s is None
 
 
-def test_the_two_calls_of_the_programme_end_within_4_and_5_minutes():
+def test_each_call_of_the_programme_ends_within_4_or_5_minutes():
     """By the limits of their parts, which run_all() passes on; the tests' own stands in the script."""
     script = (ROOT / "benchmarks/gpu_suite.sh").read_text()
     (tests_s,) = re.findall(r"^tests_s=(\d+)", script, re.MULTILINE)
     assert "timeout $tests_s" in script
     limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
-    assert all(0 < limit < 70 for call in limits.values() for limit in call)
+    assert all(0 < limit <= 110 for call in limits.values() for limit in call)
     assert sum(limits["tests"]) + int(tests_s) < 240
-    assert sum(limits["speed"]) < 300
+    assert sum(limits["speed"]) < 300 and sum(limits["beside"]) < 300
 
 
 def test_a_part_of_the_programme_gets_no_more_than_its_limit(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(suite, "run_part", lambda part, allowed_s: given.append(allowed_s) or ({"benchmark": "x"}, ""))
     options = [f"--output_dir={tmp_path}", "--file=x.json", "--call=tests"]
-    assert suite.main([*options, "--allowed_s=50"]) == 0 and given == [45], "the second would have less than a minute"
-    assert suite.main(options) == 0 and given == [45, 65]
+    assert suite.main([*options, "--allowed_s=55"]) == 0 and given == [50], "the second would have less than a minute"
+    assert suite.main(options) == 0 and given == [50, 60]
 
 
-def test_the_programme_runs_dry_in_two_calls_and_asks_for_one_of_them(tmp_path):
+def test_the_programme_runs_dry_and_asks_for_one_of_them(tmp_path):
     """One part of each; all of them in the slow tests."""
     run_dry(tmp_path, "speed", ["decode-7b"])
     done = subprocess.run(["bash", "benchmarks/gpu_suite.sh"], cwd=ROOT, capture_output=True, text=True)
@@ -356,6 +356,7 @@ def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     out = run_dry(tmp_path, "tests", [])
     assert "collected" in (out / "dry-run-gpu-tests.txt").read_text()
     run_dry(tmp_path, "speed", [])
+    run_dry(tmp_path, "beside", [])
     assert len(list(out.iterdir())) <= 8
 
 
