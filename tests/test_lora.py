@@ -102,3 +102,17 @@ def test_switched_off_adapters_add_nothing():
     leave_to_peft(policy)
     with policy.as_reference():
         assert torch.equal(policy.base(input_ids=torch.tensor([[5, 6, 7]])).logits, reference)
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_4bit": False}, {"gradient_checkpointing": True}], ids=str)
+def test_a_model_may_change_in_place_what_an_adapted_layer_gives(settings):
+    """As Gemma 3n does."""
+    policy = make_policy("llama", **settings)
+    for layer in policy.adapters.layers:
+        layer.register_forward_hook(lambda _, __, out: out.mul_(1.5).add_(out.detach().mean()))
+    ours = run(policy)
+    leave_to_peft(policy)
+    theirs = run(policy)
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=0)
+    for name, gradient in ours[1].items():
+        assert (gradient - theirs[1][name]).norm() / theirs[1][name].norm() < 1e-5, name

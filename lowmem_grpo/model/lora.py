@@ -16,27 +16,27 @@ from lowmem_grpo.model.product_4bit import dequantized, product_of
 
 
 class _Adapted(torch.autograd.Function):
-    """product(x) + scale x A^T B^T, where product(x) is x W^T + bias, and W and bias are frozen."""
+    """product(x) + scale x A^T B^T of rows x (T, in), where product(x) is x W^T + bias, and W and bias are frozen.
+
+    The result (T, out) is no view, which a model could not change in place: Gemma 3n multiplies its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, product: Any) -> Tensor:
-        rows = x.flatten(0, -2)  # (T, in)
-        low = rows @ a.to(x.dtype).t()  # (T, r)
+    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, scale: float, base: Any, product: Any) -> Tensor:
+        low = rows @ a.to(rows.dtype).t()  # (T, r)
         ctx.save_for_backward(rows, low, a, b)
-        ctx.scale, ctx.base, ctx.shape = scale, base, x.shape
-        out = product(x)
-        return out.flatten(0, -2).addmm_(low, b.to(x.dtype).t(), alpha=scale).view(out.shape)
+        ctx.scale, ctx.base = scale, base
+        return product(rows).addmm_(low, b.to(rows.dtype).t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])  # (T, out)
-        grad_low = (flat @ b.to(rows.dtype)).mul_(ctx.scale)  # (T, r)
+        grad_low = (grad @ b.to(rows.dtype)).mul_(ctx.scale)  # (T, r)
         grad_a = (grad_low.t() @ rows).to(a.dtype)
-        grad_b = (flat.t() @ low).to(b.dtype).mul_(ctx.scale)
+        grad_b = (grad.t() @ low).to(b.dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_low @ a.to(rows.dtype)).addmm_(flat, _weight(ctx.base, rows.dtype)).view(ctx.shape)
+            grad_x = (grad_low @ a.to(rows.dtype)).addmm_(grad, _weight(ctx.base, rows.dtype))
         return grad_x, grad_a, grad_b, None, None, None
 
 
@@ -69,7 +69,9 @@ class _Forward:
         if not ours or _drops(layer.lora_dropout[names[0]]):
             return type(layer).forward(layer, x, *arguments, **keywords)
         a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-        return _Adapted.apply(given, a, b, layer.scaling[names[0]], base, self._product())
+        rows = given.flatten(0, -2)
+        out = _Adapted.apply(rows, a, b, layer.scaling[names[0]], base, self._product())
+        return out.view(*given.shape[:-1], -1)
 
     def _product(self) -> Any:
         if "forward" in vars(self.base):  # a copy of its weight to sample from, or accelerate's hook
