@@ -228,7 +228,8 @@ def run_plan(given: dict[str, Any]) -> int:
     as_json = given.pop("json", False)
     inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
     model, config = inputs["model"], GRPOConfig(**fields)
-    from lowmem_grpo.model.load import adapter_config, find_model, read_config, run_device
+    from lowmem_grpo.model.find import adapter_config, find_model, read_config
+    from lowmem_grpo.model.load import run_device
     from lowmem_grpo.planner import plan as planner
     from lowmem_grpo.progress_bars import no_progress_bars
 

@@ -20,8 +20,9 @@ from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
-from lowmem_grpo.model.adapters import refuse_config
-from lowmem_grpo.model.load import adapter_config, find_model, is_adapter, load_policy, load_tokenizer, read_config
+from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.model.find import adapter_config, find_model, read_config, refuse_too_long
+from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
@@ -71,20 +72,10 @@ class Inputs:
         return max((prompt.ids for prompt in self.prompts), key=len)
 
     def load_policy(self) -> Policy:
-        """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it.
-
-        Raises:
-            InputError: the tokenizer is not the model's.
-        """
+        """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it."""
         set_seed(self.config.seed)
         with limit_memory(self.plan, self.device):
             policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
-        prompts, num_ids = self.prompts + self.eval_prompts, policy.head.weight.shape[0]
-        largest = max(max(prompt.ids) for prompt in prompts)
-        if largest >= num_ids:
-            raise InputError(
-                f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
-            )
         self.rewards.bind(policy)
         return policy
 
@@ -122,8 +113,7 @@ def read_training_inputs(
                 f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
             )
     find_model(model, config, peft_config)
-    refuse_config(adapter_config(model, config, peft_config), "the model's adapter")
-    is_continued = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
+    is_continued = isinstance(model, PeftModel) or is_adapter(model)
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
     device = device_of(config)
@@ -134,7 +124,7 @@ def read_training_inputs(
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
-    check_budgets(prompts + eval_prompts, config)
+    check_prompts(model, prompts + eval_prompts, config)
     notes = [
         f"{left_out} {what} have more than {config.max_prompt_length} tokens and are left out"
         for what, left_out in (("prompts", dropped), ("evaluation prompts", eval_dropped))
@@ -171,15 +161,15 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     _try_out(rewards, rows)
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
-    check_budgets(prompts, config)
+    check_prompts(model, prompts, config)
     notes = []
     if dropped:
         notes = [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
     return Inputs(model, None, tokenizer, [], prompts, rewards, config, config, device_of(config), notes)
 
 
-def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
-    """Raise InputError if one sequence may have more tokens than a budget."""
+def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> None:
+    """Raise InputError if one sequence may have more tokens than a budget, or ids or positions that the model lacks."""
     longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
     for name in ("token_budget", "rollout_token_budget"):
         if longest > getattr(config, name):
@@ -187,6 +177,15 @@ def check_budgets(prompts: list[Prompt], config: GRPOConfig) -> None:
                 f"the longest prompt and its completion may have {longest} tokens, more than {name}="
                 f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
             )
+    largest, num_ids = (
+        max(max(prompt.ids) for prompt in prompts),
+        read_config(model, config).get_text_config().vocab_size,
+    )
+    if largest >= num_ids:
+        raise InputError(
+            f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
+        )
+    refuse_too_long(model, config, longest)
 
 
 def _expanded(model: Any) -> Any:

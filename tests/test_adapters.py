@@ -151,7 +151,7 @@ def test_an_added_adapter_takes_4_bytes_a_parameter(settings):
         ("new", {"copy_of": "critic", "peft_config": LoraConfig()}, "peft_config has no effect beside copy_of"),
         ("new", {"peft_config": LoraConfig(target_modules=["no_such_proj"])}, "no adapter could be added: .*no_such"),
         ("new", {"peft_config": LoraConfig(bias="all")}, "set bias='none'"),
-        ("new", {"peft_config": LoraConfig(init_lora_weights="pissa")}, "'pissa' takes from the base"),
+        ("new", {"peft_config": LoraConfig(init_lora_weights="pissa")}, "'pissa', which takes from the base"),
         ("new", {"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])}, "leave lm_head out"),
         ("new", {"peft_config": LoraConfig(target_modules=".*_(proj|head)")}, "leave lm_head out"),
         (

@@ -690,7 +690,7 @@ def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch)
             assert bytes_ == shape.num_tokens() * full.token_bytes
             rounded = counted_bytes(Store(small, shape, torch.int8, torch.device("cpu")))
             assert rounded == shape.num_tokens() * small.token_bytes
-            one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_budgets refuses a smaller budget
+            one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_prompts refuses a smaller budget
             assert bytes_ <= max(budget, one) * full.token_bytes
             assert not paged or shape.slots >= store_shape(**asked, budget_tokens=budget, paged=False).slots
             more = store_shape(**asked, budget_tokens=10**9, paged=paged)

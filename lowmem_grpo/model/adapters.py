@@ -3,18 +3,41 @@
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.config.sections import AdapterFields
+from lowmem_grpo.errors import InputError, in_a_line
 
 # Starts of LoRA that leave the base as it is: the others of PEFT's take from its weights what the adapter starts with.
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
+# Leaves the base, too, and starts with what PEFT's initialize_lora_eva_weights() reads from data, which a run does not.
+STARTS_FROM_DATA = "eva"
+# Fields of a LoraConfig that a run obeys. One that is set and not named here would train, or save, something else.
+OBEYED = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
+    "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "use_dora", "bias", "init_lora_weights", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
 
 
 class Adapters:
@@ -29,12 +52,11 @@ class Adapters:
 
     def __init__(self, model: PeftModel):
         self.model = model
-        self._settle((str(model.active_adapter),))
+        self._settle((active_adapter(model),))
 
     def _settle(self, names: tuple[str, ...]) -> None:
         """List the layers that PEFT has made, have each wear these names, and ask for gradients."""
-        kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-        self.layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, kinds)]
+        self.layers = tuned_layers(self.model)
         self._wear(names)
         self.model.set_requires_grad(list(self.model.peft_config))
 
@@ -91,14 +113,9 @@ class Adapters:
         if name in self.model.peft_config:
             raise InputError(f"adapter {name!r}: there is one of that name; choose another")
         refuse_config(config)
-        if config.init_lora_weights not in KEEP_THE_BASE:
-            raise InputError(
-                f"init_lora_weights={config.init_lora_weights!r} takes from the base, which all adapters share; "
-                "leave it at True"
-            )
         if self._asks_for_the_head(config):
             raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
-        config = copy.copy(config)  # the caller's is left as it is
+        config = copy.deepcopy(config)  # the caller's is left as it is
         config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
         worn = self.worn
         try:
@@ -120,9 +137,98 @@ class Adapters:
         set_peft_model_state_dict(self.model, values, adapter_name=name)
 
 
-def refuse_config(config: PeftConfig | None, what: str = "peft_config") -> None:
-    """Raise InputError if an adapter's configuration, which `what` names, asks for what is not trained here."""
-    if config is not None and not isinstance(config, LoraConfig):
+def tuned_layers(model: nn.Module) -> list[Any]:
+    """Modules that carry an adapter, and PEFT's wrappers around modules that are trained whole."""
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def active_adapter(model: PeftModel) -> str:
+    """The name of the adapter that a model's layers wear, or would wear if they were not switched off.
+
+    The model's own active_adapter is another one where base_model.set_adapter() was called past it.
+
+    Raises:
+        InputError: the layers wear several, or none that there is.
+    """
+    names = [*dict.fromkeys(name for layer in tuned_layers(model) for name in layer.active_adapters)]
+    if model.active_adapter not in model.peft_config:  # it was deleted
+        names = []
+    if len(names) > 1:
+        raise InputError(f"the model has the adapters {', '.join(names)} active at once; activate the one to train")
+    if not names or names[0] not in model.peft_config:
+        raise InputError("no adapter of the PeftModel is active; activate the one to train with set_adapter()")
+    return names[0]
+
+
+def refuse_state(model: PreTrainedModel | PeftModel) -> None:
+    """Raise InputError where a loaded model's adapters are in a state that cannot be trained, or saved as it is."""
+    layers = tuned_layers(model)
+    if not isinstance(model, PeftModel):
+        if layers:
+            raise InputError(
+                "the model has an adapter in its layers and is no PeftModel; load its base anew, and continue the "
+                "adapter with PeftModel.from_pretrained(base, folder)"
+            )
+        return
+    for name, config in model.peft_config.items():
+        refuse_config(config, "the model's adapter" + ("" if len(model.peft_config) == 1 else f" {name!r}"), new=False)
+    others = [type(layer) for layer in layers if not isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper)]
+    if others:  # made before, by a configuration that the PeftModel does not know; PEFT would not save it
+        raise InputError(f"the model has a {others[0].__module__}.{others[0].__name__} beside LoRA; load its base anew")
+    merged = [name for layer in layers for name in getattr(layer, "merged_adapters", ())]
+    if merged:
+        # unmerge_adapter() gives back a base that is rounded, and in 4-bit another one.
+        raise InputError(
+            f"the adapter {merged[0]!r} is merged into the base; load the base anew, without merge_adapter()"
+        )
+    active_adapter(model)
+
+
+def refuse_config(config: PeftConfig | None, what: str = "peft_config", *, new: bool = True) -> None:
+    """Raise InputError if an adapter's configuration, which `what` names, asks for what is not trained here.
+
+    With new=False it is of an adapter that was trained before, and has its values.
+    """
+    if config is None:
+        return
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoraConfig is a LoraConfig
         raise InputError(f"{what} is a {type(config).__name__}; only LoraConfig is supported")
-    if config is not None and config.bias != "none":
+    if config.bias != "none":
         raise InputError(f"{what} trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+    start: Any = config.init_lora_weights
+    if start not in KEEP_THE_BASE and not (start == STARTS_FROM_DATA and not new):
+        source = "data" if start == STARTS_FROM_DATA else "the base, which is the reference"
+        remedy = "leave it at True" if new else "convert it to plain LoRA, as PEFT's documentation of it says"
+        raise InputError(f"{what} has init_lora_weights={start!r}, which takes from {source}; {remedy}")
+    plain = LoraConfig()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in OBEYED and value and value != getattr(plain, field.name, None):
+            raise InputError(f"{what} sets {field.name}, which is not supported; leave it out")
+
+
+def lora_config(config: AdapterFields) -> LoraConfig:
+    """The LoraConfig of the config's lora fields."""
+    return LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
+    peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
+    with outdated_name():
+        try:
+            return get_peft_model(model, peft_config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"no adapter could be added: {in_a_line(error)}") from error
+
+
+@contextlib.contextmanager
+def outdated_name() -> Iterator[None]:
+    """Silence a warning of peft, which reads a name that transformers has given up; nothing is wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield

@@ -13,6 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 
+TRAINED = (
+    "the head is trained or has an adapter, which is not supported yet; "
+    "leave lm_head and the embeddings out of target_modules and modules_to_save"
+)
+
 
 class Head(NamedTuple):
     """The function from hidden states to logits, softcap(logit_scale (h . W + b))."""
@@ -23,23 +28,32 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-def read_head(model: PreTrainedModel) -> Head:
-    """The head of a model, with its scale and softcap. Raise InputError if it is trained or adapted."""
+def output_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The layer that is a model's head. Raise InputError if there is none, or an adapter on it."""
     output = model.get_output_embeddings()
     if output is None:
         raise InputError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
-    weight = getattr(output, "weight", None)
-    if type(output).__module__.startswith("peft.") or weight is None or weight.requires_grad:
-        raise InputError(
-            "the head is trained or has an adapter, which is not supported yet; "
-            "leave lm_head and the embeddings out of target_modules and modules_to_save"
-        )
+    if type(output).__module__.startswith("peft."):
+        raise InputError(TRAINED)
+    return output
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a model, with its scale and softcap. Raise InputError if it is trained or adapted."""
+    weight = getattr(output_embeddings(model), "weight", None)
+    if weight is None or weight.requires_grad:
+        raise InputError(TRAINED)
     if not weight.is_floating_point():
         raise InputError("the head is quantized; load the model with lm_head left out of the quantization")
     config = model.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
     logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(weight, getattr(output, "bias", None), logit_scale, getattr(config, "final_logit_softcapping", None))
+    return Head(
+        weight,
+        getattr(model.get_output_embeddings(), "bias", None),
+        logit_scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def probe_head(model: PreTrainedModel, head: Head) -> None:

@@ -1,40 +1,34 @@
 """Load a Policy: a model found, put on the device in 4-bit, given adapters, and made ready to train."""
 
 import contextlib
-import copy
 import os
-import warnings
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import AdapterFields, ModelFields
+from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.adapters import refuse_config
+from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base
+from lowmem_grpo.model.adapters import add_adapter, outdated_name
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.checkpointing import checkpoint_layers
+from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.policy import Policy, not_finite
+from lowmem_grpo.model.trial import refuse_untrainable
 
-OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 
 
@@ -62,12 +56,15 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
             module.support_avx512bf16_for_cpu = False
     policy = Policy(peft_model, tokenizer, dtype)
     equip(policy, config)
+    if not policy.parameters_of(policy.adapter):
+        raise InputError(f"the adapter {policy.adapter!r} has no weights to train; give it some target_modules")
     broken = not_finite(policy.parameters_of(policy.adapter))
     if broken:
         raise InputError(
             f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
         )
     probe_head(policy.base, policy.head)
+    refuse_untrainable(policy)
     if config.activation_offloading:
         policy.saved_activations = Offloading(device)
     return policy
@@ -87,16 +84,6 @@ def run_device(config: GRPOConfig) -> torch.device:
     if config.optim.startswith("paged"):
         raise InputError(f"optim={config.optim!r} pages from a GPU, and this run is on a CPU; use adamw_8bit")
     return device
-
-
-def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
-    """The transformers configuration of what find_model() found; no weights are read."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model().config  # type: ignore[return-value] # a PreTrainedModel's
-    if isinstance(model, PreTrainedModel):
-        return model.config
-    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
-    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
 def equip(policy: Policy, config: ModelFields) -> None:
@@ -126,12 +113,28 @@ def equip(policy: Policy, config: ModelFields) -> None:
 
 
 def _switch_off_base_dropout(model: PeftModel) -> None:
-    """Switch off the base's dropout, so that the ratio of policy and sampler starts at 1. lora_dropout stays."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Dropout) and "lora_dropout" not in name:
-            layer.p = 0.0
-        if isinstance(getattr(layer, "attention_dropout", None), float):
-            vars(layer)["attention_dropout"] = 0.0
+    """Switch off the base's dropout, so that the ratio of policy and sampler starts at 1. lora_dropout stays.
+
+    Many models keep a probability as a number of a module or of a configuration, by many names: attention_dropout,
+    hidden_dropout, attn_pdrop, layerdrop.
+    """
+    for path, module in model.named_modules():
+        if "lora_dropout" in path:
+            continue
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for owner in (module, *_configs_within(module)):
+            for name, value in vars(owner).items():
+                if "drop" in name and isinstance(value, float):
+                    vars(owner)[name] = 0.0
+
+
+def _configs_within(owner: Any) -> Iterator[PreTrainedConfig]:
+    """The configurations that a module holds, and those within them."""
+    for value in vars(owner).values():
+        if isinstance(value, PreTrainedConfig):
+            yield value
+            yield from _configs_within(value)
 
 
 def _disable_checkpointing(model: Any) -> None:
@@ -152,81 +155,34 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         model.requires_grad_(False)
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
-        return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
+        return add_adapter(_placed(model, device, dtype), adapter_config(model, config, peft_config))
     if is_adapter(model):
-        base = str(PeftConfig.from_pretrained(model).base_model_name_or_path)
-        with _outdated_name():
-            return PeftModel.from_pretrained(_load_base(base, config, device, dtype), model, is_trainable=True)
-    return add_adapter(_load_base(model, config, device, dtype), peft_config or lora_config(config))
-
-
-def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
-    """Raise InputError if a model cannot be found or its options clash, before any weights are read."""
-    continues = isinstance(model, PeftModel) or (isinstance(model, str) and is_adapter(model))
-    if continues and peft_config is not None:
-        raise InputError(
-            "peft_config is given, but the model already has an adapter; leave it out to continue that one"
-        )
-    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
-        raise InputError(
-            f"the model has the adapters {', '.join(model.active_adapters)} active at once; activate the one to train"
-        )
-    refuse_config(peft_config)
-    changed = [field.name for field in fields(AdapterFields) if getattr(config, field.name) != field.default]
-    if changed and (continues or peft_config is not None):
-        what = "the model's own adapter" if continues else "peft_config"
-        raise InputError(f"{changed[0]} has no effect beside {what}; leave it out")
-    taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
-    if taken:
-        raise InputError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
-    if isinstance(model, PreTrainedModel | PeftModel):
-        if config.model_init_kwargs:
-            raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
-    elif isinstance(model, str):
-        _find_by_name(model, config)
-    else:
-        raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
-
-
-def _find_by_name(model: str, config: ModelFields) -> None:
-    is_path = model.startswith((".", "/")) or model.count("/") > 1
-    if is_path and not Path(model).is_dir():
-        raise InputError(f"model {model!r} is not a folder on this machine")
-    if (Path(model) / "adapter").is_dir() and not (Path(model) / "config.json").is_file():
-        raise InputError(f"model {model!r} is the output of a run; its adapter is {Path(model) / 'adapter'}")
-    if is_adapter(model):
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
-        if not base:
-            raise InputError(f"adapter {model!r} does not name its base model; set base_model_name_or_path in it")
-        return _find_by_name(base, config)
-    try:
-        found = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # also what a family's own checks of its configuration raise
-        raise InputError(
-            f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
-        ) from error
-    saved: Any = getattr(found, "quantization_config", None)
-    if saved is None:
-        return
-    if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
-        raise InputError(f"model {model!r} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
-    if not config.load_in_4bit:
-        raise InputError(f"model {model!r} is 4-bit already; leave load_in_4bit at True")
-
-
-def is_adapter(model: str) -> bool:
-    """Tell whether a folder holds an adapter in PEFT's format."""
-    return (Path(model) / "adapter_config.json").is_file()
+        base = _load_base(str(PeftConfig.from_pretrained(model).base_model_name_or_path), config, device, dtype)
+        refuse_changed_base(model, base)
+        with outdated_name():
+            return PeftModel.from_pretrained(base, model, is_trainable=True)
+    return add_adapter(_load_base(model, config, device, dtype), adapter_config(model, config, peft_config))
 
 
 def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel:
     arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
-    saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    if config.load_in_4bit and getattr(saved, "quantization_config", None) is None:
+    if config.load_in_4bit and getattr(read_config(name, config), "quantization_config", None) is None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    return AutoModelForCausalLM.from_pretrained(name, **arguments, **(config.model_init_kwargs or {}))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, **arguments, **(config.model_init_kwargs or {}), output_loading_info=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        lacking = min(report["missing_keys"])
+        raise InputError(f"model {name!r} has no {lacking}, which transformers made up at random; name a whole model")
+    return model
 
 
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -275,41 +231,6 @@ def _is_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def lora_config(config: AdapterFields) -> LoraConfig:
-    """The LoraConfig of the config's lora fields."""
-    return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules, task_type="CAUSAL_LM",
-    )  # fmt: skip
-
-
-def adapter_config(model: Any, config: AdapterFields, peft_config: LoraConfig | None = None) -> PeftConfig:
-    """The adapter that a run trains: the model's own, which is continued, or peft_config, or config's."""
-    if isinstance(model, PeftModel):
-        return model.active_peft_config
-    if isinstance(model, str) and is_adapter(model):
-        return PeftConfig.from_pretrained(model)
-    return peft_config or lora_config(config)
-
-
-def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    peft_config = copy.copy(peft_config)  # the caller's is left as it is
-    peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    with _outdated_name():
-        try:
-            return get_peft_model(model, peft_config)
-        except ValueError as error:
-            raise InputError(f"no adapter could be added: {error}") from error
-
-
-@contextlib.contextmanager
-def _outdated_name() -> Iterator[None]:
-    """Silence a warning of peft, which reads a name that transformers has given up; nothing is wrong."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        yield
-
-
 def load_tokenizer(model, config: ModelFields):
     """The tokenizer of a model, by its name or where it was loaded from; of an adapter, its base's."""
     name = model if isinstance(model, str) else model.name_or_path
@@ -317,5 +238,5 @@ def load_tokenizer(model, config: ModelFields):
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer comes with {name!r}; pass one as tokenizer=") from error
+    except Exception as error:  # also a plain Exception, of a file that is no tokenizer's
+        raise InputError(f"no tokenizer comes with {name!r} ({in_a_line(error)}); pass one as tokenizer=") from error

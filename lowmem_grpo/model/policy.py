@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
-from lowmem_grpo.model.adapters import Adapters
+from lowmem_grpo.model.adapters import Adapters, active_adapter
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.lora import keep_one_input
@@ -33,7 +33,7 @@ class Policy:
     def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
-        self.adapter, self.adapters = str(model.active_adapter), Adapters(model)
+        self.adapter, self.adapters = active_adapter(model), Adapters(model)
         self.decoder: Any = self.base.get_decoder()  # the PreTrainedModel in it that has no head
         self.head = read_head(self.base)
         self.device = self.head.weight.device

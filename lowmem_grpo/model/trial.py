@@ -17,8 +17,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-from lowmem_grpo.errors import in_a_line
-from lowmem_grpo.model.attention import attending, configs_of, laid_out
+from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.packing import MicroBatch, pack
 
@@ -278,3 +278,64 @@ class InBothPrecisions:
             if not error < ROUGH:
                 raise Differs(f"its attention's {name} in {query.dtype} is {error:.1g} away from that in fp32")
         return self.packed.attend(layer, query, key, value, scaling, window, softcap)
+
+
+def refuse_untrainable(policy: Any) -> None:
+    """Raise InputError where training would learn nothing, or something else than what is sampled from. Tried once.
+
+    In training mode a forward must give the same twice, and the same whatever token comes later; and a backward must
+    reach the adapter.
+    """
+    prompt, completion, others = pieces(policy, TEXTS[0], (7, 9, 9))
+    last = next((token for token in others if token != completion[-1]), completion[-1])
+    name = type(policy.base).__name__
+
+    def batch_of(completion: list[int]) -> MicroBatch:
+        (batch,) = pack(
+            [prompt], [completion], token_budget=100, pad_token_id=policy.pad_token_id, device=policy.device
+        )
+        return batch
+
+    def forward(exact: Any, completion: list[int]) -> Outputs:
+        # Flash attention takes no fp32; where attention cannot be replaced it is another one.
+        own = contextlib.nullcontext() if refusal(policy.base) else attending(policy.configs, "eager")
+        with torch.no_grad(), own:
+            return outputs(exact, [batch_of(completion)], len(completion))
+
+    try:
+        with lora_dropout_off(policy.model):
+            with in_fp32(policy) as exact:
+                first = forward(exact, completion)
+                differs = too_far(distances(forward(exact, [*completion[:-1], last]), first), {})
+                unsteady = too_far(distances(forward(exact, completion), first), {}) if differs else None
+            policy.logprobs(batch_of(completion), 1.0).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever foreign code raises
+        raise InputError(f"{name} cannot be trained here: {in_a_line(error)}") from error
+    if unsteady:
+        raise InputError(
+            f"{name} computes something else each time in training mode ({unsteady}); switch that off in it"
+        )
+    if differs:  # by the last token, which predicts none
+        raise InputError(f"{name} is no causal language model: its outputs depend on later tokens ({differs})")
+    learns = any(p.grad is not None and p.grad.count_nonzero() for p in policy.parameters_of(policy.adapter).values())
+    policy.model.zero_grad()
+    if not learns:
+        raise InputError(
+            f"no weight of the adapter {policy.adapter!r} gets a gradient: lora_alpha or both of its factors are zero, "
+            f"or {name} does not use the modules that have it; give the adapter other target_modules"
+        )
+
+
+@contextlib.contextmanager
+def lora_dropout_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the adapters' own dropout inside the `with`, and nothing else of the training mode."""
+    dropouts = [module for path, module in model.named_modules() if "lora_dropout" in path and module.training]
+    try:
+        for module in dropouts:
+            module.training = False
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True

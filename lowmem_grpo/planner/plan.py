@@ -18,7 +18,7 @@ from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.shape import kv_shape, store_shape
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
-from lowmem_grpo.model.load import lora_config
+from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
 from lowmem_grpo.update.optimizer import state_bytes
 

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
+from transformers import PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import DataFields, ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
-from lowmem_grpo.model.load import add_adapter, equip
+from lowmem_grpo.model.find import without_weights
+from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, fills_one, pack
 from lowmem_grpo.model.policy import Policy
 
@@ -150,14 +152,8 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
     adapter = copy.copy(key.adapter)
     # One that is continued is trained again, and what its values are is no matter.
     adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined] # a LoraConfig's
+    base = without_weights(key.model, trust_remote_code, getattr(torch, compute_dtype))
     with torch.device("meta"):
-        try:
-            base = AutoModelForCausalLM.from_config(
-                copy.deepcopy(key.model), dtype=getattr(torch, compute_dtype), trust_remote_code=trust_remote_code
-            )
-        except ValueError as error:
-            reason = f"a {key.model.model_type!r} model is no causal language model that transformers makes"
-            raise InputError(f"{reason}: {in_a_line(error)}") from error
         return add_adapter(base.requires_grad_(False), adapter)
 
 

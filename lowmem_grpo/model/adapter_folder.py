@@ -1,0 +1,125 @@
+"""An adapter's folder: read, and compared with the base that it names, before any weight of the base is."""
+
+import copy
+import warnings
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model.adapters import add_adapter, refuse_config
+from lowmem_grpo.model.head import read_head
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # of every name in an adapter's file
+POINTER = b"version https://git-lfs"
+MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result, and train that"
+
+
+def is_adapter(model: Any) -> bool:
+    """Tell whether a model is named by a folder that holds an adapter in PEFT's format."""
+    return isinstance(model, str) and (Path(model) / "adapter_config.json").is_file()
+
+
+def read_adapter_config(folder: str) -> PeftConfig:
+    """The configuration in an adapter's folder. Raise InputError where it is damaged or cannot be trained here."""
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # whatever PEFT raises on a file of another format, or a kind that it does not know
+        raise InputError(f"the adapter_config.json of {folder!r} cannot be read: {in_a_line(error)}") from error
+    refuse_config(config, f"the adapter in {folder!r}", new=False)
+    if not config.base_model_name_or_path:
+        raise InputError(f"adapter {folder!r} does not name its base model; set base_model_name_or_path in it")
+    return config
+
+
+def refuse_pointers(folder: str) -> None:
+    """Raise InputError if a file in a folder is a Git LFS pointer, so that the file itself was not downloaded."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
+            raise InputError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` where it was cloned")
+
+
+def refuse_misfit(folder: str, base: PreTrainedModel) -> None:
+    """Raise InputError if an adapter's folder does not fit its base: weights lack, are left over, or of other shapes.
+
+    The adapter is put on `base`, which is one without memory that nobody else uses.
+    """
+    config, found = read_adapter_config(folder), read_weights(folder)
+    own = {name: parameter.shape for name, parameter in base.named_parameters()}
+    for name, values in _of_the_base(found, config, own).items():
+        if values.shape != own[name]:
+            raise InputError(
+                f"the adapter in {folder!r} has a {name} of {_by(values)}, and its base one of {_by(own[name])}: its "
+                f"vocabulary was resized; {MERGE}"
+            )
+    config = copy.copy(config)
+    config.init_lora_weights = True  # type: ignore[attr-defined] # a LoraConfig's; what is put on has no values
+    model = add_adapter(base, config)
+    read_head(base)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    lacking, left_over = _loaded(model, folder)
+    if lacking or left_over:
+        name = (lacking or left_over)[0]
+        given = found.get(name.replace(".default.", "."))
+        if given is not None and name in shapes:
+            why = f"its {name} is of {_by(given)}, and by its settings of {_by(shapes[name])}"
+        else:
+            why = f"it has no {name}" if lacking else f"it has {name}, and the base no place for it"
+        raise InputError(
+            f"the adapter in {folder!r} is not one of {config.base_model_name_or_path!r} with the settings in its "
+            f"adapter_config.json: {why}"
+        )
+
+
+def refuse_changed_base(folder: str, base: nn.Module) -> None:
+    """Raise InputError if an adapter's folder holds weights of its base, such as embeddings, with other values."""
+    own = dict(base.named_parameters())
+    for name, values in _of_the_base(read_weights(folder), PeftConfig.from_pretrained(folder), own).items():
+        theirs = own[name].detach()
+        # Of one dtype they are equal; a 16-bit one may have been rounded to the other.
+        if not torch.allclose(values.to(theirs.device, torch.float32), theirs.float(), rtol=0.02, atol=1e-3):
+            raise InputError(f"the adapter in {folder!r} has a {name} that is not its base's; {MERGE}")
+
+
+def read_weights(folder: str) -> dict[str, Tensor]:
+    """The tensors in an adapter's folder, by name, on the CPU. Raise InputError where there are none."""
+    if not any((Path(folder) / name).is_file() for name in WEIGHTS):
+        raise InputError(f"adapter {folder!r} has no {WEIGHTS[0]}; copy it there, or name another folder")
+    try:
+        return load_peft_weights(folder, device="cpu")
+    except Exception as error:  # of safetensors, or of torch's unpickling
+        raise InputError(f"the weights of adapter {folder!r} cannot be read: {in_a_line(error)}") from error
+
+
+def _of_the_base(found: dict[str, Tensor], config: Any, own: Container[str]) -> dict[str, Tensor]:
+    """The weights among an adapter's that are its base's, by the base's names; PEFT loads them over those."""
+    bare = {name.removeprefix(PREFIX).replace(".base_layer.", "."): values for name, values in found.items()}
+    trained = set(config.modules_to_save or ())
+    return {name: values for name, values in bare.items() if name in own and not trained & {*name.split(".")}}
+
+
+def _loaded(model: PeftModel, folder: str) -> tuple[list[str], list[str]]:
+    """The names that PEFT finds lacking, or of another shape, and those left over, as it loads a folder's weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of each mismatch, which is an error here
+        try:
+            mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})
+            result = model.load_adapter(
+                folder, "default", torch_device="cpu", low_cpu_mem_usage=True, key_mapping=mapping,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except KeyError as error:  # a module that is trained whole
+            return [str(error.args[0])], []
+    return result.missing_keys, result.unexpected_keys
+
+
+def _by(of: Tensor | torch.Size) -> str:
+    """A shape in words, such as "4 x 64"."""
+    return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))

@@ -1,0 +1,249 @@
+"""A run's model, found, and looked at before any weights are read: can it be trained here?"""
+
+import copy
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import AdapterFields, ModelFields
+from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_misfit, refuse_pointers
+from lowmem_grpo.model.adapters import active_adapter, add_adapter, lora_config, refuse_config, refuse_state
+from lowmem_grpo.model.head import output_embeddings, read_head
+from lowmem_grpo.warn import warn
+
+OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
+# Of model_init_kwargs: with one of these, the weights are not in the files that a folder has by default.
+OTHER_FILES = ("subfolder", "variant", "gguf_file")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last of those that read images, too
+# Of the path of what a model looks its positions up in: embed_positions, wpe, pos_encoding; not post_layernorm.
+POSITIONS = re.compile(r"wpe|pos(?!t)")
+
+
+def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
+    """Raise InputError if a model cannot be found or trained, or its options clash, before any weights are read."""
+    continues = isinstance(model, PeftModel) or is_adapter(model)
+    if continues and peft_config is not None:
+        raise InputError(
+            "peft_config is given, but the model already has an adapter; leave it out to continue that one"
+        )
+    refuse_config(peft_config)
+    changed = [field.name for field in fields(AdapterFields) if getattr(config, field.name) != field.default]
+    if changed and (continues or peft_config is not None):
+        what = "the model's own adapter" if continues else "peft_config"
+        raise InputError(f"{changed[0]} has no effect beside {what}; leave it out")
+    taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
+    if taken:
+        raise InputError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
+    if isinstance(model, PreTrainedModel | PeftModel):
+        if config.model_init_kwargs:
+            raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
+        _refuse_loaded(model)
+    elif isinstance(model, str):
+        _find_by_name(model, config)
+        base = without_weights(read_config(model, config), config.trust_remote_code)
+        if is_adapter(model):
+            refuse_misfit(model, base)
+        else:
+            add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
+            read_head(base)
+    else:
+        raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
+
+
+def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
+    """The transformers configuration of what find_model() found; no weights are read."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model().config  # type: ignore[return-value] # a PreTrainedModel's
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
+    return AutoConfig.from_pretrained(
+        name, trust_remote_code=config.trust_remote_code, **(config.model_init_kwargs or {})
+    )
+
+
+def adapter_config(model: Any, config: AdapterFields, peft_config: PeftConfig | None = None) -> PeftConfig:
+    """The adapter that a run trains: the model's own, which is continued, or peft_config, or config's."""
+    if isinstance(model, PeftModel):
+        return model.peft_config[active_adapter(model)]
+    if is_adapter(model):
+        return PeftConfig.from_pretrained(model)
+    return peft_config or lora_config(config)
+
+
+def without_weights(
+    config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model of a configuration, on the device that has no memory.
+
+    Raises:
+        InputError: transformers makes none of it.
+    """
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # also what a family's own code raises on settings that it does not understand
+            raise InputError(
+                f"a {config.model_type!r} model of these settings cannot be made: {in_a_line(error)}"
+            ) from error
+
+
+def refuse_too_long(model: Any, config: ModelFields, num_tokens: int) -> None:
+    """Raise InputError where the longest sequence has more tokens than the model has positions to learn; or warn.
+
+    Learned positions end. Rotary ones go on, into what the model never saw.
+    """
+    settings = read_config(model, config)
+    known = _last_position(settings)
+    if known is None or num_tokens <= known:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_weights(settings, config.trust_remote_code) if isinstance(model, str) else base
+    end = _end_of_positions(base, known)
+    what, remedy = "the longest prompt and its completion", "lower max_prompt_length or max_completion_length"
+    if end is not None and num_tokens > end:
+        raise InputError(f"{what} may have {num_tokens} tokens, more than the model has positions, {end}; {remedy}")
+    warn(
+        f"{what} may have {num_tokens} tokens, more than the {known} that the model was made for "
+        f"(max_position_embeddings); beyond them it may write nonsense; {remedy}"
+    )
+
+
+def _last_position(settings: PreTrainedConfig) -> int | None:
+    """How many positions a model was made for, as its configuration says, or None where that says nothing."""
+    text = settings.get_text_config()
+    known = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter of MPT
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    for scaled in (rope, *rope.values()):  # by kind of layer, where these have different ones
+        if known and isinstance(scaled, dict) and scaled.get("factor"):
+            # Qwen's instructions for long texts leave max_position_embeddings at what the factor multiplies.
+            original = scaled.get("original_max_position_embeddings") or known
+            known = max(known, int(scaled["factor"] * original))
+    return known
+
+
+def _end_of_positions(base: nn.Module, known: int) -> int | None:
+    """How many positions a model has where it looks them up in a table, which ends, or None."""
+    if getattr(base.config, "model_type", None) == "mpt":  # its table of biases is made on the way, and has no more
+        return known
+    tables = [*base.named_parameters(), *base.named_buffers()]
+    # OPT's has two rows more, which come first.
+    lookups = (table for name, table in tables if POSITIONS.search(name) and table.dim() == 2)
+    return known if any(known <= len(table) <= known + 2 for table in lookups) else None
+
+
+def _refuse_loaded(model: PreTrainedModel | PeftModel) -> None:
+    """Raise InputError where a loaded model cannot be trained here."""
+    refuse_state(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise InputError(f"the base of the PeftModel is a {type(base).__name__}; a transformers model is needed")
+    _refuse_quantization(base.config, f"the model, a {type(base).__name__},")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise InputError(f"the model is a {type(base).__name__}, which is no causal language model")
+    output_embeddings(base)
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise InputError(
+            f"the model has no values for {away}, which is offloaded or was never loaded; load the whole model into "
+            "the memory of one device"
+        )
+
+
+def _find_by_name(model: str, config: ModelFields) -> None:
+    folder = Path(model)
+    is_path = model.startswith((".", "/")) or model.count("/") > 1
+    if is_path and not folder.is_dir():
+        raise InputError(f"model {model!r} is not a folder on this machine")
+    if folder.is_dir():
+        refuse_pointers(model)
+    if not (folder / "config.json").is_file() and not is_adapter(model):
+        inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        if (folder / "adapter").is_dir():
+            raise InputError(f"model {model!r} is the output of a run; its adapter is {folder / 'adapter'}")
+        if inside:
+            raise InputError(f"model {model!r} holds adapters in folders; name one, such as {inside[0]}")
+    if is_adapter(model):
+        base = str(read_adapter_config(model).base_model_name_or_path)
+        if is_adapter(base):
+            raise InputError(f"the base of adapter {model!r} is {base!r}, an adapter too; merge that one into its base")
+        try:
+            return _find_by_name(base, config)
+        except InputError as error:
+            raise InputError(f"the base that adapter {model!r} names cannot be taken: {error}") from error
+    try:
+        found = read_config(model, config)
+    except Exception as error:  # also what a family's own checks of its configuration raise
+        raise InputError(
+            f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
+        ) from error
+    _refuse_quantization(found, f"model {model!r}", config)
+    _refuse_kind(found, model)
+    if folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
+        _refuse_missing_weights(folder)
+
+
+def _refuse_quantization(found: PreTrainedConfig, what: str, config: ModelFields | None = None) -> None:
+    saved: Any = getattr(found, "quantization_config", None)
+    if saved is None:
+        return
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
+        raise InputError(f"{what} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
+    if config is not None and not config.load_in_4bit:
+        raise InputError(f"{what} is 4-bit already; leave load_in_4bit at True")
+
+
+def _refuse_kind(found: PreTrainedConfig, model: str) -> None:
+    """Raise InputError where the configuration is of a model of another kind, or was saved by one."""
+    saved_by = (getattr(found, "architectures", None) or [None])[0]
+    remote = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    names = [kind.__name__ for kind in (made if isinstance(made, tuple) else (made,)) if kind is not None]
+    # A family may have several names, and heads for other tasks, which from_pretrained would replace by a random one.
+    causal = saved_by is None or saved_by in names or saved_by.endswith(LANGUAGE_MODELS)
+    if getattr(found, "is_encoder_decoder", False) or not (remote or (names and causal)):
+        kind = saved_by or f"{found.model_type!r} model"
+        raise InputError(f"model {model!r} is a {kind}, which is no causal language model; name one that is")
+
+
+def _refuse_missing_weights(folder: Path) -> None:
+    """Raise InputError if a model's folder has no weights, or files of them that are missing or cut short."""
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"model folder {str(folder)!r} has no weights; copy {WEIGHTS[0]} there")
+    files = found[:1]
+    if found[0].suffix == ".json":
+        try:
+            index = json.loads(found[0].read_text(encoding="utf-8"))
+            files = sorted({folder / name for name in index["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{found[0]} cannot be read: {in_a_line(error)}") from error
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"model folder {str(folder)!r} lacks {path.name}, which its index names; copy it there")
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):  # reads the header, which says how long the file must be
+                    pass
+            except SafetensorError as error:
+                raise InputError(f"{path} cannot be read: {in_a_line(error)}; copy it anew") from error
