@@ -19,7 +19,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base
-from lowmem_grpo.model.adapters import add_adapter, outdated_name
+from lowmem_grpo.model.adapters import add_adapter, lora_config, outdated_name
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
@@ -155,7 +155,7 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
         model.requires_grad_(False)
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
-        return add_adapter(_placed(model, device, dtype), adapter_config(model, config, peft_config))
+        return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
     if is_adapter(model):
         base = _load_base(str(PeftConfig.from_pretrained(model).base_model_name_or_path), config, device, dtype)
         refuse_changed_base(model, base)

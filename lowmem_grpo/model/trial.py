@@ -10,8 +10,9 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -33,6 +34,7 @@ TEXTS = (
     "7. To check this, count the blue ones: 28, and 28 + 7 = 35. What if one of them is lost?",
 )  # fmt: skip
 
+T = TypeVar("T")
 Outputs = dict[str, Tensor]  # of each layer and of each of its parts: (N, D) fp32, on the CPU
 
 # Of outputs in fp32. Those of SmolLM2 and Gemma 3 270M are 1e-5 away at most; of tiny random models, where a state
@@ -199,6 +201,13 @@ class Differs(ValueError):
     """One of our layouts gives something else, and the message says what and how far."""
 
 
+def once_more(work: Callable[[], T]) -> T:
+    """Return work(), begun anew once where memory ran out: a trial is small, and what was before it may be free."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return work()
+    return work()
+
+
 def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
     """Why a trial of the policy fails with each of TEXTS, or None; what it raises is a reason too.
 
@@ -208,7 +217,7 @@ def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
     try:
         with policy.inference(), narrow_windows(policy.base):
             for text in TEXTS:
-                reason = trial(policy, text)
+                reason = once_more(partial(trial, policy, text))
                 if reason is None:
                     return None
     except torch.OutOfMemoryError:
@@ -281,51 +290,63 @@ class InBothPrecisions:
 
 
 def refuse_untrainable(policy: Any) -> None:
-    """Raise InputError where training would learn nothing, or something else than what is sampled from. Tried once.
+    """Raise InputError where training would learn nothing, or something else than what is sampled from.
 
     In training mode a forward must give the same twice, and the same whatever token comes later; and a backward must
     reach the adapter.
     """
-    prompt, completion, others = pieces(policy, TEXTS[0], (7, 9, 9))
-    last = next((token for token in others if token != completion[-1]), completion[-1])
     name = type(policy.base).__name__
-
-    def batch_of(completion: list[int]) -> MicroBatch:
-        (batch,) = pack(
-            [prompt], [completion], token_budget=100, pad_token_id=policy.pad_token_id, device=policy.device
-        )
-        return batch
-
-    def forward(exact: Any, completion: list[int]) -> Outputs:
-        # Flash attention takes no fp32; where attention cannot be replaced it is another one.
-        own = contextlib.nullcontext() if refusal(policy.base) else attending(policy.configs, "eager")
-        with torch.no_grad(), own:
-            return outputs(exact, [batch_of(completion)], len(completion))
-
     try:
         with lora_dropout_off(policy.model):
-            with in_fp32(policy) as exact:
-                first = forward(exact, completion)
-                differs = too_far(distances(forward(exact, [*completion[:-1], last]), first), {})
-                unsteady = too_far(distances(forward(exact, completion), first), {}) if differs else None
-            policy.logprobs(batch_of(completion), 1.0).sum().backward()
+            reason = once_more(partial(_difference_in_training, policy))
+            once_more(partial(_backward, policy))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever foreign code raises
         raise InputError(f"{name} cannot be trained here: {in_a_line(error)}") from error
-    if unsteady:
-        raise InputError(
-            f"{name} computes something else each time in training mode ({unsteady}); switch that off in it"
-        )
-    if differs:  # by the last token, which predicts none
-        raise InputError(f"{name} is no causal language model: its outputs depend on later tokens ({differs})")
     learns = any(p.grad is not None and p.grad.count_nonzero() for p in policy.parameters_of(policy.adapter).values())
     policy.model.zero_grad()
+    if reason:
+        raise InputError(f"{name} {reason}")
     if not learns:
         raise InputError(
             f"no weight of the adapter {policy.adapter!r} gets a gradient: lora_alpha or both of its factors are zero, "
             f"or {name} does not use the modules that have it; give the adapter other target_modules"
         )
+
+
+def _difference_in_training(policy: Any) -> str | None:
+    """What makes two forwards in training mode differ, whose last token alone does and predicts none; or None."""
+    prompt, completion, others = pieces(policy, TEXTS[0], (7, 9, 9))
+    last = next((token for token in others if token != completion[-1]), completion[-1])
+
+    def forward(completion: list[int]) -> Outputs:
+        # Flash attention takes no fp32; where attention cannot be replaced it is another one.
+        own = contextlib.nullcontext() if refusal(policy.base) else attending(policy.configs, "eager")
+        with torch.no_grad(), own, in_fp32(policy) as exact:
+            return outputs(exact, [_batch(policy, prompt, completion)], len(completion))
+
+    first = forward(completion)
+    if not first[LAST].isfinite().all():  # which the first rollout says
+        return None
+    reason = too_far(distances(forward([*completion[:-1], last]), first), {})
+    if reason is None:
+        return None
+    unsteady = too_far(distances(forward(completion), first), {})
+    if unsteady:
+        return f"computes something else each time in training mode ({unsteady}); switch that off in it"
+    return f"is no causal language model: its outputs depend on later tokens ({reason})"
+
+
+def _backward(policy: Any) -> None:
+    prompt, completion = pieces(policy, TEXTS[0], (7, 9))
+    policy.model.zero_grad()
+    policy.logprobs(_batch(policy, prompt, completion), 1.0).sum().backward()
+
+
+def _batch(policy: Any, prompt: list[int], completion: list[int]) -> MicroBatch:
+    (batch,) = pack([prompt], [completion], token_budget=100, pad_token_id=policy.pad_token_id, device=policy.device)
+    return batch
 
 
 @contextlib.contextmanager
