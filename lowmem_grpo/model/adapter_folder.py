@@ -40,7 +40,7 @@ def read_adapter_config(folder: str) -> PeftConfig:
 
 
 def refuse_pointers(folder: str) -> None:
-    """Raise InputError if a file in a folder is a Git LFS pointer, so that the file itself was not downloaded."""
+    """Raise InputError if a file in a folder is a Git LFS pointer, which stands for the file itself."""
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
             raise InputError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` where it was cloned")

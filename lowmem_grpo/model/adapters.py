@@ -197,9 +197,12 @@ def refuse_config(config: PeftConfig | None, what: str = "peft_config", *, new: 
         raise InputError(f"{what} trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
     start: Any = config.init_lora_weights
     if start not in KEEP_THE_BASE and not (start == STARTS_FROM_DATA and not new):
-        source = "data" if start == STARTS_FROM_DATA else "the base, which is the reference"
         remedy = "leave it at True" if new else "convert it to plain LoRA, as PEFT's documentation of it says"
-        raise InputError(f"{what} has init_lora_weights={start!r}, which takes from {source}; {remedy}")
+        if start == STARTS_FROM_DATA:
+            raise InputError(f"{what} has init_lora_weights={start!r}, which takes from data; {remedy}")
+        raise InputError(
+            f"{what} has init_lora_weights={start!r}, which takes from the base, which is the reference; {remedy}"
+        )
     plain = LoraConfig()
     for field in fields(config):
         value = getattr(config, field.name)

@@ -202,7 +202,7 @@ class Differs(ValueError):
 
 
 def once_more(work: Callable[[], T]) -> T:
-    """Return work(), begun anew once where memory ran out: a trial is small, and what was before it may be free."""
+    """Return work(), begun anew once where memory ran out. A trial is small, and other memory may be free by then."""
     with contextlib.suppress(torch.OutOfMemoryError):
         return work()
     return work()
@@ -316,7 +316,7 @@ def refuse_untrainable(policy: Any) -> None:
 
 
 def _difference_in_training(policy: Any) -> str | None:
-    """What makes two forwards in training mode differ, whose last token alone does and predicts none; or None."""
+    """Why two forwards in training mode differ, or None. Their last token alone is another one, and predicts none."""
     prompt, completion, others = pieces(policy, TEXTS[0], (7, 9, 9))
     last = next((token for token in others if token != completion[-1]), completion[-1])
 
