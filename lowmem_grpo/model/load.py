@@ -1,6 +1,5 @@
 """Load a Policy: a model found, put on the device in 4-bit, given adapters, and made ready to train."""
 
-import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
