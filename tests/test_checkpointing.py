@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ class Toy(GradientCheckpointingLayer):
     def __init__(self, again, pairs=False):
         super().__init__()
         self.linear, self.pairs = nn.Linear(4, 4), pairs
-        self.gradient_checkpointing, self._gradient_checkpointing_func = True, _OneNode(by_torch(again), again)
+        self.gradient_checkpointing, self._gradient_checkpointing_func = True, _OneNode(self, by_torch(again), again)
 
     def forward(self, hidden, scale=None):
         out = self.linear(hidden) * (1.0 if scale is None else scale["of it"][0])
@@ -176,3 +177,13 @@ def test_what_one_node_cannot_carry_is_left_to_torch(change, nodes):
     for found in results[:3]:
         assert all(a is b or torch.equal(a, b) for a, b in zip(found, results[3], strict=True))
     assert nodes[0] == (2 if change == "nothing" else 0)
+
+
+def test_a_layer_that_is_frozen_is_known_when_transformers_hands_its_bound_forward(nodes):
+    """As 5.17 does; 5.23 hands the layer as an argument."""
+    layer = Toy(nullcontext)
+    hidden = torch.randn(3, 4)
+    run = partial(layer.forward, scale=None)
+    assert layer._gradient_checkpointing_func(run, hidden).requires_grad and nodes[0] == 1
+    layer.requires_grad_(False)
+    assert not layer._gradient_checkpointing_func(run, hidden).requires_grad and nodes[0] == 1
