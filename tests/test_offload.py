@@ -1,15 +1,21 @@
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import make_model, make_policy
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+import triton.language as tl
+from tiny_models import FAMILIES, SMALL, make_model, make_policy
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers.models.qwen2 import modeling_qwen2
+from triton.runtime import interpreter
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.model import offload
 from lowmem_grpo.model.load import load_policy
-from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, use_liger_kernels
+from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.packing import pack
 
 gpu = pytest.mark.gpu
@@ -140,6 +146,96 @@ def test_liger_is_asked_only_for_what_it_knows():
     model.config.model_type = "nobody's"
     with pytest.raises(ValueError, match='liger-kernel does not know "nobody\'s" models'):
         use_liger_kernels(model)
+
+
+LIGERS_FAMILIES = sorted({*FAMILIES} - {"cohere"})  # which Liger does not know
+
+
+@pytest.fixture
+def liger_interpreted(monkeypatch):
+    """Give Triton's interpreter what Liger's kernels ask for: floats as scalars, and two functions of libdevice."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here, not interpreted")
+    monkeypatch.setattr(pytest.importorskip("liger_kernel.ops.rms_norm"), "rsqrt", lambda x: tl.rsqrt(x))
+    monkeypatch.setattr(pytest.importorskip("liger_kernel.ops.geglu"), "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+
+
+@pytest.mark.parametrize("liger_family", LIGERS_FAMILIES)
+def test_ligers_kernels_compute_what_the_model_does(liger_family, liger_interpreted):
+    policy = make_policy(liger_family, gradient_checkpointing=True)
+    expected = run(policy, length=9)
+    use_liger_kernels(policy.base)
+    found = run(policy, length=9)
+    assert not torch.equal(found[0], expected[0]), "Liger's kernels ran"
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("liger_family", LIGERS_FAMILIES)
+def test_liger_replaces_norms_attention_and_mlps_of_one_model_and_nothing_else(liger_family):
+    pytest.importorskip("liger_kernel")
+    model, other = make_model(liger_family), make_model(liger_family)
+    names = vars(sys.modules[type(model).__module__])
+    names_before = dict(names)
+    use_liger_kernels(model)
+    replaced = {name.rpartition(".")[2] for name, layer in model.named_modules() if "forward" in vars(layer)}
+    assert {"mlp", "self_attn", "norm", "input_layernorm", "post_attention_layernorm"} <= replaced
+    assert all(name in ("mlp", "self_attn") or name.endswith("norm") for name in replaced), "no head, no model"
+    assert names == names_before and names["apply_rotary_pos_emb"].__module__ == type(other).__module__
+    assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
+    assert not any("forward" in vars(layer) for layer in other.modules())
+
+
+def test_a_rotary_embedding_is_ligers_while_the_model_attends_and_then_transformers_own(monkeypatch):
+    rope = pytest.importorskip("liger_kernel.transformers.rope")
+    model, other = make_model("qwen2"), make_model("qwen2")
+    seen = []
+
+    def attend(layer, fails=False):
+        seen.append(modeling_qwen2.apply_rotary_pos_emb)
+        if fails:
+            raise NotImplementedError
+
+    monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", attend)
+    own = modeling_qwen2.apply_rotary_pos_emb
+    use_liger_kernels(model)
+    for attention in (model.model.layers[0].self_attn, other.model.layers[0].self_attn):
+        attention()
+        with pytest.raises(NotImplementedError):
+            attention(fails=True)
+    assert seen == [rope.liger_rotary_pos_emb] * 2 + [own] * 2 and own.__module__ == modeling_qwen2.__name__
+
+
+def test_the_fast_step_knows_a_model_with_ligers_kernels(liger_interpreted):
+    """It asks transformers' rotary embedding for q and k that are one tensor, in which Liger's would rotate twice."""
+    policy = make_policy("qwen3", load_in_4bit=False)
+    use_liger_kernels(policy.base)
+    assert known_step(policy, 40) is not None
+
+
+def test_undo_takes_ligers_kernels_away():
+    pytest.importorskip("liger_kernel")
+    model, written = make_model("qwen3"), str(make_model("qwen3"))
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    use_liger_kernels(model)
+    undo(model)
+    assert torch.equal(model(ids).logits, expected) and str(model) == written
+
+
+def test_liger_is_refused_where_an_mlp_has_another_activation():
+    pytest.importorskip("liger_kernel")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, hidden_act="gelu"))
+    with pytest.raises(ValueError, match="liger-kernel has another activation than this model's MLPs"):
+        use_liger_kernels(model)
+    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 @pytest.mark.parametrize(

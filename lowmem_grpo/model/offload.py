@@ -1,10 +1,12 @@
 """Ways to need less GPU memory for more time, each a setting that load_policy() applies to the model."""
 
 import contextlib
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from lowmem_grpo.model.checkpointing import Contexts, by_torch
 
 TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
 LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
+LIGERS_ACTIVATIONS = {
+    "LigerSwiGLUMLP": F.silu, "LigerPhi3SwiGLUMLP": F.silu, "LigerGEGLUMLP": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"})
 
 
@@ -83,10 +88,12 @@ class _Ours:
 
 
 def undo(model: Any) -> None:
-    """Take back tiled MLPs and an offloaded embedding of a model that was loaded before."""
+    """Take back tiled MLPs, an offloaded embedding and Liger's kernels of a model that was loaded before."""
     for layer in model.modules():
         if isinstance(vars(layer).get("forward"), _Ours):
             del layer.forward
+            for name in ("_get_name", "extra_repr"):  # of Liger's
+                vars(layer).pop(name, None)
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(model.get_output_embeddings().weight.device)
 
@@ -182,12 +189,13 @@ class Offloading:
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Liger's RMSNorm, rotary embedding and gated MLP in place of the model's own; the head is ours as ever.
+    """Have Liger's kernels compute a model's norms, rotary embedding and gated MLPs; its head stays as it is.
 
-    The rotary embedding of the whole model class is replaced, for every model of it in this process.
+    Liger replaces names in transformers' module, too, which every model of the family there reads. They are put back,
+    and a rotary embedding is Liger's only while this model attends.
 
     Raises:
-        InputError: liger-kernel is not installed, or does not know the model.
+        InputError: liger-kernel is not installed, does not know the model, or knows its MLP with another activation.
     """
     try:
         from liger_kernel.transformers.monkey_patch import (
@@ -198,7 +206,44 @@ def use_liger_kernels(model: Any) -> None:
         raise InputError("use_liger_kernel needs the package liger-kernel; install it, or leave it out") from error
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise InputError(f"liger-kernel does not know {model.config.model_type!r} models; leave use_liger_kernel out")
+    names = vars(sys.modules[type(model).__module__])
+    names_before = dict(names)
+    forwards = {layer: vars(layer).get("forward") for layer in model.modules()}
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    rotary = {name: names[name] for name in names_before if "rotary" in name and names[name] is not names_before[name]}
+    names.update(names_before)
+    for layer, before in forwards.items():
+        if vars(layer).get("forward") is not before:
+            layer.forward = _Ours(layer.forward)
+    for name, layer in model.named_modules():
+        if name.endswith("self_attn"):
+            layer.forward = _Ours(_reading(rotary, names, layer.forward))
+    _refuse_other_activations(model)
+
+
+def _reading(others: dict[str, Any], names: dict[str, Any], forward: Callable) -> Callable:
+    """A forward that finds others among the names of its module, where everybody else finds what is there."""
+
+    def forward_with_others(*args: Any, **kwargs: Any) -> Any:
+        before = {name: names[name] for name in others}
+        names.update(others)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            names.update(before)
+
+    return forward_with_others
+
+
+def _refuse_other_activations(model: Any) -> None:
+    """Raise InputError if a gated MLP has another activation than Liger's kernel, which does not ask."""
+    x = torch.linspace(-8, 8, 101)
+    for layer in model.modules():
+        theirs = LIGERS_ACTIVATIONS.get(layer._get_name())  # which Liger has renamed
+        ours = getattr(layer, "act_fn", getattr(layer, "activation_fn", None))
+        if theirs is not None and ours is not None and not torch.allclose(ours(x), theirs(x), atol=1e-6):
+            undo(model)
+            raise InputError("liger-kernel has another activation than this model's MLPs; leave use_liger_kernel out")
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:
