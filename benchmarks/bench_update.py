@@ -138,12 +138,8 @@ def bench(work: Work, names: list[str], repetitions: int, warmups: int) -> dict[
     """Per implementation: failed, or seconds (Timing), peak_bytes, mfu, error: the distance to the last gradient."""
     device = torch.device(work.device)
 
-    def timed(group: list[str]) -> dict[str, measure.Timing | Failed]:
-        runs = {name: lambda turn, name=name: gradient(work, name) for name in group}
-        return measure.time_each(runs, device, repetitions, warmups)
-
-    # Liger's last: from then on its rotary embedding is every model's.
-    timings = timed([name for name in names if name != LIGERS]) | timed([name for name in names if name == LIGERS])
+    runs = {name: lambda turn, name=name: gradient(work, name) for name in names}
+    timings = measure.time_each(runs, device, repetitions, warmups)
     alive = [name for name in names if not isinstance(timings[name], Failed)]
     truth = gradient(work, alive[-1]) if alive else torch.zeros(1)
     results: dict[str, dict] = {}
