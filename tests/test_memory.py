@@ -28,7 +28,7 @@ from transformers import (
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.generate.shape import StoreShape, kv_shape, store_shape
+from lowmem_grpo.generate.shape import kv_shape, store_shape
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
@@ -331,16 +331,17 @@ def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim
 @pytest.mark.parametrize("rollout_kv", ["full", "int8"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_keys_and_values_are_as_predicted(name, rollout_kv):
-    config = GRPOConfig(**TASK, rollout_token_budget=200, rollout_kv=rollout_kv)
-    predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
-    shape = store_shape(
-        prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
-    )
-    assert isinstance(shape, StoreShape)
-    dtype = torch.int8 if rollout_kv == "int8" else torch.bfloat16
-    store = Store(kv_shape(SHAPES[name], dtype), shape, dtype, torch.device("cpu"))
-    parts = [*store.own, *store.prefix]
-    assert predicted == sum(part.nbytes for part in parts if part is not None)
+    for use_cpu in (True, False):
+        config = GRPOConfig(**{**TASK, "use_cpu": use_cpu}, rollout_token_budget=200, rollout_kv=rollout_kv)
+        predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
+        shape = store_shape(
+            prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200,
+            paged=not use_cpu,
+        )  # fmt: skip
+        dtype = torch.int8 if rollout_kv == "int8" else torch.bfloat16
+        store = Store(kv_shape(SHAPES[name], dtype), shape, dtype, torch.device("cpu"))
+        parts = [*store.own, *store.prefix]
+        assert predicted == sum(part.nbytes for part in parts if part is not None)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_target_modules": ["q_proj"]}, {"load_in_4bit": False}], ids=str)
@@ -365,9 +366,6 @@ def test_a_plan_takes_no_dense_copy_away_where_there_is_none():
         found = replace(found, phases={"rollout": found.phases["rollout"]})  # and so the largest
         names = [change.name for change in planner._changes(SHAPES["qwen2"], tight, found)]
         assert ("rollout_weights" in names) == in_4bit
-
-
-CAPTURED = ("captured steps", "adapters in the compute dtype")
 
 
 CAPTURED = ("captured steps", "adapters in the compute dtype")
