@@ -32,6 +32,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+CODES = torch.tensor(NF4)
 BLOCK_N, NUM_WARPS, STAGES = 64, 4, 3  # rows of a weight in a program; more warps would leave a warp under 16 of them
 # Programs to each processor. At 64 rows 3584 x 18944 takes an H200 57 us in 8 splits, 53 in 16; more are more parts.
 PROGRAMS, MOST_SPLITS = 4, 16
@@ -46,7 +47,7 @@ def unpacking(dtype: torch.dtype) -> str:
     in its lower and once in its upper half, and their fourth bit chooses between both; so for the codes' low bytes and
     for their high bytes. Two more put low and high bytes together.
     """
-    codes = torch.tensor(NF4).to(dtype).view(torch.uint8).view(-1, 2)
+    codes = CODES.to(dtype).view(torch.uint8).view(-1, 2)
     low, high = (codes[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1))
     low, high = ([f"{word & 0xFFFFFFFF:#x}" for word in words] for words in (low, high))
 
@@ -290,7 +291,7 @@ def dequantized(weight: Weight, K: int, dtype: torch.dtype) -> Tensor:
     if weight.code is not None and weight.outer is not None and weight.offset is not None:
         block = torch.arange(len(absmax), device=absmax.device) // 256
         absmax = weight.code[weight.absmax.long()] * weight.outer[block] + weight.offset
-    table = torch.tensor(NF4, device=packed.device).to(dtype).float()
+    table = CODES.to(packed.device, dtype).float()
     return (table[codes] * absmax[:, None]).view(-1, K)
 
 
@@ -302,7 +303,7 @@ def _launch(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int)
     packed, absmax, outer, offset, _ = zip(*weights, *[(None,) * 5] * absent, strict=True)
     parts = torch.empty(splits, M, sum(sizes), dtype=torch.float32, device=x.device)
     low = None if a is None else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-    codes = torch.tensor(NF4).to(x.dtype) if triton.knobs.runtime.interpret else None
+    codes = CODES.to(x.dtype) if triton.knobs.runtime.interpret else None
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     if M:
         blocks = sum(triton.cdiv(size, BLOCK_N) for size in sizes) + R // RANK

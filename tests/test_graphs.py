@@ -9,15 +9,17 @@ from math import ceil
 import pytest
 import torch
 from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes, run, shapes
+from test_step import policy_of
 from tiny_models import make_policy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowmem_grpo.generate import engine, graphs, store
+from lowmem_grpo.generate import engine, graphs, sample, store
 from lowmem_grpo.generate.graphs import Captures, Graphs
 from lowmem_grpo.generate.shape import StoreShape, one_of_five
 from lowmem_grpo.kernels.decode_attention import decode_attention
+from lowmem_grpo.kernels.decode_layer import heads
 from lowmem_grpo.out_of_memory import TokenBudget
 
 
@@ -340,6 +342,11 @@ def captured(captured_early, monkeypatch):
     return made
 
 
+@pytest.fixture
+def fast_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(sample, "FAST", {"cpu"})
+
+
 def poisoned(num_bytes):
     """Memory that an update takes where a store was, full of NaN, in pieces of every size."""
     return [torch.full((size,), torch.nan) for size in (num_bytes // 4, num_bytes // 8, *[num_bytes // 64] * 8)]
@@ -387,6 +394,42 @@ def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captur
             change_adapters(policy)
             update.append(poisoned(2**16))
     assert len(captured) <= 5 and new == 0 and preempted
+
+
+@pytest.mark.parametrize(
+    "family, kv, sampling", [("qwen3", "full", {}), ("gemma2", "int8", {"top_p": 0.9, "repetition_penalty": 1.3})]
+)
+def test_graphs_of_a_fast_step_serve_the_later_rollouts(family, kv, sampling, captured, fast_on_a_cpu):
+    """Bit for bit: with stores elsewhere and of other sizes, moved adapters, and others worn in between."""
+    policy = policy_of(family)
+    policy.add("other")
+    lasting, plain = in_4bit(policy, rollout_kv=kv), stepping(policy, rollout_kv=kv)
+    more, fewer = replace(ROOM, pages=ROOM.pages + 7, prefix_tokens=200), replace(ROOM, pages=8)
+    update = []
+    for number, shape in enumerate((ROOM, more, fewer, ROOM)):
+        lasting.given = plain.given = shape
+        num_graphs = len(captured)
+        found = lasting.sampled(seed=number, **sampling)
+        assert_same(found.completions, plain.run(seed=number, **sampling))
+        counts, new = lasting.captures.counts, len(captured) - num_graphs
+        assert counts.steps - counts.replayed == new, "a number of rows costs one step, once"
+        with policy.wearing("other"):
+            assert_same(lasting.run(seed=number, **sampling), plain.run(seed=number, **sampling))
+        change_adapters(policy)
+        update.append(poisoned(2**16))
+    assert new == 0 and lasting.fast_steps[policy.adapters.worn] is not None
+
+
+def test_a_fast_step_that_finds_a_store_by_itself_would_be_seen(captured, fast_on_a_cpu, monkeypatch):
+    monkeypatch.setattr(
+        store.Store, "heads", lambda self, *finished, **where: heads(
+            *finished, own=self.own.numbers, scales=self.own.scales, **where
+        )
+    )  # fmt: skip
+    sampler = in_4bit(policy_of("qwen3"), ROOM)
+    sampler.run()
+    with pytest.raises(RuntimeError, match="given back"):
+        sampler.run(seed=1)
 
 
 @pytest.mark.parametrize("thing", ["adapters", "slots", "store"])

@@ -143,7 +143,7 @@ def test_a_step_is_ten_launches_a_layer_and_four_outside(name, truncated, monkey
         return call
 
     for what, count in LAUNCHES.items():
-        module = slots if what == "sample_next" else step
+        module = {"sample_next": slots, "heads": store}.get(what, step)
         monkeypatch.setattr(module, what, counted(what, count, getattr(module, what)))
     monkeypatch.setattr(store.Store, "attend", counted("attention", 2, store.Store.attend))
     monkeypatch.setattr(policy, "bare_logits", counted("head", 1, policy.bare_logits))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lowmem_grpo.generate.layers import Norm, Outline, Product, rotations
 from lowmem_grpo.generate.layouts import Decode
-from lowmem_grpo.kernels.decode_attention import KeysValues
-from lowmem_grpo.kernels.decode_layer import gated, heads, residual, start
+from lowmem_grpo.generate.store import Store
+from lowmem_grpo.kernels.decode_layer import gated, residual, start
 from lowmem_grpo.kernels.nf4_product import product, splits_of
 from lowmem_grpo.model.lora import worn_by
 from lowmem_grpo.model.policy import Policy
@@ -172,19 +172,18 @@ class FastStep:
         where: dict[str, Any] = dict(
             layer=index, table=now.table, positions=now.positions, prefilled=now.prefix_lengths
         )
-        query = self.heads(index, h, now.store.keys_values, **where)
+        query = self.heads(index, h, now.store, **where)
         scores: dict[str, Any] = dict(scaling=layer.scaling, softcap=layer.softcap, window=layer.window)
         attended = now.store.attend(query, prefix_rows=now.prefix_rows, **scores, **where).flatten(1)
         h = residual(stream, *out(attended), after=layer.after[0], share=layer.share, before=layer.before[1])
         h = gated(*gate_up(h), activation=layer.activation, dtype=self.policy.dtype)
         return residual(stream, *down(h), after=layer.after[1], share=layer.share, before=following)
 
-    def heads(self, index: int, h: Tensor, store: KeysValues, **where: Any) -> Tensor:
+    def heads(self, index: int, h: Tensor, store: Store, **where: Any) -> Tensor:
         """A layer's queries (S, H, D); keys and values go to where `where` says, as kernels/decode_layer.py has it."""
         layer = self.outline.layers[index]
         cos, sin = (None, None) if layer.table is None else self.tables[layer.table]
-        return heads(
-            *self.layers[index][0](h), own=store.own, scales=store.own_scales, addresses=store.addresses,
-            query_norm=layer.query_norm, key_norm=layer.key_norm, cos=cos, sin=sin, paired=layer.paired,
-            dtype=self.policy.dtype, **where,
+        return store.heads(
+            *self.layers[index][0](h), query_norm=layer.query_norm, key_norm=layer.key_norm, cos=cos, sin=sin,
+            paired=layer.paired, dtype=self.policy.dtype, **where,
         )  # fmt: skip

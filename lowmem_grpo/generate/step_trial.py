@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lowmem_grpo.generate.layers import Listening, Unknown, normed, read
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.scheduler import Scheduler
-from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
+from lowmem_grpo.generate.shape import PAGE, KVShape, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
-from lowmem_grpo.kernels.decode_attention import addressed
 from lowmem_grpo.model.attention import attending, laid_out
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces
@@ -71,11 +70,12 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
         call = listening.calls[index]
         if (call.scaling, call.window, call.softcap) != (layer.scaling, layer.window, layer.softcap):
             yield f"the scaling, window or softcap of layer {index}", torch.inf
-        pages = call.key.new_zeros(len(positions), 1, 2, layer.kv_heads, 16, layer.head_dim)  # of a token each
+        kv = KVShape(1, layer.kv_heads, layer.head_dim, policy.dtype.itemsize)
+        pages = StoreShape(len(positions), PAGE, 1, 1, len(positions), PAGE)  # of a token each
+        store = Store(kv, pages, policy.dtype, policy.device)
         h = normed(seen[index][0][0], layer.before[0])
-        store = addressed(pages.movedim(0, 2))
         query = fast.heads(index, h, store, layer=0, table=table, positions=positions, prefilled=positions)
-        key, value = store.own[0, :, :, :, 0]
+        key, value = store.own.numbers[0, :, :, :, 0]
         for name, ours, theirs in (("query", query, call.query), ("key", key, call.key), ("value", value, call.value)):
             yield f"the {name} of layer {index}", _distance(ours, theirs[0].transpose(0, 1))
 

@@ -25,6 +25,7 @@ from lowmem_grpo.kernels.decode_attention import (
     quantized,
     write_token,
 )
+from lowmem_grpo.kernels.decode_layer import NO_NORM, Norm, heads
 
 
 class Rows(NamedTuple):
@@ -133,6 +134,20 @@ class Store:
         else:
             write_token(key, value, self.keys_values, **where)
 
+    def heads(
+        self, parts: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | None, *,
+        query_norm: Norm | None, key_norm: Norm | None, **where: Any,
+    ) -> Tensor:  # fmt: skip
+        """Queries (S, H, D) of each row's newest token, keys and values stored, as kernels/decode_layer.py has it."""
+        store = self.keys_values
+        if parts.device.type == "cpu":
+            norms = [x for norm in (query_norm, key_norm) for x in norm or NO_NORM]
+            return _heads(parts, low, b, bias, store.addresses, *norms, **where)
+        return heads(
+            parts, low, b, bias, own=store.own, scales=store.own_scales, addresses=store.addresses,
+            query_norm=query_norm, key_norm=key_norm, **where,
+        )  # fmt: skip
+
     def attend(self, query: Tensor, **where: Any) -> Tensor:
         """Attention of each row's newest token, (S, H, D); `where` is as kernels/decode_attention.py has it."""
         if query.device.type == "cpu":
@@ -158,6 +173,23 @@ def _write_token(
     prefilled: Tensor | None,
 ) -> None:  # fmt: skip
     write_token(key, value, _at(addresses), layer=layer, table=table, positions=positions, prefilled=prefilled)
+
+
+@torch.library.custom_op("lowmem_grpo::heads", mutates_args=())
+def _heads(
+    parts: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | None, addresses: Tensor,
+    query_gain: Tensor | None, query_eps: float, query_early: bool,
+    key_gain: Tensor | None, key_eps: float, key_early: bool,
+    layer: int, table: Tensor, positions: Tensor, prefilled: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    paired: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    store = _at(addresses)
+    return heads(
+        parts, low, b, bias, own=store.own, scales=store.own_scales, layer=layer, table=table, positions=positions,
+        prefilled=prefilled, query_norm=None if query_gain is None else (query_gain, query_eps, query_early),
+        key_norm=None if key_gain is None else (key_gain, key_eps, key_early), cos=cos, sin=sin, paired=paired,
+        dtype=dtype,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("lowmem_grpo::decode_attention", mutates_args=())
