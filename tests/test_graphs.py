@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowmem_grpo.generate import engine, graphs, sample, store
+from lowmem_grpo.generate import engine, graphs, sample, step, store
 from lowmem_grpo.generate.graphs import Captures, Graphs
 from lowmem_grpo.generate.shape import StoreShape, one_of_five
 from lowmem_grpo.kernels.decode_attention import decode_attention
@@ -420,16 +420,33 @@ def test_graphs_of_a_fast_step_serve_the_later_rollouts(family, kv, sampling, ca
     assert new == 0 and lasting.fast_steps[policy.adapters.worn] is not None
 
 
-def test_a_fast_step_that_finds_a_store_by_itself_would_be_seen(captured, fast_on_a_cpu, monkeypatch):
-    monkeypatch.setattr(
-        store.Store, "heads", lambda self, *finished, **where: heads(
-            *finished, own=self.own.numbers, scales=self.own.scales, **where
-        )
-    )  # fmt: skip
+@pytest.mark.parametrize("thing", ["adapters", "store"])
+def test_what_a_fast_step_finds_elsewhere_would_be_seen(thing, captured, fast_on_a_cpu, monkeypatch):
+    if thing == "adapters":
+        own = step.FastStep.ready
+        monkeypatch.setattr(step.FastStep, "ready", lambda fast, *, dense, kept=None: own(fast, dense=dense))
+    if thing == "store":  # by itself, and not by its address
+        monkeypatch.setattr(
+            store.Store, "heads", lambda self, *finished, **where: heads(
+                *finished, own=self.own.numbers, scales=self.own.scales, **where
+            )
+        )  # fmt: skip
     sampler = in_4bit(policy_of("qwen3"), ROOM)
     sampler.run()
     with pytest.raises(RuntimeError, match="given back"):
         sampler.run(seed=1)
+
+
+def test_a_fast_step_and_prompts_read_one_copy_of_the_adapters(captured, fast_on_a_cpu):
+    """Which an update that runs out of memory gets back."""
+    policy = policy_of("qwen3", bf16=True)
+    sampler = in_4bit(policy, ROOM)
+    sampler.run()
+    kept = sampler.captures.kept.tensors
+    sizes = [x.numel() for name, x in kept.items() if isinstance(name, tuple)]
+    assert sum(sizes) == sum(x.numel() for x in policy.parameters_of(policy.adapter).values())
+    sampler.captures.give_way()
+    assert not kept and all(x.a is x.b is None for layer in sampler.fast_step(40).layers for x in layer)
 
 
 @pytest.mark.parametrize("thing", ["adapters", "slots", "store"])

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lowmem_grpo.generate import hf, sample, slots, step, store
+from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import Unknown, read
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
@@ -203,7 +204,9 @@ def test_a_rollout_samples_what_it_samples_by_the_models_own_layers(weights, par
 def test_adapters_are_taken_over_at_each_rollout_in_place():
     policy = policy_of("llama")
     fast = known_step(policy, 40)
-    before = [x.data_ptr() for layer in fast.layers for linears in layer for x in (linears.a, linears.b)]
+    kept = Kept()
+    with fast.ready(dense=False, kept=kept):
+        before = [x.data_ptr() for layer in fast.layers for linears in layer for x in (linears.a, linears.b)]
     first = next(steps(policy, fast, 1))[0]
     with torch.no_grad():
         for parameter in policy.parameters_of(policy.adapter).values():
@@ -211,7 +214,10 @@ def test_adapters_are_taken_over_at_each_rollout_in_place():
     ours, _, own = next(steps(policy, fast, 1))
     torch.testing.assert_close(ours, own, atol=2e-5, rtol=0)
     assert (ours - first).abs().max() > 0.01
-    assert before == [x.data_ptr() for layer in fast.layers for linears in layer for x in (linears.a, linears.b)]
+    with fast.ready(dense=False, kept=kept):
+        after = [x.data_ptr() for layer in fast.layers for linears in layer for x in (linears.a, linears.b)]
+    assert before == after
+    assert fast.layers[0][0].a is None, "what is not kept is given back"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,8 @@ def test_an_adapter_that_is_worn_has_a_step_of_its_own(fast_on_a_cpu):
     assert sampler.fast_step(first.num_positions + 1) is not first
     with policy.as_base():
         bare = sampler.fast_step(40)
-        assert all(linears.a is None for layer in bare.layers for linears in layer)
+        with bare.ready(dense=False) as shared:
+            assert all(linears.a is None for layer in bare.layers for linears in layer) and not shared.factors
         for ours, _, own in steps(policy, bare, 1):
             torch.testing.assert_close(ours, own, atol=2e-5, rtol=0)
 
@@ -252,7 +259,10 @@ def test_an_adapter_that_is_worn_has_a_step_of_its_own(fast_on_a_cpu):
 def test_dense_weights_are_one_matrix_for_the_step_and_for_prompts():
     policy = policy_of("llama")
     fast = FastStep(policy, read(policy), 40)
-    with fast.ready(dense=True) as matrices, fast_linears(policy.base, policy.dtype, dense=True, matrices=matrices):
+    with (
+        fast.ready(dense=True) as shared,
+        fast_linears(policy.base, policy.dtype, dense=True, matrices=(matrices := shared.matrices)),
+    ):
         q, k, v = (base for base in fast.outline.layers[0].qkv.bases)
         assert matrices[q].data_ptr() == fast.layers[0][0].matrices[0].data_ptr()
         assert torch.equal(torch.cat([matrices[q], matrices[k], matrices[v]]), fast.layers[0][0].matrices[0])

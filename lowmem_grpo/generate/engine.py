@@ -153,8 +153,11 @@ def run(request: Request, shape: StoreShape) -> Ran:
 
     keeping: dict[str, Any] = {} if captures is None else {"copy": captures.kept.copy}
     with contextlib.ExitStack() as ready:
-        held = {} if request.fast is None else ready.enter_context(request.fast.ready(dense=request.dense))
-        linears = fast_linears(policy.base, policy.dtype, dense=request.dense, matrices=held, **keeping)
+        if request.fast is not None:
+            kept = None if captures is None else captures.kept
+            shared = ready.enter_context(request.fast.ready(dense=request.dense, kept=kept))
+            keeping |= {"matrices": shared.matrices, "factors": shared.factors}
+        linears = fast_linears(policy.base, policy.dtype, dense=request.dense, **keeping)
         for context in (policy.inference(), policy.autocast(), attending(policy.configs), linears):
             ready.enter_context(context)
         tried_again(attempt, failed)

@@ -13,12 +13,14 @@ the kernel that comes next anyway (kernels/decode_layer.py). Rounding is where a
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import Norm, Outline, Product, rotations
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.store import Store
@@ -36,14 +38,15 @@ class Linears:
     """A Product with the adapters that its linears wear.
 
     Attributes:
-        a: (n R, K) first factors of n linears, R rows of each, filled up with zeros; None without adapters.
-        b: (R, N) second factors side by side, with their scale in them.
+        rank: R, of the adapters filled up with zeros; 0 where none is worn.
+        a: (n R, K) first factors of n linears, R rows of each. From wear() to doff().
+        b: (R, N) second factors side by side, with their scale in them. From wear() to doff().
         splits: of K, by the kernel; None where bitsandbytes' product serves instead.
         matrices: (N_i, K) each, of linears that are not in 4 bits, or all in one for a rollout with dense weights.
     """
 
     def __init__(self, product: Product, dtype: torch.dtype):
-        """Make room for the adapters that are worn now."""
+        """Take the number of columns of the adapters that are worn now."""
         self.product, self.dtype = product, dtype
         self.a = self.b = None
         self.matrices = None if product.weights else [base.weight for base in product.bases]
@@ -53,23 +56,31 @@ class Linears:
             self.splits = None
         self.by_bitsandbytes = [product_4bit(base) for base in product.bases] if product.weights else []
         rank = max(sum(len(a) for a, _, _ in _worn(linear)) for linear in product.linears)
-        if rank:
-            self.rank = -(-rank // RANK) * RANK
-            self.a = torch.zeros(len(product.linears) * self.rank, num_inputs, dtype=dtype, device=device)
-            self.b = torch.zeros(self.rank, sum(product.sizes), dtype=dtype, device=device)
+        self.rank = -(-rank // RANK) * RANK
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the adapters' values, at the addresses of the last ones."""
-        if self.a is None or self.b is None:
-            return
-        rows, columns = self.a.split(self.rank), self.b.split(self.product.sizes, 1)
-        for linear, its_a, its_b in zip(self.product.linears, rows, columns, strict=True):
+    def wear(self, kept: Kept) -> dict[Any, tuple[Tensor, Tensor]]:
+        """Take over the adapters' values into what is kept; returns views of them by linear, (K, R) and (R, N_i)."""
+        if not self.rank:
+            return {}
+        linears, sizes = self.product.linears, self.product.sizes
+        base = self.product.bases[0]
+        on: dict[str, Any] = dict(dtype=self.dtype, device=base.weight.device)
+        self.a = kept.zeros((linears[0], "A"), (len(linears) * self.rank, base.in_features), **on)
+        self.b = kept.zeros((linears[0], "B"), (self.rank, sum(sizes)), **on)
+        views = {}
+        for linear, its_a, its_b in zip(linears, self.a.split(self.rank), self.b.split(sizes, 1), strict=True):
             at = 0
             for a, b, scale in _worn(linear):
                 its_a[at : at + len(a)] = a
                 its_b[at : at + len(a)] = b.t() * scale
                 at += len(a)
+            views |= {linear: (its_a.t(), its_b)} if at else {}
+        return views
+
+    def doff(self) -> None:
+        """Let the adapters' values go, but for what is kept."""
+        self.a = self.b = None
 
     def dequantize(self) -> dict[Any, Tensor]:
         """Compute with one dense matrix of all linears until quantize(); returns its rows by linear layer."""
@@ -101,6 +112,14 @@ class Linears:
             wholes = [_in_fp32(x, matrix) for matrix in self.matrices]
         parts = wholes[0] if len(wholes) == 1 else torch.cat(wholes, 1)
         return parts[None], None if self.a is None else _in_fp32(x, self.a)[None], self.b, bias
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Tensors of a fast step that a prompt's forward computes with, too."""
+
+    matrices: dict[Any, Tensor]  # (N_i, K) by 4-bit layer, where dense
+    factors: dict[Any, tuple[Tensor, Tensor]]  # (K, R) and (R, N_i), its scale in it, by adapted layer
 
 
 def _worn(linear: Any) -> list[tuple[Any, Any, float]]:
@@ -136,16 +155,17 @@ class FastStep:
         self.following = [*(layer.before[0] for layer in outline.layers[1:]), outline.norm]
 
     @contextlib.contextmanager
-    def ready(self, *, dense: bool) -> Iterator[dict[Any, Tensor]]:
-        """Take over the adapters' values; with dense, hold the matrices of all 4-bit layers inside the `with`."""
+    def ready(self, *, dense: bool, kept: Kept | None = None) -> Iterator[Shared]:
+        """Hold the adapters' values, in what is kept, and with dense all 4-bit layers' matrices, inside the `with`."""
         every = [linears for layer in self.layers for linears in layer]
-        for linears in every:
-            linears.refresh()
+        kept = kept or Kept()
         try:
-            yield {base: rows for linears in every if dense for base, rows in linears.dequantize().items()}
+            factors = {linear: views for linears in every for linear, views in linears.wear(kept).items()}
+            yield Shared({base: rows for x in every if dense for base, rows in x.dequantize().items()}, factors)
         finally:
             for linears in every:
                 linears.quantize()
+                linears.doff()
 
     @torch.no_grad()
     def __call__(self, token_ids: Tensor, now: Decode) -> Tensor:

@@ -22,7 +22,7 @@ def _in_dtype(name: Hashable, values: Tensor, dtype: torch.dtype) -> Tensor:
 @contextlib.contextmanager
 def fast_linears(
     model: nn.Module, dtype: torch.dtype, *, dense: bool, matrices: Mapping[Any, Tensor] | None = None,
-    copy: Copy = _in_dtype,
+    factors: Mapping[Any, tuple[Tensor, Tensor]] | None = None, copy: Copy = _in_dtype,
 ) -> Iterator[None]:  # fmt: skip
     """Compute each adapter in two products on top of the base layer: 2 calls where PEFT makes 7.
 
@@ -30,16 +30,17 @@ def fast_linears(
 
     With dense, every 4-bit layer is dequantized once for the while, which takes dense_bytes. Adapters stay apart from
     that copy: after 20 steps of SmolLM2-135M the rounding of a merged one, in bf16, was 0.83 of what they add.
-    matrices, by layer, take the place of copies that somebody holds already.
+    matrices (N, K) and factors (K, R) and (R, N), by layer, take the place of copies that somebody holds already.
     """
-    held = matrices or {}
+    held, shared = matrices or {}, factors or {}
     forwards: dict[Any, Callable] = {}
     if dense:
         forwards = {layer: _dense(layer, held.get(layer), dtype) for layer in _in_4bit(model)}
     for layer in plain_lora_layers(model):
         if not layer.disable_adapters and not layer.merged:
             base = layer.get_base_layer()
-            forwards[layer] = _adapted(layer, forwards.get(base) or product_of(base), dtype, copy)
+            its = [(*shared[layer], 1.0)] if layer in shared else _factors(layer, dtype, copy)
+            forwards[layer] = _adapted(forwards.get(base) or product_of(base), dtype, its)
     before = {layer: vars(layer).get("forward") for layer in forwards}  # training's, or accelerate's
     try:
         for layer, forward in forwards.items():
@@ -71,8 +72,9 @@ def _dense(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Callable:
     return forward
 
 
-def _adapted(layer: Any, base: Callable, dtype: torch.dtype, copy: Copy) -> Callable:
-    factors = [
+def _factors(layer: Any, dtype: torch.dtype, copy: Copy) -> list[tuple[Tensor, Tensor, float]]:
+    """Factors (K, r) and (r, N) and scale of each adapter that a layer wears."""
+    return [
         (
             copy((layer, name, "A"), layer.lora_A[name].weight.t(), dtype),
             copy((layer, name, "B"), layer.lora_B[name].weight.t(), dtype),
@@ -81,6 +83,8 @@ def _adapted(layer: Any, base: Callable, dtype: torch.dtype, copy: Copy) -> Call
         for name in worn_by(layer)
     ]
 
+
+def _adapted(base: Callable, dtype: torch.dtype, factors: list[tuple[Tensor, Tensor, float]]) -> Callable:
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
         rows = x.flatten(0, -2).to(dtype)
         out = base(rows).to(dtype)
