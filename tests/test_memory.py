@@ -28,7 +28,10 @@ from transformers import (
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.generate.graphs import Kept
+from lowmem_grpo.generate.layers import read
 from lowmem_grpo.generate.shape import kv_shape, store_shape
+from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
@@ -377,6 +380,9 @@ def test_captured_steps_have_memory_of_their_own():
         prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
+    many = planner.forecast(SHAPES["qwen2"], replace(config, prompts_per_step=8, rollout_token_budget=10_000))
+    per_slot = 4 * (SHAPES["qwen2"].vocab_size + 2 * SHAPES["qwen2"].intermediate_size)  # of gate and up the fp32 parts
+    assert many.resident["captured steps"] == 32 * per_slot
     lasting = planner.forecast(SHAPES["qwen2"], config)
     assert lasting.resident["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
     again = planner.forecast(SHAPES["qwen2"], replace(config, rollout_graphs_last=False))
@@ -390,6 +396,17 @@ def test_captured_steps_have_memory_of_their_own():
         assert "captured steps" not in found.phases["rollout"] | found.resident
     dense = planner.forecast(SHAPES["qwen2"], replace(config, rollout_weights="dense"))
     assert "captured steps" in dense.phases["rollout"], "which read the copy, and go with it"
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_what_a_fast_step_keeps_is_as_predicted(rank):
+    config = GRPOConfig(**{**TASK, "use_cpu": False}, lora_r=rank)
+    predicted = planner.forecast(SHAPES["qwen3, untied"], config).resident
+    policy = make_policy("qwen3, untied", replace(config, use_cpu=True))
+    fast, kept = FastStep(policy, read(policy), 64), Kept()
+    with fast.ready(dense=False, kept=kept):
+        assert predicted["adapters in the compute dtype"] == sum(x.nbytes for x in kept.tensors.values())
+    assert predicted["cosines and sines"] == sum(x.nbytes for pair in fast.tables for x in pair)
 
 
 def test_a_plan_gives_up_lasting_graphs_before_it_gives_up_graphs():
@@ -408,7 +425,7 @@ def test_on_a_cpu_nothing_of_a_gpus_is_counted():
     gpu = GRPOConfig(**{**TASK, "use_cpu": False, "max_completion_length": 256}, rollout_token_budget=1000)
     cpu = replace(gpu, use_cpu=True)
     (on_gpu, on_cpu) = (planner.forecast(SHAPES["qwen2"], config) for config in (gpu, cpu))
-    assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries", *CAPTURED}
+    assert set(on_gpu.resident) - set(on_cpu.resident) == {"CUDA and its libraries", "cosines and sines", *CAPTURED}
     assert set(on_cpu.phases["rollout"]) >= set(on_gpu.phases["rollout"])
     others = {"dense weights", "adapters in the compute dtype"}
     assert set(on_cpu.phases["rollout"]) - set(on_gpu.phases["rollout"]) == others, "auto is dense there"

@@ -17,12 +17,15 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.shape import kv_shape, store_shape
+from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
+from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
 from lowmem_grpo.update.optimizer import state_bytes
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
+PROCESSORS = 192  # more than a card has: with more of them a product has more parts
 SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
 
 
@@ -236,7 +239,13 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     rollout = count(key, config, traced, 0 if dense else layer)
     if dense:
         rollout["dense weights"] = traced.dense
-    rollout["adapters in the compute dtype"] = dtype.itemsize * traced.adapter_numbers
+    adapters = dtype.itemsize * traced.adapter_numbers
+    if not config.use_cpu and not traced.padded:  # steps by an outline: ranks are filled up, and rotations stay
+        rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
+        adapters = adapters * math.ceil(rank / RANK) * RANK // rank
+        positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
+        resident["cosines and sines"] = 2 * positions * kv_shape(key.model, dtype).head_dim * dtype.itemsize
+    rollout["adapters in the compute dtype"] = adapters
     if config.has_lasting_graphs and not traced.padded:
         for name in ("captured steps", "adapters in the compute dtype"):
             resident[name] = rollout.pop(name)
@@ -269,7 +278,10 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
-    captured = {"captured steps": logits + layer}  # what a step takes, in a pool of its own
+    # What a step takes, in a pool of its own: logits, beside a dequantized layer or the parts of the largest product.
+    sizes = [getattr(text, "intermediate_size", 0)] * 2
+    splits = default_splits(sizes, text.hidden_size, PROCESSORS)
+    captured = {"captured steps": logits + max(layer, 4 * splits * shape.slots * sum(sizes))}
     return {
         "keys and values": shape.num_tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
