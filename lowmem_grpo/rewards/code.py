@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
 from lowmem_grpo.rewards.isolation.workers import WORKERS
+from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.text import completion_text
 
 FENCE = re.compile(r"([ \t]*)```+([^`]*)")
@@ -34,28 +35,27 @@ def get_code_reward(
     """
     if timeout <= 0 or memory_mb < 64:
         raise InputError(f"timeout={timeout} must be greater than 0, and memory_mb={memory_mb} at least 64")
-    limits = Limits(timeout, memory_mb, isolate=not allow_unsafe)
+    return made(_code_reward, Limits(timeout, memory_mb, isolate=not allow_unsafe), fraction, name="code_reward")
 
-    def code_reward(completions: list, tests: list | None = None, **kwargs) -> list[float | SandboxError | None]:
-        if tests is None:
-            raise InputError(
-                "code_reward needs a dataset column named tests: lists of asserts, or of inputs and outputs"
-            )
-        reason = None if allow_unsafe else cannot_isolate()
-        if reason:
-            raise InputError(
-                f"code_reward cannot isolate code here: {reason}; use another machine, or "
-                "get_code_reward(allow_unsafe=True) to run it with this process's rights"
-            )
-        wanted = [_read_tests(row) for row in tests]
-        codes = [last_python_block(completion_text(completion)) for completion in completions]
-        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="code_reward")
-        try:
-            return list(pool.map(lambda code, row: _score(code, row, limits, fraction), codes, wanted))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C or the end of the reward's time
 
-    return code_reward
+def _code_reward(
+    limits: Limits, fraction: bool, /, completions: list, tests: list | None = None, **kwargs
+) -> list[float | SandboxError | None]:
+    if tests is None:
+        raise InputError("code_reward needs a dataset column named tests: lists of asserts, or of inputs and outputs")
+    reason = cannot_isolate() if limits.isolate else None
+    if reason:
+        raise InputError(
+            f"code_reward cannot isolate code here: {reason}; use another machine, or "
+            "get_code_reward(allow_unsafe=True) to run it with this process's rights"
+        )
+    wanted = [_read_tests(row) for row in tests]
+    codes = [last_python_block(completion_text(completion)) for completion in completions]
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="code_reward")
+    try:
+        return list(pool.map(lambda code, row: _score(code, row, limits, fraction), codes, wanted))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C or the end of the reward's time
 
 
 code_reward = get_code_reward()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.text import completion_text
 
 THINK = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
@@ -47,10 +48,9 @@ def get_regex_reward(pattern: str, full: bool = False, name: str = "regex_reward
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise InputError(f"get_regex_reward: {pattern!r} is no regular expression: {error}") from error
-    matches = compiled.fullmatch if full else compiled.search
+    return made(regex_reward, compiled, full, name=name)
 
-    def reward(completions: list, **kwargs) -> list[float]:
-        return [float(matches(completion_text(completion)) is not None) for completion in completions]
 
-    reward.__name__ = name
-    return reward
+def regex_reward(pattern: re.Pattern, full: bool, /, completions: list, **kwargs) -> list[float]:
+    matches = pattern.fullmatch if full else pattern.search
+    return [float(matches(completion_text(completion)) is not None) for completion in completions]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.text import completion_text, prompt_text
 
 LEAST_SHARE = 0.1  # of a prompt's letters: a script with fewer is a quotation
@@ -27,11 +28,11 @@ def language_consistency_reward(prompts: list, completions: list, **kwargs) -> l
 def get_language_consistency_reward(scripts: Sequence[str]) -> Callable:
     """The share of a completion's letters in the given scripts, such as ["CJK"], whatever the prompt's."""
     wanted = {scripts.upper()} if isinstance(scripts, str) else {script.upper() for script in scripts}
+    return made(script_reward, wanted)
 
-    def script_reward(completions: list, **kwargs) -> list[float]:
-        return [_share(completion_text(completion), wanted) for completion in completions]
 
-    return script_reward
+def script_reward(wanted: set[str], /, completions: list, **kwargs) -> list[float]:
+    return [_share(completion_text(completion), wanted) for completion in completions]
 
 
 def _share(text: str, wanted: set[str]) -> float:

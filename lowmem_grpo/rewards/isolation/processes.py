@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.workers import WORKERS, WorkerPool
+from lowmem_grpo.rewards.made import made
 
 START_LIMIT_S = 120.0  # for a worker's first completion, before which it imports the function's module
 
@@ -26,29 +27,41 @@ def in_processes(function: str | Callable, workers: int = WORKERS, timeout: floa
     if workers < 1 or timeout <= 0:
         raise InputError(f"in_processes needs workers={workers} and timeout={timeout} to be greater than 0")
     pool = WorkerPool(Path(__file__).with_name("function_worker.py"), workers, _environment)
+    return made(_reward_in_processes, pool, module, name, timeout, name=name.rpartition(".")[2])
 
-    def reward(prompts: list, completions: list, completion_ids: list, trainer_state, log_metric, log_extra, **columns):
-        columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        state = {"trainer_state": vars(trainer_state)}
-        requests = [
-            (module, name, {column: [values[index]] for column, values in columns.items()} | state)
-            for index in range(len(completions))
-        ]
-        replies = pool.ask_all(requests, timeout, max(timeout, START_LIMIT_S))
-        extra: dict[str, list] = {}
-        for index, reply in enumerate(replies):
-            if isinstance(reply, Exception):
-                continue
-            for metric, value in reply[1]:
-                log_metric(metric, value)
-            for column, value in reply[2]:
-                extra.setdefault(column, [None] * len(completions))[index] = value
-        for column, values in extra.items():
-            log_extra(column, values)
-        return [reply if isinstance(reply, Exception) else reply[0] for reply in replies]
 
-    reward.__name__ = name.rpartition(".")[2]
-    return reward
+def _reward_in_processes(
+    pool: WorkerPool,
+    module: str,
+    name: str,
+    timeout: float,
+    /,
+    prompts: list,
+    completions: list,
+    completion_ids: list,
+    trainer_state,
+    log_metric,
+    log_extra,
+    **columns,
+) -> list:
+    columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    state = {"trainer_state": vars(trainer_state)}
+    requests = [
+        (module, name, {column: [values[index]] for column, values in columns.items()} | state)
+        for index in range(len(completions))
+    ]
+    replies = pool.ask_all(requests, timeout, max(timeout, START_LIMIT_S))
+    extra: dict[str, list] = {}
+    for index, reply in enumerate(replies):
+        if isinstance(reply, Exception):
+            continue
+        for metric, value in reply[1]:
+            log_metric(metric, value)
+        for column, value in reply[2]:
+            extra.setdefault(column, [None] * len(completions))[index] = value
+    for column, values in extra.items():
+        log_extra(column, values)
+    return [reply if isinstance(reply, Exception) else reply[0] for reply in replies]
 
 
 def _import_path(function: str | Callable) -> tuple[str, str]:

@@ -22,11 +22,14 @@ class WorkerPool:
     """Workers that each run one program, which talks over a connection whose file number is its argument."""
 
     def __init__(self, program: Path, workers: int = WORKERS, environment: Callable[[], dict[str, str]] | None = None):
-        self.program, self.workers = program, workers
-        self.environment = environment or (lambda: dict(os.environ))
+        self.program, self.workers, self.environment = program, workers, environment  # None: this process's own
         self.started: list[_Worker] = []
         self.local = threading.local()
         self.threads: ThreadPoolExecutor | None = None
+
+    def __reduce__(self):
+        """Pickle how the pool was made; the copy starts workers of its own."""
+        return type(self), (self.program, self.workers, self.environment)
 
     def ask_all(self, requests: list, limit_s: float, start_limit_s: float) -> list[Any]:
         """The replies, or in their place a TimeoutError or an EOFError where a worker took too long or died.
@@ -58,7 +61,7 @@ class WorkerPool:
                 # -P: the program's folder, whose modules have names such as text.py, is not put on the path.
                 [sys.executable, "-P", str(self.program), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], env=self.environment(),
+                pass_fds=[theirs.fileno()], env=self.environment() if self.environment else None,
                 start_new_session=True,  # a Ctrl-C is for the trainer, which stops its workers itself
             )  # fmt: skip
         return process, ours
