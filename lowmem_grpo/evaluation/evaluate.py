@@ -26,7 +26,7 @@ from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.rewards.accuracy import extract_answer
+from lowmem_grpo.rewards.final_answer import extract_answer
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import length_metrics
 

@@ -3,16 +3,15 @@
 math-verify's own limit is an alarm signal, which works only in a main thread; a worker's only thread is one.
 """
 
-import re
-from fractions import Fraction
 from pathlib import Path
 
 from lowmem_grpo.rewards.isolation.workers import WorkerPool
+from lowmem_grpo.rewards.number import as_number, exact, same_number, with_decimal_comma
+from lowmem_grpo.rewards.units import other_unit
 from lowmem_grpo.rewards.words import (
     MOST_CHARACTERS,
     TIME,
     begins_with_zero,
-    other_unit,
     reading,
     same_product,
     with_letter_unit,
@@ -21,7 +20,6 @@ from lowmem_grpo.rewards.words import (
 POOL = WorkerPool(Path(__file__).with_name("math_worker.py"))
 TIME_LIMIT_S = 10.0  # for one comparison
 START_LIMIT_S = 120.0  # for the first one, since a worker imports sympy before it
-NUMBER = re.compile(r"[-+]?(?=[\d.])(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 
 
 def math_equal(pairs: list[tuple[str, str]]) -> list[bool]:
@@ -38,13 +36,14 @@ def _verdict(gold: str, answer: str) -> bool | tuple[str, str]:
     """True or false of a gold text and an answer, or the two formulas that math-verify has to compare."""
     if gold == answer or max(len(gold), len(answer)) > MOST_CHARACTERS:
         return gold == answer
-    numbers = as_number(gold), as_number(answer)
-    if None not in numbers and not begins_with_zero(gold):
-        return numbers[0] == numbers[1]
+    if "%" not in gold + answer and not gold.lstrip("-+$").startswith("0"):  # at once, as with most answers
+        numbers = as_number(gold), as_number(answer)
+        if None not in numbers:
+            return numbers[0] == numbers[1]
     own, given = reading(gold), reading(answer)
-    if as_number(own.value or "") is not None:
+    if exact(own.value or ""):
         given = with_letter_unit(given)
-    elif given.unit and as_number(given.value or "") is not None:
+    elif given.unit and exact(given.value or ""):
         own = with_letter_unit(own)
     if other_unit(own.unit, given.unit):
         return False
@@ -56,25 +55,14 @@ def _verdict(gold: str, answer: str) -> bool | tuple[str, str]:
         return True
     if TIME.fullmatch(own.value) and TIME.fullmatch(given.value):  # 12:30 is not 2:05, though 12/30 is 2/5
         return False
-    numbers = as_number(own.value), as_number(given.value)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if numbers[0] is not None and len({as_number(side) for side in given.value.split("=")} - {None}) > 1:
+    wanted, found = exact(own.value), exact(given.value)
+    if wanted is None and found is not None:
+        wanted = exact(with_decimal_comma(own.value))
+    elif found is None and wanted is not None:
+        found = exact(with_decimal_comma(given.value))
+    if wanted is not None and found is not None:
+        unit = given.unit if wanted.is_percent else own.unit
+        return same_number(wanted, found) and not (unit and wanted.is_percent != found.is_percent)  # 12 % and 12 cm
+    if wanted is not None and len({as_number(side) for side in given.value.split("=")} - {None}) > 1:
         return False  # 17 = 18, of which math-verify would take a side
     return own.value, given.value
-
-
-def as_number(text: str) -> Fraction | None:
-    """A plain number, with thousands separators, a dollar or percent sign, or a full stop at its end; else None."""
-    plain = (
-        text.strip()
-        .replace("\N{MINUS SIGN}", "-")
-        .replace("\\$", "")
-        .replace("$", "")
-        .rstrip(".")
-        .removesuffix("%")
-        .strip()
-    )
-    if not NUMBER.fullmatch(plain) or not plain[-1:].isdigit() or ("/" in plain and "." in plain):
-        return None
-    return Fraction(plain.replace(",", ""))

@@ -6,10 +6,11 @@ that it cannot read the last number.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
@@ -24,21 +25,203 @@ DIGITS = 300  # to which a difference of irrational numbers is computed
 ZERO = sympy.Float(f"1e-{DIGITS - 50}")  # relative; a difference that is none comes out below 1e-{DIGITS}
 MOST_DIGITS = 100_000  # of a whole number that is written out
 
+USUAL_SIGNS = {
+    r"\\langle(?![a-z])": "(", r"\\rangle(?![a-z])": ")", r"\\lbrace(?![a-z])": r"\\{",
+    r"\\rbrace(?![a-z])": r"\\}", r"\\varnothing|\\\{ *\\\}": r"\\emptyset", r"\\(?:lor|vee)(?![a-z])": " or ",
+    r"\\(?:land|wedge)(?![a-z])": " and ",
+}  # fmt: skip
+INTERVAL = re.compile(r"([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])")
+# D = (0, 1) or (x, y) = (1, 2); but not y = (x + 1)(x + 2)
+NAMED_BRACKETS = re.compile(
+    r"((?:\\?[A-Za-z]+|\([^()]*\))(?:_\{?\w+\}?)?) *= *((?:\(|\[|\\\{)[^()\[\]]*,[^()\[\]]*[)\]}])"
+)
+ELEMENT = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?) *\\in(?![a-z]) *(.+)")
+SET_BUILDER = re.compile(
+    r"\\\{ *[A-Za-z] *(?:\\in *(?:\\mathbb *\{ *R *\}|R) *)?(?:\\mid|\\vert|\\colon|[:|]) *(.+)\\\}"
+)
+CONDITION_IN_SET = re.compile(r"\\mid(?![a-z])|:|\\colon|^[^|]*\|[^|]*$")
+BRACKET = re.compile(r"[()\[\]{}]")
+OPENING, CLOSING = set("([{"), set(")]}")
+SEPARATOR = re.compile(r"[()\[\]{}]|\s*[,;]?\s*(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|[,;]")
+SEMICOLON = re.compile(r"[()\[\]{};]")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+
+class Group(NamedTuple):
+    r"""Items in brackets or between commas: (1, 2) in its order, \{1, 2\} and 1, 2 in any."""
+
+    bracket: str  # "(", "{", or "" for a list without any
+    items: tuple
+
+
+class Solutions(NamedTuple):
+    r"""The real numbers of which a condition is true, such as 1 < x < 2 or x \in (1, 2)."""
+
+    variable: str
+    numbers: sympy.Set
+
 
 def is_equal(gold: str, answer: str) -> bool:
-    """math-verify's verdict on two formulas; of others, whether their texts are equal."""
-    texts = [normalize_latex(text, NORMAL) for text in (gold, answer)]
+    """Tell whether two formulas are equal; where one is no formula, whether their texts are."""
+    texts = [_in_usual_signs(text) for text in (gold, answer)]
     keep_case = any(_has_both_cases(text) for text in texts)
-    formulas = [timeout(PARSING_LIMIT_S)(parsed)(text, keep_case) for text in texts]
-    if None in formulas:
-        return texts[0].replace(" ", "") == texts[1].replace(" ", "")
-    if (
-        isinstance(formulas[1], sympy.Eq)
-        and not formulas[1].free_symbols
-        and not same_number(formulas[1].lhs, formulas[1].rhs)
-    ):
+    names = {NAMED_BRACKETS.sub(r"\1", text) for text in texts if NAMED_BRACKETS.fullmatch(text)}
+    if len(names) > 1:  # D = (0, 1) is not E = (0, 1)
+        return False
+    sides = [timeout(PARSING_LIMIT_S)(structure)(text, keep_case) for text in texts]
+    if None in sides:
+        return len({normalize_latex(text, NORMAL).replace(" ", "") for text in texts}) == 1
+    return same(*sides)
+
+
+def _in_usual_signs(text: str) -> str:
+    for sign, usual in USUAL_SIGNS.items():
+        text = re.sub(sign, usual, text)
+    interval = INTERVAL.fullmatch(text.strip())
+    if interval:  # ]0, 1[ and [0; 1]
+        left, ends, right = interval.groups()
+        ends = ends if "," in ends else ends.replace(";", ",")
+        text = ("(" if left == "]" else "[") + ends + (")" if right == "[" else "]")
+    return text.strip()
+
+
+def structure(text: str, keep_case: bool) -> Any:
+    """The Group or Solutions that a text describes, else the formula that latex2sympy reads; None without any."""
+    end = _end_of_brackets(text)
+    if text.startswith(r"\{") and end == len(text):
+        builder = SET_BUILDER.fullmatch(text)
+        if builder:
+            return structure(builder[1], keep_case)
+        return None if CONDITION_IN_SET.search(text) else _group("{", text[2:-2], keep_case)
+    if text.startswith("(") and text.endswith(")") and end == len(text) and len(_split(text[1:-1])) > 1:
+        return _group("(", text[1:-1], keep_case)
+    if not BRACKET.search(text):
+        text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    separators = set(_split(text)[1::2])
+    if {";", ","} <= separators:  # x = 1, y = 2; x = 3, y = 4
+        return _group("", text, keep_case, SEMICOLON)
+    if separators:
+        group = _group("", text, keep_case)
+        return group and (_joined_conditions(group, separators) or group)
+    named = NAMED_BRACKETS.fullmatch(text)
+    if named:
+        return structure(named[2], keep_case)
+    element = ELEMENT.fullmatch(text)
+    if element:
+        values = structure(element[2], keep_case)
+        numbers = _as_set(values)
+        return values if numbers is None else Solutions(element[1], numbers)
+    formula = parsed(normalize_latex(text, NORMAL), keep_case)
+    if r"\pm" in text and isinstance(formula, sympy.FiniteSet):
+        return Group("", formula.args)
+    if r"\pm" in text and isinstance(formula, sympy.Eq) and isinstance(formula.rhs, sympy.FiniteSet):
+        return Group("", tuple(sympy.Eq(formula.lhs, value, evaluate=False) for value in formula.rhs.args))
+    return formula
+
+
+def _group(bracket: str, text: str, keep_case: bool, separator: re.Pattern = SEPARATOR) -> Group | None:
+    items = tuple(structure(part, keep_case) for part in _split(text, separator)[::2])
+    return None if None in items else Group(bracket, items)
+
+
+def _split(text: str, separator: re.Pattern = SEPARATOR) -> list[str]:
+    """Parts of a list and, between them, what separates them: ["x < 1", "or", "x > 2"]."""
+    parts, start, depth = [], 0, 0
+    for found in separator.finditer(text):
+        if found[0] in OPENING:
+            depth += 1
+        elif found[0] in CLOSING:
+            depth -= 1
+        elif depth == 0:
+            parts += [text[start : found.start()].strip(), found[0].strip(" ,") or ","]
+            start = found.end()
+    return [*parts, text[start:].strip()]
+
+
+def _end_of_brackets(text: str) -> int:
+    """The end of the brackets that a text begins with; 0 where it begins with none."""
+    depth = 0
+    for found in BRACKET.finditer(text):
+        depth += 1 if found[0] in OPENING else -1
+        if depth == 0:
+            return found.end() if text.startswith(("(", "[", r"\{")) else 0
+    return 0
+
+
+def _joined_conditions(group: Group, separators: set[str]) -> Solutions | None:
+    """Join several inequalities of one variable; a comma means `or` where no number is in all of them."""
+    conditions = [_solutions(item) for item in group.items]
+    known = [condition for condition in conditions if condition is not None]
+    if len(known) < len(conditions) or len({condition.variable for condition in known}) > 1:
+        return None
+    numbers = sympy.Intersection(*(condition.numbers for condition in known))
+    if "or" in separators or ("and" not in separators and numbers.is_empty):
+        numbers = sympy.Union(*(condition.numbers for condition in known))
+    return Solutions(known[0].variable, numbers)
+
+
+def _solutions(side: Any) -> Solutions | None:
+    """The numbers of which an inequality of one variable is true; None for anything else."""
+    if isinstance(side, Solutions):
+        return side
+    if not grader.is_relation(side) or grader.is_equation(side):
+        return None
+    try:
+        relation: Any = grader.unwrap_fcs(side)  # f(x) > 0
+        (variable,) = relation.free_symbols
+        return Solutions(str(variable), relation.as_set())
+    except Exception:  # several variables, or what sympy cannot solve
+        return None
+
+
+def _as_set(side: Any) -> sympy.Set | None:
+    if isinstance(side, sympy.Set):
+        return side
+    if isinstance(side, Group) and side.bracket == "(" and len(side.items) == 2:
+        return sympy.Interval.open(*side.items)
+    return None
+
+
+def same(gold: Any, answer: Any) -> bool:
+    """Compare two structures or formulas."""
+    if isinstance(gold, Group) and isinstance(answer, Group):
+        return _same_group(gold, answer)
+    for side, other in ((gold, answer), (answer, gold)):
+        if isinstance(side, Group) and len(side.items) == 1:
+            return same(*((side.items[0], other) if side is gold else (other, side.items[0])))
+    if not any(isinstance(side, Group | Solutions) for side in (gold, answer)) and _same_single(gold, answer):
+        return True
+    own, given = _solutions(gold), _solutions(answer)
+    if own and given and own.variable != given.variable:
+        return False
+    numbers, others = own.numbers if own else _as_set(gold), given.numbers if given else _as_set(answer)
+    if numbers is None or others is None:
+        return False
+    return _same_single(_in_fractions(numbers), _in_fractions(others))
+
+
+def _same_group(gold: Group, answer: Group) -> bool:
+    """Compare item by item: in order where brackets or different names (x = 1, y = 2) say which is which."""
+    brackets = {gold.bracket, answer.bracket}
+    if brackets == {"(", "{"} or len(gold.items) != len(answer.items):
+        return False
+    names = [{str(item.lhs) for item in side.items if isinstance(item, sympy.Eq)} for side in (gold, answer)]
+    if "(" in brackets or (names[0] != names[1] and max(map(len, names)) > 1):
+        return all(same(own, given) for own, given in zip(gold.items, answer.items, strict=True))
+    left = [item for item in answer.items if item not in gold.items]
+    for item in gold.items:
+        if item not in answer.items:
+            found = next((index for index, other in enumerate(left) if same(item, other)), None)
+            if found is None:
+                return False
+            del left[found]
+    return not left
+
+
+def _same_single(gold: Any, answer: Any) -> bool:
+    if isinstance(answer, sympy.Eq) and not answer.free_symbols and not same_number(answer.lhs, answer.rhs):
         return False  # 1/3 = 1/2, of which math-verify would take a side
-    return bool(grader.verify(*formulas, timeout_seconds=VERIFYING_LIMIT_S))
+    return bool(grader.verify(gold, answer, timeout_seconds=VERIFYING_LIMIT_S))
 
 
 def _has_both_cases(text: str) -> bool:

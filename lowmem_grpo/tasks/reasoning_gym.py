@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from lowmem_grpo.errors import InputError, did_you_mean
-from lowmem_grpo.rewards.accuracy import extract_answer, only_number
+from lowmem_grpo.rewards.final_answer import extract_answer, only_number
 from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.options import check_count, options_of, refuse_unknown_options

@@ -1,0 +1,252 @@
+"""extract_answer() and gold_answer(): which part of a text is its final answer."""
+
+import math
+import re
+
+from lowmem_grpo.rewards.number import is_number
+from lowmem_grpo.rewards.text import tagged_answer
+from lowmem_grpo.rewards.units import OTHER_NUMBERS, other_unit
+from lowmem_grpo.rewards.words import MOST_CHARACTERS, has_words, reading
+
+# 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
+NUMBER = re.compile(
+    r"(?<![A-Za-z0-9])(?<![A-Za-z0-9]_)(?:(?<![0-9.)])[-\u2212])?\$?"
+    r"(?:\d+ \d+(?=/\d)|\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)"
+    r"|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+,\d\d(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+(?!\w))?(?:/\d+)?"
+    r"|-?(?<![\w.])\.\d+"
+)
+IN_WORDS = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox) *\{([^{}]*)\}")  # of LaTeX, where prose may stand
+EMPHASIS = "*_` "  # of Markdown
+BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-/](?=[^\W\d_])")  # dollars/day, twenty-one
+PUNCTUATION = str.maketrans(dict.fromkeys("\t\n!.,:;?'\"$\u20ac\u00a3%\u00b0~", " "))
+# Between these and a number nothing makes another one of it: the answer is exactly 18; but less than 18, double 18.
+SAYS = {
+    "is", "are", "was", "were", "be", "equals", "equal", "gives", "get", "gets", "got", "has", "have", "had", "needs",
+    "cost", "costs", "pays", "earns", "earned", "makes", "made", "answer", "result", "value", "number", "total", "so",
+    "thus", "therefore", "hence", "then",
+}  # fmt: skip
+FILLERS = {"a", "the", "exactly", "only", "just", "about", "approximately", "roughly", "around", "total"}
+
+# Set apart from the sentence around it, on one line but for \[\] and $$; with the percent sign behind it.
+FORMULA = re.compile(
+    r"(?:(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$|(?<!\\)\\\[(?P<bracketed>.+?)(?<!\\)\\\]"
+    r"|(?<!\\)\\\((?P<inline>[^\n]+?)(?<!\\)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\\\n])+)\$)"
+    r"(?P<percent> *\\?%| *(?:percent|pct)\b)?",
+    re.DOTALL,
+)
+OPENS_A_FORMULA = re.compile(r"(?<!\\)\\[(\[]|(?<![\\\d])(?<!\d )\$(?=\s)")
+PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
+AND = re.compile(r"\s*(?:,|;|,?\s*(?:and|or)\b)\s*")
+# \boxed{1} papers and \boxed{2} bins: what may stand between two boxes of one answer.
+BETWEEN_BOXES = re.compile(
+    r"(?:[^\s.]+ ){0,4}(?:and|or)(?: (?!so$|then$|thus$|hence$)[^\W\d]+(?:_\d)?)?(?: =)?|,? *(?:[a-zA-Z](?:_\d)? =)?"
+)
+BOX, BRACE = r"\boxed{", re.compile(r"[{}]")
+SPACING = re.compile(r"\\text\w* *\{|\\q?quad(?![a-z])|\\[()\[\],;: ]|[${}&;\s]+")
+FINAL_ANSWER = "inal answer is"
+FINALLY = re.compile(rf"{FINAL_ANSWER}:?\s*\"?")
+ANSWER_IS = re.compile(r"^\s*(?:the )?(?:final )?answer(?: is|:)")
+IN_FULL = {
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
+    "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand", "million", "billion",
+}  # fmt: skip
+LONGEST_FORMULA = 200  # characters without a delimiter
+PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
+TAG = re.compile(r"</?\w+>")
+# The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
+BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
+SIGN_OF_A_FORMULA = re.compile(r"[\\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\d\(\d")
+
+
+def extract_answer(text: str, gold: str | None = None) -> str | None:
+    r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order.
+
+    See accuracy_reward for what the gold answer changes.
+    """
+    marked = marked_answer(text)
+    wants_number = gold is not None and _is_number(gold)
+    if marked is not None and _is_heading(text, marked) and (gold is None or wants_number):
+        marked = None
+    if marked is None:
+        marked = _unmarked_answer(text, wants_number or gold is None)
+        if marked is None or gold is None or _is_number(marked):
+            return marked
+    if wants_number and _is_number(marked):
+        return marked
+    is_short = len(marked) <= MOST_CHARACTERS
+    if wants_number and "$" in str(gold) and is_short and other_unit("dollar", reading(marked).unit):
+        return marked  # €5
+    return (only_number(marked) if wants_number else None) or (gold and _only_formula(marked, gold)) or marked
+
+
+def gold_answer(gold) -> str | None:
+    """The gold answer in a dataset's column, where a text without any mark stands for itself."""
+    if gold is None or (isinstance(gold, float) and math.isnan(gold)):
+        return None
+    if isinstance(gold, float):
+        return f"{gold:.15g}"  # as many digits as it is sure to have: 0.3 for 0.1 + 0.2
+    marked = marked_answer(str(gold))
+    return str(gold).strip() if marked is None else marked
+
+
+def is_spelled_out(gold: str) -> bool:
+    """Tell whether a gold answer is a number in words, such as `forty two`."""
+    words = re.findall(r"\w+", ANSWER_IS.sub("", gold.lower()))
+    return not IN_FULL.isdisjoint(words) and IN_FULL.issuperset(set(words) - {"a", "and", "minus", "negative", "point"})
+
+
+def marked_answer(text: str) -> str | None:
+    """The content of the last boxes, else of the last answer tag, else behind the last `####`; None without any.
+
+    A later sentence that says what the final answer is counts before the boxes.
+    """
+    boxed, end = _boxed(text)
+    said = FINALLY.match(text, text.rfind(FINAL_ANSWER, end)) if FINAL_ANSWER in text else None
+    groups = _formula_groups(text, said.end()) if said else []
+    if said and groups and groups[0][0].start() == said.end():
+        return _joined(groups[0])
+    if boxed is not None:
+        return boxed
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        return tagged
+    if "####" in text:
+        line = text.rsplit("####", 1)[1].strip()
+        return line.splitlines()[0].strip() if line else ""
+    return None
+
+
+def only_number(text: str) -> str | None:
+    """The number of a text that has no other, and otherwise words and punctuation: `x = 18`, `**18** apples.`"""
+    if len(text) > MOST_CHARACTERS:
+        return None
+    sign = max(text.rfind("="), text.rfind(": "))
+    if not NUMBER.search(text, 0, max(sign, 0)) and OTHER_NUMBERS.isdisjoint(text[: max(sign, 0)].lower().split()):
+        text = text[sign + 1 :]  # the value of a name: Price: 18
+    text = IN_WORDS.sub(r" \1 ", text).replace("\\$", "$").replace("**", " ").replace("__", " ").replace("`", " ")
+    found = list(NUMBER.finditer(text))
+    if len(found) != 1:
+        return None
+    before, after = text[: found[0].start()], text[found[0].end() :]
+    if before[-1:].isalpha() or after[:1].isalpha() or after.startswith(("!", "..")):  # x18, 18x, 18!
+        return None
+    before, after = (_plain_words(part) for part in (before, after))
+    if before is None or after is None or (before and before[-1] not in SAYS):
+        return None
+    return found[0].group() + "%" * bool(PERCENT.match(text, found[0].end()))
+
+
+def _plain_words(text: str) -> list[str] | None:
+    """The words beside a number, without fillers at their end; None where they make another number of it."""
+    words = BETWEEN_LETTERS.sub(" ", text).replace("left over", "left").translate(PUNCTUATION).lower().split()
+    if not all(word.isalpha() and word not in OTHER_NUMBERS and (len(word) > 1 or word == "a") for word in words):
+        return None
+    while words and words[-1] in FILLERS:
+        words.pop()
+    return words
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= MOST_CHARACTERS and is_number(text)
+
+
+def _is_heading(text: str, marked: str) -> bool:
+    """Tell whether a mark is a Markdown heading's: it has no number, or words, and a number comes later."""
+    if _boxed(text)[0] is not None or tagged_answer(text) is not None or _is_number(marked.strip(EMPHASIS)):
+        return False
+    after = text.rsplit("####", 1)[-1].lstrip()[len(marked) :]
+    return not NUMBER.search(marked) or NUMBER.search(after) is not None
+
+
+def _only_formula(text: str, gold: str) -> str | None:
+    r"""The formula of a sentence with one in dollars, \(\) or \[\], where the gold answer is no sentence."""
+    groups = _formula_groups(text, 0)
+    return None if len(groups) != 1 or has_words(gold) or not has_words(text) else _joined(groups[0])
+
+
+def _unmarked_answer(text: str, wants_number: bool) -> str | None:
+    r"""The last formula, where it holds the last number: 1/2 of `it is $\frac{1}{2}$`; else the last number.
+
+    Where no number is wanted, a formula behind the last number counts, too. In a formula that does not end, as where a
+    completion was cut off, nothing is an answer.
+    """
+    text = TAG.sub(" ", text)
+    groups, numbers = _formula_groups(text, 0), list(NUMBER.finditer(text))
+    formulas = groups[-1] if groups else []
+    formulas_end = formulas[-1].end() if formulas else 0
+    if not numbers:
+        return _joined(formulas) if formulas else None
+    last = numbers[-1]
+    if formulas and last.start() < formulas_end and (last.start() >= formulas[0].start() or not wants_number):
+        return _joined(formulas)
+    if OPENS_A_FORMULA.search(text, formulas_end, last.start()):
+        return None
+    line = text[max(text.rfind("\n", 0, last.start()) + 1, last.start() - LONGEST_FORMULA) : last.end()]
+    rest = text[last.end() : last.end() + LONGEST_FORMULA]
+    found = BARE.search(line + (rest.split(maxsplit=1)[0] if rest[:1].strip() else ""))
+    bare = found[0].strip("*\"'`.,;:!?") if found else ""
+    if SIGN_OF_A_FORMULA.search(bare) and bare.count("{") == bare.count("}"):
+        return bare
+    return last[0]
+
+
+def _formula_groups(text: str, start: int) -> list[list[re.Match]]:
+    """Formulas in a text from a position on, in groups of those that only `and`, `or` or a comma separates."""
+    groups: list[list[re.Match]] = []
+    while formula := FORMULA.search(text, start):
+        if _is_prose(formula["dollars"] or ""):
+            start = formula.start() + 1
+            continue
+        if groups and AND.fullmatch(text, groups[-1][-1].end(), formula.start()):
+            groups[-1].append(formula)
+        else:
+            groups.append([formula])
+        start = formula.end()
+    return groups
+
+
+def _is_prose(between_dollars: str) -> bool:
+    """Tell whether two dollar signs are two sums of money: `$5 and $6`, and no formula: `$12 $ and $13 $`."""
+    return (
+        between_dollars[:1].isdigit() and between_dollars[-1:].isspace() and PROSE.search(between_dollars) is not None
+    )
+
+
+def _joined(formulas: list[re.Match]) -> str:
+    texts = []
+    for found in formulas:
+        formula = next(filter(None, found.group("display", "bracketed", "inline", "dollars"))).strip()
+        texts.append(formula + r"\%" * bool(found["percent"]))
+    return ", ".join(texts)
+
+
+def _boxed(text: str) -> tuple[str | None, int]:
+    r"""The last `\boxed{...}` and where it ends; several that one sentence lists, as a list. None without any."""
+    boxes: list[tuple[str, int, int]] = []
+    start = text.find(BOX)
+    while start >= 0:
+        end = _closing_brace(text, start + len(BOX))
+        if end is None:
+            break
+        boxes.append((text[start + len(BOX) : end].strip(), start, end + 1))
+        start = text.find(BOX, end)
+    if not boxes:
+        return None, 0
+    listed = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        between = " ".join(SPACING.sub(" ", text[box[2] : listed[0][1]]).split())
+        if ("\n" in text[box[2] : listed[0][1]] and not between) or not BETWEEN_BOXES.fullmatch(between.strip()):
+            break
+        listed.insert(0, box)
+    return ", ".join(dict.fromkeys(box[0] for box in listed)), boxes[-1][2]
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """The position of the brace that closes what begins at a position; None where none does."""
+    depth = 1
+    for found in BRACE.finditer(text, start):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return found.start()
+    return None
