@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
@@ -19,6 +21,20 @@ from lowmem_grpo.objective.loss import LOSSES, register_objective
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request) -> str:
     return request.param
+
+
+SHARED = Path(os.environ.get("LOWMEM_GRPO_SHARED", Path(__file__).parents[2] / "shared"))
+GSM8K_ROWS = [  # in the form of the data set's, for where it is not at hand
+    {"question": "?", "answer": f"so\n#### {number}"} for number in ("72", "1,000", "-3", "0", "12.5", "1,234,567")
+]
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> list[str]:
+    """Solutions of GSM8K, each with its answer behind ####; a few in their form where the data set is not at hand."""
+    path = SHARED / "data/gsm8k/train.jsonl"
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else GSM8K_ROWS
+    return [row["answer"] for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import math
+import pickle
 import random
 
 import pytest
@@ -165,6 +166,20 @@ def test_factories_are_called_by_name():
     cosine = resolve_reward_funcs("get_cosine_scaled_reward(max_len=4)", BUILT_IN, BUILT_IN_FACTORIES)[0]
     value = cosine(completions=["3"], completion_ids=[[1]], answer=["3"])[0]
     assert value == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("call", [*MADE, "get_code_reward()"])
+def test_what_a_factory_makes_can_be_pickled(call):
+    made = resolve_reward_funcs(call, BUILT_IN, BUILT_IN_FACTORIES)[0]
+    assert pickle.loads(pickle.dumps(made)).__name__ == made.__name__
+
+
+def test_a_pickled_cosine_reward_takes_trls_order_of_arguments_and_no_column_for_a_setting():
+    cosine = pickle.loads(pickle.dumps(get_cosine_scaled_reward(max_len=100)))
+    assert cosine([r"\boxed{3}", r"\boxed{4}"], ["3", "3"], [[1] * 50] * 2) == pytest.approx([0.75, -0.75])
+    assert cosine(completions=["3"], completion_ids=[[1] * 50], answer=["3"], max_len=[1]) == pytest.approx([0.75])
+    with pytest.raises(ValueError, match="needs completion_ids"):
+        cosine(["3"], ["3"])
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@ import ast
 import inspect
 import itertools
 import json
-import os
 import random
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from conftest import GSM8K_ROWS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +22,6 @@ from lowmem_grpo.tasks import reasoning_gym as gym
 from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves
 
 ROOT = Path(__file__).parents[1]
-GSM8K = Path(os.environ.get("LOWMEM_GRPO_SHARED", ROOT.parent / "shared")) / "data/gsm8k/train.jsonl"
-GSM8K_ROWS = [  # in the form of the data set's, for where it is not at hand
-    {"question": "?", "answer": f"so\n#### {number}"} for number in ("72", "1,000", "-3", "0", "12.5", "1,234,567")
-]
 STYLES = ("so it is\n#### {}", "so it is \\boxed{{{}}}.", "<think>hm</think> <answer>{}</answer>", "the answer is {}.")
 
 
@@ -33,14 +29,9 @@ def chat(text):
     return [{"role": "assistant", "content": text}]
 
 
-@pytest.fixture(scope="module")
-def gold():
-    rows = [json.loads(line) for line in GSM8K.open(encoding="utf-8")] if GSM8K.is_file() else GSM8K_ROWS
-    return [row["answer"] for row in rows]
-
-
 @pytest.mark.parametrize("style", STYLES)
-def test_every_gold_answer_is_right_in_every_style(gold, style):
+def test_every_gold_answer_is_right_in_every_style(gsm8k, style):
+    gold = gsm8k
     numbers = [answer.rsplit("####", 1)[1].strip() for answer in gold]
     texts = [style.format(number) for number in numbers]
     assert accuracy_reward(texts, solution=gold) == [1.0] * len(gold)

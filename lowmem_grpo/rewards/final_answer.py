@@ -56,7 +56,7 @@ PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG = re.compile(r"</?\w+>")
 # The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
 BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
-SIGN_OF_A_FORMULA = re.compile(r"[\\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\d\(\d")
+SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\d\(\d")
 
 
 def extract_answer(text: str, gold: str | None = None) -> str | None:
@@ -188,7 +188,7 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     bare = found[0].strip("*\"'`.,;:!?") if found else ""
     if SIGN_OF_A_FORMULA.search(bare) and bare.count("{") == bare.count("}"):
         return bare
-    return last[0]
+    return last[0] + "%" * bool(PERCENT.match(text, last.end()))
 
 
 def _formula_groups(text: str, start: int) -> list[list[re.Match]]:

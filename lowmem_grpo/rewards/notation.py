@@ -20,7 +20,7 @@ OF_NORMAL_SIZE = str.maketrans(RAISED + LOWERED, "0123456789+-()niabcdekmtxyz" +
 SMALL_FRACTION = re.compile(r"([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄]([₀₁₂₃₄₅₆₇₈₉]+)|[¼½¾⅐-⅞]")
 ROOT = re.compile(r"([√∛∜]) *(?:\(((?:[^()]|\([^()]*\))*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
-WIDE = re.compile("[\uff01-\uff5e]")  # ％ and １
+WIDE = re.compile("[\uff01-\uff5e\uffe0-\uffe6]")  # ％, １ and ￥
 
 DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
 # 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; and 1,00,000 as in India

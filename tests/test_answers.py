@@ -1,0 +1,116 @@
+"""accuracy_reward on answers.py's table of equal and unequal answers, and on marks, numbers and other people's tests."""
+
+import random
+import re
+
+import pytest
+from answers import ANSWERS
+
+from lowmem_grpo.rewards import accuracy_reward
+
+SIGNS = {"<=>": (1.0, True), "<!>": (0.0, True), "=>": (1.0, False), "!>": (0.0, False)}
+
+
+def rows(family):
+    """(gold, answer, reward) of a family, symmetric pairs both ways round."""
+    found = []
+    for line in filter(None, map(str.strip, ANSWERS[family].splitlines())):
+        left, sign, right = re.split(r" (<=>|<!>|=>|!>) ", line)
+        reward, symmetric = SIGNS[sign]
+        found.append((left, right, reward))
+        if symmetric:
+            found.append((right, left, reward))
+    return found
+
+
+def rewards(pairs):
+    gold, answers = zip(*pairs, strict=True)
+    return accuracy_reward([rf"so \boxed{{{answer}}}" for answer in answers], solution=list(gold))
+
+
+@pytest.mark.parametrize("family", ANSWERS)
+def test_equal_answers_earn_one_and_unequal_ones_nothing(family):
+    table = rows(family)
+    got = rewards([row[:2] for row in table])
+    assert [(*row, reward) for row, reward in zip(table, got, strict=True) if reward != row[2]] == []
+
+
+def test_the_table_has_three_hundred_pairs_and_every_side_equals_itself():
+    assert sum(len(text.strip().splitlines()) for text in ANSWERS.values()) >= 300
+    sides = sorted({side for family in ANSWERS for row in rows(family) for side in row[:2]})
+    assert [side for side, reward in zip(sides, rewards([(s, s) for s in sides]), strict=True) if reward != 1.0] == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        (r"\frac{1}{2}", r"The answer is $\frac{1}{2}$.", 1.0), ("2", r"The answer is $\frac{1}{2}$.", 0.0),
+        (r"\frac{1}{2}", r"The answer is \frac{1}{2}.", 1.0), ("2", r"The answer is \frac{1}{2}", 0.0),
+        (r"\frac{1}{2}", r"It is \(\frac{1}{2}\).", 1.0), (r"\frac{1}{2}", "So\n\\[\n x = \\frac{1}{2}\n\\]", 1.0),
+        (r"2\sqrt{3}", r"Hence $2\sqrt{3}$ it is", 1.0), ("3", r"Hence $2\sqrt{3}$ it is", 0.0),
+        ("10", r"we get $2^{10}$", 0.0), ("2", "so it is x_2", 0.0), ("1024", "we get 2^{10}", 1.0), ("10", "2^10", 0.0),
+        ("5", "Therefore $x > 5$.", 0.0), (r"x \geq 5", "Therefore $x >= 5$ is the solution.", 1.0), ("5", "x > 5", 0.0),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"It is $\begin{bmatrix}1\\2\end{bmatrix}$.", 1.0),
+        ("3, 4", "The roots are $3$ and $4$.", 1.0), ("4", "The roots are $3$ and $4$.", 0.0),
+        ("28", r"a loss of $28$ %", 1.0), ("0.5", "it is 50%", 1.0), ("3.5", "It takes 3 1/2 cups.", 1.0), ("3.5", "3½", 1.0),
+        ("1500", "about 1.5e3 of them", 1.0), ("1500", "about 1.5 x 10^3 of them", 1.0), ("1000", "it is 10^3", 1.0),
+        ("2.74", "It costs 2,74 $ a piece", 1.0), ("1000", "so it is 1 000", 1.0), ("100000", "it is ₹1,00,000", 1.0),
+        ("2", "AZYUK2A", 0.0), ("18", "答案是18。", 1.0), ("18", "so it is \\$18/day", 1.0), ("18", '{"answer": 18}', 1.0),
+        ("18", "=> 18", 1.0), ("18", "9 + 9 = 18", 1.0), ("18", "<b>18</b>", 1.0), ("6", "He pays $5 and $6.", 1.0),
+        ("1/2", r"so \(x = \frac{1}{2", 0.0), ("2", r"so \(x = \frac{1}{2", 0.0), ("4", r"cut off in $ 3 + 4", 0.0),
+        ("1, 2", r"$\boxed{1}$ and $\boxed{2}$", 1.0), ("2", r"$\boxed{1}$ or $\boxed{2}$", 0.0),
+        ("2", r"first \boxed{1}, so finally \boxed{2}", 1.0), ("2", "\\boxed{2}\n\nSo: \\boxed{2}", 1.0),
+        ("1, 2", r"\boxed{1} papers and \boxed{2} bins", 1.0), ("2", r"\boxed{1}. The next is \boxed{2}", 1.0),
+        ("5", r"a) \boxed{4}. Final Answer: The final answer is $5$. I hope it is correct.", 1.0),
+        ("5", r"The final answer is $4$, no, \boxed{5}", 1.0),
+    ],
+)  # fmt: skip
+def test_without_a_box_the_whole_formula_that_holds_the_last_number_is_the_answer(gold, text, reward):
+    assert accuracy_reward([text], solution=[gold]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reward"),
+    [
+        (1e-05, "0.00001", 1.0), (0.1 + 0.2, "0.3", 1.0), (1500.0, r"1.5 \times 10^3", 1.0), (10 / 3, r"\frac{10}{3}", 1.0),
+        (1e22, "10^{22}", 1.0), (72, "72.0", 1.0), (0.5, r"\frac12", 1.0), (0.5, "5", 0.0), (float("nan"), "5", None),
+    ],
+)  # fmt: skip
+def test_a_gold_answer_may_be_a_number(gold, answer, reward):
+    assert accuracy_reward([rf"\boxed{{{answer}}}"], answer=[gold]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("forty two", r"\boxed{42}", None), ("Answer is forty two.", "Answer is forty two.", None), ("Seven", "7", None),
+        ("forty two", r"\boxed{forty two}", 1.0), ("forty two", r"\boxed{forty three}", 0.0), ("Paris", "42", 0.0),
+        ("One Hundred Years of Solitude", r"\boxed{100}", 0.0), ("a and b", r"\boxed{a and b}", 1.0),
+    ],
+)  # fmt: skip
+def test_a_gold_number_in_words_is_not_compared_with_digits(gold, text, reward):
+    assert accuracy_reward([text], solution=[gold]) == [reward]
+
+
+GSM8K_STYLES = (
+    "so it is\n#### {}", "so it is \\boxed{{{}}}.", "<answer>{}</answer>", "the answer is {}.", "<answer>{} dollars</answer>",
+)  # fmt: skip
+
+
+def test_five_thousand_wrong_answers_of_gsm8ks_kind_earn_nothing(gsm8k):
+    """Digits changed, signs flipped, and the words of the reasoning in another order."""
+    numbers = random.Random(0)
+    completions, golds = [], []
+    for index in range(5000):
+        reasoning, gold = gsm8k[index % len(gsm8k)].rsplit("####", 1)
+        number = gold.strip().replace(",", "")
+        place = numbers.choice([place for place, digit in enumerate(number) if digit.isdigit()])
+        digit = numbers.choice([digit for digit in "123456789" if digit != number[place]])
+        wrong = number[:place] + digit + number[place + 1 :]
+        if index % 3 == 0 and float(number) != 0:
+            wrong = number.removeprefix("-") if number.startswith("-") else f"-{number}"
+        words = reasoning.split()
+        numbers.shuffle(words)
+        completions.append(" ".join(words) + "\n" + GSM8K_STYLES[index % len(GSM8K_STYLES)].format(wrong))
+        golds.append(f"{reasoning}####{gold}")
+    assert accuracy_reward(completions, solution=golds) == [0.0] * 5000
