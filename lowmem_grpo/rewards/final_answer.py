@@ -6,7 +6,7 @@ import re
 from lowmem_grpo.rewards.number import is_number
 from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.rewards.units import OTHER_NUMBERS, other_unit
-from lowmem_grpo.rewards.words import MOST_CHARACTERS, has_words, reading
+from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
 NUMBER = re.compile(
@@ -30,11 +30,11 @@ FILLERS = {"a", "the", "exactly", "only", "just", "about", "approximately", "rou
 # Set apart from the sentence around it, on one line but for \[\] and $$; with the percent sign behind it.
 FORMULA = re.compile(
     r"(?:(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$|(?<!\\)\\\[(?P<bracketed>.+?)(?<!\\)\\\]"
-    r"|(?<!\\)\\\((?P<inline>[^\n]+?)(?<!\\)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\\\n])+)\$)"
+    r"|(?<!\\)\\\((?P<inline>[^\n]+?)(?<!\\)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\\\n])+)\$(?!\d))"
     r"(?P<percent> *\\?%| *(?:percent|pct)\b)?",
     re.DOTALL,
 )
-OPENS_A_FORMULA = re.compile(r"(?<!\\)\\[(\[]|(?<![\\\d])(?<!\d )\$(?=\s)")
+OPENS_A_FORMULA = re.compile(r"(?<!\\)\\[(\[]|\$ *\n\s*\Z")
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 AND = re.compile(r"\s*(?:,|;|,?\s*(?:and|or)\b)\s*")
 # \boxed{1} papers and \boxed{2} bins: what may stand between two boxes of one answer.
@@ -45,7 +45,6 @@ BOX, BRACE = r"\boxed{", re.compile(r"[{}]")
 SPACING = re.compile(r"\\text\w* *\{|\\q?quad(?![a-z])|\\[()\[\],;: ]|[${}&;\s]+")
 FINAL_ANSWER = "inal answer is"
 FINALLY = re.compile(rf"{FINAL_ANSWER}:?\s*\"?")
-ANSWER_IS = re.compile(r"^\s*(?:the )?(?:final )?answer(?: is|:)")
 IN_FULL = {
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
@@ -53,10 +52,10 @@ IN_FULL = {
 }  # fmt: skip
 LONGEST_FORMULA = 200  # characters without a delimiter
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
-TAG = re.compile(r"</?\w+>")
+TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
 # The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
 BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
-SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\d\(\d")
+SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\.\d*\(\d")
 
 
 def extract_answer(text: str, gold: str | None = None) -> str | None:
@@ -92,7 +91,7 @@ def gold_answer(gold) -> str | None:
 
 def is_spelled_out(gold: str) -> bool:
     """Tell whether a gold answer is a number in words, such as `forty two`."""
-    words = re.findall(r"\w+", ANSWER_IS.sub("", gold.lower()))
+    words = re.findall(r"\w+", ANSWER_IS.sub("", gold).lower())
     return not IN_FULL.isdisjoint(words) and IN_FULL.issuperset(set(words) - {"a", "and", "minus", "negative", "point"})
 
 
@@ -171,18 +170,19 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     Where no number is wanted, a formula behind the last number counts, too. In a formula that does not end, as where a
     completion was cut off, nothing is an answer.
     """
-    text = TAG.sub(" ", text)
+    text = SUM.sub("", TAG.sub(" ", text))
     groups, numbers = _formula_groups(text, 0), list(NUMBER.finditer(text))
     formulas = groups[-1] if groups else []
     formulas_end = formulas[-1].end() if formulas else 0
     if not numbers:
         return _joined(formulas) if formulas else None
     last = numbers[-1]
-    if formulas and last.start() < formulas_end and (last.start() >= formulas[0].start() or not wants_number):
+    if formulas and last.end() <= formulas_end and (last.start() >= formulas[0].start() or not wants_number):
         return _joined(formulas)
-    if OPENS_A_FORMULA.search(text, formulas_end, last.start()):
+    earliest = max(last.start() - LONGEST_FORMULA, 0)
+    if OPENS_A_FORMULA.search(text, max(formulas_end, earliest), last.start()):
         return None
-    line = text[max(text.rfind("\n", 0, last.start()) + 1, last.start() - LONGEST_FORMULA) : last.end()]
+    line = text[max(text.rfind("\n", 0, last.start()) + 1, earliest) : last.end()]
     rest = text[last.end() : last.end() + LONGEST_FORMULA]
     found = BARE.search(line + (rest.split(maxsplit=1)[0] if rest[:1].strip() else ""))
     bare = found[0].strip("*\"'`.,;:!?") if found else ""
@@ -208,9 +208,7 @@ def _formula_groups(text: str, start: int) -> list[list[re.Match]]:
 
 def _is_prose(between_dollars: str) -> bool:
     """Tell whether two dollar signs are two sums of money: `$5 and $6`, and no formula: `$12 $ and $13 $`."""
-    return (
-        between_dollars[:1].isdigit() and between_dollars[-1:].isspace() and PROSE.search(between_dollars) is not None
-    )
+    return between_dollars[-1:].isspace() and PROSE.search(between_dollars) is not None
 
 
 def _joined(formulas: list[re.Match]) -> str:
@@ -223,30 +221,26 @@ def _joined(formulas: list[re.Match]) -> str:
 
 def _boxed(text: str) -> tuple[str | None, int]:
     r"""The last `\boxed{...}` and where it ends; several that one sentence lists, as a list. None without any."""
-    boxes: list[tuple[str, int, int]] = []
-    start = text.find(BOX)
-    while start >= 0:
-        end = _closing_brace(text, start + len(BOX))
-        if end is None:
-            break
-        boxes.append((text[start + len(BOX) : end].strip(), start, end + 1))
-        start = text.find(BOX, end)
+    if BOX not in text:
+        return None, 0
+    closing, open_braces = {}, []
+    for brace in BRACE.finditer(text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif open_braces:
+            closing[open_braces.pop()] = brace.start()
+    boxes = [
+        (text[box.end() : closing[box.end() - 1]].strip(), box.start(), closing[box.end() - 1] + 1)
+        for box in re.finditer(re.escape(BOX), text)
+        if box.end() - 1 in closing
+    ]
     if not boxes:
         return None, 0
     listed = [boxes[-1]]
     for box in reversed(boxes[:-1]):
-        between = " ".join(SPACING.sub(" ", text[box[2] : listed[0][1]]).split())
-        if ("\n" in text[box[2] : listed[0][1]] and not between) or not BETWEEN_BOXES.fullmatch(between.strip()):
+        between = text[box[2] : listed[0][1]]
+        words = " ".join(SPACING.sub(" ", between).split())
+        if box[2] > listed[0][1] or ("\n" in between and not words) or not BETWEEN_BOXES.fullmatch(words):
             break
         listed.insert(0, box)
     return ", ".join(dict.fromkeys(box[0] for box in listed)), boxes[-1][2]
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """The position of the brace that closes what begins at a position; None where none does."""
-    depth = 1
-    for found in BRACE.finditer(text, start):
-        depth += 1 if found[0] == "{" else -1
-        if depth == 0:
-            return found.start()
-    return None

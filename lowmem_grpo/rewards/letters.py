@@ -6,7 +6,7 @@ math-verify takes every letter for a variable, so that `listen` equals `silent`.
 import re
 import unicodedata
 
-from lowmem_grpo.rewards.units import UNITS
+from lowmem_grpo.rewards.units import MONEY_NAMES, UNITS
 
 WORD, END = "\x02", "\x03"  # around what is words
 SEGMENT = re.compile(f"{WORD}([^{END}]*){END}")
@@ -87,7 +87,7 @@ def _is_math(token: re.Match, in_formula: bool) -> bool:
     if not in_formula or not latin.isascii() or len(run) > 3 or run.isupper():
         return False
     behind_number = _ends_a_number(before.rstrip())
-    if behind_number and run.lower() in UNITS:
+    if behind_number and (run.lower() in UNITS or run.lower() in MONEY_NAMES):
         return False
     touches = before[-1:].isdigit() or before[-1:] in ("}", "^", "{") or after[:1] in ("^", "_", "{", "}")
     beside = {before.rstrip()[-1:], after.lstrip()[:1]} & set("+-*/=<>^|") or re.match(r" *\) *[-+*/^=]", after)

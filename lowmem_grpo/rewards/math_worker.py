@@ -121,7 +121,9 @@ def structure(text: str, keep_case: bool) -> Any:
 
 def _group(bracket: str, text: str, keep_case: bool, separator: re.Pattern = SEPARATOR) -> Group | None:
     items = tuple(structure(part, keep_case) for part in _split(text, separator)[::2])
-    return None if None in items else Group(bracket, items)
+    if None in items:
+        return None
+    return Group(bracket, items if bracket != "{" else tuple(i for n, i in enumerate(items) if i not in items[:n]))
 
 
 def _split(text: str, separator: re.Pattern = SEPARATOR) -> list[str]:
@@ -187,7 +189,7 @@ def same(gold: Any, answer: Any) -> bool:
     if isinstance(gold, Group) and isinstance(answer, Group):
         return _same_group(gold, answer)
     for side, other in ((gold, answer), (answer, gold)):
-        if isinstance(side, Group) and len(side.items) == 1:
+        if isinstance(side, Group) and len(side.items) == 1 and not isinstance(side.items[0], Group | sympy.Set):
             return same(*((side.items[0], other) if side is gold else (other, side.items[0])))
     if not any(isinstance(side, Group | Solutions) for side in (gold, answer)) and _same_single(gold, answer):
         return True
@@ -208,14 +210,15 @@ def _same_group(gold: Group, answer: Group) -> bool:
     names = [{str(item.lhs) for item in side.items if isinstance(item, sympy.Eq)} for side in (gold, answer)]
     if "(" in brackets or (names[0] != names[1] and max(map(len, names)) > 1):
         return all(same(own, given) for own, given in zip(gold.items, answer.items, strict=True))
-    left = [item for item in answer.items if item not in gold.items]
+    left = list(answer.items)
     for item in gold.items:
-        if item not in answer.items:
-            found = next((index for index, other in enumerate(left) if same(item, other)), None)
-            if found is None:
-                return False
-            del left[found]
-    return not left
+        found = (
+            left.index(item) if item in left else next((i for i, other in enumerate(left) if same(item, other)), None)
+        )
+        if found is None:
+            return False
+        del left[found]
+    return True
 
 
 def _same_single(gold: Any, answer: Any) -> bool:

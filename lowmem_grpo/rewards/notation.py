@@ -12,24 +12,26 @@ SIGNS = str.maketrans({
     "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "∅": r"\emptyset ",
     "∨": r"\lor ", "∧": r"\land ", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "′": "'",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}", "\N{FRACTION SLASH}": "/", "。": ".", "、": ", ", "…": r"\ldots ",
+    "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "\N{FRACTION SLASH}": "/", "。": ".", "、": ", ",
+    "…": r"\ldots ",
 })  # fmt: skip
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱᵃᵇᶜᵈᵉᵏᵐᵗˣʸᶻ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₐₖₘₜₓⱼ"
 OF_NORMAL_SIZE = str.maketrans(RAISED + LOWERED, "0123456789+-()niabcdekmtxyz" + "0123456789+-()niakmtxj")
 SMALL_FRACTION = re.compile(r"([⁰¹²³⁴⁵⁶⁷⁸⁹]+)[/⁄]([₀₁₂₃₄₅₆₇₈₉]+)|[¼½¾⅐-⅞]")
 ROOT = re.compile(r"([√∛∜]) *(?:\(((?:[^()]|\([^()]*\))*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
+DASH = re.compile(r"^[\u2012-\u2015](?=[\d.\\])")  # for a minus sign
 WIDE = re.compile("[\uff01-\uff5e\uffe0-\uffe6]")  # ％, １ and ￥
 
 DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
-# 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; and 1,00,000 as in India
+# 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; 1,00,000 and 1.000.000
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|[^\S\n]|['’]| *\{ *, *\}) *\d{3})+(?![\d/])")
-INDIAN_GROUPS = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d\d)+,\d{3}(?![\d,])")
+OTHER_GROUPS = re.compile(r"(?<![\w.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,})(?![\d,.])")
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))")  # \frac12
 REPEATING = re.compile(
-    r"(?<![\w.])(\d+)\.(\d*)(?:\\(?:overline|bar|dot) *(?:\{ *(\d+) *\}|(\d))|\((\d+)\)"  # 0.1\overline{6}, 0.1(6)
+    r"(?<![\w.])(\d*)[.,](\d*)(?:\\(?:overline|bar|dot) *(?:\{ *(\d+) *\}|(\d))|\((\d+)\)"  # 0.1\overline{6}, 0.1(6)
     r"|\\dot *(?:\{(\d)\}|(\d))(\d*)\\dot *(?:\{(\d)\}|(\d))"  # 0.\dot{1}4285\dot{7}
     r"|((?:\d[\u0304\u0305\u0307])+))(?![\d.])"  # a line or a dot above each digit
 )
@@ -51,7 +53,7 @@ def plain(text: str) -> str:
         text = _without_unicode(unicodedata.normalize("NFC", text))
     if "\\\\" in text and r"\begin" not in text:
         text = DOUBLED.sub(r"\\", text)
-    text = SPACE.sub(" ", INDIAN_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))
+    text = SPACE.sub(" ", OTHER_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))
     text = SHORT_FRACTION.sub(r"\\frac{\1\2}{\3\4}", text)
     text = GOES_ON.sub(_repeating, REPEATING.sub(_repeating, text))
     text = TIMES_TEN.sub(_times_ten, SCIENTIFIC.sub(_times_ten, text))
@@ -59,7 +61,7 @@ def plain(text: str) -> str:
 
 
 def _without_unicode(text: str) -> str:
-    text = SMALL_FRACTION.sub(_small_fraction, text)
+    text = SMALL_FRACTION.sub(_small_fraction, DASH.sub("-", text))
     text = re.sub(f"[{RAISED}]+", lambda raised: f"^{{{raised[0].translate(OF_NORMAL_SIZE)}}}", text)
     text = re.sub(f"[{LOWERED}]+", lambda lowered: f"_{{{lowered[0].translate(OF_NORMAL_SIZE)}}}", text)
     while ROOT.search(text):
@@ -81,7 +83,7 @@ def _repeating(found: re.Match) -> str:
     """The fraction that a repeating decimal is: 0.1\\overline{6} is (16 - 1) / 90."""
     whole, before, *period = found.groups()
     repeated = re.sub(r"\D", "", "".join(filter(None, period)))
-    numerator = int(whole + before + repeated) - int(whole + before)
+    numerator = int(whole + before + repeated) - int("0" + whole + before)
     return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(before)}}}"
 
 

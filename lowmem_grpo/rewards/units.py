@@ -16,6 +16,7 @@ MONEY_NAMES = {
     "texteuro": "euro", "£": "pound", "gbp": "pound", "pounds": "pound", "textsterling": "pound", "¥": "yen",
     "jpy": "yen", "yen": "yen", "円": "yen", "₹": "rupee", "inr": "rupee", "rs": "rupee", "₩": "won", "krw": "won",
     "원": "won", "元": "yuan", "cny": "yuan", "rmb": "yuan", "₽": "ruble", "rub": "ruble", "руб": "ruble",
+    "kr": "krone",
 }  # fmt: skip
 # Each differs from every other one, however they are combined.
 KNOWN_UNITS = {*UNITS.values(), "day", "week", "month", "year", "cent", "degreec", "degreef"} - {"newton", "joule"}

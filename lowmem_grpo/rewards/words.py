@@ -20,16 +20,23 @@ BALANCED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 IN_A_BOX = re.compile(
     r"\\(?:fbox|boldsymbol|bm|underline|mathbf(?= *\{[^{}]*\{)|textcolor *\{\w+\}) *" + BALANCED + f"|^{BALANCED}$"
 )
-PERCENT = re.compile(r"(?<=\d) *\\?(?:%|\\(?:text|mbox|mathrm) *\{ *(?:percent|pct|%) *\}|(?:percent|percentage|pct)$)")
+PERCENT = re.compile(
+    r"(?<=\d) *\\?(?:%|\\(?:text|mbox|mathrm) *\{ *(?:per ?cent|pct|%) *\}|(?:per ?cent|percentage|pct)$)"
+)
 ROUGHLY = re.compile(r"(?<=[\d)}]) *\\approx(?![a-zA-Z]).*$")  # behind the exact value
 DOLLAR = re.compile(r"(?<!\\)\$")
 BRACKETS = re.compile(r"(?<!\\)\\\(|(?<!\\)\\\)|^\\\[|\\\]$")
+ANSWER_IS = re.compile(
+    r"^\s*(?:the )?(?:(?:final |correct )?answer(?: is|:)|(?:option|choice)(?= \(?[A-Z]\b))\s*(?=\S)", re.IGNORECASE
+)
 MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
+CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
 MONEY = re.compile(rf"^(-?) *({CURRENCY}|(?:{CODES}|Rs\.?|kr\.?)(?![a-z])) *(?=[-\d.(\\])|(?<=[\d)}}]) *({CURRENCY})$")
 DEGREE = re.compile(rf"(?<=[\d.}})]) *(?:\^ *\{{? *\\circ *\}}?|\\degree) *{WORD}?([CF]?){END}?$")
 UNIT = re.compile(rf"(?<=[\d}})\]%]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d_]+{END}?)?){POWER}")
-NUMBER_ALONE = re.compile(r"-?[\d.,/]+ ")  # before a letter that is a unit: in 2x^2 h it is a factor
-LETTER_UNIT = re.compile(rf"(?<=\d) ([mgshlL](?:/[smhlL])?){POWER}")
+# Before a letter that is a unit; in 2x^2 h it is a factor.
+NUMBER_ALONE = re.compile(r"-?[\d.,/]+ (?:\\times 10\^\{-?\d+\} )?")
+LETTER_UNIT = re.compile(rf"(?<=[\d}}]) ([mgshlL](?:/[smhlL])?){POWER}")
 LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
 # \text{ cubic inches}, \mathrm{m s^{-1}} or \text{kg}\cdot\text{m} at the end of a formula.
 IN_TYPE = (
@@ -111,7 +118,7 @@ def with_letter_unit(side: Reading) -> Reading:
 
 def _tidy(answer: str) -> str:
     """An answer in plain notation, without what sets a formula apart, and without a subscript for base ten."""
-    text = answer.replace(WORD, "").replace(END, "").strip().strip("*`").strip()
+    text = ANSWER_IS.sub("", answer.replace(WORD, "").replace(END, "").strip().strip("*`").strip())
     if len(DOLLAR.findall(text)) % 2 == 0:  # a single one is money
         text = DOLLAR.sub("", text)
     text = ROUGHLY.sub("", LOOKS.sub("", plain(BRACKETS.sub("", text)))).strip()
@@ -119,7 +126,7 @@ def _tidy(answer: str) -> str:
         text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
-    text = PERCENT.sub(r"\\%", text)
+    text = PERCENT.sub(r"\\%", CURRENCY_IN_TYPE.sub(r"\1", text))
     in_ten = IN_TEN.fullmatch(text)
     return in_ten[1] if in_ten else text
 
