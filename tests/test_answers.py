@@ -66,6 +66,8 @@ def test_the_table_has_three_hundred_pairs_and_every_side_equals_itself():
         ("4", r"\boxed{never closed 3, then \boxed{4}", 1.0), ("18", "makes $<<9*2=18>>18 every day", 1.0),
         ("12", "gets $<<3*2=6>>6 and then $<<6*2=12>>12.", 1.0), ("18", r"we set \( x. " + "so " * 99 + "it is 18", 1.0),
         (r"\frac{1}{2}", r"<answer>The answer is \frac{1}{2}</answer>", 1.0), ("C", r"\boxed{Option C}", 1.0),
+        ("5", "less than 5", 0.0), ("5", "It is double 5.", 0.0), ("5", "5 below zero", 0.0), ("5", "half of 5", 0.0),
+        ("5", "So $5 million.", 1.0), ("5", "It is 5!", 1.0), ("5", "He is 5 times as fast, so he wins.", 1.0),
         ("Paris", "<answer>The answer is Paris.</answer>", 1.0), ("Paris", "<answer>The answer is Rome.</answer>", 0.0),
     ],
 )  # fmt: skip

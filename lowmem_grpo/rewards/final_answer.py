@@ -50,6 +50,16 @@ IN_FULL = {
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
     "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand", "million", "billion",
 }  # fmt: skip
+# Beside the last number of a sentence, what makes it another one: less than 5, half of 5; 5 below zero.
+# Not 5 million: GSM8K asks for millions.
+CHANGED_BEFORE = re.compile(
+    r"(?:\b(?:than|least|most|minus|negative|not|never|except|under|below|above|double|twice|triple|half|all but"
+    r"|(?:half|double|square|cube|root|factorial|multiple|inverse|opposite|negative) of(?: the)?)\s+)\Z",
+    re.IGNORECASE,
+)
+CHANGED_BEHIND = re.compile(
+    r"\s*(?:squared|cubed|factorial|(?:[^\W\d]+ )?below zero|or (?:more|less)|at (?:most|least))\b", re.IGNORECASE
+)
 LONGEST_FORMULA = 200  # characters without a delimiter
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
@@ -188,6 +198,9 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     bare = found[0].strip("*\"'`.,;:!?") if found else ""
     if SIGN_OF_A_FORMULA.search(bare) and bare.count("{") == bare.count("}"):
         return bare
+    before, after = CHANGED_BEFORE.search(text, earliest, last.start()), CHANGED_BEHIND.match(text, last.end())
+    if before or after:
+        return text[before.start() if before else last.start() : after.end() if after else last.end()]
     return last[0] + "%" * bool(PERCENT.match(text, last.end()))
 
 

@@ -33,7 +33,7 @@ SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+)
 REPEATING = re.compile(
     r"(?<![\w.])(\d*)[.,](\d*)(?:\\(?:overline|bar|dot) *(?:\{ *(\d+) *\}|(\d))|\((\d+)\)"  # 0.1\overline{6}, 0.1(6)
     r"|\\dot *(?:\{(\d)\}|(\d))(\d*)\\dot *(?:\{(\d)\}|(\d))"  # 0.\dot{1}4285\dot{7}
-    r"|((?:\d[\u0304\u0305\u0307])+))(?![\d.])"  # a line or a dot above each digit
+    r"|((?:\d[\u0304\u0305\u0307])+))(?:\.\.\.|\\[lc]?dots)?(?!\.?\d)"  # a line or a dot above each digit
 )
 GOES_ON = re.compile(r"(?<![\w.])(\d+)\.(\d*?)(?:(\d)\3\3+|(\d{2,}?)\4+)(?:\.\.\.|\\[lc]?dots)")  # 0.333...
 DECIMAL = r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)"

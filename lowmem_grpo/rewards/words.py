@@ -13,13 +13,14 @@ from lowmem_grpo.rewards.units import CODES, CURRENCY, UNITS, is_unit, known, un
 
 # Of LaTeX, what says nothing.
 LOOKS = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|bf|it|rm|sf|tt)"
+    r"\\(?:left|right|middle|displaystyle|textstyle|[bB]igg?[lr]?|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|bf|it|rm|sf|tt)"
     r"(?![a-zA-Z])|\\color *\{\w+\}|^\s*\\approx(?![a-zA-Z])|\\!\s*"
 )
 BALANCED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 IN_A_BOX = re.compile(
     r"\\(?:fbox|boldsymbol|bm|underline|mathbf(?= *\{[^{}]*\{)|textcolor *\{\w+\}) *" + BALANCED + f"|^{BALANCED}$"
 )
+BUILDER = re.compile(r"^\{( *[A-Za-z] *(?:\\mid|[|:]).*)\}$")  # {x | x > 3}
 PERCENT = re.compile(
     r"(?<=\d) *\\?(?:%|\\(?:text|mbox|mathrm) *\{ *(?:per ?cent|pct|%) *\}|(?:per ?cent|percentage|pct)$)"
 )
@@ -122,6 +123,7 @@ def _tidy(answer: str) -> str:
     if len(DOLLAR.findall(text)) % 2 == 0:  # a single one is money
         text = DOLLAR.sub("", text)
     text = ROUGHLY.sub("", LOOKS.sub("", plain(BRACKETS.sub("", text)))).strip()
+    text = BUILDER.sub(r"\\{\1\\}", text)
     while IN_A_BOX.search(text):
         text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
     if text.endswith(".") and not text.endswith(".."):
