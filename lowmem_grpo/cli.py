@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ HELP_ALL = "--help shows the settings that people change, --help_all every setti
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
 INPUTS = (
     ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
+FLAG = re.compile(r"--[A-Za-z][\w-]*")
     (
         "dataset",
         ("--dataset_name", "--train_dataset"),
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     try:
+    arguments = [with_underscores(argument) for argument in arguments]
         refuse_unknown_flags(options.command, rest)
         return options.run(given)
     except (InputError, NotFiniteError) as error:
@@ -79,6 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
 def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
     """A warning of ours without a place, since a command has no line of a user's program to name."""
     return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
+
+def with_underscores(argument: str) -> str:
+    """A flag as the settings are named, --learning_rate where --learning-rate was written; anything else unchanged."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if FLAG.fullmatch(flag) else argument
+
 
 
 def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
@@ -162,10 +171,7 @@ def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool) -> No
 def refuse_unknown_flags(command: str, rest: list[str]) -> None:
     """Raise InputError for an unknown flag, with the remedy or the nearest name."""
     if command != "demo":
-        refuse_unknown_fields(flag[2:].partition("=")[0].replace("-", "_") for flag in rest if flag.startswith("--"))
-    for flag in rest:
-        if "-" in flag[2:] and flag.startswith("--"):
-            raise InputError(f"{flag} is not understood; did you mean {flag.replace('-', '_').replace('__', '--', 1)}?")
+        refuse_unknown_fields(flag[2:].partition("=")[0] for flag in rest if flag.startswith("--"))
     if rest:
         raise InputError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
 
@@ -292,3 +298,4 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.exit(main())
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 300  # of another's error within a sentence of ours
+
 
 class InputError(ValueError):
     """A user's mistake in one sentence with its remedy, which a command prints before it exits with 2."""
@@ -18,14 +20,22 @@ class NotFiniteError(FloatingPointError):
 
 def in_a_line(error: BaseException) -> str:
     """An error of foreign code, as a reason within a sentence."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return _shortened((str(error).strip() or repr(error)).splitlines()[0])
 
 
 def cause(error: BaseException) -> str:
     """The first line of what an error was raised from, at the bottom of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _shortened(line: str) -> str:
+    """A line up to the last sentence that ends early enough: some of transformers' list the names of every model."""
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    sentences = line[:MOST_CHARACTERS].rpartition(". ")[0]
+    return f"{sentences}." if sentences else f"{line[:MOST_CHARACTERS]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

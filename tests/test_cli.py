@@ -56,12 +56,34 @@ def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
     assert parse(["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r"]) == (INPUTS, {})
 
 
+def test_a_dash_within_a_flag_is_an_underscore(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning-rate: 0.5\n")
+    given = [
+        "--model-name-or-path",
+        "m",
+        "--dataset-name=d",
+        "--reward-funcs",
+        "r",
+        "--top-p=0.5",
+        "--stop-strings",
+        "a-b",
+    ]
+    assert parse([*map(cli.with_underscores, given), "--config", str(path)]) == (
+        INPUTS, {"top_p": 0.5, "stop_strings": ["a-b"], "learning_rate": 0.5},
+    )  # fmt: skip
+    for value in ("-1", "--", "-x", "a--b", "x=--y-z", "--=a-b"):
+        assert cli.with_underscores(value) == value
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--learning_rat", "1"], "did you mean learning_rate"),
-        (["--learning-rate", "1"], "--learning-rate is not understood; did you mean --learning_rate?"),
+        (["--learning-rat", "1"], "did you mean learning_rate"),
         (["--use_vllm", "true"], "has no use_vllm: completions are sampled"),
+        (["--use-peft", "true"], "has no use_peft: LoRA adapters are always what is trained"),
+        (["--torch_dtype=bfloat16"], "has no torch_dtype: the compute dtype is bfloat16 by default"),
         (["--num_generations", "1"], "a group needs at least 2"),
         (["--learning_rate", "fast"], "learning_rate: 'fast' is not a number"),
         (["--seed", "1", "stray"], "stray is not understood"),
@@ -222,7 +244,7 @@ def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, cap
         (["--vram_budget", "8GB"], "vram_budget plans a training run"),
         (["--dataset", "countdwn?size=3"], "no task is named 'countdwn'"),
         (["--learning_rat", "1"], "did you mean learning_rate"),
-        (["--learning-rate", "1"], "--learning-rate is not understood; did you mean --learning_rate?"),
+        (["--learning-rat", "1"], "did you mean learning_rate"),
     ],
 )
 def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):

@@ -9,7 +9,7 @@ from lowmem_grpo.config.fields import field_types, from_text
 from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
-from lowmem_grpo.config.trl import UNSUPPORTED
+from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED
 from lowmem_grpo.errors import InputError
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
@@ -112,6 +112,14 @@ READ = {
 }
 
 
+def trl_script_fields():
+    """The fields of the other configurations that TRL's command for GRPO reads."""
+    trl = pytest.importorskip("trl")
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    return {field.name for kind in (trl.ModelConfig, GRPOScriptArguments) for field in dataclasses.fields(kind)}
+
+
 def trl_defaults():
     trl = pytest.importorskip("trl")
     values = {}
@@ -125,7 +133,31 @@ def test_every_field_is_trls_or_known_to_be_ours():
     theirs = trl_defaults()
     assert set(FIELDS) - set(theirs) == OURS
     assert set(theirs) - set(FIELDS) <= set(UNSUPPORTED)
-    assert len(set(UNSUPPORTED) - set(theirs)) < 15, "names of other transformers versions alone"
+    arguments = [name for name, remedy in UNSUPPORTED.items() if remedy == TO_TRAIN]
+    others = {"torch_dtype", "gradient_checkpointing_use_reentrant", *arguments}
+    assert len(set(UNSUPPORTED) - set(theirs) - trl_script_fields() - others) < 15, (
+        "of other transformers versions alone"
+    )
+
+
+def test_every_field_of_trls_models_and_scripts_is_known():
+    assert trl_script_fields() - set(FIELDS) <= set(UNSUPPORTED)
+    assert not set(FIELDS) & set(UNSUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("use_peft", "remove it"), ("load_in_8bit", "4-bit"), ("torch_dtype", "set fp16=True"), ("dtype", "set fp16=True"),
+        ("attn_implementation", "set model_init_kwargs"), ("model_revision", "hf download --revision"), ("use_dora", "peft_config"),
+        ("dataset_train_split", "set dataset_split"), ("bnb_4bit_quant_type", "NF4"), ("model_name_or_path", "argument of train"),
+        ("reward_funcs", "argument of train"), ("reward_model_name_or_path", "reward_funcs"),
+    ],
+)  # fmt: skip
+def test_a_name_of_trls_models_and_scripts_gets_a_remedy_and_no_guess(name, remedy):
+    with pytest.raises(TypeError, match=f"^GRPOConfig has no {name}: .*{re.escape(remedy)}") as caught:
+        GRPOConfig(**{name: True})
+    assert "did you mean" not in str(caught.value)
 
 
 def test_defaults_are_trls_but_for_the_stated_ones():

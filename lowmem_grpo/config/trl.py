@@ -5,16 +5,19 @@ _ONE_GPU = "one process trains on one GPU; remove it"
 _RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
 _CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to send them elsewhere"
 _AFTER = "upload output_dir/adapter after training, with `hf upload`"
+TO_TRAIN = "it is no setting but an argument of train(), or a flag of the command; pass it there"
 _LATER = "it is not supported yet; remove it"
 
 # TRL 1.16's fields that this package does not have, by remedy; those of the TrainingArguments that it inherits too, in
-# transformers 5.0 to 5.23. A test compares the list with TRL's own class.
+# transformers 5.0 to 5.23, and those of the ModelConfig and ScriptArguments of its commands. A test compares the list
+# with TRL's own classes.
 _TRL_FIELDS = {
     _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size "
     "auto_find_batch_size per_device_eval_batch_size eval_accumulation_steps",
     _ONE_GPU: "average_tokens_across_devices log_on_each_node log_level_replica save_on_each_node "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp "
-    "fsdp_config deepspeed local_rank parallelism_config accelerator_config ds3_gather_for_generation",
+    "fsdp_config deepspeed local_rank parallelism_config accelerator_config ds3_gather_for_generation "
+    "ignore_bias_buffers",
     _RESIDENT: "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
     "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
     "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
@@ -42,6 +45,21 @@ _TRL_FIELDS = {
     "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "set importance_sampling_clip_max": "vllm_importance_sampling_cap",
     "set warmup_steps": "warmup_ratio",
+    TO_TRAIN: "model_name_or_path dataset_name model dataset train_dataset eval_dataset reward_funcs peft_config "
+    "tokenizer processing_class callbacks",
+    "LoRA adapters are always what is trained; remove it": "use_peft lora_task_type",
+    "the base is held in 4-bit, or with load_in_4bit=False in the compute dtype; remove it": "load_in_8bit",
+    "4-bit is NF4 with double quantization; remove it, or give a 4-bit checkpoint": "bnb_4bit_quant_type "
+    "use_bnb_nested_quant bnb_4bit_quant_storage",
+    "the compute dtype is bfloat16 by default; set fp16=True, or bf16=False for float32": "dtype torch_dtype",
+    "set model_init_kwargs={'attn_implementation': ...}": "attn_implementation",
+    "download that revision with `hf download --revision`, and give its folder as the model": "model_revision",
+    "pass a LoraConfig that has it to train(), as peft_config": "use_rslora use_dora lora_modules_to_save "
+    "lora_target_parameters",
+    "set dataset_split": "dataset_train_split",
+    "of an eval_dataset on the hub the test split is read; pass another one as a loaded Dataset": "dataset_test_split",
+    "name it among the reward_funcs": "reward_model_name_or_path",
+    "checkpointing is never reentrant here; remove it": "gradient_checkpointing_use_reentrant",
     _LATER: "lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "

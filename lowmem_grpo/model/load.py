@@ -175,7 +175,7 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
