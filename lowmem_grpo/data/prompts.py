@@ -1,21 +1,24 @@
 """Rows of a dataset to tokenized Prompts."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import DataFields
-from lowmem_grpo.errors import InputError, cause
+from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text, said_at_end, without_nulls
+from lowmem_grpo.errors import InputError
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One row of a dataset, tokenized."""
 
-    text: str | list[dict]  # as the dataset has it: a string, or a list of chat messages
+    text: str | list[dict]  # as the dataset has it: a string, or a list of chat messages; without what is said
     ids: list[int]
     columns: dict  # the row's other columns, which the reward functions get
+    said: str = ""  # the end of the prompt that an answer begins with, `<think>` say: rewards read it with a completion
 
 
 def tokenize_prompts(
@@ -23,21 +26,23 @@ def tokenize_prompts(
 ) -> tuple[list[Prompt], int]:
     """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
 
-    A string is tokenized as it is; a chat goes through the chat template, or, where the tokenizer has none, becomes a
-    transcript that ends in `Assistant:`.
+    A string is tokenized as it is; a chat goes through the chat template with the row's `tools` and
+    `chat_template_kwargs`, or, where the tokenizer has none, becomes a transcript that ends in `Assistant:`. A chat
+    that ends with the assistant's words is one that the completion continues.
 
     Raises:
         InputError: a prompt is neither, or none is left.
     """
     limit = config.max_prompt_length
-    prompts = [_prompt(row, tokenizer, config, f"row {index} of {name}") for index, row in enumerate(rows)]
+    if config.chat_template_kwargs and tokenizer.chat_template is None:
+        raise InputError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
+    template = Template(tokenizer)
+    prompts = [_prompt(row, template, config, f"row {index} of {name}") for index, row in enumerate(rows)]
     if all(isinstance(p.text, str) for p in prompts) and (config.system_prompt or config.chat_template_kwargs):
         raise InputError(
             f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
             'make the prompts lists such as [{"role": "user", "content": ...}], or leave the two out'
         )
-    if config.chat_template_kwargs and tokenizer.chat_template is None:
-        raise InputError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
     if not short:
         shortest = min(len(p.ids) for p in prompts)
@@ -47,42 +52,53 @@ def tokenize_prompts(
     return short, len(prompts) - len(short)
 
 
-def _prompt(row: Any, tokenizer, config: DataFields, where: str) -> Prompt:
-    text = row["prompt"]
+def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Prompt:
+    given = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
-    if isinstance(text, str):
-        return Prompt(text, _not_empty(tokenizer(text)["input_ids"], where), columns)
-    if not _is_chat(text):
-        raise InputError(
-            f"{where} has the prompt {str(text)[:60]!r}; a prompt is a text, or a list of role and content texts"
-        )
-    messages: list[dict] = [{"role": m["role"], "content": m["content"]} for m in text]
+    if isinstance(given, (str, int, float)) and not isinstance(given, bool):
+        text = str(given)
+        refuse_chat_as_text(text, where)
+        ids = _not_empty(text_ids(template.tokenizer, text), where)
+        said = said_at_end(text)
+        return Prompt(text.removesuffix(said), ids, columns, said)
+    messages = read_chat(given, where)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    if tokenizer.chat_template is None:
-        return Prompt(messages, _not_empty(tokenizer(transcript(messages))["input_ids"], where), columns)
+    rendered, said = template.render(messages, _settings(row, config, where), where)
+    if template.tokenizer.chat_template is None:
+        ids = text_ids(template.tokenizer, rendered)
+    else:  # which writes its own special tokens
+        ids = template.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    asked = messages[:-1] if said and messages[-1]["role"] == "assistant" else messages
+    return Prompt(asked, _not_empty(ids, where), columns, said)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text to go on from: with the tokenizer's own beginning, once, and without its own end.
+
+    A text that was rendered beforehand has its BOS already, and after an EOS nothing is said.
+    """
+    ids, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), 0)
+    return bare if bare[:start] == ids[:start] else ids[: start + len(bare)]
+
+
+def _settings(row: Any, config: DataFields, where: str) -> dict[str, Any]:
+    """The arguments of a row's chat template: the configuration's, and over them the row's own."""
+    own = {name: without_nulls(_from_json(row.get(name), where)) for name in ("tools", "chat_template_kwargs")}
+    tools = {"tools": own["tools"]} if own["tools"] else {}
+    return {**(config.chat_template_kwargs or {}), **(own["chat_template_kwargs"] or {}), **tools}
+
+
+def _from_json(value: Any, where: str) -> Any:
+    """A value that a file may have as JSON, since Arrow holds no mappings of many forms."""
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, **{**(config.chat_template_kwargs or {}), "add_generation_prompt": True, "tokenize": False}
-        )
-    except Exception as error:
-        raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
-    # The template writes its own special tokens.
-    return Prompt(messages, _not_empty(tokenizer(rendered, add_special_tokens=False)["input_ids"], where), columns)
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )  # fmt: skip
+        return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+    except ValueError as error:
+        raise InputError(f"{where} has tools or chat_template_kwargs that are no JSON: {error}") from error
 
 
 def _not_empty(ids: list[int], where: str) -> list[int]:
     if not ids:
         raise InputError(f"{where} has a prompt without a single token; leave it out, or check the tokenizer")
     return ids
-
-
-def transcript(messages: list[dict]) -> str:
-    """A chat as `Role: text` paragraphs, for a base model without a chat template."""
-    return "\n\n".join([f"{m['role'].capitalize()}: {m['content']}" for m in messages] + ["Assistant:"])

@@ -80,7 +80,7 @@ def examples_as_text(shown: list[dict[str, Any]]) -> str:
     lines = []
     for number, example in enumerate(shown, 1):
         prompt = example["prompt"]
-        chat = [f"{m['role']}: {m['content']}" for m in prompt] if isinstance(prompt, list) else [prompt]
+        chat = [f"{m['role']}: {m.get('content', '')}" for m in prompt] if isinstance(prompt, list) else [prompt]
         lines += [f"{number} of {len(shown)}", "  prompt", *_indented("\n".join(chat))]
         if example["gold"] is not None:
             lines += ["  gold answer", *_indented(str(example["gold"]))]

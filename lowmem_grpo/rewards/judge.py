@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.text import completion_text
@@ -65,11 +66,11 @@ class JudgeReward:
         return logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist()
 
     def _question(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        asked = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+        asked = prompt if isinstance(prompt, str) else "\n\n".join(m.get("content", "") for m in prompt)
         text = QUESTION.format(prompt=asked, completion=completion_text(completion), criterion=self.criterion)
         tokenizer = self.policy.tokenizer
         if tokenizer.chat_template is None:
-            return tokenizer(f"{text}\n")["input_ids"]
+            return text_ids(tokenizer, f"{text}\n")
         messages = [{"role": "user", "content": text}]
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return tokenizer(rendered, add_special_tokens=False)["input_ids"]
