@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Audio, Dataset, DatasetDict, Image, IterableDataset, Video, concatenate_datasets, load_dataset
 
 from lowmem_grpo.config.sections import DataFields
+from lowmem_grpo.data.chats import is_media, refuse_chat_as_text
+from lowmem_grpo.data.files import FILES, read_file, to_dataset
+from lowmem_grpo.data.gold import gold_of, is_marked
 from lowmem_grpo.errors import InputError, cause
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = (*FILES, ".parquet")
 # Hub datasets that need a configuration name, so that nobody has to look it up.
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 
@@ -23,7 +26,7 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
         InputError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
     """
     dataset = str(dataset) if isinstance(dataset, Path) else dataset
-    on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in READERS
+    on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in SUFFIXES
     if (
         name == "train_dataset"
         and not on_hub
@@ -35,7 +38,7 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     rows = _load(dataset, config, name, split or config.dataset_split)
     if isinstance(rows, (DatasetDict, dict)):
         raise InputError(f"{name} has the splits {', '.join(rows)}; pass one of them")
-    if config.dataset_streaming and isinstance(rows, Dataset) and name == "train_dataset":
+    if config.dataset_streaming and isinstance(dataset, (Dataset, list)) and name == "train_dataset":
         raise InputError(f"dataset_streaming is for hub datasets and files, and {name} is in memory; leave it out")
     if isinstance(rows, IterableDataset):
         rows = _first(rows, config, name)
@@ -44,11 +47,15 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     if len(rows) == 0:
         raise InputError(f"{name} is empty; it needs at least one row with a prompt")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
+    _refuse_media(rows, name)
     columns = rows.column_names
     if "prompt" not in columns and {"question", "answer"} <= set(columns):
-        return rows.map(_from_question_and_answer, desc=None)
+        if "solution" not in columns:
+            copy = rows.select_columns("answer").rename_column("answer", "solution")
+            rows = concatenate_datasets([rows, copy], axis=1)
+        return rows.add_column("prompt", _chats(rows, "question", name))
     if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
-        return rows.map(_from_problem, desc=None)
+        return _with_solution(rows).add_column("prompt", _chats(rows, "problem", name))
     if "prompt" not in columns:
         raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
     return rows
@@ -57,7 +64,9 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
 def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
     if isinstance(dataset, list):
         try:
-            return Dataset.from_list(dataset)
+            # from_list has the columns of the first row alone, so that one which only later rows have would be lost.
+            names = dict.fromkeys(key for row in dataset for key in row)
+            return to_dataset({key: [row.get(key) for row in dataset] for key in names})
         except Exception as error:
             raise InputError(f"{name} is not a list of rows with the same columns: {cause(error)}") from error
     if not isinstance(dataset, str):
@@ -66,18 +75,20 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
-    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     path = Path(dataset).expanduser()
-    reader = READERS.get(path.suffix.lower())
-    if reader is not None:
+    if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
             raise InputError(f"{name} {dataset!r} is not a file on this machine")
         if path.stat().st_size == 0:
             raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
+        if path.suffix.lower() in FILES:
+            return read_file(path, name, _to_take(config, name) if config.dataset_streaming else None)
+    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
+    if path.suffix.lower() == ".parquet":
         try:
-            return load_dataset(reader, data_files=str(path), split="train", **streaming)
+            return load_dataset("parquet", data_files=str(path), split="train", **streaming)
         except Exception as error:
-            raise InputError(f"{name} {dataset!r} cannot be read as {reader}: {cause(error)}") from error
+            raise InputError(f"{name} {dataset!r} cannot be read as parquet: {cause(error)}") from error
     try:
         return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
     except Exception as error:
@@ -87,28 +98,66 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
         ) from error
 
 
-def _first(rows: IterableDataset, config: DataFields, name: str) -> Dataset:
-    """The first dataset_take rows. An epoch's order is drawn over all rows, so they have to be known and few."""
+def _to_take(config: DataFields, name: str) -> int:
+    """How many rows of a stream to read.
+
+    An epoch's order is drawn over all rows, so they have to be known and few.
+    """
     if config.dataset_take is None:
         raise InputError(
             f"{name} is a streaming dataset, of unknown length; set dataset_take to the rows to read of it"
         )
+    return config.dataset_take
+
+
+def _first(rows: IterableDataset, config: DataFields, name: str) -> Dataset:
+    count = _to_take(config, name)
     try:
-        return Dataset.from_list(list(rows.take(config.dataset_take)))
+        return Dataset.from_list(list(rows.take(count)))
     except Exception as error:
         raise InputError(f"{name} cannot be streamed: {cause(error)}") from error
 
 
-def _from_question_and_answer(row: dict) -> dict:
-    prompt = [{"role": "user", "content": row["question"]}]
-    return {"prompt": prompt} if "solution" in row else {"prompt": prompt, "solution": row["answer"]}
+def _chats(rows: Dataset, column: str, name: str) -> list[list[dict]]:
+    """A chat of one message for each text of the column that asks.
+
+    Raises:
+        InputError: a row asks nothing, or asks with something else than a text.
+    """
+    asked = list(rows[column])
+    for index, text in enumerate(asked):
+        if not isinstance(text, (str, int, float)) or isinstance(text, bool):
+            raise InputError(f"row {index} of {name} has the {column} {str(text)[:60]!r}; it has to be a text")
+        refuse_chat_as_text(str(text), f"row {index} of {name}")
+    return [[{"role": "user", "content": str(text)}] for text in asked]
 
 
-def _from_problem(row: dict) -> dict:
-    """A chat from MATH's columns. A solution that marks no answer is only read, and `answer` is the gold one."""
-    prompt = [{"role": "user", "content": row["problem"]}]
-    solution, answer = row.get("solution"), row.get("answer")
-    marked = solution is not None and ("\\boxed{" in solution or "####" in solution)
-    if not marked and answer is not None:
-        solution = str(answer) if "\\boxed{" in str(answer) else f"\\boxed{{{answer}}}"
-    return {"prompt": prompt, "solution": solution}
+def _with_solution(rows: Dataset) -> Dataset:
+    r"""MATH's rows with the gold answer as `solution`: as it is where it marks an answer, else `\boxed{answer}`."""
+    if "answer" not in rows.column_names:
+        return rows
+    given = list(rows["solution"]) if "solution" in rows.column_names else [None] * len(rows)
+    solutions = [_solution(*both) for both in zip(given, rows["answer"], strict=True)]
+    texts = [None if value is None else str(value) for value in solutions]
+    rows = rows.remove_columns([name for name in ("solution",) if name in rows.column_names])
+    return rows.add_column("solution", solutions if solutions == given else texts)
+
+
+def _solution(solution: Any, answer: Any) -> Any:
+    try:
+        gold = gold_of({"solution": solution, "answer": answer})
+    except InputError:  # of a form that accuracy_reward would refuse; another reward may read it
+        return solution
+    if gold is None or gold is solution:
+        return solution
+    return gold if is_marked(gold) else f"\\boxed{{{gold}}}"
+
+
+def _refuse_media(rows: Dataset, name: str) -> None:
+    """Raise InputError for images, videos or audio, which no prompt here can show."""
+    for column, feature in rows.features.items():
+        if is_media(column) or isinstance(feature, (Image, Audio, Video)):
+            batches = rows.select_columns(column).with_format("arrow").iter(batch_size=64)
+            values = (value for batch in batches for value in batch[column].to_pylist())
+            if any(value not in (None, "", []) for value in values):
+                raise InputError(f"{name} has the column {column}, and only text is trained on; remove the column")

@@ -7,7 +7,9 @@ from unicodedata import category
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_grpo.data.gold import gold_of
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import in_words
@@ -71,8 +73,11 @@ def examples(found: dict[str, Evaluation], count: int) -> list[dict[str, Any]]:
 
 
 def _gold(prompt: Prompt) -> Any:
-    """The gold answer that a prompt's row has, in the columns that the built-in rewards read; None without one."""
-    return next((prompt.columns[name] for name in ("solution", "answer") if prompt.columns.get(name) is not None), None)
+    """The gold answer that a prompt's row has, as the built-in rewards find it; None without one that they read."""
+    try:
+        return gold_of(prompt.columns)
+    except InputError:
+        return None
 
 
 def examples_as_text(shown: list[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """accuracy_reward: is the answer of a completion mathematically equal to the gold one?"""
 
+from lowmem_grpo.data.gold import gold_column
 from lowmem_grpo.rewards.final_answer import extract_answer, gold_answer, is_spelled_out, marked_answer
 from lowmem_grpo.rewards.math_pool import math_equal
 from lowmem_grpo.rewards.text import completion_text
@@ -13,9 +14,9 @@ def accuracy_reward(
 
     The answer is the last `\boxed{}` (or boxes that one sentence lists), else the last answer tag, else what follows
     the last `####`. Without any of them it is the last number, or the formula that holds it: `it is $\frac{1}{2}$`.
-    Gold comes from the column `solution`, else `answer`, and is read for the three marks; a gold text without them
-    stands for itself. Numbers are compared exactly, formulas by math-verify, in worker processes with a time limit,
-    past which an answer counts as wrong.
+    Gold comes from the column `solution` or `answer`, whichever is the better of a row (see data/gold.py), and is read
+    for the three marks; a gold text without them stands for itself. Numbers are compared exactly, formulas by
+    math-verify, in worker processes with a time limit, past which an answer counts as wrong.
 
     A gold answer of words, an option's letter, a number in a base (204_5) or one that begins with zero (0110) is text,
     compared without case, style and needless spaces. A unit may be left out, but is no other one. A gold number in
@@ -27,10 +28,10 @@ def accuracy_reward(
     Raises:
         ValueError: the dataset has neither column.
     """
-    gold_column = solution if solution is not None else answer
-    if gold_column is None:
+    golds_given = gold_column({**kwargs, "solution": solution, "answer": answer})
+    if golds_given is None:
         raise ValueError("accuracy_reward needs the gold answers: a dataset column named solution or answer")
-    golds = [gold_answer(gold) for gold in gold_column]
+    golds = [gold_answer(gold) for gold in golds_given]
     given = [extract_answer(completion_text(c), gold) for c, gold in zip(completions, golds, strict=True)]
     if log_extra is not None:
         log_extra("extracted_answer", given)
@@ -60,7 +61,7 @@ def reasoning_accuracy_reward(
     The reasoning ends at the last `</think>`, or at the last of the first of reasoning_delimiters that occurs.
     """
     answers = [_after_reasoning(completion_text(c), reasoning_delimiters or ["</think>"]) for c in completions]
-    rewards = accuracy_reward([text or "" for text in answers], solution, answer, log_extra)
+    rewards = accuracy_reward([text or "" for text in answers], solution, answer, log_extra, **kwargs)
     return [0.0 if text is None else reward for text, reward in zip(answers, rewards, strict=True)]
 
 
@@ -70,16 +71,16 @@ def exact_match_reward(
     r"""1.0 where the answer is the gold one, character for character but for white space; None without a gold one.
 
     The answer is the last `\boxed{}`, else the last answer tag, else what follows the last `####`, else the whole
-    completion; gold comes from the column `solution`, else `answer`, and is read the same way.
+    completion; gold comes from the column `solution` or `answer` (see gold.py), and is read the same way.
 
     Raises:
         ValueError: the dataset has neither column.
     """
-    gold_column = solution if solution is not None else answer
-    if gold_column is None:
+    golds_given = gold_column({**kwargs, "solution": solution, "answer": answer})
+    if golds_given is None:
         raise ValueError("exact_match_reward needs the gold answers: a dataset column named solution or answer")
     rewards: list[float | None] = []
-    for gold, completion in zip(map(gold_answer, gold_column), completions, strict=True):
+    for gold, completion in zip(map(gold_answer, golds_given), completions, strict=True):
         text = completion_text(completion)
         own = marked_answer(text)
         same = gold is not None and (text if own is None else own).split() == gold.split()

@@ -61,7 +61,7 @@ def cosine_scaled_reward(
     if completion_ids is None:
         raise InputError("cosine_scaled_reward needs completion_ids, whose lengths it scales by")
     scaled = []
-    for correct, ids in zip(accuracy_reward(completions, solution, answer), completion_ids, strict=True):
+    for correct, ids in zip(accuracy_reward(completions, solution, answer, **kwargs), completion_ids, strict=True):
         if correct is None:
             scaled.append(None)
             continue

@@ -1,0 +1,180 @@
+"""JSONL, JSON and CSV files: each value reaches the rewards as it is written, or the file is refused with the row."""
+
+import csv
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.rows import load_rows
+
+# What a reader that guesses takes for a date, a number, a truth value or nothing; and what a writer has to escape.
+GUESSED = [
+    "2023-01-02", "2023-01-02T03:04:05Z", "12:30", "1/2/2003", "0110", "007", "1.50", "1e5", "1E400", "+7", "1,000", "-0",
+    "12345678901234567890123", "0x1A", "NaN", "nan", "NA", "N/A", "null", "None", "", "inf", "-Infinity", "true", "False",
+    "yes", "1_000", " 7 ", "\t7", "7\n", '"', '""', "a,b", "a;b", "a\tb", "'", "\\frac{1}{2}", "\\n", "a\nb", "a\r\nb", "a\rb",
+    "\u2028", "\x85", "\ufeff", "\x00", "½", "٣", "東京", "😀", "[1, 2]", '["34"]', '{"a": 1}', "#### 7", "# a comment", "=1+1",
+]  # fmt: skip
+TEXTS = st.one_of(st.sampled_from(GUESSED), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+COLUMNS = ("prompt", "solution", "answer")
+ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(COLUMNS, TEXTS)), min_size=20, max_size=20)
+
+
+def write_csv(path, rows, **dialect):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **dialect)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(path, rows, **options):
+    path.write_text("".join(json.dumps(row, **options) + "\n" for row in rows), encoding="utf-8", newline="")
+
+
+def write_json(path, rows, **options):
+    path.write_text(json.dumps(rows, **options), encoding="utf-8", newline="")
+
+
+WRITERS = {
+    "rows.csv": write_csv,
+    "quoted.csv": lambda path, rows: write_csv(path, rows, quoting=csv.QUOTE_ALL, lineterminator="\n"),
+    "rows.jsonl": write_jsonl,
+    "unescaped.jsonl": lambda path, rows: write_jsonl(path, rows, ensure_ascii=False),
+    "rows.json": write_json,
+    "indented.json": lambda path, rows: write_json(path, rows, indent=1, ensure_ascii=False),
+}
+
+
+def load(path, **settings):
+    return load_rows(str(path), GRPOConfig(**settings)).to_list()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(rows=ROWS)
+def test_a_thousand_rows_of_texts_come_back_as_pythons_writers_wrote_them(name, rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / name
+    WRITERS[name](path, rows)
+    assert load(path) == rows
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_text_that_looks_like_something_else_stays_a_text_alone_and_among_others(name, tmp_path):
+    path = tmp_path / name
+    for rows in [[text] for text in GUESSED], [GUESSED]:
+        for column in rows:
+            WRITERS[name](path, [{"prompt": "x", "answer": text} for text in column])
+            assert [row["answer"] for row in load(path)] == column
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["7", "12"], [7, 12]),
+        (["0.5", "2.25"], [0.5, 2.25]),
+        (["7", "2.5"], ["7", "2.5"]),
+        (["7", '"7 apples"'], ["7", "7 apples"]),
+        (["1.50", "2"], ["1.50", "2"]),
+        (["1e5"], ["1e5"]),
+        (["-0", "1"], ["-0", "1"]),
+        (["12345678901234567890123"], ["12345678901234567890123"]),
+        (["0.1000000000000000055511151231257827"], ["0.1000000000000000055511151231257827"]),
+        (["1" * 5000], ["1" * 5000]),
+        (["7", "null"], [7, None]),
+        (["NaN", "7"], [None, 7]),
+        (["Infinity"], ["Infinity"]),
+    ],
+)  # fmt: skip
+def test_a_number_of_json_is_what_is_written(written, read, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "x", "answer": {value}}}\n' for value in written))
+    assert [row["answer"] for row in load(path)] == read
+
+
+def test_other_columns_are_numbers_texts_lists_and_objects(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "x", "target": 24, "level": 1, "share": 1, "numbers": [1, 2.5], "meta": {"a": 1e3}}\n'
+        '{"prompt": "y", "target": 7, "level": "high", "share": 0.5, "numbers": [], "meta": {"a": null}}\n'
+    )
+    assert load(path) == [
+        {"prompt": "x", "target": 24, "level": "1", "share": 1.0, "numbers": [1.0, 2.5], "meta": {"a": 1000.0}},
+        {"prompt": "y", "target": 7, "level": "high", "share": 0.5, "numbers": [], "meta": {"a": None}},
+    ]
+    (tmp_path / "rows.csv").write_text("prompt,target,share,level,code\nx,24,1,1,007\ny,,0.5,high,42\n")
+    assert load(tmp_path / "rows.csv") == [
+        {"prompt": "x", "target": 24, "share": 1.0, "level": "1", "code": "007"},
+        {"prompt": "y", "target": None, "share": 0.5, "level": "high", "code": "42"},
+    ]
+
+
+def test_a_column_that_only_a_later_row_has_is_there(tmp_path):
+    rows = [{"prompt": "x"}, {"prompt": "y", "answer": "7"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row["answer"] for row in load(tmp_path / "rows.jsonl")] == [None, "7"]
+    assert load_rows(rows, GRPOConfig())["answer"] == [None, "7"]
+
+
+def test_chats_of_a_file_are_chats(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": text} for text in ("2023-01-02", "1e5")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert load(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": }\n', "row 1 of train_dataset .* cannot be read as json"),
+        ("rows.jsonl", '{"prompt": "x"}\n\n[1]\n', "row 1 of train_dataset .* is no object"),
+        ("rows.jsonl", '{"prompt": "x", "answer": "\\ud800"}\n', "row 0 of train_dataset .* UTF-8"),
+        ("rows.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "row 1 of train_dataset .* UTF-8"),
+        ("rows.jsonl", '{"prompt": "x", "answer": "7"}\n{"prompt": "x", "answer": ["7"]}\n', "the answer of row 1 of .* is a list"),
+        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": [{"role": "user", "content": "x"}]}\n', "the prompt of row 1 of .* is a list"),
+        ("rows.json", '[{"prompt": "x"}, 7]', "row 1 of train_dataset .* is no object"),
+        ("rows.json", '[{"prompt": "x"}', "cannot be read as json"),
+        ("rows.csv", "prompt,answer\nx,7\ny,1,000\n", "row 1 of train_dataset .* has 3 cells for 2 columns"),
+        ("rows.csv", "prompt,answer\nx\n", "row 0 of train_dataset .* has 1 cells for 2 columns"),
+        ("rows.csv", 'prompt,answer\nx,7\n"y"z,8\n', "row 1 of train_dataset .* cannot be read as csv"),
+        ("rows.csv", 'prompt,answer\nx,"7\n', "row 0 of train_dataset .* cannot be read as csv"),
+        ("rows.csv", b"prompt,answer\nx,7\ny,\xbd\n", "row 1 of train_dataset .* UTF-8"),
+        ("rows.csv", "prompt,prompt\nx,7\n", "the line of names in train_dataset .* has one twice"),
+        ("rows.csv", "prompt,answer\n", "train_dataset is empty"),
+        ("rows.jsonl", "\n\n", "train_dataset is empty"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_refused_with_the_rows_number(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_a_long_cell_are_no_trouble(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "rows.csv").write_text(f"prompt,answer\n{long},7\n", encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "answer": "7"}\n', encoding="utf-8-sig")
+    assert load(tmp_path / "rows.csv") == [{"prompt": long, "answer": "7"}]
+    assert load(tmp_path / "rows.jsonl") == [{"prompt": "x", "answer": "7"}]
+    assert csv.field_size_limit() == 131_072
+
+
+def test_a_streamed_file_is_read_only_as_far_as_it_is_taken(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y"}\nbroken')
+    assert [row["prompt"] for row in load(tmp_path / "rows.jsonl", dataset_streaming=True, dataset_take=2)] == [
+        "x",
+        "y",
+    ]
+
+
+def test_objects_of_any_shape_stay_as_they_are(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "7"}], "meta": {"n": 1}},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "[1]"}]}], "meta": {"n": "7", "m": None}},
+        {"prompt": [{"role": "user", "content": "{}", "name": "Ann"}], "meta": {"n": 2.5, "m": [1, "a"]}},
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert load(tmp_path / "rows.jsonl") == rows
+    assert load_rows(rows, GRPOConfig()).to_list() == rows
