@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import set_seed
 
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_changes
-from lowmem_grpo.config.sections import RewardFields
+from lowmem_grpo.config.sections import DataFields, RewardFields
+from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
@@ -26,7 +27,7 @@ from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, resolve_reward_funcs
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 
 # Fields that are read only where there is an eval_dataset.
@@ -117,7 +118,9 @@ def read_training_inputs(
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
     device = device_of(config)
-    _try_out(rewards, rows)
+    notes = _try_out(rewards, rows, "train_dataset")
+    if eval_rows is not None:
+        notes += _golds(rewards, eval_rows, "eval_dataset")
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
@@ -125,11 +128,7 @@ def read_training_inputs(
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts + eval_prompts, config)
-    notes = [
-        f"{left_out} {what} have more than {config.max_prompt_length} tokens and are left out"
-        for what, left_out in (("prompts", dropped), ("evaluation prompts", eval_dropped))
-        if left_out
-    ]
+    notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
     plan, given = None, config
     if config.vram_budget is not None:
         longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
@@ -158,14 +157,38 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
     rewards = _rewards(reward_funcs, config)
     find_model(model, config)
-    _try_out(rewards, rows)
+    notes = _try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts, config)
-    notes = []
     if dropped:
-        notes = [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
+        notes += [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
     return Inputs(model, None, tokenizer, [], prompts, rewards, config, config, device_of(config), notes)
+
+
+def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+    """The inputs of a look at training data: prompts and rewards, without folder and weights.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    model, task = _expanded(model), find_task(dataset)
+    if reward_funcs is None and task is None:
+        rewards = RewardRunner([])  # only the prompts are looked at
+    else:
+        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+        rewards = _rewards(reward_funcs, config)
+    rows = load_rows(dataset, config)
+    find_model(model, config)
+    notes = _try_out(rewards, rows, "train_dataset")
+    tokenizer = load_tokenizer(model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config)
+    notes += _left_out(dropped, "prompts", config)
+    return Inputs(model, None, tokenizer, prompts, [], rewards, config, config, torch.device("cpu"), notes)
+
+
+def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
+    return [f"{dropped} {what} have more than {config.max_prompt_length} tokens and are left out"] if dropped else []
 
 
 def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> None:
@@ -204,10 +227,40 @@ def _rewards(reward_funcs: Any, config: RewardFields) -> RewardRunner:
     return rewards
 
 
-def _try_out(rewards: RewardRunner, rows: Dataset) -> None:
-    """Call each reward once on the first two rows with made-up completions. Raise InputError where one cannot work."""
+def _try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Call each reward once on the first two rows with made-up completions, and look for gold answers.
+
+    Returns what to tell of rows without one. Raise InputError where a reward cannot work.
+    """
     trial = rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+    return _golds(rewards, rows, name)
+
+
+def _golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Say how many rows have no gold answer, where a built-in reward reads it.
+
+    Raises:
+        InputError: no row has one, or a row's is neither a text nor a number.
+    """
+    readers = [one for one, function in zip(rewards.names, rewards.functions, strict=True) if reads_gold(function)]
+    if not readers:
+        return []
+    columns = [column for column in COLUMNS if column in rows.column_names]
+    given: list[Any] = list(rows.select_columns(columns)) if columns else [{}] * len(rows)
+    missing = 0
+    for index, row in enumerate(given):
+        try:
+            missing += gold_of(row) is None
+        except InputError as error:
+            raise InputError(f"row {index} of {name} has no gold answer for {readers[0]}: {error}") from error
+    if missing == len(rows):
+        raise InputError(
+            f"no row of {name} has a gold answer in solution or answer, so that {readers[0]} would give no completion "
+            "a reward; fill one of the two columns, or leave the reward out"
+        )
+    told = f"{missing} of {len(rows)} rows of {name} have no gold answer, for which {readers[0]} gives no reward"
+    return [told] if missing else []
 
 
 def _refuse_another_run(resume: Path, config: GRPOConfig, rewards: list[str]) -> None:

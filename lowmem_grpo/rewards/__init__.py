@@ -23,7 +23,7 @@ from lowmem_grpo.rewards.length import (
     get_repetition_penalty_reward,
     get_soft_overlong_punishment,
 )
-from lowmem_grpo.rewards.names import resolve_reward_funcs
+from lowmem_grpo.rewards.names import reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_model import get_model_reward
 from lowmem_grpo.rewards.runner import RewardRunner
 
@@ -60,6 +60,7 @@ __all__ = [
     "get_soft_overlong_punishment",
     "in_processes",
     "language_consistency_reward",
+    "reads_gold",
     "reasoning_accuracy_reward",
     "resolve_reward_funcs",
     "solution_format_reward",

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,12 @@ def _find(name: str, known: dict[str, Callable], what: str) -> Any:
         return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"reward function {name!r} cannot be imported: {error}") from error
+
+
+def reads_gold(function: Callable) -> bool:
+    """Tell whether a function is a built-in reward that compares with gold answers."""
+    made = function
+    while isinstance(made, partial):
+        made = made.func
+    is_ours = str(getattr(made, "__module__", "")).startswith("lowmem_grpo.rewards.")
+    return is_ours and "solution" in inspect.signature(function).parameters

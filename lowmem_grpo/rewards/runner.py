@@ -89,6 +89,9 @@ class RewardRunner:
             self.empty_steps += 1
             if _is_power_of_two(self.empty_steps):
                 log.warning(
+                failed = all(len(call.failures) == len(completions) for call in calls)
+                what = "every reward function failed on every completion"
+                what = what if failed else "every reward function returned None for every completion"
                     f"step {step}: every reward function failed on every completion, so there is nothing to learn from "
                     f"({self.empty_steps} such steps so far); stop the run and mend {', '.join(self.names)}"
                 )
