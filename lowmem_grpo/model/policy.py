@@ -21,6 +21,7 @@ from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.trial import difference_when_packed, refused
+from lowmem_grpo.model.turn_end import turn_end
 from lowmem_grpo.warn import warn
 
 
@@ -234,9 +235,10 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
-    """Every id that ends a completion: the model's, its generation config's and the tokenizer's."""
+    """Every id that ends a completion, by the model, its generation config, the tokenizer and the chat template."""
     given = (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
     if not ids:
         raise InputError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
-    return sorted(ids)
+    of_turn = turn_end(tokenizer, ids)
+    return sorted(ids if of_turn is None or of_turn.token_id is None else {*ids, of_turn.token_id})
