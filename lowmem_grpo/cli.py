@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, eval, plan, demo, bench."""
+"""The command `lowmem-grpo`: train, eval, data, plan, demo, bench."""
 
 import argparse
 import json
@@ -25,15 +25,19 @@ EVAL_EXAMPLE = """\
 example:
   lowmem-grpo eval --model gsm8k/adapter --dataset gsm8k --num_generations_eval 8 --max_completion_length 768
 """
+DATA_EXAMPLE = """\
+example:
+  lowmem-grpo data --model Qwen/Qwen2.5-1.5B-Instruct --dataset rows.jsonl --reward_funcs accuracy_reward
+"""
 PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
 """
+FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
 INPUTS = (
     ("model", ("--model_name_or_path",), "hub id, model folder, or adapter folder to continue from"),
-FLAG = re.compile(r"--[A-Za-z][\w-]*")
     (
         "dataset",
         ("--dataset_name", "--train_dataset"),
@@ -62,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
+    arguments = [with_underscores(argument) for argument in arguments]
     parser = make_parser(every_setting="--help_all" in arguments)
     options, rest = parser.parse_known_args(arguments)
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     try:
-    arguments = [with_underscores(argument) for argument in arguments]
         refuse_unknown_flags(options.command, rest)
         return options.run(given)
     except (InputError, NotFiniteError) as error:
@@ -79,15 +83,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
-    """A warning of ours without a place, since a command has no line of a user's program to name."""
-    return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
-
 def with_underscores(argument: str) -> str:
     """A flag as the settings are named, --learning_rate where --learning-rate was written; anything else unchanged."""
     flag, equals, value = argument.partition("=")
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if FLAG.fullmatch(flag) else argument
 
+
+def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
+    """A warning of ours without a place, since a command has no line of a user's program to name."""
+    return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
 
 
 def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
@@ -123,6 +127,17 @@ def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
     of_eval.add_argument("--show", metavar="N", help="print N completions with their prompts and rewards (default 0)")
     of_eval.add_argument("--json", action="store_true", help="print JSON")
     add_config_flags(eval_parser, every_setting)
+
+    data_parser = add_command(
+        "data", DATA_EXAMPLE, help="look at training data",
+        description="Show prompts as the model gets them, their gold answers as rewards read them, and what each "
+        "reward gives for the gold answer and for an empty completion. No weights are read, only the tokenizer.",
+        usage="lowmem-grpo data --model M --dataset D [--reward_funcs F [F ...]] [--rows N] [options]",
+    )  # fmt: skip
+    data_parser.set_defaults(run=run_data)
+    of_data = add_inputs(data_parser, "what to look at", [one for one in INPUTS if one[0] != "eval_dataset"])
+    of_data.add_argument("--rows", metavar="N", help="show the first N prompts (default 3)")
+    add_config_flags(data_parser, every_setting)
 
     plan_parser = add_command(
         "plan", PLAN_EXAMPLE, help="predict what a run needs",
@@ -193,9 +208,7 @@ def run_train(given: dict[str, Any]) -> int:
 
 
 def run_eval(given: dict[str, Any]) -> int:
-    as_json, show = given.pop("json", False), given.pop("show", "0")
-    if not show.isdecimal():
-        raise InputError(f"--show takes a number of completions, such as 5, and not {show!r}")
+    as_json, show = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given)
     if "eval_dataset" in inputs:
         raise InputError("--eval_dataset is for training; name what to evaluate on with --dataset")
@@ -204,19 +217,48 @@ def run_eval(given: dict[str, Any]) -> int:
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
     found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
-    metrics, shown = {who: one.metrics for who, one in found.items()}, examples(found, int(show))
+    metrics, shown = {who: one.metrics for who, one in found.items()}, examples(found, show)
     if as_json:
         print(json.dumps(finite({**metrics, "shown": shown} if shown else metrics), indent=1, default=str))
     else:
         from rich.console import Console
 
         if shown:
-            encoding = sys.stdout.encoding or "utf-8"
-            print(examples_as_text(shown).encode(encoding, "backslashreplace").decode(encoding))
+            print_safely(examples_as_text(shown))
         console = Console(highlight=False)
         console.print(as_table(metrics))
         if "adapter" in metrics:
             console.print(as_difference_table(metrics["adapter"]))
+    return 0
+
+
+def count_of(given: dict[str, Any], flag: str, what: str, default: int) -> int:
+    """Take a flag with a count out of what is given."""
+    text = given.pop(flag, str(default))
+    if not text.isdecimal():
+        raise InputError(f"--{flag} takes a number of {what}, such as 5, and not {text!r}")
+    return int(text)
+
+
+def print_safely(text: str) -> None:
+    """Print a text on standard output, with escapes for what its encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def run_data(given: dict[str, Any]) -> int:
+    count = count_of(given, "rows", "prompts", 3)
+    inputs, fields = read_settings(given, command="data")
+    config = GRPOConfig(**fields)
+    from lowmem_grpo.inputs import read_data_inputs
+    from lowmem_grpo.progress_bars import no_progress_bars
+    from lowmem_grpo.run.preview import as_text, faults, make_previews
+
+    with no_progress_bars():
+        found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+        previews = make_previews(found, count)
+    for text in [as_text(found, previews), *found.notes, *faults(found.rewards, previews)]:
+        print_safely(text)
     return 0
 
 
@@ -274,6 +316,7 @@ def read_settings(
     """
     settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
     settings.pop("config", None)
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
     settings = {aliases.get(name, name): value for name, value in settings.items()}
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
@@ -298,4 +341,3 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.exit(main())
-    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}

@@ -20,6 +20,7 @@ from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
 from lowmem_grpo.run.evaluations import evaluations_of
+from lowmem_grpo.run.preview import show_preview
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
@@ -71,6 +72,7 @@ def train(
         model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,
         tokenizer, callbacks,
     )  # fmt: skip
+    show_preview(inputs)
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)

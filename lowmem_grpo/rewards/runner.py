@@ -65,6 +65,7 @@ class RewardRunner:
             raise InputError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
         self.failed_calls: Counter = Counter()  # by name and kind
         self.slow_s = dict.fromkeys(self.names, SLOW_S)
+        self.trial_s: dict[str, float] = {}  # what a function took for the made-up completions, by name
         self.empty_steps = 0
 
     def __call__(
@@ -85,18 +86,24 @@ class RewardRunner:
         for name, call in zip(self.names, calls, strict=True):
             metrics[f"time/reward/{name}_s"] = [call.seconds]
             metrics[f"rewards/{name}/failures"] = [len(call.failures)]
-        if completions and all(len(call.failures) == len(completions) for call in calls):
+        if completions and all(math.isnan(reward) for call in calls for reward in call.rewards):
             self.empty_steps += 1
             if _is_power_of_two(self.empty_steps):
-                log.warning(
                 failed = all(len(call.failures) == len(completions) for call in calls)
                 what = "every reward function failed on every completion"
                 what = what if failed else "every reward function returned None for every completion"
-                    f"step {step}: every reward function failed on every completion, so there is nothing to learn from "
-                    f"({self.empty_steps} such steps so far); stop the run and mend {', '.join(self.names)}"
+                log.warning(
+                    f"step {step}: {what}, so there is nothing to learn from ({self.empty_steps} such steps so far); "
+                    f"stop the run and mend {', '.join(self.names)}{'' if failed else ' or the columns that they read'}"
                 )
         rewards = torch.tensor([call.rewards for call in calls]).T.contiguous()
         return Scores(rewards, {name: sum(v) / len(v) for name, v in metrics.items()}, extra_columns)
+
+    def rewards_of(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list]
+    ) -> list[list[float]]:
+        """The B rewards of each function, NaN where there is none, without a word in log and metrics."""
+        return [call.rewards for call in self._call_all(prompts, completions, completion_ids, columns, step=0)]
 
     def bind(self, policy: Any) -> None:
         """Give the policy to the functions that judge with it."""
@@ -113,7 +120,9 @@ class RewardRunner:
         """
         trial = "<think>trial</think> <answer>0</answer>"
         completions = [trial if isinstance(p, str) else [{"role": "assistant", "content": trial}] for p in prompts]
-        for call in self._call_all(prompts, completions, [[0]] * len(prompts), columns, step=0):
+        calls = self._call_all(prompts, completions, [[0]] * len(prompts), columns, step=0)
+        self.trial_s = {name: call.seconds for name, call in zip(self.names, calls, strict=True)}
+        for call in calls:
             for failure in call.failures:
                 if failure.kind != "NaN":
                     remedy = "; raise reward_timeout, or load what it needs earlier" if failure.kind == "time" else ""

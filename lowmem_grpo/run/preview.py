@@ -1,0 +1,216 @@
+"""The data preview: prompts as the model gets them, and what the rewards say of gold answers.
+
+It is made of the first rows, before any weights are read. Where the gold answer itself does not earn the most, a run
+cannot learn to give it.
+"""
+
+import contextlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lowmem_grpo.data.chats import closing_of
+from lowmem_grpo.data.gold import COLUMNS, gold_of
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.evaluation.show import printable
+from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
+from lowmem_grpo.rewards.accuracy import gold_answer
+from lowmem_grpo.rollout.metrics import in_words
+from lowmem_grpo.run.randomness import same_randomness
+from lowmem_grpo.warn import warn
+
+NUM_ROWS = 4  # that are looked at; a run shows the first
+MOST_CHARACTERS = 4000  # of a prompt on the screen; the file has it whole
+SLOW_S = 0.1  # for two completions, of a function of the user's
+# How an answer is marked, by what a prompt that asks for it says.
+MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
+THOUGHTS = "<think></think>"
+# Built-in rewards that are 1 for a right answer in their form.
+AT_BEST_1 = [f for name, f in BUILT_IN.items() if name not in ("language_consistency_reward", "code_reward")]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row: its prompt, its gold answer as a completion, and what the rewards say."""
+
+    prompt: str  # as the model gets it, special tokens included
+    num_tokens: int
+    gold: str | None  # as accuracy_reward reads it
+    answer: str | None  # a completion that is the gold answer, in the form that the prompt asks for
+    is_asked_for: bool  # False where the prompt names no form, and the answer is in the one that earns most
+    rewards: dict[str, tuple[float, float]]  # by function, for that answer and for an empty completion; NaN for none
+
+
+def show_preview(inputs: Inputs) -> None:
+    """Print the first row's preview on standard error, and write it to output_dir/data_preview.txt.
+
+    Warns where a gold answer does not earn the most. A run that is resumed has been shown it.
+    """
+    if inputs.resume is not None:
+        return
+    assert inputs.output_dir is not None
+    previews = make_previews(inputs, NUM_ROWS)
+    found = faults(inputs.rewards, previews)
+    file = inputs.output_dir / "data_preview.txt"
+    file.write_text("\n".join([as_text(inputs, previews[:1]), *found, ""]), encoding="utf-8", errors="backslashreplace")
+    print(as_text(inputs, previews[:1], MOST_CHARACTERS), file=sys.stderr)
+    for fault in found:
+        warn(fault)
+
+
+def make_previews(inputs: Inputs, count: int) -> list[Preview]:
+    """Previews of the first training prompts. Random generators stay where they are."""
+    with same_randomness():
+        tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs.rewards) is None]
+        rewards = RewardRunner(tried, inputs.rewards.timeout_s)
+        return [_preview(prompt, inputs.tokenizer, rewards) for prompt in inputs.prompts[:count]]
+
+
+def _preview(prompt: Prompt, tokenizer: Any, rewards: RewardRunner) -> Preview:
+    gold = read_gold(prompt.columns)
+    rendered = tokenizer.decode(prompt.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    is_asked_for, answers = _answers(rendered, prompt.said, gold)
+    texts = [prompt.said, *answers]
+    columns = {key: [value] * len(texts) for key, value in prompt.columns.items()}
+    completions = [text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}] for text in texts]
+    ids = [tokenizer(text.removeprefix(prompt.said), add_special_tokens=False)["input_ids"] for text in texts]
+    values = rewards.rewards_of([prompt.text] * len(texts), completions, ids, columns)  # a list a function
+    best = max(
+        range(1, len(texts)), key=lambda place: sum(of[place] for of in values if not math.isnan(of[place])), default=0
+    )
+    return Preview(
+        rendered, len(prompt.ids), gold, texts[best] if answers else None, is_asked_for,
+        {name: (of[best] if answers else math.nan, of[0]) for name, of in zip(rewards.names, values, strict=True)},
+    )  # fmt: skip
+
+
+def read_gold(columns: dict[str, Any]) -> str | None:
+    """The gold answer of a row as accuracy_reward reads it, or one of countdown's solutions; None without one."""
+    try:
+        gold = gold_of(columns)
+    except InputError:  # of a form that only a reward of the user's reads
+        gold = None
+    return gold_answer(columns.get("one_solution") if gold is None else gold) or None
+
+
+def _answers(prompt: str, said: str, gold: str | None) -> tuple[bool, list[str]]:
+    """Whether the prompt asks for a form of answers, and the gold answer in those forms, or in all."""
+    if gold is None:
+        return False, []
+    asked = [mark for mark in MARKS if mark in prompt]
+    forms = [MARKS[mark] for mark in asked] or ["%s", *MARKS.values()]
+    if said:
+        begins = [said + closing_of(said)]
+    elif "<think>" in prompt:
+        begins = [THOUGHTS]
+    else:
+        begins = ["", THOUGHTS]
+    return bool(asked), [begin + form.replace("%s", gold) for begin in begins for form in forms]
+
+
+def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
+    """Why a reward function is not called for a preview, or None where it is."""
+    if hasattr(function, "bind") or any(isinstance(value, nn.Module) for value in _held(function)):
+        return "it asks a model"
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return "it is async, as those that ask a server are"
+    if "tests" in _parameters(function):
+        return "it runs programs"
+    seconds = rewards.trial_s.get(_name(function), 0.0)
+    if seconds > SLOW_S and function not in AT_BEST_1 and not reads_gold(function):
+        return f"it took {seconds:.1f} s for two made-up completions"
+    return None
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """The values of a function's closure, of a partial's arguments and of an object's attributes."""
+    if isinstance(function, partial):
+        yield from (*function.args, *function.keywords.values(), *_held(function.func))
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # of a name that is not set yet
+            yield cell.cell_contents
+    yield from getattr(getattr(function, "__self__", function), "__dict__", {}).values()
+
+
+def _parameters(function: Callable) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of some that are written in C
+        return set()
+
+
+def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
+    """A sentence for each reward function to which a gold answer is not worth the most.
+
+    That is 1 to a built-in function, and to one of the user's that reads a column of gold answers more than an empty
+    completion.
+    """
+    found = []
+    for function, name in zip(rewards.functions, rewards.names, strict=True):
+        shown = [one for one in previews if one.answer is not None and name in one.rewards]
+        worth_less = [one for one in shown if _is_worth_less(function, *one.rewards[name])]
+        if worth_less:
+            first = worth_less[0]
+            value = in_words(first.rewards[name][0], ".3f")
+            of = "its only row" if len(previews) == 1 else f"{len(worth_less)} of the first {len(shown)} rows"
+            found.append(
+                f"{name} does not give the gold answer the most, in {of}: {first.answer!r} has {value}; see whether it "
+                "reads the right column, and whether the prompt asks for answers in the form that it looks for"
+            )
+    return found
+
+
+def _is_worth_less(function: Callable, of_gold: float, of_nothing: float) -> bool:
+    if function in AT_BEST_1:
+        return not of_gold >= 1  # NaN, where it says nothing, is less, too
+    return bool(_parameters(function) & set(COLUMNS)) and not of_gold > of_nothing
+
+
+def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None = None) -> str:
+    """Previews for a person, in which nothing foreign moves a terminal's cursor; long prompts cut in their middle."""
+    lines = []
+    for number, one in enumerate(previews, 1):
+        lines.append(
+            f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, {one.num_tokens} tokens"
+        )
+        lines += _indented(_cut(one.prompt, most_characters))
+        lines += (
+            ["  gold answer: none that the built-in rewards read"]
+            if one.gold is None
+            else ["  gold answer, as it is read", *_indented(one.gold)]
+        )
+        if one.answer is not None:
+            form = "that the prompt asks for" if one.is_asked_for else "that earns most, since the prompt asks for none"
+            lines += [f"  a completion that is the gold answer, in the form {form}", *_indented(one.answer)]
+        for function, name in zip(inputs.rewards.functions, inputs.rewards.names, strict=True):
+            reason = why_not_tried(function, inputs.rewards)
+            if reason:
+                lines.append(f"  {printable(name)}: not called for this, since {reason}")
+                continue
+            of_gold, of_nothing = (in_words(value, ".3f") for value in one.rewards[name])
+            gold = "" if one.answer is None else f"{of_gold} for the gold answer, "
+            lines.append(f"  {printable(name)}: {gold}{of_nothing} for an empty completion")
+    return "\n".join(lines)
+
+
+def _cut(text: str, most_characters: int | None) -> str:
+    if most_characters is None or len(text) <= most_characters:
+        return text
+    half = most_characters // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {printable(line)}" for line in text.split("\n")]
