@@ -473,17 +473,17 @@ def test_groups_without_a_difference_are_replaced_by_those_of_the_next_prompts(t
     rows = [{**row, "good": place % 2} for place, row in enumerate(ROWS[:12])]
     seen = []
 
-    def reward(prompts, completions, good, **kwargs):
-        seen.extend(good[::4])
+    def reward(prompts, completions, good, trainer_state, **kwargs):
+        seen.extend(good[::4] if trainer_state.global_step else [])
         return [float(place % 4) if g else 0.5 for place, g in enumerate(good)]
 
     settings = dict(rewards=reward, rows=rows, shuffle_dataset=False, log_completions=True, max_steps=2)
     result = run(tmp_path, dynamic_sampling_rounds=3, **settings)
-    assert seen[1:] == [row["good"] for row in rows][: len(seen) - 1], "the stream's order, after the trial"
+    assert seen == [row["good"] for row in rows][: len(seen)], "the stream's order"
     for line in result.history:
         assert line["dynamic_sampling/dropped_groups"] >= 1 and line["dynamic_sampling/rounds"] >= 1
         assert line["frac_tokens_skipped"] <= 0.25, "only the completion at its group's mean, if any"
-    assert result.history[-1]["epoch"] == pytest.approx((len(seen) - 1) / 12)
+    assert result.history[-1]["epoch"] == pytest.approx(len(seen) / 12)
     table = load_dataset("parquet", data_files=str(tmp_path / "out/completions/*.parquet"), split="train")
     assert len(table) == 2 * 2 * 4 and 0.5 not in table["reward"]
     plain = run(tmp_path / "plain", **settings)
@@ -528,14 +528,13 @@ def test_prompts_that_taught_nothing_come_up_less_often(tmp_path):
     rows = [{**row, "good": place % 2} for place, row in enumerate(ROWS[:4])]
     seen = []
 
-    def reward(good, **kwargs):
-        seen.extend(good[::4])
+    def reward(good, trainer_state, **kwargs):
+        seen.extend(good[::4] if trainer_state.global_step else [])
         return reward_by_column(good=good, **kwargs)
 
     run(tmp_path, rewards=reward, rows=rows, curriculum_skip=0.9, max_steps=10)
-    asked = seen[1:]
-    assert sum(asked[:4]) == 2, "each is tried once"
-    assert sum(asked[4:]) >= 12, f"16 more, of which half were dull: {asked[4:]}"
+    assert sum(seen[:4]) == 2, "each is tried once"
+    assert sum(seen[4:]) >= 12, f"16 more, of which half were dull: {seen[4:]}"
 
 
 def test_the_reference_is_the_base_or_the_adapter_that_training_started_from(tmp_path):
@@ -602,11 +601,9 @@ def test_the_kl_of_a_replayed_group_is_todays_policys(tmp_path):
 
 def test_a_step_that_is_replayed_altogether_goes_on(tmp_path):
     """Rewards vary for two steps and then no more: the buffer's four groups fill two steps, then nothing is left."""
-    calls = []
 
-    def reward(completions, **kwargs):
-        calls.append(1)
-        return [float(place % 4) if len(calls) <= 3 else 0.5 for place in range(len(completions))]
+    def reward(completions, trainer_state, **kwargs):
+        return [float(place % 4) if trainer_state.global_step <= 2 else 0.5 for place in range(len(completions))]
 
     lines = run(tmp_path, rewards=reward, replay_buffer_size=8, max_steps=6, save_steps=1).history
     assert [line["replay/groups"] for line in lines] == [0, 0, 2, 2, 0, 0]
@@ -784,7 +781,7 @@ def test_weights_out_of_range_are_never_saved(tmp_path):
         run(tmp_path, lr_scheduler_type="constant_with_warmup", warmup_steps=1, **settings)
     assert all(value.isfinite().all() for value in saved(tmp_path / "out/checkpoint-1").values())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-1", "grpo_config.json", "metrics.jsonl"
+        "checkpoint-1", "data_preview.txt", "grpo_config.json", "metrics.jsonl"
     ]  # fmt: skip
 
 

@@ -43,9 +43,9 @@ def gold_of(row: Mapping[str, Any]) -> Any:
         InputError: the row has a gold answer, but of a form that is not known.
     """
     known, errors = {}, []
-    for name in COLUMNS:
+    for name in [name for name in COLUMNS if row.get(name) is not None]:
         try:
-            known[name] = _read(row.get(name), needs_object=name == "reward_model")
+            known[name] = _read(row[name], needs_object=name == "reward_model")
         except InputError as error:
             errors.append(InputError(f"the column {name} has {error}"))
     solution = known.get("solution")

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,29 +67,45 @@ def show_preview(inputs: Inputs) -> None:
 
 
 def make_previews(inputs: Inputs, count: int) -> list[Preview]:
-    """Previews of the first training prompts. Random generators stay where they are."""
+    """Previews of the first training prompts, by one call of each reward. Random generators stay where they are."""
+    tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs.rewards) is None]
+    rewards, tokenizer = RewardRunner(tried, inputs.rewards.timeout_s), inputs.tokenizer
+    prompts = inputs.prompts[:count]
+    rendered = [tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False) for prompt in prompts]
+    golds = [read_gold(prompt.columns) for prompt in prompts]
+    asked_for = [[mark for mark in MARKS if mark in text] for text in rendered]
+    answers = [_answers(*row) for row in zip(rendered, prompts, golds, asked_for, strict=True)]
+    # Of each prompt an empty completion, and its gold answer in every form.
+    texts = [(prompt, text) for prompt, own in zip(prompts, answers, strict=True) for text in (prompt.said, *own)]
     with same_randomness():
-        tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs.rewards) is None]
-        rewards = RewardRunner(tried, inputs.rewards.timeout_s)
-        return [_preview(prompt, inputs.tokenizer, rewards) for prompt in inputs.prompts[:count]]
+        values = iter(_rewards(texts, tokenizer, rewards))
+    previews = []
+    for prompt, text, gold, asked, own in zip(prompts, rendered, golds, asked_for, answers, strict=True):
+        of_nothing, *of_answers = (next(values) for _ in (None, *own))
+        best = max(range(len(own)), key=lambda place: _total(of_answers[place]), default=None)
+        of_best = [math.nan] * len(tried) if best is None else of_answers[best]
+        verdicts = dict(zip(rewards.names, zip(of_best, of_nothing, strict=True), strict=True))
+        previews.append(
+            Preview(text, len(prompt.ids), gold, None if best is None else own[best], bool(asked), verdicts)
+        )
+    return previews
 
 
-def _preview(prompt: Prompt, tokenizer: Any, rewards: RewardRunner) -> Preview:
-    gold = read_gold(prompt.columns)
-    rendered = tokenizer.decode(prompt.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    is_asked_for, answers = _answers(rendered, prompt.said, gold)
-    texts = [prompt.said, *answers]
-    columns = {key: [value] * len(texts) for key, value in prompt.columns.items()}
-    completions = [text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}] for text in texts]
-    ids = [tokenizer(text.removeprefix(prompt.said), add_special_tokens=False)["input_ids"] for text in texts]
-    values = rewards.rewards_of([prompt.text] * len(texts), completions, ids, columns)  # a list a function
-    best = max(
-        range(1, len(texts)), key=lambda place: sum(of[place] for of in values if not math.isnan(of[place])), default=0
-    )
-    return Preview(
-        rendered, len(prompt.ids), gold, texts[best] if answers else None, is_asked_for,
-        {name: (of[best] if answers else math.nan, of[0]) for name, of in zip(rewards.names, values, strict=True)},
-    )  # fmt: skip
+def _rewards(texts: list[tuple[Prompt, str]], tokenizer: Any, rewards: RewardRunner) -> list[list[float]]:
+    """The rewards of each text as a completion of its prompt, one a function."""
+    if not texts or not rewards.functions:
+        return [[] for _ in texts]
+    completions, ids = [], []
+    for prompt, text in texts:
+        completions.append(text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}])
+        ids.append(tokenizer(text.removeprefix(prompt.said), add_special_tokens=False)["input_ids"])
+    columns = {key: [prompt.columns[key] for prompt, _ in texts] for key in texts[0][0].columns}
+    by_function = rewards.rewards_of([prompt.text for prompt, _ in texts], completions, ids, columns)
+    return [list(of_text) for of_text in zip(*by_function, strict=True)]
+
+
+def _total(rewards: Iterable[float]) -> float:
+    return sum(reward for reward in rewards if not math.isnan(reward))
 
 
 def read_gold(columns: dict[str, Any]) -> str | None:
@@ -101,19 +117,18 @@ def read_gold(columns: dict[str, Any]) -> str | None:
     return gold_answer(columns.get("one_solution") if gold is None else gold) or None
 
 
-def _answers(prompt: str, said: str, gold: str | None) -> tuple[bool, list[str]]:
-    """Whether the prompt asks for a form of answers, and the gold answer in those forms, or in all."""
+def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[str]) -> list[str]:
+    """The gold answer as completions, in the forms that the prompt asks for, or in all where it asks for none."""
     if gold is None:
-        return False, []
-    asked = [mark for mark in MARKS if mark in prompt]
-    forms = [MARKS[mark] for mark in asked] or ["%s", *MARKS.values()]
-    if said:
-        begins = [said + closing_of(said)]
-    elif "<think>" in prompt:
+        return []
+    forms = [MARKS[mark] for mark in asked_for] or ["%s", *MARKS.values()]
+    if prompt.said:
+        begins = [prompt.said + closing_of(prompt.said)]
+    elif "<think>" in rendered:
         begins = [THOUGHTS]
     else:
         begins = ["", THOUGHTS]
-    return bool(asked), [begin + form.replace("%s", gold) for begin in begins for form in forms]
+    return [begin + form.replace("%s", gold) for begin in begins for form in forms]
 
 
 def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
