@@ -232,9 +232,9 @@ def _try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
     """
-    trial = rows[:2]
+    notes, trial = _golds(rewards, rows, name), rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
-    return _golds(rewards, rows, name)
+    return notes
 
 
 def _golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
@@ -247,8 +247,13 @@ def _golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
     if not readers:
         return []
     columns = [column for column in COLUMNS if column in rows.column_names]
-    given: list[Any] = list(rows.select_columns(columns)) if columns else [{}] * len(rows)
+    if not columns:
+        raise InputError(
+            f"{readers[0]} needs the gold answers: {name} has no column named solution or answer, only "
+            f"{', '.join(rows.column_names)}"
+        )
     missing = 0
+    given: list[Any] = list(rows.select_columns(columns))
     for index, row in enumerate(given):
         try:
             missing += gold_of(row) is None

@@ -230,6 +230,12 @@ def test_without_a_template_nothing_is_dropped_but_refused(chat, row, message):
     ("chat", "row", "message"),
     [
         ([QUESTION, CALL], {}, "ends with a tool call"),
+        ([QUESTION, CALL, QUESTION], {"template": CHATML}, "has tool_calls, which the chat template leaves out"),
+        (
+            [QUESTION],
+            {"template": CHATML, "tools": [{"type": "function"}]},
+            "has tools, which the chat template leaves out",
+        ),
         ([QUESTION], {"tools": "[{"}, "has tools or chat_template_kwargs that are no JSON"),
         ([{"role": "user", "content": None}], {}, "a chat is a list of role and content texts"),
         ([{"role": "user"}], {}, "a list of role and content texts"),
@@ -238,7 +244,7 @@ def test_without_a_template_nothing_is_dropped_but_refused(chat, row, message):
 )
 def test_a_chat_that_cannot_be_answered_is_refused(chat, row, message):
     with pytest.raises(ValueError, match=message):
-        one(chat, WHOLE, **row)
+        one(chat, **{"template": WHOLE, **row})
 
 
 # C4: media

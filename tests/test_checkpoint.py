@@ -99,11 +99,8 @@ def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes
 
 
 def test_an_exit_in_a_reward_loses_no_finished_step(tmp_path):
-    calls = []
-
-    def crashes_late(completions, **kwargs):
-        calls.append(0)
-        if len(calls) == 5:  # the trial and three steps went well
+    def crashes_late(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 4:
             raise SystemExit("the judge is gone")
         return length_reward(completions)
 

@@ -164,8 +164,10 @@ def test_rows_without_a_gold_answer_are_counted_and_one_of_another_form_is_named
         ValueError, match="row 2 of train_dataset has no gold answer for accuracy_reward: the column answer"
     ):
         read([{"prompt": "1", "answer": ["2"]}] * 2 + [{"prompt": "1", "answer": ["2", "3"]}], output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="no row of eval_dataset has a gold answer"):
+    with pytest.raises(ValueError, match="accuracy_reward needs the gold answers: eval_dataset has no column named"):
         read([{"prompt": "1", "answer": "2"}], eval_rows=[{"prompt": "1"}], output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="row 0 of train_dataset has no gold answer for accuracy_reward"):
+        read([{"prompt": "1", "answer": True}], output_dir=str(tmp_path))
 
 
 def test_a_reward_of_ones_own_may_read_any_form(tmp_path):

@@ -116,9 +116,21 @@ class Template:
             _refuse_more_than_texts(messages, settings, where)
             return transcript(messages), words
         try:
-            return self._continued(messages, words, settings) if words else self._opened(messages, settings)
+            rendered = self._continued(messages, words, settings) if words else self._opened(messages, settings)
         except Exception as error:
             raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
+        if settings.get("tools") and self._shows_alike(messages, settings, messages, {**settings, "tools": None}):
+            raise InputError(f"{where} has tools, which the chat template leaves out; remove them, or change it")
+        less = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+        if less != messages and self._shows_alike(messages, settings, less, settings):
+            raise InputError(f"{where} has tool_calls, which the chat template leaves out; remove them, or change it")
+        return rendered
+
+    def _shows_alike(self, messages: list[dict], settings: dict, others: list[dict], other_settings: dict) -> bool:
+        try:
+            return self._apply(messages, settings) == self._apply(others, other_settings)
+        except Exception:  # of a message without a content, say
+            return False
 
     def _continued(self, messages: list[dict], words: str, settings: dict[str, Any]) -> tuple[str, str]:
         """A chat whose last message, the assistant's words, is not closed.

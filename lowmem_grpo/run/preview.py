@@ -118,7 +118,7 @@ def read_gold(columns: dict[str, Any]) -> str | None:
 
 
 def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[str]) -> list[str]:
-    """The gold answer as completions, in the forms that the prompt asks for, or in all where it asks for none."""
+    """The gold answer as completions: in the forms that the prompt asks for, else in all."""
     if gold is None:
         return []
     forms = [MARKS[mark] for mark in asked_for] or ["%s", *MARKS.values()]
