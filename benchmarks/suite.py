@@ -93,8 +93,8 @@ CUDA = {
 }
 _EVEN = "--prompts 8 --num_generations 8 --prompt_length 256"  # 64 rows
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
-# into compiling kernels for a shape. With the tests' own they keep to 240, 300 and 300 s; a part that is not done by then
-# keeps what it had saved.
+# into compiling kernels for a shape. With the tests' own they keep to 240, 300 and 300 s; what a part had saved by then
+# is kept.
 PROGRAMME = {
     "tests": {
         "step-0.5b": Part(
