@@ -343,3 +343,11 @@ def test_the_demo_model_is_quantized_but_for_its_head(tokenizer):
     wake_adapters(policy)
     assert four_bit_layers(policy) == 3 * 7
     assert policy.head.weight.shape == (128, 128)
+
+
+def test_scores_with_a_softcap_are_not_left_to_an_attention_that_has_none():
+    """By transformers 5.17 sdpa is Gemma 2's, and leaves its softcap out: 1e-3 of a log-probability here."""
+    for family, expected in (("gemma2", "eager"), ("llama", "sdpa")):
+        model = make_model(family)
+        model.config._attn_implementation = "sdpa"
+        assert make_policy(model).base.config._attn_implementation == expected

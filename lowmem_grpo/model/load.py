@@ -98,6 +98,9 @@ def equip(policy: Policy, config: ModelFields) -> None:
     model, base = policy.model, policy.base
     undo(base)  # what an earlier load of it asked for
     _switch_off_base_dropout(model)
+    for given in policy.configs:  # transformers 5.17's sdpa leaves a softcap out, without a word
+        if given._attn_implementation == "sdpa" and getattr(given, "attn_logit_softcapping", None) is not None:
+            given._attn_implementation = "eager"
     keep_one_input(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
