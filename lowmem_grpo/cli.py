@@ -284,7 +284,7 @@ def run_plan(given: dict[str, Any]) -> int:
     if config.use_cpu:
         run_device(config)  # refuses what is about a GPU
     with no_progress_bars():
-        find_model(model, config)
+        find_model(model, config, needs_weights=False)
         found = planner.plan(read_config(model, config), config, adapter_config(model, config))
     print(json.dumps(planner.as_dict(found), indent=1) if as_json else planner.as_text(found))
     return 0 if found.remedy is None else 1

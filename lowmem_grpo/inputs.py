@@ -179,7 +179,7 @@ def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOCo
         dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
         rewards = _rewards(reward_funcs, config)
     rows = load_rows(dataset, config)
-    find_model(model, config)
+    find_model(model, config, needs_weights=False)
     notes = _try_out(rewards, rows, "train_dataset")
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)

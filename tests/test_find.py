@@ -36,7 +36,7 @@ from transformers import (
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs import read_training_inputs
-from lowmem_grpo.model.find import refuse_too_long
+from lowmem_grpo.model.find import find_model, refuse_too_long
 from lowmem_grpo.model.load import load_policy
 
 POINTER = (
@@ -337,3 +337,11 @@ def test_models_without_positions_take_any_length():
         warnings.simplefilter("error")
         bloom = AutoModelForCausalLM.from_config(BloomConfig(**IDS, hidden_size=32, n_layer=1, n_head=2))
         refuse_too_long(bloom, GRPOConfig(use_cpu=True), 10**6)
+
+
+def test_a_look_at_a_model_leaves_torchs_generator_alone(tmp_path):
+    """So that a seeded run is what it was before there was a look."""
+    make_model("llama").save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    find_model(str(tmp_path), GRPOConfig(use_cpu=True))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -804,12 +804,13 @@ PLANTED = dict(
 
 
 def test_nothing_is_inherited_from_the_models_generation_config():
-    plain, planted = make_model("llama"), make_model("llama")
+    planted = make_model("llama")
     planted.generation_config.update(**PLANTED)
+    plain, planting = make_policy("llama"), make_policy(planted)
     for given in ({}, {"temperature": 0}, {"top_p": 0.9, "top_k": 5}):
         params = SamplingParams(**{"max_completion_length": 12, "temperature": 1.0, **given})
-        assert ids_of(run(make_policy(plain), **given)) == ids_of(run(make_policy(planted), **given))
-        assert ids_of(by_generate(make_policy(plain), params)) == ids_of(by_generate(make_policy(planted), params))
+        assert ids_of(run(plain, **given)) == ids_of(run(planting, **given))
+        assert ids_of(by_generate(plain, params)) == ids_of(by_generate(planting, params))
     assert planted.generation_config.top_k == 1, "the model's own is put back"
 
 

@@ -36,8 +36,11 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # 
 POSITIONS = re.compile(r"wpe|pos(?!t)")
 
 
-def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
-    """Raise InputError if a model cannot be found or trained, or its options clash, before any weights are read."""
+def find_model(model: Any, config: GRPOConfig, peft_config: Any = None, *, needs_weights: bool = True) -> None:
+    """Raise InputError if a model cannot be found or trained, or its options clash, before any weights are read.
+
+    A plan and a look at data, which read no weights, do without those of a model's folder.
+    """
     continues = isinstance(model, PeftModel) or is_adapter(model)
     if continues and peft_config is not None:
         raise InputError(
@@ -56,13 +59,14 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None) -> None:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
     elif isinstance(model, str):
-        _find_by_name(model, config)
-        base = without_weights(read_config(model, config), config.trust_remote_code)
-        if is_adapter(model):
-            refuse_misfit(model, base)
-        else:
-            add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
-            read_head(base)
+        _find_by_name(model, config, needs_weights)
+        with torch.random.fork_rng([]):  # what is made at random here must not change the run
+            base = without_weights(read_config(model, config), config.trust_remote_code)
+            if is_adapter(model):
+                refuse_misfit(model, base)
+            else:
+                add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
+                read_head(base)
     else:
         raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
 
@@ -96,7 +100,7 @@ def without_weights(
     Raises:
         InputError: transformers makes none of it.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng([]):
         try:
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
@@ -169,7 +173,7 @@ def _refuse_loaded(model: PreTrainedModel | PeftModel) -> None:
         )
 
 
-def _find_by_name(model: str, config: ModelFields) -> None:
+def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
     folder = Path(model)
     is_path = model.startswith((".", "/")) or model.count("/") > 1
     if is_path and not folder.is_dir():
@@ -187,7 +191,7 @@ def _find_by_name(model: str, config: ModelFields) -> None:
         if is_adapter(base):
             raise InputError(f"the base of adapter {model!r} is {base!r}, an adapter too; merge that one into its base")
         try:
-            return _find_by_name(base, config)
+            return _find_by_name(base, config, needs_weights)
         except InputError as error:
             raise InputError(f"the base that adapter {model!r} names cannot be taken: {error}") from error
     try:
@@ -198,7 +202,7 @@ def _find_by_name(model: str, config: ModelFields) -> None:
         ) from error
     _refuse_quantization(found, f"model {model!r}", config)
     _refuse_kind(found, model)
-    if folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
+    if needs_weights and folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
         _refuse_missing_weights(folder)
 
 

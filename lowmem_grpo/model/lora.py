@@ -16,9 +16,10 @@ from lowmem_grpo.model.product_4bit import dequantized, product_of
 
 
 class _Adapted(torch.autograd.Function):
-    """product(x) + scale x A^T B^T of rows x (T, in), where product(x) is x W^T + bias, and W and bias are frozen.
+    """product(x) + scale x A^T B^T of rows x (T, in).
 
-    The result (T, out) is no view, which a model could not change in place: Gemma 3n multiplies its own.
+    product(x) is x W^T + bias, and W and bias are frozen. The result (T, out) is no view, which a model could not
+    change in place: Gemma 3n multiplies its own.
     """
 
     @staticmethod
