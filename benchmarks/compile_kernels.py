@@ -152,7 +152,7 @@ def _split(name: str, also_narrow: int, **change) -> Kernel:
 
 def _tiles(name: str, also_narrow: int, **change) -> Kernel:
     arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16) | change
-    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=2)
+    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES)
 
 
 def _write(name: str, narrow: int = 0, **change) -> Kernel:
@@ -288,10 +288,13 @@ KERNELS = [
         "decode_attention, 7 x 128, int8, pages, prefix", 44,  # likewise; 32 scales of a token, 4 times 8 bytes of it
         NUMBERS=tl.int8, PAGED=True,
     ),
-    _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 0, PAGED=True),
-    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 59, NUMBERS=tl.int8, PAGED=True),
+    # Also narrow: the page of each token, and in int8 its scales.
+    _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 12, PAGED=True),
+    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 59, NUMBERS=tl.int8, PAGED=True)._replace(
+        num_stages=decode_attention.STAGES_INT8
+    ),
     _tiles(
-        "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 0,
+        "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 12,
         window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32, PAGED=True,
     ),
     _write("write_token, 2 x 128"),

@@ -152,8 +152,8 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "a step of 4 x 8 x 128 tokens, 0.5B": ("step-0.5b", _steps),
     "a step of 4 x 8 x 128 tokens, 1.5B": ("step-1.5b", _steps),
     "a step of 4 x 8 x 32 tokens, 1.5B, beside others": ("step-beside", _steps),
-    "the head over two bare products, D 1536": ("head-tiles", partial(_head, 0)),
-    "the head over two bare products, D 3584": ("head-tiles", partial(_head, 1)),
+    "the head, as last changed, over two bare products, D 1536": ("head-tiles", partial(_head, 0)),
+    "the head, as last changed, over two bare products, D 3584": ("head-tiles", partial(_head, 1)),
     "peak of a 1.5B model in 4 GB": ("budget-1.5b", _budget),
     "peak of a 7B model in 8 GB": ("budget-7b", _budget),
 }

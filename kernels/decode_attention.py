@@ -40,6 +40,7 @@ except ImportError:  # Windows, macOS
 SPLIT = 256
 STEP = 1  # tokens that a thread has in hand at a time; with 2 an H200 takes 1.5 to 1.6 times as long, 4 spill
 TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, twice for the next
+STAGES, STAGES_INT8 = 2, 3  # of those tiles; with 2 an int8 one spills on sm_80
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
@@ -594,7 +595,7 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
                 TOKENS=min(128, TILE_NUMBERS // block_d) if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
-                num_warps=4, num_stages=2,
+                num_warps=4, num_stages=STAGES_INT8 if store.own.dtype == torch.int8 else STAGES,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out

@@ -13,6 +13,7 @@ A row's result depends neither on S nor on the other rows: the splits are chosen
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -271,7 +272,14 @@ def default_splits(sizes: Sequence[int], K: int, processors: int) -> int:
 def measured_splits(card: str) -> dict[str, int | None]:
     """Splits by shape_key that were measured on a card, None where bitsandbytes' product was faster."""
     path = table_path()
-    return json.loads(path.read_text(encoding="utf-8")).get(card, {}) if path.exists() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(card, {}) if path.exists() else {}
+        if not all(splits is None or (type(splits) is int and 0 < splits <= MOST_SPLITS) for splits in found.values()):
+            raise ValueError(f"splits are numbers from 1 to {MOST_SPLITS}, or null")
+    except (OSError, ValueError, AttributeError) as error:
+        warnings.warn(f"{path} is not read, and the splits of 4-bit products are reckoned: {error}", stacklevel=2)
+        return {}
+    return found
 
 
 def shape_key(sizes: Sequence[int], K: int) -> str:

@@ -1,5 +1,6 @@
 """Sampler: completions of prompts from the resident policy, as a configuration says."""
 
+import contextlib
 import os
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from lowmem_grpo.generate.shape import StoreShape, kv_shape, store_shape
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
+from lowmem_grpo.kernels.decode_attention import goes_by_addresses
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
 
@@ -99,7 +101,10 @@ class Sampler:
 
     def fast_step(self, num_positions: int) -> FastStep | None:
         """A step that decodes with the adapters that are worn, or None. Tried once of them, with a warning."""
-        if self.policy.device.type not in FAST or os.environ.get("LOWMEM_GRPO_TRITON") == "0":
+        device = self.policy.device
+        if device.type not in FAST or os.environ.get("LOWMEM_GRPO_TRITON") == "0":
+            return None
+        if device.type == "cuda" and not goes_by_addresses(device):  # no Triton: the twins would be slower
             return None
         worn = self.policy.adapters.worn
         known = self.fast_steps.get(worn)
@@ -109,10 +114,11 @@ class Sampler:
 
     def _known_step(self, num_positions: int) -> FastStep | None:
         try:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return known_step(self.policy, num_positions)
+            self.captures.drop_graphs()
             return known_step(self.policy, num_positions)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Unknown, or whatever foreign code raises when it is asked in our way
+        except Exception as error:  # Unknown, no memory, or whatever foreign code raises when it is asked in our way
             name = type(self.policy.base).__name__
             warn(f"{name} is sampled from by its own layers, which is slower: {in_a_line(error)}")
             return None

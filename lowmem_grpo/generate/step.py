@@ -8,7 +8,8 @@
     head, sample_next (2)                the next token
 
 A product leaves fp32 parts; their sum, the bias, the adapter's second factor and all rounding are the first lines of
-the kernel that comes next anyway (kernels/decode_layer.py). Rounding is where a training forward has it.
+the kernel that comes next anyway (kernels/decode_layer.py). Rounding is where a training forward has it, but that the
+adapter's scale is in its second factor: rounded once more where it is no power of two.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""The linear layers while sampling: training's numbers, rounded where training rounds them, in fewer calls."""
+"""The linear layers while sampling: training's numbers, rounded as training rounds them, in fewer calls.
+
+Beside a fast step they share its factors, which have the adapter's scale in them (step.py).
+"""
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping

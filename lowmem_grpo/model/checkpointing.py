@@ -2,6 +2,9 @@
 
 torch's own, without use_reentrant, hooks every tensor that is saved inside and checks each against the first forward:
 half of an update's time on the host. What a node of our own cannot carry is left to it.
+
+The gradients of a layer's parameters are added to their `.grad` as the layer is computed again: loss.backward() has
+them, torch.autograd.grad and backward(inputs=...) do not reach them.
 """
 
 import contextlib
@@ -81,6 +84,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("a checkpointed layer has no second gradient; set gradient_checkpointing=False")
         (hidden,) = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
         on_cpu, on_gpu = ctx.random

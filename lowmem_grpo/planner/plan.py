@@ -279,14 +279,21 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
     # What a step takes, in a pool of its own: logits, beside a dequantized layer or the parts of the largest product.
-    sizes = [getattr(text, "intermediate_size", 0)] * 2
-    splits = default_splits(sizes, text.hidden_size, PROCESSORS)
-    captured = {"captured steps": logits + max(layer, 4 * splits * shape.slots * sum(sizes))}
+    captured = {"captured steps": logits + max(layer, 4 * shape.slots * _parts(text))}
     return {
         "keys and values": shape.num_tokens() * kv_shape(key.model, dtype).token_bytes,
         "prefill or logits": max(traced.ran.prefill + layer, logits),
         **(captured if config.has_cuda_graphs else {}),
     }
+
+
+def _parts(text: PreTrainedConfig) -> int:
+    """Number of fp32 parts of a row of the decoding step's largest product."""
+    kv, hidden, inner = kv_shape(text, torch.float32), text.hidden_size, getattr(text, "intermediate_size", None) or 0
+    queries = text.num_attention_heads * kv.head_dim
+    keys = kv.kv_heads * kv.head_dim
+    products = [([queries, keys, keys], hidden), ([hidden], queries), ([inner, inner], hidden), ([hidden], inner)]
+    return max(default_splits(sizes, K, PROCESSORS) * sum(sizes) for sizes, K in products if sum(sizes))
 
 
 def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
