@@ -50,6 +50,8 @@ def test_the_table_has_three_hundred_pairs_and_every_side_equals_itself():
         (r"2\sqrt{3}", r"Hence $2\sqrt{3}$ it is", 1.0), ("3", r"Hence $2\sqrt{3}$ it is", 0.0),
         ("10", r"we get $2^{10}$", 0.0), ("2", "so it is x_2", 0.0), ("1024", "we get 2^{10}", 1.0), ("10", "2^10", 0.0),
         ("5", "Therefore $x > 5$.", 0.0), (r"x \geq 5", "Therefore $x >= 5$ is the solution.", 1.0), ("5", "x > 5", 0.0),
+        ("3", "So x >= 3", 0.0), ("3", "So x != 3.", 0.0), ("3", "So $x+y=3$", 0.0), ("3", "#### x >= 3", 0.0),
+        ("3", "<answer>x <= 3</answer>", 0.0), ("3", "#### Total cost = 3", 1.0),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"It is $\begin{bmatrix}1\\2\end{bmatrix}$.", 1.0),
         ("3, 4", "The roots are $3$ and $4$.", 1.0), ("4", "The roots are $3$ and $4$.", 0.0),
         ("28", r"a loss of $28$ %", 1.0), ("0.5", "it is 50%", 1.0), ("3.5", "It takes 3 1/2 cups.", 1.0), ("3.5", "3½", 1.0),

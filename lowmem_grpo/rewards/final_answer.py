@@ -17,6 +17,12 @@ NUMBER = re.compile(
 )
 IN_WORDS = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox) *\{([^{}]*)\}")  # of LaTeX, where prose may stand
 EMPHASIS = "*_` "  # of Markdown
+# What a number may be the value of: x, x_1, f(3), AB, \\theta, or words; not xy, -x, |x|, 2x and \\sqrt{x}.
+NAME = re.compile(
+    r"(?:(?:[^\W\d_]{2,}[,.:]?\s+)*(?:[^\W\d_\u00b2\u00b3]+|\\(?:alpha|beta|gamma|delta|theta|phi|lambda|mu|pi|sigma|omega))"
+    r"(?:_(?:\w|\{\w+\}))?(?:\([^()]*\))?)?"
+)
+PRODUCT = re.compile(r"(?<![^\W_])(?![a-z]*[aeiou])[a-z]{2,3}\Z")  # xy
 BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-/](?=[^\W\d_])")  # dollars/day, twenty-one
 PUNCTUATION = str.maketrans(dict.fromkeys("\t\n!.,:;?'\"$\u20ac\u00a3%\u00b0~", " "))
 # Between these and a number nothing makes another one of it: the answer is exactly 18; but less than 18, double 18.
@@ -130,10 +136,12 @@ def only_number(text: str) -> str | None:
     """The number of a text that has no other, and otherwise words and punctuation: `x = 18`, `**18** apples.`"""
     if len(text) > MOST_CHARACTERS:
         return None
-    sign = max(text.rfind("="), text.rfind(": "))
-    if not NUMBER.search(text, 0, max(sign, 0)) and OTHER_NUMBERS.isdisjoint(text[: max(sign, 0)].lower().split()):
-        text = text[sign + 1 :]  # the value of a name: Price: 18
     text = IN_WORDS.sub(r" \1 ", text).replace("\\$", "$").replace("**", " ").replace("__", " ").replace("`", " ")
+    sign = max(text.rfind("="), text.rfind(": "))
+    named = text[: max(sign, 0)]
+    is_name = all(map(_is_name, named.split("="))) if text[sign : sign + 1] == "=" else not NUMBER.search(named)
+    if is_name and OTHER_NUMBERS.isdisjoint(re.findall(r"[^\W\d_]+", named.lower())):
+        text = text[sign + 1 :]  # the value of a name: Price: 18
     found = list(NUMBER.finditer(text))
     if len(found) != 1:
         return None
@@ -144,6 +152,12 @@ def only_number(text: str) -> str | None:
     if before is None or after is None or (before and before[-1] not in SAYS):
         return None
     return found[0].group() + "%" * bool(PERCENT.match(text, found[0].end()))
+
+
+def _is_name(text: str) -> bool:
+    """Tell whether the left side of an equation is one name, or words: not of -x = 3, nor of x >= 3."""
+    text = BETWEEN_LETTERS.sub(" ", text.replace("$", " ")).strip()
+    return NAME.fullmatch(text) is not None and PRODUCT.search(text) is None
 
 
 def _plain_words(text: str) -> list[str] | None:

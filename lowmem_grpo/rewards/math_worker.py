@@ -17,6 +17,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationCo
 from math_verify import grader
 from math_verify.parser import get_last_eq
 from math_verify.utils import timeout
+from sympy.core.function import AppliedUndef
 
 PARSING_LIMIT_S, VERIFYING_LIMIT_S = 3, 3
 NORMAL = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
@@ -224,7 +225,22 @@ def _same_group(gold: Group, answer: Group) -> bool:
 def _same_single(gold: Any, answer: Any) -> bool:
     if isinstance(answer, sympy.Eq) and not answer.free_symbols and not same_number(answer.lhs, answer.rhs):
         return False  # 1/3 = 1/2, of which math-verify would take a side
+    for side, other in ((gold, answer), (answer, gold)):
+        equations = _equations(side)
+        if equations and not _equations(other) and not any(map(_gives_a_value, equations)):
+            return False  # x + y = 3, of which math-verify would take the 3
     return bool(grader.verify(gold, answer, timeout_seconds=VERIFYING_LIMIT_S))
+
+
+def _equations(side: Any) -> list[sympy.Eq]:
+    """The equations of x = 3, or of a chain such as A = 2r = 4; none for anything else."""
+    parts = side.args if isinstance(side, sympy.And) else (side,)
+    return [part for part in parts if isinstance(part, sympy.Eq)]
+
+
+def _gives_a_value(equation: sympy.Eq) -> bool:
+    """Tell whether an equation says what one name is, such as y = 2x and f(x) = 2x, or computes: 2 + 3 = 5."""
+    return not equation.free_symbols or any(isinstance(side, sympy.Symbol | AppliedUndef) for side in equation.args)
 
 
 def _has_both_cases(text: str) -> bool:
