@@ -342,6 +342,18 @@ ANSWERS = {
         1 < x < 2 <!> 1 \le x \le 2
         x<1 or x>2 <!> x<1 and x>2
         x<1 or x>2 <!> y<1 or y>2
+        x>1 or y>2 <!> x>1 and y>2
+        x>1 and y>2 <=> y > 2, x > 1
+        x>1 or y>2 <=> x>1 \lor y>2
+        x<3 and x>1 <!> x<3 \lor x>1
+        p \lor q <!> p \land q
+        p \lor q <!> p, q
+        p \lor q <=> q ∨ p
+        \neg p \lor q <!> \neg p \land q
+        (p \lor q) \land r <!> (p \land q) \land r
+        p \lor q \land r <!> p \land q \lor r
+        x=1 \lor x=2 <!> x=1 \land x=2
+        x=1 \lor x=2 <=> 1, 2
         """,
     "matrices": r"""
         \begin{pmatrix}1\\2\end{pmatrix} <=> \begin{bmatrix}1\\2\end{bmatrix}

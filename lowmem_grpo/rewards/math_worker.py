@@ -28,8 +28,8 @@ MOST_DIGITS = 100_000  # of a whole number that is written out
 
 USUAL_SIGNS = {
     r"\\langle(?![a-z])": "(", r"\\rangle(?![a-z])": ")", r"\\lbrace(?![a-z])": r"\\{",
-    r"\\rbrace(?![a-z])": r"\\}", r"\\varnothing|\\\{ *\\\}": r"\\emptyset", r"\\(?:lor|vee)(?![a-z])": " or ",
-    r"\\(?:land|wedge)(?![a-z])": " and ",
+    r"\\rbrace(?![a-z])": r"\\}", r"\\varnothing|\\\{ *\\\}": r"\\emptyset", r"\\(?:lor|vee)(?![a-z])": r" \\lor ",
+    r"\\(?:land|wedge)(?![a-z])": r" \\land ",
 }  # fmt: skip
 INTERVAL = re.compile(r"([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])")
 # D = (0, 1) or (x, y) = (1, 2); but not y = (x + 1)(x + 2)
@@ -43,7 +43,10 @@ SET_BUILDER = re.compile(
 CONDITION_IN_SET = re.compile(r"\\mid(?![a-z])|:|\\colon|^[^|]*\|[^|]*$")
 BRACKET = re.compile(r"[()\[\]{}]")
 OPENING, CLOSING = set("([{"), set(")]}")
-SEPARATOR = re.compile(r"[()\[\]{}]|\s*[,;]?\s*(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|[,;]")
+SEPARATOR = re.compile(
+    r"[()\[\]{}]|\s*[,;]?\s*(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*\\l(?:and|or)(?![a-z])\s*|[,;]"
+)
+LOGICAL = {r"\land": "and", r"\lor": "or"}
 SEMICOLON = re.compile(r"[()\[\]{};]")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -53,6 +56,7 @@ class Group(NamedTuple):
 
     bracket: str  # "(", "{", or "" for a list without any
     items: tuple
+    joined: str = ""  # "and" or "or" between statements: x > 1 or y > 2, p \land q; 1 and 2 are values
 
 
 class Solutions(NamedTuple):
@@ -95,7 +99,8 @@ def structure(text: str, keep_case: bool) -> Any:
             return structure(builder[1], keep_case)
         return None if CONDITION_IN_SET.search(text) else _group("{", text[2:-2], keep_case)
     if text.startswith("(") and text.endswith(")") and end == len(text) and len(_split(text[1:-1])) > 1:
-        return _group("(", text[1:-1], keep_case)
+        is_statement = set(_split(text[1:-1])[1::2]) <= set(LOGICAL)  # (p \lor q), and no point
+        return structure(text[1:-1], keep_case) if is_statement else _group("(", text[1:-1], keep_case)
     if not BRACKET.search(text):
         text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     separators = set(_split(text)[1::2])
@@ -103,7 +108,8 @@ def structure(text: str, keep_case: bool) -> Any:
         return _group("", text, keep_case, SEMICOLON)
     if separators:
         group = _group("", text, keep_case)
-        return group and (_joined_conditions(group, separators) or group)
+        words = {LOGICAL.get(separator, separator) for separator in separators}
+        return group and (_joined_conditions(group, words) or _joined_statements(group, separators))
     named = NAMED_BRACKETS.fullmatch(text)
     if named:
         return structure(named[2], keep_case)
@@ -163,6 +169,15 @@ def _joined_conditions(group: Group, separators: set[str]) -> Solutions | None:
     return Solutions(known[0].variable, numbers)
 
 
+def _joined_statements(group: Group, separators: set[str]) -> Group | None:
+    r"""Say what joins inequalities, or what \land and \lor stand between; None where several do."""
+    words = {LOGICAL.get(separator, separator) for separator in separators} & {"and", "or"}
+    has_inequality = any(grader.is_relation(item) and not grader.is_equation(item) for item in group.items)
+    if not has_inequality and separators.isdisjoint(LOGICAL):
+        return group
+    return None if len(words) > 1 else group._replace(joined=words.pop() if words else "and")
+
+
 def _solutions(side: Any) -> Solutions | None:
     """The numbers of which an inequality of one variable is true; None for anything else."""
     if isinstance(side, Solutions):
@@ -208,6 +223,11 @@ def _same_group(gold: Group, answer: Group) -> bool:
     brackets = {gold.bracket, answer.bracket}
     if brackets == {"(", "{"} or len(gold.items) != len(answer.items):
         return False
+    if gold.joined and answer.joined and gold.joined != answer.joined:
+        return False
+    for side, other in ((gold, answer), (answer, gold)):
+        if side.joined and not other.joined and not all(isinstance(item, sympy.Eq) for item in side.items):
+            return False  # p \lor q is not p, q; but x = 1 \lor x = 2 is 1, 2
     names = [{str(item.lhs) for item in side.items if isinstance(item, sympy.Eq)} for side in (gold, answer)]
     if "(" in brackets or (names[0] != names[1] and max(map(len, names)) > 1):
         return all(same(own, given) for own, given in zip(gold.items, answer.items, strict=True))
