@@ -56,11 +56,11 @@ NUMBER_IN_BASE = re.compile(r"(?:\d[A-F]*|\d *\)|\([0-9A-F.]+\)) *_|[A-F]\d[\dA-
 IN_TEN = re.compile(r"(-?[\d.]+) *_ *\{? *10 *\}?")
 LEADING_ZERO = re.compile(r"-?0\d+(?:\.\d+)?|0\d:\d\d|\d\d?:0\d|\d{4}-\d\d-\d\d")
 TIME = re.compile(r"\d{1,2}:\d\d")
-# 5'10", 3/4/2021 and 2021-03-04, 2:3:4, a list that goes on, 1 2 3, 0x1A, B12, a molecule, an option with its text:
-# math-verify computes with each of them. (And 1E999999999, with which it is never done.)
+# 5'10", 3/4/2021 and 2021-03-04, 2:3:4, 10.0.0.1, a list that goes on, 1 2 3, 0x1A, B12, a molecule, an option with its
+# text: math-verify computes with each of them. (And 1E999999999, with which it is never done.)
 NO_FORMULA = re.compile(
     r"\d *['\"\u2019\u201d]|\d */ *\d+ */ *\d|(?<!\d)\d{4}-\d\d-\d\d(?!\d)|\d *: *\d+ *: *\d|\\[lc]?dots|\.\.\."
-    r"|(?<![_^\d])\d+ +\.?\d"
+    r"|\d\.\d+\.\d|(?<![_^\d])\d+ +\.?\d"
     r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
     r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
