@@ -237,6 +237,14 @@ def test_without_a_template_nothing_is_dropped_but_refused(chat, row, message):
             "has tools, which the chat template leaves out",
         ),
         ([QUESTION], {"tools": "[{"}, "has tools or chat_template_kwargs that are no JSON"),
+        ([QUESTION], {"tools": "hammer"}, "has tools or chat_template_kwargs that are no JSON"),
+        ([QUESTION], {"tools": 5}, "has the tools '5'; make it a list of tools, or remove the column"),
+        ([QUESTION], {"tools": '{"name": "add"}'}, "has the tools .*; make it a list of tools"),
+        ([QUESTION], {"chat_template_kwargs": 5}, "has the chat_template_kwargs '5'; make it an object such as"),
+        ([QUESTION], {"chat_template_kwargs": False}, "has the chat_template_kwargs 'False'; make it an object"),
+        ([QUESTION], {"chat_template_kwargs": "[1]"}, "has the chat_template_kwargs .*; make it an object"),
+        ([QUESTION], {"chat_template_kwargs": '"x"'}, "has the chat_template_kwargs 'x'; make it an object"),
+        ([QUESTION], {"chat_template_kwargs": ["mood"]}, "has the chat_template_kwargs .*; make it an object"),
         ([{"role": "user", "content": None}], {}, "a chat is a list of role and content texts"),
         ([{"role": "user"}], {}, "a list of role and content texts"),
         ([{"role": "user", "content": 3}], {}, "a list of role and content texts"),
@@ -247,15 +255,48 @@ def test_a_chat_that_cannot_be_answered_is_refused(chat, row, message):
         one(chat, **{"template": WHOLE, **row})
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "column", [{"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"mood": "glad"}}], ids=lambda c: next(iter(c))
+)  # fmt: skip
+def test_a_text_with_what_only_a_chat_template_shows_is_refused(column, as_json):
+    ((name, value),) = column.items()
+    given = json.dumps(value) if as_json else value
+    with pytest.raises(ValueError, match=f"row 0 of train_dataset has {name}, and its prompt is a text"):
+        one("1+1=", WHOLE, **{name: given})
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", "[]", "{}", "null", []])
+def test_a_text_with_empty_tools_stays_a_text(empty):
+    assert one("1+1=", WHOLE, tools=empty, chat_template_kwargs=empty)[0] == "1+1="
+
+
 # C4: media
 
 
-@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios", "Image"])
+@pytest.mark.parametrize(
+    "column", [
+        "image", "images", "video", "videos", "audio", "audios", "Image", "image_url", "imageUrls", "image_path", "imagepath",
+        "image_0", "image1", "input_image", "img", "imgs", "img_path", "picture", "pixel_values", "video-file", "audio_array",
+        "multi_modal_data", "multimodal_inputs",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("value", ["cat.png", ["cat.png"], {"bytes": b"x", "path": None}])
 def test_a_column_of_media_is_refused(column, value):
     rows = [{"prompt": "1+1=", column: None}, {"prompt": "1+2=", column: value}]
     with pytest.raises(ValueError, match=f"train_dataset has the column {column}, and only text is trained on"):
         load_rows(rows, GRPOConfig())
+
+
+@pytest.mark.parametrize(
+    "column", {
+        "imagine": "x", "imaginary_part": "x", "imagery": "x", "picturesque": "x", "audience": "x", "provider": "x", "pilgrims": "x",
+        "images": "", "num_images": 0, "has_image": False,
+    }.items(), ids=lambda c: c[0],
+)  # fmt: skip
+def test_a_column_with_an_innocent_name_or_without_media_is_taken(column):
+    rows = load_rows([{"prompt": "1+1=", column[0]: column[1]}], GRPOConfig())
+    assert column[0] in rows.column_names
 
 
 def test_a_feature_of_media_is_refused_under_any_name_and_an_empty_column_is_none():
@@ -279,6 +320,8 @@ def test_a_content_part_of_media_is_refused_and_parts_of_text_are_taken(part):
     text = {"type": "text", "text": "1+1="}
     with pytest.raises(ValueError, match="has a content part of type .*, and only text is trained on"):
         one([{"role": "user", "content": [text, part]}], CHATML)
+    with pytest.raises(ValueError, match="has a content part with image_url, and only text is trained on"):
+        one([{"role": "user", "content": [{**text, "image_url": "x"}]}], CHATML)
     parts = [{"role": "user", "content": [text, {"type": "text", "text": " And?"}]}]
     assert one(parts, CHATML)[0] == "<|im_start|>user\n1+1= And?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -286,6 +329,8 @@ def test_a_content_part_of_media_is_refused_and_parts_of_text_are_taken(part):
 def test_a_message_with_images_is_refused():
     with pytest.raises(ValueError, match="has a message with images, and only text is trained on"):
         one([{**QUESTION, "images": ["x"]}], CHATML)
+    with pytest.raises(ValueError, match="has a message with image_path"):
+        one([{**QUESTION, "image_path": "cat.png"}], CHATML)
     assert one([{**QUESTION, "images": []}], CHATML)[0].startswith("<|im_start|>user\n1+1=")
 
 

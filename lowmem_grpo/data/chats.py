@@ -28,7 +28,11 @@ CHAT_AS_TEXT = re.compile(
     ).*\}\s*\]?\s*"?\s*""",
     re.DOTALL | re.VERBOSE,
 )
-MEDIA = ("image", "video", "audio")
+# Within a name: `image_urls`, `imageUrl`, `imgs`, `pixel_values`, `multi_modal_data`; not `imaginary` or `picturesque`.
+MEDIA = re.compile(
+    r"(?<![a-z])(?:image|img|picture|pixel|video|audio|multi_?modal)(?:s|url|path|file|data)*(?![a-z])"
+)  # fmt: skip
+CAPITAL_INSIDE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def refuse_chat_as_text(text: str, where: str) -> None:
@@ -59,9 +63,7 @@ def read_chat(value: Any, where: str) -> list[dict]:
 
 def _read_message(message: dict, where: str) -> dict:
     content = message.get("content")
-    media = [key for key in message if is_media(key) and message[key]]
-    if media:
-        raise InputError(f"{where} has a message with {media[0]}, and only text is trained on; leave such rows out")
+    _refuse_media(message, f"{where} has a message")
     if isinstance(content, list):
         return {**message, "content": "".join(_text_of(part, where) for part in content)}
     if not isinstance(content, str) and not (content is None and message["role"] == "assistant" and len(message) > 1):
@@ -71,13 +73,20 @@ def _read_message(message: dict, where: str) -> dict:
 
 def is_media(name: str) -> bool:
     """Tell whether a column or a message's entry of this name holds images, videos or audio."""
-    return name.lower().rstrip("s") in MEDIA
+    return MEDIA.search(CAPITAL_INSIDE.sub("_", name).lower()) is not None
+
+
+def _refuse_media(entries: dict, what: str) -> None:
+    for name, value in entries.items():
+        if is_media(name) and value:
+            raise InputError(f"{what} with {name}, and only text is trained on; leave such rows out")
 
 
 def _text_of(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
+        _refuse_media(part, f"{where} has a content part")
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise InputError(f"{where} has a content part of type {kind!r}, and only text is trained on; leave such rows out")

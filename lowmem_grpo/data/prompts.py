@@ -10,6 +10,12 @@ from lowmem_grpo.config.sections import DataFields
 from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text, said_at_end, without_nulls
 from lowmem_grpo.errors import InputError
 
+# Columns that a chat template gets, what they hold, and that in words.
+SETTINGS = {
+    "tools": (list, "a list of tools"),
+    "chat_template_kwargs": (dict, 'an object such as {"enable_thinking": false}'),
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -58,6 +64,11 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Pro
     if isinstance(given, (str, int, float)) and not isinstance(given, bool):
         text = str(given)
         refuse_chat_as_text(text, where)
+        for name in _own_settings(row, where):
+            raise InputError(
+                f"{where} has {name}, and its prompt is a text, which no chat template shows; make it a list of "
+                "messages, or remove the column"
+            )
         ids = _not_empty(text_ids(template.tokenizer, text), where)
         said = said_at_end(text)
         return Prompt(text.removesuffix(said), ids, columns, said)
@@ -85,15 +96,25 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 def _settings(row: Any, config: DataFields, where: str) -> dict[str, Any]:
     """The arguments of a row's chat template: the configuration's, and over them the row's own."""
-    own = {name: without_nulls(_from_json(row.get(name), where)) for name in ("tools", "chat_template_kwargs")}
-    tools = {"tools": own["tools"]} if own["tools"] else {}
-    return {**(config.chat_template_kwargs or {}), **(own["chat_template_kwargs"] or {}), **tools}
+    own = _own_settings(row, where)
+    return {**(config.chat_template_kwargs or {}), **own.pop("chat_template_kwargs", {}), **own}
+
+
+def _own_settings(row: Any, where: str) -> dict[str, Any]:
+    """The row's `tools` and `chat_template_kwargs`, of which those that are empty are left out."""
+    own = {name: without_nulls(_from_json(row.get(name), where)) for name in SETTINGS}
+    own = {name: value for name, value in own.items() if value not in (None, [], {})}
+    for name, value in own.items():
+        kind, words = SETTINGS[name]
+        if not isinstance(value, kind):
+            raise InputError(f"{where} has the {name} {str(value)[:60]!r}; make it {words}, or remove the column")
+    return own
 
 
 def _from_json(value: Any, where: str) -> Any:
     """A value that a file may have as JSON, since Arrow holds no mappings of many forms."""
     try:
-        return json.loads(value) if isinstance(value, str) and value.strip() else value or None
+        return json.loads(value.strip() or "null") if isinstance(value, str) else value
     except ValueError as error:
         raise InputError(f"{where} has tools or chat_template_kwargs that are no JSON: {error}") from error
 

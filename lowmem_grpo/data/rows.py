@@ -159,5 +159,5 @@ def _refuse_media(rows: Dataset, name: str) -> None:
         if is_media(column) or isinstance(feature, (Image, Audio, Video)):
             batches = rows.select_columns(column).with_format("arrow").iter(batch_size=64)
             values = (value for batch in batches for value in batch[column].to_pylist())
-            if any(value not in (None, "", []) for value in values):
+            if any(values):
                 raise InputError(f"{name} has the column {column}, and only text is trained on; remove the column")
