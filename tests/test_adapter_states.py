@@ -15,6 +15,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.lora import LoraLayer
 from test_train import length_reward, run
 from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -73,6 +74,16 @@ def to_16_bits(model) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
+def scaled(model, *scales) -> None:
+    for scale in scales:
+        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+            layer.set_scale("default", scale)
+
+
+def scaled_in_one_layer(model) -> None:
+    model.base_model.model.model.layers[1].self_attn.q_proj.scale_layer(3.0)
+
+
 def named(name) -> Any:
     return awake(get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name=name))
 
@@ -113,6 +124,14 @@ TRAINED = {
     "of one layer": lambda _: awake(adapted(layers_to_transform=[1])),
     "of all but some modules": lambda _: awake(adapted(target_modules="all-linear", exclude_modules=["down_proj"])),
     "rslora": lambda _: awake(adapted(use_rslora=True)),
+    "rslora of many ranks": lambda _: awake(
+        adapted(target_modules="all-linear", use_rslora=True, rank_pattern={r"layers\.0\..*q_proj": 2}, alpha_pattern={"q_proj": 3})
+    ),
+    "scaled and scaled back": lambda _: changed(awake(adapted()), lambda model: scaled(model, 3.0, 1.0)),
+    "of two that were added up": lambda _: changed(
+        beside("default"),
+        lambda model: (model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", "cat"), model.set_adapter("sum")),
+    ),
     "dora": lambda _: awake(adapted(use_dora=True)),
     "with a dropout": lambda _: awake(adapted(lora_dropout=0.3)),
     "with biases of its own": lambda _: awake(adapted(lora_bias=True)),
@@ -187,6 +206,20 @@ REFUSED = {
     "merged": (
         lambda _: changed(awake(adapted()), lambda model: model.merge_adapter()),
         "'default' is merged into the base; load the base anew",
+    ),
+    "scaled": (
+        lambda _: changed(awake(adapted()), lambda model: scaled(model, 9.0)),
+        "q_proj scales the adapter 'default' by 18, and its configuration by 2, .*without set_scale",
+    ),
+    "scaled in one layer": (
+        lambda _: changed(awake(adapted()), scaled_in_one_layer), "layers.1.self_attn.q_proj scales the adapter 'default' by 6,",
+    ),
+    "another one scaled": (
+        lambda _: changed(beside("other"), lambda model: scaled(model, 0.5)), "scales the adapter 'default' by 1, and",
+    ),
+    "with another alpha in its configuration": (
+        lambda _: changed(awake(adapted()), lambda model: setattr(model.peft_config["default"], "lora_alpha", 32)),
+        "by 2, and its configuration by 8,",
     ),
     "another one merged": (
         lambda _: changed(beside("default"), lambda model: model.merge_adapter(["other"])), "'other' is merged into",

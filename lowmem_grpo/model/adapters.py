@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -182,6 +183,28 @@ def refuse_state(model: PreTrainedModel | PeftModel) -> None:
             f"the adapter {merged[0]!r} is merged into the base; load the base anew, without merge_adapter()"
         )
     active_adapter(model)
+    _refuse_scales(model)
+
+
+def _refuse_scales(model: PeftModel) -> None:
+    """Raise InputError where a layer scales an adapter otherwise than its configuration, which is what is saved."""
+    for path, layer in model.get_base_model().named_modules():
+        scales = layer.scaling if isinstance(layer, LoraLayer) else {}
+        for name in scales.keys() & model.peft_config.keys():  # PEFT may leave the scale of one that was deleted
+            scale, by_config = scales[name], _scale(model.peft_config[name], path)
+            if not math.isclose(scale, by_config, rel_tol=1e-6):
+                raise InputError(
+                    f"{path} scales the adapter {name!r} by {scale:g}, and its configuration by {by_config:g}, which "
+                    "is what would be saved; make it with that lora_alpha, without set_scale() or scale_layer()"
+                )
+
+
+def _scale(config: Any, path: str) -> float:
+    """What a LoraConfig has a layer multiply an adapter by: lora_alpha / r, or lora_alpha / sqrt(r) with rslora."""
+    path = path.removesuffix(".base_layer")  # LoRA on a module's parameter may be around another
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def refuse_config(config: PeftConfig | None, what: str = "peft_config", *, new: bool = True) -> None:
@@ -225,7 +248,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     with outdated_name():
         try:
             return get_peft_model(model, peft_config)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, re.error) as error:  # the last of target_modules="(q_proj"
             raise InputError(f"no adapter could be added: {in_a_line(error)}") from error
 
 
