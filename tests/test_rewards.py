@@ -132,6 +132,17 @@ def test_a_gold_answer_that_is_no_number_is_compared_with_the_whole_mark():
     assert accuracy_reward(completions, solution=[r"\frac{x}{2}", "x", "y"]) == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("message", [{"content": None}, {}, {"content": ""}])
+def test_a_message_without_words_is_an_empty_completion(message):
+    assert accuracy_reward([[{"role": "assistant", **message}]], solution=["5"]) == [0.0]
+
+
+@pytest.mark.parametrize("completion", [[], None, 5, ["5"], [{"content": 5}], [{"content": [{"text": "5"}]}]])
+def test_what_is_no_completion_is_refused_in_one_sentence(completion):
+    with pytest.raises(ValueError, match="a completion is .*; give a text, or a list of messages"):
+        accuracy_reward([completion], solution=["5"])
+
+
 def test_accuracy_needs_a_gold_column():
     with pytest.raises(ValueError, match="column named solution or answer"):
         accuracy_reward(["72"])

@@ -1,13 +1,25 @@
 """The text of prompts and completions, whether strings or chats."""
 
+from lowmem_grpo.errors import InputError
+
 
 def completion_text(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """A completion's text: the string, or the last message of a chat."""
+    return completion if isinstance(completion, str) else _last_content(completion, "completion")
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
     """A prompt's text: the string, or the last message of a chat, which is the question."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else _last_content(prompt, "prompt")
+
+
+def _last_content(chat: list[dict], what: str) -> str:
+    """The content of the last message, which is empty where there is none: a tool call needs no words."""
+    last = chat[-1] if isinstance(chat, list) and chat else None
+    content = (last.get("content") or "") if isinstance(last, dict) else None
+    if not isinstance(content, str):
+        raise InputError(f"a {what} is {str(chat)[:60]!r}; give a text, or a list of messages whose contents are texts")
+    return content
 
 
 def tagged_answer(text: str) -> str | None:
