@@ -20,7 +20,10 @@ class NotFiniteError(FloatingPointError):
 
 def in_a_line(error: BaseException) -> str:
     """An error of foreign code, as a reason within a sentence."""
-    return _shortened((str(error).strip() or repr(error)).splitlines()[0])
+    words = str(error).strip()
+    if isinstance(error, KeyError) or not words:  # the text of a KeyError is the key alone
+        words = repr(error)
+    return _shortened(words.splitlines()[0])
 
 
 def cause(error: BaseException) -> str:

@@ -95,6 +95,10 @@ def without(path: Path, part: str) -> None:
     save_file({name: value for name, value in load_file(path).items() if part not in name}, path)
 
 
+def rewrite(path: Path, change) -> None:
+    save_file({name: change(values) for name, values in load_file(path).items()}, path)
+
+
 WEIGHTS = "adapter/adapter_model.safetensors"
 BROKEN_ADAPTERS = {
     "of another rank": (lambda folder: edit(folder, r=16), "is of 4 x 64, and by its settings of 16 x 64"),
@@ -112,6 +116,19 @@ BROKEN_ADAPTERS = {
     "cut short": (lambda folder: cut(folder / WEIGHTS), "the weights of adapter .* cannot be read"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "the weights of adapter .* cannot be read"),
     "without some weights": (lambda folder: without(folder / WEIGHTS, "layers.1."), "it has no .*layers.1"),
+    "of integers": (
+        lambda folder: rewrite(folder / WEIGHTS, lambda values: (values * 9).to(torch.int8)),
+        "has base_model.* in torch.int8, which is not trained; save it in fp32",
+    ),
+    "with a .bin that is a text": (
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / "adapter/adapter_model.bin").write_text("error: 404")),
+        "the weights of adapter .* cannot be read: .*[a-z]{4}.*; copy the file anew",
+    ),
+    "with a .bin of something else": (
+        lambda folder: ((folder / WEIGHTS).unlink(), torch.save([1], folder / "adapter/adapter_model.bin")),
+        "the weights of adapter .* cannot be read",
+    ),
+    "of modules by a broken pattern": (lambda folder: edit(folder, target_modules="(q_proj"), "no adapter could be added: .*unterminated"),
     "a Git LFS pointer": (lambda folder: (folder / WEIGHTS).write_text(POINTER), "is a Git LFS pointer .*git lfs pull"),
     "with a pointer for its settings": (
         lambda folder: (folder / "adapter/adapter_config.json").write_text(POINTER), "adapter_config.json is a Git LFS pointer",
@@ -255,6 +272,27 @@ def test_a_model_that_lacks_a_weight_is_refused_and_not_completed_at_random(fold
     without(tmp_path / "base/model.safetensors", "lm_head")
     with pytest.raises(InputError, match="has no lm_head.weight, which transformers made up at random"):
         load_policy(str(tmp_path / "base"), tokenizer, GRPOConfig(use_cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("in_4bit", "changes", "words"),
+    [
+        (False, {"intermediate_size": 64}, "has a .*mlp.* of .*, and by its config.json it is of .*64"),
+        (False, {"vocab_size": 100}, "has a .* of 128 x 64, and by its config.json it is of 100 x 64"),
+        (True, {"vocab_size": 100}, "has a .* of 128 x 64, and by its config.json it is of 100 x 64"),
+        # transformers compares no shapes of what bitsandbytes quantizes, and the trial of the model does.
+        (True, {"intermediate_size": 64}, "cannot be trained here: .*64"),
+    ],
+)
+def test_a_model_whose_settings_do_not_fit_its_weights_is_refused(
+    in_4bit, changes, words, folders, tmp_path, tokenizer
+):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=words) as caught:
+        load_policy(str(tmp_path / "base"), tokenizer, GRPOConfig(use_cpu=True, load_in_4bit=in_4bit))
+    assert "\n" not in str(caught.value)
 
 
 def test_modules_that_are_not_there_are_refused_before_long_work(folders, tmp_path, tokenizer):

@@ -93,9 +93,15 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     if not any((Path(folder) / name).is_file() for name in WEIGHTS):
         raise InputError(f"adapter {folder!r} has no {WEIGHTS[0]}; copy it there, or name another folder")
     try:
-        return load_peft_weights(folder, device="cpu")
-    except Exception as error:  # of safetensors, or of torch's unpickling
-        raise InputError(f"the weights of adapter {folder!r} cannot be read: {in_a_line(error)}") from error
+        weights = load_peft_weights(folder, device="cpu")
+        others = [f"{name} in {values.dtype}" for name, values in weights.items() if not values.is_floating_point()]
+    except Exception as error:  # of safetensors, of torch's unpickling, or of what is no mapping of tensors
+        raise InputError(
+            f"the weights of adapter {folder!r} cannot be read: {in_a_line(error)}; copy the file anew"
+        ) from error
+    if others:
+        raise InputError(f"the adapter in {folder!r} has {others[0]}, which is not trained; save it in fp32 or 16 bits")
+    return weights
 
 
 def _of_the_base(found: dict[str, Tensor], config: Any, own: Container[str]) -> dict[str, Tensor]:

@@ -175,20 +175,29 @@ def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftMo
 
 
 def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel:
-    arguments = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code}
+    arguments = {
+        "dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code,
+        "ignore_mismatched_sizes": True,  # they are refused below, where they are named
+    }  # fmt: skip
     if config.load_in_4bit and getattr(read_config(name, config), "quantization_config", None) is None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, **arguments, **(config.model_init_kwargs or {}), output_loading_info=True
+            name, **{**arguments, **(config.model_init_kwargs or {})}, output_loading_info=True
         )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
     model, report = loaded
+    if report["mismatched_keys"]:
+        weight, found, wanted = min(report["mismatched_keys"])
+        raise InputError(
+            f"model {name!r} has a {weight} of {' x '.join(map(str, found))}, and by its config.json it is of "
+            f"{' x '.join(map(str, wanted))}; take both files from one save"
+        )
     if report["missing_keys"]:
         lacking = min(report["missing_keys"])
         raise InputError(f"model {name!r} has no {lacking}, which transformers made up at random; name a whole model")
