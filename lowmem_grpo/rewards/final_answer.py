@@ -70,8 +70,13 @@ LONGEST_FORMULA = 200  # characters without a delimiter
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
 # The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
-BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
+BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×÷·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
 SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\.\d*\(\d")
+
+# A number that these touch is a part: 5 / 6, 2x + 3, 2**10, 3:45, 2024-01-05; 25π, 5x, 12_8.
+PART_BEFORE = re.compile(r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z")
+PART_BEHIND = re.compile(r"[πθ]|[ixyz](?![^\W\d_])|_\d| ?÷ ?\d| ?pi\b")
+POINT_BEFORE, POINT_BEHIND = re.compile(r"[(\[](?:[^\s,()\[\]]*\d[^\s,()\[\]]*, *)+\Z"), re.compile(r" *[)\]]")
 
 
 def extract_answer(text: str, gold: str | None = None) -> str | None:
@@ -210,7 +215,11 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     rest = text[last.end() : last.end() + LONGEST_FORMULA]
     found = BARE.search(line + (rest.split(maxsplit=1)[0] if rest[:1].strip() else ""))
     bare = found[0].strip("*\"'`.,;:!?") if found else ""
-    if SIGN_OF_A_FORMULA.search(bare) and bare.count("{") == bare.count("}"):
+    point, behind = POINT_BEFORE.search(text, earliest, last.start()), POINT_BEHIND.match(text, last.end())
+    if point and behind:
+        return text[point.start() : behind.end()]
+    is_part = PART_BEFORE.search(text, earliest, last.start()) or PART_BEHIND.match(text, last.end())
+    if (is_part or SIGN_OF_A_FORMULA.search(bare)) and bare.count("{") == bare.count("}"):
         return bare
     before, after = CHANGED_BEFORE.search(text, earliest, last.start()), CHANGED_BEHIND.match(text, last.end())
     if before or after:
