@@ -471,6 +471,13 @@ ANSWERS = {
         AB <!> BA
         2 dogs and 3 cats <!> 3 dogs and 2 cats
         AZYUK2A <!> 2
+        A' <!> A
+        A'' <!> A'
+        A'B'C' <!> ABC
+        \angle A' <!> \angle A
+        Paris <=> "Paris"
+        Paris <=> 'Paris.'
+        Paris <=> “Paris”
         10.0.0.1 <=> 10.0.0.1
         10.0.0.1 <!> 10.0.0.2
         192.168.1.10 <!> 192.168.1.100

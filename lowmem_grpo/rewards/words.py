@@ -64,6 +64,7 @@ NO_FORMULA = re.compile(
     r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
     r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
+QUOTED = re.compile("^[\"'\u2018\u201c\u201d](.*)[\"'\u2019\u201d\u201c]$")  # a pair: the quote of A' is a prime
 PRIMES = re.compile(r"(?<=[A-Za-z])(?:\^ *\{? *((?:\\prime *)+)\}?|(['\u2019]+))")
 LETTER_E = re.compile(r"\\(?:text\w*|mbox) *\{ *e *\}")  # a letter in type, and not the number
 LETTERS_ALONE = re.compile(r"[^\W\d_](?:[\s,;&]+(?:and |or )?[^\W\d_])*")
@@ -206,7 +207,7 @@ def _as_text(marked: str) -> str:
     text = re.sub(r"\(([\w.]+)\)(?=_)", r"\1", text)
     text = re.sub(r",? and | ?& ?", ",", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", text))
-    text = text.strip("\"'\u2018\u2019\u201c\u201d.,;:! ")
+    text = QUOTED.sub(r"\1", text.strip(".,;:! ")).strip(".,;:! ")
     if len(text) > 1 and re.fullmatch(r"\([^()]*\)|\[[^\[\]]*\]|[^()]\)", text):  # (a), [a], a)
         text = text.strip("()[]")
     return text
