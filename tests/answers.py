@@ -72,6 +72,11 @@ ANSWERS = {
         5 <!> 5 short
         5 <!> under 5
         5 <!> 5 thousand
+        5 <!> 5 less
+        5 <!> 5 fewer
+        5 <!> 5 grand
+        5 <!> 5 lakhs
+        5 <!> 5 ppm
         5 <!> 5万
         5 => exactly 5
         5 => the answer is 5

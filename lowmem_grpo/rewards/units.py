@@ -39,6 +39,7 @@ OTHER_NUMBERS = {
     "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "hundred", "hundreds",
     "thousand", "thousands", "k", "million", "millions", "bn", "billion", "billions", "trillion", "lakh", "crore",
     "root", "sqrt", "pi", "squared", "cubed", "factorial", "power", "log", "ln", "exp", "sin", "cos", "tan", "cot",
+    "less", "fewer", "deficit", "tens", "grand", "ppm", "lakhs", "crores",
     "csc", "max", "lim", "gcd", "lcm", "det", "mod", "modulo", "base", "divided", "multiplied", "infinity",
 }  # fmt: skip
 MAGNITUDES = "百千万亿萬億백천만억"  # at the beginning of what stands behind a number: 18万元
