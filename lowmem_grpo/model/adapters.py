@@ -200,7 +200,7 @@ def _refuse_scales(model: PeftModel) -> None:
 
 
 def _scale(config: Any, path: str) -> float:
-    """The factor of an adapter in a layer, by its configuration: lora_alpha / r, or lora_alpha / sqrt(r) with rslora."""
+    """The factor of an adapter in a layer, by its configuration: lora_alpha / r, or with rslora / sqrt(r)."""
     path = path.removesuffix(".base_layer")  # LoRA on a module's parameter may be around another
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
