@@ -290,9 +290,7 @@ KERNELS = [
     ),
     # Also narrow: the page of each token, and in int8 its scales.
     _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 12, PAGED=True),
-    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 59, NUMBERS=tl.int8, PAGED=True)._replace(
-        num_stages=decode_attention.STAGES_INT8
-    ),
+    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 34, NUMBERS=tl.int8, PAGED=True, TOKENS=32),
     _tiles(
         "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 12,
         window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32, PAGED=True,

@@ -40,7 +40,7 @@ except ImportError:  # Windows, macOS
 SPLIT = 256
 STEP = 1  # tokens that a thread has in hand at a time; with 2 an H200 takes 1.5 to 1.6 times as long, 4 spill
 TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, twice for the next
-STAGES, STAGES_INT8 = 2, 3  # of those tiles; with 2 an int8 one spills on sm_80
+STAGES = 2  # of those tiles; of int8 they are half as large, or spill on sm_80 and sm_100
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
@@ -578,6 +578,7 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
     prefix_splits = 0 if prefilled is None else triton.cdiv(store.prefix.shape[4], SPLIT)
     splits = prefix_splits + triton.cdiv(own_tokens, SPLIT)
     tiles = has_tiles(query, store.own.dtype)
+    tile_numbers = TILE_NUMBERS // 2 if store.own.dtype == torch.int8 else TILE_NUMBERS
     heads = 16 if tiles else min(HEADS, triton.next_power_of_2(H // kv_heads))
     block_d = max(16, triton.next_power_of_2(D))
     rows = 1024 // block_d  # 8 elements of a token to each thread of 4 warps
@@ -593,9 +594,9 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 window if window is None else min(window, 2**30), scaling, softcap,
                 NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
                 PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
-                TOKENS=min(128, TILE_NUMBERS // block_d) if tiles else None,
+                TOKENS=min(128, tile_numbers // block_d) if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
-                num_warps=4, num_stages=STAGES_INT8 if store.own.dtype == torch.int8 else STAGES,
+                num_warps=4, num_stages=STAGES,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out
