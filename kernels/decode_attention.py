@@ -596,7 +596,7 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
                 TOKENS=min(128, tile_numbers // block_d) if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
-                num_warps=4, num_stages=STAGES,
+                num_warps=4, num_stages=STAGES if tiles else 3,
             )  # fmt: skip
             _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out
