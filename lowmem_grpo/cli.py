@@ -14,7 +14,7 @@ from typing import Any
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_unknown_fields
 from lowmem_grpo.config.sections import sections
-from lowmem_grpo.errors import InputError, NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError, UnhealthyRunError
 
 TRAIN_EXAMPLE = """\
 example:
@@ -57,7 +57,7 @@ INPUTS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for bad input, 1 for numbers that are no longer finite.
+    """Run the command and return its exit status: 2 for bad input, 1 for a run that cannot go on.
 
     Both are said in one sentence on standard error.
     """
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         refuse_unknown_flags(options.command, rest)
         return options.run(given)
-    except (InputError, NotFiniteError) as error:
+    except (InputError, NotFiniteError, UnhealthyRunError) as error:
         print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NotFiniteError) else 2
+        return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

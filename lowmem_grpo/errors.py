@@ -18,6 +18,10 @@ class NotFiniteError(FloatingPointError):
     """A number that a run cannot go on with is NaN or infinite. A command prints the sentence and exits with 1."""
 
 
+class UnhealthyRunError(RuntimeError):
+    """A run that doctor="stop" ended, in a sentence with the remedy. A command prints it and exits with 1."""
+
+
 def in_a_line(error: BaseException) -> str:
     """An error of foreign code, as a reason within a sentence."""
     words = str(error).strip()

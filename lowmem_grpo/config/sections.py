@@ -40,6 +40,9 @@ class RunFields(Checked):
         42, "seed of the adapter's initial values, the data order and the sampling", common=True, at_least=0
     )
     use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
+    doctor: Literal["warn", "stop", "off"] = option(
+        "warn", "say once what keeps a run from learning, stop the run there, or say nothing", may_change=True
+    )
 
     def check(self) -> None:
         if self.seed >= 2**32:

@@ -67,6 +67,7 @@ def train(
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.
         NotFiniteError: what is computed is no longer finite; the sentence names the last good checkpoint.
+        UnhealthyRunError: doctor="stop", and something keeps the run from learning.
     """
     inputs = read_training_inputs(
         model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,

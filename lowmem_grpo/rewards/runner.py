@@ -27,7 +27,7 @@ RESERVED_PREFIXES = (
 RESERVED = {
     "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "beta", "entropy_coef",
     "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped", "cispo_clip_ratio",
-    "skipped_steps",
+    "skipped_steps", "doctor",
 }  # fmt: skip
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _as_texts(values: list) -> list[str | None]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step or evaluation. A run resumed at first_step drops the lines after it."""
+    """metrics.jsonl: one line a step, evaluation or finding. A run resumed at first_step drops the lines after it."""
 
     def __init__(self, output_dir: Path, first_step: int):
         self.path = output_dir / "metrics.jsonl"
@@ -63,7 +64,8 @@ class MetricsLog:
         """The line of the evaluation at a step, if there was one."""
         return next((line for line in self.lines() if "eval_reward" in line and line["step"] == step), None)
 
-    def write(self, metrics: dict[str, float]) -> None:
+    def write(self, line: Mapping[str, float | str]) -> None:
         """Append one line; what is not finite becomes null, which JSON has."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
+            known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
+            file.write(json.dumps(known) + "\n")

@@ -21,6 +21,8 @@ from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
+from lowmem_grpo.run.checkup import findings
+from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.log import MetricsLog, write_completions
@@ -41,6 +43,7 @@ class TrainResult:
     eval_history: list[dict[str, Any]]  # one dict an evaluation, the one before training first
     output_dir: str  # adapter/ the trained adapter, best/ the best evaluation's, checkpoint-N/ all that a resume needs
     policy: Policy
+    findings: list[dict[str, Any]] = field(default_factory=list)  # the doctor's: "step", "doctor" (which), "text"
 
 
 @dataclass
@@ -86,7 +89,10 @@ class Run:
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
         self.evaluations = evaluations
-        self.parts: dict[str, Part] = {**parts, **({"first_evaluation": evaluations} if evaluations else {})}
+        self.doctor = Doctor(self.config)
+        self.parts: dict[str, Part] = {
+            **parts, "doctor": self.doctor, **({"first_evaluation": evaluations} if evaluations else {}),
+        }  # fmt: skip
         self.step, self.num_tokens = 0, 0
         self.nonfinite_steps = 0  # how many optimizer steps in a row, up to now, changed no weight
         self.cause = ""  # of the last of those
@@ -112,6 +118,8 @@ class Run:
             self.progress = stack.enter_context(Progress(self.total_steps))
             self.interruption = stack.enter_context(Interruption())
             self._say_what_is_given()
+            self._tell(self.doctor.note(0, [] if self.doctor.is_off else findings(self.inputs)))
+            self.doctor.refuse()
             self._remember()
             self.contexts = stack.pop_all()
         return self
@@ -120,6 +128,8 @@ class Run:
         with self.contexts:
             if error is None:
                 self._say_what_was_skipped()
+                if self.doctor.found:
+                    self.progress.say(self.doctor.summary())
                 return
             if self.step and not self.interruption.holding:  # else nothing is whole, or weights are half changed
                 try:
@@ -206,6 +216,7 @@ class Run:
             "step_time": time.perf_counter() - step.started,
         }  # fmt: skip
         self.log.write(metrics)
+        self._tell(self.doctor.look(step.number, metrics))
         self._remember()
         self.interruption.release()
         self.progress.step(metrics, remarks)
@@ -224,6 +235,7 @@ class Run:
                 f"is {self.config.max_nonfinite_steps}; in step {step.number} {self.cause}; lower learning_rate, or "
                 "mend that cause"
             )
+        self.doctor.refuse()
 
     def result(self) -> TrainResult:
         """Write output_dir/adapter, of the last step or with load_best_model_at_end of the best evaluation."""
@@ -236,6 +248,7 @@ class Run:
             eval_history=[line for line in lines if "eval_reward" in line],
             output_dir=str(self.folder),
             policy=self.policy,
+            findings=self.doctor.found,
         )
 
     def _evaluate(self) -> None:
@@ -274,6 +287,12 @@ class Run:
         counts = saved["parts"]["counts"]
         self.step, self.num_tokens = saved["step"], counts["num_tokens"]
         self.nonfinite_steps = counts["nonfinite_steps"]
+
+    def _tell(self, lines: list[dict[str, Any]]) -> None:
+        """Write the doctor's findings to the log, and tell whoever watches."""
+        for line in lines:
+            self.log.write(line)
+            self.progress.say(f"doctor: {line['text']}")
 
     def _say_what_is_given(self) -> None:
         """Tell whoever watches what the run has been given, before the first step."""

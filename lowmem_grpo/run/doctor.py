@@ -1,0 +1,65 @@
+"""The doctor: looks at a run's numbers while it goes on, and says once what keeps it from learning."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import UnhealthyRunError
+
+
+class Finding(NamedTuple):
+    """A situation in which a run does not learn what it should, in words."""
+
+    name: str  # of the situation, as the log has it: all_truncated
+    text: str  # a sentence: what is seen, the likely cause, the remedy
+
+
+class Doctor:
+    """The doctor of a run, who looks at its inputs and at each step. A part of a checkpoint.
+
+    Attributes:
+        found: a line of metrics.jsonl for each finding, {"step", "doctor", "text"}, each situation once.
+    """
+
+    def __init__(self, config: GRPOConfig):
+        self.config = config
+        self.found: list[dict[str, Any]] = []
+        self.standing: list[Finding] = []  # of the last look, said before or not
+
+    @property
+    def is_off(self) -> bool:
+        """True where nothing is looked at."""
+        return self.config.doctor == "off"
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The lines of what is new in a step's metrics."""
+        return self.note(step, [])
+
+    def note(self, step: int, findings: Iterable[Finding]) -> list[dict[str, Any]]:
+        """The lines of those findings that were not said before."""
+        if self.is_off:
+            return []
+        self.standing = list(findings)
+        known = {line["doctor"] for line in self.found}
+        lines = [{"step": step, "doctor": name, "text": text} for name, text in self.standing if name not in known]
+        self.found = [*self.found, *lines]
+        return lines
+
+    def refuse(self) -> None:
+        """Raise UnhealthyRunError where doctor="stop" and the last look found something, said before or not."""
+        if self.config.doctor == "stop" and self.standing:
+            text = "; and ".join(finding.text for finding in self.standing)
+            raise UnhealthyRunError(f"doctor='stop': {text}; set doctor='warn' to go on all the same")
+
+    def summary(self) -> str:
+        """All findings, a line each; empty where there are none."""
+        lines = [f"  step {line['step']}, {line['doctor']}: {line['text']}" for line in self.found]
+        return "\n".join([f"the doctor found, in {len(lines)} sentences:", *lines]) if lines else ""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run must know: findings, and the steps that the next look goes back to."""
+        return {"found": self.found}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
+        self.found = state["found"]
