@@ -54,6 +54,7 @@ class Inputs:
     resume: Path | None = None  # the checkpoint to go on from
     plan: Plan | None = None  # where there is a vram_budget
     callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
+    num_dropped: int = 0  # training prompts that are longer than max_prompt_length
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def read_training_inputs(
         config = plan.config
     inputs = Inputs(
         model, peft_config, tokenizer, prompts, eval_prompts, rewards, given, config, device, notes, output_dir,
-        resume, plan, callbacks,
+        resume, plan, callbacks, dropped,
     )  # fmt: skip
     if resume is not None and read_state(resume)["identity"]["data"] != inputs.identity["data"]:
         raise InputError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")

@@ -1,9 +1,314 @@
-"""Findings of the doctor in a run's inputs, before the first step."""
+"""The doctor's look at data, tokenizer and settings before the first step of a run.
 
+Each situation is a function of a run's inputs that returns a sentence with cause and remedy, or None where all is well.
+"""
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from transformers import GenerationConfig
+
+from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.model.find import read_config
 from lowmem_grpo.run.doctor import Finding
+from lowmem_grpo.run.preview import parameters_of, read_gold
+
+MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
+# TRL's GRPO begins at 1e-6, and the demo's LoRA learns at 1e-3. Adam moves a weight by about the rate a step: at 1e-8,
+# by 1e-5 in a thousand steps.
+LEARNING_RATES = (1e-8, 2e-3)
+TEMPERATURES = (0.1, 2.0)  # below, a prompt's completions are nearly the same; above, they are mostly noise
+NUM_GOLDS = 64  # whose lengths are looked at
+WORD = re.compile(r"[\wĠ▁]+")  # of letters and digits, with the marks that tokenizers write for a space
+LEAST_GOLDS = 8  # fewer rows may have one answer by chance
+MARKS = ("#### %s", "boxed{%s}", "<answer>%s</answer>")
+MARKER, ANSWER = "\ue000", "\ue001"  # stand for words of a message, and of an answer
+
+
+class Look:
+    """A run's inputs, and what several situations look at."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.config, self.tokenizer = inputs, inputs.config, inputs.tokenizer
+        self.prompts = inputs.prompts
+        self.has_chats = any(not isinstance(prompt.text, str) for prompt in self.prompts)
+
+    @cached_property
+    def keys(self) -> list[tuple]:
+        """A key of each prompt that its repetitions share, whatever a template makes of it."""
+        return [(*prompt.ids, repr(prompt.text)) for prompt in self.prompts]
+
+    @cached_property
+    def golds(self) -> list[str | None]:
+        """Each prompt's gold answer; none where no reward function reads a column of them."""
+        functions = self.inputs.rewards.functions
+        are_read = any(parameters_of(function) & set(COLUMNS) for function in functions)
+        return [read_gold(prompt.columns) if are_read else None for prompt in self.prompts]
+
+    @cached_property
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages of the first chat, each of whose words are a marker; a lone question where others speak."""
+        roles = [message["role"] for message in next(p.text for p in self.prompts if not isinstance(p.text, str))]
+        roles = roles if set(roles) <= {"system", "user", "assistant"} else ["user"]
+        return [{"role": role, "content": f"{MARKER}{place}{MARKER}"} for place, role in enumerate(roles)]
+
+    @cached_property
+    def ends_of_model(self) -> set[int]:
+        """Ids that end a sequence by the model's own settings."""
+        settings: list[Any] = [read_config(self.inputs.model, self.config).get_text_config()]
+        with contextlib.suppress(Exception):  # most models have no such file, and a loaded one no name
+            settings.append(GenerationConfig.from_pretrained(self.inputs.model))
+        named = [one.eos_token_id for one in settings if one.eos_token_id is not None]
+        return {token_id for ids in named for token_id in (ids if isinstance(ids, list) else [ids])}
+
+    def rendered(self, messages: list[dict], **settings: Any) -> str:
+        """Render messages by the chat template; an empty text where it refuses them."""
+        given = {**(self.config.chat_template_kwargs or {}), **settings}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        except Exception:  # of whatever the template asks for
+            return ""
+
+
+Situation = Callable[[Look], str | None]
+SITUATIONS: list[Situation] = []
 
 
 def findings(inputs: Inputs) -> list[Finding]:
-    """Each situation in which a run with these inputs does not learn what it should."""
-    return []
+    """List what keeps a run with these inputs from learning the right thing; no weights are read."""
+    look = Look(inputs)
+    found = ((situation.__name__, situation(look)) for situation in SITUATIONS)
+    return [Finding(name, text) for name, text in found if text]
+
+
+def _situation(function: Situation) -> Situation:
+    SITUATIONS.append(function)
+    return function
+
+
+@_situation
+def evaluated_on_training_prompts(look: Look) -> str | None:
+    """Say how many evaluation prompts are trained on."""
+    trained = {tuple(prompt.ids) for prompt in look.prompts}
+    measured = look.inputs.eval_prompts
+    shared = sum(tuple(prompt.ids) in trained for prompt in measured)
+    if not shared:
+        return None
+    return (
+        f"{shared} of {len(measured)} evaluation prompts are training prompts too, so that the evaluation measures "
+        "what was learnt by heart; take them out of one of the two"
+    )
+
+
+@_situation
+def one_prompt(look: Look) -> str | None:
+    """Say that every step has one prompt alone."""
+    if len(set(look.keys)) > 1:
+        return None
+    return "there is only one prompt, which every step repeats: the policy learns its answer by heart; give it more"
+
+
+@_situation
+def repeated_prompts(look: Look) -> str | None:
+    """Say how many prompts have come before."""
+    prompts, different = len(look.prompts), len(set(look.keys))
+    if different == 1 or prompts - different <= MOST_REPEATED * prompts:
+        return None
+    return (
+        f"{prompts - different} of {prompts} prompts repeat an earlier one, and are trained on that much more often; "
+        "leave the repetitions out if that is not meant"
+    )
+
+
+@_situation
+def contradicting_golds(look: Look) -> str | None:
+    """Say for how many prompts the rows have several gold answers."""
+    golds = defaultdict(set)
+    for key, gold in zip(look.keys, look.golds, strict=True):
+        if gold is not None:
+            golds[key].add(_plain(gold))
+    several = sum(len(of_prompt) > 1 for of_prompt in golds.values())
+    if not several:
+        return None
+    return (
+        f"{several} {'prompt comes' if several == 1 else 'prompts come'} several times, with gold answers that differ: "
+        "what is right once is wrong the next time; keep one row of each"
+    )
+
+
+@_situation
+def same_gold(look: Look) -> str | None:
+    """Say that all rows have one gold answer."""
+    golds = {_plain(gold) for gold in look.golds if gold is not None}
+    if len(golds) != 1 or len(set(look.keys)) < LEAST_GOLDS:
+        return None
+    return (
+        f"every row has the gold answer {golds.pop()[:40]!r}, which the policy will give whatever it is asked; see "
+        "whether solution or answer is the column that you mean"
+    )
+
+
+@_situation
+def answer_in_prompt(look: Look) -> str | None:
+    """Say how many prompts hold their own answer, marked as one."""
+    given = 0
+    for prompt, gold in zip(look.prompts, look.golds, strict=True):
+        text = prompt.text if isinstance(prompt.text, str) else "\n".join(str(m.get("content")) for m in prompt.text)
+        given += gold is not None and any(mark % gold in text for mark in MARKS)
+    if given <= len(look.prompts) / 2:
+        return None
+    return (
+        f"{given} of {len(look.prompts)} prompts hold their own gold answer, marked as in a solution, which can be "
+        "copied; leave it out of the prompt"
+    )
+
+
+@_situation
+def fewer_prompts_than_a_step(look: Look) -> str | None:
+    """Say that a step takes a prompt more than once."""
+    prompts, wanted = len(look.prompts), look.config.prompts_per_step
+    if prompts >= wanted or prompts == 1:
+        return None
+    return (
+        f"a step takes prompts_per_step={wanted} prompts, and there are {prompts}, so that each comes several times "
+        f"in a step; give more prompts, or set prompts_per_step={prompts} and raise num_generations"
+    )
+
+
+@_situation
+def most_prompts_dropped(look: Look) -> str | None:
+    """Say that most of the data is too long for max_prompt_length."""
+    prompts, dropped = len(look.prompts), look.inputs.num_dropped
+    if dropped <= prompts:
+        return None
+    return (
+        f"only {prompts} of {prompts + dropped} prompts have at most max_prompt_length="
+        f"{look.config.max_prompt_length} tokens, and the others are left out; raise it"
+    )
+
+
+@_situation
+def odd_end_of_sequence(look: Look) -> str | None:
+    """Say that completions end with no token that the model was taught to end with."""
+    named, of_model = look.tokenizer.eos_token_id, look.ends_of_model
+    if named in of_model:
+        return None
+    remedy = "set tokenizer.eos_token, or eos_token in tokenizer_config.json, to the token that ends a turn"
+    token = None if named is None else look.tokenizer.convert_ids_to_tokens(named)
+    if not of_model and (named is None or named == look.tokenizer.unk_token_id or named >= look.tokenizer.vocab_size):
+        return (
+            f"neither the model nor its vocabulary has an end-of-sequence token, and {token!r} is one that it never "
+            f"learnt, so that no completion will end; {remedy}"
+        )
+    if token is not None and named not in look.tokenizer.added_tokens_decoder and WORD.fullmatch(token):
+        return f"the tokenizer ends sequences with {token!r}, at which completions are cut short; {remedy}"
+    return None
+
+
+@_situation
+def no_chat_template(look: Look) -> str | None:
+    """Say that chats are written as a transcript."""
+    if look.tokenizer.chat_template is not None or not look.has_chats:
+        return None
+    return (
+        "the tokenizer has no chat template, so that chats become a transcript that ends in 'Assistant:'; that suits a "
+        "base model, and a model that was taught a template needs the tokenizer that has it"
+    )
+
+
+@_situation
+def no_generation_prompt(look: Look) -> str | None:
+    """Say that the chat template does not begin the assistant's turn."""
+    if look.tokenizer.chat_template is None or not look.has_chats or look.chat[-1]["role"] == "assistant":
+        return None
+    plain, prompted = (look.rendered(look.chat, add_generation_prompt=value) for value in (False, True))
+    before, words, _ = look.rendered([*look.chat, {"role": "assistant", "content": ANSWER}]).partition(ANSWER)
+    begun = before.removeprefix(plain).strip() if words and before.startswith(plain) else ""
+    if prompted != plain or not begun:  # the user's turn ends where an answer begins, as in Llama 2's and Mistral's
+        return None
+    return (
+        f"the chat template does not look at add_generation_prompt, so that a prompt ends before {begun!r}, and the "
+        "policy may go on with the user's words; mend tokenizer.chat_template"
+    )
+
+
+@_situation
+def template_drops_messages(look: Look) -> str | None:
+    """Say which roles' words the chat template leaves out."""
+    if look.tokenizer.chat_template is None or not look.has_chats:
+        return None
+    rendered = look.rendered(look.chat, add_generation_prompt=True)
+    dropped = dict.fromkeys(message["role"] for message in look.chat if message["content"] not in rendered)
+    if not dropped or not rendered:
+        return None
+    return (
+        f"the chat template leaves out what {' and '.join(dropped)} says, so that the policy never sees it; mend "
+        "tokenizer.chat_template, or say it in another role"
+    )
+
+
+@_situation
+def implausible_learning_rate(look: Look) -> str | None:
+    """Say that the learning rate is far from those that LoRA learns with."""
+    rate, (low, high) = look.config.learning_rate, LEARNING_RATES
+    if low <= rate <= high:
+        return None
+    what = "moves an adapter hardly at all" if rate < low else "soon ruins an adapter"
+    return f"learning_rate={rate:g} {what}; LoRA is trained with 1e-6 to 1e-3, and 1e-5 is the default"
+
+
+@_situation
+def warmup_beyond_the_end(look: Look) -> str | None:
+    """Say that the learning rate never gets to its peak."""
+    warmup, steps = look.config.warmup_steps, look.inputs.total_steps
+    if not warmup or warmup < steps:
+        return None
+    return (
+        f"warmup_steps={warmup} are not over when the run ends, after {steps} steps, so that the learning rate never "
+        "gets to its peak; lower warmup_steps"
+    )
+
+
+@_situation
+def implausible_temperature(look: Look) -> str | None:
+    """Say that completions will be all the same, or noise."""
+    temperature, (low, high) = look.config.temperature, TEMPERATURES
+    if low <= temperature <= high:
+        return None
+    what = "all completions of a prompt are the same" if temperature < low else "completions are mostly noise"
+    return f"at temperature={temperature:g} {what}, and there is little to learn from; set it near 1"
+
+
+@_situation
+def reward_without_weight(look: Look) -> str | None:
+    """Say which reward functions count for nothing."""
+    weights = look.config.reward_weights or []
+    idle = [name for name, weight in zip(look.inputs.rewards.names, weights, strict=False) if weight == 0]
+    if not idle:
+        return None
+    return f"reward_weights gives {' and '.join(idle)} no weight: logged alone, and nothing is learnt from it"
+
+
+@_situation
+def answers_do_not_fit(look: Look) -> str | None:
+    """Say that gold answers have more tokens than a completion may have."""
+    limit = look.config.max_completion_length
+    golds = [gold for gold in look.golds if gold is not None][:NUM_GOLDS]
+    ids = look.tokenizer(golds, add_special_tokens=False)["input_ids"] if golds else []
+    long = sum(len(of_gold) > limit for of_gold in ids)
+    if not long:
+        return None
+    return (
+        f"{long} of the first {len(golds)} gold answers have more tokens than max_completion_length={limit}, and can "
+        "never be given; raise it"
+    )
+
+
+def _plain(gold: str) -> str:
+    """A gold answer without what two writings of one answer differ in most: white space, case, commas, dollar signs."""
+    return re.sub(r"[\s,$]|\\[!,;]", "", gold).lower()

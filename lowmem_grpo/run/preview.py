@@ -137,7 +137,7 @@ def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
         return "it asks a model"
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return "it is async, as those that ask a server are"
-    if "tests" in _parameters(function):
+    if "tests" in parameters_of(function):
         return "it runs programs"
     seconds = rewards.trial_s.get(_name(function), 0.0)
     if seconds > SLOW_S and function not in AT_BEST_1 and not reads_gold(function):
@@ -159,7 +159,8 @@ def _held(function: Any) -> Iterator[Any]:
     yield from getattr(getattr(function, "__self__", function), "__dict__", {}).values()
 
 
-def _parameters(function: Callable) -> set[str]:
+def parameters_of(function: Callable) -> set[str]:
+    """The names of a function's parameters; none where Python cannot tell."""
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of some that are written in C
@@ -190,7 +191,7 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
 def _is_worth_less(function: Callable, of_gold: float, of_nothing: float) -> bool:
     if function in AT_BEST_1:
         return not of_gold >= 1  # NaN, where it says nothing, is less, too
-    return bool(_parameters(function) & set(COLUMNS)) and not of_gold > of_nothing
+    return bool(parameters_of(function) & set(COLUMNS)) and not of_gold > of_nothing
 
 
 def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None = None) -> str:
