@@ -1,9 +1,15 @@
 """Errors in our words: a user's mistakes, numbers that are not finite, and what foreign code raised."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+from unicodedata import category
 
 MOST_CHARACTERS = 300  # of another's error within a sentence of ours
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = MOST_CHARACTERS // 3
+_BRIEF.maxlevel = 2
 
 
 class InputError(ValueError):
@@ -22,19 +28,38 @@ class UnhealthyRunError(RuntimeError):
     """A run that doctor="stop" ended, in a sentence with the remedy. A command prints it and exits with 1."""
 
 
+def printable(line: str) -> str:
+    """A line whose escapes, carriage returns and changes of direction are written out, as `\\x1b`.
+
+    It can be printed on a terminal, whoever wrote it, and encoded in UTF-8.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\t" or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in line
+    )
+
+
+def shown(value: Any) -> str:
+    """A value within a sentence, as Python writes it, shortened, whatever its own repr() does."""
+    try:
+        text = printable(_BRIEF.repr(value))
+        return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    except Exception:  # 10**5000, whose digits Python refuses to write
+        return f"a value of {type(value).__name__}"
+
+
 def in_a_line(error: BaseException) -> str:
     """An error of foreign code, as a reason within a sentence."""
     words = str(error).strip()
     if isinstance(error, KeyError) or not words:  # the text of a KeyError is the key alone
         words = repr(error)
-    return _shortened(words.splitlines()[0])
+    return printable(_shortened(words.splitlines()[0]))
 
 
 def cause(error: BaseException) -> str:
     """The first line of what an error was raised from, at the bottom of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return printable(_shortened((str(error).strip().splitlines() or [type(error).__name__])[0]))
 
 
 def _shortened(line: str) -> str:

@@ -90,7 +90,7 @@ def test_a_dash_within_a_flag_is_an_underscore(tmp_path):
         (["--config", "/no/such.yaml"], "cannot be read"),
         (["--reward_funcs", "broken_rewards.f"], "cannot be imported"),
         (["--dataset", "no_gold.jsonl"], "accuracy_reward needs the gold answers"),
-        (["--seed", "5000000000"], "must be below 2**32"),
+        (["--seed", "5000000000"], "seed must be at most 4294967295"),
         (["--reward_funcs", "nothing"], "no reward function is named"),
         (["--model", "/no/such/folder"], "is not a folder on this machine"),
         (["--dataset", "/no/such.jsonl"], "is not a file on this machine"),

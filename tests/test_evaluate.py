@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from lowmem_grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
+from lowmem_grpo.errors import printable
 from lowmem_grpo.evaluation.evaluate import Evaluation, measure, measure_model
-from lowmem_grpo.evaluation.show import examples, examples_as_text, printable
+from lowmem_grpo.evaluation.show import examples, examples_as_text
 from lowmem_grpo.evaluation.statistics import (
     confidence_interval,
     differences,

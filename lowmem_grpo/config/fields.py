@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import math
-import reprlib
 import types
 import typing
 from functools import cache
 from operator import ge, gt, le, lt
 from typing import Any, Literal
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, shown
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
+MOST = 10**9  # of what is counted, steps or tokens or rows, where its field says nothing else
+MOST_VALUES = 10_000  # within one mapping, so that anchors of a YAML file cannot make it endless
+DEEPEST = 20  # lists and mappings within each other
 BOUNDS = {
     "above": (gt, "greater than"),
     "at_least": (ge, "at least"),
@@ -21,14 +23,20 @@ BOUNDS = {
 }
 
 
-def option(default: Any, help: str, *, common: bool = False, may_change: bool = False, **bounds: float) -> Any:
+def option(
+    default: Any, help: str, *, common: bool = False, may_change: bool = False, may_be_empty: bool = False,
+    **bounds: float,
+) -> Any:  # fmt: skip
     """A dataclass field with a help text, and the bounds of its numbers by BOUNDS' names: `above=0, at_most=1`.
 
-    --help shows the `common` fields, and --help_all every field. What has `may_change`, a resumed run may change: where
-    and how long it runs, what it reports, and how it fits into memory.
+    A whole number is at most MOST, where no other end is given. --help shows the `common` fields, and --help_all every
+    field. What has `may_change`, a resumed run may change: where and how long it runs, what it reports, and how it fits
+    into memory. An empty text is refused, unless it `may_be_empty`.
     """
     assert bounds.keys() <= BOUNDS.keys()
-    metadata = {"help": help, "common": common, "may_change": may_change, "bounds": bounds}
+    metadata = {
+        "help": help, "common": common, "may_change": may_change, "may_be_empty": may_be_empty, "bounds": bounds,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -39,19 +47,73 @@ def field_types(config: type) -> dict[str, Any]:
 
 
 def check_value(field: dataclasses.Field, annotation: Any, value: Any) -> None:
-    """Raise InputError for what is not of the field's type, is no number of fp32, or breaks a bound."""
+    """Raise InputError for what is not of the field's type, breaks a bound, or cannot be saved."""
     if not _fits(value, annotation):
-        raise InputError(f"{field.name}={value!r} is not {describe(annotation)}")
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, (int, float)) and number and not SMALLEST <= abs(number) <= LARGEST:
-            raise InputError(
-                f"{field.name}={reprlib.repr(number)} is out of reach of fp32, in which a step is computed: what is "
-                f"not 0 must be between {SMALLEST:.2g} and {LARGEST:.2g}"
-            )
-    for bound, limit in field.metadata.get("bounds", {}).items():
+        raise InputError(f"{field.name}={shown(value)} is not {describe(annotation)}")
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, (int, float)) and not isinstance(one, bool):
+            _check_number(field, one, is_count=int in _members(annotation))
+        elif why := no_json(one):
+            raise InputError(f"{field.name} has {why}, which a file of JSON cannot hold; remove it")
+        elif isinstance(one, str):
+            _check_text(field, one)
+
+
+def _check_text(field: dataclasses.Field, text: str) -> None:
+    if not text and not field.metadata.get("may_be_empty"):
+        raise InputError(f"{field.name} has an empty text; remove it")
+    if "\0" in text:
+        raise InputError(f"{field.name}={shown(text)} has a null character; remove it")
+
+
+def _check_number(field: dataclasses.Field, number: float, is_count: bool) -> None:
+    if number and not SMALLEST <= abs(number) <= LARGEST:
+        raise InputError(
+            f"{field.name}={shown(number)} is out of reach of fp32, in which a step is computed: what is not 0 must be "
+            f"between {SMALLEST:.2g} and {LARGEST:.2g}"
+        )
+    bounds = field.metadata.get("bounds", {})
+    for bound, limit in ({"at_most": MOST, **bounds} if is_count else bounds).items():
         holds, words = BOUNDS[bound]
-        if value is not None and not holds(value, limit):
-            raise InputError(f"{field.name} must be {words} {limit}, not {value}; the default is {field.default}")
+        if not holds(number, limit):
+            raise InputError(f"{field.name} must be {words} {limit}, not {number}; the default is {field.default}")
+
+
+def no_json(value: Any) -> str | None:
+    """The first thing within a value that a file of JSON cannot hold, in words; None where JSON holds all of it."""
+    left, count = [(value, 0)], 0
+    while left:
+        one, depth = left.pop()
+        count += 1
+        if depth > DEEPEST:
+            return f"lists or mappings more than {DEEPEST} deep"
+        if count > MOST_VALUES:
+            return f"more than {MOST_VALUES} values"
+        if isinstance(one, dict):
+            wrong = [key for key in one if not isinstance(key, str)]
+            if wrong:
+                return f"the name {shown(wrong[0])}, which is no text"
+            left += [(part, depth + 1) for pair in one.items() for part in pair]
+        elif isinstance(one, (list, tuple)):
+            left += [(part, depth + 1) for part in one]
+        elif isinstance(one, str):
+            if not _is_unicode(one):
+                return f"half a character, in {shown(one)}"
+        elif isinstance(one, (int, float)):
+            if not -LARGEST <= one <= LARGEST:  # NaN is not
+                return f"the number {shown(one)}"
+        elif one is not None:
+            return shown(one)
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text has no lone surrogate, as Python writes bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def from_text(config: type, name: str, value: Any) -> Any:
@@ -60,17 +122,18 @@ def from_text(config: type, name: str, value: Any) -> Any:
     `value` is a string, a list of strings, or anything YAML makes. Raise InputError when it does not fit the field.
     """
     annotation = field_types(config)[name]
-    if name == "lora_target_modules" and isinstance(value, list) and len(value) == 1 and not value[0].isidentifier():
-        value = value[0]  # all-linear, or a regular expression: a text to peft, where a module's name is a list of one
+    if name == "lora_target_modules" and isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        # all-linear, or a regular expression: a text to peft, where a module's name is a list of one
+        value = value if value[0].isidentifier() else value[0]
     for member in _members(annotation):
         read = _READ.get(typing.get_origin(member) or member)
         try:
             converted = read(value, member) if read else value
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             continue
         if _fits(converted, member):
             return converted
-    raise InputError(f"{name}: {value!r} is not {describe(annotation)}")
+    raise InputError(f"{name}: {shown(value)} is not {describe(annotation)}")
 
 
 def describe(annotation: Any) -> str:
@@ -92,7 +155,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, member) for member in arguments)
     if origin is Literal:
-        return value in arguments
+        return isinstance(value, str) and value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if annotation is float:
@@ -107,11 +170,18 @@ def _read_list(value: Any, annotation: Any) -> list:
     item = typing.get_args(annotation)[0]
     if not isinstance(value, list):
         raise TypeError("not a list")
-    return [float(v) for v in value] if item is float else value
+    return [float(one) if isinstance(one, str) else one for one in value] if item is float else value
 
 
 def _read_dict(value: Any, annotation: Any) -> dict:
-    return value if isinstance(value, dict) else json.loads(value)
+    return value if isinstance(value, dict) else json.loads(value, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError("a name stands there twice")
+    return found
 
 
 _READ: dict[Any, typing.Callable[[Any, Any], Any]] = {

@@ -26,7 +26,7 @@ from lowmem_grpo.config.sections import (
     UpdateFields,
 )
 from lowmem_grpo.config.trl import UNSUPPORTED
-from lowmem_grpo.errors import InputError, UnknownNameError, did_you_mean
+from lowmem_grpo.errors import InputError, UnknownNameError, did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,16 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         """Refuse an option that nothing reads, and settings that contradict each other."""
         if self.loss_type not in LOSS_TYPES:
             hint = did_you_mean(self.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
-            raise InputError(f"loss_type={self.loss_type!r} is not known; {hint} (register_objective adds your own)")
+            raise InputError(
+                f"loss_type={shown(self.loss_type)} is not known; {hint} (register_objective adds your own)"
+            )
         loss = LOSS_TYPES[self.loss_type]
         if self.epsilon > loss.highest_epsilon:
             raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
         for name, (is_read, words) in READ_ONLY.items():
             value, default = getattr(self, name), getattr(GRPOConfig, name)
             if value != default and not is_read(self):
-                raise InputError(f"{name}={value!r} is read only {words}, or leave {name} out")
+                raise InputError(f"{name}={shown(value)} is read only {words}, or leave {name} out")
         if loss.needs_epsilon_high and self.epsilon_high is None:
             raise InputError(
                 f"loss_type={self.loss_type!r} bounds the ratio itself by epsilon_high; set it, for example to 5.0"
@@ -172,7 +174,7 @@ def refuse_unknown_fields(given: typing.Iterable[str], config: type = GRPOConfig
             raise UnknownNameError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
         if name not in known:
             hint = did_you_mean(name, known, "see `lowmem-grpo train --help_all` for the fields")
-            raise UnknownNameError(f"GRPOConfig has no field {name!r}; {hint}")
+            raise UnknownNameError(f"GRPOConfig has no field {shown(name)}; {hint}")
 
 
 def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
@@ -181,6 +183,6 @@ def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
     for name in [field.name for field in dataclasses.fields(config) if not field.metadata.get("may_change")]:
         if name in saved and saved[name] != now[name]:
             raise InputError(
-                f"{name} is {now[name]!r}, and was {saved[name]!r} in the run to resume; set it back, "
+                f"{name} is {shown(now[name])}, and was {shown(saved[name])} in the run to resume; set it back, "
                 "or start a new run from the adapter"
             )

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from lowmem_grpo.config.fields import check_value, field_types, option
 from lowmem_grpo.config.losses import LOSS_TYPES
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, shown
+
+MOST_COMPLETIONS = 2**16  # of a step: DAPO has 8,192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,16 @@ class RunFields(Checked):
         None, "checkpoint folder to go on from, or true for the newest in output_dir", common=True, may_change=True
     )
     seed: int = option(
-        42, "seed of the adapter's initial values, the data order and the sampling", common=True, at_least=0
+        42,
+        "seed of the adapter's initial values, the data order and the sampling",
+        common=True,
+        at_least=0,
+        at_most=2**32 - 1,
     )
     use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
     doctor: Literal["warn", "stop", "off"] = option(
         "warn", "say once what keeps a run from learning, stop the run there, or say nothing", may_change=True
     )
-
-    def check(self) -> None:
-        if self.seed >= 2**32:
-            raise InputError(f"seed={self.seed} must be below 2**32, NumPy's limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +102,10 @@ class ModelFields(Checked):
 class AdapterFields(Checked):
     """The LoRA adapter that is trained, where the model has none of its own."""
 
-    lora_r: int = option(16, "rank of the LoRA adapters", common=True, above=0)
-    lora_alpha: int = option(32, "scale of the LoRA adapters, which is divided by lora_r", common=True, above=0)
+    lora_r: int = option(16, "rank of the LoRA adapters", common=True, above=0, at_most=65536)
+    lora_alpha: int = option(
+        32, "scale of the LoRA adapters, which is divided by lora_r", common=True, above=0, at_most=10**6
+    )
     lora_dropout: float = option(0.0, "dropout on the adapters' input", at_least=0, below=1)
     lora_target_modules: str | list[str] = option(
         "all-linear", "modules that get an adapter: all-linear, their names, or a regular expression"
@@ -116,7 +120,9 @@ class DataFields(Checked):
     dataset_split: str = option("train", "split of a hub dataset to train on")
     dataset_streaming: bool = option(False, "read hub datasets and files only as far as dataset_take")
     dataset_take: int | None = option(None, "train on the first so many rows; a streaming dataset needs this", above=0)
-    system_prompt: str | None = option(None, "system message for chat prompts that have none", common=True)
+    system_prompt: str | None = option(
+        None, "system message for chat prompts that have none", common=True, may_be_empty=True
+    )
     chat_template_kwargs: dict[str, Any] | None = option(
         None, "keyword arguments for the chat template, as JSON on the command line"
     )
@@ -125,7 +131,7 @@ class DataFields(Checked):
     )
     shuffle_dataset: bool = option(True, "draw the prompts of each epoch in random order")
     num_train_epochs: float = option(
-        3.0, "passes over the data, where max_steps is -1", common=True, may_change=True, above=0
+        3.0, "passes over the data, where max_steps is -1", common=True, may_change=True, above=0, at_most=10**6
     )
     max_steps: int = option(-1, "number of steps; -1 lets num_train_epochs say", common=True, may_change=True)
 
@@ -142,8 +148,10 @@ class SamplingFields(Checked):
         8, "prompts of a step; num_generations completions are sampled for each", common=True, above=0
     )
     num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True)
-    max_completion_length: int = option(512, "tokens after which a completion is cut off", common=True, above=0)
-    temperature: float = option(1.0, "sampling temperature", common=True, above=0)
+    max_completion_length: int = option(
+        512, "tokens after which a completion is cut off", common=True, above=0, at_most=10**7
+    )
+    temperature: float = option(1.0, "sampling temperature", common=True, at_least=1e-6, at_most=1e6)
     top_p: float = option(
         1.0, "sample from the likeliest tokens whose probabilities add up to top_p; 1 is off", above=0, at_most=1
     )
@@ -151,7 +159,9 @@ class SamplingFields(Checked):
     min_p: float | None = option(
         None, "least probability of a token, as a share of the likeliest token's; none is off", at_least=0, at_most=1
     )
-    repetition_penalty: float = option(1.0, "penalty on tokens that are already in the text; 1 is off", above=0)
+    repetition_penalty: float = option(
+        1.0, "penalty on tokens that are already in the text; 1 is off", at_least=0.01, at_most=100
+    )
     stop_strings: list[str] | None = option(None, "texts at which a completion ends; the completion keeps them")
     rollout_token_budget: int = option(
         65536, "most tokens whose keys and values are in memory at once while sampling", may_change=True, above=0
@@ -172,13 +182,16 @@ class SamplingFields(Checked):
         True, "keep captured steps for later rollouts, in a pool of memory; false captures them again in each"
     )
     dynamic_sampling_rounds: int = option(
-        0, "times that groups whose completions all got one reward are replaced by the next prompts'", at_least=0
+        0,
+        "times that groups whose completions all got one reward are replaced by the next prompts'",
+        at_least=0,
+        at_most=1000,
     )
     replay_buffer_size: int = option(
         0, "groups of earlier steps kept for steps in which too few groups have rewards that differ", at_least=0
     )
     curriculum_skip: float = option(
-        0.0, "chance that a prompt is passed over whose last completions all got one reward", at_least=0, below=1
+        0.0, "chance that a prompt is passed over whose last completions all got one reward", at_least=0, at_most=0.999
     )
 
     def check(self) -> None:
@@ -187,8 +200,13 @@ class SamplingFields(Checked):
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, "
                 "since an advantage compares a completion with the others of its prompt"
             )
-        if self.stop_strings and "" in self.stop_strings:
-            raise InputError("stop_strings has an empty text, which would end every completion; remove it")
+        num_completions = self.prompts_per_step * self.num_generations
+        if num_completions > MOST_COMPLETIONS:
+            raise InputError(
+                f"prompts_per_step={self.prompts_per_step} times num_generations={self.num_generations} makes "
+                f"{num_completions} completions a step, more than {MOST_COMPLETIONS}, which are in memory at once; "
+                "lower one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +214,14 @@ class RewardFields(Checked):
     """How rewards are weighed, and how they become advantages."""
 
     reward_weights: list[float] | None = option(
-        None, "weights of the reward functions, one each; 1 by default", common=True
+        None, "weights of the reward functions, one each; 1 by default", common=True, at_least=-(10**6), at_most=10**6
     )
     reward_timeout: float | None = option(
-        300.0, "seconds after which a call of a reward function is stopped; none is never", may_change=True, above=0
+        300.0,
+        "seconds after which a call of a reward function is stopped; none is never",
+        may_change=True,
+        above=0,
+        at_most=10**8,
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
@@ -211,6 +233,10 @@ class RewardFields(Checked):
         "group", "which rewards' standard deviation divides the advantages: the group's, the batch's, or none"
     )
     mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
+
+    def check(self) -> None:
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise InputError("reward_weights has no weight but 0, so that nothing would be learned; give one another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +271,7 @@ class ObjectiveFields(Checked):
     )
 
     steps_per_generation: int = option(1, "optimizer steps that a rollout's prompts are split over", above=0)
-    num_iterations: int = option(1, "times that an update goes through a rollout", above=0)
+    num_iterations: int = option(1, "times that an update goes through a rollout", above=0, at_most=1000)
     epsilon: float = option(0.2, "the ratio of new to old policy is clipped below 1 - epsilon", at_least=0)
     epsilon_high: float | None = option(
         None, "the ratio of new to old policy is clipped above 1 + epsilon_high; epsilon by default", at_least=0
@@ -354,7 +380,7 @@ class EvaluationFields(Checked):
     )
     num_generations_eval: int | None = option(
         None, "completions sampled for each evaluation prompt; by default one greedy completion",
-        common=True, may_change=True, above=0,
+        common=True, may_change=True, above=0, at_most=2**16,
     )  # fmt: skip
     metric_for_best_model: str | None = option(
         None, "metric of an evaluation whose best adapter is kept in output_dir/best; eval_reward by default",
@@ -385,9 +411,10 @@ class SavingFields(Checked):
 
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
-    if found is None or float(found[1]) == 0:
-        raise InputError(f"vram_budget={text!r} is not a size; write it as 8GB or 7.5GiB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])))
+    size = float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])) if found else 0
+    if not 1 <= size < 2**63:
+        raise InputError(f"vram_budget={shown(text)} is not a size; write it as 8GB or 7.5GiB")
+    return int(size)
 
 
 TITLES: dict[type, str] = {

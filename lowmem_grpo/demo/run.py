@@ -16,7 +16,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluation.show import printable
+from lowmem_grpo.errors import printable
 from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from unicodedata import category
 
 from rich.table import Table
 from rich.text import Text
 
 from lowmem_grpo.data.gold import gold_of
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import in_words
@@ -100,10 +99,3 @@ def examples_as_text(shown: list[dict[str, Any]]) -> str:
 
 def _indented(text: str) -> list[str]:
     return [f"    {printable(line)}" for line in text.split("\n")]
-
-
-def printable(line: str) -> str:
-    """A line whose escapes, carriage returns and changes of direction are written out, as `\\x1b`."""
-    return "".join(
-        c if c.isprintable() or c == "\t" or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in line
-    )

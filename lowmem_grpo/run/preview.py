@@ -18,8 +18,7 @@ from torch import nn
 from lowmem_grpo.data.chats import closing_of
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.errors import InputError
-from lowmem_grpo.evaluation.show import printable
+from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
