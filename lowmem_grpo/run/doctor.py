@@ -1,10 +1,14 @@
 """The doctor: looks at a run's numbers while it goes on, and says once what keeps it from learning."""
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import UnhealthyRunError
+from lowmem_grpo.run.symptoms import NUM_FIRST, NUM_LAST, READ, Course, symptoms
 
 
 class Finding(NamedTuple):
@@ -21,19 +25,26 @@ class Doctor:
         found: a line of metrics.jsonl for each finding, {"step", "doctor", "text"}, each situation once.
     """
 
-    def __init__(self, config: GRPOConfig):
-        self.config = config
+    def __init__(self, config: GRPOConfig, rewards: list[str], total_steps: int):
+        self.course, self.total_steps = Course(config, rewards, first=[], last=[]), total_steps
         self.found: list[dict[str, Any]] = []
         self.standing: list[Finding] = []  # of the last look, said before or not
 
     @property
     def is_off(self) -> bool:
         """True where nothing is looked at."""
-        return self.config.doctor == "off"
+        return self.course.config.doctor == "off"
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
         """The lines of what is new in a step's metrics."""
-        return self.note(step, [])
+        if self.is_off:
+            return []
+        kept = {name: value for name, value in metrics.items() if name in READ or name.startswith("rewards/")}
+        kept = {name: value if math.isfinite(value) else None for name, value in kept.items()}
+        first, last = self.course.first, [*self.course.last, kept][-NUM_LAST:]
+        first = [*first, kept] if len(first) < NUM_FIRST else first
+        self.course = replace(self.course, first=first, last=last)
+        return self.note(step, itertools.starmap(Finding, symptoms(self.course, self.total_steps).items()))
 
     def note(self, step: int, findings: Iterable[Finding]) -> list[dict[str, Any]]:
         """The lines of those findings that were not said before."""
@@ -47,7 +58,7 @@ class Doctor:
 
     def refuse(self) -> None:
         """Raise UnhealthyRunError where doctor="stop" and the last look found something, said before or not."""
-        if self.config.doctor == "stop" and self.standing:
+        if self.course.config.doctor == "stop" and self.standing:
             text = "; and ".join(finding.text for finding in self.standing)
             raise UnhealthyRunError(f"doctor='stop': {text}; set doctor='warn' to go on all the same")
 
@@ -58,8 +69,9 @@ class Doctor:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run must know: findings, and the steps that the next look goes back to."""
-        return {"found": self.found}
+        return {"found": self.found, "first": self.course.first, "last": self.course.last}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
         self.found = state["found"]
+        self.course = replace(self.course, first=state["first"], last=state["last"])

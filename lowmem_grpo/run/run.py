@@ -89,7 +89,7 @@ class Run:
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
         self.evaluations = evaluations
-        self.doctor = Doctor(self.config)
+        self.doctor = Doctor(self.config, inputs.rewards.names, inputs.total_steps)
         self.parts: dict[str, Part] = {
             **parts, "doctor": self.doctor, **({"first_evaluation": evaluations} if evaluations else {}),
         }  # fmt: skip

@@ -1,0 +1,414 @@
+"""Symptoms: what the last steps of a run show where it does not learn what it should.
+
+Each is a function of a run's course that returns a sentence with cause and remedy, or None. The sentence begins with
+what was seen. A number that a step did not measure is None, and shows nothing.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lowmem_grpo.config.grpo import GRPOConfig
+
+Metrics = Mapping[str, float | None]  # of a step, what is not finite as None
+
+NUM_FIRST = 5  # steps at the start that later ones are compared with
+SHORTEST = 5  # steps of a run in which a symptom that takes longer is looked for all the same, at its end
+READ = {
+    "step", "reward", "reward_std", "frac_reward_zero_std", "frac_tokens_skipped", "entropy", "kl", "grad_norm",
+    "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/mean",
+    "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "dynamic_sampling/rounds",
+    "dynamic_sampling/dropped_groups", "replay/groups",
+}  # fmt: skip
+
+MANY = 0.5  # of the completions at the start
+COLD, HOT = 0.3, 2.0  # temperatures below and above which a completion is nearly certain, or noise
+MOST_ALIKE = 0.75  # of the groups, where it is cold: one in four differs by chance
+LEAST_FAILURES = 0.1  # of the completions: below, a reward that times out now and then costs little
+# Nats a token. At 0.005 the likeliest token has 0.999, so that 1,000 tokens are sampled like greedily; the demo, which
+# solves its task, ends at 0.02.
+LEAST_ENTROPY = 0.005
+MOST_ENTROPY = 4.0  # nats a token: as of a choice among 55 equal ones, where a text by a trained model has 0.1 to 2
+MOST_KL = 1.0  # nats a token: a hundred tokens are e^100 times as likely as under the reference; the demo has 0.2
+MOST_CLIPPED = 0.3  # of the tokens; 0.001 to 0.1 is usual, and 0.15 of sequences (https://arxiv.org/abs/2507.18071)
+MOST_OFF_RATIO = 0.1  # from 1, the mean over tokens of what should be 1 but for rounding, 0.001 in bfloat16
+MOST_DIFFERENCE = 0.1  # nats a token between sampler and training; 0.002 to 0.02 in bfloat16
+LEAST_WEIGHT = 0.5  # the mean importance weight: half of what was sampled is masked
+MOST_SCALED_DOWN = 100  # times max_grad_norm
+LOSS_SCALE_SEARCH = 17  # steps at most in which fp16's loss scale comes from 65,536 down to 1, by halves
+PENALTIES = {"repetition_penalty_reward", "soft_overlong_punishment_reward"}  # 0 is the most that they give
+
+
+@dataclass(frozen=True)
+class Course:
+    """The course of a run, as far as symptoms read it."""
+
+    config: GRPOConfig
+    rewards: list[str]  # the names of the reward functions
+    first: list[Metrics]  # the run's first steps
+    last: list[Metrics]  # the newest steps, oldest first; a symptom gets as many as it asks for
+
+    def each(self, name: str, holds: Callable[[float], bool]) -> bool:
+        """True where every one of the last steps measured a metric, and the condition holds of it."""
+        return all(value is not None and holds(value) for value in self.values(name))
+
+    def never(self, name: str) -> bool:
+        """True where a metric was a mean of nothing in every one of the last steps."""
+        return all(name in step and step[name] is None for step in self.last)
+
+    def values(self, name: str) -> list[float | None]:
+        """A metric in the last steps; None where a step did not measure it."""
+        return [step.get(name) for step in self.last]
+
+    def mean(self, name: str) -> float:
+        """The mean of a metric over those of the last steps that measured it; NaN where none did."""
+        return _mean(self.last, name)
+
+    @property
+    def steps(self) -> str:
+        """The last steps in words, for a sentence."""
+        return f"the last {len(self.last)} steps"
+
+    @property
+    def constant_reward(self) -> float | None:
+        """The reward of every completion of the last steps, where that is one number."""
+        return _constant(self, "reward", "reward_std")
+
+
+def _mean(steps: list[Metrics], name: str) -> float:
+    known = [value for step in steps if (value := step.get(name)) is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _constant(course: Course, mean: str, deviation: str) -> float | None:
+    """What all means are, where no step had a deviation; None where there is no such number."""
+    value = course.last[0].get(mean)
+    same = value is not None and course.each(mean, lambda one: math.isclose(one, value, rel_tol=1e-6))
+    return value if same and not any(course.values(deviation)) else None
+
+
+def all_truncated(course: Course) -> str | None:
+    # Where most ended by themselves at the start, they have grown: lengths_at_limit.
+    before, config = _mean(course.first, "completions/clipped_ratio"), course.config
+    if before <= MANY or not course.each("completions/clipped_ratio", lambda share: share == 1):
+        return None
+    masked = ", and mask_truncated_completions leaves all out of the loss" if config.mask_truncated_completions else ""
+    return (
+        f"every completion of {course.steps} was cut off at max_completion_length={config.max_completion_length}"
+        f"{masked}: either that is too little, or the model never says the token that ends its turn; raise it, or look "
+        "at completions with `lowmem-grpo eval --show 5`"
+    )
+
+
+def lengths_at_limit(course: Course) -> str | None:
+    before = _mean(course.first, "completions/clipped_ratio")
+    if not (before <= MANY and course.each("completions/clipped_ratio", lambda share: share >= 0.9)):
+        return None
+    now = course.mean("completions/clipped_ratio")
+    return (
+        f"completions have grown to the limit: {now:.0%} of {course.steps} were cut off at max_completion_length="
+        f"{course.config.max_completion_length}, and {before:.0%} at the start; look for repetitions with "
+        "log_completions, raise the limit, or reward what is short (get_soft_overlong_punishment)"
+    )
+
+
+def lengths_collapsed(course: Course) -> str | None:
+    before, now = _mean(course.first, "completions/mean_length"), course.mean("completions/mean_length")
+    if course.config.max_completion_length <= 2:
+        return None
+    if course.each("completions/mean_length", lambda length: length <= 1.5):
+        return (
+            f"completions of {course.steps} have {now:.1f} tokens on average, since the model ends its turn at once: "
+            "the chat template may lack a generation prompt, or an empty completion is rewarded; see with "
+            "`lowmem-grpo data` what the model gets, and what an empty completion gets"
+        )
+    if now <= before / 10 and course.mean("reward") <= _mean(course.first, "reward"):
+        return (
+            f"completions have shrunk from {before:.0f} tokens at the start to {now:.1f} in {course.steps}, and the "
+            "reward has not risen; look at them with log_completions, and lower learning_rate or set beta"
+        )
+    return None
+
+
+def no_reward(course: Course) -> str | None:
+    if not course.never("reward"):
+        return None
+    failed = [name for name in course.rewards if any(course.values(f"rewards/{name}/failures"))]
+    cause = f"{_joined(failed)} failed" if failed else f"{_joined(course.rewards)} returned None (does not apply)"
+    return (
+        f"no completion of {course.steps} has a reward, so that nothing is learned: {cause}; mend that, or the columns "
+        "that are read"
+    )
+
+
+def no_difference(course: Course) -> str | None:
+    value, config = course.constant_reward, course.config
+    least = MOST_ALIKE if config.temperature < COLD else 1
+    alike = course.mean("frac_reward_zero_std")
+    if course.never("reward") or not alike >= least:  # NaN, where nothing compares
+        return None
+    means = [f"{name} {course.mean(f'rewards/{name}/mean'):.3g}" for name in course.rewards]
+    if value is None:
+        seen = f"the completions of a prompt all had one reward, in every group of {course.steps}"
+        cause = "raise num_generations, or set dynamic_sampling_rounds, to find prompts that are solved now and then"
+    else:
+        seen = f"every completion of {course.steps} had the reward {value:.3g}"
+        cause = (
+            "the task is too hard or too easy for the model, or the reward does not see its answers; see with "
+            "`lowmem-grpo data` what a right one gets, and completions with `lowmem-grpo eval --show 5`"
+        )
+    if config.temperature < COLD:
+        seen = f"the completions of a prompt had one reward, in {alike:.0%} of the groups of {course.steps}"
+        cause = f"temperature={config.temperature} makes them alike; set it to 1"
+    elif config.temperature > HOT:
+        cause = f"temperature={config.temperature} makes completions noise; set it to 1"
+    return f"{seen} ({_joined(means)} on average), so that nothing is learned: {cause}"
+
+
+def never_filled(course: Course) -> str | None:
+    rounds = course.config.dynamic_sampling_rounds
+    used_up = course.each("dynamic_sampling/rounds", lambda used: used == rounds)
+    if not rounds or not used_up or not all(_groups_missing(step, course.config) > 0 for step in course.last):
+        return None
+    missing = sum(_groups_missing(step, course.config) for step in course.last) / len(course.last)
+    return (
+        f"dynamic sampling used its {rounds} further rounds in each of {course.steps} and still lacked "
+        f"{missing:.1f} of {course.config.prompts_per_step} groups with a difference, at a mean reward of "
+        f"{course.mean('reward'):.3g}; choose prompts of which the model solves some but not all completions, or set "
+        "curriculum_skip"
+    )
+
+
+def _groups_sampled(step: Metrics, config: GRPOConfig) -> float:
+    """How many prompts a step sampled completions of."""
+    dropped, replayed = step.get("dynamic_sampling/dropped_groups"), step.get("replay/groups")
+    return config.prompts_per_step + (dropped or 0) - (replayed or 0)
+
+
+def _groups_missing(step: Metrics, config: GRPOConfig) -> int:
+    """How many of a step's groups have no difference, though dynamic sampling looked for some."""
+    dull = step.get("frac_reward_zero_std")
+    differ = (1 - (1 if dull is None else dull)) * _groups_sampled(step, config)
+    return round(config.prompts_per_step - (step.get("replay/groups") or 0) - differ)
+
+
+def reward_fell(course: Course) -> str | None:
+    before, now = _mean(course.first, "reward"), course.mean("reward")
+    if course.config.curriculum_skip or len(course.first) < NUM_FIRST or not _are_apart(course):
+        return None
+    lowest = min((value for step in course.first if (value := step.get("reward")) is not None), default=-math.inf)
+    if not (course.each("reward", lambda value: value < lowest) and before - now >= abs(before) / 2):
+        return None
+    return (
+        f"the reward has fallen from {before:.3g} at the start to {now:.3g} in {course.steps}; go back to an earlier "
+        f"checkpoint, lower learning_rate={course.config.learning_rate}, or set beta"
+    )
+
+
+def _are_apart(course: Course) -> bool:
+    """True where the last steps are all later than the first ones."""
+    newest_of_first, oldest_of_last = course.first[-1].get("step"), course.last[0].get("step")
+    return newest_of_first is not None and oldest_of_last is not None and newest_of_first < oldest_of_last
+
+
+def entropy_collapse(course: Course) -> str | None:
+    if not course.each("entropy", lambda entropy: entropy <= LEAST_ENTROPY):
+        return None
+    if course.config.temperature < COLD:
+        cause = f"temperature={course.config.temperature} leaves no choice; set it to 1"
+    else:
+        cause = (
+            "nothing new is tried any more; unless the task is solved, go back to an earlier checkpoint and lower "
+            "learning_rate, or set epsilon_high=0.28 or an entropy_coef"
+        )
+    return f"the entropy of a token was at most {LEAST_ENTROPY} nats in {course.steps}: {cause}"
+
+
+def entropy_explosion(course: Course) -> str | None:
+    # The least of the first steps, since in these it may have risen already.
+    before = min((value for step in course.first if (value := step.get("entropy")) is not None), default=math.inf)
+    now = course.mean("entropy")
+    high = course.each("entropy", lambda entropy: entropy >= MOST_ENTROPY)
+    risen = _are_apart(course) and course.each("entropy", lambda entropy: entropy >= max(3 * before, before + 1))
+    if not (high or risen):
+        return None
+    coefficient = ", entropy_coef" if course.config.has_entropy_bonus else ""
+    return (
+        f"the entropy of a token was {now:.2f} nats in {course.steps}, as of a choice among {math.exp(now):.0f} equal "
+        f"tokens ({before:.2f} at the start): completions are turning into noise; lower temperature="
+        f"{course.config.temperature}, learning_rate{coefficient}, or see that the model has been trained at all"
+    )
+
+
+def kl_explosion(course: Course) -> str | None:
+    if not course.each("kl", lambda kl: kl >= MOST_KL):
+        return None
+    return (
+        f"the KL to the reference was {course.mean('kl'):.2f} nats a token in {course.steps}, where 0.001 to 0.3 is "
+        f"usual: the policy has left it; lower learning_rate={course.config.learning_rate}, or raise beta="
+        f"{course.config.beta}"
+    )
+
+
+def ratio_on_policy(course: Course) -> str | None:
+    config = course.config
+    is_on_policy = config.num_iterations == 1 and config.steps_per_generation == 1 and not config.replay_buffer_size
+    if not is_on_policy or not course.each("ratio/mean", lambda ratio: abs(ratio - 1) > MOST_OFF_RATIO):
+        return None
+    dropout = f"set lora_dropout={config.lora_dropout} to 0" if config.lora_dropout else "report it, with the model"
+    ratio = course.mean("ratio/mean")
+    return (
+        f"the ratio of new to old policy was {ratio:.3g} in {course.steps}, where nothing has moved yet and it should "
+        f"be 1, so that the two are computed differently; {dropout}"
+    )
+
+
+def tokens_clipped(course: Course) -> str | None:
+    if not course.each("clip_ratio/region_mean", lambda share: share >= MOST_CLIPPED):
+        return None
+    return (
+        f"{course.mean('clip_ratio/region_mean'):.0%} of the tokens were clipped in {course.steps}, which teach "
+        "nothing: each update moves too far from the policy that sampled; lower learning_rate, num_iterations or "
+        "steps_per_generation, or raise epsilon_high"
+    )
+
+
+def sampling_apart(course: Course) -> str | None:
+    name = "sampling/sampling_logp_difference/mean"
+    if not course.each(name, lambda difference: difference >= MOST_DIFFERENCE):
+        return None
+    config = course.config
+    cause = "report it, with the model"
+    if config.lora_dropout:
+        cause = f"lora_dropout={config.lora_dropout} is on in training alone; lower it"
+    elif config.rollout_kv == "int8":
+        cause = "leave out rollout_kv='int8'"
+    return (
+        f"sampling and training gave a token log-probabilities {course.mean(name):.2g} nats apart in {course.steps}, "
+        f"where 0.02 is much: steps learn from another policy's completions; {cause}"
+    )
+
+
+def weights_masked(course: Course) -> str | None:
+    name, config = "sampling/importance_sampling_ratio/mean", course.config
+    if not course.each(name, lambda weight: weight < LEAST_WEIGHT):
+        return None
+    cause = "lower replay_buffer_size, whose groups an older policy sampled" if config.replay_buffer_size else (
+        "set importance_sampling_mode='token_truncate', or leave out what makes sampling differ: top_p, top_k, min_p, "
+        "repetition_penalty, lora_dropout"
+    )  # fmt: skip
+    return (
+        f"the importance weights were {course.mean(name):.2g} on average in {course.steps}, so that most of what was "
+        f"sampled does not count; {cause}"
+    )
+
+
+def not_finite(course: Course) -> str | None:
+    skipped = [step for step in course.last if step.get("skipped_steps")]
+    if course.config.fp16:
+        skipped = [step for step in skipped if (step.get("step") or 0) > LOSS_SCALE_SEARCH]
+    if len(skipped) < (5 if course.config.fp16 else 2):
+        return None
+    found = f"{len(skipped)} of {course.steps} had optimizer steps that changed no weight"
+    if course.config.fp16:
+        return f"{found}, when float16's loss scale should have settled; lower learning_rate, or try bf16"
+    return f"{found}, since loss or gradient was not finite; mend what was said of the first of them"
+
+
+def no_gradient(course: Course) -> str | None:
+    # Where no group has a difference, a gradient of 0 is right, and no_difference says so.
+    differ = [step for step in course.last if step.get("frac_reward_zero_std") not in (None, 1)]
+    if not course.each("grad_norm", lambda norm: norm == 0) or len(differ) < 3:
+        return None
+    cause = f"loss_type={course.config.loss_type!r} does not depend on the log-probabilities; mend it"
+    if course.each("frac_tokens_skipped", lambda share: share == 1):
+        cause = "every completion that differs was cut off and is masked; raise max_completion_length"
+    return f"the gradient was 0 in {course.steps}, though rewards differ within groups: {cause}"
+
+
+def gradient_scaled_down(course: Course) -> str | None:
+    limit = MOST_SCALED_DOWN * course.config.max_grad_norm
+    if not course.each("grad_norm", lambda norm: norm > limit):
+        return None
+    return (
+        f"the gradient was scaled down more than {MOST_SCALED_DOWN} times in each of {course.steps}, from a norm of "
+        f"{course.mean('grad_norm'):.3g} to max_grad_norm={course.config.max_grad_norm}: one step's outlier drowns the "
+        "others; raise max_grad_norm, or lower the rewards' scale, beta or entropy_coef"
+    )
+
+
+def reward_failing(course: Course, name: str) -> str | None:
+    failures = sum(step.get(f"rewards/{name}/failures") or 0 for step in course.last)
+    asked = course.config.num_generations * sum(_groups_sampled(step, course.config) for step in course.last)
+    if course.never("reward") or failures < LEAST_FAILURES * asked:
+        return None
+    return (
+        f"{name} has failed on {failures / asked:.0%} of the completions of {course.steps}, which go without it; mend "
+        "it, or raise reward_timeout where it ran out of time"
+    )
+
+
+def reward_missing(course: Course, name: str) -> str | None:
+    failed = any(course.values(f"rewards/{name}/failures"))
+    if failed or course.never("reward") or not course.never(f"rewards/{name}/mean"):
+        return None
+    return (
+        f"{name} has returned None (does not apply) for every completion of {course.steps}; leave it out, or mend the "
+        "columns that it reads"
+    )
+
+
+def reward_constant(course: Course, name: str) -> str | None:
+    """Of several rewards, one that is 0 for all, or another number than 1 that has never been different.
+
+    At 1 a reward is at its best, and so it may be at another number that it has risen to.
+    """
+    value = _constant(course, f"rewards/{name}/mean", f"rewards/{name}/std")
+    if value is None or name in PENALTIES or course.constant_reward is not None:  # no_difference says so of the sum
+        return None
+    weights = dict(zip(course.rewards, course.config.reward_weights or [1.0] * len(course.rewards), strict=True))
+    first = {step.get(f"rewards/{name}/mean") for step in course.first}
+    if weights[name] == 0 or value == 1 or (value > 0 and first != {value}):
+        return None
+    return (
+        f"{name} has given {value:g} to every completion of {course.steps}, so that it teaches nothing beside "
+        f"{_joined([other for other in course.rewards if other != name])}; unless it is a penalty that none deserves, "
+        "see with `lowmem-grpo data` what a right answer gets, or ask for what it looks for in the prompt"
+    )
+
+
+def _joined(names: list[str]) -> str:
+    """Names as a list in a sentence."""
+    *others, last = names or ["the rewards"]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+# The number of steps that must all show a symptom. A state that is there at once needs few; whether a reward ever
+# differs or applies needs more: in ten steps of 64 completions, one in 640 would be seen.
+SYMPTOMS: dict[Callable[[Course], str | None], int] = {
+    all_truncated: 3, no_reward: 3, lengths_at_limit: 5, lengths_collapsed: 5, reward_fell: 5, entropy_collapse: 5,
+    entropy_explosion: 5, kl_explosion: 5, ratio_on_policy: 5, tokens_clipped: 5, sampling_apart: 5, weights_masked: 5,
+    no_difference: 10, never_filled: 10, not_finite: 10, no_gradient: 10, gradient_scaled_down: 10,
+}  # fmt: skip
+OF_A_REWARD: dict[Callable[[Course, str], str | None], int] = {
+    reward_failing: 5, reward_missing: 10, reward_constant: 10
+}  # fmt: skip
+NUM_LAST = max(*SYMPTOMS.values(), *OF_A_REWARD.values())
+
+
+def symptoms(course: Course, total_steps: int) -> dict[str, str]:
+    """Sentences by the names of the situations that a run shows; one of a reward has its name behind a slash."""
+    found = {}
+    for symptom, num_steps in SYMPTOMS.items():
+        if seen := _seen(course, num_steps, total_steps):
+            found[symptom.__name__] = symptom(seen)
+    for symptom, num_steps in OF_A_REWARD.items():
+        if seen := _seen(course, num_steps, total_steps):
+            found |= {f"{symptom.__name__}/{reward}": symptom(seen, reward) for reward in course.rewards}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _seen(course: Course, num_steps: int, total_steps: int) -> Course | None:
+    """The course with so many last steps, or None while there are fewer; a short run has them all."""
+    num_steps = min(num_steps, max(SHORTEST, total_steps))
+    return replace(course, last=course.last[-num_steps:]) if len(course.last) >= num_steps else None
