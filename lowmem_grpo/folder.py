@@ -9,10 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo import manifest
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.warn import warn
 
-NAME = re.compile(r"checkpoint-(\d+)")
-FORMAT = 1  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
+NAME = re.compile(r"checkpoint-([0-9]+)")
+FORMAT = 2  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
+STATE = {"step": int, "identity": dict, "config": dict, "parts": dict}  # what trainer_state.json holds besides
+# What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
+BEING_WRITTEN, REPLACED = ".being-written", ".replaced"
+
+
+class OtherFormatError(InputError):
+    """A checkpoint of another version, which is whole, and which this one cannot read."""
 
 
 def writable_folder(output_dir: str) -> Path:
@@ -32,25 +41,52 @@ def writable_folder(output_dir: str) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder, flush it to the disk, and rename it to `folder`.
 
-    What `write` raises leaves `folder` as it was, and no temporary one.
+    What `write` raises leaves `folder` as it was, and no temporary one. A kill may leave one beside it, or a replaced
+    one, which mend_folder() settles.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, replaced = (folder.with_name(f"{folder.name}{end}") for end in (BEING_WRITTEN, REPLACED))
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
-    aside = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
+    remove(replaced)
+    if os.path.lexists(folder):
+        os.replace(folder, replaced)
     os.replace(temporary, folder)
     _flush(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(replaced)
+
+
+def mend_folder(output_dir: Path) -> None:
+    """Settle what a kill within write_folder() has left: half a folder goes, and one that is missing comes back."""
+    for path in list(output_dir.iterdir()):
+        if path.name.endswith(REPLACED) and not os.path.lexists(output_dir / path.name.removesuffix(REPLACED)):
+            os.replace(path, output_dir / path.name.removesuffix(REPLACED))
+        elif path.name.endswith((REPLACED, BEING_WRITTEN)):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all in it, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Rename NAME to NAME.word, or to NAME.word-2 and so on where that is taken. Returns the new path."""
+    number, aside = 1, path.with_name(f"{path.name}.{word}")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{word}-{number}")
+    os.replace(path, aside)
+    return aside
 
 
 def _flush(path: Path) -> None:
@@ -64,73 +100,156 @@ def _flush(path: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None) -> Path | None:
-    """The folder to resume from, or None for a fresh start.
+    """The folder to resume from, or None for a fresh start. Warns of each damaged one that is newer.
 
     Raises:
         InputError: there is none to resume from, or a fresh start would mix with an earlier run's checkpoints.
     """
-    existing = checkpoints(output_dir)
-    if isinstance(resume_from_checkpoint, str):
-        folder = Path(resume_from_checkpoint).expanduser()
-        step = read_state(folder)["step"]
-        later = [path for path in existing if int(path.name.split("-")[1]) >= step and not path.samefile(folder)]
-        if later:
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        existing = checkpoints(output_dir)
+        if existing:
             raise InputError(
-                f"{output_dir} holds {later[0].name}, which the run resumed from {folder} would mix with its "
-                "own; move it away, or choose another output_dir"
+                f"{output_dir} holds {existing[-1].name} of an earlier run; "
+                "set resume_from_checkpoint=True to continue it, or choose another output_dir"
             )
-        return folder
-    if resume_from_checkpoint:
-        if not existing:
-            raise InputError(
-                f"resume_from_checkpoint=True, but {output_dir} has no checkpoint; leave it out to start anew"
-            )
-        return existing[-1]
-    if existing:
+        return None
+    if resume_from_checkpoint not in (True, "auto"):
+        return _named(Path(str(resume_from_checkpoint)).expanduser(), output_dir)
+    newest, damaged = _newest(output_dir)
+    if newest is None and resume_from_checkpoint is True:
+        reasons = "".join(f"; {path.name} cannot be resumed from, since {why}" for path, why in damaged.items())
         raise InputError(
-            f"{output_dir} holds {existing[-1].name} of an earlier run; "
-            "set resume_from_checkpoint=True to continue it, or choose another output_dir"
+            f"resume_from_checkpoint=True, but {output_dir} has no whole checkpoint{reasons}; leave it out to start "
+            'anew, or set it to "auto" to resume if there is one, and else to start anew'
         )
-    return None
+    for path, why in damaged.items():
+        instead = "a new run begins" if newest is None else f"the run goes on from {newest.name}"
+        warn(f"{path} cannot be resumed from, since {why}; {instead}")
+    return newest
+
+
+def _named(folder: Path, output_dir: Path) -> Path:
+    """The checkpoint that a user names. Raise InputError where it is damaged, or where newer ones stand in its way."""
+    why = flaw(folder)
+    if why:
+        newest, _ = _newest(folder.parent)
+        remedy = "give the folder of one" if newest is None else f"the newest whole one beside it is {newest}"
+        raise InputError(f"{folder} is no checkpoint that can be resumed from, since {why}; {remedy}")
+    step = read_state(folder)["step"]
+    others = [path for path in checkpoints(output_dir) if step_of(path) >= step and not path.samefile(folder)]
+    later = [path for path in others if not flaw(path)]
+    if later:
+        raise InputError(
+            f"{output_dir} holds {later[0].name}, which the run resumed from {folder} would mix with its "
+            "own; move it away, or choose another output_dir"
+        )
+    return folder
+
+
+def _newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, if there is one, and why each newer one is none."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(_numbered(output_dir)):
+        why = flaw(path)
+        if not why:
+            return path, damaged
+        damaged[path] = why
+    return None, damaged
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a folder is no whole checkpoint, in words, or None where it is one.
+
+    Raises:
+        OtherFormatError: it is one of another version's.
+    """
+    if not folder.is_dir():
+        return "it is not a folder" if folder.exists() else "it does not exist"
+    if not (folder / "trainer_state.json").is_file():
+        return "it has no trainer_state.json"
+    why = manifest.damage(folder)
+    if why and (folder / manifest.NAME).exists():
+        return why
+    try:
+        _read_state(folder)  # which knows the formats that had no manifest
+    except OtherFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        return f"its trainer_state.json {error}"
+    return why
+
+
+def set_damaged_aside(output_dir: Path, step: int, resumed: Path | None) -> None:
+    """Rename what has the name of a checkpoint that a run is yet to write, with a warning."""
+    for path in _numbered(output_dir):
+        is_resumed = resumed is not None and path.exists() and path.samefile(resumed)
+        if step_of(path) >= step and not is_resumed:
+            warn(
+                f"{path} is no whole checkpoint of this run, which may write one of that name; it is now "
+                f"{set_aside(path, 'damaged').name}"
+            )
+
+
+def step_of(path: Path) -> int:
+    """N of a checkpoint-N."""
+    return int(path.name.rpartition("-")[2])
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """All of a folder that is named checkpoint-N, whatever it is, in the order of N."""
+    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name)), key=step_of)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    """The checkpoints of a folder, oldest first."""
+    return [path for path in _numbered(output_dir) if (path / "trainer_state.json").is_file()]
 
 
 def remove_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
+    """Remove all but the newest save_total_limit checkpoints."""
     if save_total_limit is not None:
         for folder in checkpoints(output_dir)[:-save_total_limit]:
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's trainer_state.json.
 
     Raises:
-        InputError: the folder is no checkpoint, its file is damaged, or it is of another format.
+        InputError: the file is damaged, or it is of another format.
     """
-    path = folder / "trainer_state.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no trainer_state.json")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}; resume from an older checkpoint") from error
-    if not isinstance(state, dict) or "step" not in state:
-        raise InputError(f"{path} cannot be read: it holds no state of a run; resume from an older checkpoint")
+        return _read_state(folder)
+    except OtherFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'trainer_state.json'} {error}; resume from an older checkpoint") from error
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's trainer_state.json. Raise ValueError with the end of a sentence on the file."""
+    text = (folder / "trainer_state.json").read_bytes()
+    try:
+        state = json.loads(text, parse_constant=_no_nan)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"holds {text[:20].decode(errors='replace')!r} and no state of a run")
     if state.get("format") != FORMAT:
-        raise InputError(
+        raise OtherFormatError(
             f"{folder} is a checkpoint of format {state.get('format', 0)}, and this version reads {FORMAT}; "
             "resume with the version that wrote it, or start a new run from the adapter in it"
         )
+    for name, kind in STATE.items():
+        if type(state.get(name)) is not kind:
+            raise ValueError(f"has no {name} that can be read")
+    if state["step"] < 0 or (NAME.fullmatch(folder.name) and state["step"] != step_of(folder)):
+        raise ValueError(f"is of step {state['step']}")
     return state
 
 
 def _no_nan(text: str) -> float:
     """Refuse a NaN, which no checkpoint holds. Infinity passes: an entropy that was not measured yet."""
     if text == "NaN":
-        raise InputError("it has a NaN")
+        raise ValueError("it has a NaN")
     return float(text)

@@ -20,6 +20,7 @@ from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.folder import checkpoints, read_state, write_folder
+from lowmem_grpo.manifest import write_manifest
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.interruption import Interruption
 
@@ -230,7 +231,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
     run(tmp_path, max_steps=1)
     (tmp_path / "out/checkpoint-1" / name).write_text("{")
-    with pytest.raises(ValueError, match="checkpoint-1.* cannot be read: .*resume from an older checkpoint"):
+    with pytest.raises(ValueError, match=f"checkpoint-1 cannot be resumed from, since its {name} is damaged"):
         run(tmp_path, max_steps=2, resume_from_checkpoint=True)
 
 
@@ -338,11 +339,19 @@ def finished(tmp_path_factory):
     return folder / "out"
 
 
+def seal(folder) -> None:
+    """Give a folder the manifest of what it holds now, as if it had been written so."""
+    lines = (folder / "manifest.sha256").read_text().splitlines()[:-1]
+    write_manifest(folder, [line.split("  ")[1] for line in lines])
+
+
 def spoil_a_file(path) -> None:
     tensors = load_file(path)
     name = next(name for name, values in tensors.items() if values.is_floating_point() and values.dim() == 2)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, path)
+    if (path.parent / "manifest.sha256").exists():
+        seal(path.parent)
 
 
 @pytest.mark.parametrize("name", ["adapter_model", "optimizer", "reference"])
@@ -360,20 +369,22 @@ def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
     state = json.loads(path.read_text())
     state["parts"]["controllers"]["beta"] = math.nan
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="trainer_state.json cannot be read: it has a NaN; resume from an older"):
+    seal(path.parent)
+    with pytest.raises(ValueError, match="checkpoint-1 cannot .* its trainer_state.json cannot be read: it has a NaN"):
         run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("written", [{}, {"format": 2}])
+@pytest.mark.parametrize("written", [{}, {"format": 1}])
 def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(written, tmp_path, finished, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     path = tmp_path / "out/checkpoint-1/trainer_state.json"
     state = json.loads(path.read_text())
-    assert state.pop("format") == 1
+    assert state.pop("format") == 2
     path.write_text(json.dumps({**state, **written}))
+    (path.parent / "manifest.sha256").unlink()  # which older formats had not
     monkeypatch.setattr("lowmem_grpo.inputs.load_policy", None)
     words = (
-        f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 1; resume with the"
+        f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 2; resume with the"
     )
     with pytest.raises(InputError, match=words):
         run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
@@ -389,7 +400,7 @@ def test_a_best_adapter_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path, 
         best.keep(policy, 9, {"eval_reward": 1e9})
     after = load_file(best.folder / "adapter_model.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert best.record()["step"] < 9 and not list(best.folder.parent.glob("*.tmp"))
+    assert best.record()["step"] < 9 and not list(best.folder.parent.glob("*.being-written"))
     spoil_a_file(best.folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="best has numbers that are not finite .*without load_best_model_at_end"):
         best.load(policy)

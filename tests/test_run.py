@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import seal
 from tiny_models import make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -129,10 +130,12 @@ def test_a_checkpoint_without_a_part_is_refused_in_a_sentence(tmp_path):
     state = json.loads(path.read_text())
     del state["parts"]["examples"]
     path.write_text(json.dumps(state))
+    seal(path.parent)
     with pytest.raises(InputError, match="checkpoint-2 has no state of its examples; resume from an older checkpoint"):
         fit(tmp_path, resume_from_checkpoint=True)
     path.write_text("[]")
-    with pytest.raises(InputError, match="holds no state of a run"):
+    seal(path.parent)
+    with pytest.raises(InputError, match="holds '\\[\\]' and no state of a run"):
         fit(tmp_path, resume_from_checkpoint=True)
 
 

@@ -805,7 +805,7 @@ def test_weights_that_a_callback_spoils_are_never_saved(tmp_path, capsys, save_s
     else:
         assert not good and "logits are not finite" in str(error.value) and "no checkpoint yet" in str(error.value)
     assert "stopped; the adapter is not saved" in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out/adapter").exists()
+    assert not list((tmp_path / "out").glob("*.being-written")) and not (tmp_path / "out/adapter").exists()
 
 
 def test_a_prompt_that_the_model_overflows_on_costs_its_own_step(tmp_path):

@@ -1,8 +1,9 @@
 """Checkpoints: small, complete, in safetensors and JSON, and never half-written.
 
 checkpoint-N/ holds the adapter in PEFT's format, the tokenizer, trainer_state.json, optimizer.safetensors,
-random_states.safetensors, and a safetensors file for each part of a run that has tensors, such as
-reference.safetensors. A folder is written under a temporary name, flushed to the disk and then renamed.
+random_states.safetensors, a safetensors file for each part of a run that has tensors, such as reference.safetensors,
+and manifest.sha256 with the checksum of every file that a resume reads. A folder is written under a temporary name,
+flushed to the disk and then renamed.
 """
 
 import json
@@ -11,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError, NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError, in_a_line
 from lowmem_grpo.folder import FORMAT, write_folder
+from lowmem_grpo.manifest import is_listed, write_manifest
 from lowmem_grpo.model.policy import Policy, not_finite
 
 State = dict[str, Any]  # by name: tensors, and what JSON has
@@ -52,17 +55,20 @@ def save_checkpoint(folder: Path, policy: Policy, states: Mapping[str, State], v
 
     def write(temporary: Path) -> None:
         policy.save(temporary)
+        files = ["adapter_model"]
         for name, of_name in tensors.items():
             broken = not_finite(_to_be_finite(of_name))
             if broken:
                 raise NotFiniteError(f"{folder.name} is not saved, since {broken} of its {name} is not finite")
             if of_name:
                 save_file(of_name, temporary / f"{name}.safetensors")
+                files.append(name)
         for name, of_name in plain.items():
             broken = [key for key, value in of_name.items() if isinstance(value, float) and math.isnan(value)]
             if broken:
                 raise NotFiniteError(f"{folder.name} is not saved, since {broken[0]} of its {name} is NaN")
         (temporary / "trainer_state.json").write_text(json.dumps(saved, indent=1), encoding="utf-8")
+        write_manifest(temporary, [*(f"{name}.safetensors" for name in files), "trainer_state.json"])
 
     write_folder(folder, write)
 
@@ -78,10 +84,19 @@ def load_adapter(folder: Path, policy: Policy) -> None:
 
 def load_part(folder: Path, name: str, part: Part, saved: State) -> None:
     """Give a part what its state() was when the checkpoint was written; `saved` is its trainer_state.json."""
-    if name not in saved["parts"]:
+    state = saved["parts"].get(name)
+    if not isinstance(state, dict):
         raise InputError(f"{folder} has no state of its {name}; resume from an older checkpoint")
-    tensors = read_tensors(folder, name) if (folder / f"{name}.safetensors").is_file() else {}
-    part.load({**saved["parts"][name], **tensors})
+    tensors = read_tensors(folder, name) if is_listed(folder, f"{name}.safetensors") else {}
+    try:
+        part.load({**state, **tensors})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what torch, NumPy and each part's own code raise on what is not theirs
+        raise InputError(
+            f"{folder} has a state of its {name} that cannot be loaded: {in_a_line(error)}; resume from an older "
+            "checkpoint"
+        ) from error
 
 
 def read_tensors(folder: Path, name: str, remedy: str = "resume from an older checkpoint") -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """A step's metrics, under TRL's names, and where they go: metrics.jsonl, and a line that a person watches."""
 
-import contextlib
 import io
 import json
 import math
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from lowmem_grpo.folder import BEING_WRITTEN, set_aside
+from lowmem_grpo.warn import warn
+
+COUNTS = ("step", "skipped_steps")  # of a line, which are read again
 
 
 def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> None:
@@ -42,23 +46,29 @@ def _as_texts(values: list) -> list[str | None]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step, evaluation or finding. A run resumed at first_step drops the lines after it."""
+    """metrics.jsonl: one line a step, evaluation or finding. A run resumed at first_step drops the lines after it.
+
+    Lines that cannot be read are dropped too, with a warning, and the file as it was is kept as metrics.jsonl.damaged.
+    A last line without an end, which a kill cut short, is no damage.
+    """
 
     def __init__(self, output_dir: Path, first_step: int):
         self.path = output_dir / "metrics.jsonl"
-        kept = [line for line in self.lines() if line["step"] <= first_step] if first_step else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        kept, num_damaged = read_lines(self.path) if first_step else ([], 0)
+        if num_damaged or self.path.is_dir():  # which stands in the way of a fresh run, too
+            aside = set_aside(self.path, "damaged")
+            warn(
+                f"{num_damaged} of {num_damaged + len(kept)} lines of {self.path} cannot be read and are left out; the "
+                f"file as it was is {aside.name}"
+            )
+        temporary = self.path.with_name(f"{self.path.name}{BEING_WRITTEN}")
+        lines = (json.dumps(line) + "\n" for line in kept if line["step"] <= first_step)
+        temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a crash cut short
-                lines.append(json.loads(line))
-        return lines
+        """The lines of the run so far."""
+        return read_lines(self.path)[0]
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The line of the evaluation at a step, if there was one."""
@@ -69,3 +79,26 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
             file.write(json.dumps(known) + "\n")
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl, if there is one, and how many of them cannot be read."""
+    try:
+        *lines, cut_short = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError:
+        return [], 1
+    found = [line for line in map(_read_line, lines) if line is not None]
+    last = _read_line(cut_short)
+    return found + ([] if last is None else [last]), len(lines) - len(found)
+
+
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """The line that write() wrote, or None for anything else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_line = isinstance(line, dict) and "step" in line and all(type(line.get(name, 0)) is int for name in COUNTS)
+    return line if is_line else None

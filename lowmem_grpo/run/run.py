@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lowmem_grpo.errors import NotFiniteError
 from lowmem_grpo.evaluation.show import as_line
-from lowmem_grpo.folder import checkpoints, read_state, remove_old_checkpoints, write_folder
+from lowmem_grpo.folder import (
+    checkpoints,
+    mend_folder,
+    read_state,
+    remove_old_checkpoints,
+    set_damaged_aside,
+    write_folder,
+)
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
@@ -99,8 +106,10 @@ class Run:
         self.told: set[str] = set()  # the causes that were said
         self.updates_a_step: int | None = None
         self.budget = TokenBudget(self.config.token_budget)
+        mend_folder(self.folder)
         if inputs.resume is not None:
             self._load(inputs.resume)
+        set_damaged_aside(self.folder, self.step, inputs.resume)
         self.log = MetricsLog(self.folder, self.step)
         self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
         self.shown = list(dict.fromkeys([self.best.metric, "eval_pass@1"]))
