@@ -3,10 +3,6 @@ import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -22,7 +18,6 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.folder import checkpoints, read_state, write_folder
 from lowmem_grpo.manifest import write_manifest
 from lowmem_grpo.run.best import BestAdapter
-from lowmem_grpo.run.interruption import Interruption
 
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
 
@@ -263,72 +258,6 @@ def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_pat
     result = run(tmp_path, max_steps=3, resume_from_checkpoint=True)
     assert [line["step"] for line in result.history] == [1, 2, 3]
     assert result.history[2]["loss"] != 9
-
-
-def test_a_signal_is_held_until_the_update_is_whole():
-    finished, handler = [], signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
-        interruption.hold()
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.pending
-        finished.append(True)
-        interruption.release()
-        finished.append("not reached")
-    assert finished == [True]
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_a_second_signal_is_not_held():
-    with pytest.raises(SystemExit) as caught, Interruption() as interruption:
-        interruption.hold()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.code == 143
-
-
-SCRIPT = """
-    import sys, time
-    from lowmem_grpo import GRPOConfig, train
-    from lowmem_grpo.demo import task
-
-    def slow_reward(completions, trainer_state, **kwargs):
-        if trainer_state.global_step == 3:
-            print("third step", flush=True)
-            time.sleep(600)
-        return [float(len(c[0]["content"])) for c in completions]
-
-    def run(folder):
-        config = GRPOConfig(output_dir=folder, use_cpu=True, max_steps=9, prompts_per_step=2, num_generations=2,
-                            max_completion_length=8, gradient_checkpointing=False)
-        train(sys.argv[1], slow_reward, task.rows(task.splits()[0][:20]), config=config)
-
-    try:
-        run(sys.argv[2] + "/terminated")
-    except SystemExit as error:
-        print(error.code, flush=True)
-    run(sys.argv[2] + "/interrupted")
-"""
-
-
-# A Ctrl-C ends a script with -SIGINT, or with 1 where the package tabulate is installed: torch imports it at the exit,
-# which evaluates a text, and so Python forgets that the interrupt was not handled.
-def test_an_interrupted_run_saves_first(tmp_path):
-    """One process, two runs: SIGTERM ends the first, with the status of a terminated program, and Ctrl-C the second."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, str(script), str(DEMO_MODEL), str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for number, said in ((signal.SIGTERM, "143\n"), (signal.SIGINT, "")):
-        assert process.stdout.readline() == "third step\n"
-        process.send_signal(number)
-        assert process.stdout.readline() == said
-    _, errors = process.communicate()
-    assert process.returncode in {-signal.SIGINT, 1}, errors
-    for name in ("terminated", "interrupted"):
-        assert f"{name}/checkpoint-2 has everything up to step 2" in errors
-        state = read_state(tmp_path / name / "checkpoint-2")
-        assert (state["step"], state["parts"]["stream"]["position"]) == (2, 4)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
 from lowmem_grpo.run.evaluations import evaluations_of
+from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.preview import show_preview
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
@@ -36,6 +37,7 @@ from lowmem_grpo.update.token_metrics import TokenMeter
 
 
 @without_progress_bars
+@interruptible
 def train(
     model: Any,
     reward_funcs: Any = None,

@@ -41,14 +41,10 @@ class Part(Protocol):
 def save_checkpoint(folder: Path, policy: Policy, states: Mapping[str, State], values: State) -> None:
     """Write the policy's adapter, each state's tensors as {name}.safetensors, and all else to trainer_state.json.
 
-    A folder that is there already is left as it is.
-
     Raises:
         OSError: the disk refused; nothing under the final name has changed.
         NotFiniteError: something that a resume would go on with is not finite; nothing is written.
     """
-    if folder.exists():
-        return
     tensors = {name: {k: v for k, v in state.items() if isinstance(v, Tensor)} for name, state in states.items()}
     plain = {name: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for name, state in states.items()}
     saved = {"format": FORMAT, **values, "parts": plain}

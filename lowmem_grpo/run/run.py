@@ -59,15 +59,19 @@ class Step:
 
     number: int  # the first is 1
     meter: Meter
+    interruption: Interruption
     learning_rate: float
     started: float = field(default_factory=time.perf_counter)  # s
     num_updates: int = 0  # optimizer steps
     num_skipped: int = 0  # of those, the ones that changed no weight
     grad_norm: float = math.nan  # before clipping, of the last
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Measure a part of the step, as time/{name}_s and memory/{name}/peak_mib."""
-        return self.meter.phase(name)
+        with self.meter.phase(name):
+            yield
+        self.interruption.check()
 
 
 class Run:
@@ -97,10 +101,13 @@ class Run:
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
         self.evaluations = evaluations
         self.doctor = Doctor(self.config, inputs.rewards.names, inputs.total_steps)
+        self.rest = Rest()
         self.parts: dict[str, Part] = {
-            **parts, "doctor": self.doctor, **({"first_evaluation": evaluations} if evaluations else {}),
+            **parts, "doctor": self.doctor, "rest": self.rest,
+            **({"first_evaluation": evaluations} if evaluations else {}),
         }  # fmt: skip
         self.step, self.num_tokens = 0, 0
+        self.is_whole = True  # False while an update is under way
         self.nonfinite_steps = 0  # how many optimizer steps in a row, up to now, changed no weight
         self.cause = ""  # of the last of those
         self.told: set[str] = set()  # the causes that were said
@@ -125,11 +132,13 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
             self.progress = stack.enter_context(Progress(self.total_steps))
-            self.interruption = stack.enter_context(Interruption())
             self._say_what_is_given()
             self._tell(self.doctor.note(0, [] if self.doctor.is_off else findings(self.inputs)))
             self.doctor.refuse()
             self._remember()
+            is_here = self.inputs.resume is not None and self.inputs.resume.resolve().parent == self.folder.resolve()
+            self.saved = self.whole if is_here else None  # what checkpoint-{step} holds, if it is there
+            self.interruption = stack.enter_context(Interruption())
             self.contexts = stack.pop_all()
         return self
 
@@ -140,27 +149,42 @@ class Run:
                 if self.doctor.found:
                     self.progress.say(self.doctor.summary())
                 return
-            if self.step and not self.interruption.holding:  # else nothing is whole, or weights are half changed
+            self.interruption.hold()
+            if self.step and self.is_whole:
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
                 except NotFiniteError as unfit:
                     self.progress.say(f"stopped; {unfit}")
+            elif self.interruption.error is not None:
+                where = "before the end of the first step" if self.is_whole else "within an update, which is lost"
+                self.progress.say(f"stopped {where}; there is nothing to save")
             if isinstance(error, NotFiniteError):
                 good = checkpoints(self.folder) or ([self.inputs.resume] if self.inputs.resume else [])
                 where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
                 raise NotFiniteError(f"{error}; {where}") from error
+            if error is not self.interruption.error:
+                self.interruption.release()
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left; the evaluation before training comes before the first, the one after at the end."""
+        """The steps that are left.
+
+        Before the first comes an evaluation; after the last one another, and then output_dir/adapter is written: of the
+        last step, or with load_best_model_at_end of the best evaluation.
+        """
         if self.step == 0:
             self._evaluate()
+        if self.rest.metrics is not None:
+            self._complete(self.rest.metrics)
         while not self.is_over:
-            yield Step(self.step + 1, Meter(self.policy.device), self.learner.learning_rate)
+            yield Step(self.step + 1, Meter(self.policy.device), self.interruption, self.learner.learning_rate)
         self._evaluate()
         line = self.log.evaluation(self.step) or {}
         compared = [f"{name}/difference" for name in self.shown if f"{name}/difference" in line]
         if compared:
             self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
+        if self.config.load_best_model_at_end:
+            self.best.load(self.policy)
+        write_folder(self.folder / "adapter", self.policy.save)
 
     def update(
         self,
@@ -177,7 +201,9 @@ class Run:
         loss, more = self.budget.fit(backward, lengths)
         grad_norm = self.learner.clip(self.budget.note)
         loss, step.grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
+        self.interruption.check()
         self.interruption.hold()
+        self.is_whole = False
         step.num_updates += 1
         if math.isfinite(loss) and math.isfinite(step.grad_norm):
             self.learner.step(self.budget.note)
@@ -205,6 +231,8 @@ class Run:
     ) -> None:
         """End a step: write its metrics, raise an interruption that waited, evaluate, call back, and save.
 
+        From the moment that the step is whole, an error or an interruption saves it, and a resumed run does the rest.
+
         Raises:
             NotFiniteError: a weight has left fp32's range, or too many optimizer steps in a row changed none.
         """
@@ -224,20 +252,17 @@ class Run:
             **step.meter.metrics, **step.meter.rates(dict(work or {})),
             "step_time": time.perf_counter() - step.started,
         }  # fmt: skip
-        self.log.write(metrics)
-        self._tell(self.doctor.look(step.number, metrics))
+        found = self.doctor.look(step.number, metrics)
+        self.rest.metrics, self.rest.num_called = metrics, 0
         self._remember()
-        self.interruption.release()
-        self.progress.step(metrics, remarks)
+        self.is_whole = True
+        self.log.write(metrics)
+        self._tell(found)
         if table is not None and self.config.log_completions:
             write_completions(self.folder, step.number, table)
-        if self.config.eval_steps and step.number % self.config.eval_steps == 0:
-            self._evaluate()
-        for callback in self.inputs.callbacks:
-            callback(step.number, metrics, self.policy)
-        self.whole = {**self.whole, "random_states": randomness()}  # evaluations keep them, callbacks may draw
-        if self.is_over or step.number % self.config.save_steps == 0:
-            self._save()
+        self.progress.step(metrics, remarks)
+        self.interruption.release()
+        self._complete(metrics)
         if self.nonfinite_steps > self.config.max_nonfinite_steps:
             raise NotFiniteError(
                 f"optimizer steps in a row that changed no weight: {self.nonfinite_steps}, where max_nonfinite_steps "
@@ -247,10 +272,7 @@ class Run:
         self.doctor.refuse()
 
     def result(self) -> TrainResult:
-        """Write output_dir/adapter, of the last step or with load_best_model_at_end of the best evaluation."""
-        if self.config.load_best_model_at_end:
-            self.best.load(self.policy)
-        write_folder(self.folder / "adapter", self.policy.save)
+        """The result of train(), once steps() has come to its end."""
         lines = self.log.lines()
         return TrainResult(
             history=[line for line in lines if "loss" in line],
@@ -260,12 +282,30 @@ class Run:
             findings=self.doctor.found,
         )
 
+    def _complete(self, metrics: dict[str, float]) -> None:
+        """Evaluate where it is due, call back, and save: what may be left of a step whose checkpoint is resumed."""
+        if self.config.eval_steps and self.step % self.config.eval_steps == 0:
+            self._evaluate()
+        for callback in self.inputs.callbacks[self.rest.num_called :]:
+            try:
+                callback(self.step, metrics, self.policy)
+            finally:
+                if self.interruption.error is None:  # else it was cut off, and a resumed run calls it again
+                    self.rest.num_called += 1
+                    self._remember_rest()
+            self.interruption.check()
+        self.rest.metrics = None
+        self._remember_rest()
+        if self.is_over or self.step % self.config.save_steps == 0:
+            self._save()
+
     def _evaluate(self) -> None:
         """Evaluate once a step; a resumed run finds in the log the evaluations before it stopped."""
         if self.evaluations is None or self.evaluations.are_off or self.log.evaluation(self.step):
             return
         with same_randomness():  # a run is the same, however often it is evaluated
             metrics = self.evaluations.at(self.step, self.shown)
+            self.interruption.check()
         self.best.keep(self.policy, self.step, metrics)
         self.log.write({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
@@ -279,11 +319,17 @@ class Run:
         # In one assignment: an interruption saves either all of the step or all of the one before.
         self.whole = {**states, "random_states": randomness()}
 
+    def _remember_rest(self) -> None:
+        """Keep what is left of the step, and the random generators: evaluations keep those, callbacks may draw."""
+        self.whole = {**self.whole, "rest": self.rest.state(), "random_states": randomness()}
+
     def _save(self) -> Path:
         """Write the checkpoint of the last whole step."""
         folder = self.folder / f"checkpoint-{self.step}"
         values = {"step": self.step, "identity": self.inputs.identity, "config": asdict(self.inputs.given)}
-        save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
+        if self.saved is not self.whole:
+            save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
+            self.saved = self.whole
         remove_old_checkpoints(self.folder, self.config.save_total_limit)
         return folder
 
@@ -326,6 +372,25 @@ class Run:
             self.progress.say(
                 f"{skipped}{of_all} optimizer steps changed no weight: loss or gradient was not finite{search}"
             )
+
+
+@dataclass
+class Rest:
+    """The rest of the last whole step, its evaluation and callbacks, as a part of a checkpoint."""
+
+    metrics: dict[str, float] | None = None  # of the step, for callbacks; None where nothing is left
+    num_called: int = 0  # callbacks that have had them
+
+    def state(self) -> State:
+        if self.metrics is None:
+            return {}
+        metrics = {name: None if math.isnan(value) else value for name, value in self.metrics.items()}
+        return {"metrics": metrics, "num_called": self.num_called}  # JSON has no NaN
+
+    def load(self, state: State) -> None:
+        if state:
+            self.metrics = {name: math.nan if value is None else value for name, value in state["metrics"].items()}
+            self.num_called = state["num_called"]
 
 
 class _Randomness:
