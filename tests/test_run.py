@@ -53,7 +53,7 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     """A training loop of a dozen lines; stop_in raises in the middle of that step, spoiled ones have no finite loss."""
     config = GRPOConfig(**{
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "learning_rate": 1e-2, "save_steps": 2,
-        "lr_scheduler_type": "cosine", "max_steps": 5, **settings,
+        "lr_scheduler_type": "cosine", "max_steps": 5, "doctor": "off", **settings,
     })  # fmt: skip
     torch.manual_seed(0)
     policy, examples = make_policy("qwen2"), Examples()
