@@ -30,7 +30,7 @@ FLOORS = (
     "generate rewards",
     "model objective data out_of_memory",
     "config folder",
-    "errors warn progress_bars manifest kernels",
+    "errors warn progress_bars manifest saved kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -86,6 +86,8 @@ class Sampler:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what state() returned."""
+        if not isinstance(state["samples_dense"], bool | None):
+            raise ValueError(f"samples_dense is {state['samples_dense']!r}, which is neither true, false nor null")
         self.samples_dense = state["samples_dense"]
 
     @cached_property

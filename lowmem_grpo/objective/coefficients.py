@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.sections import ObjectiveFields
+from lowmem_grpo.saved import number
 
 
 class Coefficients(NamedTuple):
@@ -61,7 +62,9 @@ class Controllers:
         return {"beta": self.beta, "entropy_coef": self.entropy_coef, "last_entropy": self.last_entropy}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what state() returned."""
-        self.beta, self.entropy_coef, self.last_entropy = (
-            state["beta"], state["entropy_coef"], state["last_entropy"],
-        )  # fmt: skip
+        """Take over what state() returned, as far as controllers move it."""
+        if self.config.kl_target is not None:
+            self.beta = number(state["beta"], "beta")
+        if self.config.use_adaptive_entropy:
+            self.entropy_coef = number(state["entropy_coef"], "entropy_coef")
+            self.last_entropy = number(state["last_entropy"], "last_entropy")

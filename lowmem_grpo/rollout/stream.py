@@ -11,6 +11,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import RunFields
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.rollout.replay import ReplayBuffer
+from lowmem_grpo.saved import whole
 
 
 def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPOConfig) -> list[Prompt]:
@@ -78,4 +79,5 @@ class Stream:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what state() returned."""
-        self.position, self.dull_prompts = state["position"], set(state["dull_prompts"])
+        self.position = whole(state["position"], "position")
+        self.dull_prompts = {whole(index, "an index in dull_prompts") for index in state["dull_prompts"]}

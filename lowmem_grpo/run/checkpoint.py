@@ -8,7 +8,7 @@ flushed to the disk and then renamed.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,20 +78,23 @@ def load_adapter(folder: Path, policy: Policy) -> None:
     set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)
 
 
-def load_part(folder: Path, name: str, part: Part, saved: State) -> None:
-    """Give a part what its state() was when the checkpoint was written; `saved` is its trainer_state.json."""
-    state = saved["parts"].get(name)
-    if not isinstance(state, dict):
+def load_part(folder: Path, name: str, load: Callable[[State], None], saved: State) -> None:
+    """Give a part what its state() was when the checkpoint was written; `saved` is its trainer_state.json.
+
+    Raises:
+        InputError: the checkpoint has no such state, or the part refuses it.
+    """
+    if not isinstance(saved["parts"].get(name), dict):
         raise InputError(f"{folder} has no state of its {name}; resume from an older checkpoint")
     tensors = read_tensors(folder, name) if is_listed(folder, f"{name}.safetensors") else {}
     try:
-        part.load({**state, **tensors})
+        load({**saved["parts"][name], **tensors})
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what torch, NumPy and each part's own code raise on what is not theirs
+    except Exception as error:  # what each part's own code, torch and NumPy raise on what is not theirs
+        why = f"it has no {error}" if isinstance(error, KeyError) else in_a_line(error)
         raise InputError(
-            f"{folder} has a state of its {name} that cannot be loaded: {in_a_line(error)}; resume from an older "
-            "checkpoint"
+            f"{folder} has a state of its {name} that cannot be loaded: {why}; resume from an older checkpoint"
         ) from error
 
 

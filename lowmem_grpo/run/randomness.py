@@ -28,7 +28,7 @@ def restore_randomness(saved: dict[str, Any]) -> None:
         if name.startswith("cuda:") and torch.cuda.is_available():
             torch.cuda.set_rng_state(state, name)
     version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal), None if gauss is None else float(gauss)))
     np.random.set_state(tuple(saved["numpy"]))
 
 

@@ -36,6 +36,7 @@ from lowmem_grpo.run.log import MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
+from lowmem_grpo.saved import whole
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
 T = TypeVar("T")
@@ -337,11 +338,14 @@ class Run:
         """Go on from a checkpoint: adapter, optimizer, parts, and last the random generators."""
         saved = read_state(folder)
         load_adapter(folder, self.policy)
-        for name, part in {"optimizer": self.learner, **self.parts, "random_states": _Randomness()}.items():
-            load_part(folder, name, part, saved)
-        counts = saved["parts"]["counts"]
-        self.step, self.num_tokens = saved["step"], counts["num_tokens"]
-        self.nonfinite_steps = counts["nonfinite_steps"]
+        loads = {name: part.load for name, part in {"optimizer": self.learner, **self.parts}.items()}
+        for name, load in {**loads, "counts": self._load_counts, "random_states": restore_randomness}.items():
+            load_part(folder, name, load, saved)
+        self.step = saved["step"]
+
+    def _load_counts(self, counts: State) -> None:
+        self.num_tokens = whole(counts["num_tokens"], "num_tokens")
+        self.nonfinite_steps = whole(counts["nonfinite_steps"], "nonfinite_steps")
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         """Write the doctor's findings to the log, and tell whoever watches."""
@@ -391,10 +395,3 @@ class Rest:
         if state:
             self.metrics = {name: math.nan if value is None else value for name, value in state["metrics"].items()}
             self.num_called = state["num_called"]
-
-
-class _Randomness:
-    """All random generators as a part of a checkpoint."""
-
-    state = staticmethod(randomness)
-    load = staticmethod(restore_randomness)

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from lowmem_grpo.config.sections import OptimizerFields
 from lowmem_grpo.out_of_memory import tried_again
+from lowmem_grpo.saved import number, whole
 
 T = TypeVar("T")
 BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}
@@ -153,36 +154,39 @@ class Learner:
         return total_norm([parameter.detach() for parameter in self.parameters], out_of_memory)
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's tensors as `{parameter}.{entry}`, and what else a resumed run goes on with."""
-        saved = self.optimizer.state_dict()
-        entries = _flattened(saved["state"])
+        """The optimizer's tensors as `{parameter}.{entry}`, and what else a resumed run goes on with.
+
+        Settings and schedule are made anew from the config, and only the place in the schedule is kept.
+        """
+        entries = _flattened(self.optimizer.state_dict()["state"])
         # A copy each: bitsandbytes shares one table among all parameters, and a file has room for each tensor alone.
         tensors = {path: value.clone() for path, value in entries.items() if isinstance(value, Tensor)}
-        schedule = self.scheduler.state_dict()
-        schedule.pop("lr_lambdas", None)  # functions; the schedule is built anew from the config
         return {
             **tensors, "numbers": {path: value for path, value in entries.items() if path not in tensors},
-            "param_groups": saved["param_groups"], "scheduler": schedule, "scaler": self.scaler.state_dict(),
+            "schedule_position": self.scheduler.last_epoch, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what state() returned. The rate is this run's schedule's, even if that is longer."""
         tensors = {path: value for path, value in state.items() if isinstance(value, Tensor)}
-        nested = _nested({**tensors, **state["numbers"]})
-        self.optimizer.load_state_dict({"state": nested, "param_groups": state["param_groups"]})
+        numbers = {path: whole(value, path) for path, value in state["numbers"].items()}
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": _nested({**tensors, **numbers}), "param_groups": settings})
         optimizer: Any = self.optimizer
         if getattr(optimizer, "is_paged", False):  # bitsandbytes has loaded it into the GPU
             for parameter, entry in optimizer.state.items():
                 for name in ("state1", "state2"):
                     entry[name] = optimizer.get_state_buffer(parameter, dtype=entry[name].dtype).copy_(entry[name])
         # To one step before the saved position, and one step on.
-        position = state["scheduler"]["last_epoch"]
+        position = whole(state["schedule_position"], "schedule_position")
         before: Any = {**self.scheduler.state_dict(), "last_epoch": position - 1, "_step_count": 2}
         self.scheduler.load_state_dict(before)
         self.scheduler.step()  # at a count of 1 it would warn that no optimizer step came before it
         self.scheduler._step_count = position + 1
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled():
+            scale, growth = state["scaler"]["scale"], state["scaler"]["_growth_tracker"]
+            read = {"scale": number(scale, "scale"), "_growth_tracker": whole(growth, "_growth_tracker")}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **read})
 
 
 def _flattened(entries: dict, path: str = "") -> dict[str, Any]:
