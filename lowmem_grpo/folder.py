@@ -14,6 +14,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.warn import warn
 
 NAME = re.compile(r"checkpoint-([0-9]+)")
+POINTER = b"version https://git-lfs"
 FORMAT = 2  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
 STATE = {"step": int, "identity": dict, "config": dict, "parts": dict}  # what trainer_state.json holds besides
 # What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
@@ -22,6 +23,12 @@ BEING_WRITTEN, REPLACED = ".being-written", ".replaced"
 
 class OtherFormatError(InputError):
     """A checkpoint of another version, which is whole, and which this one cannot read."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file is a Git LFS pointer, which stands for the file itself."""
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
+        raise InputError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` where it was cloned")
 
 
 def writable_folder(output_dir: str) -> Path:

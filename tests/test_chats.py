@@ -14,9 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.chats import closing_of, said_at_end
+from lowmem_grpo.data.chats import OURS, closing_of, said_at_end
 from lowmem_grpo.data.prompts import text_ids, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.errors import InputError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -253,6 +254,47 @@ def test_without_a_template_nothing_is_dropped_but_refused(chat, row, message):
 def test_a_chat_that_cannot_be_answered_is_refused(chat, row, message):
     with pytest.raises(ValueError, match=message):
         one(chat, **{"template": WHOLE, **row})
+
+
+NAMES_ITS_ROLES = CHATML.replace(
+    "{{ m.role }}", "{{ 'model' if m.role == 'assistant' or m.role == \"gpt\" else m.role }}"
+)
+
+
+@pytest.mark.parametrize("role", ["human", "User", "", "user\nx", "bot", "message", "role"])
+def test_a_role_that_a_template_only_passes_on_is_refused(role):
+    chat = [QUESTION, {"role": role, "content": "hi"}]
+    for template in (CHATML, NAMES_ITS_ROLES, None):
+        with pytest.raises(InputError, match="row 0 of train_dataset has a message of the role '.*none that the chat"):
+            one(chat, template)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "function", "gpt", "model"])
+def test_a_role_that_is_known_or_that_the_template_names_is_taken(role):
+    assert "hi" in one([QUESTION, {"role": role, "content": "hi"}, QUESTION], NAMES_ITS_ROLES)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"enable_thinkin": False}, "has 'enable_thinkin', which the chat template does not read; did you mean enable_th"),
+        ({"tone": "glad"}, "has 'tone', which the chat template does not read; leave it out"),
+        *[({name: True}, f"has {name!r}, which is set here; leave it out") for name in sorted(OURS)],
+    ],
+)  # fmt: skip
+def test_settings_that_a_template_would_not_read_are_refused(settings, message):
+    with pytest.raises(InputError, match=f"^the chat_template_kwargs of row 0 of train_dataset {message}"):
+        one([QUESTION], QWEN3, chat_template_kwargs=settings)
+    with pytest.raises(InputError, match=f"^chat_template_kwargs {message}"):
+        prompts_of([{"prompt": [QUESTION]}], QWEN3, chat_template_kwargs=settings)
+
+
+@pytest.mark.parametrize("content", ["", "  ", []])
+def test_a_chat_that_says_nothing_is_refused(content):
+    chat = [{"role": "system", "content": " "}, {"role": "user", "content": content}]
+    with pytest.raises(InputError, match="row 0 of train_dataset has a prompt of white space alone; leave it out"):
+        one(chat, CHATML)
+    assert "Ask." in one([{"role": "system", "content": "Ask."}, chat[1]], CHATML)[0]
 
 
 @pytest.mark.parametrize("as_json", [False, True])

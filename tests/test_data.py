@@ -1,17 +1,25 @@
+import gzip
 import json
+import math
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from pyarrow.parquet import write_table
 from tiny_models import DEMO_MODEL
 from transformers import AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data import rows
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
-from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.data.rows import GIVEN, load_rows
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rollout.stream import prompts_at
 
 ROWS = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "2+2=", "solution": "4"}]
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
 CHAT = [{"prompt": [{"role": "user", "content": "1+1="}], "solution": "2"}]
 
 
@@ -57,8 +65,24 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         ("/no/such/file.jsonl", "train_dataset '/no/such/file.jsonl' is not a file on this machine"),
         ("nobody/no-such-dataset", "train_dataset 'nobody/no-such-dataset' .* is neither"),
         ([], "train_dataset is empty"),
-        (["a", "b"], "is not a list of rows"),
-        ([{"prompt": "x"}, {"prompt": [{"role": "user", "content": "y"}]}], "is not a list of rows"),
+        (["a", "b"], "row 0 of train_dataset is 'a'; a row is a mapping"),
+        ([*ROWS, None], "row 2 of train_dataset is None; a row is a mapping"),
+        ([{1: "x", "prompt": "y"}], "row 0 of train_dataset is {1: 'x', .*; a row is a mapping of texts"),
+        (
+            [*ROWS, {"prompt": [{"role": "user", "content": "y"}]}],
+            "the prompt of row 2 of train_dataset is .*of another type than that of rows before",
+        ),
+        ([*ROWS, {"prompt": b"3+3="}], "the prompt of row 2 of train_dataset is b'3.*bytes and texts"),
+        ([*ROWS, {"prompt": "a", "solution": ["4"]}], "the solution of row 2 of train_dataset is .'4'., of another"),
+        ([{"prompt": "a"}, {"prompt": "b", "x": 10**40}], "the x of row 1 of train_dataset is 10{10,}.*cannot hold"),
+        ([{"prompt": "a"}, {"prompt": "\ud800"}], "the prompt of row 1 of train_dataset is '.ud800', of a kind"),
+        ([{"prompt": "a", "x": ["b"]}, {"prompt": "a", "x": ["\ud800"]}], "the x of row 1 of train_dataset"),
+        ([{"prompt": "a", "x": ENDLESS}], "the x of row 0 of train_dataset is .*more than 100 lists or objects"),
+        ({"prompt": ["a", "b"]}, "train_dataset is a dict of no splits; pass a list of rows"),
+        (DatasetDict(), "train_dataset is a DatasetDict of no splits"),
+        ("", "train_dataset is '', which names nothing"),
+        ("x" * 5000 + ".jsonl", "is not a file on this machine"),
+        ("~nobody-here/x.jsonl", "is not a file on this machine"),
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), "has the splits train; pass one of them"),
@@ -78,6 +102,50 @@ def test_an_empty_or_broken_file_is_refused(tmp_path):
         load_rows(str(tmp_path / "empty.jsonl"), GRPOConfig())
     with pytest.raises(ValueError, match="cannot be read as json"):
         load_rows(str(tmp_path / "broken.jsonl"), GRPOConfig())
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_rows(str(path), GRPOConfig())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_of_endless_files_is_refused_and_one_of_data_is_read(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert load_rows(str(tmp_path), GRPOConfig())["prompt"] == ["1+1="]
+    monkeypatch.setattr(rows, "MOST_FILES", 3)
+    for name in "abcd":
+        (tmp_path / name).touch()
+    assert "is a folder of more than 3 files; name one with the data alone" in refusal(tmp_path)
+    monkeypatch.undo()
+    assert "is a folder of more than 10000 files" in refusal("/proc")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.tsv", "rows.txt", "rows.xlsx"])
+def test_a_file_of_another_format_is_named_as_one(name, tmp_path):
+    (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "1+1="}'))
+    assert "is a file of another format than .jsonl, .json, .csv, .parquet; unpack" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_pointer_in_place_of_a_file_is_named_as_one(suffix, tmp_path):
+    (tmp_path / f"rows.{suffix}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert "is a Git LFS pointer and not the file; run `git lfs pull`" in refusal(tmp_path / f"rows.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table({"prompt": pa.array([], pa.string())}), "is empty; it needs at least one row"),
+        (pa.table([["a"], ["b"]], names=["prompt", "prompt"]), "has two columns named 'prompt'; rename one"),
+        (pa.table({"prompt": [None, "a"]}), "row 0 of train_dataset has the prompt 'None'"),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_used_is_refused(table, message, tmp_path, tokenizer):
+    write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=message):
+        tokenize_prompts(load_rows(str(tmp_path / "rows.parquet"), GRPOConfig()), tokenizer, GRPOConfig())
 
 
 def ids_of(rows, tokenizer, **settings):
@@ -121,7 +189,7 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
         (
             [{"prompt": [{"role": "user", "content": "x"}]}],
             {"chat_template_kwargs": {"messages": 3}},
-            "cannot render row 0",
+            "chat_template_kwargs has 'messages', which is set here",
         ),
         ([{"prompt": [{"role": "user"}]}], {}, "a list of role and content"),
         (ROWS, {"system_prompt": "Add."}, "every prompt of train_dataset is a text"),
@@ -131,6 +199,35 @@ def test_long_prompts_are_dropped_and_counted(tokenizer):
 def test_prompts_that_cannot_be_used_are_refused(rows, settings, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         ids_of(rows, tokenizer, **settings)
+
+
+@pytest.mark.parametrize("column", GIVEN)
+def test_a_column_that_would_hide_what_the_trainer_gives_is_refused(column):
+    with pytest.raises(ValueError, match=f"train_dataset has a column named {column}, under which reward functions"):
+        load_rows([{"prompt": "a", column: "b"}], GRPOConfig())
+
+
+def test_every_name_that_the_trainer_gives_to_rewards_is_one_that_columns_may_not_have():
+    def look(**given):
+        assert set(given) == {*GIVEN, "solution"}
+        return [1.0]
+
+    RewardRunner([look]).try_out(["1+1="], {"solution": ["2"]})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "  "}, "row 1 of train_dataset has a prompt of white space alone"),
+        ({"prompt": "\n\t\n"}, "row 1 of train_dataset has a prompt of white space alone"),
+        ({"question": " ", "answer": "2"}, "row 0 of train_dataset has a prompt of white space alone"),
+        ({"question": math.nan, "answer": "2"}, "row 0 of train_dataset has the question 'nan'; it has to be a text"),
+    ],
+)
+def test_prompts_that_ask_nothing_are_refused(row, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        rows = load_rows([ROWS[0], row] if "prompt" in row else [row], GRPOConfig())
+        tokenize_prompts(rows, tokenizer, GRPOConfig())
 
 
 def test_every_prompt_comes_once_an_epoch_whatever_the_steps():

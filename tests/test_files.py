@@ -142,6 +142,12 @@ def test_chats_of_a_file_are_chats(tmp_path):
         ("rows.csv", "prompt,prompt\nx,7\n", "the line of names in train_dataset .* has one twice"),
         ("rows.csv", "prompt,answer\n", "train_dataset is empty"),
         ("rows.jsonl", "\n\n", "train_dataset is empty"),
+        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": "x", "prompt": "y"}\n', "row 1 of train_dataset .* an object has 'prompt' twice"),
+        ("rows.json", '[{"prompt": "x", "info": {"a": 1, "a": 2}}]', "an object has 'a' twice"),
+        ("rows.jsonl", '{"prompt": "x", "info": ' + 500 * "[" + 500 * "]" + "}", "row 0 of train_dataset .* more than 100 lists"),
+        ("rows.jsonl", '{"prompt": "x", "info": ' + 9000 * "[" + 9000 * "]" + "}", "row 0 of train_dataset .* cannot be read as json"),
+        ("rows.jsonl", '{"prompt": "x"}'.encode("utf-16"), "row 0 of train_dataset .* write the file in UTF-8"),
+        ("rows.json", '{"prompt": "x"}'.encode("utf-16"), "write the file in UTF-8"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_refused_with_the_rows_number(name, content, message, tmp_path):

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
-from lowmem_grpo.errors import InputError, cause
+from lowmem_grpo.errors import InputError, cause, did_you_mean
 
 # Blocks of thoughts, in the notations of DeepSeek, Qwen, Seed, Command, Magistral, Kimi and others.
 _THOUGHTS = "(?:think|thinking|thoughts?|reasoning|scratchpad)"
@@ -18,6 +19,13 @@ OPEN_AT_END = re.compile(
     rf"(?:{OPENS_THOUGHTS.pattern})\s*(?:(?:{CLOSES_THOUGHTS.pattern})\s*)?\Z", re.IGNORECASE
 )  # fmt: skip
 FORM = "role and content texts"
+# Roles of messages. A template may name others, such as `ipython` or `observation`.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Arguments of apply_chat_template that are set here, or would return something else than a text.
+OURS = {
+    "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text")
 MARKER = "\ue000"  # stands for an assistant's words where a template is tried
 # A list of messages, or a lone one, as JSON or as Python prints it; and ShareGPT's lists.
@@ -33,6 +41,12 @@ MEDIA = re.compile(
     r"(?<![a-z])(?:image|img|picture|pixel|video|audio|multi_?modal)(?:s|url|path|file|data)*(?![a-z])"
 )  # fmt: skip
 CAPITAL_INSIDE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is a text, or a number that is written as one; NaN is what is missing."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, str) or is_number
 
 
 def refuse_chat_as_text(text: str, where: str) -> None:
@@ -104,6 +118,8 @@ class Template:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        given = tokenizer.chat_template or ""
+        self.source = given if isinstance(given, str) else "\n".join(given.values())  # of templates by name
         self.openings: dict[str, str] = {}  # ends of prompts, as `<|im_start|>assistant<think>`, to what is said there
 
     def render(self, messages: list[dict], settings: dict[str, Any], where: str) -> tuple[str, str]:
@@ -115,6 +131,7 @@ class Template:
         Raises:
             InputError: the template cannot render the chat, or there is none and the chat needs one.
         """
+        self._refuse_unknown_roles(messages, where)
         last = messages[-1]
         if last["role"] == "assistant" and last.get("tool_calls"):
             raise InputError(f"{where} ends with a tool call, which only the tool can answer; leave such rows out")
@@ -134,6 +151,25 @@ class Template:
         if less != messages and self._shows_alike(messages, settings, less, settings):
             raise InputError(f"{where} has tool_calls, which the chat template leaves out; remove them, or change it")
         return rendered
+
+    def _refuse_unknown_roles(self, messages: list[dict], where: str) -> None:
+        """Raise InputError for a role that the template does not name, and shows as it shows any word."""
+        for role in [message["role"] for message in messages]:
+            if role not in ROLES and f"'{role}'" not in self.source and f'"{role}"' not in self.source:
+                raise InputError(
+                    f"{where} has a message of the role {role!r:.60}, which is none of {', '.join(ROLES)}, and none "
+                    "that the chat template names; rename it"
+                )
+
+    def refuse_unread(self, settings: Mapping[str, Any], what: str) -> None:
+        """Raise InputError for chat_template_kwargs that the template does not read, or that are set here."""
+        for name in settings:
+            if name in OURS:
+                raise InputError(f"{what} has {name!r}, which is set here; leave it out")
+            if name != "chat_template" and not re.search(rf"\b{re.escape(str(name))}\b", self.source):
+                names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", self.source))
+                hint = did_you_mean(str(name), names, "leave it out")
+                raise InputError(f"{what} has {name!r:.60}, which the chat template does not read; {hint}")
 
     def _shows_alike(self, messages: list[dict], settings: dict, others: list[dict], other_settings: dict) -> bool:
         try:

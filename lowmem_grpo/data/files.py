@@ -1,22 +1,24 @@
-"""JSONL, JSON and CSV files to rows, whose prompts and gold answers are as they are written.
+"""JSONL, JSON, CSV and Parquet files to rows, whose prompts and gold answers are as they are written.
 
 `datasets` guesses the types of what it reads: an answer 2023-01-02 becomes a datetime, 0110 the number 110, and 7 in a
 column with 2.5 becomes 7.0 (https://github.com/huggingface/datasets/issues/7664). So Python's own json and csv read
-these files here.
+these files here. A Parquet file has types, which `datasets` keeps.
 """
 
 import csv
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
-from datasets import Dataset, Features, Json, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets, load_dataset
+from pyarrow.parquet import read_metadata
 
 from lowmem_grpo.data.gold import COLUMNS
-from lowmem_grpo.errors import InputError, cause
+from lowmem_grpo.errors import InputError, cause, printable, shown
 
 FILES = (".jsonl", ".json", ".csv")
 # The columns of which a text or a number reaches prompts and rewards as it is written.
@@ -24,6 +26,7 @@ AS_WRITTEN = ("prompt", "question", "problem", *COLUMNS)
 KINDS = {bool: "true or false", list: "a list", dict: "an object"}
 INT64 = range(-(2**63), 2**63)  # Arrow's whole numbers
 MOST_DIGITS = 4300  # of a whole number that Python reads
+MOST_LEVELS = 100  # of lists and objects in each other; Python's copies of them recurse
 LARGEST_CELL = 2**31 - 1  # characters; by default csv refuses more than 131,072
 
 
@@ -51,22 +54,70 @@ def read_file(path: Path, name: str, first: int | None = None) -> Dataset:
             columns[key] = values if is_csv else _as_written(values, f"the {key} of row {{}} of {where}")
         else:
             columns[key] = _numbers(values) if is_csv else _plain(values)
+    return to_dataset(columns, where)
+
+
+def read_parquet(path: Path, name: str, **streaming: bool) -> Dataset | IterableDataset:
+    """The rows of a Parquet file.
+
+    Raises:
+        InputError: the file cannot be read, has no rows, or has two columns of one name.
+    """
     try:
-        return to_dataset(columns)
-    except Exception as error:  # pyarrow's exceptions have no common base
-        raise InputError(f"{where} cannot be read: {cause(error)}; give the values of a column one type") from error
+        described = read_metadata(path)
+        names = described.schema.to_arrow_schema().names
+        twice = next((column for column in names if names.count(column) > 1), None)
+        if twice is None and described.num_rows:
+            return load_dataset("parquet", data_files=str(path), split="train", **streaming)  # type: ignore[return-value]
+    except Exception as error:
+        raise InputError(f"{name} {str(path)!r} cannot be read as parquet: {cause(error)}") from error
+    if twice is None:
+        raise InputError(f"{name} {str(path)!r} is empty; it needs at least one row with a prompt")
+    raise InputError(f"{name} {str(path)!r} has two columns named {twice!r}; rename one")
 
 
-def to_dataset(columns: dict[str, list]) -> Dataset:
+def to_dataset(columns: dict[str, list], where: str) -> Dataset:
     """Columns of Python values as a Dataset, in which lists and objects stay as they are.
+
+    Raises:
+        InputError: a value of no type that Arrow has, or of another one than those above it; with the row's number.
+    """
+    try:
+        return _to_arrow(columns)
+    except Exception as error:  # pyarrow's exceptions have no common base
+        key = next((key for key, values in columns.items() if _why_not_arrow(key, values)), None)
+        if key is None:
+            raise InputError(f"{where} cannot be read: {cause(error)}") from error
+        values = columns[key]
+        index = bisect_left(range(len(values)), True, key=lambda last: bool(_why_not_arrow(key, values[: last + 1])))
+        alone = _why_not_arrow(key, values[index : index + 1])
+        what = "of a kind that rows cannot hold" if alone else "of another type than that of rows before"
+        remedy = "make it a text or a number" if alone else "give the values of a column one type"
+        raise InputError(
+            f"the {printable(key)} of row {index} of {where} is {shown(values[index])}, {what} "
+            f"({alone or cause(error)}); {remedy}"
+        ) from error
+
+
+def _why_not_arrow(key: str, values: list) -> str:
+    try:
+        _to_arrow({key: values})
+    except Exception as error:
+        return cause(error)
+    return ""
+
+
+def _to_arrow(columns: dict[str, list]) -> Dataset:
+    """Columns as a Dataset. Raises what pyarrow raises for a column of several types.
 
     Arrow would give all objects of a column the same names, and the values below a name one type. So such columns are
     stored as JSON. It is made here, since the feature takes a text that can be read as JSON, such as 7, for JSON.
-    Raises what pyarrow raises for a column of several types.
     """
     flat, nested = {}, {}
     for key, values in columns.items():
         kinds = {isinstance(value, (list, dict)) for value in values if value is not None}
+        if {bytes, str} <= {*map(type, values)}:  # Arrow would make bytes of the texts
+            raise TypeError("bytes and texts")
         try:  # a prompt or a gold answer is of one kind
             is_nested = kinds == {True} or (len(kinds) == 2 and key not in AS_WRITTEN)
             nested |= {key: [_as_json(value) for value in values]} if is_nested else {}
@@ -79,7 +130,21 @@ def to_dataset(columns: dict[str, list]) -> Dataset:
 
 
 def _as_json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, allow_nan=False)
+    if _levels(value) > MOST_LEVELS:
+        raise RecursionError(f"more than {MOST_LEVELS} lists or objects in each other")
+    if value is None:
+        return None
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    text.encode()  # a lone surrogate raises here, where datasets would write it in another way
+    return text
+
+
+def _levels(value: Any, most: int = MOST_LEVELS + 1) -> int:
+    """How many lists and objects there are in each other, counted up to `most`."""
+    if not most or not isinstance(value, (list, dict)):
+        return 0
+    below = value.values() if isinstance(value, dict) else value
+    return 1 + max((_levels(one, most - 1) for one in below), default=0)
 
 
 class Number(str):
@@ -117,14 +182,29 @@ def _json(text: str, where: str) -> Any:
         return None if name == "NaN" else Number(name)  # NaN is what is missing, to NumPy and pandas
 
     try:
-        return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=constant)
+        return json.loads(
+            text, parse_int=Number, parse_float=Number, parse_constant=constant, object_pairs_hook=_named_once
+        )
     except (ValueError, RecursionError) as error:
+        _check_characters(text, where)
         raise InputError(f"{where} cannot be read as json: {error}") from error
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of names and values, of which Python's own keeps the last where there are two of one name."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {twice!r} twice")
+    return named
 
 
 def _json_row(row: Any, where: str) -> dict:
     if not isinstance(row, dict):
         raise InputError(f"{where} is no object with a name for each value: {str(row)[:60]!r}")
+    if _levels(row) > MOST_LEVELS:
+        raise InputError(f"{where} has more than {MOST_LEVELS} lists or objects in each other; make it flatter")
     _check_characters(json.dumps(row, ensure_ascii=False), where)
     return row
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import DataFields
-from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text, said_at_end, without_nulls
+from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, said_at_end, without_nulls
 from lowmem_grpo.errors import InputError
 
 # Columns that a chat template gets, what they hold, and that in words.
@@ -42,13 +42,14 @@ def tokenize_prompts(
     limit = config.max_prompt_length
     if config.chat_template_kwargs and tokenizer.chat_template is None:
         raise InputError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
-    template = Template(tokenizer)
-    prompts = [_prompt(row, template, config, f"row {index} of {name}") for index, row in enumerate(rows)]
-    if all(isinstance(p.text, str) for p in prompts) and (config.system_prompt or config.chat_template_kwargs):
+    if (config.system_prompt or config.chat_template_kwargs) and all(map(is_text, rows["prompt"])):
         raise InputError(
             f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
             'make the prompts lists such as [{"role": "user", "content": ...}], or leave the two out'
         )
+    template = Template(tokenizer)
+    template.refuse_unread(config.chat_template_kwargs or {}, "chat_template_kwargs")
+    prompts = [_prompt(row, template, config, f"row {index} of {name}") for index, row in enumerate(rows)]
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
     if not short:
         shortest = min(len(p.ids) for p in prompts)
@@ -61,7 +62,7 @@ def tokenize_prompts(
 def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Prompt:
     given = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
-    if isinstance(given, (str, int, float)) and not isinstance(given, bool):
+    if is_text(given):
         text = str(given)
         refuse_chat_as_text(text, where)
         for name in _own_settings(row, where):
@@ -69,19 +70,20 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Pro
                 f"{where} has {name}, and its prompt is a text, which no chat template shows; make it a list of "
                 "messages, or remove the column"
             )
-        ids = _not_empty(text_ids(template.tokenizer, text), where)
+        ids = _not_empty(text_ids(template.tokenizer, text), [text], where)
         said = said_at_end(text)
         return Prompt(text.removesuffix(said), ids, columns, said)
     messages = read_chat(given, where)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    rendered, said = template.render(messages, _settings(row, config, where), where)
+    rendered, said = template.render(messages, _settings(row, template, config, where), where)
     if template.tokenizer.chat_template is None:
         ids = text_ids(template.tokenizer, rendered)
     else:  # which writes its own special tokens
         ids = template.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     asked = messages[:-1] if said and messages[-1]["role"] == "assistant" else messages
-    return Prompt(asked, _not_empty(ids, where), columns, said)
+    words = [str(value) for message in messages for key, value in message.items() if key != "role"]
+    return Prompt(asked, _not_empty(ids, words, where), columns, said)
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -94,9 +96,11 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return bare if bare[:start] == ids[:start] else ids[: start + len(bare)]
 
 
-def _settings(row: Any, config: DataFields, where: str) -> dict[str, Any]:
+def _settings(row: Any, template: Template, config: DataFields, where: str) -> dict[str, Any]:
     """The arguments of a row's chat template: the configuration's, and over them the row's own."""
     own = _own_settings(row, where)
+    if template.tokenizer.chat_template is not None:
+        template.refuse_unread(own.get("chat_template_kwargs", {}), f"the chat_template_kwargs of {where}")
     return {**(config.chat_template_kwargs or {}), **own.pop("chat_template_kwargs", {}), **own}
 
 
@@ -119,7 +123,10 @@ def _from_json(value: Any, where: str) -> Any:
         raise InputError(f"{where} has tools or chat_template_kwargs that are no JSON: {error}") from error
 
 
-def _not_empty(ids: list[int], where: str) -> list[int]:
+def _not_empty(ids: list[int], words: list[str], where: str) -> list[int]:
+    """The ids of a prompt of these words. Raise InputError where there are no ids, or white space alone."""
     if not ids:
         raise InputError(f"{where} has a prompt without a single token; leave it out, or check the tokenizer")
+    if not any(map(str.strip, words)):
+        raise InputError(f"{where} has a prompt of white space alone; leave it out")
     return ids

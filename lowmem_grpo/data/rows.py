@@ -1,19 +1,25 @@
 """Datasets to prompts: a hub id, a local file, or a Dataset becomes a list of tokenized Prompts."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Audio, Dataset, DatasetDict, Image, IterableDataset, Video, concatenate_datasets, load_dataset
 
 from lowmem_grpo.config.sections import DataFields
-from lowmem_grpo.data.chats import is_media, refuse_chat_as_text
-from lowmem_grpo.data.files import FILES, read_file, to_dataset
+from lowmem_grpo.data.chats import is_media, is_text, refuse_chat_as_text
+from lowmem_grpo.data.files import FILES, read_file, read_parquet, to_dataset
 from lowmem_grpo.data.gold import gold_of, is_marked
-from lowmem_grpo.errors import InputError, cause
+from lowmem_grpo.errors import InputError, cause, shown
+from lowmem_grpo.folder import refuse_pointer
 
 SUFFIXES = (*FILES, ".parquet")
 # Hub datasets that need a configuration name, so that nobody has to look it up.
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
+# What reward functions get from the trainer, beside the columns.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+MOST_FILES = 10_000  # of a folder that is a data set; datasets looks at every one, and in /tmp without end
 
 
 def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
@@ -36,8 +42,10 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
             "dataset_config and dataset_split are for hub datasets, and train_dataset is not one; leave them out"
         )
     rows = _load(dataset, config, name, split or config.dataset_split)
-    if isinstance(rows, (DatasetDict, dict)):
-        raise InputError(f"{name} has the splits {', '.join(rows)}; pass one of them")
+    if isinstance(rows, dict):  # a DatasetDict, say
+        if rows and all(isinstance(one, (Dataset, IterableDataset)) for one in rows.values()):
+            raise InputError(f"{name} has the splits {', '.join(map(str, rows))}; pass one of them")
+        raise InputError(f"{name} is a {type(rows).__name__} of no splits; pass a list of rows, or Dataset.from_dict()")
     if config.dataset_streaming and isinstance(dataset, (Dataset, list)) and name == "train_dataset":
         raise InputError(f"dataset_streaming is for hub datasets and files, and {name} is in memory; leave it out")
     if isinstance(rows, IterableDataset):
@@ -49,6 +57,12 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     _refuse_media(rows, name)
     columns = rows.column_names
+    for column in columns:
+        if column in GIVEN:
+            raise InputError(
+                f"{name} has a column named {column}, under which reward functions get the trainer's own; rename or "
+                "remove it"
+            )
     if "prompt" not in columns and {"question", "answer"} <= set(columns):
         if "solution" not in columns:
             copy = rows.select_columns("answer").rename_column("answer", "solution")
@@ -63,32 +77,41 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
 
 def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
     if isinstance(dataset, list):
-        try:
-            # from_list has the columns of the first row alone, so that one which only later rows have would be lost.
-            names = dict.fromkeys(key for row in dataset for key in row)
-            return to_dataset({key: [row.get(key) for row in dataset] for key in names})
-        except Exception as error:
-            raise InputError(f"{name} is not a list of rows with the same columns: {cause(error)}") from error
+        for index, row in enumerate(dataset):
+            if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+                raise InputError(
+                    f"row {index} of {name} is {shown(row)}; a row is a mapping of texts such as "
+                    '{"prompt": "1+1=", "solution": "2"}'
+                )
+        # from_list has the columns of the first row alone, so that one which only later rows have would be lost.
+        names = dict.fromkeys(key for row in dataset for key in row)
+        return to_dataset({key: [row.get(key) for row in dataset] for key in names}, name)
     if not isinstance(dataset, str):
         if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset, dict)):
             raise InputError(
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
-    path = Path(dataset).expanduser()
+    if not dataset.strip():
+        raise InputError(f"{name} is {dataset!r}, which names nothing; give a hub id, a file or a task")
+    path = Path(os.path.expanduser(dataset))
+    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     if path.suffix.lower() in SUFFIXES:
-        if not path.is_file():
+        if not os.path.isfile(path):  # which, unlike Path's, takes any text
             raise InputError(f"{name} {dataset!r} is not a file on this machine")
         if path.stat().st_size == 0:
             raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
+        refuse_pointer(path)
         if path.suffix.lower() in FILES:
             return read_file(path, name, _to_take(config, name) if config.dataset_streaming else None)
-    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
-    if path.suffix.lower() == ".parquet":
-        try:
-            return load_dataset("parquet", data_files=str(path), split="train", **streaming)
-        except Exception as error:
-            raise InputError(f"{name} {dataset!r} cannot be read as parquet: {cause(error)}") from error
+        return read_parquet(path, name, **streaming)
+    if os.path.isfile(path):
+        raise InputError(
+            f"{name} {dataset!r} is a file of another format than {', '.join(SUFFIXES)}; unpack or convert it"
+        )
+    if os.path.isdir(path):
+        dataset = str(path)
+        _refuse_huge(dataset, name)
     try:
         return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
     except Exception as error:
@@ -96,6 +119,17 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
             f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
             f"CSV or Parquet file nor a dataset the hub gives: {cause(error)}"
         ) from error
+
+
+def _refuse_huge(folder: str, name: str) -> None:
+    count = 0
+    for _, folders, files in os.walk(folder):
+        count += len(folders) + len(files)
+        if count > MOST_FILES:
+            raise InputError(
+                f"{name} {folder!r} is a folder of more than {MOST_FILES} files; name one with the data alone, or a "
+                "file of it"
+            )
 
 
 def _to_take(config: DataFields, name: str) -> int:
@@ -126,7 +160,7 @@ def _chats(rows: Dataset, column: str, name: str) -> list[list[dict]]:
     """
     asked = list(rows[column])
     for index, text in enumerate(asked):
-        if not isinstance(text, (str, int, float)) or isinstance(text, bool):
+        if not is_text(text):
             raise InputError(f"row {index} of {name} has the {column} {str(text)[:60]!r}; it has to be a text")
         refuse_chat_as_text(str(text), f"row {index} of {name}")
     return [[{"role": "user", "content": str(text)}] for text in asked]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.folder import refuse_pointer
 from lowmem_grpo.model.adapters import add_adapter, refuse_config
 from lowmem_grpo.model.head import read_head
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # of every name in an adapter's file
-POINTER = b"version https://git-lfs"
 MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result, and train that"
 
 
@@ -42,8 +42,7 @@ def read_adapter_config(folder: str) -> PeftConfig:
 def refuse_pointers(folder: str) -> None:
     """Raise InputError if a file in a folder is a Git LFS pointer, which stands for the file itself."""
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
-            raise InputError(f"{path} is a Git LFS pointer and not the file; run `git lfs pull` where it was cloned")
+        refuse_pointer(path)
 
 
 def refuse_misfit(folder: str, base: PreTrainedModel) -> None:
