@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from lowmem_grpo import GRPOConfig
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.math_pool import as_number, math_equal
 from lowmem_grpo.rewards.text import tagged_answer
-from lowmem_grpo.tasks import find_task, with_tasks
+from lowmem_grpo.tasks import find_task, held_out, with_tasks
 from lowmem_grpo.tasks import reasoning_gym as gym
 from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves
 
@@ -85,7 +86,7 @@ def test_malformed_completions_through_the_whole_reward(malformed):
 def test_gsm8k_asks_in_its_style_and_brings_its_reward(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in GSM8K_ROWS))
-    inputs = with_tasks(f"gsm8k?file={path}&style=tags", None, None, GRPOConfig())
+    inputs = with_tasks(f"gsm8k?file={path}&style=tags&hold_out=false", None, None, GRPOConfig())
     assert inputs.reward_funcs is accuracy_reward
     assert "<answer>" in inputs.config.system_prompt
     assert inputs.eval_dataset is None
@@ -93,6 +94,32 @@ def test_gsm8k_asks_in_its_style_and_brings_its_reward(tmp_path):
     assert row["prompt"] == [{"role": "user", "content": "?"}] and row["solution"].endswith("#### 72")
     own = with_tasks("gsm8k", None, "mine.f", GRPOConfig(system_prompt="Mine."))
     assert (own.train_dataset, own.reward_funcs, own.config.system_prompt) == ("openai/gsm8k", "mine.f", "Mine.")
+
+
+def test_gsm8k_holds_out_the_hubs_test_split_or_an_eighth_of_a_file(tmp_path):
+    assert with_tasks("gsm8k", None, None, GRPOConfig()).eval_dataset == "openai/gsm8k"  # of which inputs take `test`
+    assert with_tasks("gsm8k?hold_out=false", None, None, GRPOConfig()).eval_dataset is None
+    rows = [{"question": f"{n} apples and 1 more?", "answer": f"#### {n + 1}"} for n in range(400)]
+    asked = []
+    for name, order in ("rows.jsonl", rows), ("others.jsonl", rows[::-1] + rows[:3]):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in order))
+        inputs = with_tasks(f"gsm8k?file={tmp_path / name}", None, None, GRPOConfig())
+        asked.append([{str(prompt) for prompt in part["prompt"]} for part in inputs[:2]])
+    (train_rows, held_out_rows), again = asked
+    assert again == [train_rows, held_out_rows] and not train_rows & held_out_rows
+    assert 30 <= len(held_out_rows) <= 70 and len(train_rows | held_out_rows) == 400
+
+
+def test_all_of_a_gsm8k_file_is_measured_on_or_trained_on_beside_other_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": str(n), "answer": f"#### {n}"}) + "\n" for n in range(40)))
+    name = f"gsm8k?file={path}"
+    assert held_out(find_task(name)) == str(path)
+    beside = with_tasks(name, "others.jsonl", None, GRPOConfig())
+    assert beside[:2] == (str(path), "others.jsonl")
+    assert with_tasks("others.jsonl", name, "accuracy_reward", GRPOConfig())[:2] == ("others.jsonl", str(path))
+    path.write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}))
+    assert with_tasks(name, None, None, GRPOConfig())[:2] == (str(path), None)  # too small to be parted
 
 
 def reachable(numbers):
@@ -207,7 +234,24 @@ def test_a_random_expression_has_the_value_that_is_said():
         ("countdown?max_numbers=2", "must be from min_numbers=3 to 6"),
         ("countdown?chat=7", "chat=7 must be true or false"),
         ("countdown?min_numbers=2&max_numbers=2&max_target=10&size=9000", "fewer than 9000 such problems to train on"),
+        ("countdown?size=99999999999", "size=99999999999 is more than 50000, which are made in about a minute"),
+        ("countdown?size=5&eval_size=5001", "eval_size=5001 is more than 5000"),
+        ("countdown?size=1" + 5000 * "0", "must be a whole number"),
         ("gsm8k?style=latex", "style='latex' is not one of boxed, tags, hash"),
+        ("gsm8k?style=[1]", "is not one of boxed, tags, hash"),
+        ("gsm8k?style={}", "is not one of boxed, tags, hash"),
+        ("gsm8k?file=[1]", "is not the name of a file"),
+        ("gsm8k?file=3", "file=3 is not the name of a file"),
+        ("gsm8k?file=", "names nothing"),
+        ("gsm8k?file=/no/such.jsonl", "is not a file on this machine"),
+        ("gsm8k?hold_out=1", "hold_out=1 must be true or false"),
+        ("reasoning_gym:chain_sum?size=99999999999", "size=99999999999 is more than 50000"),
+        ("reasoning_gym:chain_sum?eval_size=99999999999", "eval_size=99999999999 is more than 5000"),
+        ("reasoning_gym:chain_sum?min_terms=x", "does not take these options"),
+        (
+            "reasoning_gym:chain_sum?size=3&eval_size=2&min_digits=9999&max_digits=10000",
+            "reasoning_gym:chain_sum makes no problem of these options: Exceeds the limit",
+        ),
         ("reasoning_gym", "name one, such as reasoning_gym:chain_sum"),
         ("reasoning-gym:chain_sum", "no task is named"),
         ("reasoning_gym:chian_sum", "did you mean chain_sum"),
@@ -228,6 +272,18 @@ def test_a_task_that_cannot_be_made_is_refused_in_one_sentence(name, message):
     with pytest.raises(ValueError, match=message) as caught:
         find_task(name)
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_a_generator_that_take_for_ever_are_refused(monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(gym, "SLOWEST_S", 0.3)
+    with pytest.raises(InputError, match="makes no problem of these options in 0.3 s; choose smaller ones"):
+        find_task("reasoning_gym:chain_sum?size=3&eval_size=2&min_terms=99999998&max_terms=99999999")
+
+
+def test_a_misspelled_task_without_rewards_is_named():
+    with pytest.raises(InputError, match="reward_funcs is missing; did you mean countdown"):
+        with_tasks("countdwn", None, None, GRPOConfig())
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
 def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig) -> Inputs:
     """Inputs with datasets in place of names of tasks; the training task fills what is left open.
 
-    Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and a
-    generated task holds out rows where there is no eval_dataset. Held-out rows never have a training row's prompt.
+    Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and
+    without an eval_dataset what it holds out. Generated rows that are held out never have a training row's prompt.
 
     Raises:
         InputError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
@@ -46,7 +46,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
     if other is not None:
         eval_dataset = held_out(other)
     if task is not None:
-        train_dataset = task.rows
+        train_dataset = task.rows if eval_dataset is None or task.whole is None else task.whole
         eval_dataset = task.eval_rows if eval_dataset is None else eval_dataset
         reward_funcs = task.reward if reward_funcs is None else reward_funcs
         if config.system_prompt is None and task.system_prompt is not None:
@@ -54,7 +54,9 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         if config.stop_strings is None and task.stop_strings is not None:
             config = dataclasses.replace(config, stop_strings=task.stop_strings)
     if reward_funcs is None:
-        raise InputError("reward_funcs is missing; give one or several, or train on a task, which has its own")
+        meant = did_you_mean(str(train_dataset), TASKS, "") if isinstance(train_dataset, str) else ""
+        hint = meant or "give one or several, or train on a task, which has its own"
+        raise InputError(f"reward_funcs is missing; {hint}")
     if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
         eval_dataset = without_prompts_of(train_dataset, eval_dataset)
         if not eval_dataset:
@@ -84,6 +86,8 @@ def find_task(name: Any) -> Task | None:
 
 def held_out(task: Task) -> Any:
     """The rows to measure on; of a dataset with splits its name, whose test split an evaluation takes."""
+    if task.whole is not None:
+        return task.whole
     return task.rows if task.eval_rows is None else task.eval_rows
 
 

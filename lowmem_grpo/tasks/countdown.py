@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
-from lowmem_grpo.tasks.options import check_count
+from lowmem_grpo.tasks.options import MOST_HELD_OUT, MOST_PROBLEMS, check_count
 from lowmem_grpo.tasks.task import Task
 
 MOST_CHARACTERS = 200  # of an expression: four numbers need 30
@@ -46,8 +46,8 @@ def countdown_task(
     Raises:
         InputError: an option out of its range, or fewer problems than were asked for.
     """
-    check_count("size", size)
-    check_count("eval_size", eval_size, at_least=0)
+    check_count("size", size, at_most=MOST_PROBLEMS)
+    check_count("eval_size", eval_size, at_least=0, at_most=MOST_HELD_OUT)
     check_count("seed", seed, at_least=0)
     check_count("min_numbers", min_numbers, at_least=2)
     check_count("max_target", max_target, at_least=10)

@@ -8,15 +8,16 @@ import json
 import re
 import zlib
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlencode
 
-from lowmem_grpo.errors import InputError, did_you_mean
+from lowmem_grpo.errors import InputError, did_you_mean, in_a_line
 from lowmem_grpo.rewards.final_answer import extract_answer, only_number
+from lowmem_grpo.rewards.isolation.limit import OutOfTime, call_within
 from lowmem_grpo.rewards.math_pool import as_number
 from lowmem_grpo.rewards.text import completion_text, tagged_answer
-from lowmem_grpo.tasks.options import check_count, options_of, refuse_unknown_options
+from lowmem_grpo.tasks.options import MOST_HELD_OUT, MOST_PROBLEMS, check_count, options_of, refuse_unknown_options
 from lowmem_grpo.tasks.task import Task
 
 SYSTEM_PROMPT = (
@@ -35,6 +36,7 @@ UNSOUND = {"coin_flip", "game_of_life_halting", "gsm_symbolic"}
 CLOSE = Fraction(1, 10_000)  # as near as coin_flip asks for
 FULL = 1 - 1e-6  # a verifier's score of a solution, which may be a sum or an exponential of floats
 LEAD = re.compile(r"(?i).*\banswer(?:\s+is)?\s*:?[*_]*\s+")  # The answer is
+SLOWEST_S = 10.0  # for the first problem; those of the default options take 0.5 s at most
 HELD_OUT_SEED = 2**30  # far away: problem i of seed s is problem i - 1 of seed s + 1
 WORD = re.compile(r"[^\W\d]\w*")
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
@@ -54,8 +56,8 @@ def reasoning_gym_task(
     Raises:
         InputError: the package is not installed, it has no such task or option, or nothing is left to hold out.
     """
-    check_count("size", size)
-    check_count("eval_size", eval_size, at_least=0)
+    check_count("size", size, at_most=MOST_PROBLEMS)
+    check_count("eval_size", eval_size, at_least=0, at_most=MOST_HELD_OUT)
     check_count("seed", seed, at_least=0)
     if not isinstance(partial, bool):
         raise InputError(f"partial={partial!r} must be true or false")
@@ -100,7 +102,25 @@ def _rows(task: str, count: int, *, held_out: bool) -> list[dict]:
     Which kind a question is of says its own text, so that no size or seed trains on what another one holds out. A row
     says which problem it is, and the problem is made again from that: its metadata has no one form. A problem whose own
     answer its verifier may not see (an integral that sympy could not solve) is left out.
+
+    Raises:
+        InputError: reasoning-gym cannot make a problem of these options, or not in SLOWEST_S.
     """
+    name = task.partition("?")[0]
+    try:
+        call_within(SLOWEST_S, partial(problem, task, 0))
+        return _rows_of(task, count, held_out)
+    except OutOfTime:
+        raise InputError(
+            f"reasoning_gym:{name} makes no problem of these options in {SLOWEST_S:g} s; choose smaller ones"
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever a generator raises on options that its own checks let pass
+        raise InputError(f"reasoning_gym:{name} makes no problem of these options: {in_a_line(error)}") from error
+
+
+def _rows_of(task: str, count: int, held_out: bool) -> list[dict]:
     rows: list[dict] = []
     for index in range(dataset(task).size):
         question, gold = (problem(task, index)[part] for part in ("question", "answer"))

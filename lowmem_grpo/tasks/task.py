@@ -9,6 +9,7 @@ from typing import Any
 class Task:
     rows: Any  # to train on: a list of rows with a `prompt`, or anything else that load_rows takes
     reward: Callable  # its verifier, a reward function that reads the rows' other columns
-    eval_rows: list[dict] | None = None  # held out, where the task can make as many as it likes
+    eval_rows: Any = None  # held out, likewise; None where nothing is
     system_prompt: str | None = None  # how to answer, where the prompts are chats that do not say
     stop_strings: list[str] | None = None  # what ends an answer, where a model knows no other end
+    whole: Any = None  # rows and eval_rows together, where they are parts of one file
