@@ -1,7 +1,9 @@
 """The command `lowmem-grpo`: train, eval, data, plan, demo, bench."""
 
 import argparse
+import io
 import json
+import logging
 import os
 import re
 import sys
@@ -9,12 +11,12 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_unknown_fields
 from lowmem_grpo.config.sections import sections
-from lowmem_grpo.errors import InputError, NotFiniteError, UnhealthyRunError
+from lowmem_grpo.errors import InputError, NotFiniteError, UnhealthyRunError, printable, printable_text, shown
 
 TRAIN_EXAMPLE = """\
 example:
@@ -33,6 +35,8 @@ PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
 """
+DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
+ONLY_DATASET = "--eval_dataset is for training; name what to evaluate on with --dataset"
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
@@ -55,6 +59,17 @@ INPUTS = (
     ),
 )
 
+WITHOUT_EVAL_DATASET = [one for one in INPUTS if one[0] != "eval_dataset"]
+# The fields that an evaluation reads: its only flags. A test watches one read its configuration.
+EVAL_FIELDS = {
+    "seed", "use_cpu", "model_init_kwargs", "trust_remote_code", "load_in_4bit", "bf16", "fp16", "tiled_mlp",
+    "offload_embedding", "use_liger_kernel", "dataset_config", "dataset_streaming", "dataset_take", "system_prompt",
+    "chat_template_kwargs", "max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "stop_strings", "rollout_token_budget", "rollout_weights", "rollout_kv", "rollout_paged",
+    "rollout_cuda_graphs", "rollout_graphs_last", "reward_weights", "reward_timeout", "token_budget",
+    "num_generations_eval",
+}  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status: 2 for bad input, 1 for a run that cannot go on.
@@ -63,24 +78,70 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:  # the process is the command
         arguments = sys.argv[1:]
-        warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
-    if arguments[:1] == ["bench"]:  # has its own options
-        return run_bench(arguments[1:])
-    arguments = [with_underscores(argument) for argument in arguments]
-    parser = make_parser(every_setting="--help_all" in arguments)
-    options, rest = parser.parse_known_args(arguments)
-    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
+        say_safely()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
-        refuse_unknown_flags(options.command, rest)
-        return options.run(given)
+        try:
+            return run_command(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a pipe that is closed can be told from a bug
     except (InputError, NotFiniteError, UnhealthyRunError) as error:
-        print(f"lowmem-grpo {options.command}: {error}", file=sys.stderr)
+        command = " ".join(["lowmem-grpo", *filter(str.isalpha, arguments[:1])])
+        print(f"{command}: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run the command that the arguments name, with the others as its flags; without any, print the help."""
+    if arguments[:1] == ["bench"]:  # has its own options
+        return run_bench(arguments[1:])
+    arguments = [with_underscores(argument) for argument in arguments]
+    parser = make_parser(every_setting="--help_all" in arguments)
+    if not arguments:
+        parser.print_help()
+        return 0
+    options, rest = parser.parse_known_args(arguments)
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
+    refuse_unknown_flags(options.command, rest)
+    return options.run(given)
+
+
+def say_safely() -> None:
+    """Escape, in warnings and in the log, what would move a terminal's cursor: models and data are quoted there."""
+    warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.getLogger("lowmem_grpo").addHandler(handler)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Makes a line of the log of a record, and nothing of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_text(super().format(record))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+class Once(argparse.Action):
+    """Keep a flag's value, and refuse a second, other one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, values)
+        if before != values:
+            raise InputError(f"{option_string} is given as {shown(before)} and as {shown(values)}; keep one")
+        setattr(namespace, self.dest, values)
 
 
 def with_underscores(argument: str) -> str:
@@ -91,15 +152,16 @@ def with_underscores(argument: str) -> str:
 
 def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
     """A warning of ours without a place, since a command has no line of a user's program to name."""
-    return f"lowmem-grpo: {message}\n" if filename == sys.argv[0] else others(message, category, filename, *line)
+    is_ours = filename == sys.argv[0]
+    return printable_text(f"lowmem-grpo: {message}\n" if is_ours else others(message, category, filename, *line))
 
 
-def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
+def make_parser(every_setting: bool = False) -> Parser:
     """The parser of the whole command, whose help shows every setting or the common ones."""
-    parser = argparse.ArgumentParser(prog="lowmem-grpo", description="GRPO on one small GPU.")
+    parser = Parser(prog="lowmem-grpo", description="GRPO on one small GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name: str, example: str, **words: Any) -> argparse.ArgumentParser:
+    def add_command(name: str, example: str, **words: Any) -> Parser:
         command = commands.add_parser(
             name, **words, epilog=f"{example}\n{HELP_ALL}", formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -118,15 +180,17 @@ def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
-        "task holds out. Settings are those of training; what is about learning is not used.",
+        "task holds out. A --config file may be that of training, of which learning's settings are not used.",
         usage="lowmem-grpo eval --model M --dataset D [--reward_funcs F [F ...]] [--num_generations_eval K] "
         "[--show N] [--json]",
     )  # fmt: skip
     eval_parser.set_defaults(run=run_eval)
-    of_eval = add_inputs(eval_parser, "what to evaluate, on what, by what")
-    of_eval.add_argument("--show", metavar="N", help="print N completions with their prompts and rewards (default 0)")
+    of_eval = add_inputs(eval_parser, "what to evaluate, on what, by what", WITHOUT_EVAL_DATASET)
+    of_eval.add_argument(
+        "--show", action=Once, metavar="N", help="print N completions with their prompts and rewards (default 0)"
+    )
     of_eval.add_argument("--json", action="store_true", help="print JSON")
-    add_config_flags(eval_parser, every_setting)
+    add_config_flags(eval_parser, every_setting, EVAL_FIELDS)
 
     data_parser = add_command(
         "data", DATA_EXAMPLE, help="look at training data",
@@ -135,8 +199,8 @@ def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
         usage="lowmem-grpo data --model M --dataset D [--reward_funcs F [F ...]] [--rows N] [options]",
     )  # fmt: skip
     data_parser.set_defaults(run=run_data)
-    of_data = add_inputs(data_parser, "what to look at", [one for one in INPUTS if one[0] != "eval_dataset"])
-    of_data.add_argument("--rows", metavar="N", help="show the first N prompts (default 3)")
+    of_data = add_inputs(data_parser, "what to look at", WITHOUT_EVAL_DATASET)
+    of_data.add_argument("--rows", action=Once, metavar="N", help="show the first N prompts (default 3)")
     add_config_flags(data_parser, every_setting)
 
     plan_parser = add_command(
@@ -151,10 +215,13 @@ def make_parser(every_setting: bool = False) -> argparse.ArgumentParser:
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
     add_config_flags(plan_parser, every_setting)
 
-    demo_parser = commands.add_parser("demo", help="train the embedded model on the embedded task, on a CPU")
+    demo_parser = commands.add_parser(
+        "demo", help="train the embedded model on the embedded task, on a CPU", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
     demo_parser.set_defaults(run=run_demo)
-    demo_parser.add_argument("--seed", type=int, default=0, help="seed of the run (default 0)")
-    demo_parser.add_argument("--output_dir", default=None, help="a new folder (default demo-output/TIME)")
+    demo_parser.add_argument("--seed", action=Once, metavar="N", help="seed of the run (default 0)")
+    demo_parser.add_argument("--output_dir", action=Once, metavar="DIR", help="a new folder (default demo-output/TIME)")
     commands.add_parser("bench", help="measure this machine, beside TRL, Liger and transformers", add_help=False)
     return parser
 
@@ -164,31 +231,49 @@ def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS
     group = parser.add_argument_group(title)
     for name, aliases, text in inputs:
         many = "+" if name == "reward_funcs" else None
-        group.add_argument(f"--{name}", *aliases, dest=name, metavar=name.split("_")[-1].upper(), help=text, nargs=many)
-    group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it")
+        shape = {"metavar": name.split("_")[-1].upper(), "nargs": many}
+        group.add_argument(f"--{name}", *aliases, action=Once, dest=name, help=text, **shape)
+    group.add_argument(
+        "--config", action=Once, metavar="FILE", help="YAML file with any of these settings; flags win over it"
+    )
     return group
 
 
-def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool) -> None:
-    """Add a flag for every field of GRPOConfig, in sections; the help of some is hidden, unless of every setting."""
+def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool, names: set[str] | None = None) -> None:
+    """Add flags for GRPOConfig's fields, or for those of these names, in sections.
+
+    The help of those that people seldom change is hidden, unless of every setting.
+    """
     types = field_types(GRPOConfig)
     for title, fields in sections(GRPOConfig):
         group = parser.add_argument_group(title)
         for field in fields:
+            if names is not None and field.name not in names:
+                continue
             words = describe(types[field.name])
             default = str(field.default).lower() if field.default in (None, True, False) else field.default
             many = "+" if "a list" in words else None
             text = f"{field.metadata.get('help', field.name)} ({words}; default {default})".replace("%", "%%")
-            shown = text if every_setting or field.metadata.get("common") else argparse.SUPPRESS
-            group.add_argument(f"--{field.name}", metavar="X", help=shown, nargs=many)
+            in_help = text if every_setting or field.metadata.get("common") else argparse.SUPPRESS
+            group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, nargs=many)
 
 
 def refuse_unknown_flags(command: str, rest: list[str]) -> None:
     """Raise InputError for an unknown flag, with the remedy or the nearest name."""
+    if command == "eval":
+        for flag in rest:
+            name = flag[2:].partition("=")[0]
+            if flag.startswith("--") and name in field_types(GRPOConfig):
+                raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
+            if name == "eval_dataset":
+                raise InputError(ONLY_DATASET)
     if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0] for flag in rest if flag.startswith("--"))
+    for word in rest:
+        if word.startswith(DASHES):
+            raise InputError(f"{shown(word)} begins with a dash that is no hyphen; write two hyphens")
     if rest:
-        raise InputError(f"{' '.join(rest)} is not understood; see `lowmem-grpo {command} --help`")
+        raise InputError(f"{printable(' '.join(rest)):.200} is not understood; see `lowmem-grpo {command} --help`")
 
 
 def run_train(given: dict[str, Any]) -> int:
@@ -203,7 +288,7 @@ def run_train(given: dict[str, Any]) -> int:
         eval_dataset=inputs.get("eval_dataset"),
         config=config,
     )
-    print(f"adapter: {Path(result.output_dir) / 'adapter'}")
+    print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 
@@ -211,20 +296,20 @@ def run_eval(given: dict[str, Any]) -> int:
     as_json, show = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given)
     if "eval_dataset" in inputs:
-        raise InputError("--eval_dataset is for training; name what to evaluate on with --dataset")
+        raise InputError(ONLY_DATASET)
     config = GRPOConfig(**fields)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
     found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
-    metrics, shown = {who: one.metrics for who, one in found.items()}, examples(found, show)
+    metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, show)
     if as_json:
-        print(json.dumps(finite({**metrics, "shown": shown} if shown else metrics), indent=1, default=str))
+        print(json.dumps(finite({**metrics, "shown": chosen} if chosen else metrics), indent=1, default=str))
     else:
         from rich.console import Console
 
-        if shown:
-            print_safely(examples_as_text(shown))
+        if chosen:
+            print(printable_text(examples_as_text(chosen)))
         console = Console(highlight=False)
         console.print(as_table(metrics))
         if "adapter" in metrics:
@@ -235,15 +320,9 @@ def run_eval(given: dict[str, Any]) -> int:
 def count_of(given: dict[str, Any], flag: str, what: str, default: int) -> int:
     """Take a flag with a count out of what is given."""
     text = given.pop(flag, str(default))
-    if not text.isdecimal():
-        raise InputError(f"--{flag} takes a number of {what}, such as 5, and not {text!r}")
+    if not text.isdecimal() or len(text) > 9:
+        raise InputError(f"--{flag} takes a number of {what}, such as 5, and not {shown(text)}")
     return int(text)
-
-
-def print_safely(text: str) -> None:
-    """Print a text on standard output, with escapes for what its encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def run_data(given: dict[str, Any]) -> int:
@@ -258,7 +337,7 @@ def run_data(given: dict[str, Any]) -> int:
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
         previews = make_previews(found, count)
     for text in [as_text(found, previews), *found.notes, *faults(found.rewards, previews)]:
-        print_safely(text)
+        print(printable_text(text))
     return 0
 
 
@@ -286,7 +365,7 @@ def run_plan(given: dict[str, Any]) -> int:
     with no_progress_bars():
         find_model(model, config, needs_weights=False)
         found = planner.plan(read_config(model, config), config, adapter_config(model, config))
-    print(json.dumps(planner.as_dict(found), indent=1) if as_json else planner.as_text(found))
+    print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
     return 0 if found.remedy is None else 1
 
 
@@ -302,7 +381,7 @@ def run_bench(arguments: list[str]) -> int:
 def run_demo(given: dict[str, Any]) -> int:
     from lowmem_grpo.demo.run import run
 
-    run(**given)
+    run(**{name: from_text(GRPOConfig, name, value) for name, value in given.items()})
     return 0
 
 
@@ -314,11 +393,9 @@ def read_settings(
     Raises:
         InputError: an unreadable file, an unknown name, a value that does not fit, or a missing input.
     """
-    settings = {**(read_yaml(given["config"]) if "config" in given else {}), **given}
-    settings.pop("config", None)
-    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
-    settings = {aliases.get(name, name): value for name, value in settings.items()}
+    flags = dict(given)
+    settings = read_config_file(flags.pop("config")) if "config" in flags else {}
+    settings |= flags
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
     for name in needed:
         if not inputs.get(name):
@@ -327,15 +404,24 @@ def read_settings(
     return inputs, {name: from_text(GRPOConfig, name, value) for name, value in settings.items()}
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    import yaml
+def read_config_file(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, under the names of the fields and INPUTS.
 
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config file {path!r} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"config file {path!r} must be a mapping of settings, such as `learning_rate: 1e-5`")
+    Raises:
+        InputError: a file that cannot be read, or one that says something twice.
+    """
+    from lowmem_grpo.settings_file import read_settings_file
+
+    aliases = {alias[2:]: name for name, names, _ in INPUTS for alias in names}
+    settings: dict[str, Any] = {}
+    for written, value in read_settings_file(path).items():
+        name = written.replace("-", "_")
+        name = aliases.get(name, name)
+        if name in settings:
+            raise InputError(f"config file {shown(path)} gives {name} twice, by two names; keep one")
+        if name == "config":
+            raise InputError(f"config file {shown(path)} names another config; write its settings into one file")
+        settings[name] = value
     return settings
 
 

@@ -38,6 +38,11 @@ def printable(line: str) -> str:
     )
 
 
+def printable_text(text: str) -> str:
+    """A text whose lines are printable(), one below the other."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def shown(value: Any) -> str:
     """A value within a sentence, as Python writes it, shortened, whatever its own repr() does."""
     try:

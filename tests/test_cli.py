@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from test_config import TEXTS
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import GRPOConfig, cli
 from lowmem_grpo.demo import task
+from lowmem_grpo.evaluation.evaluate import measure_model
+from lowmem_grpo.evaluation.show import as_table
+from lowmem_grpo.run.progress import Progress
 
 INPUTS = {"model": "m", "dataset": "d", "reward_funcs": ["r"]}
 FLAGS = ["--model", "m", "--dataset", "d", "--reward_funcs", "r"]
@@ -101,8 +105,9 @@ def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_pat
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n')
     (tmp_path / "no_gold.jsonl").write_text('{"prompt": "1+1="}\n')
     (tmp_path / "broken_rewards.py").write_text("def f(:\n")
-    good = ["train", "--model", str(DEMO_MODEL), "--dataset", "rows.jsonl", "--reward_funcs", "accuracy_reward"]
-    assert cli.main([*good, *arguments]) == 2
+    inputs = {"--model": str(DEMO_MODEL), "--dataset": "rows.jsonl", "--reward_funcs": "accuracy_reward"}
+    good = [word for flag, value in inputs.items() if flag not in arguments for word in (flag, value)]
+    assert cli.main(["train", *good, *arguments]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert message in errors[-1]
     assert errors[-1].startswith("lowmem-grpo train: ")
@@ -173,11 +178,12 @@ def shown_flags(*arguments):
 def test_help_shows_what_people_change_and_help_all_every_field_without_importing_torch(command):
     some, shown = shown_flags(command, "--help")
     every, all_shown = shown_flags(command, "--help_all")
-    common = {field.name for field in dataclasses.fields(GRPOConfig) if field.metadata["common"]}
-    assert some & set(TEXTS) == common and 20 <= len(common) <= 30
-    assert every >= set(TEXTS) and every - some == set(TEXTS) - common
+    known = cli.EVAL_FIELDS if command == "eval" else set(TEXTS)
+    common = known & {field.name for field in dataclasses.fields(GRPOConfig) if field.metadata["common"]}
+    assert some & set(TEXTS) == common and (8 if command == "eval" else 20) <= len(common) <= 30
+    assert every & set(TEXTS) == known and every - some == known - common
     assert "--help_all every setting" in shown.splitlines()[-1]
-    for title in ("run", "objective", "saving"):
+    for title in ("run", "sampling") if command == "eval" else ("run", "objective", "saving"):
         assert f"\n{title}:\n" in shown and f"\n{title}:\n" in all_shown
 
 
@@ -241,14 +247,16 @@ def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, cap
     ("arguments", "message"),
     [
         (["--eval_dataset", "x"], "--eval_dataset is for training"),
-        (["--vram_budget", "8GB"], "vram_budget plans a training run"),
+        (["--vram_budget", "8GB"], "--vram_budget is about training, and an evaluation does not read it; leave it out"),
+        (["--learning-rate=1"], "--learning_rate is about training, and an evaluation does not read it; leave it out"),
         (["--dataset", "countdwn?size=3"], "no task is named 'countdwn'"),
         (["--learning_rat", "1"], "did you mean learning_rate"),
         (["--learning-rat", "1"], "did you mean learning_rate"),
     ],
 )
 def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):
-    assert cli.main(["eval", "--model", str(DEMO_MODEL), "--dataset", "countdown", *arguments]) == 2
+    dataset = [] if "--dataset" in arguments else ["--dataset", "countdown"]
+    assert cli.main(["eval", "--model", str(DEMO_MODEL), *dataset, *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -305,3 +313,123 @@ def test_a_plan_for_a_cpu_counts_no_gpu(capsys):
     assert "vram_budget is about a GPU's memory" in capsys.readouterr().err
     assert cli.main(plan) == 0
     assert "CUDA and its libraries" in capsys.readouterr().out, "a GPU that need not be there"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--seed", "1", "--seed", "2"], "--seed is given as '1' and as '2'; keep one"),
+        (["train", "--model", "a", "--model_name_or_path=b"], "--model_name_or_path is given as 'a' and as 'b'; keep one"),
+        (["train", "--reward-funcs", "a", "--reward_funcs", "a", "b"], "is given as ['a'] and as ['a', 'b']; keep one"),
+        (["train", "--seed"], "argument --seed: expected one argument; see `lowmem-grpo train --help`"),
+        (["train", "--reward_funcs"], "argument --reward_funcs: expected at least one argument"),
+        (["train", *FLAGS, "--seed="], "seed: '' is not a whole number"),
+        (["train", *FLAGS, "--output_dir="], "output_dir has an empty text; remove it"),
+        (["train", *FLAGS, "--output_dir", "a\0b"], "null character"),
+        (["train", *FLAGS, "--system_prompt", "\udcff"], "system_prompt has half a character"),
+        (["train", "--model=", "--dataset", "d"], "--model is missing"),
+        (["train", "—seed", "1", *FLAGS], "'—seed' begins with a dash that is no hyphen"),
+        (["train", "−−seed=1", *FLAGS], "begins with a dash that is no hyphen"),
+        (["train", *FLAGS, "--", "x"], "no field ''"),
+        (["train", *FLAGS, "--=1"], "GRPOConfig has no field ''"),
+        (["train", *FLAGS, "--see\x1b[2J", "1"], r"no field 'see\x1b[2J'"),
+        (["train", "x" * 10**5, *FLAGS], "is not understood"),
+        (["train", *FLAGS, "--chat_template_kwargs", '{"a": 1, "a": 2}'], "is not a mapping (JSON in a command) or none"),
+        (["train", *FLAGS, "--chat_template_kwargs", "[" * 10**5], "is not a mapping"),
+        (["train", "--config", "a\0b"], "config file 'a\\x00b' cannot be read: embedded null byte"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        (["--seed=1"], "the following arguments are required: COMMAND; see `lowmem-grpo --help`"),
+        (["eval", *FLAGS, "--show", "9" * 5000], "--show takes a number of completions"),
+        (["data", *FLAGS, "--rows=-1"], "--rows takes a number of prompts"),
+        (["demo", "--seed", "x"], "seed: 'x' is not a whole number"),
+        (["demo", "--seed", "-1"], "seed must be at least 0, not -1"),
+        (["demo", "--seed", "99999999999"], "seed must be at most 4294967295"),
+        (["demo", "--output_dir="], "output_dir has an empty text"),
+        (["demo", "--output_dir", "/dev/null"], "cannot be written"),
+        (["demo", "--out", "x"], "--out x is not understood"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_cannot_be_meant_is_refused_in_one_sentence(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert message in line and line.startswith("lowmem-grpo") and line.isprintable() and len(line) < 500
+
+
+def test_a_flag_may_be_said_again_with_the_same_value():
+    assert parse([*FLAGS, *FLAGS, "--seed", "1", "--seed=1"]) == (INPUTS, {"seed": 1})
+
+
+def test_without_arguments_the_help_is_printed(capsys):
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: lowmem-grpo ")
+
+
+@pytest.mark.parametrize("command", ["train --help_all", "--help"])
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word(command):
+    program = f"{sys.executable} -m lowmem_grpo.cli {command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 141)
+
+
+def test_an_evaluation_reads_the_fields_that_its_help_has():
+    read = set()
+
+    class Watched(GRPOConfig):
+        def __getattribute__(self, name):
+            if watches and name in TEXTS:
+                read.add(name)
+            return super().__getattribute__(name)
+
+    watches = False
+    for k in (None, 2):
+        config = Watched(use_cpu=True, max_completion_length=2, num_generations_eval=k)
+        watches = True
+        measure_model(str(DEMO_MODEL), task.answer_reward, task.rows(task.splits()[1][:1]), config)
+        watches = False
+    # These are read, and what comes of an evaluation does not depend on them.
+    in_vain = {
+        "vram_budget", "gradient_checkpointing", "activation_offloading", "optim", "lora_r", "lora_alpha",
+        "lora_dropout", "lora_target_modules",
+    }  # fmt: skip
+    assert read - in_vain == cli.EVAL_FIELDS - {"dataset_config"}, "read of hub datasets alone"
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07[bold]x[/bold][/]\r\u202e\ud800\x9b"
+SAID = "\\x1b[2J\\x1b]0;title\\x07[bold]x[/bold][/]\\r\\u202e\\ud800\\x9b"
+SAYING = """
+import logging, sys, warnings
+from lowmem_grpo import cli
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.warn import warn
+
+def run_demo(given):
+    warn("a warning with " + HOSTILE)
+    warnings.warn("another's with " + HOSTILE)
+    logging.getLogger("lowmem_grpo.rewards").warning("a line of the log with %s", HOSTILE)
+    raise InputError("an error with " + HOSTILE)
+
+HOSTILE = {!r}
+cli.run_demo = run_demo
+sys.argv = ["lowmem-grpo", "demo"]
+sys.exit(cli.main())
+"""
+
+
+def test_a_command_writes_out_what_others_put_into_warnings_log_and_errors():
+    done = subprocess.run([sys.executable, "-c", SAYING.format(HOSTILE)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    for words in ("a warning with", "another's with", "a line of the log with", "an error with"):
+        assert f"{words} {SAID}\n" in done.stderr
+    assert all(character.isprintable() or character == "\n" for character in done.stderr)
+
+
+def test_tables_and_progress_write_out_names_and_leave_markup_alone(capsys):
+    metrics = {f"eval_rewards/{HOSTILE}/mean": 0.5}
+    text = io.StringIO()
+    Console(file=text, width=200).print(as_table({"model": metrics}))
+    assert f"eval_rewards/{SAID}/mean" in text.getvalue() and "\x1b" not in text.getvalue()
+    progress = Progress(3)
+    progress.say(f"two lines\n{HOSTILE}")
+    progress.step({"step": 1, "step_time": 0.1, "time/peak_mib": 1}, remarks=[HOSTILE])
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[:2] == ["two lines", SAID] and shown[2].endswith(SAID)

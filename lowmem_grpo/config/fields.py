@@ -80,7 +80,7 @@ def _check_number(field: dataclasses.Field, number: float, is_count: bool) -> No
 
 
 def no_json(value: Any) -> str | None:
-    """The first thing within a value that a file of JSON cannot hold, in words; None where JSON holds all of it."""
+    """The first thing in a value that a file of JSON cannot hold, in words; or None."""
     left, count = [(value, 0)], 0
     while left:
         one, depth = left.pop()

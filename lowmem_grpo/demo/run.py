@@ -11,12 +11,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.demo import task
-from lowmem_grpo.errors import printable
+from lowmem_grpo.errors import printable_text
 from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.loops.grpo import train
@@ -41,8 +42,8 @@ def recipe(output_dir: str, seed: int) -> GRPOConfig:
 @without_progress_bars
 def run(seed: int = 0, output_dir: str | None = None) -> TrainResult:
     """Train, and print held-out accuracy, the reward curve and three completions, each before and after."""
-    console = Console(highlight=False)
-    output_dir = output_dir or time.strftime("demo-output/%Y-%m-%d-%H%M%S")
+    console = Console(highlight=False, markup=False, emoji=False)
+    output_dir = time.strftime("demo-output/%Y-%m-%d-%H%M%S") if output_dir is None else output_dir
     config = recipe(output_dir, seed)
     train_problems, eval_problems = task.splits()
     console.print(f"A Qwen2 of 0.6 million parameters in 4-bit with LoRA: {config.max_steps} steps of GRPO on the CPU.")
@@ -57,15 +58,17 @@ def run(seed: int = 0, output_dir: str | None = None) -> TrainResult:
     console.print(accuracy_table(before, after, len(eval_problems)))
     rewards = [line["reward"] for line in result.history]
     console.print("\nMean reward of each step (the most it can be is 1.2)\n" + text_curve(rewards, top=1.2))
-    console.print(completions_table(result.policy, eval_problems[:3], config), markup=False)
+    console.print(completions_table(result.policy, eval_problems[:3], config))
     png = Path(result.output_dir) / "reward_curve.png"
     draw_curve(rewards, png)
     peak_mib = max(value for line in result.history for name, value in line.items() if name.endswith("/peak_mib"))
     console.print(
-        f"\n{cpu_s:.0f} CPU-seconds, peak resident memory {peak_mib:.0f} MiB, most of it libraries\n"
-        f"adapter        {os.path.join(result.output_dir, 'adapter')}\n"
-        f"reward curve   {png}\n"
-        f"every step     {os.path.join(result.output_dir, 'metrics.jsonl')}",
+        printable_text(
+            f"\n{cpu_s:.0f} CPU-seconds, peak resident memory {peak_mib:.0f} MiB, most of it libraries\n"
+            f"adapter        {os.path.join(result.output_dir, 'adapter')}\n"
+            f"reward curve   {png}\n"
+            f"every step     {os.path.join(result.output_dir, 'metrics.jsonl')}"
+        ),
         soft_wrap=True,
     )
     return result
@@ -107,7 +110,9 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
         table.add_column(column, overflow="fold")
     for problem, prompt, *completions in zip(problems, prompts, before, after, strict=True):
         chats: list[Any] = [as_text(policy, prompt, completion) for completion in completions]  # as the prompts are
-        table.add_row(f"{task.question(problem)} ({sum(problem)})", *(printable(chat[0]["content"]) for chat in chats))
+        table.add_row(
+            f"{task.question(problem)} ({sum(problem)})", *(Text(printable_text(chat[0]["content"])) for chat in chats)
+        )
     return table
 
 

@@ -33,7 +33,9 @@ def _table(title: str, found: dict[str, dict[str, float]], form: str) -> Table:
     for name in next(iter(found.values())):
         if not name.endswith(("/ci_low", "/ci_high")):
             cells = [with_interval(metrics, name, form) for metrics in found.values()]
-            table.add_row(*map(Text, [name, *cells]))  # never markup, whatever a reward function is named
+            table.add_row(
+                *(Text(printable(cell)) for cell in [name, *cells])
+            )  # never markup, whatever a reward function is named
     return table
 
 

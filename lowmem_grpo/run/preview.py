@@ -18,7 +18,7 @@ from torch import nn
 from lowmem_grpo.data.chats import closing_of
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, printable, printable_text
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
@@ -60,7 +60,7 @@ def show_preview(inputs: Inputs) -> None:
     found = faults(inputs.rewards, previews)
     file = inputs.output_dir / "data_preview.txt"
     file.write_text("\n".join([as_text(inputs, previews[:1]), *found, ""]), encoding="utf-8", errors="backslashreplace")
-    print(as_text(inputs, previews[:1], MOST_CHARACTERS), file=sys.stderr)
+    print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
     for fault in found:
         warn(fault)
 

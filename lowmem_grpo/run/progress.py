@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lowmem_grpo.errors import printable, printable_text
 from lowmem_grpo.rollout.metrics import in_words
 
 
@@ -47,9 +48,9 @@ class Progress:
         ]
         if self.live:
             done = int(24 * metrics["step"] / self.total_steps)
-            self.live.update(Text("━" * done + "─" * (24 - done) + "  " + "  ".join(parts)), refresh=True)
+            self.live.update(Text("━" * done + "─" * (24 - done) + "  " + printable("  ".join(parts))), refresh=True)
         else:
             self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(printable_text(text), soft_wrap=True)
