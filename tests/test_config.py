@@ -22,11 +22,11 @@ OURS = {
     "rollout_kv", "rollout_paged", "rollout_cuda_graphs", "rollout_graphs_last", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
-    "reward_timeout", "max_nonfinite_steps",
+    "reward_timeout", "max_nonfinite_steps", "doctor",
     "dataset_streaming", "dataset_take",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
-    "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True),
+    "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True), "doctor": ("stop", "stop"),
     "model_init_kwargs": ('{"attn_implementation": "eager"}', {"attn_implementation": "eager"}),
     "trust_remote_code": ("true", True), "load_in_4bit": ("false", False), "vram_budget": ("8GB", "8GB"), "bf16": ("none", None), "fp16": ("True", True),
     "gradient_checkpointing": ("false", False), "activation_offloading": ("true", True), "tiled_mlp": ("true", True),
