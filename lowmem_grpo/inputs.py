@@ -1,7 +1,9 @@
 """The inputs of a run, checked before long work: models, data, rewards, folders, and a plan."""
 
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +21,7 @@ from lowmem_grpo.config.sections import DataFields, RewardFields
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, find_model, read_config, refuse_too_long
@@ -34,6 +36,11 @@ from lowmem_grpo.tasks import find_task, held_out, with_tasks
 EVALUATION = (
     "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
 )  # fmt: skip
+
+
+TRANSFORMERS_EVENT = "on_step_end"  # which each of its TrainerCallbacks has
+# Kinds of functions of which a call runs nothing yet.
+NOT_RUN = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,7 @@ def read_training_inputs(
     """
     if not isinstance(config, GRPOConfig):
         raise InputError(f"config is a {type(config).__name__}; pass a GRPOConfig")
-    callbacks = [callbacks] if callable(callbacks) else callbacks or []
-    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
-        raise InputError(f"callbacks={callbacks!r:.80} is neither a function nor a list of functions")
+    callbacks = _callbacks(callbacks)
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     model = _expanded(model)
     try:
@@ -215,7 +220,36 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> None
 def _expanded(model: Any) -> Any:
     """A path as a text without ~; anything else unchanged."""
     is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
-    return str(Path(model).expanduser()) if is_path else model
+    return os.path.expanduser(model) if is_path else model
+
+
+def _callbacks(given: Any) -> list[Callable]:
+    """The callbacks as a list. Raise InputError for one that could not be called after a step, or would do nothing."""
+    callbacks = [given] if callable(given) or hasattr(given, TRANSFORMERS_EVENT) else [] if given is None else given
+    if not isinstance(callbacks, list | tuple):
+        raise InputError(f"callbacks={shown(given)} is neither a function nor a list of functions")
+    for callback in callbacks:
+        name = getattr(callback, "__name__", type(callback).__name__)
+        if hasattr(callback, TRANSFORMERS_EVENT):
+            raise InputError(
+                f"callback {name} is one of transformers' Trainer, whose events do not occur here; pass a function of "
+                "(step, metrics, policy)"
+            )
+        if not callable(callback):
+            raise InputError(f"callbacks has {shown(callback)}, which is no function of (step, metrics, policy)")
+        if isinstance(callback, type):
+            raise InputError(f"callback {name} is a class; pass a function of (step, metrics, policy)")
+        if any(is_one(called) for is_one in NOT_RUN for called in (callback, type(callback).__call__)):
+            raise InputError(
+                f"callback {name} is async or yields, and a call of it does nothing; make it a plain function"
+            )
+        try:
+            inspect.signature(callback).bind(1, {}, None)
+        except TypeError as error:
+            raise InputError(f"callback {name} cannot be called with (step, metrics, policy): {error}") from error
+        except ValueError:  # of some functions in C, whose arguments are not known
+            pass
+    return list(callbacks)
 
 
 def _rewards(reward_funcs: Any, config: RewardFields) -> RewardRunner:

@@ -274,7 +274,6 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
         ({"callbacks": 5}, {}, "callbacks=5 is neither a function nor a list of functions"),
-        ({"callbacks": [print, "x"]}, {}, "is neither a function nor a list of functions"),
         ({"rows": [{"prompt": "\u6f22"}], "rewards": lambda **_: [1.0]}, {}, "without a single token"),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
     ],
@@ -800,10 +799,11 @@ def test_weights_that_a_callback_spoils_are_never_saved(tmp_path, capsys, save_s
     good = sorted((tmp_path / "out").glob("checkpoint-*"))
     if save_steps == 1:
         assert [folder.name for folder in good] == ["checkpoint-1"]
-        assert "lora_A" in str(error.value) and str(error.value).endswith(f"the last good checkpoint is {good[0]}")
+        assert str(error.value).endswith(f"at step 2; the last good checkpoint is {good[0]}")
         assert all(value.isfinite().all() for value in saved(good[0]).values())
     else:
-        assert not good and "logits are not finite" in str(error.value) and "no checkpoint yet" in str(error.value)
+        assert not good and "no checkpoint yet" in str(error.value)
+        assert "callback callback left a weight that is not finite at step 2" in str(error.value)
     assert "stopped; the adapter is not saved" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "out").glob("*.being-written")) and not (tmp_path / "out/adapter").exists()
 

@@ -1,6 +1,7 @@
 """The common part of every training: its steps, one after the other, and the work between them."""
 
 import contextlib
+import inspect
 import json
 import math
 import time
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.folder import (
     checkpoints,
@@ -289,7 +290,7 @@ class Run:
             self._evaluate()
         for callback in self.inputs.callbacks[self.rest.num_called :]:
             try:
-                callback(self.step, metrics, self.policy)
+                self._call(callback, metrics)
             finally:
                 if self.interruption.error is None:  # else it was cut off, and a resumed run calls it again
                     self.rest.num_called += 1
@@ -299,6 +300,20 @@ class Run:
         self._remember_rest()
         if self.is_over or self.step % self.config.save_steps == 0:
             self._save()
+
+    def _call(self, callback: Callback, metrics: dict[str, float]) -> None:
+        """Call a callback with a copy of the metrics, which it may change.
+
+        Raises:
+            InputError: it returned something to await, which nobody does.
+            NotFiniteError: it left a weight that is not finite.
+        """
+        name = getattr(callback, "__name__", type(callback).__name__)
+        returned: Any = callback(self.step, dict(metrics), self.policy)
+        if inspect.isawaitable(returned):
+            raise InputError(f"callback {name} returned something to await; have it return when all is done")
+        if not self.learner.weights_norm(self.budget.note).isfinite():
+            raise NotFiniteError(f"callback {name} left a weight that is not finite at step {self.step}")
 
     def _evaluate(self) -> None:
         """Evaluate once a step; a resumed run finds in the log the evaluations before it stopped."""
