@@ -503,6 +503,23 @@ ANSWERS = {
         A, C <!> A
         A, C <!> A, D
         ACD <!> ADC
+        A, C <=> C, A
+        A, C <=> AC
+        A, C <=> A & C
+        A, C <=> (A) and (C)
+        B, D <=> BD
+        B <=> B. Paris
+        B <=> (B) Paris
+        B <=> B) 12
+        B. Paris <=> (B) paris
+        B. Paris <!> C. Paris
+        B. Paris <!> B. London
+        B. Paris <!> Paris
+        A, C <!> B. Paris
+        A, C <!> AD
+        A, C <!> A or C
+        A, B, C <!> C, A, B
+        CA <!> AC
         """,
     "dates": r"""
         2023-01-02 <=> 2023-01-02
@@ -516,5 +533,229 @@ ANSWERS = {
         12:30 <!> 2:05
         7:30 am <!> 7:30 pm
         1 BC <!> 1
+        7:00 PM <=> 7 PM
+        7:00 PM <=> 19:00
+        7 PM <=> 19:00
+        7 PM <=> 7 p.m.
+        12 PM <=> noon
+        12:00 AM <=> midnight
+        12:30 AM <=> 00:30
+        7 PM <!> 7 AM
+        7 PM <!> 07:00
+        7:00 PM <!> 7:30 PM
+        19:00 <!> 7 AM
+        Jan 2, 2023 <=> January 2, 2023
+        Jan 2, 2023 <=> 2023-01-02
+        2 January 2023 <=> 2023-01-02
+        Monday, January 2, 2023 <=> 2nd of January 2023
+        Sept. 3 <=> 3 September
+        January 2 => January 2, 2023
+        January 2, 2023 !> January 2
+        Jan 2, 2023 <!> Feb 1, 2023
+        Jan 2, 2023 <!> Jan 2, 2024
+        Jan 2, 2023 <!> 2023-02-01
+        """,
+    "prefixes and symbols": r"""
+        5 MPa <!> 5 mPa
+        5\text{ MPa} <!> 5\text{ mPa}
+        5 MW <!> 5 mW
+        5 Mb <!> 5 MB
+        5 kB <!> 5 kb
+        5 MB/s <!> 5 Mb/s
+        5 Mbps <!> 5 MBps
+        5 ms <!> 5 Ms
+        5 mS <!> 5 ms
+        5 mg <!> 5 Mg
+        5 mm <!> 5 Mm
+        5 K <!> 5 k
+        5 µm <!> 5 mm
+        0.5 M <!> 0.5 mM
+        5 N <!> 5 J
+        300 K <!> 300°C
+        5 MW <=> 5 megawatts
+        5 MW <=> 5000 kW
+        5 µm <=> 5 micrometers
+        5 um <=> 5 μm
+        5 Mhz <=> 5 MHz
+        5 KM <=> 5 km
+        5 Kg <=> 5 kg
+        5 N <=> 5
+        5 N <=> 5 newtons
+        5 J <=> 5 N m
+        5 J <=> 5 N·m
+        9.8 N/kg <=> 9.8 m/s²
+        9.8 m/s^2 <=> 9.8 meters per second squared
+        25 degrees C <=> 25^\circ\text{C}
+        25 C <=> 25°C
+        """,
+    "amounts": r"""
+        2h 30m <=> 2.5 hours
+        2h30m <=> 150 minutes
+        2.5 hours <=> 150 minutes
+        2 hours and 30 minutes <=> 2.5 h
+        1 hour 30 minutes <!> 90
+        5 ft 10 in <=> 70 inches
+        5'10" <=> 5 feet 10 inches
+        3 lb 4 oz <=> 52 oz
+        $1.50 <=> 150 cents
+        150 cents <=> 150¢
+        36 km/h <=> 10 m/s
+        5 mL <=> 5 cm³
+        1 GB <=> 1000 MB
+        1 atm <=> 101325 Pa
+        1 year <=> 12 months
+        2h 30m <!> 2.3 hours
+        2 hours 30 minutes <!> 230
+        1 hour 30 minutes <!> 130 minutes
+        5'10" <!> 5 feet 11 inches
+        5 kg <!> 5000
+        5 L <!> 5 mL
+        5 lb <!> 5 pounds sterling
+        £5 <!> 5 lb
+        £5 <=> 5 pounds
+        5 lb <=> 5 pounds
+        50% <!> 50 cm
+        50\% <!> 50 apples
+        7 red balls <!> 7 blue balls
+        7 red balls <=> 7 balls
+        5 apples left <=> 5 apples
+        """,
+    "directions": r"""
+        5 loss <!> 5 gain
+        loss of 5 <!> gain of 5
+        5 <!> 5 loss
+        5 lower <!> 5 higher
+        5 <!> 5 lower
+        5 down <!> 5 up
+        5% decrease <!> 5% increase
+        5% <!> 5% decrease
+        5 gross <!> 5 net
+        5 before <!> 5 after
+        5 days before <!> 5 days after
+        5 minutes early <!> 5 minutes late
+        5 miles north <!> 5 miles south
+        5 years older <!> 5 years younger
+        5 profit <!> 5 loss
+        5 credit <!> 5 debit
+        5 heads <!> 5 tails
+        5 miles north <=> 5 miles
+        5\% increase <=> 5%
+        5 => loss = 5
+        5 => The score is 5
+        """,
+    "magnitudes": r"""
+        5 million <=> 5,000,000
+        5 thousand <=> 5000
+        2.5 billion <=> 2,500,000,000
+        2.5\text{ billion dollars} <=> 2500000000
+        $5 million <=> 5,000,000
+        $5M <=> $5,000,000
+        $2.5k <=> 2500
+        1,200 thousand <=> 1.2 million
+        2 dozen <=> 24
+        2 dozen eggs <=> 24 eggs
+        3 hundred <=> 300
+        5万 <=> 50000
+        5 crore <=> 50000000
+        5 million <!> 5
+        5 million <!> 5 billion
+        5 dozen <!> 5
+        5 score <!> 5
+        5 pairs <!> 5
+        5 couples <!> 5
+        5 gross <!> 5
+        5‰ <!> 5
+        5 per mille <!> 5
+        5 basis points <!> 5%
+        5th <!> 5
+        5-fold <!> 5
+        """,
+    "typed formulas": r"""
+        pi/2 <=> \frac{\pi}{2}
+        2*pi <=> 2\pi
+        2pi <=> 2π
+        exp(2) <=> e^2
+        exp(-x) <=> e^{-x}
+        x**2 <=> x^2
+        x ** 2 + 1 <=> x²+1
+        2^(1/2) <=> \sqrt{2}
+        x**(n+1) <=> x^{n+1}
+        sqrt(2) <=> \sqrt{2}
+        sqrt2 <=> √2
+        sqrt(3)/2 <=> \frac{\sqrt{3}}{2}
+        3*sqrt(5)/2 <=> \frac{3\sqrt{5}}{2}
+        sqrt(1+sqrt(2)) <=> \sqrt{1+\sqrt{2}}
+        cbrt(8) <=> 2
+        abs(x) <=> |x|
+        5 choose 2 <=> 10
+        (-inf, 1) <=> (-\infty, 1)
+        x == 3 <=> x = 3
+        x := 3 <=> 3
+        pi/2 <!> \pi
+        exp(2) <!> 2e
+        x**2 <!> 2x
+        sqrt(2) <!> 2
+        2^(1/2) <!> 1
+        x =/= 3 <!> 3
+        """,
+    "lists, ratios and all numbers": r"""
+        [1, 2, 3] <=> 1, 2, 3
+        [1, 2, 3] <=> (1, 2, 3)
+        [1, 2, 3] <!> [1, 3, 2]
+        [1, 2, 3] <!> \{1, 2, 3\}
+        [1, 2] <!> 1, 2
+        [1, 2, 3] <!> 1, 2
+        3 to 2 <=> 3:2
+        3:2 <=> 6:4
+        3/2 <=> 3:2
+        2 to 3 to 4 <=> 2:3:4
+        5:1 <!> 5
+        1:5 <!> 5
+        3:2 <!> 2:3
+        3:2 <!> 1.5
+        2:3:4 <!> 2:3:5
+        A:B=1:2 => 1:2
+        |AB|=1 => 1
+        \frac{NO}{BO}=\frac12 => \frac12
+        |x|=1 !> 1
+        all real numbers <=> \mathbb{R}
+        all real numbers <=> (-\infty, \infty)
+        all reals <=> ℝ
+        all real numbers <!> (0, \infty)
+        all real numbers <!> \mathbb{Z}
+        all real numbers <!> all integers
+        no solution <=> \emptyset
+        no solution <=> No solutions
+        no solution <!> 0
+        no solution <!> all real numbers
+        """,
+    "case": r"""
+        AaBb <!> aabb
+        AaBb <!> AABB
+        Aa <!> aa
+        HF <!> Hf
+        CO <!> Co
+        CO_2 <!> Co_2
+        CS <!> Cs
+        AaBb <=> \text{AaBb}
+        NaCl <=> \mathrm{NaCl}
+        no <=> NO
+        McDonald <=> mcdonald
+        paris <=> PARIS
+        """,
+    "no value": r"""
+        x ~= 3 <!> 3
+        error: 3 <!> 3
+        Error code: 3 <!> 3
+        Exception: 3 <!> 3
+        undefined: 3 <!> 3
+        NaN: 3 <!> 3
+        Step: 3 <!> 3
+        page: 3 <!> 3
+        3 or 4 <!> 4
+        between 3 and 4 <!> 4
+        3 to 4 <!> 4
+        3 => Total: 3
+        3 => Number of steps: 3
         """,
 }  # fmt: skip

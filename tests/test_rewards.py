@@ -25,7 +25,8 @@ from lowmem_grpo.rewards import (
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.isolation.limit import SIGNAL
 from lowmem_grpo.rewards.isolation.workers import WorkerPool
-from lowmem_grpo.rewards.math_pool import as_number, math_equal
+from lowmem_grpo.rewards.math_pool import math_equal
+from lowmem_grpo.rewards.number import as_number
 from lowmem_grpo.rewards.runner import LARGEST
 
 

@@ -16,7 +16,8 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
-from lowmem_grpo.rewards.math_pool import as_number, math_equal
+from lowmem_grpo.rewards.math_pool import math_equal
+from lowmem_grpo.rewards.number import as_number
 from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 from lowmem_grpo.tasks import reasoning_gym as gym

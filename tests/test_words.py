@@ -20,7 +20,7 @@ WORDS = [
 ]  # fmt: skip
 OPTIONS = [
     ("AB", "BA"), ("(AB)", "(BA)"), ("A", "B"), ("(A)", "(B)"), (r"\text{(A)}", r"\textbf{(C)}"), ("ABC", "CBA"),
-    ("A and C", "C and A"), ("A, C", "C, A"), ("A, C", "A"), ("A and C", "A or C"), ("AC", "A, C"), ("A) 12", "B) 12"),
+    ("A, B, C", "C, A, B"), ("A, C", "A"), ("A and C", "A or C"), ("AC", "A, D"), ("A) 12", "B) 12"),
     ("A. 12", "C. 12"), ("(A) 12", "12"), ("IV", "VI"), ("II", "-1"), ("A-B-C", "C-B-A"), ("3A", "A3"), ("B12", "12B"), ("abc123", "cab123"),
     (r"\angle ABC", r"\angle CBA"), (r"\triangle ABC", r"\triangle BCA"), (r"\overline{AB}", r"\overline{BA}"),
     ("AB = 5", "BA = 5"), (r"2AB", r"2BA"), (r"\frac{AB}{CD}", r"\frac{BA}{DC}"), ("H_2O", "OH_2"), ("NaCl", "ClNa"),
@@ -157,8 +157,8 @@ def test_a_gold_answer_that_begins_with_zero_is_text(gold, answer, reward):
 
 
 def test_an_answer_is_read_as_words_as_a_formula_or_as_a_number_of_a_unit():
-    assert reading(r"\text{New  York}") == ("new york", None, "")
-    assert reading(r"18.5 \text{ cm}^2") == ("18.5", "18.5", "centimeter2")
+    assert reading(r"\text{New  York}") == ("New York", "new york", None, "")
+    assert reading(r"18.5 \text{ cm}^2") == ("18.5 cm^2", "18.5", "18.5", "centimeter2")
     assert reading("2ab + c").value == "2ab + c" and reading("2ab + c").unit == ""
     assert reading(r"\frac{AB}{2}").value == r"\frac{\text{AB}}{2}"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from lowmem_grpo.rewards.math_pool import as_number
+from lowmem_grpo.rewards.number import as_number
 
 CORRECT = 1.0
 RESAMPLES = 2000

@@ -4,8 +4,9 @@ import math
 import re
 
 from lowmem_grpo.rewards.number import is_number
+from lowmem_grpo.rewards.number_words import OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
-from lowmem_grpo.rewards.units import OTHER_NUMBERS, other_unit
+from lowmem_grpo.rewards.units import conversion
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
@@ -95,9 +96,16 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     if wants_number and _is_number(marked):
         return marked
     is_short = len(marked) <= MOST_CHARACTERS
-    if wants_number and "$" in str(gold) and is_short and other_unit("dollar", reading(marked).unit):
-        return marked  # €5
+    if wants_number and is_short and _has_another_unit(marked, str(gold)):
+        return marked
     return (only_number(marked) if wants_number else None) or (gold and _only_formula(marked, gold)) or marked
+
+
+def _has_another_unit(answer: str, gold: str) -> bool:
+    """Tell whether an answer is of another unit than dollars or percent, which a gold number may be of: €5, 50 cm."""
+    if "%" in gold:
+        return bool(reading(answer).unit) and not PERCENT.search(answer)
+    return "$" in gold and conversion("dollar", reading(answer).unit) != 1
 
 
 def gold_answer(gold) -> str | None:
@@ -145,16 +153,19 @@ def only_number(text: str) -> str | None:
     sign = max(text.rfind("="), text.rfind(": "))
     named = text[: max(sign, 0)]
     is_name = all(map(_is_name, named.split("="))) if text[sign : sign + 1] == "=" else not NUMBER.search(named)
-    if is_name and OTHER_NUMBERS.isdisjoint(re.findall(r"[^\W\d_]+", named.lower())):
+    words = set(re.findall(r"[^\W\d_]+", named.lower()))
+    if is_name and OTHER_NUMBERS.isdisjoint(words) and not (words and words <= PLACES):
         text = text[sign + 1 :]  # the value of a name: Price: 18
     found = list(NUMBER.finditer(text))
     if len(found) != 1:
         return None
     before, after = text[: found[0].start()], text[found[0].end() :]
-    if before[-1:].isalpha() or after[:1].isalpha() or after.startswith(("!", "..")):  # x18, 18x, 18!
+    if (
+        before[-1:].isalpha() or before.endswith("!") or after[:1].isalpha() or after.startswith(("!", ".."))
+    ):  # x18, 18x, 18!
         return None
     before, after = (_plain_words(part) for part in (before, after))
-    if before is None or after is None or (before and before[-1] not in SAYS):
+    if before is None or after is None or (before and before[-1] not in SAYS) or not OTHER_BEHIND.isdisjoint(after):
         return None
     return found[0].group() + "%" * bool(PERCENT.match(text, found[0].end()))
 

@@ -6,7 +6,7 @@ math-verify takes every letter for a variable, so that `listen` equals `silent`.
 import re
 import unicodedata
 
-from lowmem_grpo.rewards.units import MONEY_NAMES, UNITS
+from lowmem_grpo.rewards.units import is_symbol
 
 WORD, END = "\x02", "\x03"  # around what is words
 SEGMENT = re.compile(f"{WORD}([^{END}]*){END}")
@@ -28,6 +28,11 @@ FUNCTIONS = {
     "ln", "lg", "exp", "lim", "max", "min", "gcd", "lcm", "det", "mod", "sqrt", "frac", "pi", "inf", "infty",
     "infinity", "and", "or", "percent", "percentage", "pct",
 }  # fmt: skip
+# Units that a number may touch: 5cm; but 3nm is a product.
+TOUCHING = {
+    "cm", "mm", "km", "mg", "kg", "ml", "ft", "in", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "sec", "pt",
+    "pts", "mph", "kph", "deg", "am", "pm", "usd", "eur", "gbp", "rs", "kr",
+}  # fmt: skip
 # Commands of geometry, which stand beside names of points.
 NAMES = re.compile(
     r"\\(?:angle|triangle|parallel|perp|sim|cong|overline|overrightarrow|vec|bar|hat|widehat|to|[lL]?rightarrow)\b"
@@ -42,13 +47,13 @@ FORMULA = re.compile(
 def with_words_marked(text: str) -> str:
     """An answer without \\text{} and the like, with marks around each run of words: `18 cm` is `18 [cm]`."""
     while STYLE.search(text):
-        text = STYLE.sub(_without_style, text)
+        text = STYLE.sub(_marked_style, text)
     in_formula = is_formula(text)
     marked = TOKEN.sub(lambda token: token[0] if _is_math(token, in_formula) else f"{WORD}{token[0]}{END}", text)
     return BETWEEN_WORDS.sub(" ", marked)
 
 
-def _without_style(found: re.Match) -> str:
+def _marked_style(found: re.Match) -> str:
     """An answer whose \\text{} and the like are taken off, and marked where they hold words or a unit."""
     content = found[2].replace(WORD, "").replace(END, "")
     name = content.strip()
@@ -62,6 +67,13 @@ def _without_style(found: re.Match) -> str:
     if re.search(r"[^\W\d_]{2}", content) or (is_unit and not re.search(r"\d", name)):
         return f" {WORD}{content}{END}"
     return content
+
+
+def without_style(text: str) -> str:
+    """An answer without \\text{} and the like, and with a single space between its words."""
+    while STYLE.search(text):
+        text = STYLE.sub(r"\2", text)
+    return " ".join(text.split())
 
 
 def is_formula(marked: str) -> bool:
@@ -87,7 +99,7 @@ def _is_math(token: re.Match, in_formula: bool) -> bool:
     if not in_formula or not latin.isascii() or len(run) > 3 or run.isupper():
         return False
     behind_number = _ends_a_number(before.rstrip())
-    if behind_number and (run.lower() in UNITS or run.lower() in MONEY_NAMES):
+    if behind_number and is_symbol(run) and (before[-1:] == " " or run in TOUCHING or not run.islower()):
         return False
     touches = before[-1:].isdigit() or before[-1:] in ("}", "^", "{") or after[:1] in ("^", "_", "{", "}")
     beside = {before.rstrip()[-1:], after.lstrip()[:1]} & set("+-*/=<>^|") or re.match(r" *\) *[-+*/^=]", after)

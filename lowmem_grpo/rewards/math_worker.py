@@ -101,6 +101,8 @@ def structure(text: str, keep_case: bool) -> Any:
     if text.startswith("(") and text.endswith(")") and end == len(text) and len(_split(text[1:-1])) > 1:
         is_statement = set(_split(text[1:-1])[1::2]) <= set(LOGICAL)  # (p \lor q), and no point
         return structure(text[1:-1], keep_case) if is_statement else _group("(", text[1:-1], keep_case)
+    if text.startswith("[") and text.endswith("]") and end == len(text) and len(_split(text[1:-1])) > 3:
+        return _group("(", text[1:-1], keep_case)  # a list as Python writes it; [1, 2] is an interval
     if not BRACKET.search(text):
         text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     separators = set(_split(text)[1::2])

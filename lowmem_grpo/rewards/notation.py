@@ -7,6 +7,8 @@ r"""plain(): an answer with Unicode's signs, and a number's many notations, as t
 import re
 import unicodedata
 
+from lowmem_grpo.rewards.typed import typed
+
 SIGNS = str.maketrans({
     "\N{MINUS SIGN}": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*",
     "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
@@ -28,6 +30,7 @@ DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
 # 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; 1,00,000 and 1.000.000
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|[^\S\n]|['’]| *\{ *, *\}) *\d{3})+(?![\d/])")
 OTHER_GROUPS = re.compile(r"(?<![\w.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,})(?![\d,.])")
+ROUGHLY_EQUAL = re.compile("~=(?!~)")  # or unequal, in some languages
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))")  # \frac12
 REPEATING = re.compile(
@@ -53,7 +56,9 @@ def plain(text: str) -> str:
         text = _without_unicode(unicodedata.normalize("NFC", text))
     if "\\\\" in text and r"\begin" not in text:
         text = DOUBLED.sub(r"\\", text)
+    text = ROUGHLY_EQUAL.sub(r" \\simeq ", text)
     text = SPACE.sub(" ", OTHER_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))
+    text = typed(text)
     text = SHORT_FRACTION.sub(r"\\frac{\1\2}{\3\4}", text)
     text = GOES_ON.sub(_repeating, REPEATING.sub(_repeating, text))
     text = TIMES_TEN.sub(_times_ten, SCIENTIFIC.sub(_times_ten, text))

@@ -1,52 +1,98 @@
-r"""Units of numbers by one name each: `cm^2` and `square centimeters` are `centimeter2`, `$` and `USD` are `dollar`."""
+r"""Units by one name each, and how many of one make another: `cm^2` is `centimeter2`, `$` and `USD` are `dollar`.
+
+The case of a symbol is its meaning: mPa is a millipascal, and MPa a megapascal.
+"""
 
 import re
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
 
-# A unit's other names; the plural is known without them.
-UNITS = {
-    "cm": "centimeter", "mm": "millimeter", "m": "meter", "metre": "meter", "km": "kilometer", "mg": "milligram",
-    "g": "gram", "kg": "kilogram", "ml": "milliliter", "l": "liter", "litre": "liter", "ft": "foot", "feet": "foot",
-    "in": "inch", "inches": "inch", "yd": "yard", "mi": "mile", "lb": "pound", "lbs": "pound", "oz": "ounce",
-    "s": "second", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "hrs": "hour", "mph": "mph",
-    "kph": "kph", "am": "am", "pm": "pm", "kw": "kw", "hz": "hz", "kwh": "kwh", "pt": "point", "pts": "point",
-    "deg": "degree", "n": "newton", "j": "joule", "kmh": "kph",
+from lowmem_grpo.rewards.number_words import MAGNITUDES, NO_NOUN, OTHER_BEHIND
+
+# Units that are so many of others; of a noun that is neither here nor in BASES only the name is known.
+DEFINITIONS = {
+    "liter": "1/1000 meter3", "foot": "12 inch", "inch": "254/10000 meter", "yard": "3 foot", "mile": "1760 yard",
+    "acre": "4840 yard2", "hectare": "10000 meter2", "gallon": "231 inch3", "quart": "1/4 gallon", "pint": "1/2 quart",
+    "cup": "1/2 pint", "tablespoon": "1/16 cup", "teaspoon": "1/3 tablespoon", "minute": "60 second",
+    "hour": "60 minute", "day": "24 hour", "week": "7 day", "year": "12 month", "decade": "10 year",
+    "century": "100 year", "poundmass": "45359237/100000 gram", "ounce": "1/16 poundmass", "tonne": "1000000 gram",
+    "newton": "1 kilogram meter second-2", "joule": "1 newton meter", "watt": "1 joule second-1",
+    "pascal": "1 newton meter-2", "bar": "100000 pascal", "atmosphere": "101325 pascal", "hertz": "1 second-1",
+    "becquerel": "1 second-1", "coulomb": "1 ampere second", "volt": "1 joule coulomb-1", "ohm": "1 volt ampere-1",
+    "farad": "1 coulomb volt-1", "siemens": "1 ampere volt-1", "weber": "1 volt second", "tesla": "1 weber meter-2",
+    "henry": "1 weber ampere-1", "watthour": "1 watt hour", "calorie": "4184/1000 joule", "molar": "1 mole liter-1",
+    "mph": "1 mile hour-1", "kph": "1 kilometer hour-1", "bps": "1 bit second-1", "byte": "8 bit",
+    "byterate": "8 bps", "cent": "1/100 dollar",
+}  # fmt: skip
+BASES = {
+    "meter", "gram", "second", "month", "ampere", "kelvin", "mole", "candela", "lumen", "lux", "bit", "degree",
+    "degreec", "degreef", "radian", "electronvolt", "decibel", "gray", "sievert", "point", "am", "pm",
+}  # fmt: skip
+PREFIXES = {
+    "p": "pico", "n": "nano", "u": "micro", "\N{MICRO SIGN}": "micro", "\N{GREEK SMALL LETTER MU}": "micro",
+    "m": "milli", "c": "centi", "d": "deci", "h": "hecto", "k": "kilo", "M": "mega", "G": "giga", "T": "tera",
+    "P": "peta",
+}  # fmt: skip
+TEN_TO = {
+    "pico": -12, "nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "hecto": 2, "kilo": 3, "mega": 6,
+    "giga": 9, "tera": 12, "peta": 15,
+}  # fmt: skip
+WITH_PREFIXES = {
+    "m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "A": "ampere", "K": "kelvin", "mol": "mole",
+    "Pa": "pascal", "W": "watt", "V": "volt", "Hz": "hertz", "J": "joule", "N": "newton", "F": "farad", "H": "henry",
+    "C": "coulomb", "T": "tesla", "S": "siemens", "\N{GREEK CAPITAL LETTER OMEGA}": "ohm", "eV": "electronvolt",
+    "cal": "calorie", "B": "byte", "b": "bit", "bps": "bps", "Bps": "byterate", "Wh": "watthour", "Wb": "weber",
+    "Bq": "becquerel", "Gy": "gray", "Sv": "sievert", "bar": "bar",
+}  # fmt: skip
+SYMBOLS = {a + b: PREFIXES[a] + name for a, (b, name) in product(PREFIXES, WITH_PREFIXES.items())}
+# C and F are ambiguous, and so are "pound" and "degree": see AMBIGUOUS.
+SYMBOLS |= WITH_PREFIXES | {
+    "KB": "kilobyte", "dB": "decibel", "cd": "candela", "lm": "lumen", "lx": "lux", "atm": "atmosphere",
+    "ha": "hectare", "M": "molar", "mM": "millimolar", "uM": "micromolar", "nM": "nanomolar", "pm": "pm", "C": "C",
+    "F": "F",
+}  # fmt: skip
+BY_LETTERS: dict[str, list[str]] = {}  # symbols without regard to case
+for _symbol in SYMBOLS:
+    BY_LETTERS.setdefault(_symbol.casefold(), []).append(_symbol)
+# Other names of units, in any case; a plural is known by its singular.
+WORDS = {
+    "\N{CENT SIGN}": "cent", "in": "inch", "ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile", "lb": "poundmass",
+    "oz": "ounce", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "pt": "point", "deg": "degree",
+    "kmh": "kph", "gal": "gallon", "qt": "quart", "tbsp": "tablespoon", "tsp": "teaspoon", "centurie": "century",
+    "inche": "inch", "centigrade": "degreec", "celsius": "degreec", "fahrenheit": "degreef", "quid": "sterling",
+    "am": "am", "pm": "pm", "hertz": "hertz", "siemens": "siemens", "lux": "lux", "mph": "mph", "kph": "kph",
+}  # fmt: skip
+PHRASES = {
+    re.compile(phrase, re.IGNORECASE): name
+    for phrase, name in {
+        r"\\pounds|\bpounds? sterling\b": "quid", r"\bmetric tons?\b": "tonne",
+        r"\bdegrees? (?:c|celsius|centigrade)\b": "celsius", r"\bdegrees? (?:f|fahrenheit)\b": "fahrenheit",
+        r"\bfluid ounces?\b|\bfl\.? oz\b": "fluidounce",
+    }.items()
+}  # fmt: skip
+AMBIGUOUS = {
+    "pound": ("poundmass", "sterling"), "C": ("coulomb", "degreec"), "F": ("farad", "degreef"),
+    "degree": ("degree", "degreec", "degreef"),
 }  # fmt: skip
 MONEY_NAMES = {
     "$": "dollar", "us$": "dollar", "usd": "dollar", "textdollar": "dollar", "€": "euro", "eur": "euro", "euro": "euro",
-    "texteuro": "euro", "£": "pound", "gbp": "pound", "pounds": "pound", "textsterling": "pound", "¥": "yen",
+    "texteuro": "euro", "£": "sterling", "gbp": "sterling", "textsterling": "sterling", "¥": "yen",
     "jpy": "yen", "yen": "yen", "円": "yen", "₹": "rupee", "inr": "rupee", "rs": "rupee", "₩": "won", "krw": "won",
     "원": "won", "元": "yuan", "cny": "yuan", "rmb": "yuan", "₽": "ruble", "rub": "ruble", "руб": "ruble",
     "kr": "krone",
 }  # fmt: skip
-# Each differs from every other one, however they are combined.
-KNOWN_UNITS = {*UNITS.values(), "day", "week", "month", "year", "cent", "degreec", "degreef"} - {"newton", "joule"}
-KNOWN_UNITS |= set(MONEY_NAMES.values())
-CURRENCIES = set(MONEY_NAMES.values()) - {"pound"}  # which is a weight, too
-# What is counted, in words that say nothing of what it is: no other unit than any.
-COUNTS = {
-    "unit", "way", "arrangement", "possibilitie", "combination", "permutation", "solution", "piece", "item", "thing",
-    "people", "person", "total", "number", "integer", "value",
+CURRENCIES = set(MONEY_NAMES.values())
+# What is counted, in words that say nothing of what it is: no other unit than any, or any noun.
+NO_UNIT = {"unit", "total", "number", "integer", "value"}
+COUNTS = NO_UNIT | {
+    "way", "arrangement", "possibilitie", "combination", "permutation", "solution", "piece", "item", "thing", "people",
+    "person",
 }  # fmt: skip
-COMPOUND = {"mph": {"mile": 1, "hour": -1}, "kph": {"kilometer": 1, "hour": -1}}
+FILLERS = {"of", "the", "a", "an", "in", "left", "remaining", "each", "every", "all"}
 RAISED = {"squared": 2, "cubed": 3}
-# Words that make another number of the one beside them: 5 below zero, 18 thousand, 5 years ago, 5 at most.
-OTHER_NUMBERS = {
-    "minus", "negative", "opposite", "inverse", "reciprocal", "plus", "times", "fold", "than", "least", "most",
-    "minimum", "maximum", "below", "beneath", "under", "above", "over", "beyond", "between", "until", "ago", "short",
-    "shy", "debt", "bc", "bce", "or", "if", "not", "no", "never", "cannot", "except", "wrong", "false", "incorrect",
-    "impossible", "half", "halves", "third", "thirds", "quarter", "quarters", "fourths", "fifths", "sixths",
-    "eighths", "tenths", "hundredths", "double", "twice", "triple", "thrice", "dozen", "dozens", "zero", "two",
-    "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "hundred", "hundreds",
-    "thousand", "thousands", "k", "million", "millions", "bn", "billion", "billions", "trillion", "lakh", "crore",
-    "root", "sqrt", "pi", "squared", "cubed", "factorial", "power", "log", "ln", "exp", "sin", "cos", "tan", "cot",
-    "less", "fewer", "deficit", "tens", "grand", "ppm", "lakhs", "crores",
-    "csc", "max", "lim", "gcd", "lcm", "det", "mod", "modulo", "base", "divided", "multiplied", "infinity",
-}  # fmt: skip
-MAGNITUDES = "百千万亿萬億백천만억"  # at the beginning of what stands behind a number: 18万元
-# What a phrase goes on with that is no unit: 2 or 3, 5 if x > 0.
-NO_NOUN = {
-    "and", "or", "if", "is", "are", "for", "where", "when", "base", "percent", "percentage", "pct", "e", "i", "d",
-}  # fmt: skip
 CURRENCY = (
     r"(?:US|[A-Z]{1,2})?\\?\$|[¢£¤¥֏؋৳฿៛\u20a0-\u20cf﷼]|\\(?:pounds|euro|yen|text(?:euro|sterling|dollar))(?![a-z])"
 )
@@ -58,57 +104,136 @@ PART = re.compile(rf"{CURRENCY}|[^\W\d_]+|/|-?\d")
 
 
 def unit_name(text: str, power: str = "") -> str:
-    """The names of a unit with their exponents, in one order: `hour-1 mile` of mph and of miles per hour."""
-    exponents: dict[str, int] = {}
+    """The names of a unit with their exponents, in one order: `hour-1 mile` of miles per hour."""
+    exponents: Counter[str] = Counter()
     sign, following, last = 1, 1, ""
+    for phrase, name in PHRASES.items():
+        text = phrase.sub(name, text)
     for part in PART.findall(text + power):
-        name = part.lower().replace("\\", "")
-        if name in ("/", "per"):
+        word = part.lower()
+        if word in ("/", "per"):
             sign = -1
-        elif name in ("square", "sq", "cubic", "cu"):
-            following = 2 if name.startswith("sq") else 3
-        elif last and (name in RAISED or re.fullmatch(r"-?\d", name)):
-            exponents[last] *= RAISED.get(name) or int(name)
-        else:
-            names = {**UNITS, **MONEY_NAMES}
-            name = names.get(name) or names.get(name.removesuffix("s")) or _singular(name)
-            for last, exponent in COMPOUND.get(name, {name: 1}).items():
-                exponents[last] = exponents.get(last, 0) + sign * following * exponent
+        elif word in ("square", "sq", "cubic", "cu"):
+            following = 2 if word.startswith("sq") else 3
+        elif last and (word in RAISED or re.fullmatch(r"-?\d", word)):
+            exponents[last] *= RAISED.get(word) or int(word)
+        elif not (word in FILLERS and last):
+            last = _name(part)
+            exponents[last] += sign * following
             following = 1
     return " ".join(name + (str(count) if count != 1 else "") for name, count in sorted(exponents.items()))
 
 
+@lru_cache(maxsize=4096)
+def _name(part: str) -> str:
+    """The one name of a symbol, a currency or a noun: `kg` and `Kg` are kilogram."""
+    if part in SYMBOLS:
+        return SYMBOLS[part]
+    word = part.lower().replace("\\", "")
+    for name in (word, _singular(word)):
+        if name in WORDS or name in MONEY_NAMES:
+            return WORDS.get(name) or MONEY_NAMES[name]
+    return _in_another_case(part) or re.sub("(met|lit)re$", r"\1er", _singular(word))
+
+
+def _in_another_case(part: str) -> str | None:
+    """The only unit whose symbol has these letters after this prefix, or whatever their case is: Mhz, KWH."""
+    alike = BY_LETTERS.get(part.casefold(), []) if len(part) > 1 else []
+    for symbols in ([symbol for symbol in alike if symbol[0] == part[0]], alike):
+        names = {SYMBOLS[symbol] for symbol in symbols}
+        if len(names) == 1:
+            return names.pop()
+    return None
+
+
 def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def is_symbol(run: str) -> bool:
+    """Tell whether letters are the symbol of a unit or of money."""
+    known = run in SYMBOLS or run.lower().removesuffix("s") in WORDS or _name(run) in CURRENCIES
+    return known or (not run.islower() and _in_another_case(run) is not None)
 
 
 def is_unit(words: list[str]) -> bool:
     r"""Tell whether words behind a value may be its unit: `5 units squared`, but not `2 \text{ or}`, `18 thousand`."""
-    first = words[0]
-    if first in NO_NOUN or first in OTHER_NUMBERS or first[0] in MAGNITUDES:
+    words = [word if word in SYMBOLS else word.lower() for word in words]
+    if words[0] in NO_NOUN or words[0] in RAISED or words[0][0] in MAGNITUDES:
         return False
-    return OTHER_NUMBERS.isdisjoint(set(words) - {"squared", "cubed"})
+    return OTHER_BEHIND.isdisjoint(set(words) - set(RAISED))
 
 
-def known(unit: str) -> bool:
+def is_known(unit: str) -> bool:
     """Tell whether a unit is made of known ones, such as those of length and of money."""
-    return _names(unit) <= KNOWN_UNITS
+    return _measure(unit) is not None
 
 
-def other_unit(unit: str, other: str) -> bool:
-    """Tell whether two units differ: cm and km, apples and pears; but not balls and red balls."""
-    if "degree" in (unit, other) and unit.startswith("degree") and other.startswith("degree"):
-        return False
-    if not CURRENCIES.isdisjoint(set(unit.split()) & set(other.split())):  # dollars, and dollars per day
-        return False
-    if sorted(unit) == sorted(other):  # dogs and gods
-        return unit != other
+def conversion(unit: str, other: str) -> Fraction | None:
+    """How many of another unit one is: 1000 of m and km; 1 where either is left out; None where they differ.
+
+    Apples are no pears, and no kilograms; but they are red apples, and a dollar is a dollar per day.
+    """
+    if not unit or not other or unit == other:
+        return Fraction(1)
+    for meaning, other_meaning in product(_meanings(unit), _meanings(other)):
+        measure, other_measure = _measure(meaning), _measure(other_meaning)
+        if measure and other_measure and measure.dimensions == other_measure.dimensions:
+            return measure.amount / other_measure.amount
     names, others = _names(unit), _names(other)
-    if names and others and names | others <= KNOWN_UNITS:
-        return unit != other  # cm is not cm^2
-    return bool(names and others) and names.isdisjoint(others) and COUNTS.isdisjoint(names | others)
+    both_known = is_known(unit) and is_known(other) and CURRENCIES.isdisjoint(names & others)  # $5 is $5 per day
+    counts = NO_UNIT if is_known(unit) or is_known(other) else COUNTS
+    is_part = names <= others or others <= names
+    alike = (is_part and not both_known) or not counts.isdisjoint(names | others)
+    return Fraction(1) if alike else None
+
+
+class Measure(NamedTuple):
+    amount: Fraction
+    dimensions: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _measure(unit: str) -> Measure | None:
+    """A unit in those of BASES and currencies: an inch is 0.0254 meters; None where it has another noun in it."""
+    amount, dimensions = Fraction(1), Counter()
+    for part in unit.split():
+        name, exponent = _without_exponent(part)
+        if name in BASES or name in CURRENCIES:
+            dimensions[name] += exponent
+            continue
+        if name in AMBIGUOUS:
+            name = AMBIGUOUS[name][0]
+        if name in DEFINITIONS:
+            count, _, definition = DEFINITIONS[name].partition(" ")
+        else:
+            prefix = next((prefix for prefix in TEN_TO if name.startswith(prefix)), None)
+            if prefix is None or name.removeprefix(prefix) not in {*WITH_PREFIXES.values(), "molar"}:
+                return None
+            count, definition = Fraction(10) ** TEN_TO[prefix], name.removeprefix(prefix)
+        measure = _measure(definition)
+        assert measure is not None
+        amount *= (Fraction(count) * measure.amount) ** exponent
+        for base, count in measure.dimensions.items():
+            dimensions[base] += count * exponent
+    return Measure(amount, {name: count for name, count in dimensions.items() if count})
+
+
+def _meanings(unit: str) -> list[str]:
+    """A unit with each meaning of its ambiguous names: 5 pounds weigh, or are money."""
+    choices = [
+        [meaning + part.removeprefix(name) for meaning in AMBIGUOUS.get(name, (name,))]
+        for part in unit.split()
+        for name in [_without_exponent(part)[0]]
+    ]
+    return [" ".join(chosen) for chosen in product(*choices)]
 
 
 def _names(unit: str) -> set[str]:
     """The names in a unit, without their exponents."""
-    return {re.sub(r"-?\d$", "", name) for name in unit.split()}
+    return {_without_exponent(part)[0] for part in unit.split()}
+
+
+def _without_exponent(part: str) -> tuple[str, int]:
+    name = part.rstrip("-0123456789")
+    return name, int(part[len(name) :] or 1)

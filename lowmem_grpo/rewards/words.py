@@ -7,9 +7,10 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from lowmem_grpo.rewards.letters import END, POWER, SEGMENT, WORD, is_formula, with_words_marked
+from lowmem_grpo.rewards.amounts import amount, amount_in_parts
+from lowmem_grpo.rewards.letters import END, SEGMENT, WORD, is_formula, with_words_marked, without_style
 from lowmem_grpo.rewards.notation import plain
-from lowmem_grpo.rewards.units import CODES, CURRENCY, UNITS, is_unit, known, unit_name
+from lowmem_grpo.rewards.units import CURRENCY, unit_name
 
 # Of LaTeX, what says nothing.
 LOOKS = re.compile(
@@ -31,38 +32,19 @@ ANSWER_IS = re.compile(
     r"^\s*(?:the )?(?:(?:final |correct )?answer(?: is|:)|(?:option|choice)(?= \(?[A-Z]\b))\s*(?=\S)", re.IGNORECASE
 )
 MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
-CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
-MONEY = re.compile(rf"^(-?) *({CURRENCY}|(?:{CODES}|Rs\.?|kr\.?)(?![a-z])) *(?=[-\d.(\\])|(?<=[\d)}}]) *({CURRENCY})$")
-DEGREE = re.compile(rf"(?<=[\d.}})]) *(?:\^ *\{{? *\\circ *\}}?|\\degree) *{WORD}?([CF]?){END}?$")
-UNIT = re.compile(rf"(?<=[\d}})\]%]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d_]+{END}?)?){POWER}")
-# Before a letter that is a unit; in 2x^2 h it is a factor.
-NUMBER_ALONE = re.compile(r"-?[\d.,/]+ (?:\\times 10\^\{-?\d+\} )?")
-LETTER_UNIT = re.compile(rf"(?<=[\d}}]) ([mgshlL](?:/[smhlL])?){POWER}")
-LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
-# \text{ cubic inches}, \mathrm{m s^{-1}} or \text{kg}\cdot\text{m} at the end of a formula.
-IN_TYPE = (
-    r"\\(?:text(?:rm|sf|tt|up|normal|bf|it)?|math(?:rm|sf|tt|normal)|mbox) *\{(?:[^{}\\]|\^ *\{[^{}]*\}|\\cdot)*\}"
-)
-EXPONENT = r"(?: *\^ *(?:\{ *-?\d *\}|\d))?"
-MARKED_UNIT = re.compile(
-    rf"(?<=[\w}})\]!%|']) *({IN_TYPE}{EXPONENT}(?: *(?:\\(?:cdot|times)(?![a-zA-Z])|/)? *{IN_TYPE}{EXPONENT})*)$"
-)
-ENDS_A_VALUE = re.compile(
-    r"(?:[\d})\]!%|']|\\(?:pi|theta|alpha|beta|phi|lambda|infty)|(?<![^\W\d_])(?<!\\)[^\W\d_]{1,2}) *$"
-)
-OPTION = re.compile(r"\(?[A-Z]\)?[.:]?")
 PRODUCT = re.compile(r"[A-Za-z]{2,4}|[A-Za-z](?: *(?:\\cdot|\\times|\*) *[A-Za-z](?![A-Za-z])| [A-Za-z](?![A-Za-z]))+")
+CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
+LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
 NUMBER_IN_BASE = re.compile(r"(?:\d[A-F]*|\d *\)|\([0-9A-F.]+\)) *_|[A-F]\d[\dA-F]*_")
 IN_TEN = re.compile(r"(-?[\d.]+) *_ *\{? *10 *\}?")
 LEADING_ZERO = re.compile(r"-?0\d+(?:\.\d+)?|0\d:\d\d|\d\d?:0\d|\d{4}-\d\d-\d\d")
-TIME = re.compile(r"\d{1,2}:\d\d")
 # 5'10", 3/4/2021 and 2021-03-04, 2:3:4, 10.0.0.1, a list that goes on, 1 2 3, 0x1A, B12, a molecule, an option with its
 # text: math-verify computes with each of them. (And 1E999999999, with which it is never done.)
 NO_FORMULA = re.compile(
     r"\d *['\"\u2019\u201d]|\d */ *\d+ */ *\d|(?<!\d)\d{4}-\d\d-\d\d(?!\d)|\d *: *\d+ *: *\d|\\[lc]?dots|\.\.\."
     r"|\d\.\d+\.\d|(?<![_^\d])\d+ +\.?\d"
     r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
-    r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
+    r"|\\simeq(?![a-zA-Z])|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
 QUOTED = re.compile("^[\"'\u2018\u201c\u201d](.*)[\"'\u2019\u201d\u201c]$")  # a pair: the quote of A' is a prime
 PRIMES = re.compile(r"(?<=[A-Za-z])(?:\^ *\{? *((?:\\prime *)+)\}?|(['\u2019]+))")
@@ -72,25 +54,37 @@ NUMERALS = {
     "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
     "ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16",
 }  # fmt: skip
+POINTS = r"[A-Z](?:_(?:\w|\{\w+\})|[A-Z])?"
+OF_A_DRAWING = re.compile(
+    rf"^(?:\|[A-Z]{{1,2}}\||\\frac *\{{{POINTS}\}} *\{{{POINTS}\}}|{POINTS}(?: ?: ?{POINTS})+) *= *(?=[^=]+$)"
+)
+SETS_IN_WORDS = {
+    re.compile(
+        r"(?:x is )?(?:the set of )?(?:all|any) real(?:s| numbers?)|(?:the )?(?:set of )?real numbers"
+    ): r"\mathbb{R}",
+    re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?empty set"): r"\emptyset",
+}
 
 
 class Reading(NamedTuple):
     r"""How an answer is compared: `18 \text{ cm}` has the value 18 and the unit centimeter, `Paris` has no value."""
 
-    text: str  # the words, without case, style and needless spaces
+    written: str  # the answer without style and needless spaces
+    text: str  # and without case
     value: str | None  # what math-verify is to read; None where the text alone counts
     unit: str
 
 
 @lru_cache(maxsize=8192)
 def reading(answer: str) -> Reading:
-    text, currency = _without_currency(_tidy(answer))
-    text, unit = _without_marked_unit(text)  # what the money is paid for: $5 per day
-    marked = with_words_marked(text)
-    if not unit:
-        marked, unit = _without_unit(marked)
+    tidy = _tidy(answer)
+    written = without_style(tidy)
+    in_parts = amount_in_parts(written)
+    if in_parts:
+        return Reading(written, written.casefold(), *in_parts)
+    marked, unit = amount(tidy)
     value = None if LETTER_E.fullmatch(answer.strip()) else _as_formula(marked)
-    return Reading(_as_text(marked), value, currency or unit)
+    return Reading(written, _as_text(marked), value, unit)
 
 
 def has_words(answer: str) -> bool:
@@ -112,10 +106,15 @@ def same_product(gold: str, answer: str) -> bool:
     return len({re.sub(r"\\cdot|\\times|[* ]", "", side) for side in sides}) == 1
 
 
+def without_name(written: str) -> str:
+    r"""The value of an equation that names a length or ratio of a drawing: 1:2 of `A:B = 1:2`, 1 of `|AB| = 1`."""
+    return OF_A_DRAWING.sub("", written)
+
+
 def with_letter_unit(side: Reading) -> Reading:
     """Read `540m` as 540 metres, where the other side is a number; else it is 540 times m."""
     found = LETTER_BEHIND.fullmatch(side.value or "")
-    return Reading(side.text, found[1], unit_name(found[2])) if found else side
+    return side._replace(value=found[1], unit=unit_name(found[2])) if found else side
 
 
 def _tidy(answer: str) -> str:
@@ -131,51 +130,9 @@ def _tidy(answer: str) -> str:
         text = text[:-1].rstrip()
     text = PERCENT.sub(r"\\%", CURRENCY_IN_TYPE.sub(r"\1", text))
     in_ten = IN_TEN.fullmatch(text)
-    return in_ten[1] if in_ten else text
-
-
-def _without_marked_unit(text: str) -> tuple[str, str]:
-    r"""The formula and unit of `16\pi \text{ cubic inches}`, where \text{} behind a formula marks a unit."""
-    found = MARKED_UNIT.search(text)
-    if not found:
-        return text, ""
-    value = text[: found.start()].rstrip()
-    content = re.sub(r"\\[a-zA-Z]+|[{}^]", " ", found[1])
-    names = [name.lower() for name in re.findall(r"[^\W\d_]+", content)]
-    if not names or re.search(r"(?<![-\w ])\d|[^\w\s/.'-]", content) or not ENDS_A_VALUE.search(value):
-        return text, ""
-    if not is_unit(names) or OPTION.fullmatch(value) or (len(names[0]) == 1 and names[0] not in UNITS):
-        return text, ""
-    if len(names[0]) == 1 and value[-1].isalpha() and found[0][0] != " " and not re.search(r"\{ ", found[1]):
-        return text, ""  # R\mathrm{h}
-    is_product = re.fullmatch("[A-Za-z]{2}", value) and known(unit_name(content))  # lw \text{ cm}^2
-    if not is_product and WORD in with_words_marked(value).rpartition("=")[2]:
-        return text, ""
-    return value, unit_name(content)
-
-
-def _without_currency(text: str) -> tuple[str, str]:
-    money = MONEY.search(text)
-    if not money:
-        return text, ""
-    return text[: money.start()] + (money[1] or "") + text[money.end() :], unit_name(money[2] or money[3])
-
-
-def _without_unit(marked: str) -> tuple[str, str]:
-    """The value and the one name of the unit at its end, or ''."""
-    degree = DEGREE.search(marked)
-    if degree:
-        return marked[: degree.start()], "degree" + degree[1].lower()
-    found = UNIT.search(marked) or (LETTER_UNIT.search(marked) if NUMBER_ALONE.match(marked) else None)
-    if not found:
-        return marked, ""
-    value = marked[: found.start()]
-    words = [word.lower() for word in re.findall(r"[^\W\d_]+", found[1])]
-    if not words or not is_unit(words) or re.search(r"\d", found[1]) or WORD in value.rpartition("=")[2]:
-        return marked, ""
-    if found[0][0] == WORD and not all(word in UNITS or not word.isascii() for word in words):  # 2abcd
-        return marked, ""
-    return value.rstrip(), unit_name(found[1], found[2] or "")
+    text = in_ten[1] if in_ten else text
+    in_words = without_style(text).lower()
+    return next((formula for phrase, formula in SETS_IN_WORDS.items() if phrase.fullmatch(in_words)), text)
 
 
 def _as_formula(marked: str) -> str | None:

@@ -1,0 +1,64 @@
+"""compare(): is an answer the gold one? Numbers, units and words are told at once, and formulas left to math-verify."""
+
+from lowmem_grpo.rewards.kinds import CLOCK, case_counts, same_of_a_kind
+from lowmem_grpo.rewards.number import Number, as_number, exact, same_number, with_decimal_comma
+from lowmem_grpo.rewards.units import conversion
+from lowmem_grpo.rewards.words import (
+    MOST_CHARACTERS,
+    begins_with_zero,
+    reading,
+    same_product,
+    with_letter_unit,
+    without_name,
+)
+
+
+def compare(gold: str, answer: str) -> bool | tuple[str, str]:
+    """True or false of a gold text and an answer, or the two formulas that math-verify has to compare."""
+    if gold == answer or max(len(gold), len(answer)) > MOST_CHARACTERS:
+        return gold == answer
+    if "%" not in gold + answer and not gold.lstrip("-+$").startswith("0"):  # at once, as with most answers
+        numbers = as_number(gold), as_number(answer)
+        if None not in numbers:
+            return numbers[0] == numbers[1]
+    own, given = reading(gold), reading(answer)
+    if ("=" in own.written) != ("=" in given.written):
+        own, given = reading(without_name(own.written)), reading(without_name(given.written))
+    if own.text == given.text and case_counts(own.written, given.written):
+        return False
+    of_a_kind = same_of_a_kind(own.written, given.written)
+    if of_a_kind is not None:
+        return of_a_kind
+    if exact(own.value or ""):
+        given = with_letter_unit(given)
+    elif given.unit and exact(given.value or ""):
+        own = with_letter_unit(own)
+    factor = conversion(own.unit, given.unit)
+    if factor is None:
+        return False
+    if same_product(gold, answer):
+        return True
+    if own.value is None or given.value is None or begins_with_zero(gold):
+        return own.text == given.text
+    wanted, found = _numbers(own.value, given.value)
+    if wanted is not None and found is not None:
+        unit = given.unit if wanted.is_percent else own.unit
+        wanted = wanted._replace(value=wanted.value * factor)
+        return same_number(wanted, found) and not (unit and wanted.is_percent != found.is_percent)  # 12 % and 12 cm
+    if factor != 1:
+        return False
+    if own.value == given.value:
+        return True
+    if CLOCK.fullmatch(own.value) and CLOCK.fullmatch(given.value):  # 12:30 is not 2:05, though 12/30 is 2/5
+        return False
+    if wanted is not None and len({as_number(side) for side in given.value.split("=")} - {None}) > 1:
+        return False  # 17 = 18, of which math-verify would take a side
+    return own.value, given.value
+
+
+def _numbers(value: str, other: str) -> tuple[Number | None, Number | None]:
+    """The numbers that two values are; 3,75 is one where the other value is a number without its comma."""
+    numbers = exact(value), exact(other)
+    if (numbers[0] is None) == (numbers[1] is None):
+        return numbers
+    return numbers[0] or exact(with_decimal_comma(value)), numbers[1] or exact(with_decimal_comma(other))

@@ -1,0 +1,34 @@
+"""Words beside a number that make another one of it: 5 below zero, 18 thousand, 5 years ago, a loss of 5."""
+
+OTHER_NUMBERS = {
+    "minus", "negative", "opposite", "inverse", "reciprocal", "plus", "times", "fold", "than", "least", "most",
+    "minimum", "maximum", "below", "beneath", "under", "above", "over", "beyond", "between", "until", "ago", "short",
+    "shy", "debt", "bc", "bce", "or", "if", "not", "no", "never", "cannot", "except", "wrong", "false", "incorrect",
+    "impossible", "error", "exception", "undefined", "nan", "failed", "failure", "invalid", "warning", "unknown",
+    "half", "halves", "third", "thirds", "quarter", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths",
+    "ninths", "tenths", "hundredths", "thousandths", "millionths", "billionths", "double", "twice", "triple", "thrice",
+    "quadruple", "dozen", "dozens", "zero", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "hundred", "hundreds", "thousand", "thousands", "k", "million", "millions", "mn", "bn",
+    "billion", "billions", "tn", "trillion", "trillions", "quadrillion", "lakh", "lakhs", "lac", "crore", "crores",
+    "myriad", "tens", "grand", "ppm", "ppb", "bps", "permille", "promille", "mille", "root", "sqrt", "pi", "squared",
+    "cubed", "factorial", "power", "log", "ln", "exp", "sin", "cos", "tan", "cot", "csc", "max", "lim", "gcd", "lcm",
+    "det", "mod", "modulo", "base", "divided", "multiplied", "infinity", "less", "fewer", "deficit",
+}  # fmt: skip
+# The same behind a number alone: 5 score is 100, and "the score is 5" is 5. A fall is negative, a rise is not.
+OTHER_BEHIND = OTHER_NUMBERS | {
+    "score", "scores", "pair", "pairs", "couple", "couples", "gross", "trio", "trios", "quartet", "quartets",
+    "fortnight", "basis", "loss", "losses", "lower", "down", "decrease", "decreased", "decline", "declined", "drop",
+    "dropped", "reduction", "reduced", "fall", "fell", "smaller", "shorter", "cheaper", "slower", "worse", "behind",
+    "before", "earlier", "early", "prior", "previous", "owed", "overdrawn", "downward", "downwards",
+}  # fmt: skip
+# Names of which a number is no value but a place: Step: 3.
+PLACES = {
+    "step", "part", "case", "question", "problem", "exercise", "task", "page", "chapter", "section", "line", "figure",
+    "table", "equation", "theorem", "lemma", "example", "note", "hint", "attempt", "version", "option", "choice",
+    "item",
+}  # fmt: skip
+MAGNITUDES = "百千万亿萬億백천만억"  # at the beginning of what stands behind a number: 18万元
+# What a phrase goes on with that is no unit: 2 or 3, 5 if x > 0.
+NO_NOUN = {
+    "and", "or", "if", "is", "are", "for", "where", "when", "base", "percent", "percentage", "pct", "e", "i", "d",
+}  # fmt: skip

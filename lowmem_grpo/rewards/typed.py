@@ -1,0 +1,64 @@
+r"""typed(): a formula as people type it, or as code has it, in LaTeX: `sqrt(2)` becomes `\sqrt{2}`, `x**2` x^2."""
+
+import re
+from decimal import Decimal
+
+POWER = re.compile(r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w(\\{-])")
+TYPED = {
+    re.compile(pattern): usual
+    for pattern, usual in {
+        r"(?<![a-zA-Z\\])pi(?![a-zA-Z])": r"\\pi ", r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])": r"\\infty ",
+        r"(?<![a-zA-Z\\])sqrt ?(\d+)": r"\\sqrt{\1}", r"(\d+) choose (\d+)": r"\\binom{\1}{\2}",
+        r"(?<![a-zA-Z\\])(theta|alpha|beta|gamma|lambda|omega)(?! ?[a-zA-Z])": r"\\\1 ",
+    }.items()
+}  # fmt: skip
+CALL = re.compile(r"(?<![a-zA-Z\\])\\?(sqrt|cbrt|exp|abs)\(|\^\(")
+CALLS = {
+    "sqrt": (r"\sqrt{", "}"),
+    "cbrt": (r"\sqrt[3]{", "}"),
+    "exp": ("e^{", "}"),
+    "abs": ("|", "|"),
+    "^": ("^{", "}"),
+}
+# 5 million, 2.5\\text{ billion dollars}, 18万; and behind a sign of money $5M and €5k.
+MAGNITUDES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7, "百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4,
+    "亿": 10**8, "億": 10**8, "백": 10**2, "천": 10**3, "만": 10**4, "억": 10**8, "k": 10**3, "m": 10**6, "b": 10**9,
+}  # fmt: skip
+MAGNITUDE = re.compile(
+    r"(?<![\w.,/])(?:(?P<money>[$€£]) ?)?(?P<number>\d[\d,]*(?:\.\d+)?)(?P<type> *\\(?:text|mathrm|mbox) *\{)?"
+    r" *(?P<name>(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(?![a-z])|(?<= )[mb]n\b"
+    r"|[百千万萬亿億백천만억]|(?(money)[kKMmBb]\b|(?!)))",
+    re.IGNORECASE,
+)
+
+
+def typed(text: str) -> str:
+    r"""An answer with `sqrt(2)`, `x**2`, `2*pi`, `5 choose 2` and `5 million` in LaTeX."""
+    text = POWER.sub("^", text.replace("=/=", r"\ne ")).replace(":=", "=").replace("==", "=")
+    for pattern, usual in TYPED.items():
+        text = pattern.sub(usual, text)
+    while calls := list(CALL.finditer(text)):
+        call = calls[-1]  # the innermost of those that are nested
+        before, after = CALLS[call[1] or "^"]
+        end = _closing(text, call.end())
+        text = text[: call.start()] + before + text[call.end() : end] + after + text[end + 1 :]
+    return MAGNITUDE.sub(_magnified, text)
+
+
+def _closing(text: str, start: int) -> int:
+    """The position at which the bracket that opens before another one is closed, or the end of the text."""
+    depth = 1
+    for bracket in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if bracket[0] == "(" else -1
+        if depth == 0:
+            return bracket.start()
+    return len(text)
+
+
+def _magnified(found: re.Match) -> str:
+    """The number that `2.5 million` is, and what stood around the word."""
+    size = MAGNITUDES[found["name"].lower().removesuffix("s")]
+    number = Decimal(found["number"].replace(",", "")) * size
+    return f"{found['money'] or ''}{number:f}{found['type'] or ''}"
