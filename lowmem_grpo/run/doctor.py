@@ -63,9 +63,9 @@ class Doctor:
             raise UnhealthyRunError(f"doctor='stop': {text}; set doctor='warn' to go on all the same")
 
     def summary(self) -> str:
-        """All findings, a line each; empty where there are none."""
+        """All findings of the run, a line each."""
         lines = [f"  step {line['step']}, {line['doctor']}: {line['text']}" for line in self.found]
-        return "\n".join([f"the doctor found, in {len(lines)} sentences:", *lines]) if lines else ""
+        return "\n".join(["the doctor found:", *lines])
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run must know: findings, and the steps that the next look goes back to."""

@@ -148,7 +148,7 @@ class Run:
         with self.contexts:
             if error is None:
                 self._say_what_was_skipped()
-                if self.doctor.found:
+                if self.doctor.found and not self.doctor.is_off:
                     self.progress.say(self.doctor.summary())
                 return
             self.interruption.hold()

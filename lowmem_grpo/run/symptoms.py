@@ -16,9 +16,9 @@ NUM_FIRST = 5  # steps at the start that later ones are compared with
 SHORTEST = 5  # steps of a run in which a symptom that takes longer is looked for all the same, at its end
 READ = {
     "step", "reward", "reward_std", "frac_reward_zero_std", "frac_tokens_skipped", "entropy", "kl", "grad_norm",
-    "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/mean",
-    "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "dynamic_sampling/rounds",
-    "dynamic_sampling/dropped_groups", "replay/groups",
+    "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/min",
+    "ratio/max", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean",
+    "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups",
 }  # fmt: skip
 
 MANY = 0.5  # of the completions at the start
@@ -31,7 +31,7 @@ LEAST_ENTROPY = 0.005
 MOST_ENTROPY = 4.0  # nats a token: as of a choice among 55 equal ones, where a text by a trained model has 0.1 to 2
 MOST_KL = 1.0  # nats a token: a hundred tokens are e^100 times as likely as under the reference; the demo has 0.2
 MOST_CLIPPED = 0.3  # of the tokens; 0.001 to 0.1 is usual, and 0.15 of sequences (https://arxiv.org/abs/2507.18071)
-MOST_OFF_RATIO = 0.1  # from 1, the mean over tokens of what should be 1 but for rounding, 0.001 in bfloat16
+FAR = 2.0  # or its inverse: a token's ratio of new to old policy where nothing has moved, which is 1 but for rounding
 MOST_DIFFERENCE = 0.1  # nats a token between sampler and training; 0.002 to 0.02 in bfloat16
 LEAST_WEIGHT = 0.5  # the mean importance weight: half of what was sampled is masked
 MOST_SCALED_DOWN = 100  # times max_grad_norm
@@ -75,9 +75,17 @@ class Course:
         return _constant(self, "reward", "reward_std")
 
 
+def _known(steps: list[Metrics], name: str) -> list[float]:
+    return [value for step in steps if (value := step.get(name)) is not None]
+
+
 def _mean(steps: list[Metrics], name: str) -> float:
-    known = [value for step in steps if (value := step.get(name)) is not None]
+    known = _known(steps, name)
     return sum(known) / len(known) if known else math.nan
+
+
+def _least(steps: list[Metrics], name: str) -> float:
+    return min(_known(steps, name), default=math.nan)
 
 
 def _constant(course: Course, mean: str, deviation: str) -> float | None:
@@ -88,8 +96,8 @@ def _constant(course: Course, mean: str, deviation: str) -> float | None:
 
 
 def all_truncated(course: Course) -> str | None:
-    # Where most ended by themselves at the start, they have grown: lengths_at_limit.
-    before, config = _mean(course.first, "completions/clipped_ratio"), course.config
+    # Where most ended by themselves in a step at the start, they have grown: lengths_at_limit.
+    before, config = _least(course.first, "completions/clipped_ratio"), course.config
     if before <= MANY or not course.each("completions/clipped_ratio", lambda share: share == 1):
         return None
     masked = ", and mask_truncated_completions leaves all out of the loss" if config.mask_truncated_completions else ""
@@ -101,7 +109,7 @@ def all_truncated(course: Course) -> str | None:
 
 
 def lengths_at_limit(course: Course) -> str | None:
-    before = _mean(course.first, "completions/clipped_ratio")
+    before = _least(course.first, "completions/clipped_ratio")
     if not (before <= MANY and course.each("completions/clipped_ratio", lambda share: share >= 0.9)):
         return None
     now = course.mean("completions/clipped_ratio")
@@ -196,8 +204,8 @@ def reward_fell(course: Course) -> str | None:
     before, now = _mean(course.first, "reward"), course.mean("reward")
     if course.config.curriculum_skip or len(course.first) < NUM_FIRST or not _are_apart(course):
         return None
-    lowest = min((value for step in course.first if (value := step.get("reward")) is not None), default=-math.inf)
-    if not (course.each("reward", lambda value: value < lowest) and before - now >= abs(before) / 2):
+    least = _least(course.first, "reward")
+    if not (course.each("reward", lambda value: value < least) and before - now >= abs(before) / 2):
         return None
     return (
         f"the reward has fallen from {before:.3g} at the start to {now:.3g} in {course.steps}; go back to an earlier "
@@ -226,8 +234,7 @@ def entropy_collapse(course: Course) -> str | None:
 
 def entropy_explosion(course: Course) -> str | None:
     # The least of the first steps, since in these it may have risen already.
-    before = min((value for step in course.first if (value := step.get("entropy")) is not None), default=math.inf)
-    now = course.mean("entropy")
+    before, now = _least(course.first, "entropy"), course.mean("entropy")
     high = course.each("entropy", lambda entropy: entropy >= MOST_ENTROPY)
     risen = _are_apart(course) and course.each("entropy", lambda entropy: entropy >= max(3 * before, before + 1))
     if not (high or risen):
@@ -252,19 +259,23 @@ def kl_explosion(course: Course) -> str | None:
 
 def ratio_on_policy(course: Course) -> str | None:
     config = course.config
-    is_on_policy = config.num_iterations == 1 and config.steps_per_generation == 1 and not config.replay_buffer_size
-    if not is_on_policy or not course.each("ratio/mean", lambda ratio: abs(ratio - 1) > MOST_OFF_RATIO):
+    farthest = [max(step.get("ratio/max") or 0, 1 / (step.get("ratio/min") or 1)) for step in course.last]
+    if not _is_on_policy(config) or min(farthest) < FAR:
         return None
     dropout = f"set lora_dropout={config.lora_dropout} to 0" if config.lora_dropout else "report it, with the model"
-    ratio = course.mean("ratio/mean")
     return (
-        f"the ratio of new to old policy was {ratio:.3g} in {course.steps}, where nothing has moved yet and it should "
-        f"be 1, so that the two are computed differently; {dropout}"
+        f"a token's ratio of new to old policy was off by a factor of {max(farthest):.3g} in {course.steps}, where "
+        f"nothing has moved yet and it should be 1: the two are computed differently; {dropout}"
     )
 
 
+def _is_on_policy(config: GRPOConfig) -> bool:
+    """True where each rollout has one update, by the policy that sampled all of it."""
+    return config.num_iterations == 1 and config.steps_per_generation == 1 and not config.replay_buffer_size
+
+
 def tokens_clipped(course: Course) -> str | None:
-    if not course.each("clip_ratio/region_mean", lambda share: share >= MOST_CLIPPED):
+    if _is_on_policy(course.config) or not course.each("clip_ratio/region_mean", lambda share: share >= MOST_CLIPPED):
         return None
     return (
         f"{course.mean('clip_ratio/region_mean'):.0%} of the tokens were clipped in {course.steps}, which teach "
@@ -291,7 +302,7 @@ def sampling_apart(course: Course) -> str | None:
 
 def weights_masked(course: Course) -> str | None:
     name, config = "sampling/importance_sampling_ratio/mean", course.config
-    if not course.each(name, lambda weight: weight < LEAST_WEIGHT):
+    if sampling_apart(course) or not course.each(name, lambda weight: weight < LEAST_WEIGHT):
         return None
     cause = "lower replay_buffer_size, whose groups an older policy sampled" if config.replay_buffer_size else (
         "set importance_sampling_mode='token_truncate', or leave out what makes sampling differ: top_p, top_k, min_p, "
@@ -316,8 +327,9 @@ def not_finite(course: Course) -> str | None:
 
 
 def no_gradient(course: Course) -> str | None:
-    # Where no group has a difference, a gradient of 0 is right, and no_difference says so.
-    differ = [step for step in course.last if step.get("frac_reward_zero_std") not in (None, 1)]
+    # Where no group has a difference or all is masked, a gradient of 0 is right, and other symptoms say so.
+    is_dull, weight = {None, 1.0}, "sampling/importance_sampling_ratio/mean"
+    differ = [s for s in course.last if s.get("frac_reward_zero_std") not in is_dull and s.get(weight) != 0]
     if not course.each("grad_norm", lambda norm: norm == 0) or len(differ) < 3:
         return None
     cause = f"loss_type={course.config.loss_type!r} does not depend on the log-probabilities; mend it"
