@@ -104,6 +104,19 @@ def test_a_gold_answer_that_does_not_earn_the_most_is_warned_of(rows, rewards, n
     assert name is None or found[0].startswith(f"{name} does not give the gold answer the most, in its only row: ")
 
 
+@pytest.mark.parametrize("gold", ["B", "(B)", "Paris", "yes"])
+def test_an_answer_in_words_that_the_prompt_does_not_ask_to_mark_is_warned_of(gold):
+    inputs, previews = look(asked("Which is it, A or B?", answer=gold) * 2, "accuracy_reward", count=2)
+    (found,) = faults(inputs.rewards, previews)
+    assert found.startswith(
+        "accuracy_reward pays the gold answer only where it is marked, and 2 of the first 2 prompts"
+    )
+    assert "has 0.000, and" in found and "1.000; ask for that form in the prompts or in system_prompt" in found
+    for text, own in ((f"Which? {BOXED}", gold), ("1+1=?", "2"), ("How far?", "2 km")):
+        inputs, previews = look(asked(text, answer=own), "accuracy_reward")
+        assert faults(inputs.rewards, previews) == []
+
+
 class OwnModel:
     def __init__(self):
         self.model = nn.Linear(1, 1)

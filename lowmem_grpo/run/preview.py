@@ -31,6 +31,7 @@ MOST_CHARACTERS = 4000  # of a prompt on the screen; the file has it whole
 SLOW_S = 0.1  # for two completions, of a function of the user's
 # How an answer is marked, by what a prompt that asks for it says.
 MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
+UNASKED = ("%s", *MARKS.values())  # the forms where a prompt names none
 THOUGHTS = "<think></think>"
 # Built-in rewards that are 1 for a right answer in their form.
 AT_BEST_1 = [f for name, f in BUILT_IN.items() if name not in ("language_consistency_reward", "code_reward")]
@@ -46,6 +47,7 @@ class Preview:
     answer: str | None  # a completion that is the gold answer, in the form that the prompt asks for
     is_asked_for: bool  # False where the prompt names no form, and the answer is in the one that earns most
     rewards: dict[str, tuple[float, float]]  # by function, for that answer and for an empty completion; NaN for none
+    bare: dict[str, float]  # by function, for the gold answer without a mark; of prompts that name no form
 
 
 def show_preview(inputs: Inputs) -> None:
@@ -84,9 +86,10 @@ def make_previews(inputs: Inputs, count: int) -> list[Preview]:
         best = max(range(len(own)), key=lambda place: _total(of_answers[place]), default=None)
         of_best = [math.nan] * len(tried) if best is None else of_answers[best]
         verdicts = dict(zip(rewards.names, zip(of_best, of_nothing, strict=True), strict=True))
-        previews.append(
-            Preview(text, len(prompt.ids), gold, None if best is None else own[best], bool(asked), verdicts)
-        )
+        bare = [] if asked else of_answers[:: len(UNASKED)]
+        of_bare = {name: max(of_name) for name, *of_name in zip(rewards.names, *bare, strict=True)} if bare else {}
+        answer = None if best is None else own[best]
+        previews.append(Preview(text, len(prompt.ids), gold, answer, bool(asked), verdicts, of_bare))
     return previews
 
 
@@ -120,7 +123,7 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
     """The gold answer as completions: in the forms that the prompt asks for, else in all."""
     if gold is None:
         return []
-    forms = [MARKS[mark] for mark in asked_for] or ["%s", *MARKS.values()]
+    forms = [MARKS[mark] for mark in asked_for] or UNASKED
     if prompt.said:
         begins = [prompt.said + closing_of(prompt.said)]
     elif "<think>" in rendered:
@@ -167,7 +170,7 @@ def parameters_of(function: Callable) -> set[str]:
 
 
 def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
-    """A sentence for each reward function to which a gold answer is not worth the most.
+    """A sentence for each reward function to which a gold answer is not worth the most, or only in a form unasked for.
 
     That is 1 to a built-in function, and to one of the user's that reads a column of gold answers more than an empty
     completion.
@@ -183,6 +186,16 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
             found.append(
                 f"{name} does not give the gold answer the most, in {of}: {first.answer!r} has {value}; see whether it "
                 "reads the right column, and whether the prompt asks for answers in the form that it looks for"
+            )
+            continue
+        unpaid = [one for one in shown if function in AT_BEST_1 and reads_gold(function) and one.bare.get(name, 1) < 1]
+        if unpaid:
+            first = unpaid[0]
+            found.append(
+                f"{name} pays the gold answer only where it is marked, and {len(unpaid)} of the first {len(shown)} "
+                f"prompts ask for no mark: {first.gold!r} has {in_words(first.bare[name], '.3f')}, and "
+                f"{first.answer!r} {in_words(first.rewards[name][0], '.3f')}; ask for that form in the prompts or in "
+                "system_prompt"
             )
     return found
 
