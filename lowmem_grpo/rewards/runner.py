@@ -1,13 +1,13 @@
 """Runs the reward functions on a rollout's completions, each isolated from the others and from the run."""
 
-import contextlib
 import copy
 import inspect
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,20 +15,11 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
+from lowmem_grpo.rewards.protocol import Failure, Logs, read, read_awaited
 
-LARGEST = 1e16  # weighted tenfold and squared, thousands of them must add up in fp32, which ends at 3.4e38
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
-# What the trainer measures, acts upon, and tells lines of metrics.jsonl apart by.
-RESERVED_PREFIXES = (
-    "eval_", "rewards/", "completions/", "rollout/", "dynamic_sampling/", "replay/", "sampling/", "ratio/",
-    "clip_ratio/", "vespo/", "time/", "memory/", "tokens_per_s/",
-)  # fmt: skip
-RESERVED = {
-    "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "beta", "entropy_coef",
-    "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped", "cispo_clip_ratio",
-    "skipped_steps", "doctor",
-}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -36,11 +27,6 @@ class Scores(NamedTuple):
     rewards: Tensor  # (B, R) fp32, NaN where a reward does not apply, or its function failed
     metrics: dict[str, float]  # what the functions logged, averaged; time/reward/{name}_s; rewards/{name}/failures
     extra_columns: dict[str, list]  # what they logged a completion, B values each
-
-
-class Failure(NamedTuple):
-    kind: str  # failures of one kind are counted together
-    message: str
 
 
 class Call(NamedTuple):
@@ -59,7 +45,7 @@ class RewardRunner:
     def __init__(self, reward_funcs: Sequence[Callable], timeout_s: float | None = None):
         self.functions = list(reward_funcs)
         self.timeout_s = timeout_s
-        self.names = [getattr(function, "__name__", type(function).__name__) for function in reward_funcs]
+        self.names = [_name_of(function) for function in self.functions]
         repeated = {name for name in self.names if self.names.count(name) > 1}
         if repeated:
             raise InputError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
@@ -136,43 +122,38 @@ class RewardRunner:
         """Call each function in turn, then await concurrently all that the async ones returned."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         state = SimpleNamespace(global_step=step)
-        logs = [_Logs(len(completions)) for _ in self.functions]
+        logs, count = [Logs(len(completions)) for _ in self.functions], len(completions)
         outcomes = []
-        for function, own in zip(self.functions, logs, strict=True):
+        for name, function, own in zip(self.names, self.functions, logs, strict=True):
             # A copy each, so that a function which changes its arguments changes nothing for the others.
             own_given = {**copy.deepcopy(given), "trainer_state": copy.copy(state), **own.functions()}
-            with _torch_settings_kept():
-                outcomes.append(_call(function, own_given, self.timeout_s))
+            with process_kept():
+                work = partial(read, name, count, partial(function, **own_given))
+                outcomes.append(_timed(self.timeout_s, work, partial(_say, name)))
         waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
         if waiting:
-            with _torch_settings_kept():
-                awaited = await_within(self.timeout_s, [outcomes[index].value for index in waiting])
+            several = [read_awaited(self.names[index], count, outcomes[index].value) for index in waiting]
+            with process_kept():
+                awaited = await_within(
+                    self.timeout_s, several, partial(_say, ", ".join(self.names[index] for index in waiting))
+                )
             for index, outcome in zip(waiting, awaited, strict=True):
                 outcomes[index] = outcome
-        for outcome in outcomes:
-            if isinstance(outcome.error, (KeyboardInterrupt, SystemExit)):
-                raise outcome.error  # in an async function
         return [
-            self._read(name, outcome, own, len(completions))
+            self._as_call(name, outcome, own, count)
             for name, outcome, own in zip(self.names, outcomes, logs, strict=True)
         ]
 
-    def _read(self, name: str, outcome: Outcome, logs: "_Logs", count: int) -> Call:
-        failure = None
-        values = outcome.value.tolist() if hasattr(outcome.value, "tolist") else outcome.value
+    def _as_call(self, name: str, outcome: Outcome, logs: Logs, count: int) -> Call:
+        values = outcome.value
         if isinstance(outcome.error, OutOfTime):
-            failure = Failure("time", f"reward function {name} took longer than reward_timeout={self.timeout_s} s")
+            values = Failure("time", f"reward function {name} took longer than reward_timeout={self.timeout_s} s")
         elif outcome.error:
-            failure = Failure(type(outcome.error).__name__, f"reward function {name} raised {_words(outcome.error)}")
-        elif not isinstance(values, (list, tuple)) or len(values) != count:
-            got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-            wanted = f"returned {got} for {count} completions; return a list, one value each"
-            failure = Failure("length", f"reward function {name} {wanted}")
-        if failure:
-            return Call([math.nan] * count, [failure] * count, {}, {}, outcome.seconds)
-        read = [_as_reward(name, value) for value in values]
-        rewards = [math.nan if isinstance(value, Failure) else value for value in read]
-        failures = [value for value in read if isinstance(value, Failure)]
+            values = Failure(type(outcome.error).__name__, f"reward function {name} failed: {outcome.error}")
+        if isinstance(values, Failure):
+            return Call([math.nan] * count, [values] * count, {}, {}, outcome.seconds)
+        rewards = [math.nan if isinstance(value, Failure) else value for value in values]
+        failures = [value for value in values if isinstance(value, Failure)]
         return Call(rewards, failures, dict(logs.metrics), dict(logs.columns), outcome.seconds)
 
     def _report(self, name: str, call: Call, count: int) -> None:
@@ -191,72 +172,27 @@ class RewardRunner:
             log.warning(f"reward function {name} took {call.seconds:.1f} s for {count} completions")
 
 
-class _Logs:
-    """One function's logs, held back until its call has succeeded."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.metrics: dict[str, list[float]] = {}
-        self.columns: dict[str, list] = {}
-
-    def log_metric(self, name: str, value: float) -> None:
-        if not isinstance(name, str) or name in RESERVED or name.startswith(RESERVED_PREFIXES):
-            raise InputError(
-                f"log_metric({name!r}) takes a text that is no name of the trainer's own; choose another name"
-            )
-        self.metrics.setdefault(name, []).append(float(value))
-
-    def log_extra(self, column: str, values: list) -> None:
-        if not isinstance(column, str):
-            raise InputError(f"log_extra({column!r}) needs a text as the column's name")
-        if len(values) != self.count:
-            raise InputError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
-        self.columns[column] = list(values)
-
-    def functions(self) -> dict[str, Callable]:
-        return {"log_metric": self.log_metric, "log_extra": self.log_extra}
-
-
-def _call(function: Callable, given: dict[str, Any], timeout_s: float | None) -> Outcome:
+def _timed(timeout_s: float | None, work: Callable[[], Any], say: Callable[[str], Any]) -> Outcome:
     started, value, error = time.perf_counter(), None, None
     try:
-        value = call_within(timeout_s, lambda: function(**given))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as raised:  # CancelledError and GeneratorExit are no Exception, and no reason to stop either
-        error = raised
+        value = call_within(timeout_s, work, say)
+    except OutOfTime as late:
+        error = late
     return Outcome(value, error, time.perf_counter() - started)
 
 
-@contextlib.contextmanager
-def _torch_settings_kept() -> Iterator[None]:
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+def _name_of(function: Callable) -> str:
     try:
-        yield
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
+        name = getattr(function, "__name__", type(function).__name__)
+    except Exception:  # of an object that makes its attributes up
+        name = type(function).__name__
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise InputError(f"a reward function is named {name!a}; give it a __name__ of printable characters")
+    return name
 
 
-def _as_reward(name: str, value: Any) -> float | Failure:
-    """One completion's reward: NaN for None, a Failure for no finite number or an exception in its place."""
-    if value is None:
-        return math.nan
-    if isinstance(value, BaseException):
-        return Failure(type(value).__name__, f"reward function {name} failed: {_words(value)}")
-    try:
-        number = float(value)
-    except Exception:  # a reward may return anything at all
-        number = math.inf
-    if not isinstance(value, str) and abs(number) <= LARGEST:
-        return number
-    text = repr(value) if not isinstance(value, int) else f"a whole number of {value.bit_length()} bits"
-    message = f"reward function {name} returned {text:.100}; a reward is a finite number, or None if not applicable"
-    return Failure("NaN" if math.isnan(number) else "value", message)
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+def _say(name: str, words: str) -> None:
+    log.warning(f"reward function {name} {words}")
 
 
 def _is_power_of_two(count: int) -> bool:
