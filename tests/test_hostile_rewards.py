@@ -401,6 +401,22 @@ def test_a_real_ctrl_c_stops_the_run_even_where_a_function_catches_it(in_async, 
         score(of_async(function) if in_async else function, timeout_s=timeout_s)
 
 
+def test_a_second_ctrl_c_ends_a_function_that_catches_every_exception():
+    def press():
+        while not done.wait(0.1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    done = threading.Event()
+    keyboard = threading.Thread(target=press)
+    keyboard.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score(catch_twice, timeout_s=None)
+    finally:
+        done.set()
+        keyboard.join()
+
+
 def test_a_signal_whose_handler_raises_stops_the_run_too():
     def stop(number, frame):
         raise SystemExit(143)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowmem_grpo.rewards.isolation.limit import end_handlers
+
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, kill, a closed terminal
 ALARMS = ("SIGALRM", "SIGPROF")  # which end a process that sets such a timer and has no handler
 
@@ -56,6 +58,7 @@ SETTINGS = (
         torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)
     ),
     Setting(torch.is_grad_enabled, torch.set_grad_enabled),
+    Setting(sys.gettrace, sys.settrace),
     Setting(_folder, _put_folder),
     Setting(_raising_filters, _put_raising_filters),
     Setting(lambda: logging.root.manager.disable, logging.disable),
@@ -68,7 +71,8 @@ SETTINGS = (
 def process_kept() -> Iterator[None]:
     """Put back settings, standard streams and signals afterwards, and raise what a signal raised meanwhile.
 
-    So a Ctrl-C stops the run even where the reward function caught its KeyboardInterrupt.
+    So a Ctrl-C stops the run even where the reward function caught its KeyboardInterrupt, and a second one ends a
+    function that goes on.
     """
     before = [setting.get() for setting in SETTINGS]
     with _signals_kept(), _streams_kept():
@@ -143,6 +147,10 @@ def _signals_kept() -> Iterator[None]:
 
     def noting(handler: Callable) -> Callable:
         def handle(number, frame):
+            if raised:  # and the function goes on
+                raised.append(raised[0])
+                end_handlers(frame, len(raised) - 2)
+                raise raised[0]
             try:
                 handler(number, frame)
             except BaseException as error:

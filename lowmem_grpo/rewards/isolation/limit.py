@@ -73,7 +73,7 @@ def _interrupted(limit_s: float, function: Callable[[], Any], say: Say) -> Any:
             due = time.monotonic() + AGAIN_S / 2  # less than until the watcher's next
             strikes += 1
             if strikes >= STRIKES:
-                _end_handlers(frame, strikes - STRIKES)
+                end_handlers(frame, strikes - STRIKES)
             if strikes == STRIKES:
                 say(_does_not_stop(limit_s))
             raise OutOfTime
@@ -119,14 +119,14 @@ def _does_not_stop(limit_s: float) -> str:
     )
 
 
-def _end_handlers(frame: FrameType | None, attempt: int) -> None:
+def end_handlers(frame: FrameType | None, attempt: int) -> None:
     """Raise OutOfTime at a later line too: the one in the `except:` that catches it where a frame stands now.
 
     Which frame and line that is cannot be known, so attempts 0, 1, 2, ... go through the nearest ones, of the frame and
     those that called it, but for the frames of this module and its callers.
     """
     frames: list[FrameType] = []
-    while frame is not None and frame.f_code.co_filename != _end_handlers.__code__.co_filename:
+    while frame is not None and frame.f_code.co_filename != end_handlers.__code__.co_filename:
         frames.append(frame)
         frame = frame.f_back
     inner = attempt % min(len(frames), NEAREST) if frames else 0
@@ -209,7 +209,9 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def await_within(limit_s: float | None, awaitables: Sequence[Awaitable], say: Say = lambda words: None) -> list[Outcome]:
+def await_within(
+    limit_s: float | None, awaitables: Sequence[Awaitable], say: Say = lambda words: None
+) -> list[Outcome]:
     """Await all of them concurrently, in an event loop of a thread of its own: a notebook's already runs one.
 
     Where one of them ends the loop, the error of those that had not finished is a RuntimeError that says so.
