@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_unknown_fields
 from lowmem_grpo.config.sections import sections
-from lowmem_grpo.errors import InputError, NotFiniteError, UnhealthyRunError, printable, printable_text, shown
+from lowmem_grpo.errors import (
+    InputError,
+    NotFiniteError,
+    NotSavedError,
+    UnhealthyRunError,
+    printable,
+    printable_text,
+    shown,
+)
 
 TRAIN_EXAMPLE = """\
 example:
@@ -86,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             return run_command(arguments)
         finally:
             sys.stdout.flush()  # here, where a pipe that is closed can be told from a bug
-    except (InputError, NotFiniteError, UnhealthyRunError) as error:
+    except (InputError, NotFiniteError, NotSavedError, UnhealthyRunError) as error:
         command = " ".join(["lowmem-grpo", *filter(str.isalpha, arguments[:1])])
         print(f"{command}: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -18,6 +18,7 @@ POINTER = b"version https://git-lfs"
 FORMAT = 2  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
 STATE = {"step": int, "identity": dict, "config": dict, "parts": dict}  # what trainer_state.json holds besides
 # What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
+OF_RUST = re.compile(r"\(os error ([0-9]+)\)")  # in the text of an error of the disk
 BEING_WRITTEN, REPLACED = ".being-written", ".replaced"
 
 
@@ -36,8 +37,8 @@ def writable_folder(output_dir: str) -> Path:
     folder = Path(output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # a full disk takes names, and nothing more
     except OSError as error:
         raise InputError(
             f"output_dir {output_dir!r} cannot be written: {error.strerror}; choose another folder"
@@ -50,17 +51,23 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     What `write` raises leaves `folder` as it was, and no temporary one. A kill may leave one beside it, or a replaced
     one, which mend_folder() settles.
+
+    Raises:
+        OSError: the disk refused.
     """
     temporary, replaced = (folder.with_name(f"{folder.name}{end}") for end in (BEING_WRITTEN, REPLACED))
     remove(temporary)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-    except BaseException:
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+    except BaseException as error:
         remove(temporary)
+        number = OF_RUST.search(str(error))
+        if number:  # safetensors and tokenizers have errors of their own
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         raise
-    for path in [*temporary.rglob("*"), temporary]:
-        _flush(path)
     remove(replaced)
     if os.path.lexists(folder):
         os.replace(folder, replaced)

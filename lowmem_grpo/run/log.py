@@ -1,5 +1,6 @@
 """A step's metrics, under TRL's names, and where they go: metrics.jsonl, and a line that a person watches."""
 
+import errno
 import io
 import json
 import math
@@ -21,15 +22,19 @@ def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> No
 
     A column that Parquet cannot hold, since a reward function may log anything, is written as text.
     """
-    folder = output_dir / "completions"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"completions_{step:05d}.parquet"
+    path = output_dir / "completions" / f"completions_{step:05d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{BEING_WRITTEN}")
     columns = {"step": [step] * len(table["completion"]), **table}
     try:
-        Dataset.from_dict(columns).to_parquet(path)
+        Dataset.from_dict(columns).to_parquet(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     except Exception:  # pyarrow's exceptions have no common base, and values may raise their own
         columns = {name: values if _fits_parquet(values) else _as_texts(values) for name, values in columns.items()}
-        Dataset.from_dict(columns).to_parquet(path)
+        Dataset.from_dict(columns).to_parquet(temporary)
+    os.replace(temporary, path)
 
 
 def _fits_parquet(values: list) -> bool:
@@ -65,20 +70,34 @@ class MetricsLog:
         lines = (json.dumps(line) + "\n" for line in kept if line["step"] <= first_step)
         temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, self.path)
+        self.waiting: list[dict[str, Any]] = []  # lines that the disk has refused so far
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of the run so far."""
-        return read_lines(self.path)[0]
+        return read_lines(self.path)[0] + self.waiting
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The line of the evaluation at a step, if there was one."""
         return next((line for line in self.lines() if "eval_reward" in line and line["step"] == step), None)
 
     def write(self, line: Mapping[str, float | str]) -> None:
-        """Append one line; what is not finite becomes null, which JSON has."""
-        with self.path.open("a", encoding="utf-8") as file:
-            known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
-            file.write(json.dumps(known) + "\n")
+        """Append one line; what is not finite becomes null, which JSON has.
+
+        Raises:
+            OSError: the disk refused. The line waits for the next one, and nothing of it is in the file.
+        """
+        known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
+        self.waiting.append(known)
+        text = "".join(json.dumps(one) + "\n" for one in self.waiting).encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
+        self.waiting = []
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

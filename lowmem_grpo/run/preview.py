@@ -61,7 +61,11 @@ def show_preview(inputs: Inputs) -> None:
     previews = make_previews(inputs, NUM_ROWS)
     found = faults(inputs.rewards, previews)
     file = inputs.output_dir / "data_preview.txt"
-    file.write_text("\n".join([as_text(inputs, previews[:1]), *found, ""]), encoding="utf-8", errors="backslashreplace")
+    text = "\n".join([as_text(inputs, previews[:1]), *found, ""])
+    try:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        warn(f"{file} cannot be written ({error.strerror}); the run goes on without it")
     print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
     for fault in found:
         warn(fault)

@@ -1,5 +1,6 @@
 """The line that a person watches while a run goes on."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -48,9 +49,14 @@ class Progress:
         ]
         if self.live:
             done = int(24 * metrics["step"] / self.total_steps)
-            self.live.update(Text("━" * done + "─" * (24 - done) + "  " + printable("  ".join(parts))), refresh=True)
+            with contextlib.suppress(OSError):
+                self.live.update(
+                    Text("━" * done + "─" * (24 - done) + "  " + printable("  ".join(parts))), refresh=True
+                )
         else:
             self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
-        self.console.print(printable_text(text), soft_wrap=True)
+        """Print a line; where nobody can see it, as on a terminal that was closed, the run goes on all the same."""
+        with contextlib.suppress(OSError):
+            self.console.print(printable_text(text), soft_wrap=True)

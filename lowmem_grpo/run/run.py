@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError, NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.folder import (
     checkpoints,
@@ -37,6 +38,7 @@ from lowmem_grpo.run.log import MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
+from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal
 from lowmem_grpo.saved import whole
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
@@ -114,6 +116,7 @@ class Run:
         self.cause = ""  # of the last of those
         self.told: set[str] = set()  # the causes that were said
         self.updates_a_step: int | None = None
+        self.is_unsaved = False  # True where the disk refused the last checkpoint
         self.budget = TokenBudget(self.config.token_budget)
         mend_folder(self.folder)
         if inputs.resume is not None:
@@ -135,6 +138,13 @@ class Run:
             stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
             self.progress = stack.enter_context(Progress(self.total_steps))
             self._say_what_is_given()
+            self._remember()
+            room = look_for_room(
+                self.folder, self.config, self.total_steps - self.step, adapter_bytes(self.learner),
+                checkpoint_bytes(self.learner, self.whole),
+            )  # fmt: skip
+            if room:
+                self.progress.say(room)
             self._tell(self.doctor.note(0, [] if self.doctor.is_off else findings(self.inputs)))
             self.doctor.refuse()
             self._remember()
@@ -152,17 +162,17 @@ class Run:
                     self.progress.say(self.doctor.summary())
                 return
             self.interruption.hold()
-            if self.step and self.is_whole:
+            if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
-                except NotFiniteError as unfit:
-                    self.progress.say(f"stopped; {unfit}")
+                except (NotFiniteError, NotSavedError) as refused:
+                    self.progress.say(f"stopped; {refused}")
             elif self.interruption.error is not None:
                 where = "before the end of the first step" if self.is_whole else "within an update, which is lost"
                 self.progress.say(f"stopped {where}; there is nothing to save")
             if isinstance(error, NotFiniteError):
-                good = checkpoints(self.folder) or ([self.inputs.resume] if self.inputs.resume else [])
-                where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+                good = self._last_good()
+                where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NotFiniteError(f"{error}; {where}") from error
             if error is not self.interruption.error:
                 self.interruption.release()
@@ -186,7 +196,9 @@ class Run:
             self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
         if self.config.load_best_model_at_end:
             self.best.load(self.policy)
-        write_folder(self.folder / "adapter", self.policy.save)
+        refused = [self._refusal_of(self._save) if self.is_unsaved else "", self._refusal_of(self._write_adapter)]
+        if any(refused):
+            raise NotSavedError("; ".join(filter(None, refused)))
 
     def update(
         self,
@@ -258,10 +270,10 @@ class Run:
         self.rest.metrics, self.rest.num_called = metrics, 0
         self._remember()
         self.is_whole = True
-        self.log.write(metrics)
+        self._log(metrics)
         self._tell(found)
         if table is not None and self.config.log_completions:
-            write_completions(self.folder, step.number, table)
+            self._without("completions", partial(write_completions, self.folder, step.number, table))
         self.progress.step(metrics, remarks)
         self.interruption.release()
         self._complete(metrics)
@@ -299,7 +311,10 @@ class Run:
         self.rest.metrics = None
         self._remember_rest()
         if self.is_over or self.step % self.config.save_steps == 0:
-            self._save()
+            refused = self._refusal_of(self._save)
+            self.is_unsaved = bool(refused)
+            if refused:
+                self.progress.say(f"{refused}; the run goes on")
 
     def _call(self, callback: Callback, metrics: dict[str, float]) -> None:
         """Call a callback with a copy of the metrics, which it may change.
@@ -322,8 +337,8 @@ class Run:
         with same_randomness():  # a run is the same, however often it is evaluated
             metrics = self.evaluations.at(self.step, self.shown)
             self.interruption.check()
-        self.best.keep(self.policy, self.step, metrics)
-        self.log.write({"step": self.step, **metrics})
+        self._without("best", partial(self.best.keep, self.policy, self.step, metrics))
+        self._log({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
         when = f"after {self.step} steps" if self.step == self.total_steps else when
         self.progress.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
@@ -339,14 +354,50 @@ class Run:
         """Keep what is left of the step, and the random generators: evaluations keep those, callbacks may draw."""
         self.whole = {**self.whole, "rest": self.rest.state(), "random_states": randomness()}
 
+    def _log(self, line: Mapping[str, float | str]) -> None:
+        self._without("metrics.jsonl", partial(self.log.write, line))
+
+    def _without(self, what: str, write: Callable[[], None]) -> None:
+        """Write what a run can go on without. Where the disk refuses, that is said once."""
+        try:
+            write()
+        except OSError as error:
+            if what not in self.told:
+                self.told.add(what)
+                self.progress.say(f"{self.folder / what} cannot be written ({refusal(error)}); the run goes on")
+
+    def _refusal_of(self, write: Callable[[], object]) -> str:
+        """Write a folder; the sentence of a disk that refuses, else an empty text."""
+        try:
+            write()
+        except NotSavedError as error:
+            return str(error)
+        return ""
+
+    def _write_adapter(self) -> None:
+        """Write output_dir/adapter. Raise NotSavedError where the disk refuses."""
+        try:
+            write_folder(self.folder / "adapter", self.policy.save)
+        except OSError as error:
+            needed = adapter_bytes(self.learner)
+            raise not_saved("adapter", self.folder, self.step, error, needed, self._last_good()) from error
+
+    def _last_good(self) -> Path | None:
+        """The newest checkpoint of this run, or the one that it goes on from."""
+        return next(reversed(checkpoints(self.folder)), self.inputs.resume)
+
     def _save(self) -> Path:
-        """Write the checkpoint of the last whole step."""
+        """Write the checkpoint of the last whole step. Raise NotSavedError where the disk refuses."""
         folder = self.folder / f"checkpoint-{self.step}"
         values = {"step": self.step, "identity": self.inputs.identity, "config": asdict(self.inputs.given)}
-        if self.saved is not self.whole:
-            save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
-            self.saved = self.whole
-        remove_old_checkpoints(self.folder, self.config.save_total_limit)
+        try:
+            if self.saved is not self.whole:
+                save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
+                self.saved = self.whole
+            remove_old_checkpoints(self.folder, self.config.save_total_limit)
+        except OSError as error:
+            needed = checkpoint_bytes(self.learner, self.whole)
+            raise not_saved(folder.name, self.folder, self.step, error, needed, self._last_good()) from error
         return folder
 
     def _load(self, folder: Path) -> None:
@@ -365,7 +416,7 @@ class Run:
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         """Write the doctor's findings to the log, and tell whoever watches."""
         for line in lines:
-            self.log.write(line)
+            self._log(line)
             self.progress.say(f"doctor: {line['text']}")
 
     def _say_what_is_given(self) -> None:

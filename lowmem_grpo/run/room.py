@@ -1,0 +1,86 @@
+"""Room on the disk: what a run's folders take and what is free, and the words for what a disk refuses."""
+
+import shutil
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+
+from torch import Tensor
+
+from lowmem_grpo.config.sections import SavingFields
+from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
+from lowmem_grpo.folder import checkpoints
+from lowmem_grpo.run.checkpoint import State
+from lowmem_grpo.run.meter import MIB
+from lowmem_grpo.update.optimizer import Learner, state_bytes
+
+
+def adapter_bytes(learner: Learner) -> int:
+    """Bytes of the adapter's tensors."""
+    return sum(parameter.nbytes for parameter in learner.parameters)
+
+
+def checkpoint_bytes(learner: Learner, states: Mapping[str, State]) -> int:
+    """Bytes of a checkpoint's tensors: the adapter's, the optimizer's once it has made a step, and the parts'."""
+    parts = sum(value.nbytes for state in states.values() for value in state.values() if isinstance(value, Tensor))
+    optim = learner.optim.removeprefix("paged_")  # a paged state is saved too
+    return adapter_bytes(learner) + state_bytes(optim, (p.numel() for p in learner.parameters)) + parts
+
+
+def look_for_room(
+    folder: Path, config: SavingFields, steps_left: int, of_adapter: int, of_checkpoint: int
+) -> str | None:
+    """The warning that a run's checkpoints, best adapter and last adapter take more than is free, or None.
+
+    Raises:
+        InputError: there is no room for one checkpoint.
+    """
+    free = free_bytes(folder)
+    if free is None or steps_left <= 0:
+        return None
+    if free < of_checkpoint:
+        raise InputError(
+            f"{folder} has {in_mib(free)} free, and a checkpoint takes {in_mib(of_checkpoint)}; make room, or choose "
+            "another output_dir"
+        )
+    num_new = ceil(steps_left / config.save_steps)
+    if config.save_total_limit is not None:  # an old one is removed once the next is there
+        num_new = min(num_new, max(config.save_total_limit - len(checkpoints(folder)), 0) + 1)
+    wanted = num_new * of_checkpoint + 2 * of_adapter
+    if free >= wanted:
+        return None
+    return (
+        f"{folder} has {in_mib(free)} free, and what the run saves takes {in_mib(wanted)} ({num_new} checkpoints of "
+        f"{in_mib(of_checkpoint)}); make room, raise save_steps or lower save_total_limit"
+    )
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that are free on the disk of a folder, which may be gone, or None where nobody knows."""
+    there = next((path for path in [folder, *folder.parents] if path.is_dir()), folder)
+    try:
+        found = shutil.disk_usage(there)
+    except OSError:
+        return None
+    return found.free if found.total else None
+
+
+def not_saved(name: str, folder: Path, step: int, error: OSError, needed: int, last_good: Path | None) -> NotSavedError:
+    """The error of a checkpoint or adapter that the disk refused, in a sentence with all that helps."""
+    free = free_bytes(folder)
+    room = "" if free is None else f", and {in_mib(free)} are free"
+    resume = f"the last whole checkpoint is {last_good}, from which resume_from_checkpoint=True goes on"
+    return NotSavedError(
+        f"{name} cannot be written to {folder} after step {step} ({refusal(error)}): it takes {in_mib(needed)}{room}; "
+        f"{resume if last_good else 'there is no whole checkpoint yet'}"
+    )
+
+
+def refusal(error: OSError) -> str:
+    """The reason of an error of the disk, without the path."""
+    return error.strerror or in_a_line(error)
+
+
+def in_mib(num_bytes: int) -> str:
+    """A number of bytes as a person reads it: "3.1 MiB"."""
+    return f"{num_bytes / MIB:.1f} MiB"
