@@ -30,7 +30,7 @@ def checkpoint_bytes(learner: Learner, states: Mapping[str, State]) -> int:
 def look_for_room(
     folder: Path, config: SavingFields, steps_left: int, of_adapter: int, of_checkpoint: int
 ) -> str | None:
-    """The warning that a run's checkpoints, best adapter and last adapter take more than is free, or None.
+    """The warning that a run's checkpoints and adapters take more than is free, or None.
 
     Raises:
         InputError: there is no room for one checkpoint.
