@@ -113,6 +113,7 @@ def test_the_demo_learns(seed, tmp_path, capsys):
     result = run(seed, str(tmp_path / "out"))
     assert accuracy(result.eval_history[0]) <= 0.50
     assert accuracy(result.eval_history[-1]) >= 0.93
+    assert result.findings == [], "no false alarm of the doctor"
     shown = capsys.readouterr().out
     assert re.search(r"right answers\s+│\s+0\.[0-4]\d+ │ [01]\.\d+", shown)
     assert (tmp_path / "out/reward_curve.png").stat().st_size > 5000

@@ -231,6 +231,7 @@ def test_a_reward_that_is_always_at_its_best_or_weighs_nothing_is_no_finding():
     assert set(always(rewards__b__mean=0.0, rewards__b__std=0.0)) == {"reward_constant/b"}
     assert set(always(rewards__b__mean=0.5, rewards__b__std=0.0)) == {"reward_constant/b"}
     assert said_of({}, {"rewards/b/mean": 2.0, "rewards/b/std": 0.0}) == {}, "it has risen to 2"
+    assert said_of({"rewards/b/mean": -0.1}, {"rewards/b/mean": 0.0, "rewards/b/std": 0.0}) == {}, "nor has a penalty"
     assert always(rewards__b__mean=0.0, rewards__b__std=0.0, settings={"reward_weights": [1.0, 0.0]}) == {}
     penalty = {"rewards/repetition_penalty_reward/mean": 0.0, "rewards/repetition_penalty_reward/std": 0.0}
     assert said_of(penalty, penalty, rewards=["a", "repetition_penalty_reward"]) == {}
@@ -265,6 +266,20 @@ def test_float16_may_look_for_its_loss_scale_in_the_first_17_steps():
     assert said_of(skipped, skipped, num_steps=17, fp16=True) == {}
     assert "float16's loss scale should have settled" in said_of(skipped, skipped, 30, fp16=True)["not_finite"]
     assert set(said_of(skipped, skipped, num_steps=17)) == {"not_finite"}
+
+
+def test_a_reward_around_0_may_vary_by_a_part_of_its_spread():
+    first = {"reward": 0.02, "reward_std": 1.0}
+    assert said_of(first, {"reward": -0.4, "reward_std": 1.0}) == {}
+    assert set(said_of(first, {"reward": -0.5, "reward_std": 1.0})) == {"reward_fell"}
+
+
+def test_steps_in_which_no_entropy_is_known_are_passed_over():
+    doctor = Doctor(GRPOConfig(), ["a", "b"], 40)
+    for step in range(1, 11):
+        dull = {"entropy": math.nan} if step % 2 else {"entropy": 0.001}
+        doctor.look(step, {**HEALTHY, **dull, "step": step})
+    assert [(line["step"], line["doctor"]) for line in doctor.found] == [(6, "entropy_collapse")]
 
 
 def test_one_bad_step_among_good_ones_is_no_finding():

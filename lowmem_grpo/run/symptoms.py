@@ -13,6 +13,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 Metrics = Mapping[str, float | None]  # of a step, what is not finite as None
 
 NUM_FIRST = 5  # steps at the start that later ones are compared with
+ENOUGH = 3  # of the last steps that measured a metric: no entropy is known where no group has a difference
 SHORTEST = 5  # steps of a run in which a symptom that takes longer is looked for all the same, at its end
 READ = {
     "step", "reward", "reward_std", "frac_reward_zero_std", "frac_tokens_skipped", "entropy", "kl", "grad_norm",
@@ -49,8 +50,9 @@ class Course:
     last: list[Metrics]  # the newest steps, oldest first; a symptom gets as many as it asks for
 
     def each(self, name: str, holds: Callable[[float], bool]) -> bool:
-        """True where every one of the last steps measured a metric, and the condition holds of it."""
-        return all(value is not None and holds(value) for value in self.values(name))
+        """True where a condition holds of a metric in each of the last steps that measured it, and enough did."""
+        known = _known(self.last, name)
+        return len(known) >= ENOUGH and all(map(holds, known))
 
     def never(self, name: str) -> bool:
         """True where a metric was a mean of nothing in every one of the last steps."""
@@ -89,9 +91,9 @@ def _least(steps: list[Metrics], name: str) -> float:
 
 
 def _constant(course: Course, mean: str, deviation: str) -> float | None:
-    """What all means are, where no step had a deviation; None where there is no such number."""
-    value = course.last[0].get(mean)
-    same = value is not None and course.each(mean, lambda one: math.isclose(one, value, rel_tol=1e-6))
+    """The number that all means are, where no step had a deviation; None where there is no such number."""
+    value = _least(course.last, mean)
+    same = course.each(mean, lambda one: math.isclose(one, value, rel_tol=1e-6))
     return value if same and not any(course.values(deviation)) else None
 
 
@@ -114,8 +116,8 @@ def lengths_at_limit(course: Course) -> str | None:
         return None
     now = course.mean("completions/clipped_ratio")
     return (
-        f"completions have grown to the limit: {now:.0%} of {course.steps} were cut off at max_completion_length="
-        f"{course.config.max_completion_length}, and {before:.0%} at the start; look for repetitions with "
+        f"completions have grown to the limit: in {course.steps} {now:.0%} were cut off at max_completion_length="
+        f"{course.config.max_completion_length}, and in one at the start {before:.0%}; look for repetitions with "
         "log_completions, raise the limit, or reward what is short (get_soft_overlong_punishment)"
     )
 
@@ -202,10 +204,11 @@ def _groups_missing(step: Metrics, config: GRPOConfig) -> int:
 
 def reward_fell(course: Course) -> str | None:
     before, now = _mean(course.first, "reward"), course.mean("reward")
+    spread = _mean(course.first, "reward_std")  # rewards around 0 have no half
     if course.config.curriculum_skip or len(course.first) < NUM_FIRST or not _are_apart(course):
         return None
     least = _least(course.first, "reward")
-    if not (course.each("reward", lambda value: value < least) and before - now >= abs(before) / 2):
+    if not (course.each("reward", lambda value: value < least) and before - now >= max(abs(before), spread) / 2):
         return None
     return (
         f"the reward has fallen from {before:.3g} at the start to {now:.3g} in {course.steps}; go back to an earlier "
@@ -259,8 +262,9 @@ def kl_explosion(course: Course) -> str | None:
 
 def ratio_on_policy(course: Course) -> str | None:
     config = course.config
-    farthest = [max(step.get("ratio/max") or 0, 1 / (step.get("ratio/min") or 1)) for step in course.last]
-    if not _is_on_policy(config) or min(farthest) < FAR:
+    above, below = _known(course.last, "ratio/max"), _known(course.last, "ratio/min")
+    farthest = [max(most, 1 / max(least, 1e-9)) for most, least in zip(above, below, strict=True)]
+    if not _is_on_policy(config) or len(farthest) < ENOUGH or min(farthest) < FAR:
         return None
     dropout = f"set lora_dropout={config.lora_dropout} to 0" if config.lora_dropout else "report it, with the model"
     return (
@@ -371,16 +375,12 @@ def reward_missing(course: Course, name: str) -> str | None:
 
 
 def reward_constant(course: Course, name: str) -> str | None:
-    """Of several rewards, one that is 0 for all, or another number than 1 that has never been different.
-
-    At 1 a reward is at its best, and so it may be at another number that it has risen to.
-    """
+    """Look for a reward that gives all completions one number: not 1, nor one that it has risen to."""
     value = _constant(course, f"rewards/{name}/mean", f"rewards/{name}/std")
     if value is None or name in PENALTIES or course.constant_reward is not None:  # no_difference says so of the sum
         return None
     weights = dict(zip(course.rewards, course.config.reward_weights or [1.0] * len(course.rewards), strict=True))
-    first = {step.get(f"rewards/{name}/mean") for step in course.first}
-    if weights[name] == 0 or value == 1 or (value > 0 and first != {value}):
+    if weights[name] == 0 or value == 1 or value > _least(course.first, f"rewards/{name}/mean"):
         return None
     return (
         f"{name} has given {value:g} to every completion of {course.steps}, so that it teaches nothing beside "
@@ -409,7 +409,7 @@ NUM_LAST = max(*SYMPTOMS.values(), *OF_A_REWARD.values())
 
 
 def symptoms(course: Course, total_steps: int) -> dict[str, str]:
-    """Sentences by the names of the situations that a run shows; one of a reward has its name behind a slash."""
+    """Sentences by the names of the situations that a run shows, a reward's name behind a slash."""
     found = {}
     for symptom, num_steps in SYMPTOMS.items():
         if seen := _seen(course, num_steps, total_steps):
