@@ -297,3 +297,23 @@ def test_one_bad_step_among_good_ones_is_no_finding():
 def test_a_loop_that_measures_none_of_this_has_no_symptoms():
     doctor = Doctor(GRPOConfig(), [], 12)
     assert [doctor.look(step, {"loss": 1.0, "step": step}) for step in range(1, 13)] == [[]] * 12
+
+
+STEP = {"step": 1, "reward": None}
+LINE = {"step": 1, "doctor": "all_truncated", "text": "every completion ..."}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"found": 3}, {"found": [3]}, {"found": [{"step": 1}]}, {"found": [{**LINE, "step": -1}]}, {"first": None},
+        {"first": [{"step": "1"}]}, {"last": [[]]}, {"last": [{"step": 1, "reward": True}]}, {"last": ...},
+    ],
+)  # fmt: skip
+def test_a_state_that_no_doctor_wrote_is_refused(broken):
+    state = {"found": [LINE], "first": [STEP], "last": [STEP]}
+    doctor = Doctor(GRPOConfig(), ["a"], 12)
+    doctor.load(state)
+    assert doctor.state() == state
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+        doctor.load({name: value for name, value in {**state, **broken}.items() if value is not ...})

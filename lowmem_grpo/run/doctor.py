@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import UnhealthyRunError
-from lowmem_grpo.run.symptoms import NUM_FIRST, NUM_LAST, READ, Course, symptoms
+from lowmem_grpo.run.symptoms import NUM_FIRST, NUM_LAST, READ, Course, Metrics, symptoms
+from lowmem_grpo.saved import whole
 
 
 class Finding(NamedTuple):
@@ -72,6 +73,18 @@ class Doctor:
         return {"found": self.found, "first": self.course.first, "last": self.course.last}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what state() returned."""
-        self.found = state["found"]
-        self.course = replace(self.course, first=state["first"], last=state["last"])
+        """Take over what state() returned. Raise ValueError, or what Python raises, for anything else."""
+        self.found = [
+            {"step": whole(line["step"], "step"), "doctor": str(line["doctor"]), "text": str(line["text"])}
+            for line in state["found"]
+        ]
+        first, last = ([_measured(step) for step in state[name]] for name in ("first", "last"))
+        self.course = replace(self.course, first=first, last=last)
+
+
+def _measured(step: dict[str, Any]) -> Metrics:
+    """A step's metrics out of a checkpoint. Raise ValueError where one is no number."""
+    for name, value in step.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} is {value!r}, which is no number")
+    return step
