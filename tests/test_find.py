@@ -280,8 +280,12 @@ def test_a_model_that_lacks_a_weight_is_refused_and_not_completed_at_random(fold
         (False, {"intermediate_size": 64}, "has a .*mlp.* of .*, and by its config.json it is of .*64"),
         (False, {"vocab_size": 100}, "has a .* of 128 x 64, and by its config.json it is of 100 x 64"),
         (True, {"vocab_size": 100}, "has a .* of 128 x 64, and by its config.json it is of 100 x 64"),
-        # transformers compares no shapes of what bitsandbytes quantizes, and the trial of the model does.
-        (True, {"intermediate_size": 64}, "cannot be trained here: .*64"),
+        (True, {"intermediate_size": 64}, "has a .*mlp.* of .*, and by its config.json it is of .*64"),
+        (
+            True,
+            {"num_key_value_heads": 1},
+            "has a .*self_attn.* of .*, and by its config.json",
+        ),
     ],
 )
 def test_a_model_whose_settings_do_not_fit_its_weights_is_refused(

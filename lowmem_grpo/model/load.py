@@ -192,8 +192,9 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
     model, report = loaded
-    if report["mismatched_keys"]:
-        weight, found, wanted = min(report["mismatched_keys"])
+    mismatched = [*report["mismatched_keys"], *_quantized_to_other_shapes(model)]
+    if mismatched:
+        weight, found, wanted = min(mismatched)
         raise InputError(
             f"model {name!r} has a {weight} of {' x '.join(map(str, found))}, and by its config.json it is of "
             f"{' x '.join(map(str, wanted))}; take both files from one save"
@@ -202,6 +203,16 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         lacking = min(report["missing_keys"])
         raise InputError(f"model {name!r} has no {lacking}, which transformers made up at random; name a whole model")
     return model
+
+
+def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, torch.Size, tuple[int, int]]]:
+    """Name, shape and shape by the configuration of 4-bit weights of which the two differ; transformers takes them."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            state: Any = layer.weight.quant_state
+            by_config = (layer.out_features, layer.in_features)
+            if state is not None and state.shape != by_config:
+                yield f"{path}.weight", state.shape, by_config
 
 
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
