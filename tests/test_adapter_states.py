@@ -1,5 +1,6 @@
 """Adapters as people have them: each is trained for a step, saved and loaded back equal, or refused in one sentence."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.adapter_folder import warn_of_another_base
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack
 
@@ -173,6 +175,46 @@ def test_an_adapter_is_trained_from_its_base_and_what_is_saved_is_the_policy(sta
         torch.testing.assert_close(logprobs(again), logprobs(policy), atol=2e-5, rtol=0)
         for name, values in policy.parameters_of(policy.adapter).items():
             assert torch.equal(again.parameters_of("default")[renamed(name, policy.adapter)], values), name
+
+
+def merged() -> Any:
+    return awake(adapted()).merge_and_unload()
+
+
+ANOTHER_BASE = {
+    "one that was merged": (lambda _: merged(), True),
+    "one that was merged, in 16 bits": (lambda _: merged().bfloat16(), True),
+    "an adapter on one that was merged": (lambda _: adapted(on=merged()), True),
+    "one that was merged and saved": (lambda tmp_path: saved_and_loaded(merged(), tmp_path), False),
+    "one with a longer vocabulary": (lambda _: changed(base(), lambda model: model.resize_token_embeddings(140)), True),
+    "as it was loaded": (lambda _: base(), False),
+    "in 16 bits": (lambda _: base().half(), False),
+    "in 16 bits and back": (lambda _: base().half().float(), False),
+    "prepared for training in 4-bit": (lambda _: prepare_model_for_kbit_training(base()), False),
+    "with an adapter": (lambda _: awake(adapted()), False),
+    "made anew": (lambda _: AutoModelForCausalLM.from_config(base().config), True),
+    "of no name": (lambda _: changed(base(), lambda model: setattr(model.config, "_name_or_path", "")), False),
+    "of a name that nobody has": (lambda _: changed(base(), lambda model: setattr(model, "name_or_path", "a/b//c")), False),
+}  # fmt: skip
+
+
+def saved_and_loaded(model, tmp_path) -> Any:
+    model.save_pretrained(tmp_path / "merged")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("which", ANOTHER_BASE)
+def test_a_model_that_is_no_longer_what_its_name_says_is_warned_of(which, tmp_path):
+    make, is_another = ANOTHER_BASE[which]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_another_base(model.get_base_model() if isinstance(model, PeftModel) else model)
+    assert [str(one.message).partition("; ")[2] for one in told] == is_another * [
+        "save it with save_pretrained(), and train what is saved"
+    ]
 
 
 def to_zero(model) -> None:

@@ -1,5 +1,6 @@
 """An adapter's folder: read, and compared with the base that it names, before any weight of the base is."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Container
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,8 +20,10 @@ from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.folder import refuse_pointer
 from lowmem_grpo.model.adapters import add_adapter, refuse_config
 from lowmem_grpo.model.head import read_head
+from lowmem_grpo.warn import warn
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+HALF = (torch.bfloat16, torch.float16)
 PREFIX = "base_model.model."  # of every name in an adapter's file
 MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result, and train that"
 
@@ -85,6 +91,41 @@ def refuse_changed_base(folder: str, base: nn.Module) -> None:
         # Of one dtype they are equal; a 16-bit one may have been rounded to the other.
         if not torch.allclose(values.to(theirs.device, torch.float32), theirs.float(), rtol=0.02, atol=1e-3):
             raise InputError(f"the adapter in {folder!r} has a {name} that is not its base's; {MERGE}")
+
+
+def warn_of_another_base(base: Any) -> None:
+    """Warn where a loaded model has other weights than what it was loaded from, which its adapter would name.
+
+    So it is once merge_and_unload() has been called. The first row of each matrix is compared, where it is not
+    quantized and the files are on this machine.
+    """
+    if getattr(base.config, "quantization_config", None) is not None:
+        return
+    own = {name.replace(".base_layer.", "."): values.detach() for name, values in base.named_parameters()}
+    for file in _files_of(base.name_or_path):
+        with safe_open(file, "pt") as saved:
+            for name in [name for name in saved.keys() if name in own and own[name].dim() > 1]:  # noqa: SIM118
+                theirs, mine = saved.get_slice(name), own[name]
+                row, my_row = theirs[:1], mine[:1].cpu()
+                # A row may have been rounded to 16 bits on its way.
+                is_same = any(torch.equal(row.to(dtype).to(mine.dtype), my_row) for dtype in (mine.dtype, *HALF))
+                if not is_same or theirs.get_shape() != [*mine.shape]:
+                    warn(
+                        f"the loaded model has another {name} than {base.name_or_path!r}, which its adapter will name "
+                        "as its base: an adapter was merged into it, or it was changed; save it with "
+                        "save_pretrained(), and train what is saved"
+                    )
+                    return
+
+
+def _files_of(name: str) -> list[Path]:
+    """The safetensors of a model's folder, or of its hub id in the cache; none where there are none."""
+    folder = Path(name)
+    if name and not folder.is_dir():
+        with contextlib.suppress(HFValidationError):
+            cached = try_to_load_from_cache(name, "config.json")
+            folder = Path(cached).parent if isinstance(cached, str) else folder
+    return sorted(folder.glob("*.safetensors")) if name else []
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base
+from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base, warn_of_another_base
 from lowmem_grpo.model.adapters import add_adapter, lora_config, outdated_name
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.checkpointing import checkpoint_layers
@@ -153,6 +153,8 @@ def _disable_checkpointing(model: Any) -> None:
 
 
 def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
+    if isinstance(model, PeftModel | PreTrainedModel):
+        warn_of_another_base(model.get_base_model() if isinstance(model, PeftModel) else model)
     if isinstance(model, PeftModel):
         if config.load_in_4bit and not _is_4bit(model):
             raise InputError(
@@ -209,7 +211,8 @@ def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, torch.Si
     """Name, shape and shape by the configuration of 4-bit weights of which the two differ; transformers takes them."""
     for path, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
-            state: Any = layer.weight.quant_state
+            weight: Any = layer.weight
+            state = weight.quant_state
             by_config = (layer.out_features, layer.in_features)
             if state is not None and state.shape != by_config:
                 yield f"{path}.weight", state.shape, by_config
