@@ -34,7 +34,7 @@ def refuse_pointer(path: Path) -> None:
 
 def writable_folder(output_dir: str) -> Path:
     """Make output_dir. Raise InputError if nothing can be written there."""
-    folder = Path(output_dir).expanduser()
+    folder = Path(os.path.expanduser(output_dir))  # Path's own raises for a user who is not there
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -128,7 +128,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
             )
         return None
     if resume_from_checkpoint not in (True, "auto"):
-        return _named(Path(str(resume_from_checkpoint)).expanduser(), output_dir)
+        return _named(Path(os.path.expanduser(str(resume_from_checkpoint))), output_dir)
     newest, damaged = _newest(output_dir)
     if newest is None and resume_from_checkpoint is True:
         reasons = "".join(f"; {path.name} cannot be resumed from, since {why}" for path, why in damaged.items())

@@ -129,6 +129,10 @@ def read_training_inputs(
         notes += _golds(rewards, eval_rows, "eval_dataset")
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or model, config)
+    if not hasattr(tokenizer, "chat_template"):
+        raise InputError(
+            f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"
+        )
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:

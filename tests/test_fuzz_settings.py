@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import DEMO_MODEL
 
 from lowmem_grpo.config.fields import MOST, from_text
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs import read_training_inputs
 
 
 class Odd:
@@ -93,7 +96,7 @@ def test_no_count_is_endless(field):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"prompts_per_step": 10**6}, "makes 8000000 completions a step, more than 65536, .*; lower one$"),
+        ({"prompts_per_step": 10**6}, "makes 8000000 completions a step, more than 16384, .*; lower one$"),
         ({"prompts_per_step": 2**10, "num_generations": 2**7}, "makes 131072 completions"),
         ({"num_train_epochs": 1e7}, "num_train_epochs must be at most 1000000, not 10000000.0"),
         ({"curriculum_skip": 1 - 2**-53}, "curriculum_skip must be at most 0.999"),
@@ -116,10 +119,90 @@ def test_what_would_run_for_ever_or_cannot_be_saved_is_refused(given, words):
         GRPOConfig(**given)
 
 
+ROWS = task.rows(task.splits()[0][:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"output_dir": "x" * 300}, "output_dir=.* has a name longer than 255 bytes"),
+        ({"resume_from_checkpoint": "a/" + "é" * 200}, "resume_from_checkpoint=.* has a name longer than 255 bytes"),
+        ({"lora_r": 65536}, "lora_r=65536 is above 384, the model's largest dimension"),
+        ({"lora_target_modules": "["}, "no adapter could be added: unterminated character set .*; name linear layers"),
+        ({"lora_target_modules": ".*"}, "no adapter could be added: Target module Qwen2Model; name linear layers"),
+        ({"lora_target_modules": ["q_proj", "q_prj"]}, "lora_target_modules has 'q_prj', and no module .*; did you mean q_proj"),
+        ({"lora_target_modules": []}, "no adapter could be added: .*; name linear layers"),
+        ({"model_init_kwargs": {"foo": 1}}, "model_init_kwargs has 'foo', which neither from_pretrained nor a qwen2 configuration"),
+        ({"model_init_kwargs": {"hidden_sise": 128}}, "has 'hidden_sise', .*; did you mean hidden_size"),
+        *(({"model_init_kwargs": {name: True}}, f"model_init_kwargs has '{name}', which neither") for name in (
+            "return_unused_kwargs", "output_loading_info", "_from_auto", "config", "state_dict", "max_memory", "to_dict", "", "a b",
+        )),
+        ({"model_init_kwargs": {"attention_dropout": 0.5}}, "model_init_kwargs has attention_dropout, and the base's dropout is always off"),
+        ({"model_init_kwargs": {"attn_implementation": "nope"}}, 'attn_implementation="nope"` is not supported'),
+        ({"model_init_kwargs": {"attn_implementation": 1}}, "cannot be made"),
+        ({"model_init_kwargs": {"attn_implementation": "flex_attention"}}, "use sdpa or eager"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "has 'enable_thinking', which the chat template does not read; leave it out"),
+        ({"chat_template_kwargs": {"mess": 1}}, "has 'mess', which the chat template does not read"),
+        ({"chat_template_kwargs": {"": 1}}, "has '', which the chat template does not read"),
+        ({"chat_template_kwargs": {"chat_template": "{{ mode }}{% for"}}, "the chat template cannot render row 0"),
+        *(({"chat_template_kwargs": {name: True}}, f"chat_template_kwargs has '{name}', which is set here") for name in (
+            "tokenize", "add_generation_prompt", "continue_final_message", "messages", "conversation",
+        )),
+    ],
+)  # fmt: skip
+def test_what_the_libraries_would_refuse_or_ignore_is_refused_before_weights_are_read(given, words, tmp_path):
+    config = {"output_dir": str(tmp_path / "out"), "use_cpu": True, **given}
+    with pytest.raises(InputError, match=words) as caught:
+        read_training_inputs(str(DEMO_MODEL), task.answer_reward, ROWS, None, GRPOConfig(**config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"loss_type": "gmpo", "epsilon": 100.0}, "epsilon=100.0 must be at most 80 with loss_type='gmpo'"),
+        ({"loss_type": "gmpo", "epsilon_high": 3e38}, "epsilon_high=3e.38 must be at most 80 with loss_type='gmpo'"),
+    ],
+)  # fmt: skip
+def test_the_exponential_of_a_bound_is_in_fp32(given, words):
+    with pytest.raises(InputError, match=words):
+        GRPOConfig(**given)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\0", "a\0b", "\ud800", "x" * 300, "x" * 5000, "/x" * 3000, "~nobodyatall/x", "~nobodyatall", "/dev/null", "a//b", "\x1b[2J"])  # fmt: skip
+def test_a_name_that_no_model_and_no_tokenizer_has_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = GRPOConfig(output_dir="out", use_cpu=True)
+    with pytest.raises(InputError, match="^model .*(is neither|is not a folder|cannot be looked for|is no name)"):
+        read_training_inputs(name, task.answer_reward, ROWS, None, config)
+    if name.strip():
+        with pytest.raises(InputError, match="^no tokenizer comes with "):
+            read_training_inputs(str(DEMO_MODEL), task.answer_reward, ROWS, None, config, tokenizer=name)
+
+
+@pytest.mark.parametrize("tokenizer", [5, b"x", [], object()])
+def test_a_tokenizer_of_another_kind_is_refused(tokenizer, tmp_path):
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(InputError, match="^tokenizer is a .*; pass one that transformers loads"):
+        read_training_inputs(str(DEMO_MODEL), task.answer_reward, ROWS, None, config, tokenizer=tokenizer)
+
+
+def test_what_the_libraries_read_is_taken(tmp_path):
+    template = "{% if mode == 'short' %}Briefly. {% endif %}{{ messages[0].content }}"
+    given = {
+        "model_init_kwargs": {"attn_implementation": "eager", "local_files_only": True, "rms_norm_eps": 1e-5},
+        "chat_template_kwargs": {"chat_template": template, "mode": "short"}, "lora_target_modules": ["q_proj", "mlp.up_proj"],
+    }  # fmt: skip
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    inputs = read_training_inputs(str(DEMO_MODEL), task.answer_reward, ROWS, None, config)
+    assert inputs.tokenizer.decode(inputs.prompts[0].ids).startswith("Briefly. ")
+
+
 def test_what_a_large_run_has_is_taken():
     config = GRPOConfig(
-        prompts_per_step=512, num_generations=64, num_iterations=16, steps_per_generation=32, lora_r=1024, lora_alpha=4096,
+        prompts_per_step=512, num_generations=32, num_iterations=16, steps_per_generation=32, lora_r=1024, lora_alpha=4096,
         max_completion_length=10**6, max_prompt_length=10**6, token_budget=10**9, rollout_token_budget=10**9, max_steps=10**7,
         dynamic_sampling_rounds=100, replay_buffer_size=10**5, num_generations_eval=1024, dataset_take=10**9, temperature=1e-5,
     )  # fmt: skip
-    assert config.prompts_per_step * config.num_generations == 2**15
+    assert config.prompts_per_step * config.num_generations == 2**14

@@ -14,6 +14,7 @@ from lowmem_grpo.errors import InputError, shown
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 MOST = 10**9  # of what is counted, steps or tokens or rows, where its field says nothing else
 MOST_VALUES = 10_000  # within one mapping, so that anchors of a YAML file cannot make it endless
+MOST_CHARACTERS = 100_000  # of a text
 DEEPEST = 20  # lists and mappings within each other
 BOUNDS = {
     "above": (gt, "greater than"),
@@ -62,6 +63,8 @@ def check_value(field: dataclasses.Field, annotation: Any, value: Any) -> None:
 def _check_text(field: dataclasses.Field, text: str) -> None:
     if not text and not field.metadata.get("may_be_empty"):
         raise InputError(f"{field.name} has an empty text; remove it")
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{field.name} has a text of {len(text)} characters; shorten it to {MOST_CHARACTERS}")
     if "\0" in text:
         raise InputError(f"{field.name}={shown(text)} has a null character; remove it")
 

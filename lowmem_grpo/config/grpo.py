@@ -62,8 +62,10 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
                 f"loss_type={shown(self.loss_type)} is not known; {hint} (register_objective adds your own)"
             )
         loss = LOSS_TYPES[self.loss_type]
-        if self.epsilon > loss.highest_epsilon:
-            raise InputError(f"epsilon={self.epsilon} must be at most 1, since a ratio is never below 0")
+        for name, highest in (("epsilon", loss.highest_epsilon), ("epsilon_high", loss.highest_epsilon_high)):
+            value = getattr(self, name)
+            if value is not None and value > highest:
+                raise InputError(f"{name}={value} must be at most {highest:g} with loss_type={self.loss_type!r}")
         for name, (is_read, words) in READ_ONLY.items():
             value, default = getattr(self, name), getattr(GRPOConfig, name)
             if value != default and not is_read(self):

@@ -10,6 +10,7 @@ class LossSettings:
 
     reads: tuple[str, ...]
     highest_epsilon: float = 1.0  # a ratio is never below 0
+    highest_epsilon_high: float = math.inf
     needs_epsilon_high: bool = False
 
 
@@ -20,7 +21,8 @@ LOSS_TYPES = {
     "cispo": LossSettings(("epsilon_high", "importance_sampling_level"), needs_epsilon_high=True),
     "sapo": LossSettings(("importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")),
     "vespo": LossSettings(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
-    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=math.inf),  # its bounds are of log-ratios
+    # The bounds are of log-ratios; fp32's largest number is exp(88.7).
+    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=80, highest_epsilon_high=80),
 }
 # The row of a registered loss, which may read all of them.
 OWN_LOSS = LossSettings(tuple(dict.fromkeys(name for loss in LOSS_TYPES.values() for name in loss.reads)))

@@ -12,7 +12,8 @@ from lowmem_grpo.config.fields import check_value, field_types, option
 from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.errors import InputError, shown
 
-MOST_COMPLETIONS = 2**16  # of a step: DAPO has 8,192
+LONGEST_NAME = 255  # bytes, of a file or folder
+MOST_COMPLETIONS = 2**14  # of a step: DAPO has 8,192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,12 @@ class RunFields(Checked):
     doctor: Literal["warn", "stop", "off"] = option(
         "warn", "say once what keeps a run from learning, stop the run there, or say nothing", may_change=True
     )
+
+    def check(self) -> None:
+        for name in ("output_dir", "resume_from_checkpoint"):
+            folder = getattr(self, name)
+            if isinstance(folder, str) and any(len(part.encode()) > LONGEST_NAME for part in folder.split("/")):
+                raise InputError(f"{name}={shown(folder)} has a name longer than {LONGEST_NAME} bytes; shorten it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +156,7 @@ class SamplingFields(Checked):
     )
     num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True)
     max_completion_length: int = option(
-        512, "tokens after which a completion is cut off", common=True, above=0, at_most=10**7
+        512, "tokens after which a completion is cut off", common=True, above=0, at_most=2**20
     )
     temperature: float = option(1.0, "sampling temperature", common=True, at_least=1e-6, at_most=1e6)
     top_p: float = option(

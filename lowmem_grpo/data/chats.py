@@ -163,11 +163,12 @@ class Template:
 
     def refuse_unread(self, settings: Mapping[str, Any], what: str) -> None:
         """Raise InputError for chat_template_kwargs that the template does not read, or that are set here."""
+        source = f"{self.source}\n{settings.get('chat_template')}"  # which may be another template
         for name in settings:
             if name in OURS:
                 raise InputError(f"{what} has {name!r}, which is set here; leave it out")
-            if name != "chat_template" and not re.search(rf"\b{re.escape(str(name))}\b", self.source):
-                names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", self.source))
+            if name != "chat_template" and not (name and re.search(rf"\b{re.escape(str(name))}\b", source)):
+                names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", source))
                 hint = did_you_mean(str(name), names, "leave it out")
                 raise InputError(f"{what} has {name!r:.60}, which the chat template does not read; {hint}")
 

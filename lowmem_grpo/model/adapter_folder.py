@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -30,7 +31,7 @@ MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result
 
 def is_adapter(model: Any) -> bool:
     """Tell whether a model is named by a folder that holds an adapter in PEFT's format."""
-    return isinstance(model, str) and (Path(model) / "adapter_config.json").is_file()
+    return isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json"))
 
 
 def read_adapter_config(folder: str) -> PeftConfig:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.config.sections import AdapterFields
-from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 
 # Starts of LoRA that leave the base as it is: the others of PEFT's take from its weights what the adapter starts with.
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
@@ -241,6 +241,23 @@ def lora_config(config: AdapterFields) -> LoraConfig:
     )  # fmt: skip
 
 
+def refuse_fields(config: AdapterFields, base: nn.Module) -> None:
+    """Raise InputError where lora_target_modules names what a base lacks, or lora_r is above its dimensions.
+
+    LoRA's product has no higher rank than the layer that it is added to.
+    """
+    paths = [path for path, _ in base.named_modules()]
+    names = config.lora_target_modules if isinstance(config.lora_target_modules, list) else []
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            leaves = {path.rpartition(".")[2] for path in paths}
+            hint = did_you_mean(name, leaves, "all-linear takes every linear layer")
+            raise InputError(f"lora_target_modules has {shown(name)}, and no module of the model ends so; {hint}")
+    largest = max((max(weight.shape) for weight in base.parameters() if weight.dim() == 2), default=config.lora_r)
+    if config.lora_r > largest:
+        raise InputError(f"lora_r={config.lora_r} is above {largest}, the model's largest dimension; lower it")
+
+
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
@@ -249,7 +266,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         try:
             return get_peft_model(model, peft_config)
         except (ValueError, TypeError, RuntimeError, re.error) as error:  # the last of target_modules="(q_proj"
-            raise InputError(f"no adapter could be added: {in_a_line(error)}") from error
+            what = in_a_line(error).rstrip("(. ")  # of a module, PEFT writes out all that is in it
+            raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
 
 
 @contextlib.contextmanager

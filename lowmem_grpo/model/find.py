@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -21,13 +22,26 @@ from transformers import (
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import AdapterFields, ModelFields
-from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_misfit, refuse_pointers
-from lowmem_grpo.model.adapters import active_adapter, add_adapter, lora_config, refuse_config, refuse_state
+from lowmem_grpo.model.adapters import (
+    active_adapter,
+    add_adapter,
+    lora_config,
+    refuse_config,
+    refuse_fields,
+    refuse_state,
+)
 from lowmem_grpo.model.head import output_embeddings, read_head
 from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
+# Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
+LOADING = (
+    "attn_implementation", "cache_dir", "code_revision", "experts_implementation", "force_download", "gguf_file",
+    "key_mapping", "local_files_only", "proxies", "revision", "subfolder", "token", "use_kernels", "use_safetensors",
+    "variant", "weights_only",
+)  # fmt: skip
 # Of model_init_kwargs: with one of these, the weights are not in the files that a folder has by default.
 OTHER_FILES = ("subfolder", "variant", "gguf_file")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -51,13 +65,18 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None, *, needs
     if changed and (continues or peft_config is not None):
         what = "the model's own adapter" if continues else "peft_config"
         raise InputError(f"{changed[0]} has no effect beside {what}; leave it out")
-    taken = [name for name in OURS_TO_PASS if name in (config.model_init_kwargs or {})]
+    given = config.model_init_kwargs or {}
+    taken = [name for name in OURS_TO_PASS if name in given]
     if taken:
         raise InputError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
+    if given.get("attn_implementation") == "flex_attention":
+        raise InputError("flex_attention is compiled anew for each length, for minutes each; use sdpa or eager")
     if isinstance(model, PreTrainedModel | PeftModel):
         if config.model_init_kwargs:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
+        if isinstance(model, PreTrainedModel) and peft_config is None:
+            refuse_fields(config, model)
     elif isinstance(model, str):
         _find_by_name(model, config, needs_weights)
         with torch.random.fork_rng([]):  # what is made at random here must not change the run
@@ -65,6 +84,8 @@ def find_model(model: Any, config: GRPOConfig, peft_config: Any = None, *, needs
             if is_adapter(model):
                 refuse_misfit(model, base)
             else:
+                if peft_config is None:
+                    refuse_fields(config, base)
                 add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
                 read_head(base)
     else:
@@ -174,6 +195,15 @@ def _refuse_loaded(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
+    try:
+        os.stat(model)
+    except (FileNotFoundError, NotADirectoryError):  # a hub id, or no folder
+        pass
+    except (OSError, ValueError) as error:  # no name that a folder may have
+        why = error.strerror if isinstance(error, OSError) else in_a_line(error)
+        raise InputError(f"model {shown(model)} cannot be looked for: {why}; name a folder or a hub id") from error
+    if not model.strip():
+        raise InputError(f"model {model!r} is no name; name a folder or a hub id")
     folder = Path(model)
     is_path = model.startswith((".", "/")) or model.count("/") > 1
     if is_path and not folder.is_dir():
@@ -195,7 +225,10 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         except InputError as error:
             raise InputError(f"the base that adapter {model!r} names cannot be taken: {error}") from error
     try:
+        _refuse_unread(model, config)
         found = read_config(model, config)
+    except InputError:
+        raise
     except Exception as error:  # also what a family's own checks of its configuration raise
         raise InputError(
             f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
@@ -204,6 +237,26 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
     _refuse_kind(found, model)
     if needs_weights and folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
         _refuse_missing_weights(folder)
+
+
+def _refuse_unread(model: str, config: ModelFields) -> None:
+    """Raise InputError for an entry of model_init_kwargs that neither from_pretrained nor the configuration reads."""
+    given = config.model_init_kwargs or {}
+    settings = [name for name in given if name not in LOADING]
+    if not settings:
+        return
+    loading = {name: value for name, value in given.items() if name in LOADING}
+    plain = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **loading)
+    known = [name for name in {**vars(plain), **plain.attribute_map} if not name.startswith("_")]
+    for name in settings:
+        if name not in known:
+            hint = did_you_mean(name, [*known, *LOADING], "leave it out")
+            raise InputError(
+                f"model_init_kwargs has {shown(name)}, which neither from_pretrained nor a {plain.model_type} "
+                f"configuration reads; {hint}"
+            )
+        if "drop" in name and given[name]:
+            raise InputError(f"model_init_kwargs has {name}, and the base's dropout is always off; leave it out")
 
 
 def _refuse_quantization(found: PreTrainedConfig, what: str, config: ModelFields | None = None) -> None:
