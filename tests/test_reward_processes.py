@@ -1,10 +1,15 @@
 import os
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import FunctionType
 
 import pytest
 
 from lowmem_grpo.rewards import RewardRunner, in_processes
+from lowmem_grpo.rewards.isolation import workers
 
 MODULE = """
 import os, pathlib, time
@@ -93,3 +98,41 @@ def test_what_no_process_can_import_is_refused():
 def test_a_module_that_is_not_there_stops_the_run_at_its_start():
     with pytest.raises(ValueError, match="ModuleNotFoundError.*no_such_module"):
         RewardRunner([in_processes("no_such_module.f")], 60).try_out(["p"], {})
+
+
+@pytest.mark.parametrize("busy", ["while True: pass", "sum(range(10**12))", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_busy_or_stopped_worker_dies_with_its_trainer(busy, tmp_path):
+    (tmp_path / "own_rewards.py").write_text(
+        "import os, pathlib, signal\n"
+        "def score(**kwargs):\n"
+        "    pathlib.Path('part').write_text(str(os.getpid()))\n"
+        "    os.rename('part', 'pid')\n"
+        f"    {busy}\n"
+    )
+    folder = Path(shutil.copytree(Path(workers.__file__).parent, tmp_path / "alone"))  # it imports no PyTorch there
+    program = (
+        "import pathlib, workers\n"
+        f"pool = workers.WorkerPool(pathlib.Path({str(folder / 'function_worker.py')!r}), 1)\n"
+        "pool.ask_all([('own_rewards', 'score', {'trainer_state': {}})], 600, 600)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(folder)])
+    trainer = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    until((tmp_path / "pid").exists)
+    worker = int((tmp_path / "pid").read_text())
+    trainer.kill()
+    trainer.wait()
+    until(lambda: not is_running(worker))
+
+
+def until(happened):
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

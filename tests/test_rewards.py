@@ -1,9 +1,11 @@
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +20,13 @@ from lowmem_grpo.rewards import (
     BUILT_IN,
     RewardRunner,
     accuracy_reward,
+    get_cosine_scaled_reward,
     math_pool,
     resolve_reward_funcs,
     think_format_reward,
 )
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
+from lowmem_grpo.rewards.isolation import workers
 from lowmem_grpo.rewards.isolation.limit import SIGNAL
 from lowmem_grpo.rewards.isolation.workers import WorkerPool
 from lowmem_grpo.rewards.math_pool import math_equal
@@ -149,30 +153,73 @@ def test_accuracy_needs_a_gold_column():
         accuracy_reward(["72"])
 
 
-def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(monkeypatch, tmp_path):
-    """The first worker never answers; the one in its place is math_worker.py."""
-    program, hangs = tmp_path / "worker.py", tmp_path / "hangs"
-    program.write_text(
-        "import pathlib, runpy, signal\n"
-        f"if pathlib.Path({str(hangs)!r}).exists():\n"
-        "    signal.pause()\n"
-        f"runpy.run_path({str(math_pool.POOL.program)!r}, run_name='__main__')\n"
-    )
-    hangs.touch()
-    pool = WorkerPool(program, workers=1)
-    monkeypatch.setattr(math_pool, "POOL", pool)
+@pytest.fixture
+def math_pool_of(monkeypatch, tmp_path):
+    """Make a pool of one worker that runs some lines of Python first, once or always; then it is math_worker.py."""
+    pools = []
+
+    def make(lines, *, always=False):
+        program, mark = tmp_path / "worker.py", tmp_path / "mark"
+        mark.touch()
+        forget = "" if always else f"    os.unlink({str(mark)!r})\n"
+        program.write_text(
+            "import os, runpy, signal\n"
+            f"if os.path.exists({str(mark)!r}):\n{forget}{textwrap.indent(lines, '    ')}\n"
+            f"runpy.run_path({str(math_pool.POOL.program)!r}, run_name='__main__')\n"
+        )
+        pools.append(WorkerPool(program, workers=1))
+        monkeypatch.setattr(math_pool, "POOL", pools[0])
+        monkeypatch.setattr(workers, "LOOK_EVERY_S", 0.05)
+        monkeypatch.setattr(workers, "FROZEN_S", 0.5)
+        return mark
+
+    yield make
+    for pool in pools:
+        pool.stop()
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged(math_pool_of, monkeypatch):
+    mark = math_pool_of("while True: pass", always=True)
     with monkeypatch.context() as impatient:
         impatient.setattr(math_pool, "START_LIMIT_S", 0.5)
         assert math_equal([("x + x", "2x")]) == [False]
-    hangs.unlink()
+    mark.unlink()
     assert math_equal([("x + x", "2x")]) == [True]
-    pool.stop()
 
 
-def test_a_worker_that_dies_is_replaced():
-    math_equal([("x", "y")])
-    math_pool.POOL.stop()
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()"])
+def test_a_worker_that_dies_or_stands_still_is_replaced_and_asked_once_more(end, math_pool_of, monkeypatch):
+    monkeypatch.setattr(math_pool, "START_LIMIT_S", 0.5 if end == "signal.pause()" else 60.0)
+    monkeypatch.setattr(workers, "FROZEN_S", 20.0 if end != "signal.pause()" else 1.0)
+    mark = math_pool_of(end)
+    assert math_equal([("x + x", "2x"), ("1", "1")]) == [True, True]
+    assert not mark.exists()
+
+
+def test_an_answer_of_which_two_workers_died_has_no_reward_and_is_counted(math_pool_of, caplog):
+    math_pool_of("os._exit(0)", always=True)
+    runner = RewardRunner(
+        [accuracy_reward, get_cosine_scaled_reward(max_len=10), BUILT_IN["reasoning_accuracy_reward"]]
+    )
+    answers = [r"</think> \boxed{x + 1}", r"</think> \boxed{1 + x}", "none"]
+    scores = runner(["p"] * 3, answers, [[1]] * 3, {"solution": ["x + 1"] * 3}, 1)
+    assert scores.rewards[:, 0].tolist()[::2] == [1.0, 0.0] and scores.rewards[1].isnan().all()
+    assert [scores.metrics[f"rewards/{name}/failures"] for name in runner.names] == [1, 1, 1]
+    assert "reward function accuracy_reward failed: EOFError: the worker process died, or was stopped" in caplog.text
+
+
+def test_a_worker_that_gets_no_cpu_time_is_waited_for(math_pool_of, monkeypatch):
+    """The limits are of CPU time: a worker that is stopped for longer than they are makes no right answer wrong."""
+    math_pool_of("pass")
+    assert math_equal([("x", "y")]) == [False]
+    monkeypatch.setattr(workers, "FROZEN_S", 60.0)
+    monkeypatch.setattr(math_pool, "TIME_LIMIT_S", 0.5)
+    worker = math_pool.POOL.started[0].process
+    os.kill(worker.pid, signal.SIGSTOP)
+    timer = threading.Timer(1.0, os.kill, [worker.pid, signal.SIGCONT])
+    timer.start()
     assert math_equal([("x + x", "2x")]) == [True]
+    assert math_pool.POOL.started[0].process is worker
 
 
 def test_math_verify_works_outside_the_main_thread():

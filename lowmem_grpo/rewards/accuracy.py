@@ -9,14 +9,15 @@ from lowmem_grpo.rewards.words import has_words
 
 def accuracy_reward(
     completions: list, solution: list | None = None, answer: list | None = None, log_extra=None, **kwargs
-) -> list[float | None]:
+) -> list[float | EOFError | None]:
     r"""1.0 where the completion's answer equals the gold one, 0.0 where not, None where there is no gold answer.
 
     The answer is the last `\boxed{}` (or boxes that one sentence lists), else the last answer tag, else what follows
     the last `####`. Without any of them it is the last number, or the formula that holds it: `it is $\frac{1}{2}$`.
     Gold comes from the column `solution` or `answer`, whichever is the better of a row (see data/gold.py), and is read
     for the three marks; a gold text without them stands for itself. Numbers are compared exactly, formulas by
-    math-verify, in worker processes with a time limit, past which an answer counts as wrong.
+    math-verify, in worker processes with a limit of CPU time, past which an answer counts as wrong. Where the worker
+    died, and another one too, there is an EOFError in the completion's place.
 
     A gold answer of words, an option's letter, a number in a base (204_5) or one that begins with zero (0110) is text,
     compared without case, style and needless spaces. A unit may be left out, but is no other one. A gold number in
@@ -36,9 +37,12 @@ def accuracy_reward(
     if log_extra is not None:
         log_extra("extracted_answer", given)
     asked = [(gold, own) for gold, own in zip(golds, given, strict=True) if gold and own]
-    verdicts: dict[tuple, bool] = dict(zip(asked, math_equal(asked), strict=True))
+    rewards: dict[tuple, float | EOFError] = {
+        pair: verdict if isinstance(verdict, EOFError) else float(verdict)
+        for pair, verdict in zip(asked, math_equal(asked), strict=True)
+    }
     return [
-        float(verdicts.get((gold, own), False)) if _can_be_judged(gold, own) else None
+        rewards.get((gold, own), 0.0) if _can_be_judged(gold, own) else None
         for gold, own in zip(golds, given, strict=True)
     ]
 
@@ -55,7 +59,7 @@ def reasoning_accuracy_reward(
     reasoning_delimiters: list[str] | None = None,
     log_extra=None,
     **kwargs,
-) -> list[float | None]:
+) -> list[float | EOFError | None]:
     """accuracy_reward of the text after the reasoning; 0.0 where the reasoning never ends.
 
     The reasoning ends at the last `</think>`, or at the last of the first of reasoning_delimiters that occurs.

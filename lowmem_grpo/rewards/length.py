@@ -56,14 +56,14 @@ def cosine_scaled_reward(
     completion_ids: list | None = None,
     answer: list | None = None,
     **kwargs,
-) -> list[float | None]:
+) -> list[float | EOFError | None]:
     """Rewards in TRL's order of arguments."""
     if completion_ids is None:
         raise InputError("cosine_scaled_reward needs completion_ids, whose lengths it scales by")
-    scaled = []
+    scaled: list[float | EOFError | None] = []
     for correct, ids in zip(accuracy_reward(completions, solution, answer, **kwargs), completion_ids, strict=True):
-        if correct is None:
-            scaled.append(None)
+        if correct is None or isinstance(correct, EOFError):
+            scaled.append(correct)
             continue
         short, long = ends[correct]
         scaled.append(long + (short - long) * (1 + math.cos(math.pi * min(1.0, len(ids) / max_len))) / 2)

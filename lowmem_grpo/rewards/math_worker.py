@@ -7,6 +7,7 @@ that it cannot read the last number.
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import grader
+from math_verify.errors import TimeoutException
 from math_verify.parser import get_last_eq
-from math_verify.utils import timeout
 from sympy.core.function import AppliedUndef
 
 PARSING_LIMIT_S, VERIFYING_LIMIT_S = 3, 3
@@ -64,6 +65,30 @@ class Solutions(NamedTuple):
 
     variable: str
     numbers: sympy.Set
+
+
+def timeout(timeout_seconds: int) -> Callable:
+    """A decorator that limits a function's CPU time; math-verify's limits wall time, of which a loaded machine eats.
+
+    Raises:
+        TimeoutException (the function): math-verify's own, at the limit and each second after it.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutException
+
+    def limited(function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            signal.signal(signal.SIGPROF, end)
+            signal.setitimer(signal.ITIMER_PROF, timeout_seconds, 1)
+            try:
+                return function(*arguments)
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+
+        return call
+
+    return limited
 
 
 def is_equal(gold: str, answer: str) -> bool:
@@ -350,6 +375,7 @@ def _only_with_solutions(compare: Callable) -> Callable:
 
 
 # math-verify finds these by name, for what stands in a set, a tuple, an interval, a matrix or an equation, too.
+grader.timeout = timeout
 grader.sympy_numeric_eq = same_number
 grader.sympy_symbolic_eq = same_formula
 grader.sympy_solve_and_compare = _only_with_solutions(grader.sympy_solve_and_compare)
