@@ -3,8 +3,10 @@ VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.lowmem-grpo-installed
 SEED ?= 0
+KILLS ?= 100
+INTERRUPTIONS ?= 25
 
-.PHONY: demo test test-slow test-gpu lint
+.PHONY: demo test test-slow test-kill test-gpu lint
 
 demo: $(INSTALLED)
 	$(PYTHON) -m lowmem_grpo.cli demo --seed $(SEED)
@@ -14,6 +16,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m "slow and not gpu"
+
+test-kill: $(INSTALLED)
+	$(PYTHON) tests/kills.py --kills $(KILLS) --interruptions $(INTERRUPTIONS) --seed $(SEED)
 
 test-gpu: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m gpu
