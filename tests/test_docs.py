@@ -98,6 +98,16 @@ def test_what_troubleshooting_quotes_is_what_the_code_says():
         assert fixed and all(part.strip(" /") in said for part in fixed), quote
 
 
+def test_every_fault_on_the_page_of_reliability_names_a_test_that_is_there():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| fault | ")]
+    assert len(rows) >= 40
+    for row in rows:
+        found = re.fullmatch(r"\| [^|]+ \| [^|]+ \| `(test_\w+\.py)::(test_\w+)` \|", row)
+        assert found is not None, row
+        assert f"\ndef {found[2]}(" in (ROOT / "tests" / found[1]).read_text(encoding="utf-8"), row
+
+
 @pytest.mark.parametrize(
     "path", [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"], ids=lambda p: p.name
 )
