@@ -174,10 +174,10 @@ def parameters_of(function: Callable) -> set[str]:
 
 
 def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
-    """A sentence for each reward function to which a gold answer is not worth the most, or only in a form unasked for.
+    """A sentence for each reward function to which a gold answer is not worth the most.
 
     That is 1 to a built-in function, and to one of the user's that reads a column of gold answers more than an empty
-    completion.
+    completion. A built-in one should give it without a mark, too, where no prompt asks for one.
     """
     found = []
     for function, name in zip(rewards.functions, rewards.names, strict=True):

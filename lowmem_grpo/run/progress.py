@@ -57,6 +57,6 @@ class Progress:
             self.say("  ".join(parts))
 
     def say(self, text: str) -> None:
-        """Print a line; where nobody can see it, as on a terminal that was closed, the run goes on all the same."""
+        """Print a line. On a terminal that was closed nobody sees it, and the run goes on."""
         with contextlib.suppress(OSError):
             self.console.print(printable_text(text), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Room on the disk: what a run's folders take and what is free, and the words for what a disk refuses."""
+"""Room on the disk: what a run saves and what is free, and words for what a disk refuses."""
 
 import shutil
 from collections.abc import Mapping
