@@ -78,11 +78,18 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def mend_folder(output_dir: Path) -> None:
     """Settle what a kill within write_folder() has left: half a folder goes, and one that is missing comes back."""
+    _put_back(output_dir)
     for path in list(output_dir.iterdir()):
-        if path.name.endswith(REPLACED) and not os.path.lexists(output_dir / path.name.removesuffix(REPLACED)):
-            os.replace(path, output_dir / path.name.removesuffix(REPLACED))
-        elif path.name.endswith((REPLACED, BEING_WRITTEN)):
+        if path.name.endswith((REPLACED, BEING_WRITTEN)):
             remove(path)
+
+
+def _put_back(output_dir: Path) -> None:
+    """Rename each folder that a kill has left replaced by nothing to what it was."""
+    for path in list(output_dir.glob(f"*{REPLACED}")):
+        original = path.with_name(path.name.removesuffix(REPLACED))
+        if not os.path.lexists(original):
+            os.replace(path, original)
 
 
 def remove(path: Path) -> None:
@@ -119,6 +126,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
     Raises:
         InputError: there is none to resume from, or a fresh start would mix with an earlier run's checkpoints.
     """
+    _put_back(output_dir)
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         existing = checkpoints(output_dir)
         if existing:

@@ -1,12 +1,10 @@
 """The inputs of a run, checked before long work: models, data, rewards, folders, and a plan."""
 
-import hashlib
 import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.identity import identity_of, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, find_model, read_config, refuse_too_long
 from lowmem_grpo.model.load import load_policy, load_tokenizer
@@ -62,12 +61,7 @@ class Inputs:
     plan: Plan | None = None  # where there is a vram_budget
     callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
     num_dropped: int = 0  # training prompts that are longer than max_prompt_length
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Fingerprints of prompts and rewards, which a resumed run must share with its checkpoint."""
-        ids = json.dumps([prompt.ids for prompt in self.prompts])
-        return {"rewards": self.rewards.names, "data": hashlib.sha256(ids.encode()).hexdigest()}
+    identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share with its checkpoint
 
     @property
     def total_steps(self) -> int:
@@ -110,8 +104,10 @@ def read_training_inputs(
     rewards = _rewards(reward_funcs, config)
     output_dir = writable_folder(config.output_dir)
     resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    notes = []
     if resume is not None:
-        _refuse_another_run(resume, config, rewards.names)
+        changed = refuse_changes(config, read_state(resume)["config"])
+        notes = [f"going on from {resume}, with {', '.join(changed)}"] if changed else []
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     for name in EVALUATION:
@@ -124,7 +120,7 @@ def read_training_inputs(
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
     device = device_of(config)
-    notes = _try_out(rewards, rows, "train_dataset")
+    notes += _try_out(rewards, rows, "train_dataset")
     if eval_rows is not None:
         notes += _golds(rewards, eval_rows, "eval_dataset")
     if tokenizer is None or isinstance(tokenizer, str):
@@ -140,18 +136,18 @@ def read_training_inputs(
     check_prompts(model, prompts + eval_prompts, config)
     notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
     plan, given = None, config
+    base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
+    identity = identity_of(base, adapter, tokenizer, prompts, rewards)
+    if resume is not None:
+        refuse_another_run(resume, identity)
     if config.vram_budget is not None:
         longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
-        adapter = adapter_config(model, config, peft_config)
-        plan = plan_to_fit(read_config(model, config), config, adapter, longest)
+        plan = plan_to_fit(base, config, adapter, longest)
         config = plan.config
-    inputs = Inputs(
+    return Inputs(
         model, peft_config, tokenizer, prompts, eval_prompts, rewards, given, config, device, notes, output_dir,
-        resume, plan, callbacks, dropped,
+        resume, plan, callbacks, dropped, identity,
     )  # fmt: skip
-    if resume is not None and read_state(resume)["identity"]["data"] != inputs.identity["data"]:
-        raise InputError(f"{resume} is of a run on other prompts; resume with its train_dataset and tokenizer")
-    return inputs
 
 
 def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
@@ -305,14 +301,3 @@ def _golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
         )
     told = f"{missing} of {len(rows)} rows of {name} have no gold answer, for which {readers[0]} gives no reward"
     return [told] if missing else []
-
-
-def _refuse_another_run(resume: Path, config: GRPOConfig, rewards: list[str]) -> None:
-    """Raise InputError where the run of a checkpoint had other settings or rewards, which would change the result."""
-    earlier = read_state(resume)
-    refuse_changes(config, earlier["config"])
-    if earlier["identity"]["rewards"] != rewards:
-        raise InputError(
-            f"{resume} is of a run with the rewards {', '.join(earlier['identity']['rewards'])}, and these are "
-            f"{', '.join(rewards)}; resume with the same ones, or start a new run from the adapter"
-        )

@@ -137,8 +137,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     run(tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match="holds another adapter than this run's"):
-        run(tmp_path, max_steps=2, resume_from_checkpoint=True, peft_config=LoraConfig(target_modules=["q_proj"]))
+    for other, words in (
+        (LoraConfig(target_modules=["q_proj"], lora_alpha=32), "holds another adapter than this run's"),
+        (LoraConfig(target_modules=["q_proj"]), "is of a run with another adapter: lora_alpha is 8, and was 32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, max_steps=2, resume_from_checkpoint=True, peft_config=other)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ FLOORS = (
     "run",
     "evaluation",
     "inputs",
-    "planner",
+    "identity planner",
     "update",
     "rollout tasks",
     "generate rewards",

@@ -116,6 +116,8 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         return self.has_cuda_graphs and self.rollout_graphs_last and self.rollout_weights != "dense"
 
 
+WHERE = ("output_dir", "resume_from_checkpoint")  # which say nothing of a run itself
+
 Condition = Callable[[GRPOConfig], bool]
 
 
@@ -179,12 +181,27 @@ def refuse_unknown_fields(given: typing.Iterable[str], config: type = GRPOConfig
             raise UnknownNameError(f"GRPOConfig has no field {shown(name)}; {hint}")
 
 
-def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> None:
-    """Raise InputError if a setting that decides the result differs from the one the checkpoint's run had."""
+def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> list[str]:
+    """The settings that a resumed run changes and may change, in words: `max_steps 10 (was 5)`.
+
+    Raises:
+        InputError: a setting that decides the result differs from the one that the checkpoint's run had.
+    """
     now = dataclasses.asdict(config)
-    for name in [field.name for field in dataclasses.fields(config) if not field.metadata.get("may_change")]:
-        if name in saved and saved[name] != now[name]:
+    unknown = sorted(now.keys() ^ saved.keys())
+    if unknown:
+        raise InputError(
+            f"the run to resume and this version differ in the settings that they know: {', '.join(unknown)}; resume "
+            "with the version that wrote the checkpoint, or start a new run from the adapter in it"
+        )
+    changed = []
+    for field in dataclasses.fields(config):
+        value, before = now[field.name], saved[field.name]
+        if value != before and not field.metadata.get("may_change"):
             raise InputError(
-                f"{name} is {shown(now[name])}, and was {shown(saved[name])} in the run to resume; set it back, "
+                f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, "
                 "or start a new run from the adapter"
             )
+        if value != before and field.name not in WHERE:
+            changed.append(f"{field.name} {value} (was {before})")
+    return changed

@@ -37,8 +37,10 @@ class RunFields(Checked):
         "grpo-output", "folder for checkpoints, the adapter and metrics.jsonl", common=True, may_change=True
     )
     resume_from_checkpoint: str | bool | None = option(
-        None, "checkpoint folder to go on from, or true for the newest in output_dir", common=True, may_change=True
-    )
+        None,
+        "checkpoint folder to go on from, true for the newest in output_dir, or auto for that or else a new run",
+        common=True, may_change=True,
+    )  # fmt: skip
     seed: int = option(
         42,
         "seed of the adapter's initial values, the data order and the sampling",

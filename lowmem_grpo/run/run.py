@@ -24,6 +24,7 @@ from lowmem_grpo.folder import (
     set_damaged_aside,
     write_folder,
 )
+from lowmem_grpo.identity import refuse_other_weights, weights_of
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
@@ -118,6 +119,7 @@ class Run:
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
         self.budget = TokenBudget(self.config.token_budget)
+        self.identity = {**inputs.identity, "weights": weights_of(policy)}
         mend_folder(self.folder)
         if inputs.resume is not None:
             self._load(inputs.resume)
@@ -389,7 +391,7 @@ class Run:
     def _save(self) -> Path:
         """Write the checkpoint of the last whole step. Raise NotSavedError where the disk refuses."""
         folder = self.folder / f"checkpoint-{self.step}"
-        values = {"step": self.step, "identity": self.inputs.identity, "config": asdict(self.inputs.given)}
+        values = {"step": self.step, "identity": self.identity, "config": asdict(self.inputs.given)}
         try:
             if self.saved is not self.whole:
                 save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
@@ -403,6 +405,7 @@ class Run:
     def _load(self, folder: Path) -> None:
         """Go on from a checkpoint: adapter, optimizer, parts, and last the random generators."""
         saved = read_state(folder)
+        refuse_other_weights(folder, self.identity["weights"])
         load_adapter(folder, self.policy)
         loads = {name: part.load for name, part in {"optimizer": self.learner, **self.parts}.items()}
         for name, load in {**loads, "counts": self._load_counts, "random_states": restore_randomness}.items():
@@ -460,4 +463,4 @@ class Rest:
     def load(self, state: State) -> None:
         if state:
             self.metrics = {name: math.nan if value is None else value for name, value in state["metrics"].items()}
-            self.num_called = state["num_called"]
+            self.num_called = whole(state["num_called"], "num_called")

@@ -1,0 +1,192 @@
+"""The identity of a run, as a checkpoint keeps it: model, adapter, tokenizer, data and rewards."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Params4bit
+from peft import PeftConfig
+from transformers import PreTrainedConfig
+
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.folder import read_state
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.warn import warn
+
+# Of a model's configuration, what says how it is stored or run. So do names that begin with _ or speak of dropout,
+# which a base does not have here.
+NOT_THE_MODEL = {
+    "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config", "use_cache", "auto_map",
+}  # fmt: skip
+# Of an adapter's configuration, what its tensors do not show.
+OF_THE_ADAPTER = (
+    "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "bias",
+)  # fmt: skip
+EXACT = "exact"  # of weights, those that are not in 4 bits
+NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
+
+
+def identity_of(
+    model: PreTrainedConfig, adapter: PeftConfig, tokenizer: Any, prompts: Sequence[Prompt], rewards: RewardRunner
+) -> dict[str, Any]:
+    """Model, adapter, tokenizer, data and rewards of a run, as JSON: settings in words, all else as SHA-256."""
+    columns = sorted({name for prompt in prompts for name in prompt.columns})
+    functions = dict(zip(rewards.names, rewards.functions, strict=True))
+    identity = {
+        "model": _of_the_model(model.to_dict()),
+        "adapter": {name: getattr(adapter, name, None) for name in OF_THE_ADAPTER},
+        "tokenizer": {
+            "vocabulary": _digest([sorted(tokenizer.get_vocab().items())]),
+            "end of sequence": tokenizer.eos_token_id,
+            "chat template": _digest([tokenizer.chat_template]),
+        },
+        "data": {
+            "prompt": _digest(prompt.ids for prompt in prompts),
+            **{name: _digest(prompt.columns.get(name) for prompt in prompts) for name in columns},
+        },
+        "rewards": {name: _settings(function) for name, function in functions.items()},
+        "sources": {name: _source(function) for name, function in functions.items()},
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a run that is not the one of a checkpoint, and warn of rewards with other source code.
+
+    Raises:
+        InputError: model, adapter, tokenizer, data or rewards are others, in a sentence that names what differs.
+    """
+    saved = read_state(resume)["identity"]
+    for name in identity:
+        if not isinstance(saved.get(name), dict):
+            raise InputError(f"{resume} does not say of which {name} it is; resume from an older checkpoint")
+    if list(saved["rewards"]) != list(identity["rewards"]):
+        raise InputError(
+            f"{resume} is of a run with the rewards {', '.join(saved['rewards'])}, and these are "
+            f"{', '.join(identity['rewards'])}; resume with the same ones, or start a new run from the adapter"
+        )
+    for name in ("rewards", "model", "adapter"):
+        now, before = identity[name], saved[name]
+        for changed in _changed(now, before, both=True):  # later versions of transformers and PEFT may know more
+            raise InputError(
+                f"{resume} is of a run with another {name.removesuffix('s')}: {changed} is {now[changed]!s:.200}, "
+                f"and was {before[changed]!s:.200}; resume with that one, or start a new run from the adapter"
+            )
+    for changed in _changed(identity["tokenizer"], saved["tokenizer"]):
+        raise InputError(f"{resume} is of a run with another tokenizer: its {changed} differs; resume with that one")
+    others = _changed(identity["data"], saved["data"])
+    if others:
+        differ = "prompts" if "prompt" in others else f"values in {' and '.join(others)}"
+        raise InputError(f"{resume} is of a run on other {differ}; resume with its train_dataset and tokenizer")
+    for changed in _changed(identity["sources"], saved["sources"], both=True):
+        warn(f"the reward {changed} has other source code than in {resume}; start a new run if its values are others")
+
+
+def refuse_other_weights(resume: Path, weights: Mapping[str, str]) -> None:
+    """Raise InputError where the base of a checkpoint's run had other weights; compares what both have read."""
+    saved = read_state(resume)["identity"].get("weights")
+    if not isinstance(saved, dict) or EXACT not in saved or _changed(weights, saved, both=True):
+        raise InputError(
+            f"{resume} is of a run with another model: the weights of its base differ; resume with that one, or start "
+            "a new run from the adapter"
+        )
+
+
+def weights_of(policy: Policy) -> dict[str, str]:
+    """SHA-256 of a few numbers of each weight of the base, which takes 4 ms for a model of 0.5B.
+
+    Weights in 4 bits are a digest apart, by kind of device, since two may round a tie differently.
+    """
+    samples: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in policy.base.named_parameters():
+        if set(policy.model.peft_config) & set(name.split(".")):
+            continue  # an adapter's
+        kind = f"in 4 bits on {parameter.device.type}" if isinstance(parameter, Params4bit) else EXACT
+        numbers = parameter.detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // NUM_SAMPLES)].contiguous()
+        samples.setdefault(kind, []).append(sample.view(torch.uint8))
+    return {kind: _sha256(torch.cat([one.cpu() for one in of_kind])) for kind, of_kind in samples.items()}
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model's configuration, and of those within, that decide what it computes."""
+    kept = {
+        str(name): value
+        for name, value in config.items()
+        if name not in NOT_THE_MODEL and not str(name).startswith("_") and "drop" not in str(name)
+    }
+    return {name: _of_the_model(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _settings(function: Callable) -> Any:
+    """The settings of a reward function that one of our factories has made; None for others."""
+    if not _is_ours(function):
+        return None
+    if isinstance(function, partial):
+        return [_plain(value) for value in function.args]
+    if inspect.isroutine(function):
+        return _plain(inspect.getclosurevars(function).nonlocals)
+    return _plain({name: value for name, value in vars(function).items() if isinstance(value, (str, int, float))})
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON; of what a process has by itself, such as a pool of workers, the type's name."""
+    if isinstance(value, re.Pattern):
+        return [value.pattern, value.flags]
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in sorted(value.items())}
+    return value if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+
+
+def _source(function: Callable) -> str | None:
+    """SHA-256 of the source code of a user's reward function, or None where Python has none."""
+    if _is_ours(function):
+        return None
+    try:
+        return _digest([inspect.getsource(_innermost(function))])
+    except (OSError, TypeError):
+        return None
+
+
+def _is_ours(function: Callable) -> bool:
+    return str(getattr(_innermost(function), "__module__", "")).startswith("lowmem_grpo.")
+
+
+def _innermost(function: Callable) -> Any:
+    """The function or class that has the source code of a partial, a decorated function or an object."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return function if inspect.isroutine(function) else type(function)
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any], *, both: bool = False) -> list[str]:
+    """The names whose values differ; without `both`, also those that one of the two lacks."""
+    names = [name for name in now if name in before] if both else [*now, *(name for name in before if name not in now)]
+    return [name for name in names if name not in now or name not in before or now[name] != before[name]]
+
+
+def _digest(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _sha256(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

@@ -1,0 +1,202 @@
+"""A resumed run is the same run: model, adapter, tokenizer, data and rewards."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_checkpoint import seal
+from test_train import ROWS, length_reward, run
+from tiny_models import DEMO_MODEL, make_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.demo.task import answer_reward
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.identity import identity_of, refuse_another_run, refuse_other_weights, weights_of
+from lowmem_grpo.rewards import (
+    RewardRunner,
+    get_code_reward,
+    get_cosine_scaled_reward,
+    get_judge_reward,
+    get_regex_reward,
+)
+
+SETTINGS = {"rewards": length_reward, "max_completion_length": 4}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, max_steps=1, **SETTINGS)
+    return folder / "out"
+
+
+@pytest.fixture
+def given():
+    """Everything that a run's identity is made of."""
+    policy = make_policy("qwen2")
+    prompts = [Prompt("1+1=", [1, 2, 3], {"solution": "2", "level": None}), Prompt("2+2=", [4, 5], {"solution": "4"})]
+    return {
+        "model": policy.base.config, "adapter": LoraConfig(), "tokenizer": AutoTokenizer.from_pretrained(DEMO_MODEL),
+        "prompts": prompts, "rewards": RewardRunner([length_reward, get_regex_reward("yes")]),
+    }  # fmt: skip
+
+
+def resume_of(tmp_path, identity):
+    """A checkpoint that has an identity."""
+    state = {"format": 2, "step": 3, "identity": identity, "config": {}, "parts": {}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    return tmp_path
+
+
+def test_the_same_inputs_are_the_same_run(tmp_path, given):
+    resume = resume_of(tmp_path, identity_of(**given))
+    refuse_another_run(resume, identity_of(**copy.deepcopy({**given, "rewards": None}) | {"rewards": given["rewards"]}))
+
+
+def other_settings(**changes):
+    def change(model):
+        vars(model).update(changes)
+        return model
+
+    return change
+
+
+def with_column(**columns):
+    return lambda prompts: [*prompts[:-1], Prompt("2+2=", [4, 5], {**prompts[-1].columns, **columns})]
+
+
+def another_template(tokenizer):
+    tokenizer.chat_template += " "
+    return tokenizer
+
+
+def another_token(tokenizer):
+    tokenizer.add_tokens(["a new token"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model", other_settings(rms_norm_eps=1e-3), "another model: rms_norm_eps is 0.001, and was 1e-06"),
+        ("model", other_settings(rope_parameters={"rope_theta": 1.0}), "another model: rope_parameters is"),
+        ("adapter", lambda adapter: LoraConfig(lora_alpha=99), "another adapter: lora_alpha is 99, and was 8"),
+        ("adapter", lambda adapter: LoraConfig(use_rslora=True), "another adapter: use_rslora is True, and was False"),
+        ("tokenizer", another_template, "another tokenizer: its chat template differs"),
+        ("tokenizer", another_token, "another tokenizer: its vocabulary differs"),
+        ("prompts", lambda prompts: prompts[:1], "on other prompts"),
+        ("prompts", lambda prompts: prompts[::-1], "on other prompts"),
+        ("prompts", with_column(solution="5"), "on other values in solution"),
+        ("prompts", with_column(level=3), "on other values in level"),
+        ("prompts", with_column(more=1), "on other values in more"),
+        ("rewards", lambda rewards: RewardRunner([length_reward]), "the rewards length_reward, regex_reward, and these"),
+        (
+            "rewards", lambda rewards: RewardRunner([length_reward, get_regex_reward("no")]),
+            r"another reward: regex_reward is \[\['no', 48\], False\], and was \[\['yes', 48\], False\]",
+        ),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_with_the_name_of_what_differs(tmp_path, given, name, change, words):
+    resume = resume_of(tmp_path, identity_of(**given))
+    changed = {**given, name: change(given[name])}
+    with pytest.raises(InputError, match=f"is of a run (with )?{words}"):
+        refuse_another_run(resume, identity_of(**changed))
+
+
+def test_how_a_model_is_stored_or_run_may_differ(tmp_path, given):
+    resume = resume_of(tmp_path, identity_of(**given))
+    change = other_settings(use_cache=False, attention_dropout=0.5, _name_or_path="elsewhere", dtype=torch.float16)
+    refuse_another_run(resume, identity_of(**{**given, "model": change(given["model"])}))
+
+
+@pytest.mark.parametrize("saved", [{}, {"model": None}, {"model": [], "rewards": {}}])
+def test_an_identity_that_lacks_something_is_one_sentence(tmp_path, given, saved):
+    with pytest.raises(InputError, match="does not say of which model it is; resume from an older checkpoint"):
+        refuse_another_run(resume_of(tmp_path, saved), identity_of(**given))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (get_cosine_scaled_reward(max_len=9), get_cosine_scaled_reward(max_len=10)),
+        (get_code_reward(timeout=9), get_code_reward(timeout=10)),
+        (get_judge_reward("Is it right?"), get_judge_reward("Is it wrong?")),
+    ],
+)
+def test_a_built_in_reward_has_the_settings_that_it_had(tmp_path, given, before, after):
+    was, same, other = (
+        identity_of(**{**given, "rewards": RewardRunner([function])}) for function in (before, before, after)
+    )
+    refuse_another_run(resume_of(tmp_path, was), same)
+    with pytest.raises(InputError, match=f"is of a run with another reward: {before.__name__} is"):
+        refuse_another_run(resume_of(tmp_path, was), other)
+
+
+def test_a_reward_whose_source_code_changed_is_said(tmp_path, given):
+    def mended(completions, **kwargs):
+        return [0.5 for _ in completions]
+
+    mended.__name__ = "length_reward"
+    resume = resume_of(tmp_path, identity_of(**{**given, "rewards": RewardRunner([length_reward])}))
+    with pytest.warns(UserWarning, match="the reward length_reward has other source code than in"):
+        refuse_another_run(resume, identity_of(**{**given, "rewards": RewardRunner([mended])}))
+
+
+def test_the_weights_of_the_base_are_those_of_the_checkpoint(tmp_path):
+    """Whichever weight differs, in 4 bits or not; an adapter and the way of storing do not count."""
+    for changes in ({}, {"load_in_4bit": False}):
+        resume = resume_of(tmp_path, {"weights": weights_of(make_policy("qwen2", **changes))})
+        policy = make_policy("qwen2", **changes)
+        with torch.no_grad():
+            for parameter in policy.parameters_of("default").values():
+                parameter.add_(1)
+        refuse_other_weights(resume, weights_of(policy))
+        for parameter in policy.base.parameters():
+            if not parameter.requires_grad:
+                before = parameter.data.clone()
+                parameter.data.view(-1)[0] += 1
+                with pytest.raises(InputError, match="with another model: the weights of its base differ"):
+                    refuse_other_weights(resume, weights_of(policy))
+                parameter.data.copy_(before)
+        refuse_other_weights(resume, weights_of(policy))
+
+
+def test_a_run_on_another_base_of_the_same_name_is_refused(tmp_path, out):
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(InputError, match="checkpoint-1 is of a run with another model: the weights of its base differ"):
+        run(out.parent, model, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
+    other_rows = [{**row, "solution": "0"} for row in ROWS]
+    with pytest.raises(InputError, match="checkpoint-1 is of a run on other values in solution"):
+        run(out.parent, rows=other_rows, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
+    with pytest.raises(InputError, match="is of a run with the rewards length_reward, and these are answer_reward"):
+        run(out.parent, max_steps=2, resume_from_checkpoint=True, **{**SETTINGS, "rewards": answer_reward})
+
+
+def test_what_a_resumed_run_changes_and_may_change_is_said_in_one_line(tmp_path, out, capsys):
+    shutil.copytree(out, tmp_path / "out")
+    run(tmp_path, max_steps=2, resume_from_checkpoint=True, save_steps=7, **SETTINGS)
+    assert "checkpoint-1, with max_steps 2 (was 1), save_steps 7 (was 20)\n" in capsys.readouterr().err
+
+
+def test_a_config_of_other_names_is_refused(tmp_path, out):
+    path = out / "checkpoint-1/trainer_state.json"
+    written = path.read_text()
+    for change in (lambda c: c.pop("beta"), lambda c: c.update(gamma=1), lambda c: c.clear()):
+        state = json.loads(written)
+        change(state["config"])
+        path.write_text(json.dumps(state))
+        seal(path.parent)
+        with pytest.raises(
+            InputError, match="differ in the settings that they know: .*(beta|gamma).*; resume with the"
+        ):
+            run(out.parent, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
+    path.write_text(written)
+    seal(path.parent)
