@@ -29,7 +29,7 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory",
-    "config folder settings_file",
+    "config folder settings_file results lock",
     "errors warn progress_bars manifest saved kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
