@@ -1,14 +1,13 @@
 """The doctor: looks at a run's numbers while it goes on, and says once what keeps it from learning."""
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import UnhealthyRunError
-from lowmem_grpo.run.symptoms import NUM_FIRST, NUM_LAST, READ, Course, Metrics, symptoms
+from lowmem_grpo.run.symptoms import Course, Metrics, symptoms
 from lowmem_grpo.saved import whole
 
 
@@ -40,11 +39,7 @@ class Doctor:
         """The lines of what is new in a step's metrics."""
         if self.is_off:
             return []
-        kept = {name: value for name, value in metrics.items() if name in READ or name.startswith("rewards/")}
-        kept = {name: value if math.isfinite(value) else None for name, value in kept.items()}
-        first, last = self.course.first, [*self.course.last, kept][-NUM_LAST:]
-        first = [*first, kept] if len(first) < NUM_FIRST else first
-        self.course = replace(self.course, first=first, last=last)
+        self.course = self.course.after(metrics)
         return self.note(step, itertools.starmap(Finding, symptoms(self.course, self.total_steps).items()))
 
     def note(self, step: int, findings: Iterable[Finding]) -> list[dict[str, Any]]:

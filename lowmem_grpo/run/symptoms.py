@@ -21,6 +21,7 @@ READ = {
     "ratio/max", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean",
     "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups",
 }  # fmt: skip
+SKIPPED = "skipped_so_far"  # optimizer steps of the run that changed no weight
 
 MANY = 0.5  # of the completions at the start
 COLD, HOT = 0.3, 2.0  # temperatures below and above which a completion is nearly certain, or noise
@@ -36,7 +37,9 @@ FAR = 2.0  # or its inverse: a token's ratio of new to old policy where nothing 
 MOST_DIFFERENCE = 0.1  # nats a token between sampler and training; 0.002 to 0.02 in bfloat16
 LEAST_WEIGHT = 0.5  # the mean importance weight: half of what was sampled is masked
 MOST_SCALED_DOWN = 100  # times max_grad_norm
-LOSS_SCALE_SEARCH = 17  # steps at most in which fp16's loss scale comes from 65,536 down to 1, by halves
+# Optimizer steps of a run that may be skipped: one; in fp16 twice the 16 in which the loss scale comes down from 65,536
+# to 1, since it grows again, once in 2,000 steps.
+MOST_SKIPPED, MOST_SKIPPED_FP16 = 1, 32
 PENALTIES = {"repetition_penalty_reward", "soft_overlong_punishment_reward"}  # 0 is the most that they give
 
 
@@ -48,6 +51,18 @@ class Course:
     rewards: list[str]  # the names of the reward functions
     first: list[Metrics]  # the run's first steps
     last: list[Metrics]  # the newest steps, oldest first; a symptom gets as many as it asks for
+
+    def after(self, metrics: Mapping[str, float]) -> "Course":
+        """The course with one more step."""
+        step: dict[str, float | None] = {
+            name: value if math.isfinite(value) else None
+            for name, value in metrics.items()
+            if name in READ or name.startswith("rewards/")
+        }
+        before = self.last[-1].get(SKIPPED) if self.last else 0
+        step[SKIPPED] = (before or 0) + (step.get("skipped_steps") or 0)
+        first = [*self.first, step] if len(self.first) < NUM_FIRST else self.first
+        return replace(self, first=first, last=[*self.last, step][-NUM_LAST:])
 
     def each(self, name: str, holds: Callable[[float], bool]) -> bool:
         """True where a condition holds of a metric in each of the last steps that measured it, and enough did."""
@@ -319,15 +334,15 @@ def weights_masked(course: Course) -> str | None:
 
 
 def not_finite(course: Course) -> str | None:
-    skipped = [step for step in course.last if step.get("skipped_steps")]
-    if course.config.fp16:
-        skipped = [step for step in skipped if (step.get("step") or 0) > LOSS_SCALE_SEARCH]
-    if len(skipped) < (5 if course.config.fp16 else 2):
+    step, config = course.last[-1], course.config
+    skipped = step.get(SKIPPED) or 0
+    if not step.get("skipped_steps") or skipped <= (MOST_SKIPPED_FP16 if config.fp16 else MOST_SKIPPED):
         return None
-    found = f"{len(skipped)} of {course.steps} had optimizer steps that changed no weight"
-    if course.config.fp16:
-        return f"{found}, when float16's loss scale should have settled; lower learning_rate, or try bf16"
-    return f"{found}, since loss or gradient was not finite; mend what was said of the first of them"
+    if config.fp16:
+        cause = "float16's loss scale, which takes 16, should have settled; lower learning_rate, or try bf16"
+    else:
+        cause = "their loss or gradient was not finite; mend the cause that was told of the first"
+    return f"{skipped} optimizer steps so far have changed no weight: {cause}"
 
 
 def no_gradient(course: Course) -> str | None:
@@ -400,7 +415,7 @@ def _joined(names: list[str]) -> str:
 SYMPTOMS: dict[Callable[[Course], str | None], int] = {
     all_truncated: 3, no_reward: 3, lengths_at_limit: 5, lengths_collapsed: 5, reward_fell: 5, entropy_collapse: 5,
     entropy_explosion: 5, kl_explosion: 5, ratio_on_policy: 5, tokens_clipped: 5, sampling_apart: 5, weights_masked: 5,
-    no_difference: 10, never_filled: 10, not_finite: 10, no_gradient: 10, gradient_scaled_down: 10,
+    not_finite: 1, no_difference: 10, never_filled: 10, no_gradient: 10, gradient_scaled_down: 10,
 }  # fmt: skip
 OF_A_REWARD: dict[Callable[[Course, str], str | None], int] = {
     reward_failing: 5, reward_missing: 10, reward_constant: 10
