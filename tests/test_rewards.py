@@ -625,7 +625,7 @@ def test_names_become_functions(tmp_path, monkeypatch):
         ("acuracy_reward", "did you mean accuracy_reward"),
         ("zzz", "the built-in ones are accuracy_reward, .*think_format_reward"),
         ("no_such_module.f", "cannot be imported"),
-        ("math.no_such_function", "cannot be imported"),
+        ("math.no_such_function", "is of Python's own"),
         (3, "cannot be called"),
         ([], "reward_funcs is empty"),
     ],

@@ -33,8 +33,11 @@ def get_code_reward(
     Raises:
         ValueError (the reward): no column `tests`, tests in another form, or a system that cannot isolate the code.
     """
-    if timeout <= 0 or memory_mb < 64:
-        raise InputError(f"timeout={timeout} must be greater than 0, and memory_mb={memory_mb} at least 64")
+    if not 0 < timeout <= 3600 or not isinstance(memory_mb, int) or not 64 <= memory_mb <= 1 << 20:
+        raise InputError(
+            f"get_code_reward needs timeout={timeout} above 0 and at most 3600 s, and memory_mb={memory_mb} a whole "
+            "number from 64 to 1048576"
+        )
     return made(_code_reward, Limits(timeout, memory_mb, isolate=not allow_unsafe), fraction, name="code_reward")
 
 

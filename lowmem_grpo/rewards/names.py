@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from lowmem_grpo.errors import InputError, did_you_mean
+from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
+from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
 from lowmem_grpo.rewards.reward_model import get_model_reward
 
 
@@ -24,6 +24,9 @@ def resolve_reward_funcs(
     A name is a built-in's, or `module.function` on the Python path; either may be a call with keyword arguments that
     are literals, `get_cosine_scaled_reward(max_len=1024)`, of a function that makes a reward function. Or it is the hub
     id or folder of a reward model, which may be given loaded too.
+
+    A configuration from elsewhere may name functions, so only a few are called: built-in ones, and those that a module
+    of the user's own defines. A reward function may be of an installed package too, and none is of Python's own.
 
     Raises:
         InputError: no function, an unknown name, wrong arguments, or something that cannot be called.
@@ -39,20 +42,26 @@ def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Ca
         reward = reward.strip()
         if reward.endswith(")"):
             name, arguments = _read_call(reward)
-            reward = _make(name, _find(name, factories, "function makes a reward and"), arguments)
+            factory = _find(name, factories, "function makes a reward and")
+            if factory not in factories.values() and origin_of_function(factory) != OWN:
+                raise InputError(
+                    f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
+                    f"call {', '.join(factories)}, or a function that you write in a module of your own"
+                )
+            reward = _make(name, factory, arguments)
         elif reward in factories:
             raise InputError(
                 f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
                 "with names for its arguments"
             )
-        elif reward not in built_in and ("/" in reward or Path(reward).expanduser().is_dir()):
-            reward = get_model_reward(str(Path(reward).expanduser()) if reward.startswith("~") else reward)
+        elif reward not in built_in and ("/" in reward or os.path.isdir(os.path.expanduser(reward))):
+            reward = get_model_reward(os.path.expanduser(reward))
         else:
             reward = _find(reward, built_in, "reward function")
     if isinstance(reward, PreTrainedModel):
         reward = get_model_reward(reward)
     if not callable(reward):
-        raise InputError(f"reward function {reward!r} cannot be called; give a function or a name")
+        raise InputError(f"reward function {shown(reward)} cannot be called; give a function or a name")
     return reward
 
 
@@ -63,10 +72,10 @@ def _read_call(text: str) -> tuple[str, dict[str, Any]]:
         if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
             raise ValueError
         return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise InputError(
-            f"reward function {text!r} cannot be read; write it as name(argument=value), each value a number, a text, "
-            "true or false as in Python, or a list of them"
+            f"reward function {shown(text)} cannot be read; write it as name(argument=value), each value a number, "
+            "a text, true or false as in Python, or a list of them"
         ) from error
 
 
@@ -74,8 +83,10 @@ def _make(name: str, factory: Callable, arguments: dict[str, Any]) -> Callable:
     try:
         inspect.signature(factory).bind(**arguments)
         return factory(**arguments)
-    except TypeError as error:
-        raise InputError(f"{name}: {error}; its arguments are {name}{_signature(factory)}") from error
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{name}: {in_a_line(error)}; its arguments are {name}{_signature(factory)}") from error
 
 
 def _signature(factory: Callable) -> str:
@@ -92,10 +103,21 @@ def _find(name: str, known: dict[str, Callable], what: str) -> Any:
         raise InputError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, os.getcwd())
+    if origin_of(module_name) == PYTHON:
+        raise _is_pythons(name, known)
     try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise InputError(f"reward function {name!r} cannot be imported: {error}") from error
+        found = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:  # of a module of the user's, which may do anything
+        raise InputError(f"reward function {shown(name)} cannot be imported: {in_a_line(error)}") from error
+    if origin_of_function(found) == PYTHON:
+        raise _is_pythons(name, known)
+    return found
+
+
+def _is_pythons(name: str, known: dict[str, Callable]) -> InputError:
+    return InputError(
+        f"{name} is of Python's own and no reward function; give {', '.join(known)}, or module.function of your own"
+    )
 
 
 def reads_gold(function: Callable) -> bool:

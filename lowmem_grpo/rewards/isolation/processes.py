@@ -7,9 +7,11 @@ from operator import attrgetter
 from pathlib import Path
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.rewards.isolation.origin import PYTHON, origin_of
 from lowmem_grpo.rewards.isolation.workers import WORKERS, WorkerPool
 from lowmem_grpo.rewards.made import made
 
+MOST_WORKERS, LONGEST_S = 1024, 86400.0
 START_LIMIT_S = 120.0  # for a worker's first completion, before which it imports the function's module
 
 
@@ -24,8 +26,11 @@ def in_processes(function: str | Callable, workers: int = WORKERS, timeout: floa
         InputError: a function that no other process can import: of the main script, a lambda, or one made in another.
     """
     module, name = _import_path(function)
-    if workers < 1 or timeout <= 0:
-        raise InputError(f"in_processes needs workers={workers} and timeout={timeout} to be greater than 0")
+    if not 1 <= workers <= MOST_WORKERS or not 0 < timeout <= LONGEST_S:
+        raise InputError(
+            f"in_processes needs workers={workers} from 1 to {MOST_WORKERS}, and timeout={timeout} above 0 and at most "
+            f"{LONGEST_S:g} s"
+        )
     pool = WorkerPool(Path(__file__).with_name("function_worker.py"), workers, _environment)
     return made(_reward_in_processes, pool, module, name, timeout, name=name.rpartition(".")[2])
 
@@ -70,6 +75,8 @@ def _import_path(function: str | Callable) -> tuple[str, str]:
         module, _, name = function.rpartition(".")
         if not module:
             raise InputError(f"in_processes({function!r}) needs a function as module.function")
+        if origin_of(module) == PYTHON:
+            raise InputError(f"{function} is of Python's own and no reward function; give one of a module of your own")
         return module, name
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<locals>")
     if module in (None, "__main__") or "<" in name or attrgetter(name)(sys.modules[module]) is not function:
