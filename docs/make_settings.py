@@ -14,6 +14,9 @@ HEADER = """\
 Every field of `GRPOConfig`. In Python `GRPOConfig(max_steps=100)`, on the command line `--max_steps 100`, in a file for
 `--config` a line `max_steps: 100`; flags win over the file. Names and defaults are TRL 1.16's where TRL has the field,
 but for [stated differences](coming-from-trl.md). This page is made by `python docs/make_settings.py`.
+
+In a file a number is decimal (`010` is ten, `1e-5` is a number), a truth value is `true` or `false`, and anything else
+is a text: `1:30`, `0x10`, `yes`, `2024-01-01`. A name stands there once.
 """
 
 

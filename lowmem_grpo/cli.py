@@ -302,7 +302,7 @@ def run_train(given: dict[str, Any]) -> int:
 
 def run_eval(given: dict[str, Any]) -> int:
     as_json, show = given.pop("json", False), count_of(given, "show", "completions", 0)
-    inputs, fields = read_settings(given)
+    inputs, fields = read_settings(given, command="eval")
     if "eval_dataset" in inputs:
         raise InputError(ONLY_DATASET)
     config = GRPOConfig(**fields)

@@ -202,7 +202,7 @@ def test_what_the_libraries_read_is_taken(tmp_path):
 def test_what_a_large_run_has_is_taken():
     config = GRPOConfig(
         prompts_per_step=512, num_generations=32, num_iterations=16, steps_per_generation=32, lora_r=1024, lora_alpha=4096,
-        max_completion_length=10**6, max_prompt_length=10**6, token_budget=10**9, rollout_token_budget=10**9, max_steps=10**7,
+        max_completion_length=2**17, max_prompt_length=2**17, token_budget=10**9, rollout_token_budget=10**9, max_steps=10**7,
         dynamic_sampling_rounds=100, replay_buffer_size=10**5, num_generations_eval=1024, dataset_take=10**9, temperature=1e-5,
     )  # fmt: skip
     assert config.prompts_per_step * config.num_generations == 2**14

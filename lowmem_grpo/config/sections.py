@@ -136,7 +136,7 @@ class DataFields(Checked):
         None, "keyword arguments for the chat template, as JSON on the command line"
     )
     max_prompt_length: int | None = option(
-        512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0
+        512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0, at_most=2**18
     )
     shuffle_dataset: bool = option(True, "draw the prompts of each epoch in random order")
     num_train_epochs: float = option(
@@ -158,7 +158,7 @@ class SamplingFields(Checked):
     )
     num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True)
     max_completion_length: int = option(
-        512, "tokens after which a completion is cut off", common=True, above=0, at_most=2**20
+        512, "tokens after which a completion is cut off", common=True, above=0, at_most=2**18
     )
     temperature: float = option(1.0, "sampling temperature", common=True, at_least=1e-6, at_most=1e6)
     top_p: float = option(
@@ -389,7 +389,7 @@ class EvaluationFields(Checked):
     )
     num_generations_eval: int | None = option(
         None, "completions sampled for each evaluation prompt; by default one greedy completion",
-        common=True, may_change=True, above=0, at_most=2**16,
+        common=True, may_change=True, above=0, at_most=2**14,
     )  # fmt: skip
     metric_for_best_model: str | None = option(
         None, "metric of an evaluation whose best adapter is kept in output_dir/best; eval_reward by default",
