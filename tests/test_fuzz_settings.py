@@ -15,8 +15,9 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo.config.fields import MOST, from_text
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.loops.grpo import train
 
 
 class Odd:
@@ -206,3 +207,45 @@ def test_what_a_large_run_has_is_taken():
         dynamic_sampling_rounds=100, replay_buffer_size=10**5, num_generations_eval=1024, dataset_take=10**9, temperature=1e-5,
     )  # fmt: skip
     assert config.prompts_per_step * config.num_generations == 2**14
+
+
+EXTREME = [
+    {"temperature": 1e-6}, {"beta": 3e38}, {"learning_rate": 3e38}, {"learning_rate": 0}, {"temperature": 1e6}, {"top_k": 10**9},
+    {"top_p": 1.2e-38}, {"min_p": 1.0}, {"repetition_penalty": 100}, {"repetition_penalty": 0.01}, {"curriculum_skip": 0.999},
+    {"dynamic_sampling_rounds": 3}, {"replay_buffer_size": 10**9}, {"reward_weights": [1e6]}, {"reward_weights": [-1.2e-38]}, {"reward_timeout": 1e8},
+    {"epsilon": 1.0, "epsilon_high": 3e38}, {"epsilon": 0.0, "epsilon_high": 0.0}, {"delta": 3e38}, {"importance_sampling_clip_max": 1.2e-38},
+    {"importance_sampling_clip_max": 3e38, "importance_sampling_clip_min": 2.9e38}, {"off_policy_mask_threshold": 0.0}, {"top_entropy_quantile": 1.2e-38},
+    {"entropy_coef": 3e38}, {"weight_decay": 1000.0}, {"adam_beta1": 1 - 2**-53}, {"adam_beta2": 0.0}, {"adam_epsilon": 3e38}, {"max_grad_norm": 1.2e-38},
+    {"max_grad_norm": 3e38}, {"warmup_steps": 10**9}, {"num_iterations": 30}, {"lora_r": 384}, {"lora_alpha": 10**6}, {"lora_dropout": 1 - 2**-53},
+    {"seed": 2**32 - 1}, {"num_train_epochs": 1.2e-38, "max_steps": -1}, {"loss_type": "vespo", "vespo_k_pos": 3e38, "vespo_lambda_neg": 3e38},
+    {"loss_type": "sapo", "sapo_temperature_pos": 1.2e-38, "sapo_temperature_neg": 3e38}, {"loss_type": "gmpo", "epsilon": 80.0},
+    {"loss_type": "cispo", "epsilon_high": 3e38}, {"beta": 0.1, "kl_target": 1.2e-38, "kl_horizon": 1}, {"beta": 0.1, "kl_target": 3e38, "kl_horizon": 10**9},
+    {"beta": 1e6, "kl_in_reward": True}, {"use_adaptive_entropy": True, "entropy_coef_max": 3e38, "entropy_coef_delta": 3e38, "entropy_target": 3e38},
+    {"stop_strings": ["x" * 10**5, "\x1b"]}, {"system_prompt": "\x1b[2J"}, {"output_dir": "a\n\x1b[2J"},
+]  # fmt: skip
+
+
+def run_extreme(given, tmp_path):
+    """Two steps of the demo end with a finite adapter, or in a sentence."""
+    rows = task.rows(task.splits()[0][:4])
+    settings = {
+        "use_cpu": True, "bf16": False, "load_in_4bit": False, "gradient_checkpointing": False, "max_completion_length": 4, "prompts_per_step": 2,
+        "num_generations": 2, "max_steps": 2, "learning_rate": 1e-3, **given, "output_dir": str(tmp_path / given.get("output_dir", "out")),
+    }  # fmt: skip
+    try:
+        policy = train(str(DEMO_MODEL), task.answer_reward, rows, config=GRPOConfig(**settings)).policy
+    except (InputError, NotFiniteError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    else:
+        assert all(parameter.isfinite().all() for parameter in policy.parameters_of(policy.adapter).values())
+
+
+@pytest.mark.parametrize("given", EXTREME[:3], ids=str)
+def test_a_run_with_an_extreme_setting_stays_finite_or_ends_in_a_sentence(given, tmp_path):
+    run_extreme(given, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", EXTREME[3:], ids=lambda given: f"{given!s:.60}")
+def test_a_run_with_any_extreme_setting_stays_finite_or_ends_in_a_sentence(given, tmp_path):
+    run_extreme(given, tmp_path)

@@ -68,7 +68,7 @@ LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in ran
         ("config: other.yaml", "names another config; write its settings into one file"), ("1: 2", "no field '1'"), ("~: 2", "no field '~'"),
         ("yes: 2", "no field 'yes'"), ("? [a]\n: 1", "line 3: it has a list or mapping for a name"), ("<<: {seed: 1}", "no field '<<'"),
         ("stop_strings: &a [*a]", "more than 20 in each other"), ("chat_template_kwargs: &a {b: *a}", "more than 20 in each other"),
-        (f"a0: &a0 [x]\n{LAUGHS}", "more than 10000 values"), ("stop_strings: " + "[" * 1500 + "]" * 1500, "lists or mappings in each other"),
+        (f"a0: &a0 [x]\n{LAUGHS}", "more than 10000 values"), ("stop_strings: " + "[" * 500 + "]" * 500, "lists or mappings in each other"),
         ("\tseed: 1", "line 3: found character"), ("seed: 1\n---\nseed: 2", "line 4: but found another document"),
         ("seed: !!python/object/apply:os.getcwd []", "line 3: it has the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'"),
         ("seed: !!set {1}", "it has the tag"), ("system_prompt: !!binary aGk=", "it has the tag"), ("seed: !mine 1", "it has the tag '!mine'"),
