@@ -1,6 +1,7 @@
 """Folders that do not fit and models of other kinds: one sentence each, before any reward is tried or weight is read."""
 
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -99,6 +100,11 @@ def rewrite(path: Path, change) -> None:
     save_file({name: change(values) for name, values in load_file(path).items()}, path)
 
 
+class RunsCode:
+    def __reduce__(self):
+        return exit, (3,)
+
+
 WEIGHTS = "adapter/adapter_model.safetensors"
 BROKEN_ADAPTERS = {
     "of another rank": (lambda folder: edit(folder, r=16), "is of 4 x 64, and by its settings of 16 x 64"),
@@ -106,6 +112,24 @@ BROKEN_ADAPTERS = {
     "of more modules": (lambda folder: edit(folder, target_modules=["q_proj", "v_proj"]), "it has no .*v_proj"),
     "of modules that are not there": (lambda folder: edit(folder, target_modules=["query"]), "no adapter could be added"),
     "without a module trained whole": (lambda folder: edit(folder, modules_to_save=["norm"]), "it has no .*norm.weight"),
+    "of modules that are numbers": (lambda folder: edit(folder, target_modules=[1]), "no adapter could be added: "),
+    "of a pattern that is none": (lambda folder: edit(folder, rank_pattern=[1]), "no adapter could be added: "),
+    "of no rank": (lambda folder: edit(folder, r="4"), "no adapter could be added: "),
+    "with an alpha that is NaN": (lambda folder: edit(folder, lora_alpha=float("nan")), "has a lora_alpha of nan; make it"),
+    "with an alpha that is a text": (lambda folder: edit(folder, lora_alpha="8"), "has a lora_alpha of '8'; make it"),
+    "with an infinite alpha of a module": (
+        lambda folder: edit(folder, alpha_pattern={"q_proj": float("inf")}), "has a lora_alpha of inf; make it",
+    ),
+    "that drops all": (lambda folder: edit(folder, lora_dropout=1.0), "has lora_dropout=1.0; make it at least 0 and less"),
+    "with a base of a long name": (
+        lambda folder: edit(folder, base_model_name_or_path="x" * 300), "is neither a model folder nor a model the hub",
+    ),
+    "with a .bin that would run code": (
+        lambda folder: (
+            (folder / WEIGHTS).unlink(), (folder / "adapter/adapter_model.bin").write_bytes(pickle.dumps(RunsCode())),
+        ),
+        "hold more than tensors, or are cut short, and reading them could run code; take a copy in adapter_model.safet",
+    ),
     "of a wider model": (lambda folder: another_base(folder, hidden_size=32), "is of 4 x 64, and by its settings of 4 x 32"),
     "of a deeper model": (lambda folder: another_base(folder, num_hidden_layers=1), "it has .*layers.1.*, and the base no place"),
     "of a flatter model": (lambda folder: another_base(folder, num_hidden_layers=3), "it has no .*layers.2"),
@@ -221,6 +245,22 @@ BROKEN_MODELS = {
         ),
         "lacks model-1.safetensors, which its index names",
     ),
+    "with an index that is a list": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(), (folder / "model.safetensors.index.json").write_text("[]"),
+        ),
+        "index.json cannot be read",
+    ),
+    "with numbers for files in its index": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 3}})),
+        ),
+        "index.json cannot be read",
+    ),
+    "of a number as its class": (
+        lambda folder: settings_of(folder, architectures=[3]), "is a 3, which is no causal language model",
+    ),
     "with a broken index": (
         lambda folder: (
             (folder / "model.safetensors").unlink(), (folder / "model.safetensors.index.json").write_text("{"),
@@ -265,6 +305,55 @@ def test_a_model_folder_that_cannot_be_trained_is_refused_before_long_work(broke
     spoil, words = BROKEN_MODELS[broken]
     spoil(tmp_path / "base")
     assert_says(refusal(str(tmp_path / "base"), tmp_path, tokenizer), words)
+
+
+def settings_of(folder: Path, name: str = "config.json", **changes) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BROKEN_WHEN_LOADED = {
+    "a .bin that would run code": (lambda folder: to_bin(folder, pickle.dumps(RunsCode())), "could run code; take a copy in"),
+    "a .bin that is a text": (lambda folder: to_bin(folder, b"error: 404"), "cannot be loaded: "),
+    "an empty .bin": (lambda folder: to_bin(folder, b""), "cannot be loaded: EOFError"),
+    "no weights in its file": (lambda folder: rewrite_all(folder, lambda _: {}), "which transformers made up at random"),
+    "weights that are NaN": (
+        lambda folder: rewrite_all(folder, lambda weights: {k: v * torch.nan for k, v in weights.items()}),
+        "the head of Qwen2ForCausalLM computes NaN: its weights are zero, infinite or NaN",
+    ),
+    "a text as its end of sequence": (
+        lambda folder: settings_of(folder, "generation_config.json", eos_token_id="<|end|>"),
+        "end-of-sequence token is '<.end.>'; set eos_token_id to a number|cannot be loaded",
+    ),
+}  # fmt: skip
+
+
+def to_bin(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+def rewrite_all(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("broken", BROKEN_WHEN_LOADED)
+def test_a_model_folder_that_cannot_be_loaded_is_refused_in_one_sentence(broken, folders, tmp_path, tokenizer):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    spoil, words = BROKEN_WHEN_LOADED[broken]
+    spoil(tmp_path / "base")
+    with pytest.raises(InputError, match=words) as caught:
+        load_policy(str(tmp_path / "base"), tokenizer, GRPOConfig(use_cpu=True))
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_a_scale_of_positions_that_is_not_finite_is_no_number_of_them(folders):
+    model = make_model("qwen2")
+    model.config.rope_parameters = {**model.config.rope_parameters, "factor": float("nan")}
+    refuse_too_long(model, GRPOConfig(use_cpu=True), 9)
+    with pytest.warns(UserWarning, match="more than the 256 that the model was made for"):
+        refuse_too_long(model, GRPOConfig(use_cpu=True), 900)
 
 
 def test_a_model_that_lacks_a_weight_is_refused_and_not_completed_at_random(folders, tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import pickle
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -136,7 +137,12 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     try:
         weights = load_peft_weights(folder, device="cpu")
         others = [f"{name} in {values.dtype}" for name, values in weights.items() if not values.is_floating_point()]
-    except Exception as error:  # of safetensors, of torch's unpickling, or of what is no mapping of tensors
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"the weights of adapter {folder!r} hold more than tensors, or are cut short, and reading them could run "
+            f"code; take a copy in {WEIGHTS[0]}"
+        ) from error
+    except Exception as error:  # of safetensors, or of what is no mapping of tensors
         raise InputError(
             f"the weights of adapter {folder!r} cannot be read: {in_a_line(error)}; copy the file anew"
         ) from error

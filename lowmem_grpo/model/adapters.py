@@ -218,6 +218,12 @@ def refuse_config(config: PeftConfig | None, what: str = "peft_config", *, new: 
         raise InputError(f"{what} is a {type(config).__name__}; only LoraConfig is supported")
     if config.bias != "none":
         raise InputError(f"{what} trains biases, which bitsandbytes rounds to the compute dtype; set bias='none'")
+    patterns: Any = config.alpha_pattern
+    for alpha in (config.lora_alpha, *(patterns.values() if isinstance(patterns, dict) else ())):
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise InputError(f"{what} has a lora_alpha of {shown(alpha)}; make it a finite number")
+    if not isinstance(config.lora_dropout, int | float) or not 0 <= config.lora_dropout < 1:
+        raise InputError(f"{what} has lora_dropout={shown(config.lora_dropout)}; make it at least 0 and less than 1")
     start: Any = config.init_lora_weights
     if start not in KEEP_THE_BASE and not (start == STARTS_FROM_DATA and not new):
         remedy = "leave it at True" if new else "convert it to plain LoRA, as PEFT's documentation of it says"
@@ -265,7 +271,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     with outdated_name():
         try:
             return get_peft_model(model, peft_config)
-        except (ValueError, TypeError, RuntimeError, re.error) as error:  # the last of target_modules="(q_proj"
+        except Exception as error:  # whatever PEFT raises on patterns that are none, modules that are numbers
             what = in_a_line(error).rstrip("(. ")  # of a module, PEFT writes out all that is in it
             raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,11 @@ def _last_position(settings: PreTrainedConfig) -> int | None:
     known = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the latter of MPT
     rope: Any = getattr(text, "rope_parameters", None) or {}
     for scaled in (rope, *rope.values()):  # by kind of layer, where these have different ones
-        if known and isinstance(scaled, dict) and scaled.get("factor"):
+        factor = scaled.get("factor") if isinstance(scaled, dict) else None
+        if known and factor and isinstance(factor, int | float) and isfinite(factor):
             # Qwen's instructions for long texts leave max_position_embeddings at what the factor multiplies.
             original = scaled.get("original_max_position_embeddings") or known
-            known = max(known, int(scaled["factor"] * original))
+            known = max(known, int(factor * original))
     return known
 
 
@@ -206,11 +208,12 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         raise InputError(f"model {model!r} is no name; name a folder or a hub id")
     folder = Path(model)
     is_path = model.startswith((".", "/")) or model.count("/") > 1
-    if is_path and not folder.is_dir():
+    is_folder = os.path.isdir(model)  # of any text, unlike Path's
+    if is_path and not is_folder:
         raise InputError(f"model {model!r} is not a folder on this machine")
-    if folder.is_dir():
+    if is_folder:
         refuse_pointers(model)
-    if not (folder / "config.json").is_file() and not is_adapter(model):
+    if is_folder and not (folder / "config.json").is_file() and not is_adapter(model):
         inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         if (folder / "adapter").is_dir():
             raise InputError(f"model {model!r} is the output of a run; its adapter is {folder / 'adapter'}")
@@ -235,7 +238,7 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         ) from error
     _refuse_quantization(found, f"model {model!r}", config)
     _refuse_kind(found, model)
-    if needs_weights and folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
+    if needs_weights and is_folder and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
         _refuse_missing_weights(folder)
 
 
@@ -272,7 +275,8 @@ def _refuse_quantization(found: PreTrainedConfig, what: str, config: ModelFields
 
 def _refuse_kind(found: PreTrainedConfig, model: str) -> None:
     """Raise InputError where the configuration is of a model of another kind, or was saved by one."""
-    saved_by = (getattr(found, "architectures", None) or [None])[0]
+    named = getattr(found, "architectures", None) or [None]
+    saved_by = named if isinstance(named, str) else named[0] and str(named[0])
     remote = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
     made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
     names = [kind.__name__ for kind in (made if isinstance(made, tuple) else (made,)) if kind is not None]
@@ -293,7 +297,7 @@ def _refuse_missing_weights(folder: Path) -> None:
         try:
             index = json.loads(found[0].read_text(encoding="utf-8"))
             files = sorted({folder / name for name in index["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{found[0]} cannot be read: {in_a_line(error)}") from error
     for path in files:
         if not path.is_file():

@@ -1,6 +1,7 @@
 """The head of a language model: read, and compared with the model's own logits."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -74,6 +75,10 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
             hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
         )
     gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
+    if math.isnan(gap):
+        raise InputError(
+            f"the head of {type(model).__name__} computes NaN: its weights are zero, infinite or NaN; take another copy"
+        )
     if not gap < 1e-3:
         raise InputError(
             f"the head of {type(model).__name__} does something besides bias, scale and tanh softcap: its "

@@ -1,6 +1,7 @@
 """Load a Policy: a model found, put on the device in 4-bit, given adapters, and made ready to train."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -191,7 +191,12 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"the weights of model {name!r} hold more than tensors, or are cut short, and reading them could run code; "
+            "take a copy in safetensors"
+        ) from error
+    except Exception as error:  # of safetensors, torch's unpickling, or a family's own code
         raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
     model, report = loaded
     mismatched = [*report["mismatched_keys"], *_quantized_to_other_shapes(model)]
@@ -207,15 +212,14 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     return model
 
 
-def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, torch.Size, tuple[int, int]]]:
+def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Name, shape and shape by the configuration of 4-bit weights of which the two differ; transformers takes them."""
     for path, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            weight: Any = layer.weight
-            state = weight.quant_state
+        weight: Any = layer.weight if isinstance(layer, Linear4bit) else None
+        if isinstance(weight, Params4bit) and weight.quant_state is not None:
             by_config = (layer.out_features, layer.in_features)
-            if state is not None and state.shape != by_config:
-                yield f"{path}.weight", state.shape, by_config
+            if weight.quant_state.shape != by_config:
+                yield f"{path}.weight", weight.quant_state.shape, by_config
 
 
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

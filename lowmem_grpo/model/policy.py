@@ -240,5 +240,8 @@ def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
     if not ids:
         raise InputError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
+    for token_id in ids:
+        if not isinstance(token_id, int):
+            raise InputError(f"the model's end-of-sequence token is {token_id!r:.60}; set eos_token_id to a number")
     of_turn = turn_end(tokenizer, ids)
     return sorted(ids if of_turn is None or of_turn.token_id is None else {*ids, of_turn.token_id})
