@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **REPLAY, **ENTROPY, **SYNC, kl_target=0.01, kl_horizon=20, curriculum_skip=0.5, steps_per_generation=2,
         num_iterations=2, top_p=0.9, lora_dropout=0.1, num_generations_eval=2, save_total_limit=2,
     ),
-    "base": dict(eval_steps=None, load_best_model_at_end=False, save_steps=3),
+    "base": dict(eval_steps=None, load_best_model_at_end=False),
     "dropout": dict(lora_dropout=0.1),
     "dynamic sampling": dict(dynamic_sampling_rounds=2, curriculum_skip=0.5),
     "entropy": ENTROPY,
@@ -273,6 +273,7 @@ class Ended:
 
     status: int  # negative: the signal that killed it
     was_struck: bool
+    had_checkpoint: bool  # to go on from; else it began anew
     cpu_s: float
     counts: dict[tuple[str, str], int]  # of points by event, where it was not killed and was to count
 
@@ -280,6 +281,7 @@ class Ended:
 def start(folder: Path, settings: dict[str, Any], strike: Strike | None = None, count: bool = False) -> Ended:
     """Run in a forked process, strike that, and wait for its end."""
     folder.mkdir(parents=True, exist_ok=True)
+    had_checkpoint = any(folder.glob("out/checkpoint-*/manifest.sha256"))
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -312,7 +314,7 @@ def start(folder: Path, settings: dict[str, Any], strike: Strike | None = None, 
     status = os.waitstatus_to_exitcode(exit_status)
     counted = json.loads((folder / "counts.json").read_text(encoding="utf-8")) if count and status >= 0 else []
     counts = {(point, event): number for point, event, number in counted}
-    return Ended(status, was_struck, used.ru_utime + used.ru_stime, counts)
+    return Ended(status, was_struck, had_checkpoint, used.ru_utime + used.ru_stime, counts)
 
 
 def wait_for(reading: int, seconds: float) -> bool:
@@ -375,6 +377,8 @@ def run_whole(folder: Path, variant: str) -> Whole:
     """Run a variant to its end."""
     ended = start(folder, VARIANTS[variant], count=True)
     assert ended.status == 0, f"{variant} fails undisturbed: {(folder / 'output.txt').read_text(encoding='utf-8')}"
+    if variant == "all":
+        assert {place_of(point) for point, _ in ended.counts} == set(PLACES), "a place to which no run comes"
     return Whole(folder, ended.cpu_s, ended.counts)
 
 
@@ -387,16 +391,20 @@ def points_of_a_resume(folder: Path, settings: dict[str, Any]) -> dict[tuple[str
 
 
 def draw(dice: random.Random, kind: signal.Signals, cpu_s: float, counts: dict[tuple[str, str], int]) -> Strike:
-    """A strike at a random moment, or at a point: a place, a function there, and the how many-th time are drawn."""
+    """A strike at a random moment, or at a point: a place, a function there, and the how many-th time are drawn.
+
+    Of two times that are drawn the later one is taken, since before its first checkpoint a run is only begun anew.
+    """
     again_s = dice.uniform(0, 0.1) if kind != signal.SIGKILL and dice.random() < 0.5 else None
     if dice.random() < 1 / 6:
-        return Strike(kind, after_s=dice.uniform(0, cpu_s), again_s=again_s)
+        return Strike(kind, after_s=max(dice.uniform(0, cpu_s), dice.uniform(0, cpu_s)), again_s=again_s)
     places: dict[str, list[tuple[str, str]]] = {}
     for point, event in sorted(counts):
         if kind == signal.SIGKILL or not point.startswith("half"):  # a signal that is held leaves no half
             places.setdefault(place_of(point), []).append((point, event))
     point, event = dice.choice(places[dice.choice(sorted(places))])
-    return Strike(kind, point, event, dice.randint(1, counts[point, event]), again_s=again_s)
+    most = counts[point, event]
+    return Strike(kind, point, event, max(dice.randint(1, most), dice.randint(1, most)), again_s=again_s)
 
 
 @dataclass(frozen=True)
@@ -406,6 +414,7 @@ class Trial:
     name: str
     kind: signal.Signals
     strikes: list[Strike]  # those that met it
+    has_resumed: bool  # from a checkpoint, the last time; else it was begun anew
     faults: list[str]
 
 
@@ -424,7 +433,8 @@ def attempt(
         if turn:  # what is left is less
             strike = draw(dice, kind, cpu_s / 2, {point: (count + 1) // 2 for point, count in resumed.items()})
         else:
-            strike = draw(dice, kind, cpu_s, whole.counts)
+            begun = {key: count for key, count in whole.counts.items() if place_of(key[0]) != "start"}
+            strike = draw(dice, kind, cpu_s, begun)
         ended = start(folder, VARIANTS[variant], strike)
         strikes += [strike] * ended.was_struck
         faults += faults_of(ended, strike, folder, is_first=turn == 0)
@@ -437,7 +447,7 @@ def attempt(
     faults += differences(whole.folder, folder, may_save=kind != signal.SIGKILL)
     if not faults:
         shutil.rmtree(folder)
-    return Trial(f"{variant}:{number}", kind, strikes, faults)
+    return Trial(f"{variant}:{number}", kind, strikes, ended.had_checkpoint, faults)
 
 
 def faults_of(ended: Ended, strike: Strike, folder: Path, is_first: bool) -> Iterator[str]:
@@ -490,8 +500,8 @@ def main() -> int:
         struck = [trial for trial in done if trial.strikes and trial.kind in kinds]
         places = Counter(place_of(strike.point) for trial in struck for strike in trial.strikes)
         equal = sum(not trial.faults for trial in struck)
-        print(f"{equal} of {len(struck)} {word} runs are equal to undisturbed ones, struck {places.total()} times: "
-              f"{', '.join(f'{place} {count}' for place, count in places.most_common())}")  # fmt: skip
+        print(f"{equal} of {len(struck)} {word} runs are equal to undisturbed ones, {sum(t.has_resumed for t in struck)} "
+              f"from a checkpoint, struck {places.total()} times: {', '.join(f'{place} {count}' for place, count in places.most_common())}")  # fmt: skip
     if not bad:
         shutil.rmtree(top)
         return 0
