@@ -50,7 +50,7 @@ class RunFields(Checked):
     )
     use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
     doctor: Literal["warn", "stop", "off"] = option(
-        "warn", "say once what keeps a run from learning, stop the run there, or say nothing", may_change=True
+        "warn", "say once what keeps a run from learning, stop the run then, or say nothing", may_change=True
     )
 
     def check(self) -> None:
