@@ -284,6 +284,18 @@ def test_steps_in_which_no_entropy_is_known_are_passed_over():
     assert [(line["step"], line["doctor"]) for line in doctor.found] == [(6, "entropy_collapse")]
 
 
+def test_groups_that_an_older_policy_sampled_are_said_to_be_too_old():
+    masked = {"sampling/importance_sampling_ratio/mean": 0.3}
+    told = said_of({}, masked, replay_buffer_size=64)
+    assert set(told) == {"weights_masked"} and "lower replay_buffer_size" in told["weights_masked"]
+
+
+def test_a_step_that_learns_from_nothing_since_all_is_masked_says_so():
+    masked = {"grad_norm": 0.0, "frac_tokens_skipped": 1.0, "entropy": math.nan, "completions/clipped_ratio": 0.8}
+    told = said_of(masked, masked, mask_truncated_completions=True)
+    assert set(told) == {"no_gradient"} and "raise max_completion_length" in told["no_gradient"]
+
+
 def test_one_bad_step_among_good_ones_is_no_finding():
     bad = {
         "reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "entropy": 5.0, "kl": 9.0, "grad_norm": math.nan,

@@ -273,10 +273,10 @@ class Run:
         self._remember()
         self.is_whole = True
         self._log(metrics)
-        self._tell(found)
         if table is not None and self.config.log_completions:
             self._without("completions", partial(write_completions, self.folder, step.number, table))
         self.progress.step(metrics, remarks)
+        self._tell(found)
         self.interruption.release()
         self._complete(metrics)
         if self.nonfinite_steps > self.config.max_nonfinite_steps:
