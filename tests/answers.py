@@ -520,6 +520,12 @@ ANSWERS = {
         A, C <!> A or C
         A, B, C <!> C, A, B
         CA <!> AC
+        options B and C <=> B, C
+        C <=> C: Berlin
+        C <=> C - Berlin
+        A <!> A. Paris and B. Rome
+        (C) 42 <!> (C) 43
+        A, B <!> A. Paris
         """,
     "dates": r"""
         2023-01-02 <=> 2023-01-02
@@ -551,6 +557,9 @@ ANSWERS = {
         Sept. 3 <=> 3 September
         January 2 => January 2, 2023
         January 2, 2023 !> January 2
+        29/02/2024 <=> 29 February 2024
+        12/25/2023 <=> December 25, 2023
+        1990 <!> 1990s
         Jan 2, 2023 <!> Feb 1, 2023
         Jan 2, 2023 <!> Jan 2, 2024
         Jan 2, 2023 <!> 2023-02-01
@@ -619,6 +628,14 @@ ANSWERS = {
         7 red balls <!> 7 blue balls
         7 red balls <=> 7 balls
         5 apples left <=> 5 apples
+        1 day, 2 hours <=> 26 h
+        5 m 30 cm <=> 5.3 m
+        1m 30s <=> 90 s
+        2 years 6 months <=> 2.5 years
+        2 dollars and 50 cents <=> $2.50
+        3 hours 90 minutes <!> 3 hours
+        2 dollars 50 cents <!> $2.05
+        1:30 <!> 1.5 hours
         """,
     "directions": r"""
         5 loss <!> 5 gain
@@ -642,6 +659,12 @@ ANSWERS = {
         5\% increase <=> 5%
         5 => loss = 5
         5 => The score is 5
+        10 km east <!> 10 km west
+        90° clockwise <!> 90° anticlockwise
+        5 to the left <!> 5 to the right
+        5 days late <!> 5 days early
+        5 ahead <!> 5 behind
+        30% more <!> 30% less
         """,
     "magnitudes": r"""
         5 million <=> 5,000,000
@@ -669,6 +692,16 @@ ANSWERS = {
         5 basis points <!> 5%
         5th <!> 5
         5-fold <!> 5
+        -5 <=> negative 5
+        -5 <=> minus 5
+        5 <!> negative 5
+        1 in 6 <=> \frac{1}{6}
+        3 out of 5 <=> 3/5
+        3 out of 5 <!> 3
+        5 doz <!> 5
+        half a million <!> 1/2
+        2.5 thousand <!> 2.5 million
+        3 trillion <=> 3 \times 10^{12}
         """,
     "typed formulas": r"""
         pi/2 <=> \frac{\pi}{2}
@@ -697,6 +730,13 @@ ANSWERS = {
         sqrt(2) <!> 2
         2^(1/2) <!> 1
         x =/= 3 <!> 3
+        (pi/2, 3*pi/2) <=> (\frac{\pi}{2}, \frac{3\pi}{2})
+        (1+sqrt(5))/2 <=> \frac{1+\sqrt{5}}{2}
+        2^-3 <=> \frac{1}{8}
+        x^-1 <=> \frac{1}{x}
+        3*x**2*y <=> 3x^2y
+        -inf <=> -\infty
+        -x^2 <!> (-x)^2
         """,
     "lists, ratios and all numbers": r"""
         [1, 2, 3] <=> 1, 2, 3
@@ -728,6 +768,14 @@ ANSWERS = {
         no solution <=> No solutions
         no solution <!> 0
         no solution <!> all real numbers
+        {1, 2, 3} <=> 3, 2, 1
+        2 : 1 <=> 2-to-1
+        1:2:3 <=> 2:4:6
+        1:2:3 <!> 1:3:2
+        all integers <=> \mathbb{Z}
+        -\infty < x < \infty <=> \mathbb{R}
+        all real numbers except 0 <!> \mathbb{R}
+        all positive real numbers <!> \mathbb{R}
         """,
     "case": r"""
         AaBb <!> aabb
@@ -742,6 +790,74 @@ ANSWERS = {
         no <=> NO
         McDonald <=> mcdonald
         paris <=> PARIS
+        Ag <!> AG
+        KCl <!> KCL
+        RrYy <!> rryy
+        DNA <!> RNA
+        mRNA <=> mrna
+        """,
+    "science": r"""
+        3.0 \times 10^8 m/s <=> 300,000 km/s
+        1.6e-19 C <=> 1.6 \times 10^{-19} C
+        6.63e-34 J s <=> 6.63 \times 10^{-34} \text{ J·s}
+        10 kΩ <=> 10000 ohms
+        1 kWh <=> 3.6 MJ
+        500 nm <=> 5 \times 10^{-7} m
+        2 A <=> 2 amps
+        2.5 g/cm^3 <=> 2500 kg/m^3
+        0.1 mol/L <=> 0.1 M
+        98.6°F <=> 98.6 degrees Fahrenheit
+        H2O <=> H_2O
+        H2O <=> H₂O
+        C6H12O6 <=> C_6H_{12}O_6
+        pH = 7 <=> 7
+        36 sq. ft <=> 36 ft^2
+        12\pi \text{ cm}^2 <=> 12π cm²
+        10 kΩ <!> 10 MΩ
+        20 µF <!> 20 mF
+        1.2 g/L <!> 1.2 mg/L
+        50 N <!> 50 Pa
+        H2O <!> H2O2
+        Fe^{3+} <!> Fe^{2+}
+        NaCl <!> NaOH
+        12\pi \text{ cm}^2 <!> 12\pi \text{ m}^2
+        36 sq ft <!> 36 ft
+        60 rpm <!> 60 bpm
+        """,
+    "money": r"""
+        $2.5B <=> 2.5 billion dollars
+        £3m <=> £3,000,000
+        $0.05 <=> 5 cents
+        €1.234,56 <=> €1234.56
+        ($500) <=> -$500
+        5% per year <=> 5%
+        ($500) <!> $500
+        $2.5B <!> $2.5M
+        $0.05 <!> $5
+        profit of $500 <!> loss of $500
+        $1,234.56 <!> $1,234.65
+        12 people <!> 12 dollars
+        """,
+    "code": r"""
+        ['a', 'b'] <=> ["a", "b"]
+        {'a': 1} <=> {"a": 1}
+        "hello" <=> hello
+        O(n log n) <=> O(n \log n)
+        O(n^2) <=> O(n²)
+        ln(x) <=> \ln x
+        sin(x)^2 <=> \sin^2 x
+        log_2(8) <=> 3
+        1/(x+1) <=> \frac{1}{x+1}
+        x^(-1) <=> \frac{1}{x}
+        e^(2x) <=> e^{2x}
+        ['a', 'b'] <!> ['b', 'a']
+        {'a': 1} <!> {'a': 2}
+        O(n) <!> O(n^2)
+        e^2x <!> e^{2x}
+        1/x+1 <!> \frac{1}{x+1}
+        x += 1 <!> x -= 1
+        a && b <!> a || b
+        i++ <!> ++i
         """,
     "no value": r"""
         x ~= 3 <!> 3

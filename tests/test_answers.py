@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 
 import pytest
 from answers import ANSWERS
@@ -106,9 +107,34 @@ def test_a_gold_number_in_words_is_not_compared_with_digits(gold, text, reward):
     assert accuracy_reward([text], solution=[gold]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("5 cm", "it is 5 cm.", 1.0), ("5 cm", "it is 50 mm.", 1.0), ("5 cm", "it is 5 km.", 0.0), ("5 cm", "it is 5.", 1.0),
+        ("5 cm", "it is 5 in the end", 1.0), ("5 cm^2", "so 5 cm^2", 1.0), ("5 cm^2", "so 5 cm^3", 0.0), ("5", "5 cm^2", 1.0),
+        ("5 m/s", "so 5 m/s.", 1.0), ("5 m/s", "so 5 km/h.", 0.0), ("25°C", "it is 25°F", 0.0), ("5 MPa", "5 mPa", 0.0),
+        ("50%", "it is 50 cm", 0.0), ("50%", "it is 50", 1.0), ("$18", "18 cents", 0.0), ("$18", "it is $18 a day", 1.0),
+        ("€5", "it is $5", 0.0), ("€5", "it is €5", 1.0), ("7 PM", "at 7 AM", 0.0), ("7:30 PM", "at 7:30 PM", 1.0),
+        ("5000000", "It is 5 million.", 1.0), ("5", "It is 5 million.", 1.0), ("5 million", "It is 5.", 0.0),
+    ],
+)  # fmt: skip
+def test_without_a_box_a_known_unit_behind_the_last_number_is_compared(gold, text, reward):
+    assert accuracy_reward([text], solution=[gold]) == [reward]
+
+
 GSM8K_STYLES = (
     "so it is\n#### {}", "so it is \\boxed{{{}}}.", "<answer>{}</answer>", "the answer is {}.", "<answer>{} dollars</answer>",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("opening", [r"\(", r"\[", "$x$", "$$", "5'", "1:", "[1,", "x^", "$5 ", "√("])
+def test_a_hundred_thousand_characters_are_read_in_linear_time(opening):
+    seconds = []
+    for size in (25_000, 100_000):
+        start = time.process_time()
+        accuracy_reward([(opening * size)[:size]], solution=["5 km"])
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < max(8 * seconds[0], 0.5)
 
 
 def test_five_thousand_wrong_answers_of_gsm8ks_kind_earn_nothing(gsm8k):

@@ -20,8 +20,9 @@ def accuracy_reward(
     died, and another one too, there is an EOFError in the completion's place.
 
     A gold answer of words, an option's letter, a number in a base (204_5) or one that begins with zero (0110) is text,
-    compared without case, style and needless spaces. A unit may be left out, but is no other one. A gold number in
-    words (forty two) is not compared with digits: None.
+    compared without style and needless spaces, and without case but where it is the meaning (CO, Co). A unit may be
+    left out, but is no other one; so much of another one is the same (2h 30m, 150 minutes). Dates, times of day, ratios
+    and options have their rules in kinds.py. A gold number in words (forty two) is not compared with digits: None.
 
     Where the gold answer is a plain number, a marked answer of words and one number is that number (`18 dollars`), and
     a line of `####` without a number, or with words and a number of a later line's, is a heading and no mark.

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 
-from lowmem_grpo.rewards.letters import END, POWER, WORD, with_words_marked
+from lowmem_grpo.rewards.letters import END, POWER, TOUCHING, WORD, with_words_marked
 from lowmem_grpo.rewards.units import CODES, CURRENCY, SYMBOLS, conversion, is_known, is_symbol, is_unit, unit_name
 
 MONEY = re.compile(rf"^(-?) *({CURRENCY}|(?:{CODES}|Rs\.?|kr\.?)(?![a-z])) *(?=[-\d.(\\])|(?<=[\d)}}]) *({CURRENCY})$")
@@ -13,7 +13,7 @@ UNIT = re.compile(rf"(?<=[\d}})\]%]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d
 # Symbols of units behind a number alone; in 2x^2 h a letter is a factor.
 SYMBOL = r"[a-zA-Z\u00b5\u03bcΩ]{1,4}(?: *\^ *(?:\{ *-?\d *\}|-?\d))?"
 NUMBER_AND_SYMBOLS = re.compile(
-    r"(-?(?:[\d.,/]+|\\frac\{\d+\}\{\d+\})(?: \\times 10\^\{-?\d+\})?) "
+    r"(-?(?:[\d.,/]+|\\frac\{\d+\}\{\d+\})(?: \\times 10\^\{-?\d+\})?(?: ?\\pi)?) "
     rf"({SYMBOL}(?:(?: *(?:/|\*|\\cdot) *| ){SYMBOL})*)"
 )
 # \text{ cubic inches}, \mathrm{m s^{-1}} or \text{kg}\cdot\text{m} at the end of a formula.
@@ -48,7 +48,9 @@ def amount_in_parts(written: str) -> tuple[str, str] | None:
     written = FEET_AND_INCHES.sub(r"\1 ft \2 in", written)
     if not IN_PARTS.fullmatch(written):
         return None
-    parts = [(Fraction(value), unit_name("minute" if unit == "m" else unit)) for value, unit in PART.findall(written)]
+    parts = PART.findall(written)
+    is_time = any(unit_name(unit) in ("hour", "second") for _, unit in parts)
+    parts = [(Fraction(value), unit_name("min" if unit == "m" and is_time else unit)) for value, unit in parts]
     first_unit, total = parts[0][1], parts[0][0]
     for (_, larger), (value, unit) in pairwise(parts):
         factor = conversion(unit, larger)
@@ -92,7 +94,8 @@ def _without_unit(marked: str) -> tuple[str, str]:
         return marked[: degree.start()], "degree" + degree[1].lower()
     symbols = NUMBER_AND_SYMBOLS.fullmatch(marked.replace(WORD, "").replace(END, ""))
     unit = re.sub(r"\\cdot", " ", symbols[2]) if symbols else ""
-    if symbols and all(name in SYMBOLS or name in ("h", "in") for name in re.findall(r"[^\W\d_]+", unit)):
+    known = TOUCHING if symbols and "pi" in symbols[1] else {"h", "in", *SYMBOLS}
+    if symbols and known.issuperset(re.findall(r"[^\W\d_]+", unit)):
         return symbols[1], unit_name(unit)
     found = UNIT.search(marked)
     if not found:

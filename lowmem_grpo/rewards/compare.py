@@ -19,7 +19,7 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
         return gold == answer
     if "%" not in gold + answer and not gold.lstrip("-+$").startswith("0"):  # at once, as with most answers
         numbers = as_number(gold), as_number(answer)
-        if None not in numbers:
+        if None not in numbers and (numbers[0] == numbers[1] or "/" not in gold + answer):
             return numbers[0] == numbers[1]
     own, given = reading(gold), reading(answer)
     if ("=" in own.written) != ("=" in given.written):

@@ -3,10 +3,10 @@
 import math
 import re
 
-from lowmem_grpo.rewards.number import is_number
+from lowmem_grpo.rewards.number import as_number, is_number
 from lowmem_grpo.rewards.number_words import OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
-from lowmem_grpo.rewards.units import conversion
+from lowmem_grpo.rewards.units import conversion, is_known, unit_name
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
@@ -34,10 +34,12 @@ SAYS = {
 }  # fmt: skip
 FILLERS = {"a", "the", "exactly", "only", "just", "about", "approximately", "roughly", "around", "total"}
 
-# Set apart from the sentence around it, on one line but for \[\] and $$; with the percent sign behind it.
+# Set apart from the sentence around it, on one line but for \[\] and $$; with the percent sign behind it. In \(\) and
+# \[\] is no other opening, so that those which nothing closes are passed by in linear time.
 FORMULA = re.compile(
-    r"(?:(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$|(?<!\\)\\\[(?P<bracketed>.+?)(?<!\\)\\\]"
-    r"|(?<!\\)\\\((?P<inline>[^\n]+?)(?<!\\)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\\\n])+)\$(?!\d))"
+    r"(?:(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$"
+    r"|(?<!\\)\\\[(?P<bracketed>(?:(?!(?<!\\)\\\[).)+?)(?<!\\)\\\]"
+    r"|(?<!\\)\\\((?P<inline>(?:(?!(?<!\\)\\\()[^\n])+?)(?<!\\)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\\\n])+)\$(?!\d))"
     r"(?P<percent> *\\?%| *(?:percent|pct)\b)?",
     re.DOTALL,
 )
@@ -58,7 +60,6 @@ IN_FULL = {
     "fifty", "sixty", "seventy", "eighty", "ninety", "hundred", "thousand", "million", "billion",
 }  # fmt: skip
 # Beside the last number of a sentence, what makes it another one: less than 5, half of 5; 5 below zero.
-# Not 5 million: GSM8K asks for millions.
 CHANGED_BEFORE = re.compile(
     r"(?:\b(?:than|least|most|minus|negative|not|never|except|under|below|above|double|twice|triple|half|all but"
     r"|(?:half|double|square|cube|root|factorial|multiple|inverse|opposite|negative) of(?: the)?)\s+)\Z",
@@ -67,6 +68,10 @@ CHANGED_BEFORE = re.compile(
 CHANGED_BEHIND = re.compile(
     r"\s*(?:squared|cubed|factorial|(?:[^\W\d]+ )?below zero|or (?:more|less)|at (?:most|least))\b", re.IGNORECASE
 )
+MAGNITUDE = re.compile(r" (?:hundred|thousand|million|billion|trillion)\b")
+UNIT = re.compile(r" ?([^\W\d_]+|\u00b0[CF]?)(?:/[^\W\d_]+)?(?:\^\d|[\u00b2\u00b3])?(?!\w)")
+OF_A_UNIT = re.compile(r"\d ([^\W\d_]+(?:/[^\W\d_]+)?)\^\Z")  # an exponent: 5 cm^2
+NO_UNITS = {"in", "us", "am", "at", "as"}  # in a sentence
 LONGEST_FORMULA = 200  # characters without a delimiter
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
@@ -90,7 +95,7 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     if marked is not None and _is_heading(text, marked) and (gold is None or wants_number):
         marked = None
     if marked is None:
-        marked = _unmarked_answer(text, wants_number or gold is None)
+        marked = _unmarked_answer(text, gold)
         if marked is None or gold is None or _is_number(marked):
             return marked
     if wants_number and _is_number(marked):
@@ -204,12 +209,13 @@ def _only_formula(text: str, gold: str) -> str | None:
     return None if len(groups) != 1 or has_words(gold) or not has_words(text) else _joined(groups[0])
 
 
-def _unmarked_answer(text: str, wants_number: bool) -> str | None:
+def _unmarked_answer(text: str, gold: str | None) -> str | None:
     r"""The last formula, where it holds the last number: 1/2 of `it is $\frac{1}{2}$`; else the last number.
 
-    Where no number is wanted, a formula behind the last number counts, too. In a formula that does not end, as where a
-    completion was cut off, nothing is an answer.
+    Where gold is no number, a formula behind the last number counts, too, and the number keeps its unit. In a formula
+    that does not end, as where a completion was cut off, nothing is an answer.
     """
+    wants_number = gold is None or _is_number(gold)
     text = SUM.sub("", TAG.sub(" ", text))
     groups, numbers = _formula_groups(text, 0), list(NUMBER.finditer(text))
     formulas = groups[-1] if groups else []
@@ -217,6 +223,9 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     if not numbers:
         return _joined(formulas) if formulas else None
     last = numbers[-1]
+    of_unit = OF_A_UNIT.search(text, max(last.start() - LONGEST_FORMULA, 0), last.start())
+    if of_unit and len(numbers) > 1 and is_known(unit_name(of_unit[1])):
+        last = numbers[-2]
     if formulas and last.end() <= formulas_end and (last.start() >= formulas[0].start() or not wants_number):
         return _joined(formulas)
     earliest = max(last.start() - LONGEST_FORMULA, 0)
@@ -235,7 +244,14 @@ def _unmarked_answer(text: str, wants_number: bool) -> str | None:
     before, after = CHANGED_BEFORE.search(text, earliest, last.start()), CHANGED_BEHIND.match(text, last.end())
     if before or after:
         return text[before.start() if before else last.start() : after.end() if after else last.end()]
-    return last[0] + "%" * bool(PERCENT.match(text, last.end()))
+    if PERCENT.match(text, last.end()):
+        return last[0] + "%"
+    magnitude = MAGNITUDE.match(text, last.end())
+    if magnitude and gold is not None and as_number(gold) != as_number(last[0]):  # GSM8K asks for millions
+        return last[0] + magnitude[0]
+    asks_for_unit = gold is not None and (not wants_number or "%" in gold or "$" in gold)
+    unit = UNIT.match(text, last.end()) if asks_for_unit else None
+    return last[0] + (unit[0] if unit and unit[1] not in NO_UNITS and is_known(unit_name(unit[0])) else "")
 
 
 def _formula_groups(text: str, start: int) -> list[list[re.Match]]:

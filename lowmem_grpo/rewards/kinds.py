@@ -16,6 +16,8 @@ DATES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(?P<year>\d{4})([-/])(?P<month>\d\d)\2(?P<day>\d\d)",
+        r"(?P<day>1[3-9]|2\d|3[01])/(?P<month>0?[1-9]|1[0-2])/(?P<year>\d{4})",
+        r"(?P<month>0?[1-9]|1[0-2])/(?P<day>1[3-9]|2\d|3[01])/(?P<year>\d{4})",
         rf"{WEEKDAY}{MONTH} {DAY}(?:,? {YEAR})?",
         rf"{WEEKDAY}(?:the )?{DAY}(?: of)? {MONTH}(?:,? {YEAR})?",
     )
@@ -26,7 +28,7 @@ CLOCK = re.compile(r"\d{1,2}:\d\d")
 RATIO = re.compile(r"\d+(?:\.\d+)?(?:(?: ?: ?| to |-to-)\d+(?:\.\d+)?)+")
 BETWEEN_TERMS = re.compile(r" ?: ?| to |-to-")
 OPTION = re.compile(r"\(?([A-Z])[).:]{0,2}")
-OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])[).:]) ?([^\s:=].*)")
+OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])(?:[).:]| -(?= [A-Za-z]{2}))) ?((?:(?![A-Z][).:] )[^=])+)")
 BETWEEN_OPTIONS = re.compile(r" ?[,;&/] ?(?:and )?| and | ")
 ELEMENTS = [
     "H",
@@ -154,7 +156,7 @@ GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")  # Aa, AaBb
 
 def same_of_a_kind(gold: str, answer: str) -> bool | None:
     """Tell whether two answers of one of these kinds are equal; None where they are not both of one."""
-    for same in (_same_date, _same_time, _same_ratio, _same_options):
+    for same in (_same_date, _same_time, _same_ratio, _same_options, _same_molecule):
         verdict = same(gold, answer)
         if verdict is not None:
             return verdict
@@ -164,9 +166,21 @@ def same_of_a_kind(gold: str, answer: str) -> bool | None:
 def case_counts(gold: str, answer: str) -> bool:
     """Tell whether texts differ by the case of their letters, as CO and Co do, but not No and NO."""
     letters, others = (re.sub(r"[^\w]|_", "", side) for side in (gold, answer))
-    if letters == others or letters.lower() in ("no", "in", "is", "us", "he"):
+    if letters == others or letters.lower() in ("no", "in", "he", "as", "at", "be", "i"):
         return False
-    return any(kind.fullmatch(gold) and kind.fullmatch(answer) for kind in (MOLECULE, GENOTYPE))
+    if any(kind.fullmatch(gold) and kind.fullmatch(answer) for kind in (MOLECULE, GENOTYPE)):
+        return True
+    return any(
+        MOLECULE.fullmatch(side) and not side.isupper() and not other.islower()
+        for side, other in ((gold, answer), (answer, gold))
+    )
+
+
+def _same_molecule(gold: str, answer: str) -> bool | None:
+    """Compare two formulas of chemistry, of which one may have no subscripts: H2O and H_2O."""
+    if not all(re.search(r"[a-zA-Z)]_?\{?\d", side) and MOLECULE.fullmatch(side) for side in (gold, answer)):
+        return None
+    return len({re.sub("[_{}]", "", side) for side in (gold, answer)}) == 1
 
 
 def _same_date(gold: str, answer: str) -> bool | None:

@@ -12,7 +12,7 @@ from lowmem_grpo.rewards.typed import typed
 SIGNS = str.maketrans({
     "\N{MINUS SIGN}": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*",
     "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "∅": r"\emptyset ",
+    "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∈": r"\in ", "∅": r"\emptyset ",
     "∨": r"\lor ", "∧": r"\land ", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "′": "'",
     "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "\N{FRACTION SLASH}": "/", "。": ".", "、": ", ",
@@ -31,6 +31,7 @@ DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|[^\S\n]|['’]| *\{ *, *\}) *\d{3})+(?![\d/])")
 OTHER_GROUPS = re.compile(r"(?<![\w.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,})(?![\d,.])")
 ROUGHLY_EQUAL = re.compile("~=(?!~)")  # or unequal, in some languages
+DOTS_AND_COMMA = re.compile(r"(?<![\w.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,.])")  # 1.234,56
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))")  # \frac12
 REPEATING = re.compile(
@@ -57,6 +58,7 @@ def plain(text: str) -> str:
     if "\\\\" in text and r"\begin" not in text:
         text = DOUBLED.sub(r"\\", text)
     text = ROUGHLY_EQUAL.sub(r" \\simeq ", text)
+    text = DOTS_AND_COMMA.sub(lambda number: f"{number[1].replace('.', '')}.{number[2]}", text)
     text = SPACE.sub(" ", OTHER_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))
     text = typed(text)
     text = SHORT_FRACTION.sub(r"\\frac{\1\2}{\3\4}", text)

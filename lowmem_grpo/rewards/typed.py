@@ -4,14 +4,20 @@ import re
 from decimal import Decimal
 
 POWER = re.compile(r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w(\\{-])")
-TYPED = {
-    re.compile(pattern): usual
-    for pattern, usual in {
-        r"(?<![a-zA-Z\\])pi(?![a-zA-Z])": r"\\pi ", r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])": r"\\infty ",
-        r"(?<![a-zA-Z\\])sqrt ?(\d+)": r"\\sqrt{\1}", r"(\d+) choose (\d+)": r"\\binom{\1}{\2}",
-        r"(?<![a-zA-Z\\])(theta|alpha|beta|gamma|lambda|omega)(?! ?[a-zA-Z])": r"\\\1 ",
-    }.items()
-}  # fmt: skip
+ALONE = r"(?<![a-zA-Z\\])"  # of letters and LaTeX's backslash
+TYPED = [
+    (re.compile(ALONE + r"[Pp]i(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(ALONE + r"(?:infinity|inf)(?![a-zA-Z])"), r"\\infty "),
+    (re.compile(ALONE + r"(theta|alpha|beta|gamma|lambda|omega)(?! ?[a-zA-Z])"), r"\\\1 "),
+    (re.compile(ALONE + r"sqrt ?(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(ALONE + r"(arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|csc|log|ln)(?=[ (^_\d])"), r"\\\1 "),
+    (re.compile(r"\^ ?-(\d+|[a-z])"), r"^{-\1}"),
+    (re.compile(r"(\d+) choose (\d+)"), r"\\binom{\1}{\2}"),
+    (re.compile(r"^(\d+) (?:in|out of) (\d+)$"), r"\1/\2"),
+    (re.compile(r"^(?:negative|minus) (?=[\d.$\\])"), "-"),
+    (re.compile(r"(?<=\d )sq\.? (?=[a-z])"), "square "),
+    (re.compile(r"(?<=\d )cu\.? (?=[a-z])"), "cubic "),
+]
 CALL = re.compile(r"(?<![a-zA-Z\\])\\?(sqrt|cbrt|exp|abs)\(|\^\(")
 CALLS = {
     "sqrt": (r"\sqrt{", "}"),
@@ -37,7 +43,7 @@ MAGNITUDE = re.compile(
 def typed(text: str) -> str:
     r"""An answer with `sqrt(2)`, `x**2`, `2*pi`, `5 choose 2` and `5 million` in LaTeX."""
     text = POWER.sub("^", text.replace("=/=", r"\ne ")).replace(":=", "=").replace("==", "=")
-    for pattern, usual in TYPED.items():
+    for pattern, usual in TYPED:
         text = pattern.sub(usual, text)
     while calls := list(CALL.finditer(text)):
         call = calls[-1]  # the innermost of those that are nested

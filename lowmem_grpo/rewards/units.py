@@ -59,11 +59,12 @@ for _symbol in SYMBOLS:
     BY_LETTERS.setdefault(_symbol.casefold(), []).append(_symbol)
 # Other names of units, in any case; a plural is known by its singular.
 WORDS = {
-    "\N{CENT SIGN}": "cent", "in": "inch", "ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile", "lb": "poundmass",
-    "oz": "ounce", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "pt": "point", "deg": "degree",
-    "kmh": "kph", "gal": "gallon", "qt": "quart", "tbsp": "tablespoon", "tsp": "teaspoon", "centurie": "century",
-    "inche": "inch", "centigrade": "degreec", "celsius": "degreec", "fahrenheit": "degreef", "quid": "sterling",
-    "am": "am", "pm": "pm", "hertz": "hertz", "siemens": "siemens", "lux": "lux", "mph": "mph", "kph": "kph",
+    "\N{CENT SIGN}": "cent", "amp": "ampere", "in": "inch", "ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile",
+    "lb": "poundmass", "oz": "ounce", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "pt": "point",
+    "deg": "degree", "kmh": "kph", "gal": "gallon", "qt": "quart", "tbsp": "tablespoon", "tsp": "teaspoon",
+    "centurie": "century", "inche": "inch", "centigrade": "degreec", "celsius": "degreec", "fahrenheit": "degreef",
+    "quid": "sterling", "am": "am", "pm": "pm", "hertz": "hertz", "siemens": "siemens", "lux": "lux", "mph": "mph",
+    "kph": "kph",
 }  # fmt: skip
 PHRASES = {
     re.compile(phrase, re.IGNORECASE): name
@@ -91,7 +92,7 @@ COUNTS = NO_UNIT | {
     "way", "arrangement", "possibilitie", "combination", "permutation", "solution", "piece", "item", "thing", "people",
     "person",
 }  # fmt: skip
-FILLERS = {"of", "the", "a", "an", "in", "left", "remaining", "each", "every", "all"}
+FILLERS = {"of", "the", "a", "an", "in", "remaining", "each", "every", "all"}
 RAISED = {"squared": 2, "cubed": 3}
 CURRENCY = (
     r"(?:US|[A-Z]{1,2})?\\?\$|[¢£¤¥֏؋৳฿៛\u20a0-\u20cf﷼]|\\(?:pounds|euro|yen|text(?:euro|sterling|dollar))(?![a-z])"

@@ -29,12 +29,14 @@ ROUGHLY = re.compile(r"(?<=[\d)}]) *\\approx(?![a-zA-Z]).*$")  # behind the exac
 DOLLAR = re.compile(r"(?<!\\)\$")
 BRACKETS = re.compile(r"(?<!\\)\\\(|(?<!\\)\\\)|^\\\[|\\\]$")
 ANSWER_IS = re.compile(
-    r"^\s*(?:the )?(?:(?:final |correct )?answer(?: is|:)|(?:option|choice)(?= \(?[A-Z]\b))\s*(?=\S)", re.IGNORECASE
+    r"^\s*(?:the )?(?:(?:final |correct )?answer(?: is|:)|(?:option|choice)s?(?= \(?[A-Z]\b))\s*(?=\S)", re.IGNORECASE
 )
 MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
 PRODUCT = re.compile(r"[A-Za-z]{2,4}|[A-Za-z](?: *(?:\\cdot|\\times|\*) *[A-Za-z](?![A-Za-z])| [A-Za-z](?![A-Za-z]))+")
 CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
 LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
+DECADE = re.compile(r"[12]\d\d0s")  # 1990s
+IN_BRACKETS = re.compile(rf"\(((?:{CURRENCY})[\d.,]+)\)")  # a negative sum, in accounts
 NUMBER_IN_BASE = re.compile(r"(?:\d[A-F]*|\d *\)|\([0-9A-F.]+\)) *_|[A-F]\d[\dA-F]*_")
 IN_TEN = re.compile(r"(-?[\d.]+) *_ *\{? *10 *\}?")
 LEADING_ZERO = re.compile(r"-?0\d+(?:\.\d+)?|0\d:\d\d|\d\d?:0\d|\d{4}-\d\d-\d\d")
@@ -44,7 +46,8 @@ NO_FORMULA = re.compile(
     r"\d *['\"\u2019\u201d]|\d */ *\d+ */ *\d|(?<!\d)\d{4}-\d\d-\d\d(?!\d)|\d *: *\d+ *: *\d|\\[lc]?dots|\.\.\."
     r"|\d\.\d+\.\d|(?<![_^\d])\d+ +\.?\d"
     r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
-    r"|\\simeq(?![a-zA-Z])|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
+    r"|\\simeq(?![a-zA-Z])|(?:^|[\[{(,:]) *['\"]"
+    r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
 QUOTED = re.compile("^[\"'\u2018\u201c\u201d](.*)[\"'\u2019\u201d\u201c]$")  # a pair: the quote of A' is a prime
 PRIMES = re.compile(r"(?<=[A-Za-z])(?:\^ *\{? *((?:\\prime *)+)\}?|(['\u2019]+))")
@@ -56,12 +59,14 @@ NUMERALS = {
 }  # fmt: skip
 POINTS = r"[A-Z](?:_(?:\w|\{\w+\})|[A-Z])?"
 OF_A_DRAWING = re.compile(
-    rf"^(?:\|[A-Z]{{1,2}}\||\\frac *\{{{POINTS}\}} *\{{{POINTS}\}}|{POINTS}(?: ?: ?{POINTS})+) *= *(?=[^=]+$)"
+    rf"^(?:pH|\|[A-Z]{{1,2}}\||\\frac *\{{{POINTS}\}} *\{{{POINTS}\}}|{POINTS}(?: ?: ?{POINTS})+) *= *(?=[^=]+$)"
 )
 SETS_IN_WORDS = {
     re.compile(
         r"(?:x is )?(?:the set of )?(?:all|any) real(?:s| numbers?)|(?:the )?(?:set of )?real numbers"
     ): r"\mathbb{R}",
+    re.compile(r"(?:x is )?(?:the set of )?(?:all|any) integers?"): r"\mathbb{Z}",
+    re.compile(r"-\\infty ?< ?[a-z] ?< ?\\infty ?"): r"\mathbb{R}",
     re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?empty set"): r"\emptyset",
 }
 
@@ -114,6 +119,8 @@ def without_name(written: str) -> str:
 def with_letter_unit(side: Reading) -> Reading:
     """Read `540m` as 540 metres, where the other side is a number; else it is 540 times m."""
     found = LETTER_BEHIND.fullmatch(side.value or "")
+    if found and DECADE.fullmatch(found[0]):
+        return side
     return side._replace(value=found[1], unit=unit_name(found[2])) if found else side
 
 
@@ -123,6 +130,7 @@ def _tidy(answer: str) -> str:
     if len(DOLLAR.findall(text)) % 2 == 0:  # a single one is money
         text = DOLLAR.sub("", text)
     text = ROUGHLY.sub("", LOOKS.sub("", plain(BRACKETS.sub("", text)))).strip()
+    text = IN_BRACKETS.sub(r"-\1", text) if IN_BRACKETS.fullmatch(text) else text
     text = BUILDER.sub(r"\\{\1\\}", text)
     while IN_A_BOX.search(text):
         text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
@@ -158,7 +166,7 @@ def _subscript_of_primes(found: re.Match) -> str:
 
 
 def _as_text(marked: str) -> str:
-    text = marked.replace(WORD, "").replace(END, "").casefold()
+    text = marked.replace(WORD, "").replace(END, "").replace('"', "'").casefold()
     text = re.sub(r"\(? *(?:in )?base[- ]?(\w+) *\)?$", r"_\1", text)
     text = re.sub(r" *_ *(?:\{ *(\w+) *\}|(\w+))", _subscript, text)
     text = re.sub(r"\(([\w.]+)\)(?=_)", r"\1", text)
