@@ -126,6 +126,7 @@ def read_training_inputs(
     device = device_of(config)
     notes += _try_out(rewards, rows, "train_dataset")
     if eval_rows is not None:
+        rewards.check_rows(eval_rows, "eval_dataset")
         notes += _golds(rewards, eval_rows, "eval_dataset")
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or model, config)
@@ -271,6 +272,7 @@ def _try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
     """
+    rewards.check_rows(rows, name)
     notes, trial = _golds(rewards, rows, name), rows[:2]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     return notes

@@ -273,6 +273,41 @@ def test_too_much_of_anything_is_a_failure(code):
     assert attempt(code) is None
 
 
+UNLINKED = "file = open(f'{n}', 'wb'); os.unlink(f'{n}')"
+NAMELESS = "file = os.fdopen(os.open('.', os.O_TMPFILE | os.O_WRONLY), 'wb')"
+MAPPED = "file = open(f'{n}', 'w+b')"
+
+
+@pytest.mark.parametrize(
+    ("make", "keep"), [(UNLINKED, "file"), (NAMELESS, "file"), (MAPPED, "mmap.mmap(file.fileno(), 4096)")]
+)
+def test_files_without_a_name_count_too(make, keep):
+    """55 files of 8 MB are 440 MB on the disk, of 32 MiB that are allowed."""
+    code = f"""
+    import mmap, os, time
+    kept = []
+    for n in range(55):
+        {make}
+        file.write(bytes(8 << 20)); file.flush()
+        kept.append({keep})
+        {"file.close(); os.unlink(f'{n}')" if make == MAPPED else ""}
+    time.sleep(2)
+    """
+    assert attempt(code) is None
+    assert attempt(code.replace("55", "3")) == ""
+
+
+def test_a_temporary_file_and_a_shared_mapping_are_usual():
+    code = """
+    import mmap, tempfile
+    with tempfile.NamedTemporaryFile("w+") as file, tempfile.TemporaryFile("w+") as other:
+        file.write("a" * 1000)
+        memory = [mmap.mmap(-1, 4096) for _ in range(10)]
+    print("done")
+    """
+    assert attempt(code) == "done\n"
+
+
 def test_limits_are_the_programs_own():
     assert attempt("x = bytearray(200 << 20); print(len(x))", memory_mb=512) == f"{200 << 20}\n"
     assert attempt("x = bytearray(200 << 20); print(len(x))", memory_mb=128) is None
@@ -368,6 +403,24 @@ def test_rewards_for_asserts_and_for_programs():
 def test_a_forged_verdict_is_no_output():
     forger = block("import os\nos.write(1, b'2')\nos._exit(1)")
     assert code_reward(completions=[forger], tests=[[{"input": "1", "output": "2"}]]) == [0.0]
+
+
+MALFORMED = [
+    3, [3], [{"input": "1"}], "[oops", {"a": 1}, {"input": ["1"], "output": []}, {"input": 5, "output": 5}, "[" * 100_000, True,
+    ["assert '\ud800'"], [{"input": "\ud800", "output": ""}], [["assert True"]], [None], 0.5, b"assert True",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tests", MALFORMED)
+def test_a_malformed_row_costs_one_completion_and_is_found_at_the_start(tests):
+    rows = [TESTS, tests, TESTS]
+    scores = RewardRunner([code_reward], 60)(
+        ["p"] * 3, [block("double = lambda x: x + x")] * 3, [[1]] * 3, {"tests": rows}, 1
+    )
+    assert scores.rewards[:, 0].tolist()[::2] == [1.0, 1.0] and scores.rewards[1].isnan()
+    assert scores.metrics["rewards/code_reward/failures"] == 1
+    with pytest.raises(ValueError, match="^row 1 of train_dataset: a row's tests"):
+        RewardRunner([code_reward]).check_rows([{"tests": row} for row in rows], "train_dataset")
 
 
 @pytest.mark.parametrize("tests", [3, [3], [{"input": "1"}], "[oops", {"a": 1}])

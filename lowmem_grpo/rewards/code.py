@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, in_a_line, shown
 from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
 from lowmem_grpo.rewards.isolation.workers import WORKERS
 from lowmem_grpo.rewards.made import made
+from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import completion_text
 
 FENCE = re.compile(r"([ \t]*)```+([^`]*)")
+SURROGATE = re.compile("[\ud800-\udfff]")
 PYTHON = {"python", "python3", "py"}
 
 
@@ -38,12 +40,19 @@ def get_code_reward(
             f"get_code_reward needs timeout={timeout} above 0 and at most 3600 s, and memory_mb={memory_mb} a whole "
             "number from 64 to 1048576"
         )
-    return made(_code_reward, Limits(timeout, memory_mb, isolate=not allow_unsafe), fraction, name="code_reward")
+    reward = made(_code_reward, Limits(timeout, memory_mb, isolate=not allow_unsafe), fraction, name="code_reward")
+    vars(reward)["check_row"] = check_row
+    return reward
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raise InputError where a row's tests are in no form that code_reward reads."""
+    _read_tests(row.get("tests"))
 
 
 def _code_reward(
     limits: Limits, fraction: bool, /, completions: list, tests: list | None = None, **kwargs
-) -> list[float | SandboxError | None]:
+) -> list[float | Exception | None]:
     if tests is None:
         raise InputError("code_reward needs a dataset column named tests: lists of asserts, or of inputs and outputs")
     reason = cannot_isolate() if limits.isolate else None
@@ -52,7 +61,7 @@ def _code_reward(
             f"code_reward cannot isolate code here: {reason}; use another machine, or "
             "get_code_reward(allow_unsafe=True) to run it with this process's rights"
         )
-    wanted = [_read_tests(row) for row in tests]
+    wanted = of_each(_read_tests, tests)
     codes = [last_python_block(completion_text(completion)) for completion in completions]
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="code_reward")
     try:
@@ -90,7 +99,9 @@ def _blocks(text: str) -> list[tuple[str, str]]:
     return blocks
 
 
-def _score(code: str | None, tests: list, limits: Limits, fraction: bool) -> float | SandboxError | None:
+def _score(code: str | None, tests: list | Exception, limits: Limits, fraction: bool) -> float | Exception | None:
+    if isinstance(tests, Exception):
+        return tests
     if not tests:
         return None
     if code is None:
@@ -104,7 +115,7 @@ def _score(code: str | None, tests: list, limits: Limits, fraction: bool) -> flo
                 passed.append(_lines(run_program(code, given, limits)) == _lines(wanted))
                 if not fraction and not passed[-1]:
                     return 0.0
-    except SandboxError as error:
+    except (SandboxError, OSError) as error:  # OSError: no more processes, or no room for the folder
         return error
     return sum(passed) / len(tests) if fraction else float(all(passed))
 
@@ -113,27 +124,33 @@ def _lines(text: str | None) -> list[str] | None:
     return None if text is None else [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _read_tests(tests: Any) -> list[str] | list[tuple[str, str]]:
+def _read_tests(given: Any) -> list[str] | list[tuple[str, str]]:
     """Asserts, or (input, output) pairs. Raise InputError for another form."""
+    tests: Any = given
     if isinstance(tests, str) and tests.strip()[:1] in ("[", "{"):
         try:
             tests = json.loads(tests)
-        except json.JSONDecodeError as error:
-            raise InputError(f"a row's tests are no JSON: {error}") from error
-    if not tests:
-        return []
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"a row's tests are no JSON: {in_a_line(error)}") from error
     if isinstance(tests, str):
-        return [tests]
+        tests = [tests] if tests.strip() else []
+    if tests is None or (isinstance(tests, (list, tuple, dict)) and not tests):
+        return []
     if isinstance(tests, dict) and {"input", "output"} <= set(tests):  # a list of mappings, as datasets may store it
-        inputs, outputs = tests["input"], tests["output"]
-        if isinstance(inputs, str):
-            inputs, outputs = [inputs], [outputs]
-        tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+        inputs, outputs = ([side] if isinstance(side, str) else side for side in (tests["input"], tests["output"]))
+        if isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs):
+            tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    read: Any = None
     if isinstance(tests, (list, tuple)):
         if all(isinstance(test, str) for test in tests):
-            return list(tests)
-        if all(isinstance(test, dict) and {"input", "output"} <= set(test) for test in tests):
-            return [(str(test["input"]), str(test["output"])) for test in tests]
-    raise InputError(
-        f"a row's tests are {tests!r:.80}; give a list of assert statements, or of {{'input': ..., 'output': ...}}"
-    )
+            read = list(tests)
+        elif all(isinstance(test, dict) and {"input", "output"} <= set(test) for test in tests):
+            pairs: list[Any] = list(tests)
+            read = [(str(pair["input"]), str(pair["output"])) for pair in pairs]
+    if read is None:
+        raise InputError(
+            f"a row's tests are {shown(given)}; give a list of assert statements, or of {{'input': ..., 'output': ...}}"
+        )
+    if any(SURROGATE.search("".join(test)) for test in read):
+        raise InputError("a row's tests have a lone surrogate, which no program can read; remove it")
+    return read

@@ -7,6 +7,7 @@ import torch
 from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.packing import pack
+from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import completion_text
 
 QUESTION = """\
@@ -50,23 +51,29 @@ class JudgeReward:
         if len({words[0] for words in self._verdicts()}) < 2:
             raise InputError(f"{self.yes!r} and {self.no!r} begin with the same token; choose other words")
 
-    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | None]:
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | Exception | None]:
         if self.policy is None:  # tried out before there is a model
             return [None] * len(completions)
-        asked = [self._question(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rewards = of_each(self._question, prompts, completions)
+        asked = {index: ids for index, ids in enumerate(rewards) if not isinstance(ids, Exception)}
+        if not asked:
+            return rewards
         verdicts = [verdict[:1] for verdict in self._verdicts()]
         logprobs = torch.zeros(2 * len(asked), device=self.policy.device)
         batches = pack(
-            asked, verdicts * len(asked), token_budget=self.token_budget, pad_token_id=self.policy.pad_token_id,
-            device=self.policy.device, num_generations=2, padding_free=self.policy.packs,
+            [*asked.values()], verdicts * len(asked), token_budget=self.token_budget,
+            pad_token_id=self.policy.pad_token_id, device=self.policy.device, num_generations=2,
+            padding_free=self.policy.packs,
         )  # fmt: skip
         with self.policy.as_base():
             for batch in batches:
                 logprobs[batch.token_index] = self.policy.logprobs(batch, 1.0)
-        return logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist()
+        for index, value in zip(asked, logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist(), strict=True):
+            rewards[index] = value
+        return rewards
 
     def _question(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        asked = prompt if isinstance(prompt, str) else "\n\n".join(m.get("content", "") for m in prompt)
+        asked = prompt if isinstance(prompt, str) else "\n\n".join(m.get("content") or "" for m in prompt)
         text = QUESTION.format(prompt=asked, completion=completion_text(completion), criterion=self.criterion)
         tokenizer = self.policy.tokenizer
         if tokenizer.chat_template is None:

@@ -6,23 +6,25 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from lowmem_grpo.rewards.made import made
+from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import completion_text, prompt_text
 
 LEAST_SHARE = 0.1  # of a prompt's letters: a script with fewer is a quotation
 
 
-def language_consistency_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
+def language_consistency_reward(prompts: list, completions: list, **kwargs) -> list[float | Exception | None]:
     """The share of a completion's letters in a script of its prompt; None for a prompt without letters.
 
     A script (LATIN, CYRILLIC, CJK, HIRAGANA, ...) is one of the prompt's if a tenth of its letters are in it. A
     completion without letters has 1.0. Languages that share a script are not told apart.
     """
-    rewards: list[float | None] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        of_prompt = _scripts(prompt_text(prompt))
-        wanted = {script for script, count in of_prompt.items() if count >= LEAST_SHARE * of_prompt.total()}
-        rewards.append(_share(completion_text(completion), wanted) if wanted else None)
-    return rewards
+    return of_each(_consistency, prompts, completions)
+
+
+def _consistency(prompt: str | list[dict], completion: str | list[dict]) -> float | None:
+    of_prompt = _scripts(prompt_text(prompt))
+    wanted = {script for script, count in of_prompt.items() if count >= LEAST_SHARE * of_prompt.total()}
+    return _share(completion_text(completion), wanted) if wanted else None
 
 
 def get_language_consistency_reward(scripts: Sequence[str]) -> Callable:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.rewards.rows import of_each
 
 
 def get_model_reward(
@@ -38,13 +39,19 @@ def get_model_reward(
     longest = getattr(settings, "max_position_embeddings", None) or token_budget
     scorer.eval()
 
-    def reward(prompts: list, completions: list, **kwargs) -> list[float]:
-        texts = [_whole_text(tokenizer, p, c, name) for p, c in zip(prompts, completions, strict=True)]
-        ids = [row[-longest:] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        rewards = [0.0] * len(ids)
-        for batch in _batches([len(row) for row in ids], token_budget):
-            for index, value in zip(batch, _logits(scorer, [ids[index] for index in batch]).tolist(), strict=True):
-                rewards[index] = value
+    def ids_of(prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
+        text = _whole_text(tokenizer, prompt, completion)
+        return tokenizer(text, add_special_tokens=False)["input_ids"][-longest:]
+
+    def reward(prompts: list, completions: list, **kwargs) -> list[float | Exception]:
+        if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"reward model {name!r} has no chat template, and prompts are chats; give them as texts")
+        rewards = of_each(ids_of, prompts, completions)
+        rows = [(index, ids) for index, ids in enumerate(rewards) if not isinstance(ids, Exception)]
+        for batch in _batches([len(ids) for _, ids in rows], token_budget):
+            values = _logits(scorer, [rows[place][1] for place in batch]).tolist()
+            for place, value in zip(batch, values, strict=True):
+                rewards[rows[place][0]] = value
         return rewards
 
     reward.__name__ = Path(name).name or type(scorer).__name__
@@ -78,11 +85,9 @@ def _load_tokenizer(name: str) -> Any:
         ) from error
 
 
-def _whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict], name: str) -> str:
+def _whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> str:
     if isinstance(prompt, str):
         return prompt + str(completion)
-    if not tokenizer.chat_template:
-        raise InputError(f"reward model {name!r} has no chat template, and the prompts are chats; give them as texts")
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -96,6 +96,20 @@ class RewardRunner:
         for function in self.functions:
             if hasattr(function, "bind"):
                 function.bind(policy)
+
+    def check_rows(self, rows: Iterable[Any], name: str) -> None:
+        """Have every function that knows rows, by check_row(row), look at all of them.
+
+        Raises:
+            InputError: a row with which a function could do nothing, by its number.
+        """
+        checks = [function.check_row for function in self.functions if hasattr(function, "check_row")]
+        for index, row in enumerate(rows if checks else ()):
+            for check in checks:
+                try:
+                    check(row)
+                except InputError as error:
+                    raise InputError(f"row {index} of {name}: {error}") from error
 
     def try_out(self, prompts: list, columns: dict[str, list]) -> None:
         """Call every function once on made-up completions, so that a broken one stops the run at its start.

@@ -193,12 +193,10 @@ def filter_program(machine: str, pid: int) -> bytes:
     def equal(value: int, no: int) -> bytes:  # go on, or skip the next `no` instructions
         return _step(0x15, value, 0, no)
 
-    def any_bit(bits: int, no: int) -> bytes:
-        return _step(0x45, bits, 0, no)
-
     to_itself = [low(0), equal(pid, 1), allow, refuse]
     guards = {
-        "clone": [low(0), any_bit(0x10000, 1), allow, refuse],  # CLONE_THREAD: threads, no processes
+        # CLONE_THREAD, CLONE_FILES: threads, no processes, and none with open files of its own that nobody counts
+        "clone": [low(0), _step(0x54, 0x10400), equal(0x10400, 1), allow, refuse],
         "kill": to_itself,
         "tgkill": to_itself,
         "prlimit64": [low(2), equal(0, 3), high(2), equal(0, 1), allow, refuse],  # reads limits, sets none

@@ -1,9 +1,11 @@
 """Runs untrusted Python code in a subprocess (jail.py), within limits of time, memory, files and threads."""
 
+import contextlib
 import json
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any
 JAIL = Path(__file__).with_name("jail.py")
 LOOK_EVERY_S = 0.02
 MOST_BYTES, MOST_FILES, MOST_THREADS = 32 << 20, 256, 64  # in its folder, and at once
+LARGEST_FILE = 8 << 20  # as jail.py has it
 LARGEST_OUTPUT = 1 << 20  # longer output is no answer
 
 
@@ -80,7 +83,9 @@ def _run(job: dict[str, Any], given: str, limits: Limits) -> tuple[int | None, s
             env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # no secrets
         )  # fmt: skip
         try:
-            ended = _watch(process.pid, folder, limits.seconds)
+            files = (job_file, results, stdin, stdout)
+            own = {(status.st_dev, status.st_ino) for status in (os.fstat(file.fileno()) for file in files)}
+            ended = _watch(process.pid, os.path.realpath(folder), own, limits.seconds)
         finally:
             _kill(process)
         results.seek(0)
@@ -94,11 +99,11 @@ def _run(job: dict[str, Any], given: str, limits: Limits) -> tuple[int | None, s
         return process.returncode if ended and whole else None, output, lines
 
 
-def _watch(pid: int, folder: str, limit_s: float) -> bool:
+def _watch(pid: int, folder: str, own: set[tuple[int, int]], limit_s: float) -> bool:
     """Wait for the process's end without reaping it, so that its id stays its own; False past a limit."""
     deadline = time.monotonic() + limit_s
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        if time.monotonic() > deadline or _threads(pid) > MOST_THREADS or _is_over_full(folder):
+        if time.monotonic() > deadline or _threads(pid) > MOST_THREADS or _is_over_full(folder, pid, own):
             return False
         time.sleep(LOOK_EVERY_S)
     return True
@@ -111,17 +116,36 @@ def _threads(pid: int) -> int:
         return 1
 
 
-def _is_over_full(folder: str) -> bool:
-    files = total = 0
+def _is_over_full(folder: str, pid: int, own: set[tuple[int, int]]) -> bool:
+    """Tell whether a process has written too much: files of its folder, and others that it holds but for `own`."""
+    files, total = 0, _bytes_without_a_name(folder, pid, own)
     with os.scandir(folder) as entries:  # flat, since isolated code can make no folders
         for entry in entries:
             try:
                 files, total = files + 1, total + entry.stat(follow_symlinks=False).st_size
             except OSError:  # gone meanwhile
                 continue
-            if files > MOST_FILES or total > MOST_BYTES:
+            if files > MOST_FILES:
                 return True
-    return False
+    return total > MOST_BYTES
+
+
+def _bytes_without_a_name(folder: str, pid: int, own: set[tuple[int, int]]) -> int:
+    """Bytes of files without a name, which stay on the disk while a process has them open or mapped."""
+    sizes = {}
+    with contextlib.suppress(OSError):  # the process has ended, or the system has no /proc
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                    sizes[status.st_dev, status.st_ino] = status.st_size
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if line.endswith(" (deleted)") and f" {folder}/" in line:
+                device, inode = line.split(maxsplit=5)[3:5]
+                major, minor = (int(number, 16) for number in device.split(":"))
+                # How large it is cannot be seen; a page of it holds all of it.
+                sizes.setdefault((os.makedev(major, minor), int(inode)), LARGEST_FILE)
+    return sum(size for file, size in sizes.items() if file not in own)
 
 
 def _kill(process: subprocess.Popen) -> None:
