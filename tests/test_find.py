@@ -122,7 +122,7 @@ BROKEN_ADAPTERS = {
     ),
     "that drops all": (lambda folder: edit(folder, lora_dropout=1.0), "has lora_dropout=1.0; make it at least 0 and less"),
     "with a base of a long name": (
-        lambda folder: edit(folder, base_model_name_or_path="x" * 300), "is neither a model folder nor a model the hub",
+        lambda folder: edit(folder, base_model_name_or_path="x" * 300), "cannot be looked for: File name too long",
     ),
     "with a .bin that would run code": (
         lambda folder: (
