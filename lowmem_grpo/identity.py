@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.folder import read_state
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.warn import warn
 

@@ -20,16 +20,16 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.identity import identity_of, refuse_another_run
-from lowmem_grpo.lock import lock_folder
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, find_model, read_config, refuse_too_long
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.output.lock import lock_folder
+from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
-from lowmem_grpo.results import refuse_results
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 

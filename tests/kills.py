@@ -41,7 +41,7 @@ import lowmem_grpo
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
-from lowmem_grpo.folder import checkpoints
+from lowmem_grpo.output.folder import checkpoints
 
 LIMIT_S = 300  # a run takes 2 s; one that takes this long hangs
 EVERY_RUN: dict[str, Any] = dict(

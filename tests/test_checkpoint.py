@@ -16,8 +16,8 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.folder import checkpoints, read_state, write_folder
-from lowmem_grpo.manifest import write_manifest
+from lowmem_grpo.output.folder import checkpoints, read_state, write_folder
+from lowmem_grpo.output.manifest import write_manifest
 from lowmem_grpo.run.best import BestAdapter
 
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")

@@ -15,7 +15,9 @@ from tiny_models import make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.folder import (
+from lowmem_grpo.generate.sample import Sampler
+from lowmem_grpo.objective.coefficients import Controllers
+from lowmem_grpo.output.folder import (
     BEING_WRITTEN,
     REPLACED,
     checkpoints,
@@ -25,9 +27,7 @@ from lowmem_grpo.folder import (
     read_state,
     set_damaged_aside,
 )
-from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.manifest import damage
-from lowmem_grpo.objective.coefficients import Controllers
+from lowmem_grpo.output.manifest import damage
 from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.stream import Stream
 from lowmem_grpo.run.best import BestAdapter

@@ -17,7 +17,7 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
-from lowmem_grpo.folder import checkpoints, write_folder
+from lowmem_grpo.output.folder import checkpoints, write_folder
 from lowmem_grpo.run.log import MetricsLog, write_completions
 from lowmem_grpo.run.room import look_for_room
 

@@ -14,7 +14,7 @@ from test_checkpoint import comparable
 from test_train import ROWS, run
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo.folder import read_state
+from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.run.checkpoint import save_checkpoint
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption

@@ -29,8 +29,8 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory",
-    "config folder settings_file results lock",
-    "errors warn progress_bars manifest saved kernels",
+    "config output settings_file",
+    "errors warn progress_bars kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 from test_train import ROWS, run
 
-from lowmem_grpo import lock
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.lock import lock_folder, releasing_locks
-from lowmem_grpo.results import refuse_results
+from lowmem_grpo.output import lock
+from lowmem_grpo.output.lock import lock_folder, releasing_locks
+from lowmem_grpo.output.results import refuse_results
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from lowmem_grpo.lock import lock_folder, releasing_locks
+from lowmem_grpo.output.lock import lock_folder, releasing_locks
 with releasing_locks():
     lock_folder(Path(sys.argv[1]))
     if os.fork() == 0:  # as a reward's pool does, whose processes outlive a run that is killed

@@ -13,9 +13,9 @@ from tiny_models import make_policy
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError, NotFiniteError
-from lowmem_grpo.folder import find_checkpoint, read_state
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.packing import pack
+from lowmem_grpo.output.folder import find_checkpoint, read_state
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.run.run import Run
 from lowmem_grpo.update.optimizer import Learner

@@ -12,7 +12,7 @@ from lowmem_grpo.data.chats import is_media, is_text, refuse_chat_as_text
 from lowmem_grpo.data.files import FILES, read_file, read_parquet, to_dataset
 from lowmem_grpo.data.gold import gold_of, is_marked
 from lowmem_grpo.errors import InputError, cause, shown
-from lowmem_grpo.folder import refuse_pointer
+from lowmem_grpo.output.folder import refuse_pointer
 
 SUFFIXES = (*FILES, ".parquet")
 # Hub datasets that need a configuration name, so that nobody has to look it up.

@@ -11,8 +11,8 @@ from torch import Tensor
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_training_inputs
-from lowmem_grpo.lock import releasing_locks
 from lowmem_grpo.objective.coefficients import Controllers
+from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rollout.collect import Collected, collect, with_kl_in_reward
 from lowmem_grpo.rollout.metrics import remarks

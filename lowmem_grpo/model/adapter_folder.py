@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.folder import refuse_pointer
 from lowmem_grpo.model.adapters import add_adapter, refuse_config
 from lowmem_grpo.model.head import read_head
+from lowmem_grpo.output.folder import refuse_pointer
 from lowmem_grpo.warn import warn
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.sections import ObjectiveFields
-from lowmem_grpo.saved import number
+from lowmem_grpo.output.saved import number
 
 
 class Coefficients(NamedTuple):

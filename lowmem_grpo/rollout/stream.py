@@ -10,8 +10,8 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import RunFields
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.output.saved import whole
 from lowmem_grpo.rollout.replay import ReplayBuffer
-from lowmem_grpo.saved import whole
 
 
 def prompts_at(prompts: Sequence[Prompt], positions: Iterable[int], config: GRPOConfig) -> list[Prompt]:

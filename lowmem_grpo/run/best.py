@@ -10,9 +10,9 @@ from peft import set_peft_model_state_dict
 
 from lowmem_grpo.config.sections import EvaluationFields
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.folder import remove, set_aside, write_folder
-from lowmem_grpo.manifest import damage, write_manifest
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.output.folder import remove, set_aside, write_folder
+from lowmem_grpo.output.manifest import damage, write_manifest
 from lowmem_grpo.run.checkpoint import read_tensors
 from lowmem_grpo.warn import warn
 

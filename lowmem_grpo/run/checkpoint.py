@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowmem_grpo.errors import InputError, NotFiniteError, in_a_line
-from lowmem_grpo.folder import FORMAT, write_folder
-from lowmem_grpo.manifest import is_listed, write_manifest
 from lowmem_grpo.model.policy import Policy, not_finite
+from lowmem_grpo.output.folder import FORMAT, write_folder
+from lowmem_grpo.output.manifest import is_listed, write_manifest
 
 State = dict[str, Any]  # by name: tensors, and what JSON has
 

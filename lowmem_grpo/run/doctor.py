@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import UnhealthyRunError
+from lowmem_grpo.output.saved import whole
 from lowmem_grpo.run.symptoms import Course, Metrics, symptoms
-from lowmem_grpo.saved import whole
 
 
 class Finding(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lowmem_grpo.folder import BEING_WRITTEN, set_aside
+from lowmem_grpo.output.folder import BEING_WRITTEN, set_aside
 from lowmem_grpo.warn import warn
 
 COUNTS = ("step", "skipped_steps")  # of a line, which are read again

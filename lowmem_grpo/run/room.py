@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem_grpo.config.sections import SavingFields
 from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
-from lowmem_grpo.folder import checkpoints
+from lowmem_grpo.output.folder import checkpoints
 from lowmem_grpo.run.checkpoint import State
 from lowmem_grpo.run.meter import MIB
 from lowmem_grpo.update.optimizer import Learner, state_bytes

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
-from lowmem_grpo.folder import (
+from lowmem_grpo.identity import refuse_other_weights, weights_of
+from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.output.folder import (
     checkpoints,
     mend_folder,
     read_state,
@@ -24,10 +28,7 @@ from lowmem_grpo.folder import (
     set_damaged_aside,
     write_folder,
 )
-from lowmem_grpo.identity import refuse_other_weights, weights_of
-from lowmem_grpo.inputs import Inputs
-from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.output.saved import whole
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
@@ -40,7 +41,6 @@ from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
 from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal
-from lowmem_grpo.saved import whole
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
 T = TypeVar("T")

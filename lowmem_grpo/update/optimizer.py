@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from lowmem_grpo.config.sections import OptimizerFields
 from lowmem_grpo.out_of_memory import tried_again
-from lowmem_grpo.saved import number, whole
+from lowmem_grpo.output.saved import number, whole
 
 T = TypeVar("T")
 BITSANDBYTES = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo import manifest
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.output import manifest
 from lowmem_grpo.warn import warn
 
 NAME = re.compile(r"checkpoint-([0-9]+)")
