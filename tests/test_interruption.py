@@ -1,5 +1,6 @@
 """Signals at any moment of a run: what was done is saved, and the resumed run is the one that was never stopped."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from lowmem_grpo.run.checkpoint import save_checkpoint
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.log import MetricsLog
+from lowmem_grpo.run.run import Rest
 from lowmem_grpo.update.optimizer import Learner
 
 STRUCK = 2  # the step whose evaluation, table and callbacks an interruption strikes
@@ -119,6 +121,28 @@ def test_a_step_that_a_signal_cuts_off_is_completed_by_the_resumed_run(tmp_path,
     (ours, tables), (theirs, their_tables) = results(tmp_path), results(folder)
     assert tables == their_tables and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[file][key], value) for file, of in theirs.items() for key, value in of.items())
+
+
+def test_a_last_checkpoint_that_is_saved_late_has_the_last_adapter_and_not_the_best(tmp_path, monkeypatch, undisturbed):
+    """Its disk refuses once, and then takes it."""
+    refusals = [OSError(errno.ENOSPC, "full")]
+
+    def save(*args):
+        if refusals:
+            raise refusals.pop()
+        save_checkpoint(*args)
+
+    monkeypatch.setattr("lowmem_grpo.run.run.save_checkpoint", save)
+    go(tmp_path, Caller())
+    (ours, _), (theirs, _) = results(tmp_path), results(undisturbed[0])
+    assert not refusals and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[file][key], value) for file, of in theirs.items() for key, value in of.items())
+
+
+@pytest.mark.parametrize("state", [{"metrics": {"loss": "x"}, "num_called": 0}, {"metrics": {}, "num_called": -1}])
+def test_a_rest_that_no_run_wrote_is_refused(state):
+    with pytest.raises(ValueError, match=r"metrics are not numbers|num_called is -1"):
+        Rest().load(state)
 
 
 def test_a_signal_waits_while_it_is_held(capfd):

@@ -112,7 +112,7 @@ class Run:
             **({"first_evaluation": evaluations} if evaluations else {}),
         }  # fmt: skip
         self.step, self.num_tokens = 0, 0
-        self.is_whole = True  # False while an update is under way
+        self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
         self.nonfinite_steps = 0  # how many optimizer steps in a row, up to now, changed no weight
         self.cause = ""  # of the last of those
         self.told: set[str] = set()  # the causes that were said
@@ -170,8 +170,11 @@ class Run:
                 except (NotFiniteError, NotSavedError) as refused:
                     self.progress.say(f"stopped; {refused}")
             elif self.interruption.error is not None:
-                where = "before the end of the first step" if self.is_whole else "within an update, which is lost"
-                self.progress.say(f"stopped {where}; there is nothing to save")
+                good = self._last_good()
+                what = f"the last whole checkpoint is {good}" if good else "there is nothing to save"
+                self.progress.say(
+                    f"stopped {'before the end of the first step' if not self.step else 'at once'}; {what}"
+                )
             if isinstance(error, NotFiniteError):
                 good = self._last_good()
                 where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -196,9 +199,11 @@ class Run:
         compared = [f"{name}/difference" for name in self.shown if f"{name}/difference" in line]
         if compared:
             self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
+        refused = [self._refusal_of(self._save) if self.is_unsaved else ""]
         if self.config.load_best_model_at_end:
+            self.is_whole = False  # no checkpoint may have these weights
             self.best.load(self.policy)
-        refused = [self._refusal_of(self._save) if self.is_unsaved else "", self._refusal_of(self._write_adapter)]
+        refused.append(self._refusal_of(self._write_adapter))
         if any(refused):
             raise NotSavedError("; ".join(filter(None, refused)))
 
@@ -462,5 +467,7 @@ class Rest:
 
     def load(self, state: State) -> None:
         if state:
+            if not all(value is None or isinstance(value, (int, float)) for value in state["metrics"].values()):
+                raise ValueError("its metrics are not numbers")
             self.metrics = {name: math.nan if value is None else value for name, value in state["metrics"].items()}
             self.num_called = whole(state["num_called"], "num_called")
