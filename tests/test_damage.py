@@ -11,8 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from test_checkpoint import comparable, seal
 from test_train import ROWS, length_reward, run
-from tiny_models import make_policy
+from tiny_models import DEMO_MODEL, make_policy
 
+from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.sample import Sampler
@@ -197,13 +198,33 @@ def test_without_a_whole_checkpoint_true_is_refused_and_auto_starts_anew(tmp_pat
         run(tmp_path, resume_from_checkpoint=True, **settings)
 
 
+def test_a_run_that_begins_anew_beside_damaged_checkpoints_keeps_what_was_there(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/adapter")  # as if the run had been killed
+    for folder in checkpoints(tmp_path / "out"):
+        flip(folder / "optimizer.safetensors", 9999, 0)
+    log, best = ((finished / name).read_bytes() for name in ("metrics.jsonl", "best/best.json"))
+    (tmp_path / "config.yaml").write_text("resume_from_checkpoint: auto")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "solution": "2"}\n')
+    command = ["train", "--model", str(DEMO_MODEL), "--dataset", str(rows), "--reward_funcs", "exact_match_reward"]
+    settings = ["--use_cpu", "true", "--max_completion_length", "4", "--output_dir", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match=r"checkpoint-3 cannot be resumed from, .*; a new run begins"):
+        assert cli.main([*command, *settings, "--config", str(tmp_path / "config.yaml"), "--max_steps", "1"]) == 0
+    assert not flaw(tmp_path / "out/checkpoint-1") and flaw(tmp_path / "out/checkpoint-1.damaged")
+    assert (tmp_path / "out/metrics.jsonl.damaged").read_bytes() == log
+    assert (tmp_path / "out/best.damaged/best.json").read_bytes() == best
+    assert cli.main([*command, *settings, "--resume_from_checkpoint", "auto", "--max_steps", "2"]) == 0
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-2"]
+
+
 @pytest.mark.parametrize("kind", NOTHINGS)
 def test_what_is_no_checkpoint_does_not_stand_in_the_way_of_a_fresh_run(tmp_path, finished, kind):
     shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-3")
     nothing_but_a_name(kind, tmp_path / "checkpoint-1")
     shutil.rmtree(tmp_path / "checkpoint-3")
     assert find_checkpoint(tmp_path, None) is None
-    with pytest.warns(UserWarning, match=r"checkpoint-1 is no whole checkpoint .*; it is now checkpoint-1.damaged"):
+    with pytest.warns(UserWarning, match=r"checkpoint-1 is none of this run's, .*; it is now checkpoint-1.damaged"):
         set_damaged_aside(tmp_path, 0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1.damaged"]
 

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from tiny_models import DEMO_MODEL, SMALL
@@ -106,3 +108,17 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         resolve_reward_funcs("nobody/has-this-model", BUILT_IN, BUILT_IN_FACTORIES)
     with pytest.raises(ValueError, match="has 2 labels"):
         get_model_reward(Qwen2ForSequenceClassification(Qwen2Config(**{**SMALL, "num_labels": 2})))
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('it has run')",))
+
+
+@pytest.mark.parametrize("written", [pickle.dumps(RunsCode()), b"garbage", b""])
+def test_a_pickle_of_a_reward_model_is_one_sentence_and_runs_nothing(tmp_path, written):
+    make(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(written)
+    with pytest.raises(ValueError, match="hold more than tensors, or are cut short, .* take a copy in safetensors$"):
+        get_model_reward(str(tmp_path))

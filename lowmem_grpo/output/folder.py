@@ -17,6 +17,7 @@ NAME = re.compile(r"checkpoint-([0-9]+)")
 POINTER = b"version https://git-lfs"
 FORMAT = 2  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
 STATE = {"step": int, "identity": dict, "config": dict, "parts": dict}  # what trainer_state.json holds besides
+RESULTS = ("metrics.jsonl", "best", "completions")  # of a run that has not ended
 # What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
 OF_RUST = re.compile(r"\(os error ([0-9]+)\)")  # in the text of an error of the disk
 BEING_WRITTEN, REPLACED = ".being-written", ".replaced"
@@ -202,14 +203,16 @@ def flaw(folder: Path) -> str | None:
 
 
 def set_damaged_aside(output_dir: Path, step: int, resumed: Path | None) -> None:
-    """Rename what has the name of a checkpoint that a run is yet to write, with a warning."""
-    for path in _numbered(output_dir):
-        is_resumed = resumed is not None and path.exists() and path.samefile(resumed)
-        if step_of(path) >= step and not is_resumed:
-            warn(
-                f"{path} is no whole checkpoint of this run, which may write one of that name; it is now "
-                f"{set_aside(path, 'damaged').name}"
-            )
+    """Rename what has the name of a checkpoint that a run is yet to write, with a warning.
+
+    Where the run goes on from none, the results that belong to such a checkpoint are renamed too.
+    """
+    found = [path for path in _numbered(output_dir) if step_of(path) >= step]
+    if resumed is None:
+        found += [output_dir / name for name in RESULTS if found and os.path.lexists(output_dir / name)]
+    for path in found:
+        if resumed is None or not path.exists() or not path.samefile(resumed):
+            warn(f"{path} is none of this run's, which may write another; it is now {set_aside(path, 'damaged').name}")
 
 
 def step_of(path: Path) -> int:

@@ -1,5 +1,6 @@
 """A sequence-classification model as a reward function."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def _load(name: str) -> PreTrainedModel:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype="auto", output_loading_info=True
         )
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"the weights of reward model {name!r} hold more than tensors, or are cut short, and reading them could "
+            "run code; take a copy in safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         words = " ".join(str(error).split())
         raise InputError(
