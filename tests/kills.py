@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import re
 import select
 import shlex
 import shutil
@@ -68,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "iterations": dict(num_iterations=2),
     "kl in the reward": dict(kl_in_reward=True),
     "kl target": dict(kl_target=0.01, kl_horizon=20),
-    "limit": dict(save_steps=1, save_total_limit=1),
+    "limit": dict(max_steps=4, save_steps=1, save_total_limit=1),
     "mini-batches": dict(steps_per_generation=2),
     "optimizer in 8 bits": dict(optim="adamw_8bit"),
     "replay": REPLAY,
@@ -91,7 +90,6 @@ PLACES = {
     "files half-written": ("half of ",),
     "start": ("",),
 }
-CHECKPOINT, LAST = re.compile(r"out/checkpoint-\d+/"), f"out/checkpoint-{EVERY_RUN['max_steps']}/"
 PACKAGE = f"{Path(lowmem_grpo.__file__).parent}{os.sep}"
 OPTIMIZERS = (f"torch{os.sep}optim{os.sep}", f"bitsandbytes{os.sep}optim{os.sep}")
 FILE_CALLS = {"fsync", "replace", "rename", "unlink", "rmdir", "mkdir"}
@@ -157,10 +155,9 @@ class Tracer:
 
     def on_call(self, frame: FrameType, event: str, arg: Any) -> Callable | None:
         """Count a function's start. For sys.settrace(): what it returns is told of the rest of that call."""
-        code = frame.f_code
-        point = self.points.get(id(code))
+        point = self.points.get(id(frame.f_code))
         if point is None:
-            point = self.points[id(code)] = point_of(code)
+            point = self.points[id(frame.f_code)] = point_of(frame.f_code)
         if not point:
             return None
         if point in WRITERS:
@@ -351,7 +348,10 @@ def differences(whole: Path, struck: Path, may_save: bool = False) -> list[str]:
         for folder in (struck, whole)
     )
     if may_save:
-        on_the_way = {name for name in ours ^ theirs if CHECKPOINT.match(name) and not name.startswith(LAST)}
+        last = f"out/{checkpoints(whole / 'out')[-1].name}/"
+        on_the_way = {
+            name for name in ours ^ theirs if name.startswith("out/checkpoint-") and not name.startswith(last)
+        }
         ours, theirs = ours - on_the_way, theirs - on_the_way
     found = [f"{name} is missing" for name in sorted(theirs - ours)]
     found += [f"{name} is left" for name in sorted(ours - theirs)]
@@ -384,7 +384,7 @@ def run_whole(folder: Path, variant: str) -> Whole:
 
 def points_of_a_resume(folder: Path, settings: dict[str, Any]) -> dict[tuple[str, str], int]:
     """How often a resumed run comes to each point."""
-    middle = Strike(signal.SIGKILL, "run/run.py Run.finish", "start", 1 + EVERY_RUN["max_steps"] // 2)
+    middle = Strike(signal.SIGKILL, "run/run.py Run.finish", "start", 4)  # of at least 4 steps
     killed, resumed = start(folder, settings, middle), start(folder, settings, count=True)
     assert (killed.status, resumed.status) == (-signal.SIGKILL, 0), folder
     return resumed.counts
