@@ -10,7 +10,7 @@ from lowmem_grpo.rewards.text import completion_text
 THINK = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 THINK_THEN_ANSWER = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-FINAL_MARK = re.compile(r"\\boxed\{|^\s*####", re.MULTILINE)
+FINAL_MARK = re.compile(r"\\boxed\{|^[ \t]*####", re.MULTILINE)
 
 
 def think_format_reward(completions: list, **kwargs) -> list[float]:
@@ -21,7 +21,8 @@ def think_format_reward(completions: list, **kwargs) -> list[float]:
 def answer_format_reward(completions: list, **kwargs) -> list[float]:
     """1.0 for `<think>...</think> <answer>...</answer>` and nothing around, each tag exactly once; else 0.0."""
     texts = [completion_text(completion) for completion in completions]
-    return [float(THINK_THEN_ANSWER.fullmatch(text) is not None and _single_tags(text) == 4) for text in texts]
+    # Tags first: among many of them the pattern would look for every pair.
+    return [float(_single_tags(text) == 4 and THINK_THEN_ANSWER.fullmatch(text) is not None) for text in texts]
 
 
 def tag_count_reward(completions: list, **kwargs) -> list[float]:
