@@ -868,6 +868,17 @@ ANSWERS = {
         NaN: 3 <!> 3
         Step: 3 <!> 3
         page: 3 <!> 3
+        exit code: 3 <!> 3
+        Traceback: 3 <!> 3
+        x =~ 3 <!> 3
+        x ≅ 3 <!> 3
+        x ≡ 3 <!> 3
+        5... <!> 5
+        ...5 <!> 5
+        5 vs 1 <!> 5
+        5+ <!> 5
+        5 ± 1 <!> 5
+        approx. 3 <=> 3
         3 or 4 <!> 4
         between 3 and 4 <!> 4
         3 to 4 <!> 4

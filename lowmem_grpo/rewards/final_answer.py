@@ -3,6 +3,7 @@
 import math
 import re
 
+from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
 from lowmem_grpo.rewards.number import as_number, is_number
 from lowmem_grpo.rewards.number_words import OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
@@ -152,7 +153,7 @@ def marked_answer(text: str) -> str | None:
 
 def only_number(text: str) -> str | None:
     """The number of a text that has no other, and otherwise words and punctuation: `x = 18`, `**18** apples.`"""
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MOST_CHARACTERS or ROUGHLY_EQUAL.search(text):
         return None
     text = IN_WORDS.sub(r" \1 ", text).replace("\\$", "$").replace("**", " ").replace("__", " ").replace("`", " ")
     sign = max(text.rfind("="), text.rfind(": "))
@@ -166,7 +167,7 @@ def only_number(text: str) -> str | None:
         return None
     before, after = text[: found[0].start()], text[found[0].end() :]
     if (
-        before[-1:].isalpha() or before.endswith("!") or after[:1].isalpha() or after.startswith(("!", ".."))
+        before[-1:].isalpha() or before.endswith(("!", "..")) or after[:1].isalpha() or after.startswith(("!", ".."))
     ):  # x18, 18x, 18!
         return None
     before, after = (_plain_words(part) for part in (before, after))

@@ -16,7 +16,7 @@ SIGNS = str.maketrans({
     "∨": r"\lor ", "∧": r"\land ", "°": r"^\circ ", "º": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "′": "'",
     "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "\N{FRACTION SLASH}": "/", "。": ".", "、": ", ",
-    "…": r"\ldots ",
+    "…": r"\ldots ", "≅": r"\cong ", "≡": r"\equiv ",
 })  # fmt: skip
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱᵃᵇᶜᵈᵉᵏᵐᵗˣʸᶻ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₐₖₘₜₓⱼ"
 OF_NORMAL_SIZE = str.maketrans(RAISED + LOWERED, "0123456789+-()niabcdekmtxyz" + "0123456789+-()niakmtxj")
@@ -30,7 +30,7 @@ DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
 # 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; 1,00,000 and 1.000.000
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|[^\S\n]|['’]| *\{ *, *\}) *\d{3})+(?![\d/])")
 OTHER_GROUPS = re.compile(r"(?<![\w.,])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3}){2,})(?![\d,.])")
-ROUGHLY_EQUAL = re.compile("~=(?!~)")  # or unequal, in some languages
+ROUGHLY_EQUAL = re.compile("~=(?!~)| =~ ")  # or unequal, in some languages
 DOTS_AND_COMMA = re.compile(r"(?<![\w.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,.])")  # 1.234,56
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))")  # \frac12

@@ -5,18 +5,19 @@ OTHER_NUMBERS = {
     "minimum", "maximum", "below", "beneath", "under", "above", "over", "beyond", "between", "until", "ago", "short",
     "shy", "debt", "bc", "bce", "or", "if", "not", "no", "never", "cannot", "except", "wrong", "false", "incorrect",
     "impossible", "error", "exception", "undefined", "nan", "failed", "failure", "invalid", "warning", "unknown",
-    "half", "halves", "third", "thirds", "quarter", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths",
-    "ninths", "tenths", "hundredths", "thousandths", "millionths", "billionths", "double", "twice", "triple", "thrice",
-    "quadruple", "dozen", "dozens", "doz", "zero", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-    "ten", "eleven", "twelve", "hundred", "hundreds", "thousand", "thousands", "k", "million", "millions", "mn", "bn",
-    "billion", "billions", "tn", "trillion", "trillions", "quadrillion", "lakh", "lakhs", "lac", "crore", "crores",
-    "myriad", "tens", "grand", "ppm", "ppb", "bps", "permille", "promille", "mille", "root", "sqrt", "pi", "squared",
-    "cubed", "factorial", "power", "log", "ln", "exp", "sin", "cos", "tan", "cot", "csc", "max", "lim", "gcd", "lcm",
-    "det", "mod", "modulo", "base", "divided", "multiplied", "infinity", "less", "fewer", "deficit",
+    "traceback", "timeout", "crash", "half", "halves", "third", "thirds", "quarter", "quarters", "fourths", "fifths",
+    "sixths", "sevenths", "eighths", "ninths", "tenths", "hundredths", "thousandths", "millionths", "billionths",
+    "double", "twice", "triple", "thrice", "quadruple", "dozen", "dozens", "doz", "zero", "two", "three", "four",
+    "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "hundred", "hundreds", "thousand", "thousands",
+    "k", "million", "millions", "mn", "bn", "billion", "billions", "tn", "trillion", "trillions", "quadrillion",
+    "quintillion", "sextillion", "lakh", "lakhs", "lac", "crore", "crores", "myriad", "tens", "grand", "ppm", "ppb",
+    "bps", "permille", "promille", "mille", "root", "sqrt", "pi", "squared", "cubed", "factorial", "power", "log", "ln",
+    "exp", "sin", "cos", "tan", "cot", "csc", "max", "lim", "gcd", "lcm", "det", "mod", "modulo", "base", "divided",
+    "multiplied", "infinity", "less", "fewer", "deficit",
 }  # fmt: skip
 # The same behind a number alone: 5 score is 100, and "the score is 5" is 5. A fall is negative, a rise is not.
 OTHER_BEHIND = OTHER_NUMBERS | {
-    "score", "scores", "pair", "pairs", "couple", "couples", "gross", "trio", "trios", "quartet", "quartets",
+    "score", "scores", "pair", "pairs", "couple", "couples", "gross", "trio", "trios", "brace", "quartet", "quartets",
     "fortnight", "basis", "loss", "losses", "lower", "down", "decrease", "decreased", "decline", "declined", "drop",
     "dropped", "reduction", "reduced", "fall", "fell", "smaller", "shorter", "cheaper", "slower", "worse", "behind",
     "before", "earlier", "early", "prior", "previous", "owed", "overdrawn", "downward", "downwards",
@@ -24,8 +25,8 @@ OTHER_BEHIND = OTHER_NUMBERS | {
 # Names of which a number is no value but a place: Step: 3.
 PLACES = {
     "step", "part", "case", "question", "problem", "exercise", "task", "page", "chapter", "section", "line", "figure",
-    "table", "equation", "theorem", "lemma", "example", "note", "hint", "attempt", "version", "option", "choice",
-    "item",
+    "table", "equation", "theorem", "lemma", "example", "note", "hint", "attempt", "version", "exit", "code", "status",
+    "row", "column", "index", "id", "port", "seed", "option", "choice", "item",
 }  # fmt: skip
 MAGNITUDES = "百千万亿萬億백천만억"  # at the beginning of what stands behind a number: 18万元
 # What a phrase goes on with that is no unit: 2 or 3, 5 if x > 0.

@@ -14,6 +14,7 @@ TYPED = [
     (re.compile(r"\^ ?-(\d+|[a-z])"), r"^{-\1}"),
     (re.compile(r"(\d+) choose (\d+)"), r"\\binom{\1}{\2}"),
     (re.compile(r"^(\d+) (?:in|out of) (\d+)$"), r"\1/\2"),
+    (re.compile(r"^(?:approx\.?|approximately|about|roughly|exactly) (?=[-\d.$\\])"), ""),
     (re.compile(r"^(?:negative|minus) (?=[\d.$\\])"), "-"),
     (re.compile(r"(?<=\d )sq\.? (?=[a-z])"), "square "),
     (re.compile(r"(?<=\d )cu\.? (?=[a-z])"), "cubic "),
