@@ -269,13 +269,13 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"token_budget": 16}, "more than token_budget=16"),
         ({}, {"rollout_token_budget": 16}, "more than rollout_token_budget=16"),
         ({}, {"max_prompt_length": 3}, "longer than max_prompt_length=3"),
-        ({}, {"resume_from_checkpoint": True}, "has no checkpoint"),
+        ({}, {"resume_from_checkpoint": True}, "has no whole checkpoint"),
         ({}, {"eval_steps": 5}, "there is no eval_dataset"),
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
         ({"callbacks": 5}, {}, "callbacks=5 is neither a function nor a list of functions"),
         ({"rows": [{"prompt": "\u6f22"}], "rewards": lambda **_: [1.0]}, {}, "without a single token"),
-        ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "is not a checkpoint"),
+        ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "since it does not exist"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, given, changes, message):

@@ -208,11 +208,12 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         raise InputError(f"model {model!r} is no name; name a folder or a hub id")
     folder = Path(model)
     is_path = model.startswith((".", "/")) or model.count("/") > 1
-    if is_path and not folder.is_dir():
+    is_folder = os.path.isdir(model)  # of any text, unlike Path's
+    if is_path and not is_folder:
         raise InputError(f"model {model!r} is not a folder on this machine")
-    if folder.is_dir():
+    if is_folder:
         refuse_pointers(model)
-    if not (folder / "config.json").is_file() and not is_adapter(model):
+    if is_folder and not (folder / "config.json").is_file() and not is_adapter(model):
         inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         if (folder / "adapter").is_dir():
             raise InputError(f"model {model!r} is the output of a run; its adapter is {folder / 'adapter'}")
@@ -237,7 +238,7 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         ) from error
     _refuse_quantization(found, f"model {model!r}", config)
     _refuse_kind(found, model)
-    if needs_weights and folder.is_dir() and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
+    if needs_weights and is_folder and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
         _refuse_missing_weights(folder)
 
 

@@ -222,7 +222,8 @@ def step_of(path: Path) -> int:
 
 def _numbered(output_dir: Path) -> list[Path]:
     """All of a folder that is named checkpoint-N, whatever it is, in the order of N."""
-    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+    there = output_dir.iterdir() if output_dir.is_dir() else ()
+    return sorted((path for path in there if NAME.fullmatch(path.name)), key=step_of)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
