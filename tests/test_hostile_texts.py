@@ -28,7 +28,7 @@ def texts():
         yield from (
             text,
             f"<think>{text}</think><answer>{text[: LENGTH // 2]}</answer>",
-            f"{text}\\boxed{{{text[:1000]}}}",
+            f"{text}\\boxed{{{text}}}",
             f"#### {text}",
         )
 
@@ -47,7 +47,7 @@ def slowest(function, gold, several):
 @pytest.mark.parametrize("call", CALLS)
 def test_a_built_in_reward_is_linear_in_a_hostile_text(call):
     reward = resolve_reward_funcs(call, BUILT_IN, BUILT_IN_FACTORIES)[0]
-    several = list(texts())[:: 7 if "accuracy" in call or "language" in call else 1]  # the slower ones; see below
+    several = list(texts())[:: 8 if "accuracy" in call or "language" in call else 1]  # the slower ones; see below
     assert slowest(reward, "5", several)[0] < MOST_S, slowest(reward, "5", several)
 
 
