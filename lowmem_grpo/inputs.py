@@ -22,10 +22,11 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import identity_of, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.model.find import adapter_config, find_model, read_config, refuse_too_long
+from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.turn_end import unseen_turn_end
 from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
@@ -171,7 +172,9 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     notes = _try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
-    check_prompts(model, prompts, config)
+    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
+    notes += filter(None, [check_prompts(model, prompts, config), open_end])
     if dropped:
         notes += [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
     return Inputs(model, None, tokenizer, [], prompts, rewards, config, config, device_of(config), notes)
@@ -202,8 +205,12 @@ def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
     return [f"{dropped} {what} have more than {config.max_prompt_length} tokens and are left out"] if dropped else []
 
 
-def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> None:
-    """Raise InputError if one sequence may have more tokens than a budget, or ids or positions that the model lacks."""
+def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str | None:
+    """Say whether the longest sequence may have more tokens than the model was made for.
+
+    Raises:
+        InputError: one may have more tokens than a budget, or ids or positions that the model lacks.
+    """
     longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
     for name in ("token_budget", "rollout_token_budget"):
         if longest > getattr(config, name):
@@ -219,7 +226,7 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> None
         raise InputError(
             f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
         )
-    refuse_too_long(model, config, longest)
+    return beyond_context(model, config, longest)
 
 
 def _expanded(model: Any) -> Any:

@@ -10,7 +10,7 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.model.policy import eos_token_ids
-from lowmem_grpo.model.turn_end import TurnEnd, turn_end
+from lowmem_grpo.model.turn_end import TurnEnd, turn_end, unseen_turn_end
 from lowmem_grpo.rewards import think_format_reward
 
 SPECIAL = ["<think>", "</think>", "<answer>", "</answer>", "[THINK]", "<|im_end|>"]
@@ -137,12 +137,11 @@ def test_sampling_stops_where_a_turn_ends(tokenizer):
     assert end in eos_token_ids(model, tokenizer) and tokenizer.eos_token_id in eos_token_ids(model, tokenizer)
 
 
-def test_an_end_of_several_tokens_is_warned_of_by_name(recwarn):
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = TURN.replace("END", "<|im_end|>")
-    make_policy(make_model(), tokenizer)
-    told = [str(one.message) for one in recwarn if "ends a turn" in str(one.message)]
-    assert len(told) == 1 and "'<|im_end|>'" in told[0] and "add it to stop_strings" in told[0]
-    recwarn.clear()
-    make_policy(make_model(), tokenizer, stop_strings=["<|im_end|>"])
-    assert not [one for one in recwarn if "ends a turn" in str(one.message)]
+def test_an_end_of_several_tokens_is_said_by_name(tokenizer):
+    tokenizer.chat_template = TURN.replace("END", "[END]")
+    ends = {tokenizer.eos_token_id}
+    told = unseen_turn_end(tokenizer, ends, [])
+    assert told is not None and "'[END]'" in told and "add it to stop_strings" in told
+    assert unseen_turn_end(tokenizer, ends, ["[END]"]) is None
+    tokenizer.chat_template = TURN.replace("END", "<|end|>")
+    assert unseen_turn_end(tokenizer, ends, []) is None

@@ -64,7 +64,11 @@ SICK = {
         ],
         max_prompt_length=20,
     ),
+    "beyond_the_context": dict(max_completion_length=250),
     "odd_end_of_sequence": dict(tokenizer=ending_with("7")),
+    "unseen_end_of_turn": dict(tokenizer=with_template(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}[END]{% endfor %}" + TAIL
+    )),
     "no_chat_template": dict(tokenizer=with_template(None)),
     "no_generation_prompt": dict(tokenizer=with_template(WHOLE)),
     "template_drops_messages": dict(tokenizer=with_template(TAIL)),
@@ -73,7 +77,7 @@ SICK = {
     "implausible_temperature": dict(temperature=0.01),
     "reward_without_weight": dict(rewards=["accuracy_reward", "think_format_reward"], reward_weights=[1.0, 0.0]),
     "answers_do_not_fit": dict(max_completion_length=2),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SICK)
@@ -101,17 +105,41 @@ def test_further_cases_of_a_situation_are_seen(tmp_path, name, settings):
     assert name in [one.name for one in look(tmp_path, **settings)]
 
 
-def test_a_made_up_end_of_sequence_is_seen(tmp_path):
-    """Without eos_token, the class of Qwen's tokenizer adds `<|endoftext|>`, a new id, to a vocabulary without it."""
+def model_without_end(tmp_path, **settings):
+    """The demo's model, of whose files none names an end-of-sequence token; tokenizer_config.json gets settings."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO_MODEL, folder)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / name).read_text())
-        settings.pop("eos_token", settings.pop("eos_token_id", None))
-        (folder / name).write_text(json.dumps(settings))
-    (found,) = look(tmp_path, model=str(folder))
+        found = json.loads((folder / name).read_text())
+        found.pop("eos_token", found.pop("eos_token_id", None))
+        (folder / name).write_text(json.dumps({**found, **(settings if name.startswith("tok") else {})}))
+    return str(folder)
+
+
+def test_a_made_up_end_of_sequence_is_seen_where_nothing_else_ends_a_completion(tmp_path):
+    """Without eos_token, the class of Qwen's tokenizer adds `<|endoftext|>`, a new id, to a vocabulary without it."""
+    model = model_without_end(tmp_path)
+    (found,) = look(tmp_path, [{"prompt": task.question(p), "solution": str(sum(p))} for p in TRAIN[:16]], model=model)
     assert found.name == "odd_end_of_sequence"
     assert "'<|endoftext|>' is one that it never learnt" in found.text
+    assert look(tmp_path, model=model) == [], "the template ends a turn with <|end|>, where sampling stops"
+
+
+def test_an_ordinary_word_in_the_tokenizers_file_is_an_odd_end_too(tmp_path):
+    """Loaded from there, the word becomes a special token."""
+    (found,) = look(tmp_path, model=model_without_end(tmp_path, eos_token="7"))
+    assert found.name == "odd_end_of_sequence" and "ends sequences with '7'" in found.text
+
+
+def test_one_gold_answer_among_rows_without_any_is_not_of_every_row(tmp_path):
+    rows = task.rows(TRAIN[:16])
+    assert look(tmp_path, [rows[0], *({**row, "solution": None} for row in rows[1:])]) == []
+
+
+def test_what_the_doctor_says_of_a_model_is_no_warning_besides(tmp_path, recwarn):
+    for name in ("beyond_the_context", "unseen_end_of_turn"):
+        assert len(look(tmp_path, **SICK[name])) == 1
+    assert not [one for one in recwarn if issubclass(one.category, UserWarning)]
 
 
 def test_the_sentences_name_numbers_and_remedies(tmp_path):

@@ -175,15 +175,32 @@ def test_a_doctor_who_may_stops_the_run_with_a_saved_step_and_a_sentence(tmp_pat
     assert "doctor:" not in said and "doctor found" not in said and [line["step"] for line in logged(tmp_path)] == [3]
 
 
-def test_a_finding_before_the_first_step_is_told_and_may_stop_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lowmem_grpo.run.run.findings", lambda inputs: [Finding("made_up", "all is lost; give up")])
-    assert run(tmp_path / "warned", varied, **{**SHORT, "max_steps": 1}).findings == [
-        {"step": 0, "doctor": "made_up", "text": "all is lost; give up"}
-    ]
-    assert capsys.readouterr().err.count("doctor: all is lost; give up") == 1
-    with pytest.raises(UnhealthyRunError, match="all is lost; give up"):
+def test_a_finding_before_the_first_step_is_told_before_the_weights_are_read_and_may_stop_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    def load_policy(self):
+        raise RuntimeError(f"loading after: {capsys.readouterr().err}")
+
+    found = [Finding("made_up", "all is lost\x1b; give up")]
+    monkeypatch.setattr("lowmem_grpo.run.checkup.findings", lambda inputs: found)
+    warned = run(tmp_path / "warned", varied, **{**SHORT, "max_steps": 2})
+    line = {"step": 0, "doctor": "made_up", "text": found[0].text}
+    assert warned.findings == [line] and logged(tmp_path / "warned") == [line]
+    assert capsys.readouterr().err.count("doctor: all is lost\\x1b; give up") == 1
+
+    found.append(Finding("more", "and more"))  # of what a resumed run is given
+    resumed = run(tmp_path / "warned", varied, **{**SHORT, "max_steps": 3}, resume_from_checkpoint=True)
+    assert resumed.findings[:2] == [line, {"step": 0, "doctor": "more", "text": "and more"}]
+    assert logged(tmp_path / "warned") == resumed.findings
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("doctor: ")]
+    assert told[0] == "doctor: and more", "and not again what was told before"
+
+    monkeypatch.setattr("lowmem_grpo.inputs.Inputs.load_policy", load_policy)
+    with pytest.raises(RuntimeError, match="loading after: (?s:.*)doctor: all is lost"):
+        run(tmp_path / "loaded", varied, **SHORT)
+    with pytest.raises(UnhealthyRunError, match="all is lost(?s:.*); and and more"):
         run(tmp_path / "stopped", varied, **SHORT, doctor="stop")
-    assert not any((tmp_path / "stopped/out").glob("checkpoint-*"))
+    assert not (tmp_path / "stopped/out/metrics.jsonl").exists() and "doctor:" not in capsys.readouterr().err
 
 
 # Of step 30 of the demo's seed 0, what the doctor reads.
@@ -253,6 +270,24 @@ def test_without_a_difference_the_reward_that_all_have_is_said_with_the_likely_c
     between = {**same, "reward_std": 0.5}
     assert "the completions of a prompt all had one reward" in said_of(between, between)["no_difference"]
     assert said_of(same, {}) == {}, "it found its way"
+
+
+def test_a_choice_of_one_token_is_the_cause_where_completions_are_alike():
+    same = {"frac_reward_zero_std": 1.0}
+    assert "top_k=1 makes them alike; leave it out" in said_of(same, same, top_k=1)["no_difference"]
+
+
+def test_no_difference_takes_more_than_one_step_that_has_a_reward():
+    none = {"frac_reward_zero_std": math.nan, "reward": math.nan, "reward_std": math.nan}
+    doctor = Doctor(GRPOConfig(), ["a", "b"], 12)
+    for step in range(1, 13):
+        same = {"frac_reward_zero_std": 1.0, "reward": 0.0, "reward_std": 0.0}
+        doctor.look(step, {**HEALTHY, **(none if step % 6 else same), "step": step})
+    assert "no_difference" not in {line["doctor"] for line in doctor.found}
+
+
+def test_a_gradient_of_0_is_not_laid_at_the_door_of_a_built_in_loss():
+    assert "may be the same" in always(grad_norm=0.0)["no_gradient"]
 
 
 def test_lengths_that_shrink_by_ten_are_a_finding_unless_the_reward_rises():

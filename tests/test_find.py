@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from transformers import (
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs import read_training_inputs
-from lowmem_grpo.model.find import find_model, refuse_too_long
+from lowmem_grpo.model.find import beyond_context, find_model
 from lowmem_grpo.model.load import load_policy
 
 POINTER = (
@@ -351,9 +350,9 @@ def test_a_model_folder_that_cannot_be_loaded_is_refused_in_one_sentence(broken,
 def test_a_scale_of_positions_that_is_not_finite_is_no_number_of_them(folders):
     model = make_model("qwen2")
     model.config.rope_parameters = {**model.config.rope_parameters, "factor": float("nan")}
-    refuse_too_long(model, GRPOConfig(use_cpu=True), 9)
-    with pytest.warns(UserWarning, match="more than the 256 that the model was made for"):
-        refuse_too_long(model, GRPOConfig(use_cpu=True), 900)
+    beyond_context(model, GRPOConfig(use_cpu=True), 9)
+    said = beyond_context(model, GRPOConfig(use_cpu=True), 900)
+    assert said is not None and "more than the 256 that the model was made for" in said
 
 
 def test_a_model_that_lacks_a_weight_is_refused_and_not_completed_at_random(folders, tmp_path, tokenizer):
@@ -452,24 +451,18 @@ ROTARY = {  # what is set, and the tokens that the model was made for
 
 
 @pytest.mark.parametrize("kind", ROTARY)
-def test_rotary_positions_beyond_the_models_own_are_warned_of(kind, tmp_path, tokenizer):
+def test_rotary_positions_beyond_the_models_own_are_said(kind, tmp_path, tokenizer):
     settings, known = ROTARY[kind]
     model = AutoModelForCausalLM.from_config(Qwen2Config(**{**SMALL, "max_position_embeddings": 40}, **settings))
     config = GRPOConfig(use_cpu=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        refuse_too_long(model, config, known)
-    with pytest.warns(
-        UserWarning, match=f"may have {known + 1} tokens, more than the {known} that the model was made for"
-    ):
-        refuse_too_long(model, config, known + 1)
+    assert beyond_context(model, config, known) is None
+    said = beyond_context(model, config, known + 1)
+    assert said is not None and f"may have {known + 1} tokens, more than the {known} that the model was made" in said
 
 
 def test_models_without_positions_take_any_length():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bloom = AutoModelForCausalLM.from_config(BloomConfig(**IDS, hidden_size=32, n_layer=1, n_head=2))
-        refuse_too_long(bloom, GRPOConfig(use_cpu=True), 10**6)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(**IDS, hidden_size=32, n_layer=1, n_head=2))
+    assert beyond_context(bloom, GRPOConfig(use_cpu=True), 10**6) is None
 
 
 def test_a_look_at_a_model_leaves_torchs_generator_alone(tmp_path):

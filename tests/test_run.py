@@ -17,6 +17,7 @@ from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.output.folder import find_checkpoint, read_state
 from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.run import Run
 from lowmem_grpo.update.optimizer import Learner
 
@@ -64,7 +65,7 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
-    with Run(inputs, policy, learner, {"examples": examples}) as run:
+    with Run(inputs, policy, learner, {"examples": examples}, doctor_of(inputs)) as run:
         for step in run.steps():
             with step.phase("update"):
                 work = partial(backward, policy, examples.draw(), step.number in spoiled)

@@ -20,6 +20,7 @@ from lowmem_grpo.rollout.refill import needs_refill, refill
 from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
+from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.preview import show_preview
@@ -78,6 +79,7 @@ def train(
         tokenizer, callbacks,
     )  # fmt: skip
     show_preview(inputs)
+    doctor = doctor_of(inputs)
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
@@ -91,7 +93,7 @@ def train(
         "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
     }  # fmt: skip
 
-    with Run(inputs, policy, learner, parts, evaluations_of(inputs, sampler)) as run:
+    with Run(inputs, policy, learner, parts, doctor, evaluations_of(inputs, sampler)) as run:
         run.budget.give_way = sampler.captures.give_way
         # Completions may grow long late in a run, which must not be when an update first runs out of memory.
         if policy.device.type == "cuda" and not run.is_over:

@@ -1,5 +1,6 @@
 """A run's model, found, and looked at before any weights are read: can it be trained here?"""
 
+import contextlib
 import copy
 import json
 import os
@@ -17,6 +18,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -34,7 +36,6 @@ from lowmem_grpo.model.adapters import (
     refuse_state,
 )
 from lowmem_grpo.model.head import output_embeddings, read_head
-from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
@@ -99,10 +100,26 @@ def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
         return model.get_base_model().config  # type: ignore[return-value] # a PreTrainedModel's
     if isinstance(model, PreTrainedModel):
         return model.config
-    name = str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
     return AutoConfig.from_pretrained(
-        name, trust_remote_code=config.trust_remote_code, **(config.model_init_kwargs or {})
+        _base_of(model), trust_remote_code=config.trust_remote_code, **(config.model_init_kwargs or {})
     )
+
+
+def ends_of_model(model: Any, config: ModelFields) -> set[int]:
+    """Ids that end a sequence by the model's own settings, its tokenizer's apart."""
+    settings: list[Any] = [read_config(model, config).get_text_config()]
+    if isinstance(model, PreTrainedModel | PeftModel):
+        settings.append(model.generation_config)
+    else:
+        with contextlib.suppress(Exception):  # most models have no such file
+            settings.append(GenerationConfig.from_pretrained(_base_of(model)))
+    named = [one.eos_token_id for one in settings if one is not None and one.eos_token_id is not None]
+    return {token_id for ids in named for token_id in (ids if isinstance(ids, list) else [ids])}
+
+
+def _base_of(model: str) -> str:
+    """The name or folder of a model's base: of an adapter's, as its configuration says."""
+    return str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
 
 
 def adapter_config(model: Any, config: AdapterFields, peft_config: PeftConfig | None = None) -> PeftConfig:
@@ -133,22 +150,25 @@ def without_weights(
             ) from error
 
 
-def refuse_too_long(model: Any, config: ModelFields, num_tokens: int) -> None:
-    """Raise InputError where the longest sequence has more tokens than the model has positions to learn; or warn.
+def beyond_context(model: Any, config: ModelFields, num_tokens: int) -> str | None:
+    """A sentence where the longest sequence has more tokens than the model was made for; None where it has not.
 
-    Learned positions end. Rotary ones go on, into what the model never saw.
+    Rotary positions go on, into what the model never saw.
+
+    Raises:
+        InputError: the model's positions are learned, and end before that.
     """
     settings = read_config(model, config)
     known = _last_position(settings)
     if known is None or num_tokens <= known:
-        return
+        return None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base = without_weights(settings, config.trust_remote_code) if isinstance(model, str) else base
     end = _end_of_positions(base, known)
     what, remedy = "the longest prompt and its completion", "lower max_prompt_length or max_completion_length"
     if end is not None and num_tokens > end:
         raise InputError(f"{what} may have {num_tokens} tokens, more than the model has positions, {end}; {remedy}")
-    warn(
+    return (
         f"{what} may have {num_tokens} tokens, more than the {known} that the model was made for "
         f"(max_position_embeddings); beyond them it may write nonsense; {remedy}"
     )

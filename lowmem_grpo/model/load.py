@@ -27,8 +27,6 @@ from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.policy import Policy, not_finite
 from lowmem_grpo.model.trial import refuse_untrainable
-from lowmem_grpo.model.turn_end import turn_end
-from lowmem_grpo.warn import warn
 
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 
@@ -59,12 +57,6 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     equip(policy, config)
     if not policy.parameters_of(policy.adapter):
         raise InputError(f"the adapter {policy.adapter!r} has no weights to train; give it some target_modules")
-    of_turn = turn_end(tokenizer, policy.eos_token_ids)
-    if of_turn is not None and of_turn.text not in (config.stop_strings or []):
-        warn(
-            f"the chat template ends a turn with {of_turn.text!r}, which is no single token of the tokenizer, so that "
-            "sampling would go on into turns that the model makes up; add it to stop_strings"
-        )
     broken = not_finite(policy.parameters_of(policy.adapter))
     if broken:
         raise InputError(

@@ -34,6 +34,17 @@ def turn_end(tokenizer: Any, eos_token_ids: Collection[int]) -> TurnEnd | None:
     return TurnEnd(text, None) if is_marked else None
 
 
+def unseen_turn_end(tokenizer: Any, eos_token_ids: Collection[int], stop_strings: Collection[str]) -> str | None:
+    """A sentence where sampling would not stop at the end of a turn; None where it does."""
+    of_turn = turn_end(tokenizer, eos_token_ids)
+    if of_turn is None or of_turn.token_id is not None or of_turn.text in stop_strings:
+        return None
+    return (
+        f"the chat template ends a turn with {of_turn.text!r}, which is no single token of the tokenizer, so that "
+        "sampling goes on into turns that the model makes up; add it to stop_strings"
+    )
+
+
 def _after_words(tokenizer: Any, more: list[dict]) -> str | None:
     """The text that the template writes after a turn of the assistant; None where it cannot be told."""
     if getattr(tokenizer, "chat_template", None) is None:

@@ -3,19 +3,21 @@
 Each situation is a function of a run's inputs that returns a sentence with cause and remedy, or None where all is well.
 """
 
-import contextlib
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from transformers import GenerationConfig
-
 from lowmem_grpo.data.gold import COLUMNS
+from lowmem_grpo.errors import printable_text
 from lowmem_grpo.inputs import Inputs
-from lowmem_grpo.model.find import read_config
-from lowmem_grpo.run.doctor import Finding
+from lowmem_grpo.model.find import beyond_context, ends_of_model
+from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
+from lowmem_grpo.output.folder import read_state
+from lowmem_grpo.run.checkpoint import load_part
+from lowmem_grpo.run.doctor import Doctor, Finding
 from lowmem_grpo.run.preview import parameters_of, read_gold
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
@@ -60,11 +62,13 @@ class Look:
     @cached_property
     def ends_of_model(self) -> set[int]:
         """Ids that end a sequence by the model's own settings."""
-        settings: list[Any] = [read_config(self.inputs.model, self.config).get_text_config()]
-        with contextlib.suppress(Exception):  # most models have no such file, and a loaded one no name
-            settings.append(GenerationConfig.from_pretrained(self.inputs.model))
-        named = [one.eos_token_id for one in settings if one.eos_token_id is not None]
-        return {token_id for ids in named for token_id in (ids if isinstance(ids, list) else [ids])}
+        return ends_of_model(self.inputs.model, self.config)
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids that end a sequence by the model's settings or the tokenizer's."""
+        of_tokenizer = self.tokenizer.eos_token_id
+        return self.ends_of_model if of_tokenizer is None else self.ends_of_model | {of_tokenizer}
 
     def rendered(self, messages: list[dict], **settings: Any) -> str:
         """Render messages by the chat template; an empty text where it refuses them."""
@@ -77,6 +81,24 @@ class Look:
 
 Situation = Callable[[Look], str | None]
 SITUATIONS: list[Situation] = []
+
+
+def doctor_of(inputs: Inputs) -> Doctor:
+    """The doctor of a run, who has looked at its inputs and said what is new; no weights are read.
+
+    A resumed run's doctor knows what was said before.
+
+    Raises:
+        UnhealthyRunError: doctor="stop", and something was found.
+    """
+    doctor = Doctor(inputs.config, inputs.rewards.names, inputs.total_steps)
+    if inputs.resume is not None:
+        load_part(inputs.resume, "doctor", doctor.load, read_state(inputs.resume))
+    lines = doctor.note(0, [] if doctor.is_off else findings(inputs))
+    doctor.refuse()  # in all the words of these lines
+    for line in lines:
+        print(printable_text(f"doctor: {line['text']}"), file=sys.stderr)
+    return doctor
 
 
 def findings(inputs: Inputs) -> list[Finding]:
@@ -144,12 +166,12 @@ def contradicting_golds(look: Look) -> str | None:
 @_situation
 def same_gold(look: Look) -> str | None:
     """Say that all rows have one gold answer."""
-    golds = {_plain(gold) for gold in look.golds if gold is not None}
-    if len(golds) != 1 or len(set(look.keys)) < LEAST_GOLDS:
+    golds = {key: _plain(gold) for key, gold in zip(look.keys, look.golds, strict=True) if gold is not None}
+    if len(set(golds.values())) != 1 or len(golds) < LEAST_GOLDS:
         return None
     return (
-        f"every row has the gold answer {golds.pop()[:40]!r}, which the policy will give whatever it is asked; see "
-        "whether solution or answer is the column that you mean"
+        f"every row has the gold answer {golds.popitem()[1][:40]!r}, which the policy will give whatever it is asked; "
+        "see whether solution or answer is the column that you mean"
     )
 
 
@@ -193,6 +215,13 @@ def most_prompts_dropped(look: Look) -> str | None:
 
 
 @_situation
+def beyond_the_context(look: Look) -> str | None:
+    """Say that a prompt and its completion may go beyond the positions that the model was made for."""
+    longest = max(len(prompt.ids) for prompt in look.prompts + look.inputs.eval_prompts)
+    return beyond_context(look.inputs.model, look.config, longest + look.config.max_completion_length)
+
+
+@_situation
 def odd_end_of_sequence(look: Look) -> str | None:
     """Say that completions end with no token that the model was taught to end with."""
     named, of_model = look.tokenizer.eos_token_id, look.ends_of_model
@@ -200,14 +229,24 @@ def odd_end_of_sequence(look: Look) -> str | None:
         return None
     remedy = "set tokenizer.eos_token, or eos_token in tokenizer_config.json, to the token that ends a turn"
     token = None if named is None else look.tokenizer.convert_ids_to_tokens(named)
-    if not of_model and (named is None or named == look.tokenizer.unk_token_id or named >= look.tokenizer.vocab_size):
-        return (
-            f"neither the model nor its vocabulary has an end-of-sequence token, and {token!r} is one that it never "
-            f"learnt, so that no completion will end; {remedy}"
-        )
-    if token is not None and named not in look.tokenizer.added_tokens_decoder and WORD.fullmatch(token):
+    if token is not None and WORD.fullmatch(token):
         return f"the tokenizer ends sequences with {token!r}, at which completions are cut short; {remedy}"
-    return None
+    is_made_up = named is None or named == look.tokenizer.unk_token_id or named >= look.tokenizer.vocab_size
+    of_turn = turn_end(look.tokenizer, look.ends) if look.has_chats else None
+    if of_model or not is_made_up or (of_turn is not None and of_turn.token_id is not None):
+        return None
+    return (
+        f"neither the model nor its vocabulary has an end-of-sequence token, and {token!r} is one that it never "
+        f"learnt, so that no completion will end; {remedy}"
+    )
+
+
+@_situation
+def unseen_end_of_turn(look: Look) -> str | None:
+    """Say that sampling does not stop where the chat template ends a turn."""
+    if not look.has_chats:
+        return None
+    return unseen_turn_end(look.tokenizer, look.ends, look.config.stop_strings or [])
 
 
 @_situation

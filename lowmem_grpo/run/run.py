@@ -32,7 +32,6 @@ from lowmem_grpo.output.saved import whole
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
-from lowmem_grpo.run.checkup import findings
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
@@ -82,7 +81,7 @@ class Step:
 class Run:
     """A training run around an algorithm's loop: folder, log, checkpoints, evaluations, interruption.
 
-        with Run(inputs, policy, learner, parts) as run:
+        with Run(inputs, policy, learner, parts, doctor_of(inputs)) as run:
             for step in run.steps():
                 with step.phase("update"):
                     loss, _ = run.update(step, backward, lengths, why_not_finite)
@@ -99,13 +98,14 @@ class Run:
         policy: Policy,
         learner: Learner,
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
+        doctor: Doctor,  # who has looked at the inputs
         evaluations: Evaluations | None = None,
     ):
         assert inputs.output_dir is not None
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
         self.evaluations = evaluations
-        self.doctor = Doctor(self.config, inputs.rewards.names, inputs.total_steps)
+        self.doctor = doctor
         self.rest = Rest()
         self.parts: dict[str, Part] = {
             **parts, "doctor": self.doctor, "rest": self.rest,
@@ -147,9 +147,10 @@ class Run:
             )  # fmt: skip
             if room:
                 self.progress.say(room)
-            self._tell(self.doctor.note(0, [] if self.doctor.is_off else findings(self.inputs)))
-            self.doctor.refuse()
-            self._remember()
+            logged = self.log.lines()
+            for line in self.doctor.found:
+                if line not in logged:  # it is of the inputs, and was said before the log was there
+                    self._log(line)
             is_here = self.inputs.resume is not None and self.inputs.resume.resolve().parent == self.folder.resolve()
             self.saved = self.whole if is_here else None  # what checkpoint-{step} holds, if it is there
             self.interruption = stack.enter_context(Interruption())
@@ -413,6 +414,7 @@ class Run:
         refuse_other_weights(folder, self.identity["weights"])
         load_adapter(folder, self.policy)
         loads = {name: part.load for name, part in {"optimizer": self.learner, **self.parts}.items()}
+        del loads["doctor"]  # who knows it, and what the inputs have shown since
         for name, load in {**loads, "counts": self._load_counts, "random_states": restore_randomness}.items():
             load_part(folder, name, load, saved)
         self.step = saved["step"]

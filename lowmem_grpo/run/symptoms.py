@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.losses import LOSS_TYPES
 
 Metrics = Mapping[str, float | None]  # of a step, what is not finite as None
 
@@ -169,8 +170,8 @@ def no_reward(course: Course) -> str | None:
 def no_difference(course: Course) -> str | None:
     value, config = course.constant_reward, course.config
     least = MOST_ALIKE if config.temperature < COLD else 1
-    alike = course.mean("frac_reward_zero_std")
-    if course.never("reward") or not alike >= least:  # NaN, where nothing compares
+    alike, num_steps = course.mean("frac_reward_zero_std"), len(_known(course.last, "reward"))
+    if num_steps < ENOUGH or not alike >= least:  # NaN, where nothing compares
         return None
     means = [f"{name} {course.mean(f'rewards/{name}/mean'):.3g}" for name in course.rewards]
     if value is None:
@@ -182,7 +183,9 @@ def no_difference(course: Course) -> str | None:
             "the task is too hard or too easy for the model, or the reward does not see its answers; see with "
             "`lowmem-grpo data` what a right one gets, and completions with `lowmem-grpo eval --show 5`"
         )
-    if config.temperature < COLD:
+    if config.top_k == 1:
+        cause = "top_k=1 makes them alike; leave it out"
+    elif config.temperature < COLD:
         seen = f"the completions of a prompt had one reward, in {alike:.0%} of the groups of {course.steps}"
         cause = f"temperature={config.temperature} makes them alike; set it to 1"
     elif config.temperature > HOT:
@@ -352,6 +355,11 @@ def no_gradient(course: Course) -> str | None:
     if not course.each("grad_norm", lambda norm: norm == 0) or len(differ) < 3:
         return None
     cause = f"loss_type={course.config.loss_type!r} does not depend on the log-probabilities; mend it"
+    if course.config.loss_type in LOSS_TYPES:
+        cause = (
+            "completions that differ in reward may be the same, of a token or two; look at them with log_completions, "
+            "and raise max_completion_length"
+        )
     if course.each("frac_tokens_skipped", lambda share: share == 1):
         cause = "every completion that differs was cut off and is masked; raise max_completion_length"
     return f"the gradient was 0 in {course.steps}, though rewards differ within groups: {cause}"
