@@ -344,7 +344,7 @@ def run_data(given: dict[str, Any]) -> int:
     with no_progress_bars():
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
         previews = make_previews(found, count)
-    for text in [as_text(found, previews), *found.notes, *faults(found.rewards, previews)]:
+    for text in [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]:
         print(printable_text(text))
     return 0
 

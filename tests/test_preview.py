@@ -13,6 +13,7 @@ from torch import nn
 
 from lowmem_grpo import GRPOConfig, cli, train
 from lowmem_grpo.demo import task
+from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.inputs import read_data_inputs
 from lowmem_grpo.rewards import get_judge_reward, get_soft_overlong_punishment
 from lowmem_grpo.run.preview import as_text, faults, make_previews
@@ -101,14 +102,14 @@ def test_a_gold_answer_that_does_not_earn_the_most_is_warned_of(rows, rewards, n
     inputs, previews = look(rows, rewards)
     found = faults(inputs.rewards, previews)
     assert len(found) == (name is not None)
-    assert name is None or found[0].startswith(f"{name} does not give the gold answer the most, in its only row: ")
+    assert name is None or found[0].text.startswith(f"{name} does not give the gold answer the most, in its only row: ")
 
 
 @pytest.mark.parametrize("gold", ["B", "(B)", "Paris", "yes"])
 def test_an_answer_in_words_that_the_prompt_does_not_ask_to_mark_is_warned_of(gold):
     inputs, previews = look(asked("Which is it, A or B?", answer=gold) * 2, "accuracy_reward", count=2)
-    (found,) = faults(inputs.rewards, previews)
-    assert found.startswith(
+    ((situation, found),) = faults(inputs.rewards, previews)
+    assert situation == "gold_paid_if_marked/accuracy_reward" and found.startswith(
         "accuracy_reward pays the gold answer only where it is marked, and 2 of the first 2 prompts"
     )
     assert "has 0.000, and" in found and "1.000; ask for that form in the prompts or in system_prompt" in found
@@ -219,14 +220,18 @@ def test_a_run_prints_and_saves_the_preview_of_its_first_row_once(tmp_path, caps
     assert "data preview" not in capsys.readouterr().err
 
 
-def test_a_run_warns_where_gold_answers_do_not_earn_the_most(tmp_path):
+def test_the_doctor_says_where_gold_answers_do_not_earn_the_most(tmp_path, capsys):
     texts = [f"1+1=? {BOXED}", "1+1=? <answer>", f"1+1=? {BOXED}", "1+1=? <answer>"]
     rows = [row for text in texts for row in asked(text, answer="2")]
-    with pytest.warns(
-        UserWarning, match="solution_format_reward does not .* in 2 of the first 4 rows: '<answer>2</answer>'"
-    ):
-        run(tmp_path, rows, "solution_format_reward")
-    assert "solution_format_reward does not give" in (tmp_path / "out/data_preview.txt").read_text()
+    said = (
+        "solution_format_reward does not give the gold answer the most, in 2 of the first 4 rows: '<answer>2</answer>'"
+    )
+    with pytest.raises(UnhealthyRunError, match=said):
+        run(tmp_path, rows, "solution_format_reward", doctor="stop")
+    found = {line["doctor"]: line["text"] for line in run(tmp_path, rows, "solution_format_reward").findings}
+    assert found["gold_not_paid/solution_format_reward"].startswith(said)
+    assert capsys.readouterr().err.count(f"doctor: {said}") == 1
+    assert said in (tmp_path / "out/data_preview.txt").read_text()
 
 
 def test_a_command_shows_several_rows_without_weights(tmp_path, capsys, monkeypatch):

@@ -78,8 +78,7 @@ def train(
         model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,
         tokenizer, callbacks,
     )  # fmt: skip
-    show_preview(inputs)
-    doctor = doctor_of(inputs)
+    doctor = doctor_of(inputs, show_preview(inputs))  # before any long work
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)

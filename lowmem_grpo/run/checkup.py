@@ -6,7 +6,7 @@ Each situation is a function of a run's inputs that returns a sentence with caus
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -83,10 +83,10 @@ Situation = Callable[[Look], str | None]
 SITUATIONS: list[Situation] = []
 
 
-def doctor_of(inputs: Inputs) -> Doctor:
-    """The doctor of a run, who has looked at its inputs and said what is new; no weights are read.
+def doctor_of(inputs: Inputs, of_preview: Sequence[Finding] = ()) -> Doctor:
+    """The doctor of a run, who has looked at its inputs and says what is new; no weights are read.
 
-    A resumed run's doctor knows what was said before.
+    What the preview of the data has found is said with it. A resumed run's doctor knows what was said before.
 
     Raises:
         UnhealthyRunError: doctor="stop", and something was found.
@@ -94,7 +94,7 @@ def doctor_of(inputs: Inputs) -> Doctor:
     doctor = Doctor(inputs.config, inputs.rewards.names, inputs.total_steps)
     if inputs.resume is not None:
         load_part(inputs.resume, "doctor", doctor.load, read_state(inputs.resume))
-    lines = doctor.note(0, [] if doctor.is_off else findings(inputs))
+    lines = doctor.note(0, [] if doctor.is_off else [*of_preview, *findings(inputs)])
     doctor.refuse()  # in all the words of these lines
     for line in lines:
         print(printable_text(f"doctor: {line['text']}"), file=sys.stderr)

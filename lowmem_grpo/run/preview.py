@@ -23,6 +23,7 @@ from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
 from lowmem_grpo.rollout.metrics import in_words
+from lowmem_grpo.run.doctor import Finding
 from lowmem_grpo.run.randomness import same_randomness
 from lowmem_grpo.warn import warn
 
@@ -50,25 +51,24 @@ class Preview:
     bare: dict[str, float]  # by function, for the gold answer without a mark; of prompts that name no form
 
 
-def show_preview(inputs: Inputs) -> None:
+def show_preview(inputs: Inputs) -> list[Finding]:
     """Print the first row's preview on standard error, and write it to output_dir/data_preview.txt.
 
-    Warns where a gold answer does not earn the most. A run that is resumed has been shown it.
+    Returns where a gold answer does not earn the most. A run that is resumed has been shown it.
     """
     if inputs.resume is not None:
-        return
+        return []
     assert inputs.output_dir is not None
     previews = make_previews(inputs, NUM_ROWS)
     found = faults(inputs.rewards, previews)
     file = inputs.output_dir / "data_preview.txt"
-    text = "\n".join([as_text(inputs, previews[:1]), *found, ""])
+    text = "\n".join([as_text(inputs, previews[:1]), *(fault.text for fault in found), ""])
     try:
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         warn(f"{file} cannot be written ({error.strerror}); the run goes on without it")
     print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
-    for fault in found:
-        warn(fault)
+    return found
 
 
 def make_previews(inputs: Inputs, count: int) -> list[Preview]:
@@ -173,8 +173,8 @@ def parameters_of(function: Callable) -> set[str]:
         return set()
 
 
-def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
-    """A sentence for each reward function to which a gold answer is not worth the most.
+def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
+    """A finding for each reward function to which a gold answer is not worth the most.
 
     That is 1 to a built-in function, and to one of the user's that reads a column of gold answers more than an empty
     completion. A built-in one should give it without a mark, too, where no prompt asks for one.
@@ -187,20 +187,22 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
             first = worth_less[0]
             value = in_words(first.rewards[name][0], ".3f")
             of = "its only row" if len(previews) == 1 else f"{len(worth_less)} of the first {len(shown)} rows"
-            found.append(
+            text = (
                 f"{name} does not give the gold answer the most, in {of}: {first.answer!r} has {value}; see whether it "
                 "reads the right column, and whether the prompt asks for answers in the form that it looks for"
             )
+            found.append(Finding(f"gold_not_paid/{name}", text))
             continue
         unpaid = [one for one in shown if function in AT_BEST_1 and reads_gold(function) and one.bare.get(name, 1) < 1]
         if unpaid:
             first = unpaid[0]
-            found.append(
+            text = (
                 f"{name} pays the gold answer only where it is marked, and {len(unpaid)} of the first {len(shown)} "
                 f"prompts ask for no mark: {first.gold!r} has {in_words(first.bare[name], '.3f')}, and "
                 f"{first.answer!r} {in_words(first.rewards[name][0], '.3f')}; ask for that form in the prompts or in "
                 "system_prompt"
             )
+            found.append(Finding(f"gold_paid_if_marked/{name}", text))
     return found
 
 
