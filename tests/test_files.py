@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.errors import InputError
 
 # What a reader that guesses takes for a date, a number, a truth value or nothing; and what a writer has to escape.
 GUESSED = [
@@ -139,7 +140,13 @@ def test_chats_of_a_file_are_chats(tmp_path):
         ("rows.csv", 'prompt,answer\nx,7\n"y"z,8\n', "row 1 of train_dataset .* cannot be read as csv"),
         ("rows.csv", 'prompt,answer\nx,"7\n', "row 0 of train_dataset .* cannot be read as csv"),
         ("rows.csv", b"prompt,answer\nx,7\ny,\xbd\n", "row 1 of train_dataset .* UTF-8"),
-        ("rows.csv", "prompt,prompt\nx,7\n", "the line of names in train_dataset .* has one twice"),
+        ("rows.csv", "prompt,prompt\nx,7\n", "the line of names in train_dataset .* has 'prompt' twice; rename"),
+        ("rows.csv", "prompt,answer,,\nx,7,,\n", "the line of names in train_dataset .* has '' twice; name each"),
+        ("rows.csv", '\ufeffprompt;answer\r\n"a, b";7,5\r\n', "is separated by semicolons; write the file with commas"),
+        ("rows.csv", "prompt\tanswer\nx\t7\n", "is separated by tabs; write the file with commas"),
+        ("rows.csv", "sep=,\r\nprompt,answer\r\nx,7\r\n", "is a mark for Excel, 'sep='; remove that line"),
+        ("rows.jsonl", '[{"prompt": "x"}]\n', "row 0 of train_dataset .* begins a list; .* is named .json"),
+        ("rows.jsonl", '[\n  {"prompt": "x"}\n]\n', "row 0 of train_dataset .* begins a list; .* is named .json"),
         ("rows.csv", "prompt,answer\n", "train_dataset is empty"),
         ("rows.jsonl", "\n\n", "train_dataset is empty"),
         ("rows.jsonl", '{"prompt": "x"}\n{"prompt": "x", "prompt": "y"}\n', "row 1 of train_dataset .* an object has 'prompt' twice"),
@@ -173,6 +180,28 @@ def test_a_streamed_file_is_read_only_as_far_as_it_is_taken(tmp_path):
         "x",
         "y",
     ]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_a_folders_files_are_read_as_they_are_written_split_by_split(suffix, tmp_path):
+    rows = [{"prompt": text, "answer": text} for text in GUESSED if text]
+    cuts = {"train-0": rows[:9], "train-1": rows[9:], "test": rows[:3]}
+    for name, part in cuts.items():
+        WRITERS[f"rows.{suffix}"](tmp_path / f"{name}.{suffix}", part)
+    assert load(tmp_path) == rows
+    assert load(tmp_path, dataset_streaming=True, dataset_take=11) == rows[:11]
+    read = {split: load_rows(str(tmp_path), GRPOConfig(), split=split) for split in ("test", "train[8:11]+test[:1]")}
+    assert [of_split.to_list() for of_split in read.values()] == [rows[:3], rows[8:11] + rows[:1]]
+    (tmp_path / f"train-1.{suffix}").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=rf"train-1\.{suffix}"):
+        load(tmp_path)
+
+
+def test_a_folders_card_may_say_how_its_files_are_read(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n  sep: ';'\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "rows.csv").write_text("prompt;answer\nx;y\n")
+    assert load(tmp_path) == [{"prompt": "x", "answer": "y"}]
 
 
 def test_objects_of_any_shape_stay_as_they_are(tmp_path):

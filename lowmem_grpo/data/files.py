@@ -8,7 +8,7 @@ these files here. A Parquet file has types, which `datasets` keeps.
 import csv
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from math import isfinite
 from pathlib import Path
@@ -28,26 +28,21 @@ INT64 = range(-(2**63), 2**63)  # Arrow's whole numbers
 MOST_DIGITS = 4300  # of a whole number that Python reads
 MOST_LEVELS = 100  # of lists and objects in each other; Python's copies of them recurse
 LARGEST_CELL = 2**31 - 1  # characters; by default csv refuses more than 131,072
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of Excel where commas are decimal, and of others
 
 
-def read_file(path: Path, name: str, first: int | None = None) -> Dataset:
-    """The rows of a JSONL, JSON or CSV file, or its first ones.
+def read_files(paths: Sequence[Path], name: str, first: int | None = None, *, folder: str | None = None) -> Dataset:
+    """The rows of a JSONL, JSON or CSV file, or its first ones; or of the files of a folder, one after the other.
 
     A number in a column of AS_WRITTEN stays one where all are, and are the same as numbers: 7, 12. Else it is its text:
     7, 2.50. A CSV's cells there are texts. Its other columns are numbers where all of a column are.
 
     Raises:
-        InputError: the file cannot be read; the sentence has the number of the row, of which the first is 0.
+        InputError: a file cannot be read; the sentence has the number of the row, of which the first is 0.
     """
-    where = f"{name} {str(path)!r}"
-    is_csv, is_lines = path.suffix.lower() == ".csv", path.suffix.lower() == ".jsonl"
-    read = _csv_rows if is_csv else _json_lines if is_lines else _json_rows
-    try:
-        # What is no UTF-8 becomes a surrogate, of which the row is known.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(islice(read(file, where), first))
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error}") from error
+    where = f"{name} {str(folder or paths[0])!r}"
+    is_csv = paths[0].suffix.lower() == ".csv"
+    rows = list(islice((row for path in paths for row in _rows(path, name)), first))
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     for key, values in columns.items():
         if key in AS_WRITTEN:
@@ -55,6 +50,17 @@ def read_file(path: Path, name: str, first: int | None = None) -> Dataset:
         else:
             columns[key] = _numbers(values) if is_csv else _plain(values)
     return to_dataset(columns, where)
+
+
+def _rows(path: Path, name: str) -> Iterator[dict]:
+    where, suffix = f"{name} {str(path)!r}", path.suffix.lower()
+    read = _csv_rows if suffix == ".csv" else _json_lines if suffix == ".jsonl" else _json_rows
+    try:
+        # What is no UTF-8 becomes a surrogate, of which the row is known.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from read(file, where)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error}") from error
 
 
 def read_parquet(path: Path, name: str, **streaming: bool) -> Dataset | IterableDataset:
@@ -162,7 +168,10 @@ class Number(str):
 
 def _json_lines(lines: Iterable[str], where: str) -> Iterator[dict]:
     for index, line in enumerate(line for line in lines if line.strip()):
-        yield _json_row(_json(line, f"row {index} of {where}"), f"row {index} of {where}")
+        at = f"row {index} of {where}"
+        if index == 0 and line.lstrip().startswith("["):
+            raise InputError(f"{at} begins a list; a file of one list is named .json, and .jsonl has an object a line")
+        yield _json_row(_json(line, at), at)
 
 
 def _json_rows(file: TextIO, where: str) -> Iterator[dict]:
@@ -225,13 +234,25 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[dict]:
             _check_characters("".join(cells), at)
             if names and len(cells) != len(names):
                 raise InputError(f"{at} has {len(cells)} cells for {len(names)} columns; quote a cell with commas")
-            if not names and len(set(cells)) < len(cells):
-                raise InputError(f"{at} has one twice; rename a column")
+            if not names:
+                _refuse_names(cells, at)
             if names:
                 yield dict(zip(names, cells, strict=True))
             names = names or cells
     finally:
         csv.field_size_limit(limit)
+
+
+def _refuse_names(names: list[str], where: str) -> None:
+    """Raise InputError for a CSV's names that are separated by something else than commas, or are not unlike."""
+    between = [words for mark, words in SEPARATORS.items() if len(names) == 1 and mark in names[0]]
+    if between:
+        raise InputError(f"{where} is separated by {between[0]}; write the file with commas")
+    if names[0].lower().startswith("sep="):
+        raise InputError(f"{where} is a mark for Excel, {shown(names[0])}; remove that line")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{where} has {shown(twice)} twice; " + ("rename a column" if twice else "name each column"))
 
 
 def _check_characters(text: str, where: str) -> None:

@@ -5,11 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Audio, Dataset, DatasetDict, Image, IterableDataset, Video, concatenate_datasets, load_dataset
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    ReadInstruction,
+    Video,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 
 from lowmem_grpo.config.sections import DataFields
 from lowmem_grpo.data.chats import is_media, is_text, refuse_chat_as_text
-from lowmem_grpo.data.files import FILES, read_file, read_parquet, to_dataset
+from lowmem_grpo.data.files import FILES, read_files, read_parquet, to_dataset
 from lowmem_grpo.data.gold import gold_of, is_marked
 from lowmem_grpo.errors import InputError, cause, shown
 from lowmem_grpo.output.folder import refuse_pointer
@@ -103,7 +114,7 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
             raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
         refuse_pointer(path)
         if path.suffix.lower() in FILES:
-            return read_file(path, name, _to_take(config, name) if config.dataset_streaming else None)
+            return read_files([path], name, _most(config, name))
         return read_parquet(path, name, **streaming)
     if os.path.isfile(path):
         raise InputError(
@@ -113,12 +124,43 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
         dataset = str(path)
         _refuse_huge(dataset, name)
     try:
+        if os.path.isdir(path):
+            rows = _of_folder(dataset, config, name, split)
+            if rows is not None:
+                return rows
         return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
             f"CSV or Parquet file nor a dataset the hub gives: {cause(error)}"
         ) from error
+
+
+def _of_folder(folder: str, config: DataFields, name: str, split: str) -> Dataset | None:
+    """The rows of a split of a folder of JSONL, JSON or CSV files, as they are written.
+
+    `datasets` tells which files are of which split. None where the folder has files of another kind, or a card that
+    says how to read them. Raises what `datasets` raises on a folder or split that it does not understand.
+    """
+    found = load_dataset_builder(folder, config.dataset_config).config
+    by_split = {str(key): [Path(file) for file in files] for key, files in (found.data_files or {}).items()}
+    said = {key for key, value in vars(type(found)()).items() if getattr(found, key) != value}
+    if said - {"name", "version", "data_dir", "data_files", "description"} or not all(
+        path.suffix.lower() in FILES for paths in by_split.values() for path in paths
+    ):
+        return None
+    if split in by_split:
+        return read_files(by_split[split], name, _most(config, name), folder=folder)
+    rows = {key: read_files(paths, name, folder=folder) for key, paths in by_split.items()}
+    slices = ReadInstruction.from_spec(split).to_absolute({key: len(of_split) for key, of_split in rows.items()})
+    return concatenate_datasets([rows[one.splitname].select(range(one.from_, one.to)) for one in slices])
+
+
+def _most(config: DataFields, name: str) -> int | None:
+    """How many rows of a file to read, or None for all."""
+    return _to_take(config, name) if config.dataset_streaming else None
 
 
 def _refuse_huge(folder: str, name: str) -> None:
