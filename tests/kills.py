@@ -80,7 +80,7 @@ PLACES = {
     "best": ("run/best.py",),
     "evaluation": ("evaluation/", "run/evaluations.py"),
     "log": ("run/log.py", "run/progress.py", "MetricsLog"),
-    "checkpoint": ("run/checkpoint.py", "folder.py", "manifest.py"),
+    "checkpoint": ("run/checkpoint.py", "output/"),
     "end of a step": ("run/run.py", "run/interruption.py", "run/randomness.py", "callback"),
     "rollout": ("generate/", "rollout/"),
     "rewards": ("rewards/runner.py", "rewards/isolation/", "demo/task.py"),

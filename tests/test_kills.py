@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import differences
+from kills import PACKAGE, PLACES, differences
 
 KILLS = Path(__file__).parent / "kills.py"
 
@@ -18,6 +18,11 @@ def test_runs_that_are_killed_end_as_those_that_are_not():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 killed runs are equal" in done.stdout, done.stdout
+
+
+def test_a_place_to_strike_is_one_that_is_there():
+    for start in [start for starts in PLACES.values() for start in starts if start.endswith((".py", "/"))]:
+        assert start == "optim/" or Path(PACKAGE, start).exists(), f"{start}, of neither torch nor the package"
 
 
 @pytest.fixture
