@@ -1,5 +1,6 @@
 """A name in a configuration calls only what is built in, or what a module of the user's own defines."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -138,8 +139,14 @@ def test_processes_call_nothing_of_pythons_own():
     [
         ("os", PYTHON), ("os.path", PYTHON), ("posix", PYTHON), ("builtins", PYTHON), ("json", PYTHON), ("_json", PYTHON), ("sys", PYTHON),
         ("zipimport", PYTHON), ("torch", INSTALLED), ("yaml", INSTALLED), ("lowmem_grpo.rewards", INSTALLED),
-        ("tiny_models", OWN), ("__main__", OWN), ("no_such_module", OWN), ("", OWN),
+        ("tiny_models", OWN), ("no_such_module", OWN), ("", OWN),
     ],
 )  # fmt: skip
 def test_a_module_is_pythons_a_packages_or_ones_own(module, origin):
     assert origin_of(module) == origin
+
+
+@pytest.mark.parametrize(("program", "origin"), [(None, OWN), ("tiny_models", OWN), ("pytest", INSTALLED)])
+def test_the_main_module_is_that_of_the_script_or_of_what_python_m_runs(monkeypatch, program, origin):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", program and importlib.util.find_spec(program))
+    assert origin_of("__main__") == origin
