@@ -380,10 +380,7 @@ def run_plan(given: dict[str, Any]) -> int:
 def run_bench(arguments: list[str]) -> int:
     from lowmem_grpo.benchmarks import suite
 
-    try:
-        return suite.main(arguments)
-    except KeyboardInterrupt:
-        return 130
+    return suite.main(arguments)
 
 
 def run_demo(given: dict[str, Any]) -> int:

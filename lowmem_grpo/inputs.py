@@ -38,8 +38,6 @@ from lowmem_grpo.tasks import find_task, held_out, with_tasks
 EVALUATION = (
     "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
 )  # fmt: skip
-
-
 TRANSFORMERS_EVENT = "on_step_end"  # which each of its TrainerCallbacks has
 # Kinds of functions of which a call runs nothing yet.
 NOT_RUN = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
@@ -218,10 +216,8 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str 
                 f"the longest prompt and its completion may have {longest} tokens, more than {name}="
                 f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
             )
-    largest, num_ids = (
-        max(max(prompt.ids) for prompt in prompts),
-        read_config(model, config).get_text_config().vocab_size,
-    )
+    largest = max(max(prompt.ids) for prompt in prompts)
+    num_ids = read_config(model, config).get_text_config().vocab_size
     if largest >= num_ids:
         raise InputError(
             f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"

@@ -177,14 +177,17 @@ def _read_list(value: Any, annotation: Any) -> list:
 
 
 def _read_dict(value: Any, annotation: Any) -> dict:
-    return value if isinstance(value, dict) else json.loads(value, object_pairs_hook=_without_repeats)
+    return value if isinstance(value, dict) else json.loads(value, object_pairs_hook=named_once)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise InputError("a name stands there twice")
-    return found
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of names and values. Raise ValueError for a name twice, of which Python's json keeps the last."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {twice!r} twice")
+    return named
 
 
 _READ: dict[Any, typing.Callable[[Any, Any], Any]] = {

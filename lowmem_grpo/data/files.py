@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets, load_dataset
 from pyarrow.parquet import read_metadata
 
+from lowmem_grpo.config.fields import named_once
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.errors import InputError, cause, printable, shown
 
@@ -192,21 +193,11 @@ def _json(text: str, where: str) -> Any:
 
     try:
         return json.loads(
-            text, parse_int=Number, parse_float=Number, parse_constant=constant, object_pairs_hook=_named_once
+            text, parse_int=Number, parse_float=Number, parse_constant=constant, object_pairs_hook=named_once
         )
     except (ValueError, RecursionError) as error:
         _check_characters(text, where)
         raise InputError(f"{where} cannot be read as json: {error}") from error
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of names and values, of which Python's own keeps the last where there are two of one name."""
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has {twice!r} twice")
-    return named
 
 
 def _json_row(row: Any, where: str) -> dict:

@@ -18,8 +18,8 @@ POINTER = b"version https://git-lfs"
 FORMAT = 2  # of checkpoints, whose trainer_state.json has it; to be raised where a checkpoint changes its shape
 STATE = {"step": int, "identity": dict, "config": dict, "parts": dict}  # what trainer_state.json holds besides
 RESULTS = ("metrics.jsonl", "best", "completions")  # of a run that has not ended
-# What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
 OF_RUST = re.compile(r"\(os error ([0-9]+)\)")  # in the text of an error of the disk
+# What write_folder() names a folder that it fills, and one that it replaces: names that nobody else gives.
 BEING_WRITTEN, REPLACED = ".being-written", ".replaced"
 
 

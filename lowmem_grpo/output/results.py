@@ -1,11 +1,11 @@
 """The results of an earlier run in an output folder, which a new run does not replace."""
 
-import json
 import math
 import os
 from pathlib import Path
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.saved import read_line, read_lines
 
 
 def refuse_results(output_dir: Path, resume: Path | None, *, begin_anew: bool) -> None:
@@ -35,30 +35,16 @@ def _best_step(output_dir: Path) -> float:
     if not os.path.lexists(output_dir / "best"):
         return 0
     try:
-        return _step_in((output_dir / "best/best.json").read_bytes())
+        record = read_line((output_dir / "best/best.json").read_bytes())
     except OSError:
-        return math.inf
+        record = None
+    return math.inf if record is None else record["step"]
 
 
 def _logged_step(output_dir: Path) -> float:
     """The last step in metrics.jsonl, 0 where there is none, and infinity where no run wrote the file."""
-    try:
-        *lines, _ = (output_dir / "metrics.jsonl").read_bytes().split(b"\n")  # the last may be cut short
-    except FileNotFoundError:
-        return 0
-    except OSError:  # a folder
-        return math.inf
-    return max(map(_step_in, lines), default=0)
-
-
-def _step_in(text: bytes) -> float:
-    """The step in a line or file of JSON that a run wrote, or infinity for what none did."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return math.inf
-    step = found.get("step") if isinstance(found, dict) else None
-    return step if type(step) is int else math.inf
+    lines, num_unread = read_lines(output_dir / "metrics.jsonl")
+    return math.inf if num_unread else max((line["step"] for line in lines), default=0)
 
 
 def _step_of(table: Path) -> int:

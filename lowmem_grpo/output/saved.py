@@ -1,6 +1,10 @@
-"""Values of a checkpoint's JSON, tested as they are read, since a file may have been written by hand."""
+"""JSON that a run has saved, tested as it is read. A file may be damaged, or written by hand."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+COUNTS = ("step", "skipped_steps")  # of a line, which are read again
 
 
 def whole(value: Any, name: str) -> int:
@@ -15,3 +19,37 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{name} is {value!r}, which is no number from 0 on")
     return value
+
+
+def measured(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """A step's metrics, each a number, or None for the mean of nothing. Raise ValueError for any other."""
+    for name, value in metrics.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} is {value!r}, which is no number")
+    return metrics
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl, if there is one, and how many of them cannot be read.
+
+    A last line without an end, which a kill cut short, is none of those.
+    """
+    try:
+        *lines, cut_short = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError:  # a folder
+        return [], 1
+    found = [line for line in map(read_line, lines) if line is not None]
+    last = read_line(cut_short)
+    return found + ([] if last is None else [last]), len(lines) - len(found)
+
+
+def read_line(text: bytes) -> dict[str, Any] | None:
+    """An object with a step, as a run writes one, or None for anything else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_line = isinstance(line, dict) and "step" in line and all(type(line.get(name, 0)) is int for name in COUNTS)
+    return line if is_line else None

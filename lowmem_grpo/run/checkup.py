@@ -18,7 +18,7 @@ from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.run.checkpoint import load_part
 from lowmem_grpo.run.doctor import Doctor, Finding
-from lowmem_grpo.run.preview import parameters_of, read_gold
+from lowmem_grpo.run.preview import MARKS, parameters_of, read_gold
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
 # TRL's GRPO begins at 1e-6, and the demo's LoRA learns at 1e-3. Adam moves a weight by about the rate a step: at 1e-8,
@@ -28,7 +28,6 @@ TEMPERATURES = (0.1, 2.0)  # below, a prompt's completions are nearly the same; 
 NUM_GOLDS = 64  # whose lengths are looked at
 WORD = re.compile(r"[\wĠ▁]+")  # of letters and digits, with the marks that tokenizers write for a space
 LEAST_GOLDS = 8  # fewer rows may have one answer by chance
-MARKS = ("#### %s", "boxed{%s}", "<answer>%s</answer>")
 MARKER, ANSWER = "\ue000", "\ue001"  # stand for words of a message, and of an answer
 
 
@@ -181,7 +180,7 @@ def answer_in_prompt(look: Look) -> str | None:
     given = 0
     for prompt, gold in zip(look.prompts, look.golds, strict=True):
         text = prompt.text if isinstance(prompt.text, str) else "\n".join(str(m.get("content")) for m in prompt.text)
-        given += gold is not None and any(mark % gold in text for mark in MARKS)
+        given += gold is not None and any(mark % gold in text for mark in MARKS.values())
     if given <= len(look.prompts) / 2:
         return None
     return (

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import UnhealthyRunError
-from lowmem_grpo.output.saved import whole
-from lowmem_grpo.run.symptoms import Course, Metrics, symptoms
+from lowmem_grpo.output.saved import measured, whole
+from lowmem_grpo.run.symptoms import Course, symptoms
 
 
 class Finding(NamedTuple):
@@ -44,8 +44,6 @@ class Doctor:
 
     def note(self, step: int, findings: Iterable[Finding]) -> list[dict[str, Any]]:
         """The lines of those findings that were not said before."""
-        if self.is_off:
-            return []
         self.standing = list(findings)
         known = {line["doctor"] for line in self.found}
         lines = [{"step": step, "doctor": name, "text": text} for name, text in self.standing if name not in known]
@@ -73,13 +71,5 @@ class Doctor:
             {"step": whole(line["step"], "step"), "doctor": str(line["doctor"]), "text": str(line["text"])}
             for line in state["found"]
         ]
-        first, last = ([_measured(step) for step in state[name]] for name in ("first", "last"))
+        first, last = ([measured(step) for step in state[name]] for name in ("first", "last"))
         self.course = replace(self.course, first=first, last=last)
-
-
-def _measured(step: dict[str, Any]) -> Metrics:
-    """A step's metrics out of a checkpoint. Raise ValueError where one is no number."""
-    for name, value in step.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{name} is {value!r}, which is no number")
-    return step

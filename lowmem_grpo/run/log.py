@@ -12,9 +12,8 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.output.folder import BEING_WRITTEN, set_aside
+from lowmem_grpo.output.saved import read_lines
 from lowmem_grpo.warn import warn
-
-COUNTS = ("step", "skipped_steps")  # of a line, which are read again
 
 
 def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> None:
@@ -98,26 +97,3 @@ class MetricsLog:
                 file.truncate(end)
                 raise
         self.waiting = []
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a metrics.jsonl, if there is one, and how many of them cannot be read."""
-    try:
-        *lines, cut_short = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    except OSError:
-        return [], 1
-    found = [line for line in map(_read_line, lines) if line is not None]
-    last = _read_line(cut_short)
-    return found + ([] if last is None else [last]), len(lines) - len(found)
-
-
-def _read_line(text: bytes) -> dict[str, Any] | None:
-    """The line that write() wrote, or None for anything else."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    is_line = isinstance(line, dict) and "step" in line and all(type(line.get(name, 0)) is int for name in COUNTS)
-    return line if is_line else None

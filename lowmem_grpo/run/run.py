@@ -28,7 +28,7 @@ from lowmem_grpo.output.folder import (
     set_damaged_aside,
     write_folder,
 )
-from lowmem_grpo.output.saved import whole
+from lowmem_grpo.output.saved import measured, whole
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
@@ -282,7 +282,9 @@ class Run:
         if table is not None and self.config.log_completions:
             self._without("completions", partial(write_completions, self.folder, step.number, table))
         self.progress.step(metrics, remarks)
-        self._tell(found)
+        for line in found:
+            self._log(line)
+            self.progress.say(f"doctor: {line['text']}")
         self.interruption.release()
         self._complete(metrics)
         if self.nonfinite_steps > self.config.max_nonfinite_steps:
@@ -423,12 +425,6 @@ class Run:
         self.num_tokens = whole(counts["num_tokens"], "num_tokens")
         self.nonfinite_steps = whole(counts["nonfinite_steps"], "nonfinite_steps")
 
-    def _tell(self, lines: list[dict[str, Any]]) -> None:
-        """Write the doctor's findings to the log, and tell whoever watches."""
-        for line in lines:
-            self._log(line)
-            self.progress.say(f"doctor: {line['text']}")
-
     def _say_what_is_given(self) -> None:
         """Tell whoever watches what the run has been given, before the first step."""
         if self.inputs.plan is not None:
@@ -469,7 +465,6 @@ class Rest:
 
     def load(self, state: State) -> None:
         if state:
-            if not all(value is None or isinstance(value, (int, float)) for value in state["metrics"].values()):
-                raise ValueError("its metrics are not numbers")
-            self.metrics = {name: math.nan if value is None else value for name, value in state["metrics"].items()}
+            metrics = measured(state["metrics"])
+            self.metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
             self.num_called = whole(state["num_called"], "num_called")

@@ -54,9 +54,7 @@ def _put_raising_filters(before: list) -> None:
 
 SETTINGS = (
     Setting(torch.get_default_dtype, torch.set_default_dtype),
-    Setting(
-        torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)
-    ),
+    Setting(torch.get_default_device, _put_device),
     Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     Setting(sys.gettrace, sys.settrace),
     Setting(_folder, _put_folder),
@@ -74,12 +72,12 @@ def process_kept() -> Iterator[None]:
     So a Ctrl-C stops the run even where the reward function caught its KeyboardInterrupt, and a second one ends a
     function that goes on.
     """
-    before = [setting.get() for setting in SETTINGS]
+    before, has_gradient = [setting.get() for setting in SETTINGS], torch.is_grad_enabled()
     with _signals_kept(), _streams_kept():
         try:
             # Leaving it sets PyTorch's gradient and inference modes to what they were, whatever was entered within.
             with torch.inference_mode(torch.is_inference_mode_enabled()):
-                torch.set_grad_enabled(before[2])
+                torch.set_grad_enabled(has_gradient)
                 yield
         finally:
             for setting, value in zip(SETTINGS, before, strict=True):
