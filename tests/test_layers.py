@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_a_room_imports_only_what_is_below_it(module):
 def test_every_room_of_the_house_is_on_a_floor():
     rooms = {module.split(".")[0] or "__init__" for module in MODULES} | {"kernels"}
     assert rooms == set(FLOOR)
+
+
+def test_the_page_of_the_architecture_has_the_floors_in_their_order():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    drawn = [" ".join(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\d+\. (`.*)$", page, re.MULTILINE)]
+    assert drawn == [floor for floor in FLOORS if floor != "__init__"]
 
 
 def test_kernels_import_torch_and_triton_and_nothing_else():

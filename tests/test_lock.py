@@ -132,6 +132,7 @@ BEST = json.dumps({"step": 2, "metric": "eval_reward", "value": 0.5})
         ({"metrics.jsonl": BEFORE_TRAINING, "best/best.json": BEST.replace("2", "0")}, None, None),
         ({"metrics.jsonl": BEFORE_TRAINING + '{"step": 1, "lo', "data_preview.txt": "x"}, None, None),
         ({"metrics.jsonl": BEFORE_TRAINING + STEP}, "metrics.jsonl", None),
+        ({"metrics.jsonl": BEFORE_TRAINING + STEP.rstrip()}, "metrics.jsonl", None),
         ({"best/best.json": BEST}, "best", None),
         ({"completions/completions_00003.parquet": ""}, "completions", None),
         ({"completions/mine.txt": ""}, None, None),
