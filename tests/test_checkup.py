@@ -136,6 +136,11 @@ def test_one_gold_answer_among_rows_without_any_is_not_of_every_row(tmp_path):
     assert look(tmp_path, [rows[0], *({**row, "solution": None} for row in rows[1:])]) == []
 
 
+def test_two_ways_to_write_a_gold_answer_do_not_contradict(tmp_path):
+    for one, other in (("0.5", "1/2"), ("5", "5.0"), ("B", "(B)"), ("1,000", "$1000$")):
+        assert look(tmp_path, [*asked(*REST), *asked(A, solution=one), *asked(A, solution=other)]) == []
+
+
 def test_what_the_doctor_says_of_a_model_is_no_warning_besides(tmp_path, recwarn):
     for name in ("beyond_the_context", "unseen_end_of_turn"):
         assert len(look(tmp_path, **SICK[name])) == 1

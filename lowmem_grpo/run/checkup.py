@@ -16,6 +16,7 @@ from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
 from lowmem_grpo.output.folder import read_state
+from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.run.checkpoint import load_part
 from lowmem_grpo.run.doctor import Doctor, Finding
 from lowmem_grpo.run.preview import MARKS, parameters_of, read_gold
@@ -149,11 +150,15 @@ def repeated_prompts(look: Look) -> str | None:
 @_situation
 def contradicting_golds(look: Look) -> str | None:
     """Say for how many prompts the rows have several gold answers."""
-    golds = defaultdict(set)
+    golds = defaultdict(dict)  # one of each way to write them
     for key, gold in zip(look.keys, look.golds, strict=True):
         if gold is not None:
-            golds[key].add(_plain(gold))
-    several = sum(len(of_prompt) > 1 for of_prompt in golds.values())
+            golds[key][_plain(gold)] = gold
+    # What math-verify would have to compare counts as another answer.
+    several = sum(
+        any(compare(first, other) is not True for other in others)
+        for first, *others in (of_prompt.values() for of_prompt in golds.values())
+    )
     if not several:
         return None
     return (
@@ -254,8 +259,8 @@ def no_chat_template(look: Look) -> str | None:
     if look.tokenizer.chat_template is not None or not look.has_chats:
         return None
     return (
-        "the tokenizer has no chat template, so that chats become a transcript that ends in 'Assistant:'; that suits a "
-        "base model, and a model that was taught a template needs the tokenizer that has it"
+        "the tokenizer has no chat template, so that chats become a transcript that ends in 'Assistant:'; a model that "
+        "was taught a template needs the tokenizer that has it, and a base model may get its prompts as plain texts"
     )
 
 
