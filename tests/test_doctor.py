@@ -77,6 +77,7 @@ SITUATIONS = [
     ({"all_truncated", "no_difference", "never_filled"}, zero, {**SHORT, "dynamic_sampling_rounds": 1}),
     ({"all_truncated", "reward_fell"}, worse, {**SHORT, "max_steps": 10}),
     ({"all_truncated", "no_gradient"}, varied, {**SHORT, "loss_type": "flat"}),
+    ({"all_truncated"}, varied, {**SHORT, "mask_truncated_completions": True}),
     ({"all_truncated", "not_finite"}, varied, {**SHORT, "loss_type": "broken"}),
     (
         {"all_truncated", "gradient_scaled_down", "tokens_clipped"},

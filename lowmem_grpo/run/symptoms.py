@@ -361,6 +361,8 @@ def no_gradient(course: Course) -> str | None:
             "and raise max_completion_length"
         )
     if course.each("frac_tokens_skipped", lambda share: share == 1):
+        if all_truncated(course):  # which says so
+            return None
         cause = "every completion that differs was cut off and is masked; raise max_completion_length"
     return f"the gradient was 0 in {course.steps}, though rewards differ within groups: {cause}"
 
