@@ -22,7 +22,9 @@ from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.model.adapter_folder import warn_of_another_base
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack
@@ -341,3 +343,20 @@ def renamed(name: str, adapter: str) -> str:
 
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+@pytest.mark.parametrize("module", ["norm", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_a_module_trained_whole_is_sampled_from_by_the_engine_in_16_bits(module, tmp_path):
+    awake(adapted(modules_to_save=[module])).save_pretrained(tmp_path / "mine")
+    config = GRPOConfig(use_cpu=True, max_completion_length=4)
+    policy = load_policy(str(tmp_path / "mine"), tokenizer(), config)
+    assert any(module in name and p.dtype == torch.float32 for name, p in policy.model.named_parameters())
+    sampler, ids = Sampler(policy, config), [1, 2, 3, 4]
+    with policy.as_reference():
+        assert sampler.engine_refusal is None
+    (completion,) = sampler.complete([Prompt("x", ids, {})], 1).completions
+    (batch,) = pack([ids], [completion.ids], token_budget=100, pad_token_id=0, device=policy.device)
+    with policy.inference():
+        torch.testing.assert_close(completion.logprobs, policy.logprobs(batch, 1.0), atol=0.1, rtol=0)
+    assert sampler.engine_refusal is None

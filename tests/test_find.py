@@ -165,6 +165,10 @@ BROKEN_ADAPTERS = {
     "of a base that moved": (
         lambda folder: edit(folder, base_model_name_or_path="/gone/base"), "the base that adapter .* names .*'/gone/base' is not a folder",
     ),
+    "of a revision of its base": (
+        lambda folder: edit(folder, revision="v2", base_model_name_or_path="some/base"),
+        r"is of the revision 'v2' of 'some/base'; set model_init_kwargs=\{'revision': 'v2'\}",
+    ),
     "of an adapter": (
         lambda folder: edit(folder, base_model_name_or_path=str(folder / "adapter")), "an adapter too; merge that one",
     ),

@@ -33,7 +33,7 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of Excel where co
 
 
 def read_files(paths: Sequence[Path], name: str, first: int | None = None, *, folder: str | None = None) -> Dataset:
-    """The rows of a JSONL, JSON or CSV file, or its first ones; or of the files of a folder, one after the other.
+    """The rows, or the first ones, of a JSONL, JSON or CSV file, or of several in their order.
 
     A number in a column of AS_WRITTEN stays one where all are, and are the same as numbers: 7, 12. Else it is its text:
     7, 2.50. A CSV's cells there are texts. Its other columns are numbers where all of a column are.

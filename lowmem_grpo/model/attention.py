@@ -61,6 +61,10 @@ def attend(
     layout = _LAYOUT.get()
     assert layout is not None, "attending() without a layout"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # A norm or embedding that an adapter trains whole is fp32, and so are keys then, once they are rotated. Autocast
+    # casts them to its dtype where attention is PyTorch's.
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (of.to(torch.get_autocast_dtype(query.device.type)) for of in (query, key, value))
     return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
 
 

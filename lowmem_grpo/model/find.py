@@ -240,7 +240,14 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
         if inside:
             raise InputError(f"model {model!r} holds adapters in folders; name one, such as {inside[0]}")
     if is_adapter(model):
-        base = str(read_adapter_config(model).base_model_name_or_path)
+        adapter = read_adapter_config(model)
+        base, revision = str(adapter.base_model_name_or_path), adapter.revision
+        taken = (config.model_init_kwargs or {}).get("revision")
+        if revision not in (None, taken) and not os.path.isdir(base):
+            raise InputError(
+                f"adapter {model!r} is of the revision {shown(revision)} of {base!r}; set "
+                f"model_init_kwargs={{'revision': {shown(revision)}}}"
+            )
         if is_adapter(base):
             raise InputError(f"the base of adapter {model!r} is {base!r}, an adapter too; merge that one into its base")
         try:
