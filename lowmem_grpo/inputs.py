@@ -94,7 +94,9 @@ def read_training_inputs(
         InputError: bad input, in one sentence with the remedy.
     """
     if not isinstance(config, GRPOConfig):
-        raise InputError(f"config is a {type(config).__name__}; pass a GRPOConfig")
+        kind = type(config)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise InputError(f"config is a {name}; pass a GRPOConfig of lowmem_grpo")
     callbacks = _callbacks(callbacks)
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     model = _expanded(model)

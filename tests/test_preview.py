@@ -173,6 +173,16 @@ def test_models_servers_and_programs_are_not_run_and_that_is_said(monkeypatch):
     ]
 
 
+def test_a_prompt_that_is_a_whole_chat_with_its_answer_is_warned_of():
+    chat = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "So it is \\boxed{2}"}]
+    inputs, previews = look([{"prompt": chat, "answer": "2"}], ["accuracy_reward"])
+    (fault,) = faults(inputs.rewards, previews)
+    assert "gives an empty completion the most, in 1 of the first 1 rows: the prompt ends with the answer" in fault
+    begun = [chat[0], {"role": "assistant", "content": "It is \\boxed{"}]
+    inputs, previews = look([{"prompt": begun, "answer": "2"}], ["accuracy_reward"])
+    assert not [fault for fault in faults(inputs.rewards, previews) if "empty completion" in fault]
+
+
 def test_a_row_without_a_gold_answer_shows_what_an_empty_completion_earns():
     inputs, previews = look(asked("1+1=?", solution=None), ["think_format_reward"])
     shown = as_text(inputs, previews)

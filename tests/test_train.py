@@ -392,8 +392,10 @@ def test_one_callback_or_none_will_do(tmp_path, callbacks):
 
 
 def test_a_config_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="config is a dict; pass a GRPOConfig"):
-        train(str(DEMO_MODEL), task.answer_reward, ROWS, config={"max_steps": 1})
+    of_trl = type("GRPOConfig", (), {"__module__": "trl.trainer"})()
+    for config, name in (({"max_steps": 1}, "dict"), (of_trl, "trl.trainer.GRPOConfig")):
+        with pytest.raises(ValueError, match=f"config is a {name}; pass a GRPOConfig of lowmem_grpo"):
+            train(str(DEMO_MODEL), task.answer_reward, ROWS, config=config)
 
 
 def test_the_output_of_a_run_is_no_model_but_its_adapter_is(tmp_path):

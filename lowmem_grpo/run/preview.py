@@ -177,7 +177,8 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
     """A finding for each reward function to which a gold answer is not worth the most.
 
     That is 1 to a built-in function, and to one of the user's that reads a column of gold answers more than an empty
-    completion. A built-in one should give it without a mark, too, where no prompt asks for one.
+    completion. A built-in one should give it without a mark, too, where no prompt asks for one, and no empty completion
+    1, as where a prompt is a whole chat, with its answer.
     """
     found = []
     for function, name in zip(rewards.functions, rewards.names, strict=True):
@@ -192,6 +193,13 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
                 "reads the right column, and whether the prompt asks for answers in the form that it looks for"
             )
             found.append(Finding(f"gold_not_paid/{name}", text))
+            continue
+        for_nothing = [one for one in shown if reads_gold(function) and one.rewards[name][1] >= 1]
+        if for_nothing:
+            found.append(
+                f"{name} gives an empty completion the most, in {len(for_nothing)} of the first {len(shown)} rows: the "
+                f"prompt ends with the answer, {for_nothing[0].prompt[-40:]!r}; leave out the assistant's last message"
+            )
             continue
         unpaid = [one for one in shown if function in AT_BEST_1 and reads_gold(function) and one.bare.get(name, 1) < 1]
         if unpaid:
