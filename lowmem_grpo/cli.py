@@ -1,6 +1,7 @@
 """The command `lowmem-grpo`: train, eval, data, plan, demo, bench."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -45,6 +46,7 @@ example:
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
 ONLY_DATASET = "--eval_dataset is for training; name what to evaluate on with --dataset"
+ONLY_ONE_DATASET = "--eval_dataset is for training; name what to look at with --dataset"
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
@@ -268,13 +270,12 @@ def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool, names
 
 def refuse_unknown_flags(command: str, rest: list[str]) -> None:
     """Raise InputError for an unknown flag, with the remedy or the nearest name."""
-    if command == "eval":
-        for flag in rest:
-            name = flag[2:].partition("=")[0]
-            if flag.startswith("--") and name in field_types(GRPOConfig):
-                raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
-            if name == "eval_dataset":
-                raise InputError(ONLY_DATASET)
+    for flag in rest:
+        name = flag[2:].partition("=")[0]
+        if command == "eval" and flag.startswith("--") and name in field_types(GRPOConfig):
+            raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
+        if command in ("eval", "data") and flag.startswith("--") and name == "eval_dataset":
+            raise InputError(ONLY_DATASET if command == "eval" else ONLY_ONE_DATASET)
     if command != "demo":
         refuse_unknown_fields(flag[2:].partition("=")[0] for flag in rest if flag.startswith("--"))
     for word in rest:
@@ -400,13 +401,21 @@ def read_settings(
     """
     flags = dict(given)
     settings = read_config_file(flags.pop("config")) if "config" in flags else {}
-    settings |= flags
+    settings |= {name: as_list(value) for name, value in flags.items()}
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
     for name in needed:
         if not inputs.get(name):
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     refuse_unknown_fields(settings)
     return inputs, {name: from_text(GRPOConfig, name, value) for name, value in settings.items()}
+
+
+def as_list(value: Any) -> Any:
+    """A flag's values, or where the only one is a list in JSON, as '["a", "b"]', what that holds."""
+    if isinstance(value, list) and len(value) == 1 and value[0].startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value[0])
+    return value
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -80,6 +80,16 @@ def test_a_dash_within_a_flag_is_an_underscore(tmp_path):
         assert cli.with_underscores(value) == value
 
 
+@pytest.mark.parametrize("written", [["a", "b"], ['["a", "b"]']])
+def test_a_list_may_be_written_as_json(written):
+    assert parse(["--model", "m", "--dataset", "d", "--reward_funcs", "r", "--stop_strings", *written]) == (
+        INPUTS, {"stop_strings": ["a", "b"]},
+    )  # fmt: skip
+    assert parse(["--model", "m", "--dataset", "d", "--reward_funcs", "r", "--stop_strings", "[a", "[b]"]) == (
+        INPUTS, {"stop_strings": ["[a", "[b]"]},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -258,6 +268,11 @@ def test_bad_input_of_an_evaluation_is_one_sentence(arguments, message, capsys):
     dataset = [] if "--dataset" in arguments else ["--dataset", "countdown"]
     assert cli.main(["eval", "--model", str(DEMO_MODEL), *dataset, *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_look_at_data_takes_one_dataset(capsys):
+    assert cli.main(["data", "--model", "m", "--dataset", "d", "--eval_dataset", "x"]) == 2
+    assert "--eval_dataset is for training; name what to look at with --dataset" in capsys.readouterr().err
 
 
 def test_evaluation_prints_completions_with_their_rewards(tmp_path, monkeypatch, capsys):
