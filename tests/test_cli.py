@@ -240,7 +240,11 @@ def test_evaluation_shows_the_adapter_beside_its_base(tmp_path, monkeypatch, cap
     steps = ["--max_steps", "1", "--prompts_per_step", "1", "--num_generations", "2", "--output_dir", "out"]
     assert cli.main(["train", "--model", str(DEMO_MODEL), *given, *steps]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert ["eval_rewards/countdown_reward/mean" in line for line in lines] == [True, False, True]
+    assert ["eval_rewards/countdown_reward/mean" in line for line in lines if "doctor" not in line] == [
+        True,
+        False,
+        True,
+    ]
     capsys.readouterr()
     given += ["--num_generations_eval", "2"]
     assert cli.main(["eval", "--model", "out/adapter", *given, "--json"]) == 0

@@ -470,7 +470,9 @@ def test_the_metric_that_chooses_the_best_is_the_one_that_is_shown(tmp_path, cap
         tmp_path / "out", by_length, eval_dataset=ROWS[:6], max_steps=1, metric_for_best_model="completions/mean_length"
     )
     said = capsys.readouterr().err.splitlines()
-    assert all(" completions/mean_length " in line and "  pass@1 " in line for line in said if "evaluation" in line)
+    assert all(
+        " completions/mean_length " in line and "  pass@1 " in line for line in said if line.startswith("evaluation")
+    )
     run(tmp_path / "other", by_length, eval_dataset=ROWS[:6], max_steps=1, metric_for_best_model="pass@1")
     assert "reward" not in "".join(line for line in capsys.readouterr().err.splitlines() if "evaluation" in line)
 
