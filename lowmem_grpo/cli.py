@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,16 +95,40 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return run_command(arguments)
         finally:
-            sys.stdout.flush()  # here, where a pipe that is closed can be told from a bug
+            with writing_output():
+                sys.stdout.flush()
     except (InputError, NotFiniteError, NotSavedError, UnhealthyRunError) as error:
         command = " ".join(["lowmem-grpo", *filter(str.isalpha, arguments[:1])])
-        print(f"{command}: {printable(str(error))}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk
+            print(f"{command}: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Tell a closed pipe and a full disk from a bug, while standard output is written.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more.
+        NotSavedError: a disk refuses the output.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise NotSavedError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def drop_output() -> None:
+    """Send what is left of standard output nowhere, so that Python does not fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(arguments: list[str]) -> int:
@@ -297,7 +321,8 @@ def run_train(given: dict[str, Any]) -> int:
         eval_dataset=inputs.get("eval_dataset"),
         config=config,
     )
-    print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    with writing_output():
+        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 
@@ -313,16 +338,18 @@ def run_eval(given: dict[str, Any]) -> int:
     found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, show)
     if as_json:
-        print(json.dumps(finite({**metrics, "shown": chosen} if chosen else metrics), indent=1, default=str))
+        with writing_output():
+            print(json.dumps(finite({**metrics, "shown": chosen} if chosen else metrics), indent=1, default=str))
     else:
         from rich.console import Console
 
-        if chosen:
-            print(printable_text(examples_as_text(chosen)))
-        console = Console(highlight=False)
-        console.print(as_table(metrics))
-        if "adapter" in metrics:
-            console.print(as_difference_table(metrics["adapter"]))
+        with writing_output():
+            if chosen:
+                print(printable_text(examples_as_text(chosen)))
+            console = Console(highlight=False)
+            console.print(as_table(metrics))
+            if "adapter" in metrics:
+                console.print(as_difference_table(metrics["adapter"]))
     return 0
 
 
@@ -345,8 +372,9 @@ def run_data(given: dict[str, Any]) -> int:
     with no_progress_bars():
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
         previews = make_previews(found, count)
-    for text in [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]:
-        print(printable_text(text))
+    with writing_output():
+        for text in [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]:
+            print(printable_text(text))
     return 0
 
 
@@ -374,7 +402,8 @@ def run_plan(given: dict[str, Any]) -> int:
     with no_progress_bars():
         find_model(model, config, needs_weights=False)
         found = planner.plan(read_config(model, config), config, adapter_config(model, config))
-    print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
+    with writing_output():
+        print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
     return 0 if found.remedy is None else 1
 
 

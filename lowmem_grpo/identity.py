@@ -1,5 +1,6 @@
 """The identity of a run, as a checkpoint keeps it: model, adapter, tokenizer, data and rewards."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -53,14 +54,14 @@ def identity_of(
             "prompt": _digest(prompt.ids for prompt in prompts),
             **{name: _digest(prompt.columns.get(name) for prompt in prompts) for name in columns},
         },
-        "rewards": {name: _settings(function) for name, function in functions.items()},
-        "sources": {name: _source(function) for name, function in functions.items()},
+        "rewards": {name: _settings(one) if _is_ours(one) else None for name, one in functions.items()},
+        "sources": {name: _of_the_users(function) for name, function in functions.items()},
     }
     return json.loads(json.dumps(identity, default=str))
 
 
 def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a run that is not the one of a checkpoint, and warn of rewards with other source code.
+    """Refuse a run that is not the one of a checkpoint, and warn of rewards that have changed.
 
     Raises:
         InputError: model, adapter, tokenizer, data or rewards are others, in a sentence that names what differs.
@@ -88,7 +89,20 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         differ = "prompts" if "prompt" in others else f"values in {' and '.join(others)}"
         raise InputError(f"{resume} is of a run on other {differ}; resume with its train_dataset and tokenizer")
     for changed in _changed(identity["sources"], saved["sources"], both=True):
-        warn(f"the reward {changed} has other source code than in {resume}; start a new run if its values are others")
+        warn(
+            f"the reward {changed} has other source code or settings than in {resume}; start a new run if its values "
+            "are others"
+        )
+
+
+def refuse_other_ends(resume: Path, ids: Sequence[int]) -> None:
+    """Raise InputError where other tokens ended the completions of a checkpoint's run."""
+    before = read_state(resume)["identity"].get("ends", ids)
+    if before != ids:
+        raise InputError(
+            f"{resume} is of a run with another model: the ids that end a completion are {ids}, and were "
+            f"{before!s:.200}; resume with its generation_config.json, or start a new run from the adapter"
+        )
 
 
 def refuse_other_weights(resume: Path, weights: Mapping[str, str]) -> None:
@@ -128,12 +142,13 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(function: Callable) -> Any:
-    """The settings of a reward function that one of our factories has made; None for others."""
-    if not _is_ours(function):
-        return None
+    """The settings of a reward function: a partial's arguments, a closure's variables, an object's attributes."""
     if isinstance(function, partial):
-        return [_plain(value) for value in function.args]
-    if inspect.isroutine(function):
+        named = [_plain(function.keywords)] if function.keywords else []
+        return [*map(_plain, function.args), *named, *([] if _is_ours(function) else [_settings(function.func)])]
+    if inspect.ismethod(function) and not _is_ours(function):
+        function = function.__self__
+    elif inspect.isroutine(function):
         return _plain(inspect.getclosurevars(function).nonlocals)
     return _plain({name: value for name, value in vars(function).items() if isinstance(value, (str, int, float))})
 
@@ -153,14 +168,16 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else type(value).__name__
 
 
-def _source(function: Callable) -> str | None:
-    """SHA-256 of the source code of a user's reward function, or None where Python has none."""
+def _of_the_users(function: Callable) -> str | None:
+    """SHA-256 of the source code and of the settings of a user's reward function; None for a built-in one."""
     if _is_ours(function):
         return None
-    try:
-        return _digest([inspect.getsource(_innermost(function))])
-    except (OSError, TypeError):
-        return None
+    source = settings = None
+    with contextlib.suppress(OSError, TypeError):  # Python has no source code of it
+        source = inspect.getsource(_innermost(function))
+    with contextlib.suppress(Exception):  # of the user's own classes, or of a value within itself
+        settings = _settings(function)
+    return _digest([source, settings])
 
 
 def _is_ours(function: Callable) -> bool:

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -452,3 +453,13 @@ def test_tables_and_progress_write_out_names_and_leave_markup_alone(capsys):
     progress.step({"step": 1, "step_time": 0.1, "time/peak_mib": 1}, remarks=[HOSTILE])
     shown = capsys.readouterr().err.splitlines()
     assert shown[:2] == ["two lines", SAID] and shown[2].endswith(SAID)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("buffering", [-1, 1])
+def test_output_that_a_full_disk_refuses_is_one_sentence(buffering, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=buffering) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["plan", "--model", str(DEMO_MODEL), "--max_completion_length", "20"]) == 1
+    said = "lowmem-grpo plan: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said

@@ -1,10 +1,12 @@
 """Disks that are full, and folders that are gone or in the way: what a run says, what it keeps, and how it goes on."""
 
 import errno
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +74,23 @@ def test_a_run_outlives_a_full_disk_and_resumes_to_the_same_end(tmp_path, small_
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+def test_a_disk_without_room_for_the_log_to_be_read_again_is_refused_in_one_sentence(small_disk):
+    """A resume writes a new log without the lines after its checkpoint."""
+    folder = small_disk("6m")
+    go(folder, 1)
+    log, filler = folder / "out/metrics.jsonl", folder / "filler"
+    log.write_text(f'{{"step": 0, "why": "{"x" * 300_000}"}}\n{log.read_text()}')
+    before, free = log.read_bytes(), shutil.disk_usage(folder).free
+    filler.write_bytes(bytes(free - 150_000))
+    with pytest.raises(
+        InputError, match=r"out cannot be written \(No space left on device\).* 0.. MiB free; make room"
+    ):
+        go(folder, 2, resume_from_checkpoint=True)
+    assert log.read_bytes() == before
+    filler.unlink()
+    assert [line["step"] for line in go(folder, 2, resume_from_checkpoint=True).history] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("size", "words"), [("16k", "No space left on device"), ("800k", "0.8 MiB free, and a checkpoint takes 1.3 MiB")]
 )
@@ -101,6 +120,15 @@ def test_what_a_run_can_go_on_without_is_missed_once_and_written_when_it_can_be(
     assert said.count("metrics.jsonl cannot be written (Is a directory); the run goes on") == 1
     assert said.count("completions cannot be written (File exists); the run goes on") == 1
     assert (out / "completions").read_text() == "mine" and (out / "checkpoint-4").is_dir()
+
+
+def test_a_run_outlives_a_standard_error_on_a_full_disk(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert len(go(tmp_path, 1).history) == 1
 
 
 def test_a_run_outlives_the_loss_of_its_folder(tmp_path, capsys):

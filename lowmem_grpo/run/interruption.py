@@ -88,7 +88,8 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
                 return function(*args, **kwargs)
             except (KeyboardInterrupt, SystemExit) as error:
                 if error is interruption.error:
-                    print("stopped outside of any step; nothing is lost", file=sys.stderr)
+                    with contextlib.suppress(OSError):  # a terminal that has been closed
+                        print("stopped outside of any step; nothing is lost", file=sys.stderr)
                 raise
 
     return call

@@ -67,7 +67,8 @@ def show_preview(inputs: Inputs) -> list[Finding]:
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         warn(f"{file} cannot be written ({error.strerror}); the run goes on without it")
-    print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
+    with contextlib.suppress(OSError):  # standard error in a file on a full disk
+        print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
     return found
 
 

@@ -1,7 +1,9 @@
 """Room on the disk: what a run saves and what is free, and words for what a disk refuses."""
 
+import contextlib
+import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
 
@@ -53,6 +55,19 @@ def look_for_room(
         f"{folder} has {in_mib(free)} free, and what the run saves takes {in_mib(wanted)} ({num_new} checkpoints of "
         f"{in_mib(of_checkpoint)}); make room, raise save_steps or lower save_total_limit"
     )
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise InputError, in a sentence, for what a disk refuses while a run is prepared."""
+    try:
+        yield
+    except OSError as error:
+        free = free_bytes(folder) if error.errno == errno.ENOSPC else None
+        room = "" if free is None else f", and has {in_mib(free)} free; make room, or"
+        raise InputError(
+            f"{folder} cannot be written ({refusal(error)}){room or ';'} choose another output_dir"
+        ) from error
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
-from lowmem_grpo.identity import refuse_other_weights, weights_of
+from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
@@ -39,7 +40,7 @@ from lowmem_grpo.run.log import MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
-from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal
+from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal, writing_to
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
 T = TypeVar("T")
@@ -119,16 +120,19 @@ class Run:
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
         self.budget = TokenBudget(self.config.token_budget)
-        self.identity = {**inputs.identity, "weights": weights_of(policy)}
-        mend_folder(self.folder)
-        if inputs.resume is not None:
-            self._load(inputs.resume)
-        set_damaged_aside(self.folder, self.step, inputs.resume)
-        self.log = MetricsLog(self.folder, self.step)
-        self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
+        self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
+        with writing_to(self.folder):
+            mend_folder(self.folder)
+            if inputs.resume is not None:
+                self._load(inputs.resume)
+            set_damaged_aside(self.folder, self.step, inputs.resume)
+            self.log = MetricsLog(self.folder, self.step)
+            # The run has evaluated, and its best adapter was left behind where the checkpoint was copied from.
+            self.is_best_missing = bool(evaluations and evaluations.first) and not lexists(self.folder / "best")
+            self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
+            settings = json.dumps(asdict(inputs.given), indent=1)
+            (self.folder / "grpo_config.json").write_text(settings, encoding="utf-8")
         self.shown = list(dict.fromkeys([self.best.metric, "eval_pass@1"]))
-        settings = json.dumps(asdict(inputs.given), indent=1)
-        (self.folder / "grpo_config.json").write_text(settings, encoding="utf-8")
 
     @property
     def is_over(self) -> bool:
@@ -413,6 +417,7 @@ class Run:
     def _load(self, folder: Path) -> None:
         """Go on from a checkpoint: adapter, optimizer, parts, and last the random generators."""
         saved = read_state(folder)
+        refuse_other_ends(folder, self.identity["ends"])
         refuse_other_weights(folder, self.identity["weights"])
         load_adapter(folder, self.policy)
         loads = {name: part.load for name, part in {"optimizer": self.learner, **self.parts}.items()}
@@ -434,6 +439,11 @@ class Run:
         if self.inputs.resume is not None and self.is_over:
             at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
             self.progress.say(f"{at}: nothing is left to train")
+        if self.is_best_missing:
+            self.progress.say(
+                f"{self.folder} has no best/ of the run so far: put it there before a resume, or the next evaluation "
+                "is the best"
+            )
         if self.evaluations is not None and self.evaluations.have_changed:
             self.progress.say(
                 "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
