@@ -243,6 +243,17 @@ def test_what_a_kill_left_in_the_folder_is_settled(tmp_path):
     assert not found["adapter"].exists()
 
 
+def test_a_checkpoint_resumed_from_elsewhere_without_its_best_adapter_is_said(tmp_path, finished, capsys):
+    given = {**SETTINGS, "resume_from_checkpoint": str(finished / "checkpoint-3"), "max_steps": 3}
+    run(tmp_path, **given)
+    words = "out has no best/ of the run so far: put it there before a resume, or the next evaluation is the best"
+    assert words in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(finished / "best", tmp_path / "out/best")
+    run(tmp_path, **given)
+    assert words not in capsys.readouterr().err and (tmp_path / "out/best/best.json").is_file()
+
+
 def test_the_best_adapter_survives_a_kill_between_the_two_renames(out):
     record = (out / "best/best.json").read_text()
     os.replace(out / "best", out / f"best{REPLACED}")

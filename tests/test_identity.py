@@ -1,6 +1,7 @@
 """A resumed run is the same run: model, adapter, tokenizer, data and rewards."""
 
 import copy
+import functools
 import json
 import shutil
 
@@ -15,7 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo.task import answer_reward
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.identity import identity_of, refuse_another_run, refuse_other_weights, weights_of
+from lowmem_grpo.identity import (
+    identity_of,
+    refuse_another_run,
+    refuse_other_ends,
+    refuse_other_weights,
+    weights_of,
+)
 from lowmem_grpo.rewards import (
     RewardRunner,
     get_code_reward,
@@ -143,8 +150,51 @@ def test_a_reward_whose_source_code_changed_is_said(tmp_path, given):
 
     mended.__name__ = "length_reward"
     resume = resume_of(tmp_path, identity_of(**{**given, "rewards": RewardRunner([length_reward])}))
-    with pytest.warns(UserWarning, match="the reward length_reward has other source code than in"):
+    with pytest.warns(UserWarning, match="the reward length_reward has other source code or settings than in"):
         refuse_another_run(resume, identity_of(**{**given, "rewards": RewardRunner([mended])}))
+
+
+class Scaled:
+    """Rewards by a user's own class, function that makes one, or partial, of one source code."""
+
+    def __init__(self, scale):
+        self.scale, self.itself = scale, self
+
+    def __call__(self, completions, scale=1.0, **kwargs):
+        return [self.scale * scale for _ in completions]
+
+    def method(self, completions, **kwargs):
+        return self(completions)
+
+
+def scaled(scale):
+    def reward(completions, **kwargs):
+        return [scale for _ in completions]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Scaled, scaled, lambda scale: Scaled(scale).method, lambda scale: functools.partial(scaled(1), scale=scale),
+        lambda scale: functools.partial(scaled(scale), n=1), lambda scale: functools.partial(Scaled(1), scale=scale),
+    ],
+)  # fmt: skip
+def test_a_reward_of_the_users_that_was_made_with_other_settings_is_said(tmp_path, given, make):
+    was, same, other = (identity_of(**{**given, "rewards": RewardRunner([make(scale)])}) for scale in (0.1, 0.1, 5.0))
+    resume = resume_of(tmp_path, was)
+    refuse_another_run(resume, same)
+    with pytest.warns(UserWarning, match="the reward .* has other source code or settings than in"):
+        refuse_another_run(resume, other)
+
+
+def test_other_tokens_that_end_a_completion_are_refused(tmp_path):
+    """As after an edit of generation_config.json, which no other part of an identity shows."""
+    resume = resume_of(tmp_path, {"ends": [1]})
+    refuse_other_ends(resume, [1])
+    with pytest.raises(InputError, match=r"another model: the ids that end a completion are \[1, 2\], and were \[1\];"):
+        refuse_other_ends(resume, [1, 2])
 
 
 def test_the_weights_of_the_base_are_those_of_the_checkpoint(tmp_path):

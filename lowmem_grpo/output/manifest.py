@@ -18,6 +18,8 @@ def write_manifest(folder: Path, names: Iterable[str]) -> None:
 
 def damage(folder: Path) -> str | None:
     """The first file of a folder that is not as its manifest says, in words, or None."""
+    if not (folder / NAME).exists():
+        return f"it has no {NAME}"
     try:
         for name, digest in _read(folder).items():
             path = folder / name
