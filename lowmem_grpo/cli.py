@@ -373,7 +373,11 @@ def run_data(given: dict[str, Any]) -> int:
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
         previews = make_previews(found, count)
     with writing_output():
-        for text in [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]:
+        for text in [
+            as_text(found, previews),
+            *found.notes,
+            *(fault.text for fault in faults(found.rewards, previews)),
+        ]:
             print(printable_text(text))
     return 0
 

@@ -147,10 +147,15 @@ def _settings(function: Callable) -> Any:
         named = [_plain(function.keywords)] if function.keywords else []
         return [*map(_plain, function.args), *named, *([] if _is_ours(function) else [_settings(function.func)])]
     if inspect.ismethod(function) and not _is_ours(function):
-        function = function.__self__
-    elif inspect.isroutine(function):
+        return _settings_of(function.__self__)
+    if inspect.isroutine(function):
         return _plain(inspect.getclosurevars(function).nonlocals)
-    return _plain({name: value for name, value in vars(function).items() if isinstance(value, (str, int, float))})
+    return _settings_of(function)
+
+
+def _settings_of(one: Any) -> Any:
+    """The attributes of an object that are texts or numbers."""
+    return _plain({name: value for name, value in vars(one).items() if isinstance(value, (str, int, float))})
 
 
 def _plain(value: Any) -> Any:
