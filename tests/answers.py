@@ -82,6 +82,10 @@ ANSWERS = {
         5 => the answer is 5
         5 => It is 5 apples.
         5 => Price: 5
+        5 <!> 5 twelfths
+        5 <!> 5 octillion
+        5 <!> 5\text{th}
+        5 => 5\text{ paths}
         """,
     "units": r"""
         18 <=> 18元
@@ -108,6 +112,22 @@ ANSWERS = {
         25℃ <!> 25℉
         5 kg <!> 5 g
         5 hours <!> 5 minutes
+        5 km <!> 5 km²
+        5 m <!> 5 mi
+        5 light years <!> 5 years
+        5 nautical miles <!> 5 miles
+        3 troy ounces <!> 3 ounces
+        3 man-hours <!> 3 hours
+        5 \mu\text{m} <=> 5 µm
+        5\,\mu m <!> 5 mm
+        3\ \mathrm{k}\Omega <=> 3000 ohms
+        3\ \mathrm{M}\Omega <!> 3\ \mathrm{m}\Omega
+        2\mu N <!> 2
+        3\,\frac{\mathrm{m}}{\mathrm{s}^2} <=> 3 m/s^2
+        3 \frac{\text{m}}{\text{s}} <!> 3 \frac{\text{s}}{\text{m}}
+        F = 10 N <=> 10 N
+        F = 10 N <!> 10 J
+        v_0 = 5 m/s <=> 5 m/s
         """,
     "currencies": r"""
         18 <=> $18
@@ -142,6 +162,8 @@ ANSWERS = {
         ₹18 <!> ₦18
         $18 <!> 18 cents
         $18 <!> $18 million
+        $3 per kg <!> $3 per lb
+        $3 per day <=> $3
         """,
     "percent": r"""
         12.5\% <=> 12.5
@@ -291,6 +313,9 @@ ANSWERS = {
         \pm 2 <!> 2
         \emptyset <!> 0
         \emptyset <!> \{0\}
+        \{1, 2, \{3\}\} <!> \{1, 2, 3\}
+        \{3\} <=> 3
+        1, 2, 3, ... <!> 1, 2, 3
         """,
     "intervals": r"""
         (1, \infty) <=> (1,∞)
@@ -388,6 +413,9 @@ ANSWERS = {
         x = 1, y = 2 <!> (2, 1)
         (1, 2), (3, 4) <!> (1, 3), (2, 4)
         D = (0, 1) <!> E = (0, 1)
+        y = 1, x = 2 <=> (2, 1)
+        y = 1, x = 2 <!> (1, 2)
+        m = 2, b = 3 <=> (2, 3)
         """,
     "expressions": r"""
         \sqrt{2} <=> √2
@@ -421,6 +449,16 @@ ANSWERS = {
         x_1 <!> x_2
         \frac{1+\sqrt{5}}{2} <!> 2
         f(x) <!> f(y)
+        -1 <=> i^2
+        e^{i\pi} <=> -1
+        1 + \sqrt{3}i <=> 2(\cos 60^\circ + i\sin 60^\circ)
+        \frac{1}{i} <=> -i
+        z = 3 + 4i <=> 4i + 3
+        x = \pm 2i <=> 2i, -2i
+        I^2 R <!> -R
+        \sin 30^\circ <=> \frac{1}{2}
+        \sin 30^\circ <!> \sin 30
+        \frac{\partial f}{\partial x} <!> \frac{\partial f}{\partial y}
         """,
     "equations": r"""
         5 <=> x = 5
@@ -563,6 +601,7 @@ ANSWERS = {
         Jan 2, 2023 <!> Feb 1, 2023
         Jan 2, 2023 <!> Jan 2, 2024
         Jan 2, 2023 <!> 2023-02-01
+        2019-2020 <!> -1
         """,
     "prefixes and symbols": r"""
         5 MPa <!> 5 mPa
@@ -636,6 +675,9 @@ ANSWERS = {
         3 hours 90 minutes <!> 3 hours
         2 dollars 50 cents <!> $2.05
         1:30 <!> 1.5 hours
+        3 kg of apples <!> 3 apples
+        3 kg of apples <=> 3 kg
+        3 boxes of books <!> 3 books
         """,
     "directions": r"""
         5 loss <!> 5 gain
@@ -665,6 +707,11 @@ ANSWERS = {
         5 days late <!> 5 days early
         5 ahead <!> 5 behind
         30% more <!> 30% less
+        5 <!> 5以上
+        5 <!> 5 이하
+        5 <!> 5 oder mehr
+        5 <!> 5 o más
+        5 <!> 5 или больше
         """,
     "magnitudes": r"""
         5 million <=> 5,000,000
@@ -702,6 +749,13 @@ ANSWERS = {
         half a million <!> 1/2
         2.5 thousand <!> 2.5 million
         3 trillion <=> 3 \times 10^{12}
+        5 <!> 5 millones
+        5 <!> 5 Mrd.
+        5 <!> 5 тысяч
+        5 <!> 5 लाख
+        5 <!> 5 ألف
+        5 <!> 5 ล้าน
+        5 <!> 5 Dutzend
         """,
     "typed formulas": r"""
         pi/2 <=> \frac{\pi}{2}
@@ -823,6 +877,8 @@ ANSWERS = {
         12\pi \text{ cm}^2 <!> 12\pi \text{ m}^2
         36 sq ft <!> 36 ft
         60 rpm <!> 60 bpm
+        2H_2 + O_2 \to 2H_2O <=> 2H_2 + O_2 \rightarrow 2H_2O
+        \ce{H2O} <=> H_2O
         """,
     "money": r"""
         $2.5B <=> 2.5 billion dollars

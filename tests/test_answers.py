@@ -78,6 +78,14 @@ def test_the_table_has_three_hundred_pairs_and_every_side_equals_itself():
         ("5", "less than 5", 0.0), ("5", "It is double 5.", 0.0), ("5", "5 below zero", 0.0), ("5", "half of 5", 0.0),
         ("5", "So $5 million.", 1.0), ("5", "It is 5!", 1.0), ("5", "He is 5 times as fast, so he wins.", 1.0),
         ("Paris", "<answer>The answer is Paris.</answer>", 1.0), ("Paris", "<answer>The answer is Rome.</answer>", 0.0),
+        ("5", "It is 3 or 5.", 0.0), ("5", "It is between 3 and 5.", 0.0), ("5", "It is 3-5.", 0.0), ("5", "3 to 5", 0.0),
+        ("5", "It is - 5.", 0.0), ("-5", "It is - 5.", 1.0), ("-5", "It is –5.", 1.0), ("5", "- 5 apples", 1.0),
+        ("5", "It is ln(5).", 0.0), ("5", "It is log 5.", 0.0), ("5", "It is 5 pi.", 0.0), ("5", "It is the 5th.", 0.0),
+        ("5", "So 5 < x.", 0.0), ("5", "in release 2.5.5", 0.0), ("5", "up to 5", 0.0), ("5", "It can't be 5.", 0.0),
+        ("5", "It is not equal to 5.", 0.0), ("5", "答案不是5。", 0.0), ("5", "Es sind mehr als 5.", 0.0),
+        ("5", "Son más de 5.", 0.0), ("5", r"so \boxed{5", 0.0), ("5", "5 and a half", 0.0), ("5", "Son 5 manzanas.", 1.0),
+        (r"\frac12", r"It is 3 \frac{1}{2}.", 0.0), (r"2\sqrt{3}", "It is 2*sqrt(3).", 1.0), ("$5", "It costs €5.", 0.0),
+        ("5 km", "It is 5 km².", 0.0), ("5 km", "It is 5 square km.", 0.0), ("5 km²", "It is 5 square km.", 1.0),
     ],
 )  # fmt: skip
 def test_without_a_box_the_whole_formula_that_holds_the_last_number_is_the_answer(gold, text, reward):

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 
-from lowmem_grpo.rewards.letters import END, POWER, TOUCHING, WORD, with_words_marked
+from lowmem_grpo.rewards.letters import END, LETTERS, POWER, TOUCHING, WORD, with_words_marked
 from lowmem_grpo.rewards.units import CODES, CURRENCY, SYMBOLS, conversion, is_known, is_symbol, is_unit, unit_name
 
 MONEY = re.compile(rf"^(-?) *({CURRENCY}|(?:{CODES}|Rs\.?|kr\.?)(?![a-z])) *(?=[-\d.(\\])|(?<=[\d)}}]) *({CURRENCY})$")
@@ -13,7 +13,8 @@ UNIT = re.compile(rf"(?<=[\d}})\]%]) *({WORD}[^{END}]*{END}(?: */ *{WORD}?[^\W\d
 # Symbols of units behind a number alone; in 2x^2 h a letter is a factor.
 SYMBOL = r"[a-zA-Z\u00b5\u03bcΩ]{1,4}(?: *\^ *(?:\{ *-?\d *\}|-?\d))?"
 NUMBER_AND_SYMBOLS = re.compile(
-    r"(-?(?:[\d.,/]+|\\frac\{\d+\}\{\d+\})(?: \\times 10\^\{-?\d+\})?(?: ?\\pi)?) "
+    r"((?:[A-Za-z](?:_(?:\w|\{\w+\}))? *= *)?"  # F = 10 N
+    r"-?(?:[\d.,/]+|\\frac\{\d+\}\{\d+\})(?: \\times 10\^\{-?\d+\})?(?: ?\\pi)?) "
     rf"({SYMBOL}(?:(?: *(?:/|\*|\\cdot) *| ){SYMBOL})*)"
 )
 # \text{ cubic inches}, \mathrm{m s^{-1}} or \text{kg}\cdot\text{m} at the end of a formula.
@@ -28,6 +29,7 @@ ENDS_A_VALUE = re.compile(
     r"(?:[\d})\]!%|']|\\(?:pi|theta|alpha|beta|phi|lambda|infty)|(?<![^\W\d_])(?<!\\)[^\W\d_]{1,2}) *$"
 )
 OPTION = re.compile(r"\(?[A-Z]\)?[.:]?")
+FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 FEET_AND_INCHES = re.compile(r"^(\d+)' *(\d+(?:\.\d+)?)(?:\"|'')$")
 PART = re.compile(r"(\d+(?:\.\d+)?) ?([^\W\d_]+)")
 IN_PARTS = re.compile(rf"{PART.pattern}(?:,? (?:and )?{PART.pattern}){{1,3}}|\d+h ?\d+m(?:in)?")
@@ -40,6 +42,8 @@ def amount(text: str) -> tuple[str, str]:
     marked = with_words_marked(text)
     if not unit:
         marked, unit = _without_unit(marked)
+    if currency and re.search(r"-\d", unit):  # $5 per kg
+        return marked, " ".join(sorted([currency, *unit.split()]))
     return marked, currency or unit
 
 
@@ -67,7 +71,7 @@ def _without_marked_unit(text: str) -> tuple[str, str]:
         return text, ""
     value = text[: found.start()].rstrip()
     content = re.sub(r"\\[a-zA-Z]+|[{}^]", " ", found[1])
-    names = re.findall(r"[^\W\d_]+", content)
+    names = re.findall(LETTERS, content)
     if not names or re.search(r"(?<![-\w ])\d|[^\w\s/.'-]", content) or not ENDS_A_VALUE.search(value):
         return text, ""
     if not is_unit(names) or OPTION.fullmatch(value) or (len(names[0]) == 1 and not is_symbol(names[0])):
@@ -90,7 +94,7 @@ def _without_currency(text: str) -> tuple[str, str]:
 def _without_unit(marked: str) -> tuple[str, str]:
     """The value and the one name of the unit at its end, or ''."""
     degree = DEGREE.search(marked)
-    if degree:
+    if degree and not FUNCTION.search(marked[: degree.start()]):  # the sine of 30 degrees has no unit
         return marked[: degree.start()], "degree" + degree[1].lower()
     symbols = NUMBER_AND_SYMBOLS.fullmatch(marked.replace(WORD, "").replace(END, ""))
     unit = re.sub(r"\\cdot", " ", symbols[2]) if symbols else ""
@@ -101,7 +105,7 @@ def _without_unit(marked: str) -> tuple[str, str]:
     if not found:
         return marked, ""
     value = marked[: found.start()]
-    words = re.findall(r"[^\W\d_]+", found[1])
+    words = re.findall(LETTERS, found[1])
     if not words or not is_unit(words) or re.search(r"\d", found[1]) or WORD in value.rpartition("=")[2]:
         return marked, ""
     if found[0][0] == WORD and not all(is_symbol(word) or not word.isascii() for word in words):  # 2abcd

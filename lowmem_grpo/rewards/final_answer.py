@@ -5,9 +5,9 @@ import re
 
 from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
 from lowmem_grpo.rewards.number import as_number, is_number
-from lowmem_grpo.rewards.number_words import OTHER_BEHIND, OTHER_NUMBERS, PLACES
+from lowmem_grpo.rewards.number_words import COMPARED, OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
-from lowmem_grpo.rewards.units import conversion, is_known, unit_name
+from lowmem_grpo.rewards.units import CURRENCY, conversion, is_known, unit_name
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
@@ -62,27 +62,40 @@ IN_FULL = {
 }  # fmt: skip
 # Beside the last number of a sentence, what makes it another one: less than 5, half of 5; 5 below zero.
 CHANGED_BEFORE = re.compile(
-    r"(?:\b(?:than|least|most|minus|negative|not|never|except|under|below|above|double|twice|triple|half|all but"
-    r"|(?:half|double|square|cube|root|factorial|multiple|inverse|opposite|negative) of(?: the)?)\s+)\Z",
+    r"(?:\b(?:than|least|most|minus|negative|not(?: be| equal to)?|\w+n't(?: be)?|cannot be|never|except|under|below"
+    r"|above|double|twice|triple|half|all but|up to|log|ln|between \S+ and"
+    r"|m[aá]i?s (?:de|que|do que)|menos (?:de|que)|(?:plus|moins) de|als|больше|меньше|более|менее|не|nicht"
+    r"|(?:half|double|square|cube|root|factorial|multiple|inverse|opposite|negative) of(?: the)?)\s+"
+    r"|\d,? (?:or|to|through) |(?:不是|超过|超過|至少|至多|[大小多少]于|不到|不足) ?)\Z",
     re.IGNORECASE,
 )
 CHANGED_BEHIND = re.compile(
-    r"\s*(?:squared|cubed|factorial|(?:[^\W\d]+ )?below zero|or (?:more|less)|at (?:most|least))\b", re.IGNORECASE
+    r"\s*(?:squared|cubed|factorial|(?:[^\W\d]+ )?below zero|or (?:more|less)|at (?:most|least)"
+    r"|and (?:a|one) (?:half|third|quarter))\b|(?:st|nd|rd|th)\b",
+    re.IGNORECASE,
 )
 MAGNITUDE = re.compile(r" (?:hundred|thousand|million|billion|trillion)\b")
-UNIT = re.compile(r" ?([^\W\d_]+|\u00b0[CF]?)(?:/[^\W\d_]+)?(?:\^\d|[\u00b2\u00b3])?(?!\w)")
+SIGN_APART = re.compile(r"(?:\b(?:is|equals|to)|[=:]) *[-\u2212\u2013] *\Z| \u2013\Z")  # of a number: x = - 18, is –18
+MONEY_BEFORE = re.compile(rf"(?:{CURRENCY}) ?\Z")
+UNIT = re.compile(
+    r" ?((?:(?:square|cubic|sq\.?|cu\.?) )?[^\W\d_\u00b2\u00b3]+|\u00b0[CF]?)"
+    r"(?:/[^\W\d_]+)?(?:\^\d|[\u00b2\u00b3])?(?!\w)"
+)
 OF_A_UNIT = re.compile(r"\d ([^\W\d_]+(?:/[^\W\d_]+)?)\^\Z")  # an exponent: 5 cm^2
+EXPONENTS = str.maketrans("²³", "23")
 NO_UNITS = {"in", "us", "am", "at", "as"}  # in a sentence
 LONGEST_FORMULA = 200  # characters without a delimiter
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
 # The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
-BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×÷·]|[!<>]=|\\[a-zA-Z]+) )*\S+$")
+BARE = re.compile(r"(?:\S+ (?:[-+*/=<>≤≥≠x×÷·]|[!<>]=|\\[a-zA-Z]+) )*(?:\d+ (?=\\[dt]?frac))?\S+$")
 SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-⅞]|\d[⁰¹²³⁴-⁹⁺⁻]|!=|\.\d*\(\d")
 
 # A number that these touch is a part: 5 / 6, 2x + 3, 2**10, 3:45, 2024-01-05; 25π, 5x, 12_8.
-PART_BEFORE = re.compile(r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z")
-PART_BEHIND = re.compile(r"[πθ]|[ixyz](?![^\W\d_])|_\d| ?÷ ?\d| ?pi\b")
+PART_BEFORE = re.compile(
+    r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z|\d(?: ?[-–−] ?|\.)\Z|[a-z]\(\Z"
+)
+PART_BEHIND = re.compile(r"[πθ]|[ixyz](?![^\W\d_])|_\d| ?÷ ?\d| ?pi\b| ?[<>≤≥≠]=? ?\w")
 POINT_BEFORE, POINT_BEHIND = re.compile(r"[(\[](?:[^\s,()\[\]]*\d[^\s,()\[\]]*, *)+\Z"), re.compile(r" *[)\]]")
 
 
@@ -185,6 +198,8 @@ def _is_name(text: str) -> bool:
 def _plain_words(text: str) -> list[str] | None:
     """The words beside a number, without fillers at their end; None where they make another number of it."""
     words = BETWEEN_LETTERS.sub(" ", text).replace("left over", "left").translate(PUNCTUATION).lower().split()
+    if any(map(COMPARED.search, words)):
+        return None
     if not all(word.isalpha() and word not in OTHER_NUMBERS and (len(word) > 1 or word == "a") for word in words):
         return None
     while words and words[-1] in FILLERS:
@@ -216,6 +231,8 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     Where gold is no number, a formula behind the last number counts, too, and the number keeps its unit. In a formula
     that does not end, as where a completion was cut off, nothing is an answer.
     """
+    if BOX in text and _boxed(text)[0] is None:
+        return None  # cut off in its box
     wants_number = gold is None or _is_number(gold)
     text = SUM.sub("", TAG.sub(" ", text))
     groups, numbers = _formula_groups(text, 0), list(NUMBER.finditer(text))
@@ -239,9 +256,14 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     point, behind = POINT_BEFORE.search(text, earliest, last.start()), POINT_BEHIND.match(text, last.end())
     if point and behind:
         return text[point.start() : behind.end()]
-    is_part = PART_BEFORE.search(text, earliest, last.start()) or PART_BEHIND.match(text, last.end())
+    part_behind = PART_BEHIND.match(text, last.end())
+    if part_behind and bare.endswith(last[0]):
+        bare += part_behind[0]
+    is_part = PART_BEFORE.search(text, earliest, last.start()) or part_behind
     if (is_part or SIGN_OF_A_FORMULA.search(bare)) and bare.count("{") == bare.count("}"):
         return bare
+    if last[0].lstrip("$")[:1].isdigit() and SIGN_APART.search(text, earliest, last.start()):
+        return "-" + last[0]
     before, after = CHANGED_BEFORE.search(text, earliest, last.start()), CHANGED_BEHIND.match(text, last.end())
     if before or after:
         return text[before.start() if before else last.start() : after.end() if after else last.end()]
@@ -251,8 +273,12 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     if magnitude and gold is not None and as_number(gold) != as_number(last[0]):  # GSM8K asks for millions
         return last[0] + magnitude[0]
     asks_for_unit = gold is not None and (not wants_number or "%" in gold or "$" in gold)
+    money = MONEY_BEFORE.search(text, earliest, last.start()) if asks_for_unit else None
+    if money:
+        return money[0] + last[0]
     unit = UNIT.match(text, last.end()) if asks_for_unit else None
-    return last[0] + (unit[0] if unit and unit[1] not in NO_UNITS and is_known(unit_name(unit[0])) else "")
+    known = unit and unit[1] not in NO_UNITS and is_known(unit_name(unit[0].translate(EXPONENTS)))
+    return last[0] + (unit[0] if unit and known else "")
 
 
 def _formula_groups(text: str, start: int) -> list[list[re.Match]]:

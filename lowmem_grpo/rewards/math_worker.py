@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import sympy
@@ -32,6 +33,11 @@ USUAL_SIGNS = {
     r"\\rbrace(?![a-z])": r"\\}", r"\\varnothing|\\\{ *\\\}": r"\\emptyset", r"\\(?:lor|vee)(?![a-z])": r" \\lor ",
     r"\\(?:land|wedge)(?![a-z])": r" \\land ",
 }  # fmt: skip
+# \sin 30^\circ, of which latex2sympy leaves the sign for degrees out.
+OF_DEGREES = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])(?: *\^ *\{?\d\}?)? *[({]? *)"
+    r"(\d+(?:\.\d+)?) *\^ *(?:\\circ(?![a-z])|\{ *\\circ *\})"
+)
 INTERVAL = re.compile(r"([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])")
 # D = (0, 1) or (x, y) = (1, 2); but not y = (x + 1)(x + 2)
 NAMED_BRACKETS = re.compile(
@@ -107,6 +113,7 @@ def is_equal(gold: str, answer: str) -> bool:
 def _in_usual_signs(text: str) -> str:
     for sign, usual in USUAL_SIGNS.items():
         text = re.sub(sign, usual, text)
+    text = OF_DEGREES.sub(r"\1\\frac{\2\\pi}{180}", text)
     interval = INTERVAL.fullmatch(text.strip())
     if interval:  # ]0, 1[ and [0; 1]
         left, ends, right = interval.groups()
@@ -257,16 +264,33 @@ def _same_group(gold: Group, answer: Group) -> bool:
             return False  # p \lor q is not p, q; but x = 1 \lor x = 2 is 1, 2
     names = [{str(item.lhs) for item in side.items if isinstance(item, sympy.Eq)} for side in (gold, answer)]
     if "(" in brackets or (names[0] != names[1] and max(map(len, names)) > 1):
-        return all(same(own, given) for own, given in zip(gold.items, answer.items, strict=True))
+        sides = [_by_name(side) if "(" in brackets and not side.bracket else side.items for side in (gold, answer)]
+        return all(_same_item(own, given) for own, given in zip(*sides, strict=True))
     left = list(answer.items)
     for item in gold.items:
         found = (
-            left.index(item) if item in left else next((i for i, other in enumerate(left) if same(item, other)), None)
+            left.index(item)
+            if item in left
+            else next((i for i, other in enumerate(left) if _same_item(item, other)), None)
         )
         if found is None:
             return False
         del left[found]
     return True
+
+
+def _by_name(group: Group) -> tuple:
+    """The items of a point: y = 1, x = 2 in the order of the alphabet, and m = 2, b = 3 as they stand."""
+    names = [str(item.lhs) if isinstance(item, sympy.Eq) else "" for item in group.items]
+    if "".join(sorted(names)) not in ascii_lowercase or not all(map(len, names)):
+        return group.items
+    return tuple(item for _, item in sorted(zip(names, group.items, strict=True), key=lambda pair: pair[0]))
+
+
+def _same_item(gold: Any, answer: Any) -> bool:
+    r"""Compare two items of groups, of which \{3\} is not 3."""
+    alone = [isinstance(side, Group) and len(side.items) == 1 for side in (gold, answer)]
+    return alone[0] == alone[1] and same(gold, answer)
 
 
 def _same_single(gold: Any, answer: Any) -> bool:
@@ -302,10 +326,19 @@ def parsed(text: str, keep_case: bool) -> Any:
     for part in dict.fromkeys((text, get_last_eq(text))):
         try:
             is_real = not grader.should_treat_as_complex(part)
-            return latex2sympy(part, is_real=is_real, normalization_config=None, conversion_config=config)
+            formula = latex2sympy(part, is_real=is_real, normalization_config=None, conversion_config=config)
+            return _with_imaginary_unit(formula)
         except Exception:  # whatever it makes of a text that is no LaTeX
             continue
     return None
+
+
+def _with_imaginary_unit(formula: Any) -> Any:
+    """A number whose only letter is i, as a complex number: -1 is i^2."""
+    if isinstance(formula, sympy.Eq):
+        return sympy.Eq(formula.lhs, _with_imaginary_unit(formula.rhs), evaluate=False)
+    symbols = formula.free_symbols if isinstance(formula, sympy.Basic) else set()
+    return formula.subs(symbols.pop(), sympy.I) if {str(symbol) for symbol in symbols} == {"i"} else formula
 
 
 def same_number(a: Any, b: Any, *_: int) -> bool:

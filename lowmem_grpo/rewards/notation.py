@@ -34,6 +34,18 @@ ROUGHLY_EQUAL = re.compile("~=(?!~)| =~ ")  # or unequal, in some languages
 DOTS_AND_COMMA = re.compile(r"(?<![\w.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,.])")  # 1.234,56
 SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\s)+")
 SHORT_FRACTION = re.compile(r"\\[dtc]?frac *(?:\{ *(\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))")  # \frac12
+# At the end of an answer, units that LaTeX has no sign for: 5 \mu m and 5\,\mu\mathrm{F}, but 2\mu N is a force of
+# friction; 10\ \mathrm{k}\Omega, and 3\,\frac{\text{m}}{\text{s}^2}.
+TYPE = r"\\(?:text|math)(?:rm|normal)? *"
+MICRO = re.compile(
+    rf"(?<=[\d}}]) *(?:{TYPE}\{{ *)?\\mu *"
+    rf"(?:{TYPE}\{{ *([a-zA-Z]{{1,3}}) *\}}|([msLlAFCVWH]|Pa|mol|Hz)(?![a-zA-Z]) *\}}?)$"
+)
+OHM = re.compile(rf"(?<=[\d}}]) *(?:{TYPE}\{{ *([kMGm]?) *\}}? *)?\\Omega *\}}?$")
+UNIT_IN_FRACTION = re.compile(
+    rf"(?<=[\d}}]) *\\frac *\{{ *{TYPE}\{{ *(\w+) *\}} *\}} *"
+    rf"\{{ *{TYPE}\{{ *(\w+)(?:\^(\d))? *\}}(?: *\^ *\{{? *(\d) *\}}?)? *\}}$"
+)
 REPEATING = re.compile(
     r"(?<![\w.])(\d*)[.,](\d*)(?:\\(?:overline|bar|dot) *(?:\{ *(\d+) *\}|(\d))|\((\d+)\)"  # 0.1\overline{6}, 0.1(6)
     r"|\\dot *(?:\{(\d)\}|(\d))(\d*)\\dot *(?:\{(\d)\}|(\d))"  # 0.\dot{1}4285\dot{7}
@@ -60,6 +72,10 @@ def plain(text: str) -> str:
     text = ROUGHLY_EQUAL.sub(r" \\simeq ", text)
     text = DOTS_AND_COMMA.sub(lambda number: f"{number[1].replace('.', '')}.{number[2]}", text)
     text = SPACE.sub(" ", OTHER_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))
+    if "\\mu" in text or "\\Omega" in text or "\\frac" in text:
+        text = OHM.sub(lambda ohm: f" \\text{{{ohm[1] or ''}\N{GREEK CAPITAL LETTER OMEGA}}}", text)
+        text = MICRO.sub(lambda micro: f" \\text{{\N{MICRO SIGN}{micro[1] or micro[2]}}}", text)
+        text = UNIT_IN_FRACTION.sub(_unit_in_a_line, text)
     text = typed(text)
     text = SHORT_FRACTION.sub(r"\\frac{\1\2}{\3\4}", text)
     text = GOES_ON.sub(_repeating, REPEATING.sub(_repeating, text))
@@ -80,6 +96,11 @@ def _without_unicode(text: str) -> str:
 def _small_fraction(found: re.Match) -> str:
     numerator, _, denominator = unicodedata.normalize("NFKC", found[0]).replace("/", "⁄").partition("⁄")
     return rf" \frac{{{numerator}}}{{{denominator}}}"
+
+
+def _unit_in_a_line(found: re.Match) -> str:
+    exponent = found[3] or found[4]
+    return rf" \text{{ {found[1]}/{found[2]}{'^' + exponent if exponent else ''}}}"
 
 
 def _digits(found: re.Match) -> str:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from lowmem_grpo.rewards.number_words import MAGNITUDES, NO_NOUN, OTHER_BEHIND
+from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDES, NO_NOUN, OTHER_BEHIND
 
 # Units that are so many of others; of a noun that is neither here nor in BASES only the name is known.
 DEFINITIONS = {
@@ -51,8 +51,8 @@ SYMBOLS = {a + b: PREFIXES[a] + name for a, (b, name) in product(PREFIXES, WITH_
 # C and F are ambiguous, and so are "pound" and "degree": see AMBIGUOUS.
 SYMBOLS |= WITH_PREFIXES | {
     "KB": "kilobyte", "dB": "decibel", "cd": "candela", "lm": "lumen", "lx": "lux", "atm": "atmosphere",
-    "ha": "hectare", "M": "molar", "mM": "millimolar", "uM": "micromolar", "nM": "nanomolar", "pm": "pm", "C": "C",
-    "F": "F",
+    "ha": "hectare", "M": "molar", "mM": "millimolar", "uM": "micromolar", "nM": "nanomolar", "pM": "picomolar",
+    "pm": "pm", "C": "C", "F": "F",
 }  # fmt: skip
 BY_LETTERS: dict[str, list[str]] = {}  # symbols without regard to case
 for _symbol in SYMBOLS:
@@ -72,6 +72,8 @@ PHRASES = {
         r"\\pounds|\bpounds? sterling\b": "quid", r"\bmetric tons?\b": "tonne",
         r"\bdegrees? (?:c|celsius|centigrade)\b": "celsius", r"\bdegrees? (?:f|fahrenheit)\b": "fahrenheit",
         r"\bfluid ounces?\b|\bfl\.? oz\b": "fluidounce",
+        r"\blight[- ]years?\b": "lightyear", r"\bnautical miles?\b": "nauticalmile",
+        r"\btroy (?:ounces?|oz)\b": "troyounce", r"\b(?:man|person)[- ]hours?\b": "personhour",
     }.items()
 }  # fmt: skip
 AMBIGUOUS = {
@@ -107,18 +109,20 @@ PART = re.compile(rf"{CURRENCY}|[^\W\d_]+|/|-?\d")
 def unit_name(text: str, power: str = "") -> str:
     """The names of a unit with their exponents, in one order: `hour-1 mile` of miles per hour."""
     exponents: Counter[str] = Counter()
-    sign, following, last = 1, 1, ""
+    sign, following, last, is_content = 1, 1, "", False
     for phrase, name in PHRASES.items():
         text = phrase.sub(name, text)
     for part in PART.findall(text + power):
         word = part.lower()
         if word in ("/", "per"):
-            sign = -1
+            sign, is_content = -1, False
         elif word in ("square", "sq", "cubic", "cu"):
             following = 2 if word.startswith("sq") else 3
         elif last and (word in RAISED or re.fullmatch(r"-?\d", word)):
             exponents[last] *= RAISED.get(word) or int(word)
-        elif not (word in FILLERS and last):
+        elif word == "of" and last:  # 3 boxes of books are boxes
+            is_content = True
+        elif not is_content and not (word in FILLERS and last):
             last = _name(part)
             exponents[last] += sign * following
             following = 1
@@ -160,7 +164,7 @@ def is_symbol(run: str) -> bool:
 def is_unit(words: list[str]) -> bool:
     r"""Tell whether words behind a value may be its unit: `5 units squared`, but not `2 \text{ or}`, `18 thousand`."""
     words = [word if word in SYMBOLS else word.lower() for word in words]
-    if words[0] in NO_NOUN or words[0] in RAISED or words[0][0] in MAGNITUDES:
+    if words[0] in NO_NOUN or words[0] in RAISED or words[0][0] in MAGNITUDES or any(map(COMPARED.search, words)):
         return False
     return OTHER_BEHIND.isdisjoint(set(words) - set(RAISED))
 
@@ -184,8 +188,9 @@ def conversion(unit: str, other: str) -> Fraction | None:
     names, others = _names(unit), _names(other)
     both_known = is_known(unit) and is_known(other) and CURRENCIES.isdisjoint(names & others)  # $5 is $5 per day
     counts = NO_UNIT if is_known(unit) or is_known(other) else COUNTS
-    is_part = names <= others or others <= names
-    alike = (is_part and not both_known) or not counts.isdisjoint(names | others)
+    parts, other_parts = set(unit.split()), set(other.split())
+    is_part = parts <= other_parts or other_parts <= parts
+    alike = (is_part and not both_known) or not counts.isdisjoint(_above_the_line(unit) | _above_the_line(other))
     return Fraction(1) if alike else None
 
 
@@ -233,6 +238,11 @@ def _meanings(unit: str) -> list[str]:
 def _names(unit: str) -> set[str]:
     """The names in a unit, without their exponents."""
     return {_without_exponent(part)[0] for part in unit.split()}
+
+
+def _above_the_line(unit: str) -> set[str]:
+    """The names in a unit that are not `per` anything."""
+    return {name for name, exponent in map(_without_exponent, unit.split()) if exponent > 0}
 
 
 def _without_exponent(part: str) -> tuple[str, int]:

@@ -18,8 +18,9 @@ LOOKS = re.compile(
     r"(?![a-zA-Z])|\\color *\{\w+\}|^\s*\\approx(?![a-zA-Z])|\\!\s*"
 )
 BALANCED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+ARROW = re.compile(r"\\(?:to|(?:long)?rightarrow)(?![a-z])|->")
 IN_A_BOX = re.compile(
-    r"\\(?:fbox|boldsymbol|bm|underline|mathbf(?= *\{[^{}]*\{)|textcolor *\{\w+\}) *" + BALANCED + f"|^{BALANCED}$"
+    r"\\(?:fbox|ce|boldsymbol|bm|underline|mathbf(?= *\{[^{}]*\{)|textcolor *\{\w+\}) *" + BALANCED + f"|^{BALANCED}$"
 )
 BUILDER = re.compile(r"^\{( *[A-Za-z] *(?:\\mid|[|:]).*)\}$")  # {x | x > 3}
 PERCENT = re.compile(
@@ -46,7 +47,7 @@ NO_FORMULA = re.compile(
     r"\d *['\"\u2019\u201d]|\d */ *\d+ */ *\d|(?<!\d)\d{4}-\d\d-\d\d(?!\d)|\d *: *\d+ *: *\d|\\[lc]?dots|\.\.\."
     r"|\d\.\d+\.\d|(?<![_^\d])\d+ +\.?\d"
     r"|(?<!\w)0[xXbBoO][\dA-Fa-f]|(?<![\\\w])[A-Za-z]{1,3}\d|(?<=\d)[A-DF-Za-df-z]\d|\d[eE][-+]?\d{5}"
-    r"|\\(?:simeq|cong|equiv)(?![a-zA-Z])|(?:^|[\[{(,:]) *['\"]"
+    r"|\\(?:simeq|cong|equiv|partial)(?![a-zA-Z])|^\d{3,4}-\d{4}$|(?:^|[\[{(,:]) *['\"]"
     r"|[A-Z][a-z]?_(?:\{\d+\}|\d)[A-Z]|^\(?[A-Z]\) *(?![-+*/=^_\\<>,:\s]|$)|^[A-Z][.:] "
 )
 QUOTED = re.compile("^[\"'\u2018\u201c\u201d](.*)[\"'\u2019\u201d\u201c]$")  # a pair: the quote of A' is a prime
@@ -167,7 +168,8 @@ def _subscript_of_primes(found: re.Match) -> str:
 
 def _as_text(marked: str) -> str:
     text = marked.replace(WORD, "").replace(END, "").replace('"', "'").casefold()
-    text = re.sub(r"(?<=\d)\.\.\.|\.\.\.(?=\d)", "\u2026", text)  # 5... is no 5
+    text = re.sub(r"(?<=\d)\.\.\.|\.\.\.(?=\d)|(?<=,) ?\.\.\.", "\u2026", text)  # 5... is no 5
+    text = ARROW.sub("\u2192", text)
     text = re.sub(r"\(? *(?:in )?base[- ]?(\w+) *\)?$", r"_\1", text)
     text = re.sub(r" *_ *(?:\{ *(\w+) *\}|(\w+))", _subscript, text)
     text = re.sub(r"\(([\w.]+)\)(?=_)", r"\1", text)
