@@ -448,3 +448,10 @@ def test_a_name_that_no_terminal_shows_is_refused(name):
     function.__name__ = name
     with pytest.raises(InputError, match="give it a __name__ of printable characters"):
         RewardRunner([function])
+
+
+def test_a_function_that_seeds_or_draws_from_pytorch_does_not_change_what_is_sampled_next():
+    runner = RewardRunner([does(lambda: torch.manual_seed(0) and torch.rand(3))])
+    before = torch.get_rng_state()
+    runner(["p"], ["c"], [[1]], {}, 1)
+    assert torch.equal(torch.get_rng_state(), before)

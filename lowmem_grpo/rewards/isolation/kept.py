@@ -52,6 +52,19 @@ def _put_raising_filters(before: list) -> None:
     warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error" or rule in before]  # type: ignore[index]
 
 
+def _randomness() -> list[bytes]:
+    """The states of PyTorch's generators, with which the next completions are sampled."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return [state.numpy().tobytes() for state in states]
+
+
+def _put_randomness(states: list[bytes]) -> None:
+    own, *of_gpus = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
+    torch.set_rng_state(own)
+    if of_gpus:
+        torch.cuda.set_rng_state_all(of_gpus)
+
+
 SETTINGS = (
     Setting(torch.get_default_dtype, torch.set_default_dtype),
     Setting(torch.get_default_device, _put_device),
@@ -62,6 +75,7 @@ SETTINGS = (
     Setting(lambda: logging.root.manager.disable, logging.disable),
     # Only what was lowered: a parser raises the limit when it is imported, and needs it in every call.
     Setting(sys.getrecursionlimit, lambda limit: sys.setrecursionlimit(max(limit, sys.getrecursionlimit()))),
+    Setting(_randomness, _put_randomness),
 )
 
 
