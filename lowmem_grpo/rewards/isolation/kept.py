@@ -70,6 +70,7 @@ SETTINGS = (
     Setting(torch.get_default_device, _put_device),
     Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     Setting(sys.gettrace, sys.settrace),
+    Setting(lambda: sys.excepthook, lambda hook: setattr(sys, "excepthook", hook)),
     Setting(_folder, _put_folder),
     Setting(_raising_filters, _put_raising_filters),
     Setting(lambda: logging.root.manager.disable, logging.disable),
