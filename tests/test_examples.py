@@ -29,7 +29,9 @@ def main_of(name):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Those of steps and evaluations: the doctor may speak of so small a run."""
+    found = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in found if "doctor" not in line]
 
 
 def test_every_example_is_tested_here():
