@@ -85,6 +85,7 @@ OF_A_UNIT = re.compile(r"\d ([^\W\d_]+(?:/[^\W\d_]+)?)\^\Z")  # an exponent: 5 c
 EXPONENTS = str.maketrans("²³", "23")
 NO_UNITS = {"in", "us", "am", "at", "as"}  # in a sentence
 LONGEST_FORMULA = 200  # characters without a delimiter
+NEAR = 40  # characters before a number in which a word or sign may change it
 PERCENT = re.compile(r" *\\?%| *(?:percent|pct)\b")
 TAG, SUM = re.compile(r"</?\w+>"), re.compile(r"<<[^<>]*>>")  # of HTML, and GSM8K's: $<<9*2=18>>18
 # The formula without any delimiter that a number belongs to: 2\sqrt{3}, x > 5, 1.5 x 10^3, 3½.
@@ -241,7 +242,8 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     if not numbers:
         return _joined(formulas) if formulas else None
     last = numbers[-1]
-    of_unit = OF_A_UNIT.search(text, max(last.start() - LONGEST_FORMULA, 0), last.start())
+    near = max(last.start() - NEAR, 0)
+    of_unit = OF_A_UNIT.search(text, near, last.start()) if text[last.start() - 1 : last.start()] == "^" else None
     if of_unit and len(numbers) > 1 and is_known(unit_name(of_unit[1])):
         last = numbers[-2]
     if formulas and last.end() <= formulas_end and (last.start() >= formulas[0].start() or not wants_number):
@@ -259,12 +261,12 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     part_behind = PART_BEHIND.match(text, last.end())
     if part_behind and bare.endswith(last[0]):
         bare += part_behind[0]
-    is_part = PART_BEFORE.search(text, earliest, last.start()) or part_behind
+    is_part = PART_BEFORE.search(text, near, last.start()) or part_behind
     if (is_part or SIGN_OF_A_FORMULA.search(bare)) and bare.count("{") == bare.count("}"):
         return bare
-    if last[0].lstrip("$")[:1].isdigit() and SIGN_APART.search(text, earliest, last.start()):
+    if last[0].lstrip("$")[:1].isdigit() and SIGN_APART.search(text, near, last.start()):
         return "-" + last[0]
-    before, after = CHANGED_BEFORE.search(text, earliest, last.start()), CHANGED_BEHIND.match(text, last.end())
+    before, after = CHANGED_BEFORE.search(text, near, last.start()), CHANGED_BEHIND.match(text, last.end())
     if before or after:
         return text[before.start() if before else last.start() : after.end() if after else last.end()]
     if PERCENT.match(text, last.end()):
@@ -273,7 +275,7 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     if magnitude and gold is not None and as_number(gold) != as_number(last[0]):  # GSM8K asks for millions
         return last[0] + magnitude[0]
     asks_for_unit = gold is not None and (not wants_number or "%" in gold or "$" in gold)
-    money = MONEY_BEFORE.search(text, earliest, last.start()) if asks_for_unit else None
+    money = MONEY_BEFORE.search(text, near, last.start()) if asks_for_unit else None
     if money:
         return money[0] + last[0]
     unit = UNIT.match(text, last.end()) if asks_for_unit else None
