@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def does(work):
     return function
 
 
-def broken(*names, error=RuntimeError, base=object):
+def broken(*names, error=RuntimeError, base=object) -> Any:
     """A class whose methods of these names raise."""
 
     def method(self, *arguments, **keywords):
@@ -444,7 +445,7 @@ def test_a_limit_beyond_every_clock_is_none(seconds, in_main_thread):
 
 @pytest.mark.parametrize("name", [5, "", "\x1b[2J", "a\nb", "\ud800", None])
 def test_a_name_that_no_terminal_shows_is_refused(name):
-    function = functools.partial(sound)
+    function: Any = functools.partial(sound)
     function.__name__ = name
     with pytest.raises(InputError, match="give it a __name__ of printable characters"):
         RewardRunner([function])
