@@ -34,7 +34,7 @@ from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.policy import Policy
 
 DEMO = "demo"  # the demo's own model and prompts, whose completions end by themselves
-RECIPE = recipe("", seed=0)
+RECIPE = recipe("unused", seed=0)
 
 
 class Work(NamedTuple):

@@ -608,7 +608,7 @@ def test_sizes_are_read_as_they_are_written(text, size):
     assert GRPOConfig(vram_budget=text).vram_budget_bytes == size
 
 
-@pytest.mark.parametrize("text", ["8", "0GB", "-1GB", "8 gigabytes", ""])
+@pytest.mark.parametrize("text", ["8", "0GB", "-1GB", "8 gigabytes", " "])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size"):
         GRPOConfig(vram_budget=text)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 import time
 from functools import partial
 
@@ -247,7 +248,7 @@ def test_the_doctor_says_where_gold_answers_do_not_earn_the_most(tmp_path, capsy
 def test_a_command_shows_several_rows_without_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / name).write_text((DEMO_MODEL / name).read_text())
+        shutil.copy(DEMO_MODEL / name, tmp_path)
     rows = [row for n in range(5) for row in asked(f"{n}+1=? {BOXED}", answer=str(n + 1))] + asked(
         "x" * 600, answer="2"
     )

@@ -856,5 +856,6 @@ def test_a_reference_that_is_not_finite_moves_neither_weights_nor_beta(tmp_path,
         spoiled_reference()
     path = tmp_path / str(kl_in_reward) / "out/metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "doctor" not in line]  # who speaks at the second
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert len({line["beta"] for line in lines}) == 1 and lines[1]["kl"] is None
