@@ -61,7 +61,7 @@ def tables(found: dict[str, Any]) -> str:
         "implementation", "accuracy at the end", f"steps to {TARGET:.0%}", f"samples to {TARGET:.0%}",
         "those steps, CPU-s", "step, CPU-ms", "rollout / reference / update, ms", "peak above the model, MiB",
     ]  # fmt: skip
-    sampled, rows = recipe("", 0), []
+    sampled, rows = recipe("unused", 0), []
     for name, runs in found["results"].items():
         good = [run for run in runs if "failed" not in run]
         if not good:
