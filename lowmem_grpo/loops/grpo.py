@@ -72,6 +72,7 @@ def train(
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.
         NotFiniteError: what is computed is no longer finite; the sentence names the last good checkpoint.
+        NotSavedError: the disk refused the last checkpoint or the adapter; the sentence has the last whole checkpoint.
         UnhealthyRunError: doctor="stop", and something keeps the run from learning.
     """
     inputs = read_training_inputs(
