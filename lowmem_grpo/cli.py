@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
-from lowmem_grpo.config.grpo import GRPOConfig, refuse_unknown_fields
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import sections
+from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import (
     InputError,
     NotFiniteError,
@@ -32,6 +34,10 @@ example:
   lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
       --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
 """
+SFT_EXAMPLE = """\
+example:
+  lowmem-grpo sft --model Qwen/Qwen2.5-1.5B --dataset cold.jsonl --max_length 4096 --output_dir cold
+"""
 EVAL_EXAMPLE = """\
 example:
   lowmem-grpo eval --model gsm8k/adapter --dataset gsm8k --num_generations_eval 8 --max_completion_length 768
@@ -43,6 +49,7 @@ example:
 PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
+  lowmem-grpo plan sft --model Qwen/Qwen2.5-7B --vram_budget 8GB --max_length 4096
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
 ONLY_DATASET = "--eval_dataset is for training; name what to evaluate on with --dataset"
@@ -69,6 +76,11 @@ INPUTS = (
     ),
 )
 
+OF_EXAMPLES = (
+    INPUTS[0],
+    ("dataset", INPUTS[1][1], "hub id, JSONL, JSON, CSV or Parquet file, with prompt and completion, messages or text"),
+    ("eval_dataset", (), "hub id (its test split is read) or file of examples to measure the loss of"),
+)
 WITHOUT_EVAL_DATASET = [one for one in INPUTS if one[0] != "eval_dataset"]
 # The fields that an evaluation reads: its only flags. A test watches one read its configuration.
 EVAL_FIELDS = {
@@ -136,13 +148,14 @@ def run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
-    parser = make_parser(every_setting="--help_all" in arguments)
+    trains = SFTConfig if arguments[:1] == ["sft"] or arguments[:2] == ["plan", "sft"] else GRPOConfig
+    parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:
         parser.print_help()
         return 0
     options, rest = parser.parse_known_args(arguments)
-    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
-    refuse_unknown_flags(options.command, rest)
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command", "training")}
+    refuse_unknown_flags(options.command, rest, trains)
     return options.run(given)
 
 
@@ -190,9 +203,12 @@ def as_sentence(others: Callable[..., str], message: Warning | str, category: An
     return printable_text(f"lowmem-grpo: {message}\n" if is_ours else others(message, category, filename, *line))
 
 
-def make_parser(every_setting: bool = False) -> Parser:
-    """The parser of the whole command, whose help shows every setting or the common ones."""
-    parser = Parser(prog="lowmem-grpo", description="GRPO on one small GPU.")
+def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Parser:
+    """The parser of the whole command, whose help shows every setting or the common ones.
+
+    `plan` takes the settings of a training whose configuration is of the type `planned`.
+    """
+    parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, example: str, **words: Any) -> Parser:
@@ -210,6 +226,15 @@ def make_parser(every_setting: bool = False) -> Parser:
     train_parser.set_defaults(run=run_train)
     add_inputs(train_parser, "what to train, on what, for what")
     add_config_flags(train_parser, every_setting)
+
+    sft_parser = add_command(
+        "sft", SFT_EXAMPLE, help="train a model to imitate examples, as the cold start of one",
+        description="Train LoRA adapters on a 4-bit model by supervised fine-tuning.",
+        usage="lowmem-grpo sft --model M --dataset D [options]",
+    )  # fmt: skip
+    sft_parser.set_defaults(run=run_sft)
+    add_inputs(sft_parser, "what to train, on what", OF_EXAMPLES)
+    add_config_flags(sft_parser, every_setting, config=SFTConfig)
 
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
@@ -242,12 +267,15 @@ def make_parser(every_setting: bool = False) -> Parser:
         description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
         "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
         "GPU is needed.",
-        usage="lowmem-grpo plan --model M [--vram_budget 8GB] [--json] [options]",
+        usage="lowmem-grpo plan [sft] --model M [--vram_budget 8GB] [--json] [options]",
     )  # fmt: skip
-    plan_parser.set_defaults(run=run_plan)
+    plan_parser.set_defaults(run=partial(run_plan, planned))
+    plan_parser.add_argument(
+        "training", nargs="?", choices=("train", "sft"), default="train", help="what to plan (default train)"
+    )
     of_plan = add_inputs(plan_parser, "what to plan", INPUTS[:1])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    add_config_flags(plan_parser, every_setting)
+    add_config_flags(plan_parser, every_setting, config=planned)
 
     demo_parser = commands.add_parser(
         "demo", help="train the embedded model on the embedded task, on a CPU", allow_abbrev=False,
@@ -273,13 +301,15 @@ def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS
     return group
 
 
-def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool, names: set[str] | None = None) -> None:
-    """Add flags for GRPOConfig's fields, or for those of these names, in sections.
+def add_config_flags(
+    parser: argparse.ArgumentParser, every_setting: bool, names: set[str] | None = None, config: type = GRPOConfig
+) -> None:
+    """Add flags for a configuration's fields, or for those of these names, in sections.
 
     The help of those that people seldom change is hidden, unless of every setting.
     """
-    types = field_types(GRPOConfig)
-    for title, fields in sections(GRPOConfig):
+    types = field_types(config)
+    for title, fields in sections(config):
         group = parser.add_argument_group(title)
         for field in fields:
             if names is not None and field.name not in names:
@@ -292,7 +322,7 @@ def add_config_flags(parser: argparse.ArgumentParser, every_setting: bool, names
             group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, nargs=many)
 
 
-def refuse_unknown_flags(command: str, rest: list[str]) -> None:
+def refuse_unknown_flags(command: str, rest: list[str], config: type) -> None:
     """Raise InputError for an unknown flag, with the remedy or the nearest name."""
     for flag in rest:
         name = flag[2:].partition("=")[0]
@@ -301,7 +331,7 @@ def refuse_unknown_flags(command: str, rest: list[str]) -> None:
         if command in ("eval", "data") and flag.startswith("--") and name == "eval_dataset":
             raise InputError(ONLY_DATASET if command == "eval" else ONLY_ONE_DATASET)
     if command != "demo":
-        refuse_unknown_fields(flag[2:].partition("=")[0] for flag in rest if flag.startswith("--"))
+        refuse_unknown_fields((flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")), config)
     for word in rest:
         if word.startswith(DASHES):
             raise InputError(f"{shown(word)} begins with a dash that is no hyphen; write two hyphens")
@@ -323,6 +353,18 @@ def run_train(given: dict[str, Any]) -> int:
     )
     with writing_output():
         print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    return 0
+
+
+def run_sft(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given, command="sft", config=SFTConfig)
+    if "reward_funcs" in inputs:
+        raise InputError("reward_funcs is for `lowmem-grpo train`; sft imitates examples and has no rewards")
+    config = SFTConfig(**fields)
+    from lowmem_grpo.loops.sft import sft
+
+    result = sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
+    print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 
@@ -391,11 +433,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def run_plan(given: dict[str, Any]) -> int:
-    """Print a plan; exit status 0 where everything fits, else 1."""
+def run_plan(planned: type, given: dict[str, Any]) -> int:
+    """Print the plan of a training, by the type of its configuration; exit status 0 where everything fits, else 1."""
     as_json = given.pop("json", False)
-    inputs, fields = read_settings(given, needed=("model",), command="plan")  # of a file for training, too
-    model, config = inputs["model"], GRPOConfig(**fields)
+    inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
+    model, config = inputs["model"], planned(**fields)
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
     from lowmem_grpo.planner import plan as planner
@@ -425,7 +467,10 @@ def run_demo(given: dict[str, Any]) -> int:
 
 
 def read_settings(
-    given: dict[str, Any], needed: tuple[str, ...] = ("model", "dataset"), command: str = "train"
+    given: dict[str, Any],
+    needed: tuple[str, ...] = ("model", "dataset"),
+    command: str = "train",
+    config: type = GRPOConfig,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs and config fields from the flags and the YAML file that --config names; flags win.
 
@@ -439,8 +484,8 @@ def read_settings(
     for name in needed:
         if not inputs.get(name):
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
-    refuse_unknown_fields(settings)
-    return inputs, {name: from_text(GRPOConfig, name, value) for name, value in settings.items()}
+    refuse_unknown_fields(settings, config)
+    return inputs, {name: from_text(config, name, value) for name, value in settings.items()}
 
 
 def as_list(value: Any) -> Any:

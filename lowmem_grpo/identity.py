@@ -37,11 +37,14 @@ NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to it
 
 
 def identity_of(
-    model: PreTrainedConfig, adapter: PeftConfig, tokenizer: Any, prompts: Sequence[Prompt], rewards: RewardRunner
-) -> dict[str, Any]:
-    """Model, adapter, tokenizer, data and rewards of a run, as JSON: settings in words, all else as SHA-256."""
-    columns = sorted({name for prompt in prompts for name in prompt.columns})
-    functions = dict(zip(rewards.names, rewards.functions, strict=True))
+    model: PreTrainedConfig, adapter: PeftConfig, tokenizer: Any, data: Mapping[str, Iterable[Any]],
+    rewards: RewardRunner | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Model, adapter, tokenizer, data and rewards of a run, as JSON: settings in words, all else as SHA-256.
+
+    The data is by the name of a column its values, row by row.
+    """
+    functions = dict(zip(rewards.names, rewards.functions, strict=True)) if rewards else {}
     identity = {
         "model": _of_the_model(model.to_dict()),
         "adapter": {name: getattr(adapter, name, None) for name in OF_THE_ADAPTER},
@@ -50,14 +53,18 @@ def identity_of(
             "end of sequence": tokenizer.eos_token_id,
             "chat template": _digest([tokenizer.chat_template]),
         },
-        "data": {
-            "prompt": _digest(prompt.ids for prompt in prompts),
-            **{name: _digest(prompt.columns.get(name) for prompt in prompts) for name in columns},
-        },
+        "data": {name: _digest(values) for name, values in data.items()},
         "rewards": {name: _settings(one) if _is_ours(one) else None for name, one in functions.items()},
         "sources": {name: _of_the_users(function) for name, function in functions.items()},
     }
     return json.loads(json.dumps(identity, default=str))
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The prompts' ids and all of their columns, each row by row."""
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    return {"prompt": [prompt.ids for prompt in prompts], **columns}
 
 
 def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
-from lowmem_grpo.config.grpo import GRPOConfig, refuse_changes
-from lowmem_grpo.config.sections import DataFields, RewardFields
+from lowmem_grpo.config.fields import refuse_changes
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import DataFields, ModelFields, RewardFields, SampledEvaluationFields
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.identity import identity_of, refuse_another_run
+from lowmem_grpo.identity import columns_of, identity_of, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
@@ -34,42 +36,62 @@ from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 
-# Fields that are read only where there is an eval_dataset.
-EVALUATION = (
-    "eval_steps", "num_generations_eval", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"
-)  # fmt: skip
 TRANSFORMERS_EVENT = "on_step_end"  # which each of its TrainerCallbacks has
 # Kinds of functions of which a call runs nothing yet.
 NOT_RUN = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs of a run, checked, before any weights are read."""
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """The inputs of any run, checked, before any weights are read."""
 
     model: Any  # as find_model() accepts it
-    peft_config: Any
+    peft_config: Any = None
     tokenizer: Any
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]  # empty where nothing is evaluated
-    rewards: RewardRunner
-    given: GRPOConfig  # as the caller and the task say it, which a resumed run has to repeat
-    config: GRPOConfig  # with what the plan chose
+    given: Any  # the configuration as the caller and the task say it, which a resumed run has to repeat
+    config: Any  # with what the plan chose
     device: torch.device
     notes: list[str]  # sentences for whoever watches the run
     output_dir: Path | None = None
     resume: Path | None = None  # the checkpoint to go on from
     plan: Plan | None = None  # where there is a vram_budget
     callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
-    num_dropped: int = 0  # training prompts that are longer than max_prompt_length
+    num_dropped: int = 0  # training rows that are too long
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share with its checkpoint
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows an epoch has."""
+        raise NotImplementedError
 
     @property
     def total_steps(self) -> int:
         """How many steps the run has: max_steps, or as many as num_train_epochs take."""
         if self.config.max_steps > 0:
             return self.config.max_steps
-        return ceil(self.config.num_train_epochs * len(self.prompts) / self.config.prompts_per_step)
+        return ceil(self.config.num_train_epochs * self.num_rows / self.config.prompts_per_step)
+
+    def load_policy(self) -> Policy:
+        """The policy, its adapters drawn by the configuration's seed."""
+        set_seed(self.config.seed)
+        with limit_memory(self.plan, self.device):
+            return load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(RunInputs):
+    """The inputs of a run that samples completions, checked, before any weights are read."""
+
+    given: GRPOConfig
+    config: GRPOConfig
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]  # empty where nothing is evaluated
+    rewards: RewardRunner
+
+    @property
+    def num_rows(self) -> int:
+        """How many prompts an epoch has."""
+        return len(self.prompts)
 
     def longest_prompt(self) -> list[int]:
         """Ids of the training prompt of the most tokens."""
@@ -77,9 +99,7 @@ class Inputs:
 
     def load_policy(self) -> Policy:
         """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it."""
-        set_seed(self.config.seed)
-        with limit_memory(self.plan, self.device):
-            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+        policy = super().load_policy()
         self.rewards.bind(policy)
         return policy
 
@@ -93,33 +113,15 @@ def read_training_inputs(
     Raises:
         InputError: bad input, in one sentence with the remedy.
     """
-    if not isinstance(config, GRPOConfig):
-        kind = type(config)
-        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        raise InputError(f"config is a {name}; pass a GRPOConfig of lowmem_grpo")
-    callbacks = _callbacks(callbacks)
+    refuse_other_config(config, GRPOConfig)
+    callbacks = callbacks_of(callbacks)
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
-    model = _expanded(model)
-    try:
-        json.dumps(asdict(config))
-    except TypeError as error:
-        raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+    model = expanded(model)
     rewards = _rewards(reward_funcs, config)
-    output_dir = writable_folder(config.output_dir)
-    lock_folder(output_dir)
-    resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    refuse_results(output_dir, resume, begin_anew=config.resume_from_checkpoint == "auto")
-    notes = []
-    if resume is not None:
-        changed = refuse_changes(config, read_state(resume)["config"])
-        notes = [f"going on from {resume}, with {', '.join(changed)}"] if changed else []
+    output_dir, resume, notes = begin(config)
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
-    for name in EVALUATION:
-        if getattr(config, name) != getattr(GRPOConfig(), name) and eval_rows is None:
-            raise InputError(
-                f"{name}={getattr(config, name)}, but there is no eval_dataset; pass one or leave {name} out"
-            )
+    refuse_without_evaluation(config, eval_rows)
     find_model(model, config, peft_config)
     is_continued = isinstance(model, PeftModel) or is_adapter(model)
     if config.sync_ref_model and config.reference == "base" and is_continued:
@@ -129,12 +131,7 @@ def read_training_inputs(
     if eval_rows is not None:
         rewards.check_rows(eval_rows, "eval_dataset")
         notes += _golds(rewards, eval_rows, "eval_dataset")
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer or model, config)
-    if not hasattr(tokenizer, "chat_template"):
-        raise InputError(
-            f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"
-        )
+    tokenizer = tokenizer_of(tokenizer, model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
@@ -143,7 +140,7 @@ def read_training_inputs(
     notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
     plan, given = None, config
     base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
-    identity = identity_of(base, adapter, tokenizer, prompts, rewards)
+    identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
     if resume is not None:
         refuse_another_run(resume, identity)
     if config.vram_budget is not None:
@@ -151,9 +148,57 @@ def read_training_inputs(
         plan = plan_to_fit(base, config, adapter, longest)
         config = plan.config
     return Inputs(
-        model, peft_config, tokenizer, prompts, eval_prompts, rewards, given, config, device, notes, output_dir,
-        resume, plan, callbacks, dropped, identity,
+        model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
+        rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
+        plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity,
     )  # fmt: skip
+
+
+def refuse_other_config(config: Any, wanted: type) -> None:
+    """Raise InputError where a configuration is none of ours for this training, but TRL's, say."""
+    if not isinstance(config, wanted):
+        kind = type(config)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise InputError(f"config is a {name}; pass the {wanted.__name__} of lowmem_grpo")
+
+
+def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
+    """The output folder, locked; the checkpoint to go on from, if there is one; and what to tell of that.
+
+    Raises:
+        InputError: the configuration cannot be saved, or the folder cannot be used for it.
+    """
+    try:
+        json.dumps(asdict(config))
+    except TypeError as error:
+        raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+    output_dir = writable_folder(config.output_dir)
+    lock_folder(output_dir)
+    resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    refuse_results(output_dir, resume, begin_anew=config.resume_from_checkpoint == "auto")
+    if resume is None:
+        return output_dir, None, []
+    changed = refuse_changes(config, read_state(resume)["config"])
+    return output_dir, resume, [f"going on from {resume}, with {', '.join(changed)}"] if changed else []
+
+
+def refuse_without_evaluation(config: TrainingConfig, eval_rows: Dataset | None) -> None:
+    """Raise InputError for a setting of evaluations where there is nothing to evaluate on."""
+    for setting in fields(SampledEvaluationFields):
+        name, value = setting.name, getattr(config, setting.name, setting.default)
+        if value != setting.default and eval_rows is None:
+            raise InputError(f"{name}={value}, but there is no eval_dataset; pass one or leave {name} out")
+
+
+def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
+    """The tokenizer that is given or named, or the model's. Raise InputError for what is none."""
+    if tokenizer is None or isinstance(tokenizer, str):
+        return load_tokenizer(tokenizer or model, config)
+    if not hasattr(tokenizer, "chat_template"):
+        raise InputError(
+            f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"
+        )
+    return tokenizer
 
 
 def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
@@ -164,7 +209,7 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     """
     if config.vram_budget is not None:
         raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
-    model, task = _expanded(model), find_task(dataset)
+    model, task = expanded(model), find_task(dataset)
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
     rewards = _rewards(reward_funcs, config)
@@ -177,7 +222,10 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     notes += filter(None, [check_prompts(model, prompts, config), open_end])
     if dropped:
         notes += [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
-    return Inputs(model, None, tokenizer, [], prompts, rewards, config, config, device_of(config), notes)
+    return Inputs(
+        model=model, tokenizer=tokenizer, prompts=[], eval_prompts=prompts, rewards=rewards, given=config,
+        config=config, device=device_of(config), notes=notes,
+    )  # fmt: skip
 
 
 def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
@@ -186,7 +234,7 @@ def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOCo
     Raises:
         InputError: bad input, in one sentence with the remedy.
     """
-    model, task = _expanded(model), find_task(dataset)
+    model, task = expanded(model), find_task(dataset)
     if reward_funcs is None and task is None:
         rewards = RewardRunner([])  # only the prompts are looked at
     else:
@@ -198,7 +246,10 @@ def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOCo
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     notes += _left_out(dropped, "prompts", config)
-    return Inputs(model, None, tokenizer, prompts, [], rewards, config, config, torch.device("cpu"), notes)
+    return Inputs(
+        model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,
+        config=config, device=torch.device("cpu"), notes=notes,
+    )  # fmt: skip
 
 
 def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
@@ -227,13 +278,13 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str 
     return beyond_context(model, config, longest)
 
 
-def _expanded(model: Any) -> Any:
+def expanded(model: Any) -> Any:
     """A path as a text without ~; anything else unchanged."""
     is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
     return os.path.expanduser(model) if is_path else model
 
 
-def _callbacks(given: Any) -> list[Callable]:
+def callbacks_of(given: Any) -> list[Callable]:
     """The callbacks as a list. Raise InputError for one that could not be called after a step, or would do nothing."""
     callbacks = [given] if callable(given) or hasattr(given, TRANSFORMERS_EVENT) else [] if given is None else given
     if not isinstance(callbacks, list | tuple):

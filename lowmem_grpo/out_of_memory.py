@@ -93,8 +93,8 @@ class TokenBudget:
         num_tokens, alone = getattr(error, "micro_batch", (guess, guess <= longest))
         if alone:
             error.add_note(
-                f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length "
-                "or max_prompt_length, or choose a smaller model."
+                f"A micro-batch of one sequence, of {longest} tokens, does not fit. Lower max_completion_length, "
+                "max_prompt_length or max_length, or choose a smaller model."
             )
             raise error
         # Where short sequences are too many for memory, each with its keys, the longest by itself may still fit.

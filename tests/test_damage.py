@@ -331,7 +331,7 @@ def test_a_state_that_a_part_cannot_load_is_one_sentence(finished):
     loads = {
         "optimizer": Learner(policy.parameters_of("default").values(), config, scaler, 9).load,
         "sampler": Sampler(policy, config).load, "stream": Stream(ReplayBuffer(0)).load,
-        "controllers": Controllers(config).load, "first_evaluation": Evaluations(None, [], None).load,
+        "controllers": Controllers(config).load, "first_evaluation": Evaluations(None, []).load,
         "random_states": restore_randomness,
     }  # fmt: skip
     folder = finished / "checkpoint-3"

@@ -217,7 +217,7 @@ HEALTHY = {
 
 def said_of(first, then, num_steps=15, rewards=("a", "b"), **settings):
     """The sentences on a run whose first 5 steps differ from HEALTHY by `first`, and its other ones by `then`."""
-    doctor = Doctor(GRPOConfig(**settings), list(rewards), num_steps)
+    doctor = Doctor(GRPOConfig(**settings), num_steps, list(rewards))
     for step in range(1, num_steps + 1):
         doctor.look(step, {**HEALTHY, **(first if step <= 5 else then), "step": step})
     return {line["doctor"]: line["text"] for line in doctor.found}
@@ -280,7 +280,7 @@ def test_a_choice_of_one_token_is_the_cause_where_completions_are_alike():
 
 def test_no_difference_takes_more_than_one_step_that_has_a_reward():
     none = {"frac_reward_zero_std": math.nan, "reward": math.nan, "reward_std": math.nan}
-    doctor = Doctor(GRPOConfig(), ["a", "b"], 12)
+    doctor = Doctor(GRPOConfig(), 12, ["a", "b"])
     for step in range(1, 13):
         same = {"frac_reward_zero_std": 1.0, "reward": 0.0, "reward_std": 0.0}
         doctor.look(step, {**HEALTHY, **(none if step % 6 else same), "step": step})
@@ -313,7 +313,7 @@ def test_a_reward_around_0_may_vary_by_a_part_of_its_spread():
 
 
 def test_steps_in_which_no_entropy_is_known_are_passed_over():
-    doctor = Doctor(GRPOConfig(), ["a", "b"], 40)
+    doctor = Doctor(GRPOConfig(), 40, ["a", "b"])
     for step in range(1, 11):
         dull = {"entropy": math.nan} if step % 2 else {"entropy": 0.001}
         doctor.look(step, {**HEALTHY, **dull, "step": step})
@@ -339,13 +339,13 @@ def test_one_bad_step_among_good_ones_is_no_finding():
         "sampling/sampling_logp_difference/mean": 1.0, "sampling/importance_sampling_ratio/mean": 0.0,
         "rewards/b/mean": math.nan, "rewards/b/std": math.nan, "rewards/b/failures": 0,
     }  # fmt: skip
-    doctor = Doctor(GRPOConfig(), ["a", "b"], 40)
+    doctor = Doctor(GRPOConfig(), 40, ["a", "b"])
     for step in range(1, 41):
         assert doctor.look(step, {**HEALTHY, **(bad if step == 20 else {}), "step": step}) == []
 
 
 def test_a_loop_that_measures_none_of_this_has_no_symptoms():
-    doctor = Doctor(GRPOConfig(), [], 12)
+    doctor = Doctor(GRPOConfig(), 12, [])
     assert [doctor.look(step, {"loss": 1.0, "step": step}) for step in range(1, 13)] == [[]] * 12
 
 
@@ -362,7 +362,7 @@ LINE = {"step": 1, "doctor": "all_truncated", "text": "every completion ..."}
 )  # fmt: skip
 def test_a_state_that_no_doctor_wrote_is_refused(broken):
     state = {"found": [LINE], "first": [STEP], "last": [STEP]}
-    doctor = Doctor(GRPOConfig(), ["a"], 12)
+    doctor = Doctor(GRPOConfig(), 12, ["a"])
     doctor.load(state)
     assert doctor.state() == state
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):

@@ -17,6 +17,7 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo.task import answer_reward
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.identity import (
+    columns_of,
     identity_of,
     refuse_another_run,
     refuse_other_ends,
@@ -32,6 +33,11 @@ from lowmem_grpo.rewards import (
 )
 
 SETTINGS = {"rewards": length_reward, "max_completion_length": 4}
+
+
+def identity(prompts, **given):
+    """identity_of() of prompts."""
+    return identity_of(data=columns_of(prompts), **given)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,8 @@ def resume_of(tmp_path, identity):
 
 
 def test_the_same_inputs_are_the_same_run(tmp_path, given):
-    resume = resume_of(tmp_path, identity_of(**given))
-    refuse_another_run(resume, identity_of(**copy.deepcopy({**given, "rewards": None}) | {"rewards": given["rewards"]}))
+    resume = resume_of(tmp_path, identity(**given))
+    refuse_another_run(resume, identity(**copy.deepcopy({**given, "rewards": None}) | {"rewards": given["rewards"]}))
 
 
 def other_settings(**changes):
@@ -109,22 +115,22 @@ def another_token(tokenizer):
     ],
 )  # fmt: skip
 def test_another_run_is_refused_with_the_name_of_what_differs(tmp_path, given, name, change, words):
-    resume = resume_of(tmp_path, identity_of(**given))
+    resume = resume_of(tmp_path, identity(**given))
     changed = {**given, name: change(given[name])}
     with pytest.raises(InputError, match=f"is of a run (with )?{words}"):
-        refuse_another_run(resume, identity_of(**changed))
+        refuse_another_run(resume, identity(**changed))
 
 
 def test_how_a_model_is_stored_or_run_may_differ(tmp_path, given):
-    resume = resume_of(tmp_path, identity_of(**given))
+    resume = resume_of(tmp_path, identity(**given))
     change = other_settings(use_cache=False, attention_dropout=0.5, _name_or_path="elsewhere", dtype=torch.float16)
-    refuse_another_run(resume, identity_of(**{**given, "model": change(given["model"])}))
+    refuse_another_run(resume, identity(**{**given, "model": change(given["model"])}))
 
 
 @pytest.mark.parametrize("saved", [{}, {"model": None}, {"model": [], "rewards": {}}])
 def test_an_identity_that_lacks_something_is_one_sentence(tmp_path, given, saved):
     with pytest.raises(InputError, match="does not say of which model it is; resume from an older checkpoint"):
-        refuse_another_run(resume_of(tmp_path, saved), identity_of(**given))
+        refuse_another_run(resume_of(tmp_path, saved), identity(**given))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_an_identity_that_lacks_something_is_one_sentence(tmp_path, given, saved
 )
 def test_a_built_in_reward_has_the_settings_that_it_had(tmp_path, given, before, after):
     was, same, other = (
-        identity_of(**{**given, "rewards": RewardRunner([function])}) for function in (before, before, after)
+        identity(**{**given, "rewards": RewardRunner([function])}) for function in (before, before, after)
     )
     refuse_another_run(resume_of(tmp_path, was), same)
     with pytest.raises(InputError, match=f"is of a run with another reward: {before.__name__} is"):
@@ -149,9 +155,9 @@ def test_a_reward_whose_source_code_changed_is_said(tmp_path, given):
         return [0.5 for _ in completions]
 
     mended.__name__ = "length_reward"
-    resume = resume_of(tmp_path, identity_of(**{**given, "rewards": RewardRunner([length_reward])}))
+    resume = resume_of(tmp_path, identity(**{**given, "rewards": RewardRunner([length_reward])}))
     with pytest.warns(UserWarning, match="the reward length_reward has other source code or settings than in"):
-        refuse_another_run(resume, identity_of(**{**given, "rewards": RewardRunner([mended])}))
+        refuse_another_run(resume, identity(**{**given, "rewards": RewardRunner([mended])}))
 
 
 class Scaled:
@@ -182,7 +188,7 @@ def scaled(scale):
     ],
 )  # fmt: skip
 def test_a_reward_of_the_users_that_was_made_with_other_settings_is_said(tmp_path, given, make):
-    was, same, other = (identity_of(**{**given, "rewards": RewardRunner([make(scale)])}) for scale in (0.1, 0.1, 5.0))
+    was, same, other = (identity(**{**given, "rewards": RewardRunner([make(scale)])}) for scale in (0.1, 0.1, 5.0))
     resume = resume_of(tmp_path, was)
     refuse_another_run(resume, same)
     with pytest.warns(UserWarning, match="the reward .* has other source code or settings than in"):

@@ -24,6 +24,7 @@ FLOORS = (
     "loops",
     "run",
     "evaluation",
+    "example_inputs",
     "inputs",
     "identity planner",
     "update",

@@ -28,6 +28,8 @@ from transformers import (
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.data.examples import Example
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import read
 from lowmem_grpo.generate.shape import kv_shape, store_shape
@@ -38,6 +40,7 @@ from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, rea
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.planner import trace
+from lowmem_grpo.update import nll
 from lowmem_grpo.update.optimizer import make_optimizer
 
 WIDE = {"vocab_size": 512, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
@@ -559,7 +562,7 @@ def test_a_run_is_planned_for_its_longest_prompt(limit):
     found = planner.plan_to_fit(model, config, None, 900)
     assert found.forecast == planner.forecast(model, replace(config, max_prompt_length=900))
     assert found.config.max_prompt_length == limit, "the run's own is left as it is"
-    assert found.prompt_tokens == 900 and not found.assumptions
+    assert found.longest == 900 and not found.assumptions
     shorter = planner.plan_to_fit(model, config, None, 30).forecast
     assert shorter.peak() < planner.forecast(model, config).peak()
 
@@ -730,3 +733,28 @@ def test_an_evaluation_holds_no_more_than_a_step_was_planned_with():
     found = planner.plan(FAMILIES["qwen2"](), config)
     assert planner.for_evaluation(found, config).rollout_token_budget == 2 * (16 + 4 * 64)
     assert planner.for_evaluation(None, config) is config
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3, untied"])
+def test_activations_of_supervised_training_are_as_predicted(name, rung):
+    settings = {key: value for key, value in RUNGS[rung].items()}
+    config = SFTConfig(max_length=64, examples_per_step=8, use_cpu=True, **settings)
+    policy = make_policy(name, config)
+    examples = [Example([5] * 64, [False] + [True] * 63)] * 8
+    batch, _ = next(nll.micro_batches(policy, examples, config, config.token_budget))
+    found = planner.forecast(SHAPES[name], config)
+    assert_near(found.phases["update"]["activations kept"], kept_bytes(policy, config, batch))
+    assert set(found.phases) == {"update", "evaluation"} and "reference" not in found.phases
+
+
+def test_supervised_training_is_planned_for_its_longest_example():
+    config = SFTConfig(max_length=4096, vram_budget="6GB")
+    found = planner.plan(large_shape(), config)
+    assert found.assumptions == ["The longest example is assumed to have 4096 tokens: max_length is 4096."]
+    assert found.remedy is None and found.forecast.peak() <= 6e9 and found.config.max_length == 4096
+    assert planner.plan(large_shape(), config, longest=700).forecast.peak() <= found.forecast.peak()
+    remedy = planner.plan(large_shape(), replace(config, max_length=2**17, vram_budget="3GB")).remedy
+    assert "max_length=" in remedy and remedy.endswith("would fit")
+    fitting = int(remedy.split("max_length=")[1].split()[0])
+    assert planner.plan(large_shape(), replace(config, max_length=fitting, vram_budget="3GB")).remedy is None

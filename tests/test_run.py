@@ -60,8 +60,9 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     policy, examples = make_policy("qwen2"), Examples()
     folder.mkdir(exist_ok=True)
     inputs = Inputs(
-        None, None, None, PROMPTS, [], RewardRunner([len], None), config, config, policy.device, ["a note"], folder,
-        find_checkpoint(folder, config.resume_from_checkpoint), callbacks=callbacks,
+        model=None, tokenizer=None, prompts=PROMPTS, eval_prompts=[], rewards=RewardRunner([len], None), given=config,
+        config=config, device=policy.device, notes=["a note"], output_dir=folder,
+        resume=find_checkpoint(folder, config.resume_from_checkpoint), callbacks=callbacks,
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)

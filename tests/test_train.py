@@ -394,7 +394,7 @@ def test_one_callback_or_none_will_do(tmp_path, callbacks):
 def test_a_config_of_another_kind_is_refused():
     of_trl = type("GRPOConfig", (), {"__module__": "trl.trainer"})()
     for config, name in (({"max_steps": 1}, "dict"), (of_trl, "trl.trainer.GRPOConfig")):
-        with pytest.raises(ValueError, match=f"config is a {name}; pass a GRPOConfig of lowmem_grpo"):
+        with pytest.raises(ValueError, match=f"config is a {name}; pass the GRPOConfig of lowmem_grpo"):
             train(str(DEMO_MODEL), task.answer_reward, ROWS, config=config)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lowmem_grpo.errors import InputError, shown
 
+WHERE = ("output_dir", "resume_from_checkpoint")  # which say nothing of a run itself
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 MOST = 10**9  # of what is counted, steps or tokens or rows, where its field says nothing else
 MOST_VALUES = 10_000  # within one mapping, so that anchors of a YAML file cannot make it endless
@@ -202,3 +203,29 @@ _WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "none",
     list[str]: "a list of texts", list[float]: "a list of numbers", dict[str, Any]: "a mapping (JSON in a command)",
 }  # fmt: skip
+
+
+def refuse_changes(config: Any, saved: dict[str, Any]) -> list[str]:
+    """The settings that a resumed run changes and may change, in words: `max_steps 10 (was 5)`.
+
+    Raises:
+        InputError: a setting that decides the result differs from the one that the checkpoint's run had.
+    """
+    now = dataclasses.asdict(config)
+    unknown = sorted(now.keys() ^ saved.keys())
+    if unknown:
+        raise InputError(
+            f"the run to resume and this version differ in the settings that they know: {', '.join(unknown)}; resume "
+            "with the version that wrote the checkpoint, or start a new run from the adapter in it"
+        )
+    changed = []
+    for field in dataclasses.fields(config):
+        value, before = now[field.name], saved[field.name]
+        if value != before and not field.metadata.get("may_change"):
+            raise InputError(
+                f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, "
+                "or start a new run from the adapter"
+            )
+        if value != before and field.name not in WHERE:
+            changed.append(f"{field.name} {value} (was {before})")
+    return changed

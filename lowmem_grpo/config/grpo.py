@@ -4,35 +4,32 @@ The fields and their help stand there; here are the checks of what only GRPO has
 Standard library only. docs/coming-from-trl.md lists each deliberate difference from TRL.
 """
 
-import dataclasses
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from lowmem_grpo.config.fields import field_types
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import (
     AdapterFields,
+    CompletionSavingFields,
     DataFields,
-    EvaluationFields,
     ModelFields,
     ObjectiveFields,
     OptimizerFields,
     RewardFields,
     RunFields,
+    SampledEvaluationFields,
     SamplingFields,
-    SavingFields,
     UpdateFields,
 )
-from lowmem_grpo.config.trl import UNSUPPORTED
-from lowmem_grpo.errors import InputError, UnknownNameError, did_you_mean, shown
+from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.errors import InputError, did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(  # from the last to the first: the fields of the last base come first
-    SavingFields,
-    EvaluationFields,
+    CompletionSavingFields,
+    SampledEvaluationFields,
     OptimizerFields,
     UpdateFields,
     ObjectiveFields,
@@ -49,6 +46,10 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         UnknownNameError: a field of TRL's that is not supported here, with the remedy, or a misspelt one.
         InputError: a value out of its range, or one that contradicts another.
     """
+
+    kind: ClassVar[str] = "grpo"
+    samples: ClassVar[bool] = True  # completions, as supervised training does not
+    measured: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_pass@1")  # by an evaluation, foremost first
 
     def __new__(cls, **given: Any):
         refuse_unknown_fields(given, cls)
@@ -116,8 +117,6 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         return self.has_cuda_graphs and self.rollout_graphs_last and self.rollout_weights != "dense"
 
 
-WHERE = ("output_dir", "resume_from_checkpoint")  # which say nothing of a run itself
-
 Condition = Callable[[GRPOConfig], bool]
 
 
@@ -168,40 +167,3 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
     ),
 }
 READ_ONLY = {name: row for names, row in _READ_ONLY.items() for name in names.split()}
-
-
-def refuse_unknown_fields(given: typing.Iterable[str], config: type = GRPOConfig) -> None:
-    """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
-    known = list(field_types(config))
-    for name in given:
-        if name in UNSUPPORTED:
-            raise UnknownNameError(f"GRPOConfig has no {name}: {UNSUPPORTED[name]}")
-        if name not in known:
-            hint = did_you_mean(name, known, "see `lowmem-grpo train --help_all` for the fields")
-            raise UnknownNameError(f"GRPOConfig has no field {shown(name)}; {hint}")
-
-
-def refuse_changes(config: GRPOConfig, saved: dict[str, Any]) -> list[str]:
-    """The settings that a resumed run changes and may change, in words: `max_steps 10 (was 5)`.
-
-    Raises:
-        InputError: a setting that decides the result differs from the one that the checkpoint's run had.
-    """
-    now = dataclasses.asdict(config)
-    unknown = sorted(now.keys() ^ saved.keys())
-    if unknown:
-        raise InputError(
-            f"the run to resume and this version differ in the settings that they know: {', '.join(unknown)}; resume "
-            "with the version that wrote the checkpoint, or start a new run from the adapter in it"
-        )
-    changed = []
-    for field in dataclasses.fields(config):
-        value, before = now[field.name], saved[field.name]
-        if value != before and not field.metadata.get("may_change"):
-            raise InputError(
-                f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, "
-                "or start a new run from the adapter"
-            )
-        if value != before and field.name not in WHERE:
-            changed.append(f"{field.name} {value} (was {before})")
-    return changed

@@ -122,8 +122,8 @@ class AdapterFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFields(Checked):
-    """Which rows are read, how they become prompts, and for how many steps."""
+class RowFields(Checked):
+    """Which rows are read, in which order, and for how many steps."""
 
     dataset_config: str | None = option(None, "configuration name of a hub dataset")
     dataset_split: str = option("train", "split of a hub dataset to train on")
@@ -135,10 +135,7 @@ class DataFields(Checked):
     chat_template_kwargs: dict[str, Any] | None = option(
         None, "keyword arguments for the chat template, as JSON on the command line"
     )
-    max_prompt_length: int | None = option(
-        512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0, at_most=2**18
-    )
-    shuffle_dataset: bool = option(True, "draw the prompts of each epoch in random order")
+    shuffle_dataset: bool = option(True, "draw the rows of each epoch in random order")
     num_train_epochs: float = option(
         3.0, "passes over the data, where max_steps is -1", common=True, may_change=True, above=0, at_most=10**6
     )
@@ -147,6 +144,36 @@ class DataFields(Checked):
     def check(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"max_steps={self.max_steps} must be positive, or -1 to let num_train_epochs say")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFields(RowFields):
+    """Rows, and how they become prompts."""
+
+    max_prompt_length: int | None = option(
+        512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0, at_most=2**18
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFields(RowFields):
+    """Rows, how they become examples, and which of an example's tokens are learnt."""
+
+    max_length: int | None = option(
+        1024,
+        "most tokens of an example; longer examples are dropped and counted",
+        common=True,
+        above=1,
+        at_most=2**18,
+    )
+    examples_per_step: int = option(16, "examples of a step", common=True, above=0, at_most=2**14)
+    completion_only_loss: bool | None = option(
+        None, "learn completions alone, not their prompts; on by default for rows with both"
+    )
+    assistant_only_loss: bool = option(False, "learn what the assistant says in a chat, and no other turn", common=True)
+    loss_type: Literal["nll", "dft"] = option(
+        "nll", "negative log-likelihood, or that times each token's probability (DFT, arXiv:2508.05629)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,21 +409,17 @@ class OptimizerFields(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFields(Checked):
-    """When a run evaluates, on how many completions, and which adapter is the best."""
+    """When a run evaluates, and which adapter is the best."""
 
     eval_steps: int | None = option(
         None, "evaluate every so many steps, besides before and after training", common=True, may_change=True, above=0
     )
-    num_generations_eval: int | None = option(
-        None, "completions sampled for each evaluation prompt; by default one greedy completion",
-        common=True, may_change=True, above=0, at_most=2**14,
-    )  # fmt: skip
     metric_for_best_model: str | None = option(
-        None, "metric of an evaluation whose best adapter is kept in output_dir/best; eval_reward by default",
+        None, "metric of an evaluation whose best adapter is kept in output_dir/best; by default reward or loss",
         may_change=True,
     )  # fmt: skip
     greater_is_better: bool | None = option(
-        None, "whether more of metric_for_best_model is better; true by default", may_change=True
+        None, "whether more of metric_for_best_model is better; by default true, but not for a loss", may_change=True
     )
     load_best_model_at_end: bool = option(
         False, "make the best evaluation's adapter the result, not the last step's", may_change=True
@@ -404,17 +427,33 @@ class EvaluationFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavingFields(Checked):
-    """The files that a run writes besides its metrics, and how often."""
+class SampledEvaluationFields(EvaluationFields):
+    """When a run evaluates, on how many completions, and which adapter is the best."""
 
-    log_completions: bool = option(
-        False, "write each step's completions to output_dir/completions/", common=True, may_change=True
-    )
+    num_generations_eval: int | None = option(
+        None, "completions sampled for each evaluation prompt; by default one greedy completion",
+        common=True, may_change=True, above=0, at_most=2**14,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingFields(Checked):
+    """How often a run writes a checkpoint, and how many it keeps."""
+
     save_steps: int = option(
         20, "write a checkpoint every so many steps, besides at the end", common=True, may_change=True, above=0
     )
     save_total_limit: int | None = option(
         None, "number of newest checkpoints to keep; none keeps all", may_change=True, above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSavingFields(SavingFields):
+    """The files that a run writes besides its metrics, and how often."""
+
+    log_completions: bool = option(
+        False, "write each step's completions to output_dir/completions/", common=True, may_change=True
     )
 
 
@@ -427,12 +466,15 @@ def _bytes(text: str) -> int:
 
 
 TITLES: dict[type, str] = {
-    RunFields: "run", ModelFields: "model", AdapterFields: "adapters", DataFields: "data", SamplingFields: "sampling",
-    RewardFields: "rewards and advantages", ObjectiveFields: "objective", UpdateFields: "update",
-    OptimizerFields: "optimizer", EvaluationFields: "evaluation", SavingFields: "saving",
+    RunFields: "run", ModelFields: "model", AdapterFields: "adapters", DataFields: "data", ExampleFields: "data",
+    SamplingFields: "sampling", RewardFields: "rewards and advantages", ObjectiveFields: "objective",
+    UpdateFields: "update", OptimizerFields: "optimizer", EvaluationFields: "evaluation",
+    SampledEvaluationFields: "evaluation", SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip
 
 
 def sections(config: type) -> list[tuple[str, list[dataclasses.Field]]]:
     """Title and fields of every section of a configuration, in the order of its fields."""
-    return [(TITLES[kind], list(dataclasses.fields(kind))) for kind in reversed(config.__mro__) if kind in TITLES]
+    own = {field.name: field for field in dataclasses.fields(config)}  # a configuration may have defaults of its own
+    kinds = {TITLES[kind]: kind for kind in reversed(config.__mro__) if kind in TITLES}  # the widest of a title
+    return [(title, [own[field.name] for field in dataclasses.fields(kind)]) for title, kind in kinds.items()]

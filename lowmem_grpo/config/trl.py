@@ -1,5 +1,11 @@
 """TRL's fields that this package does not have, each with what to do instead. Standard library only."""
 
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from lowmem_grpo.errors import UnknownNameError, did_you_mean, shown
+
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
 _ONE_GPU = "one process trains on one GPU; remove it"
 _RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
@@ -67,3 +73,32 @@ _TRL_FIELDS = {
     "router_aux_loss_coef pad_to_multiple_of max_tool_calling_iterations",
 }
 UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
+# Of SFTConfig alone.
+_PACKED = "examples are always packed, and none is cut or mixed with another; remove it"
+_SFT_FIELDS = {
+    _PACKED: "packing packing_strategy eval_packing",
+    "an example that is longer than max_length is dropped, since without its end it teaches to ramble; remove it":
+        "truncation_mode",
+    "the column is text; rename yours": "dataset_text_field",
+    "set tokenizer.eos_token or tokenizer.pad_token, and pass that tokenizer": "eos_token pad_token",
+    "pass a tokenizer that has it": "chat_template_path",
+    "make the rows before, with datasets' map": "dataset_kwargs formatting_func",
+    "rows are tokenized once, in this process; remove it": "dataset_num_proc",
+    "a step holds examples_per_step examples and token_budget bounds a micro-batch; use those":
+        "per_device_train_batch_size gradient_accumulation_steps",
+    "set max_length": "max_seq_length max_prompt_length max_completion_length",
+}  # fmt: skip
+UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.items() for name in names.split()}
+
+
+def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
+    """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
+    known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
+    remedies = UNSUPPORTED_SFT if kind == "SFTConfig" else UNSUPPORTED
+    for name in given:
+        if name not in known and name in remedies:
+            raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
+        if name not in known:
+            command = "sft" if kind == "SFTConfig" else "train"
+            hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
+            raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")

@@ -172,6 +172,20 @@ class Template:
                 hint = did_you_mean(str(name), names, "leave it out")
                 raise InputError(f"{what} has {name!r:.60}, which the chat template does not read; {hint}")
 
+    def whole(self, messages: list[dict], settings: dict[str, Any], where: str) -> str:
+        """A chat as a text whose last turn is closed.
+
+        Raises:
+            InputError: as render() does.
+        """
+        if self.tokenizer.chat_template is None:
+            _refuse_more_than_texts(messages, settings, where)
+            return transcript(messages)
+        try:
+            return self._apply(messages, settings, add_generation_prompt=False)
+        except Exception as error:
+            raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
+
     def _shows_alike(self, messages: list[dict], settings: dict, others: list[dict], other_settings: dict) -> bool:
         try:
             return self._apply(messages, settings) == self._apply(others, other_settings)

@@ -23,7 +23,7 @@ from lowmem_grpo.errors import InputError, cause, printable, shown
 
 FILES = (".jsonl", ".json", ".csv")
 # The columns of which a text or a number reaches prompts and rewards as it is written.
-AS_WRITTEN = ("prompt", "question", "problem", *COLUMNS)
+AS_WRITTEN = ("prompt", "question", "problem", "completion", "text", *COLUMNS)
 KINDS = {bool: "true or false", list: "a list", dict: "an object"}
 INT64 = range(-(2**63), 2**63)  # Arrow's whole numbers
 MOST_DIGITS = 4300  # of a whole number that Python reads

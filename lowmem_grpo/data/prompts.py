@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lowmem_grpo.config.sections import DataFields
+from lowmem_grpo.config.sections import DataFields, RowFields
 from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, said_at_end, without_nulls
 from lowmem_grpo.errors import InputError
 
@@ -76,7 +76,7 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Pro
     messages = read_chat(given, where)
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    rendered, said = template.render(messages, _settings(row, template, config, where), where)
+    rendered, said = template.render(messages, template_settings(row, template, config, where), where)
     if template.tokenizer.chat_template is None:
         ids = text_ids(template.tokenizer, rendered)
     else:  # which writes its own special tokens
@@ -96,7 +96,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return bare if bare[:start] == ids[:start] else ids[: start + len(bare)]
 
 
-def _settings(row: Any, template: Template, config: DataFields, where: str) -> dict[str, Any]:
+def template_settings(row: Any, template: Template, config: RowFields, where: str) -> dict[str, Any]:
     """The arguments of a row's chat template: the configuration's, and over them the row's own."""
     own = _own_settings(row, where)
     if template.tokenizer.chat_template is not None:

@@ -18,7 +18,7 @@ from datasets import (
     load_dataset_builder,
 )
 
-from lowmem_grpo.config.sections import DataFields
+from lowmem_grpo.config.sections import DataFields, RowFields
 from lowmem_grpo.data.chats import is_media, is_text, refuse_chat_as_text
 from lowmem_grpo.data.files import FILES, read_files, read_parquet, to_dataset
 from lowmem_grpo.data.gold import gold_of, is_marked
@@ -42,6 +42,34 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     Raises:
         InputError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
     """
+    rows = read_rows(dataset, config, name=name, split=split)
+    columns = rows.column_names
+    for column in columns:
+        if column in GIVEN:
+            raise InputError(
+                f"{name} has a column named {column}, under which reward functions get the trainer's own; rename or "
+                "remove it"
+            )
+    if "prompt" not in columns and {"question", "answer"} <= set(columns):
+        if "solution" not in columns:
+            copy = rows.select_columns("answer").rename_column("answer", "solution")
+            rows = concatenate_datasets([rows, copy], axis=1)
+        return rows.add_column("prompt", _chats(rows, "question", name))
+    if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
+        return _with_solution(rows).add_column("prompt", _chats(rows, "problem", name))
+    if "prompt" not in columns:
+        raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
+    return rows
+
+
+def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
+    """A Dataset from a hub id, a local file, a Dataset, or a list of rows, whatever its columns.
+
+    Of a streaming dataset the first dataset_take rows are read now.
+
+    Raises:
+        InputError: it cannot be found or read, is empty, or has media; one sentence with the remedy.
+    """
     dataset = str(dataset) if isinstance(dataset, Path) else dataset
     on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in SUFFIXES
     if (
@@ -64,29 +92,13 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     elif config.dataset_take is not None and name == "train_dataset":
         rows = rows.take(min(config.dataset_take, len(rows)))
     if len(rows) == 0:
-        raise InputError(f"{name} is empty; it needs at least one row with a prompt")
+        raise InputError(f"{name} is empty; it needs at least one row")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     _refuse_media(rows, name)
-    columns = rows.column_names
-    for column in columns:
-        if column in GIVEN:
-            raise InputError(
-                f"{name} has a column named {column}, under which reward functions get the trainer's own; rename or "
-                "remove it"
-            )
-    if "prompt" not in columns and {"question", "answer"} <= set(columns):
-        if "solution" not in columns:
-            copy = rows.select_columns("answer").rename_column("answer", "solution")
-            rows = concatenate_datasets([rows, copy], axis=1)
-        return rows.add_column("prompt", _chats(rows, "question", name))
-    if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
-        return _with_solution(rows).add_column("prompt", _chats(rows, "problem", name))
-    if "prompt" not in columns:
-        raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
     return rows
 
 
-def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
+def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
     if isinstance(dataset, list):
         for index, row in enumerate(dataset):
             if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
@@ -138,7 +150,7 @@ def _load(dataset: Any, config: DataFields, name: str, split: str) -> Any:
         ) from error
 
 
-def _of_folder(folder: str, config: DataFields, name: str, split: str) -> Dataset | None:
+def _of_folder(folder: str, config: RowFields, name: str, split: str) -> Dataset | None:
     """The rows of a split of a folder of JSONL, JSON or CSV files, as they are written.
 
     `datasets` tells which files are of which split. None where the folder has files of another kind, or a card that
@@ -158,7 +170,7 @@ def _of_folder(folder: str, config: DataFields, name: str, split: str) -> Datase
     return concatenate_datasets([rows[one.splitname].select(range(one.from_, one.to)) for one in slices])
 
 
-def _most(config: DataFields, name: str) -> int | None:
+def _most(config: RowFields, name: str) -> int | None:
     """How many rows of a file to read, or None for all."""
     return _to_take(config, name) if config.dataset_streaming else None
 
@@ -174,7 +186,7 @@ def _refuse_huge(folder: str, name: str) -> None:
             )
 
 
-def _to_take(config: DataFields, name: str) -> int:
+def _to_take(config: RowFields, name: str) -> int:
     """How many rows of a stream to read.
 
     An epoch's order is drawn over all rows, so they have to be known and few.
@@ -186,7 +198,7 @@ def _to_take(config: DataFields, name: str) -> int:
     return config.dataset_take
 
 
-def _first(rows: IterableDataset, config: DataFields, name: str) -> Dataset:
+def _first(rows: IterableDataset, config: RowFields, name: str) -> Dataset:
     count = _to_take(config, name)
     try:
         return Dataset.from_list(list(rows.take(count)))

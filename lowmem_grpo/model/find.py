@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import AdapterFields, ModelFields
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_misfit, refuse_pointers
 from lowmem_grpo.model.adapters import (
@@ -52,7 +52,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # 
 POSITIONS = re.compile(r"wpe|pos(?!t)")
 
 
-def find_model(model: Any, config: GRPOConfig, peft_config: Any = None, *, needs_weights: bool = True) -> None:
+def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, needs_weights: bool = True) -> None:
     """Raise InputError if a model cannot be found or trained, or its options clash, before any weights are read.
 
     A plan and a look at data, which read no weights, do without those of a model's folder.
@@ -150,7 +150,10 @@ def without_weights(
             ) from error
 
 
-def beyond_context(model: Any, config: ModelFields, num_tokens: int) -> str | None:
+def beyond_context(
+    model: Any, config: ModelFields, num_tokens: int, what: str = "the longest prompt and its completion",
+    remedy: str = "lower max_prompt_length or max_completion_length",
+) -> str | None:  # fmt: skip
     """A sentence where the longest sequence has more tokens than the model was made for; None where it has not.
 
     Rotary positions go on, into what the model never saw.
@@ -165,7 +168,6 @@ def beyond_context(model: Any, config: ModelFields, num_tokens: int) -> str | No
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base = without_weights(settings, config.trust_remote_code) if isinstance(model, str) else base
     end = _end_of_positions(base, known)
-    what, remedy = "the longest prompt and its completion", "lower max_prompt_length or max_completion_length"
     if end is not None and num_tokens > end:
         raise InputError(f"{what} may have {num_tokens} tokens, more than the model has positions, {end}; {remedy}")
     return (

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base, warn_of_another_base
 from lowmem_grpo.model.adapters import add_adapter, lora_config, outdated_name
@@ -31,7 +31,7 @@ from lowmem_grpo.model.trial import refuse_untrainable
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 
 
-def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | None = None) -> Policy:
+def load_policy(model, tokenizer, config: TrainingConfig, peft_config: LoraConfig | None = None) -> Policy:
     """A Policy from a hub id, a model folder, a 4-bit checkpoint, an adapter folder, or a loaded model.
 
     A loaded model is changed in place: its linear layers become 4-bit if config says so, and it gets adapters.
@@ -69,7 +69,7 @@ def load_policy(model, tokenizer, config: GRPOConfig, peft_config: LoraConfig | 
     return policy
 
 
-def run_device(config: GRPOConfig) -> torch.device:
+def run_device(config: TrainingConfig) -> torch.device:
     """The device of a run. Raise InputError for settings that it cannot obey."""
     if torch.cuda.is_available() and not config.use_cpu:
         device = torch.device("cuda", torch.cuda.current_device())  # some of torch.cuda wants the number
@@ -144,7 +144,7 @@ def _disable_checkpointing(model: Any) -> None:
     disable()
 
 
-def _load_model(model, config: GRPOConfig, peft_config, device, dtype) -> PeftModel:
+def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> PeftModel:
     if isinstance(model, PeftModel | PreTrainedModel):
         warn_of_another_base(model.get_base_model() if isinstance(model, PeftModel) else model)
     if isinstance(model, PeftModel):

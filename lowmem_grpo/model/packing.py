@@ -2,7 +2,7 @@
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -55,6 +55,13 @@ class MicroBatch:
     # None where each row is a prompt, its completion and padding, which a causal model never looks at. Else R is 1.
     position_ids: Tensor | None = None  # (1, T) int64: each token's place in its own sequence
     packing: Packing | None = None
+
+    def only(self, chosen: Tensor) -> "MicroBatch":
+        """The micro-batch with the chosen of its N tokens, (N,) bool, as those that count; what they see stays."""
+        return replace(
+            self, predictors=self.predictors[chosen], labels=self.labels[chosen], token_index=self.token_index[chosen],
+            sequences=self.sequences[chosen],
+        )  # fmt: skip
 
 
 def pack(

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import SamplingFields
+from lowmem_grpo.config.sft import ASSUMED_LENGTH
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.shape import kv_shape, store_shape
 from lowmem_grpo.generate.step import POSITIONS, RANK
@@ -61,43 +63,47 @@ class Change:
 class Plan:
     """The settings that fit a budget, or as near to it as they come."""
 
-    config: GRPOConfig
+    config: Any  # the training's
     forecast: Forecast
     budget: int | None
     changes: list[Change]
-    prompt_tokens: int  # of the longest prompt
+    longest: int  # tokens of the longest prompt, or of the longest example
     assumptions: list[str]  # sentences
     remedy: str | None = None  # what would have to change besides; None where everything fits
 
 
 def plan(
     model: PreTrainedConfig,
-    config: GRPOConfig,
+    config: TrainingConfig,
     adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
-    longest_prompt: int | None = None,  # its tokens; None where no prompt is known yet
+    longest: int | None = None,  # tokens of the longest prompt, or example; None where none is known yet
 ) -> Plan:
     """The cheapest settings with which every phase stays within vram_budget; config's own where they fit."""
     key = Key(model, adapter or lora_config(config))
-    # Within here, max_prompt_length is the length that is planned for.
-    prompt = longest_prompt or config.max_prompt_length or PROMPT_TOKENS
-    chosen, found, changes = _fit(key, replace(config, max_prompt_length=prompt))
+    name, assumed = ("max_prompt_length", PROMPT_TOKENS) if config.samples else ("max_length", ASSUMED_LENGTH)
+    given = getattr(config, name)
+    # Within here, that is the length which is planned for.
+    planned = longest or given or assumed
+    chosen, found, changes = _fit(key, replace(config, **{name: planned}))
     budget, assumptions, remedy = config.vram_budget_bytes, [], None
     if found.padded:
-        assumptions.append(f"Trained on padded rows, sampled from by transformers' generate: {found.padded}.")
-    if longest_prompt is None:
-        given = "none" if config.max_prompt_length is None else prompt
-        assumptions.append(f"The longest prompt is assumed to have {prompt} tokens: max_prompt_length is {given}.")
+        sampled = ", sampled from by transformers' generate" if config.samples else ""
+        assumptions.append(f"Trained on padded rows{sampled}: {found.padded}.")
+    if longest is None:
+        what = "prompt" if config.samples else "example"
+        set_to = "none" if given is None else planned
+        assumptions.append(f"The longest {what} is assumed to have {planned} tokens: {name} is {set_to}.")
     if budget is not None and not _fits(found, budget):
         remedy = _remedy(key, chosen, found, budget)
-    chosen = replace(chosen, max_prompt_length=config.max_prompt_length)
-    return Plan(chosen, found, budget, changes, prompt, assumptions, remedy)
+    chosen = replace(chosen, **{name: given})
+    return Plan(chosen, found, budget, changes, planned, assumptions, remedy)
 
 
 def plan_to_fit(
-    model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None, longest_prompt: int | None = None
+    model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None, longest: int | None = None
 ) -> Plan:
     """The plan of a run. Raise InputError, with the remedy, where nothing fits."""
-    found = plan(model, config, adapter, longest_prompt)
+    found = plan(model, config, adapter, longest)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise InputError(
@@ -126,11 +132,11 @@ def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
     """The configuration for an evaluation, with no more keys and values than the plan's training step has."""
     if found is None:
         return config
-    tokens = config.prompts_per_step * (found.prompt_tokens + config.num_generations * config.max_completion_length)
+    tokens = config.prompts_per_step * (found.longest + config.num_generations * config.max_completion_length)
     return replace(config, rollout_token_budget=min(config.rollout_token_budget, tokens))
 
 
-def _fit(key: Key, config: GRPOConfig) -> tuple[GRPOConfig, Forecast, list[Change]]:
+def _fit(key: Key, config: Any) -> tuple[Any, Forecast, list[Change]]:
     budget, changes = config.vram_budget_bytes, {}
     found = _forecast(key, config)
     while not _fits(found, budget):
@@ -151,18 +157,11 @@ def _fits(found: Forecast, budget: int | None) -> bool:
     return budget is None or found.peak() <= (1 - SPARE) * budget
 
 
-def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> Iterator[Change]:
+def _changes(model: PreTrainedConfig, config: TrainingConfig, found: Forecast) -> Iterator[Change]:
     """Changes that would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
-    if phase != "rollout" and config.has_lasting_graphs and not found.padded:
-        yield Change("rollout_graphs_last", False, "the memory of captured steps is the rollout's alone")
-    if phase == "rollout" and found.phases[phase].get("dense weights"):
-        yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
-    if phase == "rollout" and config.has_cuda_graphs and not found.padded:
-        yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
-    if phase == "rollout" and config.rollout_token_budget > longest:
-        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
-        yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
+    if isinstance(config, GRPOConfig):
+        yield from _changes_of_sampling(config, found)
     if config.token_budget > longest:
         halved = max(longest, min(config.token_budget, _step_tokens(config)) // 2)
         yield Change("token_budget", halved, "smaller micro-batches, and more of them")
@@ -174,14 +173,28 @@ def _changes(model: PreTrainedConfig, config: GRPOConfig, found: Forecast) -> It
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
     if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
-    if phase == "rollout" and config.rollout_kv == "full" and not found.padded:
+    if phase == "rollout" and isinstance(config, GRPOConfig) and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
     if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
         yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
 
-def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
-    """The smallest change of the task that would fit: shorter completions, else shorter prompts."""
+def _changes_of_sampling(config: GRPOConfig, found: Forecast) -> Iterator[Change]:
+    """Changes that make the memory of sampling smaller and change no result."""
+    phase, longest = found.largest_phase(), _longest(config)
+    if phase != "rollout" and config.has_lasting_graphs and not found.padded:
+        yield Change("rollout_graphs_last", False, "the memory of captured steps is the rollout's alone")
+    if phase == "rollout" and found.phases[phase].get("dense weights"):
+        yield Change("rollout_weights", "4bit", "no copy of the weights to sample from")
+    if phase == "rollout" and config.has_cuda_graphs and not found.padded:
+        yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
+    if phase == "rollout" and config.rollout_token_budget > longest:
+        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
+        yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
+
+
+def _remedy(key: Key, config: TrainingConfig, found: Forecast, budget: int) -> str:
+    """The smallest change of the task that would fit: shorter completions, else shorter prompts, or examples."""
     resident = sum(found.resident.values())
     if resident > budget:
         return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
@@ -189,10 +202,19 @@ def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
     def with_everything(**lengths: int) -> Forecast:
         """The forecast with every change that a plan could choose."""
         changed = replace(config, **lengths)
-        return _forecast(key, replace(changed, token_budget=_longest(changed), rollout_token_budget=_longest(changed)))
+        budgets = {
+            name: _longest(changed) for name in ("token_budget", "rollout_token_budget") if hasattr(config, name)
+        }
+        return _forecast(key, replace(changed, **budgets))
 
-    short = {"max_completion_length": min(64, config.max_completion_length)}
-    for name, besides in (("max_completion_length", {}), ("max_prompt_length", {}), ("max_prompt_length", short)):
+    if config.samples:
+        short = {"max_completion_length": min(64, config.max_completion_length)}
+        shortest = {**short, "max_prompt_length": min(64, config.max_prompt_length or 64)}
+        tries = (("max_completion_length", {}), ("max_prompt_length", {}), ("max_prompt_length", short))
+    else:
+        shortest = {"max_length": min(64, _longest(config))}
+        tries = (("max_length", {}),)
+    for name, besides in tries:
         # In multiples of 32: the largest length that fits is at least 32 low, and below 32 high.
         low, high = 1, math.ceil(getattr(config, name) / 32)
         while high - low > 1:
@@ -201,7 +223,6 @@ def _remedy(key: Key, config: GRPOConfig, found: Forecast, budget: int) -> str:
             low, high = (middle, high) if fits else (low, middle)
         if low > 1:
             return f"{_in_settings({**besides, name: 32 * low})} would fit"
-    shortest = {**short, "max_prompt_length": min(64, config.max_prompt_length or 64)}
     needed = math.ceil(with_everything(**shortest).peak() / 10**8) / 10
     return f"not even {_in_settings(shortest)} would fit, it takes {needed:.1f} GB: choose a smaller model"
 
@@ -210,12 +231,12 @@ def _in_settings(values: dict[str, int]) -> str:
     return " and ".join(f"{name}={value}" for name, value in values.items())
 
 
-def forecast(model: PreTrainedConfig, config: GRPOConfig, adapter: PeftConfig | None = None) -> Forecast:
+def forecast(model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None) -> Forecast:
     """The peak of each phase, in parts. Nothing is downloaded or allocated."""
     return _forecast(Key(model, adapter or lora_config(config)), config)
 
 
-def _forecast(key: Key, config: GRPOConfig) -> Forecast:
+def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     text = key.model.get_text_config()
     dtype = getattr(torch, config.compute_dtype)
     traced = trace(key, config)
@@ -225,13 +246,22 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
         "optimizer state": state_bytes(config.optim, traced.adapter_sizes),
         **({} if config.use_cpu else {"CUDA and its libraries": CONTEXT_BYTES}),
     }
-    if config.reference == "initial" or config.sync_ref_model:
-        resident["the reference's adapter"] = 4 * traced.adapter_numbers
     # The head's scores and pull, in tiles as of a card of the budget's size; the entropy's gradient takes its own.
     kind = "cpu" if config.use_cpu else "cuda"
     tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
+    without_gradient = {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer}
+    update = {
+        "activations kept": traced.ran.kept,
+        "one layer at work": traced.ran.peak - traced.ran.kept,
+        "head": head,
+        "one dequantized layer": layer,
+    }
+    if not isinstance(config, GRPOConfig):
+        return Forecast(resident, {"update": update, "evaluation": without_gradient}, traced.padded)
+    if config.reference == "initial" or config.sync_ref_model:
+        resident["the reference's adapter"] = 4 * traced.adapter_numbers
     # "auto" is dense on a CPU, where memory allows and the engine samples.
     auto = config.rollout_weights == "auto" and config.use_cpu and not traced.padded
     dense = config.rollout_weights == "dense" or auto
@@ -249,18 +279,9 @@ def _forecast(key: Key, config: GRPOConfig) -> Forecast:
     if config.has_lasting_graphs and not traced.padded:
         for name in ("captured steps", "adapters in the compute dtype"):
             resident[name] = rollout.pop(name)
-    phases = {
-        "rollout": rollout,
-        "reference": {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer},
-        "update": {
-            "activations kept": traced.ran.kept,
-            "one layer at work": traced.ran.peak - traced.ran.kept,
-            "head": head,
-            "one dequantized layer": layer,
-        },
-    }
+    phases = {"rollout": rollout, "reference": without_gradient, "update": update}
     if config.has_old_pass:
-        phases["old"] = phases["reference"]
+        phases["old"] = without_gradient
     if config.beta == 0:
         del phases["reference"]
     return Forecast(resident, phases, traced.padded)
@@ -316,7 +337,7 @@ def _truncates(config: SamplingFields) -> bool:
     return config.top_p < 1 or config.top_k > 0 or bool(config.min_p)
 
 
-def _longest(config: GRPOConfig) -> int:
+def _longest(config: TrainingConfig) -> int:
     return prompt_tokens(config) + config.max_completion_length
 
 
@@ -327,7 +348,7 @@ def _rollout_tokens(config: GRPOConfig, shared: bool) -> int:
     return config.prompts_per_step * (prompt_tokens(config) + config.num_generations * config.max_completion_length)
 
 
-def _step_tokens(config: GRPOConfig) -> int:
+def _step_tokens(config: TrainingConfig) -> int:
     return config.prompts_per_step * config.num_generations * _longest(config)
 
 
@@ -337,9 +358,10 @@ def _in_words(size: int) -> str:
 
 def as_dict(found: Plan) -> dict[str, Any]:
     """The plan for JSON, in bytes throughout."""
+    longest = "prompt_tokens" if found.config.samples else "example_tokens"
     return {
         "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
-        "peak": found.forecast.peak(), "prompt_tokens": found.prompt_tokens, "assumptions": found.assumptions,
+        "peak": found.forecast.peak(), longest: found.longest, "assumptions": found.assumptions,
         "budget": found.budget, "fits": found.remedy is None,
         "changes": [asdict(change) for change in found.changes], "remedy": found.remedy,
     }  # fmt: skip

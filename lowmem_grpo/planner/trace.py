@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import DataFields, ModelFields
+from lowmem_grpo.config.sections import ModelFields
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
@@ -37,7 +38,7 @@ from lowmem_grpo.model.policy import Policy
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
 
 
-def prompt_tokens(config: DataFields) -> int:
+def prompt_tokens(config: TrainingConfig) -> int:
     return config.max_prompt_length or PROMPT_TOKENS
 
 
@@ -99,7 +100,7 @@ class Traced:
 class Watched:
     """A configuration that remembers, in `read`, the names of the fields that were read of it."""
 
-    def __init__(self, config: GRPOConfig, read: set[str]):
+    def __init__(self, config: TrainingConfig, read: set[str]):
         self._config, self._read = config, read
 
     def __getattr__(self, name: str) -> Any:
@@ -114,7 +115,7 @@ class Watched:
 _TRACED: dict[Key, list[tuple[dict[str, Any], Traced]]] = {}
 
 
-def trace(key: Key, config: GRPOConfig) -> Traced:
+def trace(key: Key, config: TrainingConfig) -> Traced:
     """Build a model and run its layers without memory, unless a trace under equal settings is known.
 
     Raises:
@@ -130,14 +131,14 @@ def trace(key: Key, config: GRPOConfig) -> Traced:
     return traced
 
 
-def _trace(key: Key, config: GRPOConfig, read: set[str]) -> Traced:
-    watched = cast(GRPOConfig, Watched(config, read))
+def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
+    watched = cast(TrainingConfig, Watched(config, read))
     try:
         whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code)
         padded = _why_padded(whole, watched)
         if padded:
-            watched = cast(GRPOConfig, Watched(replace(config, padding_free=False), read))
-        generated = run_generate(whole, watched) if padded else None
+            watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
+        generated = run_generate(whole, watched) if padded and watched.samples else None
         return Traced(*_resident(whole, watched), run_layers(whole, watched), padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
@@ -170,13 +171,13 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
     return None
 
 
-def run_layers(whole: PeftModel, config: GRPOConfig) -> Ran:
+def run_layers(whole: PeftModel, config: TrainingConfig) -> Ran:
     """Bytes that all layers take in the largest of a training step's micro-batches."""
     found = [_run_layers(whole, config, lengths) for lengths in largest_steps(config)]
     return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
 
 
-def _run_layers(whole: PeftModel, config: GRPOConfig, lengths: list[int]) -> Ran:
+def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int]) -> Ran:
     """Bytes that all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
     kinds = _kinds(whole)
 
@@ -289,12 +290,15 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     return adapted
 
 
-def run_few(policy: Policy, config: GRPOConfig, lengths: list[int]) -> Ran:
+def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Ran:
     """The memory of the first micro-batch of a step whose completions have these lengths."""
     prompt = prompt_tokens(config)
     batch = _first_micro_batch(config, lengths, policy.device)
     kept, peak = _activations(policy, batch, config.has_entropy_bonus)
-    inference = _inference(policy, batch) if config.beta or config.has_old_pass else 0
+    if not config.samples:
+        return Ran(kept, peak, _inference(policy, batch), prefill=0)
+    sampling = cast(GRPOConfig, config)
+    inference = _inference(policy, batch) if sampling.beta or sampling.has_old_pass else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
     return Ran(kept, peak, inference, prefill)
@@ -306,7 +310,7 @@ def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> Mic
     return batch
 
 
-def largest_steps(config: GRPOConfig) -> list[list[int]]:
+def largest_steps(config: TrainingConfig) -> list[list[int]]:
     """Completion lengths of the steps that may take the most memory: one even, and where rows are packed one uneven.
 
     Even lengths are full ones, halves, quarters, eighths, or those that fill the budget best. Not counted is
@@ -329,7 +333,7 @@ def largest_steps(config: GRPOConfig) -> list[list[int]]:
     return steps
 
 
-def _first_micro_batch(config: GRPOConfig, lengths: list[int], device: torch.device) -> MicroBatch:
+def _first_micro_batch(config: TrainingConfig, lengths: list[int], device: torch.device) -> MicroBatch:
     """The first micro-batch of a step, which is the largest, as the trainer packs one."""
     return next(
         pack(
@@ -364,7 +368,7 @@ def _inference(policy: Policy, batch: MicroBatch) -> int:
     return live.peak
 
 
-def run_generate(whole: PeftModel, config: GRPOConfig) -> Generated:
+def run_generate(whole: PeftModel, config: TrainingConfig) -> Generated:
     """The memory of a row in `generate`, from two layers of each kind, with a mask."""
     kinds, prompt = _kinds(whole), prompt_tokens(config)
     chosen = tuple(kind for kind in sorted(set(kinds)) for _ in range(2))

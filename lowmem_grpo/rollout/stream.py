@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import RunFields
+from lowmem_grpo.data.order import index_at
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.output.saved import whole
 from lowmem_grpo.rollout.replay import ReplayBuffer
@@ -41,23 +41,8 @@ def next_positions(
     return chosen
 
 
-def index_at(position: int, num_prompts: int, config: GRPOConfig) -> int:
-    """The index of the prompt at a position of the stream."""
-    epoch, place = divmod(position, num_prompts)
-    return _order(num_prompts, epoch, config)[place]
-
-
 def _chance(position: int, config: RunFields) -> float:
     return torch.rand((), generator=torch.Generator().manual_seed(config.seed * 2**31 + position)).item()
-
-
-@lru_cache(maxsize=4)
-def _shuffled(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def _order(count: int, epoch: int, config: GRPOConfig) -> Sequence[int]:
-    return _shuffled(count, config.seed + epoch) if config.shuffle_dataset else range(count)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import set_peft_model_state_dict
 
-from lowmem_grpo.config.sections import EvaluationFields
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import remove, set_aside, write_folder
@@ -25,11 +25,12 @@ class BestAdapter:
     set aside with a warning, and the next evaluation is the best.
     """
 
-    def __init__(self, output_dir: Path, config: EvaluationFields, *, fresh: bool):
+    def __init__(self, output_dir: Path, config: TrainingConfig, *, fresh: bool):
         self.folder = output_dir / "best"
-        name = config.metric_for_best_model or "eval_reward"
+        name = config.metric_for_best_model or config.measured[0]
         self.metric = name if name.startswith("eval_") else f"eval_{name}"
-        self.sign = -1.0 if config.greater_is_better is False else 1.0
+        is_loss = self.metric.endswith("loss")
+        self.sign = 1.0 if (not is_loss if config.greater_is_better is None else config.greater_is_better) else -1.0
         if fresh:
             remove(self.folder)
         self.record()

@@ -8,11 +8,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.errors import printable_text
-from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.inputs import Inputs, RunInputs
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
 from lowmem_grpo.output.folder import read_state
@@ -79,6 +79,7 @@ class Look:
             return ""
 
 
+T = TypeVar("T", bound=RunInputs)
 Situation = Callable[[Look], str | None]
 SITUATIONS: list[Situation] = []
 
@@ -91,10 +92,15 @@ def doctor_of(inputs: Inputs, of_preview: Sequence[Finding] = ()) -> Doctor:
     Raises:
         UnhealthyRunError: doctor="stop", and something was found.
     """
-    doctor = Doctor(inputs.config, inputs.rewards.names, inputs.total_steps)
+    doctor = Doctor(inputs.config, inputs.total_steps, inputs.rewards.names)
+    return having_looked(doctor, inputs, lambda inputs: [*of_preview, *findings(inputs)])
+
+
+def having_looked(doctor: Doctor, inputs: T, find: Callable[[T], list[Finding]]) -> Doctor:
+    """A doctor who has looked at a run's inputs and said what is new. Raises as doctor_of() does."""
     if inputs.resume is not None:
         load_part(inputs.resume, "doctor", doctor.load, read_state(inputs.resume))
-    lines = doctor.note(0, [] if doctor.is_off else [*of_preview, *findings(inputs)])
+    lines = doctor.note(0, [] if doctor.is_off else find(inputs))
     doctor.refuse()  # in all the words of these lines
     for line in lines:
         print(printable_text(f"doctor: {line['text']}"), file=sys.stderr)
@@ -298,17 +304,26 @@ def template_drops_messages(look: Look) -> str | None:
 @_situation
 def implausible_learning_rate(look: Look) -> str | None:
     """Say that the learning rate is far from those that LoRA learns with."""
-    rate, (low, high) = look.config.learning_rate, LEARNING_RATES
+    return implausible_rate(look.config.learning_rate)
+
+
+def implausible_rate(rate: float) -> str | None:
+    """Say that a learning rate is far from those that LoRA learns with."""
+    low, high = LEARNING_RATES
     if low <= rate <= high:
         return None
     what = "moves an adapter hardly at all" if rate < low else "soon ruins an adapter"
-    return f"learning_rate={rate:g} {what}; LoRA is trained with 1e-6 to 1e-3, and 1e-5 is the default"
+    return f"learning_rate={rate:g} {what}; LoRA is trained with 1e-6 to 1e-3"
 
 
 @_situation
 def warmup_beyond_the_end(look: Look) -> str | None:
     """Say that the learning rate never gets to its peak."""
-    warmup, steps = look.config.warmup_steps, look.inputs.total_steps
+    return warmup_too_long(look.config.warmup_steps, look.inputs.total_steps)
+
+
+def warmup_too_long(warmup: int, steps: int) -> str | None:
+    """Say that a run is over before its warm-up."""
     if not warmup or warmup < steps:
         return None
     return (

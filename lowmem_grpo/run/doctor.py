@@ -1,11 +1,11 @@
 """The doctor: looks at a run's numbers while it goes on, and says once what keeps it from learning."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.output.saved import measured, whole
 from lowmem_grpo.run.symptoms import Course, symptoms
@@ -25,8 +25,13 @@ class Doctor:
         found: a line of metrics.jsonl for each finding, {"step", "doctor", "text"}, each situation once.
     """
 
-    def __init__(self, config: GRPOConfig, rewards: list[str], total_steps: int):
-        self.course, self.total_steps = Course(config, rewards, first=[], last=[]), total_steps
+    def __init__(
+        self, config: TrainingConfig, total_steps: int, rewards: Sequence[str] = (),
+        look_for: Callable[[Course, int], dict[str, str]] = symptoms,
+    ):  # fmt: skip
+        """look_for(course, total_steps) finds situations, each with its sentence; rewards are the functions' names."""
+        self.course, self.total_steps = Course(config, [*rewards], first=[], last=[]), total_steps
+        self.look_for = look_for
         self.found: list[dict[str, Any]] = []
         self.standing: list[Finding] = []  # of the last look, said before or not
 
@@ -40,7 +45,7 @@ class Doctor:
         if self.is_off:
             return []
         self.course = self.course.after(metrics)
-        return self.note(step, itertools.starmap(Finding, symptoms(self.course, self.total_steps).items()))
+        return self.note(step, itertools.starmap(Finding, self.look_for(self.course, self.total_steps).items()))
 
     def note(self, step: int, findings: Iterable[Finding]) -> list[dict[str, Any]]:
         """The lines of those findings that were not said before."""

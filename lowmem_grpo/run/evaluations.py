@@ -3,30 +3,42 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.evaluation.evaluate import Evaluation, measure
+from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.statistics import differences
+from lowmem_grpo.example_inputs import ExampleInputs
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.planner.plan import for_evaluation
+from lowmem_grpo.update.nll import mean_nll
+
+
+class Measured(Protocol):
+    """The results of an evaluation."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def values(self) -> dict[str, list[float]]: ...  # of the metrics that are means over prompts
 
 
 class Evaluations:
     """Measures a policy at a step, and compares with the evaluation before training. A part of a checkpoint."""
 
-    def __init__(self, measure: Callable[[int], Evaluation] | None, prompts: list[Prompt], num_generations: int | None):
-        """measure(step) evaluates; prompts and num_generations tell whether a resumed run measures the same.
+    def __init__(self, measure: Callable[[int], Measured] | None, data: Any):
+        """measure(step) evaluates; data, as JSON has it, tells whether a resumed run measures the same.
 
         Without measure nothing is evaluated, and the values of an earlier run are carried on.
         """
         self.measure = measure
-        rows = [[prompt.ids, prompt.columns] for prompt in prompts]
-        self.data = hashlib.sha256(json.dumps([num_generations, rows], default=str).encode()).hexdigest()
+        self.data = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
         # Of the evaluation before training: each prompt's value, (P,) fp64 by metric, and what those are of.
         self.first: dict[str, torch.Tensor] = {}
         self.first_data = self.data
@@ -68,4 +80,26 @@ def evaluations_of(inputs: Inputs, sampler: Sampler) -> Evaluations:
     """The evaluations of a run's eval_dataset by its rewards; they are off where there is none."""
     prompts, config = inputs.eval_prompts, inputs.config
     evaluate = partial(measure, sampler, prompts, inputs.rewards, for_evaluation(inputs.plan, config))
-    return Evaluations(evaluate if prompts else None, prompts, config.num_generations_eval)
+    rows = [[prompt.ids, prompt.columns] for prompt in prompts]
+    return Evaluations(evaluate if prompts else None, [config.num_generations_eval, rows])
+
+
+@dataclass(frozen=True)
+class Losses:
+    """An evaluation of examples."""
+
+    metrics: dict[str, float]
+    values: dict[str, list[float]] = field(default_factory=dict)  # none: a mean over tokens is none over examples
+
+
+def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:
+    """The evaluations of a run's eval_dataset by its loss; they are off where there is none."""
+    examples, config = inputs.eval_examples, inputs.config
+
+    def measure(step: int) -> Losses:
+        budget = TokenBudget(config.token_budget)
+        lengths = [len(one.ids) for one in examples]
+        return Losses({"eval_loss": budget.fit(partial(mean_nll, policy, examples, config), lengths).item()})
+
+    rows = [[one.ids, one.counted, one.weight] for one in examples]
+    return Evaluations(measure if examples else None, rows)

@@ -77,7 +77,7 @@ class MetricsLog:
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
         """The line of the evaluation at a step, if there was one."""
-        return next((line for line in self.lines() if "eval_reward" in line and line["step"] == step), None)
+        return next((line for line in self.lines() if is_evaluation(line) and line["step"] == step), None)
 
     def write(self, line: Mapping[str, float | str]) -> None:
         """Append one line; what is not finite becomes null, which JSON has.
@@ -97,3 +97,8 @@ class MetricsLog:
                 file.truncate(end)
                 raise
         self.waiting = []
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Tell whether a line of metrics.jsonl is of an evaluation."""
+    return any(name.startswith("eval_") for name in line)

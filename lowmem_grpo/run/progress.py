@@ -36,8 +36,9 @@ class Progress:
         """One finished step: of the metrics those that a person follows, and what the loop has to say."""
         # Where tokens were computed, a NaN is shown as one: something is broken.
         words = in_words if metrics.get("frac_tokens_skipped") == 1 else format
+        aim = ("reward", "reward", in_words, ".3f") if "reward" in metrics else ("loss", "loss", format, ".4f")
         shown = [
-            ("reward", "reward", in_words, ".3f"), ("length", "completions/mean_length", in_words, ".1f"),
+            aim, ("length", "completions/mean_length", in_words, ".1f"),
             ("entropy", "entropy", words, ".3f"), ("kl", "kl", words, ".4f"),
         ]  # fmt: skip
         parts = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
-from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.inputs import RunInputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import (
@@ -36,7 +36,7 @@ from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, sav
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
-from lowmem_grpo.run.log import MetricsLog, write_completions
+from lowmem_grpo.run.log import MetricsLog, is_evaluation, write_completions
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
@@ -95,7 +95,7 @@ class Run:
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: RunInputs,
         policy: Policy,
         learner: Learner,
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
@@ -131,8 +131,8 @@ class Run:
             self.is_best_missing = bool(evaluations and evaluations.first) and not lexists(self.folder / "best")
             self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
             settings = json.dumps(asdict(inputs.given), indent=1)
-            (self.folder / "grpo_config.json").write_text(settings, encoding="utf-8")
-        self.shown = list(dict.fromkeys([self.best.metric, "eval_pass@1"]))
+            (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
+        self.shown = list(dict.fromkeys([self.best.metric, *self.config.measured[1:]]))
 
     @property
     def is_over(self) -> bool:
@@ -304,7 +304,7 @@ class Run:
         lines = self.log.lines()
         return TrainResult(
             history=[line for line in lines if "loss" in line],
-            eval_history=[line for line in lines if "eval_reward" in line],
+            eval_history=[line for line in lines if is_evaluation(line)],
             output_dir=str(self.folder),
             policy=self.policy,
             findings=self.doctor.found,

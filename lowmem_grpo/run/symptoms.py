@@ -7,6 +7,7 @@ what was seen. A number that a step did not measure is None, and shows nothing.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES
@@ -20,11 +21,12 @@ READ = {
     "step", "reward", "reward_std", "frac_reward_zero_std", "frac_tokens_skipped", "entropy", "kl", "grad_norm",
     "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/min",
     "ratio/max", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean",
-    "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups",
+    "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups", "loss",
 }  # fmt: skip
 SKIPPED = "skipped_so_far"  # optimizer steps of the run that changed no weight
 
 MANY = 0.5  # of the completions at the start
+MOST_RISEN = 1.0  # nats a token of a loss, by which steps differ less
 COLD, HOT = 0.3, 2.0  # temperatures below and above which a completion is nearly certain, or noise
 MOST_ALIKE = 0.75  # of the groups, where it is cold: one in four differs by chance
 LEAST_FAILURES = 0.1  # of the completions: below, a reward that times out now and then costs little
@@ -48,7 +50,7 @@ PENALTIES = {"repetition_penalty_reward", "soft_overlong_punishment_reward"}  # 
 class Course:
     """The course of a run, as far as symptoms read it."""
 
-    config: GRPOConfig
+    config: Any  # the training's
     rewards: list[str]  # the names of the reward functions
     first: list[Metrics]  # the run's first steps
     last: list[Metrics]  # the newest steps, oldest first; a symptom gets as many as it asks for
@@ -443,6 +445,25 @@ def symptoms(course: Course, total_steps: int) -> dict[str, str]:
         if seen := _seen(course, num_steps, total_steps):
             found |= {f"{symptom.__name__}/{reward}": symptom(seen, reward) for reward in course.rewards}
     return {name: text for name, text in found.items() if text is not None}
+
+
+def symptoms_of_examples(course: Course, total_steps: int) -> dict[str, str]:
+    """Sentences by the names of the situations that a run which imitates examples shows."""
+    found = {}
+    for symptom, num_steps in {not_finite: 1, loss_rises: 5, gradient_scaled_down: 10}.items():
+        if seen := _seen(course, num_steps, total_steps):
+            found[symptom.__name__] = symptom(seen)
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def loss_rises(course: Course) -> str | None:
+    before, now = _least(course.first, "loss"), course.mean("loss")
+    if len(course.first) < NUM_FIRST or not _least(course.last, "loss") > before + MOST_RISEN:
+        return None
+    return (
+        f"the loss has risen from {before:.3g} at the start to {now:.3g} in {course.steps}, which ruins the adapter; "
+        f"lower learning_rate={course.config.learning_rate:g}, or set warmup_steps and lr_scheduler_type"
+    )
 
 
 def _seen(course: Course, num_steps: int, total_steps: int) -> Course | None:

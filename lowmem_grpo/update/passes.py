@@ -137,7 +137,7 @@ def backward(
     completion_weights = loss_weights(rollout.offsets.diff(), rollout.completion_mask, config).to(policy.device)
     advantages = rollout.advantages.to(policy.device)
     entropy_weight = 1 / max(1, rollout.num_learning_tokens)
-    _zero_gradients(policy)
+    zero_gradients(policy)
     total = scaler.scale(torch.zeros((), device=policy.device)) * 0
     computed = torch.zeros(rollout.num_tokens, device=policy.device)
     chosen = completions_with_gradient(rollout, config)
@@ -157,7 +157,7 @@ def backward(
     return total, computed
 
 
-def _zero_gradients(policy: Policy) -> None:
+def zero_gradients(policy: Policy) -> None:
     """Make every gradient 0, whatever an attempt that ran out of memory left of it.
 
     Where nothing is left to learn from, it is 0 and not missing: the optimizer takes its step as always.

@@ -1,0 +1,6 @@
+"""The configuration of any training."""
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sft import SFTConfig
+
+TrainingConfig = GRPOConfig | SFTConfig

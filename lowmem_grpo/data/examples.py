@@ -1,0 +1,264 @@
+"""Examples to imitate: rows to tokens, and which of them are learnt.
+
+A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `messages` or, with from and value, as
+`conversations`; or a `text`. Tools and template settings are a row's own as for prompts.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from lowmem_grpo.config.sections import ExampleFields
+from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text
+from lowmem_grpo.data.order import Order, index_at
+from lowmem_grpo.data.prompts import template_settings, text_ids
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.saved import whole
+
+FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",)
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+GENERATION = re.compile(r"\{%-?\s*generation\b")  # what a template marks an assistant's words with
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenized."""
+
+    ids: list[int]
+    counted: list[bool]  # whether each token is learnt; the first never is, since nothing predicts it
+    weight: float = 1.0  # of each of its tokens in the loss
+
+    @property
+    def start(self) -> int:
+        """The place of the first token that is learnt."""
+        return self.counted.index(True)
+
+
+@dataclass
+class Examples:
+    """A run's examples, and its place in the endless stream of epochs of them. A part of a checkpoint."""
+
+    all: list[Example]
+    config: Order
+    position: int = 0  # of the next example
+
+    def take(self, count: int) -> list[Example]:
+        """The next examples of the stream."""
+        places = range(self.position, self.position + count)
+        self.position = places.stop
+        return [self.all[index_at(place, len(self.all), self.config)] for place in places]
+
+    def state(self) -> dict[str, Any]:
+        """The position."""
+        return {"position": self.position}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned."""
+        self.position = whole(state["position"], "position")
+
+
+def tokenize_examples(
+    rows: Dataset, tokenizer: Any, config: ExampleFields, *, name: str = "train_dataset"
+) -> tuple[list[Example], int]:
+    """The rows' examples, and how many were dropped for having more than max_length tokens.
+
+    Raises:
+        InputError: a row is of no known form, the tokens to learn cannot be told, or no example is left.
+    """
+    form = _form(rows.column_names, config, name)
+    reader = _Reader(tokenizer, config)
+    read = {"prompt": reader.pair, "messages": reader.chat, "conversations": reader.chat, "text": reader.text}[form]
+    examples = []
+    given: list[Any] = list(rows)
+    for index, row in enumerate(given):
+        where = f"row {index} of {name}"
+        ids, counted = read(row, where)
+        counted[:1] = [False]
+        if not any(counted):
+            raise InputError(f"{where} has no token to learn; leave it out")
+        examples.append(Example(ids, counted, _weight(row, where)))
+    short = [one for one in examples if config.max_length is None or len(one.ids) <= config.max_length]
+    if not short:
+        shortest = min(len(one.ids) for one in examples)
+        raise InputError(
+            f"every row of {name} is longer than max_length={config.max_length}; the shortest has {shortest}"
+        )
+    return short, len(examples) - len(short)
+
+
+def _form(columns: list[str], config: ExampleFields, name: str) -> str:
+    """The first column of the rows' form. Raise InputError where there is none, or a mask does not apply to it."""
+    form = next((form for form in FORMS if set(form) <= set(columns)), None)
+    if form is None:
+        raise InputError(
+            f"{name} has neither prompt and completion nor messages, conversations or text, only {', '.join(columns)}; "
+            "rename its columns"
+        )
+    if form[0] != "prompt" and config.completion_only_loss:
+        raise InputError(f"completion_only_loss is for rows with prompt and completion, and {name} has {form[0]}")
+    if form[0] == "text" and config.assistant_only_loss:
+        raise InputError(f"assistant_only_loss is for chats, and {name} has texts; leave it out")
+    return form[0]
+
+
+class _Reader:
+    """Reads rows with a tokenizer, each to its ids, and to a truth value a token: is it learnt?"""
+
+    def __init__(self, tokenizer: Any, config: ExampleFields):
+        self.tokenizer, self.config = tokenizer, config
+        self.template = Template(tokenizer)
+        self.end: str = tokenizer.eos_token or ""
+
+    def text(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
+        """A text, of which every token is learnt, its end too."""
+        ids = text_ids(self.tokenizer, self._ended(_text(row["text"], "text", where)))
+        return ids, [True] * len(ids)
+
+    def pair(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
+        """A prompt, as a training by rewards gives it, and a completion with its end."""
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) or isinstance(completion, list):
+            return self._chat(read_chat(prompt, where), read_chat(completion, where), row, where)
+        if self.config.assistant_only_loss:
+            raise InputError(f"{where} has texts, and assistant_only_loss is for chats; leave it out")
+        prompt, completion = _text(prompt, "prompt", where), _text(completion, "completion", where)
+        before = text_ids(self.tokenizer, prompt)
+        ids = text_ids(self.tokenizer, prompt + self._ended(completion))
+        ids = self._continued(before, ids, self._ended(completion), where)
+        return ids, self._after(len(before), len(ids))
+
+    def chat(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
+        """A chat, of which every turn is learnt, or with assistant_only_loss the assistant's."""
+        given = row.get("messages")
+        if given is None:
+            given = _from_share_gpt(row.get("conversations"), where)
+        return self._chat([], read_chat(given, where), row, where)
+
+    def _chat(self, prompt: list[dict], completion: list[dict], row: dict, where: str) -> tuple[list[int], list[bool]]:
+        settings = template_settings(row, self.template, self.config, where)
+        if self.config.system_prompt and [*prompt, *completion][0]["role"] != "system":
+            system = [{"role": "system", "content": self.config.system_prompt}]
+            prompt, completion = (system + prompt, completion) if prompt else (prompt, system + completion)
+        is_open = bool(prompt) and {prompt[-1]["role"], completion[0]["role"]} == {"assistant"}
+        if is_open:  # the completion goes on with the prompt's last words
+            words = f"{prompt[-1].get('content', '')}{completion[0].get('content', '')}"
+            messages = [*prompt[:-1], {**completion[0], "content": words}, *completion[1:]]
+        else:
+            messages = [*prompt, *completion]
+        whole = self.template.whole(messages, settings, where)
+        whole = whole if self.tokenizer.chat_template is not None else self._ended(whole)
+        ids = self._ids(whole)
+        counted = [True] * len(ids)
+        if prompt:
+            is_closed = prompt[-1]["role"] == "assistant" and not is_open
+            render = self.template.whole if is_closed else self._opened
+            text = render(prompt, settings, where)
+            if not whole.startswith(text):
+                raise InputError(
+                    f"{where} has a prompt that the chat template ends with {text[-40:]!r}, which its completion does "
+                    "not go on from; give the template one way to begin an answer"
+                )
+            before = self._ids(text)
+            ids = self._continued(before, ids, whole[len(text) :], where)
+            counted = self._after(len(before), len(ids))
+        if self.config.assistant_only_loss:
+            said = self._said(messages, settings, whole, ids, where)
+            counted = [a and b for a, b in zip(counted, said, strict=True)]
+        return ids, counted
+
+    def _opened(self, prompt: list[dict], settings: dict, where: str) -> str:
+        """A prompt as training by rewards gives it, from which an answer goes on."""
+        return self.template.render(prompt, settings, where)[0]
+
+    def _ids(self, rendered: str) -> list[int]:
+        """Ids of a chat as it is rendered: a template writes its own special tokens."""
+        if self.tokenizer.chat_template is None:
+            return text_ids(self.tokenizer, rendered)
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def _ended(self, text: str) -> str:
+        return text if text.endswith(self.end) else text + self.end
+
+    def _after(self, start: int, count: int) -> list[bool]:
+        """Learn the tokens from `start` on, or all with completion_only_loss=False."""
+        start = 0 if self.config.completion_only_loss is False else start
+        return [False] * start + [True] * (count - start)
+
+    def _continued(self, before: list[int], ids: list[int], rest: str, where: str) -> list[int]:
+        """Join a prompt and what follows as a policy would write it: no token reaches across.
+
+        Where one does in the ids of both together, the rest is tokenized by itself.
+        """
+        if ids[: len(before)] == before:
+            return ids
+        apart = before + self.tokenizer(rest, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
+            raise InputError(
+                f"{where} has a token that reaches from the end of the prompt into the completion's beginning, "
+                f"{rest[:20]!r}; move the white space between them to the completion's side"
+            )
+        return apart
+
+    def _said(self, messages: list[dict], settings: dict, whole: str, ids: list[int], where: str) -> list[bool]:
+        """Whether each token is the assistant's, with the end of its turn."""
+        if self.tokenizer.chat_template is not None and GENERATION.search(self.tokenizer.chat_template):
+            found = self.tokenizer.apply_chat_template(
+                messages, **{**settings, "return_dict": True, "return_assistant_tokens_mask": True}
+            )
+            if found["input_ids"] == ids:
+                return [bool(value) for value in found["assistant_masks"]]
+        said = [False] * len(ids)
+        for start, end in self._turns(messages, settings, whole, where):
+            bounds = [self._ids(whole[:place]) for place in (start, end)]
+            if any(ids[: len(bound)] != bound for bound in bounds):
+                raise InputError(
+                    f"{where} has a turn whose bounds are within a token, so that assistant_only_loss cannot tell it; "
+                    "mark the assistant's words in the chat template with {% generation %}"
+                )
+            said[len(bounds[0]) : len(bounds[1])] = [True] * (len(bounds[1]) - len(bounds[0]))
+        return said
+
+    def _turns(self, messages: list[dict], settings: dict, whole: str, where: str) -> Iterator[tuple[int, int]]:
+        """Find where each turn of the assistant begins and ends in the rendered chat, less the white space after it."""
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._opened(messages[:place], settings, where)
+            after = self.template.whole(messages[: place + 1], settings, where)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise InputError(
+                    f"{where} is rendered otherwise as it grows, so that assistant_only_loss cannot tell turn {place}; "
+                    "mark the assistant's words in the chat template with {% generation %}"
+                )
+            yield len(before), len(after.rstrip())
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where} has the {column} {str(value)[:60]!r}; it has to be a text")
+    refuse_chat_as_text(value, where)
+    return value
+
+
+def _from_share_gpt(value: Any, where: str) -> Any:
+    """Messages of a list of {"from", "value"}, or the value as it is."""
+    if not isinstance(value, list) or not all(
+        isinstance(one, dict) and {"from", "value"} <= one.keys() for one in value
+    ):
+        return value
+    return [{"role": ROLES.get(one["from"], one["from"]), "content": one["value"]} for one in value]
+
+
+def _weight(row: dict, where: str) -> float:
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise InputError(f"{where} has the weight {weight!r}; it has to be a number, 0 or more")
+    return float(weight)

@@ -1,0 +1,72 @@
+"""The doctor's look at examples and settings before the first step of a supervised training."""
+
+from lowmem_grpo.example_inputs import ExampleInputs
+from lowmem_grpo.model.find import ends_of_model
+from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.run.checkup import having_looked, implausible_rate, warmup_too_long
+from lowmem_grpo.run.doctor import Doctor, Finding
+from lowmem_grpo.run.symptoms import symptoms_of_examples
+
+END = 4  # tokens at an example's end, among which its end-of-sequence token is: a template may write white space after
+
+
+def doctor_of_examples(inputs: ExampleInputs) -> Doctor:
+    """The doctor of a supervised training, who has looked at its inputs; no weights are read.
+
+    Raises:
+        UnhealthyRunError: doctor="stop", and something was found.
+    """
+    doctor = Doctor(inputs.config, inputs.total_steps, look_for=symptoms_of_examples)
+    return having_looked(doctor, inputs, findings)
+
+
+def findings(inputs: ExampleInputs) -> list[Finding]:
+    """List what keeps a run with these inputs from learning the right thing; no weights are read."""
+    found = {
+        "evaluated_on_training_examples": evaluated_on_training_examples(inputs),
+        "examples_without_an_end": examples_without_an_end(inputs),
+        "most_examples_dropped": most_examples_dropped(inputs),
+        "implausible_learning_rate": implausible_rate(inputs.config.learning_rate),
+        "warmup_beyond_the_end": warmup_too_long(inputs.config.warmup_steps, inputs.total_steps),
+    }
+    return [Finding(name, text) for name, text in found.items() if text]
+
+
+def evaluated_on_training_examples(inputs: ExampleInputs) -> str | None:
+    """Say how many evaluation examples are trained on."""
+    trained = {tuple(one.ids) for one in inputs.examples.all}
+    shared = sum(tuple(one.ids) in trained for one in inputs.eval_examples)
+    if not shared:
+        return None
+    return (
+        f"{shared} of {len(inputs.eval_examples)} evaluation examples are training examples too, and measure what was "
+        "learnt by heart; take them out of one of the two"
+    )
+
+
+def examples_without_an_end(inputs: ExampleInputs) -> str | None:
+    """Say how many examples do not teach the model to end."""
+    ends = ends_of_model(inputs.model, inputs.config) | {inputs.tokenizer.eos_token_id}
+    of_turn = turn_end(inputs.tokenizer, ends)
+    ends |= {of_turn.token_id} if of_turn else set()
+    missing = 0
+    for one in inputs.examples.all:
+        learnt = [token_id for token_id, counted in zip(one.ids, one.counted, strict=True) if counted]
+        missing += not ends & set(learnt[-END:])
+    if not missing:
+        return None
+    return (
+        f"{missing} of {len(inputs.examples.all)} examples teach no end-of-sequence token, so that the model may not "
+        "know when to stop; end them with it, or mend tokenizer.chat_template"
+    )
+
+
+def most_examples_dropped(inputs: ExampleInputs) -> str | None:
+    """Say that most of the data is too long for max_length."""
+    kept, dropped = len(inputs.examples.all), inputs.num_dropped
+    if dropped <= kept:
+        return None
+    return (
+        f"only {kept} of {kept + dropped} examples have at most max_length={inputs.config.max_length} tokens, and the "
+        "others are left out; raise it"
+    )

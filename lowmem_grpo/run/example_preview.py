@@ -1,0 +1,47 @@
+"""The preview of supervised training: one example as the model gets it, and which of its tokens are learnt."""
+
+import sys
+from typing import Any
+
+from lowmem_grpo.data.examples import Example
+from lowmem_grpo.errors import printable_text
+from lowmem_grpo.example_inputs import ExampleInputs
+
+LEARNT = "[[%s]]"
+MOST_CHARACTERS = 4000  # on the screen; the file has it whole
+
+
+def show_example(inputs: ExampleInputs) -> None:
+    """Print the first example on standard error, and write it to output_dir/data_preview.txt.
+
+    A run that is resumed has been shown it.
+    """
+    if inputs.resume is not None:
+        return
+    assert inputs.output_dir is not None
+    text = as_text(inputs.examples.all[0], len(inputs.examples.all), inputs.tokenizer)
+    file = inputs.output_dir / "data_preview.txt"
+    file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n..."
+    print(printable_text(shown), file=sys.stderr)
+
+
+def as_text(example: Example, count: int, tokenizer: Any) -> str:
+    """An example for a person, what is learnt of it in double brackets."""
+    learnt = sum(example.counted)
+    lines = marked(example, tokenizer).split("\n")
+    return "\n".join([
+        f"data preview: example 1 of {count} as the model gets it, {learnt} of {len(example.ids)} tokens are learnt",
+        *(f"    {line}" for line in lines),
+    ])  # fmt: skip
+
+
+def marked(example: Example, tokenizer: Any) -> str:
+    """The text of an example with each run of learnt tokens in double brackets."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token_id, counted in zip(example.ids, example.counted, strict=True):
+        if not runs or runs[-1][0] != counted:
+            runs.append((counted, []))
+        runs[-1][1].append(token_id)
+    texts = [(counted, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for counted, ids in runs]
+    return "".join(LEARNT % text if counted else text for counted, text in texts)

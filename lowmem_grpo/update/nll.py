@@ -1,0 +1,99 @@
+"""The passes of supervised training: the loss of examples, with and without its gradient.
+
+    loss = sum_t w_t l_t / sum_t w_t        l_t = -log p_t, or for dft -p_t log p_t with p_t held fixed
+
+over the tokens that are learnt of all a step's examples, however they are packed; w_t is the example's weight.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.config.sections import UpdateFields
+from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.data.examples import Example
+from lowmem_grpo.model.packing import MicroBatch, pack
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.update.passes import at_work, zero_gradients
+
+
+def backward(
+    policy: Policy, examples: list[Example], scaler: torch.amp.GradScaler, config: SFTConfig, token_budget: int
+) -> tuple[Tensor, Tensor]:
+    """Set the parameters' gradient to that of the examples' loss; returns loss and mean entropy, scalars."""
+    total, entropy = torch.zeros(2, device=policy.device)
+    num_tokens = num_learnt(examples)
+    zero_gradients(policy)
+    for batch, weights in micro_batches(policy, examples, config, token_budget):
+        with at_work(batch):
+            logprobs, entropies = policy.logprobs_and_entropy(batch, 1.0)
+            losses = -logprobs * logprobs.detach().exp() if config.loss_type == "dft" else -logprobs
+            loss = (weights * losses).sum() / num_tokens
+            scaler.scale(loss).backward()
+            total += loss.detach()
+            entropy += (weights * entropies).sum() / num_tokens
+    return total, entropy
+
+
+def mean_nll(policy: Policy, examples: list[Example], config: UpdateFields, token_budget: int) -> Tensor:
+    """The mean negative log-likelihood of the examples' learnt tokens, a scalar without a gradient."""
+    nll = torch.zeros((), device=policy.device)
+    with policy.inference():
+        for batch, weights in micro_batches(policy, examples, config, token_budget):
+            with at_work(batch):
+                nll -= (weights * policy.logprobs(batch, 1.0)).sum()
+    return nll / num_learnt(examples)
+
+
+def num_learnt(examples: list[Example]) -> float:
+    """The number of tokens that are learnt, each times its example's weight; 1 where all weights are 0."""
+    return sum(sum(one.counted) * one.weight for one in examples) or 1.0
+
+
+def micro_batches(
+    policy: Policy, examples: list[Example], config: UpdateFields, token_budget: int
+) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """Examples packed under token_budget, the tokens that are learnt alone, and the weight of each, (N,) fp32."""
+    completions = [one.ids[one.start :] for one in examples]
+    counted = torch.tensor([value for one in examples for value in one.counted[one.start :]], device=policy.device)
+    weights = torch.tensor([one.weight for one in examples], device=policy.device)
+    for batch in pack(
+        [one.ids[: one.start] for one in examples], completions, token_budget=token_budget,
+        pad_token_id=policy.pad_token_id, device=policy.device, padding_free=config.padding_free and policy.packs,
+    ):  # fmt: skip
+        chosen = batch.only(counted[batch.token_index])
+        yield chosen, weights[chosen.sequences]
+
+
+def why_not_finite(config: SFTConfig, entropy: Tensor, loss: float, overflowed: bool) -> str:
+    """The likely cause of a loss or gradient that is not finite."""
+    if overflowed:
+        return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
+    cause = f"learning_rate is too high, or activations overflow {config.compute_dtype}"
+    if not math.isfinite(loss) or not entropy.isfinite():
+        return f"the examples' log-probabilities are not finite (likely cause: {cause})"
+    return f"the gradient is not finite, though the loss is (likely cause: {cause})"
+
+
+def try_largest_update(
+    policy: Policy, examples: list[Example], budget: TokenBudget, config: SFTConfig, reserved: int = 0
+) -> None:
+    """Try the gradient of as many of the longest example as fill a micro-batch; budget shrinks if it must.
+
+    Otherwise a run dies when such a step comes. `reserved` bytes are held meanwhile, for what comes later. The weights
+    and the random numbers stay as they are.
+    """
+    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
+    longest = max(examples, key=lambda one: len(one.ids))
+    count = min(config.examples_per_step, max(1, budget.num_tokens // len(longest.ids)))
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        budget.fit(partial(backward, policy, [longest] * count, scaler, config), [len(longest.ids)] * count)
+    for parameter in policy.parameters_of(policy.adapter).values():
+        parameter.grad = None
+    del held

@@ -1,0 +1,156 @@
+"""sft(): a run from examples to an adapter, its resume, its evaluations, and the command."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import DEMO_MODEL
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_config import SFTConfig as TheirConfig
+
+from lowmem_grpo import SFTConfig, cli, sft, train
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.trl import UNSUPPORTED_SFT
+from lowmem_grpo.demo import task
+from lowmem_grpo.errors import InputError, UnhealthyRunError
+
+TRAIN, EVAL = task.splits()
+
+
+def rows(problems):
+    return [
+        {"prompt": [{"role": "user", "content": task.question(p)}],
+         "completion": [{"role": "assistant", "content": task.worked(p)}]}
+        for p in problems
+    ]  # fmt: skip
+
+
+def run(folder, examples=None, eval_dataset=None, **settings):
+    config = SFTConfig(**{
+        "output_dir": str(folder), "use_cpu": True, "max_steps": 4, "examples_per_step": 8, "learning_rate": 1e-3,
+        "save_steps": 2, **settings,
+    })  # fmt: skip
+    return sft(str(DEMO_MODEL), rows(TRAIN[:40]) if examples is None else examples, eval_dataset, config)
+
+
+def adapter(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def comparable(lines):
+    unlike = ("time/", "memory/", "tokens_per_s/", "step_time")
+    return [{name: value for name, value in line.items() if not name.startswith(unlike)} for line in lines]
+
+
+def test_a_run_learns_its_examples_and_peft_loads_what_it_saves(tmp_path):
+    result = run(tmp_path, eval_dataset=rows(EVAL[:16]), max_steps=8, eval_steps=4, load_best_model_at_end=True)
+    first, *_, last = result.eval_history
+    assert [line["step"] for line in result.eval_history] == [0, 4, 8]
+    assert last["eval_loss"] < first["eval_loss"] / 1.5
+    assert json.loads((tmp_path / "best/best.json").read_text())["metric"] == "eval_loss"
+    assert result.findings == [] and {"loss", "entropy", "epoch", "grad_norm", "num_tokens"} <= result.history[0].keys()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEMO_MODEL), tmp_path / "adapter")
+    preview = (tmp_path / "data_preview.txt").read_text()
+    assert "28 of 39 tokens are learnt\n    <|user|>59+63+15=<|assistant|>[[<think>59+63=122" in preview
+
+
+def test_the_best_adapter_is_that_of_the_least_loss(tmp_path):
+    ruined = run(tmp_path, eval_dataset=rows(EVAL[:8]), learning_rate=1.0, eval_steps=1, max_steps=3, doctor="off")
+    losses = [line["eval_loss"] for line in ruined.eval_history]
+    assert min(losses) == losses[0] and json.loads((tmp_path / "best/best.json").read_text())["step"] == 0
+
+
+def test_a_stopped_run_resumes_to_the_adapter_of_the_one_that_was_not(tmp_path):
+    def stop(step, metrics, policy):
+        if step == 3:
+            raise RuntimeError("the machine is needed elsewhere")
+
+    whole = run(tmp_path / "whole", eval_dataset=rows(EVAL[:8]), eval_steps=2)
+    config = SFTConfig(output_dir=str(tmp_path / "cut"), use_cpu=True, max_steps=4, examples_per_step=8,
+                       learning_rate=1e-3, save_steps=2, eval_steps=2)  # fmt: skip
+    with pytest.raises(RuntimeError, match="needed elsewhere"):
+        sft(str(DEMO_MODEL), rows(TRAIN[:40]), rows(EVAL[:8]), config, callbacks=stop)
+    resumed = run(tmp_path / "cut", eval_dataset=rows(EVAL[:8]), eval_steps=2, resume_from_checkpoint="auto")
+    assert comparable(resumed.history) == comparable(whole.history)
+    assert resumed.eval_history == whole.eval_history
+    ours, theirs = adapter(tmp_path / "cut"), adapter(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    run(tmp_path, max_steps=2)
+    with pytest.raises(InputError, match="on other values in rows"):
+        run(tmp_path, examples=rows(TRAIN[1:41]), resume_from_checkpoint=True)
+    with pytest.raises(InputError, match=r"loss_type is .*dft"):
+        run(tmp_path, loss_type="dft", resume_from_checkpoint=True)
+
+
+def test_reinforcement_goes_on_from_the_adapter(tmp_path):
+    run(tmp_path / "cold", max_steps=2)
+    config = GRPOConfig(output_dir=str(tmp_path / "rl"), use_cpu=True, max_steps=1, max_completion_length=32)
+    result = train(str(tmp_path / "cold/adapter"), task.answer_reward, task.rows(TRAIN[:8]), config=config)
+    assert result.history[0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "words"),
+    [
+        ({"packing": True}, None, "SFTConfig has no packing: examples are always packed"),
+        ({"num_generations": 8}, None, "SFTConfig has no field 'num_generations'"),
+        ({"eval_steps": 2}, None, "there is no eval_dataset"),
+        ({"token_budget": 20}, None, "the longest example has 39 tokens, more than token_budget=20"),
+        ({}, [{"prompt": "1+1="}], "neither prompt and completion"),
+        ({}, [], "train_dataset is empty"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(tmp_path, settings, examples, words):
+    with pytest.raises((InputError, TypeError), match=words):
+        run(tmp_path, examples=examples, **settings)
+
+
+def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
+    theirs = {field.name for field in dataclasses.fields(TheirConfig)}
+    ours = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert theirs - ours <= set(UNSUPPORTED_SFT)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("evaluated_on_training_examples", dict(eval_dataset=rows(TRAIN[:2]))),
+        ("examples_without_an_end", dict(examples=[{"messages": [{"role": "user", "content": f"{n}+1="}]} for n in range(9)])),
+        ("most_examples_dropped", dict(max_length=39, examples=[*rows(TRAIN[:1]), *({"prompt": [{"role": "user", "content": "1" * 60}], "completion": [{"role": "assistant", "content": "1"}]} for _ in range(3))])),
+        ("implausible_learning_rate", dict(learning_rate=1e-2)),
+        ("warmup_beyond_the_end", dict(warmup_steps=4, lr_scheduler_type="linear")),
+    ],
+)  # fmt: skip
+def test_the_doctor_looks_before_the_weights_are_read(tmp_path, name, settings):
+    with pytest.raises(UnhealthyRunError) as caught:
+        run(tmp_path, doctor="stop", **settings)
+    assert "set doctor='warn'" in str(caught.value)
+    (tmp_path / "again").mkdir()
+    found = run(tmp_path / "again", max_steps=4, **settings).findings
+    assert name in [line["doctor"] for line in found]
+
+
+def test_the_doctor_says_that_a_loss_rises(tmp_path):
+    found = run(tmp_path, learning_rate=0.5, max_steps=14).findings
+    assert {"implausible_learning_rate", "loss_rises"} <= {line["doctor"] for line in found}
+
+
+def test_the_command_trains_plans_and_refuses(tmp_path, capsys):
+    (tmp_path / "cold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(TRAIN[:8])))
+    given = ["--model", str(DEMO_MODEL), "--use_cpu", "true"]
+    more = ["--dataset", str(tmp_path / "cold.jsonl"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    assert cli.main(["sft", *given, *more]) == 0
+    assert capsys.readouterr().out.strip() == f"adapter: {tmp_path / 'out/adapter'}"
+    assert json.loads((tmp_path / "out/sft_config.json").read_text())["examples_per_step"] == 16
+    assert cli.main(["plan", "sft", *given, "--max_length", "64", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["example_tokens"] == 64 and set(planned["phases"]) == {"update", "evaluation"}
+    assert cli.main(["sft", *given, *more, "--num_generations", "8"]) == 2
+    assert "SFTConfig has no field 'num_generations'" in capsys.readouterr().err
+    assert cli.main(["plan", *given, "--max_length", "64"]) == 2
