@@ -1,11 +1,13 @@
-"""Writes docs/settings.md, every setting with its default, from GRPOConfig: `python docs/make_settings.py`."""
+"""Writes docs/settings.md, every setting with its default, from the configurations: `python docs/make_settings.py`."""
 
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.fields import describe, field_types
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import sections
+from lowmem_grpo.config.sft import SFTConfig
 
 PLACE = Path(__file__).with_name("settings.md")
 HEADER = """\
@@ -18,6 +20,12 @@ but for [stated differences](coming-from-trl.md). This page is made by `python d
 In a file a number is decimal (`010` is ten, `1e-5` is a number), a truth value is `true` or `false`, and anything else
 is a text: `1:30`, `0x10`, `yes`, `2024-01-01`. A name stands there once.
 """
+OF_EXAMPLES = """\
+## SFTConfig
+
+`lowmem-grpo sft` has the settings above of run, model, adapters, data, update, optimizer, evaluation and saving, but
+for what is about prompts and completions. These are its own, or have another default.
+"""
 
 
 def as_text(value: Any) -> str:
@@ -27,14 +35,22 @@ def as_text(value: Any) -> str:
 
 def page() -> str:
     """The whole of settings.md."""
-    lines, types = [HEADER], field_types(GRPOConfig)
+    lines = [HEADER]
     for title, fields in sections(GRPOConfig):
-        lines += [f"## {title.capitalize()}\n", "| setting | default | what it does | values |", "|---|---|---|---|"]
-        for field in fields:
-            cells = [f"`{field.name}`", as_text(field.default), field.metadata["help"], describe(types[field.name])]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+        lines += [f"## {title.capitalize()}\n", *table(fields, GRPOConfig)]
+    own = {field.name: field.default for _, fields in sections(GRPOConfig) for field in fields}
+    others = [field for _, fields in sections(SFTConfig) for field in fields]
+    others = [field for field in others if own.get(field.name, field) != field.default]
+    return "\n".join([*lines, OF_EXAMPLES, *table(others, SFTConfig)])
+
+
+def table(fields: list[Field], config: type) -> list[str]:
+    """The lines of a table of fields."""
+    lines, types = ["| setting | default | what it does | values |", "|---|---|---|---|"], field_types(config)
+    for field in fields:
+        cells = [f"`{field.name}`", as_text(field.default), field.metadata["help"], describe(types[field.name])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

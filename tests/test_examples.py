@@ -36,7 +36,7 @@ def lines(folder):
 
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model",
+        "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
     }  # fmt: skip
 
 
@@ -85,3 +85,23 @@ def test_gsm8k_from_a_local_file(tmp_path, monkeypatch, capsys):
     main_of("gsm8k")([*SMALL, "--dataset", "rows.jsonl", "--max_steps", "2", "--output_dir", "out"])
     assert "rewards/accuracy_reward/mean" in lines(tmp_path)[0]
     assert "reward of the last step" in capsys.readouterr().out
+
+
+def test_a_cold_start_and_what_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{n}+{n}="}],
+            "completion": [{"role": "assistant", "content": f"{2 * n}"}],
+        }
+        for n in range(10, 18)
+    ]
+    (tmp_path / "cold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gold = [{"question": f"{n}+{n}=", "answer": f"#### {2 * n}"} for n in range(10, 18)]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold))
+    main_of("cold_start")(
+        ["--model", str(DEMO_MODEL), "--cold", "cold.jsonl", "--dataset", "gold.jsonl", "--output_dir", "out",
+         "--epochs", "1", "--max_steps", "1", "--max_completion_length", "8"]
+    )  # fmt: skip
+    assert "then reward" in capsys.readouterr().out
+    assert (tmp_path / "out/rl/adapter/adapter_model.safetensors").is_file()
