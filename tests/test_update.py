@@ -5,8 +5,9 @@ import pytest
 import torch
 from tiny_models import OutOfMemory, make_policy
 
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.grpo import GRPOConfig, refuse_by_sequence
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.objective.coefficients import Coefficients
@@ -132,6 +133,90 @@ def test_no_objective_depends_on_micro_batches_packing_or_what_ran_out_of_memory
     for one in found[1:]:
         assert_same(one, found[0])
     assert found[0][1].norm() > 0
+
+
+@pytest.mark.parametrize("settings", [{}, dict(loss_type="grpo"), dict(loss_type="dr_grpo"), *EVERY_OBJECTIVE], ids=str)
+def test_advantages_by_token_that_are_one_for_a_completion_are_advantages_of_completions(settings, make_fp64_policy):
+    policy, rollout = make_fp64_policy("qwen3"), fixed_rollout()
+    config = GRPOConfig(**settings, beta=0.1, bf16=False)
+    lengths = rollout.offsets.diff()
+    by_token = dataclasses.replace(
+        rollout, advantages=torch.full((6,), torch.nan), token_advantages=rollout.advantages.repeat_interleave(lengths)
+    )
+    found = [update(policy, each, config, old_logprobs=rollout.sampling_logprobs) for each in (rollout, by_token)]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2] and found[0][1].norm() > 0
+
+
+BY_TOKEN = [
+    settings for settings in [{}, *EVERY_OBJECTIVE]
+    if settings.get("importance_sampling_level") != "sequence" and settings.get("loss_type") != "gmpo"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, dict(loss_type="vespo"), dict(off_policy_mask_threshold=0.1)], ids=str)
+def test_advantages_by_token_do_not_depend_on_micro_batches_packing_or_what_ran_out_of_memory(
+    settings, make_fp64_policy
+):
+    policy, rollout = make_fp64_policy("qwen3"), with_token_advantages(fixed_rollout(num_generations=3))
+    found = []
+    for padding_free, token_budget in ((False, 10_000), (False, 60), (True, 10_000)):
+        config = GRPOConfig(**settings, beta=0.1, token_budget=token_budget, padding_free=padding_free, bf16=False)
+        found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
+    with OutOfMemory(tokens=70):
+        config = GRPOConfig(**settings, beta=0.1, bf16=False)
+        found.append(update(policy, rollout, config, old_logprobs=rollout.sampling_logprobs))
+    for one in found[1:]:
+        assert_same(one, found[0])
+    assert found[0][1].norm() > 0
+
+
+def with_token_advantages(rollout: Rollout) -> Rollout:
+    draw = torch.Generator().manual_seed(8)
+    return dataclasses.replace(rollout, token_advantages=torch.randn(rollout.num_tokens, generator=draw))
+
+
+def test_a_token_advantage_weighs_the_gradient_of_its_own_token(make_fp64_policy):
+    """On the policy that sampled, the loss is -sum_t w A_t log p_t, completion by completion."""
+    policy, rollout, config = make_fp64_policy("qwen3"), with_token_advantages(fixed_rollout()), GRPOConfig(bf16=False)
+    rollout = dataclasses.replace(rollout, sampling_logprobs=None)
+    _, gradient, _ = update(policy, rollout, config)
+    loss = torch.zeros((), dtype=torch.float64)
+    for b in range(5):  # the sixth is masked
+        sequence = [(rollout.prompt_of(b).ids, rollout.completions[b].ids)]
+        (logprobs,) = sample_logprobs(policy, sequence, 1.0)
+        loss = loss - (logprobs * rollout.token_advantages[rollout.offsets[b] : rollout.offsets[b + 1]]).sum()
+    (loss / rollout.offsets[5]).backward()
+    expected = gradient_of(policy)
+    assert (gradient - expected).norm() / expected.norm() < 2**-23
+
+
+def test_mini_batches_have_their_own_tokens_advantages():
+    rollout = with_token_advantages(fixed_rollout())
+    parts = rollout.mini_batches(3)
+    assert torch.equal(torch.cat([part.token_advantages for part in parts]), rollout.token_advantages)
+    assert [part.num_tokens for part in parts] == [len(part.token_advantages) for part in parts]
+
+
+def test_a_completion_all_of_whose_tokens_have_no_advantage_is_not_computed():
+    """What it would have as a completion is not read; one token with an advantage is enough."""
+    rollout = fixed_rollout()
+    token_advantages = torch.zeros(rollout.num_tokens)
+    token_advantages[rollout.offsets[3] - 1] = -0.5
+    rollout = dataclasses.replace(rollout, token_advantages=token_advantages)
+    assert rollout.has_advantage.tolist() == [False, False, True, False, False, False]
+    assert lengths_with_gradient(rollout, GRPOConfig()) == rollout.lengths[2:3]
+
+
+def test_losses_that_have_one_ratio_for_a_completion_take_no_advantages_by_token():
+    for settings, remedy in (
+        (dict(loss_type="gmpo"), "choose loss_type='dapo'"),
+        (dict(importance_sampling_level="sequence"), "choose 'token' or 'sequence_token'"),
+    ):
+        with pytest.raises(InputError, match=remedy):
+            refuse_by_sequence(GRPOConfig(**settings), "this")
+    for settings in BY_TOKEN:
+        refuse_by_sequence(GRPOConfig(**settings, beta=0.1), "this")
 
 
 def definition_of_the_loss(policy, rollout, config):

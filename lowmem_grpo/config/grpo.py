@@ -117,6 +117,23 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
         return self.has_cuda_graphs and self.rollout_graphs_last and self.rollout_weights != "dense"
 
 
+def refuse_by_sequence(config: ObjectiveFields, what: str) -> None:
+    """Raise InputError where the loss cannot tell a completion's tokens apart, which `what` needs.
+
+    With one ratio for a completion, the gradient of each token is that of their mean advantage.
+    """
+    if not LOSS_TYPES[config.loss_type].by_token:
+        raise InputError(
+            f"{what} gives each token an advantage of its own, and loss_type={config.loss_type!r} has one for a "
+            "completion; choose loss_type='dapo'"
+        )
+    if config.importance_sampling_level == "sequence":
+        raise InputError(
+            f"{what} gives each token an advantage of its own, and importance_sampling_level='sequence' has one ratio "
+            "for a completion; choose 'token' or 'sequence_token'"
+        )
+
+
 Condition = Callable[[GRPOConfig], bool]
 
 

@@ -12,6 +12,7 @@ class LossSettings:
     highest_epsilon: float = 1.0  # a ratio is never below 0
     highest_epsilon_high: float = math.inf
     needs_epsilon_high: bool = False
+    by_token: bool = True  # a token may have an advantage of its own
 
 
 _CLIPPED = LossSettings(("epsilon", "epsilon_high", "delta", "importance_sampling_level"))
@@ -22,7 +23,7 @@ LOSS_TYPES = {
     "sapo": LossSettings(("importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")),
     "vespo": LossSettings(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
     # The bounds are of log-ratios; fp32's largest number is exp(88.7).
-    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=80, highest_epsilon_high=80),
+    "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=80, highest_epsilon_high=80, by_token=False),
 }
 # The row of a registered loss, which may read all of them.
 OWN_LOSS = LossSettings(tuple(dict.fromkeys(name for loss in LOSS_TYPES.values() for name in loss.reads)))

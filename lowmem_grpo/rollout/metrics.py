@@ -48,7 +48,7 @@ def in_words(value: float | None, form: str) -> str:
 
 def remarks(metrics: dict[str, float], rollout: Rollout) -> list[str]:
     """Hints for a person who sees a step teach little."""
-    differs = rollout.advantages != 0
+    differs = rollout.has_advantage
     found = []
     if not differs.any():
         found.append("no difference in any group")

@@ -31,6 +31,7 @@ class Rollout:
     old_logprobs: Tensor | None = None  # (M,) of the policy before the update; None: those of its first forward
     ref_logprobs: Tensor | None = None  # (M,) of the reference, where there is a KL
     learn_mask: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
+    token_advantages: Tensor | None = None  # (M,) fp32, in place of advantages where each token has its own
     num_replayed_tokens: int = 0  # the last ones of the whole rollout, which the policy of an earlier step sampled
     first_token_index: int = 0  # where these tokens stand in the rollout that this one is a part of
 
@@ -49,6 +50,16 @@ class Rollout:
         if self.learn_mask is not None:
             return int(self.learn_mask.sum())
         return int((self.offsets.diff() * self.completion_mask).sum())
+
+    @property
+    def has_advantage(self) -> Tensor:
+        """(B,) bool: whether the completion's advantage, or that of one of its tokens, is not 0."""
+        if self.token_advantages is None:
+            return self.advantages != 0
+        lengths = self.offsets.diff()
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        with_any = (self.token_advantages.cpu() != 0).long()
+        return torch.zeros_like(lengths).index_add_(0, owner, with_any) > 0
 
     @property
     def lengths(self) -> list[int]:
@@ -89,7 +100,9 @@ class Rollout:
     def _part(self, start: int, stop: int) -> "Rollout":
         first, last = start * self.num_generations, stop * self.num_generations
         begin, end = self.offsets[[first, last]].tolist()
-        over_tokens = ("sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "learn_mask")
+        over_tokens = (
+            "sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "learn_mask", "token_advantages",
+        )  # fmt: skip
         known = {name: getattr(self, name) for name in over_tokens}
         return replace(
             self,

@@ -112,7 +112,7 @@ def completions_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list
     has_kl_in_loss = config.beta != 0 and not config.kl_in_reward
     if has_kl_in_loss or config.has_entropy_bonus or not LOSSES[config.loss_type].zero_advantage_has_no_gradient:
         return rollout.completion_mask.tolist()
-    return (rollout.completion_mask & (rollout.advantages != 0)).tolist()
+    return (rollout.completion_mask & rollout.has_advantage).tolist()
 
 
 def lengths_with_gradient(rollout: Rollout, config: ObjectiveFields) -> list[int]:
@@ -182,12 +182,13 @@ def _tokens(
 
     known, num_completions = at(rollout.old_logprobs), len(rollout.completions)
     old_logprobs = logprobs.detach() if known is None else known
+    by_token = at(rollout.token_advantages)
     return Tokens(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         ref_logprobs=None if config.kl_in_reward else at(rollout.ref_logprobs),
         entropy=entropy,
-        advantages=advantages[batch.sequences],
+        advantages=advantages[batch.sequences] if by_token is None else by_token,
         loss_weights=completion_weights[batch.sequences],
         sequences=batch.sequences,
         num_completions=num_completions,
@@ -213,6 +214,7 @@ def why_not_finite(
     overflow = f"activations overflow {config.compute_dtype}"
     found = [
         ("the advantages are", rollout.advantages, "a reward, its weight or its KL is too large"),
+        ("the tokens' advantages are", rollout.token_advantages, "a reward, its weight or its KL is too large"),
         ("the reference's log-probabilities are", rollout.ref_logprobs, overflow),
         ("the policy's log-probabilities are", rollout.old_logprobs, f"learning_rate is too high, or {overflow}"),
         ("the policy's log-probabilities are", logprobs, f"learning_rate is too high, or {overflow}"),
