@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapters import Adapters, active_adapter
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
+from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, without_head
 from lowmem_grpo.model.trial import difference_when_packed, refused
 from lowmem_grpo.model.turn_end import turn_end
 from lowmem_grpo.warn import warn
@@ -28,13 +30,15 @@ from lowmem_grpo.warn import warn
 class Policy:
     """A language model that completes prompts, and that learns through its adapter alone.
 
-    Other adapters may share the base: add() puts them on it, and wearing() has the layers compute with one of them.
+    Other adapters may share the base: add() puts them on it, and wearing() has the layers compute with one of them. An
+    adapter may have a score head, which is learnt, saved and loaded with it, as a reward adapter's or a critic's.
     """
 
     def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
         self.adapter, self.adapters = active_adapter(model), Adapters(model)
+        self.score_heads: dict[str, ScoreHead] = {}  # by the name of the adapter that each belongs to
         self.decoder: Any = self.base.get_decoder()  # the PreTrainedModel in it that has no head
         self.head = read_head(self.base)
         self.device = self.head.weight.device
@@ -47,8 +51,9 @@ class Policy:
         self.varlen = False  # whether packed rows go through flash attention
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The trained parameters of an adapter, under the model's names and in the model's order."""
-        return self.adapters.parameters_of(name)
+        """The trained parameters of an adapter, in the model's order and by its names, and last its score head."""
+        head = self.score_heads.get(name)
+        return {**self.adapters.parameters_of(name), **({} if head is None else {SCORE: head.weight})}
 
     def add(self, name: str, peft_config: LoraConfig | None = None, *, copy_of: str | None = None) -> None:
         """Put one more adapter on the base, without wearing it: fp32, on the base's device, 4 bytes a parameter.
@@ -68,6 +73,37 @@ class Policy:
         keep_one_input(self.model)
         if copy_of is not None:
             self.adapters.copy(name, copy_of)
+
+    def add_from(self, name: str, folder: str) -> None:
+        """Put the adapter in a folder on the base, with its score head where it has one, without wearing it.
+
+        Raises:
+            InputError: the name is taken, the folder cannot be read, or its adapter is not one of this base.
+        """
+        weights, score = without_head(read_weights(folder))
+        config: Any = copy.copy(read_adapter_config(folder))
+        whole = set(config.modules_to_save or ()) - {"score", "classifier"}
+        config.modules_to_save, config.init_lora_weights, config.task_type = sorted(whole) or None, True, None
+        self.add(name, config)
+        own = {path: values.shape for path, values in self.adapter_state(name).items()}
+        if own != {path: values.shape for path, values in weights.items()}:
+            raise InputError(
+                f"the adapter in {folder!r} has other weights than one of {type(self.base).__name__} with the settings "
+                "in its adapter_config.json; take the adapter of this model"
+            )
+        self.load_adapter_state(name, weights)
+        if score is not None:
+            self.add_score_head(name, seed=0)
+            self.score_heads[name].load(score)
+
+    def add_score_head(self, name: str, seed: int) -> None:
+        """Give an adapter a new score head, which is drawn without torch's own generator.
+
+        Raises:
+            InputError: there is no adapter of that name.
+        """
+        self.adapters.config_of(name)
+        self.score_heads[name] = ScoreHead(self.head.weight.shape[1], self.device, seed)
 
     @contextlib.contextmanager
     def wearing(self, name: str) -> Iterator[None]:
@@ -92,6 +128,14 @@ class Policy:
         """
         inputs = self._head_inputs(batch, temperature)
         return linear_logprobs(**inputs, return_entropy=True, entropy_grad=entropy_grad)
+
+    def scores(self, batch: MicroBatch) -> Tensor:
+        """The worn adapter's score of the text before each of the batch's N tokens, (N,) fp32, with its gradient.
+
+        The score of a whole text is that before one more token, any, which is packed after its last.
+        """
+        (name,) = self.adapters.worn
+        return self.score_heads[name](self.hidden_states(batch))
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The head's input for each of the batch's N tokens, (N, D) in the head's dtype."""
@@ -211,8 +255,23 @@ class Policy:
         for name, parameter in self.parameters_of(self.adapter).items():
             parameter.data = values[name]
 
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter and of its score head, by the names that they have in an adapter's file."""
+        head = self.score_heads.get(name)
+        state = get_peft_model_state_dict(self.model, adapter_name=name)
+        return {**state, **({} if head is None else {SCORE: head.weight.detach()})}
+
+    def load_adapter_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Give an adapter, and its score head, the values that adapter_state() has of another like it."""
+        weights, score = without_head(state)
+        set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        if score is not None:
+            self.score_heads[name].load(score)
+
     def save(self, folder: Path, name: str | None = None) -> None:
         """Write an adapter in PEFT's format, by default the policy's own, and the tokenizer beside it.
+
+        One with a score head is written as a model for sequence classification has it.
 
         Raises:
             NotFiniteError: an adapter's weight is not finite; nothing is written.
@@ -226,6 +285,8 @@ class Policy:
             for path in (folder / name).iterdir():
                 path.replace(folder / path.name)
             (folder / name).rmdir()
+        if name in self.score_heads:
+            add_to_folder(folder, self.score_heads[name])
         self.tokenizer.save_pretrained(folder)
 
 

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
-
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
@@ -73,7 +71,7 @@ class BestAdapter:
         """Give the policy the saved adapter; without one, where no evaluation had a value, it stays."""
         if self.record() is not None:
             weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
-            set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)
+            policy.load_adapter_state(policy.adapter, weights)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

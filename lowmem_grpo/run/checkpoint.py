@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -72,10 +71,10 @@ def save_checkpoint(folder: Path, policy: Policy, states: Mapping[str, State], v
 def load_adapter(folder: Path, policy: Policy) -> None:
     """Give the policy the adapter in a checkpoint. Raise InputError where that is another one than the policy's."""
     weights = read_tensors(folder, "adapter_model")
-    own = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter)
+    own = policy.adapter_state(policy.adapter)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise InputError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")
-    set_peft_model_state_dict(policy.model, weights, adapter_name=policy.adapter)
+    policy.load_adapter_state(policy.adapter, weights)
 
 
 def load_part(folder: Path, name: str, load: Callable[[State], None], saved: State) -> None:

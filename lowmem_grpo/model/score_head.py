@@ -1,0 +1,66 @@
+"""A score head: one number for each hidden state, and how PEFT has it in an adapter's folder."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SCORE = "base_model.model.score.weight"  # its name in an adapter's file, as of a model for sequence classification
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+
+
+class ScoreHead:
+    """Scores h . w of hidden states h, without a bias, in fp32 whatever dtype they are of."""
+
+    def __init__(self, width: int, device: torch.device, seed: int):
+        """Draw w of N(0, 1 / (width + 1)), the variance of arXiv:2009.01325, by a generator of its own."""
+        draw = torch.Generator().manual_seed(seed)
+        weight = torch.randn(1, width, generator=draw) / math.sqrt(width + 1)
+        self.weight = nn.Parameter(weight.to(device))  # (1, D) fp32
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """The score (N,) fp32 of each hidden state (N, D)."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return hidden_states.float() @ self.weight[0]
+
+    def load(self, weight: Tensor) -> None:
+        """Take over the values (1, D) of another head."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+
+
+def add_to_folder(folder: Path, head: ScoreHead) -> None:
+    """Add a score head to the adapter that PEFT has saved in a folder.
+
+    AutoPeftModelForSequenceClassification loads both then, as a model of one label.
+    """
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, SCORE: head.weight.detach().cpu()}, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = read_settings(folder)
+    whole = [*(settings.get("modules_to_save") or []), "score"]
+    changed = {**settings, "task_type": "SEQ_CLS", "modules_to_save": whole}
+    (folder / SETTINGS).write_text(json.dumps(changed, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def has_score_head(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter for sequence classification, as add_to_folder() writes one."""
+    try:
+        return read_settings(Path(folder)).get("task_type") == "SEQ_CLS"
+    except (OSError, ValueError, AttributeError):  # no such file, or no JSON in it, or no object
+        return False
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json in a folder."""
+    return json.loads((folder / SETTINGS).read_bytes())
+
+
+def without_head(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """An adapter's tensors by name, less its score head's; and that, (1, D), where there is one."""
+    rest = dict(weights)
+    return rest, rest.pop(SCORE, None)
