@@ -30,7 +30,21 @@ class Checked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFields(Checked):
+class MachineFields(Checked):
+    """The seed and the device of whatever is computed."""
+
+    seed: int = option(
+        42,
+        "seed of the adapter's initial values, the data order and the sampling",
+        common=True,
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFields(MachineFields):
     """The folder that a run writes, the checkpoint that it continues, and its device."""
 
     output_dir: str = option(
@@ -41,14 +55,6 @@ class RunFields(Checked):
         "checkpoint folder to go on from, true for the newest in output_dir, or auto for that or else a new run",
         common=True, may_change=True,
     )  # fmt: skip
-    seed: int = option(
-        42,
-        "seed of the adapter's initial values, the data order and the sampling",
-        common=True,
-        at_least=0,
-        at_most=2**32 - 1,
-    )
-    use_cpu: bool = option(False, "train on the CPU, even of a machine with a GPU", common=True, may_change=True)
     doctor: Literal["warn", "stop", "off"] = option(
         "warn", "say once what keeps a run from learning, stop the run then, or say nothing", may_change=True
     )
@@ -61,25 +67,16 @@ class RunFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFields(Checked):
-    """How the frozen base is loaded, and how its computation fits into memory."""
+class LoadFields(Checked):
+    """How the frozen base is loaded, and in which precision it computes."""
 
     model_init_kwargs: dict[str, Any] | None = option(
         None, "keyword arguments for from_pretrained, as JSON on the command line"
     )
     trust_remote_code: bool = option(False, "run modelling code that comes with the model")
-    vram_budget: str | None = option(
-        None, "GPU memory to stay within, like 8GB or 7.5GiB; settings are chosen to fit", common=True
-    )
     load_in_4bit: bool = option(True, "hold the frozen base in NF4 with double quantization")
     bf16: bool | None = option(None, "compute in bfloat16; on by default, unless fp16 is on")
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
-    gradient_checkpointing: bool = option(
-        True, "recompute activations in the backward pass instead of saving them", may_change=True
-    )
-    activation_offloading: bool = option(
-        False, "move the activations that gradient_checkpointing saves to CPU memory", may_change=True
-    )
     tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time, in less memory", may_change=True)
     offload_embedding: bool = option(
         False, "keep the input embedding in CPU memory, for models that do not tie it to the head", may_change=True
@@ -89,15 +86,8 @@ class ModelFields(Checked):
     )
 
     def check(self) -> None:
-        if self.vram_budget is not None:
-            _bytes(self.vram_budget)
         if self.bf16 and self.fp16:
             raise InputError("bf16 and fp16 are both set; choose one")
-
-    @property
-    def vram_budget_bytes(self) -> int | None:
-        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
-        return None if self.vram_budget is None else _bytes(self.vram_budget)
 
     @property
     def compute_dtype(self) -> str:
@@ -105,6 +95,30 @@ class ModelFields(Checked):
         if self.fp16:
             return "float16"
         return "float32" if self.bf16 is False else "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFields(LoadFields):
+    """How the frozen base is loaded, and how its training fits into memory."""
+
+    vram_budget: str | None = option(
+        None, "GPU memory to stay within, like 8GB or 7.5GiB; settings are chosen to fit", common=True
+    )
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in the backward pass instead of saving them", may_change=True
+    )
+    activation_offloading: bool = option(
+        False, "move the activations that gradient_checkpointing saves to CPU memory", may_change=True
+    )
+
+    def check(self) -> None:
+        if self.vram_budget is not None:
+            _bytes(self.vram_budget)
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
+        return None if self.vram_budget is None else _bytes(self.vram_budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +136,8 @@ class AdapterFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowFields(Checked):
-    """Which rows are read, in which order, and for how many steps."""
+class ReadFields(Checked):
+    """Which rows are read, and what their chats are shown with."""
 
     dataset_config: str | None = option(None, "configuration name of a hub dataset")
     dataset_split: str = option("train", "split of a hub dataset to train on")
@@ -135,6 +149,12 @@ class RowFields(Checked):
     chat_template_kwargs: dict[str, Any] | None = option(
         None, "keyword arguments for the chat template, as JSON on the command line"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFields(ReadFields):
+    """Which rows are read, in which order, and for how many steps."""
+
     shuffle_dataset: bool = option(True, "draw the rows of each epoch in random order")
     num_train_epochs: float = option(
         3.0, "passes over the data, where max_steps is -1", common=True, may_change=True, above=0, at_most=10**6
@@ -147,12 +167,17 @@ class RowFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFields(RowFields):
+class PromptFields(ReadFields):
     """Rows, and how they become prompts."""
 
     max_prompt_length: int | None = option(
         512, "most tokens of a prompt; longer prompts are dropped and counted", common=True, above=0, at_most=2**18
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFields(PromptFields, RowFields):
+    """Rows, how they become prompts, and in which order they are trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +202,8 @@ class ExampleFields(RowFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFields(Checked):
-    """How many prompts and completions a step samples, and how a token is chosen."""
+class CompletionFields(Checked):
+    """How many prompts and completions are sampled at a time, and how a token is chosen."""
 
     prompts_per_step: int = option(
         8, "prompts of a step; num_generations completions are sampled for each", common=True, above=0
@@ -217,6 +242,21 @@ class SamplingFields(Checked):
     rollout_graphs_last: bool = option(
         True, "keep captured steps for later rollouts, in a pool of memory; false captures them again in each"
     )
+
+    def check(self) -> None:
+        num_completions = self.prompts_per_step * self.num_generations
+        if num_completions > MOST_COMPLETIONS:
+            raise InputError(
+                f"prompts_per_step={self.prompts_per_step} times num_generations={self.num_generations} makes "
+                f"{num_completions} completions a step, more than {MOST_COMPLETIONS}, which are in memory at once; "
+                "lower one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFields(CompletionFields):
+    """How a step of training samples, and which groups it learns from."""
+
     dynamic_sampling_rounds: int = option(
         0,
         "times that groups whose completions all got one reward are replaced by the next prompts'",
@@ -236,18 +276,11 @@ class SamplingFields(Checked):
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, "
                 "since an advantage compares a completion with the others of its prompt"
             )
-        num_completions = self.prompts_per_step * self.num_generations
-        if num_completions > MOST_COMPLETIONS:
-            raise InputError(
-                f"prompts_per_step={self.prompts_per_step} times num_generations={self.num_generations} makes "
-                f"{num_completions} completions a step, more than {MOST_COMPLETIONS}, which are in memory at once; "
-                "lower one"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardFields(Checked):
-    """How rewards are weighed, and how they become advantages."""
+class ScoreFields(Checked):
+    """How rewards are weighed, and how long their functions may take."""
 
     reward_weights: list[float] | None = option(
         None, "weights of the reward functions, one each; 1 by default", common=True, at_least=-(10**6), at_most=10**6
@@ -259,6 +292,16 @@ class RewardFields(Checked):
         above=0,
         at_most=10**8,
     )
+
+    def check(self) -> None:
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise InputError("reward_weights has no weight but 0, so that nothing would be learned; give one another")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFields(ScoreFields):
+    """How rewards are weighed, and how they become advantages."""
+
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
     )
@@ -269,10 +312,6 @@ class RewardFields(Checked):
         "group", "which rewards' standard deviation divides the advantages: the group's, the batch's, or none"
     )
     mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
-
-    def check(self) -> None:
-        if self.reward_weights is not None and not any(self.reward_weights):
-            raise InputError("reward_weights has no weight but 0, so that nothing would be learned; give one another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,12 +405,18 @@ class ObjectiveFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateFields(Checked):
-    """How an update packs its sequences into micro-batches."""
+class BudgetFields(Checked):
+    """How many tokens go through the model at once."""
 
     token_budget: int = option(
         16384, "most tokens, padding included, in a micro-batch of an update", common=True, may_change=True, above=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFields(BudgetFields):
+    """How an update packs its sequences into micro-batches."""
+
     padding_free: bool = option(
         True, "micro-batches without padding, a prompt once for its group where that pays", may_change=True
     )
@@ -466,10 +511,12 @@ def _bytes(text: str) -> int:
 
 
 TITLES: dict[type, str] = {
-    RunFields: "run", ModelFields: "model", AdapterFields: "adapters", DataFields: "data", ExampleFields: "data",
-    SamplingFields: "sampling", RewardFields: "rewards and advantages", ObjectiveFields: "objective",
-    UpdateFields: "update", OptimizerFields: "optimizer", EvaluationFields: "evaluation",
-    SampledEvaluationFields: "evaluation", SavingFields: "saving", CompletionSavingFields: "saving",
+    MachineFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
+    PromptFields: "data", DataFields: "data", ExampleFields: "data", CompletionFields: "sampling",
+    SamplingFields: "sampling", ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages",
+    ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer",
+    EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
+    SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip
 
 
