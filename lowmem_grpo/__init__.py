@@ -5,6 +5,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 if TYPE_CHECKING:
@@ -12,14 +13,27 @@ if TYPE_CHECKING:
     from lowmem_grpo.loops.sft import sft
     from lowmem_grpo.model.policy import Policy
     from lowmem_grpo.objective.loss import register_objective
+    from lowmem_grpo.pipeline.sample import SampleResult, sample
     from lowmem_grpo.run.run import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "Policy", "SFTConfig", "TrainResult", "register_objective", "sft", "train"]
+__all__ = [
+    "GRPOConfig",
+    "Policy",
+    "SFTConfig",
+    "SampleConfig",
+    "SampleResult",
+    "TrainResult",
+    "register_objective",
+    "sample",
+    "sft",
+    "train",
+]
 
 _HOMES = {
     "train": "lowmem_grpo.loops.grpo", "sft": "lowmem_grpo.loops.sft", "TrainResult": "lowmem_grpo.run.run",
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",
+    "sample": "lowmem_grpo.pipeline.sample", "SampleResult": "lowmem_grpo.pipeline.sample",
 }  # fmt: skip
 
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.

@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, eval, data, plan, demo, bench."""
+"""The command `lowmem-grpo`: train, sft, sample, eval, data, plan, demo, bench."""
 
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import refuse_unknown_fields
@@ -38,6 +39,10 @@ SFT_EXAMPLE = """\
 example:
   lowmem-grpo sft --model Qwen/Qwen2.5-1.5B --dataset cold.jsonl --max_length 4096 --output_dir cold
 """
+SAMPLE_EXAMPLE = """\
+example:
+  lowmem-grpo sample --model cold/adapter --dataset gsm8k --num_generations 16 --output sampled.jsonl
+"""
 EVAL_EXAMPLE = """\
 example:
   lowmem-grpo eval --model gsm8k/adapter --dataset gsm8k --num_generations_eval 8 --max_completion_length 768
@@ -52,8 +57,7 @@ example:
   lowmem-grpo plan sft --model Qwen/Qwen2.5-7B --vram_budget 8GB --max_length 4096
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
-ONLY_DATASET = "--eval_dataset is for training; name what to evaluate on with --dataset"
-ONLY_ONE_DATASET = "--eval_dataset is for training; name what to look at with --dataset"
+ONLY_DATASET = {"eval": "evaluate on", "data": "look at", "sample": "ask"}  # by command, what --dataset is for
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
 # What a run is about, besides GRPOConfig's fields: flag, further names, help.
@@ -149,6 +153,7 @@ def run_command(arguments: list[str]) -> int:
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
     trains = SFTConfig if arguments[:1] == ["sft"] or arguments[:2] == ["plan", "sft"] else GRPOConfig
+    trains = SampleConfig if arguments[:1] == ["sample"] else trains
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:
         parser.print_help()
@@ -235,6 +240,16 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     sft_parser.set_defaults(run=run_sft)
     add_inputs(sft_parser, "what to train, on what", OF_EXAMPLES)
     add_config_flags(sft_parser, every_setting, config=SFTConfig)
+
+    sample_parser = add_command(
+        "sample", SAMPLE_EXAMPLE, help="sample completions into a file, with their rewards",
+        description="Sample completions of every prompt into a JSONL file, with their rewards. The same command again "
+        "goes on where it was stopped. Without rewards nothing is scored, but for a task, which has its own.",
+        usage="lowmem-grpo sample --model M --dataset D [--reward_funcs F [F ...]] [--output FILE] [options]",
+    )  # fmt: skip
+    sample_parser.set_defaults(run=run_sample)
+    add_inputs(sample_parser, "what to sample from, what to ask, and what scores it", WITHOUT_EVAL_DATASET)
+    add_config_flags(sample_parser, every_setting, config=SampleConfig)
 
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
@@ -328,8 +343,10 @@ def refuse_unknown_flags(command: str, rest: list[str], config: type) -> None:
         name = flag[2:].partition("=")[0]
         if command == "eval" and flag.startswith("--") and name in field_types(GRPOConfig):
             raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
-        if command in ("eval", "data") and flag.startswith("--") and name == "eval_dataset":
-            raise InputError(ONLY_DATASET if command == "eval" else ONLY_ONE_DATASET)
+        if command == "sample" and name in field_types(GRPOConfig) and name not in field_types(SampleConfig):
+            raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
+        if flag.startswith("--") and name == "eval_dataset" and command in ONLY_DATASET:
+            raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
     if command != "demo":
         refuse_unknown_fields((flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")), config)
     for word in rest:
@@ -368,11 +385,23 @@ def run_sft(given: dict[str, Any]) -> int:
     return 0
 
 
+def run_sample(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given, command="sample", config=SampleConfig)
+    config = SampleConfig(**fields)
+    from lowmem_grpo.pipeline.sample import sample
+    from lowmem_grpo.rollout.metrics import in_words
+
+    result = sample(inputs["model"], inputs["dataset"], inputs.get("reward_funcs"), config)
+    with writing_output():
+        print(printable(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts"))
+        for name, value in result.metrics.items():
+            print(printable(f"  {name:<40} {in_words(value, '.3f')}"))
+    return 0
+
+
 def run_eval(given: dict[str, Any]) -> int:
     as_json, show = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
-    if "eval_dataset" in inputs:
-        raise InputError(ONLY_DATASET)
     config = GRPOConfig(**fields)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
@@ -484,6 +513,8 @@ def read_settings(
     for name in needed:
         if not inputs.get(name):
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
+    if "eval_dataset" in inputs and command in ("eval", "sample"):
+        raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
     refuse_unknown_fields(settings, config)
     return inputs, {name: from_text(config, name, value) for name, value in settings.items()}
 

@@ -33,6 +33,11 @@ OF_THE_ADAPTER = (
     "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "bias",
 )  # fmt: skip
 EXACT = "exact"  # of weights, those that are not in 4 bits
+DIFFERS = {
+    "model": "settings of the model",
+    "adapter": "settings of the adapter",
+    "tokenizer": "settings of the tokenizer",
+}
 NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
 
 
@@ -120,6 +125,22 @@ def refuse_other_weights(resume: Path, weights: Mapping[str, str]) -> None:
             f"{resume} is of a run with another model: the weights of its base differ; resume with that one, or start "
             "a new run from the adapter"
         )
+
+
+def first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """Name the first difference of two identities, as `settings of the model (vocab_size)`; None where there is none."""
+    for name in now:
+        # Later versions of transformers and PEFT may know more of a model or an adapter.
+        found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter"))
+        if found:
+            return f"{DIFFERS.get(name, name)} ({', '.join(found)})"
+    return None
+
+
+def adapter_weights_of(policy: Policy) -> str:
+    """SHA-256 of every number of the adapter that the policy wears."""
+    numbers = [one.detach().flatten().contiguous() for one in policy.parameters_of(policy.adapter).values()]
+    return _sha256(torch.cat([one.view(torch.uint8).cpu() for one in numbers]))
 
 
 def weights_of(policy: Policy) -> dict[str, str]:

@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,28 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     )  # fmt: skip
 
 
-def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+def read_sampling_inputs(
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None
+) -> Inputs:
+    """The inputs of completions that are sampled into a file: training rows, and rewards if there are any.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    found = read_data_inputs(model, reward_funcs, dataset, config, tokenizer, needs_weights=True)
+    model, tokenizer, config = found.model, found.tokenizer, found.config
+    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
+    notes = [*found.notes, *filter(None, [check_prompts(model, found.prompts, config), open_end])]
+    base, adapter = read_config(model, config), adapter_config(model, config)
+    identity = identity_of(base, adapter, tokenizer, columns_of(found.prompts), found.rewards)
+    return replace(found, notes=notes, identity=identity, device=device_of(config))
+
+
+def read_data_inputs(
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None, *,
+    needs_weights: bool = False,
+) -> Inputs:  # fmt: skip
     """The inputs of a look at training data: prompts and rewards, without folder and weights.
 
     Raises:
@@ -241,9 +262,9 @@ def read_data_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOCo
         dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
         rewards = _rewards(reward_funcs, config)
     rows = load_rows(dataset, config)
-    find_model(model, config, needs_weights=False)
+    find_model(model, config, needs_weights=needs_weights)
     notes = _try_out(rewards, rows, "train_dataset")
-    tokenizer = load_tokenizer(model, config)
+    tokenizer = tokenizer_of(tokenizer, model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)
     notes += _left_out(dropped, "prompts", config)
     return Inputs(

@@ -21,6 +21,7 @@ FLOORS = (
     "cli",
     "demo",
     "__init__",
+    "pipeline",
     "loops",
     "run",
     "evaluation",

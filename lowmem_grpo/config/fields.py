@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lowmem_grpo.errors import InputError, shown
 
-WHERE = ("output_dir", "resume_from_checkpoint")  # which say nothing of a run itself
+WHERE = ("output_dir", "resume_from_checkpoint", "output")  # which say nothing of a run itself
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of fp32's normal numbers
 MOST = 10**9  # of what is counted, steps or tokens or rows, where its field says nothing else
 MOST_VALUES = 10_000  # within one mapping, so that anchors of a YAML file cannot make it endless
@@ -205,8 +205,12 @@ _WORDS = {
 }  # fmt: skip
 
 
-def refuse_changes(config: Any, saved: dict[str, Any]) -> list[str]:
+def refuse_changes(
+    config: Any, saved: dict[str, Any], otherwise: str = "start a new run from the adapter"
+) -> list[str]:
     """The settings that a resumed run changes and may change, in words: `max_steps 10 (was 5)`.
+
+    `otherwise` is what to do for other settings.
 
     Raises:
         InputError: a setting that decides the result differs from the one that the checkpoint's run had.
@@ -216,15 +220,14 @@ def refuse_changes(config: Any, saved: dict[str, Any]) -> list[str]:
     if unknown:
         raise InputError(
             f"the run to resume and this version differ in the settings that they know: {', '.join(unknown)}; resume "
-            "with the version that wrote the checkpoint, or start a new run from the adapter in it"
+            f"with the version that began it, or {otherwise}"
         )
     changed = []
     for field in dataclasses.fields(config):
         value, before = now[field.name], saved[field.name]
         if value != before and not field.metadata.get("may_change"):
             raise InputError(
-                f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, "
-                "or start a new run from the adapter"
+                f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, or {otherwise}"
             )
         if value != before and field.name not in WHERE:
             changed.append(f"{field.name} {value} (was {before})")

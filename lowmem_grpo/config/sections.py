@@ -44,6 +44,19 @@ class MachineFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputFields(MachineFields):
+    """The file that completions are sampled into, the seed, and the device."""
+
+    output: str = option(
+        "sampled.jsonl", "JSONL file, a line a completion; one that was begun is gone on with", common=True,
+        may_change=True,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        _refuse_long_names("output", self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFields(MachineFields):
     """The folder that a run writes, the checkpoint that it continues, and its device."""
 
@@ -61,9 +74,7 @@ class RunFields(MachineFields):
 
     def check(self) -> None:
         for name in ("output_dir", "resume_from_checkpoint"):
-            folder = getattr(self, name)
-            if isinstance(folder, str) and any(len(part.encode()) > LONGEST_NAME for part in folder.split("/")):
-                raise InputError(f"{name}={shown(folder)} has a name longer than {LONGEST_NAME} bytes; shorten it")
+            _refuse_long_names(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +513,12 @@ class CompletionSavingFields(SavingFields):
     )
 
 
+def _refuse_long_names(field: str, path: Any) -> None:
+    """Raise InputError for a path with a name that no disk takes."""
+    if isinstance(path, str) and any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
+        raise InputError(f"{field}={shown(path)} has a name longer than {LONGEST_NAME} bytes; shorten it")
+
+
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG])(I?)B\s*", text.upper())
     size = float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMG".index(found[2])) if found else 0
@@ -511,7 +528,7 @@ def _bytes(text: str) -> int:
 
 
 TITLES: dict[type, str] = {
-    MachineFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
+    OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", CompletionFields: "sampling",
     SamplingFields: "sampling", ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages",
     ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer",

@@ -99,6 +99,6 @@ def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
         if name not in known and name in remedies:
             raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
         if name not in known:
-            command = "sft" if kind == "SFTConfig" else "train"
+            command = {"SFTConfig": "sft", "SampleConfig": "sample"}.get(kind, "train")
             hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
             raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -60,8 +61,13 @@ class Sampler:
         self.captures = Captures(type(policy.base).__name__, last=config.rollout_graphs_last)
         self.fast_steps: dict[tuple[str, ...], FastStep | None] = {}
 
-    def complete(self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None) -> Sampled:
+    def complete(
+        self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:  # fmt: skip
         """Draw num_generations completions of each prompt, all from one random number of torch's generator.
+
+        With seeds, one a prompt, each prompt's completions are drawn from its own alone, whatever the other prompts.
 
         At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less.
 
@@ -71,7 +77,7 @@ class Sampler:
             NotFiniteError: the logits of every completion are not finite (by `generate`, of one). Of a single one by
                 the engine, the log-probabilities are NaN.
         """
-        return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most)
+        return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most, seeds)
 
     def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
         """Take the likeliest token each time, for one completion a prompt, without a random number.
@@ -137,26 +143,29 @@ class Sampler:
         )  # fmt: skip
 
     def _sample(
-        self, prompts: list[list[int]], num_generations: int, params: SamplingParams, at_most: int | None = None
-    ) -> Sampled:
+        self, prompts: list[list[int]], num_generations: int, params: SamplingParams, at_most: int | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Sampled:  # fmt: skip
         if not prompts:
             return Sampled([], {})
         if not all(prompts):
             raise InputError(f"prompt {prompts.index([])} has no token; a completion needs one to go on from")
         # One number of torch's own generator, which checkpoints keep, gives the whole call's. A greedy evaluation takes
         # none, so that it changes nothing of the training around it.
-        draw = torch.Generator().manual_seed(0 if params.greedy else int(torch.randint(2**62, ())))
+        if seeds is None:
+            seeds = [0 if params.greedy else int(torch.randint(2**62, ()))]
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
         num_tokens = min(limit for limit in limits if limit is not None)
         by = self._by_generate if self.engine_refusal else self._by_engine
-        return by(prompts, num_generations, params, draw, num_tokens)
+        return by(prompts, num_generations, params, draws, num_tokens)
 
     def _by_generate(
         self,
         prompts: list[list[int]],
         num_generations: int,
         params: SamplingParams,
-        draw: torch.Generator,
+        draws: list[torch.Generator],  # one, or one a prompt
         num_tokens: int,
     ) -> Sampled:
         for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
@@ -166,10 +175,15 @@ class Sampler:
                     "it out"
                 )
         device = self.policy.device
+        completions: list[Completion] = []
+        size = len(prompts) // len(draws)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
-            completions, fitting = hf.sample(self.policy, prompts, num_generations, params, num_tokens)
-        self.fitting_tokens = fitting or self.fitting_tokens
+            for place, draw in enumerate(draws):
+                torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
+                drawn = prompts[place * size : (place + 1) * size]
+                sampled, fitting = hf.sample(self.policy, drawn, num_generations, params, num_tokens)
+                completions += sampled
+                self.fitting_tokens = fitting or self.fitting_tokens
         return Sampled(completions, {})
 
     def _by_engine(
@@ -177,7 +191,7 @@ class Sampler:
         prompts: list[list[int]],
         num_generations: int,
         params: SamplingParams,
-        draw: torch.Generator,
+        draws: list[torch.Generator],  # one, or one a prompt
         num_tokens: int,
     ) -> Sampled:
         config, policy = self.config, self.policy
@@ -186,7 +200,8 @@ class Sampler:
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
         dense = bool(self.samples_dense) if config.rollout_weights == "auto" else config.rollout_weights == "dense"
-        uniforms = torch.rand(len(prompts) * num_generations, params.max_completion_length, generator=draw)
+        rows, length = len(prompts) * num_generations // len(draws), params.max_completion_length
+        uniforms = torch.cat([torch.rand(rows, length, generator=draw) for draw in draws])
         ran = engine.run(
             engine.Request(
                 policy, prompts, num_generations, params, uniforms.to(policy.device),

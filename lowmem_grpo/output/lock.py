@@ -28,17 +28,30 @@ def lock_folder(folder: Path) -> None:
     Raises:
         InputError: another run keeps it; the sentence has its process.
     """
-    releases, path = _releases.get(), folder / NAME
+    _lock(folder / NAME, folder, "choose another output_dir")
+
+
+def lock_file(file: Path) -> None:
+    """Keep a file for this run alone, as lock_folder() keeps a folder, by another file beside it.
+
+    Where the file system knows no locks, that is a warning.
+
+    Raises:
+        InputError: another run keeps it; the sentence has its process.
+    """
+    _lock(file.with_name(f"{file.name}.lock"), file, "choose another output")
+
+
+def _lock(path: Path, kept: Path, remedy: str) -> None:
+    releases = _releases.get()
     if releases is None:  # nobody would release it
         return
     try:
         descriptor = _locked(path)
     except BlockingIOError as error:
-        raise InputError(
-            f"{folder} is in use by another run ({_holder(path)}); wait for its end, or choose another output_dir"
-        ) from error
+        raise InputError(f"{kept} is in use by another run ({_holder(path)}); wait for its end, or {remedy}") from error
     except OSError as error:
-        warn(f"{folder} cannot be locked ({in_a_line(error)}); take care that no other run writes there")
+        warn(f"{kept} cannot be locked ({in_a_line(error)}); take care that no other run writes there")
         return
     _descriptors.add(descriptor)
     releases.callback(_release, path, descriptor)

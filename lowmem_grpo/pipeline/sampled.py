@@ -1,0 +1,168 @@
+"""A file of sampled completions: JSONL, a line a completion, group after group.
+
+A line has
+
+    prompt, completion   as the data has prompts: texts, or lists of messages
+    columns              the row's other columns
+    tools, chat_template_kwargs   where the row has them, as supervised training reads them
+    rewards              by reward function, null where one gives none
+    reward               their weighted sum, null where there is none
+    finish               "eos", "stop" (a stop string) or "length" (cut off)
+    tokens               how many were sampled, the one that ends it included
+    logprob_mean         mean log-probability of a token under temperature alone; null where the sampler does not say
+    prompt_index         of the prompt among those of the data that are not too long
+    seed, model          what the group was drawn from
+
+NAME.run, beside NAME, has the settings and the identity of the model, the data and the rewards.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_grpo.config.fields import refuse_changes
+from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.identity import first_difference
+from lowmem_grpo.output.lock import lock_file
+
+FORMAT = 1  # of NAME.run; to be raised where the lines change their shape
+Row = dict[str, Any]
+KINDS: dict[str, type | tuple[type, ...]] = {  # what a line must have, and of what kind
+    "prompt": (str, list), "completion": (str, list), "rewards": dict, "finish": str, "tokens": int,
+    "prompt_index": int,
+}  # fmt: skip
+OTHERWISE = "choose another output"
+
+
+class SampledFile:
+    """The file that sample() writes: what of it is whole, and whether a run may go on with it.
+
+    Attributes:
+        num_groups: whole groups that it holds.
+        sampler: the state of the sampler that drew them, or None before there is one.
+    """
+
+    def __init__(self, output: str, num_generations: int):
+        self.path = Path(os.path.expanduser(output))
+        self.settings_path = self.path.with_name(f"{self.path.name}.run")
+        self.num_generations, self.num_groups = num_generations, 0
+        self.saved: Row | None = None
+
+    @property
+    def sampler(self) -> Row | None:
+        return None if self.saved is None else self.saved["sampler"]
+
+    def prepare(self, config: SampleConfig, identity: Mapping[str, Any]) -> list[str]:
+        """Look at what is there, and cut off what a kill left of a group. Returns what to tell of changed settings.
+
+        Raises:
+            InputError: nothing can be written there, or what is there is of other settings, data or rewards.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock_file(self.path)
+            with self.path.open("ab"):  # which makes it, or raises
+                pass
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+        except OSError as error:
+            raise InputError(
+                f"output {str(self.path)!r} cannot be written: {error.strerror}; choose another one"
+            ) from error
+        if self.path.stat().st_size == 0:
+            return []
+        self.saved = self._read_settings()
+        changed = refuse_changes(config, self.saved["config"], OTHERWISE)
+        self.refuse_another(identity)
+        self.num_groups = len(lines) // self.num_generations
+        whole = lines[: self.num_groups * self.num_generations]
+        for place, line in enumerate(whole):
+            row = read_row(line, f"line {place + 1} of {self.path}")
+            if row["prompt_index"] != place // self.num_generations:
+                raise InputError(
+                    f"line {place + 1} of {self.path} is of prompt {row['prompt_index']}, and not of "
+                    f"{place // self.num_generations}: the file was changed; {OTHERWISE}"
+                )
+        os.truncate(self.path, sum(len(line) + 1 for line in whole))
+        return [f"going on with {self.path}, with {', '.join(changed)}"] if changed else []
+
+    def refuse_another(self, identity: Mapping[str, Any]) -> None:
+        """Raise InputError where the file's groups are of another identity."""
+        differs = None if self.saved is None else first_difference(identity, self.saved["identity"])
+        if differs:
+            raise InputError(f"{self.path} was sampled with other {differs}; go on with the same, or {OTHERWISE}")
+
+    def begin(self, config: Mapping[str, Any], identity: Mapping[str, Any], sampler: Mapping[str, Any]) -> None:
+        """Write down what the file's lines are sampled by, before the first of them."""
+        if self.saved is not None:
+            return
+        self.saved = {"format": FORMAT, "config": config, "identity": identity, "sampler": sampler}
+        temporary = self.settings_path.with_name(f"{self.settings_path.name}.being-written")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.saved, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.settings_path)
+
+    def append(self, groups: list[list[Row]]) -> None:
+        """Write whole groups, one after the other, and have them on the disk."""
+        with self.path.open("ab") as file:
+            for group in groups:
+                text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in group)
+                file.write(text.encode())
+                file.flush()
+                self.num_groups += 1
+            os.fsync(file.fileno())
+
+    def _read_settings(self) -> Row:
+        remedy = f"move {self.path} away, or {OTHERWISE}"
+        try:
+            saved = json.loads(self.settings_path.read_bytes())
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} is there, and without {self.settings_path.name} beside it nobody knows what it was "
+                f"sampled by; {remedy}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.settings_path} cannot be read; {remedy}") from error
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise InputError(f"{self.settings_path} is of another format than {FORMAT}; {remedy}")
+        if not all(isinstance(saved.get(name), dict) for name in ("config", "identity", "sampler")):
+            raise InputError(f"{self.settings_path} is damaged; {remedy}")
+        return saved
+
+
+def read_row(line: bytes, where: str) -> Row:
+    """One line of a sampled file. Raise InputError for what is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON; give a file that `lowmem-grpo sample` wrote") from error
+    wrong = next((name for name, kind in KINDS.items() if not _is(row, name, kind)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{where} has no {wrong} as `lowmem-grpo sample` writes it: {shown(row)}; give a file that it wrote"
+        )
+    return row
+
+
+def _is(row: Any, name: str, kind: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get(name), kind) and not isinstance(row[name], bool)
+
+
+def read_sampled(path: str | Path) -> list[Row]:
+    """The rows of a sampled file; a last line without an end, which a kill cut short, is left out.
+
+    Raises:
+        InputError: it is not there, has no row, or has a line that is none.
+    """
+    path = Path(os.path.expanduser(path))
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}; give a sampled file") from error
+    if not lines:
+        raise InputError(f"{str(path)!r} has no line; sample into it first, with `lowmem-grpo sample`")
+    return [read_row(line, f"line {place + 1} of {path}") for place, line in enumerate(lines)]

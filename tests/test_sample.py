@@ -1,0 +1,260 @@
+"""sample(): completions into a file, which a stopped run goes on with to the same bytes; and the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_models import DEMO_MODEL, make_model
+from transformers import AutoTokenizer
+
+from lowmem_grpo import SampleConfig, SFTConfig, cli, sample, sft
+from lowmem_grpo.demo import task
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.pipeline.sample import seed_of
+from lowmem_grpo.pipeline.sampled import read_sampled
+
+TRAIN, EVAL = task.splits()
+ROWS = task.rows(TRAIN[:6])
+REWARDS = [task.answer_reward, task.tag_format_reward]
+
+
+def run(output, rows=None, rewards=REWARDS, **settings):
+    config = SampleConfig(**{
+        "output": str(output), "use_cpu": True, "num_generations": 3, "prompts_per_step": 2,
+        "max_completion_length": 24, **settings,
+    })  # fmt: skip
+    return sample(str(DEMO_MODEL), ROWS if rows is None else rows, rewards, config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The file of an undisturbed run."""
+    path = tmp_path_factory.mktemp("whole") / "sampled.jsonl"
+    run(path)
+    return path
+
+
+def cut(whole, tmp_path, num_bytes):
+    """A copy of a file and its settings, as a kill leaves them after so many bytes."""
+    path = tmp_path / whole.name
+    path.write_bytes(whole.read_bytes()[:num_bytes])
+    (tmp_path / f"{whole.name}.run").write_bytes(whole.with_name(f"{whole.name}.run").read_bytes())
+    return path
+
+
+def test_a_line_has_a_completion_and_all_that_is_known_of_it(whole):
+    rows = read_sampled(whole)
+    assert len(rows) == 18 and [row["prompt_index"] for row in rows] == [i for i in range(6) for _ in range(3)]
+    first = rows[0]
+    assert first["prompt"] == ROWS[0]["prompt"] and first["columns"] == {"solution": ROWS[0]["solution"]}
+    assert first["completion"][0]["role"] == "assistant"
+    assert first["rewards"].keys() == {"answer_reward", "tag_format_reward"}
+    for row in rows:
+        assert row["reward"] == sum(row["rewards"].values())
+        assert (
+            row["rewards"]["answer_reward"] == task.answer_reward([row["completion"]], [row["columns"]["solution"]])[0]
+        )
+        assert row["finish"] in ("eos", "length") and (row["tokens"] == 24 or row["finish"] == "eos")
+        assert row["seed"] == seed_of(42, row["prompt_index"]) and row["model"] == str(DEMO_MODEL)
+        assert row["logprob_mean"] <= 0
+    assert len({json.dumps(row["completion"]) for row in rows}) > 6
+
+
+def test_the_result_has_the_means_of_the_whole_file(whole):
+    result = run(whole)
+    rows = read_sampled(whole)
+    assert (result.num_prompts, result.num_completions) == (6, 18)
+    assert result.metrics["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 18)
+    assert result.metrics["completions/mean_length"] == pytest.approx(sum(row["tokens"] for row in rows) / 18)
+
+
+@pytest.mark.parametrize("num_lines, more", [(0, 0), (3, 0), (5, 0), (7, 40), (12, 1)])
+def test_a_file_that_was_cut_short_becomes_the_undisturbed_one(whole, tmp_path, num_lines, more):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    path = cut(whole, tmp_path, sum(map(len, lines[:num_lines])) + more)
+    run(path)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_whole_file_is_not_sampled_again_and_no_weights_are_read(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", None)
+    before = whole.read_bytes()
+    run(whole)
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_what_is_sampled_of_a_prompt_does_not_depend_on_how_many_are_sampled_at_a_time(whole, tmp_path, size):
+    run(tmp_path / "sampled.jsonl", prompts_per_step=size)
+    assert (tmp_path / "sampled.jsonl").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": 0.7}, "temperature is 0.7, and was 1.0 in the run to resume; set it back, or choose another"),
+        ({"seed": 1}, "seed is 1, and was 42"),
+        ({"num_generations": 2}, "num_generations is 2, and was 3"),
+        ({"rows": task.rows(TRAIN[1:7])}, r"was sampled with other data \(prompt, solution\); go on with the same, or"),
+        ({"rewards": REWARDS[:1]}, r"was sampled with other rewards \(tag_format_reward\)"),
+    ],
+)
+def test_other_settings_data_or_rewards_are_refused(whole, change, words):
+    with pytest.raises(InputError, match=words):
+        run(whole, **change)
+
+
+def test_another_model_is_refused(whole, tmp_path):
+    model, tokenizer = make_model(), AutoTokenizer.from_pretrained(DEMO_MODEL)
+    other = SampleConfig(output=str(tmp_path / "a.jsonl"), use_cpu=True, num_generations=1, max_completion_length=2)
+    sample(model, ROWS[:2], None, other, tokenizer)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match=r"was sampled with other weights \(exact"):
+        sample(make_model(seed=1), ROWS[:2], None, other, tokenizer)
+    with pytest.raises(InputError, match=r"was sampled with other settings of the model \(.*num_hidden_layers"):
+        sample(str(DEMO_MODEL), ROWS[:2], None, other)
+
+
+def test_a_file_that_nobody_sampled_or_that_was_changed_is_refused(whole, tmp_path):
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="without foreign.jsonl.run beside it nobody knows what it was sampled by"):
+        run(foreign)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    path = cut(whole, tmp_path, sum(map(len, lines)))
+    path.write_bytes(b"".join(lines[3:]))
+    with pytest.raises(InputError, match="line 1 of .* is of prompt 1, and not of 0: the file was changed"):
+        run(path)
+    path.write_bytes(b"nothing\n" + b"".join(lines[1:]))
+    with pytest.raises(InputError, match="line 1 of .* is no JSON"):
+        run(path)
+    path.with_name("sampled.jsonl.run").write_text("{}")
+    with pytest.raises(InputError, match="is of another format than 1"):
+        run(path)
+
+
+def test_without_rewards_nothing_is_scored_and_one_completion_is_enough(tmp_path):
+    result = run(tmp_path / "a.jsonl", rewards=None, num_generations=1, max_completion_length=4)
+    rows = read_sampled(tmp_path / "a.jsonl")
+    assert [row["rewards"] for row in rows] == [{}] * 6 and result.metrics["reward"] is None
+
+
+def test_a_reward_that_gives_none_is_null_in_the_file(tmp_path):
+    def sometimes(completions, solution, **kwargs):
+        return [None if gold == ROWS[0]["solution"] else 1.0 for gold in solution]
+
+    run(tmp_path / "a.jsonl", rewards=[sometimes], reward_weights=[2.0], max_completion_length=4)
+    rows = read_sampled(tmp_path / "a.jsonl")
+    assert [row["reward"] for row in rows] == [None] * 3 + [2.0] * 15
+    assert [row["rewards"] for row in rows] == [{"sometimes": None}] * 3 + [{"sometimes": 1.0}] * 15
+
+
+def test_a_model_that_generate_samples_from_gives_the_same_file_whatever_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem_grpo.generate.engine.refusal", lambda policy, kv_dtype: "this is a test")
+    files = []
+    for size in (1, 4):
+        with pytest.warns(UserWarning, match="this is a test"):
+            run(tmp_path / f"{size}.jsonl", ROWS[:4], prompts_per_step=size, max_completion_length=6, bf16=False)
+        files.append((tmp_path / f"{size}.jsonl").read_bytes())
+    assert files[0] == files[1]
+    assert {row["logprob_mean"] for row in read_sampled(tmp_path / "1.jsonl")} == {None}
+
+
+def test_texts_and_settings_of_the_chat_template_are_in_the_file_as_supervised_training_reads_them(tmp_path):
+    run(tmp_path / "a.jsonl", [{"prompt": "1+1=", "solution": "2"}], rewards=None, max_completion_length=4)
+    row = read_sampled(tmp_path / "a.jsonl")[0]
+    assert row["prompt"] == "1+1=" and isinstance(row["completion"], str)
+    config = SFTConfig(output_dir=str(tmp_path / "sft"), use_cpu=True, max_steps=1, examples_per_step=2)
+    assert len(sft(str(DEMO_MODEL), str(tmp_path / "a.jsonl"), None, config).history) == 1
+
+
+def test_an_adapter_is_sampled_from_and_another_one_is_refused(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": [{"role": "assistant", "content": "7"}]} for row in ROWS]
+    for steps in (1, 2):
+        config = SFTConfig(
+            output_dir=str(tmp_path / f"{steps}"), use_cpu=True, max_steps=steps, examples_per_step=2, doctor="off",
+            learning_rate=1e-2,
+        )  # fmt: skip
+        sft(str(DEMO_MODEL), rows, None, config)
+    settings = SampleConfig(output=str(tmp_path / "a.jsonl"), use_cpu=True, num_generations=1, max_completion_length=4)
+    sample(str(tmp_path / "1/adapter"), ROWS, REWARDS, settings)
+    path = tmp_path / "a.jsonl"
+    assert read_sampled(path)[0]["model"] == str(tmp_path / "1/adapter")
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match=r"was sampled with other adapter weights"):
+        sample(str(tmp_path / "2/adapter"), ROWS, REWARDS, settings)
+
+
+PROGRAM = """\
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_sample import run
+run(sys.argv[1], prompts_per_step=1)
+"""
+
+
+def test_a_run_that_is_killed_in_the_middle_goes_on_to_the_same_bytes(whole, tmp_path):
+    path = tmp_path / "sampled.jsonl"
+    here = os.path.dirname(__file__)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path), here], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < path.stat().st_size < whole.stat().st_size
+    path.write_bytes(path.read_bytes()[:-7])  # and the disk lost the end of a line
+    run(path)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_the_command_samples_a_file_and_says_what_is_in_it(tmp_path, capsys):
+    data, output = tmp_path / "rows.jsonl", tmp_path / "new/sampled.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    arguments = ["sample", "--model", str(DEMO_MODEL), "--dataset", str(data), "--use_cpu", "true", "--output",
+                 str(output), "--reward_funcs", "accuracy_reward", "--num_generations", "2",
+                 "--max_completion_length", "8"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert f"{output}: 12 completions of 6 prompts" in out and "rewards/accuracy_reward/mean" in out
+    before = output.read_bytes()
+    assert cli.main(arguments) == 0 and output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--beta", "0.1"], "--beta is about training, and sampling into a file does not read it; leave it out"),
+        (["--vram_budget", "8GB"], "--vram_budget is about training"),
+        (["--eval_dataset", "x"], "--eval_dataset is for training; name what to ask with --dataset"),
+        (["--tempratur", "1"], "SampleConfig has no field 'tempratur'; did you mean temperature?"),
+        (["--num_generations", "0"], "num_generations must be greater than 0"),
+    ],
+)
+def test_what_a_sampling_does_not_read_is_refused(arguments, words, capsys):
+    assert cli.main(["sample", "--model", str(DEMO_MODEL), "--dataset", "x.jsonl", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_another_run_on_the_same_file_is_refused(whole, tmp_path):
+    from lowmem_grpo.output.lock import lock_file, releasing_locks
+
+    with releasing_locks():
+        lock_file(tmp_path / "a.jsonl")
+        with pytest.raises(InputError, match="a.jsonl is in use by another run"):
+            run(tmp_path / "a.jsonl")
+
+
+def test_a_sampling_leaves_torchs_generator_where_a_seed_puts_it(tmp_path):
+    """Its draws come from the prompts' seeds: only the making of the model consumes anything."""
+    run(tmp_path / "a.jsonl", ROWS[:1], max_completion_length=2)
+    one = torch.get_rng_state()
+    run(tmp_path / "b.jsonl", ROWS, max_completion_length=2)
+    assert torch.equal(torch.get_rng_state(), one)
