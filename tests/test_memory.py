@@ -682,6 +682,18 @@ def test_what_an_objective_needs_besides_is_planned():
         assert planner.forecast(model, GRPOConfig(**given, **changes)).phases["old"]["activations"] > 0
 
 
+def test_plans_of_two_kinds_of_training_of_one_model_are_apart(monkeypatch):
+    """Each is traced by settings that the other has not."""
+    model = FAMILIES["qwen2"]()
+    trainings = [SFTConfig(use_cpu=True), GRPOConfig(use_cpu=True), SFTConfig(use_cpu=True, max_length=64)]
+    alone = []
+    for config in trainings:
+        monkeypatch.setattr(trace, "_TRACED", {})
+        alone.append(planner.forecast(model, config))
+    monkeypatch.setattr(trace, "_TRACED", {})
+    assert [planner.forecast(model, config) for config in trainings] == alone
+
+
 NOT_TRACED = dict(
     rollout_token_budget=100, rollout_kv="int8", rollout_weights="4bit", rollout_cuda_graphs=False, optim="adamw_8bit",
     vram_budget="8GB", learning_rate=1e-3, reference="initial", loss_type="grpo", output_dir="elsewhere",

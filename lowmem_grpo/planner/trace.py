@@ -111,8 +111,9 @@ class Watched:
         return getattr(self._config, name)
 
 
-# For each model what was traced, with the settings that the trace read: trying any other setting costs nothing.
-_TRACED: dict[Key, list[tuple[dict[str, Any], Traced]]] = {}
+# For each model and kind of training what was traced, with the settings that the trace read: trying any other setting
+# costs nothing.
+_TRACED: dict[tuple[Key, type], list[tuple[dict[str, Any], Traced]]] = {}
 
 
 def trace(key: Key, config: TrainingConfig) -> Traced:
@@ -121,7 +122,7 @@ def trace(key: Key, config: TrainingConfig) -> Traced:
     Raises:
         InputError: the model cannot be run without memory.
     """
-    known = _TRACED.setdefault(key, [])
+    known = _TRACED.setdefault((key, type(config)), [])
     for settings, traced in known:
         if all(getattr(config, name) == value for name, value in settings.items()):
             return traced
