@@ -35,6 +35,7 @@ from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
+from lowmem_grpo.warn import warn
 
 TRANSFORMERS_EVENT = "on_step_end"  # which each of its TrainerCallbacks has
 # Kinds of functions of which a call runs nothing yet.
@@ -126,6 +127,11 @@ def read_training_inputs(
     is_continued = isinstance(model, PeftModel) or is_adapter(model)
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
+    if config.beta > 0 and config.reference == "base" and is_continued:
+        warn(
+            "the KL draws the policy back to the base, away from the adapter that training goes on from; set "
+            "reference='initial' to hold it near that adapter"
+        )
     device = device_of(config)
     notes += _try_out(rewards, rows, "train_dataset")
     if eval_rows is not None:

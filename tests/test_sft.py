@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_SFT
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, UnhealthyRunError
+from lowmem_grpo.inputs import read_training_inputs
 
 TRAIN, EVAL = task.splits()
 
@@ -93,6 +95,13 @@ def test_reinforcement_goes_on_from_the_adapter(tmp_path):
     config = GRPOConfig(output_dir=str(tmp_path / "rl"), use_cpu=True, max_steps=1, max_completion_length=32)
     result = train(str(tmp_path / "cold/adapter"), task.answer_reward, task.rows(TRAIN[:8]), config=config)
     assert result.history[0]["step"] == 1
+    given = (str(tmp_path / "cold/adapter"), task.answer_reward, task.rows(TRAIN[:8]), None)
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "with_kl"), beta=0.04)
+    with pytest.warns(UserWarning, match="the KL draws the policy back to the base.*set reference='initial'"):
+        read_training_inputs(*given, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read_training_inputs(*given, dataclasses.replace(config, reference="initial"))
 
 
 @pytest.mark.parametrize(
