@@ -145,6 +145,8 @@ def test_regex():
         ("多少?", "four", 0.0),
         ("How many?", "4 + 4 = 8", 1.0),
         ("How many?", "Ｆｏｕｒ 𝑥", 1.0),
+        ("多少?", "<think>是四</think><answer>四</answer>", 1.0),
+        ("Сколько?", "<think>так so</think>", 0.6),
         ("A long question in English about the word нет", "нет", 0.0),
         ("2 + 2 =", "four", None),
     ],

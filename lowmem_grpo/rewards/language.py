@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from lowmem_grpo.rewards.format import TAGS
 from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import completion_text, prompt_text
@@ -16,7 +17,8 @@ def language_consistency_reward(prompts: list, completions: list, **kwargs) -> l
     """The share of a completion's letters in a script of its prompt; None for a prompt without letters.
 
     A script (LATIN, CYRILLIC, CJK, HIRAGANA, ...) is one of the prompt's if a tenth of its letters are in it. A
-    completion without letters has 1.0. Languages that share a script are not told apart.
+    completion without letters has 1.0. Think and answer tags are no letters. Languages that share a script are not
+    told apart.
     """
     return of_each(_consistency, prompts, completions)
 
@@ -43,7 +45,9 @@ def _share(text: str, wanted: set[str]) -> float:
 
 
 def _scripts(text: str) -> Counter:
-    """Number of a text's letters by script; a variant of a letter (ℝ, Ａ) counts as that letter."""
+    """Number of a text's letters by script; a variant of a letter (ℝ, Ａ) counts as that letter, a tag as none."""
+    for tag in TAGS:
+        text = text.replace(tag, "")
     found = Counter(map(_script, unicodedata.normalize("NFKC", text)))
     del found[None]
     return found
