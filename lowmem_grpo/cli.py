@@ -57,6 +57,7 @@ example:
   lowmem-grpo plan sft --model Qwen/Qwen2.5-7B --vram_budget 8GB --max_length 4096
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
+TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig}  # the commands that train
 ONLY_DATASET = {"eval": "evaluate on", "data": "look at", "sample": "ask"}  # by command, what --dataset is for
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
@@ -152,15 +153,19 @@ def run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
-    trains = SFTConfig if arguments[:1] == ["sft"] or arguments[:2] == ["plan", "sft"] else GRPOConfig
-    trains = SampleConfig if arguments[:1] == ["sample"] else trains
+    configs = {**TRAININGS, "sample": SampleConfig}
+    trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:
         parser.print_help()
         return 0
+    # Before the parser, which would take an unknown flag's value for a word that it waits for, as `sft` is.
+    if arguments[0] in parser.commands:
+        refuse_unknown_flags(arguments[0], arguments[1:], parser.commands[arguments[0]], trains)
     options, rest = parser.parse_known_args(arguments)
-    given = {key: value for key, value in vars(options).items() if key not in ("run", "command", "training")}
-    refuse_unknown_flags(options.command, rest, trains)
+    if rest:
+        raise InputError(f"{printable(' '.join(rest)):.200} is not understood; see `lowmem-grpo {arguments[0]} --help`")
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     return options.run(given)
 
 
@@ -180,7 +185,9 @@ class PrintableFormatter(logging.Formatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
+    """A parser whose errors are one sentence, and the parsers of its commands."""
+
+    commands: dict[str, argparse.ArgumentParser]
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
@@ -215,6 +222,7 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     """
     parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.commands = commands.choices
 
     def add_command(name: str, example: str, **words: Any) -> Parser:
         command = commands.add_parser(
@@ -286,7 +294,7 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     )  # fmt: skip
     plan_parser.set_defaults(run=partial(run_plan, planned))
     plan_parser.add_argument(
-        "training", nargs="?", choices=("train", "sft"), default="train", help="what to plan (default train)"
+        "training", nargs="?", choices=tuple(TRAININGS), default="train", help="what to plan (default train)"
     )
     of_plan = add_inputs(plan_parser, "what to plan", INPUTS[:1])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
@@ -337,23 +345,24 @@ def add_config_flags(
             group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, nargs=many)
 
 
-def refuse_unknown_flags(command: str, rest: list[str], config: type) -> None:
-    """Raise InputError for an unknown flag, with the remedy or the nearest name."""
-    for flag in rest:
-        name = flag[2:].partition("=")[0]
-        if command == "eval" and flag.startswith("--") and name in field_types(GRPOConfig):
+def refuse_unknown_flags(command: str, words: list[str], parser: argparse.ArgumentParser, config: type) -> None:
+    """Raise InputError for a flag that a command's parser does not know, with the remedy or the nearest name."""
+    known, unknown = parser._option_string_actions, []
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith(DASHES) and f"--{flag.lstrip(''.join(DASHES) + '-')}" in known:
+            raise InputError(f"{shown(word)} begins with a dash that is no hyphen; write two hyphens")
+        if flag.startswith("--") and flag not in known and " " not in word:  # with a space it is a value
+            unknown.append(flag[2:])
+    for name in unknown:
+        if command == "eval" and name in field_types(GRPOConfig):
             raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
         if command == "sample" and name in field_types(GRPOConfig) and name not in field_types(SampleConfig):
             raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
-        if flag.startswith("--") and name == "eval_dataset" and command in ONLY_DATASET:
+        if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
     if command != "demo":
-        refuse_unknown_fields((flag[2:].partition("=")[0] for flag in rest if flag.startswith("--")), config)
-    for word in rest:
-        if word.startswith(DASHES):
-            raise InputError(f"{shown(word)} begins with a dash that is no hyphen; write two hyphens")
-    if rest:
-        raise InputError(f"{printable(' '.join(rest)):.200} is not understood; see `lowmem-grpo {command} --help`")
+        refuse_unknown_fields(unknown, config)
 
 
 def run_train(given: dict[str, Any]) -> int:
@@ -464,7 +473,9 @@ def finite(value: Any) -> Any:
 
 def run_plan(planned: type, given: dict[str, Any]) -> int:
     """Print the plan of a training, by the type of its configuration; exit status 0 where everything fits, else 1."""
-    as_json = given.pop("json", False)
+    as_json, training = given.pop("json", False), given.pop("training")
+    if TRAININGS[training] is not planned:
+        raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
     model, config = inputs["model"], planned(**fields)
     from lowmem_grpo.model.find import adapter_config, find_model, read_config

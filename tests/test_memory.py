@@ -600,8 +600,9 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert "is not a folder on this machine" in capsys.readouterr().err
     assert main(["plan", "--model", "x", "--vram_budget", "lots"]) == 2
     assert "vram_budget='lots' is not a size; write it as 8GB or 7.5GiB" in capsys.readouterr().err
-    assert main(["plan", "--model", "x", "--vram_buget", "8GB"]) == 2
-    assert "did you mean vram_budget?" in capsys.readouterr().err
+    for words in (["--vram_buget", "8GB"], ["--vram_buget", "8GB", "--model", "x"], ["sft", "--vram_buget", "8GB"]):
+        assert main(["plan", "--model", "x", *words] if words[0] != "sft" else ["plan", *words]) == 2
+        assert "did you mean vram_budget?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -753,20 +754,22 @@ def test_activations_of_supervised_training_are_as_predicted(name, rung):
     settings = {key: value for key, value in RUNGS[rung].items()}
     config = SFTConfig(max_length=64, examples_per_step=8, use_cpu=True, **settings)
     policy = make_policy(name, config)
-    examples = [Example([5] * 64, [False] + [True] * 63)] * 8
-    batch, _ = next(nll.micro_batches(policy, examples, config, config.token_budget))
+    # Full ones; and of 87 tokens, as many as there may be.
+    steps = [[64] * 8] if config.token_budget > 87 else [[64], [64, 24]]
+    examples = [[Example([5] * length, [False] + [True] * (length - 1)) for length in lengths] for lengths in steps]
+    batches = [next(nll.micro_batches(policy, step, config, config.token_budget))[0] for step in examples]
     found = planner.forecast(SHAPES[name], config)
-    assert_near(found.phases["update"]["activations kept"], kept_bytes(policy, config, batch))
+    assert_near(found.phases["update"]["activations kept"], max(kept_bytes(policy, config, one) for one in batches))
     assert set(found.phases) == {"update", "evaluation"} and "reference" not in found.phases
 
 
 def test_supervised_training_is_planned_for_its_longest_example():
-    config = SFTConfig(max_length=4096, vram_budget="6GB")
+    config = SFTConfig(max_length=4096, vram_budget="8GB")
     found = planner.plan(large_shape(), config)
     assert found.assumptions == ["The longest example is assumed to have 4096 tokens: max_length is 4096."]
-    assert found.remedy is None and found.forecast.peak() <= 6e9 and found.config.max_length == 4096
-    assert planner.plan(large_shape(), config, longest=700).forecast.peak() <= found.forecast.peak()
-    remedy = planner.plan(large_shape(), replace(config, max_length=2**17, vram_budget="3GB")).remedy
+    assert found.remedy is None and found.forecast.peak() <= 8e9 and found.config.max_length == 4096
+    assert len(planner.plan(large_shape(), config, longest=700).changes) < len(found.changes)
+    remedy = planner.plan(large_shape(), replace(config, vram_budget="6GB")).remedy
     assert "max_length=" in remedy and remedy.endswith("would fit")
     fitting = int(remedy.split("max_length=")[1].split()[0])
-    assert planner.plan(large_shape(), replace(config, max_length=fitting, vram_budget="3GB")).remedy is None
+    assert planner.plan(large_shape(), replace(config, max_length=fitting, vram_budget="6GB")).remedy is None

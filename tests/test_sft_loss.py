@@ -13,8 +13,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example, tokenize_examples
+from lowmem_grpo.model.packing import filling_lengths
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.update.nll import backward, mean_nll, try_largest_update
+from lowmem_grpo.update.nll import backward, mean_nll, micro_batches, try_largest_update
 
 WHOLE = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
@@ -135,6 +136,16 @@ def test_the_loss_of_an_evaluation_is_that_of_training():
     config = SFTConfig(use_cpu=True)
     loss, _ = gradients(policy, SOME, config)
     assert mean_nll(policy, SOME, config, 100).item() == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("token_budget, lengths", [(70, [32, 32, 9]), (62, [32, 32]), (31, [32]), (200, [32] * 4)])
+def test_the_largest_update_that_is_tried_fills_a_micro_batch(token_budget, lengths):
+    """An example of 32 tokens takes the room of 31, since its last one predicts nothing."""
+    assert filling_lengths(32, 4, token_budget) == lengths
+    policy = make_policy("qwen2", load_in_4bit=False)
+    tried = [Example([5] * length, [False] + [True] * (length - 1)) for length in lengths]
+    batches = list(micro_batches(policy, tried, SFTConfig(use_cpu=True), token_budget))
+    assert len(batches) == 1 and batches[0][0].input_ids.numel() <= token_budget
 
 
 def test_trying_the_largest_update_leaves_weights_and_gradients_alone():

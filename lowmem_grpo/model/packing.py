@@ -207,6 +207,15 @@ def fills_one(
     return step(groups, bisect(range(1, completion_tokens + 1), False, key=lambda others: not fit(groups, others)))
 
 
+def filling_lengths(longest: int, most: int, token_budget: int) -> list[int]:
+    """Lengths of at most `most` examples that fill a micro-batch: full ones, and one that takes what is left.
+
+    An example's last token predicts nothing, and takes no room: two of 64 tokens and one of 3 fill 128.
+    """
+    full, left = divmod(token_budget, max(longest - 1, 1))
+    return ([longest] * full + [left + 1] * (left > 0))[:most] or [longest]
+
+
 def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:
     ids, positions, predictors, labels, token_index, sequences = [], [], [], [], [], []
     alike: dict[tuple, list[tuple[range, list[range]]]] = {}  # prompts, with tails, that one call of attention serves

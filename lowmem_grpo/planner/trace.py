@@ -32,7 +32,7 @@ from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.load import equip
-from lowmem_grpo.model.packing import MicroBatch, fills_one, pack
+from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
@@ -325,7 +325,10 @@ def largest_steps(config: TrainingConfig) -> list[list[int]]:
     ]
     cpu = torch.device("cpu")
     steps = [max(found, key=lambda lengths: _first_micro_batch(config, lengths, cpu).input_ids.numel())]
-    if config.padding_free:
+    if not config.samples:  # examples of any length: as those with which the update is tried
+        uneven = filling_lengths(1 + completion, completions, config.token_budget)
+        steps += [[length - 1 for length in uneven]]
+    elif config.padding_free:
         uneven = fills_one(
             prompt_tokens(config), completion, num_prompts=config.prompts_per_step,
             num_generations=config.num_generations, token_budget=config.token_budget,

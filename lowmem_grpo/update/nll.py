@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem_grpo.config.sections import UpdateFields
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example
-from lowmem_grpo.model.packing import MicroBatch, pack
+from lowmem_grpo.model.packing import MicroBatch, filling_lengths, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.update.passes import at_work, zero_gradients
@@ -82,18 +82,19 @@ def why_not_finite(config: SFTConfig, entropy: Tensor, loss: float, overflowed: 
 def try_largest_update(
     policy: Policy, examples: list[Example], budget: TokenBudget, config: SFTConfig, reserved: int = 0
 ) -> None:
-    """Try the gradient of as many of the longest example as fill a micro-batch; budget shrinks if it must.
+    """Try the gradient of a full micro-batch of the longest example, the last one cut; budget shrinks if it must.
 
     Otherwise a run dies when such a step comes. `reserved` bytes are held meanwhile, for what comes later. The weights
     and the random numbers stay as they are.
     """
     held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
-    longest = max(examples, key=lambda one: len(one.ids))
-    count = min(config.examples_per_step, max(1, budget.num_tokens // len(longest.ids)))
+    ids = max((one.ids for one in examples), key=len)
+    lengths = filling_lengths(len(ids), config.examples_per_step, budget.num_tokens)
+    tried = [Example(ids[:length], [False] + [True] * (length - 1)) for length in lengths]
     scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        budget.fit(partial(backward, policy, [longest] * count, scaler, config), [len(longest.ids)] * count)
+        budget.fit(partial(backward, policy, tried, scaler, config), lengths)
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None
     del held
