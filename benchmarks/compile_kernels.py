@@ -76,7 +76,7 @@ def _start(name: str, **change) -> Kernel:
         hidden_ptr="*half", label_weight_ptr="*half", index_ptr="*i64", label_ptr="*i64", bias_ptr=None,
         state_ptr="*fp32", hidden_row_stride="i32", hidden_stride=1, weight_row_stride="i32", weight_stride=1,
         state_stride="i32", vocabulary="i32", inner="fp32", outer="fp32", below_every_score="fp32",
-        D=1536, BLOCK_D=1024, BIAS=False, SOFTCAP=False, FROM_LABEL=True,
+        D=1536, BLOCK_D=1024, BIAS=False, SOFTCAP=False, FROM_LABEL=True, TOP=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._start_kernel, arguments | change)
 
@@ -87,7 +87,7 @@ def _fold(name: str, num_warps: int = 4, **change) -> Kernel:
         label_ptr="*i64", state_ptr="*fp32", score_stride="i32", share_stride="i32", drift_stride="i32",
         pull_stride="i32", state_stride="i32", vocabulary_start="i32", width="i32", inner="fp32", outer="fp32",
         above="fp32", below="fp32", D=1536, BLOCK_V=4096, BLOCK_D=1024, WIDE=linear_logprobs.WIDE, WHOLE=True,
-        BIAS=False, SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
+        BIAS=False, SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False, TOP=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._fold_kernel, arguments | change, num_warps)
 
@@ -95,9 +95,11 @@ def _fold(name: str, num_warps: int = 4, **change) -> Kernel:
 def _finish(name: str, **change) -> Kernel:
     arguments = dict(
         state_ptr="*fp32", label_weight_ptr="*half", index_ptr="*i64", pull_ptr="*fp32", spread_ptr=None,
-        logprob_ptr="*fp32", entropy_ptr="*fp32", factor_ptr="*fp32", direction_ptr="*half", lean_ptr=None,
+        logprob_ptr="*fp32", entropy_ptr="*fp32", top_ptr=None, factor_ptr="*fp32", direction_ptr="*half",
+        lean_ptr=None,
         state_stride="i32", weight_row_stride="i32", weight_stride=1, pull_stride="i32", direction_stride="i32",
         slope_scale="fp32", D=1536, BLOCK_D=1024, SOFTCAP=False, ENTROPY=False, GRADIENT=True, ENTROPY_GRADIENT=False,
+        TOP=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._finish_kernel, arguments | change)
 
@@ -240,6 +242,7 @@ _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=Tr
 KERNELS = [
     _start("linear_logprobs start"),
     _start("linear_logprobs start, bias, softcap", bias_ptr="*half", BIAS=True, SOFTCAP=True),
+    _start("linear_logprobs start, top", FROM_LABEL=False, TOP=True),
     _fold("linear_logprobs fold 4096"),
     _fold("linear_logprobs fold 4096, fp32", share_ptr="*fp32"),
     _fold("linear_logprobs fold 4096, entropy", ENTROPY=True),
@@ -250,7 +253,9 @@ KERNELS = [
     ),
     _fold("linear_logprobs fold 4096, the last tile", WHOLE=False),
     _fold("linear_logprobs fold 8192, entropy", num_warps=8, BLOCK_V=8192, ENTROPY=True),
+    _fold("linear_logprobs fold 8192, entropy, top", num_warps=8, BLOCK_V=8192, ENTROPY=True, TOP=True),
     _finish("linear_logprobs finish, entropy", ENTROPY=True),
+    _finish("linear_logprobs finish, entropy, top", top_ptr="*u8", ENTROPY=True, TOP=True),
     _finish(
         "linear_logprobs finish, softcap, gradient of entropy",
         spread_ptr="*fp32", lean_ptr="*half", SOFTCAP=True, ENTROPY=True, ENTROPY_GRADIENT=True,

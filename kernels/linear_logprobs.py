@@ -85,8 +85,8 @@ ROWS = 128
 # A tile's rows have room up to a multiple of so many numbers; kernels read and write up to there, 16 bytes at a time.
 WIDE = 16
 
-# Rows of the state that a chunk of tokens carries from tile to tile, (5, C) fp32.
-LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT = range(5)
+# Rows of the state that a chunk of tokens carries from tile to tile, (5, C) fp32; with return_top (6, C).
+LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT, BEST = range(6)
 
 if triton is not None:
 
@@ -104,7 +104,7 @@ if triton is not None:
         index_ptr,  # (C,) int64, each token's row of label_weight
         label_ptr,  # (C,) int64
         bias_ptr,  # (V,)
-        state_ptr,  # (5, C) fp32, written
+        state_ptr,  # (5 or 6, C) fp32, written
         hidden_row_stride,
         hidden_stride,
         weight_row_stride,
@@ -119,6 +119,7 @@ if triton is not None:
         BIAS: tl.constexpr,
         SOFTCAP: tl.constexpr,
         FROM_LABEL: tl.constexpr,
+        TOP: tl.constexpr,
     ):
         """The label's own score, exactly, and the empty sums. One program per token."""
         row = tl.program_id(0).to(tl.int64)
@@ -146,6 +147,8 @@ if triton is not None:
             tl.store(state_ptr + 2 * state_stride + row, below_every_score)
         tl.store(state_ptr + 3 * state_stride + row, 0.0)
         tl.store(state_ptr + 4 * state_stride + row, 0.0)
+        if TOP:
+            tl.store(state_ptr + 5 * state_stride + row, float("-inf"))
 
     @triton.jit(do_not_specialize=["state_stride", "vocabulary_start", "width"])
     def _fold_kernel(
@@ -156,7 +159,7 @@ if triton is not None:
         spread_ptr,  # (C, D) fp32, likewise
         bias_ptr,  # (width,) of the tile, and readable up to WIDE
         label_ptr,  # (C,) int64
-        state_ptr,  # (5, C) fp32, updated
+        state_ptr,  # (5 or 6, C) fp32, updated
         score_stride,
         share_stride,
         drift_stride,
@@ -178,6 +181,7 @@ if triton is not None:
         ENTROPY: tl.constexpr,
         GRADIENT: tl.constexpr,
         ENTROPY_GRADIENT: tl.constexpr,
+        TOP: tl.constexpr,
     ):
         """A tile of raw products into rest and moment, and into the next products' operands. One program per token.
 
@@ -203,6 +207,9 @@ if triton is not None:
         rest = tl.load(state_ptr + 3 * state_stride + row)
         moment = tl.load(state_ptr + 4 * state_stride + row)
         peak = tl.max(score, 0)
+        if TOP:
+            best_at = state_ptr + 5 * state_stride + row
+            tl.store(best_at, tl.maximum(tl.load(best_at), peak))
         raised = tl.where(peak > reference + above, peak - below, reference)
         shrink = tl.exp(reference - raised)
         if GRADIENT:  # noqa: SIM102, the inner condition is not known when compiling
@@ -242,13 +249,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["state_stride"])
     def _finish_kernel(
-        state_ptr,  # (5, C) fp32
+        state_ptr,  # (5 or 6, C) fp32
         label_weight_ptr,  # (*, D)
         index_ptr,  # (C,) int64
         pull_ptr,  # (C, D) fp32
         spread_ptr,  # (C, D) fp32
         logprob_ptr,  # (C,) fp32, written
         entropy_ptr,  # (C,) fp32, written
+        top_ptr,  # (C,) uint8, written
         factor_ptr,  # (C,) fp32, written
         direction_ptr,  # (C, D), written
         lean_ptr,  # (C, D), written
@@ -264,12 +272,15 @@ if triton is not None:
         ENTROPY: tl.constexpr,
         GRADIENT: tl.constexpr,
         ENTROPY_GRADIENT: tl.constexpr,
+        TOP: tl.constexpr,
     ):
-        """The sums into log-probability, entropy and the stored gradient. One program per token."""
+        """The sums into log-probability, entropy, top and the stored gradient. One program per token."""
         row = tl.program_id(0).to(tl.int64)
         score = tl.load(state_ptr + row)
         reference = tl.load(state_ptr + 2 * state_stride + row)
         rest = tl.load(state_ptr + 3 * state_stride + row)
+        if TOP:
+            tl.store(top_ptr + row, (score >= tl.load(state_ptr + 5 * state_stride + row)).to(tl.uint8))
         gap = reference - score
         some = tl.where(rest == 0, 1.0, rest)
         # x beyond 1e6 is cut there, where log1p(x) is log(x) and q is 1: the exponential may be out of fp32's range.
@@ -346,6 +357,7 @@ class _Settings(NamedTuple):
     chunks: tuple[int, int]
     entropy: bool
     entropy_gradient: bool
+    top: bool
     tile_dtype: torch.dtype
     by_triton: bool
 
@@ -367,17 +379,18 @@ class _Settings(NamedTuple):
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, bias, weight_scale, settings):
-        logprobs, entropy, factor, direction, lean = _forward(
+        logprobs, entropy, top, factor, direction, lean = _forward(
             hidden_states, weight, labels, bias, weight_scale, settings, True
         )
         ctx.save_for_backward(direction, factor, lean)
         ctx.by_triton = settings.by_triton
-        if not settings.entropy_gradient:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(
+            *(() if settings.entropy_gradient else (entropy,)), *(() if top is None else (top,))
+        )
+        return logprobs, entropy, top
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx, grad_logprobs, grad_entropy, _):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_logprobs has no second derivative: differentiate without create_graph=True")
         direction, factor, lean = ctx.saved_tensors
@@ -394,7 +407,7 @@ class _Chunk(NamedTuple):
     labels: Tensor  # (C,)
     label_weight: Tensor  # (*, D): the weight, or of an int8 head the labels' own rows, dequantized
     label_index: Tensor  # (C,) rows of label_weight
-    state: Tensor  # (5, C) fp32
+    state: Tensor  # (5, C) fp32; with settings.top (6, C)
     pull: Tensor | None  # (C, D) fp32
     spread: Tensor | None  # (C, D) fp32
 
@@ -407,8 +420,8 @@ def _forward(
     weight_scale: Tensor | None,
     settings: _Settings,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(logp, entropy, factor (N,), direction (N, D), lean (N, D)); the last three where a gradient is wanted."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(logp, entropy, top, factor (N,), direction (N, D), lean (N, D)); the last three where a gradient is wanted."""
     device, (n, d), v = hidden_states.device, hidden_states.shape, weight.shape[0]
     c, vb = min(settings.chunks[0], n), min(settings.chunks[1], v)
     start, fold, finish = (
@@ -422,11 +435,12 @@ def _forward(
 
     leans = gradient and settings.entropy_gradient
     logprobs, entropy = buffer(n), buffer(n)
+    top = buffer(n, dtype=torch.bool) if settings.top else None
     factor = buffer(n) if gradient else None
     direction = buffer(n, d, dtype=hidden_states.dtype) if gradient else None
     lean = buffer(n, d, dtype=hidden_states.dtype) if leans else None
     if n == 0:
-        return logprobs, entropy, factor, direction, lean
+        return logprobs, entropy, top, factor, direction, lean
 
     one_dtype = weight.dtype in (hidden_states.dtype, torch.int8)
     # A GPU multiplies 16-bit operands into fp32. Elsewhere they are widened, or the product is as narrow as they are.
@@ -447,7 +461,7 @@ def _forward(
     tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings)
     head = buffer(vb, d, dtype=operand) if weight.dtype != operand else None
     wide = buffer(c, d, dtype=operand) if hidden_states.dtype != operand else None
-    state = buffer(5, c)
+    state = buffer(6 if settings.top else 5, c)
     pull = buffer(c, d) if gradient else None
     spread = buffer(c, d) if leans else None
     # A CPU multiplies 16-bit operands into 16 bits: (the product, its fp32 copy).
@@ -490,9 +504,9 @@ def _forward(
                 for total, a in ((chunk.pull, tile_shares), (chunk.spread, tile_drifts)):
                     if total is not None and a is not None:
                         _accumulate(total, a, tile_head, product)
-            outputs = [x if x is None else x[here] for x in (logprobs, entropy, factor, direction, lean)]
+            outputs = [x if x is None else x[here] for x in (logprobs, entropy, top, factor, direction, lean)]
             finish(chunk, *outputs, settings=settings)
-    return logprobs, entropy, factor, direction, lean
+    return logprobs, entropy, top, factor, direction, lean
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -534,7 +548,7 @@ def _triton_start(chunk: _Chunk, bias: Tensor | None, vocabulary: int, settings:
         *hidden.stride(), *weight.stride(), chunk.state.stride(0), vocabulary,
         settings.inner, settings.outer, BELOW_EVERY_SCORE,
         **_blocks(hidden.shape[1]), BIAS=bias is not None, SOFTCAP=settings.softcap is not None,
-        FROM_LABEL=rule is FROM_LABEL,
+        FROM_LABEL=rule is FROM_LABEL, TOP=settings.top,
     )  # fmt: skip
 
 
@@ -551,19 +565,20 @@ def _triton_fold(chunk, scores, shares, drifts, _, bias, first: int, settings: _
         settings.inner, settings.outer, rule.above, rule.below,
         **_blocks(chunk.hidden.shape[1], num_warps), BLOCK_V=block, WIDE=WIDE, WHOLE=scores.shape[1] == block,
         BIAS=bias is not None, SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
-        GRADIENT=gradient, ENTROPY_GRADIENT=drifts is not None,
+        GRADIENT=gradient, ENTROPY_GRADIENT=drifts is not None, TOP=settings.top,
         num_warps=num_warps,
     )  # fmt: skip
 
 
-def _triton_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, settings: _Settings) -> None:
+def _triton_finish(chunk: _Chunk, logprobs, entropy, top, factor, direction, lean, settings: _Settings) -> None:
     gradient, weight = direction is not None, chunk.label_weight
     _finish_kernel[(len(logprobs),)](
-        chunk.state, weight, chunk.label_index, chunk.pull, chunk.spread, logprobs, entropy, factor, direction, lean,
+        chunk.state, weight, chunk.label_index, chunk.pull, chunk.spread, logprobs, entropy,
+        None if top is None else top.view(torch.uint8), factor, direction, lean,
         chunk.state.stride(0), *weight.stride(), 0 if chunk.pull is None else chunk.pull.stride(0),
         direction.stride(0) if gradient else 0, settings.slope_scale,
         **_blocks(weight.shape[1]), SOFTCAP=settings.softcap is not None, ENTROPY=settings.entropy,
-        GRADIENT=gradient, ENTROPY_GRADIENT=lean is not None,
+        GRADIENT=gradient, ENTROPY_GRADIENT=lean is not None, TOP=settings.top,
     )  # fmt: skip
 
 
@@ -577,7 +592,13 @@ def _triton_scale(direction: Tensor, factor: Tensor, lean: Tensor | None, lean_f
 
 
 @overload
+def linear_logprobs(
+    *args, return_entropy: Literal[True], return_top: Literal[True], **kwargs
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
 def linear_logprobs(*args, return_entropy: Literal[True], **kwargs) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_logprobs(*args, return_top: Literal[True], **kwargs) -> tuple[Tensor, Tensor]: ...
 @overload
 def linear_logprobs(*args, **kwargs) -> Tensor: ...
 def linear_logprobs(
@@ -592,13 +613,15 @@ def linear_logprobs(
     softcap: float | None = None,
     return_entropy: bool = False,
     entropy_grad: bool = False,
+    return_top: bool = False,
     backend: Literal["auto", "triton", "torch"] = "auto",
     chunks: tuple[int, int] | None = None,
     tile_dtype: torch.dtype = torch.float32,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each label, (N,) fp32; with return_entropy also each row's entropy, (N,) fp32.
 
-    The entropy carries a gradient only with entropy_grad: one more matrix product, and (N, D) more kept.
+    The entropy carries a gradient only with entropy_grad: one more matrix product, and (N, D) more kept. With
+    return_top follows whether no score is above the label's, (N,) bool.
     hidden_states has the dtype of weight, or fp32. An int8 weight (see quantize_head) is dequantized tile by tile to
     the dtype of hidden_states.
 
@@ -632,14 +655,17 @@ def linear_logprobs(
         chunks = chunk_sizes(hidden_states.device, *hidden_states.shape)
     if len(chunks) != 2 or min(chunks) < 1:
         raise ValueError(f"chunks must be (C, Vb), both at least 1, or None for the table's; not {chunks}")
-    settings = _Settings(temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, tile_dtype, by_triton)
+    settings = _Settings(
+        temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, return_top, tile_dtype, by_triton
+    )
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     inputs = (hidden_states, weight, labels, bias, weight_scale, settings)
     if hidden_states.requires_grad and torch.is_grad_enabled():
-        logprobs, entropy = _LinearLogprobs.apply(*inputs)
+        logprobs, entropy, top = _LinearLogprobs.apply(*inputs)
     else:
-        logprobs, entropy, *_ = _forward(*inputs, False)
-    return (logprobs, entropy) if return_entropy else logprobs
+        logprobs, entropy, top, *_ = _forward(*inputs, False)
+    asked = [logprobs] + [entropy] * return_entropy + [top] * return_top
+    return tuple(asked) if len(asked) > 1 else logprobs
 
 
 def quantize_head(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -745,7 +771,9 @@ def _torch_start(chunk: _Chunk, bias: Tensor | None, _: int, settings: _Settings
         score = bent * settings.outer
     chunk.state[LABEL_SCORE] = score
     chunk.state[REFERENCE] = score if rule is FROM_LABEL else BELOW_EVERY_SCORE
-    chunk.state[REST:] = 0.0
+    chunk.state[REST : MOMENT + 1] = 0.0
+    if settings.top:
+        chunk.state[BEST] = -torch.inf
 
 
 def _torch_tiles(scores: Tensor, shares: Tensor | None, settings: _Settings) -> tuple:
@@ -783,8 +811,10 @@ def _torch_fold_rows(chunk, scores, shares, drifts, tiles, bias, first: int, set
     column = (chunk.labels - first).clamp_(0, width - 1)[:, None]
     score.scatter_(1, column, torch.where(inside[:, None], -torch.inf, score.gather(1, column)))
 
-    _, _, reference, rest, moment = chunk.state
+    _, _, reference, rest, moment, *best = chunk.state
     peak = score.amax(-1)
+    if settings.top:
+        torch.maximum(best[0], peak, out=best[0])
     raised = torch.where(peak > reference + rule.above, peak - rule.below, reference)
     shift = reference - raised
     if shift.any():
@@ -820,9 +850,11 @@ def _torch_fold_rows(chunk, scores, shares, drifts, tiles, bias, first: int, set
         drifts.copy_(drift)
 
 
-def _torch_finish(chunk: _Chunk, logprobs, entropy, factor, direction, lean, settings: _Settings) -> None:
+def _torch_finish(chunk: _Chunk, logprobs, entropy, top, factor, direction, lean, settings: _Settings) -> None:
     """The twin of _finish_kernel."""
-    score, slope, reference, rest, moment = chunk.state
+    score, slope, reference, rest, moment, *best = chunk.state
+    if settings.top:
+        torch.ge(score, best[0], out=top)
     gap = reference - score
     some = torch.where(rest == 0, 1.0, rest)
     x = (rest * gap.clamp(max=40.0).exp()).clamp(max=1e6)

@@ -143,6 +143,53 @@ def test_the_entropy_has_a_gradient_when_asked(dtype, backend):
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, dict(softcap=20.0, logit_scale=0.8, temperature=0.9), dict(entropy=False)], ids=str
+)
+def test_whether_the_label_is_the_top_is_told_when_asked_and_changes_nothing_else(dtype, options, backend):
+    """Of labels half of which are the top, in the first tile, in the last, and on both sides of a tile's edge."""
+    hidden, weight, labels, bias = inputs(24, 48, 300, dtype=dtype, bias=True, scale=3.0)
+    options = dict(options)
+    entropy = options.pop("entropy", True)
+    places = torch.tensor([0, 299, 63, 64])
+    hidden[:4] += 6 * weight[places]
+    scores = hidden.double() @ weight.double().T + bias.double()
+    labels[:4], labels[4::2] = places, scores[4::2].argmax(-1)
+    wanted = scores.argmax(-1) == labels
+    assert wanted[:4].all() and 14 <= wanted.sum() < 24
+    asked = dict(return_entropy=entropy, bias=bias, backend=backend, chunks=(5, 64), **options)
+    results = []
+    for return_top in (False, True):
+        states = hidden.clone().requires_grad_()
+        found = linear_logprobs(states, weight, labels, return_top=return_top, **asked)
+        found = found if isinstance(found, tuple) else (found,)
+        found[0].sum().backward()
+        with torch.no_grad():
+            again = linear_logprobs(states, weight, labels, return_top=return_top, **asked)
+            again = again if isinstance(again, tuple) else (again,)
+        assert all(map(torch.equal, found, again))
+        results.append((*found, states.grad))
+    without, (*values, top, gradient) = results
+    assert top.dtype == torch.bool and torch.equal(top, wanted)
+    assert all(map(torch.equal, without, (*values, gradient)))
+
+
+@both
+def test_a_label_beside_an_equal_score_is_the_top_and_one_below_is_not(backend):
+    hidden, weight = torch.ones(3, 1), torch.tensor([[2.0], [2.0], [1.0]])
+    for chunks in [(3, 3), (3, 1)]:
+        _, top = linear_logprobs(
+            hidden, weight, torch.tensor([0, 1, 2]), return_top=True, backend=backend, chunks=chunks
+        )
+        assert top.tolist() == [True, True, False]
+    _, top = linear_logprobs(hidden, weight[:1], torch.zeros(3, dtype=torch.int64), return_top=True, backend=backend)
+    assert top.all(), "of one, it is the first"
+    none = linear_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.int64), return_top=True, backend=backend)
+    assert none[1].shape == (0,) and none[1].dtype == torch.bool
+
+
+@both
 def test_strided_inputs_are_read_where_they_lie(backend):
     hidden, weight, labels, bias = inputs(5, 33, 90, bias=True)
     plain = run(hidden, weight, labels, bias, backend=backend, chunks=(2, 32))
@@ -638,6 +685,17 @@ class TestOnAGpu:
             results = run(hidden, weight, labels, entropy=entropy, backend=backend, chunks=(64, 512))
             torch.testing.assert_close(results[0].double(), truth[0], atol=1e-4, rtol=1e-6)
             assert row_error(results[2], truth[2]) < 5e-3
+
+    @both
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_whether_the_label_is_the_top_is_told(self, dtype, backend):
+        hidden, weight, labels, bias = (x.cuda() for x in inputs(300, 250, 10007, dtype=dtype, scale=8, bias=True))
+        scores = hidden.double() @ weight.double().T + bias.double()
+        labels[::2] = scores[::2].argmax(-1)
+        asked = dict(bias=bias, return_entropy=True, backend=backend, chunks=(128, 1024))
+        *values, top = linear_logprobs(hidden, weight, labels, return_top=True, **asked)
+        assert torch.equal(top, scores.argmax(-1) == labels) and 150 <= top.sum() < 300
+        assert all(map(torch.equal, values, linear_logprobs(hidden, weight, labels, **asked)))
 
     @both
     def test_a_repeated_run_gives_the_same_bits(self, backend):

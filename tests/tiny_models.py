@@ -92,7 +92,7 @@ def _rms_norm(module, epsilon: float, offset: float, x: torch.Tensor) -> torch.T
 
 def head_by_definition(
     hidden_states, weight, labels, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, return_entropy=False,
-    entropy_grad=False,
+    entropy_grad=False, return_top=False,
 ):  # fmt: skip
     """linear_logprobs from full logits, in any dtype."""
     logits = hidden_states @ weight.T + (0 if bias is None else bias)
@@ -100,7 +100,9 @@ def head_by_definition(
     log_p = scores.log_softmax(-1)
     logprobs = log_p.gather(1, labels[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
-    return (logprobs, entropy if entropy_grad else entropy.detach()) if return_entropy else logprobs
+    asked = [logprobs] + [entropy if entropy_grad else entropy.detach()] * return_entropy
+    asked += [scores.argmax(-1) == labels] * return_top
+    return tuple(asked) if len(asked) > 1 else logprobs
 
 
 class OutOfMemory(TorchDispatchMode):
