@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lowmem_grpo.model.policy import Policy
     from lowmem_grpo.objective.loss import register_objective
     from lowmem_grpo.pipeline.sample import SampleResult, sample
+    from lowmem_grpo.pipeline.select import select
     from lowmem_grpo.run.run import TrainResult
 
 __version__ = "0.1.0"
@@ -23,9 +25,11 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SampleResult",
+    "SelectConfig",
     "TrainResult",
     "register_objective",
     "sample",
+    "select",
     "sft",
     "train",
 ]
@@ -34,6 +38,7 @@ _HOMES = {
     "train": "lowmem_grpo.loops.grpo", "sft": "lowmem_grpo.loops.sft", "TrainResult": "lowmem_grpo.run.run",
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",
     "sample": "lowmem_grpo.pipeline.sample", "SampleResult": "lowmem_grpo.pipeline.sample",
+    "select": "lowmem_grpo.pipeline.select",
 }  # fmt: skip
 
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.

@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, sft, sample, eval, data, plan, demo, bench."""
+"""The command `lowmem-grpo`: train, sft, sample, select, eval, data, plan, demo, bench."""
 
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
+from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import (
@@ -42,6 +43,10 @@ example:
 SAMPLE_EXAMPLE = """\
 example:
   lowmem-grpo sample --model cold/adapter --dataset gsm8k --num_generations 16 --output sampled.jsonl
+"""
+SELECT_EXAMPLE = """\
+example:
+  lowmem-grpo select sampled.jsonl --output sft.jsonl --min_reward 1 --per_prompt 2 --max_pass_rate 0.9
 """
 EVAL_EXAMPLE = """\
 example:
@@ -153,7 +158,7 @@ def run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
-    configs = {**TRAININGS, "sample": SampleConfig}
+    configs = {**TRAININGS, "sample": SampleConfig, "select": SelectConfig}
     trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:
@@ -259,6 +264,16 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     add_inputs(sample_parser, "what to sample from, what to ask, and what scores it", WITHOUT_EVAL_DATASET)
     add_config_flags(sample_parser, every_setting, config=SampleConfig)
 
+    select_parser = add_command(
+        "select", SELECT_EXAMPLE, help="choose sampled completions to train on",
+        description="Choose completions of sampled files by rules, and show how many each rule leaves. What is written "
+        "are rows for `lowmem-grpo sft`.",
+        usage="lowmem-grpo select SAMPLED [SAMPLED ...] --output FILE [options]",
+    )  # fmt: skip
+    select_parser.set_defaults(run=run_select)
+    add_files(select_parser)
+    add_config_flags(select_parser, every_setting, config=SelectConfig)
+
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
@@ -322,6 +337,12 @@ def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS
         "--config", action=Once, metavar="FILE", help="YAML file with any of these settings; flags win over it"
     )
     return group
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add what reads sampled files and writes another: their names, and --output."""
+    parser.add_argument("sampled", nargs="+", metavar="SAMPLED", help="what `lowmem-grpo sample` wrote")
+    parser.add_argument("--output", action=Once, metavar="FILE", help="JSONL file to write")
 
 
 def add_config_flags(
@@ -406,6 +427,26 @@ def run_sample(given: dict[str, Any]) -> int:
         for name, value in result.metrics.items():
             print(printable(f"  {name:<40} {in_words(value, '.3f')}"))
     return 0
+
+
+def run_select(given: dict[str, Any]) -> int:
+    sampled, output = given.pop("sampled"), output_of(given, "select")
+    config = SelectConfig(**{name: from_text(SelectConfig, name, as_list(value)) for name, value in given.items()})
+    from lowmem_grpo.pipeline.sampled import read_sampled
+    from lowmem_grpo.pipeline.select import as_text, select, write_rows
+
+    found = select([row for path in sampled for row in read_sampled(path)], config)
+    path = write_rows(output, found.rows, sampled)
+    with writing_output():
+        print(printable_text(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows"))
+    return 0
+
+
+def output_of(given: dict[str, Any], command: str) -> str:
+    """Take --output out of what is given."""
+    if not given.get("output"):
+        raise InputError(f"--output is missing; see `lowmem-grpo {command} --help`")
+    return given.pop("output")
 
 
 def run_eval(given: dict[str, Any]) -> int:

@@ -128,7 +128,7 @@ def refuse_other_weights(resume: Path, weights: Mapping[str, str]) -> None:
 
 
 def first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
-    """Name the first difference of two identities, as `settings of the model (vocab_size)`; None where there is none."""
+    """Name the first difference of two identities, as `settings of the model (vocab_size)`, or None."""
     for name in now:
         # Later versions of transformers and PEFT may know more of a model or an adapter.
         found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter"))

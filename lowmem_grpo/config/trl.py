@@ -94,11 +94,11 @@ UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.i
 def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
     known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
-    remedies = UNSUPPORTED_SFT if kind == "SFTConfig" else UNSUPPORTED
+    remedies = {"SFTConfig": UNSUPPORTED_SFT, "SelectConfig": {}}.get(kind, UNSUPPORTED)
     for name in given:
         if name not in known and name in remedies:
             raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
         if name not in known:
-            command = {"SFTConfig": "sft", "SampleConfig": "sample"}.get(kind, "train")
+            command = {"SFTConfig": "sft", "SampleConfig": "sample", "SelectConfig": "select"}.get(kind, "train")
             hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
             raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")
