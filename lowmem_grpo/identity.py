@@ -21,6 +21,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rewards.route import RoutedReward, inner_of
 from lowmem_grpo.warn import warn
 
 # Of a model's configuration, what says how it is stored or run. So do names that begin with _ or speak of dropout,
@@ -171,6 +172,13 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(function: Callable) -> Any:
     """The settings of a reward function: a partial's arguments, a closure's variables, an object's attributes."""
+    if isinstance(function, RoutedReward):
+        return [
+            function.column,
+            _plain(function.values),
+            getattr(function.inner, "__name__", None),
+            _settings(function.inner),
+        ]
     if isinstance(function, partial):
         named = [_plain(function.keywords)] if function.keywords else []
         return [*map(_plain, function.args), *named, *([] if _is_ours(function) else [_settings(function.func)])]
@@ -218,7 +226,8 @@ def _is_ours(function: Callable) -> bool:
 
 
 def _innermost(function: Callable) -> Any:
-    """The function or class that has the source code of a partial, a decorated function or an object."""
+    """The function or class that has the source code of a partial, a routed or decorated function or an object."""
+    function = inner_of(function)
     while isinstance(function, partial):
         function = function.func
     function = inspect.unwrap(function)

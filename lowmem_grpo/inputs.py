@@ -34,6 +34,7 @@ from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 from lowmem_grpo.warn import warn
 
@@ -133,6 +134,7 @@ def read_training_inputs(
             "reference='initial' to hold it near that adapter"
         )
     device = device_of(config)
+    refuse_mixed_scales(rewards, rows, config)
     notes += _try_out(rewards, rows, "train_dataset")
     if eval_rows is not None:
         rewards.check_rows(eval_rows, "eval_dataset")
@@ -351,12 +353,15 @@ def _rewards(reward_funcs: Any, config: RewardFields) -> RewardRunner:
 
 
 def _try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
-    """Call each reward once on the first two rows with made-up completions, and look for gold answers.
+    """Call each reward once on the first rows with made-up completions, and look for gold answers.
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
     """
     rewards.check_rows(rows, name)
-    notes, trial = _golds(rewards, rows, name), rows[:2]
+    notes = _golds(rewards, rows, name) + _routes(rewards, rows, name)
+    # The first two rows, and the first of each reward that is not for those.
+    firsts = [index for one in rewards.functions for index in rows_for(one, rows)[:1]]
+    trial = rows[sorted({*range(min(2, len(rows))), *firsts})]
     rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
     return notes
 
@@ -367,26 +372,67 @@ def _golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
     Raises:
         InputError: no row has one, or a row's is neither a text nor a number.
     """
-    readers = [one for one, function in zip(rewards.names, rewards.functions, strict=True) if reads_gold(function)]
+    readers = {
+        one: function for one, function in zip(rewards.names, rewards.functions, strict=True) if reads_gold(function)
+    }
     if not readers:
         return []
+    of_all = [one for one, function in readers.items() if function is inner_of(function)]
+    notes = []
+    for reader in [*of_all[:1], *(one for one in readers if one not in of_all)]:
+        notes += _golds_of(reader, readers[reader], rows, name)
+    return notes
+
+
+def _golds_of(reader: str, function: Callable, rows: Dataset, name: str) -> list[str]:
+    """Say how many of a reward's rows have no gold answer. Raise InputError where none has one."""
     columns = [column for column in COLUMNS if column in rows.column_names]
     if not columns:
         raise InputError(
-            f"{readers[0]} needs the gold answers: {name} has no column named solution or answer, only "
+            f"{reader} needs the gold answers: {name} has no column named solution or answer, only "
             f"{', '.join(rows.column_names)}"
         )
     missing = 0
-    given: list[Any] = list(rows.select_columns(columns))
-    for index, row in enumerate(given):
+    own, given = rows_for(function, rows), list(rows.select_columns(columns))
+    for index in own:
+        row: Any = given[index]
         try:
             missing += gold_of(row) is None
         except InputError as error:
-            raise InputError(f"row {index} of {name} has no gold answer for {readers[0]}: {error}") from error
-    if missing == len(rows):
+            raise InputError(f"row {index} of {name} has no gold answer for {reader}: {error}") from error
+    if own and missing == len(own):
         raise InputError(
-            f"no row of {name} has a gold answer in solution or answer, so that {readers[0]} would give no completion "
+            f"no row of {name} has a gold answer in solution or answer, so that {reader} would give no completion "
             "a reward; fill one of the two columns, or leave the reward out"
         )
-    told = f"{missing} of {len(rows)} rows of {name} have no gold answer, for which {readers[0]} gives no reward"
+    told = f"{missing} of {len(own)} rows of {name} have no gold answer, for which {reader} gives no reward"
     return [told] if missing else []
+
+
+def _routes(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Say which routed rewards are for no row, and how many rows have no reward at all."""
+    told = []
+    for one, function in zip(rewards.names, rewards.functions, strict=True):
+        if isinstance(function, RoutedReward) and not rows_for(function, rows):
+            told.append(f"{one} is for no row of {name}: none has {function.column} in {shown(function.values)}")
+    without = kinds_of_rows(rewards.names, rewards.functions, rows)[()]
+    if rewards.functions and without:
+        told.append(f"{without} of {len(rows)} rows of {name} have no reward, and teach nothing")
+    return told
+
+
+def refuse_mixed_scales(rewards: RewardRunner, rows: Dataset, config: RewardFields) -> None:
+    """Raise InputError where rewards of rows of different kinds would be divided by one deviation of the batch."""
+    kinds = [*filter(None, kinds_of_rows(rewards.names, rewards.functions, rows))]
+    by_batch = {
+        "scale_rewards='batch'": config.adv_estimator == "grpo" and config.scale_rewards == "batch",
+        f"adv_estimator={config.adv_estimator!r}": config.adv_estimator.startswith("reinforce_plus_plus"),
+    }
+    found = next((setting for setting, is_set in by_batch.items() if is_set), None)
+    if found and len(kinds) > 1:
+        words = " and ".join(" + ".join(kind) for kind in kinds[:3])
+        raise InputError(
+            f"{found} divides all advantages of a step by one deviation, and rows have different rewards ({words}), of "
+            "which the one of the smaller numbers would teach little; leave it out, since scale_rewards='group' makes "
+            "them comparable"
+        )

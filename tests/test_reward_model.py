@@ -12,6 +12,7 @@ from transformers import (
     Qwen2Model,
 )
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, get_model_reward, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_model import _batches
 
@@ -84,6 +85,16 @@ def test_a_text_longer_than_the_positions_keeps_its_end(tmp_path, tokenizer):
     assert reward(prompts=["123456789"], completions=["abc"]) == pytest.approx(
         reward(prompts=["56789"], completions=["abc"])
     )
+
+
+def test_only_the_answer_is_scored_where_that_is_asked_for(tmp_path, tokenizer):
+    model = make(tmp_path)
+    answer, whole = (get_model_reward(model, tokenizer, part=part) for part in ("answer", "all"))
+    thought = ["<think>1+1</think>2"]
+    assert answer(prompts=["1+1="], completions=thought) == whole(prompts=["1+1="], completions=["2"])
+    assert answer(prompts=["1+1="], completions=thought) != whole(prompts=["1+1="], completions=thought)
+    with pytest.raises(InputError, match="part='thought' is not known"):
+        get_model_reward(model, tokenizer, part="thought")
 
 
 def test_batches_stay_within_the_budget():

@@ -25,6 +25,7 @@ from lowmem_grpo.rewards.length import (
 )
 from lowmem_grpo.rewards.names import reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_model import get_model_reward
+from lowmem_grpo.rewards.route import get_routed_reward
 from lowmem_grpo.rewards.runner import RewardRunner
 
 BUILT_IN = {
@@ -38,7 +39,8 @@ BUILT_IN_FACTORIES = {
     function.__name__: function
     for function in (
         get_cosine_scaled_reward, get_soft_overlong_punishment, get_repetition_penalty_reward, get_regex_reward,
-        get_language_consistency_reward, get_code_reward, get_model_reward, get_judge_reward, in_processes,
+        get_language_consistency_reward, get_code_reward, get_model_reward, get_judge_reward, get_routed_reward,
+        in_processes,
     )
 }  # fmt: skip
 
@@ -57,6 +59,7 @@ __all__ = [
     "get_model_reward",
     "get_regex_reward",
     "get_repetition_penalty_reward",
+    "get_routed_reward",
     "get_soft_overlong_punishment",
     "in_processes",
     "language_consistency_reward",

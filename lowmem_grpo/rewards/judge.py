@@ -13,7 +13,7 @@ from lowmem_grpo.errors import InputError, printable, shown
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.rewards.text import completion_text, part_of, refuse_part
 
 QUESTION = """\
 Here is a question and an answer to it.
@@ -43,6 +43,7 @@ def get_judge_reward(
     max_retries: int = 5,
     api_key_variable: str | None = None,
     extra_body: dict[str, Any] | None = None,
+    part: str = "all",
 ) -> "JudgeReward | EndpointJudge":
     """A judge's opinion of each completion, from 0 to 1: by the policy's own base, or by a model behind base_url.
 
@@ -59,10 +60,12 @@ def get_judge_reward(
         max_retries: times that a request is sent again after a busy server, an error of its own, or no connection.
         api_key_variable: the name of the environment variable that holds the key, which is never saved.
         extra_body: further fields of each request, {"max_tokens": 4096}; None as a value leaves a field out.
+        part: "answer" shows the judge what follows the last `</think>` of a completion, "all" its thoughts, too.
 
     Raises:
         InputError: a setting that the chosen judge does not read, or that cannot be.
     """
+    refuse_part(part)
     of_endpoint = {
         "model": model, "score": score, "max_concurrent": max_concurrent, "timeout": timeout,
         "max_retries": max_retries, "api_key_variable": api_key_variable, "extra_body": extra_body,
@@ -74,18 +77,18 @@ def get_judge_reward(
             whose = "behind an endpoint; give its base_url" if base_url is None else "that is the policy's own base"
             raise InputError(f"{name}={shown(value)} is of a judge {whose}, or leave {name} out")
     if base_url is None:
-        return JudgeReward(criterion, yes, no, token_budget)
+        return JudgeReward(criterion, yes, no, token_budget, part)
     fields = {"temperature": 0, "max_tokens": 1024, **(extra_body or {})}
     endpoint = Endpoint(base_url, model or "", max_concurrent, timeout, max_retries, api_key_variable, fields)
-    return EndpointJudge(criterion, score or "1-10", endpoint)
+    return EndpointJudge(criterion, score or "1-10", endpoint, part)
 
 
 class JudgeReward:
     """A reward function that train() gives the policy, by bind()."""
 
-    def __init__(self, criterion: str, yes: str, no: str, token_budget: int):
+    def __init__(self, criterion: str, yes: str, no: str, token_budget: int, part: str):
         self.__name__ = "judge_reward"
-        self.criterion, self.yes, self.no, self.token_budget = criterion, yes, no, token_budget
+        self.criterion, self.yes, self.no, self.token_budget, self.part = criterion, yes, no, token_budget, part
         self.policy: Any = None
 
     def bind(self, policy: Any) -> None:
@@ -120,7 +123,7 @@ class JudgeReward:
         return rewards
 
     def _question(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        text = _question(prompt, completion, self.criterion, YES_OR_NO)
+        text = _question(prompt, part_of(completion, self.part), self.criterion, YES_OR_NO)
         tokenizer = self.policy.tokenizer
         if tokenizer.chat_template is None:
             return text_ids(tokenizer, f"{text}\n")
@@ -141,12 +144,12 @@ def _question(prompt: str | list[dict], completion: str | list[dict], criterion:
 class EndpointJudge:
     """An async reward function that asks a model behind an OpenAI-compatible endpoint."""
 
-    def __init__(self, criterion: str, score: str, endpoint: Endpoint):
+    def __init__(self, criterion: str, score: str, endpoint: Endpoint, part: str):
         if score not in SCORES:
             raise InputError(f"score={shown(score)} is not known; choose {' or '.join(SCORES)}")
         self.__name__ = "judge_reward"
         # What a resumed run has to repeat; the address may be another.
-        self.criterion, self.score, self.model = criterion, score, endpoint.model
+        self.criterion, self.score, self.model, self.part = criterion, score, endpoint.model, part
         self.endpoint = endpoint
 
     async def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | BaseException]:
@@ -159,7 +162,7 @@ class EndpointJudge:
 
     def _messages(self, prompt: str | list[dict], completion: str | list[dict]) -> Messages:
         form = SCORES[self.score].form
-        return [{"role": "user", "content": _question(prompt, completion, self.criterion, form)}]
+        return [{"role": "user", "content": _question(prompt, part_of(completion, self.part), self.criterion, form)}]
 
     def _verdict(self, reply: Reply) -> float | EndpointError:
         said = reply.text.rpartition("</think>")[2].strip()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
 from lowmem_grpo.rewards.reward_model import get_model_reward
+from lowmem_grpo.rewards.route import inner_of
 
 
 def resolve_reward_funcs(
@@ -122,8 +123,8 @@ def _is_pythons(name: str, known: dict[str, Callable]) -> InputError:
 
 def reads_gold(function: Callable) -> bool:
     """Tell whether a function is a built-in reward that compares with gold answers."""
-    made = function
+    made = inner = inner_of(function)
     while isinstance(made, partial):
         made = made.func
     is_ours = str(getattr(made, "__module__", "")).startswith("lowmem_grpo.rewards.")
-    return is_ours and "solution" in inspect.signature(function).parameters
+    return is_ours and "solution" in inspect.signature(inner).parameters

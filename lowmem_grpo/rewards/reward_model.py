@@ -11,20 +11,23 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.rows import of_each
+from lowmem_grpo.rewards.text import part_of, refuse_part
 
 
 def get_model_reward(
-    model: str | PreTrainedModel, tokenizer: Any = None, token_budget: int = 16384, device: str | None = None
-) -> Callable:
+    model: str | PreTrainedModel, tokenizer: Any = None, token_budget: int = 16384, device: str | None = None,
+    part: str = "all",
+) -> Callable:  # fmt: skip
     """A reward model's logit for a prompt with its completion, a chat in its own chat template.
 
     `model` is a hub id, a folder, or a loaded model with one label. It stays in memory (device: the GPU where there is
     one, a loaded model's own), which no plan of the run counts. token_budget: most tokens of a batch, padding included.
-    A text longer than the model's positions keeps its end.
+    A text longer than the model's positions keeps its end. part: "answer" scores what follows the last `</think>`.
 
     Raises:
         InputError: no such model, one without a trained head, or one of several labels.
     """
+    refuse_part(part)
     name = model if isinstance(model, str) else model.config._name_or_path
     scorer: Any = _load(model) if isinstance(model, str) else model
     if device or isinstance(model, str):
@@ -41,7 +44,7 @@ def get_model_reward(
     scorer.eval()
 
     def ids_of(prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        text = _whole_text(tokenizer, prompt, completion)
+        text = _whole_text(tokenizer, prompt, part_of(completion, part))
         return tokenizer(text, add_special_tokens=False)["input_ids"][-longest:]
 
     def reward(prompts: list, completions: list, **kwargs) -> list[float | Exception]:

@@ -1,6 +1,8 @@
 """The text of prompts and completions, whether strings or chats."""
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, shown
+
+PARTS = ("all", "answer")  # of a completion: with its thoughts, and what follows them
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -11,6 +13,25 @@ def completion_text(completion: str | list[dict]) -> str:
 def prompt_text(prompt: str | list[dict]) -> str:
     """A prompt's text: the string, or the last message of a chat, which is the question."""
     return prompt if isinstance(prompt, str) else _last_content(prompt, "prompt")
+
+
+def part_of(completion: str | list[dict], part: str) -> str | list[dict]:
+    """A completion, or with part="answer" what follows its last `</think>`: nothing where a thought is never closed.
+
+    Without any thought that is all of it.
+    """
+    if part == "all":
+        return completion
+    text = completion_text(completion)
+    _, closed, answer = text.rpartition("</think>")
+    answer = answer.lstrip() if closed else "" if "<think>" in text else text
+    return answer if isinstance(completion, str) else [*completion[:-1], {**completion[-1], "content": answer}]
+
+
+def refuse_part(part: str) -> None:
+    """Raise InputError for what is no part of a completion."""
+    if part not in PARTS:
+        raise InputError(f"part={shown(part)} is not known; choose {' or '.join(PARTS)}")
 
 
 def _last_content(chat: list[dict], what: str) -> str:

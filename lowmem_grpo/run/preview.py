@@ -22,6 +22,7 @@ from lowmem_grpo.errors import InputError, printable, printable_text
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
+from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.rollout.metrics import in_words
 from lowmem_grpo.run.doctor import Finding
 from lowmem_grpo.run.randomness import same_randomness
@@ -140,6 +141,7 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
 
 def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
     """Why a reward function is not called for a preview, or None where it is."""
+    function = inner_of(function)
     if hasattr(function, "bind") or any(isinstance(value, nn.Module) for value in _held(function)):
         return "it asks a model"
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
