@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, sft, sample, select, eval, data, plan, demo, bench."""
+"""The command `lowmem-grpo`: train, sft, sample, select, pairs, label, eval, data, plan, demo, bench."""
 
 import argparse
 import contextlib
@@ -47,6 +47,14 @@ example:
 SELECT_EXAMPLE = """\
 example:
   lowmem-grpo select sampled.jsonl --output sft.jsonl --min_reward 1 --per_prompt 2 --max_pass_rate 0.9
+"""
+PAIRS_EXAMPLE = """\
+example:
+  lowmem-grpo pairs sampled.jsonl --output pairs.jsonl --min_margin 0.5
+"""
+LABEL_EXAMPLE = """\
+example:
+  lowmem-grpo label sampled.jsonl --output pairs.jsonl
 """
 EVAL_EXAMPLE = """\
 example:
@@ -274,6 +282,30 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     add_files(select_parser)
     add_config_flags(select_parser, every_setting, config=SelectConfig)
 
+    pairs_parser = add_command(
+        "pairs", PAIRS_EXAMPLE, help="pair the best with the worst completion of each prompt",
+        description="Pair the best and the worst completion of each prompt of sampled files, by their rewards, for a "
+        "reward model. What is written has TRL's preference format.",
+        usage="lowmem-grpo pairs SAMPLED [SAMPLED ...] --output FILE [--min_margin X]",
+    )  # fmt: skip
+    pairs_parser.set_defaults(run=run_pairs)
+    add_files(pairs_parser)
+    pairs_parser.add_argument(
+        "--min_margin", action=Once, metavar="X", help="least difference of their rewards (default: any)"
+    )
+
+    label_parser = add_command(
+        "label", LABEL_EXAMPLE, help="let a person choose between completions",
+        description="Show two completions of each prompt of sampled files, and ask which one is the better. Each "
+        "decision is written at once, in TRL's preference format; the same command again goes on.",
+        usage="lowmem-grpo label SAMPLED [SAMPLED ...] --output FILE [--seed N]",
+    )  # fmt: skip
+    label_parser.set_defaults(run=run_label)
+    add_files(label_parser)
+    label_parser.add_argument(
+        "--seed", action=Once, metavar="N", help="draws which two are shown, and which one first (default 42)"
+    )
+
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
@@ -382,7 +414,7 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
         if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
-    if command != "demo":
+    if command not in ("demo", "pairs", "label"):
         refuse_unknown_fields(unknown, config)
 
 
@@ -439,6 +471,38 @@ def run_select(given: dict[str, Any]) -> int:
     path = write_rows(output, found.rows, sampled)
     with writing_output():
         print(printable_text(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows"))
+    return 0
+
+
+def run_pairs(given: dict[str, Any]) -> int:
+    sampled, output = given.pop("sampled"), output_of(given, "pairs")
+    text = given.pop("min_margin", "0")
+    try:
+        min_margin = float(text)
+    except ValueError as error:
+        raise InputError(f"--min_margin takes a number, such as 0.5, and not {shown(text)}") from error
+    from lowmem_grpo.pipeline.pairs import pairs
+    from lowmem_grpo.pipeline.sampled import read_sampled
+    from lowmem_grpo.pipeline.select import grouped, write_rows
+
+    rows = [row for path in sampled for row in read_sampled(path)]
+    found = pairs(rows, min_margin)
+    path = write_rows(output, found, sampled)
+    with writing_output():
+        print(printable(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts"))
+    return 0
+
+
+def run_label(given: dict[str, Any]) -> int:
+    sampled, output = given.pop("sampled"), output_of(given, "label")
+    seed = SelectConfig(**{name: from_text(SelectConfig, name, value) for name, value in given.items()}).seed
+    from lowmem_grpo.pipeline.pairs import label
+    from lowmem_grpo.pipeline.sampled import read_sampled
+
+    rows = [row for path in sampled for row in read_sampled(path)]
+    with writing_output():
+        found = label(rows, output, seed, sys.stdin, sys.stdout)
+        print(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))
     return 0
 
 
