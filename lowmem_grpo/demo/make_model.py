@@ -6,6 +6,7 @@ answers at once, and then it is nearly always wrong. GRPO has to find out that s
 
 import argparse
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ STEPS, BATCH, LEARNING_RATE, WARMUP = 2000, 64, 3e-3, 100
 HABIT_FROM = 0.85  # the share of the steps after which the lazy habit is taught
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """One token a character of printable ASCII, newline and tab, and one for each tag.
+def make_tokenizer(words: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """One token a character of printable ASCII, newline and tab, one for each tag, and one for each of the words.
 
     AutoTokenizer makes a Qwen2Tokenizer for every Qwen2 model, whatever class was saved, so this is one.
     """
@@ -42,6 +43,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     # special=False keeps the tags in decoded text, where the rewards look for them.
     tags: list[str | AddedToken] = [AddedToken(tag, special=False, normalized=False) for tag in TAGS]
     tokenizer.add_tokens(tags)
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False, single_word=True) for word in words])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -63,15 +65,12 @@ def demonstration(draw: random.Random, problem: task.Problem, habit: bool) -> st
     return text
 
 
-def batch(draw: random.Random, tokenizer, held_out: set, habit: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both (BATCH, T); the prompt and the padding carry the label -100."""
+def as_batch(tokenizer, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of questions and completions, both (B, T); prompts and padding carry the label -100."""
     sequences, prompt_lengths = [], []
-    while len(sequences) < BATCH:
-        problem = task.random_problem(draw)
-        if problem in held_out:
-            continue
-        prompt = tokenizer(f"<|user|>{task.question(problem)}<|assistant|>")["input_ids"]
-        sequences.append(prompt + tokenizer(demonstration(draw, problem, habit) + "<|end|>")["input_ids"])
+    for question, completion in pairs:
+        prompt = tokenizer(f"<|user|>{question}<|assistant|>")["input_ids"]
+        sequences.append(prompt + tokenizer(completion + "<|end|>")["input_ids"])
         prompt_lengths.append(len(prompt))
     width = max(map(len, sequences))
     ids = torch.tensor([s + [tokenizer.pad_token_id] * (width - len(s)) for s in sequences])
@@ -81,6 +80,30 @@ def batch(draw: random.Random, tokenizer, held_out: set, habit: bool) -> tuple[t
     return ids, labels
 
 
+def learn(model: Qwen2ForCausalLM, batch_of: Callable[[int], tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    """Train all weights of a model on batch_of(step), by AdamW with a learning rate that warms up and falls to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
+    )
+    for step in range(steps):
+        ids, labels = batch_of(step)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.4f}", flush=True)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output_dir: Path) -> None:
+    model.generation_config.bos_token_id = None
+    model.bfloat16().save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
 def make_model(output_dir: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     draw = random.Random(seed + 1)
@@ -88,23 +111,18 @@ def make_model(output_dir: Path, seed: int = 0) -> None:
     held_out = set(train) | set(evaluation)
     tokenizer = make_tokenizer()
     model = Qwen2ForCausalLM(make_config())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
-    )
-    for step in range(STEPS):
-        ids, labels = batch(draw, tokenizer, held_out, habit=step >= HABIT_FROM * STEPS)
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % 100 == 0 or step == STEPS - 1:
-            print(f"step {step} loss {loss.item():.4f}", flush=True)
-    model.generation_config.bos_token_id = None
-    model.bfloat16().save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+
+    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs: list[tuple[str, str]] = []
+        while len(pairs) < BATCH:
+            problem = task.random_problem(draw)
+            if problem not in held_out:
+                habit = step >= HABIT_FROM * STEPS
+                pairs.append((task.question(problem), demonstration(draw, problem, habit)))
+        return as_batch(tokenizer, pairs)
+
+    learn(model, batch_of, STEPS)
+    save(model, tokenizer, output_dir)
 
 
 if __name__ == "__main__":
