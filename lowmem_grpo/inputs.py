@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from lowmem_grpo.config.fields import refuse_changes
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import DataFields, ModelFields, RewardFields, SampledEvaluationFields
+from lowmem_grpo.config.sections import CriticFields, DataFields, ModelFields, RewardFields, SampledEvaluationFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
@@ -28,6 +28,7 @@ from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.turn_end import unseen_turn_end
 from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.output.lock import lock_folder
@@ -146,6 +147,7 @@ def read_training_inputs(
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts + eval_prompts, config)
     notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
+    _refuse_critic(config)
     plan, given = None, config
     base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
     identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
@@ -155,11 +157,26 @@ def read_training_inputs(
         longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
         plan = plan_to_fit(base, config, adapter, longest)
         config = plan.config
-    return Inputs(
+    inputs = Inputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
         rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
         plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity,
     )  # fmt: skip
+    if inputs.total_steps <= config.critic_warmup:
+        raise InputError(
+            f"critic_warmup={config.critic_warmup} leaves the policy none of the run's {inputs.total_steps} steps to "
+            "learn in; lower critic_warmup"
+        )
+    return inputs
+
+
+def _refuse_critic(config: CriticFields) -> None:
+    """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter."""
+    if config.critic_init != "policy" and not has_score_head(config.critic_init):
+        raise InputError(
+            f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
+            "one; give such a folder, or leave critic_init out"
+        )
 
 
 def refuse_other_config(config: Any, wanted: type) -> None:

@@ -23,6 +23,7 @@ OURS = {
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
     "reward_timeout", "max_nonfinite_steps", "doctor",
+    "gamma", "lam", "whiten_advantages", "cliprange_value", "critic_learning_rate", "critic_warmup", "critic_init",
     "dataset_streaming", "dataset_take",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
@@ -43,6 +44,8 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "use_bias_correction_kl": ("false", False), "num_iterations": ("2", 2), "epsilon": ("0.1", 0.1),
     "epsilon_high": ("0.28", 0.28), "delta": ("4", 4.0), "loss_type": ("dr_grpo", "dr_grpo"),
     "dynamic_sampling_rounds": ("2", 2), "replay_buffer_size": ("16", 16), "curriculum_skip": ("0.5", 0.5), "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
+    "gamma": ("0.9", 0.9), "lam": ("0.95", 0.95), "whiten_advantages": ("false", False), "cliprange_value": ("none", None),
+    "critic_learning_rate": ("1e-5", 1e-5), "critic_warmup": ("3", 3), "critic_init": ("reward/adapter", "reward/adapter"),
     "adv_estimator": ("rloo", "rloo"), "kl_estimator": ("k1", "k1"), "kl_in_reward": ("true", True),
     "kl_target": ("0.01", 0.01), "kl_horizon": ("500", 500), "reference": ("initial", "initial"),
     "sync_ref_model": ("true", True), "ref_model_mixup_alpha": ("0.5", 0.5), "ref_model_sync_steps": ("64", 64),
@@ -106,6 +109,22 @@ READ = {
     **dict.fromkeys(
         ("scale_rewards", "multi_objective_aggregation"),
         ({}, {"adv_estimator": "rloo"}, "with adv_estimator='grpo', and others have their own; choose that"),
+    ),
+    **dict.fromkeys(
+        (
+            "gamma",
+            "lam",
+            "whiten_advantages",
+            "cliprange_value",
+            "critic_learning_rate",
+            "critic_warmup",
+            "critic_init",
+        ),
+        ({"adv_estimator": "gae"}, {"adv_estimator": "rloo"}, "with adv_estimator='gae'; choose that"),
+    ),
+    **dict.fromkeys(
+        ("dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip"),
+        ({}, {"adv_estimator": "gae"}, "and not by adv_estimator='gae'; choose another"),
     ),
     "activation_offloading": ({}, {"gradient_checkpointing": False}, "with gradient_checkpointing, .*; set that"),
     "warmup_steps": ({}, {"lr_scheduler_type": "constant"}, "choose lr_scheduler_type='constant_with_warmup'"),

@@ -12,6 +12,7 @@ from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import (
     AdapterFields,
     CompletionSavingFields,
+    CriticFields,
     DataFields,
     ModelFields,
     ObjectiveFields,
@@ -33,6 +34,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     OptimizerFields,
     UpdateFields,
     ObjectiveFields,
+    CriticFields,
     RewardFields,
     SamplingFields,
     DataFields,
@@ -71,6 +73,19 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
             value, default = getattr(self, name), getattr(GRPOConfig, name)
             if value != default and not is_read(self):
                 raise InputError(f"{name}={shown(value)} is read only {words}, or leave {name} out")
+        if self.has_critic:
+            refuse_by_sequence(self, "adv_estimator='gae'")
+        elif self.num_generations < 2 and self.adv_estimator != "reinforce_plus_plus":
+            raise InputError(
+                f"num_generations={self.num_generations}: a group needs at least 2 completions, since an advantage "
+                "compares a completion with the others of its prompt, but for adv_estimator='reinforce_plus_plus' "
+                "and 'gae'"
+            )
+        if 0 < self.max_steps <= self.critic_warmup:
+            raise InputError(
+                f"critic_warmup={self.critic_warmup} leaves the policy none of max_steps={self.max_steps} to learn "
+                "in; lower critic_warmup"
+            )
         if loss.needs_epsilon_high and self.epsilon_high is None:
             raise InputError(
                 f"loss_type={self.loss_type!r} bounds the ratio itself by epsilon_high; set it, for example to 5.0"
@@ -98,6 +113,11 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
             )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise InputError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
+
+    @property
+    def has_critic(self) -> bool:
+        """True where a critic learns beside the policy, as PPO's does."""
+        return self.adv_estimator == "gae"
 
     @property
     def has_old_pass(self) -> bool:
@@ -155,6 +175,14 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
     "multi_objective_aggregation scale_rewards": (
         lambda config: config.adv_estimator == "grpo",
         "with adv_estimator='grpo', and others have their own; choose that",
+    ),
+    "gamma lam whiten_advantages cliprange_value critic_learning_rate critic_warmup critic_init": (
+        lambda config: config.has_critic,
+        "with adv_estimator='gae'; choose that",
+    ),
+    "dynamic_sampling_rounds replay_buffer_size curriculum_skip": (
+        lambda config: not config.has_critic,
+        "where completions are compared with each other, and not by adv_estimator='gae'; choose another",
     ),
     "kl_estimator kl_in_reward kl_target reference sync_ref_model": (
         lambda config: config.beta > 0,

@@ -219,7 +219,7 @@ class CompletionFields(Checked):
     prompts_per_step: int = option(
         8, "prompts of a step; num_generations completions are sampled for each", common=True, above=0
     )
-    num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True)
+    num_generations: int = option(8, "completions sampled for each prompt: the size of a group", common=True, above=0)
     max_completion_length: int = option(
         512, "tokens after which a completion is cut off", common=True, above=0, at_most=2**18
     )
@@ -281,13 +281,6 @@ class SamplingFields(CompletionFields):
         0.0, "chance that a prompt is passed over whose last completions all got one reward", at_least=0, at_most=0.999
     )
 
-    def check(self) -> None:
-        if self.num_generations < 2:
-            raise InputError(
-                f"num_generations={self.num_generations}: a group needs at least 2 completions, "
-                "since an advantage compares a completion with the others of its prompt"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFields(Checked):
@@ -316,13 +309,33 @@ class RewardFields(ScoreFields):
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize", "several rewards: summed before they are compared, or each compared by itself (GDPO)"
     )
-    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = option(
-        "grpo", "what a reward is compared with: its group's mean, the others' mean, the batch, or group and batch"
+    adv_estimator: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"] = option(
+        "grpo", "what a reward is compared with: its group, the group's others, batch, both; gae: a critic, as in PPO"
     )
     scale_rewards: Literal["group", "batch", "none"] = option(
         "group", "which rewards' standard deviation divides the advantages: the group's, the batch's, or none"
     )
     mask_truncated_completions: bool = option(False, "leave completions that were cut off out of the loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFields(Checked):
+    """PPO's critic, and how its values and the rewards become an advantage of each token."""
+
+    gamma: float = option(1.0, "discount of what comes a token later", at_least=0, at_most=1)
+    lam: float = option(
+        1.0, "GAE's lambda: 1 takes a reward whole for each token before it, 0 trusts the critic alone",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    whiten_advantages: bool = option(True, "scale the tokens' advantages to mean 0 and variance 1 over a step")
+    cliprange_value: float | None = option(
+        0.2, "a value's loss is clipped where it moves further than this from before the update; none is off", above=0
+    )
+    critic_learning_rate: float = option(1e-4, "peak learning rate of the critic", at_least=0)
+    critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not", at_least=0)
+    critic_init: str = option(
+        "policy", "what the critic's adapter starts from: policy, or the folder of a reward adapter"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,7 +544,7 @@ TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", CompletionFields: "sampling",
     SamplingFields: "sampling", ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages",
-    ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer",
+    CriticFields: "critic", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer",
     EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
     SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip

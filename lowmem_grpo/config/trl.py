@@ -72,6 +72,28 @@ _TRL_FIELDS = {
     "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object full_determinism debug "
     "router_aux_loss_coef pad_to_multiple_of max_tool_calling_iterations",
 }
+# Of PPO's configurations: TRL's, which 1.16 no longer has, and verl's and OpenRLHF's in flat names.
+_PPO_FIELDS = {
+    "the critic has an optimizer of its own, to which a factor of its loss is nothing; set critic_learning_rate":
+        "vf_coef value_loss_coef",
+    "set critic_learning_rate": "critic_lr",
+    "set epsilon": "cliprange clip_range clip_ratio eps_clip",
+    "set cliprange_value": "cliprange_v value_clip",
+    "set beta, and kl_in_reward=True for a KL in the reward": "kl_coef init_kl_coef kl_loss_coef use_kl_loss",
+    "set kl_target": "target_kl kl_target_value",
+    "set kl_horizon": "horizon",
+    "set num_iterations": "num_ppo_epochs ppo_epochs max_epochs",
+    "set steps_per_generation": "num_mini_batches ppo_mini_batch_size",
+    "set lam": "lambd gae_lambda",
+    "advantages are whitened, not rewards; set whiten_advantages": "whiten_rewards",
+    "set max_completion_length": "response_length generate_max_len",
+    "the critic is an adapter on the policy's base; set critic_init for what it starts from":
+        "value_model critic_pretrain critic_model critic_model_path",
+    "the critic's adapter is like the policy's; set lora_r": "critic_lora_r",
+    "set stop_strings, or leave it: a completion ends with the model's own tokens": "stop_token stop_token_id",
+    "set optim and the other optimizer fields, which the critic shares": "critic_optim critic_weight_decay",
+}  # fmt: skip
+UNSUPPORTED_PPO = {name: remedy for remedy, names in _PPO_FIELDS.items() for name in names.split()}
 UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
 # Of SFTConfig alone.
 _PACKED = "examples are always packed, and none is cut or mixed with another; remove it"
@@ -94,7 +116,7 @@ UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.i
 def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
     known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
-    remedies = {"SFTConfig": UNSUPPORTED_SFT, "SelectConfig": {}}.get(kind, UNSUPPORTED)
+    remedies = {"SFTConfig": UNSUPPORTED_SFT, "SelectConfig": {}}.get(kind, UNSUPPORTED | UNSUPPORTED_PPO)
     for name in given:
         if name not in known and name in remedies:
             raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")

@@ -1,5 +1,6 @@
 """train(): GRPO on one device, from top to bottom."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,10 @@ from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.preview import show_preview
-from lowmem_grpo.run.run import Callback, Run, TrainResult
+from lowmem_grpo.run.run import Callback, Run, Step, TrainResult
+from lowmem_grpo.update.critic import Critic, lengths_with_value, with_gae, with_values
+from lowmem_grpo.update.critic import backward as value_backward
+from lowmem_grpo.update.critic import why_not_finite as why_no_value
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
     backward,
@@ -82,7 +86,9 @@ def train(
     doctor = doctor_of(inputs, show_preview(inputs))  # before any long work
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
-    learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
+    own = policy.parameters_of(policy.adapter).values()
+    learner = Learner(own, config, scaler, inputs.total_steps - config.critic_warmup)
+    critic = Critic(policy, config, inputs.total_steps) if config.has_critic else None  # as PPO has one
     sampler = Sampler(policy, config)
     stream = Stream(ReplayBuffer(config.replay_buffer_size))
     controllers = Controllers(config)
@@ -93,13 +99,14 @@ def train(
         "sampler": sampler, "stream": stream, "replay": stream.replay, "reference": policy, "controllers": controllers,
     }  # fmt: skip
 
-    with Run(inputs, policy, learner, parts, doctor, evaluations_of(inputs, sampler)) as run:
+    with Run(inputs, policy, learner, parts, doctor, evaluations_of(inputs, sampler), critic) as run:
         run.budget.give_way = sampler.captures.give_way
         # Completions may grow long late in a run, which must not be when an update first runs out of memory.
         if policy.device.type == "cuda" and not run.is_over:
-            try_largest_update(policy, inputs.longest_prompt(), run.budget, config, learner.bytes_to_come())
+            reserved = sum(each.bytes_to_come() for each in run.learners)
+            try_largest_update(policy, inputs.longest_prompt(), run.budget, config, reserved)
         for step in run.steps():
-            # 1. Rollout: the policy completes every prompt num_generations times; rewards; group advantages.
+            # 1. Rollout: the policy completes every prompt num_generations times; rewards; advantages.
             with step.phase("rollout"):
                 collected = collect_step(sampler, prompts, stream, rewards, config, step.number)
                 rollout = collected.rollout
@@ -110,15 +117,19 @@ def train(
             if needs_old_pass(rollout, config):
                 with step.phase("old"):
                     rollout = with_old_logprobs(policy, rollout, config, run.budget)
-            if config.kl_in_reward:
+            if critic:  # which makes an advantage of each token
+                with step.phase("values"):
+                    rollout = with_values(policy, rollout, config, run.budget)
+                rollout = with_gae(rollout, controllers.beta, config)
+            elif config.kl_in_reward:
                 rollout = with_kl_in_reward(rollout, controllers.beta, config)
 
             # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
-            # all that num_iterations times.
+            # all that num_iterations times. Then as many of the critic, which alone learns while it warms up.
             token_meter = TokenMeter(rollout, policy.device)
             done: list[tuple[float, Tensor]] = []  # loss and log-probabilities of the last iteration's optimizer steps
             with step.phase("update"):
-                for _ in range(config.num_iterations):
+                for _ in range(config.num_iterations if step.number > config.critic_warmup else 0):
                     done = []
                     for mini_batch in rollout.mini_batches(config.steps_per_generation):
                         coefficients = controllers.coefficients()
@@ -130,18 +141,36 @@ def train(
                     if rollout.old_logprobs is None:  # there was one mini-batch, computed before any weight moved
                         rollout = replace(rollout, old_logprobs=torch.cat([logprobs for _, logprobs in done]))
             metrics = {**rollout.metrics, **token_meter.metrics()}
+            if critic:
+                with step.phase("critic"):
+                    metrics |= teach(critic, run, step, rollout, config)
             controllers.move_beta(metrics.get("kl"), len(rollout.completions))
             if config.sync_ref_model and step.number % config.ref_model_sync_steps == 0:
                 policy.sync_reference(config.ref_model_mixup_alpha)
 
             # 4. The step is whole: metrics, evaluation, checkpoint.
             metrics["epoch"] = stream.position / len(prompts)
-            metrics["loss"] = sum(loss for loss, _ in done) / len(done)
+            metrics["loss"] = sum(loss for loss, _ in done) / len(done) if done else math.nan
             run.finish(
                 step, metrics | controllers.metrics(), num_tokens=collected.num_tokens, table=rollout.table,
                 work=tokens_by_phase(collected, rollout, config), remarks=remarks(metrics, rollout),
             )  # fmt: skip
     return run.result()
+
+
+def teach(critic: Critic, run: Run, step: Step, rollout: Rollout, config: GRPOConfig) -> dict[str, float]:
+    """Take the critic's optimizer steps, as many as an update of the policy has; returns the last iteration's means."""
+    done: list[tuple[float, Tensor]] = []  # loss, and the share of clipped values
+    for _ in range(config.num_iterations):
+        done = []
+        for mini_batch in rollout.mini_batches(config.steps_per_generation):
+            work = partial(value_backward, critic.policy, mini_batch, critic.scaler, config)
+            why = partial(why_no_value, mini_batch, config)
+            done.append(run.update(step, work, lengths_with_value(mini_batch), why, critic.learner))
+    return {
+        "value_loss": sum(loss for loss, _ in done) / len(done),
+        "value/clip_ratio": sum(clipped.item() for _, clipped in done) / len(done),
+    }
 
 
 def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
@@ -150,4 +179,5 @@ def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) 
     return {
         "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,
         "update": config.num_iterations * sum(lengths_with_gradient(rollout, config)),
+        "values": counted, "critic": config.num_iterations * counted,
     }  # fmt: skip

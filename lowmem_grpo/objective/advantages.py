@@ -86,6 +86,19 @@ def reinforce_plus_plus_advantages(
     return _over_batch(own, total)
 
 
+def scores_alone(
+    rewards: Tensor,  # (B, R)
+    *,
+    num_generations: int,
+    reward_weights: list[float] | None,
+    penalty: Tensor | None = None,
+) -> Advantages:
+    """Reward as it is, compared with nothing yet: gae.py makes it an advantage of each token."""
+    total = weighted_rewards(rewards, reward_weights)
+    own = total if penalty is None else total - penalty
+    return Advantages(_where_rewarded(own, total), total, _is_zero(nanstd(total, dim=0, keepdim=True)).expand_as(total))
+
+
 def compare(
     rewards: Tensor, *, num_generations: int, reward_weights: list[float] | None, adv_estimator: str,
     scale_rewards: str, multi_objective_aggregation: str, penalty: Tensor | None = None,
@@ -102,6 +115,7 @@ _ESTIMATORS: dict[str, Callable[[str], Callable[..., Advantages]]] = {  # by sca
     "rloo": lambda _: rloo_advantages,
     "reinforce_plus_plus": lambda _: partial(reinforce_plus_plus_advantages, group_baseline=False),
     "reinforce_plus_plus_baseline": lambda _: partial(reinforce_plus_plus_advantages, group_baseline=True),
+    "gae": lambda _: scores_alone,
 }
 
 

@@ -32,6 +32,8 @@ class Rollout:
     ref_logprobs: Tensor | None = None  # (M,) of the reference, where there is a KL
     learn_mask: Tensor | None = None  # (M,) bool, the tokens that top_entropy_quantile leaves; None: all
     token_advantages: Tensor | None = None  # (M,) fp32, in place of advantages where each token has its own
+    values: Tensor | None = None  # (M,) fp32, the critic's before the update, where there is one
+    returns: Tensor | None = None  # (M,) fp32, what the critic learns to expect
     num_replayed_tokens: int = 0  # the last ones of the whole rollout, which the policy of an earlier step sampled
     first_token_index: int = 0  # where these tokens stand in the rollout that this one is a part of
 
@@ -102,6 +104,7 @@ class Rollout:
         begin, end = self.offsets[[first, last]].tolist()
         over_tokens = (
             "sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "learn_mask", "token_advantages",
+            "values", "returns",
         )  # fmt: skip
         known = {name: getattr(self, name) for name in over_tokens}
         return replace(

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -22,11 +22,14 @@ def adapter_bytes(learner: Learner) -> int:
     return sum(parameter.nbytes for parameter in learner.parameters)
 
 
-def checkpoint_bytes(learner: Learner, states: Mapping[str, State]) -> int:
-    """Bytes of a checkpoint's tensors: the adapter's, the optimizer's once it has made a step, and the parts'."""
+def checkpoint_bytes(learners: Sequence[Learner], states: Mapping[str, State]) -> int:
+    """Bytes of a checkpoint's tensors: of what learns, the optimizers' once they have made a step, and the parts'."""
     parts = sum(value.nbytes for state in states.values() for value in state.values() if isinstance(value, Tensor))
-    optim = learner.optim.removeprefix("paged_")  # a paged state is saved too
-    return adapter_bytes(learner) + state_bytes(optim, (p.numel() for p in learner.parameters)) + parts
+    optimizers = (  # a paged state is saved too
+        state_bytes(learner.optim.removeprefix("paged_"), (p.numel() for p in learner.parameters))
+        for learner in learners
+    )
+    return sum(map(adapter_bytes, learners)) + sum(optimizers) + parts
 
 
 def look_for_room(

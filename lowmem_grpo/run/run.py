@@ -41,6 +41,7 @@ from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
 from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal, writing_to
+from lowmem_grpo.update.critic import Critic
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
 T = TypeVar("T")
@@ -101,10 +102,14 @@ class Run:
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
         doctor: Doctor,  # who has looked at the inputs
         evaluations: Evaluations | None = None,
+        critic: Critic | None = None,  # which learns beside the policy
     ):
         assert inputs.output_dir is not None
         self.inputs, self.config, self.folder = inputs, inputs.config, inputs.output_dir
         self.policy, self.learner, self.total_steps = policy, learner, inputs.total_steps
+        # Read as a checkpoint is written, since a copy of their weights would take as much memory again.
+        self.trained: dict[str, Part] = {"optimizer": learner, **({"critic": critic} if critic else {})}
+        self.learners = [learner, *([critic.learner] if critic else [])]
         self.evaluations = evaluations
         self.doctor = doctor
         self.rest = Rest()
@@ -147,7 +152,7 @@ class Run:
             self._remember()
             room = look_for_room(
                 self.folder, self.config, self.total_steps - self.step, adapter_bytes(self.learner),
-                checkpoint_bytes(self.learner, self.whole),
+                checkpoint_bytes(self.learners, self.whole),
             )  # fmt: skip
             if room:
                 self.progress.say(room)
@@ -218,31 +223,35 @@ class Run:
         backward: Callable[[int], tuple[Tensor, T]],  # sets gradients within a token budget; returns the loss and more
         lengths: list[int],  # tokens of each sequence in it
         why_not_finite: Callable[[T, float, bool], str],  # of what backward returned, the loss, and fp16's overflow
+        learner: Learner | None = None,  # the policy's by default
     ) -> tuple[float, T]:
         """Take one optimizer step, or none where loss or gradient is not finite.
 
         Returns the loss, and what else backward returned. Once the gradient is there an interruption waits for
         finish(), since weights are about to change.
         """
+        learner = learner or self.learner
         loss, more = self.budget.fit(backward, lengths)
-        grad_norm = self.learner.clip(self.budget.note)
-        loss, step.grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
+        grad_norm = learner.clip(self.budget.note)
+        loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
+        if learner is self.learner:
+            step.grad_norm = grad_norm
         self.interruption.check()
         self.interruption.hold()
         self.is_whole = False
         step.num_updates += 1
-        if math.isfinite(loss) and math.isfinite(step.grad_norm):
-            self.learner.step(self.budget.note)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            learner.step(self.budget.note)
             self.nonfinite_steps = 0
         else:
-            overflows = loss_scale_overflows(self.learner.scaler, loss)
+            overflows = loss_scale_overflows(learner.scaler, loss)
             step.num_skipped += 1
             self.nonfinite_steps += not overflows
             self.cause = why_not_finite(more, loss, overflows)
             if self.cause not in self.told:
                 self.told.add(self.cause)
                 self.progress.say(f"step {step.number}: {self.cause}; no weight is changed (see skipped_steps)")
-        self.learner.release()
+        learner.release()
         return loss, more
 
     def finish(
@@ -262,9 +271,9 @@ class Run:
         Raises:
             NotFiniteError: a weight has left fp32's range, or too many optimizer steps in a row changed none.
         """
-        if step.num_skipped < step.num_updates:
-            self.learner.scheduler.step()
-        if not self.learner.weights_norm(self.budget.note).isfinite():
+        for learner in self.learners:
+            learner.advance()
+        if not all(learner.weights_norm(self.budget.note).isfinite() for learner in self.learners):
             raise NotFiniteError(
                 f"step {step.number} moved the adapter's weights out of fp32's range (likely cause: "
                 f"learning_rate={self.config.learning_rate}, weight_decay={self.config.weight_decay} or "
@@ -406,11 +415,12 @@ class Run:
         values = {"step": self.step, "identity": self.identity, "config": asdict(self.inputs.given)}
         try:
             if self.saved is not self.whole:
-                save_checkpoint(folder, self.policy, {"optimizer": self.learner.state(), **self.whole}, values)
+                trained = {name: part.state() for name, part in self.trained.items()}
+                save_checkpoint(folder, self.policy, {**trained, **self.whole}, values)
                 self.saved = self.whole
             remove_old_checkpoints(self.folder, self.config.save_total_limit)
         except OSError as error:
-            needed = checkpoint_bytes(self.learner, self.whole)
+            needed = checkpoint_bytes(self.learners, self.whole)
             raise not_saved(folder.name, self.folder, self.step, error, needed, self._last_good()) from error
         return folder
 
@@ -420,7 +430,7 @@ class Run:
         refuse_other_ends(folder, self.identity["ends"])
         refuse_other_weights(folder, self.identity["weights"])
         load_adapter(folder, self.policy)
-        loads = {name: part.load for name, part in {"optimizer": self.learner, **self.parts}.items()}
+        loads = {name: part.load for name, part in {**self.trained, **self.parts}.items()}
         del loads["doctor"]  # who knows it, and what the inputs have shown since
         for name, load in {**loads, "counts": self._load_counts, "random_states": restore_randomness}.items():
             load_part(folder, name, load, saved)

@@ -116,10 +116,12 @@ class Learner:
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], config: OptimizerFields, scaler: torch.amp.GradScaler,
-        total_steps: int,
+        total_steps: int, *, keep_gradients: bool = True,
     ):  # fmt: skip
+        """Make optimizer and schedule; without keep_gradients, their memory is let go after each step."""
         self.parameters = list(parameters)
         self.max_grad_norm, self.optim, self.scaler = config.max_grad_norm, config.optim, scaler
+        self.keep_gradients, self.has_moved = keep_gradients, False
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
@@ -143,11 +145,18 @@ class Learner:
     def step(self, out_of_memory: Callable[[], None]) -> None:
         """Take one optimizer step of the gradients as they are."""
         step(self.optimizer, self.scaler, out_of_memory)
+        self.has_moved = True
+
+    def advance(self) -> None:
+        """Go on in the schedule, where a step was taken since the last time."""
+        if self.has_moved:
+            self.scheduler.step()
+        self.has_moved = False
 
     def release(self) -> None:
         """Let the gradients go, whether or not a step was taken, and update the loss scale."""
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
     def weights_norm(self, out_of_memory: Callable[[], None]) -> Tensor:
         """The norm of all parameters, a scalar."""

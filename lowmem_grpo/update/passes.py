@@ -157,12 +157,12 @@ def backward(
     return total, computed
 
 
-def zero_gradients(policy: Policy) -> None:
-    """Make every gradient 0, whatever an attempt that ran out of memory left of it.
+def zero_gradients(policy: Policy, name: str | None = None) -> None:
+    """Make every gradient of an adapter, by default the policy's, 0, whatever an attempt without memory left of it.
 
     Where nothing is left to learn from, it is 0 and not missing: the optimizer takes its step as always.
     """
-    for parameter in policy.parameters_of(policy.adapter).values():
+    for parameter in policy.parameters_of(name or policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
 

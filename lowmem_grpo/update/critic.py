@@ -1,0 +1,166 @@
+"""PPO's critic: what it expects at each token, the advantages that follow, and the gradient of its own loss.
+
+The critic is an adapter beside the policy's on the one frozen base, with a score head. So its gradient moves no weight
+of the policy, and no second model is in memory.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.objective.advantages import weighted_rewards
+from lowmem_grpo.objective.formulas import kl_estimate
+from lowmem_grpo.objective.gae import gae, token_rewards, whiten
+from lowmem_grpo.objective.value import explained_variance, value_losses
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.update.optimizer import Learner
+from lowmem_grpo.update.passes import at_work, micro_batches, zero_gradients
+
+CRITIC = "critic"  # the name of its adapter
+
+
+class Critic:
+    """The critic's adapter on a policy's base, and the optimizer that trains it. A part of a checkpoint."""
+
+    def __init__(self, policy: Policy, config: GRPOConfig, total_steps: int):
+        """Put a critic on the base: a copy of the policy's adapter and a new score head, or a reward adapter.
+
+        Raises:
+            InputError: the policy's adapter has the critic's name, or critic_init is no adapter of this base.
+        """
+        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):  # a new adapter draws
+            if config.critic_init == "policy":
+                policy.add(CRITIC, copy_of=policy.adapter)
+                policy.add_score_head(CRITIC, config.seed)
+            else:
+                policy.add_from(CRITIC, config.critic_init)
+        self.policy = policy
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
+        self.learner = Learner(
+            policy.parameters_of(CRITIC).values(), replace(config, learning_rate=config.critic_learning_rate),
+            self.scaler, total_steps, keep_gradients=False,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """The critic's weights as they are now, and its optimizer."""
+        return {**self.policy.adapter_state(CRITIC), **self.learner.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what state() returned. Raise ValueError for the weights of another critic."""
+        own = {name: values.shape for name, values in self.policy.adapter_state(CRITIC).items()}
+        weights = {name: state[name] for name in own}
+        if {name: values.shape for name, values in weights.items()} != own:
+            raise ValueError("its weights have other shapes than this run's")
+        self.policy.load_adapter_state(CRITIC, weights)
+        self.learner.load({name: value for name, value in state.items() if name not in own})
+
+
+def with_values(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
+    """The rollout with the critic's values, each of what it expects before the token is drawn."""
+    counted = rollout.completion_mask.tolist()
+
+    def compute(token_budget: int) -> Tensor:
+        values = torch.zeros(rollout.num_tokens, device=policy.device)
+        with policy.inference(), policy.wearing(CRITIC):
+            for batch in micro_batches(policy, rollout, config, token_budget, counted):
+                with at_work(batch):
+                    values[batch.token_index] = policy.scores(batch)
+        return values
+
+    return replace(rollout, values=budget.fit(compute, rollout.lengths_of(counted)))
+
+
+def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
+    """The rollout with the advantage and the return of each token, from its values and its completions' rewards.
+
+    With kl_in_reward each token pays beta times its own KL. A completion without a reward does not count.
+    """
+    assert rollout.values is not None
+    device, offsets = rollout.values.device, rollout.offsets
+    scores = weighted_rewards(rollout.rewards, config.reward_weights)
+    mask = rollout.completion_mask & ~scores.isnan()
+    penalty = _kl(rollout, config).cpu() if config.kl_in_reward else None
+    rewards = token_rewards(scores, offsets, None if penalty is None else beta * penalty)
+    values = rollout.values.cpu()
+    advantages, returns = gae(rewards, values, offsets, gamma=config.gamma, lam=config.lam)
+    counted = mask.repeat_interleave(offsets.diff())
+    if config.whiten_advantages:
+        advantages = whiten(advantages, counted)
+    advantages, returns = torch.where(counted, advantages, 0), torch.where(counted, returns, 0)
+    means = [part.mean().item() for part in advantages.split(offsets.diff().tolist())]
+    metrics = {
+        "value/mean": values[counted].mean().item(),
+        "returns/mean": returns[counted].mean().item(),
+        "value/explained_variance": explained_variance(values[counted], returns[counted]),
+    }
+    if penalty is not None:
+        metrics["kl"] = penalty[counted].mean().item()
+    return replace(
+        rollout,
+        token_advantages=advantages.to(device),
+        returns=returns.to(device),
+        completion_mask=mask,
+        metrics={**rollout.metrics, **metrics},
+        table={**rollout.table, "advantage": means},
+    )
+
+
+def _kl(rollout: Rollout, config: GRPOConfig) -> Tensor:
+    """The estimate (M,) of each token's KL to the reference, before the update."""
+    own = rollout.sampling_logprobs if rollout.old_logprobs is None else rollout.old_logprobs
+    assert own is not None and rollout.ref_logprobs is not None
+    return kl_estimate(own, rollout.ref_logprobs, estimator=config.kl_estimator)
+
+
+def backward(
+    policy: Policy, rollout: Rollout, scaler: torch.amp.GradScaler, config: GRPOConfig, token_budget: int
+) -> tuple[Tensor, Tensor]:
+    """Set the critic's gradient to that of the value loss, the mean over the rollout's tokens that count.
+
+    Returns the loss and the share of tokens whose clipped value decided it, scalars.
+    """
+    assert rollout.values is not None and rollout.returns is not None
+    num_tokens = max(1, int((rollout.offsets.diff() * rollout.completion_mask).sum()))
+    zero_gradients(policy, CRITIC)
+    clipped = torch.zeros((), device=policy.device)
+    total = scaler.scale(torch.zeros_like(clipped)) * 0
+    with policy.wearing(CRITIC):
+        for batch in micro_batches(policy, rollout, config, token_budget, rollout.completion_mask.tolist()):
+            with at_work(batch):
+                losses, decided = value_losses(
+                    policy.scores(batch), rollout.values[batch.token_index], rollout.returns[batch.token_index],
+                    cliprange=config.cliprange_value,
+                )  # fmt: skip
+                loss = losses.sum() / num_tokens
+                scaler.scale(loss).backward()
+                total += loss.detach()
+                clipped += decided.sum() / num_tokens
+    return total, clipped
+
+
+def lengths_with_value(rollout: Rollout) -> list[int]:
+    """Number of tokens of each completion that the critic learns from, with its prompt."""
+    return rollout.lengths_of(rollout.completion_mask.tolist())
+
+
+def why_not_finite(rollout: Rollout, config: GRPOConfig, clipped: Tensor, loss: float, overflowed: bool) -> str:
+    """The likely cause of a value loss, or its gradient, that is not finite."""
+    if overflowed:
+        return (
+            "the critic's gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
+        )
+    overflow = f"activations overflow {config.compute_dtype}"
+    found = [
+        ("the returns are", rollout.returns, "a reward, its weight or its KL is too large"),
+        ("the critic's values are", rollout.values, f"critic_learning_rate is too high, or {overflow}"),
+        ("the value loss is", torch.tensor(loss), f"critic_learning_rate is too high, or {overflow}"),
+    ]
+    for what, values, cause in found:
+        if values is not None and not values.isfinite().all():
+            return f"{what} not finite (likely cause: {cause})"
+    return f"the critic's gradient is not finite, though its loss is (likely cause: {overflow})"
