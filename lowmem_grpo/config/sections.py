@@ -544,8 +544,8 @@ TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", CompletionFields: "sampling",
     SamplingFields: "sampling", ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages",
-    CriticFields: "critic", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer",
-    EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
+    CriticFields: "critic", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",
+    OptimizerFields: "optimizer", EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
     SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip
 

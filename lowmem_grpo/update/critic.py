@@ -28,7 +28,7 @@ class Critic:
     """The critic's adapter on a policy's base, and the optimizer that trains it. A part of a checkpoint."""
 
     def __init__(self, policy: Policy, config: GRPOConfig, total_steps: int):
-        """Put a critic on the base: a copy of the policy's adapter and a new score head, or a reward adapter.
+        """Put a critic on the base: a reward adapter, or the policy's with a new score head.
 
         Raises:
             InputError: the policy's adapter has the critic's name, or critic_init is no adapter of this base.
