@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lowmem_grpo.loops.sft import sft
     from lowmem_grpo.model.policy import Policy
     from lowmem_grpo.objective.loss import register_objective
+    from lowmem_grpo.pipeline.phases import Phase
+    from lowmem_grpo.pipeline.pipeline import PipelineResult, run_pipeline
     from lowmem_grpo.pipeline.sample import SampleResult, sample
     from lowmem_grpo.pipeline.select import select
     from lowmem_grpo.run.run import TrainResult
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "GRPOConfig",
+    "Phase",
+    "PipelineResult",
     "Policy",
     "SFTConfig",
     "SampleConfig",
@@ -28,6 +32,7 @@ __all__ = [
     "SelectConfig",
     "TrainResult",
     "register_objective",
+    "run_pipeline",
     "sample",
     "select",
     "sft",
@@ -39,6 +44,8 @@ _HOMES = {
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",
     "sample": "lowmem_grpo.pipeline.sample", "SampleResult": "lowmem_grpo.pipeline.sample",
     "select": "lowmem_grpo.pipeline.select",
+    "Phase": "lowmem_grpo.pipeline.phases", "run_pipeline": "lowmem_grpo.pipeline.pipeline",
+    "PipelineResult": "lowmem_grpo.pipeline.pipeline",
 }  # fmt: skip
 
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.

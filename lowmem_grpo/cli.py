@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: train, sft, sample, select, pairs, label, eval, data, plan, demo, bench."""
+"""The command `lowmem-grpo`: trainings, what goes around them, eval, data, plan, demo and bench."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
 from lowmem_grpo.config.select import SelectConfig
@@ -69,6 +69,12 @@ example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
   lowmem-grpo plan sft --model Qwen/Qwen2.5-7B --vram_budget 8GB --max_length 4096
 """
+PIPELINE_EXAMPLE = """\
+example:
+  lowmem-grpo r1 --config r1 --print > mine.yaml    # a recipe that comes with the package, to be edited
+  lowmem-grpo r1 --config mine.yaml --dry_run       # phases, data and plans
+  lowmem-grpo r1 --config mine.yaml                 # again after a stop: goes on where it was
+"""
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
 TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig}  # the commands that train
 ONLY_DATASET = {"eval": "evaluate on", "data": "look at", "sample": "ask"}  # by command, what --dataset is for
@@ -99,16 +105,14 @@ OF_EXAMPLES = (
     ("dataset", INPUTS[1][1], "hub id, JSONL, JSON, CSV or Parquet file, with prompt and completion, messages or text"),
     ("eval_dataset", (), "hub id (its test split is read) or file of examples to measure the loss of"),
 )
+PIPELINE_FLAGS = (
+    ("--config", "FILE", "YAML file of the phases, or the name of a recipe: r1, r1_zero, rlhf"),
+    ("--model", "MODEL", "hub id, model folder or adapter folder, in place of the file's"),
+    ("--output_dir", "DIR", "folder of the phases' folders, in place of the file's"),
+    ("--until", "PHASE", "the last phase to run"),
+    ("--from", "PHASE", "do this phase and all after it anew; what they have made is kept under other names"),
+)
 WITHOUT_EVAL_DATASET = [one for one in INPUTS if one[0] != "eval_dataset"]
-# The fields that an evaluation reads: its only flags. A test watches one read its configuration.
-EVAL_FIELDS = {
-    "seed", "use_cpu", "model_init_kwargs", "trust_remote_code", "load_in_4bit", "bf16", "fp16", "tiled_mlp",
-    "offload_embedding", "use_liger_kernel", "dataset_config", "dataset_streaming", "dataset_take", "system_prompt",
-    "chat_template_kwargs", "max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "stop_strings", "rollout_token_budget", "rollout_weights", "rollout_kv", "rollout_paged",
-    "rollout_cuda_graphs", "rollout_graphs_last", "reward_weights", "reward_timeout", "token_budget",
-    "num_generations_eval",
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             with writing_output():
                 sys.stdout.flush()
     except (InputError, NotFiniteError, NotSavedError, UnhealthyRunError) as error:
-        command = " ".join(["lowmem-grpo", *filter(str.isalpha, arguments[:1])])
+        command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
         with contextlib.suppress(OSError):  # a full disk
             print(f"{command}: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -305,6 +309,21 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     label_parser.add_argument(
         "--seed", action=Once, metavar="N", help="draws which two are shown, and which one first (default 42)"
     )
+    pipeline_parser = commands.add_parser(
+        "pipeline", aliases=["r1"], help="run several phases in a row: R1, R1-Zero, RLHF, or your own",
+        description="Run the phases of a YAML file one after another, each in a folder of its own. Phases that are "
+        "done are left as they are, and one that was stopped goes on.",
+        usage="lowmem-grpo r1 --config FILE [--model M] [--output_dir DIR] [--until PHASE] [--from PHASE] [--dry_run]",
+        epilog=PIPELINE_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    pipeline_parser.set_defaults(run=run_phases)
+    for flag, metavar, text in PIPELINE_FLAGS:
+        pipeline_parser.add_argument(flag, action=Once, metavar=metavar, help=text)
+    pipeline_parser.add_argument(
+        "--dry_run", action="store_true", help="check everything, print phases, data and plans, and train nothing"
+    )
+    pipeline_parser.add_argument("--print", action="store_true", help="print the file that --config names, and exit")
 
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
@@ -415,6 +434,9 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
         if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
     if command not in ("demo", "pairs", "label"):
+        if command in ("pipeline", "r1"):
+            raise InputError(f"--{name} is no flag of a pipeline; write the settings of its phases into its file")
+    if command != "demo":
         refuse_unknown_fields(unknown, config)
 
 
@@ -511,6 +533,33 @@ def output_of(given: dict[str, Any], command: str) -> str:
     if not given.get("output"):
         raise InputError(f"--output is missing; see `lowmem-grpo {command} --help`")
     return given.pop("output")
+
+
+def run_phases(given: dict[str, Any]) -> int:
+    if not given.get("config"):
+        raise InputError("--config is missing; name a YAML file of phases, or a recipe: r1, r1_zero, rlhf")
+    from lowmem_grpo.pipeline.phases import pipeline_file, read_pipeline_file
+
+    if given.pop("print", False):
+        with writing_output():
+            print(pipeline_file(given["config"]).read_text(encoding="utf-8"), end="")
+        return 0
+    settings = read_pipeline_file(given.pop("config"))
+    places = {name: given.pop(name, settings.get(name)) for name in ("model", "output_dir")}
+    for name, value in places.items():
+        if not value:
+            raise InputError(f"--{name} is missing; give it, or write {name} into the file")
+    from lowmem_grpo.pipeline.pipeline import run_pipeline
+
+    result = run_pipeline(
+        places["model"], settings["phases"], places["output_dir"], common=settings.get("common"),
+        evaluation=settings.get("eval"), until=given.get("until"), begin_at=given.get("from"),
+        dry_run=given.get("dry_run", False),
+    )  # fmt: skip
+    if result.adapter is not None:
+        with writing_output():
+            print(printable(f"adapter: {result.adapter}"))
+    return 0
 
 
 def run_eval(given: dict[str, Any]) -> int:

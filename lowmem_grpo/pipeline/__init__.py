@@ -1,1 +1,1 @@
-"""The work around trainings: completions sampled into a file, and rows chosen from it to train on."""
+"""Several runs as one, in phases; and the work around trainings: sampling into a file, choosing rows of it."""

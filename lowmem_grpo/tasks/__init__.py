@@ -18,7 +18,7 @@ from lowmem_grpo.tasks.options import options_of, refuse_unknown_options
 from lowmem_grpo.tasks.reasoning_gym import reasoning_gym_task
 from lowmem_grpo.tasks.task import Task
 
-__all__ = ["TASKS", "Inputs", "Task", "find_task", "held_out", "with_tasks"]
+__all__ = ["TASKS", "Inputs", "Task", "find_task", "held_out", "is_task_name", "with_tasks"]
 
 TASKS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k_task, "countdown": countdown_task}
 REASONING_GYM = "reasoning_gym"
@@ -62,6 +62,12 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         if not eval_dataset:
             raise InputError("every row of eval_dataset is one of train_dataset's; give it another seed")
     return Inputs(train_dataset, eval_dataset, reward_funcs, config)
+
+
+def is_task_name(name: str) -> bool:
+    """Tell whether a name is a task's, options and all, without making the task's rows."""
+    head = name.partition("?")[0]
+    return head in TASKS or head.partition(":")[0] == REASONING_GYM
 
 
 def find_task(name: Any) -> Task | None:

@@ -1,0 +1,257 @@
+"""Phases of a pipeline, and the file that says them: which model, which runs in which order, with which settings."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_grpo.config.fields import from_text
+from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
+from lowmem_grpo.config.sections import AdapterFields
+from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, UnhealthyRunError, did_you_mean, shown
+from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.pipeline.kinds import KINDS, Kind
+from lowmem_grpo.settings_file import read_settings_file
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+BASE = "base"  # in the place of a phase's name: the model that the pipeline is given
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+OF_ADAPTERS = tuple(field.name for field in dataclasses.fields(AdapterFields))
+OURS = ("output_dir", "resume_from_checkpoint")  # settings of a run that the pipeline gives
+OF_PYTHON = ("model", "peft_config", "tokenizer", "callbacks", "train_dataset")  # arguments of train() and sft()
+KEYS = ("model", "output_dir", "common", "eval", "phases")  # of a file
+NAMED = (InputError, NotFiniteError, NotSavedError, UnhealthyRunError)  # errors that are one sentence
+
+
+class Phase:
+    """A phase of a pipeline: a name, a kind of run, and its settings.
+
+        Phase("cold-start", "sft", dataset="cold.jsonl", num_train_epochs=2)
+        Phase("sft", "sft", from_="base", dataset=["rejection-sampling", "general.jsonl"])
+
+    `from_` names what its model is: "base", or the phase whose adapter it goes on with; by default the last phase
+    before it that trains the policy. Datasets and rewards may be names of phases before it.
+    """
+
+    def __init__(self, name: str, kind: str, *, from_: str | None = None, **settings: Any):
+        self.name, self.kind, self.from_, self.settings = name, kind, from_, settings
+
+    def __repr__(self) -> str:
+        return f"Phase({self.name!r}, {self.kind!r}, from_={self.from_!r}, **{self.settings!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseRun:
+    """The run that a phase is: its folder and its checked settings."""
+
+    name: str
+    kind: Kind
+    folder: Path
+    origin: "PhaseRun | None"  # whose adapter it goes on with; None for the pipeline's own model
+    config: Any  # of the kind's type
+    adapter_fields: dict[str, Any]  # by which the adapter that it trains is begun
+    inputs: dict[str, Any]  # datasets and rewards as they are written, by the kind's names for them
+
+    @property
+    def output(self) -> Path:
+        """The adapter's folder, or the file of rows, that it makes."""
+        return self.folder / self.kind.output
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation before the first phase, and after each that trains the policy."""
+
+    dataset: Any
+    reward_funcs: Any
+    config: GRPOConfig
+    vram_budget: str | None  # of the common settings
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline whose names and settings are checked, and nothing else yet."""
+
+    model: str
+    output_dir: Path
+    runs: list[PhaseRun]
+    evaluation: Evaluation | None
+
+    def model_of(self, run: PhaseRun) -> str:
+        """The model that a phase begins with: the pipeline's, or the adapter of a phase before it."""
+        return self.model if run.origin is None else str(run.origin.output)
+
+    def named(self, run: PhaseRun, value: Any) -> PhaseRun | None:
+        """The phase before `run` that an input of it names, or None where it names none."""
+        before = self.runs[: self.runs.index(run)]
+        return next((one for one in before if isinstance(value, str) and one.name == value), None)
+
+
+@contextlib.contextmanager
+def naming(phase: str) -> Iterator[None]:
+    """Have an error of ours within begin with a phase's name."""
+    try:
+        yield
+    except NAMED as error:
+        raise type(error)(f"phase {phase}: {error}") from error
+
+
+def read_pipeline_file(path: str) -> dict[str, Any]:
+    """The content of a file, or of a recipe by its name, with `phases` as a list of Phase.
+
+    Raises:
+        InputError: there is no such file, or it does not say a pipeline.
+    """
+    where = f"config file {shown(path)}"
+    found = read_settings_file(str(pipeline_file(path)))
+    for key in found:
+        if key not in KEYS:
+            hint = did_you_mean(key, KEYS, f"a pipeline has {', '.join(KEYS)}")
+            raise InputError(f"{where} has {shown(key)}; {hint}")
+    for key in ("common", "eval"):
+        if not isinstance(found.get(key, {}), dict):
+            raise InputError(f"{where} has {key}: {shown(found[key])}; make it a mapping of settings")
+    rows = found.get("phases")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{where} needs phases: a list, each with a name, a kind and its settings")
+    phases = []
+    for number, row in enumerate(rows, 1):
+        settings = {key.replace("-", "_"): value for key, value in row.items()}
+        for key in ("name", "kind"):
+            if not isinstance(settings.get(key), str):
+                raise InputError(f"phase {number} of {where} has no {key}; give it one, a text")
+        name, kind, origin = settings.pop("name"), settings.pop("kind"), settings.pop("from", None)
+        phases.append(Phase(name, kind, from_=origin, **settings))
+    return {**found, "phases": phases}
+
+
+def pipeline_file(name: str) -> Path:
+    """The file of a path, or of a recipe's name. Raise InputError where it is neither."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    if name not in recipes():
+        hint = did_you_mean(name, recipes(), f"the recipes are {', '.join(recipes())}")
+        raise InputError(f"--config {shown(name)} is neither a YAML file nor a recipe; {hint}")
+    return RECIPES / f"{name}.yaml"
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def resolve(
+    model: Any, phases: Sequence[Phase], output_dir: Any, common: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Pipeline:  # fmt: skip
+    """A pipeline with every name and setting checked, before any file is read.
+
+    Raises:
+        InputError: a name, kind or setting is none, in a sentence that begins with the phase's name.
+    """
+    if not isinstance(model, (str, Path)) or not str(model).strip():
+        raise InputError(f"model is {shown(model)}; give a hub id or a folder, since each phase loads it anew")
+    if not isinstance(output_dir, (str, Path)) or not str(output_dir).strip():
+        raise InputError(f"output_dir is {shown(output_dir)}; give a folder, in which each phase has its own")
+    name, folder, common = str(Path(model).expanduser()), Path(output_dir).expanduser(), dict(common or {})
+    _refuse_names(phases)
+    _refuse_unused(common, phases, evaluation)
+    runs: list[PhaseRun] = []
+    for number, phase in enumerate(phases, 1):
+        with naming(phase.name):
+            runs.append(_resolved(phase, folder / f"{number:02}-{phase.name}", runs, common, is_adapter(name)))
+    return Pipeline(name, folder, runs, _evaluation(evaluation, common))
+
+
+def _resolved(
+    phase: Phase, folder: Path, before: list[PhaseRun], common: Mapping[str, Any], model_is_adapter: bool
+) -> PhaseRun:
+    kind, origin, settings = KINDS[phase.kind], _origin(phase, before), dict(phase.settings)
+    inputs = {name: settings.pop(name) for name in kind.inputs if settings.get(name) is not None}
+    for name in kind.needs:
+        if name not in inputs:
+            raise InputError(f"{name} is missing; name what it reads")
+    for name in settings:
+        if name in OURS:
+            raise InputError(f"{name} is the pipeline's to give; leave it out")
+        if name in OF_PYTHON:
+            raise InputError(f"a phase takes no {name}; leave it out, or do this phase by itself")
+        if name in OF_ADAPTERS and origin is not None:
+            raise InputError(f"{name} is fixed by the phase that begins the adapter; leave it out here")
+    known = [field.name for field in dataclasses.fields(kind.config)]
+    settings = {**{name: value for name, value in common.items() if name in known}, **settings}
+    refuse_unknown_fields(settings, kind.config)
+    settings = {name: from_text(kind.config, name, value) for name, value in settings.items()}
+    adapter_fields = {name: value for name, value in settings.items() if name in OF_ADAPTERS}
+    if origin is not None:
+        adapter_fields = origin.adapter_fields
+        settings = {name: value for name, value in settings.items() if name not in OF_ADAPTERS}
+    if kind.config is GRPOConfig and settings.get("beta") and (origin is not None or model_is_adapter):
+        settings = {"reference": "initial", **settings}  # the KL is to hold it near what it goes on from
+    config = kind.config(**settings, output_dir=str(folder), resume_from_checkpoint="auto")
+    return PhaseRun(phase.name, kind, folder, origin, config, adapter_fields, inputs)
+
+
+def _origin(phase: Phase, before: list[PhaseRun]) -> PhaseRun | None:
+    """The phase whose adapter a phase goes on with, or None for the pipeline's model."""
+    trained = [run for run in before if run.kind.trains_policy]
+    if phase.from_ is None:
+        return trained[-1] if trained else None
+    if phase.from_ == BASE:
+        return None
+    for run in trained:
+        if run.name == phase.from_:
+            return run
+    words = ", ".join([BASE, *(run.name for run in trained)])
+    raise InputError(f"from: {shown(phase.from_)} is no phase before it that trains the policy; it may be {words}")
+
+
+def _refuse_names(phases: Sequence[Phase]) -> None:
+    """Raise InputError for a phase whose name or kind is none, or a name that stands twice."""
+    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise InputError(f"phases is {shown(phases)}; give a list of at least one Phase")
+    seen = {BASE}
+    for phase in phases:
+        if not isinstance(phase.name, str) or not NAME.fullmatch(phase.name):
+            raise InputError(
+                f"phase {shown(phase.name)} cannot be named so, since its folder is; use letters, digits, - and _"
+            )
+        if phase.name in seen:
+            whose = "what every pipeline begins with" if phase.name == BASE else "the name of two phases"
+            raise InputError(f"{phase.name} is {whose}; give each a name of its own")
+        if phase.kind not in KINDS:
+            hint = did_you_mean(str(phase.kind), KINDS, f"it may be {', '.join(KINDS)}")
+            raise InputError(f"phase {phase.name}: kind {shown(phase.kind)} is none; {hint}")
+        seen.add(phase.name)
+
+
+def _refuse_unused(common: Mapping[str, Any], phases: Sequence[Phase], evaluation: Mapping[str, Any] | None) -> None:
+    """Raise InputError for a common setting that nothing here reads."""
+    known = {field.name for phase in phases for field in dataclasses.fields(KINDS[phase.kind].config)}
+    for name in common:
+        if name in OURS:
+            raise InputError(f"common has {name}, which is the pipeline's to give; leave it out")
+        if name not in known | (EVAL_FIELDS if evaluation is not None else set()):
+            hint = did_you_mean(name, known, "give it to the phases that it is for")
+            raise InputError(f"common has {shown(name)}, a setting of none of the phases; {hint}")
+
+
+def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> Evaluation | None:
+    if given is None:
+        return None
+    settings = dict(given)
+    dataset, rewards = settings.pop("dataset", None), settings.pop("reward_funcs", None)
+    if dataset is None:
+        raise InputError("eval has no dataset; name what to evaluate on, or leave eval out")
+    for name in settings:
+        if name not in EVAL_FIELDS:
+            hint = did_you_mean(name, EVAL_FIELDS, "leave it out")
+            raise InputError(f"eval has {shown(name)}, which no evaluation reads; {hint}")
+    settings = {**{name: value for name, value in common.items() if name in EVAL_FIELDS}, **settings}
+    config = GRPOConfig(**{name: from_text(GRPOConfig, name, value) for name, value in settings.items()})
+    return Evaluation(dataset, rewards, config, common.get("vram_budget"))

@@ -1,0 +1,154 @@
+"""The evaluations of a pipeline: before the first phase and after each that trains the policy, in one table."""
+
+import dataclasses
+import gc
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_grpo.errors import printable
+from lowmem_grpo.evaluation.evaluate import measure
+from lowmem_grpo.evaluation.show import with_interval
+from lowmem_grpo.evaluation.statistics import differences
+from lowmem_grpo.generate.sample import Sampler
+from lowmem_grpo.inputs import read_evaluation_inputs
+from lowmem_grpo.model.find import adapter_config, read_config
+from lowmem_grpo.pipeline.phases import Evaluation
+from lowmem_grpo.pipeline.record import content, entries, settings_of_the_result, write_json
+from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
+
+NAME = "evaluation.json"  # in a phase's folder
+ACCURACY = "eval_pass@1"
+LENGTH = "eval_completions/mean_length"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An evaluation of the table: of the model that a pipeline is given, or after a phase."""
+
+    phase: str
+    origin: str | None  # the row whose adapter the phase went on with
+    metrics: dict[str, float | None]  # None for the mean of nothing
+    values: dict[str, list[float | None]]  # of the metrics that are means over prompts, one a prompt
+
+
+def evaluated(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any]:
+    """Metrics and values of a model's evaluation, from folder/evaluation.json or else measured and written there.
+
+    What was measured on other prompts, by other rewards or of another model is measured again.
+    """
+    of = {
+        "model": content(model),
+        "settings": settings_of_the_result(evaluation.config),
+        "dataset": content(evaluation.dataset),
+        "reward_funcs": [content(one) for one in entries(evaluation.reward_funcs)],
+    }
+    of = json.loads(json.dumps(of, default=str))
+    try:
+        found = json.loads((folder / NAME).read_bytes())
+        if found["of"] == of:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        pass
+    found = {"of": of, **_measured(model, evaluation)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NAME, found)
+    return found
+
+
+def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
+    inputs = read_evaluation_inputs(model, evaluation.reward_funcs, evaluation.dataset, evaluation.config)
+    config, found = inputs.config, None
+    if evaluation.vram_budget is not None:
+        planned = dataclasses.replace(config, vram_budget=evaluation.vram_budget)
+        longest = max(len(prompt.ids) for prompt in inputs.eval_prompts)
+        found = plan_to_fit(read_config(model, config), planned, adapter_config(model, config), longest)
+        config = dataclasses.replace(config, rollout_token_budget=for_evaluation(found, config).rollout_token_budget)
+    with limit_memory(found, inputs.device):
+        measured = measure(Sampler(inputs.load_policy(), config), inputs.eval_prompts, inputs.rewards, config, step=0)
+    values = {name: [_plain(value) for value in of] for name, of in measured.values.items()}
+    return {"metrics": {name: _plain(value) for name, value in measured.metrics.items()}, "values": values}
+
+
+def let_go() -> None:
+    """Give back the memory of models that nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _plain(value: float) -> float | None:
+    """The value, or None in place of a NaN, which JSON has not."""
+    return None if math.isnan(value) else value
+
+
+def with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table's rows as JSON: their metrics, and the differences from the row that each phase went on from."""
+    by_name = {row.phase: row for row in rows}
+    found = []
+    for row in rows:
+        before = None if row.origin is None else by_name.get(row.origin)
+        changed = {}
+        if before is not None:
+            changed = differences(_with_nan(before.values), _with_nan(row.values))
+        metrics = {**row.metrics, **{name: _plain(value) for name, value in changed.items()}}
+        found.append({"phase": row.phase, "from": row.origin, **metrics})
+    return found
+
+
+def _with_nan(values: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:
+    return {name: [math.nan if value is None else value for value in of] for name, of in values.items()}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The cells of the table, by heading."""
+    rewards = [name for name in rows[0] if name.startswith("eval_rewards/") and name.count("/") == 2]
+    shown = {"accuracy": (ACCURACY, ".3f"), "change": (f"{ACCURACY}/difference", "+.3f")}
+    shown |= {name.split("/")[1]: (name, ".3f") for name in rewards if name.endswith("/mean")}
+    shown |= {"tokens": (LENGTH, ".1f")}
+    cells = {title: [_cell(row, name, form) for row in rows] for title, (name, form) in shown.items()}
+    return {"after": [str(row["phase"]) for row in rows], "from": [str(row["from"] or "") for row in rows], **cells}
+
+
+def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
+    return with_interval(row, name, form) if name in row else ""
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table for a terminal."""
+    columns = _columns(rows)
+    table = Table(title="evaluations before and after each phase; in brackets 95 % intervals over prompts")
+    for title in columns:
+        justify = "left" if title in ("after", "from") else "right"
+        table.add_column(Text(printable(title)), justify=justify, overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in Markdown."""
+    columns = _columns(rows)
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    escaped = [[printable(cell).replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Write evaluations.json and evaluations.md, and return what is in the first."""
+    found = with_changes(rows)
+    write_json(folder / "evaluations.json", found)
+    (folder / "evaluations.md").write_text(as_markdown(found), encoding="utf-8")
+    return found
+
+
+def row_of(phase: str, origin: str | None, found: Mapping[str, Any]) -> Row:
+    """The row of what evaluated() has returned."""
+    return Row(phase, origin, found["metrics"], found["values"])

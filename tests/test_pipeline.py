@@ -1,0 +1,345 @@
+"""run_pipeline(): phases in a row, what is done and what has changed, and the four details that are often got wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import DEMO_MODEL
+
+from lowmem_grpo import Phase, cli, run_pipeline
+from lowmem_grpo.demo import task
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.lock import lock_folder, releasing_locks
+from lowmem_grpo.pipeline.check import with_datasets
+from lowmem_grpo.pipeline.phases import RECIPES, read_pipeline_file, recipes, resolve
+
+TRAIN, EVAL = task.splits()
+REWARD = "lowmem_grpo.demo.task.answer_reward"
+COMMON = {"use_cpu": True, "seed": 0, "lora_r": 8, "save_steps": 1}
+EVALUATION = {"dataset": "held.jsonl", "reward_funcs": [REWARD], "max_completion_length": 24}
+COLD = {"dataset": "cold.jsonl", "max_steps": 2, "examples_per_step": 4, "learning_rate": 1e-3}
+RL = {
+    "dataset": "sums.jsonl", "reward_funcs": REWARD, "max_steps": 1, "prompts_per_step": 2, "num_generations": 2,
+    "max_completion_length": 8, "beta": 0.02,
+}  # fmt: skip
+
+
+def phases(cold=(), rl=()):
+    """A cold start and reinforcement after it, with settings of the tests' own."""
+    return [Phase("cold-start", "sft", **{**COLD, **dict(cold)}), Phase("rl", "grpo", **{**RL, **dict(rl)})]
+
+
+def run(given=None, output_dir="out", common=COMMON, evaluation=EVALUATION, **options):
+    return run_pipeline(str(DEMO_MODEL), given or phases(), output_dir, common=common, evaluation=evaluation, **options)
+
+
+def resolved(*given, common=None, model="some/model"):
+    return resolve(model, given, "out", common).runs
+
+
+def write_rows(folder):
+    def line(problem):
+        chat = {"prompt": [{"role": "user", "content": task.question(problem)}]}
+        return {**chat, "completion": [{"role": "assistant", "content": task.worked(problem)}]}
+
+    files = {"cold": map(line, TRAIN[:8]), "sums": task.rows(TRAIN[:8]), "held": task.rows(EVAL[:4])}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a pipeline that has come to its end, with its data, and the result."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_rows(folder)
+        return folder, run()
+
+
+@pytest.fixture
+def copy(whole, tmp_path, monkeypatch):
+    """A copy of that folder, in which the test runs."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with the data alone, in which the test runs."""
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_phase_is_a_run_in_a_folder_that_goes_on_from_the_one_before(whole):
+    folder, result = whole
+    cold, rl = folder / "out/01-cold-start", folder / "out/02-rl"
+    assert (cold / "checkpoint-2").is_dir() and (rl / "checkpoint-1").is_dir()
+    assert json.loads((rl / "grpo_config.json").read_text(encoding="utf-8"))["reference"] == "initial"
+    assert (
+        json.loads((rl / "adapter/adapter_config.json").read_text(encoding="utf-8"))["r"] == 8
+    )  # begun by the cold start, and gone on with
+    before, after = (load_file(one / "adapter/adapter_model.safetensors") for one in (cold, rl))
+    moved = max((before[name] - after[name]).abs().max().item() for name in before)
+    assert before.keys() == after.keys() and 0 < moved < 1e-3  # one step at 1e-5, and no new adapter
+    assert Path(result.adapter) == Path("out/02-rl/adapter")
+    assert result.metrics["cold-start"]["step"] == 2 and "reward" in result.metrics["rl"]
+
+
+def test_one_table_has_the_evaluations_before_and_after_each_phase(whole):
+    folder, result = whole
+    assert [(row["phase"], row["from"]) for row in result.evaluations] == [
+        ("base", None), ("cold-start", "base"), ("rl", "cold-start"),
+    ]  # fmt: skip
+    for row in result.evaluations:
+        assert row["eval_pass@1/ci_low"] <= row["eval_pass@1"] <= row["eval_pass@1/ci_high"]
+    base, cold, _ = result.evaluations
+    assert cold["eval_pass@1/difference"] == pytest.approx(cold["eval_pass@1"] - base["eval_pass@1"])
+    assert json.loads((folder / "out/evaluations.json").read_text(encoding="utf-8")) == result.evaluations
+    lines = (folder / "out/evaluations.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "| after | from | accuracy | change | answer_reward | tokens |" and len(lines) == 5
+    assert lines[2].startswith(f"| base |  | {base['eval_pass@1']:.3f} [")
+
+
+def test_phases_that_are_done_are_neither_run_nor_evaluated_again(copy):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.parent != copy}
+
+    before, table = files(), json.loads((copy / "evaluations.json").read_text(encoding="utf-8"))
+    assert run().evaluations == table
+    assert files() == before
+
+
+def test_a_setting_that_does_not_decide_the_result_may_change(copy):
+    run(phases({"save_total_limit": 1}), common={**COMMON, "save_steps": 7, "token_budget": 4096, "vram_budget": None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"given": phases({"learning_rate": 2e-3})}, "phase cold-start: it is done, with learning_rate 0.001, which is"),
+        ({"given": phases({"max_steps": 3})}, "phase cold-start: it is done, with max_steps 2, which is 3 now; set that"),
+        ({"given": phases(rl={"reward_funcs": "accuracy_reward"})}, "phase rl: it is done, with another reward_funcs"),
+        ({"given": phases({"dataset": "sums.jsonl"})}, "phase cold-start: it is done, with another dataset"),
+        ({"given": [phases()[0], Phase("rl", "grpo", from_="base", **RL)]}, "phase rl: .* with lora_r 16, which is 8 now"),
+        ({"given": phases()[:1]}, "02-rl is of a phase that is not in this pipeline"),
+        ({"given": phases()[::-1]}, "01-cold-start is of a phase that is not in this pipeline, or has another place"),
+        ({"common": {**COMMON, "seed": 1}}, "phase cold-start: it is done, with seed 0, which is 1 now"),
+    ],
+)  # fmt: skip
+def test_a_phase_that_is_done_and_has_changed_is_refused(copy, changes, words):
+    with pytest.raises(InputError, match=words):
+        run(**changes)
+
+
+def test_other_data_another_adapter_and_one_that_is_gone_are_refused(copy):
+    with pytest.raises(InputError, match="--from cold-start, or choose another output_dir"):
+        Path("cold.jsonl").write_text(Path("cold.jsonl").read_text(encoding="utf-8") * 2, encoding="utf-8")
+        run()
+    write_rows(Path())
+    weights = copy / "01-cold-start/adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="phase rl: it is done, with another model"):
+        run()
+    weights.write_bytes(whole)
+    shutil.rmtree(copy / "02-rl/adapter")
+    with pytest.raises(InputError, match="phase rl: it is done, but out/02-rl/adapter is gone; put it back"):
+        run()
+    shutil.rmtree(copy / "01-cold-start")
+    with pytest.raises(InputError, match="phase rl: it is done, and cold-start, which it is made from, is not"):
+        run()
+
+
+def test_a_phase_is_done_anew_and_what_it_had_made_is_kept(copy):
+    with pytest.raises(InputError, match="--from rl is after --until cold-start"):
+        run(begin_at="rl", until="cold-start")
+    result = run(phases(rl={"max_steps": 2}), begin_at="rl")
+    assert result.metrics["rl"]["step"] == 2 and (copy / "02-rl.before/done.json").is_file()
+    assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "rl"]
+
+
+def test_two_runs_of_one_folder_are_kept_apart(copy):
+    with releasing_locks():
+        lock_folder(copy)
+        with pytest.raises(InputError, match=r"out is in use by another run \(process"):
+            run()
+
+
+def test_a_dry_run_checks_and_plans_every_phase_and_writes_nothing(files, capsys):
+    run(phases(rl={"num_train_epochs": 2, "max_steps": -1}), dry_run=True)
+    printed = capsys.readouterr().out
+    assert "phase 1 of 2, cold-start (sft): begins, from base, in out/01-cold-start\n  dataset: cold.jsonl" in printed
+    assert "  8 rows, 2 steps" in printed and "  8 rows, 8 steps" in printed
+    assert (
+        printed.count("Predicted peak") == 2
+        and "evaluation, before the first phase and after each\n  4 prompts" in printed
+    )
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (phases(rl={"dataset": "missing.jsonl"}), "phase rl: train_dataset 'missing.jsonl' is not a file"),
+        (phases(rl={"reward_funcs": "acuracy_reward"}), "phase rl: .*acuracy_reward'; did you mean accuracy_reward?"),
+        (phases(rl={"dataset": "held.jsonl", "max_completion_length": 10**5}), "phase rl: the longest prompt and its"),
+        (phases(rl={"vram_budget": "20MB", "use_cpu": False}), "phase rl: "),
+        (phases({"eval_steps": 1}), "phase cold-start: eval_steps=1, but there is no eval_dataset"),
+    ],
+)
+def test_what_a_later_phase_lacks_is_said_before_the_first_begins(files, given, words):
+    with pytest.raises(InputError, match=words):
+        run(given)
+    assert not list((files / "out").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "phases is"),
+        ([Phase("a/b", "sft", **COLD)], "phase 'a/b' cannot be named so"),
+        ([Phase("base", "sft", **COLD)], "base is what every pipeline begins with"),
+        ([Phase("a", "sft", **COLD)] * 2, "a is the name of two phases"),
+        ([Phase("a", "stf", **COLD)], "phase a: kind 'stf' is none; did you mean sft?"),
+        ([Phase("a", "sft", max_steps=1)], "phase a: dataset is missing"),
+        ([Phase("a", "sft", **COLD, lerning_rate=1)], "phase a: SFTConfig has no field 'lerning_rate'; did you mean"),
+        ([Phase("a", "sft", **COLD, reward_funcs=REWARD)], "phase a: SFTConfig has no reward_funcs"),
+        ([Phase("a", "sft", **COLD, output_dir="here")], "phase a: output_dir is the pipeline's to give"),
+        ([Phase("a", "sft", **COLD, callbacks=[])], "phase a: a phase takes no callbacks"),
+        ([Phase("a", "sft", **{**COLD, "learning_rate": "fast"})], "phase a: learning_rate: 'fast' is not a number"),
+        ([Phase("a", "sft", from_="b", **COLD), Phase("b", "sft", **COLD)], "phase a: from: 'b' is no phase before it"),
+    ],
+)  # fmt: skip
+def test_a_phase_that_is_none_is_refused_in_a_sentence(given, words):
+    with pytest.raises(InputError, match=words):
+        resolve("some/model", given, "out")
+
+
+def test_common_settings_are_for_the_phases_that_have_them():
+    cold, rl = resolved(*phases(), common={"seed": 7, "lora_r": 4, "max_length": 99, "beta": 0.5})
+    assert (cold.config.seed, cold.config.lora_r, cold.config.max_length) == (7, 4, 99)
+    assert (rl.config.seed, rl.config.beta) == (7, 0.02)  # a phase's own setting wins
+    with pytest.raises(
+        InputError, match="common has 'max_lenght', a setting of none of the phases; did you mean max_length?"
+    ):
+        resolved(*phases(), common={"max_lenght": 9})
+    with pytest.raises(InputError, match="common has output_dir, which is the pipeline's to give"):
+        resolved(*phases(), common={"output_dir": "there"})
+    with pytest.raises(InputError, match="eval has 'learning_rate', which no evaluation reads"):
+        resolve("m", phases(), "out", None, {"dataset": "d", "learning_rate": 1e-3})
+
+
+# The four details.
+
+
+def test_supervised_training_after_rejection_sampling_begins_from_the_base():
+    """The data carries the ability: R1 trains its base on it, and not the policy that sampled it."""
+    rl = Phase("rl", "grpo", **RL)
+    again = Phase("again", "sft", from_="base", **COLD)
+    cold, first, second, last = resolved(phases()[0], rl, again, Phase("last", "grpo", **RL), common={"lora_r": 4})
+    assert (cold.origin, first.origin, second.origin, last.origin) == (None, cold, None, second)
+    assert cold.config.lora_r == second.config.lora_r == 4  # each begins an adapter
+
+
+def test_the_reference_of_reinforcement_is_what_it_goes_on_from(whole):
+    rl = resolved(*phases())[1]
+    assert rl.config.reference == "initial"
+    assert resolved(Phase("rl", "grpo", **RL))[0].config.reference == "base"  # of R1-Zero, which is the same
+    adapter = str(whole[0] / "out/01-cold-start/adapter")
+    assert resolved(Phase("rl", "grpo", **RL), model=adapter)[0].config.reference == "initial"
+    assert resolved(*phases(rl={"reference": "base"}))[1].config.reference == "base"
+    assert resolved(*phases(rl={"beta": 0.0}))[1].config.reference == "base"  # which nothing reads
+
+
+def test_one_adapter_is_gone_on_with_and_its_rank_is_fixed_by_the_phase_that_begins_it():
+    rl = resolved(*phases(), common={"lora_r": 4})[1]
+    assert rl.adapter_fields == {"lora_r": 4} and rl.config.lora_r == 16  # not read: the adapter's folder says it
+    with pytest.raises(InputError, match="phase rl: lora_r is fixed by the phase that begins the adapter"):
+        resolved(*phases(rl={"lora_r": 32}))
+    resolved(phases()[0], Phase("rl", "grpo", from_="base", lora_r=32, **RL))
+
+
+def test_the_recipes_add_up_the_rewards_of_r1():
+    """Accuracy and format in R1-Zero, and the consistency of the language besides in R1, without weights."""
+    zero = read_pipeline_file("r1_zero")["phases"][0].settings
+    assert zero["reward_funcs"] == ["accuracy_reward", "think_format_reward"] and "reward_weights" not in zero
+    assert (zero["beta"], zero["temperature"]) == (0.001, 1.0)
+
+
+# Files and the command.
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_a_pipeline_whose_names_and_settings_are_right(name):
+    found = read_pipeline_file(name)
+    resolve(found["model"], found["phases"], found["output_dir"], found.get("common"), found.get("eval"))
+
+
+def test_a_recipe_is_named_printed_and_run_with_a_model_and_a_folder_of_ones_own(files, capsys):
+    assert cli.main(["r1", "--config", "r1_zero", "--print"]) == 0
+    assert capsys.readouterr().out == (RECIPES / "r1_zero.yaml").read_text(encoding="utf-8")
+    assert cli.main(["r1", "--config", "r1-zero"]) == 2
+    assert (
+        "lowmem-grpo r1: --config 'r1-zero' is neither a YAML file nor a recipe; did you mean r1_zero?"
+        in capsys.readouterr().err
+    )
+    text = f"model: elsewhere\noutput_dir: there\ncommon: {{use_cpu: true}}\nphases:\n- {json.dumps({'name': 'cold', 'kind': 'sft', **COLD})}\n"
+    (files / "mine.yaml").write_text(text, encoding="utf-8")
+    assert (
+        cli.main(["pipeline", "--config", "mine.yaml", "--model", str(DEMO_MODEL), "--output_dir", "here", "--dry-run"])
+        == 0
+    )
+    assert "phase 1 of 1, cold (sft): begins, from base, in here/01-cold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: m\nfases: []\n", "'fases'; did you mean phases?"),
+        ("model: m\n", "needs phases: a list"),
+        ("phases: [{name: a}]\n", "phase 1 of config file 'p.yaml' has no kind"),
+        ("common: 3\nphases: []\n", "common: 3; make it a mapping"),
+    ],
+)
+def test_a_file_that_says_no_pipeline_is_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        read_pipeline_file("p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config is missing"),
+        (["--config", "r1_zero", "--learning_rate", "1"], "--learning_rate is no flag of a pipeline"),
+        (
+            ["--config", "r1_zero", "--until", "nowhere"],
+            "--until 'nowhere' is none of the phases; they are reasoning-rl",
+        ),
+    ],
+)
+def test_the_command_refuses_in_a_sentence(arguments, words, capsys):
+    assert cli.main(["r1", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_rows_of_several_datasets_say_which_they_are_of(files):
+    rows = [{"prompt": [{"role": "user", "content": "hello"}], "tone": "kind"}]
+    (rl,) = resolve(str(DEMO_MODEL), [Phase("rl", "grpo", **{**RL, "dataset": ["sums.jsonl", rows]})], "out").runs
+    joined = with_datasets(rl, rl.inputs)["dataset"]
+    assert [row["dataset"] for row in joined] == ["sums.jsonl"] * 8 + ["dataset 2"]
+    assert joined[-1]["prompt"] == rows[0]["prompt"] and joined[-1]["tone"] == "kind"
+    (sft,) = resolved(Phase("a", "sft", dataset=["cold.jsonl", [{"text": "hello"}]]))
+    with pytest.raises(
+        InputError, match="cold.jsonl has prompt and completion, dataset 2 has text; rewrite them in one"
+    ):
+        with_datasets(sft, sft.inputs)
+    (sft,) = resolved(Phase("a", "sft", dataset=["cold.jsonl", "held.jsonl"], dataset_take=3))
+    with pytest.raises(InputError, match="dataset_take=3 is for one dataset, and dataset has several"):
+        with_datasets(sft, sft.inputs)
