@@ -18,6 +18,7 @@ from lowmem_grpo.config.trl import UNSUPPORTED_SFT
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, UnhealthyRunError
 from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.output.lock import lock_folder, releasing_locks
 
 TRAIN, EVAL = task.splits()
 
@@ -88,6 +89,15 @@ def test_another_run_is_not_resumed(tmp_path):
         run(tmp_path, examples=rows(TRAIN[1:41]), resume_from_checkpoint=True)
     with pytest.raises(InputError, match=r"loss_type is .*dft"):
         run(tmp_path, loss_type="dft", resume_from_checkpoint=True)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with releasing_locks():
+        lock_folder(tmp_path / "out")
+        with pytest.raises(InputError, match="is in use by another run"):
+            run(tmp_path / "out")
+    assert not (tmp_path / "out/run.lock").exists()
 
 
 def test_reinforcement_goes_on_from_the_adapter(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.example_inputs import read_example_inputs
+from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.evaluations import losses_of
 from lowmem_grpo.run.example_checkup import doctor_of_examples
@@ -18,8 +19,9 @@ from lowmem_grpo.update.nll import backward, try_largest_update, why_not_finite
 from lowmem_grpo.update.optimizer import Learner
 
 
-@interruptible
 @without_progress_bars
+@releasing_locks()
+@interruptible
 def sft(
     model: Any,
     train_dataset: Any = None,
