@@ -275,7 +275,10 @@ class Ended:
     counts: dict[tuple[str, str], int]  # of points by event, where it was not killed and was to count
 
 
-def start(folder: Path, settings: dict[str, Any], strike: Strike | None = None, count: bool = False) -> Ended:
+def start(
+    folder: Path, settings: dict[str, Any], strike: Strike | None = None, count: bool = False,
+    run: Callable[[Path, dict[str, Any]], int] = run,
+) -> Ended:  # fmt: skip
     """Run in a forked process, strike that, and wait for its end."""
     folder.mkdir(parents=True, exist_ok=True)
     had_checkpoint = any(folder.glob("out/checkpoint-*/manifest.sha256"))

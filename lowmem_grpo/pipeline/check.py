@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -12,79 +12,66 @@ from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.load import run_device
 from lowmem_grpo.output.lock import releasing_locks
-from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline
-from lowmem_grpo.pipeline.record import entries
-from lowmem_grpo.planner.plan import Plan, plan, plan_to_fit
+from lowmem_grpo.pipeline.kinds import Outlook
+from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline, entries
+from lowmem_grpo.planner.plan import plan, plan_to_fit
 from lowmem_grpo.tasks import find_task, held_out
 
 OF_ONE_DATASET = ("dataset_config", "dataset_split", "dataset_streaming", "dataset_take")
 SOURCE = "dataset"  # the column that says which of several datasets a row is of
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """The knowledge of a phase that is still to do."""
-
-    facts: list[str] = field(default_factory=list)  # sentences for whoever watches
-    plan: Plan | None = None
-
-
 def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: bool) -> Outlook:
     """Check a phase as its run will, in a temporary folder.
 
-    Inputs that phases in `to_do` will make are left out. With `planned`, memory is planned even where there is
-    no vram_budget.
+    Data that phases in `to_do` will make is left out. With `planned`, memory is planned even where there is no
+    vram_budget.
 
     Raises:
         InputError: bad input, in one sentence with the remedy.
     """
     config, model = run.config, pipeline.model_of(run)
     if run.origin in to_do:
-        config, model = dataclasses.replace(config, **run.adapter_fields), pipeline.model
+        own = {field.name for field in dataclasses.fields(config)}
+        begun = {name: value for name, value in run.adapter_fields.items() if name in own}
+        config, model = dataclasses.replace(config, **begun), pipeline.model
+
+    def made(one: PhaseRun) -> str:
+        return AWAITED if one in to_do else str(one.output)
+
     inputs, awaited = {}, []
     for name, value in run.inputs.items():
         kept: list[Any] = []
         for one in entries(value):
-            named = pipeline.named(run, one)
-            if named in to_do:
-                awaited.append(f"{one}, which is made before it")
-                kept += [_awaited_reward(one)] if name == "reward_funcs" else []
-            else:
-                kept.append(one if named is None else str(named.output))
+            late = [other for other in pipeline.named(run, one) if other in to_do]
+            awaited += [f"{name} is still to be made by {other.name}" for other in late]
+            if not late or name == "reward_funcs":
+                kept.append(pipeline.filled(run, one, made))
         if kept:
             inputs[name] = kept if len(kept) > 1 else kept[0]
     with tempfile.TemporaryDirectory() as folder, releasing_locks():
-        config = dataclasses.replace(config, output_dir=folder, resume_from_checkpoint=None)
-        if "dataset" not in inputs:
-            found, facts = _plan_without_data(model, config, planned), []
+        config = dataclasses.replace(config, **run.kind.places(Path(folder)))
+        if "dataset" in inputs:
+            found = run.kind.check(model, config, **with_datasets(run, inputs))
         else:
-            checked = run.kind.check(model, config, **with_datasets(run, inputs))
-            found = checked.plan
-            facts = [f"{checked.num_rows} rows, {checked.total_steps} steps"] if not awaited else []
-            facts += checked.notes
-            if found is None and planned:
-                found = plan(read_config(model, config), config, adapter_config(model, config))
-    return Outlook([*facts, *(f"with {what}" for what in awaited)], found)
+            find_model(model, config)
+            run_device(config)
+            found = Outlook()
+        plan_found = found.plan
+        if plan_found is None and run.kind.trains_policy:
+            fitting = plan_to_fit if config.vram_budget is not None else plan if planned else None
+            if fitting is not None:
+                plan_found = fitting(read_config(model, config), config, adapter_config(model, config))
+    facts = found.facts[1:] if any(one.startswith("dataset ") for one in awaited) else found.facts  # not all the rows
+    return Outlook([*facts, *dict.fromkeys(awaited)], plan_found)
 
 
-def _plan_without_data(model: str, config: Any, planned: bool) -> Plan | None:
-    """The plan of a phase whose data is still to be made. Raise InputError for a model or device that cannot serve."""
-    find_model(model, config)
-    run_device(config)
-    if config.vram_budget is None and not planned:
-        return None
-    fitting = plan if config.vram_budget is None else plan_to_fit
-    return fitting(read_config(model, config), config, adapter_config(model, config))
+def awaited_reward(completions: list, **columns: Any) -> list[float]:
+    """Stand in for a reward that an earlier phase is to make."""
+    return [0.0] * len(completions)
 
 
-def _awaited_reward(name: str) -> Any:
-    """A stand-in for the reward that an earlier phase is to make."""
-
-    def reward(completions: list, **columns: Any) -> list[float]:
-        return [0.0] * len(completions)
-
-    reward.__name__ = name
-    return reward
+AWAITED = f"{__name__}.{awaited_reward.__name__}"
 
 
 def with_datasets(run: PhaseRun, inputs: dict[str, Any]) -> dict[str, Any]:

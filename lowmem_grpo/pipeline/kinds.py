@@ -1,37 +1,57 @@
 """The kinds of phases, a row each: their settings, what they read and make, how they are checked and run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.example_inputs import read_example_inputs
-from lowmem_grpo.inputs import RunInputs, read_training_inputs
+from lowmem_grpo.inputs import RunInputs, read_sampling_inputs, read_training_inputs
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.loops.sft import sft
+from lowmem_grpo.pipeline.sample import sample
+from lowmem_grpo.planner.plan import Plan
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """The knowledge of a phase that is still to do."""
+
+    facts: list[str] = field(default_factory=list)  # sentences for whoever watches
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of phase. Whatever it names besides settings is passed to `check` and `run` by name."""
+    """A kind of phase. Whatever a phase names besides settings is passed to `check` and `run` by name."""
 
     name: str
     config: type  # of its settings
-    inputs: tuple[str, ...]  # what it may name besides: datasets and rewards
-    needs: tuple[str, ...]  # those of `inputs` that it cannot do without
+    places: Callable[[Path], dict[str, Any]]  # the settings that the pipeline gives, by the phase's folder
+    inputs: tuple[str, ...]  # what it may name besides settings: datasets and rewards; `dataset` is needed
     output: str  # in its folder, what it makes: an adapter, or a file of rows
-    trains_policy: bool  # True where later phases go on with its adapter
-    read: Callable[..., Dataset]  # rows of one dataset, as its training reads them
-    check: Callable[..., RunInputs]  # (model, config, **inputs): what is wrong with them, before any weights are read
-    run: Callable[..., dict[str, Any]]  # (model, config, **inputs): the metrics of its last step
+    trains_policy: bool = False  # True where later phases go on with its adapter
+    read: Callable[..., Dataset] = load_rows  # the rows of one dataset, as the phase reads them
+    check: Callable[..., Outlook]  # of (model, config, **inputs), before any weights are read
+    run: Callable[..., dict[str, Any]]  # of (model, config, **inputs); the metrics of its last step
 
 
-def _check_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> RunInputs:
-    return read_example_inputs(model, dataset, eval_dataset, config)
+def _of_a_run(folder: Path) -> dict[str, Any]:
+    return {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
+
+
+def _outlook(found: RunInputs) -> Outlook:
+    return Outlook([f"{found.num_rows} rows, {found.total_steps} steps", *found.notes], found.plan)
+
+
+def _check_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> Outlook:
+    return _outlook(read_example_inputs(model, dataset, eval_dataset, config))
 
 
 def _run_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> dict[str, Any]:
@@ -40,8 +60,8 @@ def _run_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = No
 
 def _check_grpo(
     model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None
-) -> RunInputs:
-    return read_training_inputs(model, reward_funcs, dataset, eval_dataset, config)
+) -> Outlook:
+    return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config))
 
 
 def _run_grpo(
@@ -50,16 +70,29 @@ def _run_grpo(
     return train(model, reward_funcs, dataset, eval_dataset, config).history[-1]
 
 
+def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> Outlook:
+    found = read_sampling_inputs(model, reward_funcs, dataset, config.for_sampler())
+    return Outlook([f"{len(found.prompts)} prompts, {config.num_generations} completions of each", *found.notes])
+
+
+def _run_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> dict[str, Any]:
+    return sample(model, dataset, reward_funcs, config).metrics
+
+
 KINDS = {
     kind.name: kind
     for kind in (
         Kind(
-            "sft", SFTConfig, inputs=("dataset", "eval_dataset"), needs=("dataset",), output="adapter",
+            name="sft", config=SFTConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
             trains_policy=True, read=read_rows, check=_check_sft, run=_run_sft,
         ),
         Kind(
-            "grpo", GRPOConfig, inputs=("dataset", "eval_dataset", "reward_funcs"), needs=("dataset",),
-            output="adapter", trains_policy=True, read=load_rows, check=_check_grpo, run=_run_grpo,
+            name="grpo", config=GRPOConfig, places=_of_a_run, inputs=("dataset", "eval_dataset", "reward_funcs"),
+            output="adapter", trains_policy=True, check=_check_grpo, run=_run_grpo,
+        ),
+        Kind(
+            name="sample", config=SampleConfig, places=lambda folder: {"output": str(folder / "sampled.jsonl")},
+            inputs=("dataset", "reward_funcs"), output="sampled.jsonl", check=_check_sample, run=_run_sample,
         ),
     )
 }  # fmt: skip

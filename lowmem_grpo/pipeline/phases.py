@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from lowmem_grpo.settings_file import read_settings_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BASE = "base"  # in the place of a phase's name: the model that the pipeline is given
+QUOTED = re.compile(r"(['\"])(.*?)\1")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OF_ADAPTERS = tuple(field.name for field in dataclasses.fields(AdapterFields))
-OURS = ("output_dir", "resume_from_checkpoint")  # settings of a run that the pipeline gives
 OF_PYTHON = ("model", "peft_config", "tokenizer", "callbacks", "train_dataset")  # arguments of train() and sft()
 KEYS = ("model", "output_dir", "common", "eval", "phases")  # of a file
 NAMED = (InputError, NotFiniteError, NotSavedError, UnhealthyRunError)  # errors that are one sentence
@@ -85,10 +85,30 @@ class Pipeline:
         """The model that a phase begins with: the pipeline's, or the adapter of a phase before it."""
         return self.model if run.origin is None else str(run.origin.output)
 
-    def named(self, run: PhaseRun, value: Any) -> PhaseRun | None:
-        """The phase before `run` that an input of it names, or None where it names none."""
-        before = self.runs[: self.runs.index(run)]
-        return next((one for one in before if isinstance(value, str) and one.name == value), None)
+    def named(self, run: PhaseRun, value: Any) -> list[PhaseRun]:
+        """The phases before `run` that an input of it names: one by itself, or some in quotes within a call."""
+        if not isinstance(value, str):
+            return []
+        quoted = {text for _, text in QUOTED.findall(value)} if value.endswith(")") else {value}
+        return [one for one in self.runs[: self.runs.index(run)] if one.name in quoted]
+
+    def filled(self, run: PhaseRun, value: Any, text_of: Callable[[PhaseRun], str]) -> Any:
+        """An input of `run` with texts in place of the names of phases, or unchanged where it names none."""
+        for one in self.named(run, value):
+            text, name = text_of(one), re.escape(one.name)
+            value = text if value == one.name else re.sub(rf"(['\"]){name}\1", lambda _, text=text: repr(text), value)
+        return value
+
+    def needed(self, run: PhaseRun) -> list[PhaseRun]:
+        """The phases that a phase is made from: that of its adapter, and those that its inputs name."""
+        named = [one for value in run.inputs.values() for entry in entries(value) for one in self.named(run, entry)]
+        return named if run.origin is None else [run.origin, *named]
+
+
+def entries(value: Any) -> list[Any]:
+    """The datasets or rewards that an input names: several of a list, but one of a list of rows."""
+    is_several = isinstance(value, (list, tuple)) and not all(isinstance(one, Mapping) for one in value)
+    return list(value) if is_several else [value]
 
 
 @contextlib.contextmanager
@@ -173,11 +193,11 @@ def _resolved(
 ) -> PhaseRun:
     kind, origin, settings = KINDS[phase.kind], _origin(phase, before), dict(phase.settings)
     inputs = {name: settings.pop(name) for name in kind.inputs if settings.get(name) is not None}
-    for name in kind.needs:
-        if name not in inputs:
-            raise InputError(f"{name} is missing; name what it reads")
+    places = kind.places(folder)
+    if "dataset" not in inputs:
+        raise InputError("dataset is missing; name what it reads")
     for name in settings:
-        if name in OURS:
+        if name in places:
             raise InputError(f"{name} is the pipeline's to give; leave it out")
         if name in OF_PYTHON:
             raise InputError(f"a phase takes no {name}; leave it out, or do this phase by itself")
@@ -193,7 +213,7 @@ def _resolved(
         settings = {name: value for name, value in settings.items() if name not in OF_ADAPTERS}
     if kind.config is GRPOConfig and settings.get("beta") and (origin is not None or model_is_adapter):
         settings = {"reference": "initial", **settings}  # the KL is to hold it near what it goes on from
-    config = kind.config(**settings, output_dir=str(folder), resume_from_checkpoint="auto")
+    config = kind.config(**settings, **places)
     return PhaseRun(phase.name, kind, folder, origin, config, adapter_fields, inputs)
 
 
@@ -232,9 +252,10 @@ def _refuse_names(phases: Sequence[Phase]) -> None:
 
 def _refuse_unused(common: Mapping[str, Any], phases: Sequence[Phase], evaluation: Mapping[str, Any] | None) -> None:
     """Raise InputError for a common setting that nothing here reads."""
-    known = {field.name for phase in phases for field in dataclasses.fields(KINDS[phase.kind].config)}
+    kinds = [KINDS[phase.kind] for phase in phases]
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind.config)}
     for name in common:
-        if name in OURS:
+        if any(name in kind.places(Path()) for kind in kinds):
             raise InputError(f"common has {name}, which is the pipeline's to give; leave it out")
         if name not in known | (EVAL_FIELDS if evaluation is not None else set()):
             hint = did_you_mean(name, known, "give it to the phases that it is for")

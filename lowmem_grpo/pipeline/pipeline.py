@@ -12,9 +12,10 @@ from rich.console import Console
 from lowmem_grpo.errors import InputError, did_you_mean, printable_text, shown
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
-from lowmem_grpo.pipeline.check import Outlook, check, check_evaluation, with_datasets
-from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, naming, resolve
-from lowmem_grpo.pipeline.record import entries, fingerprint, is_done, read_record, refuse_changed, write_record
+from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
+from lowmem_grpo.pipeline.kinds import Outlook
+from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, entries, naming, resolve
+from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refuse_changed, write_record
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -165,9 +166,8 @@ def _done(pipeline: Pipeline, wanted: list[PhaseRun], anew: list[PhaseRun]) -> l
         if run in anew or not is_done(run):
             continue
         with naming(run.name):
-            named = [pipeline.named(run, one) for value in run.inputs.values() for one in entries(value)]
-            for other in [run.origin, *named]:
-                if other is not None and other not in done:
+            for other in pipeline.needed(run):
+                if other not in done:
                     raise InputError(
                         f"it is done, and {other.name}, which it is made from, is not; put {other.folder} back, or do "
                         f"both anew with --from {other.name}"
@@ -183,8 +183,7 @@ def _given(pipeline: Pipeline, run: PhaseRun) -> dict[str, Any]:
     """The inputs of a run, with what phases before it have made in the place of their names."""
     inputs = {}
     for name, value in run.inputs.items():
-        named = [(one, pipeline.named(run, one)) for one in entries(value)]
-        given = [one if other is None else str(other.output) for one, other in named]
+        given = [pipeline.filled(run, one, lambda other: str(other.output)) for one in entries(value)]
         inputs[name] = given if len(given) > 1 else given[0]
     return with_datasets(run, inputs)
 

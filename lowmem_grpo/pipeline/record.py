@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline
+from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline, entries
 from lowmem_grpo.tasks import is_task_name
 
 NAME = "done.json"
@@ -32,7 +32,7 @@ def fingerprint(pipeline: Pipeline, run: PhaseRun) -> dict[str, Any]:
     settings = settings_of_the_result(run.config)
     inputs = {"model": content(pipeline.model_of(run))}
     for name, value in run.inputs.items():
-        inputs[name] = [content(_path(pipeline, run, one)) for one in entries(value)]
+        inputs[name] = [_content(pipeline, run, one) for one in entries(value)]
     return json.loads(json.dumps({"kind": run.kind.name, "settings": settings, "inputs": inputs}, default=str))
 
 
@@ -45,15 +45,10 @@ def settings_of_the_result(config: Any) -> dict[str, Any]:
     }
 
 
-def entries(value: Any) -> list[Any]:
-    """The datasets or rewards that an input names: several of a list, but one of a list of rows."""
-    is_several = isinstance(value, (list, tuple)) and not all(isinstance(one, Mapping) for one in value)
-    return list(value) if is_several else [value]
-
-
-def _path(pipeline: Pipeline, run: PhaseRun, value: Any) -> Any:
+def _content(pipeline: Pipeline, run: PhaseRun, value: Any) -> Any:
+    """The identity of an input; of one that names phases, also that of what they have made."""
     named = pipeline.named(run, value)
-    return value if named is None else str(named.output)
+    return [value, *(content(one.output) for one in named)] if named else content(value)
 
 
 def content(value: Any) -> Any:
