@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from math import ceil
 from typing import Any, NamedTuple
 
 import triton
@@ -207,13 +208,15 @@ def _start_layer(name: str, **change) -> Kernel:
     return Kernel(name, decode_layer._start_kernel, arguments | change, num_warps=8)
 
 
-def _residual(name: str, num_warps: int = 8, **change) -> Kernel:
+def _residual(name: str, num_warps: int = 16, **change) -> Kernel:
     arguments = dict(
         stream_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, after_ptr=None,
         before_ptr="*fp32", out_ptr="*half", M="i32", share=None, after_eps="fp32", before_eps="fp32", N=3584, R=16,
-        STEP=decode_layer.STEP, SPLITS=8, AFTER_EARLY=True, BEFORE_EARLY=True, BLOCK=4096,
+        STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED, SPLITS=16, AFTER_EARLY=True, BEFORE_EARLY=True,
+        BLOCK=4096,
     )  # fmt: skip
-    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps)
+    steps = ceil(change.get("R", 16) / decode_layer.STEP)  # a thread has one of an adapter's numbers of each
+    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=steps)
 
 
 def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
@@ -222,20 +225,22 @@ def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr="*half", query_gain_ptr=None, key_gain_ptr=None,
         cos_ptr="*half", sin_ptr="*half", positions_ptr="*i64", prefilled_ptr="*i64", table_ptr="*i64",
         query_ptr="*half", own_ptr="*half", scales_ptr=None, addresses_ptr="*i64", query_eps="fp32", key_eps="fp32",
-        D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=48, R=16, STEP=decode_layer.STEP, SPLITS=4, EARLY=True,
-        WHOLE=False, HEADS=1, BLOCK_D=128,
+        D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=48, R=16, STEP=decode_layer.STEP,
+        UNROLLED=decode_layer.UNROLLED, SPLITS=4, EARLY=True, WHOLE=False, HEADS=1, BLOCK_D=128,
     )  # fmt: skip
-    # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale.
-    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=10, fuses=False)
+    # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale; and one of an
+    # adapter's numbers.
+    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=23, fuses=False)
 
 
 def _gated(name: str, **change) -> Kernel:
     arguments = dict(
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, out_ptr="*half", M="i32", WIDTH=18944,
-        LOW=32, R=16, STEP=decode_layer.STEP, SPLITS=2, ACTIVATION="silu", ROWS=1,
-        BLOCK=decode_layer.COLUMNS,
+        LOW=32, R=16, STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED_BY_ROWS, SPLITS=2,
+        ACTIVATION="silu", ROWS=1, BLOCK=decode_layer.COLUMNS,
     )  # fmt: skip
-    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2)
+    # As above, of gate and of up.
+    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2)
 
 
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
@@ -312,7 +317,7 @@ KERNELS = [
     _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, K=3584, SPLITS=1, BLOCK_M=64),
     _start_layer("decode_layer start, 3584"),
     _residual("decode_layer residual, 3584"),
-    _residual("decode_layer residual, 3584, rank 64, norm after, share", R=64, after_ptr="*fp32", share="fp32"),
+    _residual("decode_layer residual, 3584, rank 64, norm after, share", 8, R=64, after_ptr="*fp32", share="fp32"),
     _residual("decode_layer residual, 8192", 16, N=8192, BLOCK=8192, SPLITS=4),
     _heads("decode_layer heads, 128"),
     _heads(

@@ -33,7 +33,10 @@ Norm = tuple[Tensor, float, bool]
 Backend = Literal["auto", "triton", "torch"]
 NO_NORM = (None, 0.0, False)
 RANK = 16  # an adapter's rank is a multiple of it, by zeros
-STEP = 4  # of its columns that are in hand at a time
+STEP = 16  # of its columns that are in hand at a time
+# Ranks up to this are taken without a loop. More would take a minute to compile, and of gated, which loops over rows,
+# all of b into registers.
+UNROLLED, UNROLLED_BY_ROWS = 64, 16
 COLUMNS = 512  # of gated in a program: 8 to each thread of 2 warps, 16 bytes of b
 ROWS = 8  # of gated in a program at most: as many as b has times 16 columns, since each program reads b from L2
 
@@ -42,6 +45,22 @@ if triton is not None:
     @triton.jit
     def _rounded(x, dtype: tl.constexpr):
         return x.to(dtype).to(tl.float32)
+
+    @triton.jit
+    def _raised(
+        low_ptr, b_ptr, row, M, n, n_in, low_column, first, N: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr,
+        SPLITS: tl.constexpr, dtype: tl.constexpr,
+    ):  # fmt: skip
+        """What STEP columns of an adapter add to a row at columns n: their rounded sums of low times rows of b."""
+        PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
+        part, r = tl.arange(0, PARTS)[:, None], tl.arange(0, STEP)
+        at = low_ptr + (part * M + row) * LOW + low_column + first + r[None, :]
+        low = _rounded(tl.sum(tl.load(at, mask=part < SPLITS, other=0.0), 0), dtype)  # (STEP,), by one load
+        high = tl.zeros(n.shape, tl.float32)
+        for column in tl.static_range(STEP):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
+            b = tl.load(b_ptr + (first + column) * N + n, mask=n_in, other=0.0).to(tl.float32)
+            high += tl.sum(tl.where(r == column, low, 0.0), 0) * b
+        return high
 
     @triton.jit
     def _finished(
@@ -58,6 +77,7 @@ if triton is not None:
         LOW: tl.constexpr,
         R: tl.constexpr,
         STEP: tl.constexpr,
+        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
         dtype: tl.constexpr,
     ):
@@ -70,13 +90,12 @@ if triton is not None:
         y = _rounded(y, dtype)
         if low_ptr is not None:
             high = tl.zeros(n.shape, tl.float32)
-            for first in range(0, R, STEP):
-                for r in tl.static_range(STEP):  # pyright: ignore[reportGeneralTypeIssues]: likewise
-                    low = 0.0
-                    for split in tl.static_range(SPLITS):
-                        low += tl.load(low_ptr + (split * M + row) * LOW + low_column + first + r)
-                    b = tl.load(b_ptr + (first + r) * N + n, mask=n_in, other=0.0).to(tl.float32)
-                    high += _rounded(low, dtype) * b
+            if R <= UNROLLED:  # in a loop the addresses of b take so many registers that they spill
+                for first in tl.static_range(0, R, STEP):  # pyright: ignore[reportGeneralTypeIssues]: likewise
+                    high += _raised(low_ptr, b_ptr, row, M, n, n_in, low_column, first, N, LOW, STEP, SPLITS, dtype)
+            else:
+                for first in range(0, R, STEP):
+                    high += _raised(low_ptr, b_ptr, row, M, n, n_in, low_column, first, N, LOW, STEP, SPLITS, dtype)
             y = _rounded(y + high, dtype)
         return y
 
@@ -131,6 +150,7 @@ if triton is not None:
         N: tl.constexpr,
         R: tl.constexpr,
         STEP: tl.constexpr,
+        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
         AFTER_EARLY: tl.constexpr,
         BEFORE_EARLY: tl.constexpr,
@@ -141,7 +161,7 @@ if triton is not None:
         row = tl.program_id(0)
         n = tl.arange(0, BLOCK)
         n_in = n < N
-        y = _finished(parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, N, R, R, STEP, SPLITS, dtype)
+        y = _finished(parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, N, R, R, STEP, UNROLLED, SPLITS, dtype)
         if after_ptr is not None:
             y = _normed(y, tl.sum(y * y, 0), after_ptr, n, n_in, after_eps, N, AFTER_EARLY, dtype)
         if share is not None:
@@ -191,6 +211,7 @@ if triton is not None:
         LOW: tl.constexpr,
         R: tl.constexpr,
         STEP: tl.constexpr,
+        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
         EARLY: tl.constexpr,
         WHOLE: tl.constexpr,
@@ -211,7 +232,7 @@ if triton is not None:
         inside = (d < D) & (head < tl.where(kind == 0, H, H_KV))
         y = _finished(
             parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, begin + head * D + d, inside, kind * ((LOW - R) // 2), N, LOW,
-            R, STEP, SPLITS, dtype,
+            R, STEP, UNROLLED, SPLITS, dtype,
         )  # fmt: skip
         position = tl.load(positions_ptr + row)
         if kind < 2:
@@ -282,6 +303,7 @@ if triton is not None:
         LOW: tl.constexpr,
         R: tl.constexpr,
         STEP: tl.constexpr,
+        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
         ACTIVATION: tl.constexpr,
         ROWS: tl.constexpr,
@@ -295,11 +317,12 @@ if triton is not None:
             row = tl.program_id(0) * ROWS + i
             if row < M:
                 gate = _finished(
-                    parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, 2 * WIDTH, LOW, R, STEP, SPLITS, dtype
-                )
+                    parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, 2 * WIDTH, LOW, R, STEP, UNROLLED, SPLITS,
+                    dtype,
+                )  # fmt: skip
                 up = _finished(
                     parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n + WIDTH, n_in, LOW - R, 2 * WIDTH, LOW, R, STEP,
-                    SPLITS, dtype,
+                    UNROLLED, SPLITS, dtype,
                 )  # fmt: skip
                 if ACTIVATION == "silu":
                     y = gate / (1.0 + tl.exp(-gate))
@@ -423,11 +446,12 @@ def residual(
             with torch.cuda.device_of(stream):
                 after_gain, after_eps, after_early = after or NO_NORM
                 before_gain, before_eps, before_early = before or NO_NORM
-                block = triton.next_power_of_2(N)
+                block, rank = triton.next_power_of_2(N), 0 if b is None else len(b)
                 _residual_kernel[(S,)](
                     stream, parts, low, b, bias, after_gain, before_gain, out, S, None if share == 1 else share,
-                    after_eps, before_eps, N=N, R=0 if b is None else len(b), STEP=STEP, SPLITS=splits,
-                    AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block, num_warps=_num_warps(block),
+                    after_eps, before_eps, N=N, R=rank, STEP=STEP, UNROLLED=UNROLLED, SPLITS=splits,
+                    AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block,
+                    num_warps=_num_warps(block, 8 if rank <= 32 else 16),
                 )  # fmt: skip
         return out
     y = _after_norm(_summed(parts, low, b, bias, [N], stream.dtype), after)
@@ -458,8 +482,8 @@ def gated(
                 rows = 1 if b is None else min(ROWS, len(b) // RANK)
                 _gated_kernel[(triton.cdiv(S, rows), triton.cdiv(N // 2, COLUMNS))](
                     parts, low, b, bias, out, S, WIDTH=N // 2, LOW=0 if low is None else low.shape[2],
-                    R=0 if b is None else len(b), STEP=STEP, SPLITS=splits, ACTIVATION=activation, ROWS=rows,
-                    BLOCK=COLUMNS, num_warps=2,
+                    R=0 if b is None else len(b), STEP=STEP, UNROLLED=UNROLLED_BY_ROWS, SPLITS=splits,
+                    ACTIVATION=activation, ROWS=rows, BLOCK=COLUMNS, num_warps=2,
                 )  # fmt: skip
         return out
     gate, up = _summed(parts, low, b, bias, [parts.shape[2] // 2] * 2, dtype).chunk(2, 1)
@@ -491,17 +515,17 @@ def _launch_heads(
                 layer * own.stride(0), *own.stride()[1:4],
                 *((0, 0, 0, 0) if scales is None else (layer * scales.stride(0), *scales.stride()[1:4])),
                 D=D, H=H, H_KV=kv_heads, ROTARY=0 if cos is None else cos.shape[1], PAIRED=paired,
-                LOW=0 if low is None else low.shape[2], R=0 if b is None else len(b), STEP=STEP, SPLITS=splits,
-                EARLY=early, WHOLE=whole, HEADS=triton.next_power_of_2(H) if whole else 1,
+                LOW=0 if low is None else low.shape[2], R=0 if b is None else len(b), STEP=STEP, UNROLLED=UNROLLED,
+                SPLITS=splits, EARLY=early, WHOLE=whole, HEADS=triton.next_power_of_2(H) if whole else 1,
                 BLOCK_D=triton.next_power_of_2(D), num_warps=8 if whole else 1,
                 enable_fp_fusion=False,  # a product in 16 bits and a sum would become one, rounded once
             )  # fmt: skip
     return query
 
 
-def _num_warps(block: int) -> int:
-    """Warps for a row of `block` columns: 16 columns to each thread, where that is possible."""
-    return min(16, max(1, block // 512))
+def _num_warps(block: int, columns: int = 16) -> int:
+    """Warps for a row of `block` columns: so many columns to each thread, where that is possible."""
+    return min(16, max(1, block // (32 * columns)))
 
 
 def _summed(
