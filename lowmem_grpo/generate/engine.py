@@ -208,24 +208,25 @@ def _run(
         step = Graphs(captures, slots.step, slots.state(), slots.held, kind)
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
-    texts: dict[int, list[list]] = {}
+    texts: dict[int, tuple[list[int], list[Tensor]]] = {}  # token ids, and (block, 2) log-probabilities of each
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(request.prompts, request.prefill_tokens, block):
-            texts.setdefault(scheduler.slots[slot], [[], [], []])  # type: ignore[arg-type] # a new slot holds one
+            texts.setdefault(scheduler.slots[slot], ([], []))  # type: ignore[arg-type] # a new slot holds one
         slots.reserve(block)
         slots.shrink(captured=captures is not None)
-        made = torch.stack([slots.advance(step) for _ in range(block)]).tolist()  # one copy to the host for the block
+        made = torch.stack([slots.advance(step) for _ in range(block)]).cpu()  # one copy to the host for the block
+        token_ids, logprobs = made[:, 0].long().t().tolist(), made[:, 1:].float().unbind(2)
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
                 continue
-            text = texts[completion]
-            for tokens, *logprobs in made:
-                for kept, value in zip(text, (int(tokens[slot]), *(x[slot] for x in logprobs)), strict=True):
-                    kept.append(value)
-                finish = finish_of(text[0])
+            ids, known = texts[completion]
+            known.append(logprobs[slot])
+            for token_id in token_ids[slot]:
+                ids.append(token_id)
+                finish = finish_of(ids)
                 if finish is not None:
-                    own, proposal = (torch.tensor(values) for values in text[1:])
-                    done[completion] = Completion(text[0], own, proposal, finish)
+                    own, proposal = (values.clone() for values in torch.cat(known)[: len(ids)].unbind(1))
+                    done[completion] = Completion(ids, own, proposal, finish)
                     del texts[completion]
                     scheduler.finish(slot)
                     break

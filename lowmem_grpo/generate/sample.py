@@ -107,6 +107,11 @@ class Sampler:
             )
         return reason
 
+    @cached_property
+    def copy_bytes(self) -> int:
+        """Bytes of dense weights to sample from."""
+        return dense_bytes(self.policy.base, self.policy.dtype)
+
     def fast_step(self, num_positions: int) -> FastStep | None:
         """A step that decodes with the adapters that are worn, or None. Tried once of them, with a warning."""
         device = self.policy.device
@@ -196,7 +201,7 @@ class Sampler:
     ) -> Sampled:
         config, policy = self.config, self.policy
         shape = self.store_shape(prompts, num_generations, num_tokens).at_most(len(prompts) * num_generations)
-        copy_bytes = dense_bytes(policy.base, policy.dtype)
+        copy_bytes = self.copy_bytes
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
         dense = bool(self.samples_dense) if config.rollout_weights == "auto" else config.rollout_weights == "dense"

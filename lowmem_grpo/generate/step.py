@@ -15,7 +15,7 @@ adapter's scale is in its second factor: rounded once more where it is no power 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -59,9 +59,8 @@ class Linears:
         rank = max(sum(len(a) for a, _, _ in _worn(linear)) for linear in product.linears)
         self.rank = -(-rank // RANK) * RANK
 
-    @torch.no_grad()
-    def wear(self, kept: Kept) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Take over the adapters' values into what is kept; returns views of them by linear, (K, R) and (R, N_i)."""
+    def wear(self, kept: Kept, copies: "Copies") -> dict[Any, tuple[Tensor, Tensor]]:
+        """Ask for copies of the adapters' values in what is kept; returns views of them by linear, (K, R), (R, N_i)."""
         if not self.rank:
             return {}
         linears, sizes = self.product.linears, self.product.sizes
@@ -73,8 +72,8 @@ class Linears:
         for linear, its_a, its_b in zip(linears, self.a.split(self.rank), self.b.split(sizes, 1), strict=True):
             at = 0
             for a, b, scale in _worn(linear):
-                its_a[at : at + len(a)] = a
-                its_b[at : at + len(a)] = b.t() * scale
+                copies.plain.append((its_a[at : at + len(a)], a))
+                copies.scaled.append((its_b[at : at + len(a)], b.t(), scale))
                 at += len(a)
             views |= {linear: (its_a.t(), its_b)} if at else {}
         return views
@@ -113,6 +112,22 @@ class Linears:
             wholes = [_in_fp32(x, matrix) for matrix in self.matrices]
         parts = wholes[0] if len(wholes) == 1 else torch.cat(wholes, 1)
         return parts[None], None if self.a is None else _in_fp32(x, self.a)[None], self.b, bias
+
+
+class Copies(NamedTuple):
+    """Adapters' values to copy, and where to: many in one call, since each call costs the host what a launch does."""
+
+    plain: list[tuple[Tensor, Tensor]]  # to, from
+    scaled: list[tuple[Tensor, Tensor, float]]  # to, from, times
+
+    @torch.no_grad()
+    def make(self) -> None:
+        if self.plain:
+            to, values = (list(side) for side in zip(*self.plain, strict=True))
+            torch._foreach_copy_(to, values)
+        if self.scaled:
+            to, values, scales = (list(side) for side in zip(*self.scaled, strict=True))
+            torch._foreach_copy_(to, torch._foreach_mul(values, scales))
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,12 @@ class FastStep:
         every = [linears for layer in self.layers for linears in layer]
         kept = kept or Kept()
         try:
-            factors = {linear: views for linears in every for linear, views in linears.wear(kept).items()}
+            factors: dict[Any, tuple[Tensor, Tensor]] = {}
+            for layer in self.layers:
+                copies = Copies([], [])
+                for linears in layer:
+                    factors |= linears.wear(kept, copies)
+                copies.make()
             yield Shared({base: rows for x in every if dense for base, rows in x.dequantize().items()}, factors)
         finally:
             for linears in every:

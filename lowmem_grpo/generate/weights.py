@@ -12,7 +12,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_grpo.model.lora import plain_lora_layers, worn_by
+from lowmem_grpo.model.lora import every_module, plain_lora_layers, worn_by
 from lowmem_grpo.model.product_4bit import dequantized, product_of
 
 Copy = Callable[[Hashable, Tensor, torch.dtype], Tensor]  # values under a name, in a dtype
@@ -46,14 +46,14 @@ def fast_linears(
             forwards[layer] = _adapted(forwards.get(base) or product_of(base), dtype, its)
     before = {layer: vars(layer).get("forward") for layer in forwards}  # training's, or accelerate's
     try:
-        for layer, forward in forwards.items():
-            layer.forward = forward
+        for layer, forward in forwards.items():  # past nn.Module.__setattr__, which looks among parameters and modules
+            vars(layer)["forward"] = forward
         yield
     finally:
         for layer, forward in before.items():
             vars(layer).pop("forward", None)
             if forward is not None:
-                layer.forward = forward
+                vars(layer)["forward"] = forward
 
 
 def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -62,7 +62,7 @@ def dense_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _in_4bit(model: nn.Module) -> list[Any]:
-    return [layer for layer in model.modules() if type(layer) is Linear4bit]
+    return [layer for layer in every_module(model) if type(layer) is Linear4bit]
 
 
 def _dense(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Callable:

@@ -5,6 +5,7 @@ the input for each adapted layer. Here a layer's product and its adapter are one
 input, once for all that share it (q, k and v; gate and up), and r numbers a token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,9 +108,20 @@ def _is_plain(layer: Any, name: str) -> bool:
     return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a model, each once, as modules() has them, but in another order and without making up names."""
+    waiting, seen = [model], {model}
+    while waiting:
+        module = waiting.pop()
+        yield module
+        new = [child for child in vars(module)["_modules"].values() if child is not None and child not in seen]
+        seen.update(new)
+        waiting += reversed(new)
+
+
 def _linear_lora_layers(model: nn.Module) -> list[Any]:
     return [
         layer
-        for layer in model.modules()
+        for layer in every_module(model)
         if isinstance(layer, LoraLayer) and type(layer.get_base_layer()) in (nn.Linear, Linear4bit)
     ]
