@@ -6,6 +6,7 @@ from typing import Any
 
 from lowmem_grpo.config.fields import describe, field_types
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sections import sections
 from lowmem_grpo.config.sft import SFTConfig
 
@@ -26,6 +27,12 @@ OF_EXAMPLES = """\
 `lowmem-grpo sft` has the settings above of run, model, adapters, data, update, optimizer, evaluation and saving, but
 for what is about prompts and completions. These are its own, or have another default.
 """
+OF_PAIRS = """\
+## RewardConfig
+
+`lowmem-grpo reward` has the settings above of run, model, adapters, data, update, optimizer, evaluation and saving, but
+for what is about prompts and completions. These are its own, or have another default.
+"""
 
 
 def as_text(value: Any) -> str:
@@ -39,9 +46,11 @@ def page() -> str:
     for title, fields in sections(GRPOConfig):
         lines += [f"## {title.capitalize()}\n", *table(fields, GRPOConfig)]
     own = {field.name: field.default for _, fields in sections(GRPOConfig) for field in fields}
-    others = [field for _, fields in sections(SFTConfig) for field in fields]
-    others = [field for field in others if own.get(field.name, field) != field.default]
-    return "\n".join([*lines, OF_EXAMPLES, *table(others, SFTConfig)])
+    for words, config in ((OF_EXAMPLES, SFTConfig), (OF_PAIRS, RewardConfig)):
+        others = [field for _, fields in sections(config) for field in fields]
+        others = [field for field in others if own.get(field.name, field) != field.default]
+        lines += [words, *table(others, config)]
+    return "\n".join(lines)
 
 
 def table(fields: list[Field], config: type) -> list[str]:

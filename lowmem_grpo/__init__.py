@@ -5,12 +5,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 if TYPE_CHECKING:
     from lowmem_grpo.loops.grpo import train
+    from lowmem_grpo.loops.reward import train_reward_model
     from lowmem_grpo.loops.sft import sft
     from lowmem_grpo.model.policy import Policy
     from lowmem_grpo.objective.loss import register_objective
@@ -26,6 +28,7 @@ __all__ = [
     "Phase",
     "PipelineResult",
     "Policy",
+    "RewardConfig",
     "SFTConfig",
     "SampleConfig",
     "SampleResult",
@@ -37,9 +40,11 @@ __all__ = [
     "select",
     "sft",
     "train",
+    "train_reward_model",
 ]
 
 _HOMES = {
+    "train_reward_model": "lowmem_grpo.loops.reward",
     "train": "lowmem_grpo.loops.grpo", "sft": "lowmem_grpo.loops.sft", "TrainResult": "lowmem_grpo.run.run",
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",
     "sample": "lowmem_grpo.pipeline.sample", "SampleResult": "lowmem_grpo.pipeline.sample",

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from lowmem_grpo.config.fields import describe, field_types, from_text
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
 from lowmem_grpo.config.select import SelectConfig
@@ -56,6 +57,11 @@ LABEL_EXAMPLE = """\
 example:
   lowmem-grpo label sampled.jsonl --output pairs.jsonl
 """
+REWARD_EXAMPLE = """\
+example:
+  lowmem-grpo reward --model Qwen/Qwen2.5-1.5B-Instruct --dataset pairs.jsonl --output_dir rm
+  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset prompts.jsonl --reward_funcs rm/adapter --beta 0.02
+"""
 EVAL_EXAMPLE = """\
 example:
   lowmem-grpo eval --model gsm8k/adapter --dataset gsm8k --num_generations_eval 8 --max_completion_length 768
@@ -76,7 +82,7 @@ example:
   lowmem-grpo r1 --config mine.yaml                 # again after a stop: goes on where it was
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
-TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig}  # the commands that train
+TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}  # the commands that train
 ONLY_DATASET = {"eval": "evaluate on", "data": "look at", "sample": "ask"}  # by command, what --dataset is for
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
@@ -111,6 +117,11 @@ PIPELINE_FLAGS = (
     ("--output_dir", "DIR", "folder of the phases' folders, in place of the file's"),
     ("--until", "PHASE", "the last phase to run"),
     ("--from", "PHASE", "do this phase and all after it anew; what they have made is kept under other names"),
+)
+OF_PAIRS = (
+    INPUTS[0],
+    ("dataset", INPUTS[1][1], "hub id, JSONL, JSON, CSV or Parquet file, with chosen, rejected and perhaps a prompt"),
+    ("eval_dataset", (), "hub id (its test split is read) or file of pairs to measure the accuracy on"),
 )
 WITHOUT_EVAL_DATASET = [one for one in INPUTS if one[0] != "eval_dataset"]
 
@@ -325,6 +336,16 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     )
     pipeline_parser.add_argument("--print", action="store_true", help="print the file that --config names, and exit")
 
+    reward_parser = add_command(
+        "reward", REWARD_EXAMPLE, help="train a reward model from pairs of a better and a worse text",
+        description="Train LoRA adapters and a score head on a 4-bit model to score the better text of a pair higher. "
+        "`lowmem-grpo train` takes the adapter as a reward, on the base that it trains anyway.",
+        usage="lowmem-grpo reward --model M --dataset D [options]",
+    )  # fmt: skip
+    reward_parser.set_defaults(run=run_reward)
+    add_inputs(reward_parser, "what to train, on what", OF_PAIRS)
+    add_config_flags(reward_parser, every_setting, config=RewardConfig)
+
     eval_parser = add_command(
         "eval", EVAL_EXAMPLE, help="evaluate a model or an adapter",
         description="Evaluate a model, or an adapter beside its base, on a hub dataset's test split, a file, or what a "
@@ -356,7 +377,7 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
         description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
         "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
         "GPU is needed.",
-        usage="lowmem-grpo plan [sft] --model M [--vram_budget 8GB] [--json] [options]",
+        usage="lowmem-grpo plan [sft|reward] --model M [--vram_budget 8GB] [--json] [options]",
     )  # fmt: skip
     plan_parser.set_defaults(run=partial(run_plan, planned))
     plan_parser.add_argument(
@@ -559,6 +580,19 @@ def run_phases(given: dict[str, Any]) -> int:
     if result.adapter is not None:
         with writing_output():
             print(printable(f"adapter: {result.adapter}"))
+    return 0
+
+
+def run_reward(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given, command="reward", config=RewardConfig)
+    if "reward_funcs" in inputs:
+        raise InputError("reward_funcs is for `lowmem-grpo train`; reward learns from pairs, and makes one")
+    config = RewardConfig(**fields)
+    from lowmem_grpo.loops.reward import train_reward_model
+
+    result = train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
+    with writing_output():
+        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 

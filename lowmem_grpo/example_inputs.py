@@ -28,7 +28,7 @@ class ExampleInputs(RunInputs):
 
     given: SFTConfig
     config: SFTConfig
-    examples: Examples
+    examples: Examples[Example]
     eval_examples: list[Example]  # empty where nothing is evaluated
 
     @property

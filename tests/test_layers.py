@@ -25,7 +25,7 @@ FLOORS = (
     "loops",
     "run",
     "evaluation",
-    "example_inputs",
+    "example_inputs pair_inputs",
     "inputs",
     "identity planner",
     "update",

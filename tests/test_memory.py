@@ -28,8 +28,10 @@ from transformers import (
 from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example
+from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import read
 from lowmem_grpo.generate.shape import kv_shape, store_shape
@@ -42,6 +44,7 @@ from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.planner import trace
 from lowmem_grpo.update import nll
 from lowmem_grpo.update.optimizer import make_optimizer
+from lowmem_grpo.update.pairs import micro_batches as micro_batches_of_pairs
 
 WIDE = {"vocab_size": 512, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SHAPES = {
@@ -120,7 +123,7 @@ def micro_batches(policy, config, prompts=None, completions=None):
     )  # fmt: skip
 
 
-def kept_bytes(policy, config, batch=None):
+def kept_bytes(policy, config, batch=None, compute=None):
     """Unique storages that a micro-batch's forward saves, the even step's first by default, but for the model's own.
 
     Positions and masks are not saved by autograd: layers hand them to their recomputation by keyword.
@@ -146,7 +149,7 @@ def kept_bytes(policy, config, batch=None):
         for layer in policy.decoder.layers
     ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logprobs = policy.logprobs(batch, 1.0)
+        logprobs = policy.logprobs(batch, 1.0) if compute is None else compute(batch)
     for watch in watches:
         watch.remove()
     for mask in batch.packing.masks.values() if batch.packing else ():  # of attention, with the micro-batch
@@ -761,6 +764,29 @@ def test_activations_of_supervised_training_are_as_predicted(name, rung):
     found = planner.forecast(SHAPES[name], config)
     assert_near(found.phases["update"]["activations kept"], max(kept_bytes(policy, config, one) for one in batches))
     assert set(found.phases) == {"update", "evaluation"} and "reference" not in found.phases
+
+
+@pytest.mark.parametrize("rung", ["none", "both", "padded"])
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("qwen3, untied", marks=pytest.mark.slow)])
+def test_activations_of_a_reward_models_training_are_as_predicted(name, rung):
+    config = RewardConfig(max_length=64, pairs_per_step=8, use_cpu=True, **RUNGS[rung])
+    policy = make_policy(name, config)
+    policy.add_score_head(policy.adapter, seed=0)
+    apart = [Pair([5] * 64, [6] * 64)] * 8
+    batch = next(micro_batches_of_pairs(policy, apart, config, config.token_budget))
+    found = planner.forecast(SHAPES[name], config)
+    assert_near(found.phases["update"]["activations kept"], kept_bytes(policy, config, batch, policy.scores))
+    assert set(found.phases) == {"update", "evaluation"}
+    head = sum(4 * p.numel() for p in policy.parameters_of(policy.adapter).values())
+    assert found.resident["adapters"] + found.resident["score head"] // 4 == head
+
+
+def test_a_reward_models_training_is_planned_for_its_longest_text():
+    found = planner.plan(large_shape(), RewardConfig(max_length=4096, vram_budget="8GB"))
+    assert found.assumptions == ["The longest text of a pair is assumed to have 4096 tokens: max_length is 4096."]
+    assert found.remedy is None and found.forecast.peak() <= 8e9 and found.config.max_length == 4096
+    remedy = planner.plan(large_shape(), RewardConfig(max_length=2**17, vram_budget="6GB")).remedy
+    assert "max_length=" in remedy and remedy.endswith("would fit")
 
 
 def test_supervised_training_is_planned_for_its_longest_example():

@@ -213,6 +213,23 @@ class ExampleFields(RowFields):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairFields(RowFields):
+    """Rows, how they become pairs of a better and a worse text, and the loss of their scores."""
+
+    max_length: int | None = option(
+        1024,
+        "most tokens of either text of a pair; pairs with a longer one are dropped and counted",
+        common=True,
+        above=1,
+        at_most=2**18,
+    )
+    pairs_per_step: int = option(16, "pairs of a step", common=True, above=0, at_most=2**13)
+    center_rewards_coefficient: float | None = option(
+        None, "weight of the squared sum of a pair's scores, which draws them towards 0; 0.01 is usual", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompletionFields(Checked):
     """How many prompts and completions are sampled at a time, and how a token is chosen."""
 
@@ -542,11 +559,11 @@ def _bytes(text: str) -> int:
 
 TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
-    PromptFields: "data", DataFields: "data", ExampleFields: "data", CompletionFields: "sampling",
-    SamplingFields: "sampling", ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages",
-    CriticFields: "critic", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",
-    OptimizerFields: "optimizer", EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
-    SavingFields: "saving", CompletionSavingFields: "saving",
+    PromptFields: "data", DataFields: "data", ExampleFields: "data", PairFields: "data",
+    CompletionFields: "sampling", SamplingFields: "sampling", ScoreFields: "rewards and advantages",
+    RewardFields: "rewards and advantages", CriticFields: "critic", ObjectiveFields: "objective",
+    BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer", EvaluationFields: "evaluation",
+    SampledEvaluationFields: "evaluation", SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip
 
 

@@ -111,16 +111,31 @@ _SFT_FIELDS = {
     "set max_length": "max_seq_length max_prompt_length max_completion_length",
 }  # fmt: skip
 UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.items() for name in names.split()}
+# Of RewardConfig alone.
+_REWARD_FIELDS = {
+    "pairs are packed without padding; remove it": "pad_to_multiple_of",
+    "set tokenizer.eos_token or tokenizer.pad_token, and pass that tokenizer": "eos_token pad_token",
+    "pass a tokenizer that has it": "chat_template_path",
+    "rows are tokenized once, in this process; remove it": "dataset_num_proc",
+    "a step holds pairs_per_step pairs and token_budget bounds a micro-batch; use those":
+        "per_device_train_batch_size gradient_accumulation_steps",
+    "set max_length": "max_prompt_length max_completion_length",
+}  # fmt: skip
+UNSUPPORTED_REWARD = UNSUPPORTED | {name: remedy for remedy, names in _REWARD_FIELDS.items() for name in names.split()}
+# By the name of a configuration: what it lacks, and the command that it is of.
+_OF_CONFIG = {
+    "SFTConfig": (UNSUPPORTED_SFT, "sft"), "RewardConfig": (UNSUPPORTED_REWARD, "reward"),
+    "SampleConfig": (UNSUPPORTED | UNSUPPORTED_PPO, "sample"), "SelectConfig": ({}, "select"),
+}  # fmt: skip
 
 
 def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
     known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
-    remedies = {"SFTConfig": UNSUPPORTED_SFT, "SelectConfig": {}}.get(kind, UNSUPPORTED | UNSUPPORTED_PPO)
+    remedies, command = _OF_CONFIG.get(kind, (UNSUPPORTED | UNSUPPORTED_PPO, "train"))
     for name in given:
         if name not in known and name in remedies:
             raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
         if name not in known:
-            command = {"SFTConfig": "sft", "SampleConfig": "sample", "SelectConfig": "select"}.get(kind, "train")
             hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
             raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
@@ -21,6 +21,7 @@ from lowmem_grpo.output.saved import whole
 
 FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",)
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+T = TypeVar("T")  # an example, or a pair
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # what a template marks an assistant's words with
 
 
@@ -39,14 +40,14 @@ class Example:
 
 
 @dataclass
-class Examples:
-    """A run's examples, and its place in the endless stream of epochs of them. A part of a checkpoint."""
+class Examples(Generic[T]):
+    """A run's examples, or pairs, and its place in the endless stream of epochs of them. A part of a checkpoint."""
 
-    all: list[Example]
+    all: list[T]
     config: Order
     position: int = 0  # of the next example
 
-    def take(self, count: int) -> list[Example]:
+    def take(self, count: int) -> list[T]:
         """The next examples of the stream."""
         places = range(self.position, self.position + count)
         self.position = places.stop

@@ -74,11 +74,13 @@ def pack(
     chosen: Sequence[bool] | None = None,
     num_generations: int = 1,
     padding_free: bool = False,
+    last_only: bool = False,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of at most token_budget tokens, padding included, the longest first, of the chosen completions.
 
     completions[b] is of prompts[b // num_generations]. Tokens are numbered completion after completion, all of them. A
-    sequence longer than the budget still makes a micro-batch of its own.
+    sequence longer than the budget still makes a micro-batch of its own. With last_only each completion's last token is
+    the only one that counts, as where the text before it is scored.
 
     padding_free puts sequences into one row for the attention of packed_attention.py, and a prompt once for its
     completions, where that leaves 1 / SHARE_FROM of the tokens or less. A group that does not fit is split, and so is
@@ -89,7 +91,7 @@ def pack(
     if padding_free:
         pieces = _pieces(rows, prompts, completions, num_generations, token_budget)
         for filled in _bins(pieces, token_budget):
-            yield _packed(filled, completions, offsets, token_budget, pad_token_id, device)
+            yield _packed(filled, completions, offsets, token_budget, pad_token_id, device, last_only)
         return
     owners = [prompts[b // num_generations] for b in range(len(completions))]
     rows.sort(key=lambda b: len(owners[b]) + len(completions[b]), reverse=True)
@@ -97,20 +99,21 @@ def pack(
         longest = len(owners[rows[0]]) + len(completions[rows[0]])
         width = _rounded_up(longest, token_budget, device)
         count = max(1, token_budget // width)
-        yield _padded(rows[:count], owners, completions, offsets, width, pad_token_id, device)
+        yield _padded(rows[:count], owners, completions, offsets, width, pad_token_id, device, last_only)
         rows = rows[count:]
 
 
-def _padded(rows, prompts, completions, offsets, width, pad_token_id, device) -> MicroBatch:
+def _padded(rows, prompts, completions, offsets, width, pad_token_id, device, last_only) -> MicroBatch:
     ids, predictors, labels, token_index, sequences = [], [], [], [], []
     for row, b in enumerate(rows):
         prompt, completion = prompts[b], completions[b]
         ids.append(prompt + completion + [pad_token_id] * (width - len(prompt) - len(completion)))
-        first = row * width + len(prompt) - 1  # the prompt's last token predicts the completion's first
-        predictors += range(first, first + len(completion))
-        labels += completion
-        token_index += range(offsets[b], offsets[b + 1])
-        sequences += [b] * len(completion)
+        count = 1 if last_only else len(completion)
+        end = row * width + len(prompt) + len(completion) - 1  # the prompt's last token predicts the completion's first
+        predictors += range(end - count, end)
+        labels += completion[-count:]
+        token_index += range(offsets[b + 1] - count, offsets[b + 1])
+        sequences += [b] * count
     ids, predictors, labels, token_index, sequences = (
         torch.tensor(x, device=device) for x in (ids, predictors, labels, token_index, sequences)
     )
@@ -216,7 +219,7 @@ def filling_lengths(longest: int, most: int, token_budget: int) -> list[int]:
     return ([longest] * full + [left + 1] * (left > 0))[:most] or [longest]
 
 
-def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) -> MicroBatch:
+def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, last_only) -> MicroBatch:
     ids, positions, predictors, labels, token_index, sequences = [], [], [], [], [], []
     alike: dict[tuple, list[tuple[range, list[range]]]] = {}  # prompts, with tails, that one call of attention serves
     query_starts, key_starts, keys = [0], [0], []
@@ -242,10 +245,11 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device) ->
             if tail:
                 widths.setdefault(_width(len(prompt), len(tail)), []).append(places)
             # The completion's first token is predicted by its prompt's last, and each other by the one before it.
-            predictors += [*prompt, *places][-len(completions[b]) :]
-            labels += completions[b]
-            token_index += range(offsets[b], offsets[b + 1])
-            sequences += [b] * len(completions[b])
+            count = 1 if last_only else len(completions[b])
+            predictors += [*prompt, *places][-count:]
+            labels += completions[b][-count:]
+            token_index += range(offsets[b + 1] - count, offsets[b + 1])
+            sequences += [b] * count
         for width, tails in widths.items():
             alike.setdefault((len(prompt), len(tails), width), []).append((prompt, tails))
     padding = _rounded_up(len(ids), token_budget, device) - len(ids)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SCORE = "base_model.model.score.weight"  # its name in an adapter's file, as of a model for sequence classification
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, SETTINGS, RANGE = "adapter_model.safetensors", "adapter_config.json", "score_range.json"
 
 
 class ScoreHead:
@@ -64,3 +64,19 @@ def without_head(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tens
     """An adapter's tensors by name, less its score head's; and that, (1, D), where there is one."""
     rest = dict(weights)
     return rest, rest.pop(SCORE, None)
+
+
+def save_range(folder: Path, mean: float, deviation: float) -> None:
+    """Write where an adapter's scores lie, as score_range.json beside it."""
+    settings = {"mean": mean, "std": deviation}
+    (folder / RANGE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def read_range(folder: Path) -> tuple[float, float] | None:
+    """Mean and deviation of an adapter's scores over its training pairs; None where they are not known."""
+    try:
+        saved = json.loads((folder / RANGE).read_bytes())
+        mean, deviation = float(saved["mean"]), float(saved["std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (mean, deviation) if math.isfinite(mean) and 0 < deviation < math.inf else None

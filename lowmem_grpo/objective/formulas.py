@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LOWEST = math.log(1e-8)  # VESPO's bounds on a log-ratio, as in TRL
 HIGHEST = 20.0
@@ -221,3 +222,18 @@ def importance_weights(
     ratio = (sequence_sum(log_ratio, sequences, num_completions) if level == "sequence" else log_ratio).exp()
     bounded = ratio.clamp(clip_min, clip_max) if (clip_min, clip_max) != (None, None) else ratio
     return bounded if bound == "truncate" else torch.where(bounded == ratio, ratio, 0)
+
+
+def pair_losses(
+    chosen: Tensor,  # (P,) fp32, scores of the better texts
+    rejected: Tensor,  # (P,) fp32, scores of the worse ones
+    margins: Tensor,  # (P,) fp32, by how much each should be better
+    *,
+    center: float,
+) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2 of each pair, (P,) fp32.
+
+    Bradley and Terry's likelihood, and what draws scores towards 0 (https://arxiv.org/abs/2312.09244, eq. 2). Of the
+    scores 1 and 0 it is 0.313262, and with a center of 0.01 0.323262.
+    """
+    return -F.logsigmoid(chosen - rejected - margins) + center * (chosen + rejected) ** 2

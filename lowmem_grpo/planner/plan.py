@@ -90,7 +90,7 @@ def plan(
         sampled = ", sampled from by transformers' generate" if config.samples else ""
         assumptions.append(f"Trained on padded rows{sampled}: {found.padded}.")
     if longest is None:
-        what = "prompt" if config.samples else "example"
+        what = {"sft": "example", "reward": "text of a pair"}.get(config.kind, "prompt")
         set_to = "none" if given is None else planned
         assumptions.append(f"The longest {what} is assumed to have {planned} tokens: {name} is {set_to}.")
     if budget is not None and not _fits(found, budget):
@@ -250,6 +250,9 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     kind = "cpu" if config.use_cpu else "cuda"
     tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
     head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
+    if config.kind == "reward":  # of each text's last token, in fp32, its state and that one's gradient
+        head = 8 * text.hidden_size * 2 * config.prompts_per_step
+        resident["score head"] = 8 * text.hidden_size + state_bytes(config.optim, [text.hidden_size])
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     without_gradient = {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer}
     update = {
@@ -358,7 +361,7 @@ def _in_words(size: int) -> str:
 
 def as_dict(found: Plan) -> dict[str, Any]:
     """The plan for JSON, in bytes throughout."""
-    longest = "prompt_tokens" if found.config.samples else "example_tokens"
+    longest = {"sft": "example_tokens", "reward": "text_tokens"}.get(found.config.kind, "prompt_tokens")
     return {
         "resident": found.forecast.resident, "phases": found.forecast.phases, "peaks": found.forecast.peaks(),
         "peak": found.forecast.peak(), longest: found.longest, "assumptions": found.assumptions,

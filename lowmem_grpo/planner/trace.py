@@ -348,6 +348,7 @@ def _first_micro_batch(config: TrainingConfig, lengths: list[int], device: torch
             device=device,
             num_generations=config.num_generations,
             padding_free=config.padding_free,
+            last_only=config.kind == "reward",  # whose scores are of each text's last token
         )
     )
 

@@ -10,14 +10,17 @@ from typing import Any, Protocol
 import torch
 
 from lowmem_grpo.evaluation.evaluate import measure
-from lowmem_grpo.evaluation.statistics import differences
+from lowmem_grpo.evaluation.statistics import confidence_interval, differences
 from lowmem_grpo.example_inputs import ExampleInputs
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.pair_inputs import PairInputs
 from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.update.nll import mean_nll
+from lowmem_grpo.update.pair_metrics import correlation, score_metrics
+from lowmem_grpo.update.pairs import mean_loss, scores_of
 
 
 class Measured(Protocol):
@@ -86,10 +89,10 @@ def evaluations_of(inputs: Inputs, sampler: Sampler) -> Evaluations:
 
 @dataclass(frozen=True)
 class Losses:
-    """An evaluation of examples."""
+    """An evaluation of examples, or of pairs."""
 
     metrics: dict[str, float]
-    values: dict[str, list[float]] = field(default_factory=dict)  # none: a mean over tokens is none over examples
+    values: dict[str, list[float]] = field(default_factory=dict)  # none of examples: a mean over tokens is none of them
 
 
 def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:
@@ -103,3 +106,25 @@ def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:
 
     rows = [[one.ids, one.counted, one.weight] for one in examples]
     return Evaluations(measure if examples else None, rows)
+
+
+def accuracies_of(inputs: PairInputs, policy: Policy) -> Evaluations:
+    """The evaluations of a run's eval_dataset by the scores of its pairs; they are off where there is none.
+
+    eval_accuracy has Wilson's interval, and eval_length_correlation is that of scores with numbers of tokens.
+    """
+    pairs, config = inputs.eval_pairs, inputs.config
+    lengths = [len(text) for pair in pairs for text in pair.texts]
+
+    def measure(step: int) -> Losses:
+        budget = TokenBudget(config.token_budget)
+        scores = budget.fit(partial(scores_of, policy, pairs, config), [length + 1 for length in lengths]).cpu()
+        right = (scores[:, 0] > scores[:, 1]).double().tolist()
+        low, high = confidence_interval(right)
+        metrics = {f"eval_{name}": value for name, value in score_metrics(scores).items()}
+        metrics |= {"eval_accuracy/ci_low": low, "eval_accuracy/ci_high": high}
+        metrics["eval_loss"] = mean_loss(scores, pairs, config).item()
+        metrics["eval_length_correlation"] = correlation(scores.flatten(), torch.tensor(lengths))
+        return Losses(metrics, {"eval_accuracy": right})
+
+    return Evaluations(measure if pairs else None, [[pair.chosen, pair.rejected, pair.margin] for pair in pairs])

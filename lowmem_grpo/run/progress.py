@@ -38,7 +38,7 @@ class Progress:
         words = in_words if metrics.get("frac_tokens_skipped") == 1 else format
         aim = ("reward", "reward", in_words, ".3f") if "reward" in metrics else ("loss", "loss", format, ".4f")
         shown = [
-            aim, ("length", "completions/mean_length", in_words, ".1f"),
+            aim, ("accuracy", "accuracy", format, ".3f"), ("length", "completions/mean_length", in_words, ".1f"),
             ("entropy", "entropy", words, ".3f"), ("kl", "kl", words, ".4f"),
         ]  # fmt: skip
         parts = [

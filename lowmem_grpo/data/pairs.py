@@ -1,0 +1,118 @@
+"""Pairs of a better and a worse text: rows to tokens, in the forms of TRL's RewardTrainer.
+
+A row has `chosen` and `rejected`, and optionally a `prompt` before both: texts or lists of messages. An optional
+`margin` says by how much the one is better. Tools and template settings are a row's own as for prompts.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from datasets import Dataset
+
+from lowmem_grpo.config.sections import PairFields
+from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text
+from lowmem_grpo.data.prompts import template_settings, text_ids
+from lowmem_grpo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row, tokenized: both texts whole, each with its prompt."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+    @cached_property
+    def num_shared(self) -> int:
+        """How many tokens both texts begin with, such as a prompt's."""
+        both = zip(self.chosen, self.rejected, strict=False)
+        return sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
+
+    @property
+    def texts(self) -> tuple[list[int], list[int]]:
+        """The better text and the worse one."""
+        return self.chosen, self.rejected
+
+
+def tokenize_pairs(
+    rows: Dataset, tokenizer: Any, config: PairFields, *, name: str = "train_dataset"
+) -> tuple[list[Pair], int]:
+    """The rows' pairs, and how many were dropped since either text has more than max_length tokens.
+
+    Texts end with the end-of-sequence token; chats as their template ends them.
+
+    Raises:
+        InputError: a row is of no known form, or no pair is left.
+    """
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        raise InputError(f"{name} has no chosen and rejected, only {', '.join(rows.column_names)}; rename its columns")
+    reader = _Reader(tokenizer, config)
+    given: list[Any] = list(rows)
+    pairs = [reader.pair(row, f"row {index} of {name}") for index, row in enumerate(given)]
+    short = [pair for pair in pairs if max(map(len, pair.texts)) <= (config.max_length or math.inf)]
+    if not short:
+        shortest = min(max(map(len, pair.texts)) for pair in pairs)
+        raise InputError(
+            f"every pair of {name} has a text longer than max_length={config.max_length}; of the shortest it has "
+            f"{shortest} tokens"
+        )
+    return short, len(pairs) - len(short)
+
+
+class _Reader:
+    """Reads rows with a tokenizer, each to a Pair."""
+
+    def __init__(self, tokenizer: Any, config: PairFields):
+        self.tokenizer, self.config = tokenizer, config
+        self.template = Template(tokenizer)
+        self.end: str = tokenizer.eos_token or ""
+
+    def pair(self, row: dict, where: str) -> Pair:
+        """A row's pair."""
+        values = [row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None]
+        if row.get("chosen") is None or row.get("rejected") is None:
+            raise InputError(f"{where} lacks chosen or rejected; fill both, or leave the row out")
+        if all(isinstance(value, list) for value in values):
+            read = self._chat
+        elif all(map(is_text, values)):
+            read = self._text
+        else:
+            raise InputError(f"{where} has texts and lists of messages side by side; make all of them the same")
+        return Pair(read(row, "chosen", where), read(row, "rejected", where), _margin(row, where))
+
+    def _text(self, row: dict, column: str, where: str) -> list[int]:
+        text = str(row[column])
+        refuse_chat_as_text(text, where)
+        text = text if text.endswith(self.end) else text + self.end
+        before = "" if row.get("prompt") is None else str(row["prompt"])
+        return self._not_empty(text_ids(self.tokenizer, before + text), column, where)
+
+    def _chat(self, row: dict, column: str, where: str) -> list[int]:
+        asked = [] if row.get("prompt") is None else read_chat(row["prompt"], where)
+        messages = [*asked, *read_chat(row[column], where)]
+        if self.config.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+        whole = self.template.whole(messages, template_settings(row, self.template, self.config, where), where)
+        if self.tokenizer.chat_template is None:
+            ids = text_ids(self.tokenizer, whole if whole.endswith(self.end) else whole + self.end)
+        else:  # which writes its own special tokens
+            ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return self._not_empty(ids, column, where)
+
+    def _not_empty(self, ids: list[int], column: str, where: str) -> list[int]:
+        if not ids:
+            raise InputError(f"{where} has a {column} without a single token; leave the row out")
+        return ids
+
+
+def _margin(row: dict, where: str) -> float:
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise InputError(f"{where} has the margin {margin!r}; it has to be a number")
+    return float(margin)

@@ -1,0 +1,39 @@
+"""The preview of a reward model's training: one pair as the model gets it."""
+
+import sys
+from typing import Any
+
+from lowmem_grpo.data.pairs import Pair
+from lowmem_grpo.errors import printable_text
+from lowmem_grpo.pair_inputs import PairInputs
+
+MOST_CHARACTERS = 4000  # on the screen; the file has it whole
+
+
+def show_pair(inputs: PairInputs) -> None:
+    """Print the first pair on standard error, and write it to output_dir/data_preview.txt.
+
+    A run that is resumed has been shown it.
+    """
+    if inputs.resume is not None:
+        return
+    assert inputs.output_dir is not None
+    text = as_text(inputs.pairs.all[0], len(inputs.pairs.all), inputs.tokenizer)
+    file = inputs.output_dir / "data_preview.txt"
+    file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n..."
+    print(printable_text(shown), file=sys.stderr)
+
+
+def as_text(pair: Pair, count: int, tokenizer: Any) -> str:
+    """A pair for a person: what both texts begin with, and how each goes on."""
+    parts = {
+        f"both begin with {pair.num_shared} tokens": pair.chosen[: pair.num_shared],
+        f"chosen goes on with {len(pair.chosen) - pair.num_shared}": pair.chosen[pair.num_shared :],
+        f"rejected goes on with {len(pair.rejected) - pair.num_shared}": pair.rejected[pair.num_shared :],
+    }
+    lines = [f"data preview: pair 1 of {count} as the model gets it"]
+    for title, ids in parts.items():
+        words = tokenizer.decode(ids, clean_up_tokenization_spaces=False).split("\n")
+        lines += [f"  {title}:", *(f"    {line}" for line in words)]
+    return "\n".join(lines)
