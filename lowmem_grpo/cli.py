@@ -454,10 +454,9 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
         if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
-    if command not in ("demo", "pairs", "label"):
         if command in ("pipeline", "r1"):
             raise InputError(f"--{name} is no flag of a pipeline; write the settings of its phases into its file")
-    if command != "demo":
+    if command not in ("demo", "pairs", "label"):  # which have no configuration
         refuse_unknown_fields(unknown, config)
 
 
