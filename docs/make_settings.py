@@ -7,7 +7,9 @@ from typing import Any
 from lowmem_grpo.config.fields import describe, field_types
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.reward import RewardConfig
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
+from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 PLACE = Path(__file__).with_name("settings.md")
@@ -34,6 +36,21 @@ OF_PAIRS = """\
 for what is about prompts and completions. These are its own, or have another default.
 """
 
+OF_SAMPLES = """\
+## SampleConfig
+
+`lowmem-grpo sample` has the settings above that are about loading a model, prompts, sampling and scoring, and none of
+training. These are its own, or have another meaning.
+"""
+OF_SELECTIONS = """\
+## SelectConfig
+
+The rules of `lowmem-grpo select`, in the order in which they are applied.
+"""
+CONFIGS = (
+    (OF_EXAMPLES, SFTConfig), (OF_PAIRS, RewardConfig), (OF_SAMPLES, SampleConfig), (OF_SELECTIONS, SelectConfig)
+)  # fmt: skip
+
 
 def as_text(value: Any) -> str:
     """A default as the command line takes it: `true`, `none`, `1e-05`."""
@@ -45,12 +62,16 @@ def page() -> str:
     lines = [HEADER]
     for title, fields in sections(GRPOConfig):
         lines += [f"## {title.capitalize()}\n", *table(fields, GRPOConfig)]
-    own = {field.name: field.default for _, fields in sections(GRPOConfig) for field in fields}
-    for words, config in ((OF_EXAMPLES, SFTConfig), (OF_PAIRS, RewardConfig)):
+    own = {field.name: described(field) for _, fields in sections(GRPOConfig) for field in fields}
+    for header, config in CONFIGS:
         others = [field for _, fields in sections(config) for field in fields]
-        others = [field for field in others if own.get(field.name, field) != field.default]
-        lines += [words, *table(others, config)]
+        lines += [header, *table([one for one in others if own.get(one.name) != described(one)], config)]
     return "\n".join(lines)
+
+
+def described(field: Field) -> tuple[Any, str]:
+    """A field's default and help, in which those of one name differ from training to training."""
+    return field.default, field.metadata["help"]
 
 
 def table(fields: list[Field], config: type) -> list[str]:

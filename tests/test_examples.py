@@ -37,6 +37,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
+        "rejection_sampling",
     }  # fmt: skip
 
 
@@ -105,3 +106,16 @@ def test_a_cold_start_and_what_goes_on_from_it(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert "then reward" in capsys.readouterr().out
     assert (tmp_path / "out/rl/adapter/adapter_model.safetensors").is_file()
+
+
+def test_rejection_sampling_and_what_learns_from_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{n}+{n + 1}+{n + 2}=", "answer": f"#### {3 * n + 3}"} for n in range(20, 28)]
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main_of("rejection_sampling")(
+        ["--model", str(DEMO_MODEL), "--dataset", "gold.jsonl", "--output_dir", "out", "--num_generations", "4",
+         "--max_completion_length", "32", "--epochs", "1"]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "min_reward 1 (first)" in out and "answers of 32: loss" in out
+    assert (tmp_path / "out/sft/adapter/adapter_model.safetensors").is_file()

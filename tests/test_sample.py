@@ -12,9 +12,10 @@ import torch
 from tiny_models import DEMO_MODEL, make_model
 from transformers import AutoTokenizer
 
-from lowmem_grpo import SampleConfig, SFTConfig, cli, sample, sft
+from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, sample, select, sft
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.pipeline.sample import seed_of
 from lowmem_grpo.pipeline.sampled import read_sampled
 
@@ -258,3 +259,25 @@ def test_a_sampling_leaves_torchs_generator_where_a_seed_puts_it(tmp_path):
     one = torch.get_rng_state()
     run(tmp_path / "b.jsonl", ROWS, max_completion_length=2)
     assert torch.equal(torch.get_rng_state(), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_right_answers_teach_more_than_as_many_of_any(tmp_path, seed):
+    """Measured on seeds 0 to 2: from 0.383 to at least 0.859, and with any completions to at most 0.367."""
+    run(tmp_path / "a.jsonl", task.rows(TRAIN[:128]), num_generations=8, prompts_per_step=32, max_completion_length=40,
+        seed=seed)  # fmt: skip
+    rows = read_sampled(tmp_path / "a.jsonl")
+    right = select(rows, SelectConfig(min_reward=1.0, max_pass_rate=0.9, per_prompt=1)).rows
+    settings = SelectConfig(per_prompt=1, choice="random", max_rows=len(right), drop_duplicates=False)
+    accuracy = {}
+    for name, chosen in {"right": right, "any": select(rows, settings).rows}.items():
+        config = SFTConfig(
+            output_dir=str(tmp_path / name), use_cpu=True, num_train_epochs=2, examples_per_step=16, seed=seed,
+            learning_rate=1e-3, gradient_checkpointing=False,
+        )  # fmt: skip
+        sft(str(DEMO_MODEL), chosen, None, config)
+        of_eval = GRPOConfig(use_cpu=True, max_completion_length=40)
+        found = measure_model(str(tmp_path / name / "adapter"), REWARDS, task.rows(EVAL), of_eval)
+        accuracy[name] = found["adapter"].metrics["eval_rewards/answer_reward/mean"]
+    assert accuracy["right"] > 0.7 > 0.5 > accuracy["any"], accuracy

@@ -1,4 +1,4 @@
-"""Pairs of completions of which one is the better, for a reward model: by their rewards, or by a person."""
+"""Pairs of a better and a worse completion, for a reward model: by their rewards, or by a person."""
 
 import json
 import os
@@ -65,10 +65,10 @@ class Labelled(NamedTuple):
 
 @releasing_locks()
 def label(rows: Sequence[Row], output: str | Path, seed: int, answers: TextIO, screen: TextIO) -> Labelled:
-    """Ask a person which of two completions of each prompt is the better, and append each decision to a JSONL file.
+    """Ask a person which of two completions of each prompt is the better, and append each decision.
 
-    Which two, and which comes first, is drawn by the seed; no reward is shown. The file is gone on with: a prompt that
-    it has is not asked again, and one that was skipped is. Its rows are of TRL's preference format.
+    Which two, and which comes first, is drawn by the seed; no reward is shown. The output is a JSONL file of TRL's
+    preference format, which is gone on with: a prompt that it has is not asked again, and one that was skipped is.
 
     Raises:
         InputError: the file is none of this, or no prompt has two different completions.
@@ -143,7 +143,7 @@ def transcript_of(messages: list[dict]) -> str:
 
 
 def _choice(answers: TextIO, screen: TextIO) -> str:
-    """What a person types: 1, 2, s or q, which the end of the input is, too."""
+    """Ask until a person types 1, 2, s or q, and return it; the end of the input is q."""
     while True:
         print(KEYS, end="", file=screen, flush=True)
         line = answers.readline()
