@@ -60,9 +60,9 @@ def test_each_bad_habit_costs_one_reward(text, accuracy, form, language):
     assert language_consistency_reward([prompt], completions) == [language]
 
 
-def test_a_greeting_is_kind_where_it_says_hello_by_the_name():
+def test_a_greeting_is_kind_where_it_says_hello():
     prompts = [row["prompt"] for row in task.greeting_rows(["Ann"] * 4)]
-    completions = chats("hello Ann", "<think>so</think>\nhello Ann", "hello Anna", "what now")
+    completions = chats("hello Ann", "<think>so</think>\nhello Ann", "what now", "<think>hello</think>\nwhat now")
     assert task.kind_reward(prompts, completions) == [1.0, 1.0, 0.0, 0.0]
 
 

@@ -12,7 +12,7 @@ from lowmem_grpo.rewards.text import completion_text, prompt_text
 NUM_TRAIN, NUM_EVAL, NUM_COLD = 2000, 256, 64
 WORDS = {"latin": ("add", "so"), "cyrillic": ("сложи", "так")}  # by script: what asks, and what begins a step
 OTHER = {"latin": "cyrillic", "cyrillic": "latin"}
-NAMES = [  # which the base can spell
+NAMES = [
     "Ann", "Bob", "Eva", "Ida", "Jim", "Kim", "Leo", "Lia", "Max", "Mia", "Ned", "Nia", "Pam", "Pia", "Ray", "Rex",
     "Rob", "Roy", "Sam", "Sue", "Ted", "Tim", "Tom", "Uma", "Vic", "Zoe", "Adam", "Alma", "Anna", "Carl", "Cora",
     "Dean", "Elsa", "Emil", "Emma", "Eric", "Erik", "Finn", "Gina", "Hugo", "Inga", "Ivan", "Jack", "Jane", "Joan",
@@ -111,10 +111,10 @@ def _asked(text: str) -> list[dict]:
 
 
 def kind_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
-    """1.0 where a greeting says hello by the name, else 0.0; None for what is no greeting. Thoughts do not count."""
+    """1.0 where a greeting says hello after its thought, else 0.0; None for what is no greeting."""
     asked = [prompt_text(prompt) for prompt in prompts]
     given = [completion_text(completion).rpartition("</think>")[2].strip() for completion in completions]
     return [
-        float(text == KIND.format(question.removeprefix("greet "))) if question.startswith("greet ") else None
+        float(text.startswith("hello")) if question.startswith("greet ") else None
         for question, text in zip(asked, given, strict=True)
     ]
