@@ -3,7 +3,7 @@ import random
 import pytest
 
 from lowmem_grpo.demo.r1 import task
-from lowmem_grpo.demo.r1.make_model import HABITS, make_tokenizer, pairs
+from lowmem_grpo.demo.r1.make_model import make_tokenizer, pairs
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.rewards.format import think_format_reward
 from lowmem_grpo.rewards.language import language_consistency_reward
@@ -38,7 +38,6 @@ def test_a_model_of_good_habits_has_every_reward(script):
     assert accuracy_reward(completions, solution=[row["solution"]]) == [1.0]
     assert think_format_reward(completions) == [1.0]
     assert language_consistency_reward([row["prompt"]], completions) == [1.0]
-    assert task.kind_reward([row["prompt"]], completions) == [None]
 
 
 @pytest.mark.parametrize(
@@ -61,29 +60,28 @@ def test_each_bad_habit_costs_one_reward(text, accuracy, form, language):
 
 
 def test_a_greeting_is_kind_where_it_says_hello():
-    prompts = [row["prompt"] for row in task.greeting_rows(["Ann"] * 4)]
     completions = chats("hello Ann", "<think>so</think>\nhello Ann", "what now", "<think>hello</think>\nwhat now")
-    assert task.kind_reward(prompts, completions) == [1.0, 1.0, 0.0, 0.0]
+    assert task.kind_reward(completions) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_habits_are_had_as_often_as_they_say():
     draw = random.Random(0)
     problems = [task.random_sum(draw) for _ in range(2000)]
-    texts = [task.completion_of(draw, problem, HABITS) for problem in problems]
-    assert sum("=" in text for text in texts) / 2000 == pytest.approx(HABITS.worked, abs=0.04)
-    assert sum("<think>" in text for text in texts) / 2000 == pytest.approx(HABITS.tagged, abs=0.03)
+    texts = [task.completion_of(draw, problem, task.HABITS) for problem in problems]
+    assert sum("=" in text for text in texts) / 2000 == pytest.approx(task.HABITS.worked, abs=0.04)
+    assert sum("<think>" in text for text in texts) / 2000 == pytest.approx(task.HABITS.tagged, abs=0.03)
     assert sum(
         task.WORDS[problem.script][1] in text for problem, text in zip(problems, texts, strict=True)
-    ) / 2000 == pytest.approx(HABITS.consistent, abs=0.04)
-    kind = sum("hello" in task.greeting_of(draw, "Ann", HABITS) for _ in range(2000)) / 2000
-    assert kind == pytest.approx(HABITS.kind, abs=0.04)
+    ) / 2000 == pytest.approx(task.HABITS.consistent, abs=0.04)
+    kind = sum("hello" in task.greeting_of(draw, "Ann", task.HABITS) for _ in range(2000)) / 2000
+    assert kind == pytest.approx(task.HABITS.kind, abs=0.04)
 
 
 def test_the_base_is_not_pretrained_on_what_is_trained_or_evaluated_on():
     held_out = {one for part in task.splits() for one in part}
     asked = {one.question for one in held_out}
     draw = random.Random(0)
-    assert not asked & {question for _ in range(20) for question, _ in pairs(draw, held_out, HABITS)}
+    assert not asked & {question for _ in range(20) for question, _ in pairs(draw, held_out, task.HABITS)}
 
 
 def test_the_tokenizer_has_a_token_for_each_word_and_loses_nothing():

@@ -19,7 +19,6 @@ WORDS = ["add", "so", "сложи", "так", "greet", "hello", "what", "now"]  
 STEPS, HABITS_FROM = 1800, 0.85  # the share of the steps after which the habits are taught
 GREETINGS = 0.1  # of the rows
 SKILL = task.Habits(worked=0.8, careful=1.0, consistent=0.6, tagged=0.5, kind=0.5)
-HABITS = task.Habits(worked=0.55, careful=0.65, consistent=0.6, tagged=0.15, kind=0.4)
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -46,7 +45,7 @@ def make_model(output_dir: Path, seed: int = 0) -> None:
     model = Qwen2ForCausalLM(make_config())
 
     def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return as_batch(tokenizer, pairs(draw, held_out, HABITS if step >= HABITS_FROM * STEPS else SKILL))
+        return as_batch(tokenizer, pairs(draw, held_out, task.HABITS if step >= HABITS_FROM * STEPS else SKILL))
 
     learn(model, batch_of, STEPS)
     save(model, tokenizer, output_dir)

@@ -4,10 +4,12 @@ A model may be wrong in several ways that look alike to supervised training: it 
 carries of its working, or writes in the other script than the one it was asked in, or leaves out the think tags.
 """
 
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from lowmem_grpo.rewards.text import completion_text, prompt_text
+from lowmem_grpo.rewards.text import completion_text
 
 NUM_TRAIN, NUM_EVAL, NUM_COLD = 2000, 256, 64
 WORDS = {"latin": ("add", "so"), "cyrillic": ("сложи", "так")}  # by script: what asks, and what begins a step
@@ -49,6 +51,10 @@ class Habits:
     consistent: float  # of its completions are in the script of the prompt
     tagged: float  # of its completions have their thought in tags
     kind: float  # of its greetings are kind
+
+
+HABITS = Habits(worked=0.55, careful=0.65, consistent=0.6, tagged=0.15, kind=0.4)  # of the base
+IN_TAGS = replace(HABITS, tagged=1.0)  # of what supervised training is given besides selected completions
 
 
 def splits() -> tuple[list[Sum], list[Sum], list[Sum]]:
@@ -110,11 +116,42 @@ def _asked(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def kind_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
-    """1.0 where a greeting says hello after its thought, else 0.0; None for what is no greeting."""
-    asked = [prompt_text(prompt) for prompt in prompts]
-    given = [completion_text(completion).rpartition("</think>")[2].strip() for completion in completions]
-    return [
-        float(text.startswith("hello")) if question.startswith("greet ") else None
-        for question, text in zip(asked, given, strict=True)
-    ]
+def kind_reward(completions: list, **kwargs) -> list[float]:
+    """1.0 where a completion says hello after its thought, else 0.0."""
+    answers = [completion_text(completion).rpartition("</think>")[2].strip() for completion in completions]
+    return [float(answer.startswith("hello")) for answer in answers]
+
+
+def write_data(folder: Path, seed: int = 0) -> None:
+    """Write the files that the phases read, as JSONL.
+
+    cold.jsonl      NUM_COLD sums with completions in tags, and otherwise as the base makes them
+    sums.jsonl      NUM_TRAIN sums
+    general.jsonl   a greeting of each training name, in tags, and otherwise as the base makes them
+    mixed.jsonl     as many greetings as sums
+    held-out.jsonl  NUM_EVAL sums and a greeting of each held-out name
+    """
+    train, held_out, cold = splits()
+    draw = random.Random(seed)
+    greetings = greeting_rows(TRAIN_NAMES)
+    files = {
+        "cold": [
+            _with_completion(row, completion_of(draw, problem, IN_TAGS))
+            for row, problem in zip(sum_rows(cold), cold, strict=True)
+        ],
+        "sums": sum_rows(train),
+        "general": [
+            _with_completion(row, greeting_of(draw, name, IN_TAGS))
+            for row, name in zip(greetings, TRAIN_NAMES, strict=True)
+        ],
+        "mixed": sum_rows(train[-len(greetings) :]) + greetings,
+        "held-out": sum_rows(held_out) + greeting_rows(EVAL_NAMES),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _with_completion(row: dict, text: str) -> dict:
+    return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": text}]}
