@@ -76,6 +76,7 @@ class Watch:
         self.evaluations: list[tuple[int, float]] = []
         self.step_s: list[float] = []
         self.phases: dict[str, list[float]] = defaultdict(list)
+        self.phase_peaks: dict[str, float] = {}  # MiB with the model, of ours
         self.rewards: list[float] = []
         self.sampling_differences: list[float | None] = []  # mean of a step, of ours; None where nothing was compared
         self.loaded_bytes, self.peak = 0, 0
@@ -129,6 +130,7 @@ class Watch:
             "sampling_differences": self.sampling_differences, "step_s": median(self.step_s),
             "phases_s": {name: median(values) for name, values in self.phases.items()},
             "peak_mib": (peak - self.loaded_bytes) / 2**20,
+            "phases_peak_mib": {name: most - self.loaded_bytes / 2**20 for name, most in self.phase_peaks.items()},
         }  # fmt: skip
 
 
@@ -154,9 +156,11 @@ def run_ours(job: Job) -> dict[str, Any]:
         watch.rewards.append(metrics[first])
         difference = metrics.get("sampling/sampling_logp_difference/mean", math.nan)
         watch.sampling_differences.append(difference if math.isfinite(difference) else None)
-        for phase in ("rollout", "reference", "update"):
+        now = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/peak_mib")}
+        for phase, value in now.items():
             watch.phases[phase].append(metrics[f"time/{phase}_s"])
-        peaks.append(max(value for key, value in metrics.items() if key.endswith("/peak_mib")))
+            watch.phase_peaks[phase] = max(value, watch.phase_peaks.get(phase, 0.0))
+        peaks.append(max(now.values()))
 
     # What train() calls, in this process, which has no other use: time and memory are the run's from here on.
     inputs: Any = importlib.import_module("lowmem_grpo.inputs")

@@ -43,6 +43,7 @@ from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.planner import trace
 from lowmem_grpo.update import nll
+from lowmem_grpo.update.critic import Critic
 from lowmem_grpo.update.optimizer import make_optimizer
 from lowmem_grpo.update.pairs import micro_batches as micro_batches_of_pairs
 
@@ -221,6 +222,45 @@ def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monk
     at_work = phases["update"]["activations kept"] + phases["update"]["one layer at work"]
     assert_near(at_work, measured[0])
     assert_near(phases["reference"]["activations"], measured[1])
+
+
+@pytest.mark.parametrize("rung", ["none", "checkpointing", "split, fp32"])
+@pytest.mark.parametrize("name", and_slow("qwen2", ["qwen2", "qwen3, untied"]))
+def test_peaks_of_a_critics_passes_are_those_of_torchs_own_record(name, rung, monkeypatch):
+    """Of its values and of its backward, which have no logits; weights, gradients and optimizer are by their sizes."""
+    random_numbers = torch.get_rng_state()
+    monkeypatch.setattr(torch, "get_rng_state", lambda: random_numbers)
+    # Long completions, since scores of few tokens are a matter of bytes.
+    sizes = dict(max_prompt_length=8, max_completion_length=120, num_generations=1, prompts_per_step=4)
+    config = GRPOConfig(**{**TASK, **RUNGS[rung], **sizes, "load_in_4bit": False, "adv_estimator": "gae"})
+    found = planner.forecast(SHAPES[name], config)
+    policy = make_policy(name, config)
+    critic = Critic(policy, config, total_steps=10)
+    batch = next(micro_batches(policy, config))
+    for parameter in critic.learner.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def update():
+        policy.scores(batch).sum().backward()
+
+    @torch.no_grad()
+    def values():
+        policy.scores(batch)
+
+    with policy.wearing("critic"):
+        update()  # the masks, which stay with the batch
+        kept = sum(mask.nbytes for mask in batch.packing.masks.values())
+        measured = {name: kept + peak_allocated(run, policy.device) for name, run in
+                    (("critic", update), ("values", values))}  # fmt: skip
+    phases = found.phases
+    grads = storages([parameter.grad for parameter in critic.learner.parameters])
+    assert phases["critic"].pop("the critic's gradients") == grads == found.resident["the critic"]
+    for name, most in measured.items():
+        assert_near(sum(phases[name].values()), most)
+    critic.learner.step(lambda: None)
+    state = critic.learner.optimizer.state
+    moments = [v for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor) and v.dim()]
+    assert found.resident["the critic's optimizer state"] == storages(moments)
 
 
 @pytest.mark.parametrize("rung", ["none", "checkpointing"])

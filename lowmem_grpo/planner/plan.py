@@ -23,7 +23,7 @@ from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
-from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Traced, prompt_tokens, trace
+from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, trace
 from lowmem_grpo.update.optimizer import state_bytes
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
@@ -287,7 +287,26 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         phases["old"] = without_gradient
     if config.beta == 0:
         del phases["reference"]
+    if config.has_critic:
+        numbers = traced.adapter_numbers + text.hidden_size  # with a score head
+        resident["the critic"] = 4 * numbers
+        resident["the critic's optimizer state"] = state_bytes(config.optim, (*traced.adapter_sizes, text.hidden_size))
+        values, update = _critic_bytes(traced.ran, dtype, config.has_entropy_bonus)
+        phases["values"] = {**values, "one dequantized layer": layer}
+        phases["critic"] = {**update, "one dequantized layer": layer, "the critic's gradients": 4 * numbers}
     return Forecast(resident, phases, traced.padded)
+
+
+def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """What the critic's values and its update take in activations, from what the policy's passes do.
+
+    Its score head has no logits. It scores hidden states in fp32, and keeps these until their gradient is there.
+    """
+    in_fp32 = 4 * ran.rows // dtype.itemsize
+    kept = ran.kept - (2 if has_entropy_bonus else 1) * ran.rows  # less the gradients that the policy's head makes
+    at_work = ran.peak - ran.kept + ran.rows  # of a layer, with the gradient that it is given
+    values = {"activations": max(ran.inference, ran.rows + in_fp32)}
+    return values, {"activations kept": kept, "one layer, or the score head, at work": max(at_work, 2 * in_fp32)}
 
 
 def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:

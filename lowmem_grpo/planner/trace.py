@@ -68,6 +68,7 @@ class Ran:
     peak: int  # at the peak of its forward and backward
     inference: int  # at the peak of its forward without a backward
     prefill: int  # the same for a batch of prompts
+    rows: int  # of the head's input, whose gradient is as large
 
 
 @dataclass(frozen=True)
@@ -295,14 +296,14 @@ def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Ran:
     """The memory of the first micro-batch of a step whose completions have these lengths."""
     prompt = prompt_tokens(config)
     batch = _first_micro_batch(config, lengths, policy.device)
-    kept, peak = _activations(policy, batch, config.has_entropy_bonus)
+    kept, peak, rows = _activations(policy, batch, config.has_entropy_bonus)
     if not config.samples:
-        return Ran(kept, peak, _inference(policy, batch), prefill=0)
+        return Ran(kept, peak, _inference(policy, batch), prefill=0, rows=rows)
     sampling = cast(GRPOConfig, config)
-    inference = _inference(policy, batch) if sampling.beta or sampling.has_old_pass else 0
+    inference = _inference(policy, batch) if sampling.beta or sampling.has_old_pass or sampling.has_critic else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
-    return Ran(kept, peak, inference, prefill)
+    return Ran(kept, peak, inference, prefill, rows)
 
 
 def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
@@ -353,18 +354,18 @@ def _first_micro_batch(config: TrainingConfig, lengths: list[int], device: torch
     )
 
 
-def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int]:
-    """(bytes saved between forward and backward, bytes at the peak), without the adapters' gradients."""
+def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int, int]:
+    """(bytes saved between forward and backward, at the peak, of the head's input), without the adapters' gradients."""
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter)
     with Live(policy.model) as live:
         rows = policy.hidden_states(batch)
         upstream = torch.zeros_like(rows)  # the head makes it while it computes the log-probabilities
         lean = torch.zeros_like(rows) if entropy_bonus else None  # and this for the entropy's gradient
-        kept = live.now - rows.nbytes  # rows are gone as soon as there are log-probabilities
+        kept, size = live.now - rows.nbytes, rows.nbytes  # rows are gone as soon as there are log-probabilities
         rows.backward(upstream)
         del lean
-    return kept, live.peak
+    return kept, live.peak, size
 
 
 def _inference(policy: Policy, batch: MicroBatch) -> int:

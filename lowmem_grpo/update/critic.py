@@ -37,6 +37,8 @@ class Critic:
             if config.critic_init == "policy":
                 policy.add(CRITIC, copy_of=policy.adapter)
                 policy.add_score_head(CRITIC, config.seed)
+                # Values of 0, with which the first advantages are REINFORCE's. Random ones would be noise in them.
+                policy.score_heads[CRITIC].load(torch.zeros_like(policy.score_heads[CRITIC].weight))
             else:
                 policy.add_from(CRITIC, config.critic_init)
         self.policy = policy
