@@ -15,7 +15,7 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example, tokenize_examples
 from lowmem_grpo.model.packing import filling_lengths
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.update.nll import backward, mean_nll, micro_batches, try_largest_update
+from lowmem_grpo.update.nll import backward, micro_batches, nll_and_accuracy, try_largest_update
 
 WHOLE = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
@@ -80,6 +80,8 @@ def test_loss_and_gradient_are_those_of_trls_trainer(kind, settings, loss_type, 
     examples, _ = tokenize_examples(Dataset.from_list(ROWS[kind]), tokenizer, config)
     loss, found = gradients(policy, examples, config, token_budget=100)
     assert loss == pytest.approx(wanted.item(), rel=1e-6)
+    _, accuracy = nll_and_accuracy(policy, examples, config, 100)
+    assert accuracy.item() == pytest.approx(trainer._metrics["train"]["mean_token_accuracy"][0])
     known = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     assert found.keys() == known.keys()
     largest = max(grad.abs().max() for grad in known.values())
@@ -92,6 +94,27 @@ SOME = [
     Example([*range(20, 52)], [False] * 9 + [n % 3 > 0 for n in range(23)], weight=0.5),
     Example([*range(30, 42)], [False] * 4 + [True] * 8, weight=2.0),
 ] * 2
+
+
+def likely(policy, count=8):
+    """An example of which each token is the likeliest after those before it."""
+    ids = [10]
+    while len(ids) < count:
+        ids.append(int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return Example(ids, [False] + [True] * (count - 1), weight=3.0)
+
+
+def accuracy_by_definition(policy, examples):
+    """The share of learnt tokens that are the likeliest of the full logits."""
+    right = [
+        bool(scores.argmax() == token_id)
+        for one in examples
+        for scores, token_id, counted in zip(
+            policy.model(input_ids=torch.tensor([one.ids])).logits[0], one.ids[1:], one.counted[1:], strict=False
+        )
+        if counted
+    ]
+    return sum(right) / len(right)
 
 
 def by_definition(policy, examples, loss_type):
@@ -135,7 +158,17 @@ def test_the_loss_of_an_evaluation_is_that_of_training():
     policy = make_policy("qwen2", load_in_4bit=False)
     config = SFTConfig(use_cpu=True)
     loss, _ = gradients(policy, SOME, config)
-    assert mean_nll(policy, SOME, config, 100).item() == pytest.approx(loss, rel=1e-6)
+    assert nll_and_accuracy(policy, SOME, config, 100)[0].item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_accuracy_is_the_share_of_learnt_tokens_that_are_the_likeliest():
+    policy = make_policy("qwen2", load_in_4bit=False)
+    config, examples = SFTConfig(use_cpu=True), [*SOME[:3], likely(policy)]
+    _, means = backward(policy, examples, torch.amp.GradScaler("cpu", enabled=False), config, 40)
+    _, accuracy = nll_and_accuracy(policy, examples, config, 10_000)
+    wanted = accuracy_by_definition(policy, examples)
+    assert 7 / 53 <= wanted < 1, "7 of 53 at least, however much each weighs"
+    assert means.accuracy.item() == accuracy.item() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("token_budget, lengths", [(70, [32, 32, 9]), (62, [32, 32]), (31, [32]), (200, [32] * 4)])

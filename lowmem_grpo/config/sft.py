@@ -41,7 +41,7 @@ class SFTConfig(  # from the last to the first: the fields of the last base come
 
     kind: ClassVar[str] = "sft"
     samples: ClassVar[bool] = False  # completions, as a training by rewards does
-    measured: ClassVar[tuple[str, ...]] = ("eval_loss",)  # by an evaluation, foremost first
+    measured: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_mean_token_accuracy")  # by an evaluation, foremost first
     # To the planner, an example is a prompt of one token with one completion, all of which is learnt.
     max_prompt_length: ClassVar[int] = 1
     num_generations: ClassVar[int] = 1

@@ -67,8 +67,11 @@ def sft(
             batch = examples.take(config.examples_per_step)
             with step.phase("update"):
                 work = partial(backward, policy, batch, scaler, config)
-                loss, entropy = run.update(step, work, [len(one.ids) for one in batch], partial(why_not_finite, config))
+                loss, means = run.update(step, work, [len(one.ids) for one in batch], partial(why_not_finite, config))
             num_tokens = sum(len(one.ids) for one in batch)
-            metrics = {"epoch": examples.position / len(examples.all), "loss": loss, "entropy": entropy.item()}
+            metrics = {
+                "epoch": examples.position / len(examples.all), "loss": loss, "entropy": means.entropy.item(),
+                "mean_token_accuracy": means.accuracy.item(),
+            }  # fmt: skip
             run.finish(step, metrics, num_tokens=num_tokens, work={"update": num_tokens})
     return run.result()

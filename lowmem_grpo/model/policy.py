@@ -137,6 +137,17 @@ class Policy:
         (name,) = self.adapters.worn
         return self.score_heads[name](self.hidden_states(batch))
 
+    def logprobs_and_top(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each of the batch's N tokens, (N,) fp32, and whether none is likelier, (N,) bool."""
+        return linear_logprobs(**self._head_inputs(batch, 1.0), return_top=True)
+
+    def logprobs_entropy_and_top(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of each of the batch's N tokens, (N,) fp32, its entropy, and whether none is likelier.
+
+        The log-probability carries its gradient.
+        """
+        return linear_logprobs(**self._head_inputs(batch, 1.0), return_entropy=True, return_top=True)
+
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The head's input for each of the batch's N tokens, (N, D) in the head's dtype."""
         with self.autocast(), self._laid_out(batch), self.saved_activations():

@@ -18,7 +18,7 @@ from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.pair_inputs import PairInputs
 from lowmem_grpo.planner.plan import for_evaluation
-from lowmem_grpo.update.nll import mean_nll
+from lowmem_grpo.update.nll import nll_and_accuracy
 from lowmem_grpo.update.pair_metrics import correlation, score_metrics
 from lowmem_grpo.update.pairs import mean_loss, scores_of
 
@@ -96,13 +96,14 @@ class Losses:
 
 
 def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:
-    """The evaluations of a run's eval_dataset by its loss; they are off where there is none."""
+    """The evaluations of a run's eval_dataset by loss and accuracy; they are off where there is none."""
     examples, config = inputs.eval_examples, inputs.config
 
     def measure(step: int) -> Losses:
         budget = TokenBudget(config.token_budget)
         lengths = [len(one.ids) for one in examples]
-        return Losses({"eval_loss": budget.fit(partial(mean_nll, policy, examples, config), lengths).item()})
+        nll, accuracy = budget.fit(partial(nll_and_accuracy, policy, examples, config), lengths)
+        return Losses({"eval_loss": nll.item(), "eval_mean_token_accuracy": accuracy.item()})
 
     rows = [[one.ids, one.counted, one.weight] for one in examples]
     return Evaluations(measure if examples else None, rows)

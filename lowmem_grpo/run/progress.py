@@ -38,8 +38,9 @@ class Progress:
         words = in_words if metrics.get("frac_tokens_skipped") == 1 else format
         aim = ("reward", "reward", in_words, ".3f") if "reward" in metrics else ("loss", "loss", format, ".4f")
         shown = [
-            aim, ("accuracy", "accuracy", format, ".3f"), ("length", "completions/mean_length", in_words, ".1f"),
-            ("entropy", "entropy", words, ".3f"), ("kl", "kl", words, ".4f"),
+            aim, ("length", "completions/mean_length", in_words, ".1f"), ("accuracy", "accuracy", format, ".3f"),
+            ("accuracy", "mean_token_accuracy", format, ".3f"), ("entropy", "entropy", words, ".3f"),
+            ("kl", "kl", words, ".4f"),
         ]  # fmt: skip
         parts = [
             f"step {metrics['step']:.0f}/{self.total_steps}",

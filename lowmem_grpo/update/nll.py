@@ -8,6 +8,7 @@ over the tokens that are learnt of all a step's examples, however they are packe
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,32 +22,49 @@ from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.update.passes import at_work, zero_gradients
 
 
+class Means(NamedTuple):
+    """Means over the learnt tokens of a step, scalars."""
+
+    entropy: Tensor  # by weight, as the loss
+    accuracy: Tensor  # the share that was the likeliest, whatever its weight
+
+
 def backward(
     policy: Policy, examples: list[Example], scaler: torch.amp.GradScaler, config: SFTConfig, token_budget: int
-) -> tuple[Tensor, Tensor]:
-    """Set the parameters' gradient to that of the examples' loss; returns loss and mean entropy, scalars."""
-    total, entropy = torch.zeros(2, device=policy.device)
+) -> tuple[Tensor, Means]:
+    """Set the parameters' gradient to that of the examples' loss; returns the loss, a scalar, and other means."""
+    total, entropy, correct = torch.zeros(3, device=policy.device)
     num_tokens = num_learnt(examples)
     zero_gradients(policy)
     for batch, weights in micro_batches(policy, examples, config, token_budget):
         with at_work(batch):
-            logprobs, entropies = policy.logprobs_and_entropy(batch, 1.0)
+            logprobs, entropies, top = policy.logprobs_entropy_and_top(batch)
             losses = -logprobs * logprobs.detach().exp() if config.loss_type == "dft" else -logprobs
             loss = (weights * losses).sum() / num_tokens
             scaler.scale(loss).backward()
             total += loss.detach()
             entropy += (weights * entropies).sum() / num_tokens
-    return total, entropy
+            correct += top.sum()
+    return total, Means(entropy, correct / num_counted(examples))
 
 
-def mean_nll(policy: Policy, examples: list[Example], config: UpdateFields, token_budget: int) -> Tensor:
-    """The mean negative log-likelihood of the examples' learnt tokens, a scalar without a gradient."""
-    nll = torch.zeros((), device=policy.device)
+def nll_and_accuracy(
+    policy: Policy, examples: list[Example], config: UpdateFields, token_budget: int
+) -> tuple[Tensor, Tensor]:
+    """The examples' mean negative log-likelihood and mean token accuracy, scalars without a gradient."""
+    nll, correct = torch.zeros(2, device=policy.device)
     with policy.inference():
         for batch, weights in micro_batches(policy, examples, config, token_budget):
             with at_work(batch):
-                nll -= (weights * policy.logprobs(batch, 1.0)).sum()
-    return nll / num_learnt(examples)
+                logprobs, top = policy.logprobs_and_top(batch)
+                nll -= (weights * logprobs).sum()
+                correct += top.sum()
+    return nll / num_learnt(examples), correct / num_counted(examples)
+
+
+def num_counted(examples: list[Example]) -> int:
+    """The number of tokens that are learnt, whatever their weight."""
+    return sum(sum(one.counted) for one in examples)
 
 
 def num_learnt(examples: list[Example]) -> float:
@@ -69,12 +87,12 @@ def micro_batches(
         yield chosen, weights[chosen.sequences]
 
 
-def why_not_finite(config: SFTConfig, entropy: Tensor, loss: float, overflowed: bool) -> str:
+def why_not_finite(config: SFTConfig, means: Means, loss: float, overflowed: bool) -> str:
     """The likely cause of a loss or gradient that is not finite."""
     if overflowed:
         return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
     cause = f"learning_rate is too high, or activations overflow {config.compute_dtype}"
-    if not math.isfinite(loss) or not entropy.isfinite():
+    if not math.isfinite(loss) or not means.entropy.isfinite():
         return f"the examples' log-probabilities are not finite (likely cause: {cause})"
     return f"the gradient is not finite, though the loss is (likely cause: {cause})"
 
