@@ -12,8 +12,8 @@ from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.load import run_device
 from lowmem_grpo.output.lock import releasing_locks
-from lowmem_grpo.pipeline.kinds import Outlook
-from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline, entries
+from lowmem_grpo.pipeline.kinds import Outlook, entries
+from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline
 from lowmem_grpo.planner.plan import plan, plan_to_fit
 from lowmem_grpo.tasks import find_task, held_out
 
@@ -53,9 +53,11 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
         config = dataclasses.replace(config, **run.kind.places(Path(folder)))
         if "dataset" in inputs:
             found = run.kind.check(model, config, **with_datasets(run, inputs))
-        else:
+        elif run.kind.has_model:
             find_model(model, config)
             run_device(config)
+            found = Outlook()
+        else:
             found = Outlook()
         plan_found = found.plan
         if plan_found is None and run.kind.trains_policy:
@@ -76,6 +78,8 @@ AWAITED = f"{__name__}.{awaited_reward.__name__}"
 
 def with_datasets(run: PhaseRun, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a run, several datasets made one list of rows, which say in `dataset` what they are of."""
+    if run.kind.read is None:
+        return inputs
     names = [name for name in ("dataset", "eval_dataset") if len(entries(inputs.get(name))) > 1]
     joined = {name: _joined(run, name, inputs[name]) for name in names}
     return {**inputs, **joined}
@@ -93,6 +97,7 @@ def _joined(run: PhaseRun, name: str, datasets: list[Any]) -> list[dict[str, Any
         if task is not None:
             dataset = held_out(task) if name == "eval_dataset" else task.whole or task.rows
         split = "test" if name == "eval_dataset" else None
+        assert run.kind.read is not None
         found = run.kind.read(dataset, run.config, name=name, split=split)
         form = next((" and ".join(form) for form in FORMS if set(form) <= set(found.column_names)), "prompt")
         forms.setdefault(form, label)

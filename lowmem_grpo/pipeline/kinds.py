@@ -1,6 +1,7 @@
 """The kinds of phases, a row each: their settings, what they read and make, how they are checked and run."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,20 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
+from lowmem_grpo.errors import InputError, printable_text, shown
 from lowmem_grpo.example_inputs import read_example_inputs
 from lowmem_grpo.inputs import RunInputs, read_sampling_inputs, read_training_inputs
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.loops.sft import sft
+from lowmem_grpo.pipeline.pairs import pairs
 from lowmem_grpo.pipeline.sample import sample
+from lowmem_grpo.pipeline.sampled import Row, read_sampled
+from lowmem_grpo.pipeline.select import as_text, select, write_rows
 from lowmem_grpo.planner.plan import Plan
 
 
@@ -37,9 +44,16 @@ class Kind:
     inputs: tuple[str, ...]  # what it may name besides settings: datasets and rewards; `dataset` is needed
     output: str  # in its folder, what it makes: an adapter, or a file of rows
     trains_policy: bool = False  # True where later phases go on with its adapter
-    read: Callable[..., Dataset] = load_rows  # the rows of one dataset, as the phase reads them
+    has_model: bool = True  # False where it works on rows alone
+    read: Callable[..., Dataset] | None = load_rows  # the rows of one dataset; None where it reads several itself
     check: Callable[..., Outlook]  # of (model, config, **inputs), before any weights are read
-    run: Callable[..., dict[str, Any]]  # of (model, config, **inputs); the metrics of its last step
+    run: Callable[..., dict[str, Any]]  # of (model, config, output, **inputs); the metrics of its last step
+
+
+def entries(value: Any) -> list[Any]:
+    """The datasets or rewards that an input names: several of a list, but one of a list of rows."""
+    is_several = isinstance(value, (list, tuple)) and not all(isinstance(one, Mapping) for one in value)
+    return list(value) if is_several else [value]
 
 
 def _of_a_run(folder: Path) -> dict[str, Any]:
@@ -54,7 +68,7 @@ def _check_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = 
     return _outlook(read_example_inputs(model, dataset, eval_dataset, config))
 
 
-def _run_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> dict[str, Any]:
+def _run_sft(model: Any, config: SFTConfig, output: Path, dataset: Any, eval_dataset: Any = None) -> dict[str, Any]:
     return sft(model, dataset, eval_dataset, config).history[-1]
 
 
@@ -65,7 +79,7 @@ def _check_grpo(
 
 
 def _run_grpo(
-    model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None
+    model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None
 ) -> dict[str, Any]:
     return train(model, reward_funcs, dataset, eval_dataset, config).history[-1]
 
@@ -75,8 +89,39 @@ def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: 
     return Outlook([f"{len(found.prompts)} prompts, {config.num_generations} completions of each", *found.notes])
 
 
-def _run_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> dict[str, Any]:
+def _run_sample(
+    model: Any, config: SampleConfig, output: Path, dataset: Any, reward_funcs: Any = None
+) -> dict[str, Any]:
     return sample(model, dataset, reward_funcs, config).metrics
+
+
+def _check_select(model: Any, config: SelectConfig, dataset: Any) -> Outlook:
+    return Outlook(as_text(select(_sampled(dataset), config).funnel).splitlines())
+
+
+def _run_select(model: Any, config: SelectConfig, output: Path, dataset: Any) -> dict[str, Any]:
+    found = select(_sampled(dataset), config)
+    print(printable_text(as_text(found.funnel)), file=sys.stderr)
+    write_rows(output, found.rows, entries(dataset))
+    return {left.rule: left.num_completions for left in found.funnel}
+
+
+def _check_pairs(model: Any, config: PairsConfig, dataset: Any) -> Outlook:
+    return Outlook([f"{len(pairs(_sampled(dataset), config.min_margin))} pairs"])
+
+
+def _run_pairs(model: Any, config: PairsConfig, output: Path, dataset: Any) -> dict[str, Any]:
+    found = pairs(_sampled(dataset), config.min_margin)
+    write_rows(output, found, entries(dataset))
+    return {"pairs": len(found)}
+
+
+def _sampled(dataset: Any) -> list[Row]:
+    """The rows of one or several sampled files."""
+    for path in entries(dataset):
+        if not isinstance(path, str):
+            raise InputError(f"dataset is {shown(path)}; name a phase of the kind sample, or a file that it wrote")
+    return [row for path in entries(dataset) for row in read_sampled(path)]
 
 
 KINDS = {
@@ -93,6 +138,14 @@ KINDS = {
         Kind(
             name="sample", config=SampleConfig, places=lambda folder: {"output": str(folder / "sampled.jsonl")},
             inputs=("dataset", "reward_funcs"), output="sampled.jsonl", check=_check_sample, run=_run_sample,
+        ),
+        Kind(
+            name="select", config=SelectConfig, places=lambda folder: {}, inputs=("dataset",), output="selected.jsonl",
+            has_model=False, read=None, check=_check_select, run=_run_select,
+        ),
+        Kind(
+            name="pairs", config=PairsConfig, places=lambda folder: {}, inputs=("dataset",), output="pairs.jsonl",
+            has_model=False, read=None, check=_check_pairs, run=_run_pairs,
         ),
     )
 }  # fmt: skip

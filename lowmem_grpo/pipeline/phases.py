@@ -14,7 +14,7 @@ from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, UnhealthyRunError, did_you_mean, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.pipeline.kinds import KINDS, Kind
+from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
 from lowmem_grpo.settings_file import read_settings_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -103,12 +103,6 @@ class Pipeline:
         """The phases that a phase is made from: that of its adapter, and those that its inputs name."""
         named = [one for value in run.inputs.values() for entry in entries(value) for one in self.named(run, entry)]
         return named if run.origin is None else [run.origin, *named]
-
-
-def entries(value: Any) -> list[Any]:
-    """The datasets or rewards that an input names: several of a list, but one of a list of rows."""
-    is_several = isinstance(value, (list, tuple)) and not all(isinstance(one, Mapping) for one in value)
-    return list(value) if is_several else [value]
 
 
 @contextlib.contextmanager
@@ -221,7 +215,9 @@ def _origin(phase: Phase, before: list[PhaseRun]) -> PhaseRun | None:
     """The phase whose adapter a phase goes on with, or None for the pipeline's model."""
     trained = [run for run in before if run.kind.trains_policy]
     if phase.from_ is None:
-        return trained[-1] if trained else None
+        return trained[-1] if trained and KINDS[phase.kind].has_model else None
+    if not KINDS[phase.kind].has_model:
+        raise InputError(f"from: {shown(phase.from_)} is of no use to the kind {phase.kind}, which has no model")
     if phase.from_ == BASE:
         return None
     for run in trained:

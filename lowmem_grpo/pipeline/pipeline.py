@@ -13,8 +13,8 @@ from lowmem_grpo.errors import InputError, did_you_mean, printable_text, shown
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
-from lowmem_grpo.pipeline.kinds import Outlook
-from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, entries, naming, resolve
+from lowmem_grpo.pipeline.kinds import Outlook, entries
+from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, naming, resolve
 from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refuse_changed, write_record
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
@@ -103,7 +103,7 @@ def run_pipeline(
             _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
             if run not in done:
                 made_of = fingerprint(pipeline, run)
-                metrics = run.kind.run(pipeline.model_of(run), run.config, **_given(pipeline, run))
+                metrics = run.kind.run(pipeline.model_of(run), run.config, run.output, **_given(pipeline, run))
                 let_go()
                 write_record(run, made_of, metrics)
             if pipeline.evaluation is not None and run.kind.trains_policy:
@@ -199,7 +199,7 @@ def _origin_of(run: PhaseRun) -> str:
 def _begins(run: PhaseRun) -> str:
     there = checkpoints(run.folder)
     how = f"goes on at {there[-1].name}" if there else "begins"
-    return f"{how}, from {_origin_of(run)}, in {run.folder}"
+    return f"{how}, {f'from {_origin_of(run)}, ' if run.kind.has_model else ''}in {run.folder}"
 
 
 def _described(pipeline: Pipeline, run: PhaseRun, outlook: Outlook | None) -> str:

@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline, entries
+from lowmem_grpo.pipeline.kinds import entries
+from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline
 from lowmem_grpo.tasks import is_task_name
 
 NAME = "done.json"
@@ -30,7 +31,7 @@ SAMPLE = 2**20  # bytes, of a model's file: its first and its last ones
 def fingerprint(pipeline: Pipeline, run: PhaseRun) -> dict[str, Any]:
     """Kind, settings and inputs of a phase as JSON: files by the SHA-256 of their content, all else by name."""
     settings = settings_of_the_result(run.config)
-    inputs = {"model": content(pipeline.model_of(run))}
+    inputs: dict[str, Any] = {"model": content(pipeline.model_of(run))} if run.kind.has_model else {}
     for name, value in run.inputs.items():
         inputs[name] = [_content(pipeline, run, one) for one in entries(value)]
     return json.loads(json.dumps({"kind": run.kind.name, "settings": settings, "inputs": inputs}, default=str))

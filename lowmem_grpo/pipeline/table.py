@@ -20,7 +20,8 @@ from lowmem_grpo.evaluation.statistics import differences
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
-from lowmem_grpo.pipeline.phases import Evaluation, entries
+from lowmem_grpo.pipeline.kinds import entries
+from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 
