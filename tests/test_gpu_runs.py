@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo import GRPOConfig, SFTConfig, sft, train
+from lowmem_grpo import GRPOConfig, RewardConfig, SFTConfig, sft, train, train_reward_model
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 
@@ -39,6 +39,26 @@ def imitate(folder, callbacks=(), **settings):
     return sft(str(DEMO_MODEL), rows, rows[:16], config, callbacks=callbacks)
 
 
+def judge(folder, callbacks=(), **settings):
+    """A run that learns to tell right sums from wrong ones."""
+    pairs = [
+        {"prompt": [{"role": "user", "content": task.question(problem)}],
+         "chosen": [{"role": "assistant", "content": task.worked(problem)}],
+         "rejected": [{"role": "assistant", "content": "<think></think><answer>0</answer>"}]}
+        for problem in TRAIN[:64]
+    ]  # fmt: skip
+    config = RewardConfig(**{
+        "output_dir": str(folder), "max_steps": 4, "save_steps": 2, "pairs_per_step": 8, "learning_rate": 1e-3,
+        **settings,
+    })  # fmt: skip
+    return train_reward_model(str(DEMO_MODEL), pairs, pairs[:16], config, callbacks=callbacks)
+
+
+def with_critic(folder, callbacks=(), **settings):
+    method = dict(adv_estimator="gae", num_generations=1, prompts_per_step=64, critic_learning_rate=3e-3)
+    return grpo(folder, callbacks, **method, **settings)
+
+
 def adapter(folder):
     return load_file(folder / "adapter/adapter_model.safetensors")
 
@@ -63,7 +83,19 @@ def test_supervised_training_learns_its_examples(tmp_path):
     assert after < before / 1.5, (before, after)
 
 
-@pytest.mark.parametrize("training", [grpo, imitate])
+def test_a_reward_model_tells_right_from_wrong(tmp_path):
+    result = judge(tmp_path, max_steps=12, save_steps=12, bf16=True)
+    assert result.eval_history[-1]["eval_accuracy"] == 1.0
+
+
+def test_a_policy_learns_beside_a_critic(tmp_path):
+    result = with_critic(tmp_path, max_steps=40, save_steps=40, bf16=True)
+    before, after = (line["eval_reward"] for line in (result.eval_history[0], result.eval_history[-1]))
+    assert after > before + 0.2, (before, after)
+    assert all(math.isfinite(line["value_loss"]) for line in result.history)
+
+
+@pytest.mark.parametrize("training", [grpo, imitate, judge, with_critic])
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(training, tmp_path):
     def stop(step, *_):
         if step == 3:
@@ -74,7 +106,13 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(training, tmp_path):
         training(tmp_path / "cut", stop, bf16=True)
     resumed = training(tmp_path / "cut", bf16=True, resume_from_checkpoint="auto")
     expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
-    assert comparable(resumed)[:2] == comparable(whole)[:2], "two runs are not the same before the stop"
+    differing = [
+        (ours["step"], name, ours[name], theirs[name])
+        for ours, theirs in zip(comparable(resumed), comparable(whole), strict=True)
+        for name in ours
+        if ours[name] != theirs.get(name)
+    ]
+    assert not differing, differing[:6]
     furthest = max((found[name] - expected[name]).abs().max().item() for name in expected)
     assert furthest == 0.0, f"a number of the adapter is {furthest:.1e} off"
 
