@@ -103,7 +103,7 @@ class Inputs(RunInputs):
     def load_policy(self) -> Policy:
         """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it."""
         policy = super().load_policy()
-        self.rewards.bind(policy)
+        self.notes.extend(self.rewards.bind(policy))
         return policy
 
 

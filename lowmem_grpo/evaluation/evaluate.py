@@ -58,7 +58,8 @@ def measure(
     asked = [prompt for prompt in prompts for _ in range(k)]
     texts = [as_text(sampler.policy, p, c) for p, c in zip(asked, completions, strict=True)]
     columns = {key: [p.columns.get(key) for p in asked] for key in prompts[0].columns}
-    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
+    ids = [p.ids for p in asked]
+    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step, ids)
     total = weighted_rewards(scores.rewards, config.reward_weights)
     answers = [extract_answer(completion_text(text)) for text in texts]
     values = {"reward": total.view(-1, k).nanmean(dim=1).tolist(), **shares(scores.rewards[:, 0], answers, k)}

@@ -9,6 +9,7 @@ import torch
 
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.model.score_head import save_range
+from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pair_inputs import PairInputs, read_pair_inputs
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.evaluations import accuracies_of
@@ -23,8 +24,9 @@ from lowmem_grpo.update.pairs import backward, scores_of, try_largest_update, wh
 NUM_RANGED = 512  # pairs whose scores tell where an adapter's scores lie
 
 
-@interruptible
 @without_progress_bars
+@releasing_locks()
+@interruptible
 def train_reward_model(
     model: Any,
     train_dataset: Any = None,

@@ -36,6 +36,7 @@ from lowmem_grpo.model.adapters import (
     refuse_state,
 )
 from lowmem_grpo.model.head import output_embeddings, read_head
+from lowmem_grpo.model.score_head import has_score_head
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
@@ -57,6 +58,11 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
 
     A plan and a look at data, which read no weights, do without those of a model's folder.
     """
+    if isinstance(model, str) and has_score_head(model):
+        raise InputError(
+            f"adapter {model!r} scores texts and writes none; give it as one of the reward_funcs, and as the model its "
+            "base, or an adapter that writes"
+        )
     continues = isinstance(model, PeftModel) or is_adapter(model)
     if continues and peft_config is not None:
         raise InputError(

@@ -54,3 +54,10 @@ def _after_words(tokenizer: Any, more: list[dict]) -> str | None:
         return tokenizer.apply_chat_template(chat, tokenize=False).partition(MARKER)[2]
     except Exception:  # of whatever the template asks for
         return None
+
+
+def after_the_end(tokenizer: Any, token_id: int) -> list[int]:
+    """The ids that the chat template writes after an end of the assistant's turn, as a line's end; none for others."""
+    after = _after_words(tokenizer, [])
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    return ids[ids.index(token_id) + 1 :] if token_id in ids else []

@@ -132,7 +132,8 @@ def rows_of(
     sums: list[float | None] = [None] * len(drawn)
     if rewards.functions:
         columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
-        scored = rewards([p.text for p in asked], texts, [one.ids for one in drawn], columns, step).rewards
+        ids = [p.ids for p in asked]
+        scored = rewards([p.text for p in asked], texts, [one.ids for one in drawn], columns, step, ids).rewards
         scores = [dict(zip(rewards.names, map(_or_none, row), strict=True)) for row in scored.tolist()]
         sums = [_or_none(value) for value in weighted_rewards(scored, config.reward_weights).tolist()]
     return [

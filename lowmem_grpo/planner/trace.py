@@ -328,6 +328,7 @@ def largest_steps(config: TrainingConfig) -> list[list[int]]:
     steps = [max(found, key=lambda lengths: _first_micro_batch(config, lengths, cpu).input_ids.numel())]
     if not config.samples:  # examples of any length: as those with which the update is tried
         uneven = filling_lengths(1 + completion, completions, config.token_budget)
+        uneven += [2] * (len(uneven) % config.num_generations)  # of a pair that is cut apart
         steps += [[length - 1 for length in uneven]]
     elif config.padding_free:
         uneven = fills_one(

@@ -24,6 +24,7 @@ from lowmem_grpo.rewards.length import (
     get_soft_overlong_punishment,
 )
 from lowmem_grpo.rewards.names import reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
 from lowmem_grpo.rewards.reward_model import get_model_reward
 from lowmem_grpo.rewards.route import get_routed_reward
 from lowmem_grpo.rewards.runner import RewardRunner
@@ -40,6 +41,7 @@ BUILT_IN_FACTORIES = {
     for function in (
         get_cosine_scaled_reward, get_soft_overlong_punishment, get_repetition_penalty_reward, get_regex_reward,
         get_language_consistency_reward, get_code_reward, get_model_reward, get_judge_reward, get_routed_reward,
+        get_adapter_reward,
         in_processes,
     )
 }  # fmt: skip
@@ -52,6 +54,7 @@ __all__ = [
     "answer_format_reward",
     "code_reward",
     "exact_match_reward",
+    "get_adapter_reward",
     "get_code_reward",
     "get_cosine_scaled_reward",
     "get_judge_reward",

@@ -12,7 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
+from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
+from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
 from lowmem_grpo.rewards.reward_model import get_model_reward
 from lowmem_grpo.rewards.route import inner_of
 
@@ -56,7 +58,8 @@ def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Ca
                 "with names for its arguments"
             )
         elif reward not in built_in and ("/" in reward or os.path.isdir(os.path.expanduser(reward))):
-            reward = get_model_reward(os.path.expanduser(reward))
+            folder = os.path.expanduser(reward)
+            reward = get_adapter_reward(folder) if has_score_head(folder) else get_model_reward(folder)
         else:
             reward = _find(reward, built_in, "reward function")
     if isinstance(reward, PreTrainedModel):

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import part_of, refuse_part
 
@@ -44,7 +46,7 @@ def get_model_reward(
     scorer.eval()
 
     def ids_of(prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        text = _whole_text(tokenizer, prompt, part_of(completion, part))
+        text = whole_text(tokenizer, prompt, part_of(completion, part))
         return tokenizer(text, add_special_tokens=False)["input_ids"][-longest:]
 
     def reward(prompts: list, completions: list, **kwargs) -> list[float | Exception]:
@@ -63,6 +65,8 @@ def get_model_reward(
 
 
 def _load(name: str) -> PreTrainedModel:
+    if has_score_head(name):
+        return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype="auto", output_loading_info=True
@@ -94,7 +98,8 @@ def _load_tokenizer(name: str) -> Any:
         ) from error
 
 
-def _whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> str:
+def whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> str:
+    """A prompt with its completion as one text, a chat by the tokenizer's template."""
     if isinstance(prompt, str):
         return prompt + str(completion)
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)

@@ -54,10 +54,9 @@ class RoutedReward:
         """Tell whether the reward is for a row."""
         return row.get(self.column) in self.values
 
-    def bind(self, policy: Any) -> None:
-        """Give the policy to the inner function, if it judges with it."""
-        if hasattr(self.inner, "bind"):
-            self.inner.bind(policy)  # type: ignore[attr-defined] # a judge's
+    def bind(self, policy: Any) -> Any:
+        """Give the policy to the inner function, if it judges with it, and return what that says."""
+        return self.inner.bind(policy) if hasattr(self.inner, "bind") else None  # type: ignore[attr-defined] # a judge's
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Raise InputError for a row without the column, or one with which the inner function could do nothing."""

@@ -18,6 +18,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
 from lowmem_grpo.rewards.protocol import Failure, Logs, read, read_awaited
+from lowmem_grpo.rewards.route import inner_of
 
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
 log = logging.getLogger(__name__)
@@ -55,13 +56,16 @@ class RewardRunner:
         self.empty_steps = 0
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
-    ) -> Scores:
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int,
+        prompt_ids: list[list[int]] | None = None,
+    ) -> Scores:  # fmt: skip
         """Rewards of B completions; prompts, completions, ids and every column have B entries.
+
+        prompt_ids are for the functions with an attribute reads_prompt_ids; these give no reward without.
 
         No function's error is raised: the run goes on without its reward.
         """
-        calls = self._call_all(prompts, completions, completion_ids, columns, step)
+        calls = self._call_all(prompts, completions, completion_ids, columns, step, prompt_ids)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
         for name, call in zip(self.names, calls, strict=True):
@@ -91,11 +95,10 @@ class RewardRunner:
         """The B rewards of each function, NaN where there is none, without a word in log and metrics."""
         return [call.rewards for call in self._call_all(prompts, completions, completion_ids, columns, step=0)]
 
-    def bind(self, policy: Any) -> None:
-        """Give the policy to the functions that judge with it."""
-        for function in self.functions:
-            if hasattr(function, "bind"):
-                function.bind(policy)
+    def bind(self, policy: Any) -> list[str]:
+        """Give the policy to the functions that judge with it; returns what they say of that."""
+        said = [function.bind(policy) for function in self.functions if hasattr(function, "bind")]
+        return [words for words in said if isinstance(words, str)]
 
     def check_rows(self, rows: Iterable[Any], name: str) -> None:
         """Have every function that knows rows, by check_row(row), look at all of them.
@@ -131,8 +134,9 @@ class RewardRunner:
                     )
 
     def _call_all(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int
-    ) -> list[Call]:
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int,
+        prompt_ids: list[list[int]] | None = None,
+    ) -> list[Call]:  # fmt: skip
         """Call each function in turn, then await concurrently all that the async ones returned."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         state = SimpleNamespace(global_step=step)
@@ -141,6 +145,8 @@ class RewardRunner:
         for name, function, own in zip(self.names, self.functions, logs, strict=True):
             # A copy each, so that a function which changes its arguments changes nothing for the others.
             own_given = {**copy.deepcopy(given), "trainer_state": copy.copy(state), **own.functions()}
+            if getattr(inner_of(function), "reads_prompt_ids", False):
+                own_given["prompt_ids"] = copy.deepcopy(prompt_ids)
             with process_kept():
                 work = partial(read, name, count, partial(function, **own_given))
                 outcomes.append(_timed(self.timeout_s, work, partial(_say, name)))

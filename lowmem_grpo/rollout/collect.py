@@ -68,7 +68,8 @@ def sample_and_score(
     asked = [prompt for prompt in drawn for _ in range(config.num_generations)]
     texts = [as_text(sampler.policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
     columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
-    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step)
+    ids = [p.ids for p in asked]
+    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step, ids)
     table = {**scores.extra_columns, "prompt": [p.text for p in asked], "completion": texts}
     return Scored([*positions], drawn, completions, scores.rewards, {**metrics, **scores.metrics}, table)
 

@@ -1,0 +1,169 @@
+"""A reward adapter on the policy's own base as a reward function: no second model in memory."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.score_head import RANGE, has_score_head, read_range, without_head
+from lowmem_grpo.model.turn_end import after_the_end
+from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.rewards.reward_model import get_model_reward, whole_text
+from lowmem_grpo.rewards.rows import of_each
+from lowmem_grpo.rewards.text import part_of, refuse_part
+
+OF_A_RUN = ("adapter", "best")  # folders in a run's output_dir, which has the better name
+
+
+def get_adapter_reward(
+    adapter: str, normalize: bool = False, reward_range: list[float] | None = None, missing_eos_penalty: float = 0.0,
+    part: str = "all", token_budget: int = 16384,
+) -> "AdapterReward":  # fmt: skip
+    """The score that a reward adapter, as `lowmem-grpo reward` trains one, gives a prompt with its completion.
+
+    It is worn on the policy's own base for the time of scoring, and sees the very ids that were sampled. One of another
+    base is loaded beside the policy, as get_model_reward() does.
+
+    Args:
+        adapter: its folder, as rm/adapter.
+        normalize: take from a score the mean over training pairs, and divide by their deviation.
+        reward_range: least and largest reward, after that, such as [-10, 10].
+        missing_eos_penalty: what is taken from the reward of a completion that no end-of-sequence token ends.
+        part: "answer" scores what follows the last `</think>`, rendered and tokenized anew.
+        token_budget: most tokens that are computed at once, padding included.
+
+    Raises:
+        InputError: there is no such adapter, or it lacks what is asked for.
+    """
+    return AdapterReward(os.path.expanduser(adapter), normalize, reward_range, missing_eos_penalty, part, token_budget)
+
+
+class AdapterReward:
+    """A reward function that train() gives the policy, by bind().
+
+    Attributes:
+        config: of the adapter, by PEFT.
+        reads_prompt_ids: True: the runner gives it the prompts' ids, too.
+    """
+
+    reads_prompt_ids = True
+
+    def __init__(
+        self, folder: str, normalize: bool, reward_range: list[float] | None, missing_eos_penalty: float, part: str,
+        token_budget: int,
+    ):  # fmt: skip
+        refuse_part(part)
+        if not has_score_head(folder):
+            raise InputError(f"{folder!r} is no reward adapter; train one with `lowmem-grpo reward`")
+        self.folder, self.config = Path(folder), read_adapter_config(folder)
+        weights, score = without_head(read_weights(folder))
+        if score is None:
+            raise InputError(f"the reward adapter in {folder!r} has no score head; train it with `lowmem-grpo reward`")
+        if reward_range is not None and not (len(reward_range) == 2 and reward_range[0] < reward_range[1]):
+            raise InputError(f"reward_range={reward_range} is not the least and the largest reward, such as [-10, 10]")
+        self.lowest, self.highest = map(float, reward_range or (-torch.inf, torch.inf))
+        self.mean, self.deviation = 0.0, 1.0
+        if normalize:
+            known = read_range(self.folder)
+            if known is None:
+                raise InputError(f"{folder!r} has no {RANGE} to normalize by; leave normalize out, or train it anew")
+            self.mean, self.deviation = known
+        self.missing_eos_penalty, self.part = missing_eos_penalty, part
+        name = Path(folder).absolute()
+        self.__name__ = name.parent.name if name.name in OF_A_RUN and name.parent.name else name.name
+        self.num_parameters = sum(values.numel() for values in [*weights.values(), score])
+        self.weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in [*weights.values(), score])).hexdigest()
+        self.budget = TokenBudget(token_budget)
+        self.policy: Any = None
+        self.worn = ""  # the name of the adapter on the policy's base
+        self.after: dict[int, list[int]] = {}  # ids that the template writes after an end, by that
+        self.model: Any = None  # the reward of a model of its own, where the base is another one
+
+    def bind(self, policy: Any) -> str:
+        """Put the adapter on the policy's base, or load its own base where that is another; says which.
+
+        Raises:
+            InputError: the adapter does not fit the base that it names.
+        """
+        base = str(self.config.base_model_name_or_path)
+        self.policy, self.model, self.after = policy, None, {}
+        if os.path.realpath(base) != os.path.realpath(policy.base.name_or_path):
+            self.model = get_model_reward(str(self.folder), token_budget=self.budget.num_tokens, part=self.part)
+            return (
+                f"{self.__name__} is an adapter of {base}, and the policy's base is {policy.base.name_or_path}: it has "
+                "a model of its own in memory, which no plan counts"
+            )
+        self.worn = next(name for name in map("reward{}".format, range(999)) if name not in policy.model.peft_config)
+        policy.add_from(self.worn, str(self.folder))
+        return f"{self.__name__} is worn on the policy's own base: no second model is in memory"
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]],
+        prompt_ids: list[list[int]] | None = None, **kwargs: Any,
+    ) -> list:  # fmt: skip
+        if self.policy is None or prompt_ids is None:  # tried out before there is a model
+            return [None] * len(completions)
+        if self.model is not None:
+            scores = self.model(prompts=prompts, completions=completions)
+        elif self.part == "all":
+            both = zip(prompts, completion_ids, strict=True)
+            texts = [ids if isinstance(prompt, str) else self._with_end(ids) for prompt, ids in both]
+            scores = self._scores(prompt_ids, texts).tolist()
+        else:
+            scores = of_each(self._rendered, prompts, completions)
+            known = [index for index, ids in enumerate(scores) if not isinstance(ids, Exception)]
+            values = self._scores([scores[index][:1] for index in known], [scores[index][1:] for index in known])
+            for index, value in zip(known, values.tolist(), strict=True):
+                scores[index] = value
+        ends = set(self.policy.eos_token_ids)
+        return [
+            score if isinstance(score, Exception) else self._reward(score, bool(ids) and ids[-1] in ends)
+            for score, ids in zip(scores, completion_ids, strict=True)
+        ]
+
+    def _reward(self, score: float, has_end: bool) -> float:
+        normal = (score - self.mean) / self.deviation
+        return min(max(normal, self.lowest), self.highest) - (0.0 if has_end else self.missing_eos_penalty)
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        """A completion as the template writes it in a chat, with what comes after its end, as a line's end."""
+        last = ids[-1] if ids else -1
+        if last not in self.after:
+            self.after[last] = after_the_end(self.policy.tokenizer, last)
+        return [*ids, *self.after[last]]
+
+    def _rendered(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
+        """Ids of a prompt with a part of its completion, as of a pair's text."""
+        text = whole_text(self.policy.tokenizer, prompt, part_of(completion, self.part))
+        return self.policy.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+
+    def _scores(self, prompts: list[list[int]], texts: list[list[int]]) -> Tensor:
+        """The score of each text after its prompt, (B,) fp32 on the CPU; a prompt that repeats is computed once."""
+        policy, group = self.policy, _group(prompts)
+
+        def compute(token_budget: int) -> Tensor:
+            scores = torch.zeros(len(texts), device=policy.device)
+            batches = pack(
+                prompts[::group], [[*text, policy.pad_token_id] for text in texts], token_budget=token_budget,
+                pad_token_id=policy.pad_token_id, device=policy.device, num_generations=group,
+                padding_free=policy.packs, last_only=True,
+            )  # fmt: skip
+            with policy.inference(), policy.wearing(self.worn):
+                for batch in batches:
+                    scores[batch.sequences] = policy.scores(batch)
+            return scores.cpu()
+
+        return self.budget.fit(compute, [len(a) + len(b) + 1 for a, b in zip(prompts, texts, strict=True)])
+
+
+def _group(prompts: list[list[int]]) -> int:
+    """How often each prompt follows itself, where that is the same for all; 1 where it is not."""
+    first = next((index for index, ids in enumerate(prompts) if ids != prompts[0]), len(prompts)) or 1
+    groups = [prompts[index : index + first] for index in range(0, len(prompts), first)]
+    return first if all(len(group) == first and all(ids == group[0] for ids in group) for group in groups) else 1
