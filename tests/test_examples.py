@@ -37,7 +37,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
-        "rejection_sampling",
+        "rejection_sampling", "rlhf",
     }  # fmt: skip
 
 
@@ -49,6 +49,17 @@ def test_a_reward_model(tmp_path, monkeypatch, capsys):
     )
     assert {"rewards/scorer/mean", "kl"} <= set(lines(tmp_path)[0])
     assert "kl" in capsys.readouterr().out
+
+
+def test_rlhf(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "?"} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    given = ["--max_steps", "1", "--max_completion_length", "8", "--output_dir", "out", "--model", str(DEMO_MODEL)]
+    main_of("rlhf")([*given, "--pairs", "pairs.jsonl", "--prompts", "prompts.jsonl"])
+    assert "rewards/rm/mean" in (tmp_path / "out/rl/metrics.jsonl").read_text(encoding="utf-8")
+    assert "KL" in capsys.readouterr().out
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):

@@ -84,9 +84,7 @@ class Policy:
         config: Any = copy.copy(read_adapter_config(folder))
         whole = set(config.modules_to_save or ()) - {"score", "classifier"}
         config.modules_to_save, config.init_lora_weights, config.task_type = sorted(whole) or None, True, None
-        with torch.random.fork_rng(
-            [self.device] if self.device.type == "cuda" else []
-        ):  # its first values are no matter
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # values come from the file
             self.add(name, config)
         own = {path: values.shape for path, values in self.adapter_state(name).items()}
         if own != {path: values.shape for path, values in weights.items()}:
