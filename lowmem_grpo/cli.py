@@ -108,7 +108,11 @@ INPUTS = (
 
 OF_EXAMPLES = (
     INPUTS[0],
-    ("dataset", INPUTS[1][1], "hub id, JSONL, JSON, CSV or Parquet file, with prompt and completion, messages or text"),
+    (
+        "dataset",
+        INPUTS[1][1],
+        "hub id, JSONL, JSON, CSV or Parquet file, or several; with prompt and completion, messages or text",
+    ),
     ("eval_dataset", (), "hub id (its test split is read) or file of examples to measure the loss of"),
 )
 PIPELINE_FLAGS = (
@@ -402,7 +406,7 @@ def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS
     """Add flags for the inputs and for --config, and return their group."""
     group = parser.add_argument_group(title)
     for name, aliases, text in inputs:
-        many = "+" if name == "reward_funcs" else None
+        many = "+" if name == "reward_funcs" or (inputs is OF_EXAMPLES and name == "dataset") else None
         shape = {"metavar": name.split("_")[-1].upper(), "nargs": many}
         group.add_argument(f"--{name}", *aliases, action=Once, dest=name, help=text, **shape)
     group.add_argument(

@@ -83,6 +83,39 @@ def test_a_stopped_run_resumes_to_the_adapter_of_the_one_that_was_not(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_datasets_are_mixed_by_weight_and_a_stopped_run_mixes_on(tmp_path, capsys):
+    def stop(step, metrics, policy):
+        if step == 3:
+            raise RuntimeError("the machine is needed elsewhere")
+
+    given = [rows(TRAIN[:6]), rows(TRAIN[6:36])]
+    weights = dict(dataset_weights=[3, 1], max_steps=6)
+    whole = run(tmp_path / "whole", given, **weights)
+    said = (
+        "train_dataset 1: 6 examples, each seen 6 times in the run\ntrain_dataset 2: 30 examples, each seen 0.4 times"
+    )
+    assert said in (tmp_path / "whole/data_preview.txt").read_text() and said in capsys.readouterr().err
+    config = SFTConfig(output_dir=str(tmp_path / "cut"), use_cpu=True, examples_per_step=8, learning_rate=1e-3,
+                       save_steps=2, **weights)  # fmt: skip
+    with pytest.raises(RuntimeError, match="needed elsewhere"):
+        sft(str(DEMO_MODEL), given, None, config, callbacks=stop)
+    with pytest.raises(InputError, match=r"dataset_weights is .*2"):
+        run(tmp_path / "cut", given, **{**weights, "dataset_weights": [2, 1]}, resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="on other values in sizes"):
+        run(tmp_path / "cut", [rows(TRAIN[:7]), rows(TRAIN[7:36])], **weights, resume_from_checkpoint=True)
+    resumed = run(tmp_path / "cut", given, **weights, resume_from_checkpoint="auto")
+    assert comparable(resumed.history) == comparable(whole.history)
+    ours, theirs = adapter(tmp_path / "cut"), adapter(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_datasets_without_weights_are_one(tmp_path):
+    run(tmp_path / "two", [rows(TRAIN[:10]), rows(TRAIN[10:40])], max_steps=2)
+    run(tmp_path / "one", rows(TRAIN[:40]), max_steps=2)
+    ours, theirs = adapter(tmp_path / "two"), adapter(tmp_path / "one")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_run_is_not_resumed(tmp_path):
     run(tmp_path, max_steps=2)
     with pytest.raises(InputError, match="on other values in rows"):
@@ -123,6 +156,12 @@ def test_reinforcement_goes_on_from_the_adapter(tmp_path):
         ({"token_budget": 20}, None, "the longest example has 39 tokens, more than token_budget=20"),
         ({}, [{"prompt": "1+1="}], "neither prompt and completion"),
         ({}, [], "train_dataset is empty"),
+        ({"dataset_weights": [3, 1]}, None, "has 2 weights for 1 datasets; give one for each"),
+        ({"dataset_weights": [3]}, [rows(TRAIN[:2])] * 2, "has 1 weights for 2 datasets"),
+        ({"dataset_weights": [3, 0]}, [rows(TRAIN[:2])] * 2, "dataset_weights must be greater than 0"),
+        ({"dataset_weights": [1e6, 1]}, [rows(TRAIN[:2])] * 2, "leaves a dataset without an example of 4"),
+        ({}, [rows(TRAIN[:2]), "no/such.jsonl"], "train_dataset 2 of 2: train_dataset 'no/such.jsonl' is not a file"),
+        ({}, [rows(TRAIN[:2]), [{"text": ""}]], "row 0 of train_dataset 2"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(tmp_path, settings, examples, words):
@@ -142,6 +181,7 @@ def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
         ("evaluated_on_training_examples", dict(eval_dataset=rows(TRAIN[:2]))),
         ("examples_without_an_end", dict(examples=[{"messages": [{"role": "user", "content": f"{n}+1="}]} for n in range(9)])),
         ("most_examples_dropped", dict(max_length=39, examples=[*rows(TRAIN[:1]), *({"prompt": [{"role": "user", "content": "1" * 60}], "completion": [{"role": "assistant", "content": "1"}]} for _ in range(3))])),
+        ("dataset_seen_too_often", dict(examples=[rows(TRAIN[:2]), rows(TRAIN[2:30])], dataset_weights=[3, 1])),
         ("implausible_learning_rate", dict(learning_rate=1e-2)),
         ("warmup_beyond_the_end", dict(warmup_steps=4, lr_scheduler_type="linear")),
     ],
@@ -167,6 +207,10 @@ def test_the_command_trains_plans_and_refuses(tmp_path, capsys):
     assert cli.main(["sft", *given, *more]) == 0
     assert capsys.readouterr().out.strip() == f"adapter: {tmp_path / 'out/adapter'}"
     assert json.loads((tmp_path / "out/sft_config.json").read_text())["examples_per_step"] == 16
+    several = ["--dataset", *[str(tmp_path / "cold.jsonl")] * 2, "--dataset_weights", "3", "1", "--max_steps", "1"]
+    assert cli.main(["sft", *given, *several, "--output_dir", str(tmp_path / "several")]) == 0
+    assert json.loads((tmp_path / "several/sft_config.json").read_text())["dataset_weights"] == [3.0, 1.0]
+    capsys.readouterr()
     assert cli.main(["plan", "sft", *given, "--max_length", "64", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["example_tokens"] == 64 and set(planned["phases"]) == {"update", "evaluation"}

@@ -203,6 +203,9 @@ class ExampleFields(RowFields):
         at_most=2**18,
     )
     examples_per_step: int = option(16, "examples of a step", common=True, above=0, at_most=2**14)
+    dataset_weights: list[float] | None = option(
+        None, "of several datasets, how many examples come from each, as 3 1; by default all are one", above=0
+    )
     completion_only_loss: bool | None = option(
         None, "learn completions alone, not their prompts; on by default for rows with both"
     )

@@ -7,14 +7,14 @@ A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import ExampleFields
 from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text
-from lowmem_grpo.data.order import Order, index_at
+from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
 from lowmem_grpo.data.prompts import template_settings, text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import whole
@@ -43,15 +43,27 @@ class Example:
 class Examples(Generic[T]):
     """A run's examples, or pairs, and its place in the endless stream of epochs of them. A part of a checkpoint."""
 
-    all: list[T]
+    all: list[T]  # of several datasets one after the other
     config: Order
     position: int = 0  # of the next example
+    sizes: list[int] = field(default_factory=list)  # of several datasets: how many are of each
+    weights: list[float] | None = None  # with which they are mixed; else they are one
 
     def take(self, count: int) -> list[T]:
         """The next examples of the stream."""
         places = range(self.position, self.position + count)
         self.position = places.stop
-        return [self.all[index_at(place, len(self.all), self.config)] for place in places]
+        return [self.all[self._index_at(place)] for place in places]
+
+    def _index_at(self, place: int) -> int:
+        if self.weights is None:
+            return index_at(place, len(self.all), self.config)
+        return mixed_index_at(place, self.sizes, self.weights, self.config)
+
+    def epochs_of(self, count: int) -> list[float]:
+        """How often each dataset is gone through in `count` examples of the stream: [0.5, 4.0]."""
+        parts = shares_of(len(self.all), self.weights or self.sizes)
+        return [count / len(self.all) * part / size for part, size in zip(parts, self.sizes, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """The position."""

@@ -38,7 +38,7 @@ def sft(
             changed in place.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows: with `prompt` and
             `completion`, texts or lists of messages; or with `messages`, `conversations` or `text`. A column `weight`
-            says how much each row counts.
+            says how much each row counts. Or a list of datasets, which are one, or mixed by config.dataset_weights.
         eval_dataset: in any of these forms, a hub dataset's `test` split; its loss is measured before, after and every
             eval_steps.
         config: every setting; SFTConfig() by default.

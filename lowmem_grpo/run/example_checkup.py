@@ -7,6 +7,7 @@ from lowmem_grpo.run.checkup import having_looked, implausible_rate, warmup_too_
 from lowmem_grpo.run.doctor import Doctor, Finding
 from lowmem_grpo.run.symptoms import symptoms_of_examples
 
+MANY_EPOCHS = 10  # over one dataset: cold starts take 2 to 3 (R1: 2, https://arxiv.org/abs/2501.12948)
 END = 4  # tokens at an example's end, among which its end-of-sequence token is: a template may write white space after
 
 
@@ -26,6 +27,7 @@ def findings(inputs: ExampleInputs) -> list[Finding]:
         "evaluated_on_training_examples": evaluated_on_training_examples(inputs),
         "examples_without_an_end": examples_without_an_end(inputs),
         "most_examples_dropped": most_examples_dropped(inputs),
+        "dataset_seen_too_often": dataset_seen_too_often(inputs),
         "implausible_learning_rate": implausible_rate(inputs.config.learning_rate),
         "warmup_beyond_the_end": warmup_too_long(inputs.config.warmup_steps, inputs.total_steps),
     }
@@ -58,6 +60,22 @@ def examples_without_an_end(inputs: ExampleInputs) -> str | None:
     return (
         f"{missing} of {len(inputs.examples.all)} examples teach no end-of-sequence token, so that the model may not "
         "know when to stop; end them with it, or mend tokenizer.chat_template"
+    )
+
+
+def dataset_seen_too_often(inputs: ExampleInputs) -> str | None:
+    """Say which dataset its weight repeats until it is learnt by heart."""
+    examples, config = inputs.examples, inputs.config
+    if config.dataset_weights is None:
+        return None
+    epochs = examples.epochs_of(inputs.total_steps * config.examples_per_step)
+    most = max(epochs)
+    if most <= MANY_EPOCHS or most <= 2 * min(epochs):
+        return None
+    number = epochs.index(most) + 1
+    return (
+        f"the {examples.sizes[number - 1]} examples of train_dataset {number} are each seen {most:.3g} times, which "
+        "learns them by heart; lower its weight in dataset_weights, or the number of steps"
     )
 
 

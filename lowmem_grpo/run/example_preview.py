@@ -20,10 +20,21 @@ def show_example(inputs: ExampleInputs) -> None:
         return
     assert inputs.output_dir is not None
     text = as_text(inputs.examples.all[0], len(inputs.examples.all), inputs.tokenizer)
+    if len(inputs.examples.sizes) > 1:
+        text = f"{datasets_as_text(inputs)}\n{text}"
     file = inputs.output_dir / "data_preview.txt"
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
     shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n..."
     print(printable_text(shown), file=sys.stderr)
+
+
+def datasets_as_text(inputs: ExampleInputs) -> str:
+    """A line for each dataset: its examples, and how often a run goes through them."""
+    examples, count = inputs.examples, inputs.total_steps * inputs.config.examples_per_step
+    return "\n".join(
+        f"train_dataset {number}: {size} examples, each seen {epochs:.3g} times in the run"
+        for number, (size, epochs) in enumerate(zip(examples.sizes, examples.epochs_of(count), strict=True), 1)
+    )
 
 
 def as_text(example: Example, count: int, tokenizer: Any) -> str:
