@@ -37,7 +37,7 @@ import psutil
 import torch
 
 import lowmem_grpo
-from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo import GRPOConfig, SFTConfig, sft, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
 from lowmem_grpo.output.folder import checkpoints
@@ -51,6 +51,8 @@ EVERY_RUN: dict[str, Any] = dict(
 REPLAY = dict(replay_buffer_size=6, dynamic_sampling_rounds=1)
 ENTROPY = dict(entropy_coef=0.01, use_adaptive_entropy=True, entropy_target=0.5, entropy_coef_delta=0.01)
 SYNC = dict(sync_ref_model=True, ref_model_sync_steps=2)
+OF_GRPO = ("prompts_per_step", "num_generations", "max_completion_length", "beta", "log_completions")
+EVERY_SFT = {name: value for name, value in EVERY_RUN.items() if name not in OF_GRPO} | dict(examples_per_step=8)
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": dict(
         **REPLAY, **ENTROPY, **SYNC, kl_target=0.01, kl_horizon=20, curriculum_skip=0.5, steps_per_generation=2,
@@ -73,6 +75,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "replay": REPLAY,
     "save every step": dict(save_steps=1),
     "sync": SYNC,
+    # Of sft(), over rows that weigh differently.
+    "sft": dict(sft=True),
+    "sft, dft": dict(sft=True, loss_type="dft", eval_steps=None, load_best_model_at_end=False),
+    "sft, dropout": dict(sft=True, lora_dropout=0.1, save_steps=1, save_total_limit=2),
+    "sft, eval": dict(sft=True, eval_steps=1, metric_for_best_model="eval_mean_token_accuracy"),
+    "sft of two datasets": dict(sft=True, dataset_weights=[3, 1], lora_dropout=0.1),
 }  # fmt: skip
 PASSES = ("policy.py", "packing.py", "packed_attention.py", "attention.py", "lora.py", "product_4bit.py")
 # The first that a function's path begins with is where it is. Trials choose among places, then among functions there.
@@ -230,6 +238,14 @@ def noisy_reward(completions, **kwargs):
     return [random.random() + np.random.rand() + torch.rand(1).item() + len(c[0]["content"]) % 7 for c in completions]
 
 
+def examples(problems) -> list[dict[str, Any]]:
+    """Problems with their worked answers, to imitate, every second with half of the weight."""
+    return [
+        {"prompt": task.question(problem), "completion": task.worked(problem), "weight": 0.5 + number % 2 / 2}
+        for number, problem in enumerate(problems)
+    ]
+
+
 def callback(step, metrics, policy):
     """Write down what it was called with, in a line."""
     with open("callbacks.jsonl", "a", encoding="utf-8") as file:
@@ -248,12 +264,18 @@ def run(folder: Path, settings: dict[str, Any]) -> int:
     os.dup2(output, 2)
     random.seed(0)  # a fork has another state, and the preview calls the rewards before the run has set one
     seen, unseen = task.splits()
-    config = GRPOConfig(**{**EVERY_RUN, **settings})
+    settings = dict(settings)
+    is_sft = settings.pop("sft", False)
     try:
-        train(
-            str(MODEL), [task.tag_format_reward, noisy_reward], task.rows(seen[:32]), task.rows(unseen[:4]),
-            config=config, callbacks=callback,
-        )  # fmt: skip
+        if is_sft:
+            config, data = SFTConfig(**{**EVERY_SFT, **settings}), examples(seen[:32])
+            data = [data, examples(seen[32:72])] if config.dataset_weights else data
+            sft(str(MODEL), data, examples(unseen[:4]), config, callbacks=callback)
+        else:
+            train(
+                str(MODEL), [task.tag_format_reward, noisy_reward], task.rows(seen[:32]), task.rows(unseen[:4]),
+                config=GRPOConfig(**{**EVERY_RUN, **settings}), callbacks=callback,
+            )  # fmt: skip
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit:
