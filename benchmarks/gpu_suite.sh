@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The GPU programme: three calls, for a card that is lent for minutes.
+# The GPU programme: four calls, for a card that is lent for minutes.
 #
 #   benchmarks/gpu_suite.sh tests   4 minutes: versions, every GPU test, whole steps of a 0.5B and a 1.5B model
 #   benchmarks/gpu_suite.sh speed   5 minutes: sampling and the head
 #   benchmarks/gpu_suite.sh beside  5 minutes: budgets, and a step beside the peers'
+#   benchmarks/gpu_suite.sh critic  2 minutes: a step of PPO beside one of GRPO
 #   DRY_RUN=1 ...                   the same commands with tiny sizes, on a CPU
 #
 # The most valuable comes first, each part has a time limit of its own (suite.py) and is saved as soon as it is there.
@@ -12,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:-}
-case $call in tests | speed | beside) shift ;; *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $call in tests | speed | beside | critic) shift ;; *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s

@@ -154,6 +154,7 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "a step of 4 x 8 x 32 tokens, 1.5B, beside others": ("step-beside", _steps),
     "the head, as last changed, over two bare products, D 1536": ("head-tiles", partial(_head, 0)),
     "the head, as last changed, over two bare products, D 3584": ("head-tiles", partial(_head, 1)),
+    "a step of 64 completions of 128 tokens, 1.5B, of GRPO and PPO": ("ppo-1.5b", _steps),
     "peak of a 1.5B model in 4 GB": ("budget-1.5b", _budget),
     "peak of a 7B model in 8 GB": ("budget-7b", _budget),
 }

@@ -40,6 +40,7 @@ CPU = {
     "scaling-vocabulary": Part("bench_scaling", "--sweep vocabulary"),
     "step": Part("bench_step", "--prompts 2 --num_generations 4 --max_completion_length 32 --steps 3"),
     "learning": Part("bench_learning"),
+    "ppo": Part("bench_ppo"),
     "profile": Part("profile_step"),
     "head": Part("bench_linear_logprobs"),
     "policy_loss": Part("bench_policy_loss"),
@@ -61,6 +62,7 @@ CUDA = {
         "--shape qwen2.5-1.5b --prompts 4 --prompt_length 512 --max_completion_length 256 --steps 3",
     ),
     "rollout-qwen2.5-1.5b": Part("bench_rollout", "--shape qwen2.5-1.5b --prompts 8 --max_completion_length 256"),
+    "ppo-qwen2.5-1.5b": Part("bench_ppo", "--shape qwen2.5-1.5b --steps 3"),
     "budgets-qwen2.5-1.5b": Part("bench_budgets", "--shape qwen2.5-1.5b --vram_budget 6GB --vram_budget 8GB"),
     "budgets-qwen2.5-7b": Part("bench_budgets", "--shape qwen2.5-7b --vram_budget 8GB --vram_budget 12GB"),
     "scaling-length": Part("bench_scaling", "--shape qwen2.5-1.5b --sweep max_completion_length"),
@@ -139,6 +141,13 @@ PROGRAMME = {
             95,
         ),
     },
+    "critic": {
+        "ppo-1.5b": Part(
+            "bench_ppo",
+            "--shape qwen2.5-1.5b --steps 3 --only 'GRPO, groups of 8' 'PPO, one a prompt' --limit_s 50",
+            110,
+        ),
+    },
 }
 # Only whether everything runs: ours and TRL alone where each would be a process of its own.
 QUICK = {
@@ -151,6 +160,7 @@ QUICK = {
     "scaling": Part("bench_scaling", "--quick --sweep max_completion_length --only lowmem_grpo TRL"),
     "step": Part("bench_step", "--quick --only lowmem_grpo TRL"),
     "learning": Part("bench_learning", "--quick --only lowmem_grpo TRL"),
+    "ppo": Part("bench_ppo", "--quick --only 'PPO, one a prompt'"),
     "sampling_error": Part("sampling_error", "--prompts 2 --num_generations 2"),
     "budgets": Part("bench_budgets", "--shape tiny --vram_budget 1GB --max_completion_length 32 --predict_only"),
     "context": Part("bench_context", "--shape tiny --max_completion_length 32"),
@@ -169,6 +179,7 @@ TINY = {
     "bench_budgets": "--max_completion_length 32",
     "bench_context": "--shape tiny --max_completion_length 32",
     "bench_learning": "--quick --only lowmem_grpo TRL",
+    "bench_ppo": "--quick --only 'PPO, one a prompt'",
     "sampling_error": "--prompts 2 --num_generations 2",
 }
 OUT_OF_TIME, INTERRUPTED = "out of time", "interrupted"

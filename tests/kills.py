@@ -72,6 +72,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "limit": dict(max_steps=4, save_steps=1, save_total_limit=1),
     "mini-batches": dict(steps_per_generation=2),
     "optimizer in 8 bits": dict(optim="adamw_8bit"),
+    "ppo": dict(
+        adv_estimator="gae", num_generations=1, prompts_per_step=8, critic_warmup=2, critic_learning_rate=1e-3,
+        num_iterations=2, kl_in_reward=True,
+    ),
     "replay": REPLAY,
     "save every step": dict(save_steps=1),
     "sync": SYNC,

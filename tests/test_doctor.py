@@ -273,6 +273,17 @@ def test_without_a_difference_the_reward_that_all_have_is_said_with_the_likely_c
     assert said_of(same, {}) == {}, "it found its way"
 
 
+def test_a_critic_whose_values_are_noise_is_told_and_groups_are_none_of_its_business():
+    ppo = dict(adv_estimator="gae", num_generations=1)
+    told = said_of({}, {"value/explained_variance": -1.5}, **ppo)
+    assert set(told) == {"critic_misleads"} and "explained -1.5" in told["critic_misleads"]
+    assert said_of({}, {"value/explained_variance": -0.9}, **ppo) == {}
+    assert said_of({}, {"value/explained_variance": math.nan}, **ppo) == {}
+    apart = {"frac_reward_zero_std": 1.0}
+    assert said_of(apart, apart, **ppo) == {}, "each step has one reward, and not each the same"
+    assert set(said_of(apart, apart, num_generations=8)) == {"no_difference"}
+
+
 def test_a_choice_of_one_token_is_the_cause_where_completions_are_alike():
     same = {"frac_reward_zero_std": 1.0}
     assert "top_k=1 makes them alike; leave it out" in said_of(same, same, top_k=1)["no_difference"]

@@ -37,7 +37,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
-        "rejection_sampling", "rlhf",
+        "rejection_sampling", "rlhf", "ppo_vs_grpo",
     }  # fmt: skip
 
 
@@ -78,6 +78,16 @@ def test_countdown_from_a_base_model(tmp_path, monkeypatch, capsys):
     assert "rewards/countdown_reward/mean" in lines(tmp_path)[1]
     assert "step 2: solved" in capsys.readouterr().out
     assert (tmp_path / "out/best/adapter_model.safetensors").is_file()
+
+
+def test_ppo_beside_grpo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n' * 4, encoding="utf-8")
+    small = ["--dataset", "rows.jsonl", "--max_steps", "1", "--critic_warmup", "0", "--output_dir", "out"]
+    main_of("ppo_vs_grpo")([*SMALL, *small])
+    grpo, ppo = (line for line in capsys.readouterr().out.splitlines() if "peak in MiB" in line)
+    assert grpo.startswith("grpo: ") and "critic" not in grpo
+    assert ppo.startswith("ppo: ") and all(f"{phase} " in ppo for phase in ("rollout", "values", "update", "critic"))
 
 
 def test_a_task_of_reasoning_gym(tmp_path, monkeypatch, capsys):

@@ -333,7 +333,7 @@ def test_each_call_of_the_programme_ends_within_4_or_5_minutes():
     limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
     assert all(0 < limit <= 110 for call in limits.values() for limit in call)
     assert sum(limits["tests"]) + int(tests_s) < 240
-    assert sum(limits["speed"]) < 300 and sum(limits["beside"]) < 300
+    assert sum(limits["speed"]) < 300 and sum(limits["beside"]) < 300 and sum(limits["critic"]) < 120
 
 
 def test_a_part_of_the_programme_gets_no_more_than_its_limit(tmp_path, monkeypatch):
@@ -357,6 +357,7 @@ def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     assert "collected" in (out / "dry-run-gpu-tests.txt").read_text()
     run_dry(tmp_path, "speed", [])
     run_dry(tmp_path, "beside", [])
+    run_dry(tmp_path, "critic", [])
     assert len(list(out.iterdir())) <= 8
 
 

@@ -21,7 +21,7 @@ READ = {
     "step", "reward", "reward_std", "frac_reward_zero_std", "frac_tokens_skipped", "entropy", "kl", "grad_norm",
     "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/min",
     "ratio/max", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean",
-    "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups", "loss",
+    "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups", "loss", "value/explained_variance",
 }  # fmt: skip
 SKIPPED = "skipped_so_far"  # optimizer steps of the run that changed no weight
 
@@ -39,6 +39,7 @@ MOST_CLIPPED = 0.3  # of the tokens; 0.001 to 0.1 is usual, and 0.15 of sequence
 FAR = 2.0  # or its inverse: a token's ratio of new to old policy where nothing has moved, which is 1 but for rounding
 MOST_DIFFERENCE = 0.1  # nats a token between sampler and training; 0.002 to 0.02 in bfloat16
 LEAST_WEIGHT = 0.5  # the mean importance weight: half of what was sampled is masked
+LEAST_EXPLAINED = -1.0  # of the returns' variance: such values double what a constant would leave of it
 MOST_SCALED_DOWN = 100  # times max_grad_norm
 # Optimizer steps of a run that may be skipped: one; in fp16 twice the 16 in which the loss scale comes down from 65,536
 # to 1, since it grows again, once in 2,000 steps.
@@ -174,6 +175,8 @@ def no_difference(course: Course) -> str | None:
     least = MOST_ALIKE if config.temperature < COLD else 1
     alike, num_steps = course.mean("frac_reward_zero_std"), len(_known(course.last, "reward"))
     if num_steps < ENOUGH or not alike >= least:  # NaN, where nothing compares
+        return None
+    if config.has_critic and value is None:  # which compares no group
         return None
     means = [f"{name} {course.mean(f'rewards/{name}/mean'):.3g}" for name in course.rewards]
     if value is None:
@@ -380,6 +383,17 @@ def gradient_scaled_down(course: Course) -> str | None:
     )
 
 
+def critic_misleads(course: Course) -> str | None:
+    if not course.each("value/explained_variance", lambda share: share <= LEAST_EXPLAINED):
+        return None
+    return (
+        f"the critic's values explained {course.mean('value/explained_variance'):.1f} of the returns' variance in "
+        f"{course.steps}, where a constant explains 0: they are noise in every advantage; set critic_warmup, raise "
+        f"critic_learning_rate={course.config.critic_learning_rate:g} where value_loss falls slowly, lower it where "
+        "that rises"
+    )
+
+
 def reward_failing(course: Course, name: str) -> str | None:
     failures = sum(step.get(f"rewards/{name}/failures") or 0 for step in course.last)
     asked = course.config.num_generations * sum(_groups_sampled(step, course.config) for step in course.last)
@@ -427,7 +441,7 @@ def _joined(names: list[str]) -> str:
 SYMPTOMS: dict[Callable[[Course], str | None], int] = {
     all_truncated: 3, no_reward: 3, lengths_at_limit: 5, lengths_collapsed: 5, reward_fell: 5, entropy_collapse: 5,
     entropy_explosion: 5, kl_explosion: 5, ratio_on_policy: 5, tokens_clipped: 5, sampling_apart: 5, weights_masked: 5,
-    not_finite: 1, no_difference: 10, never_filled: 10, no_gradient: 10, gradient_scaled_down: 10,
+    not_finite: 1, critic_misleads: 10, no_difference: 10, never_filled: 10, no_gradient: 10, gradient_scaled_down: 10,
 }  # fmt: skip
 OF_A_REWARD: dict[Callable[[Course, str], str | None], int] = {
     reward_failing: 5, reward_missing: 10, reward_constant: 10
