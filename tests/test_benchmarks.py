@@ -18,6 +18,7 @@ from lowmem_grpo.benchmarks import (
     bench_decode,
     bench_gemm_4bit,
     bench_learning,
+    bench_ppo,
     bench_rollout,
     bench_scaling,
     bench_step,
@@ -336,6 +337,33 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lowmem_grpo")]
     assert "never" in row
     assert "no such thing" in bench_learning.tables({"results": {"TRL": [{"failed": "no such thing"}]}})
+
+
+@pytest.mark.slow
+def test_ppo_is_measured_beside_grpo_by_phase(tmp_path, capsys):
+    output = tmp_path / "ppo.json"
+    small = ["--shape=tiny", "--completions=8", "--prompt_length=16", "--max_completion_length=4", "--steps=2"]
+    names = ["GRPO, groups of 8", "PPO, one a prompt"]
+    bench_ppo.main([*small, "--only", *names, f"--output={output}"])
+    found = json.loads(output.read_text())
+    grpo, ppo = (found["results"][name][0] for name in names)
+    for what in ("phases_s", "phases_peak_mib"):
+        assert set(ppo[what]) == {"rollout", "reference", "values", "update", "critic"}
+        assert set(ppo[what]) - set(grpo[what]) == {"values", "critic"}
+    times, peaks = bench_ppo.tables(found).split("\n\n")
+    assert "CPU-ms of a step" in times and "peak above the model" in peaks
+    assert capsys.readouterr().out.strip().endswith("|")
+
+
+def test_the_table_of_ppo_says_how_soon_a_method_learnt_and_what_failed():
+    learnt = {"evaluations": [[0, 0.4], [5, 0.91]], "step_s": 2.0, "phases_s": {"rollout": 1.0}}
+    runs = {
+        "PPO, one a prompt": [{**learnt, "phases_peak_mib": {"rollout": 3.0}}],
+        "RLOO, groups of 8": [{"failed": "no"}],
+    }
+    shown = bench_ppo.tables({"work": {"completions": 64}, "machine": {}, "results": runs})
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
+    assert ["PPO, one a prompt", "0.91", "5", "320", "10"] in cells and ["RLOO, groups of 8", "no", "", "", ""] in cells
 
 
 def test_unsloth_is_imported_first_in_a_process_of_its_own(tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ from test_train import ROWS, adapters, length_reward, run
 from test_update import fixed_rollout
 from tiny_models import OutOfMemory, make_policy
 
+from lowmem_grpo import train
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.demo import task
+from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
@@ -355,3 +358,20 @@ def test_length_is_learned_with_one_completion_a_prompt(tmp_path):
     result = run(tmp_path, rewards=length_reward, **PPO, max_steps=12, critic_learning_rate=1e-3)
     rewards = [line["reward"] for line in result.history]
     assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
+@pytest.mark.slow
+def test_ppo_learns_the_demo_and_its_critic_tells_the_returns(tmp_path):
+    """0.945 to 0.96 was measured on three settings of seed 0, and 0.67 explained at the end of the warm-up."""
+    train_problems, eval_problems = task.splits()
+    config = dataclasses.replace(
+        recipe(str(tmp_path / "out"), seed=0), adv_estimator="gae", num_generations=1, prompts_per_step=64,
+        critic_learning_rate=3e-3, critic_warmup=20, max_steps=40,
+    )  # fmt: skip
+    result = train(
+        str(MODEL), [task.answer_reward, task.tag_format_reward], task.rows(train_problems), task.rows(eval_problems),
+        config=config,
+    )  # fmt: skip
+    assert result.eval_history[-1]["eval_rewards/answer_reward/mean"] >= 0.9
+    explained = [line["value/explained_variance"] for line in result.history]
+    assert max(value for value in explained[10:20]) > 0.3 > min(value for value in explained[:10] if value is not None)

@@ -298,7 +298,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
 
 
 def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """What the critic's values and its update take in activations, from what the policy's passes do.
+    """Bytes of activations of the critic's values and of its update, from those of the policy's passes.
 
     Its score head has no logits. It scores hidden states in fp32, and keeps these until their gradient is there.
     """
