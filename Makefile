@@ -6,10 +6,13 @@ SEED ?= 0
 KILLS ?= 100
 INTERRUPTIONS ?= 25
 
-.PHONY: demo test test-slow test-kill test-gpu lint
+.PHONY: demo demo-r1 test test-slow test-kill test-gpu lint
 
 demo: $(INSTALLED)
 	$(PYTHON) -m lowmem_grpo.cli demo --seed $(SEED)
+
+demo-r1: $(INSTALLED)
+	$(PYTHON) -m lowmem_grpo.cli demo r1 --seed $(SEED)
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m "not slow and not gpu" -n auto --maxprocesses 4 --dist worksteal

@@ -392,12 +392,18 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     add_config_flags(plan_parser, every_setting, config=planned)
 
     demo_parser = commands.add_parser(
-        "demo", help="train the embedded model on the embedded task, on a CPU", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        "demo", help="train the embedded model on the embedded task, or another one by R1's phases, on a CPU",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     demo_parser.set_defaults(run=run_demo)
+    demo_parser.add_argument(
+        "what", nargs="?", choices=("grpo", "r1"), help="one training, or R1's phases (default grpo)"
+    )
     demo_parser.add_argument("--seed", action=Once, metavar="N", help="seed of the run (default 0)")
-    demo_parser.add_argument("--output_dir", action=Once, metavar="DIR", help="a new folder (default demo-output/TIME)")
+    demo_parser.add_argument(
+        "--output_dir", action=Once, metavar="DIR",
+        help="a new folder (default demo-output/TIME); or one in which r1 was stopped, which goes on",
+    )  # fmt: skip
     commands.add_parser("bench", help="measure this machine, beside TRL, Liger and transformers", add_help=False)
     return parser
 
@@ -691,9 +697,16 @@ def run_bench(arguments: list[str]) -> int:
 
 
 def run_demo(given: dict[str, Any]) -> int:
-    from lowmem_grpo.demo.run import run
+    what = given.pop("what", "grpo")
+    settings = {name: from_text(GRPOConfig, name, value) for name, value in given.items()}
+    if what == "r1":
+        from lowmem_grpo.demo.r1.run import run as run_r1
 
-    run(**{name: from_text(GRPOConfig, name, value) for name, value in given.items()})
+        run_r1(**settings)
+    else:
+        from lowmem_grpo.demo.run import run
+
+        run(**settings)
     return 0
 
 

@@ -1,9 +1,13 @@
 import random
+import re
 
 import pytest
 
 from lowmem_grpo.demo.r1 import task
 from lowmem_grpo.demo.r1.make_model import make_tokenizer, pairs
+from lowmem_grpo.demo.r1.run import run, run_recipe, write_recipe
+from lowmem_grpo.pipeline.phases import read_pipeline_file
+from lowmem_grpo.pipeline.pipeline import run_pipeline
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.rewards.format import think_format_reward
 from lowmem_grpo.rewards.language import language_consistency_reward
@@ -91,3 +95,102 @@ def test_the_tokenizer_has_a_token_for_each_word_and_loses_nothing():
     assert len(ids) == 1 + 1 + 1 + 8 + 1 + 1 + 1 + 9 + 1 + 1 + 1 + 1 + 5
     assert tokenizer.decode(ids) == text
     assert len(tokenizer) <= 128
+
+
+def rewards_by_phase(result, name):
+    return {row["phase"]: row[f"eval_rewards/{name}_reward/mean"] for row in result.evaluations}
+
+
+def replaced(path, changes):
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys):
+    """In small: two steps of each RL. That each phase has its effect is for the slow tests."""
+    recipe = write_recipe(tmp_path / "a folder: 1", seed=0)
+    held_out = recipe.parent / "data/held-out.jsonl"
+    rows = held_out.read_text(encoding="utf-8").splitlines(keepends=True)
+    held_out.write_text("".join(rows[:4] + rows[-2:]), encoding="utf-8")
+    replaced(recipe, {"max_steps: 40": "max_steps: 2", "dataset_take: 400": "dataset_take: 24"})
+    result = run_recipe(recipe)
+    assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "reasoning-rl", "sft", "last-rl"]
+    shown = capsys.readouterr().out
+    assert re.search(r"last-rl\s+│\s+sft\s+│", shown) and "CPU-seconds" in shown
+    adapter = recipe.parent / "06-last-rl/adapter/adapter_model.safetensors"
+    trained = adapter.stat()
+    assert run_recipe(recipe).evaluations == result.evaluations
+    assert adapter.stat() == trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_phase_has_its_effect_and_selecting_at_random_has_less(seed, tmp_path):
+    result = run(seed, str(tmp_path / "out"))
+    right, tags, script, kind = (
+        rewards_by_phase(result, name) for name in ("accuracy", "think_format", "language_consistency", "kind")
+    )
+    # The cold start: form, and nothing else.
+    assert tags["base"] < 0.2 and tags["cold-start"] > 0.8
+    assert abs(right["cold-start"] - right["base"]) < 0.1 and right["cold-start"] < 0.4
+    # Reasoning RL: accuracy, and some of the script.
+    assert right["reasoning-rl"] > right["cold-start"] + 0.35
+    assert script["reasoning-rl"] > script["cold-start"] + 0.05
+    # Supervised training of the base on what was selected: all that at once, and more of it than sampled it.
+    assert right["sft"] > right["reasoning-rl"] + 0.03 and right["sft"] > right["base"] + 0.45
+    assert script["sft"] > 0.95 and tags["sft"] > 0.95
+    # The last RL: kindness, and no less accuracy.
+    assert kind["last-rl"] > kind["sft"] + 0.15
+    assert right["last-rl"] > right["sft"] - 0.03
+
+    at_random = sft_on_random_rows(tmp_path / "out", seed)
+    assert rewards_by_phase(at_random, "accuracy")["sft"] < right["sft"] - 0.03
+    assert rewards_by_phase(at_random, "language_consistency")["sft"] < script["sft"] - 0.1
+
+
+def sft_on_random_rows(folder, seed):
+    """The phase of supervised training, with as many rows that nothing has selected."""
+    selected = read_lines(folder / "04-rejection/selected.jsonl")
+    settings = read_pipeline_file(str(folder / "r1.yaml"))
+    rows = random.Random(seed).sample(read_lines(folder / "03-sampling/sampled.jsonl"), len(selected))
+    (folder / "data/random.jsonl").write_text("".join(rows), encoding="utf-8")
+    sft = settings["phases"][4]
+    sft.settings["dataset"][0] = str(folder / "data/random.jsonl")
+    return run_pipeline(
+        settings["model"], [sft], str(folder.with_name("random")), common=settings["common"],
+        evaluation=settings["eval"],
+    )  # fmt: skip
+
+
+def read_lines(path):
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shuffled_rewards_do_not_gain(seed, tmp_path):
+    """The same rewards given to the wrong completions: what reasoning RL learns comes from the rewards."""
+    settings = read_pipeline_file(str(write_recipe(tmp_path, seed)))
+    cold, rl = settings["phases"][:2]
+    draw = random.Random(seed)
+
+    def shuffled(reward):
+        def among_others(prompts, completions, **columns):
+            values = reward(prompts=prompts, completions=completions, **columns)
+            return draw.sample(values, len(values))
+
+        among_others.__name__ = reward.__name__
+        return among_others
+
+    rl.settings["reward_funcs"] = [
+        shuffled(one) for one in (accuracy_reward, think_format_reward, language_consistency_reward)
+    ]
+    result = run_pipeline(
+        settings["model"], [cold, rl], str(tmp_path / "out"), common=settings["common"], evaluation=settings["eval"],
+    )  # fmt: skip
+    right = rewards_by_phase(result, "accuracy")
+    assert right["reasoning-rl"] < right["cold-start"] + 0.1

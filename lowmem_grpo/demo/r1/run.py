@@ -1,80 +1,74 @@
-"""`make demo-r1`: the phases of R1 on the embedded model, and a table of what each has changed."""
+"""`make demo-r1`: the phases of R1 on the second embedded model, and a table of what each has changed."""
 
+import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.demo.r1 import task
 from lowmem_grpo.errors import printable_text
-from lowmem_grpo.pipeline.phases import Phase
+from lowmem_grpo.output.folder import writable_folder
+from lowmem_grpo.pipeline.phases import read_pipeline_file
 from lowmem_grpo.pipeline.pipeline import PipelineResult, run_pipeline
-from lowmem_grpo.pipeline.sampled import read_sampled
-from lowmem_grpo.pipeline.select import as_text, select, write_rows
 
 MODEL = Path(__file__).parent / "model"
-MAX_COMPLETION_LENGTH = 40
-FORM = ["accuracy_reward", "think_format_reward", "language_consistency_reward"]
-KIND = "get_routed_reward(reward='lowmem_grpo.demo.r1.task.kind_reward', values=['greeting'], name='kind_reward')"
-SELECTION = SelectConfig(min_reward=1, reward_of="all", per_prompt=2)
+RECIPE = Path(__file__).parent / "r1.yaml"
+COLUMNS = {  # of the table: heading, metric, form
+    "right": ("eval_rewards/accuracy_reward/mean", ".3f"),
+    "in tags": ("eval_rewards/think_format_reward/mean", ".3f"),
+    "in the prompt's script": ("eval_rewards/language_consistency_reward/mean", ".3f"),
+    "kind": ("eval_rewards/kind_reward/mean", ".2f"),
+    "tokens": ("eval_completions/mean_length", ".1f"),
+}
 
 
-def recipe(data: Path) -> list[Phase]:
-    """R1's phases, with settings under which each had its effect with three of three seeds."""
-    rl: dict[str, Any] = {
-        "learning_rate": 1e-3, "beta": 0.02, "max_steps": 40, "loss_type": "grpo",
-        "max_completion_length": MAX_COMPLETION_LENGTH,
-    }  # fmt: skip
-    sft: dict[str, Any] = {"learning_rate": 2e-3, "examples_per_step": 16}
-    return [
-        Phase("cold-start", "sft", dataset=f"{data}/cold.jsonl", num_train_epochs=6, **sft),
-        Phase(
-            "reasoning-rl", "grpo", dataset=f"{data}/sums.jsonl", reward_funcs=FORM, reward_weights=[1.0, 0.2, 0.5],
-            **rl,
-        ),
-        Phase(
-            "rejection-sampling", "sample", dataset=f"{data}/sums.jsonl", dataset_take=400, num_generations=4,
-            prompts_per_step=40, reward_funcs=FORM, max_completion_length=MAX_COMPLETION_LENGTH,
-        ),
-        Phase(
-            "sft", "sft", from_="base", dataset=[f"{data}/selected.jsonl", f"{data}/general.jsonl"],
-            num_train_epochs=2, **sft,
-        ),
-        Phase(
-            "last-rl", "grpo", dataset=f"{data}/mixed.jsonl", reward_funcs=[*FORM, KIND],
-            reward_weights=[1.0, 0.2, 0.5, 1.0], **rl,
-        ),
-    ]  # fmt: skip
+def run(seed: int = 0, output_dir: str | None = None) -> PipelineResult:
+    """Run the phases in a folder, or go on where they stopped, and print what each has changed."""
+    output_dir = time.strftime("demo-output/r1-%Y-%m-%d-%H%M%S") if output_dir is None else output_dir
+    return run_recipe(write_recipe(writable_folder(output_dir), seed))
 
 
-def run(
-    seed: int = 0, output_dir: str | None = None, *, until: str | None = None, selection: SelectConfig = SELECTION
-) -> PipelineResult:
-    """Run the phases in a folder, or go on where they stopped, and print the table of evaluations."""
+def write_recipe(folder: Path, seed: int) -> Path:
+    """Write r1.yaml, with the paths of this run, and the data that it names. Returns its path."""
+    task.write_data(folder / "data")
+    paths = {name.upper().replace("-", "_"): str(folder / "data" / f"{name}.jsonl") for name in task.FILES}
+    values = {"MODEL": str(MODEL), "FOLDER": str(folder), "SEED": seed, **paths}
+    text = Template(RECIPE.read_text(encoding="utf-8")).substitute(
+        {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    )
+    path = folder / RECIPE.name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run_recipe(path: Path) -> PipelineResult:
+    """Run the phases of a file that write_recipe() wrote, and print what each has changed."""
     console = Console(highlight=False, markup=False, emoji=False)
-    folder = Path(time.strftime("demo-output/r1-%Y-%m-%d-%H%M%S") if output_dir is None else output_dir)
-    data, started = folder / "data", time.process_time()
-    task.write_data(data)
-    phases = recipe(data)
-    given: dict[str, Any] = {
-        "common": {
-            "seed": seed, "use_cpu": True, "gradient_checkpointing": False,
-            "model_init_kwargs": {"attn_implementation": "eager"},
-        },
-        "evaluation": {
-            "dataset": f"{data}/held-out.jsonl", "reward_funcs": [*FORM, KIND], "num_generations_eval": 4,
-            "max_completion_length": MAX_COMPLETION_LENGTH,
-        },
-    }  # fmt: skip
-    sampled = [phase.name for phase in phases].index("rejection-sampling")
-    before = until if until in [phase.name for phase in phases[:sampled]] else "rejection-sampling"
-    result = run_pipeline(str(MODEL), phases, str(folder), **given, until=before)
-    if until not in [phase.name for phase in phases[: sampled + 1]]:
-        chosen = select(read_sampled(folder / "03-rejection-sampling/sampled.jsonl"), selection)
-        console.print(printable_text(as_text(chosen.funnel)))
-        write_rows(data / "selected.jsonl", chosen.rows)
-        result = run_pipeline(str(MODEL), phases, str(folder), **given, until=until)
-    console.print(printable_text(f"\n{time.process_time() - started:.0f} CPU-seconds\nphases   {folder}"))
+    console.print("R1's phases on a CPU: a Qwen2 of 0.6 million parameters, which is wrong in several ways.\n")
+    started = time.process_time()
+    settings = read_pipeline_file(str(path))
+    result = run_pipeline(
+        settings["model"], settings["phases"], settings["output_dir"], common=settings["common"],
+        evaluation=settings["eval"],
+    )  # fmt: skip
+    console.print(table(result.evaluations))
+    cpu_s = time.process_time() - started
+    console.print(printable_text(f"\n{cpu_s:.0f} CPU-seconds\nphases   {path.parent}\nrecipe   {path}"), soft_wrap=True)
     return result
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The evaluations of the base and of what each phase has trained, a line each."""
+    found = Table(title=f"\n{task.NUM_EVAL} held-out sums and {len(task.EVAL_NAMES)} greetings, four samples of each")
+    for title in ("after", "from", *COLUMNS):
+        found.add_column(title, justify="left" if title in ("after", "from") else "right")
+    for row in rows:
+        found.add_row(
+            row["phase"], row["from"] or "", *(format(row[metric], form) for metric, form in COLUMNS.values())
+        )
+    return found

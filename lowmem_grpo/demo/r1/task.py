@@ -23,6 +23,7 @@ NAMES = [
 ]  # fmt: skip
 EVAL_NAMES = NAMES[::4]  # held out from the phases
 TRAIN_NAMES = [name for name in NAMES if name not in EVAL_NAMES]
+FILES = ("cold", "sums", "general", "mixed", "held-out")  # that write_data() writes
 KIND, UNKIND = "hello {}", "what now"
 
 
@@ -134,7 +135,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
     train, held_out, cold = splits()
     draw = random.Random(seed)
     greetings = greeting_rows(TRAIN_NAMES)
-    files = {
+    rows = {
         "cold": [
             _with_completion(row, completion_of(draw, problem, IN_TAGS))
             for row, problem in zip(sum_rows(cold), cold, strict=True)
@@ -148,8 +149,8 @@ def write_data(folder: Path, seed: int = 0) -> None:
         "held-out": sum_rows(held_out) + greeting_rows(EVAL_NAMES),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    for name in FILES:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
