@@ -88,6 +88,19 @@ def test_a_reward_model_tells_right_from_wrong(tmp_path):
     assert result.eval_history[-1]["eval_accuracy"] == 1.0
 
 
+def test_a_reward_adapter_worn_between_rollouts_leaves_their_graphs_as_they_are(tmp_path):
+    judge(tmp_path / "judge", max_steps=8, save_steps=8, bf16=True)
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "policy"), max_steps=20, save_steps=20, max_completion_length=32, learning_rate=1e-3,
+        bf16=True, beta=0.02,
+    )  # fmt: skip
+    result = train(str(DEMO_MODEL), str(tmp_path / "judge/adapter"), task.rows(TRAIN), config=config)
+    rewards = [line["reward"] for line in result.history]
+    assert sum(rewards[-5:]) > sum(rewards[:5]), rewards
+    assert min(line["rollout/replayed_share"] for line in result.history[1:]) > 0.95
+    assert max(line["sampling/sampling_logp_difference/mean"] for line in result.history) < 0.05
+
+
 def test_a_policy_learns_beside_a_critic(tmp_path):
     result = with_critic(tmp_path, max_steps=40, save_steps=40, bf16=True)
     before, after = (line["eval_reward"] for line in (result.eval_history[0], result.eval_history[-1]))
