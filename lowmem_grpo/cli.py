@@ -387,7 +387,8 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     plan_parser.add_argument(
         "training", nargs="?", choices=tuple(TRAININGS), default="train", help="what to plan (default train)"
     )
-    of_plan = add_inputs(plan_parser, "what to plan", INPUTS[:1])
+    names = ("model", "reward_funcs") if planned is GRPOConfig else ("model",)  # of rewards, the reward adapters count
+    of_plan = add_inputs(plan_parser, "what to plan", [one for one in INPUTS if one[0] in names])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
     add_config_flags(plan_parser, every_setting, config=planned)
 
@@ -675,16 +676,20 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
     model, config = inputs["model"], planned(**fields)
+    from lowmem_grpo.inputs import worn_by
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
     from lowmem_grpo.planner import plan as planner
     from lowmem_grpo.progress_bars import no_progress_bars
+    from lowmem_grpo.rewards.names import reward_adapters
 
     if config.use_cpu:
         run_device(config)  # refuses what is about a GPU
     with no_progress_bars():
         find_model(model, config, needs_weights=False)
-        found = planner.plan(read_config(model, config), config, adapter_config(model, config))
+        base = read_config(model, config)
+        worn = [] if planned is not GRPOConfig else worn_by(base, reward_adapters(inputs.get("reward_funcs") or []))
+        found = planner.plan(base, config, adapter_config(model, config), rewards=[one.config for one in worn])
     with writing_output():
         print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
     return 0 if found.remedy is None else 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from lowmem_grpo.config.fields import refuse_changes
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -35,6 +35,7 @@ from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 from lowmem_grpo.warn import warn
@@ -155,7 +156,10 @@ def read_training_inputs(
         refuse_another_run(resume, identity)
     if config.vram_budget is not None:
         longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
-        plan = plan_to_fit(base, config, adapter, longest)
+        worn = worn_by(base, rewards.functions)
+        plan = plan_to_fit(base, config, adapter, longest, [one.config for one in worn])
+        for one in worn:
+            one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
         config = plan.config
     inputs = Inputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
@@ -177,6 +181,12 @@ def _refuse_critic(config: CriticFields) -> None:
             f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
             "one; give such a folder, or leave critic_init out"
         )
+
+
+def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterReward]:
+    """The reward adapters among functions that a base can wear."""
+    adapters = [one for one in map(inner_of, functions) if isinstance(one, AdapterReward)]
+    return [one for one in adapters if one.is_of(base._name_or_path)]
 
 
 def refuse_other_config(config: Any, wanted: type) -> None:

@@ -1,5 +1,6 @@
 """A reward adapter in reinforcement learning: worn on the policy's own base, and what it scores."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from test_sft_loss import say
 from tiny_models import DEMO_MODEL, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo import GRPOConfig, train, train_reward_model
+from lowmem_grpo import GRPOConfig, cli, train, train_reward_model
 from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.turn_end import after_the_end
+from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.rewards import get_adapter_reward
 from lowmem_grpo.rewards.reward_adapter import _group
 from lowmem_grpo.update.pairs import scores_of
@@ -118,6 +120,21 @@ def test_a_run_that_was_stopped_resumes_with_its_reward_and_no_other(adapter, tm
     other = f"get_adapter_reward(adapter={adapter!r}, reward_range=[-1, 1])"
     with pytest.raises(InputError, match="another reward"):
         run(tmp_path / "cut", other, max_steps=3, lr_scheduler_type="constant", resume_from_checkpoint=True)
+
+
+def test_a_plan_has_the_adapter_on_the_device_and_its_phase(adapter, capsys):
+    policy, reward, config = policy_on(), get_adapter_reward(adapter), GRPOConfig(use_cpu=True, max_prompt_length=32)
+    reward.bind(policy)
+    found = planner.plan(policy.base.config, config, rewards=[reward.config]).forecast
+    worn = sum(4 * parameter.numel() for parameter in policy.parameters_of(reward.worn).values())
+    assert found.resident["reward adapters"] == worn == 4 * reward.num_parameters
+    assert found.phases["reward"]["activations"] > 0 and "reference" not in found.phases
+    alone = planner.plan(policy.base.config, config).forecast
+    assert sum(found.resident.values()) - sum(alone.resident.values()) == worn
+    given = ["--model", str(DEMO_MODEL), "--use_cpu", "true", "--max_prompt_length", "32", "--json"]
+    assert cli.main(["plan", *given, "--reward_funcs", adapter, "accuracy_reward"]) == 0
+    assert json.loads(capsys.readouterr().out)["resident"]["reward adapters"] == worn
+    assert cli.main(["plan", "sft", *given[:4], "--reward_funcs", adapter]) == 2
 
 
 def test_an_adapter_of_another_base_has_a_model_of_its_own(adapter):

@@ -21,7 +21,7 @@ from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.lora import every_module, keep_one_input
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
-from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, without_head
+from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
 from lowmem_grpo.model.trial import difference_when_packed, refused
 from lowmem_grpo.model.turn_end import turn_end
 from lowmem_grpo.warn import warn
@@ -81,9 +81,7 @@ class Policy:
             InputError: the name is taken, the folder cannot be read, or its adapter is not one of this base.
         """
         weights, score = without_head(read_weights(folder))
-        config: Any = copy.copy(read_adapter_config(folder))
-        whole = set(config.modules_to_save or ()) - {"score", "classifier"}
-        config.modules_to_save, config.init_lora_weights, config.task_type = sorted(whole) or None, True, None
+        config: Any = config_without_head(read_adapter_config(folder))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # values come from the file
             self.add(name, config)
         own = {path: values.shape for path, values in self.adapter_state(name).items()}

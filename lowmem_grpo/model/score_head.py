@@ -1,5 +1,6 @@
 """A score head: one number for each hidden state, and how PEFT has it in an adapter's folder."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,6 +60,14 @@ def has_score_head(folder: str | Path) -> bool:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The adapter_config.json in a folder."""
     return json.loads((folder / SETTINGS).read_bytes())
+
+
+def config_without_head(config: PeftConfig) -> PeftConfig:
+    """The configuration of an adapter less its score head, as one of a language model has it."""
+    given: Any = copy.copy(config)
+    whole = set(given.modules_to_save or ()) - {"score", "classifier"}
+    given.modules_to_save, given.init_lora_weights, given.task_type = sorted(whole) or None, True, None
+    return given
 
 
 def without_head(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:

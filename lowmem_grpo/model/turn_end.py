@@ -57,7 +57,7 @@ def _after_words(tokenizer: Any, more: list[dict]) -> str | None:
 
 
 def after_the_end(tokenizer: Any, token_id: int) -> list[int]:
-    """The ids that the chat template writes after the end of a turn, as a line's end; none after other ids."""
+    """The ids that the chat template writes after the end of a turn, a line's end say."""
     after = _after_words(tokenizer, [])
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[ids.index(token_id) + 1 :] if token_id in ids else []

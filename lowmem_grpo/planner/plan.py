@@ -5,7 +5,7 @@ The layers' activations are not written down as formulas, which would go stale: 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
-from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, trace
+from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
@@ -77,9 +77,10 @@ def plan(
     config: TrainingConfig,
     adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
     longest: int | None = None,  # tokens of the longest prompt, or example; None where none is known yet
+    rewards: Sequence[PeftConfig] = (),  # reward adapters on the policy's own base
 ) -> Plan:
     """The cheapest settings with which every phase stays within vram_budget; config's own where they fit."""
-    key = Key(model, adapter or lora_config(config))
+    key = Key(model, adapter or lora_config(config), tuple(rewards))
     name, assumed = ("max_prompt_length", PROMPT_TOKENS) if config.samples else ("max_length", ASSUMED_LENGTH)
     given = getattr(config, name)
     # Within here, that is the length which is planned for.
@@ -100,10 +101,11 @@ def plan(
 
 
 def plan_to_fit(
-    model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None, longest: int | None = None
-) -> Plan:
+    model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None, longest: int | None = None,
+    rewards: Sequence[PeftConfig] = (),
+) -> Plan:  # fmt: skip
     """The plan of a run. Raise InputError, with the remedy, where nothing fits."""
-    found = plan(model, config, adapter, longest)
+    found = plan(model, config, adapter, longest, rewards)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise InputError(
@@ -287,6 +289,12 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         phases["old"] = without_gradient
     if config.beta == 0:
         del phases["reference"]
+    if key.rewards:
+        resident["reward adapters"] = sum(
+            4 * (numbers + text.hidden_size) for numbers in _numbers_of_rewards(key, config)
+        )
+        scored = trace(key, replace(config, beta=1.0)).ran.inference  # a pass over the completions, as a reference's
+        phases["reward"] = {"activations": scored, "one dequantized layer": layer}
     if config.has_critic:
         numbers = traced.adapter_numbers + text.hidden_size  # with a score head
         resident["the critic"] = 4 * numbers
@@ -295,6 +303,13 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         phases["values"] = {**values, "one dequantized layer": layer}
         phases["critic"] = {**update, "one dequantized layer": layer, "the critic's gradients": 4 * numbers}
     return Forecast(resident, phases, traced.padded)
+
+
+def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
+    """How many numbers each reward adapter has, its score head apart."""
+    for reward in key.rewards:
+        whole = skeleton(Key(key.model, reward), config.compute_dtype, config.trust_remote_code)
+        yield sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
 
 
 def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tuple[dict[str, int], dict[str, int]]:

@@ -44,10 +44,11 @@ def prompt_tokens(config: TrainingConfig) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """A cache's key: a model's configuration and its adapter's."""
+    """A cache's key: a model's configuration and its adapter's; reward adapters leave a trace as it is."""
 
     model: PreTrainedConfig
     adapter: PeftConfig
+    rewards: tuple[PeftConfig, ...] = ()  # adapters that are worn to score what was sampled
 
     def text(self) -> str:
         adapter = json.dumps(self.adapter.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))

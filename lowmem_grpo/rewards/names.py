@@ -124,6 +124,15 @@ def _is_pythons(name: str, known: dict[str, Callable]) -> InputError:
     )
 
 
+def reward_adapters(reward_funcs: Any) -> list[Callable]:
+    """The reward adapters among reward functions as a run is given them, which alone are read."""
+    several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    names = [name.strip() for name in several if isinstance(name, str)]
+    name = get_adapter_reward.__name__
+    known = [one for one in names if one.startswith(f"{name}(") or has_score_head(os.path.expanduser(one))]
+    return [_resolve(one, {}, {name: get_adapter_reward}) for one in known]
+
+
 def reads_gold(function: Callable) -> bool:
     """Tell whether a function is a built-in reward that compares with gold answers."""
     made = inner = inner_of(function)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.packing import pack
-from lowmem_grpo.model.score_head import RANGE, has_score_head, read_range, without_head
+from lowmem_grpo.model.score_head import RANGE, config_without_head, has_score_head, read_range, without_head
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rewards.reward_model import get_model_reward, whole_text
@@ -48,7 +48,8 @@ class AdapterReward:
     """A reward function that train() gives the policy, by bind().
 
     Attributes:
-        config: of the adapter, by PEFT.
+        base: the name or folder of the model that it is of.
+        config: of the adapter, by PEFT, without its score head.
         reads_prompt_ids: True: the runner gives it the prompts' ids, too.
     """
 
@@ -61,7 +62,9 @@ class AdapterReward:
         refuse_part(part)
         if not has_score_head(folder):
             raise InputError(f"{folder!r} is no reward adapter; train one with `lowmem-grpo reward`")
-        self.folder, self.config = Path(folder), read_adapter_config(folder)
+        config = read_adapter_config(folder)
+        self.folder, self.base = Path(folder), Path(str(config.base_model_name_or_path))
+        self.config = config_without_head(config)
         weights, score = without_head(read_weights(folder))
         if score is None:
             raise InputError(f"the reward adapter in {folder!r} has no score head; train it with `lowmem-grpo reward`")
@@ -85,19 +88,22 @@ class AdapterReward:
         self.after: dict[int, list[int]] = {}  # ids that the template writes after an end, by that
         self.model: Any = None  # the reward of a model of its own, where the base is another one
 
+    def is_of(self, base: str) -> bool:
+        """Tell whether the adapter is one of the model of this name or folder."""
+        return os.path.realpath(self.base) == os.path.realpath(base)
+
     def bind(self, policy: Any) -> str:
         """Put the adapter on the policy's base, or load its own base where that is another; says which.
 
         Raises:
             InputError: the adapter does not fit the base that it names.
         """
-        base = str(self.config.base_model_name_or_path)
         self.policy, self.model, self.after = policy, None, {}
-        if os.path.realpath(base) != os.path.realpath(policy.base.name_or_path):
+        if not self.is_of(policy.base.name_or_path):
             self.model = get_model_reward(str(self.folder), token_budget=self.budget.num_tokens, part=self.part)
             return (
-                f"{self.__name__} is an adapter of {base}, and the policy's base is {policy.base.name_or_path}: it has "
-                "a model of its own in memory, which no plan counts"
+                f"{self.__name__} is an adapter of {self.base}, and the policy's base is {policy.base.name_or_path}: "
+                "it has a model of its own in memory, which no plan counts"
             )
         self.worn = next(name for name in map("reward{}".format, range(999)) if name not in policy.model.peft_config)
         policy.add_from(self.worn, str(self.folder))
