@@ -74,6 +74,7 @@ PLAN_EXAMPLE = """\
 example:
   lowmem-grpo plan --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --max_completion_length 1024
   lowmem-grpo plan sft --model Qwen/Qwen2.5-7B --vram_budget 8GB --max_length 4096
+  lowmem-grpo plan sample --model Qwen/Qwen2.5-7B-Instruct --vram_budget 8GB --prompts_per_step 32
 """
 PIPELINE_EXAMPLE = """\
 example:
@@ -83,6 +84,7 @@ example:
 """
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
 TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}  # the commands that train
+PLANNED = {**TRAININGS, "sample": SampleConfig}  # what can be planned
 ONLY_DATASET = {"eval": "evaluate on", "data": "look at", "sample": "ask"}  # by command, what --dataset is for
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
 HELP_ALL = "--help shows the settings that people change, --help_all every setting."
@@ -185,7 +187,7 @@ def run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
-    configs = {**TRAININGS, "sample": SampleConfig, "select": SelectConfig}
+    configs = {**PLANNED, "select": SelectConfig}
     trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:
@@ -381,11 +383,11 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
         description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
         "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
         "GPU is needed.",
-        usage="lowmem-grpo plan [sft|reward] --model M [--vram_budget 8GB] [--json] [options]",
+        usage="lowmem-grpo plan [sft|reward|sample] --model M [--vram_budget 8GB] [--json] [options]",
     )  # fmt: skip
     plan_parser.set_defaults(run=partial(run_plan, planned))
     plan_parser.add_argument(
-        "training", nargs="?", choices=tuple(TRAININGS), default="train", help="what to plan (default train)"
+        "training", nargs="?", choices=tuple(PLANNED), default="train", help="what to plan (default train)"
     )
     names = ("model", "reward_funcs") if planned is GRPOConfig else ("model",)  # of rewards, the reward adapters count
     of_plan = add_inputs(plan_parser, "what to plan", [one for one in INPUTS if one[0] in names])
@@ -672,11 +674,12 @@ def finite(value: Any) -> Any:
 def run_plan(planned: type, given: dict[str, Any]) -> int:
     """Print the plan of a training, by the type of its configuration; exit status 0 where everything fits, else 1."""
     as_json, training = given.pop("json", False), given.pop("training")
-    if TRAININGS[training] is not planned:
+    if PLANNED[training] is not planned:
         raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
     model, config = inputs["model"], planned(**fields)
     from lowmem_grpo.inputs import worn_by
+    config = config.for_sampler() if isinstance(config, SampleConfig) else config
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
     from lowmem_grpo.planner import plan as planner

@@ -278,7 +278,11 @@ def read_sampling_inputs(
     notes = [*found.notes, *filter(None, [check_prompts(model, found.prompts, config), open_end])]
     base, adapter = read_config(model, config), adapter_config(model, config)
     identity = identity_of(base, adapter, tokenizer, columns_of(found.prompts), found.rewards)
-    return replace(found, notes=notes, identity=identity, device=device_of(config))
+    plan, device = None, device_of(config)
+    if config.vram_budget is not None:
+        plan = plan_to_fit(base, config, adapter, max(len(prompt.ids) for prompt in found.prompts))
+        config = plan.config
+    return replace(found, notes=notes, identity=identity, device=device, plan=plan, config=config)
 
 
 def read_data_inputs(

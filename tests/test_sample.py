@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from tiny_models import DEMO_MODEL, make_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, sample, select, sft
 from lowmem_grpo.demo import task
@@ -18,6 +18,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.pipeline.sample import seed_of
 from lowmem_grpo.pipeline.sampled import read_sampled
+from lowmem_grpo.planner.plan import forecast, plan
 
 TRAIN, EVAL = task.splits()
 ROWS = task.rows(TRAIN[:6])
@@ -233,7 +234,7 @@ def test_the_command_samples_a_file_and_says_what_is_in_it(tmp_path, capsys):
     "arguments, words",
     [
         (["--beta", "0.1"], "--beta is about training, and sampling into a file does not read it; leave it out"),
-        (["--vram_budget", "8GB"], "--vram_budget is about training"),
+        (["--optim", "adamw_torch"], "--optim is about training"),
         (["--eval_dataset", "x"], "--eval_dataset is for training; name what to ask with --dataset"),
         (["--tempratur", "1"], "SampleConfig has no field 'tempratur'; did you mean temperature?"),
         (["--num_generations", "0"], "num_generations must be greater than 0"),
@@ -259,6 +260,37 @@ def test_a_sampling_leaves_torchs_generator_where_a_seed_puts_it(tmp_path):
     one = torch.get_rng_state()
     run(tmp_path / "b.jsonl", ROWS, max_completion_length=2)
     assert torch.equal(torch.get_rng_state(), one)
+
+
+@pytest.mark.parametrize("num_generations", [1, 8])
+def test_a_plan_of_a_sampling_is_that_of_a_trainings_rollout(num_generations):
+    settings = SampleConfig(num_generations=num_generations, vram_budget="8GB").for_sampler()
+    model = AutoConfig.from_pretrained(DEMO_MODEL)
+    found = forecast(model, settings)
+    assert found.phases.keys() == {"rollout"} and not {"gradients", "optimizer state"} & found.resident.keys()
+    if num_generations > 1:
+        trained = forecast(model, GRPOConfig(vram_budget="8GB"))
+        assert found.phases["rollout"] == trained.phases["rollout"]
+        assert found.resident.items() < trained.resident.items()
+
+
+def test_a_plan_fits_a_sampling_into_a_budget_by_sampling_fewer_at_a_time():
+    settings = SampleConfig(prompts_per_step=1000, vram_budget="620MB", max_completion_length=200)
+    found = plan(AutoConfig.from_pretrained(DEMO_MODEL), settings.for_sampler())
+    names = {change.name for change in found.changes}
+    assert found.remedy is None and "rollout_token_budget" in names and "optim" not in names
+    assert found.forecast.peak() <= 620e6
+
+
+def test_a_budget_is_of_a_gpu(tmp_path):
+    with pytest.raises(InputError, match="vram_budget is about a GPU's memory, and this run is on a CPU"):
+        run(tmp_path / "a.jsonl", vram_budget="8GB")
+
+
+def test_the_command_plans_a_sampling(capsys):
+    arguments = ["plan", "sample", "--model", str(DEMO_MODEL), "--num_generations", "16", "--vram_budget", "8GB"]
+    assert cli.main(arguments) == 0
+    assert "at the peak of the rollout" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
 
     kind: ClassVar[str] = "grpo"
     samples: ClassVar[bool] = True  # completions, as supervised training does not
+    learns: ClassVar[bool] = True  # from them, as what samples into a file does not
     measured: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_pass@1")  # by an evaluation, foremost first
 
     def __new__(cls, **given: Any):
@@ -85,7 +86,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
                 raise InputError(f"{name}={shown(value)} is read only {words}, or leave {name} out")
         if self.has_critic:
             refuse_by_sequence(self, "adv_estimator='gae'")
-        elif self.num_generations < 2 and self.adv_estimator != "reinforce_plus_plus":
+        elif self.learns and self.num_generations < 2 and self.adv_estimator != "reinforce_plus_plus":
             raise InputError(
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, since an advantage "
                 "compares a completion with the others of its prompt, but for adv_estimator='reinforce_plus_plus' "

@@ -19,7 +19,12 @@ from lowmem_grpo.config.sections import (
 )
 from lowmem_grpo.config.trl import refuse_unknown_fields
 
-OF_A_STEP = ("num_generations", "prompts_per_step")  # of a training, with bounds of their own there
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(GRPOConfig):
+    """The configuration that a policy is loaded by and a sampler draws by, training's settings at their defaults."""
+
+    learns: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,7 @@ class SampleConfig(  # from the last to the first: the fields of the last base c
         refuse_unknown_fields(given, cls)
         return object.__new__(cls)
 
-    def for_sampler(self) -> GRPOConfig:
-        """The configuration that a policy is loaded by and a sampler draws by, training's settings at their defaults.
-
-        What it says of the size of a step is not read: a sampler is told how many completions to draw.
-        """
-        shared = {field.name for field in dataclasses.fields(GRPOConfig)} - set(OF_A_STEP)
-        return GRPOConfig(**{name: value for name, value in vars(self).items() if name in shared})
+    def for_sampler(self) -> SamplerConfig:
+        """The settings in the form that loading, sampling, scoring and planning read."""
+        shared = {field.name for field in dataclasses.fields(SamplerConfig)}
+        return SamplerConfig(**{name: value for name, value in vars(self).items() if name in shared})

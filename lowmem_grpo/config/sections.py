@@ -79,8 +79,11 @@ class RunFields(MachineFields):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFields(Checked):
-    """How the frozen base is loaded, and in which precision it computes."""
+    """How the frozen base is loaded, in which precision it computes, and in how much memory."""
 
+    vram_budget: str | None = option(
+        None, "GPU memory to stay within, like 8GB or 7.5GiB; settings are chosen to fit", common=True
+    )
     model_init_kwargs: dict[str, Any] | None = option(
         None, "keyword arguments for from_pretrained, as JSON on the command line"
     )
@@ -97,8 +100,15 @@ class LoadFields(Checked):
     )
 
     def check(self) -> None:
+        if self.vram_budget is not None:
+            _bytes(self.vram_budget)
         if self.bf16 and self.fp16:
             raise InputError("bf16 and fp16 are both set; choose one")
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
+        return None if self.vram_budget is None else _bytes(self.vram_budget)
 
     @property
     def compute_dtype(self) -> str:
@@ -112,24 +122,12 @@ class LoadFields(Checked):
 class ModelFields(LoadFields):
     """How the frozen base is loaded, and how its training fits into memory."""
 
-    vram_budget: str | None = option(
-        None, "GPU memory to stay within, like 8GB or 7.5GiB; settings are chosen to fit", common=True
-    )
     gradient_checkpointing: bool = option(
         True, "recompute activations in the backward pass instead of saving them", may_change=True
     )
     activation_offloading: bool = option(
         False, "move the activations that gradient_checkpointing saves to CPU memory", may_change=True
     )
-
-    def check(self) -> None:
-        if self.vram_budget is not None:
-            _bytes(self.vram_budget)
-
-    @property
-    def vram_budget_bytes(self) -> int | None:
-        """8GB is 8 * 10^9 bytes, and 8GiB is 8 * 2^30."""
-        return None if self.vram_budget is None else _bytes(self.vram_budget)
 
 
 @dataclass(frozen=True, kw_only=True)

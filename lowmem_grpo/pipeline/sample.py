@@ -21,6 +21,8 @@ from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pipeline.sampled import Row, SampledFile, read_sampled
+from lowmem_grpo.planner.plan import as_text as as_text_of_plan
+from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.run.interruption import interruptible
@@ -70,10 +72,11 @@ def sample(
     notes = inputs.notes + file.prepare(config, inputs.identity)
     num_batches = math.ceil(len(inputs.prompts) / config.prompts_per_step)
     with Progress(num_batches) as progress:
-        for note in notes:
+        for note in [*([] if inputs.plan is None else [as_text_of_plan(inputs.plan)]), *notes]:
             progress.say(note)
         if file.num_groups < len(inputs.prompts):
-            sample_the_rest(inputs, file, config, progress)
+            with limit_memory(inputs.plan, inputs.device):
+                sample_the_rest(inputs, file, config, progress)
     return summary(file)
 
 

@@ -88,8 +88,9 @@ def plan(
     chosen, found, changes = _fit(key, replace(config, **{name: planned}))
     budget, assumptions, remedy = config.vram_budget_bytes, [], None
     if found.padded:
-        sampled = ", sampled from by transformers' generate" if config.samples else ""
-        assumptions.append(f"Trained on padded rows{sampled}: {found.padded}.")
+        trained = ["trained on padded rows"] if "update" in found.phases else []
+        sampled = ["sampled from by transformers' generate"] if config.samples else []
+        assumptions.append(f"{', '.join(trained + sampled).capitalize()}: {found.padded}.")
     if longest is None:
         what = {"sft": "example", "reward": "text of a pair"}.get(config.kind, "prompt")
         set_to = "none" if given is None else planned
@@ -169,7 +170,7 @@ def _changes(model: PreTrainedConfig, config: TrainingConfig, found: Forecast) -
         yield Change("token_budget", halved, "smaller micro-batches, and more of them")
     if phase == "update" and not config.gradient_checkpointing:
         yield Change("gradient_checkpointing", True, "activations are computed again, a third more work in the update")
-    if config.optim in ("adamw_torch", "adamw_torch_fused"):
+    if config.optim in ("adamw_torch", "adamw_torch_fused") and "optimizer state" in found.resident:
         yield Change("optim", "adamw_8bit", "a quarter of the optimizer's state")
     if phase != "rollout" and not config.tiled_mlp and longest > 1024:
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
@@ -284,6 +285,9 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     if config.has_lasting_graphs and not traced.padded:
         for name in ("captured steps", "adapters in the compute dtype"):
             resident[name] = rollout.pop(name)
+    if not config.learns:
+        del resident["gradients"], resident["optimizer state"]
+        return Forecast(resident, {"rollout": rollout}, traced.padded)
     phases = {"rollout": rollout, "reference": without_gradient, "update": update}
     if config.has_old_pass:
         phases["old"] = without_gradient
