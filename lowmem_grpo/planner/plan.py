@@ -168,13 +168,14 @@ def _changes(model: PreTrainedConfig, config: TrainingConfig, found: Forecast) -
     if config.token_budget > longest:
         halved = max(longest, min(config.token_budget, _step_tokens(config)) // 2)
         yield Change("token_budget", halved, "smaller micro-batches, and more of them")
-    if phase == "update" and not config.gradient_checkpointing:
+    learns = phase in ("update", "critic")
+    if learns and not config.gradient_checkpointing:
         yield Change("gradient_checkpointing", True, "activations are computed again, a third more work in the update")
     if config.optim in ("adamw_torch", "adamw_torch_fused") and "optimizer state" in found.resident:
         yield Change("optim", "adamw_8bit", "a quarter of the optimizer's state")
     if phase != "rollout" and not config.tiled_mlp and longest > 1024:
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
-    if phase == "update" and config.gradient_checkpointing and not config.activation_offloading:
+    if learns and config.gradient_checkpointing and not config.activation_offloading:
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
     if phase == "rollout" and isinstance(config, GRPOConfig) and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
@@ -325,7 +326,7 @@ def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tupl
     kept = ran.kept - (2 if has_entropy_bonus else 1) * ran.rows  # less the gradients that the policy's head makes
     at_work = ran.peak - ran.kept + ran.rows  # of a layer, with the gradient that it is given
     values = {"activations": max(ran.inference, ran.rows + in_fp32)}
-    return values, {"activations kept": kept, "one layer, or the score head, at work": max(at_work, 2 * in_fp32)}
+    return values, {"activations kept": kept, "a layer or the score head": max(at_work, 2 * in_fp32)}
 
 
 def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
