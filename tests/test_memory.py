@@ -506,11 +506,11 @@ def test_a_plan_fits_its_budget_with_the_cheapest_settings():
 def test_where_the_critic_takes_the_most_a_plan_computes_layers_again_and_moves_checkpoints():
     """Its update has the gradients of both, and all else that the policy's has but the head."""
     found = planner.Forecast({}, {"update": {"activations": 1}, "critic": {"activations": 2}})
-    for given, name in (
+    for changes, name in (
         (dict(gradient_checkpointing=False), "gradient_checkpointing"),
         (dict(optim="adamw_8bit"), "activation_offloading"),
     ):
-        config = GRPOConfig(**TASK, **given, adv_estimator="gae", token_budget=64)
+        config = GRPOConfig(**TASK, **changes, adv_estimator="gae", token_budget=64)
         assert name in {change.name for change in planner._changes(SHAPES["qwen2"], config, found)}
 
 
