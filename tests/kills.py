@@ -200,7 +200,7 @@ class Tracer:
             if self.is_due(point, "start"):
                 written = Path(path).read_bytes()
                 line = written.splitlines()[-1] if written.endswith(b"\n") else written  # a log grows by lines
-                os.truncate(path, len(written) - 1 - len(line) // 2)
+                os.truncate(path, max(0, len(written) - 1 - len(line) // 2))
                 self.do_strike()
         return self.on_written
 

@@ -169,6 +169,13 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path, settings, examples, words)
         run(tmp_path, examples=examples, **settings)
 
 
+@pytest.mark.parametrize("name", ["dataloader_num_workers", "remove_unused_columns", "use_cache", "train_dataset"])
+def test_a_remedy_is_about_examples_and_not_about_rewards(name):
+    with pytest.raises(InputError) as caught:
+        SFTConfig(**{name: 1})
+    assert not any(word in str(caught.value) for word in ("prompts", "reward functions", "completions", "train()"))
+
+
 def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
     theirs = {field.name for field in dataclasses.fields(TheirConfig)}
     ours = {field.name for field in dataclasses.fields(SFTConfig)}

@@ -60,8 +60,7 @@ _TRL_FIELDS = {
     "the compute dtype is bfloat16 by default; set fp16=True, or bf16=False for float32": "dtype torch_dtype",
     "set model_init_kwargs={'attn_implementation': ...}": "attn_implementation",
     "download that revision with `hf download --revision`, and give its folder as the model": "model_revision",
-    "pass a LoraConfig that has it to train(), as peft_config": "use_rslora use_dora lora_modules_to_save "
-    "lora_target_parameters",
+    "pass a LoraConfig that has it, as peft_config": "use_rslora use_dora lora_modules_to_save lora_target_parameters",
     "set dataset_split": "dataset_train_split",
     "of an eval_dataset on the hub the test split is read; pass another one as a loaded Dataset": "dataset_test_split",
     "name it among the reward_funcs": "reward_model_name_or_path",
@@ -105,9 +104,19 @@ _SFT_FIELDS = {
     "set tokenizer.eos_token or tokenizer.pad_token, and pass that tokenizer": "eos_token pad_token",
     "pass a tokenizer that has it": "chat_template_path",
     "make the rows before, with datasets' map": "dataset_kwargs formatting_func",
-    "rows are tokenized once, in this process; remove it": "dataset_num_proc",
+    "rows are tokenized once, in this process; remove it": "dataset_num_proc dataloader_drop_last "
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_in_order dataloader_multiprocessing_context",
     "a step holds examples_per_step examples and token_budget bounds a micro-batch; use those":
-        "per_device_train_batch_size gradient_accumulation_steps",
+        "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size per_device_eval_batch_size "
+        "eval_accumulation_steps",
+    "of a row the columns in docs/sft.md are read, and no others; remove it": "remove_unused_columns label_names",
+    "nothing is sampled, so that there is no cache; remove it": "use_cache cache_implementation",
+    "examples are packed without padding; remove it": "pad_to_multiple_of",
+    "an example is imitated, without rewards; remove it, or see `lowmem-grpo train`": "reward_funcs reward_weights",
+    "name it in dataset, as one of several, and its share in dataset_weights": "datasets dataset_mixture",
+    "it is no setting but an argument of sft(), or a flag of the command; pass it there": "model_name_or_path "
+        "dataset_name model dataset train_dataset eval_dataset peft_config tokenizer processing_class callbacks",
     "set max_length": "max_seq_length max_prompt_length max_completion_length",
 }  # fmt: skip
 UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.items() for name in names.split()}
