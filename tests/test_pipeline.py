@@ -12,8 +12,10 @@ from lowmem_grpo import Phase, cli, run_pipeline
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
-from lowmem_grpo.pipeline.check import with_datasets
+from lowmem_grpo.pipeline.check import AWAITED, check, with_datasets
 from lowmem_grpo.pipeline.phases import RECIPES, read_pipeline_file, recipes, resolve
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
+from lowmem_grpo.rewards.route import RoutedReward
 
 TRAIN, EVAL = task.splits()
 REWARD = "lowmem_grpo.demo.task.answer_reward"
@@ -264,11 +266,18 @@ def test_one_adapter_is_gone_on_with_and_its_rank_is_fixed_by_the_phase_that_beg
     resolved(phases()[0], Phase("rl", "grpo", from_="base", lora_r=32, **RL))
 
 
-def test_the_recipes_add_up_the_rewards_of_r1():
-    """Accuracy and format in R1-Zero, and the consistency of the language besides in R1, without weights."""
+def test_the_recipes_have_the_rewards_of_r1_added_up_and_a_judge_of_the_answer_alone_at_the_end():
     zero = read_pipeline_file("r1_zero")["phases"][0].settings
     assert zero["reward_funcs"] == ["accuracy_reward", "think_format_reward"] and "reward_weights" not in zero
     assert (zero["beta"], zero["temperature"]) == (0.001, 1.0)
+    r1 = {phase.name: phase for phase in read_pipeline_file("r1")["phases"]}
+    assert r1["reasoning-rl"].settings["reward_funcs"] == [*zero["reward_funcs"], "language_consistency_reward"]
+    assert r1["sft"].from_ == "base" and r1["sft"].settings["dataset"] == ["rejection", "general.jsonl"]
+    functions = resolve_reward_funcs(r1["diverse-rl"].settings["reward_funcs"], BUILT_IN, BUILT_IN_FACTORIES)
+    rows = [{"dataset": "gsm8k"}, {"dataset": "chat.jsonl"}]
+    routed = [one for one in functions if isinstance(one, RoutedReward)]
+    assert [[one.applies(row) for row in rows] for one in routed] == [[True, False], [False, True]]
+    assert routed[1].inner.part == "answer" and r1["diverse-rl"].settings["temperature"] == 0.7
 
 
 # Files and the command.
@@ -343,3 +352,58 @@ def test_rows_of_several_datasets_say_which_they_are_of(files):
     (sft,) = resolved(Phase("a", "sft", dataset=["cold.jsonl", "held.jsonl"], dataset_take=3))
     with pytest.raises(InputError, match="dataset_take=3 is for one dataset, and dataset has several"):
         with_datasets(sft, sft.inputs)
+
+
+def test_what_was_sampled_is_selected_from_and_paired_by_phases(files):
+    def line(number, text, reward):
+        prompt = [{"role": "user", "content": f"{number}+1="}]
+        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": text}], "columns": {}, "finish": "eos"}
+        return {**row, "rewards": {"r": reward}, "reward": reward, "tokens": len(text), "prompt_index": number}
+
+    rows = [line(1, "2", 1.0), line(1, "3", 0.0), line(2, "4", 0.0), line(2, "5", 0.0)]
+    (files / "sampled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    rules = [
+        Phase("right", "select", dataset="sampled.jsonl", min_reward=1),
+        Phase("both", "pairs", dataset="sampled.jsonl", min_margin=0.5),
+    ]
+    result = run(rules, common={}, evaluation=None)
+    chosen, pairs = ([json.loads(one) for one in Path(result.output_dir, name).read_text(encoding="utf-8").splitlines()]
+                     for name in ("01-right/selected.jsonl", "02-both/pairs.jsonl"))  # fmt: skip
+    assert chosen == rows[:1] and (pairs[0]["chosen"], pairs[0]["rejected"]) == (
+        rows[0]["completion"],
+        rows[1]["completion"],
+    )
+    assert result.adapter is None and result.metrics["both"] == {"pairs": 1}
+    with pytest.raises(InputError, match="phase right: it is done, with min_reward 1, which is 2 now"):
+        run([Phase("right", "select", dataset="sampled.jsonl", min_reward=2), rules[1]], common={}, evaluation=None)
+    with pytest.raises(InputError, match="phase right: from: 'base' is of no use to the kind select"):
+        resolved(Phase("right", "select", from_="base", dataset="sampled.jsonl"))
+
+
+def test_rewards_and_critics_may_be_phases_before(files):
+    """By name, and in quotes within a call; while they are still to be made, a stand-in is checked."""
+    pairs = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}] * 2
+    routed = f"get_routed_reward(reward='taste', column='solution', values=['{TRAIN[0][0]}'])"
+    given = {**RL, "reward_funcs": [routed, "taste", REWARD], "adv_estimator": "gae", "critic_init": "taste"}
+    pipeline = resolve(
+        str(DEMO_MODEL),
+        [phases()[0], Phase("taste", "reward", dataset=pairs), Phase("rl", "grpo", **given)],
+        "out",
+        COMMON,
+    )
+    cold, taste, rl = pipeline.runs
+    assert (taste.origin, rl.origin) == (cold, cold) and pipeline.needed(rl) == [cold, taste, taste, taste]
+    assert pipeline.filled(rl, routed, lambda run: str(run.output)) == routed.replace(
+        "'taste'", "'out/02-taste/adapter'"
+    )
+    assert pipeline.filled(rl, "taste", lambda run: "there") == "there" and pipeline.named(rl, "tasteful") == []
+    facts = check(pipeline, rl, pipeline.runs, planned=False).facts
+    assert facts[0] == "8 rows, 1 steps" and "reward_funcs is still to be made by taste" in facts
+    assert resolve_reward_funcs(AWAITED, BUILT_IN)[0](completions=["a", "b"]) == [0.0, 0.0]
+
+
+def test_the_example_is_a_pipeline_that_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(RECIPES.parents[1])
+    arguments = ["r1", "--config", "examples/sums/pipeline.yaml", "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert cli.main(arguments) == 0
+    assert "phase 5 of 5, sft (sft): begins, from base" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
         else:
             found = Outlook()
         plan_found = found.plan
-        if plan_found is None and run.kind.trains_policy:
+        if plan_found is None and hasattr(config, "vram_budget"):
             fitting = plan_to_fit if config.vram_budget is not None else plan if planned else None
             if fitting is not None:
                 plan_found = fitting(read_config(model, config), config, adapter_config(model, config))

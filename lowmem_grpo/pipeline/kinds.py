@@ -1,5 +1,6 @@
 """The kinds of phases, a row each: their settings, what they read and make, how they are checked and run."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from datasets import Dataset
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.pairs import PairsConfig
+from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
@@ -18,7 +20,9 @@ from lowmem_grpo.errors import InputError, printable_text, shown
 from lowmem_grpo.example_inputs import read_example_inputs
 from lowmem_grpo.inputs import RunInputs, read_sampling_inputs, read_training_inputs
 from lowmem_grpo.loops.grpo import train
+from lowmem_grpo.loops.reward import train_reward_model
 from lowmem_grpo.loops.sft import sft
+from lowmem_grpo.pair_inputs import read_pair_inputs
 from lowmem_grpo.pipeline.pairs import pairs
 from lowmem_grpo.pipeline.sample import sample
 from lowmem_grpo.pipeline.sampled import Row, read_sampled
@@ -73,15 +77,33 @@ def _run_sft(model: Any, config: SFTConfig, output: Path, dataset: Any, eval_dat
 
 
 def _check_grpo(
-    model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None
-) -> Outlook:
+    model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
+    critic_init: Any = None,
+) -> Outlook:  # fmt: skip
+    config = _with_critic(config, critic_init)
     return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config))
 
 
 def _run_grpo(
-    model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None
+    model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
+    critic_init: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    return train(model, reward_funcs, dataset, eval_dataset, _with_critic(config, critic_init)).history[-1]
+
+
+def _with_critic(config: GRPOConfig, critic_init: Any) -> GRPOConfig:
+    """The configuration with what its critic begins as, a setting that may name a phase before."""
+    return config if critic_init is None else dataclasses.replace(config, critic_init=critic_init)
+
+
+def _check_reward(model: Any, config: RewardConfig, dataset: Any, eval_dataset: Any = None) -> Outlook:
+    return _outlook(read_pair_inputs(model, dataset, eval_dataset, config))
+
+
+def _run_reward(
+    model: Any, config: RewardConfig, output: Path, dataset: Any, eval_dataset: Any = None
 ) -> dict[str, Any]:
-    return train(model, reward_funcs, dataset, eval_dataset, config).history[-1]
+    return train_reward_model(model, dataset, eval_dataset, config).history[-1]
 
 
 def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> Outlook:
@@ -132,8 +154,13 @@ KINDS = {
             trains_policy=True, read=read_rows, check=_check_sft, run=_run_sft,
         ),
         Kind(
-            name="grpo", config=GRPOConfig, places=_of_a_run, inputs=("dataset", "eval_dataset", "reward_funcs"),
-            output="adapter", trains_policy=True, check=_check_grpo, run=_run_grpo,
+            name="grpo", config=GRPOConfig, places=_of_a_run,
+            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init"), output="adapter", trains_policy=True,
+            check=_check_grpo, run=_run_grpo,
+        ),
+        Kind(
+            name="reward", config=RewardConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
+            read=read_rows, check=_check_reward, run=_run_reward,
         ),
         Kind(
             name="sample", config=SampleConfig, places=lambda folder: {"output": str(folder / "sampled.jsonl")},

@@ -26,7 +26,7 @@ from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_j
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 
 NAME = "evaluation.json"  # in a phase's folder
-ACCURACY = "eval_pass@1"
+ACCURACY, REWARD = "eval_pass@1", "eval_reward"
 LENGTH = "eval_completions/mean_length"
 
 
@@ -109,9 +109,11 @@ def _with_nan(values: Mapping[str, Sequence[float | None]]) -> dict[str, list[fl
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The cells of the table, by heading."""
+    """The cells of the table, by heading. Where there are rewards and none is of 1, as of a judge, they are foremost."""
+    is_graded = any(row.get(REWARD) for row in rows) and not any(row.get(ACCURACY) for row in rows)
+    title, foremost = ("reward", REWARD) if is_graded else ("accuracy", ACCURACY)
     rewards = [name for name in rows[0] if name.startswith("eval_rewards/") and name.count("/") == 2]
-    shown = {"accuracy": (ACCURACY, ".3f"), "change": (f"{ACCURACY}/difference", "+.3f")}
+    shown = {title: (foremost, ".3f"), "change": (f"{foremost}/difference", "+.3f")}
     shown |= {name.split("/")[1]: (name, ".3f") for name in rewards if name.endswith("/mean")}
     shown |= {"tokens": (LENGTH, ".1f")}
     cells = {title: [_cell(row, name, form) for row in rows] for title, (name, form) in shown.items()}
