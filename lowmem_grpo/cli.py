@@ -679,9 +679,11 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
     model, config = inputs["model"], planned(**fields)
     from lowmem_grpo.inputs import worn_by
+
     config = config.for_sampler() if isinstance(config, SampleConfig) else config
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
+    from lowmem_grpo.model.teacher import find_teacher
     from lowmem_grpo.planner import plan as planner
     from lowmem_grpo.progress_bars import no_progress_bars
     from lowmem_grpo.rewards.names import reward_adapters
@@ -692,7 +694,9 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         find_model(model, config, needs_weights=False)
         base = read_config(model, config)
         worn = [] if planned is not GRPOConfig else worn_by(base, reward_adapters(inputs.get("reward_funcs") or []))
-        found = planner.plan(base, config, adapter_config(model, config), rewards=[one.config for one in worn])
+        teacher = find_teacher(model, config, needs_weights=False) if isinstance(config, GRPOConfig) else None
+        rewards = [one.config for one in worn]
+        found = planner.plan(base, config, adapter_config(model, config), rewards=rewards, teacher=teacher)
     with writing_output():
         print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
     return 0 if found.remedy is None else 1

@@ -55,11 +55,11 @@ def identity_of(
         "model": _of_the_model(model.to_dict()),
         "adapter": {name: getattr(adapter, name, None) for name in OF_THE_ADAPTER},
         "tokenizer": {
-            "vocabulary": _digest([sorted(tokenizer.get_vocab().items())]),
+            "vocabulary": digest_of([sorted(tokenizer.get_vocab().items())]),
             "end of sequence": tokenizer.eos_token_id,
-            "chat template": _digest([tokenizer.chat_template]),
+            "chat template": digest_of([tokenizer.chat_template]),
         },
-        "data": {name: _digest(values) for name, values in data.items()},
+        "data": {name: digest_of(values) for name, values in data.items()},
         "rewards": {name: _settings(one) if _is_ours(one) else None for name, one in functions.items()},
         "sources": {name: _of_the_users(function) for name, function in functions.items()},
     }
@@ -88,8 +88,8 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             f"{resume} is of a run with the rewards {', '.join(saved['rewards'])}, and these are "
             f"{', '.join(identity['rewards'])}; resume with the same ones, or start a new run from the adapter"
         )
-    for name in ("rewards", "model", "adapter"):
-        now, before = identity[name], saved[name]
+    for name in ("rewards", "model", "adapter", "teacher"):
+        now, before = identity.get(name, {}), saved.get(name, {})
         for changed in _changed(now, before, both=True):  # later versions of transformers and PEFT may know more
             raise InputError(
                 f"{resume} is of a run with another {name.removesuffix('s')}: {changed} is {now[changed]!s:.200}, "
@@ -218,7 +218,7 @@ def _of_the_users(function: Callable) -> str | None:
         source = inspect.getsource(_innermost(function))
     with contextlib.suppress(Exception):  # of the user's own classes, or of a value within itself
         settings = _settings(function)
-    return _digest([source, settings])
+    return digest_of([source, settings])
 
 
 def _is_ours(function: Callable) -> bool:
@@ -240,7 +240,8 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any], *, both: bool = 
     return [name for name in names if name not in now or name not in before or now[name] != before[name]]
 
 
-def _digest(values: Iterable[Any]) -> str:
+def digest_of(values: Iterable[Any]) -> str:
+    """SHA-256 of values as JSON, in their order."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")

@@ -22,13 +22,14 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.identity import columns_of, identity_of, refuse_another_run
+from lowmem_grpo.identity import columns_of, digest_of, identity_of, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
 from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.output.lock import lock_folder
@@ -91,6 +92,7 @@ class Inputs(RunInputs):
     prompts: list[Prompt]
     eval_prompts: list[Prompt]  # empty where nothing is evaluated
     rewards: RewardRunner
+    teacher: FoundTeacher | None = None
 
     @property
     def num_rows(self) -> int:
@@ -106,6 +108,13 @@ class Inputs(RunInputs):
         policy = super().load_policy()
         self.notes.extend(self.rewards.bind(policy))
         return policy
+
+    def load_teacher(self, policy: Policy) -> Teacher | None:
+        """The teacher, worn on the policy's base or loaded beside it; None where there is none."""
+        if self.teacher is None:
+            return None
+        with limit_memory(self.plan, self.device):
+            return load_teacher(self.teacher, policy, self.config)
 
 
 def read_training_inputs(
@@ -127,6 +136,8 @@ def read_training_inputs(
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     refuse_without_evaluation(config, eval_rows)
     find_model(model, config, peft_config)
+    teacher = find_teacher(model, config)
+    refuse_without_rewards(rewards, config, eval_rows)
     is_continued = isinstance(model, PeftModel) or is_adapter(model)
     if config.sync_ref_model and config.reference == "base" and is_continued:
         raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
@@ -142,29 +153,38 @@ def read_training_inputs(
         rewards.check_rows(eval_rows, "eval_dataset")
         notes += _golds(rewards, eval_rows, "eval_dataset")
     tokenizer = tokenizer_of(tokenizer, model, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config)
+    if teacher is not None:
+        refuse_other_tokens(teacher, model, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts + eval_prompts, config)
+    if teacher is not None:
+        read_by = model if teacher.model is None else teacher.name
+        check_prompts(read_by, [prompt.for_teacher for prompt in prompts], config, whose="for the teacher, ")
     notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
     _refuse_critic(config)
     plan, given = None, config
     base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
     identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
+    if teacher is not None:
+        asked = digest_of(prompt.for_teacher.ids for prompt in prompts)
+        identity["teacher"] = {"weights": files_of(teacher), "prompts": asked}
     if resume is not None:
         refuse_another_run(resume, identity)
     if config.vram_budget is not None:
-        longest = max(len(prompt.ids) for prompt in prompts + eval_prompts)
+        read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
+        longest = max(len(prompt.ids) for prompt in read)
         worn = worn_by(base, rewards.functions)
-        plan = plan_to_fit(base, config, adapter, longest, [one.config for one in worn])
+        plan = plan_to_fit(base, config, adapter, longest, [one.config for one in worn], teacher)
         for one in worn:
             one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
         config = plan.config
     inputs = Inputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
         rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
-        plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity,
+        plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
     )  # fmt: skip
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
@@ -187,6 +207,31 @@ def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterRew
     """The reward adapters among functions that a base can wear."""
     adapters = [one for one in map(inner_of, functions) if isinstance(one, AdapterReward)]
     return [one for one in adapters if one.is_of(base._name_or_path)]
+
+
+def refuse_without_rewards(rewards: RewardRunner, config: GRPOConfig, eval_rows: Dataset | None) -> None:
+    """Raise InputError for what needs rewards in a run that learns from its teacher alone."""
+    learns_from_them = config.reward_weights is None or any(config.reward_weights)
+    if rewards.names and learns_from_them:
+        if config.num_generations < 2 and config.adv_estimator not in ("reinforce_plus_plus", "gae"):
+            raise InputError(
+                f"num_generations={config.num_generations} serves a teacher, and leaves the rewards nothing to compare "
+                "a completion with; raise it, or give the rewards reward_weights of 0"
+            )
+        return
+    for name in ("dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip"):
+        if getattr(config, name) != getattr(GRPOConfig, name):
+            raise InputError(f"{name} looks for differences of rewards, and nothing is learnt from any; leave it out")
+    if rewards.names:
+        return
+    if eval_rows is not None:
+        raise InputError(
+            "an eval_dataset is scored by reward_funcs, and there are none; give them with reward_weights of 0, which "
+            "measures alone, or leave eval_dataset out"
+        )
+    for name in [one.name for one in fields(RewardFields) if one.name != "mask_truncated_completions"]:
+        if getattr(config, name) != getattr(GRPOConfig, name):
+            raise InputError(f"{name} is about rewards, and there are no reward_funcs; give some, or leave {name} out")
 
 
 def refuse_other_config(config: Any, wanted: type) -> None:
@@ -248,6 +293,8 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
     rewards = _rewards(reward_funcs, config)
+    if not rewards.names:
+        raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
     find_model(model, config)
     notes = _try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
@@ -316,7 +363,7 @@ def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
     return [f"{dropped} {what} have more than {config.max_prompt_length} tokens and are left out"] if dropped else []
 
 
-def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str | None:
+def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whose: str = "") -> str | None:
     """Say whether the longest sequence may have more tokens than the model was made for.
 
     Raises:
@@ -326,7 +373,7 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str 
     for name in ("token_budget", "rollout_token_budget"):
         if longest > getattr(config, name):
             raise InputError(
-                f"the longest prompt and its completion may have {longest} tokens, more than {name}="
+                f"{whose}the longest prompt and its completion may have {longest} tokens, more than {name}="
                 f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
             )
     largest = max(max(prompt.ids) for prompt in prompts)
@@ -335,7 +382,7 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig) -> str 
         raise InputError(
             f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
         )
-    return beyond_context(model, config, longest)
+    return beyond_context(model, config, longest, f"{whose}the longest prompt and its completion")
 
 
 def expanded(model: Any) -> Any:
@@ -373,7 +420,9 @@ def callbacks_of(given: Any) -> list[Callable]:
     return list(callbacks)
 
 
-def _rewards(reward_funcs: Any, config: RewardFields) -> RewardRunner:
+def _rewards(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
+    if config.teacher is not None and reward_funcs == []:
+        return RewardRunner([])
     functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
     rewards = RewardRunner(functions, config.reward_timeout)
     if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
@@ -388,6 +437,8 @@ def _try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
     """
+    if not rewards.names:
+        return []
     rewards.check_rows(rows, name)
     notes = _golds(rewards, rows, name) + _routes(rewards, rows, name)
     # The first two rows, and the first of each reward that is not for those.

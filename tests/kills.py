@@ -79,6 +79,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "replay": REPLAY,
     "save every step": dict(save_steps=1),
     "sync": SYNC,
+    "teacher": dict(teacher=str(MODEL)),
+    "teacher's prompt": dict(teacher="base", teacher_system_prompt="Sum up.", teacher_coef=0.1, steps_per_generation=2),
     # Of sft(), over rows that weigh differently.
     "sft": dict(sft=True),
     "sft, dft": dict(sft=True, loss_type="dft", eval_steps=None, load_best_model_at_end=False),

@@ -86,6 +86,7 @@ SITUATIONS = [
     ),
     ({"all_truncated", "weights_masked"}, varied, {**SHORT, "importance_sampling_clip_max": 0.5}),
     ({"lengths_collapsed"}, varied, {**SHORT, "stop_strings": ["<"]}),
+    ({"all_truncated", "teacher_far"}, None, {**SHORT, "teacher": "base", "teacher_system_prompt": "Once upon a time"}),
 ]  # fmt: skip
 LONGER = [  # two seconds each, and so with the numbers that they measured in RECORDED
     ({"entropy_collapse", "no_difference"}, task.answer_reward, {"temperature": 1e-3, "beta": 0.04, "bf16": False}),

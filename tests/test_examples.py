@@ -37,7 +37,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
-        "rejection_sampling", "rlhf", "ppo_vs_grpo",
+        "rejection_sampling", "rlhf", "ppo_vs_grpo", "distill",
     }  # fmt: skip
 
 
@@ -140,3 +140,12 @@ def test_rejection_sampling_and_what_learns_from_it(tmp_path, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "min_reward 1 (first)" in out and "answers of 32: loss" in out
     assert (tmp_path / "out/sft/adapter/adapter_model.safetensors").is_file()
+
+
+def test_distillation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n}+1="} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", str(DEMO_MODEL), "--teacher", str(DEMO_MODEL), "--dataset", "prompts.jsonl"]
+    main_of("distill")([*given, "--max_steps", "1", "--max_completion_length", "4", "--output_dir", "out"])
+    assert "teacher_kl" in lines(tmp_path)[0] and "teacher_kl" in capsys.readouterr().out

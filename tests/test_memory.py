@@ -40,6 +40,7 @@ from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
 from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.planner import trace
 from lowmem_grpo.update import nll
@@ -847,3 +848,35 @@ def test_supervised_training_is_planned_for_its_longest_example():
     assert "max_length=" in remedy and remedy.endswith("would fit")
     fitting = int(remedy.split("max_length=")[1].split()[0])
     assert planner.plan(large_shape(), replace(config, max_length=fitting, vram_budget="6GB")).remedy is None
+
+
+def test_a_teachers_weights_and_its_pass_are_as_predicted():
+    config = GRPOConfig(**TASK, gradient_checkpointing=False, load_in_4bit=False, teacher="a larger model")
+    own = as_teacher("a larger model", config)
+    found = FoundTeacher("a larger model", lora_config(own), SHAPES["qwen3, untied"])
+    predicted = planner.forecast(SHAPES["qwen2"], config, teacher=found)
+    teacher = make_policy("qwen3, untied", own)
+    held = sum(size for name, size in predicted.resident.items() if name.startswith("the teacher's"))
+    assert_near(held, storages([*teacher.model.parameters(), *teacher.model.buffers()]))
+    batch = next(micro_batches(teacher, config))
+
+    def rate():
+        with teacher.as_base():
+            teacher.hidden_states(batch)
+
+    rate()  # the masks, which stay with the batch
+    kept = sum(mask.nbytes for mask in batch.packing.masks.values())
+    assert_near(predicted.phases["teacher"]["activations"], kept + peak_allocated(rate, teacher.device))
+
+
+def test_a_teacher_on_the_policys_base_takes_the_memory_of_its_adapter_alone():
+    config = GRPOConfig(**TASK, teacher="an adapter")
+    alone = planner.forecast(SHAPES["qwen2"], replace(config, teacher=None))
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    worn = planner.forecast(SHAPES["qwen2"], config, teacher=FoundTeacher("an adapter", adapter))
+    text = SHAPES["qwen2"]
+    numbers = text.num_hidden_layers * 4 * 2 * text.hidden_size  # two factors a layer
+    assert worn.resident == {**alone.resident, "the teacher's adapter": 4 * numbers}
+    assert set(worn.phases) - set(alone.phases) == {"teacher"} and worn.phases["teacher"]["activations"] > 0
+    base = planner.forecast(SHAPES["qwen2"], config, teacher=FoundTeacher("base", None))
+    assert base.resident == alone.resident

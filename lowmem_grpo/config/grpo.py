@@ -14,6 +14,7 @@ from lowmem_grpo.config.sections import (
     CompletionSavingFields,
     CriticFields,
     DataFields,
+    DistillationFields,
     ModelFields,
     ObjectiveFields,
     OptimizerFields,
@@ -44,6 +45,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     OptimizerFields,
     UpdateFields,
     ObjectiveFields,
+    DistillationFields,
     CriticFields,
     RewardFields,
     SamplingFields,
@@ -86,7 +88,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
                 raise InputError(f"{name}={shown(value)} is read only {words}, or leave {name} out")
         if self.has_critic:
             refuse_by_sequence(self, "adv_estimator='gae'")
-        elif self.learns and self.num_generations < 2 and self.adv_estimator != "reinforce_plus_plus":
+        elif self.compares and self.num_generations < 2 and self.adv_estimator != "reinforce_plus_plus":
             raise InputError(
                 f"num_generations={self.num_generations}: a group needs at least 2 completions, since an advantage "
                 "compares a completion with the others of its prompt, but for adv_estimator='reinforce_plus_plus' "
@@ -122,8 +124,15 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
                 f"prompts_per_step={self.prompts_per_step} is not a multiple of steps_per_generation="
                 f"{self.steps_per_generation}; change one"
             )
+        if self.teacher is not None:
+            refuse_by_sequence(self, "a teacher")
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise InputError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
+
+    @property
+    def compares(self) -> bool:
+        """True where there is nothing to learn from but a completion's distance from others."""
+        return self.learns and self.teacher is None
 
     @property
     def has_critic(self) -> bool:
@@ -134,8 +143,13 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     def has_old_pass(self) -> bool:
         """True where every token is computed once before the update, whatever the sampler says of it."""
         # The KL of a replayed group is today's policy's, and not that of the one which sampled it.
-        replayed_kl = self.kl_in_reward and self.replay_buffer_size > 0
+        replayed_kl = self.reads_own_logprobs and self.replay_buffer_size > 0
         return self.steps_per_generation > 1 or self.top_entropy_quantile < 1 or replayed_kl
+
+    @property
+    def reads_own_logprobs(self) -> bool:
+        """True where the policy's log-probabilities are compared with another model's before the update."""
+        return self.kl_in_reward or self.teacher is not None
 
     @property
     def has_cuda_graphs(self) -> bool:
@@ -204,6 +218,7 @@ _READ_ONLY: dict[str, tuple[Condition, str]] = {
         "where there is a KL in the loss; set beta, for example to 0.04, and not kl_in_reward",
     ),
     "kl_horizon": (lambda config: config.kl_target is not None, "with kl_target; set that"),
+    "teacher_coef teacher_system_prompt": (lambda config: config.teacher is not None, "with a teacher; name one"),
     "ref_model_mixup_alpha ref_model_sync_steps": (
         lambda config: config.sync_ref_model,
         "with sync_ref_model; set that",

@@ -316,7 +316,9 @@ class ScoreFields(Checked):
     )
 
     def check(self) -> None:
-        if self.reward_weights is not None and not any(self.reward_weights):
+        # With a teacher, rewards may be there to be measured alone.
+        learns_otherwise = getattr(self, "teacher", None) is not None
+        if self.reward_weights is not None and not any(self.reward_weights) and not learns_otherwise:
             raise InputError("reward_weights has no weight but 0, so that nothing would be learned; give one another")
 
 
@@ -353,6 +355,20 @@ class CriticFields(Checked):
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not", at_least=0)
     critic_init: str = option(
         "policy", "what the critic's adapter starts from: policy, or the folder of a reward adapter"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationFields(Checked):
+    """A teacher that the policy is pulled towards, token by token of what it samples."""
+
+    teacher: str | None = option(
+        None, "model of the same vocabulary, adapter of the same base (at no memory), or base, to learn from by token",
+        common=True,
+    )  # fmt: skip
+    teacher_coef: float = option(1.0, "weight of the teacher's advantages beside those of the rewards", above=0)
+    teacher_system_prompt: str | None = option(
+        None, "system message that the teacher reads in place of the policy's, which learns to do without it"
     )
 
 
@@ -562,9 +578,10 @@ TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", PairFields: "data",
     CompletionFields: "sampling", SamplingFields: "sampling", ScoreFields: "rewards and advantages",
-    RewardFields: "rewards and advantages", CriticFields: "critic", ObjectiveFields: "objective",
-    BudgetFields: "update", UpdateFields: "update", OptimizerFields: "optimizer", EvaluationFields: "evaluation",
-    SampledEvaluationFields: "evaluation", SavingFields: "saving", CompletionSavingFields: "saving",
+    RewardFields: "rewards and advantages", CriticFields: "critic",
+    DistillationFields: "distillation", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",
+    OptimizerFields: "optimizer", EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
+    SavingFields: "saving", CompletionSavingFields: "saving",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Rows of a dataset to tokenized Prompts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -25,16 +25,23 @@ class Prompt:
     ids: list[int]
     columns: dict  # the row's other columns, which the reward functions get
     said: str = ""  # the end of the prompt that an answer begins with, `<think>` say: rewards read it with a completion
+    teacher_ids: list[int] | None = None  # what the teacher reads in place of ids, where that is something else
+
+    @property
+    def for_teacher(self) -> "Prompt":
+        """The prompt as the teacher reads it."""
+        return self if self.teacher_ids is None else replace(self, ids=self.teacher_ids)
 
 
 def tokenize_prompts(
-    rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset"
+    rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset", teachers: str | None = None
 ) -> tuple[list[Prompt], int]:
     """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
 
     A string is tokenized as it is; a chat goes through the chat template with the row's `tools` and
     `chat_template_kwargs`, or, where the tokenizer has none, becomes a transcript that ends in `Assistant:`. A chat
-    that ends with the assistant's words is one that the completion continues.
+    that ends with the assistant's words is one that the completion continues. `teachers` is a system message that a
+    teacher reads in place of the policy's.
 
     Raises:
         InputError: a prompt is neither, or none is left.
@@ -42,6 +49,11 @@ def tokenize_prompts(
     limit = config.max_prompt_length
     if config.chat_template_kwargs and tokenizer.chat_template is None:
         raise InputError("chat_template_kwargs is given, but the tokenizer has no chat template; leave it out")
+    if teachers is not None and any(map(is_text, rows["prompt"])):
+        raise InputError(
+            f"teacher_system_prompt is for chats, and {name} has prompts that are texts; make each a list such as "
+            '[{"role": "user", "content": ...}], or leave it out'
+        )
     if (config.system_prompt or config.chat_template_kwargs) and all(map(is_text, rows["prompt"])):
         raise InputError(
             f"system_prompt and chat_template_kwargs are for chats, and every prompt of {name} is a text; "
@@ -49,7 +61,13 @@ def tokenize_prompts(
         )
     template = Template(tokenizer)
     template.refuse_unread(config.chat_template_kwargs or {}, "chat_template_kwargs")
-    prompts = [_prompt(row, template, config, f"row {index} of {name}") for index, row in enumerate(rows)]
+    prompts = []
+    for index, row in enumerate(rows):
+        prompt = _prompt(row, template, config, f"row {index} of {name}")
+        if teachers is not None:
+            theirs = _prompt(row, template, config, f"row {index} of {name}, for the teacher,", teachers)
+            prompt = replace(prompt, teacher_ids=theirs.ids)
+        prompts.append(prompt)
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
     if not short:
         shortest = min(len(p.ids) for p in prompts)
@@ -59,7 +77,8 @@ def tokenize_prompts(
     return short, len(prompts) - len(short)
 
 
-def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Prompt:
+def _prompt(row: Any, template: Template, config: DataFields, where: str, system: str | None = None) -> Prompt:
+    """A row's prompt; with `system` that is its system message, whatever the row or the configuration has."""
     given = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
     if is_text(given):
@@ -74,7 +93,9 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str) -> Pro
         said = said_at_end(text)
         return Prompt(text.removesuffix(said), ids, columns, said)
     messages = read_chat(given, where)
-    if config.system_prompt and messages[0]["role"] != "system":
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
+    elif config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     rendered, said = template.render(messages, template_settings(row, template, config, where), where)
     if template.tokenizer.chat_template is None:

@@ -29,6 +29,7 @@ from lowmem_grpo.run.run import Callback, Run, Step, TrainResult
 from lowmem_grpo.update.critic import Critic, lengths_with_value, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.critic import why_not_finite as why_no_value
+from lowmem_grpo.update.distill import as_asked, with_teacher
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import (
     backward,
@@ -62,7 +63,8 @@ def train(
             changed in place.
         reward_funcs: one or several functions, names (a built-in's, `module.function`, or a call of what makes one,
             `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on two
-            made-up completions before the model is loaded. None for a task, which has its own.
+            made-up completions before the model is loaded. None for a task, which has its own, or where config names a
+            teacher, which says what to learn.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
             task's name, such as "countdown".
         eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.
@@ -89,6 +91,7 @@ def train(
     own = policy.parameters_of(policy.adapter).values()
     learner = Learner(own, config, scaler, inputs.total_steps - config.critic_warmup)
     critic = Critic(policy, config, inputs.total_steps) if config.has_critic else None  # as PPO has one
+    teacher = inputs.load_teacher(policy)
     sampler = Sampler(policy, config)
     stream = Stream(ReplayBuffer(config.replay_buffer_size))
     controllers = Controllers(config)
@@ -123,6 +126,9 @@ def train(
                 rollout = with_gae(rollout, controllers.beta, config)
             elif config.kl_in_reward:
                 rollout = with_kl_in_reward(rollout, controllers.beta, config)
+            if teacher is not None:
+                with step.phase("teacher"):
+                    rollout = with_teacher(teacher, rollout, config, run.budget)
 
             # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
             # all that num_iterations times. Then as many of the critic, which alone learns while it warms up.
@@ -178,6 +184,7 @@ def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) 
     counted = sum(rollout.lengths_of(rollout.completion_mask.tolist()))
     return {
         "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,
+        "teacher": sum(as_asked(rollout).lengths_of(rollout.completion_mask.tolist())),
         "update": config.num_iterations * sum(lengths_with_gradient(rollout, config)),
         "values": counted, "critic": config.num_iterations * counted,
     }  # fmt: skip

@@ -103,11 +103,15 @@ def compare(
     rewards: Tensor, *, num_generations: int, reward_weights: list[float] | None, adv_estimator: str,
     scale_rewards: str, multi_objective_aggregation: str, penalty: Tensor | None = None,
 ) -> Advantages:  # fmt: skip
-    """The advantages that a configuration asks for."""
+    """The advantages that a configuration asks for; 0 where its weights are, and rewards are measured alone."""
     given: dict[str, Any] = dict(num_generations=num_generations, reward_weights=reward_weights, penalty=penalty)
     if multi_objective_aggregation == "normalize_then_sum":
-        return gdpo_advantages(rewards, **given)
-    return _ESTIMATORS[adv_estimator](scale_rewards)(rewards, **given)
+        found = gdpo_advantages(rewards, **given)
+    else:
+        found = _ESTIMATORS[adv_estimator](scale_rewards)(rewards, **given)
+    if reward_weights is None or any(reward_weights):
+        return found
+    return found._replace(advantages=torch.zeros_like(found.advantages))
 
 
 _ESTIMATORS: dict[str, Callable[[str], Callable[..., Advantages]]] = {  # by scale_rewards, which only the first reads
@@ -136,8 +140,11 @@ def _is_zero(deviation: Tensor) -> Tensor:
 
 
 def weighted_rewards(rewards: Tensor, reward_weights: list[float] | None) -> Tensor:
-    """(B, R) -> (B,): the weighted sum of the rewards that apply, NaN where none does."""
-    weights = torch.ones(rewards.shape[1]) if reward_weights is None else torch.tensor(reward_weights)
+    """(B, R) -> (B,): the weighted sum of the rewards that apply, NaN where none does.
+
+    Without weights, or with none but 0, it is the plain sum.
+    """
+    weights = torch.tensor(reward_weights) if any(reward_weights or []) else torch.ones(rewards.shape[1])
     return (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 

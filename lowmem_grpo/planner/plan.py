@@ -23,6 +23,7 @@ from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
+from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
 
@@ -78,9 +79,10 @@ def plan(
     adapter: PeftConfig | None = None,  # the one that is trained, where not config's lora fields say it
     longest: int | None = None,  # tokens of the longest prompt, or example; None where none is known yet
     rewards: Sequence[PeftConfig] = (),  # reward adapters on the policy's own base
+    teacher: FoundTeacher | None = None,
 ) -> Plan:
     """The cheapest settings with which every phase stays within vram_budget; config's own where they fit."""
-    key = Key(model, adapter or lora_config(config), tuple(rewards))
+    key = Key(model, adapter or lora_config(config), tuple(rewards), teacher)
     name, assumed = ("max_prompt_length", PROMPT_TOKENS) if config.samples else ("max_length", ASSUMED_LENGTH)
     given = getattr(config, name)
     # Within here, that is the length which is planned for.
@@ -103,10 +105,10 @@ def plan(
 
 def plan_to_fit(
     model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None, longest: int | None = None,
-    rewards: Sequence[PeftConfig] = (),
+    rewards: Sequence[PeftConfig] = (), teacher: FoundTeacher | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a run. Raise InputError, with the remedy, where nothing fits."""
-    found = plan(model, config, adapter, longest, rewards)
+    found = plan(model, config, adapter, longest, rewards, teacher)
     if found.remedy is not None:
         peak = f"{found.forecast.peak() / 10**9:.2f} GB"
         raise InputError(
@@ -235,9 +237,12 @@ def _in_settings(values: dict[str, int]) -> str:
     return " and ".join(f"{name}={value}" for name, value in values.items())
 
 
-def forecast(model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None) -> Forecast:
+def forecast(
+    model: PreTrainedConfig, config: TrainingConfig, adapter: PeftConfig | None = None,
+    teacher: FoundTeacher | None = None,
+) -> Forecast:  # fmt: skip
     """The peak of each phase, in parts. Nothing is downloaded or allocated."""
-    return _forecast(Key(model, adapter or lora_config(config)), config)
+    return _forecast(Key(model, adapter or lora_config(config), teacher=teacher), config)
 
 
 def _forecast(key: Key, config: TrainingConfig) -> Forecast:
@@ -250,10 +255,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         "optimizer state": state_bytes(config.optim, traced.adapter_sizes),
         **({} if config.use_cpu else {"CUDA and its libraries": CONTEXT_BYTES}),
     }
-    # The head's scores and pull, in tiles as of a card of the budget's size; the entropy's gradient takes its own.
-    kind = "cpu" if config.use_cpu else "cuda"
-    tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
-    head = (2 if config.has_entropy_bonus else 1) * 4 * tokens * (entries + text.hidden_size)
+    head = (2 if config.has_entropy_bonus else 1) * _head_bytes(text, config)
     if config.kind == "reward":  # of each text's last token, in fp32, its state and that one's gradient
         head = 8 * text.hidden_size * 2 * config.prompts_per_step
         resident["score head"] = 8 * text.hidden_size + state_bytes(config.optim, [text.hidden_size])
@@ -307,6 +309,9 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         values, update = _critic_bytes(traced.ran, dtype, config.has_entropy_bonus)
         phases["values"] = {**values, "one dequantized layer": layer}
         phases["critic"] = {**update, "one dequantized layer": layer, "the critic's gradients": 4 * numbers}
+    if key.teacher is not None:
+        held, phases["teacher"] = _teacher_bytes(key, config, without_gradient)
+        resident |= held
     return Forecast(resident, phases, traced.padded)
 
 
@@ -315,6 +320,31 @@ def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
     for reward in key.rewards:
         whole = skeleton(Key(key.model, reward), config.compute_dtype, config.trust_remote_code)
         yield sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
+
+
+def _head_bytes(text: PreTrainedConfig, config: TrainingConfig) -> int:
+    """Bytes of the head's scores and pull, in tiles as of a card of the budget's size."""
+    kind = "cpu" if config.use_cpu else "cuda"
+    tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
+    return 4 * tokens * (entries + text.hidden_size)
+
+
+def _teacher_bytes(
+    key: Key, config: GRPOConfig, without_gradient: dict[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a teacher holds throughout, and those that its pass adds, by name."""
+    teacher = key.teacher
+    assert teacher is not None
+    if teacher.model is None:
+        numbers = 0 if teacher.adapter is None else trace(Key(key.model, teacher.adapter), config).adapter_numbers
+        return ({"the teacher's adapter": 4 * numbers} if numbers else {}), without_gradient
+    adapter, own = teacher.adapter, as_teacher(teacher.name, config)
+    assert adapter is not None
+    traced = trace(Key(teacher.model, adapter), own)
+    layer = getattr(torch, config.compute_dtype).itemsize * traced.largest_linear if config.load_in_4bit else 0
+    head = _head_bytes(teacher.model.get_text_config(), config)
+    held = {f"the teacher's {name}": size for name, size in traced.resident.items()}
+    return held, {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer}
 
 
 def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tuple[dict[str, int], dict[str, int]]:

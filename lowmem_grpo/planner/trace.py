@@ -34,6 +34,7 @@ from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.teacher import FoundTeacher
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
 
@@ -49,6 +50,7 @@ class Key:
     model: PreTrainedConfig
     adapter: PeftConfig
     rewards: tuple[PeftConfig, ...] = ()  # adapters that are worn to score what was sampled
+    teacher: FoundTeacher | None = None  # which no trace of the policy reads
 
     def text(self) -> str:
         adapter = json.dumps(self.adapter.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))
@@ -301,7 +303,8 @@ def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Ran:
     if not config.samples:
         return Ran(kept, peak, _inference(policy, batch), prefill=0, rows=rows)
     sampling = cast(GRPOConfig, config)
-    inference = _inference(policy, batch) if sampling.beta or sampling.has_old_pass or sampling.has_critic else 0
+    runs_without = sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
+    inference = _inference(policy, batch) if runs_without else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
     return Ran(kept, peak, inference, prefill, rows)

@@ -17,9 +17,9 @@ RESERVED_PREFIXES = (
     "clip_ratio/", "vespo/", "time/", "memory/", "tokens_per_s/",
 )  # fmt: skip
 RESERVED = {
-    "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "beta", "entropy_coef",
-    "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped", "cispo_clip_ratio",
-    "skipped_steps", "doctor",
+    "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "teacher_kl", "entropy", "beta",
+    "entropy_coef", "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped",
+    "cispo_clip_ratio", "skipped_steps", "doctor",
 }  # fmt: skip
 
 

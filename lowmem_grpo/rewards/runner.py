@@ -76,7 +76,7 @@ class RewardRunner:
         for name, call in zip(self.names, calls, strict=True):
             metrics[f"time/reward/{name}_s"] = [call.seconds]
             metrics[f"rewards/{name}/failures"] = [len(call.failures)]
-        if completions and all(math.isnan(reward) for call in calls for reward in call.rewards):
+        if calls and completions and all(math.isnan(reward) for call in calls for reward in call.rewards):
             self.empty_steps += 1
             if _is_power_of_two(self.empty_steps):
                 failed = all(len(call.failures) == len(completions) for call in calls)
@@ -86,7 +86,7 @@ class RewardRunner:
                     f"step {step}: {what}, so there is nothing to learn from ({self.empty_steps} such steps so far); "
                     f"stop the run and mend {', '.join(self.names)}{'' if failed else ' or the columns that they read'}"
                 )
-        rewards = torch.tensor([call.rewards for call in calls]).T.contiguous()
+        rewards = torch.tensor([call.rewards for call in calls]).view(len(calls), len(completions)).T.contiguous()
         return Scores(rewards, {name: sum(v) / len(v) for name, v in metrics.items()}, extra_columns)
 
     def rewards_of(

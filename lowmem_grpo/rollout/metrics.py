@@ -27,7 +27,12 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
 
 
 def reward_metrics(names: list[str], rewards: Tensor, advantages: Advantages) -> dict[str, float]:
-    """Means and deviations of rewards (B, R): NaN where no completion has a reward, or only one to deviate."""
+    """Means and deviations of rewards (B, R): NaN where no completion has a reward, or only one to deviate.
+
+    There is nothing to report where there are no reward functions.
+    """
+    if not names:
+        return {}
     columns = torch.cat([rewards, advantages.rewards[:, None]], dim=1)
     several = columns.isnan().logical_not().sum(dim=0) > 1
     means, deviations = columns.nanmean(dim=0), nanstd(columns, dim=0).where(several, torch.nan)

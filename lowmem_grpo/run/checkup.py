@@ -347,7 +347,7 @@ def reward_without_weight(look: Look) -> str | None:
     """Say which reward functions count for nothing."""
     weights = look.config.reward_weights or []
     idle = [name for name, weight in zip(look.inputs.rewards.names, weights, strict=False) if weight == 0]
-    if not idle:
+    if not idle or not any(weights):  # beside a teacher, rewards may be measured alone
         return None
     return f"reward_weights gives {' and '.join(idle)} no weight: logged alone, and nothing is learnt from it"
 

@@ -22,6 +22,7 @@ READ = {
     "skipped_steps", "completions/clipped_ratio", "completions/mean_length", "clip_ratio/region_mean", "ratio/min",
     "ratio/max", "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean",
     "dynamic_sampling/rounds", "dynamic_sampling/dropped_groups", "replay/groups", "loss", "value/explained_variance",
+    "teacher_kl",
 }  # fmt: skip
 SKIPPED = "skipped_so_far"  # optimizer steps of the run that changed no weight
 
@@ -35,6 +36,9 @@ LEAST_FAILURES = 0.1  # of the completions: below, a reward that times out now a
 LEAST_ENTROPY = 0.005
 MOST_ENTROPY = 4.0  # nats a token: as of a choice among 55 equal ones, where a text by a trained model has 0.1 to 2
 MOST_KL = 1.0  # nats a token: a hundred tokens are e^100 times as likely as under the reference; the demo has 0.2
+# Nats a token: the teacher finds a token 20 times less likely than the policy that wrote it. A larger model of one
+# family begins at 0.1 to 1, and the demo's, after reinforcement learning, at 0.3.
+MOST_TEACHER_KL = 3.0
 MOST_CLIPPED = 0.3  # of the tokens; 0.001 to 0.1 is usual, and 0.15 of sequences (https://arxiv.org/abs/2507.18071)
 FAR = 2.0  # or its inverse: a token's ratio of new to old policy where nothing has moved, which is 1 but for rounding
 MOST_DIFFERENCE = 0.1  # nats a token between sampler and training; 0.002 to 0.02 in bfloat16
@@ -283,6 +287,16 @@ def kl_explosion(course: Course) -> str | None:
     )
 
 
+def teacher_far(course: Course) -> str | None:
+    if not course.each("teacher_kl", lambda kl: kl > MOST_TEACHER_KL):
+        return None
+    return (
+        f"the teacher finds what the policy writes unlikely: teacher_kl is {course.mean('teacher_kl'):.1f} nats a "
+        f"token in {course.steps}; it may know another chat template or another task than the policy's prompts have, "
+        "so teach the policy by examples first (`lowmem-grpo sft`), or name another teacher"
+    )
+
+
 def ratio_on_policy(course: Course) -> str | None:
     config = course.config
     above, below = _known(course.last, "ratio/max"), _known(course.last, "ratio/min")
@@ -440,8 +454,9 @@ def _joined(names: list[str]) -> str:
 # differs or applies needs more: in ten steps of 64 completions, one in 640 would be seen.
 SYMPTOMS: dict[Callable[[Course], str | None], int] = {
     all_truncated: 3, no_reward: 3, lengths_at_limit: 5, lengths_collapsed: 5, reward_fell: 5, entropy_collapse: 5,
-    entropy_explosion: 5, kl_explosion: 5, ratio_on_policy: 5, tokens_clipped: 5, sampling_apart: 5, weights_masked: 5,
-    not_finite: 1, critic_misleads: 10, no_difference: 10, never_filled: 10, no_gradient: 10, gradient_scaled_down: 10,
+    entropy_explosion: 5, kl_explosion: 5, teacher_far: 5, ratio_on_policy: 5, tokens_clipped: 5, sampling_apart: 5,
+    weights_masked: 5, not_finite: 1, critic_misleads: 10, no_difference: 10, never_filled: 10, no_gradient: 10,
+    gradient_scaled_down: 10,
 }  # fmt: skip
 OF_A_REWARD: dict[Callable[[Course, str], str | None], int] = {
     reward_failing: 5, reward_missing: 10, reward_constant: 10

@@ -53,6 +53,8 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
             config = dataclasses.replace(config, system_prompt=task.system_prompt)
         if config.stop_strings is None and task.stop_strings is not None:
             config = dataclasses.replace(config, stop_strings=task.stop_strings)
+    if reward_funcs is None and config.teacher is not None:
+        reward_funcs = []  # the teacher says what to learn
     if reward_funcs is None:
         meant = did_you_mean(str(train_dataset), TASKS, "") if isinstance(train_dataset, str) else ""
         hint = meant or "give one or several, or train on a task, which has its own"

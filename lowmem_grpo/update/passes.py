@@ -51,22 +51,27 @@ def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget:
     """The rollout with its tokens' log-probabilities under the reference; as it is where beta is 0."""
     if config.beta == 0:
         return rollout
+    with policy.as_reference():
+        return replace(rollout, ref_logprobs=logprobs_of(policy, rollout, config, budget))
+
+
+def logprobs_of(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Tensor:
+    """The policy's log-probability of each token, (M,) fp32, as it computes now; 0 where none counts."""
     counted = rollout.completion_mask.tolist()
 
     def compute(token_budget: int) -> Tensor:
         logprobs = torch.zeros(rollout.num_tokens, device=policy.device)
-        with policy.as_reference():
-            for batch in micro_batches(policy, rollout, config, token_budget, counted):
-                with at_work(batch):
-                    logprobs[batch.token_index] = policy.logprobs(batch, config.temperature)
+        for batch in micro_batches(policy, rollout, config, token_budget, counted):
+            with at_work(batch):
+                logprobs[batch.token_index] = policy.logprobs(batch, config.temperature)
         return logprobs
 
-    return replace(rollout, ref_logprobs=budget.fit(compute, rollout.lengths_of(counted)))
+    return budget.fit(compute, rollout.lengths_of(counted))
 
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
     """True where every token needs a forward before the first gradient."""
-    return config.has_old_pass or (config.kl_in_reward and rollout.sampling_logprobs is None)
+    return config.has_old_pass or (config.reads_own_logprobs and rollout.sampling_logprobs is None)
 
 
 def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
@@ -88,7 +93,7 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
     old_logprobs, entropies = budget.fit(compute, rollout.lengths_of(counted))
     if config.top_entropy_quantile < 1:
         rollout = replace(rollout, learn_mask=high_entropy(entropies, rollout, config.top_entropy_quantile))
-    if config.steps_per_generation > 1 or config.kl_in_reward:
+    if config.steps_per_generation > 1 or config.reads_own_logprobs:
         rollout = replace(rollout, old_logprobs=old_logprobs)
     return rollout
 
