@@ -37,7 +37,7 @@ import psutil
 import torch
 
 import lowmem_grpo
-from lowmem_grpo import GRPOConfig, SFTConfig, sft, train
+from lowmem_grpo import GRPOConfig, RewardConfig, SFTConfig, sft, train, train_reward_model
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
 from lowmem_grpo.output.folder import checkpoints
@@ -53,6 +53,9 @@ ENTROPY = dict(entropy_coef=0.01, use_adaptive_entropy=True, entropy_target=0.5,
 SYNC = dict(sync_ref_model=True, ref_model_sync_steps=2)
 OF_GRPO = ("prompts_per_step", "num_generations", "max_completion_length", "beta", "log_completions")
 EVERY_SFT = {name: value for name, value in EVERY_RUN.items() if name not in OF_GRPO} | dict(examples_per_step=8)
+EVERY_REWARD = {name: value for name, value in EVERY_SFT.items() if name != "examples_per_step"} | dict(
+    pairs_per_step=4, center_rewards_coefficient=0.01
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": dict(
         **REPLAY, **ENTROPY, **SYNC, kl_target=0.01, kl_horizon=20, curriculum_skip=0.5, steps_per_generation=2,
@@ -87,6 +90,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sft, dropout": dict(sft=True, lora_dropout=0.1, save_steps=1, save_total_limit=2),
     "sft, eval": dict(sft=True, eval_steps=1, metric_for_best_model="eval_mean_token_accuracy"),
     "sft of two datasets": dict(sft=True, dataset_weights=[3, 1], lora_dropout=0.1),
+    # Of train_reward_model(), whose adapter has a score head.
+    "reward": dict(reward=True),
+    "reward, dropout": dict(reward=True, lora_dropout=0.1, save_steps=1, save_total_limit=2, token_budget=48),
 }  # fmt: skip
 PASSES = ("policy.py", "packing.py", "packed_attention.py", "attention.py", "lora.py", "product_4bit.py")
 # The first that a function's path begins with is where it is. Trials choose among places, then among functions there.
@@ -252,6 +258,14 @@ def examples(problems) -> list[dict[str, Any]]:
     ]
 
 
+def pairs(problems) -> list[dict[str, Any]]:
+    """Problems with a worked answer and a lazy one, of which the worked one is better."""
+    return [
+        {"prompt": task.question(problem), "chosen": task.worked(problem), "rejected": task.lazy(problem)}
+        for problem in problems
+    ]
+
+
 def callback(step, metrics, policy):
     """Write down what it was called with, in a line."""
     with open("callbacks.jsonl", "a", encoding="utf-8") as file:
@@ -271,12 +285,15 @@ def run(folder: Path, settings: dict[str, Any]) -> int:
     random.seed(0)  # a fork has another state, and the preview calls the rewards before the run has set one
     seen, unseen = task.splits()
     settings = dict(settings)
-    is_sft = settings.pop("sft", False)
+    is_sft, is_reward = settings.pop("sft", False), settings.pop("reward", False)
     try:
         if is_sft:
             config, data = SFTConfig(**{**EVERY_SFT, **settings}), examples(seen[:32])
             data = [data, examples(seen[32:72])] if config.dataset_weights else data
             sft(str(MODEL), data, examples(unseen[:4]), config, callbacks=callback)
+        elif is_reward:
+            config = RewardConfig(**{**EVERY_REWARD, **settings})
+            train_reward_model(str(MODEL), pairs(seen[:32]), pairs(unseen[:4]), config, callbacks=callback)
         else:
             train(
                 str(MODEL), [task.tag_format_reward, noisy_reward], task.rows(seen[:32]), task.rows(unseen[:4]),
