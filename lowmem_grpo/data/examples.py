@@ -100,6 +100,8 @@ def tokenize_examples(
         raise InputError(
             f"every row of {name} is longer than max_length={config.max_length}; the shortest has {shortest}"
         )
+    if not any(one.weight for one in short):
+        raise InputError(f"every row of {name} has the weight 0, so that nothing would be learned; give one another")
     return short, len(examples) - len(short)
 
 

@@ -1,5 +1,6 @@
 """The doctor's look at examples and settings before the first step of a supervised training."""
 
+from lowmem_grpo.data.examples import Example
 from lowmem_grpo.example_inputs import ExampleInputs
 from lowmem_grpo.model.find import ends_of_model
 from lowmem_grpo.model.turn_end import turn_end
@@ -25,6 +26,7 @@ def findings(inputs: ExampleInputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
     found = {
         "evaluated_on_training_examples": evaluated_on_training_examples(inputs),
+        "examples_of_an_end_alone": examples_of_an_end_alone(inputs),
         "examples_without_an_end": examples_without_an_end(inputs),
         "most_examples_dropped": most_examples_dropped(inputs),
         "dataset_seen_too_often": dataset_seen_too_often(inputs),
@@ -46,21 +48,40 @@ def evaluated_on_training_examples(inputs: ExampleInputs) -> str | None:
     )
 
 
-def examples_without_an_end(inputs: ExampleInputs) -> str | None:
-    """Say how many examples do not teach the model to end."""
+def ends_of(inputs: ExampleInputs) -> set[int | None]:
+    """The ids that end a completion: the model's, and that with which the chat template ends a turn."""
     ends = ends_of_model(inputs.model, inputs.config) | {inputs.tokenizer.eos_token_id}
     of_turn = turn_end(inputs.tokenizer, ends)
-    ends |= {of_turn.token_id} if of_turn else set()
-    missing = 0
+    return ends | ({of_turn.token_id} if of_turn else set())
+
+
+def examples_of_an_end_alone(inputs: ExampleInputs) -> str | None:
+    """Say how many examples teach the model to say nothing."""
+    ends = ends_of(inputs)
+    empty = sum(ends.issuperset(_learnt(one)) for one in inputs.examples.all)
+    if not empty:
+        return None
+    return (
+        f"{empty} of {len(inputs.examples.all)} examples have an empty completion, and teach the model to end at once; "
+        "leave them out"
+    )
+
+
+def examples_without_an_end(inputs: ExampleInputs) -> str | None:
+    """Say how many examples do not teach the model to end."""
+    ends, missing = ends_of(inputs), 0
     for one in inputs.examples.all:
-        learnt = [token_id for token_id, counted in zip(one.ids, one.counted, strict=True) if counted]
-        missing += not ends & set(learnt[-END:])
+        missing += not ends & set(_learnt(one)[-END:])
     if not missing:
         return None
     return (
         f"{missing} of {len(inputs.examples.all)} examples teach no end-of-sequence token, so that the model may not "
         "know when to stop; end them with it, or mend tokenizer.chat_template"
     )
+
+
+def _learnt(example: Example) -> list[int]:
+    return [token_id for token_id, counted in zip(example.ids, example.counted, strict=True) if counted]
 
 
 def dataset_seen_too_often(inputs: ExampleInputs) -> str | None:
