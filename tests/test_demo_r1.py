@@ -101,27 +101,27 @@ def rewards_by_phase(result, name):
     return {row["phase"]: row[f"eval_rewards/{name}_reward/mean"] for row in result.evaluations}
 
 
-def replaced(path, changes):
-    text = path.read_text(encoding="utf-8")
-    for old, new in changes.items():
+def test_the_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys):
+    """In small: few rows, two steps of each RL. That each phase has its effect is for the slow tests."""
+    recipe = write_recipe(tmp_path / "a folder: 1", seed=0)
+    for name, rows in {"cold": 16, "general": 4, "greetings": 4, "mixed": 16, "held-out": 4}.items():
+        path = recipe.parent / f"data/{name}.jsonl"
+        lines = read_lines(path)
+        path.write_text("".join(lines[:rows] + lines[-1:]), encoding="utf-8")
+    shorter = {
+        "max_steps: 40": "max_steps: 2", "dataset_take: 400": "dataset_take: 12", "reward_of: all": "reward_of: first",
+        "num_train_epochs: 6": "num_train_epochs: 1",
+    }  # fmt: skip
+    text = recipe.read_text(encoding="utf-8")
+    for old, new in shorter.items():
         assert old in text
         text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_the_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys):
-    """In small: two steps of each RL. That each phase has its effect is for the slow tests."""
-    recipe = write_recipe(tmp_path / "a folder: 1", seed=0)
-    held_out = recipe.parent / "data/held-out.jsonl"
-    rows = held_out.read_text(encoding="utf-8").splitlines(keepends=True)
-    held_out.write_text("".join(rows[:4] + rows[-2:]), encoding="utf-8")
-    replaced(recipe, {"max_steps: 40": "max_steps: 2", "dataset_take: 400": "dataset_take: 24"})
+    recipe.write_text(text, encoding="utf-8")
     result = run_recipe(recipe)
     assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "reasoning-rl", "sft", "last-rl"]
     shown = capsys.readouterr().out
     assert re.search(r"last-rl\s+│\s+sft\s+│", shown) and "CPU-seconds" in shown
-    adapter = recipe.parent / "06-last-rl/adapter/adapter_model.safetensors"
+    adapter = recipe.parent / "09-last-rl/adapter/adapter_model.safetensors"
     trained = adapter.stat()
     assert run_recipe(recipe).evaluations == result.evaluations
     assert adapter.stat() == trained

@@ -23,7 +23,7 @@ NAMES = [
 ]  # fmt: skip
 EVAL_NAMES = NAMES[::4]  # held out from the phases
 TRAIN_NAMES = [name for name in NAMES if name not in EVAL_NAMES]
-FILES = ("cold", "sums", "general", "mixed", "held-out")  # that write_data() writes
+FILES = ("cold", "sums", "general", "greetings", "mixed", "held-out")  # that write_data() writes
 KIND, UNKIND = "hello {}", "what now"
 
 
@@ -129,6 +129,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
     cold.jsonl      NUM_COLD sums with completions in tags, and otherwise as the base makes them
     sums.jsonl      NUM_TRAIN sums
     general.jsonl   a greeting of each training name, in tags, and otherwise as the base makes them
+    greetings.jsonl a greeting of each training name, without a completion
     mixed.jsonl     as many greetings as sums
     held-out.jsonl  NUM_EVAL sums and a greeting of each held-out name
     """
@@ -145,6 +146,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
             _with_completion(row, greeting_of(draw, name, IN_TAGS))
             for row, name in zip(greetings, TRAIN_NAMES, strict=True)
         ],
+        "greetings": greetings,
         "mixed": sum_rows(train[-len(greetings) :]) + greetings,
         "held-out": sum_rows(held_out) + greeting_rows(EVAL_NAMES),
     }
