@@ -344,14 +344,21 @@ def test_rows_of_several_datasets_say_which_they_are_of(files):
     joined = with_datasets(rl, rl.inputs)["dataset"]
     assert [row["dataset"] for row in joined] == ["sums.jsonl"] * 8 + ["dataset 2"]
     assert joined[-1]["prompt"] == rows[0]["prompt"] and joined[-1]["tone"] == "kind"
-    (sft,) = resolved(Phase("a", "sft", dataset=["cold.jsonl", [{"text": "hello"}]]))
-    with pytest.raises(
-        InputError, match="cold.jsonl has prompt and completion, dataset 2 has text; rewrite them in one"
-    ):
-        with_datasets(sft, sft.inputs)
-    (sft,) = resolved(Phase("a", "sft", dataset=["cold.jsonl", "held.jsonl"], dataset_take=3))
+    (rl,) = resolved(Phase("rl", "grpo", **{**RL, "dataset": ["sums.jsonl", "held.jsonl"]}, dataset_take=3))
     with pytest.raises(InputError, match="dataset_take=3 is for one dataset, and dataset has several"):
-        with_datasets(sft, sft.inputs)
+        with_datasets(rl, rl.inputs)
+
+
+def test_several_datasets_to_imitate_are_mixed_though_one_is_still_to_be_made(files):
+    mixed = Phase("a", "sft", from_="base", **{**COLD, "dataset": ["s", "cold.jsonl"]}, dataset_weights=[3.0, 1.0])
+    sampling = Phase("s", "sample", dataset="sums.jsonl")
+    pipeline = resolve(str(DEMO_MODEL), [sampling, mixed], "out", {"use_cpu": True})
+    assert with_datasets(pipeline.runs[1], pipeline.runs[1].inputs)["dataset"] == ["s", "cold.jsonl"]
+    assert check(pipeline, pipeline.runs[1], pipeline.runs, planned=False).facts == ["dataset is still to be made by s"]
+    mixed.settings["dataset_weights"] = [1.0]
+    pipeline = resolve(str(DEMO_MODEL), [sampling, mixed], "out", {"use_cpu": True})
+    with pytest.raises(InputError, match="dataset_weights has 1 weights for 2 datasets"):
+        check(pipeline, pipeline.runs[1], pipeline.runs, planned=False)
 
 
 def test_what_was_sampled_is_selected_from_and_paired_by_phases(files):

@@ -5,8 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.examples import FORMS
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
@@ -49,6 +47,11 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
                 kept.append(pipeline.filled(run, one, made))
         if kept:
             inputs[name] = kept if len(kept) > 1 else kept[0]
+    weights, several = getattr(config, "dataset_weights", None), entries(run.inputs["dataset"])
+    if weights is not None and len(weights) != len(several):
+        raise InputError(f"dataset_weights has {len(weights)} weights for {len(several)} datasets; give one for each")
+    if weights is not None and awaited:
+        config = dataclasses.replace(config, dataset_weights=None)  # they are for all of the datasets
     with tempfile.TemporaryDirectory() as folder, releasing_locks():
         config = dataclasses.replace(config, **run.kind.places(Path(folder)))
         if "dataset" in inputs:
@@ -77,10 +80,8 @@ AWAITED = f"{__name__}.{awaited_reward.__name__}"
 
 
 def with_datasets(run: PhaseRun, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a run, several datasets made one list of rows, which say in `dataset` what they are of."""
-    if run.kind.read is None:
-        return inputs
-    names = [name for name in ("dataset", "eval_dataset") if len(entries(inputs.get(name))) > 1]
+    """The inputs of a run; several datasets become one list, whose rows say in `dataset` whose they are."""
+    names = [name for name in run.kind.joined if len(entries(inputs.get(name))) > 1]
     joined = {name: _joined(run, name, inputs[name]) for name in names}
     return {**inputs, **joined}
 
@@ -91,20 +92,13 @@ def _joined(run: PhaseRun, name: str, datasets: list[Any]) -> list[dict[str, Any
         if value != default:
             raise InputError(f"{setting}={shown(value)} is for one dataset, and {name} has several; leave it out")
     rows: list[dict[str, Any]] = []
-    forms: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         task, label = find_task(dataset), dataset if isinstance(dataset, str) else f"dataset {number}"
         if task is not None:
             dataset = held_out(task) if name == "eval_dataset" else task.whole or task.rows
         split = "test" if name == "eval_dataset" else None
-        assert run.kind.read is not None
         found = run.kind.read(dataset, run.config, name=name, split=split)
-        form = next((" and ".join(form) for form in FORMS if set(form) <= set(found.column_names)), "prompt")
-        forms.setdefault(form, label)
         rows += [{SOURCE: label, **row} for row in found.to_list()]
-    if run.kind.config is not GRPOConfig and len(forms) > 1:
-        words = ", ".join(f"{label} has {form}" for form, label in forms.items())
-        raise InputError(f"{name} has rows of several forms: {words}; rewrite them in one")
     return rows
 
 

@@ -49,7 +49,8 @@ class Kind:
     output: str  # in its folder, what it makes: an adapter, or a file of rows
     trains_policy: bool = False  # True where later phases go on with its adapter
     has_model: bool = True  # False where it works on rows alone
-    read: Callable[..., Dataset] | None = load_rows  # the rows of one dataset; None where it reads several itself
+    joined: tuple[str, ...] = ("dataset", "eval_dataset")  # those of `inputs` of which it reads one dataset alone
+    read: Callable[..., Dataset] = load_rows  # the rows of one dataset, as the phase reads them
     check: Callable[..., Outlook]  # of (model, config, **inputs), before any weights are read
     run: Callable[..., dict[str, Any]]  # of (model, config, output, **inputs); the metrics of its last step
 
@@ -151,7 +152,7 @@ KINDS = {
     for kind in (
         Kind(
             name="sft", config=SFTConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
-            trains_policy=True, read=read_rows, check=_check_sft, run=_run_sft,
+            trains_policy=True, joined=("eval_dataset",), read=read_rows, check=_check_sft, run=_run_sft,
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
@@ -168,11 +169,11 @@ KINDS = {
         ),
         Kind(
             name="select", config=SelectConfig, places=lambda folder: {}, inputs=("dataset",), output="selected.jsonl",
-            has_model=False, read=None, check=_check_select, run=_run_select,
+            has_model=False, joined=(), check=_check_select, run=_run_select,
         ),
         Kind(
             name="pairs", config=PairsConfig, places=lambda folder: {}, inputs=("dataset",), output="pairs.jsonl",
-            has_model=False, read=None, check=_check_pairs, run=_run_pairs,
+            has_model=False, joined=(), check=_check_pairs, run=_run_pairs,
         ),
     )
 }  # fmt: skip

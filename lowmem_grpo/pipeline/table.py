@@ -109,7 +109,7 @@ def _with_nan(values: Mapping[str, Sequence[float | None]]) -> dict[str, list[fl
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The cells of the table, by heading. Where there are rewards and none is of 1, as of a judge, they are foremost."""
+    """The cells of the table, by heading: accuracy is foremost, or the reward where none is 1, as of a judge."""
     is_graded = any(row.get(REWARD) for row in rows) and not any(row.get(ACCURACY) for row in rows)
     title, foremost = ("reward", REWARD) if is_graded else ("accuracy", ACCURACY)
     rewards = [name for name in rows[0] if name.startswith("eval_rewards/") and name.count("/") == 2]
