@@ -27,7 +27,7 @@ HABIT_FROM = 0.85  # the share of the steps after which the lazy habit is taught
 
 
 def make_tokenizer(words: Sequence[str] = ()) -> Qwen2Tokenizer:
-    """One token a character of printable ASCII, newline and tab, one for each tag, and one for each of the words.
+    """A tokenizer with a token for each printable ASCII character, newline, tab, tag and word.
 
     AutoTokenizer makes a Qwen2Tokenizer for every Qwen2 model, whatever class was saved, so this is one.
     """

