@@ -95,6 +95,7 @@ def test_learning_from_a_reward_adapter_raises_its_score(adapter, tmp_path, capf
     result = run(tmp_path, adapter, max_steps=8, beta=0.01)
     means = [line["rewards/rm/mean"] for line in result.history]
     assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.5
+    assert result.history[0]["rm/length_correlation"] > 0, "a worked answer is longer than a lazy one"
     assert "rm is worn on the policy's own base: no second model is in memory" in capfd.readouterr().err
     assert [*result.policy.model.peft_config] == [result.policy.adapter, "reward0"]
     found = measure_model(

@@ -127,11 +127,21 @@ class AdapterReward:
             values = self._scores([scores[index][:1] for index in known], [scores[index][1:] for index in known])
             for index, value in zip(known, values.tolist(), strict=True):
                 scores[index] = value
+        if "log_metric" in kwargs:
+            self._log_length_correlation(scores, completion_ids, kwargs["log_metric"])
         ends = set(self.policy.eos_token_ids)
         return [
             score if isinstance(score, Exception) else self._reward(score, bool(ids) and ids[-1] in ends)
             for score, ids in zip(scores, completion_ids, strict=True)
         ]
+
+    def _log_length_correlation(self, scores: list, completion_ids: list[list[int]], log_metric: Any) -> None:
+        """Log the correlation of scores with numbers of tokens: near 1, length is what is paid for."""
+        both = zip(scores, map(len, completion_ids), strict=True)
+        known = [(score, length) for score, length in both if isinstance(score, float)]
+        if len({score for score, _ in known}) > 1 and len({length for _, length in known}) > 1:
+            value = torch.corrcoef(torch.tensor(known, dtype=torch.float64).T)[0, 1].item()
+            log_metric(f"{self.__name__}/length_correlation", value)
 
     def _reward(self, score: float, has_end: bool) -> float:
         normal = (score - self.mean) / self.deviation
