@@ -10,7 +10,7 @@ from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import Phase, cli, run_pipeline
 from lowmem_grpo.demo import task
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import AWAITED, check, with_datasets
 from lowmem_grpo.pipeline.phases import RECIPES, read_pipeline_file, recipes, resolve
@@ -170,6 +170,14 @@ def test_two_runs_of_one_folder_are_kept_apart(copy):
         lock_folder(copy)
         with pytest.raises(InputError, match=r"out is in use by another run \(process"):
             run()
+
+
+def test_a_disk_that_refuses_is_one_sentence_with_the_phase(copy):
+    (copy / "evaluations.json.being-written").mkdir()  # which cannot be written as a file
+    with pytest.raises(
+        NotSavedError, match=r"phase cold-start: out/evaluations.json cannot be written \(.*; make room"
+    ):
+        run()
 
 
 def test_a_dry_run_checks_and_plans_every_phase_and_writes_nothing(files, capsys):

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, NotSavedError, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline
@@ -139,10 +139,20 @@ def refuse_changed(run: PhaseRun, made_of: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of JSON, which is there whole or not at all. Raise OSError where the disk refuses."""
+    """Write a file of JSON as write_whole() does."""
+    write_whole(path, json.dumps(value, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all. Raise NotSavedError where the disk refuses."""
     temporary = path.with_name(f"{path.name}.being-written")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise NotSavedError(
+            f"{path} cannot be written ({error.strerror}); make room and run the same again, which goes on there"
+        ) from error

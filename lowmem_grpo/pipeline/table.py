@@ -22,7 +22,7 @@ from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation
-from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json
+from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 
 NAME = "evaluation.json"  # in a phase's folder
@@ -148,7 +148,7 @@ def write_table(folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Write evaluations.json and evaluations.md, and return what is in the first."""
     found = with_changes(rows)
     write_json(folder / "evaluations.json", found)
-    (folder / "evaluations.md").write_text(as_markdown(found), encoding="utf-8")
+    write_whole(folder / "evaluations.md", as_markdown(found))
     return found
 
 
