@@ -36,15 +36,22 @@ PHASES = [
         prompts_per_step=2, num_generations=2, beta=0.02, **SHORT, **STEPS,
     ),
     Phase("sampling", "sample", dataset="sums.jsonl", reward_funcs=REWARD, num_generations=2, prompts_per_step=3, **SHORT),
-    Phase("again", "sft", from_="base", dataset=["sampling", "cold.jsonl"], examples_per_step=4, **STEPS),
+    Phase("selection", "select", dataset="sampling", per_prompt=1, finish=["eos", "length"]),
+    Phase("again", "sft", from_="base", dataset=["selection", "cold.jsonl"], examples_per_step=4, **STEPS),
+    Phase("taste", "reward", dataset="pairs.jsonl", pairs_per_step=2, **STEPS),
+    Phase("last", "grpo", dataset="sums.jsonl", reward_funcs="taste", prompts_per_step=2, num_generations=2, beta=0.02,
+          **SHORT, **STEPS),
 ]  # fmt: skip
-# Each is where the process is killed that goes on from the one before: in a phase's second step, between two phases, ...
+# Each is where the process is killed that goes on from the one before: in a second step, between two phases, ...
 POINTS = [
     Strike(signal.SIGKILL, "run/run.py Run.finish", "start", 2),  # of the cold start
     Strike(signal.SIGKILL, "pipeline/record.py write_record", "start", 1),  # after it
     Strike(signal.SIGKILL, "update/optimizer.py Learner.step", "end", 2),  # of rl
     Strike(signal.SIGKILL, "pipeline/sampled.py SampledFile.append", "end", 1),
+    Strike(signal.SIGKILL, "pipeline/select.py write_rows", "end", 1),
     Strike(signal.SIGKILL, "pipeline/table.py write_table", "start", 3),  # within what is done, and after again
+    Strike(signal.SIGKILL, "run/run.py Run.finish", "start", 2),  # of taste
+    Strike(signal.SIGKILL, "update/optimizer.py Learner.step", "end", 2),  # of the last
 ]
 
 
@@ -73,7 +80,12 @@ def with_data(folder: Path) -> Path:
         {**row, "completion": [{"role": "assistant", "content": task.worked(problem)}]}
         for row, problem in zip(task.rows(TRAIN[:8]), TRAIN, strict=False)
     ]
-    for name, rows in (("cold", cold), ("sums", task.rows(TRAIN[8:14])), ("held", task.rows(EVAL[:3]))):
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [{"role": "assistant", "content": "no"}]}
+        for row in cold
+    ]
+    files = {"cold": cold, "pairs": pairs, "sums": task.rows(TRAIN[8:14]), "held": task.rows(EVAL[:3])}
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return folder
 
