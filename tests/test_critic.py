@@ -330,6 +330,7 @@ def test_what_a_critic_cannot_start_from_is_refused_before_the_model_is_loaded(t
         (dict(curriculum_skip=0.5), "curriculum_skip=0.5 is read only"),
         (dict(scale_rewards="none"), "scale_rewards='none' is read only with adv_estimator='grpo'"),
         (dict(critic_warmup=5, max_steps=5), "critic_warmup=5 leaves the policy none of max_steps=5"),
+        (dict(teacher="larger"), "adv_estimator='gae' and a teacher each give .* leave one of them out"),
         (dict(vf_coef=0.1), "GRPOConfig has no vf_coef: .* set critic_learning_rate"),
         (dict(cliprange=0.2), "GRPOConfig has no cliprange: set epsilon"),
         (dict(kl_coef=0.1), "GRPOConfig has no kl_coef: set beta, and kl_in_reward"),

@@ -126,6 +126,10 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
             )
         if self.teacher is not None:
             refuse_by_sequence(self, "a teacher")
+            if self.has_critic:
+                raise InputError(
+                    "adv_estimator='gae' and a teacher each give the tokens their advantages; leave one of them out"
+                )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise InputError(f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper_epsilon}")
 
