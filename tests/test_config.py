@@ -24,6 +24,7 @@ OURS = {
     "importance_sampling_clip_min", "token_budget", "padding_free", "tiled_mlp", "offload_embedding", "activation_offloading", "vram_budget",
     "reward_timeout", "max_nonfinite_steps", "doctor",
     "gamma", "lam", "whiten_advantages", "cliprange_value", "critic_learning_rate", "critic_warmup", "critic_init",
+    "teacher", "teacher_coef", "teacher_system_prompt",
     "dataset_streaming", "dataset_take",
 }  # fmt: skip
 TEXTS = {  # a text as it is typed, and what it means, for every field
@@ -46,6 +47,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "dynamic_sampling_rounds": ("2", 2), "replay_buffer_size": ("16", 16), "curriculum_skip": ("0.5", 0.5), "multi_objective_aggregation": ("normalize_then_sum", "normalize_then_sum"),
     "gamma": ("0.9", 0.9), "lam": ("0.95", 0.95), "whiten_advantages": ("false", False), "cliprange_value": ("none", None),
     "critic_learning_rate": ("1e-5", 1e-5), "critic_warmup": ("3", 3), "critic_init": ("reward/adapter", "reward/adapter"),
+    "teacher": ("org/larger", "org/larger"), "teacher_coef": ("0.5", 0.5), "teacher_system_prompt": ("Sum up.", "Sum up."),
     "adv_estimator": ("rloo", "rloo"), "kl_estimator": ("k1", "k1"), "kl_in_reward": ("true", True),
     "kl_target": ("0.01", 0.01), "kl_horizon": ("500", 500), "reference": ("initial", "initial"),
     "sync_ref_model": ("true", True), "ref_model_mixup_alpha": ("0.5", 0.5), "ref_model_sync_steps": ("64", 64),
@@ -125,6 +127,9 @@ READ = {
     **dict.fromkeys(
         ("dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip"),
         ({}, {"adv_estimator": "gae"}, "and not by adv_estimator='gae'; choose another"),
+    ),
+    **dict.fromkeys(
+        ("teacher_coef", "teacher_system_prompt"), ({"teacher": "t"}, {"beta": 0.1}, "with a teacher; name one")
     ),
     "activation_offloading": ({}, {"gradient_checkpointing": False}, "with gradient_checkpointing, .*; set that"),
     "warmup_steps": ({}, {"lr_scheduler_type": "constant"}, "choose lr_scheduler_type='constant_with_warmup'"),
