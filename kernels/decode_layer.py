@@ -51,7 +51,7 @@ if triton is not None:
         low_ptr, b_ptr, row, M, n, n_in, low_column, first, N: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr,
         SPLITS: tl.constexpr, dtype: tl.constexpr,
     ):  # fmt: skip
-        """The share of an adapter's STEP columns in a row at columns n: rounded sums of low, times rows of b."""
+        """The share of STEP columns of an adapter in a row at columns n: rounded sums of low times b."""
         PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
         part, r = tl.arange(0, PARTS)[:, None], tl.arange(0, STEP)
         at = low_ptr + (part * M + row) * LOW + low_column + first + r[None, :]
