@@ -400,7 +400,7 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     )  # fmt: skip
     demo_parser.set_defaults(run=run_demo)
     demo_parser.add_argument(
-        "what", nargs="?", choices=("grpo", "r1"), help="one training, or R1's phases (default grpo)"
+        "what", nargs="?", default="grpo", metavar="grpo|r1", help="one training, or R1's phases (default grpo)"
     )
     demo_parser.add_argument("--seed", action=Once, metavar="N", help="seed of the run (default 0)")
     demo_parser.add_argument(
@@ -710,6 +710,8 @@ def run_bench(arguments: list[str]) -> int:
 
 def run_demo(given: dict[str, Any]) -> int:
     what = given.pop("what", "grpo")
+    if what not in ("grpo", "r1"):
+        raise InputError(f"demo {shown(what)} is none; it is grpo or r1")
     settings = {name: from_text(GRPOConfig, name, value) for name, value in given.items()}
     if what == "r1":
         from lowmem_grpo.demo.r1.run import run as run_r1

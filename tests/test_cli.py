@@ -370,7 +370,9 @@ def test_a_plan_for_a_cpu_counts_no_gpu(capsys):
         (["demo", "--seed", "99999999999"], "seed must be at most 4294967295"),
         (["demo", "--output_dir="], "output_dir has an empty text"),
         (["demo", "--output_dir", "/dev/null"], "cannot be written"),
-        (["demo", "--out", "x"], "--out x is not understood"),
+        (["demo", "r1", "--output_dir", "/dev/null"], "cannot be written"),
+        (["demo", "--out", "x"], "--out is not understood"),
+        (["demo", "r2"], "demo 'r2' is none; it is grpo or r1"),
     ],
 )  # fmt: skip
 def test_a_flag_that_cannot_be_meant_is_refused_in_one_sentence(arguments, message, capsys):
