@@ -283,10 +283,10 @@ def run(folder: Path, settings: dict[str, Any]) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     random.seed(0)  # a fork has another state, and the preview calls the rewards before the run has set one
-    seen, unseen = task.splits()
     settings = dict(settings)
     is_sft, is_reward = settings.pop("sft", False), settings.pop("reward", False)
     try:
+        seen, unseen = task.splits()  # which a signal may strike, too
         if is_sft:
             config, data = SFTConfig(**{**EVERY_SFT, **settings}), examples(seen[:32])
             data = [data, examples(seen[32:72])] if config.dataset_weights else data

@@ -245,13 +245,13 @@ def test_what_a_resumed_run_changes_and_may_change_is_said_in_one_line(tmp_path,
 def test_a_config_of_other_names_is_refused(tmp_path, out):
     path = out / "checkpoint-1/trainer_state.json"
     written = path.read_text()
-    for change in (lambda c: c.pop("beta"), lambda c: c.update(gamma=1), lambda c: c.clear()):
+    for change in (lambda c: c.pop("beta"), lambda c: c.update(greed=1), lambda c: c.clear()):
         state = json.loads(written)
         change(state["config"])
         path.write_text(json.dumps(state))
         seal(path.parent)
         with pytest.raises(
-            InputError, match="differ in the settings that they know: .*(beta|gamma).*; resume with the"
+            InputError, match="differ in the settings that they know: .*(beta|greed).*; resume with the"
         ):
             run(out.parent, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
     path.write_text(written)

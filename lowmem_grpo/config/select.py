@@ -40,7 +40,7 @@ class SelectConfig(Checked):
     min_tokens: int | None = option(None, "fewest tokens of a completion", above=0)
     max_tokens: int | None = option(None, "most tokens of a completion", common=True, above=0)
     language: list[str] | None = option(
-        None, "scripts of a completion's letters, such as LATIN or CJK; prompt means those of its prompt", common=True
+        None, "scripts of a completion's letters, as LATIN or CJK; prompt means those of its prompt", common=True
     )
     min_language_share: float = option(
         0.9, "least share of a completion's letters in the scripts of language", above=0, at_most=1
