@@ -21,6 +21,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of
 from lowmem_grpo.warn import warn
 
@@ -179,6 +180,8 @@ def _settings(function: Callable) -> Any:
             getattr(function.inner, "__name__", None),
             _settings(function.inner),
         ]
+    if isinstance(function, AdapterReward):
+        return _plain(function.settings)
     if isinstance(function, partial):
         named = [_plain(function.keywords)] if function.keywords else []
         return [*map(_plain, function.args), *named, *([] if _is_ours(function) else [_settings(function.func)])]

@@ -24,7 +24,7 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import columns_of, digest_of, identity_of, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
+from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_base_of, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
 from lowmem_grpo.model.policy import Policy
@@ -136,6 +136,7 @@ def read_training_inputs(
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     refuse_without_evaluation(config, eval_rows)
     find_model(model, config, peft_config)
+    _refuse_lost_bases(rewards, model, config)
     teacher = find_teacher(model, config)
     refuse_without_rewards(rewards, config, eval_rows)
     is_continued = isinstance(model, PeftModel) or is_adapter(model)
@@ -205,8 +206,18 @@ def _refuse_critic(config: CriticFields) -> None:
 
 def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterReward]:
     """The reward adapters among functions that a base can wear."""
-    adapters = [one for one in map(inner_of, functions) if isinstance(one, AdapterReward)]
-    return [one for one in adapters if one.is_of(base._name_or_path)]
+    return [one for one in _reward_adapters(functions) if one.is_of(base._name_or_path)]
+
+
+def _reward_adapters(functions: Sequence[Any]) -> list[AdapterReward]:
+    return [one for one in map(inner_of, functions) if isinstance(one, AdapterReward)]
+
+
+def _refuse_lost_bases(rewards: RewardRunner, model: Any, config: ModelFields) -> None:
+    """Raise InputError where the base of a reward adapter, which the policy's is not, cannot be loaded beside it."""
+    for one in _reward_adapters(rewards.functions):
+        if not one.is_of(read_config(model, config)._name_or_path):
+            find_base_of(str(one.folder), config)
 
 
 def refuse_without_rewards(rewards: RewardRunner, config: GRPOConfig, eval_rows: Dataset | None) -> None:
@@ -296,6 +307,7 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     if not rewards.names:
         raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
     find_model(model, config)
+    _refuse_lost_bases(rewards, model, config)
     notes = _try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
@@ -349,6 +361,8 @@ def read_data_inputs(
         rewards = _rewards(reward_funcs, config)
     rows = load_rows(dataset, config)
     find_model(model, config, needs_weights=needs_weights)
+    if needs_weights:
+        _refuse_lost_bases(rewards, model, config)
     notes = _try_out(rewards, rows, "train_dataset")
     tokenizer = tokenizer_of(tokenizer, model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config)

@@ -1,12 +1,15 @@
 """A reward adapter in reinforcement learning: worn on the policy's own base, and what it scores."""
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_reward_training import TRAIN, pair_rows, settings_of
 from test_sft_loss import say
 from tiny_models import DEMO_MODEL, make_policy
@@ -17,11 +20,14 @@ from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
+from lowmem_grpo.identity import _settings
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.rewards import get_adapter_reward
+from lowmem_grpo.rewards.names import resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import _group
+from lowmem_grpo.rewards.reward_model import ids_as_in_a_pair
 from lowmem_grpo.update.pairs import scores_of
 
 
@@ -76,6 +82,22 @@ def test_a_reward_is_normalized_then_kept_in_its_range_then_less_a_penalty(adapt
     reward.mean, reward.deviation = 1.0, 2.0
     assert [reward._reward(score, True) for score in (1.0, 4.0, 9.0, -9.0)] == [0.0, 1.5, 2.0, -1.0]
     assert reward._reward(4.0, False) == 1.0
+
+
+def test_an_adapter_without_a_score_head_is_no_reward(tmp_path):
+    """transformers would draw it a head at random, and say so in a report that nobody reads."""
+    make_policy().save(tmp_path)
+    with pytest.raises(InputError, match="writes texts and scores none; give one that `lowmem-grpo reward` has"):
+        resolve_reward_funcs(str(tmp_path), {})
+
+
+def test_a_base_that_is_gone_is_said_before_weights_are_read(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "rm")
+    settings = json.loads((tmp_path / "rm/adapter_config.json").read_bytes())
+    lost = json.dumps({**settings, "base_model_name_or_path": "./gone"})
+    (tmp_path / "rm/adapter_config.json").write_text(lost, encoding="utf-8")
+    with pytest.raises(InputError, match="the base that adapter .* names cannot be taken: model './gone' is not a"):
+        run(tmp_path / "out", str(tmp_path / "rm"))
 
 
 def test_prompts_that_repeat_alike_are_computed_once():
@@ -138,6 +160,37 @@ def test_a_plan_has_the_adapter_on_the_device_and_its_phase(adapter, capsys):
     assert cli.main(["plan", "sft", *given[:4], "--reward_funcs", adapter]) == 2
 
 
+def test_a_reward_that_was_worn_before_is_the_one_that_a_stopped_run_had(adapter):
+    """As in a notebook, where Ctrl-C is followed by the same cell."""
+    reward = get_adapter_reward(adapter)
+    before = _settings(reward)
+    reward.bind(policy_on())
+    assert _settings(reward) == before != _settings(get_adapter_reward(adapter, part="answer"))
+
+
+def test_an_adapter_in_bfloat16_is_worn(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "half")
+    weights = load_file(tmp_path / "half/adapter_model.safetensors")
+    half = {name: values.bfloat16() for name, values in weights.items()}
+    save_file(half, tmp_path / "half/adapter_model.safetensors", metadata={"format": "pt"})
+    reward = get_adapter_reward(str(tmp_path / "half"))
+    reward.bind(policy_on())
+    assert reward._scores([[5]], [[6, 7]]).isfinite().all()
+
+
+def test_texts_are_scored_with_their_end_where_they_are_tokenized_anew(adapter):
+    """As the texts of pairs have it: on the policy's base an answer alone, on another one all."""
+    row = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    ((pair,), _) = tokenize_pairs(Dataset.from_list([row]), tokenizer, settings_of("rm"))
+    assert ids_as_in_a_pair(tokenizer, "1+1=", "2") == pair.chosen and pair.chosen[-1] == tokenizer.eos_token_id
+    reward = get_adapter_reward(adapter)
+    reward.bind(make_policy())
+    texts, given = ["2", f"2{tokenizer.eos_token}"], dict(completion_ids=[[5]] * 2, prompt_ids=[[5]] * 2)
+    one, other = reward(prompts=["1+1="] * 2, completions=texts, **given)
+    assert one == other
+
+
 def test_an_adapter_of_another_base_has_a_model_of_its_own(adapter):
     reward = get_adapter_reward(adapter)
     assert "has a model of its own in memory" in reward.bind(make_policy())
@@ -151,8 +204,14 @@ def test_an_adapter_of_another_base_has_a_model_of_its_own(adapter):
 def test_what_is_no_reward_adapter_is_refused(adapter, tmp_path):
     with pytest.raises(InputError, match="is no reward adapter; train one with `lowmem-grpo reward`"):
         get_adapter_reward(str(tmp_path))
-    with pytest.raises(InputError, match="is not the least and the largest reward"):
-        get_adapter_reward(adapter, reward_range=[1, 0])
+    for wrong in (
+        {"adapter": None}, {"normalize": "no"}, {"reward_range": [1, 0]}, {"reward_range": 1}, {"reward_range": "ab"},
+        {"reward_range": [0, math.nan]}, {"missing_eos_penalty": "1"}, {"missing_eos_penalty": -1},
+        {"missing_eos_penalty": math.nan}, {"token_budget": 0}, {"token_budget": "many"},
+    ):  # fmt: skip
+        ((name, value),) = wrong.items()
+        with pytest.raises(InputError, match=rf"^{name}={re.escape(repr(value))} is no"):
+            get_adapter_reward(**{"adapter": adapter, **wrong})
     (Path(adapter) / "score_range.json").rename(tmp_path / "kept")
     with pytest.raises(InputError, match="has no score_range.json to normalize by"):
         get_adapter_reward(adapter, normalize=True)

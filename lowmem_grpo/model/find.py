@@ -100,6 +100,11 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
 
 
+def find_base_of(folder: str, config: ModelFields) -> None:
+    """Raise InputError if the base that an adapter names cannot be found; no weights are read."""
+    _find_by_name(folder, config, needs_weights=True)
+
+
 def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
     """The transformers configuration of what find_model() found; no weights are read."""
     if isinstance(model, PeftModel):

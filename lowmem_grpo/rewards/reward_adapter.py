@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.config.fields import LARGEST
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.score_head import RANGE, config_without_head, has_score_head, read_range, without_head
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.rewards.reward_model import get_model_reward, whole_text
+from lowmem_grpo.rewards.reward_model import get_model_reward, ids_as_in_a_pair
 from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import part_of, refuse_part
 
@@ -41,7 +42,29 @@ def get_adapter_reward(
     Raises:
         InputError: there is no such adapter, or it lacks what is asked for.
     """
-    return AdapterReward(os.path.expanduser(adapter), normalize, reward_range, missing_eos_penalty, part, token_budget)
+    refuse_part(part)
+    if not isinstance(adapter, str | Path):
+        raise InputError(f"adapter={shown(adapter)} is no folder; give that of a reward adapter, such as 'rm/adapter'")
+    if not isinstance(normalize, bool):
+        raise InputError(f"normalize={shown(normalize)} is not True or False; give one of the two")
+    if reward_range is not None:
+        is_pair = (
+            isinstance(reward_range, list | tuple) and len(reward_range) == 2 and all(map(_is_number, reward_range))
+        )
+        if not (is_pair and reward_range[0] < reward_range[1]):
+            raise InputError(
+                f"reward_range={shown(reward_range)} is not the least and the largest reward, such as [-10, 10]"
+            )
+    if not _is_number(missing_eos_penalty) or missing_eos_penalty < 0:
+        raise InputError(f"missing_eos_penalty={shown(missing_eos_penalty)} is no number of 0 or more, such as 1.0")
+    if type(token_budget) is not int or token_budget < 1:
+        raise InputError(f"token_budget={shown(token_budget)} is no whole number of tokens; leave it at 16384")
+    folder = os.path.expanduser(adapter)
+    return AdapterReward(folder, normalize, reward_range, missing_eos_penalty, part, token_budget)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 class AdapterReward:
@@ -59,7 +82,6 @@ class AdapterReward:
         self, folder: str, normalize: bool, reward_range: list[float] | None, missing_eos_penalty: float, part: str,
         token_budget: int,
     ):  # fmt: skip
-        refuse_part(part)
         if not has_score_head(folder):
             raise InputError(f"{folder!r} is no reward adapter; train one with `lowmem-grpo reward`")
         config = read_adapter_config(folder)
@@ -68,8 +90,6 @@ class AdapterReward:
         weights, score = without_head(read_weights(folder))
         if score is None:
             raise InputError(f"the reward adapter in {folder!r} has no score head; train it with `lowmem-grpo reward`")
-        if reward_range is not None and not (len(reward_range) == 2 and reward_range[0] < reward_range[1]):
-            raise InputError(f"reward_range={reward_range} is not the least and the largest reward, such as [-10, 10]")
         self.lowest, self.highest = map(float, reward_range or (-torch.inf, torch.inf))
         self.mean, self.deviation = 0.0, 1.0
         if normalize:
@@ -80,9 +100,16 @@ class AdapterReward:
         self.missing_eos_penalty, self.part = missing_eos_penalty, part
         name = Path(folder).absolute()
         self.__name__ = name.parent.name if name.name in OF_A_RUN and name.parent.name else name.name
-        self.num_parameters = sum(values.numel() for values in [*weights.values(), score])
-        self.weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in [*weights.values(), score])).hexdigest()
+        values = [*weights.values(), score]
+        as_bytes = [one.contiguous().view(torch.uint8).numpy().tobytes() for one in values]  # numpy has no bfloat16
+        self.num_parameters = sum(one.numel() for one in values)
+        weights_sha256 = hashlib.sha256(b"".join(as_bytes)).hexdigest()
         self.budget = TokenBudget(token_budget)
+        # What decides a reward, by which a resumed run knows it again. What bind() sets is none of it.
+        self.settings = {
+            "weights": weights_sha256, "mean": self.mean, "deviation": self.deviation, "lowest": self.lowest,
+            "highest": self.highest, "missing_eos_penalty": missing_eos_penalty, "part": part,
+        }  # fmt: skip
         self.policy: Any = None
         self.worn = ""  # the name of the adapter on the policy's base
         self.after: dict[int, list[int]] = {}  # ids that the template writes after an end, by that
@@ -100,7 +127,9 @@ class AdapterReward:
         """
         self.policy, self.model, self.after = policy, None, {}
         if not self.is_of(policy.base.name_or_path):
-            self.model = get_model_reward(str(self.folder), token_budget=self.budget.num_tokens, part=self.part)
+            self.model = get_model_reward(
+                str(self.folder), token_budget=self.budget.num_tokens, device=str(policy.device), part=self.part
+            )
             return (
                 f"{self.__name__} is an adapter of {self.base}, and the policy's base is {policy.base.name_or_path}: "
                 "it has a model of its own in memory, which no plan counts"
@@ -155,9 +184,7 @@ class AdapterReward:
         return [*ids, *self.after[last]]
 
     def _rendered(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        """Ids of a prompt with a part of its completion, as of a pair's text."""
-        text = whole_text(self.policy.tokenizer, prompt, part_of(completion, self.part))
-        return self.policy.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+        return ids_as_in_a_pair(self.policy.tokenizer, prompt, part_of(completion, self.part))
 
     def _scores(self, prompts: list[list[int]], texts: list[list[int]]) -> Tensor:
         """The score of each text after its prompt, (B,) fp32 on the CPU; a prompt that repeats is computed once."""

@@ -10,7 +10,9 @@ from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import part_of, refuse_part
@@ -45,9 +47,13 @@ def get_model_reward(
     longest = getattr(settings, "max_position_embeddings", None) or token_budget
     scorer.eval()
 
+    learnt_from_pairs = isinstance(model, str) and has_score_head(model)
+
     def ids_of(prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
-        text = whole_text(tokenizer, prompt, part_of(completion, part))
-        return tokenizer(text, add_special_tokens=False)["input_ids"][-longest:]
+        said = part_of(completion, part)
+        if learnt_from_pairs:
+            return ids_as_in_a_pair(tokenizer, prompt, said)[-longest:]
+        return tokenizer(whole_text(tokenizer, prompt, said), add_special_tokens=False)["input_ids"][-longest:]
 
     def reward(prompts: list, completions: list, **kwargs) -> list[float | Exception]:
         if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
@@ -65,9 +71,13 @@ def get_model_reward(
 
 
 def _load(name: str) -> PreTrainedModel:
-    if has_score_head(name):
-        return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
+    if is_adapter(name) and not has_score_head(name):
+        raise InputError(
+            f"adapter {name!r} writes texts and scores none; give one that `lowmem-grpo reward` has trained"
+        )
     try:
+        if is_adapter(name):
+            return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype="auto", output_loading_info=True
         )
@@ -81,6 +91,8 @@ def _load(name: str) -> PreTrainedModel:
         raise InputError(
             f"{name!r} is no built-in reward, no module.function and no reward model that loads: {words:.300}"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # and `report` is of the adapter, not of the head
+        raise InputError(f"{name!r} is an adapter on the hub; download it, and give its folder")
     if report["missing_keys"]:
         raise InputError(
             f"{name!r} has no trained reward head ({', '.join(sorted(report['missing_keys'])[:3])} is missing); "
@@ -103,6 +115,15 @@ def whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[
     if isinstance(prompt, str):
         return prompt + str(completion)
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def ids_as_in_a_pair(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
+    """Ids of a prompt with its completion, as a reward adapter learns a pair's texts: a text with its end."""
+    text = whole_text(tokenizer, prompt, completion)
+    if not isinstance(prompt, str):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token or ""
+    return text_ids(tokenizer, text if text.endswith(end) else text + end)
 
 
 def _batches(lengths: list[int], token_budget: int) -> list[list[int]]:
