@@ -55,7 +55,7 @@ example:
 """
 LABEL_EXAMPLE = """\
 example:
-  lowmem-grpo label sampled.jsonl --output pairs.jsonl
+  lowmem-grpo label sampled.jsonl --output labels.jsonl
 """
 REWARD_EXAMPLE = """\
 example:
@@ -555,6 +555,8 @@ def run_label(given: dict[str, Any]) -> int:
     from lowmem_grpo.pipeline.sampled import read_sampled
 
     rows = [row for path in sampled for row in read_sampled(path)]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is no text is no answer
     with writing_output():
         found = label(rows, output, seed, sys.stdin, sys.stdout)
         print(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))

@@ -10,7 +10,7 @@ import pytest
 from test_select import FILE, row, write
 
 from lowmem_grpo import cli
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.pipeline.pairs import label, pairs
 
 PROMPTS = ["question A", "question B", "question C"]
@@ -103,13 +103,62 @@ def test_what_a_model_wrote_does_not_move_the_cursor(tmp_path):
     assert "\x1b" not in sit(tmp_path / "pairs.jsonl", "q\n", rows=rows)[1]
 
 
-@pytest.mark.parametrize("there", ['{"a": 1}\n', "nothing\n", "[]\n"])
+@pytest.mark.parametrize(
+    "there", ['{"a": 1}\n', "nothing\n", "[]\n", "my notes", '{"a": 1}', '{\n "a": 1}', "{}\nmine"]
+)
 def test_a_file_of_something_else_is_not_appended_to(tmp_path, there):
     path = tmp_path / "mine.jsonl"
     path.write_text(there)
     with pytest.raises(InputError, match="is there, and is no file of pairs; choose another one"):
         sit(path, "1\n")
     assert path.read_text() == there
+
+
+def test_a_file_of_pairs_by_rewards_is_not_appended_to(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pairs(FILE)[0]) + "\n")
+    with pytest.raises(InputError, match="has pairs by their rewards, and no person's; choose another one"):
+        sit(path, "1\n")
+
+
+def test_a_persons_labels_are_not_written_over(tmp_path, capsys):
+    sampled, output = write(tmp_path / "sampled.jsonl"), tmp_path / "pairs.jsonl"
+    sit(output, "1\nq\n")
+    before = output.read_bytes()
+    for command in ("pairs", "select"):
+        assert cli.main([command, str(sampled), "--output", str(output)]) == 2
+        assert "has a person's labels, which would be lost; choose another one" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_a_last_decision_whose_line_has_no_end_is_kept_and_a_kill_at_any_byte_costs_that_line_alone(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    sit(path, "1\n2\nq\n")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # as an editor leaves it
+    assert sit(path, "q\n")[0] == (2, 1) and path.read_bytes() == whole
+    first = whole.index(b"\n") + 1
+    for num_bytes in range(len(whole) - 1):
+        path.write_bytes(whole[:num_bytes])
+        num_whole = int(num_bytes >= first - 1)
+        assert sit(path, "q\n")[0] == (num_whole, 3 - num_whole)
+        assert path.read_bytes() == whole[: first * num_whole]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no limits of a file's size")
+def test_a_full_disk_ends_a_sitting_in_a_sentence_and_loses_one_decision(tmp_path):
+    import resource
+
+    path = tmp_path / "pairs.jsonl"
+    sit(path, "1\nq\n")
+    first, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 20, limits[1]))
+    try:
+        with pytest.raises(NotSavedError, match=r"pairs.jsonl cannot be written \(File too large\); make room and run"):
+            sit(path, "1\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sit(path, "q\n")[0] == (1, 2) and path.read_bytes() == first
 
 
 def test_the_commands_write_files_of_pairs(tmp_path, capsys, monkeypatch):

@@ -9,13 +9,14 @@ from typing import NamedTuple, TextIO
 
 from lowmem_grpo.data.chats import transcript
 from lowmem_grpo.data.prompts import SETTINGS
-from lowmem_grpo.errors import InputError, printable_text
+from lowmem_grpo.errors import InputError, NotSavedError, printable_text
 from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.pipeline.sampled import Row
-from lowmem_grpo.pipeline.select import grouped, text_of
+from lowmem_grpo.pipeline.select import BY_REWARDS, grouped, text_of
 
 LINE = "-" * 72
 KEYS = "1 or 2, the better one; s to skip; q to quit: "
+BEGINNING = b'{"prompt": '  # of a line that label() writes, by which one that a kill cut short is known
 
 
 def pairs(rows: Sequence[Row], min_margin: float = 0.0) -> list[Row]:
@@ -37,7 +38,7 @@ def pairs(rows: Sequence[Row], min_margin: float = 0.0) -> list[Row]:
         best, worst = max(scored, key=lambda row: row["reward"]), min(scored, key=lambda row: row["reward"])
         margin = best["reward"] - worst["reward"]
         if margin > 0 and margin >= min_margin and text_of(best) != text_of(worst):
-            found.append({**pair(best, worst), "reward_chosen": best["reward"], "reward_rejected": worst["reward"]})
+            found.append({**pair(best, worst), BY_REWARDS: best["reward"], "reward_rejected": worst["reward"]})
     if not found:
         apart = f", by at least {min_margin:g}" if min_margin else ""
         raise InputError(
@@ -72,6 +73,7 @@ def label(rows: Sequence[Row], output: str | Path, seed: int, answers: TextIO, s
 
     Raises:
         InputError: the file is none of this, or no prompt has two different completions.
+        NotSavedError: the disk refused a decision.
     """
     path = Path(os.path.expanduser(output))
     done = _decided(path)
@@ -80,20 +82,29 @@ def label(rows: Sequence[Row], output: str | Path, seed: int, answers: TextIO, s
         raise InputError("no prompt has two different completions; sample more of each, at a higher temperature")
     left = [(one, other) for one, other in asked if _key(one) not in done]
     num_new = 0
-    with path.open("a", encoding="utf-8") as file:
-        for number, (one, other) in enumerate(left):
-            print(_as_text(one, other, f"{number + 1} of {len(left)}"), file=screen)
-            choice = _choice(answers, screen)
-            if choice == "q":
-                break
-            if choice == "s":
-                continue
-            row = pair(one, other) if choice == "1" else pair(other, one)
+    for number, (one, other) in enumerate(left):
+        print(_as_text(one, other, f"{number + 1} of {len(left)}"), file=screen)
+        choice = _choice(answers, screen)
+        if choice == "q":
+            break
+        if choice == "s":
+            continue
+        _append(path, pair(one, other) if choice == "1" else pair(other, one))
+        num_new += 1
+    return Labelled(len(done) + num_new, len(left) - num_new)
+
+
+def _append(path: Path, row: Row) -> None:
+    """Write a decision, and have it on the disk. Raise NotSavedError where that is full."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            num_new += 1
-    return Labelled(len(done) + num_new, len(left) - num_new)
+    except OSError as error:
+        raise NotSavedError(
+            f"{path} cannot be written ({error.strerror}); make room and run the same again, which asks this once more"
+        ) from error
 
 
 def _key(row: Row) -> str:
@@ -101,7 +112,7 @@ def _key(row: Row) -> str:
 
 
 def _decided(path: Path) -> set[str]:
-    """The prompts that a file of pairs has; the end of a line that a kill cut short is removed."""
+    """The prompts that a file of labels has; what a kill left of a line is removed, and nothing else."""
     if path.with_name(f"{path.name}.run").exists():
         raise InputError(f"output {str(path)!r} was sampled by a model, and is no file of pairs; choose another one")
     try:
@@ -109,16 +120,40 @@ def _decided(path: Path) -> set[str]:
         lock_file(path)
         with path.open("ab+") as file:
             file.seek(0)
-            *lines, _ = file.read().split(b"\n")
-            file.truncate(sum(len(line) + 1 for line in lines))
-        found = [json.loads(line) for line in lines]
+            *lines, end = file.read().split(b"\n")
+            found = [_read_label(line, path) for line in lines]
+            if _is_cut(end):
+                file.truncate(sum(len(line) + 1 for line in lines))
+            else:  # an editor left out the last line's end
+                found.append(_read_label(end, path))
+                file.write(b"\n")
     except OSError as error:
         raise InputError(f"output {str(path)!r} cannot be written: {error.strerror}; choose another one") from error
-    except ValueError as error:
-        raise InputError(f"output {str(path)!r} is there, and is no file of pairs; choose another one") from error
-    if not all(isinstance(row, dict) and {"prompt", "chosen", "rejected"} <= row.keys() for row in found):
-        raise InputError(f"output {str(path)!r} is there, and is no file of pairs; choose another one")
     return {_key(row) for row in found}
+
+
+def _is_cut(line: bytes) -> bool:
+    """Tell whether a line without an end is nothing, or the beginning of one that label() wrote."""
+    if not line.startswith(BEGINNING):
+        return BEGINNING.startswith(line)
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+def _read_label(line: bytes, path: Path) -> Row:
+    """A decision of an earlier sitting. Raise InputError for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not {"prompt", "chosen", "rejected"} <= row.keys():
+        raise InputError(f"output {str(path)!r} is there, and is no file of pairs; choose another one")
+    if BY_REWARDS in row:
+        raise InputError(f"output {str(path)!r} has pairs by their rewards, and no person's; choose another one")
+    return row
 
 
 def _to_ask(rows: Sequence[Row], seed: int) -> Iterator[tuple[Row, Row]]:

@@ -15,6 +15,7 @@ from lowmem_grpo.rewards.language import get_language_consistency_reward, langua
 from lowmem_grpo.rewards.text import completion_text
 
 NGRAM = 3  # words
+BY_REWARDS = "reward_chosen"  # a column of pairs that no person chose
 # A word, a number or a sign; a letter of a script that puts no spaces between words is one.
 WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+|[^\w\s]")
 
@@ -223,13 +224,15 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     """Write a JSONL file, whole or not at all. Returns its path.
 
     Raises:
-        InputError: it is one of the inputs, or a file that is sampled into, or cannot be written.
+        InputError: it is one of the inputs, a file that is sampled into or of a person's labels, or cannot be written.
     """
     path = Path(os.path.expanduser(path))
     if any(os.path.realpath(path) == os.path.realpath(os.path.expanduser(one)) for one in inputs):
         raise InputError(f"output {str(path)!r} is what is read, and would be lost; choose another one")
     if path.with_name(f"{path.name}.run").exists():
         raise InputError(f"output {str(path)!r} was sampled by a model, and would be lost; choose another one")
+    if _has_labels(path):
+        raise InputError(f"output {str(path)!r} has a person's labels, which would be lost; choose another one")
     temporary = path.with_name(f"{path.name}.being-written")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,3 +244,13 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     except OSError as error:
         raise InputError(f"output {str(path)!r} cannot be written: {error.strerror}; choose another one") from error
     return path
+
+
+def _has_labels(path: Path) -> bool:
+    """Tell whether a file begins with a pair that is not there by its rewards."""
+    try:
+        with path.open("rb") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "chosen" in row and BY_REWARDS not in row
