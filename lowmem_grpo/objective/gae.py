@@ -34,7 +34,12 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages A and returns R of each token, (M,) each."""
+    """Advantages A and returns R of each token, (M,) each, in the values' dtype.
+
+    In fp64 on the way: with gamma and lam of 1 a return is the reward, whatever the values are, and rewards that are
+    alike would differ by 1e-7 in fp32.
+    """
+    dtype, rewards, values = values.dtype, rewards.double(), values.double()
     lengths = offsets.diff()
     following = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
     following[offsets[1:][lengths > 0] - 1] = 0
@@ -47,7 +52,7 @@ def gae(
         sums = column + gamma * lam * sums
         found.append(sums)
     advantages = torch.stack(found[::-1], dim=1)[tokens]
-    return advantages, advantages + values
+    return advantages.to(dtype), (advantages + values).to(dtype)
 
 
 def whiten(advantages: Tensor, counted: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def value_losses(
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 where values (M,) tell the returns, 0 where a constant would do as well.
 
-    NaN where there is nothing to explain: all returns are equal.
+    NaN where there is nothing to explain: all returns are equal, or there are fewer than two.
     """
+    if len(returns) < 2:
+        return float("nan")
     variance = returns.var()
     return (1 - (returns - values).var() / variance).item() if variance > 0 else float("nan")
