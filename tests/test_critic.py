@@ -17,11 +17,13 @@ from tiny_models import OutOfMemory, make_policy
 
 from lowmem_grpo import train
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.critic import CRITIC, Critic, backward, with_gae, with_values
@@ -214,7 +216,7 @@ def test_a_run_reports_the_critics_metrics_and_its_phases(tmp_path):
     ids=str,
 )
 def test_a_critic_goes_with_other_settings(tmp_path, changes):
-    found = run(tmp_path, **{**SHORT, **changes}, rewards=length_reward)
+    found = run(tmp_path, **{**SHORT, **changes}, rewards=noisy_reward)
     assert all(line["value_loss"] > 0 for line in found.history)
     assert any((value != 0).any() for name, value in adapters(found).items() if "lora_B" in name)
 
@@ -239,6 +241,7 @@ def test_while_the_critic_warms_up_it_learns_and_the_policy_does_not(tmp_path):
                for one, other in ((critics[0], critics[1]), (critics[1], critics[2])))  # fmt: skip
     assert [line["loss"] is None for line in result.history] == [True, True, False]
     assert [line["frac_tokens_skipped"] for line in result.history[:2]] == [1, 1]
+    assert ["tokens_per_s/update" in line for line in result.history] == [False, False, True]
     assert result.history[0]["learning_rate"] == 1e-3, "the schedule of the policy begins after the warm-up"
 
 
@@ -294,6 +297,30 @@ def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
             load_file(tmp_path / f"{folder}/out/checkpoint-4/{name}.safetensors") for folder in ("whole", "cut")
         )
         assert {*one} == {*other} and all(torch.equal(value, other[path]) for path, value in one.items()), name
+
+
+@pytest.mark.parametrize("whose", ["the policy's", "the critic's"])
+def test_steps_that_one_of_the_two_takes_do_not_hide_that_the_other_takes_none(tmp_path, monkeypatch, whose):
+    """Each counts its own in a row, which a checkpoint keeps."""
+
+    @register_objective("spoiled")
+    def losses(tokens, config):
+        return tokens.logprobs * (torch.nan if whose == "the policy's" else 1.0)
+
+    def value_losses_of(values, *given, cliprange):
+        return torch.nan * values, torch.zeros_like(values, dtype=torch.bool)
+
+    if whose == "the critic's":
+        monkeypatch.setattr("lowmem_grpo.update.critic.value_losses", value_losses_of)
+    given = {**SHORT, "rewards": length_reward, "loss_type": "spoiled", "max_nonfinite_steps": 1, "max_steps": 6}
+    rate = "learning_rate" if whose == "the policy's" else "critic_learning_rate"
+    try:
+        with pytest.raises(NotFiniteError, match=f"changed no weight: 2, .* in step 2 the .*; lower {rate}, or mend"):
+            run(tmp_path, **given)
+        with pytest.raises(NotFiniteError, match=f"changed no weight: 3, .* in step 3 the .*; lower {rate}, or mend"):
+            run(tmp_path, resume_from_checkpoint=True, **given)
+    finally:
+        del LOSS_TYPES["spoiled"], LOSSES["spoiled"]
 
 
 def saved_critic(folder: Path) -> str:

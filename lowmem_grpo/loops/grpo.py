@@ -132,10 +132,11 @@ def train(
 
             # 3. Update: micro-batches, whose gradients add up, and one optimizer step for each part of the rollout;
             # all that num_iterations times. Then as many of the critic, which alone learns while it warms up.
+            iterations = config.num_iterations if step.number > config.critic_warmup else 0
             token_meter = TokenMeter(rollout, policy.device)
             done: list[tuple[float, Tensor]] = []  # loss and log-probabilities of the last iteration's optimizer steps
             with step.phase("update"):
-                for _ in range(config.num_iterations if step.number > config.critic_warmup else 0):
+                for _ in range(iterations):
                     done = []
                     for mini_batch in rollout.mini_batches(config.steps_per_generation):
                         coefficients = controllers.coefficients()
@@ -159,7 +160,7 @@ def train(
             metrics["loss"] = sum(loss for loss, _ in done) / len(done) if done else math.nan
             run.finish(
                 step, metrics | controllers.metrics(), num_tokens=collected.num_tokens, table=rollout.table,
-                work=tokens_by_phase(collected, rollout, config), remarks=remarks(metrics, rollout),
+                work=tokens_by_phase(collected, rollout, config, iterations), remarks=remarks(metrics, rollout),
             )  # fmt: skip
     return run.result()
 
@@ -179,12 +180,15 @@ def teach(critic: Critic, run: Run, step: Step, rollout: Rollout, config: GRPOCo
     }
 
 
-def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig) -> dict[str, int]:
-    """Number of tokens of each phase: a rollout's new ones, and what the others compute, with prompts."""
+def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig, iterations: int) -> dict[str, int]:
+    """Number of tokens of each phase: a rollout's new ones, and what the others compute, with prompts.
+
+    The policy's update went `iterations` times through the rollout: not at all while a critic warms up.
+    """
     counted = sum(rollout.lengths_of(rollout.completion_mask.tolist()))
     return {
         "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,
         "teacher": sum(as_asked(rollout).lengths_of(rollout.completion_mask.tolist())),
-        "update": config.num_iterations * sum(lengths_with_gradient(rollout, config)),
+        "update": iterations * sum(lengths_with_gradient(rollout, config)),
         "values": counted, "critic": config.num_iterations * counted,
     }  # fmt: skip

@@ -46,6 +46,7 @@ from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
 T = TypeVar("T")
 Callback = Callable[[int, dict[str, Any], Policy], None]
+SKIPPED = ("nonfinite_steps", "nonfinite_critic_steps")  # by learner: the names that a checkpoint has for their counts
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,6 @@ class Run:
         }  # fmt: skip
         self.step, self.num_tokens = 0, 0
         self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
-        self.nonfinite_steps = 0  # how many optimizer steps in a row, up to now, changed no weight
-        self.cause = ""  # of the last of those
         self.told: set[str] = set()  # the causes that were said
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
@@ -242,15 +241,15 @@ class Run:
         step.num_updates += 1
         if math.isfinite(loss) and math.isfinite(grad_norm):
             learner.step(self.budget.note)
-            self.nonfinite_steps = 0
+            learner.nonfinite_steps = 0
         else:
             overflows = loss_scale_overflows(learner.scaler, loss)
             step.num_skipped += 1
-            self.nonfinite_steps += not overflows
-            self.cause = why_not_finite(more, loss, overflows)
-            if self.cause not in self.told:
-                self.told.add(self.cause)
-                self.progress.say(f"step {step.number}: {self.cause}; no weight is changed (see skipped_steps)")
+            learner.nonfinite_steps += not overflows
+            learner.cause = why_not_finite(more, loss, overflows)
+            if learner.cause not in self.told:
+                self.told.add(learner.cause)
+                self.progress.say(f"step {step.number}: {learner.cause}; no weight is changed (see skipped_steps)")
         learner.release()
         return loss, more
 
@@ -273,12 +272,13 @@ class Run:
         """
         for learner in self.learners:
             learner.advance()
-        if not all(learner.weights_norm(self.budget.note).isfinite() for learner in self.learners):
-            raise NotFiniteError(
-                f"step {step.number} moved the adapter's weights out of fp32's range (likely cause: "
-                f"learning_rate={self.config.learning_rate}, weight_decay={self.config.weight_decay} or "
-                f"adam_epsilon={self.config.adam_epsilon})"
-            )
+            if not learner.weights_norm(self.budget.note).isfinite():
+                rate = self._rate_of(learner)
+                raise NotFiniteError(
+                    f"step {step.number} moved the adapter's weights out of fp32's range (likely cause: "
+                    f"{rate}={getattr(self.config, rate)}, weight_decay={self.config.weight_decay} or "
+                    f"adam_epsilon={self.config.adam_epsilon})"
+                )
         self.step, self.updates_a_step = step.number, step.num_updates
         self.num_tokens += num_tokens
         metrics = {
@@ -300,12 +300,13 @@ class Run:
             self.progress.say(f"doctor: {line['text']}")
         self.interruption.release()
         self._complete(metrics)
-        if self.nonfinite_steps > self.config.max_nonfinite_steps:
-            raise NotFiniteError(
-                f"optimizer steps in a row that changed no weight: {self.nonfinite_steps}, where max_nonfinite_steps "
-                f"is {self.config.max_nonfinite_steps}; in step {step.number} {self.cause}; lower learning_rate, or "
-                "mend that cause"
-            )
+        for learner in self.learners:
+            if learner.nonfinite_steps > self.config.max_nonfinite_steps:
+                raise NotFiniteError(
+                    f"optimizer steps in a row that changed no weight: {learner.nonfinite_steps}, where "
+                    f"max_nonfinite_steps is {self.config.max_nonfinite_steps}; in step {step.number} {learner.cause}; "
+                    f"lower {self._rate_of(learner)}, or mend that cause"
+                )
         self.doctor.refuse()
 
     def result(self) -> TrainResult:
@@ -318,6 +319,10 @@ class Run:
             policy=self.policy,
             findings=self.doctor.found,
         )
+
+    def _rate_of(self, learner: Learner) -> str:
+        """The name of a learner's learning rate among the settings."""
+        return "learning_rate" if learner is self.learner else "critic_learning_rate"
 
     def _complete(self, metrics: dict[str, float]) -> None:
         """Evaluate where it is due, call back, and save: what may be left of a step whose checkpoint is resumed."""
@@ -369,7 +374,8 @@ class Run:
     def _remember(self) -> None:
         """Keep the states of generators and parts after a whole step, since the next one changes them."""
         states: dict[str, State] = {name: part.state() for name, part in self.parts.items()}
-        states["counts"] = {"num_tokens": self.num_tokens, "nonfinite_steps": self.nonfinite_steps}
+        skipped = {name: each.nonfinite_steps for name, each in zip(SKIPPED, self.learners, strict=False)}
+        states["counts"] = {"num_tokens": self.num_tokens, **skipped}
         # In one assignment: an interruption saves either all of the step or all of the one before.
         self.whole = {**states, "random_states": randomness()}
 
@@ -438,7 +444,8 @@ class Run:
 
     def _load_counts(self, counts: State) -> None:
         self.num_tokens = whole(counts["num_tokens"], "num_tokens")
-        self.nonfinite_steps = whole(counts["nonfinite_steps"], "nonfinite_steps")
+        for name, learner in zip(SKIPPED, self.learners, strict=False):
+            learner.nonfinite_steps = whole(counts[name], name)
 
     def _say_what_is_given(self) -> None:
         """Tell whoever watches what the run has been given, before the first step."""

@@ -122,6 +122,8 @@ class Learner:
         self.parameters = list(parameters)
         self.max_grad_norm, self.optim, self.scaler = config.max_grad_norm, config.optim, scaler
         self.keep_gradients, self.has_moved = keep_gradients, False
+        # How many optimizer steps in a row, up to now, changed no weight, and the cause of the last of those.
+        self.nonfinite_steps, self.cause = 0, ""
         self.optimizer = make_optimizer(self.parameters, config)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
