@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -124,6 +125,10 @@ def test_a_reward_adapter_starts_from_an_adapter_that_imitates(tmp_path):
         ({}, [{"chosen": "a", "rejected": None}], "row 0 of train_dataset lacks chosen or rejected"),
         ({}, [{"prompt": "1", "chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]}], "side by side"),
         ({}, [{"chosen": "a", "rejected": "b", "margin": "much"}], "has the margin 'much'; it has to be a number"),
+        ({}, [{"chosen": "a", "rejected": "b", "margin": 1e39}], "has the margin 1e\\+39; it has to be a number from"),
+        ({}, [{"chosen": math.nan, "rejected": 1.0}], "row 0 of train_dataset has the chosen 'nan'; it has to be a text"),
+        ({}, [{"chosen": [], "rejected": []}], "row 0 of train_dataset has the chosen '\\[\\]'; a chat is a list"),
+        ({}, [{"chosen": [say("narrator", "a")], "rejected": [say("assistant", "b")]}], "of the role 'narrator'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence(tmp_path, settings, pairs, words):

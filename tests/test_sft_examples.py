@@ -112,7 +112,14 @@ def test_without_a_template_a_chat_is_a_transcript_with_an_end():
         ([{"text": "1+1=2" * 9}], {"max_length": 10}, "every row of train_dataset is longer than max_length=10"),
         ([{"text": None}, {"text": "1"}], {}, "row 0 of train_dataset has the text"),
         ([{"text": "1", "weight": -1.0}], {}, "row 0 of train_dataset has the weight -1.0"),
-        ([{"messages": "1+1"}], {}, "row 0 of train_dataset has the prompt"),
+        ([{"text": "1", "weight": 1e39}], {}, "row 0 of train_dataset has the weight 1e\\+39; it has to be 0, or a number"),
+        ([{"messages": "1+1"}], {}, "row 0 of train_dataset has the messages"),
+        ([{"messages": [say("narrator", "1")]}], {}, "has a message of the role 'narrator', which is none of"),
+        ([{"conversations": [{"from": "narrator", "value": "1"}]}], {}, "has a message of the role 'narrator'"),
+        ([{"conversations": [{"from": ["human"], "value": "1"}]}], {}, "row 0 of train_dataset has the conversations"),
+        ([{"messages": TURNS, "tools": [{"type": "function"}]}], {}, "has tools, which the chat template leaves out"),
+        ([{"prompt": "1", "completion": TURNS[1:2]}], {}, "has a text and a list of messages side by side"),
+        ([{"prompt": TURNS[:1], "completion": []}], {}, "row 0 of train_dataset has the completion '\\[\\]'; a chat is a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_learnt_is_refused_in_a_sentence(rows, settings, words):

@@ -58,10 +58,10 @@ def refuse_chat_as_text(text: str, where: str) -> None:
         )
 
 
-def read_chat(value: Any, where: str) -> list[dict]:
+def read_chat(value: Any, where: str, column: str = "prompt") -> list[dict]:
     """The messages of a chat, whole, but without the nulls that Arrow adds, and with contents that are texts.
 
-    A content in parts is their text.
+    A content in parts is their text. `column` is where the rows have it, for errors.
 
     Raises:
         InputError: no chat, or one with media.
@@ -71,17 +71,18 @@ def read_chat(value: Any, where: str) -> list[dict]:
         or not value
         or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
     ):
-        raise InputError(f"{where} has the prompt {str(value)[:60]!r}; a prompt is a text, or a list of {FORM}")
-    return [_read_message(without_nulls(message), where) for message in value]
+        form = f"a prompt is a text, or a list of {FORM}" if column == "prompt" else f"a chat is a list of {FORM}"
+        raise InputError(f"{where} has the {column} {str(value)[:60]!r}; {form}")
+    return [_read_message(without_nulls(message), where, column) for message in value]
 
 
-def _read_message(message: dict, where: str) -> dict:
+def _read_message(message: dict, where: str, column: str) -> dict:
     content = message.get("content")
     _refuse_media(message, f"{where} has a message")
     if isinstance(content, list):
         return {**message, "content": "".join(_text_of(part, where) for part in content)}
     if not isinstance(content, str) and not (content is None and message["role"] == "assistant" and len(message) > 1):
-        raise InputError(f"{where} has the prompt {str(message)[:60]!r} in a chat; a chat is a list of {FORM}")
+        raise InputError(f"{where} has the {column} {str(message)[:60]!r} in a chat; a chat is a list of {FORM}")
     return message  # a tool call of the assistant's may have no content
 
 
@@ -145,12 +146,16 @@ class Template:
             rendered = self._continued(messages, words, settings) if words else self._opened(messages, settings)
         except Exception as error:
             raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
+        self._refuse_unseen_tools(messages, settings, where)
+        return rendered
+
+    def _refuse_unseen_tools(self, messages: list[dict], settings: dict[str, Any], where: str) -> None:
+        """Raise InputError for tools, or calls of tools, that the template leaves out of a chat."""
         if settings.get("tools") and self._shows_alike(messages, settings, messages, {**settings, "tools": None}):
             raise InputError(f"{where} has tools, which the chat template leaves out; remove them, or change it")
         less = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
         if less != messages and self._shows_alike(messages, settings, less, settings):
             raise InputError(f"{where} has tool_calls, which the chat template leaves out; remove them, or change it")
-        return rendered
 
     def _refuse_unknown_roles(self, messages: list[dict], where: str) -> None:
         """Raise InputError for a role that the template does not name, and shows as it shows any word."""
@@ -178,13 +183,16 @@ class Template:
         Raises:
             InputError: as render() does.
         """
+        self._refuse_unknown_roles(messages, where)
         if self.tokenizer.chat_template is None:
             _refuse_more_than_texts(messages, settings, where)
             return transcript(messages)
         try:
-            return self._apply(messages, settings, add_generation_prompt=False)
+            rendered = self._apply(messages, settings, add_generation_prompt=False)
         except Exception as error:
             raise InputError(f"the chat template cannot render {where}: {cause(error)}") from error
+        self._refuse_unseen_tools(messages, settings, where)
+        return rendered
 
     def _shows_alike(self, messages: list[dict], settings: dict, others: list[dict], other_settings: dict) -> bool:
         try:

@@ -4,7 +4,6 @@ A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `
 `conversations`; or a `text`. Tools and template settings are a row's own as for prompts.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from lowmem_grpo.output.saved import whole
 
 FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",)
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+MOST_WEIGHT = 1e6  # fp32 sums numbers that are as far apart as this and its inverse
 T = TypeVar("T")  # an example, or a pair
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # what a template marks an assistant's words with
 
@@ -136,8 +136,10 @@ class _Reader:
     def pair(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """A prompt, as a training by rewards gives it, and a completion with its end."""
         prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._chat(read_chat(prompt, where), read_chat(completion, where, "completion"), row, where)
         if isinstance(prompt, list) or isinstance(completion, list):
-            return self._chat(read_chat(prompt, where), read_chat(completion, where), row, where)
+            raise InputError(f"{where} has a text and a list of messages side by side; make both the same")
         if self.config.assistant_only_loss:
             raise InputError(f"{where} has texts, and assistant_only_loss is for chats; leave it out")
         prompt, completion = _text(prompt, "prompt", where), _text(completion, "completion", where)
@@ -148,10 +150,9 @@ class _Reader:
 
     def chat(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """A chat, of which every turn is learnt, or with assistant_only_loss the assistant's."""
-        given = row.get("messages")
-        if given is None:
-            given = _from_share_gpt(row.get("conversations"), where)
-        return self._chat([], read_chat(given, where), row, where)
+        column = "conversations" if row.get("messages") is None else "messages"
+        given = _from_share_gpt(row.get(column)) if column == "conversations" else row[column]
+        return self._chat([], read_chat(given, where, column), row, where)
 
     def _chat(self, prompt: list[dict], completion: list[dict], row: dict, where: str) -> tuple[list[int], list[bool]]:
         settings = template_settings(row, self.template, self.config, where)
@@ -261,10 +262,10 @@ def _text(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _from_share_gpt(value: Any, where: str) -> Any:
+def _from_share_gpt(value: Any) -> Any:
     """Messages of a list of {"from", "value"}, or the value as it is."""
     if not isinstance(value, list) or not all(
-        isinstance(one, dict) and {"from", "value"} <= one.keys() for one in value
+        isinstance(one, dict) and isinstance(one.get("from"), str) and "value" in one for one in value
     ):
         return value
     return [{"role": ROLES.get(one["from"], one["from"]), "content": one["value"]} for one in value]
@@ -274,6 +275,7 @@ def _weight(row: dict, where: str) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise InputError(f"{where} has the weight {weight!r}; it has to be a number, 0 or more")
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT):
+        raise InputError(f"{where} has the weight {weight!r}; it has to be 0, or a number from 1e-6 to 1e6")
     return float(weight)

@@ -17,6 +17,8 @@ from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_
 from lowmem_grpo.data.prompts import template_settings, text_ids
 from lowmem_grpo.errors import InputError
 
+MOST_MARGIN = 1e6  # scores are of the order of 1
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -73,12 +75,17 @@ class _Reader:
 
     def pair(self, row: dict, where: str) -> Pair:
         """A row's pair."""
-        values = [row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None]
+        values = {name: row[name] for name in ("prompt", "chosen", "rejected") if row.get(name) is not None}
         if row.get("chosen") is None or row.get("rejected") is None:
             raise InputError(f"{where} lacks chosen or rejected; fill both, or leave the row out")
-        if all(isinstance(value, list) for value in values):
+        for column, value in values.items():
+            if not isinstance(value, list) and not is_text(value):
+                raise InputError(
+                    f"{where} has the {column} {str(value)[:60]!r}; it has to be a text or a list of messages"
+                )
+        if all(isinstance(value, list) for value in values.values()):
             read = self._chat
-        elif all(map(is_text, values)):
+        elif all(map(is_text, values.values())):
             read = self._text
         else:
             raise InputError(f"{where} has texts and lists of messages side by side; make all of them the same")
@@ -93,7 +100,7 @@ class _Reader:
 
     def _chat(self, row: dict, column: str, where: str) -> list[int]:
         asked = [] if row.get("prompt") is None else read_chat(row["prompt"], where)
-        messages = [*asked, *read_chat(row[column], where)]
+        messages = [*asked, *read_chat(row[column], where, column)]
         if self.config.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
         whole = self.template.whole(messages, template_settings(row, self.template, self.config, where), where)
@@ -113,6 +120,7 @@ def _margin(row: dict, where: str) -> float:
     margin = row.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise InputError(f"{where} has the margin {margin!r}; it has to be a number")
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if not is_number or not -MOST_MARGIN <= margin <= MOST_MARGIN:
+        raise InputError(f"{where} has the margin {margin!r}; it has to be a number from -1e6 to 1e6")
     return float(margin)

@@ -48,10 +48,8 @@ def get_adapter_reward(
     if not isinstance(normalize, bool):
         raise InputError(f"normalize={shown(normalize)} is not True or False; give one of the two")
     if reward_range is not None:
-        is_pair = (
-            isinstance(reward_range, list | tuple) and len(reward_range) == 2 and all(map(_is_number, reward_range))
-        )
-        if not (is_pair and reward_range[0] < reward_range[1]):
+        ends = reward_range if isinstance(reward_range, list | tuple) else []
+        if not (len(ends) == 2 and all(map(_is_number, ends)) and ends[0] < ends[1]):
             raise InputError(
                 f"reward_range={shown(reward_range)} is not the least and the largest reward, such as [-10, 10]"
             )
