@@ -68,6 +68,38 @@ def test_the_key_is_read_from_its_variable_and_stands_in_no_error_and_no_setting
     assert "sk-secret" not in repr(asked)
 
 
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r\nX: y", "sk-sécret", " sk-secret"])
+def test_a_key_that_no_header_can_hold_is_refused_without_repeating_it(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(InputError, match="'JUDGE_KEY' holds a space, the end of a line or another") as refused:
+        Endpoint("http://localhost:1", "m", api_key_variable="JUDGE_KEY")
+    assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variable", ["sk-secret", "hf_secret", "", 5])
+def test_a_key_in_place_of_its_variables_name_is_not_repeated(variable):
+    with pytest.raises(InputError, match="variable that api_key_variable names is not set") as refused:
+        Endpoint("http://localhost:1", "m", api_key_variable=variable)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(body={"you sent": "Bearer sk-secret"}),
+        Answer(body=b"x" * 290 + b"sk-secret"),  # which a cut would leave a part of
+        Answer(None, refusal="not with sk-secret"),
+        Answer(None, finish="sk-secret"),
+        Answer(status=400, body={"error": {"message": {"headers": "sk-secret"}}}),
+    ],
+)
+def test_a_server_that_repeats_the_key_is_quoted_without_it(monkeypatch, answer):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    with Server(lambda given: answer) as server, pytest.raises(EndpointError) as failed:
+        Endpoint(server.base_url, "m", api_key_variable="JUDGE_KEY").ask(HELLO)
+    assert "sk-" not in str(failed.value)
+
+
 def test_no_more_than_max_concurrent_requests_are_open_at_once():
     def slowly(given):
         time.sleep(0.02)
@@ -135,6 +167,35 @@ def test_a_slow_server_is_given_up_whether_it_is_silent_or_sends_byte_by_byte():
         Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}", "m", timeout=0.3, max_retries=0).ask(HELLO)
     assert time.monotonic() - started < 1.5
     listening.close()
+
+
+def test_the_body_of_an_error_that_is_sent_byte_by_byte_is_given_up_and_its_status_said():
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad\r\n\r\n")
+            for _ in range(40):
+                try:
+                    connection.sendall(b"a")
+                except OSError:
+                    return
+                time.sleep(0.05)
+
+    threading.Thread(target=drip, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match="answered 400: Bad$"):
+        Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}", "m", timeout=0.2, max_retries=0).ask(HELLO)
+    assert time.monotonic() - started < 1.5
+    listening.close()
+
+
+def test_a_reply_that_is_cut_off_within_its_length_is_asked_for_again():
+    cut = Answer(body=b'{"choices": [', headers={"Content-Length": "500", "Connection": "close"})
+    with Server(in_turn(cut, Answer("hi"))) as server:
+        assert Endpoint(server.base_url, "m").ask(HELLO).text == "hi"
+    assert len(server.requests) == 2
 
 
 def test_a_connection_that_is_refused_or_broken_off_is_asked_again():
@@ -209,7 +270,19 @@ def test_waiting_draws_from_no_generator_of_the_run():
 
 
 @pytest.mark.parametrize(
-    "address", ["localhost:8000", "ftp://a/v1", "http://", "http://a:x/v1", "http://a b/", "", None, 5]
+    "address",
+    [
+        "http://a..b/v1",
+        "http://a/ü",
+        "localhost:8000",
+        "ftp://a/v1",
+        "http://",
+        "http://a:x/v1",
+        "http://a b/",
+        "",
+        None,
+        5,
+    ],
 )
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(InputError, match="is no address; write it as http://localhost:8000/v1"):
@@ -224,7 +297,7 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(address):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"max_concurrent": 0}, {"max_concurrent": 1.5}, {"timeout": 0}, {"timeout": "5"}, {"timeout": float("nan")}, {"max_retries": -1}, {"model": ""}]
+    "setting", [{"max_concurrent": 0}, {"max_concurrent": 1.5}, {"timeout": 0}, {"timeout": "5"}, {"timeout": float("nan")}, {"timeout": float("inf")}, {"fields": "a"}, {"fields": {"a": {1}}}, {"fields": {"stream": True}}, {"fields": {"messages": []}}, {"max_retries": -1}, {"model": ""}]
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused(setting):
     with pytest.raises(InputError):

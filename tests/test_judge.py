@@ -15,7 +15,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.identity import _settings as settings_of
 from lowmem_grpo.rewards import RewardRunner, get_judge_reward
 from lowmem_grpo.rewards.endpoint import EndpointError
-from lowmem_grpo.rewards.judge import QUESTION, YES_OR_NO
+from lowmem_grpo.rewards.judge import QUESTION, SCORES, YES_OR_NO
 
 PROMPTS = ["1+2=", [{"role": "user", "content": "3+4="}], "5"]
 COMPLETIONS = ["3", [{"role": "assistant", "content": "7, of course"}], ""]
@@ -177,3 +177,11 @@ def test_a_run_learns_from_a_judge_that_is_named_on_the_command_line(tmp_path):
     assert len(server.requests) == 2 + 8, "two made-up completions, and a step"
     assert server.most_at_once <= 4
     assert 0 < result.history[0]["rewards/judge_reward/mean"] < 1 and result.history[0]["reward_std"] > 0
+
+
+@pytest.mark.parametrize(
+    "said, marks",
+    [("8, because", {7 / 9}), ("7 of 10", {6 / 9}), ("8-9", set()), ("Rating (1-10): 8", {7 / 9}), ("1,000", set())],
+)
+def test_a_mark_is_a_number_that_stands_alone(said, marks):
+    assert SCORES["1-10"].verdicts(said) == marks

@@ -25,6 +25,8 @@ from lowmem_grpo.errors import InputError, in_a_line, printable, shown
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before a retry; each wait is twice the one before
 MOST_BYTES = 2**26  # of a reply
+LONGEST_TIMEOUT_S = 86400.0  # longer ones overflow the operating system's clock at some point
+OURS = ("model", "messages", "stream", "n")  # of the fields of a request: a reply is one whole choice
 MOST_CHARACTERS = 300  # of what a server says, within a sentence of ours
 WORTH_A_RETRY = (408, 429)  # of HTTP's statuses below 500
 PATH = "/chat/completions"
@@ -89,13 +91,12 @@ class Endpoint:
             value = getattr(self, name)
             if not isinstance(value, int if name != "timeout" else int | float) or value < least or value != value:
                 raise InputError(f"{name}={shown(value)} of an endpoint must be a number of at least {least}")
-        if self.timeout == 0:
-            raise InputError("timeout=0 leaves an endpoint no time to reply; give seconds, such as 120")
-        if self.api_key_variable is not None and not os.environ.get(self.api_key_variable):
+        if not 0 < self.timeout <= LONGEST_TIMEOUT_S:
             raise InputError(
-                f"the environment variable {shown(self.api_key_variable)} is not set, and api_key_variable says that "
-                "it holds the key; export it, or leave api_key_variable out"
+                f"timeout={shown(self.timeout)} must be above 0 and at most {LONGEST_TIMEOUT_S:g} seconds, such as 120"
             )
+        refuse_fields(self.fields)
+        read_key(self.api_key_variable)
 
     async def replies(self, conversations: Sequence[Messages]) -> list[Reply | BaseException]:
         """Replies to conversations, max_concurrent at once, with the error in place of one that got none."""
@@ -154,7 +155,7 @@ class Endpoint:
 
     def _ask_once(self, conversation: Messages) -> Reply:
         body = {"model": self.model, "messages": conversation, **self.fields}
-        key = os.environ.get(self.api_key_variable, "") if self.api_key_variable else ""
+        key = read_key(self.api_key_variable)
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         url = self.base_url.rstrip("/").removesuffix(PATH) + PATH
         request = urllib.request.Request(
@@ -163,9 +164,9 @@ class Endpoint:
         due = time.monotonic() + self.timeout
         try:
             with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
-                return read_reply(_read(response, due), url)
+                found = _read(response, due)
         except urllib.error.HTTPError as error:
-            said = f"{url} answered {error.code}: {_said(error, key)}"
+            said = f"{url} answered {error.code}: {_said(error, key, due)}"
             if error.code in WORTH_A_RETRY or error.code >= 500:
                 raise _Passing(said, _wait_s(error.headers.get("Retry-After"))) from error
             raise EndpointError(said) from error
@@ -176,7 +177,46 @@ class Endpoint:
                 raise _Passing(f"{url} gave no reply within {self.timeout:g} s") from error
             raise _Passing(f"{url} cannot be reached: {printable(str(error.reason))}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(f"{url} broke off: {in_a_line(error)}") from error
+            raise _Passing(f"{url} broke off: {_without(key, in_a_line(error))}") from error
+        return read_reply(found, url, key)
+
+
+def read_key(variable: str | None) -> str:
+    """The key that an environment variable holds; without a variable an empty text.
+
+    Raises:
+        InputError: it is not set, or holds what no header can, which Python would repeat in its error.
+    """
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "") if isinstance(variable, str) else ""
+    if not key:
+        # A name that is not written as one is not repeated, since it may be the key itself.
+        is_name = isinstance(variable, str) and variable.isidentifier() and variable.isupper()
+        raise InputError(
+            f"the environment variable {shown(variable) if is_name else 'that api_key_variable names'} is not set, and "
+            "api_key_variable is the name of one that holds the key, such as OPENAI_API_KEY; export it, or leave "
+            "api_key_variable out"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError(
+            f"the environment variable {shown(variable)} holds a space, the end of a line or another character that "
+            "no key has; export the key alone"
+        )
+    return key
+
+
+def refuse_fields(fields: Any) -> None:
+    """Raise InputError for what cannot be the further fields of a request."""
+    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+        raise InputError(f"extra_body={shown(fields)} is no mapping of names; write it as {{'max_tokens': 4096}}")
+    for name in OURS:
+        if name in fields:
+            raise InputError(f"extra_body has {name}, which a request has or cannot have; leave it out")
+    try:
+        json.dumps(dict(fields), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"extra_body={shown(fields)} cannot be sent as JSON: {in_a_line(error)}; remove it") from error
 
 
 def refuse_address(base_url: Any) -> None:
@@ -185,8 +225,9 @@ def refuse_address(base_url: Any) -> None:
     if isinstance(base_url, str) and base_url.isprintable() and " " not in base_url:
         try:
             parts = urlsplit(base_url)
-            found = parts.hostname and parts.scheme in ("http", "https") and (parts.port or True)
-        except ValueError:  # a port that is no number
+            host = (parts.hostname or "").encode("idna")
+            found = host and base_url.isascii() and parts.scheme in ("http", "https") and (parts.port or True)
+        except ValueError:  # a port that is no number, or a host with an empty part
             found = False
         if parts is not None and (parts.username or parts.password or parts.query or parts.fragment):
             raise InputError(
@@ -198,25 +239,26 @@ def refuse_address(base_url: Any) -> None:
     raise InputError(f"base_url={shown(base_url)} is no address; write it as http://localhost:8000/v1")
 
 
-def read_reply(body: bytes, url: str) -> Reply:
-    """The first choice of a chat completion. Raise EndpointError where there is none to be read."""
+def read_reply(body: bytes, url: str, key: str = "") -> Reply:
+    """The first choice of a chat completion. Raise EndpointError, without the key, where there is none to be read."""
     try:
         answer = json.loads(body)
         choice = answer["choices"][0]
         message = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        start = printable(body[:MOST_CHARACTERS].decode(errors="replace"))
+        start = printable(_without(key, body.decode(errors="replace"))[:MOST_CHARACTERS])
         raise EndpointError(f"{url} answered with no chat completion: {start}") from error
     if refusal:
-        raise EndpointError(f"{url} refused: {printable(str(refusal))[:MOST_CHARACTERS]}")
+        raise EndpointError(f"{url} refused: {printable(_without(key, str(refusal)))[:MOST_CHARACTERS]}")
     if isinstance(content, list):  # parts, of which some are no text
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if not isinstance(content or "", str) or not isinstance(reasoning or "", str):
         raise EndpointError(f"{url} answered with a message whose content is no text")
     if not content and not reasoning:
-        raise EndpointError(f"{url} answered with an empty message, finish_reason {shown(choice.get('finish_reason'))}")
+        why = _without(key, shown(choice.get("finish_reason")))
+        raise EndpointError(f"{url} answered with an empty message, finish_reason {why}")
     usage = answer.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Reply(
@@ -235,14 +277,21 @@ def _read(response: Any, due: float) -> bytes:
             raise EndpointError(f"{response.url} answered with more than {MOST_BYTES >> 20} MiB")
         if time.monotonic() > due:
             raise TimeoutError
+    if getattr(response, "length", None):  # of which read1() says nothing
+        raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 
-def _said(error: urllib.error.HTTPError, key: str) -> str:
+def _without(key: str, words: str) -> str:
+    """Words of a server without the key, which some repeat."""
+    return words.replace(key, "(the key)") if key else words
+
+
+def _said(error: urllib.error.HTTPError, key: str, due: float) -> str:
     """A server's words on its error, in a line, without the key that some of them repeat."""
     try:
-        body = error.read(2**14).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
+        body = _read(error, due).decode(errors="replace")
+    except (OSError, http.client.HTTPException, EndpointError):
         body = ""
     try:
         found = json.loads(body)
@@ -251,7 +300,7 @@ def _said(error: urllib.error.HTTPError, key: str) -> str:
     except (ValueError, RecursionError, AttributeError):
         words = body
     words = " ".join(words.split()) or str(error.reason)
-    return printable((words.replace(key, "(the key)") if key else words)[:MOST_CHARACTERS])
+    return printable(_without(key, words)[:MOST_CHARACTERS])
 
 
 def _wait_s(header: str | None) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.errors import InputError, printable, shown
 from lowmem_grpo.model.packing import pack
-from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply
+from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply, refuse_fields
 from lowmem_grpo.rewards.rows import of_each
 from lowmem_grpo.rewards.text import completion_text, part_of, refuse_part
 
@@ -78,9 +78,10 @@ def get_judge_reward(
             raise InputError(f"{name}={shown(value)} is of a judge {whose}, or leave {name} out")
     if base_url is None:
         return JudgeReward(criterion, yes, no, token_budget, part)
+    refuse_fields({} if extra_body is None else extra_body)
     fields = {"temperature": 0, "max_tokens": 1024, **(extra_body or {})}
     endpoint = Endpoint(base_url, model or "", max_concurrent, timeout, max_retries, api_key_variable, fields)
-    return EndpointJudge(criterion, score or "1-10", endpoint, part)
+    return EndpointJudge(criterion, "1-10" if score is None else score, endpoint, part)
 
 
 class JudgeReward:
@@ -145,7 +146,7 @@ class EndpointJudge:
     """An async reward function that asks a model behind an OpenAI-compatible endpoint."""
 
     def __init__(self, criterion: str, score: str, endpoint: Endpoint, part: str):
-        if score not in SCORES:
+        if not isinstance(score, str) or score not in SCORES:
             raise InputError(f"score={shown(score)} is not known; choose {' or '.join(SCORES)}")
         self.__name__ = "judge_reward"
         # What a resumed run has to repeat; the address may be another.
@@ -182,9 +183,12 @@ class _Score:
 
 
 def _marks(said: str) -> set[float]:
-    """The marks of 1 to 10 that a text gives, from 0 to 1: of "8", "Score: 8/10" and "**8** out of 10" the one 8."""
-    bare = re.sub(r"(/|out of) *\**10\b", " ", said)
-    numbers = {float(number) for number in re.findall(r"(?<![\w.,-])\d+(?:\.\d+)?(?![\w,]|\.\d)", bare)}
+    """The marks of 1 to 10 that a text gives, from 0 to 1: of "8", "Score: 8/10" and "**8** out of 10" the one 8.
+
+    A range such as "8-9" gives none.
+    """
+    bare = re.sub(r"(/|\bof) *\**10\b", " ", said)
+    numbers = {float(number) for number in re.findall(r"(?<![\w.,-])\d+(?:\.\d+)?(?!\w|[.,-]\d)", bare)}
     return {(number - 1) / 9 for number in numbers} if all(1 <= number <= 10 for number in numbers) else set()
 
 
