@@ -157,6 +157,37 @@ def write(path):
     return path
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"reward": "1"}, "has no reward as"), ({"reward": float("nan")}, "has no reward as"),
+        ({"reward": 10**400}, "has no reward as"), ({"rewards": {"right": True}}, "has no rewards as"),
+        ({"rewards": {"right": [1]}}, "has no rewards as"), ({"tokens": -1}, "has no tokens as"),
+        ({"completion": ["a"]}, "has no completion as"), ({"completion": []}, "has no completion as"),
+        ({"prompt": [{"role": "user", "content": [1]}]}, "has no prompt as"), ({"finish": "end"}, "has no finish as"),
+        ({"completion": "half \ud800"}, "is no JSON"),
+    ],
+)  # fmt: skip
+def test_a_line_that_no_sampling_writes_is_refused_with_its_number(tmp_path, change, words):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(FILE[0]) + "\n" + json.dumps({**FILE[1], **change}) + "\n")
+    with pytest.raises(InputError, match=f"line 2 of .*{words}"):
+        read_sampled(path)
+    path.write_text(json.dumps({name: value for name, value in FILE[0].items() if name != "reward"}) + "\n")
+    with pytest.raises(InputError, match="line 1 of .* has no reward as"):
+        read_sampled(path)
+
+
+def test_a_whole_last_line_without_an_end_is_read_and_one_that_a_kill_cut_short_is_not(tmp_path):
+    path = write(tmp_path / "s.jsonl")
+    whole = path.read_bytes()
+    for num_bytes, num_rows in ((1, 12), (2, 11), (40, 11)):
+        path.write_bytes(whole[:-num_bytes])
+        assert len(read_sampled(path)) == num_rows
+    path.write_bytes(b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n"))  # as Windows writes it
+    assert read_sampled(path) == FILE
+
+
 def test_the_command_writes_rows_that_sft_trains_on(tmp_path, capsys):
     sampled, output = write(tmp_path / "sampled.jsonl"), tmp_path / "chosen/sft.jsonl"
     arguments = ["select", str(sampled), "--output", str(output), "--min_reward", "1", "--per_prompt", "1"]

@@ -18,22 +18,19 @@ NAME.run, beside NAME, has the settings and the identity of the model, the data 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.config.fields import refuse_changes
+from lowmem_grpo.config.fields import LARGEST, refuse_changes
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import first_difference
 from lowmem_grpo.output.lock import lock_file
 
 FORMAT = 1  # of NAME.run; to be raised where the lines change their shape
 Row = dict[str, Any]
-KINDS: dict[str, type | tuple[type, ...]] = {  # what a line must have, and of what kind
-    "prompt": (str, list), "completion": (str, list), "rewards": dict, "finish": str, "tokens": int,
-    "prompt_index": int,
-}  # fmt: skip
 OTHERWISE = "choose another output"
 
 
@@ -138,9 +135,11 @@ def read_row(line: bytes, where: str) -> Row:
     """One line of a sampled file. Raise InputError for what is none."""
     try:
         row = json.loads(line)
+        if b"\\u" in line:  # of which one may be half a character, that no file can be written with
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no JSON; give a file that `lowmem-grpo sample` wrote") from error
-    wrong = next((name for name, kind in KINDS.items() if not _is(row, name, kind)), None)
+    wrong = next((name for name, fits in FIELDS.items() if not _fits(row, name, fits)), None)
     if wrong is not None:
         raise InputError(
             f"{where} has no {wrong} as `lowmem-grpo sample` writes it: {shown(row)}; give a file that it wrote"
@@ -148,21 +147,59 @@ def read_row(line: bytes, where: str) -> Row:
     return row
 
 
-def _is(row: Any, name: str, kind: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get(name), kind) and not isinstance(row[name], bool)
+def _fits(row: Any, name: str, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(row, dict) and name in row and fits(row[name])
+
+
+def _is_text(value: Any) -> bool:
+    """Tell whether a value is a text, or messages with texts as contents, if with any."""
+    return isinstance(value, str) or (isinstance(value, list) and value != [] and all(map(_is_message, value)))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content") or "", str)
+
+
+def _is_reward(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) <= LARGEST)  # which NaN is not
+
+
+def _are_rewards(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_reward, value.values()))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {  # what a line must have, and of what kind
+    "prompt": _is_text, "completion": _is_text, "rewards": _are_rewards, "reward": _is_reward,
+    "finish": lambda value: value in FINISHES, "tokens": _is_count, "prompt_index": _is_count,
+}  # fmt: skip
 
 
 def read_sampled(path: str | Path) -> list[Row]:
-    """The rows of a sampled file; a last line without an end, which a kill cut short, is left out.
+    """The rows of a sampled file, without a last line that a kill cut short.
 
     Raises:
         InputError: it is not there, has no row, or has a line that is none.
     """
     path = Path(os.path.expanduser(path))
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        *lines, end = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read: {error.strerror}; give a sampled file") from error
+    if end.rstrip().endswith(b"}") and _is_json(end):  # an editor left out its end
+        lines.append(end)
     if not lines:
         raise InputError(f"{str(path)!r} has no line; sample into it first, with `lowmem-grpo sample`")
     return [read_row(line, f"line {place + 1} of {path}") for place, line in enumerate(lines)]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
