@@ -176,6 +176,8 @@ def test_every_field_of_trls_models_and_scripts_is_known():
         ("attn_implementation", "set model_init_kwargs"), ("model_revision", "hf download --revision"), ("use_dora", "peft_config"),
         ("dataset_train_split", "set dataset_split"), ("bnb_4bit_quant_type", "NF4"), ("model_name_or_path", "argument of train"),
         ("reward_funcs", "argument of train"), ("reward_model_name_or_path", "reward_funcs"),
+        ("teacher_model_name_or_path", "set teacher"), ("teacher_model_revision", "hf download --revision"),
+        ("lmbda", "lowmem-grpo sft"), ("discount", "set gamma"),
     ],
 )  # fmt: skip
 def test_a_name_of_trls_models_and_scripts_gets_a_remedy_and_no_guess(name, remedy):

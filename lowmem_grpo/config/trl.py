@@ -84,6 +84,7 @@ _PPO_FIELDS = {
     "set num_iterations": "num_ppo_epochs ppo_epochs max_epochs",
     "set steps_per_generation": "num_mini_batches ppo_mini_batch_size",
     "set lam": "lambd gae_lambda",
+    "set gamma": "discount discount_factor",
     "advantages are whitened, not rewards; set whiten_advantages": "whiten_rewards",
     "set max_completion_length": "response_length generate_max_len",
     "the critic is an adapter on the policy's base; set critic_init for what it starts from":
@@ -92,8 +93,19 @@ _PPO_FIELDS = {
     "set stop_strings, or leave it: a completion ends with the model's own tokens": "stop_token stop_token_id",
     "set optim and the other optimizer fields, which the critic shares": "critic_optim critic_weight_decay",
 }  # fmt: skip
-UNSUPPORTED_PPO = {name: remedy for remedy, names in _PPO_FIELDS.items() for name in names.split()}
+# Of TRL's configurations of distillation.
+_DISTILLATION_FIELDS = {
+    "set teacher": "teacher_model_name_or_path teacher_model teacher_name_or_path",
+    "a teacher is loaded as the policy's base is, in 4 bits by default; remove it": "teacher_model_init_kwargs",
+    "download that revision with `hf download --revision`, and give its folder as teacher": "teacher_model_revision",
+    "teacher and policy have one temperature; set that": "teacher_temperature",
+    "the policy learns from what it samples itself, which TRL calls lmbda=1; remove it, or let the teacher write "
+    "examples for `lowmem-grpo sft`": "lmbda seq_kd",
+}
 UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
+UNSUPPORTED_GRPO = UNSUPPORTED | {
+    name: remedy for remedy, names in (_PPO_FIELDS | _DISTILLATION_FIELDS).items() for name in names.split()
+}
 # Of SFTConfig alone.
 _PACKED = "examples are always packed, and none is cut or mixed with another; remove it"
 _SFT_FIELDS = {
@@ -134,14 +146,14 @@ UNSUPPORTED_REWARD = UNSUPPORTED | {name: remedy for remedy, names in _REWARD_FI
 # By the name of a configuration: what it lacks, and the command that it is of.
 _OF_CONFIG = {
     "SFTConfig": (UNSUPPORTED_SFT, "sft"), "RewardConfig": (UNSUPPORTED_REWARD, "reward"),
-    "SampleConfig": (UNSUPPORTED | UNSUPPORTED_PPO, "sample"), "SelectConfig": ({}, "select"),
+    "SampleConfig": (UNSUPPORTED_GRPO, "sample"), "SelectConfig": ({}, "select"),
 }  # fmt: skip
 
 
 def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
     known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
-    remedies, command = _OF_CONFIG.get(kind, (UNSUPPORTED | UNSUPPORTED_PPO, "train"))
+    remedies, command = _OF_CONFIG.get(kind, (UNSUPPORTED_GRPO, "train"))
     for name in given:
         if name not in known and name in remedies:
             raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
