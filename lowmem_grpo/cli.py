@@ -26,6 +26,7 @@ from lowmem_grpo.errors import (
     InputError,
     NotFiniteError,
     NotSavedError,
+    UnansweredError,
     UnhealthyRunError,
     printable,
     printable_text,
@@ -44,6 +45,7 @@ example:
 SAMPLE_EXAMPLE = """\
 example:
   lowmem-grpo sample --model cold/adapter --dataset gsm8k --num_generations 16 --output sampled.jsonl
+  lowmem-grpo sample --base_url http://localhost:8000/v1 --model large --dataset gsm8k --num_generations 4
 """
 SELECT_EXAMPLE = """\
 example:
@@ -148,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             with writing_output():
                 sys.stdout.flush()
-    except (InputError, NotFiniteError, NotSavedError, UnhealthyRunError) as error:
+    except (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError) as error:
         command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
         with contextlib.suppress(OSError):  # a full disk
             print(f"{command}: {printable(str(error))}", file=sys.stderr)
@@ -682,7 +684,10 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
     model, config = inputs["model"], planned(**fields)
     from lowmem_grpo.inputs import worn_by
 
-    config = config.for_sampler() if isinstance(config, SampleConfig) else config
+    if isinstance(config, SampleConfig):
+        if config.base_url is not None:
+            raise InputError("a model behind base_url takes no memory here, so that there is nothing to plan")
+        config = config.for_sampler()
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
     from lowmem_grpo.model.teacher import find_teacher

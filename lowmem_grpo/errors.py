@@ -24,6 +24,10 @@ class NotFiniteError(FloatingPointError):
     """A number that a run cannot go on with is NaN or infinite. A command prints the sentence and exits with 1."""
 
 
+class UnansweredError(RuntimeError):
+    """An endpoint that left prompts without completions, in a sentence. A command prints it and exits with 1."""
+
+
 class NotSavedError(OSError):
     """A folder that a disk refused at the end of a run, in a sentence. A command prints it and exits with 1."""
 

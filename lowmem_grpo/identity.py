@@ -51,7 +51,6 @@ def identity_of(
 
     The data is by the name of a column its values, row by row.
     """
-    functions = dict(zip(rewards.names, rewards.functions, strict=True)) if rewards else {}
     identity = {
         "model": _of_the_model(model.to_dict()),
         "adapter": {name: getattr(adapter, name, None) for name in OF_THE_ADAPTER},
@@ -60,6 +59,14 @@ def identity_of(
             "end of sequence": tokenizer.eos_token_id,
             "chat template": digest_of([tokenizer.chat_template]),
         },
+    }
+    return json.loads(json.dumps(identity, default=str)) | identity_of_data(data, rewards)
+
+
+def identity_of_data(data: Mapping[str, Iterable[Any]], rewards: RewardRunner | None = None) -> dict[str, Any]:
+    """Data and rewards of a run, as identity_of() has them."""
+    functions = dict(zip(rewards.names, rewards.functions, strict=True)) if rewards else {}
+    identity = {
         "data": {name: digest_of(values) for name, values in data.items()},
         "rewards": {name: _settings(one) if _is_ours(one) else None for name, one in functions.items()},
         "sources": {name: _of_the_users(function) for name, function in functions.items()},

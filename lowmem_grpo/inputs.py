@@ -18,11 +18,12 @@ from lowmem_grpo.config.fields import refuse_changes
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import CriticFields, DataFields, ModelFields, RewardFields, SampledEvaluationFields
 from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.data.chats import is_text
 from lowmem_grpo.data.gold import COLUMNS, gold_of
-from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
+from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.identity import columns_of, digest_of, identity_of, refuse_another_run
+from lowmem_grpo.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_base_of, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
@@ -353,13 +354,8 @@ def read_data_inputs(
     Raises:
         InputError: bad input, in one sentence with the remedy.
     """
-    model, task = expanded(model), find_task(dataset)
-    if reward_funcs is None and task is None:
-        rewards = RewardRunner([])  # only the prompts are looked at
-    else:
-        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
-        rewards = _rewards(reward_funcs, config)
-    rows = load_rows(dataset, config)
+    model = expanded(model)
+    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config)
     find_model(model, config, needs_weights=needs_weights)
     if needs_weights:
         _refuse_lost_bases(rewards, model, config)
@@ -371,6 +367,55 @@ def read_data_inputs(
         model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,
         config=config, device=torch.device("cpu"), notes=notes,
     )  # fmt: skip
+
+
+def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any) -> Inputs:
+    """The inputs of completions that a model behind an endpoint writes: rows, and rewards if there are any.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    if not isinstance(model, str) or not model:
+        raise InputError(f"model is {shown(model)}, and base_url is given; name the model as the server lists it")
+    if tokenizer is not None:
+        raise InputError("tokenizer is given, and a server behind base_url has its own; leave it out")
+    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config)
+    for name, function in zip(rewards.names, map(inner_of, rewards.functions), strict=True):
+        if hasattr(function, "bind"):
+            raise InputError(
+                f"{name} scores by a model that is sampled on this machine, and this one is behind base_url; leave it "
+                "out, or sample first and score with another reward"
+            )
+        if _reads_ids(function):
+            raise InputError(f"{name} reads completion_ids, and an endpoint gives texts alone; leave it out")
+    prompts, num_texts, notes = chat_prompts(rows, config), sum(map(is_text, rows["prompt"])), []
+    if num_texts:
+        rows = rows.remove_columns("prompt").add_column("prompt", [prompt.text for prompt in prompts])
+        notes = [f"{num_texts} prompts are texts, which the endpoint is given as what a user says"]
+    notes += _try_out(rewards, rows, "train_dataset")
+    data = {**columns_of(prompts), "prompt": [prompt.text for prompt in prompts]}
+    identity = {"endpoint": {"model": model}, **identity_of_data(data, rewards)}
+    return Inputs(
+        model=model, tokenizer=None, prompts=prompts, eval_prompts=[], rewards=rewards, given=config, config=config,
+        device=torch.device("cpu"), notes=notes, identity=identity,
+    )  # fmt: skip
+
+
+def _reads_ids(function: Any) -> bool:
+    """Tell whether a reward function names token ids among what it is called with."""
+    try:
+        return not {"completion_ids", "prompt_ids"}.isdisjoint(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of some functions in C
+        return False
+
+
+def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tuple[Dataset, RewardRunner, GRPOConfig]:
+    """Training rows and what scores them, which may be nothing, with what a task says of them."""
+    rewards = RewardRunner([])
+    if reward_funcs is not None or find_task(dataset) is not None:
+        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+        rewards = _rewards(reward_funcs, config)
+    return load_rows(dataset, config), rewards, config
 
 
 def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:

@@ -16,8 +16,8 @@ from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, 
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
-from lowmem_grpo.pipeline.sample import seed_of
 from lowmem_grpo.pipeline.sampled import read_sampled
+from lowmem_grpo.pipeline.sources import seed_of
 from lowmem_grpo.planner.plan import forecast, plan
 
 TRAIN, EVAL = task.splits()

@@ -12,12 +12,24 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import (
     BudgetFields,
     CompletionFields,
+    EndpointFields,
     LoadFields,
     OutputFields,
     PromptFields,
     ScoreFields,
 )
 from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.errors import InputError
+
+# Of the settings of sampling, those that have a meaning for a model behind an endpoint.
+OF_ENDPOINT = {
+    "output", "dataset_config", "dataset_split", "dataset_streaming", "dataset_take", "system_prompt",
+    "num_generations", "max_completion_length", "temperature", "top_p", "stop_strings", "reward_weights",
+    "reward_timeout", *(field.name for field in dataclasses.fields(EndpointFields)),
+}  # fmt: skip
+# Not in OpenAI's requests, and known to many servers.
+OF_SOME_SERVERS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
+SENT = ("model", "messages", "n", "stream")  # of a request, what is no setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +41,7 @@ class SamplerConfig(GRPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(  # from the last to the first: the fields of the last base come first
-    BudgetFields, ScoreFields, CompletionFields, PromptFields, LoadFields, OutputFields
+    EndpointFields, BudgetFields, ScoreFields, CompletionFields, PromptFields, LoadFields, OutputFields
 ):
     """Settings of one file of sampled completions.
 
@@ -45,6 +57,27 @@ class SampleConfig(  # from the last to the first: the fields of the last base c
     num_generations: int = option(8, "completions sampled of each prompt", common=True, above=0)
 
     kind: ClassVar[str] = "sample"
+
+    def check(self) -> None:
+        own = {field.name for field in dataclasses.fields(EndpointFields)}
+        for field in dataclasses.fields(self):
+            name = field.name
+            if getattr(self, name) == field.default:
+                continue
+            if self.base_url is None and name in own:
+                raise InputError(f"{name} is about an endpoint; give its base_url, or leave {name} out")
+            if self.base_url is not None and name in OF_SOME_SERVERS:
+                raise InputError(
+                    f"{name} is not among what every endpoint reads; leave it out, or write it into extra_body as your "
+                    "server names it"
+                )
+            if self.base_url is not None and name not in OF_ENDPOINT:
+                raise InputError(f"{name} is about a model on this machine, and not behind base_url; leave {name} out")
+        for name in SENT:
+            if name in (self.extra_body or {}):
+                raise InputError(f"extra_body has {name!r}, which is set here; leave it out")
+        if "seed" in (self.extra_body or {}):
+            raise InputError("extra_body has 'seed', with which a prompt's completions would be alike; leave it out")
 
     def __new__(cls, **given: Any):
         refuse_unknown_fields(given, cls)

@@ -283,6 +283,28 @@ class CompletionFields(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndpointFields(Checked):
+    """A model that is asked over HTTP."""
+
+    base_url: str | None = option(
+        None, "OpenAI-compatible endpoint to ask, such as http://localhost:8000/v1; model is then its name there",
+        common=True, may_change=True,
+    )  # fmt: skip
+    max_concurrent: int = option(16, "most requests at once", may_change=True, above=0, at_most=4096)
+    timeout: float = option(600.0, "seconds for one reply", may_change=True, above=0, at_most=10**6)
+    max_retries: int = option(
+        5, "times that a request is sent again after a busy server, an error of its own, or no connection",
+        may_change=True, at_least=0, at_most=100,
+    )  # fmt: skip
+    api_key_variable: str | None = option(
+        None, "name of the environment variable that holds the key, which is never saved", may_change=True
+    )
+    extra_body: dict[str, Any] | None = option(
+        None, "further fields of each request, as JSON on the command line; null as a value leaves a field out"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFields(CompletionFields):
     """How a step of training samples, and which groups it learns from."""
 
@@ -577,6 +599,7 @@ def _bytes(text: str) -> int:
 TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", PairFields: "data",
+    EndpointFields: "endpoint",
     CompletionFields: "sampling", SamplingFields: "sampling", ScoreFields: "rewards and advantages",
     RewardFields: "rewards and advantages", CriticFields: "critic",
     DistillationFields: "distillation", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lowmem_grpo.config.sections import DataFields, RowFields
+from lowmem_grpo.config.sections import DataFields, ReadFields, RowFields
 from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, said_at_end, without_nulls
 from lowmem_grpo.errors import InputError
 
@@ -75,6 +75,33 @@ def tokenize_prompts(
             f"every prompt of {name} is longer than max_prompt_length={limit}; the shortest has {shortest} tokens"
         )
     return short, len(prompts) - len(short)
+
+
+def chat_prompts(rows: Dataset, config: ReadFields, *, name: str = "train_dataset") -> list[Prompt]:
+    """The rows' prompts for a server that tokenizes them itself: chats, without ids. A text is what a user says.
+
+    Raises:
+        InputError: a prompt is neither, is to be continued, or has what goes through a chat template.
+    """
+    prompts = []
+    for index, given_row in enumerate(rows):
+        row: Any = given_row
+        where, given = f"row {index} of {name}", row["prompt"]
+        if is_text(given):
+            refuse_chat_as_text(str(given), where)
+            given = [{"role": "user", "content": str(given)}]
+        messages = read_chat(given, where)
+        if messages[-1]["role"] == "assistant":
+            raise InputError(f"{where} ends with words of the assistant, which no endpoint continues; remove them")
+        if not any(str(message.get("content") or "").strip() for message in messages):
+            raise InputError(f"{where} has a prompt of white space alone; leave it out")
+        for setting in _own_settings(row, where):
+            raise InputError(f"{where} has {setting}, which an endpoint is not given; remove the column")
+        if config.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        prompts.append(Prompt(messages, [], columns))
+    return prompts
 
 
 def _prompt(row: Any, template: Template, config: DataFields, where: str, system: str | None = None) -> Prompt:

@@ -18,13 +18,13 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.errors import InputError, printable_text, shown
 from lowmem_grpo.example_inputs import read_example_inputs
-from lowmem_grpo.inputs import RunInputs, read_sampling_inputs, read_training_inputs
+from lowmem_grpo.inputs import RunInputs, read_training_inputs
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.loops.reward import train_reward_model
 from lowmem_grpo.loops.sft import sft
 from lowmem_grpo.pair_inputs import read_pair_inputs
 from lowmem_grpo.pipeline.pairs import pairs
-from lowmem_grpo.pipeline.sample import sample
+from lowmem_grpo.pipeline.sample import read_inputs, sample
 from lowmem_grpo.pipeline.sampled import Row, read_sampled
 from lowmem_grpo.pipeline.select import as_text, select, write_rows
 from lowmem_grpo.planner.plan import Plan
@@ -108,7 +108,7 @@ def _run_reward(
 
 
 def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> Outlook:
-    found = read_sampling_inputs(model, reward_funcs, dataset, config.for_sampler())
+    found = read_inputs(model, dataset, reward_funcs, config)
     return Outlook([f"{len(found.prompts)} prompts, {config.num_generations} completions of each", *found.notes])
 
 

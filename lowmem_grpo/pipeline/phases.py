@@ -12,7 +12,15 @@ from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.config.trl import refuse_unknown_fields
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, UnhealthyRunError, did_you_mean, shown
+from lowmem_grpo.errors import (
+    InputError,
+    NotFiniteError,
+    NotSavedError,
+    UnansweredError,
+    UnhealthyRunError,
+    did_you_mean,
+    shown,
+)
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
 from lowmem_grpo.settings_file import read_settings_file
@@ -24,7 +32,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 OF_ADAPTERS = tuple(field.name for field in dataclasses.fields(AdapterFields))
 OF_PYTHON = ("model", "peft_config", "tokenizer", "callbacks", "train_dataset")  # arguments of train() and sft()
 KEYS = ("model", "output_dir", "common", "eval", "phases")  # of a file
-NAMED = (InputError, NotFiniteError, NotSavedError, UnhealthyRunError)  # errors that are one sentence
+NAMED = (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError)  # errors that are one sentence
 
 
 class Phase:

@@ -1,35 +1,27 @@
 """sample(): completions of prompts into a file, with their rewards: the sampling of rejection sampling."""
 
+import contextlib
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
-from lowmem_grpo.data.prompts import SETTINGS, Prompt
+from lowmem_grpo.data.prompts import SETTINGS
 from lowmem_grpo.errors import NotSavedError
-from lowmem_grpo.generate import as_text
-from lowmem_grpo.generate.completion import Completion
-from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.identity import adapter_weights_of, weights_of
-from lowmem_grpo.inputs import Inputs, read_sampling_inputs, refuse_other_config
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.inputs import Inputs, read_endpoint_inputs, read_sampling_inputs, refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pipeline.sampled import Row, SampledFile, read_sampled
+from lowmem_grpo.pipeline.sources import Batch, FromEndpoint, FromModel, endpoint_of, num_steps
 from lowmem_grpo.planner.plan import as_text as as_text_of_plan
 from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.progress_bars import without_progress_bars
-from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.meter import Meter
 from lowmem_grpo.run.progress import Progress
-
-LARGEST_SEED = 2**53  # which every reader of JSON keeps
 
 
 @dataclass(frozen=True)
@@ -51,10 +43,12 @@ def sample(
     """Sample completions of every prompt into config.output, a JSONL line each, with their rewards.
 
     Called again after a stop, it goes on with the prompts that have no whole group yet, and the file becomes the one
-    that an undisturbed run writes. pipeline/sampled.py says what a line has.
+    that an undisturbed run writes. pipeline/sampled.py says what a line has. With config.base_url a server samples, and
+    what is asked again comes out otherwise.
 
     Args:
-        model: hub id, model folder, 4-bit checkpoint, adapter folder, or a loaded model, which is changed in place.
+        model: hub id, model folder, 4-bit checkpoint, adapter folder, or a loaded model, which is changed in place;
+            with config.base_url, the name of a model there.
         dataset: in any form that train() takes, with prompts; or a task's name, which brings its verifier.
         reward_funcs: as train() takes them; without any and without a task, nothing is scored.
         config: every setting; SampleConfig() by default.
@@ -64,14 +58,14 @@ def sample(
         InputError: bad input, or a file that is of another model, other data or other settings, in one sentence.
         NotFiniteError: the model's logits are not finite.
         NotSavedError: the disk refused the file.
+        UnansweredError: an endpoint left prompts without completions; all others are in the file.
     """
     config = SampleConfig() if config is None else config
     refuse_other_config(config, SampleConfig)
-    inputs = read_sampling_inputs(model, reward_funcs, dataset, config.for_sampler(), tokenizer)
-    file = SampledFile(config.output, config.num_generations)
+    inputs = read_inputs(model, dataset, reward_funcs, config, tokenizer)
+    file = SampledFile(config.output, config.num_generations, in_order=config.base_url is None)
     notes = inputs.notes + file.prepare(config, inputs.identity)
-    num_batches = math.ceil(len(inputs.prompts) / config.prompts_per_step)
-    with Progress(num_batches) as progress:
+    with Progress(num_steps(inputs, config)) as progress:
         for note in [*([] if inputs.plan is None else [as_text_of_plan(inputs.plan)]), *notes]:
             progress.say(note)
         if file.num_groups < len(inputs.prompts):
@@ -80,78 +74,76 @@ def sample(
     return summary(file)
 
 
+def read_inputs(model: Any, dataset: Any, reward_funcs: Any, config: SampleConfig, tokenizer: Any = None) -> Inputs:
+    """The inputs of sample(), which documents them, checked before any weights are read and any request is sent."""
+    if config.base_url is None:
+        return read_sampling_inputs(model, reward_funcs, dataset, config.for_sampler(), tokenizer)
+    inputs = read_endpoint_inputs(model, reward_funcs, dataset, config.for_sampler(), tokenizer)
+    endpoint_of(inputs, config)  # which refuses an address or a key
+    return inputs
+
+
 def sample_the_rest(inputs: Inputs, file: SampledFile, config: SampleConfig, progress: Progress) -> None:
-    """Sample and score the prompts that the file has no whole group of, prompts_per_step at a time."""
-    policy, prompts = inputs.load_policy(), inputs.prompts
-    identity = {**inputs.identity, "weights": weights_of(policy), "ends": {"ids": policy.eos_token_ids}}
-    if is_adapter(inputs.model) or not isinstance(inputs.model, str):
-        identity["adapter weights"] = {"adapter": adapter_weights_of(policy)}
-    file.refuse_another(identity)
-    sampler = Sampler(policy, inputs.config)
-    if file.sampler is not None:
-        sampler.load(file.sampler)
-    name = inputs.model if isinstance(inputs.model, str) else str(policy.base.name_or_path)
-    size = config.prompts_per_step
-    # Batches are those of an undisturbed run: how many rows share a matrix product decides how it is rounded.
-    for start in range(file.num_groups // size * size, len(prompts), size):
-        began, meter = time.perf_counter(), Meter(policy.device)
-        batch = range(start, min(start + size, len(prompts)))
-        seeds = [seed_of(config.seed, index) for index in batch]
-        asked = [prompts[index] for index in batch]
-        with meter.phase("rollout"):
-            drawn = sampler.complete(asked, config.num_generations, seeds=seeds).completions
-        with meter.phase("rewards"):
-            rows = rows_of(asked, drawn, sampler, inputs.rewards, inputs.config, batch.start // size + 1)
-        groups = [rows[place : place + config.num_generations] for place in range(0, len(rows), config.num_generations)]
-        for index, seed, group in zip(batch, seeds, groups, strict=True):
-            for row in group:
-                row.update(prompt_index=index, seed=seed, model=name)
-        try:
-            file.begin(dataclasses.asdict(config), identity, sampler.state())
-            file.append(groups[file.num_groups - start :])
-        except OSError as error:
-            raise NotSavedError(
-                f"{file.path} cannot be written ({error.strerror}) after {file.num_groups} prompts; make room and run "
-                "the same again, which goes on there"
-            ) from error
-        metrics = {name: math.nan if value is None else value for name, value in metrics_of(rows).items()}
-        progress.step({**metrics, **meter.metrics, "step": start // size + 1, "step_time": time.perf_counter() - began})
+    """Sample and score the prompts that the file has no whole group of, and write each batch of them."""
+    source = (FromModel if config.base_url is None else FromEndpoint)(inputs, file, config)
+    with contextlib.closing(source.batches()) as batches:
+        while True:
+            began, meter = time.perf_counter(), Meter(source.device)
+            with meter.phase("rollout"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            with meter.phase("rewards"):
+                groups = rows_of(batch, inputs, source.name)
+            try:
+                file.begin(dataclasses.asdict(config), source.identity, source.state())
+                done = set(file.done)
+                file.append([group for group in groups if group[0]["prompt_index"] not in done])
+            except OSError as error:
+                raise NotSavedError(
+                    f"{file.path} cannot be written ({error.strerror}) after {file.num_groups} prompts; make room and "
+                    "run the same again, which goes on there"
+                ) from error
+            means = metrics_of([row for group in groups for row in group])
+            metrics = {name: math.nan if value is None else value for name, value in means.items()}
+            took = time.perf_counter() - began
+            progress.step({**metrics, **meter.metrics, "step": batch.step, "step_time": took})
 
 
-def seed_of(seed: int, prompt_index: int) -> int:
-    """The seed of a prompt's group, by the run's seed and the prompt's index alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_index}".encode()).digest()[:8]) % LARGEST_SEED
-
-
-def rows_of(
-    prompts: list[Prompt], drawn: list[Completion], sampler: Sampler, rewards: RewardRunner, config: GRPOConfig,
-    step: int,
-) -> list[Row]:  # fmt: skip
-    """A row a completion, group after group, with its rewards; without what is the group's own."""
-    num_generations = len(drawn) // len(prompts)
-    asked = [prompt for prompt in prompts for _ in range(num_generations)]
-    texts = [as_text(sampler.policy, prompt, one) for prompt, one in zip(asked, drawn, strict=True)]
+def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
+    """The rows of a batch's groups, with their rewards."""
+    prompts = [inputs.prompts[group.prompt_index] for group in batch.groups for _ in group.completions]
+    drawn = [one for group in batch.groups for one in group.completions]
+    rewards = inputs.rewards
     scores: list[dict[str, float | None]] = [{} for _ in drawn]
     sums: list[float | None] = [None] * len(drawn)
     if rewards.functions:
-        columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
-        ids = [p.ids for p in asked]
-        scored = rewards([p.text for p in asked], texts, [one.ids for one in drawn], columns, step, ids).rewards
+        columns = {key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns}
+        texts, ids = [one.text for one in drawn], [one.ids for one in drawn]
+        asked = [prompt.text for prompt in prompts]
+        scored = rewards(asked, texts, ids, columns, batch.step, [prompt.ids for prompt in prompts]).rewards
         scores = [dict(zip(rewards.names, map(_or_none, row), strict=True)) for row in scored.tolist()]
-        sums = [_or_none(value) for value in weighted_rewards(scored, config.reward_weights).tolist()]
-    return [
+        sums = [_or_none(value) for value in weighted_rewards(scored, inputs.config.reward_weights).tolist()]
+    rows = iter(
         {
             "prompt": prompt.text,
-            "completion": text,
+            "completion": one.text,
             "columns": {key: value for key, value in prompt.columns.items() if key not in SETTINGS},
             **{key: prompt.columns[key] for key in SETTINGS if prompt.columns.get(key)},
             "rewards": of_functions,
             "reward": reward,
             "finish": one.finish,
-            "tokens": len(one.ids),
-            "logprob_mean": None if one.logprobs is None else _or_none(round(one.logprobs.mean().item(), 6)),
+            "tokens": one.num_tokens,
+            "logprob_mean": None if one.logprob_mean is None else _or_none(round(one.logprob_mean, 6)),
         }
-        for prompt, text, one, of_functions, reward in zip(asked, texts, drawn, scores, sums, strict=True)
+        for prompt, one, of_functions, reward in zip(prompts, drawn, scores, sums, strict=True)
+    )
+    return [
+        [
+            {**next(rows), "prompt_index": group.prompt_index, "seed": group.seed, "model": model}
+            for _ in group.completions
+        ]
+        for group in batch.groups
     ]
 
 

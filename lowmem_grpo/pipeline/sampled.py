@@ -7,11 +7,11 @@ A line has
     tools, chat_template_kwargs   where the row has them, as supervised training reads them
     rewards              by reward function, null where one gives none
     reward               their weighted sum, null where there is none
-    finish               "eos", "stop" (a stop string) or "length" (cut off)
-    tokens               how many were sampled, the one that ends it included
+    finish               "eos", "stop" (a stop string, or an endpoint's end where there are some) or "length" (cut off)
+    tokens               how many were sampled, the one that ends it included; null where an endpoint does not count
     logprob_mean         mean log-probability of a token under temperature alone; null where the sampler does not say
     prompt_index         of the prompt among those of the data that are not too long
-    seed, model          what the group was drawn from
+    seed, model          what the group was drawn from; of an endpoint's, seed is null
 
 NAME.run, beside NAME, has the settings and the identity of the model, the data and the rewards.
 """
@@ -38,15 +38,21 @@ class SampledFile:
     """The file that sample() writes: what of it is whole, and whether a run may go on with it.
 
     Attributes:
-        num_groups: whole groups that it holds.
+        done: the prompts of which it holds whole groups, in its order; those of one model here are the first ones.
         sampler: the state of the sampler that drew them, or None before there is one.
     """
 
-    def __init__(self, output: str, num_generations: int):
+    def __init__(self, output: str, num_generations: int, in_order: bool = True):
         self.path = Path(os.path.expanduser(output))
         self.settings_path = self.path.with_name(f"{self.path.name}.run")
-        self.num_generations, self.num_groups = num_generations, 0
+        self.num_generations, self.in_order = num_generations, in_order
+        self.done: list[int] = []
         self.saved: Row | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """How many whole groups it holds."""
+        return len(self.done)
 
     @property
     def sampler(self) -> Row | None:
@@ -73,15 +79,20 @@ class SampledFile:
         self.saved = self._read_settings()
         changed = refuse_changes(config, self.saved["config"], OTHERWISE)
         self.refuse_another(identity)
-        self.num_groups = len(lines) // self.num_generations
-        whole = lines[: self.num_groups * self.num_generations]
+        seen: set[int] = set()
+        whole = lines[: len(lines) // self.num_generations * self.num_generations]
         for place, line in enumerate(whole):
             row = read_row(line, f"line {place + 1} of {self.path}")
-            if row["prompt_index"] != place // self.num_generations:
+            index, begins = row["prompt_index"], place % self.num_generations == 0
+            expected = len(self.done) if self.in_order and begins else index if begins else self.done[-1]
+            if index != expected or (begins and index in seen):
                 raise InputError(
-                    f"line {place + 1} of {self.path} is of prompt {row['prompt_index']}, and not of "
-                    f"{place // self.num_generations}: the file was changed; {OTHERWISE}"
+                    f"line {place + 1} of {self.path} is of prompt {index}, and not of "
+                    f"{'another one' if index == expected else expected}: the file was changed; {OTHERWISE}"
                 )
+            if begins:
+                self.done.append(index)
+                seen.add(index)
         os.truncate(self.path, sum(len(line) + 1 for line in whole))
         return [f"going on with {self.path}, with {', '.join(changed)}"] if changed else []
 
@@ -110,7 +121,7 @@ class SampledFile:
                 text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in group)
                 file.write(text.encode())
                 file.flush()
-                self.num_groups += 1
+                self.done.append(group[0]["prompt_index"])
             os.fsync(file.fileno())
 
     def _read_settings(self) -> Row:
@@ -175,7 +186,8 @@ def _is_count(value: Any) -> bool:
 
 FIELDS: dict[str, Callable[[Any], bool]] = {  # what a line must have, and of what kind
     "prompt": _is_text, "completion": _is_text, "rewards": _are_rewards, "reward": _is_reward,
-    "finish": lambda value: value in FINISHES, "tokens": _is_count, "prompt_index": _is_count,
+    "finish": lambda value: value in FINISHES, "tokens": lambda value: value is None or _is_count(value),
+    "prompt_index": _is_count,
 }  # fmt: skip
 
 

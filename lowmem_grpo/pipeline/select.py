@@ -50,6 +50,7 @@ def select(rows: Sequence[Row], config: SelectConfig | None = None) -> Selection
     """
     config = SelectConfig() if config is None else config
     _refuse_without_rewards(rows, config)
+    _refuse_without_tokens(rows, config)
     draw = random.Random(config.seed)
     groups = [_ranked(group, config, draw) for group in grouped(rows)]
     funnel = [Left("sampled", len(rows), len(groups))]
@@ -79,7 +80,12 @@ def _ranked(group: Group, config: SelectConfig, draw: random.Random) -> Group:
     """The completions of a prompt, those that are to be kept first at the beginning."""
     if config.choice == "random":
         return draw.sample(group, len(group))
-    return sorted(group, key=lambda row: (-_sum(row), row["tokens"]))
+    return sorted(group, key=lambda row: (-_sum(row), _length(row)))
+
+
+def _length(row: Row) -> int:
+    """A completion's tokens, or where nobody counted them its characters."""
+    return len(text_of(row)) if row["tokens"] is None else row["tokens"]
 
 
 def _sum(row: Row) -> float:
@@ -202,6 +208,13 @@ def _refuse_without_rewards(rows: Sequence[Row], config: SelectConfig) -> None:
     asked = [name for name in ("min_reward", "min_pass_rate", "max_pass_rate") if getattr(config, name) is not None]
     if asked and not any(value is not None for row in rows for value in row["rewards"].values()):
         raise InputError(f"{asked[0]} is given, and no completion has a reward; sample with reward_funcs")
+
+
+def _refuse_without_tokens(rows: Sequence[Row], config: SelectConfig) -> None:
+    """Raise InputError where a rule is about tokens and a row does not say how many it has."""
+    asked = [name for name in ("min_tokens", "max_tokens") if getattr(config, name) is not None]
+    if asked and any(row["tokens"] is None for row in rows):
+        raise InputError(f"{asked[0]} is given, and the server that sampled did not count tokens; leave it out")
 
 
 def _refuse_nothing(funnel: list[Left]) -> None:
