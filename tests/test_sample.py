@@ -202,6 +202,7 @@ run(sys.argv[1], prompts_per_step=1)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_the_middle_goes_on_to_the_same_bytes(whole, tmp_path):
     path = tmp_path / "sampled.jsonl"
     here = os.path.dirname(__file__)
@@ -262,7 +263,7 @@ def test_a_sampling_leaves_torchs_generator_where_a_seed_puts_it(tmp_path):
     assert torch.equal(torch.get_rng_state(), one)
 
 
-@pytest.mark.parametrize("num_generations", [1, 8])
+@pytest.mark.parametrize("num_generations", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_plan_of_a_sampling_is_that_of_a_trainings_rollout(num_generations):
     settings = SampleConfig(num_generations=num_generations, vram_budget="8GB").for_sampler()
     model = AutoConfig.from_pretrained(DEMO_MODEL)

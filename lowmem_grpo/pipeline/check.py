@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
@@ -66,6 +67,8 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
         if plan_found is None and hasattr(config, "vram_budget"):
             fitting = plan_to_fit if config.vram_budget is not None else plan if planned else None
             if fitting is not None:
+                if isinstance(config, SampleConfig):
+                    config = config.for_sampler()
                 plan_found = fitting(read_config(model, config), config, adapter_config(model, config))
     facts = found.facts[1:] if any(one.startswith("dataset ") for one in awaited) else found.facts  # not all the rows
     return Outlook([*facts, *dict.fromkeys(awaited)], plan_found)
