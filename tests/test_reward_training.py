@@ -1,6 +1,7 @@
 """train_reward_model(): a run from pairs to a reward adapter, its resume, its evaluations, and the command."""
 
 import dataclasses
+import errno
 import json
 import math
 
@@ -20,7 +21,7 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_REWARD
 from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
-from lowmem_grpo.errors import InputError, UnhealthyRunError
+from lowmem_grpo.errors import InputError, NotSavedError, UnhealthyRunError
 from lowmem_grpo.model.score_head import SCORE, read_range
 from lowmem_grpo.pair_inputs import read_pair_inputs
 from lowmem_grpo.run.pair_checkup import findings
@@ -94,6 +95,21 @@ def test_a_stopped_run_resumes_to_the_adapter_and_head_of_the_one_that_was_not(t
         ours, theirs = load_file(tmp_path / "cut" / name), load_file(tmp_path / "whole" / name)
         assert SCORE in ours and all(torch.equal(ours[path], theirs[path]) for path in theirs)
     assert read_range(tmp_path / "cut/adapter") == read_range(tmp_path / "whole/adapter")
+
+
+def test_a_disk_that_refuses_the_range_of_scores_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NotSavedError, match="score_range.json cannot be .*No space left"),
+    ):
+        patch.setattr("lowmem_grpo.loops.reward.save_range", refuse)
+        run(tmp_path, max_steps=1)
+    assert SCORE in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    run(tmp_path, max_steps=1, resume_from_checkpoint=True)
+    assert read_range(tmp_path / "adapter")
 
 
 def test_another_run_is_not_resumed(tmp_path):

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem_grpo.config.reward import RewardConfig
-from lowmem_grpo.model.score_head import save_range
+from lowmem_grpo.errors import NotSavedError
+from lowmem_grpo.model.score_head import RANGE, save_range
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pair_inputs import PairInputs, read_pair_inputs
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -16,6 +16,7 @@ from lowmem_grpo.run.evaluations import accuracies_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.pair_checkup import doctor_of_pairs
 from lowmem_grpo.run.pair_preview import show_pair
+from lowmem_grpo.run.room import refusal
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.pair_metrics import score_metrics
@@ -83,8 +84,18 @@ def train_reward_model(
 
 
 def measure_range(run: Run, inputs: PairInputs) -> None:
-    """Write mean and deviation of the training pairs' scores beside the adapter, for whoever normalizes by them."""
+    """Write mean and deviation of the training pairs' scores beside the adapter, for whoever normalizes by them.
+
+    Raises:
+        NotSavedError: the disk refuses.
+    """
     first = inputs.pairs.all[:NUM_RANGED]
     lengths = [len(text) + 1 for pair in first for text in pair.texts]
     scores = run.budget.fit(partial(scores_of, run.policy, first, inputs.config), lengths)
-    save_range(Path(run.folder) / "adapter", scores.mean().item(), scores.std().item())
+    try:
+        save_range(run.folder / "adapter", scores.mean().item(), scores.std().item())
+    except OSError as error:
+        raise NotSavedError(
+            f"{run.folder / 'adapter' / RANGE} cannot be written ({refusal(error)}), by which normalize=True goes; the "
+            "adapter is whole, and resume_from_checkpoint=True measures its scores again"
+        ) from error
