@@ -1,5 +1,6 @@
 """sample(): completions into a file, which a stopped run goes on with to the same bytes; and the command."""
 
+import datetime
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import DEMO_MODEL, make_model
 from transformers import AutoConfig, AutoTokenizer
 
@@ -16,7 +18,7 @@ from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, 
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
-from lowmem_grpo.pipeline.sampled import read_sampled
+from lowmem_grpo.pipeline.sampled import SampledFile, read_sampled
 from lowmem_grpo.pipeline.sources import seed_of
 from lowmem_grpo.planner.plan import forecast, plan
 
@@ -145,6 +147,30 @@ def test_without_rewards_nothing_is_scored_and_one_completion_is_enough(tmp_path
     result = run(tmp_path / "a.jsonl", rewards=None, num_generations=1, max_completion_length=4)
     rows = read_sampled(tmp_path / "a.jsonl")
     assert [row["rewards"] for row in rows] == [{}] * 6 and result.metrics["reward"] is None
+
+
+def test_what_json_does_not_hold_of_a_row_is_a_text_or_null_in_the_file(tmp_path):
+    day = datetime.datetime(2020, 1, 2)
+    rows = Dataset.from_list([{"prompt": "1+1=", "x": float("nan"), "y": [{"z": day}], "b": b"a"}])
+    run(tmp_path / "a.jsonl", rows, None, num_generations=1, max_completion_length=2)
+    (row,) = read_sampled(tmp_path / "a.jsonl")
+    assert row["columns"] == {"x": None, "y": [{"z": "2020-01-02 00:00:00"}], "b": "b'a'"}
+
+
+def test_a_kill_at_any_byte_costs_the_group_that_was_being_written_alone(whole, tmp_path):
+    text, config = (
+        whole.read_bytes(),
+        SampleConfig(**json.loads(whole.with_name(f"{whole.name}.run").read_bytes())["config"]),
+    )
+    ends = [0, *(place + 1 for place, byte in enumerate(text) if byte == 10)][::3]
+    path = cut(whole, tmp_path, 0)
+    identity = json.loads(path.with_name(f"{path.name}.run").read_bytes())["identity"]
+    for num_bytes in [*range(0, len(text), 37), *ends, *(end - 1 for end in ends[1:])]:
+        path.write_bytes(text[:num_bytes])
+        file = SampledFile(str(path), 3)
+        file.prepare(config, identity)
+        assert file.num_groups == sum(end <= num_bytes for end in ends) - 1
+        assert path.read_bytes() == text[: ends[file.num_groups]]
 
 
 def test_a_reward_that_gives_none_is_null_in_the_file(tmp_path):

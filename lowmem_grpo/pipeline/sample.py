@@ -126,10 +126,10 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
         sums = [_or_none(value) for value in weighted_rewards(scored, inputs.config.reward_weights).tolist()]
     rows = iter(
         {
-            "prompt": prompt.text,
+            "prompt": as_json(prompt.text),
             "completion": one.text,
-            "columns": {key: value for key, value in prompt.columns.items() if key not in SETTINGS},
-            **{key: prompt.columns[key] for key in SETTINGS if prompt.columns.get(key)},
+            "columns": {key: as_json(value) for key, value in prompt.columns.items() if key not in SETTINGS},
+            **{key: as_json(prompt.columns[key]) for key in SETTINGS if prompt.columns.get(key)},
             "rewards": of_functions,
             "reward": reward,
             "finish": one.finish,
@@ -145,6 +145,17 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
         ]
         for group in batch.groups
     ]
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON holds it: a date as a text, and None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(name): as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    if isinstance(value, float):
+        return _or_none(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _or_none(value: float) -> float | None:
