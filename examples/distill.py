@@ -21,8 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=200)
     parser.add_argument("--max_completion_length", type=int, default=768)
     given = parser.parse_args(arguments)
-    if given.model is None:
+    needed = (given.model, given.teacher, given.dataset)
+    if needed == (None, None, None):
         return demo(given.output_dir)
+    if None in needed:
+        parser.error("give --model, --teacher and --dataset, or none of them for the package's own model")
     config = GRPOConfig(
         output_dir=given.output_dir,
         teacher=given.teacher,

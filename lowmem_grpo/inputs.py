@@ -361,7 +361,7 @@ def read_data_inputs(
         _refuse_lost_bases(rewards, model, config)
     notes = _try_out(rewards, rows, "train_dataset")
     tokenizer = tokenizer_of(tokenizer, model, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
     notes += _left_out(dropped, "prompts", config)
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,

@@ -231,6 +231,9 @@ def test_a_system_prompt_is_read_by_the_teacher_alone(tmp_path):
         max_steps=1,
     )  # fmt: skip
     policy = result.policy
+    preview = (tmp_path / "data_preview.txt").read_text(encoding="utf-8").splitlines()
+    at = preview.index("  as the teacher reads it")
+    assert "Be brief." in preview[at - 1] and "Sum up." in preview[at + 1]
     (line,) = result.history
     assert line["teacher_kl"] > 0 and "reward" not in line and "reward_std" not in line
     (file,) = (tmp_path / "completions").glob("*.parquet")
@@ -279,6 +282,12 @@ def test_another_teacher_is_refused_on_resume(tmp_path, folders):
     again = {**settings, "max_steps": 2, "resume_from_checkpoint": True}
     with pytest.raises(InputError, match="teacher"):
         run(tmp_path / "out", **{**again, "teacher": str(tmp_path / "out/adapter")})
+    settings_of = Path(adapter) / "adapter_config.json"
+    text = settings_of.read_text(encoding="utf-8")
+    settings_of.write_text(json.dumps({**json.loads(text), "lora_alpha": 1}), encoding="utf-8")
+    with pytest.raises(InputError, match="is of a run with another teacher: weights"):
+        run(tmp_path / "out", **again)
+    settings_of.write_text(text, encoding="utf-8")
     policy = make_policy(model)
     with torch.no_grad():
         next(iter(policy.parameters_of(policy.adapter).values())).add_(1)
@@ -319,6 +328,18 @@ def test_evaluations_and_texts_that_a_teacher_cannot_read_are_refused(tmp_path):
         run(tmp_path, rows=texts, teacher="base", teacher_system_prompt="Sum up.")
     with pytest.raises(InputError, match="an evaluation needs reward_funcs, and a teacher is none"):
         measure_model(str(DEMO_MODEL), None, ROWS[:4], GRPOConfig(teacher=str(DEMO_MODEL), use_cpu=True))
+
+
+def test_a_teacher_that_is_the_policys_own_base_is_told(tmp_path, recwarn):
+    """Under a system prompt of its own it has something to teach."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "other")
+    for teacher, prompt, is_told in ((DEMO_MODEL, None, True), (DEMO_MODEL, "Sum up.", False), (tmp_path / "other", None, False)):  # fmt: skip
+        assert find_teacher(
+            str(DEMO_MODEL), GRPOConfig(teacher=str(teacher), teacher_system_prompt=prompt, use_cpu=True)
+        )
+        told = [str(warning.message) for warning in recwarn]
+        assert any("is the policy's own base, which is held twice" in text for text in told) == is_told
+        recwarn.clear()
 
 
 def teacher_folder(folder, change_tokenizer=lambda tokenizer: None, **config):

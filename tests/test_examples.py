@@ -143,6 +143,9 @@ def test_rejection_sampling_and_what_learns_from_it(tmp_path, monkeypatch, capsy
 
 
 def test_distillation(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main_of("distill")(["--model", str(DEMO_MODEL)])
+    assert "give --model, --teacher and --dataset, or none of them" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{n}+1="} for n in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -20,6 +20,7 @@ from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model, re
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.warn import warn
 
 BASE = "base"  # the name of the policy's own base as a teacher
 ADAPTER = "teacher"  # the name that a teacher's adapter has on the policy's base
@@ -61,6 +62,11 @@ def find_teacher(model: Any, config: GRPOConfig, *, needs_weights: bool = True) 
         adapter = read_adapter_config(name)
         if _same(str(adapter.base_model_name_or_path), _base_of(model)):
             return FoundTeacher(name, adapter)
+    elif config.teacher_system_prompt is None and _same(name, _base_of(model)):
+        warn(
+            f"the teacher {shown(name)} is the policy's own base, which is held twice, and only holds the policy to "
+            "it, as beta does; name a larger model or an adapter, or set beta instead"
+        )
     own = as_teacher(name, config)
     return FoundTeacher(name, adapter_config(name, own), read_config(name, own))
 
@@ -132,14 +138,14 @@ def _ends(model: Any, tokenizer: Any, config: GRPOConfig) -> set[int]:
 
 
 def files_of(found: FoundTeacher) -> str:
-    """SHA-256 of a teacher's weights as its files have them: names, sizes and some blocks of each.
+    """SHA-256 of a teacher's weights as its files have them: names, sizes and some blocks of each, and its settings.
 
     Of a model on the hub it is that of the revision's name.
     """
     digest = hashlib.sha256(str(getattr(found.model, "_commit_hash", None)).encode())
     folder = Path(found.name)
     for path in sorted(folder.iterdir()) if found.name != BASE and folder.is_dir() else ():
-        if path.suffix in (".safetensors", ".bin"):
+        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:

@@ -50,6 +50,7 @@ class Preview:
     is_asked_for: bool  # False where the prompt names no form, and the answer is in the one that earns most
     rewards: dict[str, tuple[float, float]]  # by function, for that answer and for an empty completion; NaN for none
     bare: dict[str, float]  # by function, for the gold answer without a mark; of prompts that name no form
+    of_teacher: str | None = None  # the prompt as a teacher reads it, where that is something else
 
 
 def show_preview(inputs: Inputs) -> list[Finding]:
@@ -78,7 +79,8 @@ def make_previews(inputs: Inputs, count: int) -> list[Preview]:
     tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs.rewards) is None]
     rewards, tokenizer = RewardRunner(tried, inputs.rewards.timeout_s), inputs.tokenizer
     prompts = inputs.prompts[:count]
-    rendered = [tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False) for prompt in prompts]
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    rendered = [decode(prompt.ids) for prompt in prompts]
     golds = [read_gold(prompt.columns) for prompt in prompts]
     asked_for = [[mark for mark in MARKS if mark in text] for text in rendered]
     answers = [_answers(*row) for row in zip(rendered, prompts, golds, asked_for, strict=True)]
@@ -95,7 +97,8 @@ def make_previews(inputs: Inputs, count: int) -> list[Preview]:
         bare = [] if asked else of_answers[:: len(UNASKED)]
         of_bare = {name: max(of_name) for name, *of_name in zip(rewards.names, *bare, strict=True)} if bare else {}
         answer = None if best is None else own[best]
-        previews.append(Preview(text, len(prompt.ids), gold, answer, bool(asked), verdicts, of_bare))
+        theirs = None if prompt.teacher_ids is None else decode(prompt.teacher_ids)
+        previews.append(Preview(text, len(prompt.ids), gold, answer, bool(asked), verdicts, of_bare, theirs))
     return previews
 
 
@@ -231,6 +234,8 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
             f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, {one.num_tokens} tokens"
         )
         lines += _indented(_cut(one.prompt, most_characters))
+        if one.of_teacher is not None:
+            lines += ["  as the teacher reads it", *_indented(_cut(one.of_teacher, most_characters))]
         lines += (
             ["  gold answer: none that the built-in rewards read"]
             if one.gold is None
