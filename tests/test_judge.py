@@ -185,3 +185,16 @@ def test_a_run_learns_from_a_judge_that_is_named_on_the_command_line(tmp_path):
 )
 def test_a_mark_is_a_number_that_stands_alone(said, marks):
     assert SCORES["1-10"].verdicts(said) == marks
+
+
+def test_a_judge_over_http_sees_the_part_that_it_is_told_to():
+    said = "<think>rude words</think>\n\nThank you."
+    completions = [said, [{"role": "assistant", "content": said}], "<think>never ends"]
+    with Server(lambda request: Answer("8")) as server:
+        whole = verdicts(endpoint_judge(server, max_concurrent=1), completions=completions)
+        answers = verdicts(endpoint_judge(server, part="answer", max_concurrent=1), completions=completions)
+        shown = [request["messages"][0]["content"] for request in server.requests]
+    assert whole == answers == [7 / 9] * 3
+    assert ["rude words" in text for text in shown] == [True, True, False, False, False, False]
+    assert ["Thank you." in text for text in shown[3:]] == [True, True, False] and "never ends" not in shown[5]
+    assert settings_of(endpoint_judge(server, part="answer"))["part"] == "answer"
