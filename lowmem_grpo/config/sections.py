@@ -287,20 +287,22 @@ class EndpointFields(Checked):
     """A model that is asked over HTTP."""
 
     base_url: str | None = option(
-        None, "OpenAI-compatible endpoint to ask, such as http://localhost:8000/v1; model is then its name there",
+        None, "OpenAI-compatible endpoint to ask, like http://localhost:8000/v1; model is then a name that it lists",
         common=True, may_change=True,
     )  # fmt: skip
-    max_concurrent: int = option(16, "most requests at once", may_change=True, above=0, at_most=4096)
-    timeout: float = option(600.0, "seconds for one reply", may_change=True, above=0, at_most=10**6)
+    max_concurrent: int = option(16, "most requests to an endpoint at once", may_change=True, above=0, at_most=4096)
+    timeout: float = option(600.0, "seconds for one reply of an endpoint", may_change=True, above=0, at_most=10**6)
     max_retries: int = option(
-        5, "times that a request is sent again after a busy server, an error of its own, or no connection",
+        5, "times that a request is sent again to an endpoint that is busy, fails, or does not answer",
         may_change=True, at_least=0, at_most=100,
     )  # fmt: skip
     api_key_variable: str | None = option(
-        None, "name of the environment variable that holds the key, which is never saved", may_change=True
+        None,
+        "name of the environment variable that holds an endpoint's key, which is never saved",
+        may_change=True,
     )
     extra_body: dict[str, Any] | None = option(
-        None, "further fields of each request, as JSON on the command line; null as a value leaves a field out"
+        None, "further fields of each request to an endpoint, as JSON on the command line; null leaves a field out"
     )
 
 

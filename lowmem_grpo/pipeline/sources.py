@@ -8,7 +8,8 @@ import logging
 import math
 import threading
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -161,9 +162,12 @@ class FromEndpoint:
         groups = [futures[start : start + count] for start in range(0, len(futures), count)]
         places = {future: place for place, group in enumerate(groups) for future in group}
         num_left = [count] * len(groups)
+        ended: SimpleQueue[Future[Reply]] = SimpleQueue()  # in the order of time, which as_completed() does not keep
+        for future in futures:
+            future.add_done_callback(ended.put)
         try:
-            for future in as_completed(futures):
-                place = places[future]
+            for _ in futures:
+                place = places[ended.get()]
                 num_left[place] -= 1
                 if num_left[place] == 0:
                     yield indices[place], self._drawn(groups[place])
