@@ -213,7 +213,7 @@ def test_what_is_no_reward_adapter_is_refused(adapter, tmp_path):
         with pytest.raises(InputError, match=rf"^{name}={re.escape(repr(value))} is no"):
             get_adapter_reward(**{"adapter": adapter, **wrong})
     (Path(adapter) / "score_range.json").rename(tmp_path / "kept")
-    with pytest.raises(InputError, match="has no score_range.json to normalize by"):
+    with pytest.raises(InputError, match="has no score_range.json to normalize by, which is in a finished run"):
         get_adapter_reward(adapter, normalize=True)
     (tmp_path / "kept").rename(Path(adapter) / "score_range.json")
     with pytest.raises(InputError, match="scores texts and writes none; give it as one of the reward_funcs"):

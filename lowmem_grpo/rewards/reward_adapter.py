@@ -93,7 +93,10 @@ class AdapterReward:
         if normalize:
             known = read_range(self.folder)
             if known is None:
-                raise InputError(f"{folder!r} has no {RANGE} to normalize by; leave normalize out, or train it anew")
+                raise InputError(
+                    f"{folder!r} has no {RANGE} to normalize by, which is in a finished run's adapter/ and not in its "
+                    "best/; finish the run, with load_best_model_at_end for its best, or leave normalize out"
+                )
             self.mean, self.deviation = known
         self.missing_eos_penalty, self.part = missing_eos_penalty, part
         name = Path(folder).absolute()
