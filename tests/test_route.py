@@ -66,6 +66,11 @@ def test_what_an_inner_function_does_wrong_is_counted_as_always():
     assert found.rewards.isnan().all() and found.metrics["rewards/one/failures"] == 4
 
 
+def test_values_for_all_rows_are_not_taken_for_those_of_its_own():
+    found = run(get_routed_reward(lambda completions, **_: [1.0, 2.0, 3.0, 4.0], values=["math"], name="one"))
+    assert found.rewards.isnan().all() and found.metrics["rewards/one/failures"] == 4
+
+
 def test_routes_of_one_function_have_names_of_their_own():
     names = RewardRunner([get_routed_reward(lengths, values=[kind]) for kind in ("math", "chat")]).names
     assert names == ["lengths_math", "lengths_chat"]
@@ -83,6 +88,7 @@ def test_a_command_names_a_route_and_what_is_within():
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        ({"reward": "accuracy_reward", "values": None}, "get_routed_reward needs values"),
         ({"reward": "accuracy_reward"}, "get_routed_reward needs values"),
         ({"reward": "acuracy_reward", "values": ["a"]}, "did you mean accuracy_reward"),
         ({"reward": "get_judge_reward", "values": ["a"]}, "makes a reward function; call it"),

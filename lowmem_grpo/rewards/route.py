@@ -29,7 +29,7 @@ def get_routed_reward(
     """
     from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs  # which know this factory
 
-    given = [values] if isinstance(values, str | int | float) else [*values]
+    given = [values] if isinstance(values, str | int | float) else [*(values or ())]
     if not given:
         raise InputError("get_routed_reward needs values: those of the column that the reward is for, such as ['math']")
     if not isinstance(column, str) or not column:
@@ -80,8 +80,10 @@ class RoutedReward:
         def spread(values: Any) -> Any:
             """The rewards of the reward's own rows, None in all other places."""
             values = values.tolist() if hasattr(values, "tolist") else values
-            if not isinstance(values, list | tuple) or len(values) != len(own):
+            if not isinstance(values, list | tuple):
                 return values  # which the runner refuses in words of its own
+            if len(values) != len(own):  # as many as all rows have would be taken for theirs
+                raise ValueError(f"{len(values)} values for its {len(own)} completions; return a list, one value each")
             return _spread(values, own, len(completions))
 
         def log_extra(column: str, values: list) -> None:
