@@ -390,7 +390,8 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
             raise InputError(f"{name} reads completion_ids, and an endpoint gives texts alone; leave it out")
     prompts, num_texts, notes = chat_prompts(rows, config), sum(map(is_text, rows["prompt"])), []
     if num_texts:
-        rows = rows.remove_columns("prompt").add_column("prompt", [prompt.text for prompt in prompts])
+        columns = {name: list(rows[name]) for name in rows.column_names}
+        rows = Dataset.from_dict({**columns, "prompt": [prompt.text for prompt in prompts]})
         notes = [f"{num_texts} prompts are texts, which the endpoint is given as what a user says"]
     notes += _try_out(rewards, rows, "train_dataset")
     data = {**columns_of(prompts), "prompt": [prompt.text for prompt in prompts]}

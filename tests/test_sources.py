@@ -1,5 +1,6 @@
 """sample() from a model behind an endpoint: rows, what fails and is asked again, and what no endpoint obeys."""
 
+import datetime
 import json
 import threading
 
@@ -56,6 +57,16 @@ def test_a_line_has_what_the_server_says_and_its_reward(output):
         }
     ]  # fmt: skip
     assert (result.num_prompts, result.num_completions, result.metrics["completions/mean_length"]) == (1, 2, 7)
+
+
+def test_prompts_may_be_texts_alone_and_messages_may_have_dates(output):
+    with Server(teacher) as server:
+        run(server, output, [{"prompt": "1+1="}, {"prompt": "2+1="}], ())
+        asked_of = [[{"role": "user", "content": f"{n}+1="}] for n in (1, 2)]
+        assert sorted(map(str, (row["prompt"] for row in read_sampled(output)))) == sorted(map(str, asked_of * 2))
+        message = {"role": "user", "content": "1+1=", "at": datetime.date(2020, 1, 2)}
+        run(server, output.with_name("b.jsonl"), [{"prompt": [message]}], ())
+    assert server.requests[-1]["messages"] == [{**message, "at": "2020-01-02"}]
 
 
 def test_groups_are_whole_and_max_concurrent_are_asked_at_once(output):

@@ -14,7 +14,7 @@ from lowmem_grpo.errors import NotSavedError
 from lowmem_grpo.inputs import Inputs, read_endpoint_inputs, read_sampling_inputs, refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.output.lock import releasing_locks
-from lowmem_grpo.pipeline.sampled import Row, SampledFile, read_sampled
+from lowmem_grpo.pipeline.sampled import Row, SampledFile, as_json, read_sampled
 from lowmem_grpo.pipeline.sources import Batch, FromEndpoint, FromModel, endpoint_of, num_steps
 from lowmem_grpo.planner.plan import as_text as as_text_of_plan
 from lowmem_grpo.planner.plan import limit_memory
@@ -145,17 +145,6 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
         ]
         for group in batch.groups
     ]
-
-
-def as_json(value: Any) -> Any:
-    """A value as JSON holds it: a date as a text, and None for a number that is not finite."""
-    if isinstance(value, dict):
-        return {str(name): as_json(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
-    if isinstance(value, float):
-        return _or_none(value)
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _or_none(value: float) -> float | None:

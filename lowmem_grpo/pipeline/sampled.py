@@ -17,6 +17,7 @@ NAME.run, beside NAME, has the settings and the identity of the model, the data 
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +141,17 @@ class SampledFile:
         if not all(isinstance(saved.get(name), dict) for name in ("config", "identity", "sampler")):
             raise InputError(f"{self.settings_path} is damaged; {remedy}")
         return saved
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON holds it: a date as a text, and None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(name): as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def read_row(line: bytes, where: str) -> Row:

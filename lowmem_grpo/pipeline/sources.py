@@ -24,7 +24,7 @@ from lowmem_grpo.identity import adapter_weights_of, weights_of
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.pipeline.sampled import SampledFile
+from lowmem_grpo.pipeline.sampled import SampledFile, as_json
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Reply
 
 LARGEST_SEED = 2**53  # which every reader of JSON keeps
@@ -157,7 +157,7 @@ class FromEndpoint:
     def _groups(self, indices: list[int]) -> Iterator[tuple[int, list[Drawn] | EndpointError]]:
         """A prompt's completions, or why there are not all of them, as soon as either is known."""
         count, stop = self.config.num_generations, threading.Event()
-        conversations: Any = [self.inputs.prompts[index].text for index in indices for _ in range(count)]
+        conversations: Any = [as_json(self.inputs.prompts[index].text) for index in indices for _ in range(count)]
         futures = self.endpoint.start(conversations, stop)
         groups = [futures[start : start + count] for start in range(0, len(futures), count)]
         places = {future: place for place, group in enumerate(groups) for future in group}
