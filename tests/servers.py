@@ -26,6 +26,10 @@ class Answer:
         return json.dumps({"choices": [choice], "usage": {"completion_tokens": 7}}).encode()
 
 
+class Listening(ThreadingHTTPServer):
+    request_queue_size = 128  # of connections that wait; beyond 5, its default, the system resets them
+
+
 class Server:
     """A server whose `answer` gets each request's JSON; use it in a `with`."""
 
@@ -65,7 +69,7 @@ class Server:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = Listening(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.base_url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
