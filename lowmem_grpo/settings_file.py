@@ -73,6 +73,8 @@ class _Reader:
             line = f"line {name.start_mark.line + 1}"
             if not isinstance(name, yaml.ScalarNode):
                 raise InputError(f"{line}: it has a list or mapping for a name; write a text")
+            if name.tag == "tag:yaml.org,2002:merge":
+                raise InputError(f"{line}: << merges no mapping here; write its settings out")
             if name.value in found:
                 raise InputError(f"{line}: {shown(name.value)} stands there a second time; keep one")
             found[name.value] = self.value(value, depth + 1)

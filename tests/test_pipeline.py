@@ -1,5 +1,6 @@
 """run_pipeline(): phases in a row, what is done and what has changed, and the four details that are often got wrong."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -157,6 +158,11 @@ def test_other_data_another_adapter_and_one_that_is_gone_are_refused(copy):
         run()
 
 
+def test_a_dry_run_of_phases_that_are_done_anew_says_that_they_begin(copy, capsys):
+    run(begin_at="rl", dry_run=True)
+    assert "phase 2 of 2, rl (grpo): begins, from cold-start" in capsys.readouterr().out
+
+
 def test_a_phase_is_done_anew_and_what_it_had_made_is_kept(copy):
     with pytest.raises(InputError, match="--from rl is after --until cold-start"):
         run(begin_at="rl", until="cold-start")
@@ -288,6 +294,68 @@ def test_the_recipes_have_the_rewards_of_r1_added_up_and_a_judge_of_the_answer_a
     assert routed[1].inner.part == "answer" and r1["diverse-rl"].settings["temperature"] == 0.7
 
 
+SAMPLING = Phase("samples", "sample", dataset="sums.jsonl", reward_funcs=REWARD)
+UNSCORED = Phase("samples", "sample", dataset="sums.jsonl")
+TASTE = Phase("taste", "reward", dataset=[{"prompt": "1+1=", "chosen": "2", "rejected": "3"}])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([phases()[0], Phase("a", "grpo", **{**RL, "reward_funcs": "cold-start"})], "makes a policy; .* a reward model"),
+        ([phases()[0], Phase("a", "grpo", **{**RL, "dataset": "cold-start"})], "dataset is the phase cold-start, which"),
+        ([phases()[0], Phase("a", "select", dataset="cold-start")], "name one that makes completions"),
+        ([SAMPLING, Phase("a", "reward", dataset="samples")], "makes completions; name one that makes pairs"),
+        ([SAMPLING, Phase("p", "pairs", dataset="samples"), Phase("a", "sft", dataset="p")], "phase a: .* makes pairs"),
+        ([TASTE, Phase("a", "grpo", **RL, critic_init="taste")], "critic_init='taste' is read only with adv_estimator"),
+    ],
+)  # fmt: skip
+def test_a_phase_that_makes_something_else_than_is_read_is_refused(given, words):
+    """Which would else be found out once that phase is done, after hours."""
+    with pytest.raises(InputError, match=words):
+        resolved(*given)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reader", "words"),
+    [
+        (UNSCORED, Phase("a", "select", dataset="samples", min_reward=1), "min_reward needs rewards, and samples has no"),
+        (UNSCORED, Phase("a", "pairs", dataset="samples"), "a pair needs rewards, and samples has no reward_funcs"),
+        (Phase("samples", "sample", dataset="sums.jsonl", reward_funcs=REWARD, num_generations=1),
+         Phase("a", "pairs", dataset="samples"), "a pair needs two completions; samples has num_generations=1"),
+        (UNSCORED, Phase("a", "select", dataset="samples"), None),
+        (SAMPLING, Phase("a", "select", dataset="samples", min_reward=1), None),
+        (Phase("samples", "sample", dataset="gsm8k"), Phase("a", "pairs", dataset="samples"), None),
+    ],
+)  # fmt: skip
+def test_rewards_that_a_phase_chooses_by_are_there_before_anything_is_sampled(sampling, reader, words):
+    pipeline = resolve("some/model", [sampling, reader], "out")
+    with contextlib.nullcontext() if words is None else pytest.raises(InputError, match=words):
+        check(pipeline, pipeline.runs[1], pipeline.runs, planned=False)
+
+
+def test_the_rows_of_a_dataset_that_is_there_say_so_while_another_is_still_to_be_made(files):
+    """So that a reward routed by the column `dataset` finds it."""
+    routed = "get_routed_reward(reward='taste', column='dataset', values=['sums.jsonl', 'samples'])"
+    rl = Phase("rl", "grpo", **{**RL, "dataset": ["samples", "sums.jsonl"], "reward_funcs": routed})
+    pipeline = resolve(str(DEMO_MODEL), [SAMPLING, TASTE, rl], "out", {"use_cpu": True})
+    facts = check(pipeline, pipeline.runs[2], pipeline.runs, planned=False).facts
+    assert facts[-2:] == ["dataset is still to be made by samples", "reward_funcs is still to be made by taste"]
+
+
+def test_the_memory_of_sampling_is_that_of_the_adapter_which_is_still_to_be_trained(files):
+    common = {"use_cpu": True, "max_completion_length": 8, "max_prompt_length": 16}
+
+    def peak(*before, lora_r):
+        pipeline = resolve(str(DEMO_MODEL), [*before, SAMPLING], "out", {**common, "lora_r": lora_r})
+        return check(pipeline, pipeline.runs[-1], pipeline.runs, planned=True).plan.forecast.peak()
+
+    cold = phases()[0]
+    assert peak(cold, lora_r=64) > peak(cold, lora_r=8)
+    with pytest.raises(InputError, match="common has 'lora_r', a setting of none"):
+        peak(lora_r=8)
+
+
 # Files and the command.
 
 
@@ -321,6 +389,10 @@ def test_a_recipe_is_named_printed_and_run_with_a_model_and_a_folder_of_ones_own
         ("model: m\n", "needs phases: a list"),
         ("phases: [{name: a}]\n", "phase 1 of config file 'p.yaml' has no kind"),
         ("common: 3\nphases: []\n", "common: 3; make it a mapping"),
+        ("phases: [{name: 1, kind: sft}]\n", "phase 1 of config file 'p.yaml' has name: 1; give it a text, in quotes"),
+        ("phases: [{name: a, kind: sft, from_: base}]\n", "has from_, as in Python; write from"),
+        ("phases: [{name: a, kind: sft, lora-r: 8, lora_r: 4}]\n", "has lora_r twice, with a hyphen and"),
+        ("common: {lora-r: 8, lora_r: 4}\nphases: []\n", "common of config file 'p.yaml' has lora_r twice"),
     ],
 )
 def test_a_file_that_says_no_pipeline_is_refused(tmp_path, monkeypatch, text, words):
@@ -328,6 +400,14 @@ def test_a_file_that_says_no_pipeline_is_refused(tmp_path, monkeypatch, text, wo
     Path("p.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=words):
         read_pipeline_file("p.yaml")
+
+
+def test_names_with_hyphens_are_those_with_underscores_everywhere(tmp_path):
+    text = "common: {lora-r: 8}\neval: {reward-funcs: r}\nphases: [{name: a, kind: sft, max-steps: 1, self: 2}]\n"
+    (tmp_path / "p.yaml").write_text(text, encoding="utf-8")
+    found = read_pipeline_file(str(tmp_path / "p.yaml"))
+    assert found["common"] == {"lora_r": 8} and found["eval"] == {"reward_funcs": "r"}
+    assert found["phases"][0].settings == {"max_steps": 1, "self": 2}  # of which SFTConfig has no second one
 
 
 @pytest.mark.parametrize(

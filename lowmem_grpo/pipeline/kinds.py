@@ -47,6 +47,8 @@ class Kind:
     places: Callable[[Path], dict[str, Any]]  # the settings that the pipeline gives, by the phase's folder
     inputs: tuple[str, ...]  # what it may name besides settings: datasets and rewards; `dataset` is needed
     output: str  # in its folder, what it makes: an adapter, or a file of rows
+    makes: str  # what that is, in words: see `reads`
+    reads: Mapping[str, tuple[str, ...]]  # by those of `inputs` that may name phases before it: what those may make
     trains_policy: bool = False  # True where later phases go on with its adapter
     has_model: bool = True  # False where it works on rows alone
     joined: tuple[str, ...] = ("dataset", "eval_dataset")  # those of `inputs` of which it reads one dataset alone
@@ -147,33 +149,42 @@ def _sampled(dataset: Any) -> list[Row]:
     return [row for path in entries(dataset) for row in read_sampled(path)]
 
 
+POLICY, SCORER, COMPLETIONS, PREFERENCES = "a policy", "a reward model", "completions", "pairs"  # what phases make
+PROMPTS = (COMPLETIONS, PREFERENCES)
+
 KINDS = {
     kind.name: kind
     for kind in (
         Kind(
             name="sft", config=SFTConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
-            trains_policy=True, joined=("eval_dataset",), read=read_rows, check=_check_sft, run=_run_sft,
+            makes=POLICY, reads={"dataset": (COMPLETIONS,), "eval_dataset": (COMPLETIONS,)}, trains_policy=True,
+            joined=("eval_dataset",), read=read_rows, check=_check_sft, run=_run_sft,
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
-            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init"), output="adapter", trains_policy=True,
-            check=_check_grpo, run=_run_grpo,
+            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init"), output="adapter", makes=POLICY,
+            reads={"dataset": PROMPTS, "eval_dataset": PROMPTS, "reward_funcs": (SCORER,), "critic_init": (SCORER,)},
+            trains_policy=True, check=_check_grpo, run=_run_grpo,
         ),
         Kind(
             name="reward", config=RewardConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
-            read=read_rows, check=_check_reward, run=_run_reward,
+            makes=SCORER, reads={"dataset": (PREFERENCES,), "eval_dataset": (PREFERENCES,)}, read=read_rows,
+            check=_check_reward, run=_run_reward,
         ),
         Kind(
             name="sample", config=SampleConfig, places=lambda folder: {"output": str(folder / "sampled.jsonl")},
-            inputs=("dataset", "reward_funcs"), output="sampled.jsonl", check=_check_sample, run=_run_sample,
+            inputs=("dataset", "reward_funcs"), output="sampled.jsonl", makes=COMPLETIONS,
+            reads={"dataset": PROMPTS, "reward_funcs": (SCORER,)}, check=_check_sample, run=_run_sample,
         ),
         Kind(
             name="select", config=SelectConfig, places=lambda folder: {}, inputs=("dataset",), output="selected.jsonl",
-            has_model=False, joined=(), check=_check_select, run=_run_select,
+            makes=COMPLETIONS, reads={"dataset": (COMPLETIONS,)}, has_model=False, joined=(),
+            check=_check_select, run=_run_select,
         ),
         Kind(
             name="pairs", config=PairsConfig, places=lambda folder: {}, inputs=("dataset",), output="pairs.jsonl",
-            has_model=False, joined=(), check=_check_pairs, run=_run_pairs,
+            makes=PREFERENCES, reads={"dataset": (COMPLETIONS,)}, has_model=False, joined=(),
+            check=_check_pairs, run=_run_pairs,
         ),
     )
 }  # fmt: skip

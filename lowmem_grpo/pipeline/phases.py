@@ -45,7 +45,7 @@ class Phase:
     before it that trains the policy. Datasets and rewards may be names of phases before it.
     """
 
-    def __init__(self, name: str, kind: str, *, from_: str | None = None, **settings: Any):
+    def __init__(self, name: str, kind: str, /, *, from_: str | None = None, **settings: Any):
         self.name, self.kind, self.from_, self.settings = name, kind, from_, settings
 
     def __repr__(self) -> str:
@@ -137,18 +137,34 @@ def read_pipeline_file(path: str) -> dict[str, Any]:
     for key in ("common", "eval"):
         if not isinstance(found.get(key, {}), dict):
             raise InputError(f"{where} has {key}: {shown(found[key])}; make it a mapping of settings")
+        if key in found:
+            found[key] = _with_underscores(found[key], f"{key} of {where}")
     rows = found.get("phases")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{where} needs phases: a list, each with a name, a kind and its settings")
     phases = []
     for number, row in enumerate(rows, 1):
-        settings = {key.replace("-", "_"): value for key, value in row.items()}
+        settings = _with_underscores(row, f"phase {number} of {where}")
         for key in ("name", "kind"):
             if not isinstance(settings.get(key), str):
-                raise InputError(f"phase {number} of {where} has no {key}; give it one, a text")
+                has = f"{key}: {shown(settings[key])}" if key in settings else f"no {key}"
+                raise InputError(f"phase {number} of {where} has {has}; give it a text, in quotes where it is a number")
         name, kind, origin = settings.pop("name"), settings.pop("kind"), settings.pop("from", None)
+        if "from_" in settings:
+            raise InputError(f"phase {number} of {where} has from_, as in Python; write from")
         phases.append(Phase(name, kind, from_=origin, **settings))
     return {**found, "phases": phases}
+
+
+def _with_underscores(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings by the names that they have in Python: learning_rate where learning-rate was written."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name in found:
+            raise InputError(f"{where} has {name} twice, with a hyphen and with an underscore; keep one")
+        found[name] = value
+    return found
 
 
 def pipeline_file(name: str) -> Path:
@@ -205,6 +221,7 @@ def _resolved(
             raise InputError(f"a phase takes no {name}; leave it out, or do this phase by itself")
         if name in OF_ADAPTERS and origin is not None:
             raise InputError(f"{name} is fixed by the phase that begins the adapter; leave it out here")
+    _refuse_other_outputs(kind, inputs, before)
     known = [field.name for field in dataclasses.fields(kind.config)]
     settings = {**{name: value for name, value in common.items() if name in known}, **settings}
     refuse_unknown_fields(settings, kind.config)
@@ -216,7 +233,19 @@ def _resolved(
     if kind.config is GRPOConfig and settings.get("beta") and (origin is not None or model_is_adapter):
         settings = {"reference": "initial", **settings}  # the KL is to hold it near what it goes on from
     config = kind.config(**settings, **places)
+    if "critic_init" in inputs:
+        dataclasses.replace(config, critic_init=inputs["critic_init"])  # refused where there is no critic
     return PhaseRun(phase.name, kind, folder, origin, config, adapter_fields, inputs)
+
+
+def _refuse_other_outputs(kind: Kind, inputs: Mapping[str, Any], before: Sequence[PhaseRun]) -> None:
+    """Raise InputError for an input by the name of a phase that makes something else than what is read there."""
+    made = {run.name: run.kind.makes for run in before}
+    for name, value in inputs.items():
+        for one in entries(value):
+            if isinstance(one, str) and made.get(one, kind.reads[name][0]) not in kind.reads[name]:
+                wanted = " or ".join(kind.reads[name])
+                raise InputError(f"{name} is the phase {one}, which makes {made[one]}; name one that makes {wanted}")
 
 
 def _origin(phase: Phase, before: list[PhaseRun]) -> PhaseRun | None:

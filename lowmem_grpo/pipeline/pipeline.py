@@ -86,7 +86,8 @@ def run_pipeline(
             with naming(run.name):
                 outlook = check(pipeline, run, to_do, planned=dry_run)
         if dry_run:
-            _say(console, _described(pipeline, run, outlook if run in to_do else None))
+            state = "is done" if run in done else _begins(run, is_anew=run in anew)
+            _say(console, _described(pipeline, run, state, outlook if run in to_do else None))
     if dry_run:
         return PipelineResult(str(pipeline.output_dir), None, {run.name: read_record(run)["metrics"] for run in done})
     for run in reversed(anew):  # so that none is left which seems to be made of one that is to come
@@ -196,15 +197,14 @@ def _origin_of(run: PhaseRun) -> str:
     return BASE if run.origin is None else run.origin.name
 
 
-def _begins(run: PhaseRun) -> str:
-    there = checkpoints(run.folder)
+def _begins(run: PhaseRun, *, is_anew: bool = False) -> str:
+    there = [] if is_anew else checkpoints(run.folder)
     how = f"goes on at {there[-1].name}" if there else "begins"
     return f"{how}, {f'from {_origin_of(run)}, ' if run.kind.has_model else ''}in {run.folder}"
 
 
-def _described(pipeline: Pipeline, run: PhaseRun, outlook: Outlook | None) -> str:
+def _described(pipeline: Pipeline, run: PhaseRun, state: str, outlook: Outlook | None) -> str:
     """A phase for --dry_run: what is to be done, with what, and the plan of its memory."""
-    state = "is done" if outlook is None else _begins(run)
     lines = [f"phase {_place(pipeline, run)}: {state}"]
     for name, value in run.inputs.items():
         words = [one if isinstance(one, str) else getattr(one, "__name__", "in memory") for one in entries(value)]
