@@ -6,6 +6,7 @@ import pytest
 from lowmem_grpo.demo.r1 import task
 from lowmem_grpo.demo.r1.make_model import make_tokenizer, pairs
 from lowmem_grpo.demo.r1.run import run, run_recipe, write_recipe
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.pipeline.phases import read_pipeline_file, resolve
 from lowmem_grpo.pipeline.pipeline import run_pipeline
 from lowmem_grpo.rewards.accuracy import accuracy_reward
@@ -147,6 +148,20 @@ def test_the_first_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys
 def test_all_phases_run_in_small(tmp_path):
     phases = [row["phase"] for row in run_recipe(written(tmp_path)).evaluations]
     assert phases == ["base", "cold-start", "reasoning-rl", "sft", "last-rl"]
+
+
+def test_a_folder_of_another_seed_or_with_a_file_in_the_way_is_refused_and_left_as_it_is(tmp_path):
+    recipe = write_recipe(tmp_path / "a", seed=0)
+    before = recipe.read_bytes()
+    with pytest.raises(InputError, match="r1.yaml is of seed 0, and not of 1; set that, or choose"):
+        write_recipe(recipe.parent, seed=1)
+    assert recipe.read_bytes() == before == write_recipe(recipe.parent, seed=0).read_bytes()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/data").touch()
+    with pytest.raises(InputError, match="b/data cannot be written: File exists; choose another output_dir"):
+        write_recipe(tmp_path / "b", seed=0)
+    with pytest.raises(InputError, match="output_dir is '', which names no folder"):
+        run(0, "")
 
 
 @pytest.mark.slow

@@ -34,7 +34,9 @@ def refuse_pointer(path: Path) -> None:
 
 
 def writable_folder(output_dir: str) -> Path:
-    """Make output_dir. Raise InputError if nothing can be written there."""
+    """Make output_dir. Raise InputError if nothing can be written there, or it is the empty text."""
+    if not output_dir.strip():
+        raise InputError(f"output_dir is {output_dir!r}, which names no folder; give one, or leave it out")
     folder = Path(os.path.expanduser(output_dir))  # Path's own raises for a user who is not there
     try:
         folder.mkdir(parents=True, exist_ok=True)

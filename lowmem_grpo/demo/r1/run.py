@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_grpo.demo.r1 import task
-from lowmem_grpo.errors import printable_text
+from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.folder import writable_folder
 from lowmem_grpo.pipeline.phases import read_pipeline_file
 from lowmem_grpo.pipeline.pipeline import PipelineResult, run_pipeline
@@ -34,15 +34,26 @@ def run(seed: int = 0, output_dir: str | None = None) -> PipelineResult:
 
 
 def write_recipe(folder: Path, seed: int) -> Path:
-    """Write r1.yaml, with the paths of this run, and the data that it names. Returns its path."""
-    task.write_data(folder / "data")
+    """Write r1.yaml, with the paths of this run, and the data that it names. Returns its path.
+
+    Raises:
+        InputError: the folder is that of a run of another seed, or cannot be written.
+    """
+    path = folder / RECIPE.name
+    if path.is_file():
+        before = (read_pipeline_file(str(path)).get("common") or {}).get("seed")
+        if before != seed:
+            raise InputError(f"{path} is of seed {before}, and not of {seed}; set that, or choose another output_dir")
     paths = {name.upper().replace("-", "_"): str(folder / "data" / f"{name}.jsonl") for name in task.FILES}
     values = {"MODEL": str(MODEL), "FOLDER": str(folder), "SEED": seed, **paths}
     text = Template(RECIPE.read_text(encoding="utf-8")).substitute(
         {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     )
-    path = folder / RECIPE.name
-    path.write_text(text, encoding="utf-8")
+    try:
+        task.write_data(folder / "data")
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}; choose another output_dir") from error
     return path
 
 
