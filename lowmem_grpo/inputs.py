@@ -24,7 +24,7 @@ from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
 from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_base_of, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
@@ -166,9 +166,9 @@ def read_training_inputs(
         read_by = model if teacher.model is None else teacher.name
         check_prompts(read_by, [prompt.for_teacher for prompt in prompts], config, whose="for the teacher, ")
     notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
-    _refuse_critic(config)
     plan, given = None, config
     base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
+    _refuse_critic(base, config)
     identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
     if teacher is not None:
         asked = digest_of(prompt.for_teacher.ids for prompt in prompts)
@@ -196,12 +196,23 @@ def read_training_inputs(
     return inputs
 
 
-def _refuse_critic(config: CriticFields) -> None:
-    """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter."""
-    if config.critic_init != "policy" and not has_score_head(config.critic_init):
+def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
+    """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter.
+
+    One of another base, by its name, is told: as a reward it would be scored with that base, and a critic has none.
+    """
+    if config.critic_init == "policy":
+        return
+    if not has_score_head(config.critic_init):
         raise InputError(
             f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
             "one; give such a folder, or leave critic_init out"
+        )
+    trained_on = str(read_adapter_config(config.critic_init).base_model_name_or_path)
+    if os.path.realpath(trained_on) != os.path.realpath(base._name_or_path):
+        warn(
+            f"critic_init={shown(config.critic_init)} is an adapter of {shown(trained_on)}, and is put on "
+            f"{shown(base._name_or_path)}, where its values mean nothing unless the two are one model"
         )
 
 

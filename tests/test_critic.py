@@ -1,6 +1,7 @@
 """PPO's critic: values and their gradient, the advantages that follow, and whole runs with it."""
 
 import dataclasses
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_score_head import named_model
 from test_train import ROWS, adapters, length_reward, run
 from test_update import fixed_rollout
 from tiny_models import OutOfMemory, make_policy
+from transformers import PreTrainedConfig
 
 from lowmem_grpo import train
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -21,6 +23,7 @@ from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.errors import InputError, NotFiniteError
+from lowmem_grpo.inputs import _refuse_critic
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.loss import LOSSES, register_objective
@@ -337,6 +340,14 @@ def test_a_critic_may_start_as_a_reward_adapter(tmp_path):
     saved = load_file(tmp_path / "reward/adapter_model.safetensors")
     now = result.policy.adapter_state(CRITIC)
     assert {*now} == {*saved} and all(torch.equal(value, saved[name]) for name, value in now.items())
+
+
+def test_a_critic_that_starts_from_an_adapter_of_another_base_is_told(tmp_path):
+    config = ppo_config(critic_init=saved_critic(tmp_path / "reward"))
+    with pytest.warns(UserWarning, match="is an adapter of 'tiny', and is put on 'other', where its values mean"):
+        _refuse_critic(PreTrainedConfig(name_or_path="other"), config)
+    with warnings.catch_warnings(action="error"):
+        _refuse_critic(PreTrainedConfig(name_or_path="tiny"), config)
 
 
 def test_what_a_critic_cannot_start_from_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
