@@ -31,7 +31,7 @@ def teacher(request):
 def run(server, output, rows=None, rewards=(right,), model="large", **settings):
     config = SampleConfig(**{
         "output": str(output), "num_generations": 2, "max_retries": 0, "base_url": server.base_url,
-        "max_completion_length": 24, **settings,
+        "max_completion_length": 24, "max_concurrent": 4, **settings,  # of which http.server lets 5 wait
     })  # fmt: skip
     return sample(model, ROWS if rows is None else rows, [*rewards] or None, config)
 
@@ -194,7 +194,6 @@ def test_a_key_is_sent_and_never_saved(output, monkeypatch):
         ({"seed": 1}, "seed is about a model on this machine"),
         ({"max_prompt_length": 9}, "max_prompt_length is about a model on this machine"),
         ({"min_p": 0.1}, "min_p is not among what every endpoint reads; leave it out, or write it into extra_body"),
-        ({"extra_body": {"n": 4}}, "extra_body has 'n', which is set here"),
         ({"extra_body": {"seed": 4}}, "extra_body has 'seed', with which a prompt's completions would be alike"),
         ({"base_url": None, "timeout": 9.0}, "timeout is about an endpoint; give its base_url, or leave timeout out"),
     ],
@@ -213,6 +212,7 @@ def reads_ids(completions, completion_ids, **kwargs):
     [
         ({"base_url": "localhost:8000"}, "is no address; write it as http://localhost:8000/v1"),
         ({"api_key_variable": "NOT_SET"}, "the environment variable 'NOT_SET' is not set"),
+        ({"extra_body": {"n": 4}}, "extra_body has n, which a request has or cannot have"),
         ({"model": ""}, "model is '', and base_url is given; name the model as the server lists it"),
         ({"rewards": ["get_judge_reward()"]}, "judge_reward scores by a model that is sampled on this machine"),
         ({"rewards": [reads_ids]}, "reads_ids reads completion_ids, and an endpoint gives texts alone"),

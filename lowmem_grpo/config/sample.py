@@ -29,7 +29,6 @@ OF_ENDPOINT = {
 }  # fmt: skip
 # Not in OpenAI's requests, and known to many servers.
 OF_SOME_SERVERS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
-SENT = ("model", "messages", "n", "stream")  # of a request, what is no setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +72,6 @@ class SampleConfig(  # from the last to the first: the fields of the last base c
                 )
             if self.base_url is not None and name not in OF_ENDPOINT:
                 raise InputError(f"{name} is about a model on this machine, and not behind base_url; leave {name} out")
-        for name in SENT:
-            if name in (self.extra_body or {}):
-                raise InputError(f"extra_body has {name!r}, which is set here; leave it out")
         if "seed" in (self.extra_body or {}):
             raise InputError("extra_body has 'seed', with which a prompt's completions would be alike; leave it out")
 
