@@ -72,7 +72,7 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
             if fitting is not None:
                 of_plan = config.for_sampler() if isinstance(config, SampleConfig) else config
                 of_plan = _with_fields(of_plan, run.adapter_fields)
-                plan_found = fitting(read_config(model, config), of_plan, adapter_config(model, of_plan))
+                plan_found = fitting(read_config(model, of_plan), of_plan, adapter_config(model, of_plan))
     facts = found.facts[1:] if any(one.startswith("dataset ") for one in awaited) else found.facts  # not all the rows
     return Outlook([*facts, *dict.fromkeys(awaited)], plan_found)
 
