@@ -415,7 +415,7 @@ def test_an_evaluation_reads_the_fields_that_its_help_has():
     # These are read, and what comes of an evaluation does not depend on them.
     in_vain = {
         "vram_budget", "gradient_checkpointing", "activation_offloading", "optim", "lora_r", "lora_alpha",
-        "lora_dropout", "lora_target_modules",
+        "lora_dropout", "lora_target_modules", "teacher",
     }  # fmt: skip
     assert read - in_vain == cli.EVAL_FIELDS - {"dataset_config"}, "read of hub datasets alone"
 

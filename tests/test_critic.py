@@ -345,9 +345,9 @@ def test_a_critic_may_start_as_a_reward_adapter(tmp_path):
 def test_a_critic_that_starts_from_an_adapter_of_another_base_is_told(tmp_path):
     config = ppo_config(critic_init=saved_critic(tmp_path / "reward"))
     with pytest.warns(UserWarning, match="is an adapter of 'tiny', and is put on 'other', where its values mean"):
-        _refuse_critic(PreTrainedConfig(name_or_path="other"), config)
+        _refuse_critic(PreTrainedConfig.from_dict({"_name_or_path": "other"}), config)
     with warnings.catch_warnings(action="error"):
-        _refuse_critic(PreTrainedConfig(name_or_path="tiny"), config)
+        _refuse_critic(PreTrainedConfig.from_dict({"_name_or_path": "tiny"}), config)
 
 
 def test_what_a_critic_cannot_start_from_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
