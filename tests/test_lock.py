@@ -14,7 +14,7 @@ from test_train import ROWS, run
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output import lock
-from lowmem_grpo.output.lock import lock_folder, releasing_locks
+from lowmem_grpo.output.lock import lock_file, lock_folder, releasing_locks
 from lowmem_grpo.output.results import refuse_results
 
 HOLDER = """
@@ -167,3 +167,12 @@ def test_a_resumed_run_replaces_no_folder_of_a_persons(tmp_path, files, is_refus
     refusal = pytest.raises(InputError, match="holds adapter that no run wrote, and would lose it")
     with refusal if is_refused else contextlib.nullcontext():
         refuse_results(tmp_path, tmp_path / "checkpoint-1", begin_anew=False)
+
+
+def test_a_file_is_locked_by_whatever_link_it_is_named(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    with releasing_locks():
+        lock_file(tmp_path / "a.jsonl")
+        with releasing_locks(), pytest.raises(InputError, match="in use by another run"):
+            lock_file(tmp_path / "b.jsonl")

@@ -9,6 +9,7 @@ from lowmem_grpo import SelectConfig, SFTConfig, cli, select, sft
 from lowmem_grpo.errors import InputError, UnknownNameError
 from lowmem_grpo.pipeline.sampled import read_sampled
 from lowmem_grpo.pipeline.select import repetition, similarity, words_of
+from lowmem_grpo.rewards import get_language_consistency_reward
 
 
 def row(prompt, completion, reward, tokens=10, finish="eos", **rewards):
@@ -221,3 +222,14 @@ def test_the_command_refuses_in_a_sentence(tmp_path, monkeypatch, capsys, argume
     (tmp_path / "foreign.jsonl").write_text('{"prompt": "x"}\n')
     assert cli.main(["select", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_no_row_can_answer_is_refused():
+    rows = [{**row, "rewards": {name: 1.0}} for row, name in zip(FILE[:2], ("right", "brief"), strict=True)]
+    with pytest.raises(InputError, match="the first reward, which is brief in some rows and right in others"):
+        select(rows, SelectConfig(min_reward=1))
+    with pytest.raises(InputError, match="language has 'klingon', which no letter's Unicode name begins with"):
+        SelectConfig(language=["klingon"])
+    assert SelectConfig(language=["cyrillic", "prompt"]).language == ["cyrillic", "prompt"]
+    with pytest.raises(InputError, match="scripts has 'KLINGON'"):
+        get_language_consistency_reward(["klingon"])

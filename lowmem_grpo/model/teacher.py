@@ -42,7 +42,7 @@ def find_teacher(model: Any, config: GRPOConfig, *, needs_weights: bool = True) 
     A plan does without the weights of a model's folder.
 
     Raises:
-        InputError: there is no such model or adapter, or it would teach what the policy is already.
+        InputError: there is no such model or adapter, or it is the policy's own base.
     """
     if config.teacher is None:
         return None

@@ -39,7 +39,8 @@ def lock_file(file: Path) -> None:
     Raises:
         InputError: another run keeps it; the sentence has its process.
     """
-    _lock(file.with_name(f"{file.name}.lock"), file, "choose another output")
+    real = Path(os.path.realpath(file))  # whatever link leads to it
+    _lock(real.with_name(f"{real.name}.lock"), file, "choose another output")
 
 
 def _lock(path: Path, kept: Path, remedy: str) -> None:

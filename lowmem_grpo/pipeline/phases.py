@@ -135,6 +135,8 @@ def read_pipeline_file(path: str) -> dict[str, Any]:
             hint = did_you_mean(key, KEYS, f"a pipeline has {', '.join(KEYS)}")
             raise InputError(f"{where} has {shown(key)}; {hint}")
     for key in ("common", "eval"):
+        if found.get(key, {}) is None:  # all of its lines are comments
+            del found[key]
         if not isinstance(found.get(key, {}), dict):
             raise InputError(f"{where} has {key}: {shown(found[key])}; make it a mapping of settings")
         if key in found:

@@ -204,10 +204,16 @@ def _without_alike(group: Group, overlap: float) -> Group:
 
 
 def _refuse_without_rewards(rows: Sequence[Row], config: SelectConfig) -> None:
-    """Raise InputError where a rule is about rewards and no row has one."""
+    """Raise InputError where a rule is about rewards and rows have none, or different first ones."""
     asked = [name for name in ("min_reward", "min_pass_rate", "max_pass_rate") if getattr(config, name) is not None]
     if asked and not any(value is not None for row in rows for value in row["rewards"].values()):
         raise InputError(f"{asked[0]} is given, and no completion has a reward; sample with reward_funcs")
+    firsts = sorted({next(iter(row["rewards"])) for row in rows if row["rewards"]})
+    if asked and len(firsts) > 1 and config.reward_of == "first":
+        raise InputError(
+            f"{asked[0]} is about the first reward, which is {firsts[0]} in some rows and {firsts[1]} in others; "
+            "select from files of the same reward_funcs"
+        )
 
 
 def _refuse_without_tokens(rows: Sequence[Row], config: SelectConfig) -> None:

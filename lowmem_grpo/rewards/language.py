@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from lowmem_grpo.config.select import is_script
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.rewards.format import TAGS
 from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.rows import of_each
@@ -30,8 +32,15 @@ def _consistency(prompt: str | list[dict], completion: str | list[dict]) -> floa
 
 
 def get_language_consistency_reward(scripts: Sequence[str]) -> Callable:
-    """The share of a completion's letters in the given scripts, such as ["CJK"], whatever the prompt's."""
+    """The share of a completion's letters in the given scripts, such as ["CJK"], whatever the prompt's.
+
+    Raises:
+        InputError: a script that no letter has.
+    """
     wanted = {scripts.upper()} if isinstance(scripts, str) else {script.upper() for script in scripts}
+    for script in wanted:
+        if not is_script(script):
+            raise InputError(f"scripts has {shown(script)}, which no letter's Unicode name begins with; try LATIN")
     return made(script_reward, wanted)
 
 
