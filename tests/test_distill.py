@@ -394,6 +394,7 @@ def test_a_teacher_is_planned_and_named_on_the_command_line(tmp_path, capsys):
     assert planned["phases"]["teacher"]["activations"] > 0
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_its_teacher(tmp_path):
     """A small form of the slow test: a cold start of four steps teaches the base in six."""
     rows = [{"prompt": r["prompt"], "completion": [{"role": "assistant", "content": task.worked(p)}]} for r, p in zip(ROWS, task.splits()[0], strict=False)]  # fmt: skip

@@ -497,6 +497,7 @@ def test_rewards_and_critics_may_be_phases_before(files):
     assert resolve_reward_funcs(AWAITED, BUILT_IN)[0](completions=["a", "b"]) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_example_is_a_pipeline_that_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(RECIPES.parents[1])
     arguments = ["r1", "--config", "examples/sums/pipeline.yaml", "--output_dir", str(tmp_path / "out"), "--dry_run"]
