@@ -139,7 +139,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(training, tmp_path):
 
 @pytest.mark.parametrize("training", [grpo, with_critic])
 def test_a_run_whose_completions_share_prompts_goes_on(training, tmp_path):
-    """Not to the last bit: the gradient of a prompt's last token is summed over its completions in any order."""
+    """Not to the last bit, which two runs of one seed were not on an H200."""
     resumed = stopped_and_resumed(training, tmp_path)
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     assert all(math.isfinite(line["grad_norm"]) for line in resumed)

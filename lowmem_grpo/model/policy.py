@@ -301,7 +301,7 @@ class Policy:
 
 
 def set_training(model: nn.Module, mode: bool) -> None:
-    """Do what model.train(mode) does, in a tenth of its time: 7 ms for the 2,300 modules of 28 layers with adapters."""
+    """Do what model.train(mode) does, in half of its time: 3.7 CPU ms for 2,300 modules, 28 layers with adapters."""
     for module in every_module(model):
         as_usual = type(module).train in (nn.Module.train, PreTrainedModel.train)
         if as_usual and not (isinstance(module, PreTrainedModel) and module.use_kernels):
