@@ -563,7 +563,7 @@ def a_step_is_one_place_further(policy, monkeypatch):
 def attention_changed(name, change):
     def changed(policy, monkeypatch):
         own = getattr(layouts, name)
-        monkeypatch.setattr(layouts, name, lambda *given: own(*given[:-3], *change(*given[-3:])))
+        monkeypatch.setattr(layouts, name, lambda *given: own(*given[:-1], given[-1]._replace(**change(given[-1]))))
 
     return changed
 
@@ -571,12 +571,10 @@ def attention_changed(name, change):
 STEPS = {
     "a weak layer": one_token_is_a_thousandth_off,
     "a position": a_step_is_one_place_further,
-    "a prompt's window": attention_changed(
-        "_prefill", lambda scaling, window, cap: (scaling, window and window + 1, cap)
-    ),
-    "a step's window": attention_changed("_decode", lambda scaling, window, cap: (scaling, window and window + 1, cap)),
-    "no window": attention_changed("_decode", lambda scaling, window, cap: (scaling, None, cap)),
-    "a scale": attention_changed("_decode", lambda scaling, window, cap: (scaling * 1.01, window, cap)),
+    "a prompt's window": attention_changed("_prefill", lambda asked: {"window": asked.window and asked.window + 1}),
+    "a step's window": attention_changed("_decode", lambda asked: {"window": asked.window and asked.window + 1}),
+    "no window": attention_changed("_decode", lambda asked: {"window": None}),
+    "a scale": attention_changed("_decode", lambda asked: {"scaling": asked.scaling * 1.01}),
 }
 
 

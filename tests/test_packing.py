@@ -8,7 +8,7 @@ from tiny_models import make_policy
 from transformers import MambaConfig, MambaForCausalLM
 
 from lowmem_grpo.model import packed_attention
-from lowmem_grpo.model.attention import soften
+from lowmem_grpo.model.attention import Scoring, soften
 from lowmem_grpo.model.packed_attention import Packed, by_blocks, by_segments
 from lowmem_grpo.model.packing import pack
 
@@ -168,8 +168,8 @@ def test_attention_by_blocks_is_that_by_segments(window, seed, dtype, tile, monk
     upstream = torch.randn(real, 4, 16)
     found = []
     for attention in (
-        lambda: by_blocks(q, k, v, batch.packing, 0.3, window, None),
-        lambda: by_segments(q, k, v, batch.packing, 0.3, window, reference_attention),
+        lambda: by_blocks(q, k, v, batch.packing, Scoring(0, 0.3, window, None)),
+        lambda: by_segments(q, k, v, batch.packing, Scoring(0, 0.3, window, None), reference_attention),
     ):
         out = attention()[:real].float()
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
@@ -208,7 +208,7 @@ def test_flash_attn_is_called_as_its_documentation_has_it(window, softcap, monke
     q, k, v = inputs
     upstream, found = torch.randn(real, 4, 16), []
     for varlen in (False, True):
-        out = Packed(batch.packing, varlen).attend(0, q, k, v, 0.3, window, softcap)[0, :real]
+        out = Packed(batch.packing, varlen).attend(q, k, v, Scoring(0, 0.3, window, softcap))[0, :real]
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < 2e-6
@@ -248,11 +248,12 @@ def test_flash_attn_attends_as_blocks_do(window, softcap):
     width, dtype = batch.input_ids.shape[1], torch.bfloat16
     inputs = [torch.randn(width, heads, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
     q, k, v = inputs
+    asked = Scoring(0, 0.125, window, softcap)
     upstream, found = torch.randn(real, 4, 64, device="cuda"), []
     flash = partial(packed_attention.flash_with_softcap, softcap=softcap)
     for attention in (
-        lambda: by_blocks(q, k, v, batch.packing, 0.125, window, softcap),
-        lambda: by_segments(q, k, v, batch.packing, 0.125, window, flash),
+        lambda: by_blocks(q, k, v, batch.packing, asked),
+        lambda: by_segments(q, k, v, batch.packing, asked, flash),
     ):
         out = attention()[:real].float()
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
@@ -273,7 +274,7 @@ def test_the_tiles_of_a_long_tail_keep_one_mask(monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        by_blocks(q, k, v, batch.packing, 0.3, None, None)
+        by_blocks(q, k, v, batch.packing, Scoring(0, 0.3, None, None))
     (mask,) = batch.packing.masks.values()
     assert sum(kept.values()) <= mask.nbytes == 64 * 1104 * 4
 

@@ -86,8 +86,8 @@ def test_a_window_that_is_off_by_one_is_refused(family, off, precision, monkeypa
     """Of 24 tokens, and so of 4096, which no short text is longer than."""
     own = packed_attention.by_blocks
 
-    def wrong(query, key, value, packing, scaling, window, softcap):
-        return own(query, key, value, packing, scaling, window and window + off, softcap)
+    def wrong(query, key, value, packing, asked):
+        return own(query, key, value, packing, asked._replace(window=asked.window and asked.window + off))
 
     monkeypatch.setattr(packed_attention, "by_blocks", wrong)
     policy = make_policy(family, **precision)

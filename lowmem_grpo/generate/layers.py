@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, rms, rotated
 from lowmem_grpo.kernels.nf4_product import Weight
-from lowmem_grpo.model.attention import attending, laid_out
+from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.policy import Policy
@@ -105,9 +105,7 @@ class Call(NamedTuple):
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, H_kv, T, D)
     value: Tensor  # (B, H_kv, T, D)
-    scaling: float
-    window: int | None
-    softcap: float | None
+    asked: Scoring
 
 
 class Listening:
@@ -116,11 +114,11 @@ class Listening:
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
 
-    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         """Keep the call; (B, T, H, D) of zeros."""
-        if layer in self.calls:
+        if asked.layer in self.calls:
             raise Unknown("a layer of its attends twice")
-        self.calls[layer] = Call(query, key, value, float(scaling), window, softcap)
+        self.calls[asked.layer] = Call(query, key, value, asked._replace(scaling=float(asked.scaling)))
         return torch.zeros_like(query).transpose(1, 2)
 
 
@@ -238,7 +236,7 @@ def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
         query_norm=_norm(attention, query_norm, dtype), key_norm=_norm(attention, key_norm, dtype),
         kv_heads=kv_heads, head_dim=head_dim,
         table=kind if _moves(call.key) else None, paired=_paired(attention),
-        scaling=call.scaling, window=call.window, softcap=call.softcap,
+        scaling=call.asked.scaling, window=call.asked.window, softcap=call.asked.softcap,
         share=float(getattr(layer, "residual_multiplier", 1.0)),
         activation=_activation(mlp),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_grpo.generate.store import Rows, Store
-from lowmem_grpo.model.attention import soften, softmax_attention
+from lowmem_grpo.model.attention import Scoring, soften, softmax_attention
 
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
 
@@ -23,8 +23,8 @@ class Prefill:
     sources: Tensor  # (R',) int64: a row of the batch
     targets: Tensor  # (R',) int64: the row of the store that gets it
 
-    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
-        return _prefill(self, layer, query, key, value, scaling, window, softcap)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+        return _prefill(self, query, key, value, asked)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Decode:
     table: Tensor | None  # (S, most pages) int64: the pages of each slot; None for the dense attention of a CPU
     masks: dict  # by window: made by the first layer that asks
 
-    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
-        return _decode(self, layer, query, key, value, scaling, window, softcap)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+        return _decode(self, query, key, value, asked)
 
     def mask(self, window: int | None) -> Tensor:
         """(S, 1, 1, prefix tokens + span) bool, True where a token attends."""
@@ -59,7 +59,8 @@ class Decode:
         return self.masks[window]
 
 
-def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -> Tensor:
+def _prefill(now: Prefill, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+    layer, scaling, window, softcap, _ = asked
     tokens = key.shape[2]
     at = (now.targets, slice(None), slice(tokens))
     key, value = now.store.write(layer, at, key, value, now.sources)
@@ -71,32 +72,33 @@ def _prefill(now: Prefill, layer, query, key, value, scaling, window, softcap) -
     mask = (back >= 0) & (back < (window or tokens + 1))
     batch, heads, _, size = query.shape
     grouped = query.view(batch, key.shape[1], -1, tokens, size)
-    out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, scaling, softcap)
+    out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, asked)
     return out.view(batch, heads, tokens, size).transpose(1, 2)
 
 
-def _decode(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
     if now.table is not None:
-        return _paged_attention(now, layer, query, key, value, scaling, window, softcap)
+        return _paged_attention(now, query, key, value, asked)
     slots, heads, _, size = query.shape
     kv_heads = key.shape[1]
     at = (torch.arange(slots, device=query.device), slice(None), now.columns)
-    now.store.own.write(layer, at, key[:, :, 0], value[:, :, 0])
-    keys, values = now.store.own.read(layer, slots, now.span, query.dtype)
+    now.store.own.write(asked.layer, at, key[:, :, 0], value[:, :, 0])
+    keys, values = now.store.own.read(asked.layer, slots, now.span, query.dtype)
     query = query.view(slots, kv_heads, heads // kv_heads, size)
-    mask = now.mask(window)
+    mask = now.mask(asked.window)
     if now.members is not None:
         store = now.store.prefix
-        prefix = store.read(layer, len(now.members), store.numbers.shape[4], query.dtype)
-        out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, scaling, softcap)
-    elif softcap is None:
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        prefix = store.read(asked.layer, len(now.members), store.numbers.shape[4], query.dtype)
+        out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, asked)
+    elif asked.softcap is None:
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=asked.scaling)
     else:
-        out = softmax_attention(query, keys, values, mask, scaling, softcap)
+        out = softmax_attention(query, keys, values, mask, asked)
     return out.view(slots, 1, heads, size)
 
 
-def _paged_attention(now: Decode, layer, query, key, value, scaling, window, softcap) -> Tensor:
+def _paged_attention(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+    layer, scaling, window, softcap, _ = asked
     where = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
     now.store.write_token(key[:, :, 0], value[:, :, 0], **where)
     out = now.store.attend(
@@ -105,7 +107,7 @@ def _paged_attention(now: Decode, layer, query, key, value, scaling, window, sof
     return out[:, None]
 
 
-def _shared_attention(query, keys, values, prefix, members, places, mask, scaling, softcap) -> Tensor:
+def _shared_attention(query, keys, values, prefix, members, places, mask, asked: Scoring) -> Tensor:
     """One softmax over [prefix ; own], each prefix read once for all of its slots."""
     _, kv_heads, queries, size = query.shape
     groups, most = members.shape
@@ -113,8 +115,8 @@ def _shared_attention(query, keys, values, prefix, members, places, mask, scalin
     together = query[members].transpose(1, 2).reshape(groups, kv_heads, most * queries, size)
     of_prefix = (together @ prefix[0].transpose(-1, -2)).view(groups, kv_heads, most, queries, width)
     of_prefix = of_prefix.transpose(1, 2).flatten(0, 1)[places]  # (S, H_kv, Q, P)
-    scores = torch.cat([of_prefix, query @ keys.transpose(-1, -2)], -1).float() * scaling
-    share = soften(scores, softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
+    scores = torch.cat([of_prefix, query @ keys.transpose(-1, -2)], -1).float() * asked.scaling
+    share = soften(scores, asked.softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
     together = share[..., :width][members].transpose(1, 2).reshape(groups, kv_heads, most * queries, width)
     from_prefix = (together @ prefix[1]).view(groups, kv_heads, most, queries, size)
     return from_prefix.transpose(1, 2).flatten(0, 1)[places] + share[..., width:] @ values

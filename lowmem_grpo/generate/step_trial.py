@@ -21,7 +21,7 @@ from lowmem_grpo.generate.shape import PAGE, KVShape, StoreShape, kv_shape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
-from lowmem_grpo.model.attention import attending, laid_out
+from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces
 
@@ -68,7 +68,7 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
     table = torch.arange(len(positions), device=policy.device)[:, None]
     for index, layer in enumerate(fast.outline.layers):
         call = listening.calls[index]
-        if (call.scaling, call.window, call.softcap) != (layer.scaling, layer.window, layer.softcap):
+        if call.asked != Scoring(index, layer.scaling, layer.window, layer.softcap):
             yield f"the scaling, window or softcap of layer {index}", torch.inf
         kv = KVShape(1, layer.kv_heads, layer.head_dim, policy.dtype.itemsize)
         pages = StoreShape(len(positions), PAGE, 1, 1, len(positions), PAGE)  # of a token each
@@ -128,11 +128,11 @@ class Soft:
         self.now = now
         self.scalings: dict[int, float] = {}
 
-    def attend(self, layer, query, key, value, scaling, window, softcap) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         """Attention by the Decode, with scores of about 4 at most."""
         sizes = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
-        self.scalings[layer] = min(scaling, 4 / max(sizes.item(), 1e-30))
-        return self.now.attend(layer, query, key, value, self.scalings[layer], window, softcap)
+        self.scalings[asked.layer] = scaling = min(asked.scaling, 4 / max(sizes.item(), 1e-30))
+        return self.now.attend(query, key, value, asked._replace(scaling=scaling))
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

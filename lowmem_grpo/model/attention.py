@@ -8,7 +8,7 @@ keys and values to the layout in force: a packed micro-batch of training, or a s
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +22,20 @@ LAYERS_KNOWN = {"full_attention", "sliding_attention"}
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
 
 
+class Scoring(NamedTuple):
+    """Settings of one layer's attention: how scores are made of the products of queries and keys."""
+
+    layer: int
+    scaling: float  # of the products
+    window: int | None  # a token sees itself and window - 1 before it
+    softcap: float | None  # softcap tanh(score / softcap)
+    sink: Tensor | None = None  # (H,): the score of a key without a value, in every softmax of a head
+
+
 class Layout(Protocol):
     """An object that knows which token attends to which."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         """Attention in this layout: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
         ...
 
@@ -65,7 +72,7 @@ def attend(
     # casts them to its dtype where attention is PyTorch's.
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (of.to(torch.get_autocast_dtype(query.device.type)) for of in (query, key, value))
-    return layout.attend(module.layer_idx, query, key, value, scale, sliding_window, softcap), None
+    return layout.attend(query, key, value, Scoring(module.layer_idx, scale, sliding_window, softcap)), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -139,17 +146,15 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, asked: Scoring) -> Tensor:
     """Attention of (..., Q, D) queries over (..., K, D) keys, with scores and softmax in fp32."""
-    scores = scores_of(query, key, scaling, softcap).masked_fill(~mask, -torch.inf)
+    scores = scores_of(query, key, asked).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(value.dtype) @ value
 
 
-def scores_of(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def scores_of(query: Tensor, key: Tensor, asked: Scoring) -> Tensor:
     """Scores (..., Q, K), fp32."""
-    return soften((query @ key.transpose(-1, -2)).float() * scaling, softcap)
+    return soften((query @ key.transpose(-1, -2)).float() * asked.scaling, asked.softcap)
 
 
 def soften(scores: Tensor, softcap: float | None) -> Tensor:

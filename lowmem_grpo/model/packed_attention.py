@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_grpo.model.attention import scores_of
+from lowmem_grpo.model.attention import Scoring, scores_of
 from lowmem_grpo.model.packing import Block, Packing
 
 TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
@@ -38,15 +38,12 @@ class Packed:
     packing: Packing
     varlen: bool  # by flash attention over segments, else by blocks
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
-        attention = varlen_attention(softcap) if self.varlen else None
+        attention = varlen_attention(asked.softcap) if self.varlen else None
         if attention is not None:
-            return by_segments(query, key, value, self.packing, scaling, window, attention)[None]
-        return by_blocks(query, key, value, self.packing, scaling, window, softcap)[None]
+            return by_segments(query, key, value, self.packing, asked, attention)[None]
+        return by_blocks(query, key, value, self.packing, asked)[None]
 
 
 def by_blocks(
@@ -54,9 +51,7 @@ def by_blocks(
     key: Tensor,  # (T, H_kv, D)
     value: Tensor,
     packing: Packing,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
+    asked: Scoring,
 ) -> Tensor:
     """Attention (T, H, D), by one scaled_dot_product_attention a block, or plain products with a softcap.
 
@@ -64,7 +59,7 @@ def by_blocks(
     """
     results = []
     for block in packing.blocks:
-        found = _attend(_inputs(block, query, key, value), packing, scaling, window, softcap)  # (G n, C, H, D)
+        found = _attend(_inputs(block, query, key, value), packing, asked)  # (G n, C, H, D)
         results.append(found.flatten(0, 1))
     return torch.cat(results).index_select(0, packing.outputs)
 
@@ -88,18 +83,19 @@ def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     return own(query).transpose(1, 2), whole(key), whole(value)
 
 
-def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+def _attend(inputs: Inputs, packing: Packing, asked: Scoring) -> Tensor:
     """Attention (B, Q, H, D), where the last Q keys are the queries' own."""
     query, key, value = inputs
+    window = asked.window
     batch, heads, queries, size = query.shape
     # In 16 bits a CPU's flash attention takes 1.2 to 6 times as long as plain products, forward and backward, while
     # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
     few = query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256
-    plain = softcap is not None or few
+    plain = asked.softcap is not None or few
     # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
     grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)
     if not plain and grouped_is_known and queries == key.shape[2] and (window is None or window >= queries):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=asked.scaling, enable_gqa=True)
         return out.transpose(1, 2)
     most = max(8, TILE * key.shape[1] // heads // 8 * 8)
     if queries > most:
@@ -110,16 +106,16 @@ def _attend(inputs: Inputs, packing: Packing, scaling: float, window: int | None
             first = 0 if window is None else max(0, before + start + 1 - window)
             seen = slice(first, before + stop)
             tile = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
-            tiles.append(_attend(tile, packing, scaling, window, softcap))
+            tiles.append(_attend(tile, packing, asked))
         return torch.cat(tiles[::-1], 1)
     # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
     grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # (B, H_kv, Q, H / H_kv, D)
     folded = grouped.flatten(2, 3)
     mask = _mask(packing, grouped, key.shape[2], window)
     if not plain:
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=asked.scaling)
     else:
-        out = (scores_of(folded, key, scaling, softcap) + mask).softmax(-1).to(value.dtype) @ value
+        out = (scores_of(folded, key, asked) + mask).softmax(-1).to(value.dtype) @ value
     return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
 
 
@@ -143,12 +139,12 @@ def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> T
 
 
 def by_segments(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None, attention: Callable
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, asked: Scoring, attention: Callable
 ) -> Tensor:
     """Attention (T, H, D), by a varlen attention whose causality ends at each segment's last key."""
     return attention(
         query, key.index_select(0, packing.keys), value.index_select(0, packing.keys), packing.query_starts,
-        packing.key_starts, packing.longest_query, packing.longest_key, scaling, window,
+        packing.key_starts, packing.longest_query, packing.longest_key, asked.scaling, asked.window,
     )  # fmt: skip
 
 

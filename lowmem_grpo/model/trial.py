@@ -19,7 +19,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.attention import Scoring, attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.packing import MicroBatch, pack
 
@@ -262,19 +262,16 @@ class InBothPrecisions:
     packed: Packed
     predictors: Tensor  # (N,) int64: the tokens whose results count; those of padding are any
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         # Softened: attention that picks one key says little of the others, and its gradient is little but rounding.
         lengths = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
-        soft = min(scaling, 4 / max(lengths.item(), 1e-30))
+        soft = asked._replace(scaling=min(asked.scaling, 4 / max(lengths.item(), 1e-30)))
 
         def run(packed: Packed, dtype: torch.dtype, upstream: Tensor | None = None) -> list[Tensor]:
             """Fp32 results (N, H, D), and gradients of query, key and value under upstream, or under the results."""
             q, k, v = leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
             with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-                out = packed.attend(layer, q, k, v, soft, window, softcap)[0]
+                out = packed.attend(q, k, v, soft)[0]
                 out = out.index_select(0, self.predictors).float()
                 gradients = torch.autograd.grad(out, leaves, out.detach() if upstream is None else upstream)
             return [out.detach(), *(gradient.float() for gradient in gradients)]
@@ -286,7 +283,7 @@ class InBothPrecisions:
             error = ((rounded - truth).norm() / truth.norm().clamp(min=1e-30)).item()
             if not error < ROUGH:
                 raise Differs(f"its attention's {name} in {query.dtype} is {error:.1g} away from that in fp32")
-        return self.packed.attend(layer, query, key, value, scaling, window, softcap)
+        return self.packed.attend(query, key, value, asked)
 
 
 def refuse_untrainable(policy: Any) -> None:
