@@ -106,6 +106,11 @@ def laid_out(layout: Layout) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def layout_in_force() -> Layout | None:
+    """The layout of the `with` that this thread is in, or None."""
+    return _LAYOUT.get()
+
+
 class Recomputation(contextlib.ExitStack):
     """A forward's attention and adapters once more, around the recomputation of a checkpointed layer.
 

@@ -24,6 +24,7 @@ from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
+from lowmem_grpo.model.mixing import install
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.policy import Policy, not_finite
 from lowmem_grpo.model.trial import refuse_untrainable
@@ -94,6 +95,7 @@ def equip(policy: Policy, config: ModelFields) -> None:
         if given._attn_implementation == "sdpa" and getattr(given, "attn_logit_softcapping", None) is not None:
             given._attn_implementation = "eager"
     keep_one_input(model)
+    install(base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

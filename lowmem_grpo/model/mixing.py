@@ -1,0 +1,122 @@
+"""Layers that keep a state (Gated DeltaNet, Mamba 2, short convolutions), called by the layout in force.
+
+Such a layer reads and writes its states through a cache, by one protocol for all families (`update_conv_state`,
+`update_recurrent_state` in transformers/cache_utils.py). Here that cache is a `Call`: states go in and come out,
+nothing is written in place, and a gradient flows through. So one text can begin with the states of another.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowmem_grpo.model.attention import layout_in_force
+
+# States of a mixer, by kind and number: ("conv", 0) is (B, channels, kernel), ("recurrent", 0) may be (B, heads, K, V).
+States = dict[tuple[str, int], Tensor]
+CACHES = ("cache_params", "past_key_values")  # transformers' names of a cache
+
+
+class Call:
+    """The cache of one call of one mixer: the states before it and, in `after`, those after it.
+
+    Where there are none before, texts begin. `writable` hands out copies of recurrent states: Mamba 2 writes into the
+    one that it gets where the call is of one token.
+    """
+
+    def __init__(self, before: Mapping[tuple[str, int], Tensor] | None = None, *, writable: bool = False):
+        self.before, self.writable = before or {}, writable
+        self.after: States = {}
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.before.get(("conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        state = self.before.get(("recurrent", state_idx))
+        if state is None:
+            return None
+        self.after["recurrent", state_idx] = state.clone() if self.writable else state  # until it is updated
+        return self.after["recurrent", state_idx]
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Inputs of the convolution (B, channels, T), with the last ones of the text before in front of them."""
+        kernel = conv_kernel_size or conv_states.shape[-1]
+        before = self.before.get(("conv", state_idx))
+        if before is None:
+            whole = F.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
+        else:
+            whole = torch.cat([before.to(conv_states.dtype), conv_states], -1)
+        self.after["conv", state_idx] = whole[..., -kernel:]
+        return whole
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.after["recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Always True: so the convolution of one token goes by `update_conv_state`, and not by writing in place."""
+        return True
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.before)
+
+
+def mixers(model: nn.Module) -> list[Any]:
+    """The modules that keep a state: each knows its layer, has a depthwise convolution, and takes a cache."""
+    return [module for module in model.modules() if _is_mixer(module)]
+
+
+def _is_mixer(module: Any) -> bool:
+    return (
+        hasattr(module, "layer_idx")
+        and any(isinstance(child, nn.Conv1d) and child.groups == child.in_channels for child in module.children())
+        and _cache_of(module) in CACHES
+    )
+
+
+def _cache_of(module: Any) -> str:
+    """The name of a forward's second parameter, which stands between a mixer's input and its mask."""
+    _, *names = inspect.signature(type(module).forward).parameters
+    return names[1] if len(names) > 2 else ""
+
+
+def install(model: nn.Module) -> None:
+    """Have a model's mixers ask the layout in force, in training, sampling and recomputation."""
+    for mixer in mixers(model):
+        mixer.forward = _Mixed(mixer)
+
+
+class _Mixed:
+    """The forward of a mixer: by the layout in force, or else its own.
+
+    Its own always gets a cache, in training an empty one: without, some mixers take a kernel of mamba-ssm's for the
+    whole layer, which reads the weight of out_proj as it is, be it 4-bit bytes or a weight that wears an adapter.
+    """
+
+    def __init__(self, mixer: Any):
+        self.mixer, self.cache = mixer, _cache_of(mixer)
+        self.own: Any = vars(mixer).get("forward") or type(mixer).forward.__get__(mixer)
+        if isinstance(self.own, _Mixed):  # of an earlier load
+            self.own = self.own.own
+
+    def __call__(self, hidden: Tensor | None = None, *arguments: Any, **keywords: Any) -> Tensor:
+        hidden = keywords.pop("hidden_states") if hidden is None else hidden
+        mix = getattr(layout_in_force(), "mix", None)
+        if mix is not None:
+            return mix(self.mixer, self.one_call, hidden)
+        if not arguments and keywords.get(self.cache) is None:
+            keywords[self.cache] = Call()
+        return self.own(hidden, *arguments, **keywords)
+
+    def one_call(self, hidden: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
+        """The mixer's own output (B, T, D) for rows hidden (B, T, D) that begin with the call's states.
+
+        The mask (B, T) is 0 where a row is padding, on its left. What else the model hands its layers, as positions in
+        the packed row or sequence lengths, is of other rows than these, and is left out.
+        """
+        return self.own(hidden, call, mask)
