@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_packing import reference_attention
 from tiny_models import SMALL, make_policy
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Exaone4Config, LlamaConfig, LlamaForCausalLM
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate import engine
@@ -96,6 +96,13 @@ def test_a_window_that_is_off_by_one_is_refused(family, off, precision, monkeypa
             owner.sliding_window = 4096
     assert "self_attn is" in refused(policy, difference_when_packed)
     assert policy.base.config.sliding_window == 4096
+
+
+def test_a_window_that_a_full_layer_has_and_does_not_use_is_no_reason_to_refuse():
+    """EXAONE 4 gives each of its layers the window, and a flag to those that slide."""
+    config = Exaone4Config(**SMALL, sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+    policy = make_policy(AutoModelForCausalLM.from_config(config), load_in_4bit=False)
+    assert policy.packs and engine.refusal(policy, policy.dtype) is None
 
 
 def shift(x):

@@ -59,7 +59,8 @@ def attend(
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if unknown:
         raise UnknownAttention(f"its attention takes {unknown[0]}, which is not known here")
-    if getattr(module, "sliding_window", None) not in (None, sliding_window):  # it counts on the mask for it
+    own = getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
+    if own not in (None, sliding_window):  # it counts on the mask for it
         raise UnknownAttention("its attention keeps its sliding window to itself")
     if value.shape != key.shape:
         raise UnknownAttention("its keys and values are of different sizes")
