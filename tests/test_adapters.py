@@ -1,18 +1,19 @@
 """Several adapters on one base: what each computes, whose gradients there are, and what is saved."""
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes
 from test_generate import run as complete
 from test_graphs import captured_early, recorder  # noqa: F401
 from test_train import adapters, length_reward, run
-from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import DEMO_MODEL, SMALL, make_model, make_policy, wake_adapters
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotFiniteError
@@ -401,3 +402,28 @@ def test_an_adapter_that_is_not_trained_here_is_refused_where_it_comes_with_the_
     model = get_peft_model(make_model(), config)
     with pytest.raises(InputError, match=words):
         read_training_inputs(model, len, [{"prompt": "1"}], None, GRPOConfig(output_dir=str(tmp_path), use_cpu=True))
+
+
+MAMBA: dict[str, dict[str, Any]] = {
+    "mamba2": dict(num_heads=8, head_dim=16, state_size=8, n_groups=1),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1),
+}
+
+
+@pytest.mark.parametrize("kind", MAMBA)
+def test_layers_on_which_peft_allows_no_adapter_are_left_out_of_all_linear(kind, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, "num_hidden_layers": 1, **MAMBA[kind]})
+    model = AutoModelForCausalLM.from_config(config)
+    policy = make_policy(copy.deepcopy(model), load_in_4bit=False)
+    policy.add("other", LoraConfig(target_modules="all-linear", exclude_modules=r".*\.up_proj"))
+    with pytest.raises(InputError, match="'out_proj' is incompatible"):
+        make_policy(copy.deepcopy(model), load_in_4bit=False, lora_target_modules=["out_proj"])
+    own, other = policy.parameters_of(policy.adapter), policy.parameters_of("other")
+    for parameters in (own, other):
+        assert any("in_proj" in path for path in parameters) and not any("out_proj" in path for path in parameters)
+    assert not any("up_proj" in path for path in other)
+    policy.save(tmp_path)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path))
+    saved = policy.adapter_state(policy.adapter)
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[path], saved[path]) for path in saved)

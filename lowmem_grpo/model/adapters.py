@@ -7,10 +7,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from peft import (
     LoraConfig,
+    LoraModel,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -118,6 +119,7 @@ class Adapters:
             raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
         config = copy.deepcopy(config)  # the caller's is left as it is
         config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
+        _exclude_what_peft_refuses(self.model.get_base_model(), config)
         worn = self.worn
         try:
             self.model.add_adapter(name, config)
@@ -268,12 +270,40 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
     peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
+    _exclude_what_peft_refuses(model, peft_config)
     with outdated_name():
         try:
             return get_peft_model(model, peft_config)
         except Exception as error:  # whatever PEFT raises on patterns that are none, modules that are numbers
             what = in_a_line(error).rstrip("(. ")  # of a module, PEFT writes out all that is in it
             raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
+
+
+def _exclude_what_peft_refuses(model: Any, config: Any) -> None:
+    """Leave out of all-linear the layers on which PEFT allows no adapter.
+
+    In some models with a state these are projections that a kernel reads past their forward: `out_proj` of Mamba.
+    """
+    if config.target_modules != "all-linear":
+        return
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    refused = sorted(name for name in names if not _takes_adapter(name, model, config))
+    excluded = config.exclude_modules or []
+    if refused and isinstance(excluded, str):
+        config.exclude_modules = f"(?:{excluded})|.*\\.(?:{'|'.join(map(re.escape, refused))})"
+    elif refused:
+        config.exclude_modules = {*excluded, *refused}
+
+
+def _takes_adapter(name: str, model: Any, config: PeftConfig) -> bool:
+    """Whether PEFT adapts modules of this name in a model."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    try:
+        if check is not None:
+            check(cast(Any, None), config, model, name)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
