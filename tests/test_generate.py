@@ -26,10 +26,11 @@ from lowmem_grpo.generate.hf import generation_config
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.generate.sampling import SamplingParams, choose, penalize, truncate
 from lowmem_grpo.generate.scheduler import Scheduler
-from lowmem_grpo.generate.shape import KVShape, StoreShape, bucket, store_shape
+from lowmem_grpo.generate.shape import StoreShape, bucket, store_shape, token_bytes
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.kernels.decode_attention import decode_attention, write_token
+from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner.trace import Live
@@ -661,7 +662,7 @@ def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeyp
 
 def counted_bytes(store):
     """By the allocator, whatever the shape says."""
-    tensors = [tensor for rows in (store.own, store.prefix) for tensor in rows if tensor is not None]
+    tensors = [tensor for rows in (store.own, store.prefix) for group in rows.groups for tensor in group.tensors()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -671,8 +672,10 @@ def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch)
     def number(high):
         return int(torch.randint(1, high, (1,), generator=draw))
 
-    full = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=2)
-    small = KVShape(layers=2, kv_heads=2, head_dim=4, element_bytes=1, scale_bytes=2)
+    # The first and the third layer are of one size, the second of another, and the fourth has the second's.
+    layers = {n: LayerShape(4, *sizes) for n, sizes in enumerate([(2, 4, 0), (1, 8, 1), (2, 4, 2), (1, 8, 1)])}
+    full, small = (token_bytes(layers, dtype) for dtype in (torch.bfloat16, torch.int8))
+    assert (full, small) == (2 * 2 * (2 * 2 * 4 + 8), 2 * (2 * 2 * (4 + 2) + 8 + 2))
     for _ in range(200):
         asked = dict(
             prompt_tokens=number(300),
@@ -684,12 +687,12 @@ def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch)
         for share_from, paged in ((64, False), (10**9, False), (0, False), (64, True)):
             monkeypatch.setattr(shape_module, "SHARE_FROM", share_from)
             shape = store_shape(**asked, budget_tokens=budget, paged=paged)
-            bytes_ = counted_bytes(Store(full, shape, torch.bfloat16, torch.device("cpu")))
-            assert bytes_ == shape.num_tokens() * full.token_bytes
-            rounded = counted_bytes(Store(small, shape, torch.int8, torch.device("cpu")))
-            assert rounded == shape.num_tokens() * small.token_bytes
+            bytes_ = counted_bytes(Store(layers, shape, torch.bfloat16, torch.device("cpu")))
+            assert bytes_ == shape.num_tokens() * full
+            rounded = counted_bytes(Store(layers, shape, torch.int8, torch.device("cpu")))
+            assert rounded == shape.num_tokens() * small
             one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_prompts refuses a smaller budget
-            assert bytes_ <= max(budget, one) * full.token_bytes
+            assert bytes_ <= max(budget, one) * full
             assert not paged or shape.slots >= store_shape(**asked, budget_tokens=budget, paged=False).slots
             more = store_shape(**asked, budget_tokens=10**9, paged=paged)
             assert 1 <= shape.slots <= more.slots == asked["num_prompts"] * asked["num_generations"]

@@ -428,7 +428,7 @@ def test_what_a_fast_step_finds_elsewhere_would_be_seen(thing, captured, fast_on
     if thing == "store":  # by itself, and not by its address
         monkeypatch.setattr(
             store.Store, "heads", lambda self, *finished, **where: heads(
-                *finished, own=self.own.numbers, scales=self.own.scales, **where
+                *finished, own=self.own.groups[0].numbers, scales=self.own.groups[0].scales, **where
             )
         )  # fmt: skip
     sampler = in_4bit(policy_of("qwen3"), ROOM)
@@ -458,7 +458,7 @@ def test_what_is_made_anew_in_each_rollout_would_be_seen(thing, captured, monkey
         monkeypatch.setattr(graphs.Kept, "zeros", lambda kept, name, size, dtype, _: torch.zeros(size, dtype=dtype))
     if thing == "store":  # by itself, and not by its address
         monkeypatch.setattr(
-            store.Store, "attend", lambda self, query, **where: decode_attention(query, self.keys_values, **where)
+            store.Store, "attend", lambda self, query, **where: decode_attention(query, self.keys_values[0], **where)
         )
     sampler = in_4bit(make_policy(), ROOM)
     sampler.run()

@@ -34,10 +34,11 @@ from lowmem_grpo.data.examples import Example
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import read
-from lowmem_grpo.generate.shape import kv_shape, store_shape
+from lowmem_grpo.generate.shape import store_shape
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
+from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
@@ -389,9 +390,13 @@ def test_keys_and_values_are_as_predicted(name, rollout_kv):
             paged=not use_cpu,
         )  # fmt: skip
         dtype = torch.int8 if rollout_kv == "int8" else torch.bfloat16
-        store = Store(kv_shape(SHAPES[name], dtype), shape, dtype, torch.device("cpu"))
-        parts = [*store.own, *store.prefix]
-        assert predicted == sum(part.nbytes for part in parts if part is not None)
+        model = SHAPES[name]
+        heads, size = model.num_attention_heads, getattr(model, "head_dim", None)
+        size = size or model.hidden_size // heads
+        layers = {n: LayerShape(heads, model.num_key_value_heads, size, n) for n in range(model.num_hidden_layers)}
+        store = Store(layers, shape, dtype, torch.device("cpu"))
+        parts = [part for rows in (store.own, store.prefix) for group in rows.groups for part in group.tensors()]
+        assert predicted == sum(part.nbytes for part in parts)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_target_modules": ["q_proj"]}, {"load_in_4bit": False}], ids=str)

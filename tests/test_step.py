@@ -17,7 +17,7 @@ from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.layers import Unknown, read
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
-from lowmem_grpo.generate.shape import StoreShape, kv_shape
+from lowmem_grpo.generate.shape import StoreShape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import difference, known_step
@@ -63,7 +63,7 @@ def slots_of(policy, fast=None, dtype=None):
     """Two completions of each of TEXTS, admitted, in pages of 16."""
     shape = StoreShape(4, 32, 2, 12, 9, 16)
     dtype = dtype or policy.dtype
-    made = Store(kv_shape(policy.base.config, dtype), shape, dtype, policy.device)
+    made = Store(policy.layer_shapes, shape, dtype, policy.device)
     found = Slots(policy, made, shape, Scheduler([0, 1, 2, 3], 2, 4, 2, 9, 16), fast=fast)
     found.admit(TEXTS, 100, 32)
     found.reserve(32)

@@ -20,7 +20,7 @@ from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.graphs import Captures, Counts, Graphs, Kept, cuda_capture
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
-from lowmem_grpo.generate.shape import PAGE, StoreShape, kv_shape
+from lowmem_grpo.generate.shape import PAGE, StoreShape, stored
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store, can_outlive, goes_by_table
@@ -78,7 +78,7 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
 
 def _stepped(policy: Policy, texts: list[list[int]], shape: StoreShape, kv_dtype: torch.dtype) -> dict[str, Tensor]:
     """The layers' outputs at each text's last token, decoded after a prefill of those before it."""
-    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device)
+    store = Store(policy.layer_shapes, shape, kv_dtype, policy.device)
     scheduler = Scheduler(list(range(len(texts))), 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
     slots = Slots(policy, store, shape, scheduler)
     found: dict[str, Tensor] = {}
@@ -193,15 +193,17 @@ def _run(
     """Sample the scheduler's completions into done."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
     lasting = Kept() if captures is None else captures.kept
-    addresses = lasting.zeros("addresses", (5,), torch.int64, policy.device)
-    store = Store(kv_shape(policy.base.config, kv_dtype), shape, kv_dtype, policy.device, addresses)
+    layers = policy.layer_shapes
+    names = [f"addresses of group {number}" for number, _ in enumerate(stored(layers))]
+    addresses = [lasting.zeros(name, (5,), torch.int64, policy.device) for name in names]
+    store = Store(layers, shape, kv_dtype, policy.device, addresses)
     slots = Slots(policy, store, shape, scheduler, params, request.uniforms, lasting, request.fast)
     step: Callable[[int], Tensor] = slots.step
     if captures is not None:
         captures.capture = captures.capture or CAPTURE[policy.device.type]()
         assert slots.table is not None
         kind = (  # all that a recorded step holds besides its number of rows and what is in memory
-            params, kv_dtype, store.own.numbers.shape[4], slots.table.shape[1], shape.shared,
+            params, kv_dtype, store.own.num_tokens, slots.table.shape[1], shape.shared,
             ceil(shape.prefix_tokens / SPLIT), request.dense, policy.adapters.worn,
             request.fast and request.fast.num_positions,
         )  # fmt: skip

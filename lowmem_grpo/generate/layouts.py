@@ -52,7 +52,7 @@ class Decode:
             back = self.columns[:, None] - column  # how far before the token
             seen = [(back >= 0) & (back < (window or self.span + 1))]
             if self.prefix_lengths is not None:
-                place = torch.arange(self.store.prefix.numbers.shape[4], device=self.columns.device)
+                place = torch.arange(self.store.prefix.num_tokens, device=self.columns.device)
                 near = self.positions[:, None] - place < (window or 2**62)
                 seen.insert(0, (place < self.prefix_lengths[:, None]) & near)
             self.masks[window] = torch.cat(seen, -1)[:, None, None]
@@ -88,7 +88,7 @@ def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scori
     mask = now.mask(asked.window)
     if now.members is not None:
         store = now.store.prefix
-        prefix = store.read(asked.layer, len(now.members), store.numbers.shape[4], query.dtype)
+        prefix = store.read(asked.layer, len(now.members), store.num_tokens, query.dtype)
         out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, asked)
     elif asked.softcap is None:
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=asked.scaling)

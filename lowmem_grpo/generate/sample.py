@@ -16,7 +16,7 @@ from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.graphs import Captures
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
-from lowmem_grpo.generate.shape import StoreShape, kv_shape, store_shape
+from lowmem_grpo.generate.shape import StoreShape, store_shape, token_bytes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
@@ -220,7 +220,7 @@ class Sampler:
             raise NotFiniteError(NOT_FINITE)
         if ran.shape != shape:
             self.fitting_tokens = ran.shape.num_tokens()
-        kv_bytes = ran.shape.num_tokens() * kv_shape(policy.base.config, self.kv_dtype).token_bytes
+        kv_bytes = ran.shape.num_tokens() * token_bytes(policy.layer_shapes, self.kv_dtype)
         return Sampled(
             ran.completions,
             {

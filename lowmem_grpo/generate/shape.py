@@ -2,35 +2,31 @@
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import torch
+
+from lowmem_grpo.model.layer_shapes import LayerShape
 
 SHARE_FROM = 64  # prompt tokens from which one copy of a prompt's keys and values serves its whole group, without pages
 PAGE = 64  # tokens of a page
 
 
-@dataclass(frozen=True)
-class KVShape:
-    """Sizes of one token's keys and values."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    element_bytes: int
-    scale_bytes: int = 0  # of a key's or value's scale, in int8
-
-    @property
-    def token_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * (self.head_dim * self.element_bytes + self.scale_bytes)
+def stored(layers: dict[int, LayerShape]) -> dict[tuple[int, int], list[int]]:
+    """The layers whose keys and values are stored, by (H_kv, D), ascending: a layer that shares another's has none."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for number, layer in sorted(layers.items()):
+        if layer.source == number:
+            found.setdefault((layer.kv_heads, layer.head_dim), []).append(number)
+    return found
 
 
-def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
-    """The KVShape of a transformers configuration."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return KVShape(config.num_hidden_layers, heads, size, dtype.itemsize, 2 if dtype == torch.int8 else 0)
+def token_bytes(layers: dict[int, LayerShape], dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers; of int8 with the fp16 scale of each key and value."""
+    scale = torch.float16.itemsize if dtype == torch.int8 else 0
+    return sum(
+        2 * len(numbers) * kv_heads * (head_dim * dtype.itemsize + scale)
+        for (kv_heads, head_dim), numbers in stored(layers).items()
+    )
 
 
 @dataclass(frozen=True)

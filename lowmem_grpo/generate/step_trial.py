@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from lowmem_grpo.generate.layers import Listening, Unknown, normed, read
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.scheduler import Scheduler
-from lowmem_grpo.generate.shape import PAGE, KVShape, StoreShape, kv_shape
+from lowmem_grpo.generate.shape import PAGE, StoreShape
 from lowmem_grpo.generate.slots import Slots
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.model.attention import Scoring, attending, laid_out
+from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces
 
@@ -70,12 +71,12 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
         call = listening.calls[index]
         if call.asked != Scoring(index, layer.scaling, layer.window, layer.softcap):
             yield f"the scaling, window or softcap of layer {index}", torch.inf
-        kv = KVShape(1, layer.kv_heads, layer.head_dim, policy.dtype.itemsize)
+        kv = {index: LayerShape(call.query.shape[1], layer.kv_heads, layer.head_dim, index)}
         pages = StoreShape(len(positions), PAGE, 1, 1, len(positions), PAGE)  # of a token each
         store = Store(kv, pages, policy.dtype, policy.device)
         h = normed(seen[index][0][0], layer.before[0])
-        query = fast.heads(index, h, store, layer=0, table=table, positions=positions, prefilled=positions)
-        key, value = store.own.numbers[0, :, :, :, 0]
+        query = fast.heads(index, h, store, layer=index, table=table, positions=positions, prefilled=positions)
+        key, value = store.own.groups[0].numbers[0, :, :, :, 0]
         for name, ours, theirs in (("query", query, call.query), ("key", key, call.key), ("value", value, call.value)):
             yield f"the {name} of layer {index}", _distance(ours, theirs[0].transpose(0, 1))
 
@@ -88,7 +89,7 @@ def _of_results(fast: FastStep) -> Iterator[tuple[str, float]]:
     policy = fast.policy
     texts = pieces(policy, TEXTS[0], LENGTHS)
     shape = StoreShape(len(texts), PAGE, len(texts), max(LENGTHS) - 1, 1 + len(texts), PAGE)
-    store = Store(kv_shape(policy.base.config, policy.dtype), shape, policy.dtype, policy.device)
+    store = Store(policy.layer_shapes, shape, policy.dtype, policy.device)
     scheduler = Scheduler([*range(len(texts))], 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
     slots = Slots(policy, store, shape, scheduler)
     with policy.autocast(), narrow_windows(policy.base), _fed_alike(policy.decoder.layers) as seen:

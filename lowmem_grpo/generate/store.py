@@ -3,6 +3,9 @@
     own (L, 2, S, H_kv, T, D)        each slot's tokens, or pages of them in place of slots
     prefix (L, 2, P, H_kv, T_p, D)   prompts, once for their whole group, where the shape shares them
 
+There is one of each for every (H_kv, D) that a model's layers have. A layer that shares an earlier one's keys and
+values reads those, and stores none.
+
 Both are of the compute dtype, or int8 with an fp16 scale for every token and head, its largest magnitude over 127.
 Where a decoding step goes by a table of pages, as on a GPU, a page or slot is the outermost in memory, and the step
 finds the store by its addresses, in a tensor that may outlive the store.
@@ -11,13 +14,15 @@ Each layer's attention stores the new keys and values and attends over [prefix ;
 are never touched, and keys are never repeated for grouped queries.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lowmem_grpo.generate.shape import KVShape, StoreShape
+from lowmem_grpo.generate.shape import StoreShape, stored
 from lowmem_grpo.kernels.decode_attention import (
     addressed,
     decode_attention,
@@ -26,39 +31,65 @@ from lowmem_grpo.kernels.decode_attention import (
     write_token,
 )
 from lowmem_grpo.kernels.decode_layer import NO_NORM, Norm, heads
+from lowmem_grpo.model.layer_shapes import LayerShape
 
 
-class Rows(NamedTuple):
-    """Keys and values of some rows of tokens."""
+class Place(NamedTuple):
+    """Where a layer's keys and values are."""
+
+    group: int
+    index: int  # among the group's layers
+    writes: bool  # or another layer does, with which this one shares them
+
+
+class Group(NamedTuple):
+    """Keys and values of some rows of tokens, of L layers with as many heads of one size."""
 
     numbers: Tensor  # (L, 2, rows, H_kv, T, D)
     scales: Tensor | None  # (L, 2, rows, H_kv, T) fp16, of int8 numbers
+
+    def tensors(self) -> list[Tensor]:
+        return [self.numbers] if self.scales is None else [self.numbers, self.scales]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values of some rows of tokens, of all layers that attend."""
+
+    groups: list[Group]
+    places: dict[int, Place]  # by layer
+    num_tokens: int  # that a row has room for
 
     def write(self, layer: int, at: tuple, key: Tensor, value: Tensor, sources: Any = ...) -> list[Tensor]:
         """Store key[sources] and value[sources] at the index `at` of (rows, H_kv, T); returns what attention reads.
 
         A prompt's own tokens see the rounded values that later tokens see, so that a token may be prefilled or decoded.
+        Of a layer that shares another's nothing is stored.
         """
+        place = self.places[layer]
+        stored, stored_scales = self.groups[place.group]
         read = []
-        for place, given in enumerate((key, value)):
-            if self.scales is None:
-                self.numbers[layer, place][at] = given[sources]
+        for kind, given in enumerate((key, value)):
+            if stored_scales is None:
+                if place.writes:
+                    stored[place.index, kind][at] = given[sources]
             else:
                 numbers, scales = quantized(given)
-                self.numbers[layer, place][at] = numbers[sources]
-                self.scales[layer, place][at] = scales[sources]
+                if place.writes:
+                    stored[place.index, kind][at] = numbers[sources]
+                    stored_scales[place.index, kind][at] = scales[sources]
                 given = dequantized(numbers, scales, given.dtype)
             read.append(given)
         return read
 
     def read(self, layer: int, num_rows: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Keys and values of the first rows and tokens, (2, num_rows, H_kv, num_tokens, D). Of int8 a copy."""
-        numbers = self.numbers[layer, :, :num_rows, :, :num_tokens]
-        return (
-            numbers
-            if self.scales is None
-            else dequantized(numbers, self.scales[layer, :, :num_rows, :, :num_tokens], dtype)
-        )
+        place = self.places[layer]
+        stored, scales = self.groups[place.group]
+        numbers = stored[place.index, :, :num_rows, :, :num_tokens]
+        if scales is None:
+            return numbers
+        return dequantized(numbers, scales[place.index, :, :num_rows, :, :num_tokens], dtype)
 
     def clear(self, rows: Tensor) -> None:
         """Zero these rows: masked attention multiplies old values by 0, which leaves a NaN a NaN."""
@@ -74,13 +105,13 @@ class Rows(NamedTuple):
             for row, values in zip(rows, held, strict=True):
                 tensor[:, :, row] = values.to(tensor.device)
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.numbers] if self.scales is None else [self.numbers, self.scales]
-
     def move(self, sources: Tensor, targets: Tensor) -> None:
         for tensor in self._tensors():
             for layer in tensor:
                 layer[:, targets] = layer[:, sources]
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for group in self.groups for tensor in group.tensors()]
 
 
 def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,55 +135,74 @@ class Store:
     """The keys and values of a rollout, zeroed: masked values must still be finite."""
 
     def __init__(
-        self, kv: KVShape, shape: StoreShape, dtype: torch.dtype, device: torch.device, addresses: Tensor | None = None
-    ):
-        """Allocate a store. Where steps go by a table, its addresses are written to `addresses`, or to a new tensor."""
-        by_table = goes_by_table(shape, device)
+        self, layers: dict[int, LayerShape], shape: StoreShape, dtype: torch.dtype, device: torch.device,
+        addresses: Sequence[Tensor] | None = None,
+    ):  # fmt: skip
+        """Allocate a store of these layers' keys and values.
 
-        def zeros(num_rows: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            outer = (kv.layers, 2)
+        Where steps go by a table, the addresses of each group are written to one of `addresses`, or to a new tensor.
+        """
+        by_table, sizes = goes_by_table(shape, device), stored(layers)
+
+        def zeros(outer: tuple[int, ...], num_rows: int, inner: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if by_table:
-                return torch.zeros(num_rows, *outer, *sizes, dtype=dtype, device=device).movedim(0, 2)
-            return torch.zeros(*outer, num_rows, *sizes, dtype=dtype, device=device)
+                return torch.zeros(num_rows, *outer, *inner, dtype=dtype, device=device).movedim(0, 2)
+            return torch.zeros(*outer, num_rows, *inner, dtype=dtype, device=device)
 
         def rows(num_rows: int, num_tokens: int) -> Rows:
-            size = (kv.kv_heads, num_tokens)
-            scales = zeros(num_rows, size, torch.float16) if dtype == torch.int8 else None
-            return Rows(zeros(num_rows, (*size, kv.head_dim), dtype), scales)
+            groups = []
+            for (kv_heads, head_dim), numbers in sizes.items():
+                outer, inner = (len(numbers), 2), (kv_heads, num_tokens)
+                scales = zeros(outer, num_rows, inner, torch.float16) if dtype == torch.int8 else None
+                groups.append(Group(zeros(outer, num_rows, (*inner, head_dim), dtype), scales))
+            return Rows(groups, places, num_tokens)
 
+        own = {n: Place(g, i, True) for g, numbers in enumerate(sizes.values()) for i, n in enumerate(numbers)}
+        places = {n: own[layer.source]._replace(writes=layer.source == n) for n, layer in layers.items()}
         self.own = rows(shape.pages, shape.page_tokens) if shape.paged else rows(shape.slots, shape.slot_tokens)
         self.prefix = rows(shape.prefixes, shape.prefix_tokens)
+        self.places, self.keys_values = places, []
         if by_table:
-            prefix = self.prefix if shape.shared else (None, None)
-            self.keys_values = addressed(*self.own, *prefix, addresses)
-            _LIVE[self.own.numbers.data_ptr()] = self
+            for index, group in enumerate(self.own.groups):
+                prefix = self.prefix.groups[index] if shape.shared else (None, None)
+                self.keys_values.append(addressed(*group, *prefix, None if addresses is None else addresses[index]))
+                _LIVE[group.numbers.data_ptr()] = self
 
-    def write_token(self, key: Tensor, value: Tensor, **where: Any) -> None:
-        """Store each row's newest key and value, (S, H_kv, D); `where` is as kernels/decode_attention.py has it."""
+    def write_token(self, key: Tensor, value: Tensor, *, layer: int, **where: Any) -> None:
+        """Store each row's newest key and value, (S, H_kv, D); `where` is as kernels/decode_attention.py has it.
+
+        Of a layer that shares another's nothing is stored.
+        """
+        group, index, writes = self.places[layer]
+        if not writes:
+            return
         if key.device.type == "cpu":
-            _write_token(key, value, self.keys_values.addresses, **where)
+            _write_token(key, value, self.keys_values[group].addresses, layer=index, **where)
         else:
-            write_token(key, value, self.keys_values, **where)
+            write_token(key, value, self.keys_values[group], layer=index, **where)
 
     def heads(
         self, parts: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | None, *,
-        query_norm: Norm | None, key_norm: Norm | None, **where: Any,
+        query_norm: Norm | None, key_norm: Norm | None, layer: int, **where: Any,
     ) -> Tensor:  # fmt: skip
         """Queries (S, H, D) of each row's newest token, keys and values stored, as kernels/decode_layer.py has it."""
-        store = self.keys_values
+        group, index, writes = self.places[layer]
+        assert writes, "an outline's layers have keys and values of their own"
+        store = self.keys_values[group]
         if parts.device.type == "cpu":
             norms = [x for norm in (query_norm, key_norm) for x in norm or NO_NORM]
-            return _heads(parts, low, b, bias, store.addresses, *norms, **where)
+            return _heads(parts, low, b, bias, store.addresses, *norms, layer=index, **where)
         return heads(
             parts, low, b, bias, own=store.own, scales=store.own_scales, addresses=store.addresses,
-            query_norm=query_norm, key_norm=key_norm, **where,
+            query_norm=query_norm, key_norm=key_norm, layer=index, **where,
         )  # fmt: skip
 
-    def attend(self, query: Tensor, **where: Any) -> Tensor:
+    def attend(self, query: Tensor, *, layer: int, **where: Any) -> Tensor:
         """Attention of each row's newest token, (S, H, D); `where` is as kernels/decode_attention.py has it."""
+        group, index, _ = self.places[layer]
         if query.device.type == "cpu":
-            return _attend(query, self.keys_values.addresses, **where)
-        return decode_attention(query, self.keys_values, **where)
+            return _attend(query, self.keys_values[group].addresses, layer=index, **where)
+        return decode_attention(query, self.keys_values[group], layer=index, **where)
 
 
 # A CPU, where tests alone go by a table, looks for the store that lies at an address. Each is one call, so that what a
@@ -164,7 +214,7 @@ def _at(addresses: Tensor) -> Any:
     store = _LIVE.get(int(addresses[0]))
     if store is None:
         raise RuntimeError("a step goes to a store that was given back")
-    return store.keys_values
+    return next(x for x in store.keys_values if x.own.data_ptr() == int(addresses[0]))
 
 
 @torch.library.custom_op("lowmem_grpo::write_token", mutates_args=())

@@ -18,6 +18,7 @@ from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapters import Adapters, active_adapter
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
+from lowmem_grpo.model.layer_shapes import LayerShape, layer_shapes
 from lowmem_grpo.model.lora import every_module, keep_one_input
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
@@ -185,6 +186,11 @@ class Policy:
             else:
                 logits = rows @ weight.t()
         return logits if bias is None else logits + bias
+
+    @cached_property
+    def layer_shapes(self) -> dict[int, LayerShape]:
+        """Sizes of what each layer that attends calls attention with, by its number. Tried once, on one token."""
+        return layer_shapes(self)
 
     @cached_property
     def packs(self) -> bool:

@@ -18,11 +18,12 @@ from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.config.sft import ASSUMED_LENGTH
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.generate.shape import kv_shape, store_shape
+from lowmem_grpo.generate.shape import store_shape, token_bytes
 from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
+from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
@@ -283,7 +284,8 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
         adapters = adapters * math.ceil(rank / RANK) * RANK // rank
         positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
-        resident["cosines and sines"] = 2 * positions * kv_shape(key.model, dtype).head_dim * dtype.itemsize
+        largest = max(layer.head_dim for layer in traced.layers.values())
+        resident["cosines and sines"] = 2 * positions * largest * dtype.itemsize
     rollout["adapters in the compute dtype"] = adapters
     if config.has_lasting_graphs and not traced.padded:
         for name in ("captured steps", "adapters in the compute dtype"):
@@ -372,20 +374,21 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
     # What a step takes, in a pool of its own: logits, beside a dequantized layer or the parts of the largest product.
-    captured = {"captured steps": logits + max(layer, 4 * shape.slots * _parts(text))}
+    captured = {"captured steps": logits + max(layer, 4 * shape.slots * _parts(text, traced.layers))}
     return {
-        "keys and values": shape.num_tokens() * kv_shape(key.model, dtype).token_bytes,
+        "keys and values": shape.num_tokens() * token_bytes(traced.layers, dtype),
         "prefill or logits": max(traced.ran.prefill + layer, logits),
         **(captured if config.has_cuda_graphs else {}),
     }
 
 
-def _parts(text: PreTrainedConfig) -> int:
+def _parts(text: PreTrainedConfig, layers: dict[int, LayerShape]) -> int:
     """Number of fp32 parts of a row of the decoding step's largest product."""
-    kv, hidden, inner = kv_shape(text, torch.float32), text.hidden_size, getattr(text, "intermediate_size", None) or 0
-    queries = text.num_attention_heads * kv.head_dim
-    keys = kv.kv_heads * kv.head_dim
-    products = [([queries, keys, keys], hidden), ([hidden], queries), ([inner, inner], hidden), ([hidden], inner)]
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 0
+    products = [([inner, inner], hidden), ([hidden], inner)]
+    for heads, kv_heads, head_dim, _ in set(layers.values()):
+        queries, keys = heads * head_dim, kv_heads * head_dim
+        products += [([queries, keys, keys], hidden), ([hidden], queries)]
     return max(default_splits(sizes, K, PROCESSORS) * sum(sizes) for sizes, K in products if sum(sizes))
 
 

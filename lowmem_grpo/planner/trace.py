@@ -31,6 +31,7 @@ from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
+from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
@@ -93,6 +94,7 @@ class Traced:
     largest_linear: int  # numbers in the largest 4-bit layer
     dense: int  # bytes of all 4-bit layers in the compute dtype, which rollout_weights="dense" samples from
     ran: Ran
+    layers: dict[int, LayerShape]  # that attend; none where it is padded
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
 
@@ -144,7 +146,8 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        return Traced(*_resident(whole, watched), run_layers(whole, watched), padded, generated)
+        layers = {} if padded else _layer_shapes(whole, watched)
+        return Traced(*_resident(whole, watched), run_layers(whole, watched), layers, padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -174,6 +177,21 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
         except UnknownAttention as error:
             return in_a_line(error)
     return None
+
+
+def _layer_shapes(whole: PeftModel, config: ModelFields) -> dict[int, LayerShape]:
+    """The LayerShape of each layer that attends, from a run of one of each kind."""
+    kinds = _kinds(whole)
+    distinct = sorted(set(kinds))
+    with fake_policy(whole, tuple(distinct), config) as policy:
+        of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
+    layers = {}
+    for number, kind in enumerate(kinds):
+        if kind in of_kind:
+            source = distinct[of_kind[kind].source]  # the kind of the layer whose keys and values it has
+            last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
+            layers[number] = of_kind[kind]._replace(source=last)
+    return layers
 
 
 def run_layers(whole: PeftModel, config: TrainingConfig) -> Ran:
