@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from lowmem_grpo.kernels import (
     decode_attention,
     decode_layer,
+    delta_step,
     linear_logprobs,
     nf4_product,
     policy_loss,
@@ -243,6 +244,17 @@ def _gated(name: str, **change) -> Kernel:
     return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2)
 
 
+def _delta(name: str, narrow: int, **change) -> Kernel:
+    arguments: dict[str, Any] = {argument: "i32" for argument in delta_step._step_kernel.arg_names}
+    arguments |= dict(
+        query_ptr="*half", key_ptr="*half", value_ptr="*half", log_decay_ptr="*fp32", strength_ptr="*half",
+        state_ptr="*fp32", commit_ptr="*i1", out_ptr="*half", query_stride=1, key_stride=1, value_stride=1,
+        log_decay_stride=1, strength_stride=1, scale="fp32", eps="fp32", K=128, V=128, GROUP=2, NORMALIZE=True,
+        BLOCK_K=128, BLOCK_V=32,
+    )  # fmt: skip
+    return Kernel(name, delta_step._step_kernel, arguments | change, narrow=narrow)
+
+
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
@@ -329,6 +341,13 @@ KERNELS = [
         WHOLE=True, HEADS=32, cos_ptr="*fp32", sin_ptr="*fp32", bias_ptr=None,
     ),
     _gated("decode_layer gated, 18944"),
+    # Narrow: query, key, value and out, whose 128 numbers are one for each of 128 threads.
+    _delta("delta_step, 2 x 128 x 128", 4),
+    _delta(
+        "delta_step, 1 x 96 x 192, fp32, every fifth number", 7, query_ptr="*fp32", key_ptr="*fp32", value_ptr="*fp32",
+        query_stride=5, key_stride=5, value_stride=5, strength_ptr="*fp32", out_ptr="*fp32", commit_ptr=None, K=96,
+        V=192, GROUP=1,
+    ),
     _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64, ROWS=4),
 ]  # fmt: skip
 
