@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
@@ -41,11 +42,52 @@ FAMILIES = {
     "cohere": lambda: CohereConfig(**SMALL, logit_scale=0.0625),
 }
 
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 16}
+_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+_OF_MAMBA_2 = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 16}
+# Families with layers that keep a state, by model_type.
+HYBRIDS = {
+    "qwen3_5_text": {**SMALL, **_DELTA, **_LINEAR, "head_dim": 16},
+    "qwen3_5_moe_text": {**SMALL, **_DELTA, **_LINEAR, **_EXPERTS, "head_dim": 16},
+    "qwen3_next": {**SMALL, **_DELTA, **_LINEAR, **_EXPERTS, "head_dim": 16},
+    "olmo_hybrid": {**SMALL, **_DELTA, **_LINEAR},
+    "lfm2": {**SMALL, **_CONV, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**SMALL, **_CONV, **_EXPERTS, "num_dense_layers": 1},
+    "bamba": {**SMALL, **_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **SMALL, **_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 96,
+    },
+    "falcon_h1": {**SMALL, **_MAMBA, "mamba_d_ssm": 128, "head_dim": 16},
+    "nemotron_h": {
+        **SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,
+        "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16, "head_dim": 16,
+    },
+    "zamba2": {
+        **SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 16,
+        "mamba_ngroups": 2, "n_mamba_heads": 4, "chunk_size": 16, "num_mem_blocks": 1,
+    },
+    "mamba2": {
+        **_OF_MAMBA_2, "vocab_size": 128, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
+}  # fmt: skip
+FAMILIES_AND_HYBRIDS = FAMILIES | {
+    name: partial(AutoConfig.for_model, name, **settings) for name, settings in HYBRIDS.items()
+}
+
 
 def make_model(family: str = "qwen2", seed: int = 0):
     """A random model of a family, fp32, with weights wide enough that its log-probabilities are far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(FAMILIES_AND_HYBRIDS[family](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -58,7 +100,7 @@ def make_model(family: str = "qwen2", seed: int = 0):
 def make_policy(model="qwen2", tokenizer=None, **settings) -> Policy:
     """A policy on the CPU in fp32, unless settings say otherwise, with adapters that are not zero."""
     settings = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, **settings}
-    model = make_model(model) if model in FAMILIES else model
+    model = make_model(model) if model in FAMILIES_AND_HYBRIDS else model
     policy = load_policy(model, tokenizer or AutoTokenizer.from_pretrained(DEMO_MODEL), GRPOConfig(**settings))
     wake_adapters(policy)
     return policy
