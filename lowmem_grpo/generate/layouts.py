@@ -1,6 +1,7 @@
 """The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scori
 
 def _paged_attention(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
     layer, scaling, window, softcap, _ = asked
-    where = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
+    where: dict[str, Any] = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
     now.store.write_token(key[:, :, 0], value[:, :, 0], **where)
     out = now.store.attend(
         query[:, :, 0], prefix_rows=now.prefix_rows, scaling=scaling, softcap=softcap, window=window, **where

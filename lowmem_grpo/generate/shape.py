@@ -21,7 +21,7 @@ def stored(layers: dict[int, LayerShape]) -> dict[tuple[int, int], list[int]]:
 
 
 def token_bytes(layers: dict[int, LayerShape], dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers; of int8 with the fp16 scale of each key and value."""
+    """Bytes of one token's keys and values in all layers, and of the fp16 scales of int8 ones."""
     scale = torch.float16.itemsize if dtype == torch.int8 else 0
     return sum(
         2 * len(numbers) * kv_heads * (head_dim * dtype.itemsize + scale)

@@ -35,7 +35,7 @@ from lowmem_grpo.model.layer_shapes import LayerShape
 
 
 class Place(NamedTuple):
-    """Where a layer's keys and values are."""
+    """The place of a layer's keys and values in a store."""
 
     group: int
     index: int  # among the group's layers
