@@ -255,9 +255,9 @@ def test_int8_keys_and_values_take_the_bytes_that_are_reported():
     assert found["int8"] == found["full"] * (1 + 2 / 16) / 2
 
 
-def test_int8_keys_and_values_are_not_silently_left_out_by_generate(monkeypatch):
+def test_int8_keys_and_values_are_not_silently_left_out_by_generate():
     policy = make_policy("llama")
-    monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
+    policy.base.config.rope_parameters["rope_type"] = "dynamic"
     for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
         sampler = Sampler(policy, GRPOConfig(**{name: value}))
         with (
@@ -518,11 +518,11 @@ def test_a_refusal_names_its_reason(field, value, reason):
     assert reason in engine.refusal(policy, policy.dtype)
 
 
-def test_a_refused_model_is_sampled_from_by_generate_after_one_warning(monkeypatch):
+def test_a_refused_model_is_sampled_from_by_generate_after_one_warning():
     policy = make_policy("llama")
-    monkeypatch.setattr(type(policy.base), "_supports_attention_backend", False)
+    policy.base.config.rope_parameters["rope_type"] = "dynamic"
     sampler = Sampler(policy, GRPOConfig(max_completion_length=12))
-    with pytest.warns(UserWarning, match="attention cannot be replaced") as caught:
+    with pytest.warns(UserWarning, match="rotary embedding depends on the longest text") as caught:
         completions = sampler.complete(as_prompts(PROMPTS), 3).completions
         sampler.complete_greedily(as_prompts(PROMPTS))
     assert len(caught) == 1

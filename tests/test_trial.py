@@ -17,6 +17,7 @@ from lowmem_grpo.model import policy as policy_module
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.packing import Block, pack
 from lowmem_grpo.model.trial import difference_when_packed, refused
+from lowmem_grpo.planner.plan import forecast
 
 PRECISIONS = [dict(bf16=False), dict(bf16=True)]
 both = pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16"])
@@ -103,6 +104,29 @@ def test_a_window_that_a_full_layer_has_and_does_not_use_is_no_reason_to_refuse(
     config = Exaone4Config(**SMALL, sliding_window=24, layer_types=["sliding_attention", "full_attention"])
     policy = make_policy(AutoModelForCausalLM.from_config(config), load_in_4bit=False)
     assert policy.packs and engine.refusal(policy, policy.dtype) is None
+
+
+OWN_ATTENTION = {"gptj": dict(rotary_dim=8), "gpt_neo": dict(attention_types=[[["global"], 2]]), "mpt": {}}
+
+
+@pytest.mark.parametrize("kind", OWN_ATTENTION)
+def test_a_model_that_never_calls_our_attention_is_refused_in_one_sentence(kind):
+    config = AutoConfig.for_model(kind, **{**SMALL, "num_key_value_heads": 4, **OWN_ATTENTION[kind]})
+    policy = make_policy(AutoModelForCausalLM.from_config(config), load_in_4bit=False)
+    assert refused(policy, difference_when_packed) == "its attention cannot be replaced"
+    assert engine.refusal(policy, policy.dtype) == "its attention cannot be replaced"
+    short = GRPOConfig(use_cpu=True, max_prompt_length=32, max_completion_length=32)
+    assert forecast(config, short).padded == "its attention cannot be replaced"
+
+
+def test_one_layer_that_never_calls_our_attention_is_named(monkeypatch):
+    """Even one that would give the right numbers."""
+    policy = make_policy()
+    attention = policy.decoder.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states * 0, None))
+    assert refused(policy, lambda *_: None) == "layers.1.self_attn mixes tokens in a way of its own"
+    del attention.layer_idx  # as a layer of experts alone, which has nothing to call for
+    assert refused(policy, lambda *_: None) is None
 
 
 def shift(x):

@@ -147,8 +147,6 @@ def refusal(model: Any) -> str | None:
     kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
     if kinds & {"dynamic", "longrope"}:
         return "its rotary embedding depends on the longest text of a batch"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced"
     return None
 
 

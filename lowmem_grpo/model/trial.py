@@ -19,7 +19,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.attention import Scoring, attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.packing import MicroBatch, pack
 
@@ -211,12 +211,13 @@ def once_more(work: Callable[[], T]) -> T:
 def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
     """Why a trial of the policy fails with each of TEXTS, or None; what it raises is a reason too.
 
-    A text that is refused is followed by another: a rounding may swap two experts of equal weight.
+    Every layer has to call the layout in force. A text that is refused is followed by another: a rounding may swap two
+    experts of equal weight.
     """
-    reason = None
     try:
         with policy.inference(), narrow_windows(policy.base):
-            for text in TEXTS:
+            reason = once_more(partial(by_itself, policy))
+            for text in () if reason else TEXTS:
                 reason = once_more(partial(trial, policy, text))
                 if reason is None:
                     return None
@@ -225,6 +226,48 @@ def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
     except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
         return in_a_line(error)
     return reason
+
+
+class _Heard:
+    """A layout that computes nothing, and knows the numbers of the layers that called it."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+        self.layers.add(asked.layer)
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3])
+
+    def mix(self, mixer: Any, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        self.layers.add(mixer.layer_idx)
+        return torch.zeros_like(hidden)
+
+
+def by_itself(policy: Any) -> str | None:
+    """A sentence on a layer of a policy's decoder that mixes tokens without calling the layout in force, or None.
+
+    A layer may have nothing to call for, as one of experts alone; what calls knows its layer's number.
+    """
+    heard, token = _Heard(), torch.zeros(1, 1, dtype=torch.int64, device=policy.device)
+    try:
+        with torch.no_grad(), policy.autocast(), attending(policy.configs), laid_out(heard):
+            policy.decoder(input_ids=token, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except UnknownAttention as error:
+        return in_a_line(error)
+    except Exception:  # of a model that is given no mask, and counts on one
+        if heard.layers:
+            return None
+    if not heard.layers:
+        return "its attention cannot be replaced"
+    for name, layer in parts(policy.decoder):
+        number = name.rpartition(".")[2]
+        if number.isdigit() and int(number) not in heard.layers:
+            own = [path for path, module in layer.named_modules() if path and "layer_idx" in vars(module)]
+            if own:
+                return f"{name}.{own[-1]} mixes tokens in a way of its own"
+    return None
 
 
 def difference_when_packed(policy: Any, text: str) -> str | None:

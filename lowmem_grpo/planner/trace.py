@@ -29,13 +29,14 @@ from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapters import add_adapter
-from lowmem_grpo.model.attention import UnknownAttention, refusal
+from lowmem_grpo.model.attention import refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher
+from lowmem_grpo.model.trial import by_itself
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
 
@@ -172,11 +173,7 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
     if reason is not None:
         return reason
     with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), config) as policy:
-        try:
-            _inference(policy, _prompts(policy, 8, 1, padding_free=True))
-        except UnknownAttention as error:
-            return in_a_line(error)
-    return None
+        return by_itself(policy)
 
 
 def _layer_shapes(whole: PeftModel, config: ModelFields) -> dict[int, LayerShape]:
