@@ -508,8 +508,6 @@ def test_fused_adapters_are_pefts(family, dense):
     "field, value, reason",
     [
         ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
-        ("kv_lora_rank", 8, "MLA"),
-        ("num_kv_shared_layers", 1, "share keys and values"),
     ],
 )
 def test_a_refusal_names_its_reason(field, value, reason):

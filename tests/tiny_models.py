@@ -79,15 +79,48 @@ HYBRIDS = {
         "pad_token_id": 0,
     },
 }  # fmt: skip
-FAMILIES_AND_HYBRIDS = FAMILIES | {
-    name: partial(AutoConfig.for_model, name, **settings) for name, settings in HYBRIDS.items()
+_GEMMA_4 = {
+    **SMALL, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16,
+    "global_head_dim": 32, "sliding_window": 24, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 128,
+}  # fmt: skip
+_MLA = {
+    **SMALL, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+# Whose layers are not all of one size, share keys and values, or have values smaller than keys: model_type, settings.
+BY_LAYER = {
+    "gemma4, 12B": ("gemma4_text", _GEMMA_4),
+    "gemma4, 31B": ("gemma4_text", {**_GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4, E": (
+        "gemma4_text",
+        {**_GEMMA_4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True},
+    ),
+    "gemma4, MoE": (
+        "gemma4_text",
+        {**_GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+    "deepseek_v3": ("deepseek_v3", _MLA),
+    "glm4_moe_lite": ("glm4_moe_lite", _MLA),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": None,
+            "eos_token_id": 1, "pad_token_id": 0,
+        },
+    ),
+}  # fmt: skip
+CONFIGS = {
+    **FAMILIES,
+    **{name: partial(AutoConfig.for_model, name, **settings) for name, settings in HYBRIDS.items()},
+    **{name: partial(AutoConfig.for_model, kind, **settings) for name, (kind, settings) in BY_LAYER.items()},
 }
 
 
 def make_model(family: str = "qwen2", seed: int = 0):
     """A random model of a family, fp32, with weights wide enough that its log-probabilities are far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES_AND_HYBRIDS[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -100,7 +133,7 @@ def make_model(family: str = "qwen2", seed: int = 0):
 def make_policy(model="qwen2", tokenizer=None, **settings) -> Policy:
     """A policy on the CPU in fp32, unless settings say otherwise, with adapters that are not zero."""
     settings = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, **settings}
-    model = make_model(model) if model in FAMILIES_AND_HYBRIDS else model
+    model = make_model(model) if model in CONFIGS else model
     policy = load_policy(model, tokenizer or AutoTokenizer.from_pretrained(DEMO_MODEL), GRPOConfig(**settings))
     wake_adapters(policy)
     return policy

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from lowmem_grpo.model.adapters import Adapters
@@ -52,9 +53,10 @@ def attend(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend by the layout in force: query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
+    """Attend by the layout in force: query (B, H, T, D), key and value (B, H_kv, T, D or D_v) -> (B, T, H, D_v).
 
-    The call signature is transformers'. An argument that is not known here raises UnknownAttention.
+    The call signature is transformers'. An argument that is not known here raises UnknownAttention. A layout is given
+    keys and values of one size: the smaller ones (MLA's values) are filled up with zeros, and the result is cut.
     """
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if unknown:
@@ -62,8 +64,8 @@ def attend(
     own = getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
     if own not in (None, sliding_window):  # it counts on the mask for it
         raise UnknownAttention("its attention keeps its sliding window to itself")
-    if value.shape != key.shape:
-        raise UnknownAttention("its keys and values are of different sizes")
+    if value.shape[:3] != key.shape[:3]:
+        raise UnknownAttention("its keys and values are of different numbers")
     if dropout:
         raise UnknownAttention("its attention has a dropout")
     layout = _LAYOUT.get()
@@ -73,7 +75,13 @@ def attend(
     # casts them to its dtype where attention is PyTorch's.
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (of.to(torch.get_autocast_dtype(query.device.type)) for of in (query, key, value))
-    return layout.attend(query, key, value, Scoring(module.layer_idx, scale, sliding_window, softcap)), None
+    asked = Scoring(module.layer_idx, scale, sliding_window, softcap)
+    size, of_values = key.shape[-1], value.shape[-1]
+    if of_values < size:
+        return layout.attend(query, key, F.pad(value, (0, size - of_values)), asked)[..., :of_values], None
+    if of_values > size:  # zeros of queries and keys add nothing to a score
+        query, key = (F.pad(of, (0, of_values - size)) for of in (query, key))
+    return layout.attend(query, key, value, asked), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -139,10 +147,6 @@ def refusal(model: Any) -> str | None:
     unknown = set(getattr(config, "layer_types", None) or LAYERS_KNOWN) - LAYERS_KNOWN
     if unknown:
         return f"it has layers of {unknown.pop()}"
-    if getattr(config, "kv_lora_rank", None):
-        return "it keeps compressed keys and values (MLA)"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "its layers share keys and values"
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
     if kinds & {"dynamic", "longrope"}:
