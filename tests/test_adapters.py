@@ -427,3 +427,11 @@ def test_layers_on_which_peft_allows_no_adapter_are_left_out_of_all_linear(kind,
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, tmp_path))
     saved = policy.adapter_state(policy.adapter)
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[path], saved[path]) for path in saved)
+
+
+def test_a_router_that_is_a_linear_layer_by_its_class_gets_no_adapter():
+    config = AutoConfig.for_model(
+        "phimoe", **{**SMALL, "num_hidden_layers": 1}, num_local_experts=4, router_jitter_noise=0.0
+    )
+    policy = make_policy(AutoModelForCausalLM.from_config(config), load_in_4bit=False)
+    assert not any("router" in path for path in policy.parameters_of(policy.adapter))

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, cast
 
+import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import (
     LoraConfig,
     LoraModel,
@@ -22,7 +24,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.config.sections import AdapterFields
@@ -119,7 +121,7 @@ class Adapters:
             raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
         config = copy.deepcopy(config)  # the caller's is left as it is
         config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
-        _exclude_what_peft_refuses(self.model.get_base_model(), config)
+        _exclude_unfit(self.model.get_base_model(), config)
         worn = self.worn
         try:
             self.model.add_adapter(name, config)
@@ -270,7 +272,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
     peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
-    _exclude_what_peft_refuses(model, peft_config)
+    _exclude_unfit(model, peft_config)
     with outdated_name():
         try:
             return get_peft_model(model, peft_config)
@@ -279,31 +281,40 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
 
 
-def _exclude_what_peft_refuses(model: Any, config: Any) -> None:
-    """Leave out of all-linear the layers on which PEFT allows no adapter.
+def _exclude_unfit(model: Any, config: Any) -> None:
+    """Leave out of all-linear the layers that LoRA cannot be added to, by their names.
 
-    In some models with a state these are projections that a kernel reads past their forward: `out_proj` of Mamba.
+    PEFT refuses some projections of models with a state, which a kernel reads past their forward: `out_proj` of Mamba.
+    A router may be a linear layer by its class, and give more than its product.
     """
     if config.target_modules != "all-linear":
         return
-    names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    refused = sorted(name for name in names if not _takes_adapter(name, model, config))
+    linears = {
+        path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    unfit = sorted(name for name, module in linears.items() if not _takes_adapter(name, module, model, config))
     excluded = config.exclude_modules or []
-    if refused and isinstance(excluded, str):
-        config.exclude_modules = f"(?:{excluded})|.*\\.(?:{'|'.join(map(re.escape, refused))})"
-    elif refused:
-        config.exclude_modules = {*excluded, *refused}
+    if unfit and isinstance(excluded, str):
+        config.exclude_modules = f"(?:{excluded})|.*\\.(?:{'|'.join(map(re.escape, unfit))})"
+    elif unfit:
+        config.exclude_modules = {*excluded, *unfit}
 
 
-def _takes_adapter(name: str, model: Any, config: PeftConfig) -> bool:
-    """Whether PEFT adapts modules of this name in a model."""
+def _takes_adapter(name: str, linear: Any, model: Any, config: PeftConfig) -> bool:
+    """Whether PEFT adapts modules of this name in a model, and one of them gives a product and nothing else."""
     check = getattr(LoraModel, "_check_target_module_compatiblity", None)
     try:
         if check is not None:
             check(cast(Any, None), config, model, name)
     except ValueError:
         return False
-    return True
+    if isinstance(linear, Linear4bit) or type(linear).forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
+    except Exception:  # of a forward that wants more than an input
+        return False
 
 
 @contextlib.contextmanager
