@@ -115,7 +115,8 @@ def delta_step(
     """
     _check(query, key, value, log_decay, strength, state, commit)
     if not _runs_by_triton(backend, query.device.type):
-        return _by_products(query, key, value, log_decay, strength, state, normalize, commit)
+        with torch.autocast(query.device.type, enabled=False):  # which would have its products in 16 bits
+            return _by_products(query, key, value, log_decay, strength, state, normalize, commit)
     S, H_v, K, V = state.shape
     out = torch.empty(S, H_v, V, dtype=query.dtype, device=query.device)
     block_k = triton.next_power_of_2(K)

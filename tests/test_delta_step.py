@@ -181,6 +181,14 @@ def test_numbers_are_read_where_they_stand_and_rows_beyond_are_not_touched(place
 
 
 @every_backend
+def test_autocast_changes_nothing(place):
+    given = case(2, 1, 2, 24, 40)
+    with torch.autocast(place[1], dtype=torch.bfloat16):
+        cast = step(given, place)
+    assert all(torch.equal(a, b) for a, b in zip(cast, step(given, place), strict=True))
+
+
+@every_backend
 def test_no_rows_are_no_work(place):
     out, after = step(case(0, 1, 2, 8, 4), place)
     assert out.shape == (0, 2, 4) and after.shape == (0, 2, 8, 4)
