@@ -2,12 +2,15 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CohereConfig,
     Gemma2Config,
@@ -115,12 +118,97 @@ CONFIGS = {
     **{name: partial(AutoConfig.for_model, name, **settings) for name, settings in HYBRIDS.items()},
     **{name: partial(AutoConfig.for_model, kind, **settings) for name, (kind, settings) in BY_LAYER.items()},
 }
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+}  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+_GDN = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}  # fmt: skip
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _seeing(model_type: str, text: dict, vision: dict, **settings):
+    """The configuration of a model of text and images."""
+    text = {**SMALL, "head_dim": 16, **text}
+    kind: Any = CONFIG_MAPPING[model_type]
+    return kind(text_config=text, vision_config=vision, **settings)
+
+
+# Models of text and images, as they are saved: a decoder with towers beside it.
+WRAPPERS = {
+    "qwen3_5": lambda: _seeing("qwen3_5", _GDN, {**_QWEN_VISION, "num_position_embeddings": 16}),
+    "qwen3_5_moe": lambda: _seeing(
+        "qwen3_5_moe",
+        {**_GDN, **_MOE, "shared_expert_intermediate_size": 32},
+        {**_QWEN_VISION, "num_position_embeddings": 16},
+    ),
+    "gemma3": lambda: _seeing(
+        "gemma3", {"sliding_window": 24}, _VISION, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6,
+        eoi_token_index=7,
+    ),
+    "gemma4": lambda: _seeing(
+        "gemma4",
+        {"sliding_window": 24, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+        {**_VISION, "num_key_value_heads": 2, "head_dim": 16}, image_token_id=5, boi_token_id=6, eoi_token_id=7,
+        audio_token_id=8,
+    ),
+    "gemma4_unified": lambda: _seeing(
+        "gemma4_unified",
+        {"sliding_window": 24, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+        {"patch_size": 4, "hidden_size": 32}, image_token_id=5, boi_token_id=6, eoi_token_id=7, audio_token_id=8,
+    ),
+    "mistral3": lambda: _seeing(
+        "mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", **_VISION, "head_dim": 16}, image_token_index=5
+    ),
+    "qwen3_vl": lambda: _seeing(
+        "qwen3_vl", _MROPE, {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    ),
+    "qwen3_vl_moe": lambda: _seeing(
+        "qwen3_vl_moe",
+        {**_MROPE, **_MOE}, {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen2_5_vl": lambda: _seeing("qwen2_5_vl", _MROPE, {**_QWEN_VISION, "fullatt_block_indexes": [1]}),
+    "smolvlm": lambda: _seeing("smolvlm", {"model_type": "llama"}, _VISION, image_token_id=5, pad_token_id=0),
+    "lfm2_vl": lambda: _seeing(
+        "lfm2_vl",
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+        {"model_type": "siglip2_vision_model", **_VISION, "num_patches": 16}, image_token_id=5,
+    ),
+    "llava": lambda: _seeing(
+        "llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **_VISION}, image_token_index=5
+    ),
+    "internvl": lambda: _seeing(
+        "internvl", {"model_type": "qwen2"}, {"model_type": "internvl_vision", **_VISION}, image_token_id=5
+    ),
+    "glm4v": lambda: _seeing(
+        "glm4v",
+        {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+        {**_QWEN_VISION, "num_position_embeddings": 16},
+    ),
+    "minicpmv4_6": lambda: _seeing("minicpmv4_6", {"model_type": "qwen3_5_text", **_GDN}, _VISION),
+}  # fmt: skip
+
+
+def make_wrapper(family: str) -> Any:
+    """A random model of text and images, fp32."""
+    torch.manual_seed(0)
+    return _widened(AutoModelForImageTextToText.from_config(WRAPPERS[family](), dtype=torch.float32))
 
 
 def make_model(family: str = "qwen2", seed: int = 0):
     """A random model of a family, fp32, with weights wide enough that its log-probabilities are far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    return _widened(AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32))
+
+
+def _widened(model):
+    """The model with weights wide enough that its log-probabilities are far from uniform."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

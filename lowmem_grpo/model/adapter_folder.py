@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model.adapter_names import PREFIX, AdapterNames
 from lowmem_grpo.model.adapters import add_adapter, refuse_config
 from lowmem_grpo.model.head import read_head
+from lowmem_grpo.model.towers import set_aside
 from lowmem_grpo.output.folder import refuse_pointer
 from lowmem_grpo.warn import warn
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HALF = (torch.bfloat16, torch.float16)
-PREFIX = "base_model.model."  # of every name in an adapter's file
 MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result, and train that"
 
 
@@ -53,12 +54,18 @@ def refuse_pointers(folder: str) -> None:
         refuse_pointer(path)
 
 
-def refuse_misfit(folder: str, base: PreTrainedModel) -> None:
+def refuse_misfit(folder: str, base: PreTrainedModel, names: AdapterNames) -> None:
     """Raise InputError if an adapter's folder does not fit its base: weights lack, are left over, or of other shapes.
 
     The adapter is put on `base`, which is one without memory that nobody else uses.
     """
-    config, found = read_adapter_config(folder), read_weights(folder)
+    config, found = read_adapter_config(folder), names.from_file(read_weights(folder))
+    beside = next((name for name in found if names.is_beside(name)), None)
+    if beside is not None:
+        raise InputError(
+            f"the adapter in {folder!r} has {beside}, beside the decoder of texts, and only text is trained on; {MERGE}"
+        )
+    set_aside(base)
     own = {name: parameter.shape for name, parameter in base.named_parameters()}
     for name, values in _of_the_base(found, config, own).items():
         if values.shape != own[name]:
@@ -68,10 +75,11 @@ def refuse_misfit(folder: str, base: PreTrainedModel) -> None:
             )
     config = copy.copy(config)
     config.init_lora_weights = True  # type: ignore[attr-defined] # a LoraConfig's; what is put on has no values
+    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None  # which PEFT compares with ours
     model = add_adapter(base, config)
     read_head(base)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    lacking, left_over = _loaded(model, folder)
+    lacking, left_over = _loaded(model, folder, names)
     if lacking or left_over:
         name = (lacking or left_over)[0]
         given = found.get(name.replace(".default.", "."))
@@ -80,15 +88,15 @@ def refuse_misfit(folder: str, base: PreTrainedModel) -> None:
         else:
             why = f"it has no {name}" if lacking else f"it has {name}, and the base no place for it"
         raise InputError(
-            f"the adapter in {folder!r} is not one of {config.base_model_name_or_path!r} with the settings in its "
-            f"adapter_config.json: {why}"
+            f"the adapter in {folder!r} is not one of {base_name!r} with the settings in its adapter_config.json: {why}"
         )
 
 
-def refuse_changed_base(folder: str, base: nn.Module) -> None:
+def refuse_changed_base(folder: str, base: nn.Module, names: AdapterNames) -> None:
     """Raise InputError if an adapter's folder holds weights of its base, such as embeddings, with other values."""
     own = dict(base.named_parameters())
-    for name, values in _of_the_base(read_weights(folder), PeftConfig.from_pretrained(folder), own).items():
+    found = names.from_file(read_weights(folder))
+    for name, values in _of_the_base(found, PeftConfig.from_pretrained(folder), own).items():
         theirs = own[name].detach()
         # Of one dtype they are equal; a 16-bit one may have been rounded to the other.
         if not torch.allclose(values.to(theirs.device, torch.float32), theirs.float(), rtol=0.02, atol=1e-3):
@@ -158,15 +166,15 @@ def _of_the_base(found: dict[str, Tensor], config: Any, own: Container[str]) -> 
     return {name: values for name, values in bare.items() if name in own and not trained & {*name.split(".")}}
 
 
-def _loaded(model: PeftModel, folder: str) -> tuple[list[str], list[str]]:
+def _loaded(model: PeftModel, folder: str, names: AdapterNames) -> tuple[list[str], list[str]]:
     """The names that PEFT finds lacking, or of another shape, and those left over, as it loads a folder's weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one of each mismatch, which is an error here
         try:
             mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", {})
             result = model.load_adapter(
-                folder, "default", torch_device="cpu", low_cpu_mem_usage=True, key_mapping=mapping,
-                ignore_mismatched_sizes=True,
+                folder, "default", torch_device="cpu", low_cpu_mem_usage=True,
+                key_mapping={**names.key_mapping(), **mapping}, ignore_mismatched_sizes=True,
             )  # fmt: skip
         except KeyError as error:  # a module that is trained whole
             return [str(error.args[0])], []

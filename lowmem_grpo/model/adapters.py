@@ -124,7 +124,8 @@ class Adapters:
         _exclude_unfit(self.model.get_base_model(), config)
         worn = self.worn
         try:
-            self.model.add_adapter(name, config)
+            with expected_warnings_off():
+                self.model.add_adapter(name, config)
         except ValueError as error:
             raise InputError(f"no adapter could be added: {error}") from error
         finally:
@@ -273,7 +274,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
     peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
     _exclude_unfit(model, peft_config)
-    with outdated_name():
+    with expected_warnings_off():
         try:
             return get_peft_model(model, peft_config)
         except Exception as error:  # whatever PEFT raises on patterns that are none, modules that are numbers
@@ -318,8 +319,13 @@ def _takes_adapter(name: str, linear: Any, model: Any, config: PeftConfig) -> bo
 
 
 @contextlib.contextmanager
-def outdated_name() -> Iterator[None]:
-    """Silence a warning of peft, which reads a name that transformers has given up; nothing is wrong."""
+def expected_warnings_off() -> Iterator[None]:
+    """Silence two warnings of peft, where nothing is wrong.
+
+    It reads a name that transformers has given up, and it wants exclude_modules to match something, as those that a
+    file has do in the model that has its towers.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"You have passed exclude_modules=.*\(\?:\\\.\.\*\)\? but no modules")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield

@@ -15,9 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,6 +25,7 @@ from lowmem_grpo.config.sections import AdapterFields, ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_misfit, refuse_pointers
+from lowmem_grpo.model.adapter_names import names_of
 from lowmem_grpo.model.adapters import (
     active_adapter,
     add_adapter,
@@ -34,9 +33,18 @@ from lowmem_grpo.model.adapters import (
     refuse_config,
     refuse_fields,
     refuse_state,
+    tuned_layers,
 )
 from lowmem_grpo.model.head import output_embeddings, read_head
 from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.model.towers import (
+    auto_class,
+    beside_the_decoder,
+    decoder_path,
+    refuse_targets_beside,
+    set_aside,
+    within,
+)
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
@@ -83,21 +91,31 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         if config.model_init_kwargs:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
-        if isinstance(model, PreTrainedModel) and peft_config is None:
-            refuse_fields(config, model)
+        if isinstance(model, PreTrainedModel):
+            _refuse_targets(model, config, peft_config)
     elif isinstance(model, str):
         _find_by_name(model, config, needs_weights)
         with torch.random.fork_rng([]):  # what is made at random here must not change the run
-            base = without_weights(read_config(model, config), config.trust_remote_code)
+            settings = read_config(model, config)
+            base = without_weights(settings, config.trust_remote_code)
+            decoder_path(base)
             if is_adapter(model):
-                refuse_misfit(model, base)
+                refuse_misfit(model, base, names_of(base, settings))
             else:
-                if peft_config is None:
-                    refuse_fields(config, base)
+                _refuse_targets(base, config, peft_config)
+                set_aside(base)
                 add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
                 read_head(base)
     else:
         raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
+
+
+def _refuse_targets(base: PreTrainedModel, config: AdapterFields, peft_config: PeftConfig | None) -> None:
+    """Raise InputError where a new adapter is of modules that a base lacks, or that are beside its decoder."""
+    what = "lora_target_modules" if peft_config is None else "peft_config"
+    refuse_targets_beside(peft_config or lora_config(config), base, what)
+    if peft_config is None:
+        refuse_fields(config, base)
 
 
 def find_base_of(folder: str, config: ModelFields) -> None:
@@ -112,7 +130,7 @@ def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
     if isinstance(model, PreTrainedModel):
         return model.config
     return AutoConfig.from_pretrained(
-        _base_of(model), trust_remote_code=config.trust_remote_code, **(config.model_init_kwargs or {})
+        base_of(model), trust_remote_code=config.trust_remote_code, **(config.model_init_kwargs or {})
     )
 
 
@@ -123,12 +141,12 @@ def ends_of_model(model: Any, config: ModelFields) -> set[int]:
         settings.append(model.generation_config)
     else:
         with contextlib.suppress(Exception):  # most models have no such file
-            settings.append(GenerationConfig.from_pretrained(_base_of(model)))
+            settings.append(GenerationConfig.from_pretrained(base_of(model)))
     named = [one.eos_token_id for one in settings if one is not None and one.eos_token_id is not None]
     return {token_id for ids in named for token_id in (ids if isinstance(ids, list) else [ids])}
 
 
-def _base_of(model: str) -> str:
+def base_of(model: str) -> str:
     """The name or folder of a model's base: of an adapter's, as its configuration says."""
     return str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter(model) else model
 
@@ -145,14 +163,14 @@ def adapter_config(model: Any, config: AdapterFields, peft_config: PeftConfig | 
 def without_weights(
     config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A causal language model of a configuration, on the device that has no memory.
+    """A causal language model of a configuration with its towers, on the device that has no memory.
 
     Raises:
         InputError: transformers makes none of it.
     """
     with torch.device("meta"), torch.random.fork_rng([]):
         try:
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # also what a family's own code raises on settings that it does not understand
@@ -221,11 +239,24 @@ def _refuse_loaded(model: PreTrainedModel | PeftModel) -> None:
     if getattr(base.config, "is_encoder_decoder", False):
         raise InputError(f"the model is a {type(base).__name__}, which is no causal language model")
     output_embeddings(base)
+    decoder_path(base)
+    _refuse_adapters_beside(base)
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if away is not None:
         raise InputError(
             f"the model has no values for {away}, which is offloaded or was never loaded; load the whole model into "
             "the memory of one device"
+        )
+
+
+def _refuse_adapters_beside(base: Any) -> None:
+    """Raise InputError where a loaded model's adapter has weights beside the decoder of texts."""
+    beside = beside_the_decoder(base)
+    found = next((path for path in beside if tuned_layers(base.get_submodule(path))), None)
+    if found is not None:
+        raise InputError(
+            f"the model's adapter has weights in {found}, beside the decoder of texts, and only text is trained on; "
+            f"make it with exclude_modules={within(beside)!r}"
         )
 
 
@@ -317,8 +348,9 @@ def _refuse_kind(found: PreTrainedConfig, model: str) -> None:
     """Raise InputError where the configuration is of a model of another kind, or was saved by one."""
     named = getattr(found, "architectures", None) or [None]
     saved_by = named if isinstance(named, str) else named[0] and str(named[0])
-    remote = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
-    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    auto = auto_class(found)
+    remote = auto is not None and auto.__name__ in (getattr(found, "auto_map", None) or {})
+    made: Any = None if auto is None else auto._model_mapping.get(type(found), None)
     names = [kind.__name__ for kind in (made if isinstance(made, tuple) else (made,)) if kind is not None]
     # A family may have several names, and heads for other tasks, which from_pretrained would replace by a random one.
     causal = saved_by is None or saved_by in names or saved_by.endswith(LANGUAGE_MODELS)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 
 TRAINED = (
@@ -68,7 +68,12 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
     largest = _head_in_fp32(head.weight, head.bias, hidden).abs().max() * head.logit_scale
     hidden *= 2 * (head.softcap or 15.0) / largest
     hidden[0] = 0
-    theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
+    try:
+        theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a family's own code, such as one that wants an image
+        raise InputError(f"{type(model).__name__} has no logits for a text alone: {in_a_line(error)}") from error
     labels = torch.stack([theirs[0].argmin(), theirs[1].argmax(), theirs[2].argmin(), theirs[3].argmax()])
     with torch.no_grad():
         ours = linear_logprobs(

@@ -1,5 +1,6 @@
 """Load a Policy: a model found, put on the device in 4-bit, given adapters, and made ready to train."""
 
+import contextlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -12,21 +13,23 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base, warn_of_another_base
-from lowmem_grpo.model.adapters import add_adapter, lora_config, outdated_name
+from lowmem_grpo.model.adapter_names import AdapterNames, names_of, refuse_lost_targets, saved_config
+from lowmem_grpo.model.adapters import active_adapter, add_adapter, expected_warnings_off, lora_config
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.checkpointing import checkpoint_layers
-from lowmem_grpo.model.find import adapter_config, find_model, read_config
+from lowmem_grpo.model.find import adapter_config, base_of, find_model, read_config, without_weights
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.policy import Policy, not_finite
+from lowmem_grpo.model.towers import auto_class, made_without_towers, set_aside
 from lowmem_grpo.model.trial import refuse_untrainable
 
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
@@ -35,7 +38,8 @@ ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use
 def load_policy(model, tokenizer, config: TrainingConfig, peft_config: LoraConfig | None = None) -> Policy:
     """A Policy from a hub id, a model folder, a 4-bit checkpoint, an adapter folder, or a loaded model.
 
-    A loaded model is changed in place: its linear layers become 4-bit if config says so, and it gets adapters.
+    A loaded model is changed in place: its linear layers become 4-bit if config says so, it gets adapters, and what it
+    has beside its decoder of texts, such as a vision tower, is taken out.
 
     Raises:
         InputError: the model cannot be found, or cannot be trained here; the message has the remedy.
@@ -47,14 +51,14 @@ def load_policy(model, tokenizer, config: TrainingConfig, peft_config: LoraConfi
         # 1024 otherwise, at 0.3 MiB each. A layer's update has some 25 shapes of matrix products, and where they do not
         # all fit, each is compiled anew in every layer: with 16, a fifth of an update of the demo.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
-    peft_model = _load_model(model, config, peft_config, device, dtype)
+    peft_model, names = _load_model(model, config, peft_config, device, dtype)
     for module in peft_model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weight at the first inference; training on the
             # repacked weight then raises, or silently loses the adapters' gradient.
             module.support_avx512bf16_for_cpu = False
-    policy = Policy(peft_model, tokenizer, dtype)
+    policy = Policy(peft_model, tokenizer, dtype, names)
     equip(policy, config)
     if not policy.parameters_of(policy.adapter):
         raise InputError(f"the adapter {policy.adapter!r} has no weights to train; give it some target_modules")
@@ -146,28 +150,36 @@ def _disable_checkpointing(model: Any) -> None:
     disable()
 
 
-def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> PeftModel:
+def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tuple[PeftModel, AdapterNames]:
+    """The model with its adapter on the device, and the names that adapters of it have in their files."""
     if isinstance(model, PeftModel | PreTrainedModel):
-        warn_of_another_base(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if isinstance(model, PeftModel):
-        if config.load_in_4bit and not _is_4bit(model):
+        if isinstance(model, PeftModel) and config.load_in_4bit and not _is_4bit(model):
             raise InputError(
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        warn_of_another_base(base)
+        set_aside(base)
         model.requires_grad_(False)
+    else:
+        base = _load_base(base_of(model), config, device, dtype)
+    saved = read_config(model, config) if isinstance(model, str) else saved_config(base)
+    names = names_of(base, saved)
+    if isinstance(model, PeftModel):
         model.set_requires_grad(list(model.peft_config))  # also of those that are not worn, which stay fp32 so
-        return _placed(model, device, dtype)
-    if isinstance(model, PreTrainedModel):
-        model.requires_grad_(False)
+        adapted = _placed(model, device, dtype)
+    elif isinstance(model, PreTrainedModel):
         if config.load_in_4bit and not _is_4bit(model):
             quantize_linears(model, device, dtype)
-        return add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
-    if is_adapter(model):
-        base = _load_base(str(PeftConfig.from_pretrained(model).base_model_name_or_path), config, device, dtype)
-        refuse_changed_base(model, base)
-        with outdated_name():
-            return PeftModel.from_pretrained(base, model, is_trainable=True)
-    return add_adapter(_load_base(model, config, device, dtype), adapter_config(model, config, peft_config))
+        adapted = add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
+    elif is_adapter(model):
+        refuse_changed_base(model, base, names)
+        with expected_warnings_off():
+            adapted = PeftModel.from_pretrained(base, model, is_trainable=True, key_mapping=names.key_mapping() or None)
+    else:
+        adapted = add_adapter(base, adapter_config(model, config, peft_config))
+    refuse_lost_targets(names, adapted, active_adapter(adapted), saved)
+    return adapted, names
 
 
 def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel:
@@ -175,14 +187,19 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         "dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code,
         "ignore_mismatched_sizes": True,  # they are refused below, where they are named
     }  # fmt: skip
-    if config.load_in_4bit and getattr(read_config(name, config), "quantization_config", None) is None:
+    settings = read_config(name, config)
+    if config.load_in_4bit and getattr(settings, "quantization_config", None) is None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    only_text: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if settings.get_text_config() is not settings:
+        only_text = made_without_towers(type(without_weights(settings, config.trust_remote_code)))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, **{**arguments, **(config.model_init_kwargs or {})}, output_loading_info=True
-        )
+        with only_text:
+            loaded: Any = auto_class(settings).from_pretrained(
+                name, **{**arguments, **(config.model_init_kwargs or {})}, output_loading_info=True
+            )
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:

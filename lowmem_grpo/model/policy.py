@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
+from lowmem_grpo.model.adapter_names import AdapterNames
 from lowmem_grpo.model.adapters import Adapters, active_adapter
 from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
@@ -35,8 +36,9 @@ class Policy:
     adapter may have a score head, which is learnt, saved and loaded with it, as a reward adapter's or a critic's.
     """
 
-    def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype):
+    def __init__(self, model: PeftModel, tokenizer, dtype: torch.dtype, names: AdapterNames | None = None):
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.names = names or AdapterNames()  # of adapters' tensors in their files
         self.base: Any = model.get_base_model()  # a PreTrainedModel that generates
         self.adapter, self.adapters = active_adapter(model), Adapters(model)
         self.score_heads: dict[str, ScoreHead] = {}  # by the name of the adapter that each belongs to
@@ -81,7 +83,7 @@ class Policy:
         Raises:
             InputError: the name is taken, the folder cannot be read, or its adapter is not one of this base.
         """
-        weights, score = without_head(read_weights(folder))
+        weights, score = without_head(self.names.from_file(read_weights(folder)))
         config: Any = config_without_head(read_adapter_config(folder))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # values come from the file
             self.add(name, config)
@@ -272,7 +274,7 @@ class Policy:
             parameter.data = values[name]
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter and of its score head, by the names that they have in an adapter's file."""
+        """The tensors of an adapter and of its score head, by the names that PEFT has for them here."""
         head = self.score_heads.get(name)
         state = get_peft_model_state_dict(self.model, adapter_name=name)
         return {**state, **({} if head is None else {SCORE: head.weight.detach()})}
@@ -301,6 +303,7 @@ class Policy:
             for path in (folder / name).iterdir():
                 path.replace(folder / path.name)
             (folder / name).rmdir()
+        self.names.write(folder)
         if name in self.score_heads:
             add_to_folder(folder, self.score_heads[name])
         self.tokenizer.save_pretrained(folder)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.packing import MicroBatch, pack
 
@@ -160,8 +161,14 @@ def outputs_kept(decoder: nn.Module, keep: Callable[[str, Tensor], None]) -> Ite
             hook.remove()
 
 
-def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
-    """The layers' outputs at the positions that predict the batches' N tokens, by layer."""
+def outputs(
+    policy: Any, batches: Iterable[MicroBatch], count: int, run: Callable[[MicroBatch], object] | None = None
+) -> Outputs:
+    """The layers' outputs at the positions that predict the batches' N tokens, by layer.
+
+    `run` computes them, by default the decoder alone.
+    """
+    compute = policy.hidden_states if run is None else run
     found: Outputs = {}
     for batch in batches:
 
@@ -171,7 +178,7 @@ def outputs(policy: Any, batches: Iterable[MicroBatch], count: int) -> Outputs:
                 found.setdefault(name, rows.new_full((count, rows.shape[1]), torch.nan))[batch.token_index.cpu()] = rows
 
         with outputs_kept(policy.decoder, keep):
-            policy.hidden_states(batch)
+            compute(batch)
     return found
 
 
@@ -336,6 +343,12 @@ def refuse_untrainable(policy: Any) -> None:
     reach the adapter.
     """
     name = type(policy.base).__name__
+    if policy.base.config.get_text_config() is not policy.base.config:
+        reason = refused(policy, difference_by_itself)
+        if reason:
+            raise InputError(
+                f"{name} reads a text otherwise than its decoder does, which is trained ({reason}); name another model"
+            )
     try:
         with lora_dropout_off(policy.model):
             reason = once_more(partial(_difference_in_training, policy))
@@ -355,15 +368,38 @@ def refuse_untrainable(policy: Any) -> None:
         )
 
 
+def difference_by_itself(policy: Any, text: str) -> str | None:
+    """A sentence on how a whole model reads a text otherwise than its decoder alone does, or None."""
+    prompt, completion = pieces(policy, text, (7, 9))
+    head = policy.base.get_output_embeddings()
+
+    def whole(batch: MicroBatch) -> None:
+        with forward_replaced(head, lambda states: states):  # it stays in 16 bits
+            policy.base(input_ids=batch.input_ids, use_cache=False)
+
+    batch = _batch(policy, prompt, completion)
+    with in_fp32(policy) as exact:
+        with _eagerly(policy):
+            alone = outputs(exact, [batch], len(completion))
+        # As it is otherwise called: one whose prompts see what follows does so by PyTorch's attention alone.
+        is_flash = "flash" in str(policy.base.config._attn_implementation)
+        with _eagerly(policy) if is_flash else contextlib.nullcontext():
+            found = outputs(exact, [batch], len(completion), whole)
+    return too_far(distances(found, alone), {})
+
+
+def _eagerly(policy: Any) -> contextlib.AbstractContextManager:
+    """An attention that takes fp32, as flash attention does not; the model's own where it cannot be replaced."""
+    return contextlib.nullcontext() if refusal(policy.base) else attending(policy.configs, "eager")
+
+
 def _difference_in_training(policy: Any) -> str | None:
     """Why two forwards in training mode differ, or None. Their last token alone is another one, and predicts none."""
     prompt, completion, others = pieces(policy, TEXTS[0], (7, 9, 9))
     last = next((token for token in others if token != completion[-1]), completion[-1])
 
     def forward(completion: list[int]) -> Outputs:
-        # Flash attention takes no fp32; where attention cannot be replaced it is another one.
-        own = contextlib.nullcontext() if refusal(policy.base) else attending(policy.configs, "eager")
-        with torch.no_grad(), own, in_fp32(policy) as exact:
+        with torch.no_grad(), _eagerly(policy), in_fp32(policy) as exact:
             return outputs(exact, [_batch(policy, prompt, completion)], len(completion))
 
     first = forward(completion)

@@ -36,6 +36,7 @@ from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher
+from lowmem_grpo.model.towers import set_aside
 from lowmem_grpo.model.trial import by_itself
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
@@ -162,7 +163,9 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel
     adapter = copy.copy(key.adapter)
     # One that is continued is trained again, and what its values are is no matter.
     adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined] # a LoraConfig's
+    adapter.base_model_name_or_path = None  # which PEFT would compare with that of a model without files
     base = without_weights(key.model, trust_remote_code, getattr(torch, compute_dtype))
+    set_aside(base)
     with torch.device("meta"):
         return add_adapter(base.requires_grad_(False), adapter)
 

@@ -71,7 +71,7 @@ class BestAdapter:
         """Give the policy the saved adapter; without one, where no evaluation had a value, it stays."""
         if self.record() is not None:
             weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
-            policy.load_adapter_state(policy.adapter, weights)
+            policy.load_adapter_state(policy.adapter, policy.names.from_file(weights))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

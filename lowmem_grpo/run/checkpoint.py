@@ -70,7 +70,7 @@ def save_checkpoint(folder: Path, policy: Policy, states: Mapping[str, State], v
 
 def load_adapter(folder: Path, policy: Policy) -> None:
     """Give the policy the adapter in a checkpoint. Raise InputError where that is another one than the policy's."""
-    weights = read_tensors(folder, "adapter_model")
+    weights = policy.names.from_file(read_tensors(folder, "adapter_model"))
     own = policy.adapter_state(policy.adapter)
     if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in weights.items()}:
         raise InputError(f"{folder} holds another adapter than this run's; resume with its model and peft_config")

@@ -1,0 +1,239 @@
+"""Models of text and images: trained on their text alone, and saved so that their own class reads the adapter."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import WRAPPERS, make_wrapper, wake_adapters
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.adapter_names import PREFIX
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.towers import beside_the_decoder, decoder_path
+from lowmem_grpo.run.checkpoint import load_adapter, save_checkpoint
+
+IDS = [9, 20, 33, 41, 52, 63, 70, 11, 12, 99]
+OFTEN = {"qwen3_5", "gemma3", "gemma4", "mistral3", "qwen3_vl", "qwen2_5_vl", "smolvlm", "lfm2_vl"}
+EACH = [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in WRAPPERS]
+
+
+def settings(**given) -> GRPOConfig:
+    return GRPOConfig(**{"bf16": False, "use_cpu": True, "gradient_checkpointing": False, **given})
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, tokenizer):
+    """A function from a family to the folder of a model of it."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> str:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_wrapper(family).save_pretrained(made[family])
+            tokenizer.save_pretrained(made[family])
+        return str(made[family])
+
+    return folder
+
+
+@torch.no_grad()
+def by_itself(model) -> torch.Tensor:
+    """Log-probabilities of the last six of IDS, by a whole model's forward on them."""
+    predicted = model.eval()(input_ids=torch.tensor([IDS])).logits[0, 3:-1].log_softmax(-1)
+    return predicted.gather(1, torch.tensor(IDS[4:])[:, None])[:, 0]
+
+
+@torch.no_grad()
+def by_policy(policy) -> torch.Tensor:
+    """The same log-probabilities, as a policy is trained on them."""
+    (batch,) = pack(
+        [IDS[:4]], [IDS[4:]], token_budget=100, pad_token_id=0, device=policy.device, padding_free=policy.packs
+    )
+    with policy.inference():
+        return policy.logprobs(batch, 1.0)
+
+
+def outside(policy, kind: type) -> list[str]:
+    """Paths of modules of a kind that are not in the decoder."""
+    path = decoder_path(policy.base)
+    return [name for name, module in policy.base.named_modules() if isinstance(module, kind) and path not in name]
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_a_model_of_text_and_images_is_trained_on_its_text_alone(family, folder_of, tokenizer):
+    whole: Any = AutoModelForImageTextToText.from_pretrained(folder_of(family))
+    towers = beside_the_decoder(whole)
+    assert towers and not any(name.startswith(tuple(towers)) for name in (decoder_path(whole), "lm_head"))
+    expected, ids = by_itself(whole), torch.tensor([IDS[:4]])
+    told = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    written = whole.generate(input_ids=ids, **told)
+    for model in (folder_of(family), whole):
+        policy = load_policy(model, tokenizer, settings(load_in_4bit=False))
+        assert (by_policy(policy) - expected).abs().max() < 1e-5
+        assert not beside_the_decoder(policy.base)
+        with policy.inference():
+            assert torch.equal(policy.base.generate(input_ids=ids, **told), written)
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_nothing_beside_the_decoder_gets_4_bits_or_an_adapter(family, folder_of, tokenizer):
+    policies = [load_policy(model, tokenizer, settings()) for model in (folder_of(family), make_wrapper(family))]
+    for policy in policies:
+        assert not outside(policy, Linear4bit)
+        assert all(decoder_path(policy.base) in name for name in policy.parameters_of(policy.adapter))
+    assert torch.equal(by_policy(policies[0]), by_policy(policies[1]))
+
+
+def test_a_towers_tensors_are_not_even_looked_for(folder_of, tokenizer, tmp_path):
+    whole = make_wrapper("qwen3_vl")
+    expected = by_itself(whole)
+    whole.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "visual" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    policy = load_policy(str(tmp_path), tokenizer, settings(load_in_4bit=False))
+    assert (by_policy(policy) - expected).abs().max() < 1e-5
+
+
+def adapted(model, tokenizer, peft_config=None, **given):
+    policy = load_policy(model, tokenizer, settings(load_in_4bit=False, **given), peft_config)
+    wake_adapters(policy)
+    return policy
+
+
+def on_its_own_class(folder: str, adapter: Path, kind=AutoModelForImageTextToText):
+    """The adapter on the class that the folder's config.json names, and what PEFT warned of."""
+    base = kind.from_pretrained(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, str(adapter))
+    return model, [str(one.message) for one in told if "deprecated" not in str(one.message)]
+
+
+CONFIGS = {
+    "every linear layer": None,
+    "layers by name": LoraConfig(r=4, target_modules=["q_proj", "gate_proj"], exclude_modules=["layers.0.mlp.gate_proj"]),
+    "a regular expression": LoraConfig(r=4, target_modules=r"model\.layers\.[13]\.(self_attn|linear_attn|mlp)\.\w+_proj"),
+    "a rank for one layer": LoraConfig(
+        r=4, target_modules=["q_proj", "model.layers.1.mlp.up_proj"], rank_pattern={"model.layers.1.mlp.up_proj": 2},
+        alpha_pattern={"model.layers.1.mlp.up_proj": 7},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", list(CONFIGS))
+def test_an_adapter_of_the_text_loads_on_the_class_that_the_model_was_saved_by(config, folder_of, tokenizer, tmp_path):
+    policy = adapted(folder_of("qwen3_5"), tokenizer, CONFIGS[config])
+    assert type(policy.base).__name__ == "Qwen3_5ForCausalLM"
+    policy.save(tmp_path)
+    assert all(
+        name.startswith(f"{PREFIX}model.language_model.layers.")
+        for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    model, told = on_its_own_class(folder_of("qwen3_5"), tmp_path)
+    assert told == [] and type(model.get_base_model()).__name__ == "Qwen3_5ForConditionalGeneration"
+    assert (by_itself(model) - by_policy(policy)).abs().max() < 1e-5
+    assert (by_itself(model) - by_itself(make_wrapper("qwen3_5"))).abs().max() > 0.01
+    assert sum("visual" in name and "lora" in name for name, _ in model.named_modules()) == 0
+
+
+@pytest.mark.parametrize("config", list(CONFIGS))
+def test_such_an_adapter_is_continued_from_its_file(config, folder_of, tokenizer, tmp_path):
+    first = adapted(folder_of("qwen3_5"), tokenizer, CONFIGS[config])
+    first.save(tmp_path / "first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = load_policy(str(tmp_path / "first"), tokenizer, settings(load_in_4bit=False))
+    assert torch.equal(by_policy(second), by_policy(first))
+    second.save(tmp_path / "second")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    second.add_from("critic", str(tmp_path / "first"))
+    with second.wearing("critic"):
+        assert torch.equal(by_policy(second), by_policy(first))
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_an_adapter_of_any_such_model_loads_on_its_own_class(family, folder_of, tokenizer, tmp_path):
+    policy = adapted(folder_of(family), tokenizer)
+    policy.save(tmp_path)
+    model, told = on_its_own_class(folder_of(family), tmp_path)
+    assert told == []
+    assert (by_itself(model) - by_policy(policy)).abs().max() < 1e-5
+    assert all(
+        "lora" not in name for name, _ in model.named_modules() if decoder_path(policy.base).split(".")[0] not in name
+    )
+
+
+def test_the_text_alone_loaded_by_the_user_is_saved_under_the_same_names(folder_of, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder_of("qwen3_5"), dtype=torch.float32)
+    adapted(model, tokenizer).save(tmp_path / "loaded")
+    adapted(folder_of("qwen3_5"), tokenizer).save(tmp_path / "named")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "loaded" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
+
+
+def test_an_adapter_under_the_texts_own_names_is_continued_too(folder_of, tokenizer, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder_of("qwen3_5"), dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    model.save_pretrained(str(tmp_path))
+    assert "language_model" not in "".join(load_file(tmp_path / "adapter_model.safetensors"))
+    policy = load_policy(str(tmp_path), tokenizer, settings(load_in_4bit=False))
+    assert (by_policy(policy) - by_itself(model)).abs().max() < 1e-5
+
+
+def test_a_checkpoint_has_the_files_names_and_is_read_again(folder_of, tokenizer, tmp_path):
+    policy = adapted(folder_of("qwen3_5"), tokenizer)
+    expected = by_policy(policy)
+    save_checkpoint(tmp_path / "checkpoint-1", policy, {}, {"step": 1})
+    assert "language_model" in next(iter(load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")))
+    other = load_policy(folder_of("qwen3_5"), tokenizer, settings(load_in_4bit=False))
+    load_adapter(tmp_path / "checkpoint-1", other)
+    assert torch.equal(by_policy(other), expected)
+
+
+def test_a_score_head_is_read_by_the_class_for_sequence_classification(folder_of, tokenizer, tmp_path):
+    policy = adapted(folder_of("qwen3_5"), tokenizer)
+    policy.add_score_head(policy.adapter, seed=0)
+    policy.save(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path), num_labels=1).eval()
+    assert not any("missing" in str(one.message) for one in told)
+    model.config.get_text_config().pad_token_id = 0
+    (batch,) = pack([IDS[:4]], [[*IDS[4:], 0]], token_budget=100, pad_token_id=0, device=policy.device, last_only=True)
+    with policy.inference():
+        score = policy.scores(batch)
+        theirs = model(input_ids=torch.tensor([IDS])).logits[0]
+    assert (theirs - score[-1:]).abs().max() < 1e-4
+
+
+def test_a_checkpoint_in_4_bits_has_its_towers_left_out(folder_of, tokenizer, tmp_path):
+    for family in ("qwen3_5", "gemma3"):
+        towers = beside_the_decoder(make_wrapper(family))
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=[*towers, "lm_head"], bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+        whole = AutoModelForImageTextToText.from_pretrained(
+            folder_of(family), quantization_config=four_bits, dtype=torch.float32
+        )
+        for module in whole.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        expected = by_itself(whole)
+        whole.save_pretrained(tmp_path / family)
+        policy = load_policy(str(tmp_path / family), tokenizer, settings())
+        assert not beside_the_decoder(policy.base)
+        assert (by_policy(policy) - expected).abs().max() < 1e-3
