@@ -172,7 +172,7 @@ def _merge(name: str, narrow: int, **change) -> Kernel:
     # Peak and total of each split, one number for all of a row's columns, and a column a thread of the result. They are
     # read in two layouts; nothing writes over them.
     arguments = dict(
-        sums_ptr="*fp32", state_ptr="*fp32", out_ptr="*half", splits="i32", D=128, BLOCK_D=128,
+        sums_ptr="*fp32", state_ptr="*fp32", sink_ptr=None, out_ptr="*half", splits="i32", H=28, D=128, BLOCK_D=128,
         TILE=decode_attention.TILE,
     )  # fmt: skip
     return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
@@ -322,6 +322,7 @@ KERNELS = [
            NUMBERS=tl.float32, KV_HEADS=8, BLOCK_HEADS=8, D=256, BLOCK_D=256),
     _write("write_token, 8 x 128, int8", 1, NUMBERS=tl.int8, KV_HEADS=8, BLOCK_HEADS=8),  # 8 numbers of a byte a thread
     _merge("decode_attention merge, 128", 35),
+    _merge("decode_attention merge, 64, sinks", 19, sink_ptr="*half", H=64, D=64, BLOCK_D=64),
     _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
     _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
     _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),

@@ -2,6 +2,8 @@
 
     u_t = scaling q . k_t      s_t = softcap tanh(u_t / softcap), or u_t      out = sum_t exp(s_t) v_t / sum_t exp(s_t)
 
+With a sink (H,), exp(sink) is in the last sum, too: of a key that has no value.
+
     query (S, H, D), own (L, 2, pages, H_kv, T, D), prefix (L, 2, P, H_kv, T_p, D), table (S, max_pages),
     positions, prefilled, prefix_rows (S,)  ->  out (S, H, D)
 
@@ -339,8 +341,10 @@ if triton is not None:
     def _merge_kernel(
         sums_ptr,  # (S, H, splits, D) fp32
         state_ptr,  # (S, H, splits, 2) fp32: peak and total
+        sink_ptr,  # (H,), or None
         out_ptr,  # (S, H, D), written
         splits,
+        H: tl.constexpr,
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         TILE: tl.constexpr,
@@ -348,8 +352,12 @@ if triton is not None:
         """One program per sequence and head. The sums of an empty split were not written, and are not read."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK_D)
-        peak = tl.full((1,), LOWEST, tl.float32)
-        total = tl.zeros((1,), tl.float32)
+        if sink_ptr is None:
+            peak = tl.full((1,), LOWEST, tl.float32)
+            total = tl.zeros((1,), tl.float32)
+        else:
+            peak = tl.zeros((1,), tl.float32) + tl.load(sink_ptr + row % H).to(tl.float32)
+            total = tl.full((1,), 1.0, tl.float32)
         sums = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, splits, TILE):
             split = start + tl.arange(0, TILE)[:, None]
@@ -513,21 +521,22 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     window: int | None = None,  # only the last that many tokens of [prefix ; own] are seen
+    sink: Tensor | None = None,  # (H,) fp32, bf16 or fp16: the score of one more key, without a value
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Tensor:
     """Attention of each sequence's newest token, (S, H, D) in query's dtype; scores and sums are fp32. No gradient.
 
     A sequence has positions - prefilled + 1 tokens of its own. Memory that is one page per sequence is the case T = all
-    of it, table = arange(S)[:, None]. A row that attends to nothing is NaN. Tokens past the end of table and prefix are
-    left out, whatever the positions say.
+    of it, table = arange(S)[:, None]. A row that attends to nothing is NaN, with a sink 0. Tokens past the end of table
+    and prefix are left out, whatever the positions say.
 
     Raises:
         ValueError: shapes, dtypes or settings that do not belong together.
         RuntimeError: backend="triton" where it cannot run.
     """
-    _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window)
+    _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window, sink)
     if _runs_by_triton(backend, query.device.type):
-        return _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window)
+        return _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window, sink)
     lengths = positions + 1 if prefilled is None else positions + 1 - prefilled
     keys, values, seen, back = _gathered(store.own[layer], store.own_scales, layer, table, lengths, lengths)
     if prefilled is not None:
@@ -544,7 +553,10 @@ def decode_attention(
     score = grouped @ keys.mT * scaling
     if softcap is not None:
         score = score.div_(softcap).tanh_().mul_(softcap)
-    share = score.masked_fill_(~seen.mT, -torch.inf).softmax(-1)
+    score = score.masked_fill_(~seen.mT, -torch.inf)
+    if sink is not None:
+        score = torch.cat([score, sink.float().view(*grouped.shape[1:3], 1).expand(*score.shape[:3], 1)], 3)
+    share = score.softmax(-1)[..., : seen.shape[2]]
     return (share @ values.masked_fill_(~seen, 0.0)).flatten(1, 2).to(query.dtype)
 
 
@@ -570,7 +582,7 @@ def has_tiles(query: Tensor, numbers: torch.dtype) -> bool:
     return not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window) -> Tensor:
+def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window, sink) -> Tensor:
     S, H, D = query.shape
     layers, _, _, kv_heads, tokens, _ = store.own.shape
     own_tokens = table.shape[1] * tokens
@@ -598,7 +610,7 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
                 num_warps=4, num_stages=STAGES if tiles else 3,
             )  # fmt: skip
-            _merge_kernel[(S * H,)](sums, state, out, splits, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
+            _merge_kernel[(S * H,)](sums, state, sink, out, splits, H=H, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
     return out
 
 
@@ -616,7 +628,7 @@ def _launch_write(key, value, store, layer, table, positions, prefilled) -> None
             )  # fmt: skip
 
 
-def _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window) -> None:
+def _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window, sink) -> None:
     if query.dim() != 3 or query.dtype not in DTYPES or query.shape[2] != store.own.shape[5]:
         raise ValueError(
             f"query must be (S, H, {store.own.shape[5]}) fp32, bf16 or fp16, not {tuple(query.shape)} {query.dtype}"
@@ -635,6 +647,12 @@ def _check(query, store, layer, table, positions, prefilled, prefix_rows, softca
         raise ValueError(f"softcap must be positive, not {softcap}; None leaves scores as they are")
     if window is not None and not window > 0:
         raise ValueError(f"window must be positive, not {window}; None shows every token")
+    if sink is not None:
+        if sink.shape != (H,) or sink.dtype not in DTYPES or not sink.is_contiguous():
+            raise ValueError(
+                f"sink must be ({H},) fp32, bf16 or fp16, contiguous, not {tuple(sink.shape)} {sink.dtype}"
+            )
+        _check_devices(query, sink)
 
 
 def _check_store(name: str, numbers: Tensor, scales: Tensor | None, own: Tensor) -> None:

@@ -114,7 +114,7 @@ def attended(given, place):
 
 def exact(
     query, own_keys, own_values, table, lengths, scaling, prefix_keys=None, prefix_values=None, prefix_rows=None,
-    prefix_lengths=None, softcap=None, window=None, own_scales=None, prefix_scales=None,
+    prefix_lengths=None, softcap=None, window=None, own_scales=None, prefix_scales=None, sink=None,
 ):  # fmt: skip
     """Attention in fp64, row by row and head by head."""
     if own_scales is not None:
@@ -139,7 +139,8 @@ def exact(
             score = keys[kv_head] @ query[row, head].double() * scaling
             if softcap is not None:
                 score = softcap * (score / softcap).tanh()
-            out[row, head] = score.softmax(0) @ values[kv_head]
+            one_more = score[:0] if sink is None else sink[head : head + 1].double()
+            out[row, head] = torch.cat([score, one_more]).softmax(0)[: len(score)] @ values[kv_head]
     return out
 
 
@@ -206,6 +207,21 @@ def test_a_prefix_that_is_full_is_read_to_its_end(place):
 def test_scores_are_softened_by_the_cap(scaling, place):
     given = case([5, 40], [33, 2], heads=4) | dict(softcap=30.0, scaling=scaling)
     assert_exact(given, place, scale=1 if scaling < 1 else 10)  # scores of hundreds in fp32
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size", [(4, 2, 16), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((6, 1, 80), (20, 2, 64)))]
+)  # fmt: skip
+def test_a_sink_is_one_more_key_without_a_value(heads, kv_heads, size, dtype, place):
+    """From one that is not seen to one that takes nearly all, beside scores whose sizes are about 1."""
+    given = case([1, 18], [20, 0], heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    given["sink"] = torch.linspace(-30, 30, heads).to(dtype)
+    assert_exact(given, place)
+    assert_exact(rounded(given) | dict(query=given["query"], window=12, softcap=2.0), place)
+    one_split = case([7, 9], heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    assert_exact(one_split | dict(sink=given["sink"]), place)
 
 
 @every_backend
@@ -303,10 +319,12 @@ def test_lengths_past_the_memory_read_none_beyond_it(place):
 
 
 @every_backend
-def test_no_rows_are_no_rows_and_a_row_of_nothing_is_nan(place):
+def test_no_rows_are_no_rows_and_a_row_of_nothing_is_nan_or_with_a_sink_0(place):
     given = case([3, 9])
     given["lengths"][1] = 0
     assert attended(given, place).isnan().flatten(1).all(1).tolist() == [False, True]
+    with_sinks = attended(given | dict(sink=torch.zeros(2)), place)
+    assert with_sinks[0].isfinite().all() and with_sinks[1].count_nonzero() == 0
     none = {k: given[k][:0] for k in ("query", "table", "lengths")}
     assert attended(given | none, place).shape == (0, 2, 16)
 
@@ -378,6 +396,10 @@ def test_captured_calls_follow_positions_and_stores_that_change():
         (dict(layer=3), "layer must be one of 3"),
         (dict(softcap=0.0), "softcap must be positive"),
         (dict(window=0), "window must be positive"),
+        (dict(sink=torch.zeros(3)), "sink must be"),
+        (dict(sink=torch.zeros(2, dtype=torch.float64)), "sink must be"),
+        (dict(sink=torch.zeros(4)[::2]), "sink must be"),
+        (dict(sink=torch.zeros(2, device="meta")), "one device"),
         (dict(backend="cuda"), "backend must be"),
     ],
 )

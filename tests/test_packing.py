@@ -137,7 +137,7 @@ def test_nothing_to_keep_makes_no_micro_batch(padding_free):
     assert packed([[5]], [[]], 100, padding_free=padding_free) == []
 
 
-def reference_attention(query, key, value, query_starts, key_starts, _, __, scaling, window, softcap=None):
+def reference_attention(query, key, value, query_starts, key_starts, _, __, scaling, window, softcap=None, sink=None):
     """What a varlen attention returns, from its definition, in fp64: one segment at a time, aligned at the end."""
     results = []
     for s in range(len(query_starts) - 1):
@@ -147,7 +147,10 @@ def reference_attention(query, key, value, query_starts, key_starts, _, __, scal
         back = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
         seen = (back >= 0) & (back < (window or len(k)))
         scores = soften(torch.einsum("qhd,khd->hqk", q, k) * scaling, softcap)
-        shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sink is not None:
+            scores = torch.cat([scores, sink.double()[:, None, None].expand(-1, len(q), 1)], -1)
+        shares = scores.softmax(-1)[..., : len(k)]
         results.append(torch.einsum("hqk,khd->qhd", shares, v))
     return torch.cat(results).to(query.dtype)
 
@@ -221,8 +224,12 @@ def test_a_varlen_attention_is_chosen_by_what_it_can_do(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(packed_attention, "varlen_attn", documented if has_torchs else None)
         monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", documented if has_theirs else None)
-        for softcap, expected in ((None, chosen), (50.0, with_softcap)):
-            found = packed_attention.varlen_attention(softcap)
+        with_sink = packed_attention.flash_with_sink if has_torchs else None
+        for softcap, sink, expected in (
+            (None, None, chosen), (50.0, None, with_softcap), (None, torch.zeros(4), with_sink),
+            (50.0, torch.zeros(4), None),
+        ):  # fmt: skip
+            found = packed_attention.varlen_attention(Scoring(0, 1.0, None, softcap, sink))
             assert getattr(found, "func", found) is expected
 
 

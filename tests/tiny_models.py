@@ -113,9 +113,21 @@ BY_LAYER = {
         },
     ),
 }  # fmt: skip
+# With sinks, by model_type. All weights are wide: some have three dimensions.
+SINKS = {
+    "gpt_oss": {
+        **SMALL, "head_dim": 16, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "initializer_range": 0.15,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 64, "truncate": False,
+        },
+    },
+    "granite_swa": {**SMALL, "sliding_window": 24},
+}  # fmt: skip
 CONFIGS = {
     **FAMILIES,
-    **{name: partial(AutoConfig.for_model, name, **settings) for name, settings in HYBRIDS.items()},
+    **{name: partial(AutoConfig.for_model, name, **settings) for name, settings in (HYBRIDS | SINKS).items()},
     **{name: partial(AutoConfig.for_model, kind, **settings) for name, (kind, settings) in BY_LAYER.items()},
 }
 _VISION = {
@@ -213,6 +225,8 @@ def _widened(model):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.15)
+            elif name.endswith("sinks"):
+                parameter.copy_(torch.linspace(-30, 30, len(parameter)))
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()

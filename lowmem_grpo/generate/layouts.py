@@ -1,6 +1,6 @@
 """The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_grpo.generate.store import Rows, Store
-from lowmem_grpo.model.attention import Scoring, soften, softmax_attention
+from lowmem_grpo.model.attention import Scoring, shares_of, sink_column, soften, softmax_attention
+from lowmem_grpo.model.packed_attention import causal_attention
 
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
 
@@ -23,6 +24,7 @@ class Prefill:
     store: Rows  # the store's own or its prefix
     sources: Tensor  # (R',) int64: a row of the batch
     targets: Tensor  # (R',) int64: the row of the store that gets it
+    masks: dict = field(default_factory=dict)  # of attention with sinks, made by the first layer that asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         return _prefill(self, query, key, value, asked)
@@ -61,10 +63,12 @@ class Decode:
 
 
 def _prefill(now: Prefill, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-    layer, scaling, window, softcap, _ = asked
+    layer, scaling, window, softcap, sink = asked
     tokens = key.shape[2]
     at = (now.targets, slice(None), slice(tokens))
     key, value = now.store.write(layer, at, key, value, now.sources)
+    if sink is not None:
+        return causal_attention((query, key, value), now.masks, asked)
     if softcap is None and (window is None or window >= tokens):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
@@ -91,7 +95,7 @@ def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scori
         store = now.store.prefix
         prefix = store.read(asked.layer, len(now.members), store.num_tokens, query.dtype)
         out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, asked)
-    elif asked.softcap is None:
+    elif asked.softcap is None and asked.sink is None:
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=asked.scaling)
     else:
         out = softmax_attention(query, keys, values, mask, asked)
@@ -99,12 +103,11 @@ def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scori
 
 
 def _paged_attention(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-    layer, scaling, window, softcap, _ = asked
+    layer, scaling, window, softcap, sink = asked
     where: dict[str, Any] = dict(layer=layer, table=now.table, positions=now.positions, prefilled=now.prefix_lengths)
     now.store.write_token(key[:, :, 0], value[:, :, 0], **where)
-    out = now.store.attend(
-        query[:, :, 0], prefix_rows=now.prefix_rows, scaling=scaling, softcap=softcap, window=window, **where
-    )
+    scores = dict(scaling=scaling, softcap=softcap, window=window, sink=sink)
+    out = now.store.attend(query[:, :, 0], prefix_rows=now.prefix_rows, **scores, **where)
     return out[:, None]
 
 
@@ -117,7 +120,8 @@ def _shared_attention(query, keys, values, prefix, members, places, mask, asked:
     of_prefix = (together @ prefix[0].transpose(-1, -2)).view(groups, kv_heads, most, queries, width)
     of_prefix = of_prefix.transpose(1, 2).flatten(0, 1)[places]  # (S, H_kv, Q, P)
     scores = torch.cat([of_prefix, query @ keys.transpose(-1, -2)], -1).float() * asked.scaling
-    share = soften(scores, asked.softcap).masked_fill_(~mask, -torch.inf).softmax(-1).to(values.dtype)
+    scores = soften(scores, asked.softcap).masked_fill_(~mask, -torch.inf)
+    share = shares_of(scores, sink_column(asked, kv_heads)).to(values.dtype)
     together = share[..., :width][members].transpose(1, 2).reshape(groups, kv_heads, most * queries, width)
     from_prefix = (together @ prefix[1]).view(groups, kv_heads, most, queries, size)
     return from_prefix.transpose(1, 2).flatten(0, 1)[places] + share[..., width:] @ values

@@ -245,9 +245,9 @@ def _heads(
 @torch.library.custom_op("lowmem_grpo::decode_attention", mutates_args=())
 def _attend(
     query: Tensor, addresses: Tensor, layer: int, table: Tensor, positions: Tensor, prefilled: Tensor | None,
-    prefix_rows: Tensor | None, scaling: float, softcap: float | None, window: int | None,
+    prefix_rows: Tensor | None, scaling: float, softcap: float | None, window: int | None, sink: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return decode_attention(
         query, _at(addresses), layer=layer, table=table, positions=positions, prefilled=prefilled,
-        prefix_rows=prefix_rows, scaling=scaling, softcap=softcap, window=window,
+        prefix_rows=prefix_rows, scaling=scaling, softcap=softcap, window=window, sink=sink,
     )  # fmt: skip

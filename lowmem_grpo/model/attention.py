@@ -51,12 +51,13 @@ class UnknownAttention(ValueError):
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, **others: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend by the layout in force: query (B, H, T, D), key and value (B, H_kv, T, D or D_v) -> (B, T, H, D_v).
 
-    The call signature is transformers'. An argument that is not known here raises UnknownAttention. A layout is given
-    keys and values of one size: the smaller ones (MLA's values) are filled up with zeros, and the result is cut.
+    The call signature is transformers', where s_aux are sinks. An argument that is not known here raises
+    UnknownAttention. A layout is given keys and values of one size: the smaller ones (MLA's values) are filled up with
+    zeros, and the result is cut.
     """
     unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if unknown:
@@ -68,6 +69,8 @@ def attend(
         raise UnknownAttention("its keys and values are of different numbers")
     if dropout:
         raise UnknownAttention("its attention has a dropout")
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        raise UnknownAttention("its sinks are not one number a head")
     layout = _LAYOUT.get()
     assert layout is not None, "attending() without a layout"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -75,7 +78,7 @@ def attend(
     # casts them to its dtype where attention is PyTorch's.
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (of.to(torch.get_autocast_dtype(query.device.type)) for of in (query, key, value))
-    asked = Scoring(module.layer_idx, scale, sliding_window, softcap)
+    asked = Scoring(module.layer_idx, scale, sliding_window, softcap, s_aux)
     size, of_values = key.shape[-1], value.shape[-1]
     if of_values < size:
         return layout.attend(query, key, F.pad(value, (0, size - of_values)), asked)[..., :of_values], None
@@ -155,9 +158,12 @@ def refusal(model: Any) -> str | None:
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, asked: Scoring) -> Tensor:
-    """Attention of (..., Q, D) queries over (..., K, D) keys, with scores and softmax in fp32."""
+    """Attention of (..., Q, D) queries over (..., K, D) keys, with scores and softmax in fp32.
+
+    With sinks, queries are (..., H_kv, H / H_kv, D), of one token.
+    """
     scores = scores_of(query, key, asked).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(value.dtype) @ value
+    return shares_of(scores, sink_column(asked, query.shape[-3])).to(value.dtype) @ value
 
 
 def scores_of(query: Tensor, key: Tensor, asked: Scoring) -> Tensor:
@@ -167,3 +173,18 @@ def scores_of(query: Tensor, key: Tensor, asked: Scoring) -> Tensor:
 
 def soften(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def shares_of(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of scores (..., Q, K); a sink (..., Q, 1) is one more of them, then left out."""
+    if sink is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
+def sink_column(asked: Scoring, kv_heads: int, queries: int = 1) -> Tensor | None:
+    """A layer's sinks, if any, beside scores of queries that are folded by kv head: (H_kv, Q H / H_kv, 1) fp32."""
+    if asked.sink is None:
+        return None
+    by_head = asked.sink.to(torch.promote_types(asked.sink.dtype, torch.float32)).view(kv_heads, 1, -1, 1)
+    return by_head.expand(-1, queries, -1, -1).flatten(1, 2)

@@ -2,7 +2,8 @@
 
 The gradient of a shared prompt's keys and values is the sum of what its copies would get
 (https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, the
-scores of a prompt and of its tails are in memory, unless flash-attn is installed, which knows one.
+scores of a prompt and of its tails are in memory, unless flash-attn is installed, which knows one. A sink is one more
+key to an attention that knows none.
 """
 
 import inspect
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_grpo.model.attention import Scoring, scores_of
+from lowmem_grpo.model.attention import Scoring, scores_of, shares_of, sink_column
 from lowmem_grpo.model.packing import Block, Packing
 
+ROOM = 8  # a sink's columns and keys beside those of the model, so that all sizes stay multiples of 8
 TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
 
 try:
@@ -40,7 +42,7 @@ class Packed:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
-        attention = varlen_attention(asked.softcap) if self.varlen else None
+        attention = varlen_attention(asked) if self.varlen else None
         if attention is not None:
             return by_segments(query, key, value, self.packing, asked, attention)[None]
         return by_blocks(query, key, value, self.packing, asked)[None]
@@ -59,7 +61,7 @@ def by_blocks(
     """
     results = []
     for block in packing.blocks:
-        found = _attend(_inputs(block, query, key, value), packing, asked)  # (G n, C, H, D)
+        found = causal_attention(_inputs(block, query, key, value), packing.masks, asked)  # (G n, C, H, D)
         results.append(found.flatten(0, 1))
     return torch.cat(results).index_select(0, packing.outputs)
 
@@ -83,8 +85,8 @@ def _inputs(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
     return own(query).transpose(1, 2), whole(key), whole(value)
 
 
-def _attend(inputs: Inputs, packing: Packing, asked: Scoring) -> Tensor:
-    """Attention (B, Q, H, D), where the last Q keys are the queries' own."""
+def causal_attention(inputs: Inputs, masks: dict, asked: Scoring) -> Tensor:
+    """Attention (B, Q, H, D), where the last Q keys are the queries' own. Masks are kept for the next layer."""
     query, key, value = inputs
     window = asked.window
     batch, heads, queries, size = query.shape
@@ -92,9 +94,10 @@ def _attend(inputs: Inputs, packing: Packing, asked: Scoring) -> Tensor:
     # there are few keys: 6 at 33 of them, 1.2 at 256; beyond, it wins.
     few = query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256
     plain = asked.softcap is not None or few
+    whole = queries == key.shape[2] and (window is None or window >= queries) and asked.sink is None
     # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
     grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)
-    if not plain and grouped_is_known and queries == key.shape[2] and (window is None or window >= queries):
+    if not plain and grouped_is_known and whole:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=asked.scaling, enable_gqa=True)
         return out.transpose(1, 2)
     most = max(8, TILE * key.shape[1] // heads // 8 * 8)
@@ -106,35 +109,60 @@ def _attend(inputs: Inputs, packing: Packing, asked: Scoring) -> Tensor:
             first = 0 if window is None else max(0, before + start + 1 - window)
             seen = slice(first, before + stop)
             tile = query[:, :, start:stop], key[:, :, seen], value[:, :, seen]
-            tiles.append(_attend(tile, packing, asked))
+            tiles.append(causal_attention(tile, masks, asked))
         return torch.cat(tiles[::-1], 1)
     # The queries of one kv head in one: no copy of keys for each, and half of enable_gqa's time in a CPU's backward.
     grouped = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)  # (B, H_kv, Q, H / H_kv, D)
     folded = grouped.flatten(2, 3)
-    mask = _mask(packing, grouped, key.shape[2], window)
-    if not plain:
+    sink = sink_column(asked, key.shape[1], queries)
+    if plain:
+        scores = scores_of(folded, key, asked) + _mask(masks, grouped, key.shape[2], window)
+        out = shares_of(scores, sink).to(value.dtype) @ value
+    elif sink is None:
+        mask = _mask(masks, grouped, key.shape[2], window)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=asked.scaling)
     else:
-        out = (scores_of(folded, key, asked) + mask).softmax(-1).to(value.dtype) @ value
+        folded, key, value = _with_sink(folded, key, value, sink / asked.scaling)
+        mask = _mask(masks, grouped, key.shape[2], window, room=ROOM)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=asked.scaling)[..., :size]
     return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
 
 
-def _mask(packing: Packing, grouped: Tensor, keys: int, window: int | None) -> Tensor:
+def _with_sink(query: Tensor, key: Tensor, value: Tensor, product: Tensor) -> Inputs:
+    """Queries (B, H_kv, Q, D), keys and values (B, H_kv, K, D) with ROOM more columns, and ROOM more keys.
+
+    The first of these keys is the sink, whose products with the queries are given: (H_kv, Q, 1) fp32. A query has its
+    product in two of its new columns, rounded and the rest of it, and the sink's key adds them up. All else is 0.
+    """
+    rounded = product.to(query.dtype)
+    columns = torch.cat([rounded, (product - rounded.to(product.dtype)).to(query.dtype)], -1)
+    columns = F.pad(columns, (0, ROOM - 2)).expand(len(query), -1, -1, -1)
+    adds_up = key.new_zeros(key.shape[2] + ROOM, ROOM)
+    adds_up[key.shape[2], :2] = 1
+    keys = torch.cat([F.pad(key, (0, 0, 0, ROOM)), adds_up.expand(*key.shape[:2], -1, -1)], -1)
+    return torch.cat([query, columns], -1), keys, F.pad(value, (0, ROOM, 0, ROOM))
+
+
+def _mask(masks: dict, grouped: Tensor, keys: int, window: int | None, room: int = 0) -> Tensor:
     """An additive mask (Q copies, K): 0 where a token is seen, else -inf. The last Q of K tokens are the queries.
+
+    With room the last keys are none of the tokens': the first of them is seen, the others are not.
 
     It is a view of the lower right corner of the largest that was asked for. A mask of bools would be turned into
     numbers, and saved, in every layer. grouped is (B, H_kv, Q, copies, D).
     """
     queries, copies = grouped.shape[2:4]
-    kind = (copies, window, grouped.dtype)
-    rows, widest = packing.masks[kind].shape if kind in packing.masks else (0, 0)
+    kind = (copies, window, grouped.dtype, room)
+    rows, widest = masks[kind].shape if kind in masks else (0, 0)
     if queries * copies > rows or keys > widest:
         tallest, widest = max(queries, rows // copies), -(-max(keys, widest) // 8) * 8  # aligned, as a GPU wants it
-        place = torch.arange(widest, device=grouped.device)
-        back = place[widest - tallest :, None] - place
+        place = torch.arange(widest - room, device=grouped.device)
+        back = place[widest - room - tallest :, None] - place
         unseen = ((back < 0) | (back >= (window or widest))).repeat_interleave(copies, 0)
-        packing.masks[kind] = grouped.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-    mask = packing.masks[kind][-queries * copies :, -keys:]
+        if room:
+            unseen = F.pad(F.pad(unseen, (0, 1)), (0, room - 1), value=True)
+        masks[kind] = grouped.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+    mask = masks[kind][-queries * copies :, -keys:]
     return mask if mask.device.type == "cpu" or mask.data_ptr() % 16 == 0 else mask.contiguous()
 
 
@@ -148,11 +176,13 @@ def by_segments(
     )  # fmt: skip
 
 
-def varlen_attention(softcap: float | None) -> Callable | None:
-    """A varlen attention that knows a softcap: torch's own, else flash-attn's where it is installed, or None."""
-    if softcap is None and varlen_attn is not None:
-        return flash
-    return None if flash_attn_varlen_func is None else partial(flash_with_softcap, softcap=softcap)
+def varlen_attention(asked: Scoring) -> Callable | None:
+    """A varlen attention that knows a layer's softcap and sink, or None: torch's own, or an installed flash-attn's."""
+    if asked.softcap is None and varlen_attn is not None:
+        return flash if asked.sink is None else partial(flash_with_sink, sink=asked.sink)
+    if flash_attn_varlen_func is None or asked.sink is not None:  # flash-attn's backward is not called with an lse
+        return None
+    return partial(flash_with_softcap, softcap=asked.softcap)
 
 
 def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
@@ -165,6 +195,62 @@ def flash(query, key, value, query_starts, key_starts, longest_query, longest_ke
         window_size=(-1 if window is None else window - 1, 0), **grouped,
     )  # fmt: skip
     return out
+
+
+def flash_with_sink(
+    query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window, sink: Tensor
+) -> Tensor:
+    """torch's flash attention over segments with a sink in every softmax; CUDA from sm_80 on, bf16 or fp16."""
+    segments = (query_starts, key_starts, longest_query, longest_key)
+    return _FlashWithSink.apply(query, key, value, sink, segments, scaling, window)
+
+
+class _FlashWithSink(torch.autograd.Function):
+    """flash() with a sink (H,).
+
+    With exp(lse) the sum of a softmax, its sum with the sink is exp(lse') = exp(lse) + exp(sink), and each share is
+    exp(lse - lse') times what it was. A backward kernel makes shares anew from scores and the lse that it is given:
+    given lse' and the smaller result, its gradients are those of attention with the sink.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, sink, segments, scaling, window):
+        out, lse = _flash_forward(query, key, value, segments, scaling, window)  # (T, H, D), (H, T) fp32
+        whole = torch.logaddexp(lse, sink.float()[:, None])
+        out.mul_((lse - whole).exp().t()[..., None])
+        ctx.save_for_backward(query, key, value, sink, out, whole, *segments[:2])
+        ctx.settings = (segments[2:], scaling, window)
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        query, key, value, sink, out, whole, *starts = ctx.saved_tensors
+        longest, scaling, window = ctx.settings
+        (gradient,) = gradients
+        found = _flash_backward(gradient, query, key, value, out, whole, (*starts, *longest), scaling, window)
+        of_sink = None
+        if ctx.needs_input_grad[3]:  # as one more key: it takes its share from all others
+            lost = (gradient * out).sum(-1, dtype=torch.float32).t() * (sink.float()[:, None] - whole).exp()
+            of_sink = -lost.sum(1).to(sink.dtype)
+        return *found, of_sink, None, None, None
+
+
+def _flash_forward(query, key, value, segments, scaling, window) -> tuple[Tensor, Tensor]:
+    """Attention (T, H, D) and the log-sum-exp of its scores (H, T) fp32, by the kernel that varlen_attn calls."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *segments, 0.0, window is None, False, scale=scaling,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out, lse
+
+
+def _flash_backward(gradient, query, key, value, out, lse, segments, scaling, window) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, by the kernel that varlen_attn's backward calls."""
+    no_dropout = query.new_zeros(2, dtype=torch.uint64), query.new_empty(0)
+    return torch.ops.aten._flash_attention_backward(
+        gradient.contiguous(), query, key, value, out, lse, *segments, 0.0, window is None, *no_dropout, scale=scaling,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
 
 
 def flash_with_softcap(
