@@ -39,6 +39,10 @@ from lowmem_grpo.planner.trace import Live
 PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class ShapedSampler(Sampler):
     """Samples with a given shape, if any, and without a trial of the model, which has tests of its own."""
 
@@ -183,7 +187,8 @@ def test_draws_are_distributed_as_transformers_says(settings):
 
 
 @pytest.mark.parametrize(
-    ("family", "truncation"), [("gemma2", {}), ("qwen2", {"top_p": 0.9, "repetition_penalty": 1.2})]
+    ("family", "truncation"),
+    [("gemma2", {}), ("qwen2", {"top_p": 0.9, "repetition_penalty": 1.2}), slow("qwen3_5_text", {}), slow("bamba", {})],
 )
 def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation):
     policy = make_policy(family)
@@ -199,9 +204,11 @@ def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation)
             torch.testing.assert_close(ours.logprobs, first.logprobs, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kv", ["full", "int8"])
-def test_what_is_sampled_does_not_depend_on_how_often_the_device_is_asked(kv, monkeypatch):
-    policy, seen = make_policy("qwen2"), []
+@pytest.mark.parametrize(
+    "family, kv", [("qwen2", "full"), ("qwen2", "int8"), slow("lfm2", "full"), slow("qwen3_5_text", "full")]
+)
+def test_what_is_sampled_does_not_depend_on_how_often_the_device_is_asked(family, kv, monkeypatch):
+    policy, seen = make_policy(family), []
     for every in (1, 8, 40):
         monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
         for shape in (next(shapes(PROMPTS, 4, 30, 5)), *paged_shapes(PROMPTS, 4, 30, 5)):
@@ -274,8 +281,9 @@ def test_int8_keys_and_values_are_not_silently_left_out_by_generate():
         (30, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
     ],
 )
-def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(at, error, monkeypatch):
-    policy = make_policy("llama")
+@pytest.mark.parametrize("family", ["llama", slow("qwen3_5_text")])
+def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(family, at, error, monkeypatch):
+    policy = make_policy(family)
     expected = run(policy, 4, max_completion_length=30)
     forward = policy.decoder.forward
     for times in (1, 2):
@@ -338,8 +346,10 @@ def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
     assert found == ids_of(sampler.run(4, temperature=0))
 
 
-def test_a_nan_of_one_completion_is_nobody_elses():
-    policy = make_policy("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "bamba"])
+def test_a_nan_of_one_completion_is_nobody_elses(family):
+    """Nor is it that of the next in its slot, or in its prompt's row."""
+    policy = make_policy(family)
     with torch.no_grad():
         policy.base.get_input_embeddings().weight[120] = torch.nan
     prompts = [[120], [120] * 70, *PROMPTS[1:]]
@@ -752,12 +762,15 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
 
 
 @pytest.mark.parametrize(
-    "kv, every, sampling",
-    [("full", 1, {}), ("full", 3, {"repetition_penalty": 1.3, "top_k": 20}), ("int8", 1, {})],
-)
-def test_a_completion_that_waits_for_pages_goes_on_where_it_was(kv, every, sampling, monkeypatch):
+    "family, kv, every, sampling",
+    [
+        ("qwen2", "full", 1, {}), ("qwen2", "full", 3, {"repetition_penalty": 1.3, "top_k": 20}),
+        ("qwen2", "int8", 1, {}), ("qwen3_5_text", "full", 3, {}), slow("bamba", "int8", 1, {}),
+    ],
+)  # fmt: skip
+def test_a_completion_that_waits_for_pages_goes_on_where_it_was(family, kv, every, sampling, monkeypatch):
     """No step of any completion is computed twice, and what is sampled is as where nobody waits."""
-    policy, computed = make_policy("qwen2"), []
+    policy, computed = make_policy(family), []
     monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
     step = engine.Slots.step
 

@@ -8,14 +8,14 @@ from math import ceil
 
 import pytest
 import torch
-from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes, run, shapes
+from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes, run, shapes, slow
 from test_step import policy_of
 from tiny_models import make_policy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowmem_grpo.generate import engine, graphs, sample, step, store
+from lowmem_grpo.generate import engine, graphs, sample, states, step, store
 from lowmem_grpo.generate.graphs import Captures, Graphs
 from lowmem_grpo.generate.shape import StoreShape, one_of_five
 from lowmem_grpo.kernels.decode_attention import decode_attention
@@ -120,6 +120,7 @@ def captured_early(monkeypatch):
     [
         ("qwen2", "full", {}), ("qwen2", "int8", {"temperature": 0}), ("gemma2", "full", {}),
         ("qwen2", "full", {"top_p": 0.9, "top_k": 30, "repetition_penalty": 1.3}),
+        ("qwen3_5_text", "int8", {}), slow("bamba", "full", {"temperature": 0}),
     ],
 )  # fmt: skip
 def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_early, monkeypatch):
@@ -140,6 +141,32 @@ def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_
             assert torch.equal(replayed.proposal_logprobs, stepped.proposal_logprobs)
         # The sampler's twin asks, on a CPU alone, whether a rare case is there.
         assert waits and set(waits) == {0 if sampling.get("temperature") == 0 else 1}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
+def test_a_trial_of_a_capture_leaves_states_as_they_are(family, captured_early, monkeypatch):
+    """Bit for bit, though it runs a step twice; and the next step moves them on."""
+    made, tried, own, own_init = [], [], Graphs._try, states.States.__init__
+
+    def init(self, *given):
+        made.append(self)
+        own_init(self, *given)
+
+    def watched(self, rows):
+        before = [x.clone() for x in states._tensors(made[-1].own)]
+        own(self, rows)
+        tried.append([torch.equal(x, y) for x, y in zip(before, states._tensors(made[-1].own), strict=True)])
+        assert before[0].any()
+
+    monkeypatch.setattr(states.States, "__init__", init)
+    monkeypatch.setattr(Graphs, "_try", watched)
+    monkeypatch.setitem(engine.CAPTURE, "cpu", recorder)
+    policy = make_policy(family)
+    sampler = ShapedSampler(policy, ROOM, max_completion_length=5)
+    found = sampler.run(prompts=PROMPTS[1:])
+    assert sampler.captures.refusal is None
+    assert tried and all(map(all, tried)) and made[-1].commit.all()
+    assert_same(found, stepping(policy, ROOM, rollout_weights="auto", max_completion_length=5).run(prompts=PROMPTS[1:]))
 
 
 def test_what_a_capture_fixed_would_be_seen(captured_early, monkeypatch):
@@ -368,7 +395,12 @@ def assert_same(found, truth):
 
 @pytest.mark.parametrize(
     "family, kv, sampling",
-    [("qwen2", "full", {}), ("gemma2", "int8", {}), ("qwen2", "full", {"top_p": 0.9, "repetition_penalty": 1.3})],
+    [
+        ("qwen2", "full", {}),
+        ("gemma2", "int8", {}),
+        ("qwen2", "full", {"top_p": 0.9, "repetition_penalty": 1.3}),
+        slow("qwen3_5_text", "full", {}),
+    ],
 )
 def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captured, monkeypatch):
     """In stores elsewhere and of other sizes, with fewer pages, shorter prompts and moved adapters, bit for bit."""

@@ -7,7 +7,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import PAGE, StoreShape, stored
 from lowmem_grpo.generate.slots import Slots
+from lowmem_grpo.generate.states import OWN, States, StateShapes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store, can_outlive, goes_by_table
 from lowmem_grpo.generate.weights import fast_linears
@@ -53,7 +54,7 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
     roughly the last hidden state.
     """
     texts = pieces(policy, text, (14, 9, 11))
-    shapes = [StoreShape(3, 1, 3, 13), StoreShape(3, 14, 0, 0)]
+    shapes = [StoreShape(3, 2, 3, 13), StoreShape(3, 14, 0, 0)]
     if policy.device.type == "cuda":
         shapes.append(StoreShape(3, 2 * PAGE, 3, 13, 7, PAGE))  # several pages a slot: another kernel
     than = "in a step from stored keys and values from what it is in its own forward"
@@ -77,14 +78,23 @@ def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:
 
 
 def _stepped(policy: Policy, texts: list[list[int]], shape: StoreShape, kv_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The layers' outputs at each text's last token, decoded after a prefill of those before it."""
+    """The layers' outputs at each text's last token, decoded after a prefill of those before it.
+
+    Where layers keep a state the last two are decoded, the second from states that the first left.
+    """
+    shapes = state_shapes(policy)
+    states = States(shapes, shape, policy.device) if shapes else None
+    decoded = 2 if shapes else 1
     store = Store(policy.layer_shapes, shape, kv_dtype, policy.device)
     scheduler = Scheduler(list(range(len(texts))), 1, len(texts), shape.prefixes, shape.pages, shape.page_tokens)
-    slots = Slots(policy, store, shape, scheduler)
+    slots = Slots(policy, store, shape, scheduler, states=states)
     found: dict[str, Tensor] = {}
     with policy.autocast(), attending(policy.configs):
-        slots.admit(texts, prefill_tokens=100, ahead=1)
-        slots.reserve(ahead=1)
+        slots.admit([ids[: len(ids) - decoded + 1] for ids in texts], prefill_tokens=100, ahead=decoded)
+        slots.reserve(ahead=decoded)
+        if shapes:
+            slots.hidden(slots.num_rows)
+            slots.feed([ids[-1] for ids in texts])
         with outputs_kept(policy.decoder, lambda name, output: found.update({name: output[:, -1].float().cpu()})):
             slots.hidden(slots.num_rows)
     return found
@@ -104,6 +114,7 @@ class Request:
     dense: bool  # whether 4-bit layers are dequantized once for all
     captures: Captures | None  # None: no step is captured as a CUDA graph
     fast: FastStep | None  # None: the model's own layers decode
+    states: StateShapes = field(default_factory=dict)  # of its layers that keep one
 
 
 class Ran(NamedTuple):
@@ -145,6 +156,7 @@ def run(request: Request, shape: StoreShape) -> Ran:
         out_of_memory += 1
         if captures is not None:
             captures.drop_graphs()
+            captures.kept.forget(OWN)  # which the next attempt may need fewer of
         if out_of_memory > 1 and now.slots == 1:
             error.add_note("One completion at a time does not fit. Lower max_completion_length or token_budget.")
             raise error
@@ -197,7 +209,10 @@ def _run(
     names = [f"addresses of group {number}" for number, _ in enumerate(stored(layers))]
     addresses = [lasting.zeros(name, (5,), torch.int64, policy.device) for name in names]
     store = Store(layers, shape, kv_dtype, policy.device, addresses)
-    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, lasting, request.fast)
+    states = None
+    if request.states:
+        states = States(request.states, shape, policy.device, None if captures is None else lasting)
+    slots = Slots(policy, store, shape, scheduler, params, request.uniforms, lasting, request.fast, states)
     step: Callable[[int], Tensor] = slots.step
     if captures is not None:
         captures.capture = captures.capture or CAPTURE[policy.device.type]()
@@ -207,7 +222,7 @@ def _run(
             ceil(shape.prefix_tokens / SPLIT), request.dense, policy.adapters.worn,
             request.fast and request.fast.num_positions,
         )  # fmt: skip
-        step = Graphs(captures, slots.step, slots.state(), slots.held, kind)
+        step = Graphs(captures, slots.step, slots.state(), slots.held, kind, None if states is None else states.commit)
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
     texts: dict[int, tuple[list[int], list[Tensor]]] = {}  # token ids, and (block, 2) log-probabilities of each

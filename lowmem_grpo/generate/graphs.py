@@ -50,6 +50,12 @@ class Kept:
             self.tensors[name] = torch.empty_like(values, dtype=dtype)
         return self.tensors[name].copy_(values)
 
+    def forget(self, kind: str) -> None:
+        """Let tensors go whose names are tuples that begin with a kind. No step may be replayed that read them."""
+        self.tensors = {
+            name: tensor for name, tensor in self.tensors.items() if not (isinstance(name, tuple) and name[0] == kind)
+        }
+
 
 @dataclass
 class Counts:
@@ -106,16 +112,17 @@ class Graphs:
 
     def __init__(
         self, captures: Captures, step: Callable[[int], Tensor], state: list[Tensor],
-        held: Callable[[], list[int]], kind: Hashable,
+        held: Callable[[], list[int]], kind: Hashable, commit: Tensor | None = None,
     ):  # fmt: skip
         """Take a step that gives (3, S) fp64, a Choice's tensors, and changes only `state` for the next one.
 
         held says which rows have a completion; what comes out of the others does not matter. kind is all else than the
         number of rows that a recording fixes: which kernels a step runs, and the numbers that Python hands to them.
+        commit () bool is what a step reads of whether to write what else it would change, as layers' states.
         """
         assert captures.capture is not None
         self.captures, self.step, self.state, self.held = captures, step, state, held
-        self.kind = kind
+        self.kind, self.commit = kind, commit
         self.doubts = 0  # captures whose first replay was another step
         self.ran: Counter[int] = Counter()
 
@@ -126,7 +133,8 @@ class Graphs:
             if key in captures.trusted:
                 self._capture_trusted(num_rows)
             elif self.ran[num_rows] > EAGER:
-                self._try(num_rows)
+                with self._uncommitted():
+                    self._try(num_rows)
         replay = captures.replays.get(key)
         captures.counts.steps += 1
         captures.counts.replayed += replay is not None
@@ -169,6 +177,18 @@ class Graphs:
             return
         self.captures.drop_graphs()
         self.captures.refuse(reason)
+
+    @contextlib.contextmanager
+    def _uncommitted(self) -> Iterator[None]:
+        """Have steps leave layers' states as they are inside the `with`: twice the same step would move them twice."""
+        if self.commit is None:
+            yield
+            return
+        self.commit.fill_(False)
+        try:
+            yield
+        finally:
+            self.commit.fill_(True)
 
     def _go_back(self, before: list[Tensor]) -> None:
         for tensor, values in zip(self.state, before, strict=True):

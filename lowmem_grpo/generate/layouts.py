@@ -1,22 +1,39 @@
 """The layouts of a rollout's attention: prompts that are prefilled, and one decoded token of each slot."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowmem_grpo.generate.states import States, Tables
 from lowmem_grpo.generate.store import Rows, Store
 from lowmem_grpo.model.attention import Scoring, shares_of, sink_column, soften, softmax_attention
+from lowmem_grpo.model.mixing import Call
 from lowmem_grpo.model.packed_attention import causal_attention
 
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
 
 
+class Shifts(NamedTuple):
+    """Padding on the right moved to the left, and back."""
+
+    to_left: Tensor  # (R, T) int64: which token of a row stands here then
+    mask: Tensor  # (R, T) bool: whether that is one of its own
+    to_right: Tensor  # (R, T) int64: the way back
+
+    @classmethod
+    def of(cls, lengths: Tensor, width: int) -> "Shifts":
+        """The shifts of rows with (R,) tokens of their own, padded to a width."""
+        place = torch.arange(width, device=lengths.device)
+        padding = width - lengths[:, None]
+        return cls((place - padding).clamp(min=0), place >= padding, (place + padding).clamp(max=width - 1))
+
+
 @dataclass(frozen=True)
 class Prefill:
-    """A batch of prompts, padded on the right, and the rows of the store that get their keys and values.
+    """A batch of prompts, padded on the right, and the rows that get their keys, values and states.
 
     Token t of row r goes to column t of each of its targets.
     """
@@ -24,10 +41,28 @@ class Prefill:
     store: Rows  # the store's own or its prefix
     sources: Tensor  # (R',) int64: a row of the batch
     targets: Tensor  # (R',) int64: the row of the store that gets it
+    states: Tables | None = None  # the states' own or their prefix; None where no layer keeps one
+    shifts: Shifts | None = None  # None where no layer keeps a state, or no row has padding
     masks: dict = field(default_factory=dict)  # of attention with sinks, made by the first layer that asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         return _prefill(self, query, key, value, asked)
+
+    def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
+        """The output of a layer with a state for prompts (R, T, D), which it is handed padded on the left.
+
+        On the right the states would go on through the padding; on the left a layer that is given a mask passes it by.
+        """
+        assert self.states is not None
+        call = Call()
+        if self.shifts is None:
+            out = forward(hidden, call)
+        else:
+            to_left, mask, to_right = self.shifts
+            out = _along(forward(_along(hidden, to_left), call, mask), to_right)
+        for name, table in self.states[mixer.layer_idx].items():
+            table[self.targets] = call.after[name][self.sources].to(table.dtype)
+        return out
 
 
 @dataclass(frozen=True)
@@ -44,9 +79,15 @@ class Decode:
     prefix_rows: Tensor | None  # (S,) int64: the prefix row of each slot
     table: Tensor | None  # (S, most pages) int64: the pages of each slot; None for the dense attention of a CPU
     masks: dict  # by window: made by the first layer that asks
+    states: States | None = None  # where layers keep one
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         return _decode(self, query, key, value, asked)
+
+    def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
+        """The output of a layer with a state for one token of each slot, (S, 1, D)."""
+        assert self.states is not None
+        return self.states.advance(mixer, forward, hidden)
 
     def mask(self, window: int | None) -> Tensor:
         """(S, 1, 1, prefix tokens + span) bool, True where a token attends."""
@@ -60,6 +101,11 @@ class Decode:
                 seen.insert(0, (place < self.prefix_lengths[:, None]) & near)
             self.masks[window] = torch.cat(seen, -1)[:, None, None]
         return self.masks[window]
+
+
+def _along(values: Tensor, places: Tensor) -> Tensor:
+    """Tokens (R, T, D) of each row, in the order of places (R, T)."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _prefill(now: Prefill, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:

@@ -16,7 +16,8 @@ from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.graphs import Captures
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
-from lowmem_grpo.generate.shape import StoreShape, store_shape, token_bytes
+from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
+from lowmem_grpo.generate.states import StateShapes, state_bytes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
@@ -41,7 +42,8 @@ class Sampler:
 
     Attributes:
         params, greedy: how complete() and complete_greedily() choose the next token.
-        fitting_tokens: how many tokens' keys and values fitted, after a call ran out of memory; None if none did.
+        fitting_tokens: how many tokens' keys and values fitted, and states as so many, after a call ran out of memory;
+            None if none did.
         samples_dense: what rollout_weights="auto" came to in its first call; None before that.
         captures: the steps of decoding that are replayed as CUDA graphs.
         fast_steps: what decodes in place of the model's layers, by the adapters that are worn; None where it cannot.
@@ -69,7 +71,8 @@ class Sampler:
 
         With seeds, one a prompt, each prompt's completions are drawn from its own alone, whatever the other prompts.
 
-        At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less.
+        At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less;
+        the states of layers that keep one count as the tokens whose keys and values take as much.
 
         Raises:
             InputError: a prompt has no token, or dense weights or int8 keys and values are asked of a model that the
@@ -106,6 +109,11 @@ class Sampler:
                 f"does not say its log-probabilities, so that there are no importance weights: {reason}"
             )
         return reason
+
+    @cached_property
+    def state_shapes(self) -> StateShapes:
+        """The shapes of the states that a completion has, of layers that keep one."""
+        return state_shapes(self.policy)
 
     @cached_property
     def copy_bytes(self) -> int:
@@ -145,7 +153,13 @@ class Sampler:
             prompt_tokens=max(map(len, prompts)), num_prompts=len(prompts), num_generations=num_generations,
             max_completion_length=self.config.max_completion_length, budget_tokens=num_tokens,
             paged=self.config.rollout_paged and self.policy.device.type == "cuda",
+            state_tokens=self._state_tokens,
         )  # fmt: skip
+
+    @property
+    def _state_tokens(self) -> int:
+        token = token_bytes(self.policy.layer_shapes, self.kv_dtype)
+        return state_tokens(state_bytes(self.state_shapes), token)
 
     def _sample(
         self, prompts: list[list[int]], num_generations: int, params: SamplingParams, at_most: int | None = None,
@@ -212,15 +226,16 @@ class Sampler:
                 policy, prompts, num_generations, params, uniforms.to(policy.device),
                 prefill_tokens=config.token_budget, kv_dtype=self.kv_dtype, dense=dense,
                 captures=self.captures if config.has_cuda_graphs else None,
-                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens),
+                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens), states=self.state_shapes,
             ),
             shape,
         )  # fmt: skip
         if not any(completion.is_finite for completion in ran.completions):
             raise NotFiniteError(NOT_FINITE)
         if ran.shape != shape:
-            self.fitting_tokens = ran.shape.num_tokens()
+            self.fitting_tokens = ran.shape.cost()
         kv_bytes = ran.shape.num_tokens() * token_bytes(policy.layer_shapes, self.kv_dtype)
+        kv_bytes += ran.shape.num_states * state_bytes(self.state_shapes)
         return Sampled(
             ran.completions,
             {

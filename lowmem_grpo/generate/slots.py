@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.generate.graphs import Kept
-from lowmem_grpo.generate.layouts import SPAN, Decode, Prefill
+from lowmem_grpo.generate.layouts import SPAN, Decode, Prefill, Shifts
 from lowmem_grpo.generate.sampling import SamplingParams, choose
 from lowmem_grpo.generate.scheduler import NOBODYS, Scheduler
 from lowmem_grpo.generate.shape import StoreShape, bucket, one_of_five
-from lowmem_grpo.generate.store import Rows, Store, goes_by_table
+from lowmem_grpo.generate.states import States, clear
+from lowmem_grpo.generate.store import Store, goes_by_table
 from lowmem_grpo.kernels.sample_tokens import sample_next
 from lowmem_grpo.model.attention import laid_out
 from lowmem_grpo.model.policy import Policy
@@ -25,6 +26,7 @@ class Parked(NamedTuple):
     column: int  # where that goes
     seen: Tensor | None  # (V,) bool, on the device
     saved: list[list[Tensor]]  # its pages, in CPU memory
+    states: list[Tensor] | None  # of its layers that keep one, in CPU memory
 
 
 class Slots:
@@ -33,13 +35,14 @@ class Slots:
     def __init__(
         self, policy: Policy, store: Store, shape: StoreShape, scheduler: Scheduler,
         params: SamplingParams | None = None, uniforms: Tensor | None = None, kept: Kept | None = None,
-        fast: Callable[[Tensor, Decode], Tensor] | None = None,
+        fast: Callable[[Tensor, Decode], Tensor] | None = None, states: States | None = None,
     ):  # fmt: skip
         """Make empty slots, whose tensors are views of what is kept. step() needs params and uniforms.
 
-        fast decodes tokens to their last hidden states (S, D) in place of the model's own layers.
+        fast decodes tokens to their last hidden states (S, D) in place of the model's own layers. states are those of
+        layers that keep one.
         """
-        self.fast = fast
+        self.fast, self.states = fast, states
         self.policy, self.store, self.shape, self.scheduler, self.params = policy, store, shape, scheduler, params
         self.num_rows = len(scheduler.slots)
         kept = kept or Kept()
@@ -81,13 +84,15 @@ class Slots:
             self.store.prefix.clear(self._tensor(prefixes))
         completions = [self.scheduler.slots[slot] for slot in new]
         asked = [self.scheduler.prompt_of(c) for c in completions]  # type: ignore[arg-type] # a new slot holds one
+        at = self._tensor(new)
         if self.shape.shared:
             rows = {self.scheduler.prefixes[row]: [row] for row in prefixes}
-            self._prefill(prompts, rows, self.store.prefix, prefill_tokens)
+            self._prefill(prompts, rows, prefill_tokens)
+            if self.states is not None:
+                self.states.start(at, self._tensor([self.scheduler.prefixes.index(prompt) for prompt in asked]))
         else:
             rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
-            self._prefill(prompts, rows, self.store.own, prefill_tokens)
-        at = self._tensor(new)
+            self._prefill(prompts, rows, prefill_tokens)
         lengths = [len(prompts[p]) - 1 for p in asked]
         self.token_ids[at] = self._tensor([prompts[p][-1] for p in asked])
         self.positions[at] = self.prefilled[at] = self._tensor(lengths)
@@ -122,14 +127,20 @@ class Slots:
         self.token_ids[slot] = parked.token
         self.positions[slot] += parked.column
         self.columns[slot] = parked.column
+        if self.states is not None and parked.states is not None:
+            self.states.copy_in(slot, parked.states)
         if self.seen is not None and parked.seen is not None:
             self.seen[slot] = parked.seen
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
 
-    def _prefill(self, prompts: list[list[int]], rows: dict, store: Rows, prefill_tokens: int) -> None:
-        """Keys and values of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
+    def _prefill(self, prompts: list[list[int]], rows: dict, prefill_tokens: int) -> None:
+        """Keys, values and states of prompt[:-1] into the rows of each prompt, in batches of about prefill_tokens."""
+        store = self.store.prefix if self.shape.shared else self.store.own
+        states = self.states and (self.states.prefix if self.shape.shared else self.states.own)
+        if states is not None:  # a prompt of one token is not prefilled
+            clear(states, self._tensor([target for targets in rows.values() for target in targets]))
         order = sorted((p for p in rows if len(prompts[p]) > 1), key=lambda p: len(prompts[p]))
         while order:
             # Longest first, each padded to the first of its batch.
@@ -140,7 +151,10 @@ class Slots:
                 ids[row, : len(prompts[prompt]) - 1] = torch.tensor(prompts[prompt][:-1])
             sources = [row for row, prompt in enumerate(batch) for _ in rows[prompt]]
             targets = [target for prompt in batch for target in rows[prompt]]
-            with laid_out(Prefill(store, self._tensor(sources), self._tensor(targets))):
+            lengths, shifts = [len(prompts[prompt]) - 1 for prompt in batch], None
+            if states is not None and min(lengths) < width:
+                shifts = Shifts.of(self._tensor(lengths), width)
+            with laid_out(Prefill(store, self._tensor(sources), self._tensor(targets), states, shifts)):
                 self.policy.decoder(
                     input_ids=ids.to(self.policy.device), position_ids=self._tensor([list(range(width))]),
                     use_cache=False,
@@ -190,7 +204,8 @@ class Slots:
             return
         seen = None if self.seen is None else self.seen[slot].clone()
         saved = self.store.own.copied_out(self._filled(pages, column))
-        self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved)
+        states = None if self.states is None else self.states.copied_out(slot)
+        self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved, states)
 
     def _filled(self, pages: list[int], columns: int) -> list[int]:
         """The first pages of a slot, as many as `columns` tokens fill."""
@@ -216,6 +231,8 @@ class Slots:
                 self.table[targets] = self.table[sources]
             else:
                 self.store.own.move(sources, targets)
+            if self.states is not None:
+                self.states.move(sources, targets)
             for source, target in moves:
                 self.columns[target] = self.columns[source]
         self.num_rows = num_rows
@@ -240,7 +257,9 @@ class Slots:
         lengths, prefix_rows = (prefilled, self.prefix_rows[:num_rows]) if self.shape.shared else (None, None)
         members, places = self.members or (None, None)
         table, span = (None, self._span()) if self.table is None else (self.table[:num_rows], 0)
-        return Decode(self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {})
+        return Decode(
+            self.store, columns, positions, span, lengths, members, places, prefix_rows, table, {}, self.states
+        )
 
     def _span(self) -> int:
         needed = 1 + max(c for c, holder in zip(self.columns, self.scheduler.slots, strict=True) if holder is not None)
@@ -249,6 +268,13 @@ class Slots:
     def state(self) -> list[Tensor]:
         """The tensors that a step changes, but for keys and values, which a repetition writes once more."""
         return [self.token_ids, self.positions, *(() if self.seen is None else (self.seen,))]
+
+    def feed(self, token_ids: list[int]) -> None:
+        """Have each slot go on with a token that was not sampled."""
+        at = slice(len(token_ids))
+        self.token_ids[at] = self._tensor(token_ids)
+        self.positions[at] += 1
+        self.columns = [column + 1 for column in self.columns]
 
     def step(self, num_rows: int) -> Tensor:
         """Decode one more token of each of the first S rows: a Choice's tensors as (3, S) fp64.

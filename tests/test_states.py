@@ -1,0 +1,171 @@
+"""States of layers that keep one, in the engine."""
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_shapes, run, shapes, slow
+from tiny_models import HYBRIDS, make_policy
+
+from lowmem_grpo.generate import engine, hf
+from lowmem_grpo.generate.graphs import Kept
+from lowmem_grpo.generate.sampling import SamplingParams
+from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
+from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
+from lowmem_grpo.model.trial import refused
+
+ALWAYS = ("qwen3_5_text", "bamba", "lfm2")
+hybrids = pytest.mark.parametrize("kind", [name if name in ALWAYS else slow(name) for name in HYBRIDS])
+CPU = torch.device("cpu")
+FAR = {"olmo_hybrid": 2.5e-5}  # by transformers' own cache it is 1.7e-5 from its forward
+
+
+def why_refused(policy):
+    """Why a trial of the engine refuses a policy, or None."""
+    return refused(policy, partial(engine._difference, kv_dtype=policy.dtype))
+
+
+@hybrids
+def test_logprobs_are_those_of_a_training_forward_and_greedy_is_generates(kind):
+    """In shared prompts and not, in pages of which too few are there, with prompts that are prefilled together."""
+    policy = make_policy(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert why_refused(policy) is None
+    found = []
+    for shape in (*shapes(PROMPTS, 3, 12, 4), list(paged_shapes(PROMPTS, 3, 12, 4))[1]):
+        found.append(ShapedSampler(policy, shape, token_budget=1000).run())
+        for index, completion in enumerate(found[-1]):
+            truth = own_logprobs(policy, PROMPTS[index // 3], completion, 1.0)
+            torch.testing.assert_close(completion.logprobs, truth, atol=FAR.get(kind, 1e-5), rtol=0)
+    assert ids_of(found[0]) == ids_of(found[1]) == ids_of(found[2])
+    greedy = SamplingParams(max_completion_length=12, temperature=0)
+    assert ids_of(run(policy, 1, temperature=0)) == ids_of(hf.sample(policy, PROMPTS, 1, greedy, 10_000)[0])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_shapes_are_those_that_the_layers_give(bf16):
+    """The recurrent state is fp32, and the inputs of the convolution are of the compute dtype."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    delta = state_shapes(make_policy("qwen3_5_text", bf16=bf16))
+    assert delta == {0: {("conv", 0): ((128, 4), dtype), ("recurrent", 0): ((4, 16, 16), torch.float32)}}
+    assert state_bytes(delta) == 128 * 4 * dtype.itemsize + 4 * 16 * 16 * 4
+    assert state_shapes(make_policy("lfm2", bf16=bf16)) == {0: {("conv", 0): ((64, 3), dtype)}}
+    assert state_shapes(make_policy("bamba", bf16=bf16))[0]["recurrent", 0].size == (4, 32, 16)
+    assert state_shapes(make_policy("qwen2", bf16=bf16)) == {}
+
+
+def tables_of(states):
+    return [table for of in (states.own, states.prefix) for named in of.values() for table in named.values()]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+def test_states_are_in_the_plan_and_in_what_is_reported(kind, monkeypatch):
+    policy, made, own = make_policy(kind), [], States.__init__
+
+    def init(self, *given):
+        own(self, *given)
+        made.append(sum(table.untyped_storage().nbytes() for table in tables_of(self)))
+
+    monkeypatch.setattr(States, "__init__", init)
+    sampler = ShapedSampler(policy, max_completion_length=4, rollout_token_budget=250)
+    size, token = state_bytes(sampler.state_shapes), token_bytes(policy.layer_shapes, policy.dtype)
+    sampled = sampler.sampled(4)
+    shape = sampler.store_shape(PROMPTS, 4, 250)
+    assert shape.state_tokens == state_tokens(size, token) and sampled.metrics["rollout/slots"] == shape.slots < 12
+    assert made == [shape.num_states * size]
+    assert sampled.metrics["rollout/kv_mib"] * 2**20 == shape.num_tokens() * token + made[0]
+    assert (shape.num_tokens() * token + made[0]) / token <= shape.cost() <= 250
+
+
+def test_a_shape_with_states_keeps_to_its_budget_and_to_one_prefix_a_group_where_states_are_large():
+    draw = torch.Generator().manual_seed(0)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=draw))
+
+    for _ in range(200):
+        asked = dict(
+            prompt_tokens=number(2, 300), num_prompts=number(1, 6), num_generations=number(2, 8),
+            max_completion_length=number(1, 200), budget_tokens=number(1, 20_000),
+        )  # fmt: skip
+        worth = number(0, 600)
+        for paged in (False, True):
+            shape = store_shape(**asked, paged=paged, state_tokens=worth)
+            plain = store_shape(**asked, paged=paged)
+            assert shape.state_tokens == worth and shape.slots <= plain.slots
+            assert shape.cost() <= asked["budget_tokens"] or shape.slots == 1
+            groups = -(-shape.slots // asked["num_generations"])
+            if worth >= asked["prompt_tokens"]:
+                assert shape.prefixes <= groups
+            more = store_shape(**{**asked, "budget_tokens": shape.cost()}, paged=paged, state_tokens=worth)
+            assert more.slots >= shape.slots, "what fitted fits again"
+            assert shape.halved().cost() <= shape.cost() and shape.at_most(1).state_tokens == worth
+            if not worth:
+                assert replace(shape, state_tokens=0) == plain
+
+
+def test_completions_begin_where_their_prompts_ended_move_and_are_parked():
+    shapes = state_shapes(make_policy("qwen3_5_text", bf16=True))
+    states = States(shapes, StoreShape(4, 8, 2, 8), CPU)
+    for table in tables_of(states):
+        table.copy_(torch.randn(table.shape))
+    own, prefix = ([x.clone() for x in named[0].values()] for named in (states.own, states.prefix))
+    states.start(torch.tensor([2, 0]), torch.tensor([1, 0]))
+    states.move(torch.tensor([2]), torch.tensor([3]))
+    saved = states.copied_out(1)
+    clear(states.own, torch.tensor([1]))
+    for now, was, of in zip(states.own[0].values(), own, prefix, strict=True):
+        assert torch.equal(now, torch.stack([of[0], torch.zeros_like(was[1]), of[1], of[1]]))
+    states.copy_in(1, saved)
+    assert all(torch.equal(now[1], was[1]) for now, was in zip(states.own[0].values(), own, strict=True))
+
+
+def test_a_prompt_of_one_token_begins_without_a_state_where_another_stood():
+    """Each of the two slots, and each of the two prefix rows, has had three prompts by then."""
+    policy = make_policy("qwen3_5_text")
+    prompts = [*PROMPTS[1:], [10], [11]]
+    for shape in shapes(prompts, 2, 8, 2):
+        found = run(policy, 2, prompts=prompts, shape=shape, max_completion_length=8)
+        for index, completion in enumerate(found[4:]):
+            truth = own_logprobs(policy, prompts[2 + index // 2], completion, 1.0)
+            torch.testing.assert_close(completion.logprobs, truth, atol=1e-5, rtol=0)
+
+
+def test_kept_states_are_let_go_where_memory_runs_out():
+    kept, shapes = Kept(), state_shapes(make_policy("lfm2"))
+    large = States(shapes, StoreShape(9, 8, 2, 8), CPU, kept)
+    again = States(shapes, StoreShape(4, 8, 2, 8), CPU, kept)
+    assert again.own[0]["conv", 0].data_ptr() == large.own[0]["conv", 0].data_ptr()
+    assert again.commit is not None and large.commit is not None and again.commit.data_ptr() == large.commit.data_ptr()
+    kept.forget("own states")
+    assert [*kept.tensors] == ["commit"]
+
+
+def test_a_mixer_whose_steps_ignore_its_state_is_refused(monkeypatch):
+    policy = make_policy("qwen3_5_text")
+    own = States.advance
+
+    def forgetful(self, mixer, forward, hidden):
+        clear(self.own, torch.arange(len(hidden)))
+        return own(self, mixer, forward, hidden)
+
+    monkeypatch.setattr(States, "advance", forgetful)
+    assert "layers.0.linear_attn is" in why_refused(policy)
+
+
+def test_a_completion_that_is_moved_takes_its_states_along(monkeypatch):
+    policy, moved, own = make_policy("qwen3_5_text"), [], States.move
+    policy.eos_token_ids = list(range(2, 25))
+
+    def move(self, sources, targets):
+        moved.extend(targets.tolist())
+        own(self, sources, targets)
+
+    monkeypatch.setattr(States, "move", move)
+    for index, completion in enumerate(run(policy, 3, max_completion_length=12)):
+        truth = own_logprobs(policy, PROMPTS[index // 3], completion, 1.0)
+        torch.testing.assert_close(completion.logprobs, truth, atol=1e-5, rtol=0)
+    assert moved
