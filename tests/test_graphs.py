@@ -459,8 +459,9 @@ def test_what_a_fast_step_finds_elsewhere_would_be_seen(thing, captured, fast_on
         monkeypatch.setattr(step.FastStep, "ready", lambda fast, *, dense, kept=None: own(fast, dense=dense))
     if thing == "store":  # by itself, and not by its address
         monkeypatch.setattr(
-            store.Store, "heads", lambda self, *finished, **where: heads(
-                *finished, own=self.own.groups[0].numbers, scales=self.own.groups[0].scales, **where
+            store.Store, "heads", lambda self, *finished, layer, **where: heads(
+                *finished, own=self.own.groups[0].numbers, scales=self.own.groups[0].scales,
+                layer=self.places[layer].index, **where,
             )
         )  # fmt: skip
     sampler = in_4bit(policy_of("qwen3"), ROOM)
