@@ -514,18 +514,6 @@ def test_fused_adapters_are_pefts(family, dense):
     assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize(
-    "field, value, reason",
-    [
-        ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
-    ],
-)
-def test_a_refusal_names_its_reason(field, value, reason):
-    policy = make_policy("llama")
-    setattr(policy.base.config, field, value)
-    assert reason in engine.refusal(policy, policy.dtype)
-
-
 def test_a_refused_model_is_sampled_from_by_generate_after_one_warning():
     policy = make_policy("llama")
     policy.base.config.rope_parameters["rope_type"] = "dynamic"

@@ -44,7 +44,8 @@ CAPTURE = {"cuda": cuda_capture}
 
 def refusal(policy: Policy, kv_dtype: torch.dtype) -> str | None:
     """Why this model cannot be sampled from here, or None. Runs it on a few tokens, beside its own forward."""
-    return attention_refusal(policy.base) or refused(policy, partial(_difference, kv_dtype=kv_dtype))
+    reason = attention_refusal(policy.base) or policy.state_refusal
+    return reason or refused(policy, partial(_difference, kv_dtype=kv_dtype))
 
 
 def _difference(policy: Policy, text: str, kv_dtype: torch.dtype) -> str | None:

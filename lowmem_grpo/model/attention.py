@@ -18,7 +18,6 @@ from transformers import AttentionInterface
 from lowmem_grpo.model.adapters import Adapters
 
 NAME = "lowmem_grpo"
-LAYERS_KNOWN = {"full_attention", "sliding_attention"}
 # Arguments of an attention call that say nothing about its result here: positions are in the keys already.
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
 
@@ -147,9 +146,6 @@ class Recomputation(contextlib.ExitStack):
 def refusal(model: Any) -> str | None:
     """Why the attention of a model cannot be ours, as far as its config tells, or None."""
     config = model.config.get_text_config()
-    unknown = set(getattr(config, "layer_types", None) or LAYERS_KNOWN) - LAYERS_KNOWN
-    if unknown:
-        return f"it has layers of {unknown.pop()}"
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {value.get("rope_type") for value in (rope, *rope.values()) if isinstance(value, dict)}
     if kinds & {"dynamic", "longrope"}:

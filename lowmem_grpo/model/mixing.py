@@ -6,7 +6,7 @@ nothing is written in place, and a gradient flows through. So one text can begin
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,17 +18,22 @@ from lowmem_grpo.model.attention import layout_in_force
 # States of a mixer, by kind and number: ("conv", 0) is (B, channels, kernel), ("recurrent", 0) may be (B, heads, K, V).
 States = dict[tuple[str, int], Tensor]
 CACHES = ("cache_params", "past_key_values")  # transformers' names of a cache
+Forward = Callable[[Tensor, "Call", Tensor | None], Tensor]  # a mixer's own, of rows, states and mask: see one_call
 
 
 class Call:
     """The cache of one call of one mixer: the states before it and, in `after`, those after it.
 
-    Where there are none before, texts begin. `writable` hands out copies of recurrent states: Mamba 2 writes into the
-    one that it gets where the call is of one token.
+    Where there are none before, texts begin. The mask (B, T), bool, is False for padding on the left, which is nothing
+    to the convolution, even where a bias makes something of it. `writable` hands out copies of recurrent states: Mamba
+    2 writes into the one that it gets where the call is of one token.
     """
 
-    def __init__(self, before: Mapping[tuple[str, int], Tensor] | None = None, *, writable: bool = False):
-        self.before, self.writable = before or {}, writable
+    def __init__(
+        self, before: Mapping[tuple[str, int], Tensor] | None = None, *, mask: Tensor | None = None,
+        writable: bool = False,
+    ):  # fmt: skip
+        self.before, self.mask, self.writable = before or {}, mask, writable
         self.after: States = {}
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -46,6 +51,8 @@ class Call:
     ) -> Tensor:
         """Inputs of the convolution (B, channels, T), with the last ones of the text before in front of them."""
         kernel = conv_kernel_size or conv_states.shape[-1]
+        if self.mask is not None:
+            conv_states = conv_states * self.mask[:, None]
         before = self.before.get(("conv", state_idx))
         if before is None:
             whole = F.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))

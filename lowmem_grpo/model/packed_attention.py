@@ -1,4 +1,4 @@
-"""Attention over a packed row: each tail sees its prompt, which stands there once, and itself.
+"""A packed row's attention and states: each tail goes on from its prompt, which stands there once, and sees itself.
 
 The gradient of a shared prompt's keys and values is the sum of what its copies would get
 (https://arxiv.org/abs/2506.05433). Nothing here is of the size (tokens, tokens) of the whole row; with a softcap, the
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_grpo.model.attention import Scoring, scores_of, shares_of, sink_column
-from lowmem_grpo.model.packing import Block, Packing
+from lowmem_grpo.model.mixing import Call, Forward, States
+from lowmem_grpo.model.packing import Block, Packing, Run, Runs
 
 ROOM = 8  # a sink's columns and keys beside those of the model, so that all sizes stay multiples of 8
 TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
@@ -46,6 +47,30 @@ class Packed:
         if attention is not None:
             return by_segments(query, key, value, self.packing, asked, attention)[None]
         return by_blocks(query, key, value, self.packing, asked)[None]
+
+    def mix(self, mixer: Any, forward: Forward, hidden: Tensor) -> Tensor:
+        return by_runs(forward, hidden[0], self.packing.runs)[None]
+
+
+def by_runs(forward: Forward, hidden: Tensor, runs: Runs) -> Tensor:
+    """Output of a layer with a state for a packed row: hidden (T, D) -> (T, D).
+
+    A prompt's tails begin with copies of its states, whose gradient is so the sum of theirs.
+    """
+    results = []
+
+    def call(run: Run, before: States) -> States:
+        cache = Call(before, mask=run.mask)
+        rows = hidden.index_select(0, run.places.flatten()).unflatten(0, run.places.shape)  # (B, T, D)
+        results.append(forward(rows, cache, run.mask).flatten(0, 1))
+        return cache.after
+
+    ends = [call(run, {}) for run in runs.prompts]
+    after = {name: torch.cat([end[name] for end in ends]) for name in ends[0]} if ends else {}
+    for run in runs.others:
+        prompts = run.prompts
+        call(run, {} if prompts is None else {name: state.index_select(0, prompts) for name, state in after.items()})
+    return torch.cat(results).index_select(0, runs.outputs)
 
 
 def by_blocks(

@@ -3,6 +3,7 @@
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,8 +26,38 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Tokens of a packed row that stand one after the other, and the prompt whose tail they are."""
+
+    places: range
+    prompt: range  # empty where nothing is before them
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a layer that keeps a state: B segments, padded to T tokens.
+
+    Segments that others go on from are padded on the left, so that their state is that after their last token. All
+    others are padded on the right, where nothing comes after.
+    """
+
+    places: Tensor  # (B, T) int64: where their tokens stand, with the first or the last one's in place of padding
+    mask: Tensor | None  # (B, T) bool, False for padding on the left; None where there is none
+    prompts: Tensor | None  # (B,) int64: the prompt that each goes on from, numbered over all runs; None for texts
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The calls of a layer that keeps a state, for a packed row of T tokens."""
+
+    prompts: tuple[Run, ...]  # those that tails go on from
+    others: tuple[Run, ...]
+    outputs: Tensor  # (T,) int64: where each token's result stands among those of all runs
+
+
+@dataclass(frozen=True)
 class Packing:
-    """The attention of a packed row of T tokens: which token sees which.
+    """A packed row of T tokens: which token sees which in attention, and which texts go on from which.
 
     The row is a list of segments: prompts, tails, and at most one of padding. As varlen attention takes it, segment s
     has the queries [query_starts[s], query_starts[s + 1]) and the keys keys[key_starts[s]:key_starts[s + 1]], the
@@ -40,7 +71,13 @@ class Packing:
     keys: Tensor  # (K,) int64: places in the row
     longest_query: int
     longest_key: int
+    segments: tuple[Segment, ...]  # without the padding
     masks: dict = field(default_factory=dict, compare=False)  # of attention, made by the first layer that asks
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Made by the first layer that asks. Segments of alike lengths are one: to 31 tokens, 63, 127 and so on."""
+        return _runs(self.segments, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -223,6 +260,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, la
     ids, positions, predictors, labels, token_index, sequences = [], [], [], [], [], []
     alike: dict[tuple, list[tuple[range, list[range]]]] = {}  # prompts, with tails, that one call of attention serves
     query_starts, key_starts, keys = [0], [0], []
+    segments: list[Segment] = []
 
     def segment(new: list[int], before: range) -> range:
         """Append tokens that see the places before and each other; returns the places they got."""
@@ -232,6 +270,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, la
         keys.extend([*before, *places])
         query_starts.append(len(ids))
         key_starts.append(len(keys))
+        segments.append(Segment(places, before))
         return places
 
     for piece in pieces:
@@ -255,6 +294,7 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, la
     padding = _rounded_up(len(ids), token_budget, device) - len(ids)
     if padding:
         segment([pad_token_id] * padding, range(0))
+        segments.pop()
 
     def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -276,9 +316,45 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, la
         tensor([ids]), tensor(predictors), tensor(labels), tensor(token_index), tensor(sequences), tensor([positions]),
         Packing(
             tuple(blocks), tensor(outputs), tensor(query_starts, torch.int32), tensor(key_starts, torch.int32),
-            tensor(keys), _longest(query_starts), _longest(key_starts),
+            tensor(keys), _longest(query_starts), _longest(key_starts), tuple(segments),
         ),
     )  # fmt: skip
+
+
+def _runs(segments: Sequence[Segment], like: Tensor) -> Runs:
+    """The calls for the segments of a row that has as many tokens as like, on its device."""
+    device = like.device
+    outputs = [0] * len(like)  # any for padding, from which nothing follows
+    gone_on_from = {segment.prompt for segment in segments}
+    kinds: dict[tuple[bool, bool, int], list[Segment]] = {}
+    for segment in segments:
+        kind = segment.places not in gone_on_from, bool(segment.prompt), _width(1, len(segment.places))
+        kinds.setdefault(kind, []).append(segment)
+    number: dict[range, int] = {}  # of each prompt
+    found: dict[bool, list[Run]] = {False: [], True: []}
+    results = 0
+    for (is_last, goes_on, _), alike in sorted(kinds.items(), key=lambda item: item[0]):
+        longest = max(len(segment.places) for segment in alike)
+        # One token alone is a step of decoding, which has no gradient in some kernels. On a CPU as in _packed.
+        width = -(-longest // 8) * 8 if device.type == "cpu" else max(longest, 2)
+        places, mask = [], []
+        for segment in alike:
+            padding = width - len(segment.places)
+            left = 0 if is_last else padding
+            first, last = segment.places[0], segment.places[-1]
+            places.append([*[first] * left, *segment.places, *[last] * (padding - left)])
+            mask.append([False] * left + [True] * (width - left))
+            outputs[first : last + 1] = range(results + left, results + left + len(segment.places))
+            results += width
+            number.setdefault(segment.places, len(number))
+        found[is_last].append(
+            Run(
+                torch.tensor(places, device=device),
+                None if all(map(all, mask)) else torch.tensor(mask, device=device),
+                torch.tensor([number[segment.prompt] for segment in alike], device=device) if goes_on else None,
+            )
+        )
+    return Runs(tuple(found[False]), tuple(found[True]), torch.tensor(outputs, device=device))
 
 
 def _longest(starts: list[int]) -> int:

@@ -21,10 +21,11 @@ from lowmem_grpo.model.attention import attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.layer_shapes import LayerShape, layer_shapes
 from lowmem_grpo.model.lora import every_module, keep_one_input
+from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
-from lowmem_grpo.model.trial import difference_when_packed, refused
+from lowmem_grpo.model.trial import difference_in_parts, difference_when_packed, refused
 from lowmem_grpo.model.turn_end import turn_end
 from lowmem_grpo.warn import warn
 
@@ -197,7 +198,7 @@ class Policy:
     @cached_property
     def packs(self) -> bool:
         """True where the policy can be trained on packed rows. Tried once, on a few tokens, with a warning."""
-        reason = refusal(self.base)
+        reason = refusal(self.base) or self.state_refusal
         if not reason:
             self.varlen = flash_serves(self.device, self.dtype)
             reason = refused(self, difference_when_packed)
@@ -209,6 +210,11 @@ class Policy:
         if reason:
             warn(f"{name} is trained on padded rows, which takes more memory: {reason}")
         return not reason
+
+    @cached_property
+    def state_refusal(self) -> str | None:
+        """Why a layer with a state does not go on from one as it does within a text, or None. Tried once."""
+        return refused(self, difference_in_parts) if mixers(self.base) else None
 
     def autocast(self) -> torch.autocast:
         """Cast the fp32 adapters to the compute dtype inside each product; the masters stay fp32."""

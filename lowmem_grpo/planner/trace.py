@@ -37,7 +37,7 @@ from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pa
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher
 from lowmem_grpo.model.towers import set_aside
-from lowmem_grpo.model.trial import by_itself
+from lowmem_grpo.model.trial import Differs, by_itself, run_in_parts
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
 
@@ -176,7 +176,13 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
     if reason is not None:
         return reason
     with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), config) as policy:
-        return by_itself(policy)
+        reason = by_itself(policy)
+        if reason is None:
+            try:
+                run_in_parts(policy, "")
+            except Differs as error:
+                reason = in_a_line(error)
+        return reason
 
 
 def _layer_shapes(whole: PeftModel, config: ModelFields) -> dict[int, LayerShape]:
