@@ -44,6 +44,7 @@ CPU = {
     "profile": Part("profile_step"),
     "head": Part("bench_linear_logprobs"),
     "policy_loss": Part("bench_policy_loss"),
+    "delta_step": Part("bench_delta_step"),
     "rollout": Part("bench_rollout"),
     "rollout-demo": Part("bench_rollout", "--shape demo --prompts 8 --max_completion_length 32"),
     "update": Part("bench_update", "--prompts 4"),
@@ -82,6 +83,7 @@ CUDA = {
     ),
     "head-7b": Part("bench_linear_logprobs", "--shape 4096,3584,151936 --shape 16384,3584,151936"),
     "policy_loss": Part("bench_policy_loss"),
+    "delta_step": Part("bench_delta_step"),
     "rollout-qwen2.5-7b": Part("bench_rollout", "--shape qwen2.5-7b --prompts 8 --max_completion_length 128"),
     "rungs-qwen2.5-7b": Part("bench_update", "--shape qwen2.5-7b --rungs --repetitions 3"),
     "budgets-qwen2.5-0.5b": Part("bench_budgets", "--shape qwen2.5-0.5b --vram_budget 6GB"),
@@ -153,6 +155,7 @@ PROGRAMME = {
 QUICK = {
     "head": Part("bench_linear_logprobs", "--quick --repetitions 1 --only ours --only TRL --only Liger"),
     "policy_loss": Part("bench_policy_loss", "--quick"),
+    "delta_step": Part("bench_delta_step", "--quick"),
     "rollout": Part("bench_rollout", "--quick --warmups 0"),
     "update": Part("bench_update", "--quick --warmups 0"),
     "rungs": Part("bench_update", "--quick --warmups 0 --rungs"),
@@ -170,6 +173,7 @@ QUICK = {
 TINY = {
     "bench_linear_logprobs": "--repetitions 1 --warmups 0",
     "bench_policy_loss": "--quick",
+    "bench_delta_step": "--quick",
     "bench_rollout": "--quick --warmups 0 --repetitions 1",
     "bench_decode": "--quick",
     "bench_update": "--quick --warmups 0",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo.benchmarks import (
     bench_budgets,
     bench_decode,
+    bench_delta_step,
     bench_gemm_4bit,
     bench_learning,
     bench_ppo,
@@ -247,6 +248,15 @@ def test_products_with_4_bit_weights_are_timed_by_rows(tmp_path, capsys):
     assert "| bf16 weights" in capsys.readouterr().out
     bench_gemm_4bit.main(["--quick", "--warmups=0", "--device=cpu", "--only=fused"])
     assert "Error" in capsys.readouterr().out, "a failure is a cell"
+
+
+def test_a_step_of_the_gated_delta_rule_is_timed_beside_transformers_own(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    bench_delta_step.main(["--quick", f"--output={output}"])
+    (entry,) = json.loads(output.read_text())["slots"]
+    assert set(entry["results"]) >= {"lowmem_grpo, PyTorch twin", "transformers"}
+    assert all(result["error"] < 1e-6 for result in entry["results"].values() if "failed" not in result)
+    assert "| GB/s of states |" in capsys.readouterr().out
 
 
 def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypatch, capsys):
