@@ -38,6 +38,7 @@ from lowmem_grpo.generate.shape import store_shape
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
+from lowmem_grpo.model.experts import Nf4Stack
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import adapter_config, load_policy, lora_config, read_config
 from lowmem_grpo.model.packing import pack
@@ -297,13 +298,16 @@ def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     assert predicted.resident["adapters"] == storages(trained)
     known = {id(p) for p in trained} | {id(p) for p in policy.base.parameters() if hasattr(p, "quant_state")}
     others = [*(p for p in policy.base.parameters() if id(p) not in known), *policy.base.buffers()]
+    packed = [buffer for part in policy.base.modules() if isinstance(part, Nf4Stack) for buffer in part.buffers()]
+    assert predicted.resident.get("4-bit experts", 0) == storages(packed)
+    others = [one for one in others if id(one) not in set(map(id, packed))]
     assert_near(predicted.resident["embedding, head and the rest"], storages(others), 0.01)
 
 
 @pytest.mark.parametrize("name", and_slow("qwen3 moe, dense first", {**MIXED, **PADDED, **SHAPES}))
 def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     model, config = {**SHAPES, **MIXED, **PADDED}[name], GRPOConfig(**TASK, **RUNGS["checkpointing"], beta=0.1)
-    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False)
+    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     config = replace(config, padding_free=name not in PADDED)
     with trace.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
         ran = trace.run_few(policy, config, trace.largest_steps(config)[0])
@@ -323,7 +327,7 @@ def test_what_is_not_packed_is_planned_as_padded_rows_and_transformers_generate(
             do_sample=False, return_dict_in_generate=True,
         )  # fmt: skip
     held = [x for layer in out.past_key_values.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
-    whole = trace.skeleton(trace.Key(PADDED[name], lora_config(config)), config.compute_dtype, False)
+    whole = trace.skeleton(trace.Key(PADDED[name], lora_config(config)), config.compute_dtype, False, True)
     row = trace.run_generate(whole, config)
     assert_near(3 * row.cache, sum(x.nbytes for x in held), 0.01)
     # At this size the prompts take more than a token does at the end.
@@ -691,8 +695,13 @@ def test_a_mixture_of_experts_is_predicted(changes):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=1,  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     )  # fmt: skip
     found = planner.forecast(model, GRPOConfig(**{**TASK, **changes}))
-    experts = 4 * 4 * 3 * 32 * 64  # layers, experts, matrices: no linear layers, so that they stay in 16 bits
-    assert found.resident["embedding, head and the rest"] >= 2 * experts
+    experts = 4 * 4 * 3 * 32 * 64  # layers, experts, matrices
+    if changes.get("load_in_4bit", True):
+        codes_and_scales, stacks = experts // 2 + experts // 64, 4 * 2
+        doubles = 4 * 256 + 4 * (4 + 4)  # what codes of scales mean, and of each expert a scale of scales and an offset
+        assert found.resident["4-bit experts"] == codes_and_scales + stacks * doubles
+    else:
+        assert found.resident["embedding, head and the rest"] >= 2 * experts
 
 
 def test_what_cannot_run_without_memory_is_refused_in_a_sentence(monkeypatch):

@@ -29,6 +29,12 @@ from transformers import PreTrainedModel
 
 from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
+from lowmem_grpo.model.experts import are_packed, experts_of, weight_names
+
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as as_peft_reads
+except ImportError:  # of PEFT 0.18, which reads a configuration as it is
+    as_peft_reads = None
 
 # Starts of LoRA that leave the base as it is: the others of PEFT's take from its weights what the adapter starts with.
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
@@ -120,6 +126,7 @@ class Adapters:
         if self._asks_for_the_head(config):
             raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
         config = copy.deepcopy(config)  # the caller's is left as it is
+        _leave_experts_out(config, self.model.get_base_model())
         config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
         _exclude_unfit(self.model.get_base_model(), config)
         worn = self.worn
@@ -263,6 +270,8 @@ def refuse_fields(config: AdapterFields, base: nn.Module) -> None:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             leaves = {path.rpartition(".")[2] for path in paths}
             hint = did_you_mean(name, leaves, "all-linear takes every linear layer")
+            if are_packed(base):
+                hint = "the experts of a mixture in 4 bits get no adapter, and all-linear takes every linear layer"
             raise InputError(f"lora_target_modules has {shown(name)}, and no module of the model ends so; {hint}")
     largest = max((max(weight.shape) for weight in base.parameters() if weight.dim() == 2), default=config.lora_r)
     if config.lora_r > largest:
@@ -272,6 +281,7 @@ def refuse_fields(config: AdapterFields, base: nn.Module) -> None:
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
     peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
+    _leave_experts_out(peft_config, model)
     peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
     _exclude_unfit(model, peft_config)
     with expected_warnings_off():
@@ -316,6 +326,34 @@ def _takes_adapter(name: str, linear: Any, model: Any, config: PeftConfig) -> bo
             return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
     except Exception:  # of a forward that wants more than an input
         return False
+
+
+def _leave_experts_out(peft_config: Any, model: nn.Module) -> None:
+    """Have an adapter leave the experts out that are in 4 bits.
+
+    PEFT takes gate_proj and the like, and with all-linear the router too, for parameters of a mixture's experts, which
+    were linear layers before transformers 5; it adds the product of LoRA to all of such a parameter.
+
+    Raises:
+        InputError: the configuration names experts.
+    """
+    if not are_packed(model):
+        return
+    weights = {name for _, experts in experts_of(model) for name in weight_names(experts)}
+    given, asked = set(peft_config.target_parameters or ()), peft_config.target_modules
+    converted = copy.deepcopy(peft_config)
+    if as_peft_reads is not None:
+        with contextlib.suppress(Exception):  # of patterns that are none, which PEFT refuses later
+            as_peft_reads(converted, model, None)
+    found = set(converted.target_parameters or ())
+    named = sorted(name for name in found if name.rpartition(".")[2] in weights)
+    if asked == "all-linear" and not given and named:
+        peft_config.target_modules = sorted(converted.target_modules)
+    elif named:
+        raise InputError(
+            f"the adapter is to change {named[0]} of the experts, which in 4 bits have none; name the linear layers of "
+            "attention, such as q_proj, or set load_in_4bit=False"
+        )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ from lowmem_grpo.model.adapters import (
     refuse_state,
     tuned_layers,
 )
+from lowmem_grpo.model.experts import are_packed
 from lowmem_grpo.model.head import output_embeddings, read_head
+from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, lay_out_4bit, quantized_by
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.towers import (
     auto_class,
@@ -99,6 +101,13 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
             settings = read_config(model, config)
             base = without_weights(settings, config.trust_remote_code)
             decoder_path(base)
+            if config.load_in_4bit:
+                lay_out_4bit(base, settings)
+                if are_packed(base) and "experts_implementation" in given:
+                    raise InputError(
+                        "model_init_kwargs has experts_implementation, and experts in 4 bits are computed here; leave "
+                        "it out, or set load_in_4bit=False"
+                    )
             if is_adapter(model):
                 refuse_misfit(model, base, names_of(base, settings))
             else:
@@ -334,11 +343,12 @@ def _refuse_unread(model: str, config: ModelFields) -> None:
 
 
 def _refuse_quantization(found: PreTrainedConfig, what: str, config: ModelFields | None = None) -> None:
-    saved: Any = getattr(found, "quantization_config", None)
-    if saved is None:
+    saved = quantized_by(found)
+    if not saved:
         return
-    saved = saved if isinstance(saved, dict) else saved.to_dict()
-    if saved.get("quant_method") != "bitsandbytes" or not saved.get("load_in_4bit"):
+    method = saved.get("quant_method")
+    is_mxfp4 = config is not None and method == MXFP4  # by name: loaded, it is in the form of another package
+    if not is_mxfp4 and (method != BITSANDBYTES or not saved.get("load_in_4bit")):
         raise InputError(f"{what} is quantized otherwise than in bitsandbytes 4-bit; use its unquantized form")
     if config is not None and not config.load_in_4bit:
         raise InputError(f"{what} is 4-bit already; leave load_in_4bit at True")

@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
@@ -23,12 +23,14 @@ from lowmem_grpo.model.adapter_names import AdapterNames, names_of, refuse_lost_
 from lowmem_grpo.model.adapters import active_adapter, add_adapter, expected_warnings_off, lora_config
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.checkpointing import checkpoint_layers
-from lowmem_grpo.model.find import adapter_config, base_of, find_model, read_config, without_weights
+from lowmem_grpo.model.experts import pack_experts
+from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, read_config, without_weights
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
 from lowmem_grpo.model.policy import Policy, not_finite
+from lowmem_grpo.model.quantizer import in_4bit, reading_as_before
 from lowmem_grpo.model.towers import auto_class, made_without_towers, set_aside
 from lowmem_grpo.model.trial import refuse_untrainable
 
@@ -166,11 +168,15 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
     saved = read_config(model, config) if isinstance(model, str) else saved_config(base)
     names = names_of(base, saved)
     if isinstance(model, PeftModel):
+        if config.load_in_4bit:
+            pack_experts(model, device, dtype)
         model.set_requires_grad(list(model.peft_config))  # also of those that are not worn, which stay fp32 so
         adapted = _placed(model, device, dtype)
     elif isinstance(model, PreTrainedModel):
-        if config.load_in_4bit and not _is_4bit(model):
-            quantize_linears(model, device, dtype)
+        if config.load_in_4bit:
+            if not _is_4bit(model):
+                quantize_linears(model, device, dtype)
+            pack_experts(model, device, dtype)
         adapted = add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
     elif is_adapter(model):
         refuse_changed_base(model, base, names)
@@ -188,18 +194,17 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         "ignore_mismatched_sizes": True,  # they are refused below, where they are named
     }  # fmt: skip
     settings = read_config(name, config)
-    if config.load_in_4bit and getattr(settings, "quantization_config", None) is None:
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    given = config.model_init_kwargs or {}
+    if config.load_in_4bit:
+        arguments |= in_4bit(settings, dtype)
+        if "config" in arguments:  # which has the other settings already
+            given = {key: value for key, value in given.items() if key in LOADING}
     only_text: contextlib.AbstractContextManager = contextlib.nullcontext()
     if settings.get_text_config() is not settings:
         only_text = made_without_towers(type(without_weights(settings, config.trust_remote_code)))
     try:
-        with only_text:
-            loaded: Any = auto_class(settings).from_pretrained(
-                name, **{**arguments, **(config.model_init_kwargs or {})}, output_loading_info=True
-            )
+        with only_text, reading_as_before():
+            loaded: Any = auto_class(settings).from_pretrained(name, **arguments, **given, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:

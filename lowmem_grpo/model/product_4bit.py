@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit product, called past Linear4bit and matmul_4bit: their numbers for 38 us less of the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,23 @@ def dequantized(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) of a layer, rounded once to dtype, whatever it was quantized from."""
     codes, (shape, scales, blocksize, kind), double = _unpacked(layer)
     if double:
-        codes_of_scales, table, offset = double
-        scales = _dequantize_scales(codes_of_scales, scales, table, 256, torch.float32).add_(offset)
+        scales = _scales(scales, *double)
     return _dequantize(codes, scales, blocksize, kind, shape, dtype)
+
+
+def dequantize_nf4(
+    codes: Tensor, scales_of_scales: Tensor, double: tuple[Tensor, Tensor, Tensor], shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """A weight of a shape from NF4 codes (bytes, 1) with double quantization, rounded once to dtype.
+
+    double has the scales' codes, what those mean, and the offset.
+    """
+    return _dequantize(codes, _scales(scales_of_scales, *double), 64, "nf4", shape, dtype)
+
+
+def _scales(scales_of_scales: Tensor, codes: Tensor, table: Tensor, offset: Tensor) -> Tensor:
+    return _dequantize_scales(codes, scales_of_scales, table, 256, torch.float32).add_(offset)
 
 
 def _unpacked(layer: Linear4bit) -> tuple[Tensor, tuple, tuple]:

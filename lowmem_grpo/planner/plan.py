@@ -320,7 +320,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
 def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
     """How many numbers each reward adapter has, its score head apart."""
     for reward in key.rewards:
-        whole = skeleton(Key(key.model, reward), config.compute_dtype, config.trust_remote_code)
+        whole = skeleton(Key(key.model, reward), config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
         yield sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
 
 

@@ -28,6 +28,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import refusal
 from lowmem_grpo.model.find import without_weights
@@ -35,6 +36,7 @@ from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import equip
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.quantizer import lay_out_4bit
 from lowmem_grpo.model.teacher import FoundTeacher
 from lowmem_grpo.model.towers import set_aside
 from lowmem_grpo.model.trial import Differs, by_itself, run_in_parts
@@ -143,7 +145,7 @@ def trace(key: Key, config: TrainingConfig) -> Traced:
 def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
     watched = cast(TrainingConfig, Watched(config, read))
     try:
-        whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code)
+        whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code, watched.load_in_4bit)
         padded = _why_padded(whole, watched)
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
@@ -158,14 +160,19 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
 
 
 @lru_cache(maxsize=4)
-def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool) -> PeftModel:
-    """The model with its adapter, all of its layers, on the device that has no memory."""
+def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool, load_in_4bit: bool) -> PeftModel:
+    """The model with its adapter, all of its layers, on the device that has no memory.
+
+    With load_in_4bit its experts are in 4 bits; its linear layers are not.
+    """
     adapter = copy.copy(key.adapter)
     # One that is continued is trained again, and what its values are is no matter.
     adapter.inference_mode, adapter.init_lora_weights = False, True  # type: ignore[attr-defined] # a LoraConfig's
     adapter.base_model_name_or_path = None  # which PEFT would compare with that of a model without files
     base = without_weights(key.model, trust_remote_code, getattr(torch, compute_dtype))
     set_aside(base)
+    if load_in_4bit:
+        lay_out_4bit(base, key.model)
     with torch.device("meta"):
         return add_adapter(base.requires_grad_(False), adapter)
 
@@ -248,7 +255,8 @@ def _structure(layer: nn.Module) -> tuple:
         # Windows, kinds of attention and the like; what is different in every layer is its number.
         simple = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str | None)}
         simple = sorted((k, v) for k, v in simple.items() if "layer_i" not in k)
-        shapes = [(k, tuple(p.shape), p.requires_grad) for k, p in module.named_parameters(recurse=False)]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        shapes = [(k, tuple(x.shape), x.requires_grad) for k, x in own]
         modules.append((name, type(module), tuple(map(repr, simple)), tuple(shapes)))
     return tuple(modules)
 
@@ -275,7 +283,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
     adapted = _with_layers(whole, chosen)
     # bfloat16 is of float16's size, and more operations have a fake of it.
     dtype = torch.bfloat16 if config.fp16 else getattr(torch, config.compute_dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows():
+    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows(), _assumed_routes():
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -299,6 +307,25 @@ def _unpacked_rows() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = own
+
+
+@contextlib.contextmanager
+def _assumed_routes() -> Iterator[None]:
+    """Have all tokens choose the same experts inside the `with`, which takes the most memory.
+
+    Which ones are chosen is in the values of tensors, and those here have none.
+    """
+
+    def same_for_all(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+        tokens, choices = chosen.shape
+        return torch.empty(chosen.numel(), dtype=torch.long), [tokens] * choices + [0] * (num_experts - choices)
+
+    own = experts.by_expert
+    experts.by_expert = same_for_all
+    try:
+        yield
+    finally:
+        experts.by_expert = own
 
 
 def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
@@ -471,9 +498,11 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
     counted |= {id(p) for p in adapters}
     away = id(base.get_input_embeddings().weight) if config.offload_embedding else None
     others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted and id(p) != away}
+    packed = experts.packed_bytes(base)
     resident = {
         "4-bit linear layers": sum(map(nf4_bytes, quantized)),
-        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in whole.buffers()),
+        **({"4-bit experts": packed} if packed else {}),
+        "embedding, head and the rest": sum(others.values()) + sum(b.nbytes for b in whole.buffers()) - packed,
         "adapters": sum(4 * p.numel() for p in adapters),
     }
     return resident, tuple(p.numel() for p in adapters), max(quantized, default=0), size * sum(quantized)

@@ -1,0 +1,270 @@
+"""Mixtures whose experts are held in 4 bits, of which one is dequantized at a time, and again in the backward.
+
+transformers' mixtures hold all experts of a layer in two parameters, (E, in, out) or (E, out, in), and ask
+config._experts_implementation which function computes with them. Here the parameters become packed bytes, and the
+function is ours: it sorts the tokens by expert, dequantizes that expert's two matrices, multiplies, and goes on.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lowmem_grpo.model.product_4bit import dequantize_nf4
+
+NAME = "lowmem_grpo"  # by which transformers finds the function
+ROWS = 2048  # of an expert's tokens at once: what they take does not grow with how unevenly tokens are routed
+ASKED = {
+    "has_gate",
+    "has_bias",
+    "has_post_expert_norm",
+    "is_transposed",
+}  # what the interface tells of experts; not in 5.0
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of an MXFP4 code mean; the fourth is the sign
+
+
+class Nf4Stack(nn.Module):
+    """E matrices of one shape in NF4 with double quantization, each by itself: 0.516 bytes a number.
+
+    Attributes:
+        inputs_first: whether a matrix is (in, out), and not (out, in).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scales_of_scales: Tensor
+    offsets: Tensor
+    table: Tensor  # (256,) fp32: what the codes of scales mean
+
+    def __init__(self, num_matrices: int, shape: tuple[int, int], inputs_first: bool, device: Any):
+        super().__init__()
+        self.shape, self.inputs_first = shape, inputs_first
+        numbers = math.prod(shape)
+        scales = math.ceil(numbers / 64)
+
+        def zeros(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.register_buffer("codes", zeros(num_matrices, math.ceil(numbers / 2), dtype=torch.uint8))
+        self.register_buffer("scales", zeros(num_matrices, scales, dtype=torch.uint8))
+        self.register_buffer("scales_of_scales", zeros(num_matrices, math.ceil(scales / 256), dtype=torch.float32))
+        self.register_buffer("offsets", zeros(num_matrices, dtype=torch.float32))
+        self.register_buffer("table", zeros(256, dtype=torch.float32))
+
+    def pack(self, first: int, matrices: Tensor) -> None:
+        """Quantize matrices (n, *shape) on the stack's device into the places from `first` on, one by one."""
+        for place, matrix in enumerate(matrices, first):
+            state: Any
+            codes, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
+            self.codes[place], self.scales[place] = codes.flatten(), state.absmax
+            self.scales_of_scales[place], self.offsets[place] = state.state2.absmax, state.offset
+            self.table.copy_(state.state2.code)
+
+    def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
+        """One matrix, of the stack's shape, rounded once to dtype."""
+        double = (self.scales[place], self.table, self.offsets[place])
+        return dequantize_nf4(self.codes[place].view(-1, 1), self.scales_of_scales[place], double, self.shape, dtype)
+
+
+class Mxfp4Stack(nn.Module):
+    """E matrices (out, in) in MXFP4 as gpt-oss has them: blocks of 32 numbers with one exponent, 4.25 bits a number.
+
+    Two numbers of 4 bits are a byte, the first in its low half. An exponent is stored 127 higher than it is.
+    """
+
+    inputs_first = False
+    blocks: Tensor
+    scales: Tensor
+    pairs: Tensor  # (256, 2) fp32: what a byte means
+
+    def __init__(self, num_matrices: int, shape: tuple[int, int], device: Any):
+        super().__init__()
+        outputs, inputs = self.shape = shape
+        blocks = (num_matrices, outputs, inputs // 32)
+        self.register_buffer("blocks", torch.zeros(*blocks, 16, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.zeros(*blocks, dtype=torch.uint8, device=device))
+        self.register_buffer("pairs", torch.zeros(256, 2, device=device), persistent=False)
+
+    def fill_table(self) -> None:
+        """Write, for each byte, the two numbers that it means."""
+        device, meant = self.blocks.device, torch.tensor([*FP4, *(-x for x in FP4)])
+        byte = torch.arange(256)
+        self.pairs = torch.stack([meant[byte & 15], meant[byte >> 4]], dim=1).to(device)
+
+    def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
+        """One matrix, of the stack's shape, in dtype; exact in bfloat16 and float32."""
+        numbers = self.pairs.to(dtype)[self.blocks[place].int()]  # (out, in / 32, 16, 2)
+        exponents = self.scales[place].int() - 127
+        return torch.ldexp(numbers, exponents[..., None, None], out=numbers).view(self.shape)
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and module of all experts that transformers computes by config._experts_implementation."""
+    yield from ((path, module) for path, module in model.named_modules() if vars(module).keys() >= ASKED)
+
+
+def weight_names(experts: Any) -> tuple[str, str]:
+    """Names of the two parameters with the matrices of all experts, that before the activation first."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def dense_weights(experts: Any) -> list[str]:
+    """Names of the parameters of all experts that are not packed."""
+    return [name for name in weight_names(experts) if name in experts._parameters]
+
+
+def packed_name(name: str) -> str:
+    """The name of the packed matrices, none of those by which people choose the layers of an adapter."""
+    return "weights_out" if name == "down_proj" else "weights_in"
+
+
+def empty_stack(experts: Any, name: str, device: Any) -> Nf4Stack:
+    """A stack that holds what a parameter of experts does."""
+    num, *shape = experts._parameters[name].shape
+    return Nf4Stack(num, tuple(shape), experts.is_transposed, device)
+
+
+def install(experts: Any, name: str, stack: nn.Module) -> None:
+    """Put packed matrices in the place of a parameter; with both, the experts are computed by this module."""
+    del experts._parameters[name]
+    experts.add_module(packed_name(name), stack)
+    experts._is_hf_initialized = True  # or from_pretrained would write random numbers into what is not there
+    if not dense_weights(experts):
+        experts.config._experts_implementation = NAME
+
+
+def pack_experts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a loaded model's experts in NF4 on the device, in place, one by one, from their numbers in dtype."""
+    for _, experts in experts_of(model):
+        for name in dense_weights(experts):
+            stack, weights = empty_stack(experts, name, device), experts._parameters[name].data
+            for place, matrix in enumerate(weights):
+                stack.pack(place, matrix[None].to(device, dtype))
+            install(experts, name, stack)
+
+
+def lay_out(model: nn.Module, mxfp4: bool) -> None:
+    """Put stacks without memory, in MXFP4 or in NF4, in the place of the experts of a model without weights."""
+    for _, experts in experts_of(model):
+        for name in dense_weights(experts):
+            num, *shape = experts._parameters[name].shape
+            outputs_first = shape[::-1] if experts.is_transposed else shape
+            stack = Mxfp4Stack(num, tuple(outputs_first), "meta") if mxfp4 else empty_stack(experts, name, "meta")
+            install(experts, name, stack)
+
+
+def are_packed(model: nn.Module) -> bool:
+    """Whether any experts of a model are in 4 bits."""
+    return any(isinstance(module, Nf4Stack | Mxfp4Stack) for module in model.modules())
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the experts of a model that are in 4 bits."""
+    stacks = [module for module in model.modules() if isinstance(module, Nf4Stack | Mxfp4Stack)]
+    return sum(buffer.nbytes for stack in stacks for buffer in stack.buffers())
+
+
+class Expert(NamedTuple):
+    """One expert's weights in the compute dtype."""
+
+    weight_in: Tensor  # (in, width)
+    bias_in: Tensor | None
+    weight_out: Tensor  # (width, out)
+    bias_out: Tensor | None
+
+
+def _dequantized(experts: Any, number: int, dtype: torch.dtype) -> Expert:
+    found: list[Any] = []
+    for name in weight_names(experts):
+        stack = getattr(experts, packed_name(name))
+        matrix = stack.matrix(number, dtype)
+        bias = getattr(experts, f"{name}_bias")[number].detach().to(dtype) if experts.has_bias else None
+        found += [matrix if stack.inputs_first else matrix.t(), bias]
+    return Expert(*found)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def _output(experts: Any, expert: Expert, x: Tensor) -> Tensor:
+    x = _product(x, expert.weight_in, expert.bias_in)
+    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    x = _product(x, expert.weight_out, expert.bias_out)
+    return experts.post_expert_norm(x) if experts.has_post_expert_norm else x
+
+
+def by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Places in chosen.flatten() in the order of experts, and how many each has; the host waits for the numbers.
+
+    An expert of number num_experts is none: some routers leave a token out so.
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(num_experts, device=chosen.device), right=True).tolist()
+    return order, [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _parts(experts: Any, order: Tensor, counts: list[int], dtype: torch.dtype) -> Iterator[tuple[Expert, Tensor]]:
+    """Each expert that has tokens, dequantized, with the places of at most ROWS of them in top_k_index.flatten()."""
+    begin = 0
+    for number, count in enumerate(counts):
+        if count:
+            expert = _dequantized(experts, number, dtype)
+            for places in order[begin : begin + count].split(ROWS):
+                yield expert, places
+            del expert  # before the next one is dequantized
+        begin += count
+
+
+class _Experts(torch.autograd.Function):
+    """out[t] = sum_j w[t, j] expert[chosen[t, j]](hidden[t]), of which the backward computes each expert again.
+
+    Saved are hidden (N, D), w (N, k) and the order of the tokens alone: no weight, and nothing inside an expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, experts: Any, dtype: torch.dtype) -> Tensor:
+        order, counts = by_expert(chosen, experts.num_experts)
+        ctx.save_for_backward(hidden, weights, order)
+        ctx.experts, ctx.counts, ctx.dtype = experts, counts, dtype
+        out = torch.zeros_like(hidden, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for expert, places in _parts(experts, order, counts, dtype):
+                rows = places // weights.shape[1]
+                found = _output(experts, expert, hidden[rows].to(dtype)) * weights.flatten()[places, None]
+                out.index_add_(0, rows, found.float())  # no row twice: the experts of a token are different ones
+                del expert, found
+        return out.to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        hidden, weights, order = ctx.saved_tensors
+        for_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        for_weights = torch.zeros_like(weights).flatten()
+        for expert, places in _parts(ctx.experts, order, ctx.counts, ctx.dtype):
+            rows = places // weights.shape[1]
+            with torch.enable_grad():
+                x = hidden[rows].to(ctx.dtype).requires_grad_()
+                w = weights.flatten()[places, None].requires_grad_()
+                found = _output(ctx.experts, expert, x) * w
+            for_x, for_w = torch.autograd.grad(found, (x, w), grad[rows].to(found.dtype))
+            for_hidden.index_add_(0, rows, for_x.float())
+            for_weights[places] = for_w[:, 0]
+            del expert, found
+        return for_hidden.to(hidden.dtype), for_weights.view_as(weights), None, None, None
+
+
+def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The output (N, D) of packed experts for hidden (N, D), of which chosen (N, k) take part by weights (N, k)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _Experts.apply(hidden, weights, chosen, experts, dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_4bit)

@@ -1,0 +1,384 @@
+"""Experts in 4 bits: computed one at a time, read one at a time, in NF4 or as a checkpoint in MXFP4 has them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import DEMO_MODEL, SMALL, make_policy
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.demo import task
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.generate.sample import Sampler
+from lowmem_grpo.model import experts
+from lowmem_grpo.model.experts import (
+    Mxfp4Stack,
+    Nf4Stack,
+    experts_of,
+    pack_experts,
+    packed_bytes,
+    packed_name,
+    weight_names,
+)
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.packing import pack
+from lowmem_grpo.planner.trace import Key, Live, skeleton
+
+FEW = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "topk_group": 1}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+       "num_key_value_heads": 4}  # fmt: skip
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+          "linear_value_head_dim": 16}  # fmt: skip
+MIXTURES = {
+    "qwen3_moe": {**FEW, "head_dim": 16},
+    "qwen2_moe": {**FEW, "shared_expert_intermediate_size": 32},
+    "mixtral": LOCAL,
+    "gpt_oss": {**LOCAL, "head_dim": 16, "sliding_window": 24},  # transposed, biases, a gate of its own
+    "qwen3_5_moe_text": {
+        **FEW, **LINEAR, "head_dim": 16, "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "lfm2_moe": {**FEW, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "granitemoe": LOCAL,
+    "granitemoehybrid": {
+        **LOCAL, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64, "mamba_n_heads": 4,
+        "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
+    },
+    "glm4_moe": {**ROUTED, "first_k_dense_replace": 1, "head_dim": 16, "n_group": 1},
+    "glm4_moe_lite": {**ROUTED, **MLA, "n_group": 1},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {**ROUTED, **MLA, "first_k_dense_replace": 1, "n_group": 2},
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 16, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 32, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "phimoe": LOCAL,
+    "nemotron_h": {  # no gate
+        **ROUTED, "moe_shared_expert_intermediate_size": 32, "hybrid_override_pattern": "*E", "n_group": 1,
+        "head_dim": 16,
+    },
+}  # fmt: skip
+DISTINCT = {"qwen3_moe", "gpt_oss", "gemma4_text", "nemotron_h"}  # the others run with the slow tests
+CPU = torch.device("cpu")
+TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
+SETTINGS = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
+
+
+def make_mixture(name="qwen3_moe", **changes):
+    """A random mixture in fp32, with weights wide enough that its router is not undecided."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, **MIXTURES[name], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.15)
+    return model.requires_grad_(False)
+
+
+def packed_and_eager(model):
+    """The model with packed experts, and a copy with the same weights dequantized and its own eager experts."""
+    eager = copy.deepcopy(model)
+    pack_experts(model, CPU, torch.float32)
+    for (_, packed), (_, own) in zip(experts_of(model), experts_of(eager), strict=True):
+        for name in weight_names(own):
+            stack = getattr(packed, packed_name(name))
+            own._parameters[name].data = torch.stack([stack.matrix(e, torch.float32) for e in range(own.num_experts)])
+        own.config._experts_implementation = "eager"
+    return model, eager
+
+
+def logits_and_gradient(model):
+    ids = torch.randint(2, 128, (2, 9), generator=torch.Generator().manual_seed(3))
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=x).logits
+    (logits * torch.linspace(0, 20, logits.shape[-1]).sin()).sum().backward()
+    return logits.detach(), x.grad
+
+
+def one_layer(**changes):
+    """Packed experts of one layer and the eager ones of the same weights."""
+    model = make_mixture(num_hidden_layers=1, **changes)
+    packed, eager = packed_and_eager(model)
+    return next(experts_of(packed))[1], next(experts_of(eager))[1]
+
+
+def run_experts(module, hidden, chosen):
+    """Output and gradients for hidden and routing weights."""
+    x = hidden.clone().requires_grad_()
+    w = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    out = module(x, chosen, w)
+    (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+    return out.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES]
+)
+def test_packed_experts_compute_what_the_models_own_do(name):
+    packed, eager = packed_and_eager(make_mixture(name))
+    assert any(experts_of(packed)) and experts.are_packed(packed) and not experts.are_packed(eager)
+    (logits, gradient), (truth, true_gradient) = logits_and_gradient(packed), logits_and_gradient(eager)
+    assert (logits - truth).norm() <= 1e-6 * truth.norm()
+    assert (gradient - true_gradient).norm() <= 2e-6 * true_gradient.norm()
+
+
+@pytest.mark.parametrize("rows", [3, 2048])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [[0, 1], [1, 3], [3, 0], [1, 0], [0, 3]],  # nobody chooses 2
+        [[2, 1], [2, 0], [2, 3], [2, 1], [2, 0]],  # everybody does
+        [[4, 1], [4, 4], [2, 4], [0, 1], [3, 4]],  # 4 is no expert
+    ],
+)
+def test_experts_that_nobody_or_everybody_chooses_compute_as_their_own_form(chosen, rows, monkeypatch):
+    monkeypatch.setattr(experts, "ROWS", rows)
+    packed, eager = one_layer()
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    for found, truth in zip(*(run_experts(x, hidden, torch.tensor(chosen)) for x in (packed, eager)), strict=True):
+        torch.testing.assert_close(found, truth, atol=2e-6, rtol=1e-5)
+
+
+def test_one_dense_expert_exists_at_a_time_and_none_is_kept():
+    packed, _ = one_layer(num_experts=16, hidden_size=128, moe_intermediate_size=128)
+    hidden, chosen = torch.randn(4, 128), torch.tensor([[2 * j + i for i in range(2)] for j in range(4)])
+    one = 4 * 3 * 128 * 128
+    with Live(packed) as live:
+        run_experts(packed, hidden, chosen)
+    assert one < live.peak < 1.2 * one
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        packed(hidden.requires_grad_(), chosen, torch.rand(4, 2))
+    assert sum(x.nbytes for x in kept) == hidden.nbytes + chosen.nbytes + 4 * 2 * 4
+
+
+def test_a_stack_has_nf4s_bytes_and_bitsandbytes_numbers():
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weights = torch.randn(3, 40, 72, generator=torch.Generator().manual_seed(0))
+    stack = Nf4Stack(3, (40, 72), False, CPU)
+    stack.pack(0, weights)
+    for place, matrix in enumerate(weights):
+        truth = dequantize_4bit(*quantize_4bit(matrix, quant_type="nf4", compress_statistics=True))
+        assert torch.equal(stack.matrix(place, torch.float32), truth)
+    assert sum(buffer.nbytes for buffer in stack.buffers()) == 3 * (40 * 72 // 2 + 40 * 72 // 64 + 4 + 4) + 4 * 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_mxfp4_code_and_exponent_means_what_transformers_makes_of_it(dtype):
+    stack = Mxfp4Stack(2, (256, 16 * 32), CPU)
+    stack.fill_table()
+    stack.blocks.copy_(torch.arange(256, dtype=torch.uint8).view(16, 16).expand(2, 256, 16, 16))
+    # transformers makes infinities and NaN of 2^128 and above; no checkpoint has them.
+    stack.scales.copy_(torch.arange(256).clamp(0, 250)[None, :, None].expand(2, 256, 16))
+    truth = convert_moe_packed_tensors(stack.blocks, stack.scales, dtype=dtype)  # (E, in, out)
+    assert truth.isfinite().all()
+    for place in range(2):
+        found = stack.matrix(place, dtype)
+        assert found.dtype == dtype and torch.equal(found, truth[place].t())
+
+
+def saved(model, folder, **arguments):
+    model.save_pretrained(folder, **arguments)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def stacks(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, Nf4Stack | Mxfp4Stack)}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "granitemoe"])  # apart, joined, and that by another name
+def test_a_checkpoint_is_packed_as_it_is_read_as_a_loaded_model_is_in_place(name, tmp_path):
+    model = make_mixture(name)
+    folder = saved(model, tmp_path, max_shard_size="50KB")
+    from_folder = load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS)).base
+    in_place = load_policy(model, TOKENIZER, GRPOConfig(**SETTINGS)).base
+    found, truth = stacks(from_folder), stacks(in_place)
+    assert len(found) == 4 and found.keys() == truth.keys()
+    for path, stack in found.items():
+        for buffer, other in zip(stack.buffers(), truth[path].buffers(), strict=True):
+            assert torch.equal(buffer, other)
+    assert from_folder.config.quantization_config.to_dict()["quant_method"] == "bitsandbytes"
+
+
+class AllLive(Live):
+    """Counts what is read from files too, which is first seen as an argument."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        tree_map_only(torch.Tensor, self._see, (arguments, keywords))
+        return super().__torch_dispatch__(function, types, arguments, keywords)
+
+    def _see(self, tensor):
+        if not tensor.is_meta:
+            super()._see(tensor)
+
+
+@pytest.mark.parametrize(
+    "quantized", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "with 4-bit linear layers"]
+)
+def test_a_load_never_holds_more_than_a_few_dense_experts(quantized, tmp_path):
+    wide = {"num_experts": 32, "moe_intermediate_size": 64, "hidden_size": 128, "num_hidden_layers": 2}
+    model = make_mixture(**wide).bfloat16()
+    if quantized:
+        plain = saved(model, tmp_path / "plain")
+        in_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=in_4bit)
+    folder = saved(model, tmp_path / "model", max_shard_size="500KB")
+    dense = sum(2 * x.numel() for _, e in experts_of(model) for x in (e.gate_up_proj, e.down_proj))
+    del model
+    with AllLive(torch.nn.Module()) as live:
+        policy = load_policy(folder, TOKENIZER, GRPOConfig(**{**SETTINGS, "bf16": True}))
+    packed = packed_bytes(policy.base)
+    assert packed < 0.27 * dense
+    # One layer's matrices of one kind are a third of a layer, where the checkpoint has them joined.
+    assert live.peak < packed + 0.25 * dense + 10**6
+
+
+def test_experts_stay_as_they_are_without_load_in_4bit(tmp_path):
+    model = make_mixture()
+    own = model.config._experts_implementation
+    policy = load_policy(saved(model, tmp_path), TOKENIZER, GRPOConfig(**SETTINGS, load_in_4bit=False))
+    assert not stacks(policy.base) and policy.base.config._experts_implementation == own
+
+
+def test_experts_that_an_older_transformers_put_in_4_bits_apart_are_refused(tmp_path):
+    model = make_mixture()
+    plain = saved(model, tmp_path / "plain")
+    in_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    folder = saved(AutoModelForCausalLM.from_pretrained(plain, quantization_config=in_4bit), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)
+        weights[f"{name}.absmax"] = torch.zeros(weights[name].numel() // 32)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="its experts are in 4 bits in a form .*; take its unquantized form"):
+        load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_the_engine_samples_by_the_probabilities_of_a_training_forward():
+    policy = make_policy(make_mixture())
+    assert policy.packs
+    sampler = Sampler(policy, GRPOConfig(**SETTINGS, max_completion_length=6))
+    assert sampler.engine_refusal is None
+    torch.manual_seed(0)
+    found = sampler.complete([Prompt("", ids, {}) for ids in PROMPTS], 2).completions
+    repeated = [prompt for prompt in PROMPTS for _ in range(2)]
+    batches = pack(repeated, [one.ids for one in found], token_budget=10**6, pad_token_id=0, device=CPU)
+    with torch.no_grad():
+        truth = torch.cat([policy.logprobs(batch, 1.0) for batch in batches])
+    torch.testing.assert_close(torch.cat([one.logprobs for one in found]), truth, atol=1e-5, rtol=0)
+
+
+def test_the_adapters_gradient_is_the_same_with_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        policy = make_policy(make_mixture(), gradient_checkpointing=checkpointing)
+        (batch,) = pack([[3, 4, 5]] * 2, [[6, 7], [8, 9, 10]], token_budget=10**6, pad_token_id=0, device=CPU)
+        policy.logprobs(batch, 1.0).sum().backward()
+        gradients.append([p.grad for p in policy.parameters_of(policy.adapter).values()])
+    for found, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, truth, atol=1e-6, rtol=1e-5)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+def test_all_linear_leaves_experts_and_router_out():
+    policy = make_policy(make_mixture("qwen2_moe"))
+    names = {path.split(".")[-4] for path in policy.parameters_of(policy.adapter)}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= names and not names & {"gate", "experts"}
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("qwen3_moe", {"lora_target_modules": ["q_proj", "up_proj"]}, "experts of a mixture in 4 bits get no adapter"),
+        ("glm4_moe", {"lora_target_modules": ["q_proj", "down_proj"]}, "change down_proj of the experts"),
+        ("qwen3_moe", {"model_init_kwargs": {"experts_implementation": "eager"}}, "set load_in_4bit=False"),
+    ],
+)
+def test_what_experts_in_4_bits_cannot_have_is_refused_before_weights_are_read(name, settings, message, tmp_path):
+    make_mixture(name).config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    with pytest.raises(InputError, match=message):
+        load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**SETTINGS, **settings))
+
+
+def test_target_parameters_that_name_experts_are_refused():
+    peft_config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(InputError, match="change experts.gate_up_proj of the experts, which in 4 bits have none"):
+        load_policy(make_mixture(), TOKENIZER, GRPOConfig(**SETTINGS), peft_config)
+
+
+def mxfp4_checkpoint(folder):
+    """A tiny gpt-oss as the hub has it: attention in 16 bits, experts in blocks and scales. Gives the dense model."""
+    model = make_mixture("gpt_oss").bfloat16()
+    weights = {name: x for name, x in model.state_dict().items() if not name.endswith(("gate_up_proj", "down_proj"))}
+    draw = torch.Generator().manual_seed(5)
+    for path, module in experts_of(model):
+        for name in weight_names(module):
+            num, inputs, outputs = module._parameters[name].shape
+            blocks = torch.randint(256, (num, outputs, inputs // 32, 16), dtype=torch.uint8, generator=draw)
+            scales = torch.randint(119, 125, blocks.shape[:-1], dtype=torch.uint8, generator=draw)
+            weights |= {f"{path}.{name}_blocks": blocks, f"{path}.{name}_scales": scales}
+            module._parameters[name].data = convert_moe_packed_tensors(blocks, scales)
+    saved(model, folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return model
+
+
+def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path):
+    dense = mxfp4_checkpoint(tmp_path)
+    policy = load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**{**SETTINGS, "bf16": True}))
+    assert len(stacks(policy.base)) == 4
+    for (_, packed), (_, own) in zip(experts_of(policy.base), experts_of(dense), strict=True):
+        for name in weight_names(own):
+            stack = getattr(packed, packed_name(name))
+            assert type(stack) is Mxfp4Stack
+            for e in range(4):
+                assert torch.equal(stack.matrix(e, torch.bfloat16).t(), own._parameters[name][e])
+            assert torch.equal(getattr(packed, f"{name}_bias"), getattr(own, f"{name}_bias"))
+    hidden, chosen = torch.randn(5, 64), torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 3]])
+    own.config._experts_implementation = "eager"
+    for found, truth in zip(*(run_experts(x.float(), hidden, chosen) for x in (packed, own)), strict=True):
+        torch.testing.assert_close(found, truth, atol=2e-6, rtol=1e-5)
+    key = Key(AutoConfig.from_pretrained(tmp_path), LoraConfig(target_modules="all-linear"))
+    assert packed_bytes(skeleton(key, "bfloat16", False, True)) == packed_bytes(policy.base)
+
+
+def test_an_mxfp4_checkpoint_is_not_taken_in_16_bits(tmp_path):
+    mxfp4_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="is 4-bit already; leave load_in_4bit at True"):
+        load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**SETTINGS, load_in_4bit=False))
+
+
+def test_an_mxfp4_checkpoint_trains_saves_and_resumes(tmp_path):
+    mxfp4_checkpoint(tmp_path / "model")
+    arguments = dict(
+        bf16=False, use_cpu=True, max_completion_length=4, num_generations=2, prompts_per_step=1, save_steps=1,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+
+    def lengths(completions, **_):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    rows = task.rows(task.splits()[0][:4])
+    train(str(tmp_path / "model"), lengths, rows, config=GRPOConfig(**arguments, max_steps=1))
+    result = train(
+        str(tmp_path / "model"), lengths, rows, config=GRPOConfig(**arguments, max_steps=2, resume_from_checkpoint=True)
+    )
+    assert [line["step"] for line in result.history] == [1, 2]
