@@ -80,10 +80,11 @@ def attend(
     asked = Scoring(module.layer_idx, scale, sliding_window, softcap, s_aux)
     size, of_values = key.shape[-1], value.shape[-1]
     if of_values < size:
-        return layout.attend(query, key, F.pad(value, (0, size - of_values)), asked)[..., :of_values], None
-    if of_values > size:  # zeros of queries and keys add nothing to a score
+        value = F.pad(value, (0, size - of_values))
+    elif of_values > size:  # zeros of queries and keys add nothing to a score
         query, key = (F.pad(of, (0, of_values - size)) for of in (query, key))
-    return layout.attend(query, key, value, asked), None
+    attended = layout.attend(query, key, value, asked)[..., :of_values]
+    return attended.contiguous(), None  # AFMoE's layers view it; others reshape it, which would copy it instead
 
 
 AttentionInterface.register(NAME, attend)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,17 @@ class Head(NamedTuple):
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module:
-    """The layer that is a model's head. Raise InputError if there is none, or an adapter on it."""
+    """The layer that is a model's head. Raise InputError if there is none beside the decoder, or an adapter on it."""
     output = model.get_output_embeddings()
     if output is None:
         raise InputError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
     if type(output).__module__.startswith("peft."):
         raise InputError(TRAINED)
+    decoder: Any = model.get_decoder()
+    if any(module is output for module in decoder.modules()):
+        raise InputError(
+            f"transformers does not tell the decoder of {type(model).__name__} from its head; take another model"
+        )
     return output
 
 
@@ -67,6 +72,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
     hidden = torch.randn(4, head.weight.shape[1], generator=draw).to(head.weight.device)
     largest = _head_in_fp32(head.weight, head.bias, hidden).abs().max() * head.logit_scale
     hidden *= 2 * (head.softcap or 15.0) / largest
+    hidden = hidden.to(head.weight.dtype).float()  # Mamba casts them to the head's dtype itself
     hidden[0] = 0
     try:
         theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)

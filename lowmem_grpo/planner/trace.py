@@ -30,7 +30,7 @@ from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
-from lowmem_grpo.model.attention import refusal
+from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import equip
@@ -187,7 +187,8 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
         if reason is None:
             try:
                 run_in_parts(policy, "")
-            except Differs as error:
+                _ = policy.layer_shapes
+            except (Differs, UnknownAttention) as error:
                 reason = in_a_line(error)
         return reason
 
