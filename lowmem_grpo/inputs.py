@@ -25,6 +25,7 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.model.chat_template import reading_texts
 from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_base_of, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.load import run_device as device_of
@@ -301,7 +302,7 @@ def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
         raise InputError(
             f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"
         )
-    return tokenizer
+    return reading_texts(tokenizer)
 
 
 def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:

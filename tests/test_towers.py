@@ -1,5 +1,6 @@
 """Models of text and images: trained on their text alone, and saved so that their own class reads the adapter."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     BitsAndBytesConfig,
     Kosmos2Config,
     VisionEncoderDecoderConfig,
@@ -22,13 +24,15 @@ from transformers import (
 )
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data.chats import Template
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs import tokenizer_of
 from lowmem_grpo.model.adapter_names import PREFIX
 from lowmem_grpo.model.find import adapter_config, find_model
-from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.towers import beside_the_decoder, decoder_path, within
-from lowmem_grpo.planner.trace import Key, trace
+from lowmem_grpo.planner.trace import Key, skeleton, trace
 from lowmem_grpo.run.checkpoint import load_adapter, save_checkpoint
 
 IDS = [9, 20, 33, 41, 52, 63, 70, 11, 12, 99]
@@ -249,6 +253,13 @@ def test_a_checkpoint_in_4_bits_has_its_towers_left_out(folder_of, tokenizer, tm
         assert (by_policy(policy) - expected).abs().max() < 1e-3
 
 
+def test_a_skeleton_has_no_tower():
+    config = settings()
+    base: Any = skeleton(Key(WRAPPERS["qwen3_vl"](), adapter_config("", config)), "float32", False).get_base_model()
+    assert not beside_the_decoder(base)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma4"])
 def test_a_plan_counts_no_tower(family):
     def traced(depth: int):
@@ -343,3 +354,39 @@ def test_a_regular_expression_takes_in_what_it_names_and_nothing_that_begins_ali
     pattern = within(["model.visual", "model.embed_vision"])
     assert re.fullmatch(pattern, "model.visual") and re.fullmatch(pattern, "model.embed_vision.layers.0")
     assert not re.fullmatch(pattern, "model.visual2.layers") and not re.fullmatch(pattern, "model_visual")
+
+
+BY_PARTS = (
+    "{% for message in messages %}<{{ message['role'] }}>{% for line in message['content'] %}"
+    "{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)  # as SmolVLM's
+CHAT = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "!"}]
+SHOWN = "<user>1+1=?</s>\n<assistant>2</s>\n<user>!</s>\n"
+
+
+def test_a_template_that_goes_through_parts_is_shown_texts_as_such(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(BY_PARTS, "utf-8")
+    loaded = load_tokenizer(str(tmp_path), settings())
+    told: dict[str, Any] = {"tokenize": False, "add_generation_prompt": False}
+    assert loaded.apply_chat_template(CHAT, **told) == SHOWN
+    in_parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in CHAT]
+    assert loaded.apply_chat_template(in_parts, **told) == SHOWN
+    assert Template(loaded).render(CHAT, {}, "row 0") == (SHOWN + "<assistant>", "")
+    given = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert tokenizer_of(given, "", settings()).apply_chat_template(CHAT, **told) == SHOWN
+    assert given.chat_template == BY_PARTS and given.apply_chat_template(CHAT, **told) != SHOWN
+
+
+def test_a_template_that_only_a_processor_has_is_found(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": BY_PARTS}), "utf-8")
+    assert AutoTokenizer.from_pretrained(str(tmp_path)).chat_template is None
+    loaded = load_tokenizer(str(tmp_path), settings())
+    assert loaded.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=False) == SHOWN
+
+
+def test_any_other_template_stays_as_it_is(tokenizer):
+    assert tokenizer_of(tokenizer, "", settings()) is tokenizer

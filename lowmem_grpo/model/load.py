@@ -22,6 +22,7 @@ from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base, wa
 from lowmem_grpo.model.adapter_names import AdapterNames, names_of, refuse_lost_targets, saved_config
 from lowmem_grpo.model.adapters import active_adapter, add_adapter, expected_warnings_off, lora_config
 from lowmem_grpo.model.attention import Recomputation
+from lowmem_grpo.model.chat_template import reading_texts, template_of_processor
 from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.experts import pack_experts
 from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, read_config, without_weights
@@ -290,6 +291,9 @@ def load_tokenizer(model, config: ModelFields):
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # also a plain Exception, of a file that is no tokenizer's
         raise InputError(f"no tokenizer comes with {name!r} ({in_a_line(error)}); pass one as tokenizer=") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = template_of_processor(str(name))
+    return reading_texts(tokenizer)
