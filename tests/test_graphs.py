@@ -400,6 +400,7 @@ def assert_same(found, truth):
         ("gemma2", "int8", {}),
         ("qwen2", "full", {"top_p": 0.9, "repetition_penalty": 1.3}),
         slow("qwen3_5_text", "full", {}),
+        slow("granite_swa", "full", {}),
     ],
 )
 def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captured, monkeypatch):
@@ -429,8 +430,12 @@ def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captur
 
 
 @pytest.mark.parametrize(
-    "family, kv, sampling", [("qwen3", "full", {}), ("gemma2", "int8", {"top_p": 0.9, "repetition_penalty": 1.3})]
-)
+    "family, kv, sampling",
+    [
+        ("qwen3", "full", {}), ("gemma2", "int8", {"top_p": 0.9, "repetition_penalty": 1.3}),
+        slow("granite_swa", "full", {}),
+    ],
+)  # fmt: skip
 def test_graphs_of_a_fast_step_serve_the_later_rollouts(family, kv, sampling, captured, fast_on_a_cpu):
     """Bit for bit: with stores elsewhere and of other sizes, moved adapters, and others worn in between."""
     policy = policy_of(family)
@@ -497,6 +502,20 @@ def test_what_is_made_anew_in_each_rollout_would_be_seen(thing, captured, monkey
     sampler.run()
     with pytest.raises(RuntimeError, match="given back"):
         sampler.run(seed=1)
+
+
+def test_a_captured_step_reads_sinks_where_the_model_has_them(captured):
+    """As an adapter that trains them changes them, in place."""
+    policy = make_policy("granite_swa")
+    lasting, plain = in_4bit(policy, ROOM), stepping(policy, ROOM)
+    found = []
+    for _ in range(2):
+        num_graphs = len(captured)
+        found.append(lasting.run(max_completion_length=6))
+        assert_same(found[-1], plain.run(max_completion_length=6))
+        for layer in policy.decoder.layers:
+            layer.self_attn.sinks.data.fill_(3.0)
+    assert len(captured) == num_graphs and found[0] != found[1]
 
 
 def test_a_store_that_was_given_back_is_not_read(captured):

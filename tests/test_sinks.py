@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_generate import PROMPTS, ids_of, own_logprobs, paged_shapes, run, shapes
 from test_packing import packed, random_sequences, reference_attention, trained_on
-from tiny_models import make_policy
+from tiny_models import make_model, make_policy
 
 from lowmem_grpo.generate import engine, hf, layouts
 from lowmem_grpo.generate.sampling import SamplingParams
@@ -222,7 +223,29 @@ def test_packed_rows_of_gpt_oss_give_what_separate_rows_give(gradient_checkpoint
             assert (gradient - truth[name]).norm() / truth[name].norm() < 4e-6, name
 
 
-def test_sinks_of_another_shape_are_refused():
-    query = torch.zeros(1, 4, 3, 16)
-    with pytest.raises(attention.UnknownAttention, match="one number a head"):
-        attention.attend(None, query, query, query, None, s_aux=torch.zeros(4, 1))
+def test_sinks_that_an_adapter_trains_get_their_gradient():
+    """PEFT's modules_to_save: 2e-6 from that of each sequence alone, in the model's own attention."""
+    kept = LoraConfig(r=4, target_modules=["down_proj"], modules_to_save=["self_attn"])
+    policy = make_policy(get_peft_model(make_model("granite_swa"), kept), load_in_4bit=False)
+    assert policy.packs and engine.refusal(policy, policy.dtype) is None
+    (_, truth), (_, found), _ = trained_on(policy)
+    sinks = [name for name in truth if name.endswith("sinks")]
+    assert len(sinks) == 2
+    for name in sinks:
+        assert (found[name] - truth[name]).norm() / truth[name].norm() < 2e-5
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(s_aux=torch.zeros(4, 1)), "its sinks are not one number a head"),
+        (dict(sinks=torch.zeros(1, 4, 3, 1)), "its attention takes sinks, which is not known here"),
+        (dict(indices=torch.zeros(1, 3, 2)), "its attention takes indices, which is not known here"),
+        (dict(key=torch.zeros(1, 4, 5, 16), value=torch.zeros(1, 4, 5, 16)), "other keys than one of each token"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(change, reason):
+    states = torch.zeros(1, 4, 3, 16)
+    given = dict(query=states, key=states, value=states, attention_mask=None) | change
+    with pytest.raises(attention.UnknownAttention, match=reason):
+        attention.attend(None, **given)

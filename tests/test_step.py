@@ -37,7 +37,7 @@ FAMILIES = {
     "ministral": dict(sliding_window=8, head_dim=32, layer_types=LAYERS), "smollm3": dict(no_rope_layers=[1, 0, 1]),
     "granite": dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.08, logits_scaling=8.0),
     "olmo3": dict(sliding_window=8), "exaone4": dict(sliding_window=8), "glm": dict(head_dim=32),
-    "glm4": dict(head_dim=32, partial_rotary_factor=0.5), "ernie4_5": dict(head_dim=32),
+    "glm4": dict(head_dim=32, partial_rotary_factor=0.5), "ernie4_5": dict(head_dim=32), "granite_swa": dict(sliding_window=8, layer_types=LAYERS),
 }  # fmt: skip
 TEXTS = [list(range(20, 33)), [40, 41, 42, 43, 44]]  # of more tokens than a window, and of fewer
 

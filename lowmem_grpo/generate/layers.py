@@ -85,6 +85,7 @@ class Layer:
     scaling: float  # of attention's scores
     window: int | None
     softcap: float | None
+    sink: Tensor | None  # (H,), the model's own
     share: float  # of a result that is added
     activation: Activation
 
@@ -225,7 +226,7 @@ def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
     (out,), (down,) = _linears(attention, ("o_proj",)), _linears(mlp, ("down_proj",))
     norms = [_part(layer, name) for name in (*before, *after) if name]
     norms += [_part(attention, name) for name in (query_norm, key_norm) if name]
-    _all_claimed(layer, [*norms, *qkv, out, *gate_up, down])
+    _all_claimed(layer, [*norms, *qkv, out, *gate_up, down], call.asked.sink)
     _, heads, _, head_dim = call.query.shape
     kv_heads = call.key.shape[1]
     outline = Layer(
@@ -237,6 +238,7 @@ def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
         kv_heads=kv_heads, head_dim=head_dim,
         table=kind if _moves(call.key) else None, paired=_paired(attention),
         scaling=call.asked.scaling, window=call.asked.window, softcap=call.asked.softcap,
+        sink=call.asked.sink,
         share=float(getattr(layer, "residual_multiplier", 1.0)),
         activation=_activation(mlp),
     )  # fmt: skip
@@ -258,8 +260,9 @@ def _linears(module: Any, *choices: tuple[str, ...]) -> list[Any]:
     return [_part(module, name) for name in names]
 
 
-def _all_claimed(module: nn.Module, parts: list[nn.Module]) -> None:
+def _all_claimed(module: nn.Module, parts: list[nn.Module], *tensors: Tensor | None) -> None:
     claimed = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    claimed |= {id(tensor) for tensor in tensors}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if id(tensor) not in claimed and "rotary" not in name:  # whose cosines and sines were read
             raise Unknown(f"nothing is known of its {name}")

@@ -217,7 +217,9 @@ class FastStep:
             layer=index, table=now.table, positions=now.positions, prefilled=now.prefix_lengths
         )
         query = self.heads(index, h, now.store, **where)
-        scores: dict[str, Any] = dict(scaling=layer.scaling, softcap=layer.softcap, window=layer.window)
+        scores: dict[str, Any] = dict(
+            scaling=layer.scaling, softcap=layer.softcap, window=layer.window, sink=layer.sink
+        )
         attended = now.store.attend(query, prefix_rows=now.prefix_rows, **scores, **where).flatten(1)
         h = residual(stream, *out(attended), after=layer.after[0], share=layer.share, before=layer.before[1])
         h = gated(*gate_up(h), activation=layer.activation, dtype=self.policy.dtype)

@@ -69,8 +69,9 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
     table = torch.arange(len(positions), device=policy.device)[:, None]
     for index, layer in enumerate(fast.outline.layers):
         call = listening.calls[index]
-        if call.asked != Scoring(index, layer.scaling, layer.window, layer.softcap):
-            yield f"the scaling, window or softcap of layer {index}", torch.inf
+        asked = Scoring(index, layer.scaling, layer.window, layer.softcap, call.asked.sink)
+        if call.asked != asked or call.asked.sink is not layer.sink:
+            yield f"the scaling, window, softcap or sinks of layer {index}", torch.inf
         kv = {index: LayerShape(call.query.shape[1], layer.kv_heads, layer.head_dim, index)}
         pages = StoreShape(len(positions), PAGE, 1, 1, len(positions), PAGE)  # of a token each
         store = Store(kv, pages, policy.dtype, policy.device)

@@ -66,6 +66,8 @@ def attend(
         raise UnknownAttention("its attention keeps its sliding window to itself")
     if value.shape[:3] != key.shape[:3]:
         raise UnknownAttention("its keys and values are of different numbers")
+    if key.shape[2] != query.shape[2]:
+        raise UnknownAttention("its attention has other keys than one of each token")
     if dropout:
         raise UnknownAttention("its attention has a dropout")
     if s_aux is not None and s_aux.shape != query.shape[1:2]:
