@@ -262,9 +262,8 @@ def without_masks(own):
     def by_runs(forward, hidden, runs):
         return own(forward, hidden, replace(runs, prompts=tuple(replace(run, mask=None) for run in runs.prompts)))
 
-    def one_call(mixed, hidden, call, mask):
-        call.mask = None
-        return own(mixed, hidden, call, None)
+    def one_call(mixed, hidden, call, mask=None):
+        return own(mixed, hidden, call)
 
     return by_runs if own.__name__ == "by_runs" else one_call
 

@@ -24,17 +24,14 @@ Forward = Callable[[Tensor, "Call", Tensor | None], Tensor]  # a mixer's own, of
 class Call:
     """The cache of one call of one mixer: the states before it and, in `after`, those after it.
 
-    Where there are none before, texts begin. The mask (B, T), bool, is False for padding on the left, which is nothing
-    to the convolution, even where a bias makes something of it. `writable` hands out copies of recurrent states: Mamba
-    2 writes into the one that it gets where the call is of one token.
+    Where there are none before, texts begin. `writable` hands out copies of recurrent states: Mamba 2 writes into the
+    one that it gets where the call is of one token.
     """
 
-    def __init__(
-        self, before: Mapping[tuple[str, int], Tensor] | None = None, *, mask: Tensor | None = None,
-        writable: bool = False,
-    ):  # fmt: skip
-        self.before, self.mask, self.writable = before or {}, mask, writable
+    def __init__(self, before: Mapping[tuple[str, int], Tensor] | None = None, *, writable: bool = False):
+        self.before, self.writable = before or {}, writable
         self.after: States = {}
+        self.mask: Tensor | None = None  # (B, T) bool, False for padding on the left
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.before.get(("conv", state_idx))
@@ -51,7 +48,7 @@ class Call:
     ) -> Tensor:
         """Inputs of the convolution (B, channels, T), with the last ones of the text before in front of them."""
         kernel = conv_kernel_size or conv_states.shape[-1]
-        if self.mask is not None:
+        if self.mask is not None:  # the input of a projection is masked, and its bias makes something of that
             conv_states = conv_states * self.mask[:, None]
         before = self.before.get(("conv", state_idx))
         if before is None:
@@ -113,7 +110,7 @@ class _Mixed:
 
     def __call__(self, hidden: Tensor | None = None, *arguments: Any, **keywords: Any) -> Tensor:
         hidden = keywords.pop("hidden_states") if hidden is None else hidden
-        mix = getattr(layout_in_force(), "mix", None)
+        mix = getattr(layout_in_force(), "mix", None)  # not of layouts that look at attention alone
         if mix is not None:
             return mix(self.mixer, self.one_call, hidden)
         if not arguments and keywords.get(self.cache) is None:
@@ -126,4 +123,5 @@ class _Mixed:
         The mask (B, T) is 0 where a row is padding, on its left. What else the model hands its layers, as positions in
         the packed row or sequence lengths, is of other rows than these, and is left out.
         """
+        call.mask = mask
         return self.own(hidden, call, mask)

@@ -60,7 +60,7 @@ def by_runs(forward: Forward, hidden: Tensor, runs: Runs) -> Tensor:
     results = []
 
     def call(run: Run, before: States) -> States:
-        cache = Call(before, mask=run.mask)
+        cache = Call(before)
         rows = hidden.index_select(0, run.places.flatten()).unflatten(0, run.places.shape)  # (B, T, D)
         results.append(forward(rows, cache, run.mask).flatten(0, 1))
         return cache.after

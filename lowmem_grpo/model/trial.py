@@ -396,7 +396,7 @@ class InParts:
         mask = torch.ones(2, PROMPT, dtype=torch.bool, device=text.device)
         mask[1, :LATE] = False
         prompts, tails, lasts = (part.expand(2, -1, -1) for part in text.tensor_split((PROMPT, TOKENS - 1), 1))
-        first = Call(mask=mask)
+        first = Call()
         begun = forward(prompts, first, mask)
         second = Call(first.after)
         gone_on = forward(tails, second, None)
