@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.experts import packed_codes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
@@ -158,10 +159,11 @@ def weights_of(policy: Policy) -> dict[str, str]:
     Weights in 4 bits are a digest apart, by kind of device, since two may round a tie differently.
     """
     samples: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in policy.base.named_parameters():
+    for name, parameter in (*policy.base.named_parameters(), *packed_codes(policy.base)):
         if set(policy.model.peft_config) & set(name.split(".")):
             continue  # an adapter's
-        kind = f"in 4 bits on {parameter.device.type}" if isinstance(parameter, Params4bit) else EXACT
+        in_4bit = parameter.dtype == torch.uint8
+        kind = f"in 4 bits on {parameter.device.type}" if in_4bit or isinstance(parameter, Params4bit) else EXACT
         numbers = parameter.detach().flatten()
         sample = numbers[:: max(1, len(numbers) // NUM_SAMPLES)].contiguous()
         samples.setdefault(kind, []).append(sample.view(torch.uint8))

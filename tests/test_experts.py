@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.model import experts
+from lowmem_grpo.identity import weights_of
+from lowmem_grpo.model import experts, offload
 from lowmem_grpo.model.experts import (
     Mxfp4Stack,
     Nf4Stack,
@@ -382,3 +384,48 @@ def test_an_mxfp4_checkpoint_trains_saves_and_resumes(tmp_path):
         str(tmp_path / "model"), lengths, rows, config=GRPOConfig(**arguments, max_steps=2, resume_from_checkpoint=True)
     )
     assert [line["step"] for line in result.history] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_an_adapter_that_was_saved_goes_on_on_packed_experts(name, tmp_path):
+    folder = saved(make_mixture(name), tmp_path / "base")
+    policy = make_policy(folder)
+    policy.save(tmp_path / "adapter")
+    again = load_policy(str(tmp_path / "adapter"), TOKENIZER, GRPOConfig(**SETTINGS))
+    own, theirs = (one.parameters_of(one.adapter) for one in (policy, again))
+    assert own.keys() == theirs.keys() and all(torch.equal(x, theirs[path]) for path, x in own.items())
+
+
+def test_an_adapter_of_dense_experts_is_not_continued_on_packed_ones(tmp_path):
+    folder = saved(make_mixture(), tmp_path / "base")
+    make_policy(folder, load_in_4bit=False).save(tmp_path / "adapter")
+    with pytest.raises(InputError, match="has weights of experts"):
+        load_policy(str(tmp_path / "adapter"), TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_another_experts_weights_are_another_model():
+    policy = make_policy(make_mixture())
+    before = weights_of(policy)
+    stack: Any = next(iter(stacks(policy.base).values()))
+    stack.codes[3] ^= 255
+    after = weights_of(policy)
+    assert before.keys() == after.keys() and [kind for kind in before if before[kind] != after[kind]] == [
+        "in 4 bits on cpu"
+    ]
+
+
+def test_a_gpu_captures_no_steps_of_packed_experts():
+    policy = make_policy(make_mixture())
+    policy.device = torch.device("cuda")
+    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: which of its experts in 4 bits"):
+        sampler = Sampler(policy, GRPOConfig())
+    assert sampler.captures.refusal
+
+
+def test_liger_leaves_packed_experts_alone():
+    model = make_mixture()
+    pack_experts(model, CPU, torch.float32)
+    offload.use_liger_kernels(model)
+    assert all("forward" not in vars(module) for _, module in experts_of(model))
+    assert any("forward" in vars(module) for module in model.modules())
+    offload.undo(model)

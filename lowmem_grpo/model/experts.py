@@ -169,6 +169,13 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(buffer.nbytes for stack in stacks for buffer in stack.buffers())
 
 
+def packed_codes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Path and bytes of the codes of all experts that are in 4 bits, their scales left out."""
+    for path, module in model.named_modules():
+        if isinstance(module, Nf4Stack | Mxfp4Stack):
+            yield path, module.codes if isinstance(module, Nf4Stack) else module.blocks
+
+
 class Expert(NamedTuple):
     """One expert's weights in the compute dtype."""
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.checkpointing import Contexts, by_torch
+from lowmem_grpo.model.experts import dense_weights, experts_of
 
 TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
 LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
@@ -91,11 +92,16 @@ def undo(model: Any) -> None:
     """Take back tiled MLPs, an offloaded embedding and Liger's kernels of a model that was loaded before."""
     for layer in model.modules():
         if isinstance(vars(layer).get("forward"), _Ours):
-            del layer.forward
-            for name in ("_get_name", "extra_repr"):  # of Liger's
-                vars(layer).pop(name, None)
+            _take_back(layer)
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(model.get_output_embeddings().weight.device)
+
+
+def _take_back(layer: Any) -> None:
+    """Give a layer its own forward back, and the names that Liger has replaced with it."""
+    del layer.forward
+    for name in ("_get_name", "extra_repr"):
+        vars(layer).pop(name, None)
 
 
 @dataclass(eq=False)
@@ -215,6 +221,9 @@ def use_liger_kernels(model: Any) -> None:
     for layer, before in forwards.items():
         if vars(layer).get("forward") is not before:
             layer.forward = _Ours(layer.forward)
+    for _, experts in experts_of(model):
+        if not dense_weights(experts) and "forward" in vars(experts):
+            _take_back(experts)  # Liger's reads parameters that are not there
     for name, layer in model.named_modules():
         if name.endswith("self_attn"):
             layer.forward = _Ours(_reading(rotary, names, layer.forward))
