@@ -8,13 +8,18 @@ import pytest
 import torch
 from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_shapes, run, shapes, slow
 from tiny_models import HYBRIDS, make_policy
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
+from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.trial import refused
+from lowmem_grpo.planner import plan as planner
+from lowmem_grpo.planner import trace
 
 ALWAYS = ("qwen3_5_text", "bamba", "lfm2")
 hybrids = pytest.mark.parametrize("kind", [name if name in ALWAYS else slow(name) for name in HYBRIDS])
@@ -169,3 +174,39 @@ def test_a_completion_that_is_moved_takes_its_states_along(monkeypatch):
         truth = own_logprobs(policy, PROMPTS[index // 3], completion, 1.0)
         torch.testing.assert_close(completion.logprobs, truth, atol=1e-5, rtol=0)
     assert moved
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", slow("bamba"), slow("zamba2")])
+def test_the_planner_reads_the_bytes_of_states_off_tensors_without_memory(kind):
+    """Of four layers of two kinds, of which one of each kind is run."""
+    twice = {"num_hidden_layers": 4, "layer_types": 2 * HYBRIDS["qwen3_5_text"]["layer_types"]}
+    settings = HYBRIDS[kind] | (twice if kind == "qwen3_5_text" else {})
+    policy = make_policy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), bf16=True)
+    config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=True)
+    whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "bfloat16", False)
+    assert trace._shapes(whole, config)[1] == state_bytes(state_shapes(policy)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+def test_the_planner_counts_what_states_take(kind, monkeypatch):
+    """On a GPU, where captured steps last, those of completions stay between rollouts."""
+    monkeypatch.setattr(trace, "_why_padded", lambda *_: None)
+    key = AutoConfig.for_model(kind, **HYBRIDS[kind])
+    config = GRPOConfig(
+        output_dir="unused", use_cpu=True, bf16=True, num_generations=4, prompts_per_step=2, max_prompt_length=40,
+        max_completion_length=24, token_budget=100, rollout_token_budget=300,
+    )  # fmt: skip
+    sampler = ShapedSampler(make_policy(kind, bf16=True), max_completion_length=24, rollout_token_budget=300)
+    prompts = [list(range(5, 45))] * 2
+    shape = sampler.store_shape(prompts, 4, 300)
+    allocated = sum(table.nbytes for table in tables_of(States(sampler.state_shapes, shape, CPU)))
+    found = planner.forecast(key, config)
+    rollout = found.phases["rollout"]
+    assert rollout["states of completions"] + rollout["states of prompts"] == allocated
+    assert found.state_tokens == shape.state_tokens
+    on_a_gpu = replace(config, use_cpu=False)
+    lasting = planner.forecast(key, on_a_gpu)
+    again = planner.forecast(key, replace(on_a_gpu, rollout_graphs_last=False))
+    assert lasting.resident["states of completions"] == again.phases["rollout"]["states of completions"] > 0
+    assert "states of completions" not in lasting.phases["rollout"] | again.resident

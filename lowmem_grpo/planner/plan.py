@@ -18,7 +18,7 @@ from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.config.sft import ASSUMED_LENGTH
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.generate.shape import store_shape, token_bytes
+from lowmem_grpo.generate.shape import state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
@@ -30,6 +30,7 @@ from lowmem_grpo.update.optimizer import state_bytes
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
 PROCESSORS = 192  # more than a card has: with more of them a product has more parts
+OF_SLOTS, OF_PROMPTS = "states of completions", "states of prompts"  # of layers that keep one
 SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
 
 
@@ -40,6 +41,7 @@ class Forecast:
     resident: dict[str, int]
     phases: dict[str, dict[str, int]]
     padded: str | None = None  # why it is trained on padded rows and sampled from by transformers' generate
+    state_tokens: int = 0  # as many tokens' keys and values take what a completion's states take
 
     def peaks(self) -> dict[str, int]:
         return {name: sum(self.resident.values()) + sum(parts.values()) for name, parts in self.phases.items()}
@@ -139,6 +141,7 @@ def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
     if found is None:
         return config
     tokens = config.prompts_per_step * (found.longest + config.num_generations * config.max_completion_length)
+    tokens += _num_states(config) * found.forecast.state_tokens
     return replace(config, rollout_token_budget=min(config.rollout_token_budget, tokens))
 
 
@@ -196,7 +199,8 @@ def _changes_of_sampling(config: GRPOConfig, found: Forecast) -> Iterator[Change
     if phase == "rollout" and config.has_cuda_graphs and not found.padded:
         yield Change("rollout_cuda_graphs", False, "no memory of their own for captured steps")
     if phase == "rollout" and config.rollout_token_budget > longest:
-        halved = max(longest, min(config.rollout_token_budget, _rollout_tokens(config, shared=not found.padded)) // 2)
+        needed = _rollout_tokens(config, shared=not found.padded) + _num_states(config) * found.state_tokens
+        halved = max(longest, min(config.rollout_token_budget, needed) // 2)
         yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
 
 
@@ -280,7 +284,8 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     if dense:
         rollout["dense weights"] = traced.dense
     adapters = dtype.itemsize * traced.adapter_numbers
-    if not config.use_cpu and not traced.padded:  # steps by an outline: ranks are filled up, and rotations stay
+    # Steps by an outline: ranks are filled up, and rotations stay. Layers that keep a state have none.
+    if not config.use_cpu and not traced.padded and not traced.states:
         rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
         adapters = adapters * math.ceil(rank / RANK) * RANK // rank
         positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
@@ -288,11 +293,12 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         resident["cosines and sines"] = 2 * positions * largest * dtype.itemsize
     rollout["adapters in the compute dtype"] = adapters
     if config.has_lasting_graphs and not traced.padded:
-        for name in ("captured steps", "adapters in the compute dtype"):
+        for name in ("captured steps", "adapters in the compute dtype", *([OF_SLOTS] if traced.states else [])):
             resident[name] = rollout.pop(name)
+    worth = _state_tokens(traced, config)
     if not config.learns:
         del resident["gradients"], resident["optimizer state"]
-        return Forecast(resident, {"rollout": rollout}, traced.padded)
+        return Forecast(resident, {"rollout": rollout}, traced.padded, worth)
     phases = {"rollout": rollout, "reference": without_gradient, "update": update}
     if config.has_old_pass:
         phases["old"] = without_gradient
@@ -314,7 +320,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     if key.teacher is not None:
         held, phases["teacher"] = _teacher_bytes(key, config, without_gradient)
         resident |= held
-    return Forecast(resident, phases, traced.padded)
+    return Forecast(resident, phases, traced.padded, worth)
 
 
 def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
@@ -363,11 +369,12 @@ def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tupl
 
 def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
     text = key.model.get_text_config()
-    dtype = torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
+    dtype = _kv_dtype(config)
     shape = store_shape(
         prompt_tokens=prompt_tokens(config), num_prompts=config.prompts_per_step,
         num_generations=config.num_generations, max_completion_length=config.max_completion_length,
         budget_tokens=config.rollout_token_budget, paged=config.rollout_paged and not config.use_cpu,
+        state_tokens=_state_tokens(traced, config),
     )  # fmt: skip
     # fp32 logits, and where they are truncated transformers' sorted copies, their indices, softmax and cumulative sum.
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
@@ -377,6 +384,9 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     captured = {"captured steps": logits + max(layer, 4 * shape.slots * _parts(text, traced.layers))}
     return {
         "keys and values": shape.num_tokens() * token_bytes(traced.layers, dtype),
+        **(
+            {OF_SLOTS: shape.slots * traced.states, OF_PROMPTS: shape.prefixes * traced.states} if traced.states else {}
+        ),
         "prefill or logits": max(traced.ran.prefill + layer, logits),
         **(captured if config.has_cuda_graphs else {}),
     }
@@ -389,7 +399,7 @@ def _parts(text: PreTrainedConfig, layers: dict[int, LayerShape]) -> int:
     for heads, kv_heads, head_dim, _ in set(layers.values()):
         queries, keys = heads * head_dim, kv_heads * head_dim
         products += [([queries, keys, keys], hidden), ([hidden], queries)]
-    return max(default_splits(sizes, K, PROCESSORS) * sum(sizes) for sizes, K in products if sum(sizes))
+    return max((default_splits(sizes, K, PROCESSORS) * sum(sizes) for sizes, K in products if sum(sizes)), default=0)
 
 
 def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
@@ -421,6 +431,19 @@ def _rollout_tokens(config: GRPOConfig, shared: bool) -> int:
     if not shared:
         return _step_tokens(config)
     return config.prompts_per_step * (prompt_tokens(config) + config.num_generations * config.max_completion_length)
+
+
+def _num_states(config: GRPOConfig) -> int:
+    """Number of completions and prompts of a step, each with states where layers keep one."""
+    return config.prompts_per_step * (1 + config.num_generations)
+
+
+def _state_tokens(traced: Traced, config: GRPOConfig) -> int:
+    return state_tokens(traced.states, token_bytes(traced.layers, _kv_dtype(config)))
+
+
+def _kv_dtype(config: GRPOConfig) -> torch.dtype:
+    return torch.int8 if config.rollout_kv == "int8" else getattr(torch, config.compute_dtype)
 
 
 def _step_tokens(config: TrainingConfig) -> int:

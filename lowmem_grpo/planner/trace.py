@@ -28,6 +28,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.generate.states import state_bytes, state_shapes
 from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
@@ -99,6 +100,7 @@ class Traced:
     dense: int  # bytes of all 4-bit layers in the compute dtype, which rollout_weights="dense" samples from
     ran: Ran
     layers: dict[int, LayerShape]  # that attend; none where it is padded
+    states: int  # bytes of one completion's states, of the layers that keep one; 0 where it is padded
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
 
@@ -150,8 +152,8 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        layers = {} if padded else _layer_shapes(whole, watched)
-        return Traced(*_resident(whole, watched), run_layers(whole, watched), layers, padded, generated)
+        layers, states = ({}, 0) if padded else _shapes(whole, watched)
+        return Traced(*_resident(whole, watched), run_layers(whole, watched), layers, states, padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -193,19 +195,20 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
         return reason
 
 
-def _layer_shapes(whole: PeftModel, config: ModelFields) -> dict[int, LayerShape]:
-    """The LayerShape of each layer that attends, from a run of one of each kind."""
+def _shapes(whole: PeftModel, config: ModelFields) -> tuple[dict[int, LayerShape], int]:
+    """The LayerShape of each layer that attends, and bytes of all states, from a run of one layer of each kind."""
     kinds = _kinds(whole)
     distinct = sorted(set(kinds))
     with fake_policy(whole, tuple(distinct), config) as policy:
         of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
+        states = {distinct[place]: state_bytes({place: named}) for place, named in state_shapes(policy).items()}
     layers = {}
     for number, kind in enumerate(kinds):
         if kind in of_kind:
             source = distinct[of_kind[kind].source]  # the kind of the layer whose keys and values it has
             last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
             layers[number] = of_kind[kind]._replace(source=last)
-    return layers
+    return layers, sum(states.get(kind, 0) for kind in kinds)
 
 
 def run_layers(whole: PeftModel, config: TrainingConfig) -> Ran:
