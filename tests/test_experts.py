@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import DEMO_MODEL, SMALL, make_policy
 from torch.utils._pytree import tree_map_only
@@ -323,6 +323,12 @@ def test_target_parameters_that_name_experts_are_refused():
         load_policy(make_mixture(), TOKENIZER, GRPOConfig(**SETTINGS), peft_config)
 
 
+def test_a_loaded_adapter_on_experts_is_refused():
+    model = get_peft_model(make_mixture(), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(InputError, match="change down_proj of the experts, which in 4 bits have none"):
+        load_policy(model, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
 def mxfp4_checkpoint(folder):
     """A tiny gpt-oss as the hub has it: attention in 16 bits, experts in blocks and scales. Gives the dense model."""
     model = make_mixture("gpt_oss").bfloat16()
@@ -399,7 +405,7 @@ def test_an_adapter_that_was_saved_goes_on_on_packed_experts(name, tmp_path):
 def test_an_adapter_of_dense_experts_is_not_continued_on_packed_ones(tmp_path):
     folder = saved(make_mixture(), tmp_path / "base")
     make_policy(folder, load_in_4bit=False).save(tmp_path / "adapter")
-    with pytest.raises(InputError, match="has weights of experts"):
+    with pytest.raises(InputError, match="change down_proj of the experts, which in 4 bits have none"):
         load_policy(str(tmp_path / "adapter"), TOKENIZER, GRPOConfig(**SETTINGS))
 
 

@@ -339,21 +339,31 @@ def _leave_experts_out(peft_config: Any, model: nn.Module) -> None:
     """
     if not are_packed(model):
         return
-    weights = {name for _, experts in experts_of(model) for name in weight_names(experts)}
     given, asked = set(peft_config.target_parameters or ()), peft_config.target_modules
     converted = copy.deepcopy(peft_config)
     if as_peft_reads is not None:
         with contextlib.suppress(Exception):  # of patterns that are none, which PEFT refuses later
             as_peft_reads(converted, model, None)
-    found = set(converted.target_parameters or ())
-    named = sorted(name for name in found if name.rpartition(".")[2] in weights)
-    if asked == "all-linear" and not given and named:
+    if asked == "all-linear" and not given and _of_experts(converted, model):
         peft_config.target_modules = sorted(converted.target_modules)
-    elif named:
+    else:
+        refuse_on_experts(converted, model)
+
+
+def refuse_on_experts(peft_config: Any, model: nn.Module) -> None:
+    """Raise InputError where an adapter is on the experts of a mixture, which is to have them in 4 bits."""
+    named = _of_experts(peft_config, model)
+    if named:
         raise InputError(
             f"the adapter is to change {named[0]} of the experts, which in 4 bits have none; name the linear layers of "
             "attention, such as q_proj, or set load_in_4bit=False"
         )
+
+
+def _of_experts(peft_config: Any, model: nn.Module) -> list[str]:
+    """Names of parameters of experts that an adapter is on."""
+    weights = {name for _, experts in experts_of(model) for name in weight_names(experts)}
+    return sorted(name for name in peft_config.target_parameters or () if name.rpartition(".")[2] in weights)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from lowmem_grpo.model.adapters import (
     lora_config,
     refuse_config,
     refuse_fields,
+    refuse_on_experts,
     refuse_state,
     tuned_layers,
 )
@@ -93,6 +94,9 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         if config.model_init_kwargs:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
+        if isinstance(model, PeftModel) and config.load_in_4bit:
+            for adapter in model.peft_config.values():
+                refuse_on_experts(adapter, model)
         if isinstance(model, PreTrainedModel):
             _refuse_targets(model, config, peft_config)
     elif isinstance(model, str):
