@@ -346,7 +346,7 @@ def test_generate_in_the_engines_place_goes_on_in_halves(monkeypatch):
     assert found == ids_of(sampler.run(4, temperature=0))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", "bamba"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text", slow("bamba")])
 def test_a_nan_of_one_completion_is_nobody_elses(family):
     """Nor is it that of the next in its slot, or in its prompt's row."""
     policy = make_policy(family)

@@ -120,7 +120,7 @@ def captured_early(monkeypatch):
     [
         ("qwen2", "full", {}), ("qwen2", "int8", {"temperature": 0}), ("gemma2", "full", {}),
         ("qwen2", "full", {"top_p": 0.9, "top_k": 30, "repetition_penalty": 1.3}),
-        ("qwen3_5_text", "int8", {}), slow("bamba", "full", {"temperature": 0}),
+        slow("qwen3_5_text", "int8", {}), slow("bamba", "full", {"temperature": 0}),
     ],
 )  # fmt: skip
 def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_early, monkeypatch):
@@ -143,7 +143,7 @@ def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_
         assert waits and set(waits) == {0 if sampling.get("temperature") == 0 else 1}
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", slow("bamba")])
 def test_a_trial_of_a_capture_leaves_states_as_they_are(family, captured_early, monkeypatch):
     """Bit for bit, though it runs a step twice; and the next step moves them on."""
     made, tried, own, own_init = [], [], Graphs._try, states.States.__init__

@@ -1,16 +1,21 @@
 """States of layers that keep one, in the engine."""
 
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from test_checkpoint import Stop, comparable, stop_at
 from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_shapes, run, shapes, slow
-from tiny_models import HYBRIDS, make_policy
-from transformers import AutoConfig, AutoModelForCausalLM
+from test_train import ROWS, adapters, length_reward
+from test_train import run as train_tiny
+from tiny_models import DEMO_MODEL, HYBRIDS, make_model, make_policy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.sampling import SamplingParams
@@ -18,11 +23,11 @@ from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, to
 from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.trial import refused
+from lowmem_grpo.pipeline.sample import sample
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.planner import trace
 
-ALWAYS = ("qwen3_5_text", "bamba", "lfm2")
-hybrids = pytest.mark.parametrize("kind", [name if name in ALWAYS else slow(name) for name in HYBRIDS])
+hybrids = pytest.mark.parametrize("kind", ["qwen3_5_text", *(slow(name) for name in HYBRIDS if name != "qwen3_5_text")])
 CPU = torch.device("cpu")
 FAR = {"olmo_hybrid": 2.5e-5}  # by transformers' own cache it is 1.7e-5 from its forward
 
@@ -210,3 +215,31 @@ def test_the_planner_counts_what_states_take(kind, monkeypatch):
     again = planner.forecast(key, replace(on_a_gpu, rollout_graphs_last=False))
     assert lasting.resident["states of completions"] == again.phases["rollout"]["states of completions"] > 0
     assert "states of completions" not in lasting.phases["rollout"] | again.resident
+
+
+@pytest.mark.slow
+def test_a_run_of_a_model_with_states_resumes_bit_for_bit_and_is_sampled_from(tmp_path):
+    """With evaluations, on packed rows; and sampled beside training, the tokens have training's log-probabilities."""
+    folder, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(DEMO_MODEL)
+    make_model("qwen3_5_text").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    asked = dict(
+        model=str(folder), rewards=length_reward, eval_dataset=ROWS[:2], bf16=False, max_steps=3, save_steps=2,
+        eval_steps=2, beta=0.1, num_generations=3, max_completion_length=8,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(generate|padded rows)")
+        whole = train_tiny(tmp_path / "whole", **asked)
+        with pytest.raises(Stop):
+            train_tiny(tmp_path / "cut", callbacks=[stop_at(3)], **asked)
+        shutil.rmtree(tmp_path / "cut/out/checkpoint-3")
+        resumed = train_tiny(tmp_path / "cut", resume_from_checkpoint=True, **asked)
+        assert comparable(resumed.history) == comparable(whole.history) and len(resumed.history) == 3
+        for name, value in adapters(resumed).items():
+            assert torch.equal(value, adapters(whole)[name]), name
+        assert max(line["sampling/sampling_logp_difference/max"] for line in whole.history) < 2e-5
+        assert [line["step"] for line in whole.eval_history] == [0, 2, 3]
+        output = tmp_path / "sampled.jsonl"
+        config = SampleConfig(output=str(output), num_generations=2, max_completion_length=8, use_cpu=True, bf16=False)
+        sample(str(tmp_path / "whole/out/adapter"), ROWS[:3], length_reward, config)
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 6
