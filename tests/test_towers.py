@@ -30,8 +30,9 @@ from lowmem_grpo.inputs import tokenizer_of
 from lowmem_grpo.model.adapter_names import PREFIX
 from lowmem_grpo.model.find import adapter_config, find_model
 from lowmem_grpo.model.load import load_policy, load_tokenizer
+from lowmem_grpo.model.offload import use_liger_kernels
 from lowmem_grpo.model.packing import pack
-from lowmem_grpo.model.towers import beside_the_decoder, decoder_path, within
+from lowmem_grpo.model.towers import beside_the_decoder, decoder_path, set_aside, within
 from lowmem_grpo.planner.trace import Key, skeleton, trace
 from lowmem_grpo.run.checkpoint import load_adapter, save_checkpoint
 
@@ -215,6 +216,10 @@ def test_a_checkpoint_has_the_files_names_and_is_read_again(folder_of, tokenizer
     other = load_policy(folder_of("qwen3_5"), tokenizer, settings(load_in_4bit=False))
     load_adapter(tmp_path / "checkpoint-1", other)
     assert torch.equal(by_policy(other), expected)
+    file = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    save_file(policy.adapter_state(policy.adapter), file)  # as checkpoints had it before, under our names
+    load_adapter(tmp_path / "checkpoint-1", other)
+    assert torch.equal(by_policy(other), expected)
 
 
 def test_a_score_head_is_read_by_the_class_for_sequence_classification(folder_of, tokenizer, tmp_path):
@@ -255,7 +260,9 @@ def test_a_checkpoint_in_4_bits_has_its_towers_left_out(folder_of, tokenizer, tm
 
 def test_a_skeleton_has_no_tower():
     config = settings()
-    base: Any = skeleton(Key(WRAPPERS["qwen3_vl"](), adapter_config("", config)), "float32", False).get_base_model()
+    base: Any = skeleton(
+        Key(WRAPPERS["qwen3_vl"](), adapter_config("", config)), "float32", False, True
+    ).get_base_model()
     assert not beside_the_decoder(base)
 
 
@@ -390,3 +397,11 @@ def test_a_template_that_only_a_processor_has_is_found(tokenizer, tmp_path):
 
 def test_any_other_template_stays_as_it_is(tokenizer):
     assert tokenizer_of(tokenizer, "", settings()) is tokenizer
+
+
+def test_liger_kernel_that_asks_for_a_tower_is_refused_in_a_sentence():
+    pytest.importorskip("liger_kernel")
+    model = make_wrapper("gemma3")
+    set_aside(model)
+    with pytest.raises(InputError, match="liger-kernel cannot change a 'gemma3' model: .*; leave use_liger_kernel out"):
+        use_liger_kernels(model)

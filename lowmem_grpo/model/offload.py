@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.checkpointing import Contexts, by_torch
 from lowmem_grpo.model.experts import dense_weights, experts_of
 
@@ -215,7 +215,14 @@ def use_liger_kernels(model: Any) -> None:
     names = vars(sys.modules[type(model).__module__])
     names_before = dict(names)
     forwards = {layer: vars(layer).get("forward") for layer in model.modules()}
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    try:
+        _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    except Exception as error:  # of what liger-kernel imports, or looks for in a tower that is set aside
+        names.update(names_before)
+        raise InputError(
+            f"liger-kernel cannot change a {model.config.model_type!r} model: {in_a_line(error)}; leave "
+            "use_liger_kernel out"
+        ) from error
     rotary = {name: names[name] for name in names_before if "rotary" in name and names[name] is not names_before[name]}
     names.update(names_before)
     for layer, before in forwards.items():
