@@ -156,15 +156,22 @@ def assert_exact(given, place, scale=1.0):
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads, kv_heads, size", [(2, 2, 16), (6, 1, 80), (14, 2, 128), (20, 2, 16), (3, 1, 256)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size", [(2, 2, 16), (6, 1, 80), (14, 2, 128), (20, 2, 16), (3, 1, 256), (2, 1, 512)]
+)
 def test_attention_is_that_of_fp64(heads, kv_heads, size, dtype, place):
     given = case([1, 37, 50], [20, 0, 33], heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
     assert_exact(given, place)
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, size", [(6, 1, 80), (14, 2, 128)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, dtype",
+    [
+        *((*sizes, dtype) for sizes in ((6, 1, 80), (14, 2, 128)) for dtype in (torch.float32, torch.bfloat16)),
+        (2, 1, 512, torch.bfloat16),  # Gemma 4's full layers: the smallest tile
+    ],
+)
 def test_int8_keys_and_values_are_read_with_their_scales(heads, kv_heads, size, dtype, place):
     given = rounded(case([1, 37, 50], [20, 0, 33], [1, 0, 2], heads=heads, kv_heads=kv_heads, size=size))
     given["query"] = given["query"].to(dtype)
@@ -417,7 +424,7 @@ OWN = torch.zeros(4, 3, 2, 1, 8, 16).movedim(0, 2)  # four pages of three layers
     [
         ((torch.zeros(3, 4, 1, 8, 16),), "own must be"),
         ((torch.zeros(0, 3, 2, 1, 8, 16).movedim(0, 2),), "own must be"),
-        ((torch.zeros(4, 3, 2, 1, 8, 300).movedim(0, 2),), "head_dim of at most 256"),
+        ((torch.zeros(4, 3, 2, 1, 8, 520).movedim(0, 2),), "head_dim of at most 512"),
         ((torch.zeros(3, 2, 4, 1, 8, 16),), "own must lie in memory"),
         ((OWN.to(torch.int8),), "own_scales go with int8"),
         ((OWN, torch.zeros(4, 3, 2, 1, 8).half()), "own_scales go with int8"),

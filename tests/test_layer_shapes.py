@@ -50,7 +50,12 @@ def test_sizes_are_those_of_the_layers_that_attend(name):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", BY_LAYER)
+SLOW = ("gemma4, 12B", "gemma4, MoE", "deepseek_v3")  # the others have all that these have
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BY_LAYER]
+)
 def test_they_are_sampled_from_and_packed_like_their_own_forward(name):
     """Log-probabilities 1e-5 apart in fp32, gradients of a packed and checkpointed batch 1e-4 of their norm."""
     policy = make_policy(name, load_in_4bit=False)
@@ -84,7 +89,7 @@ def gradients(name, *, packed):
     return {path: parameter.grad for path, parameter in policy.parameters_of(policy.adapter).items()}
 
 
-@pytest.mark.parametrize("name", ["gemma4, 31B", "gemma4, E", "glm4_moe_lite"])
+@pytest.mark.parametrize("name", ["gemma4, E", "glm4_moe_lite"])
 def test_gradients_in_a_packed_row_are_those_of_separate_ones(name):
     """With checkpointing, where a layer is computed again that gave its keys and values to later ones."""
     found, truth = gradients(name, packed=True), gradients(name, packed=False)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, SMALL
+from tiny_models import BY_LAYER, CONFIGS, FAMILIES, SMALL
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
@@ -88,8 +89,8 @@ MIXED = {  # whose layers are not all alike
         **SMALL, moe_intermediate_size=32, head_dim=16, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[0]  # pyright: ignore[reportCallIssue]: transformers takes head_dim, undeclared
     ),
 }  # fmt: skip
+MIXED |= {name: CONFIGS[name]() for name in BY_LAYER if "gemma4" in name}
 PADDED = {  # that neither packing nor the engine serves
-    "deepseek v3": MIXED["deepseek v3"],
     "gpt-oss": GptOssConfig(
         **{**SMALL, "num_hidden_layers": 4}, head_dim=16, sliding_window=24, num_local_experts=4, num_experts_per_tok=2
     ),
@@ -286,7 +287,12 @@ def test_no_uneven_lengths_keep_more_than_is_predicted(rung):
 
 
 @pytest.mark.parametrize(
-    "name, rung", [*((name, "none") for name in MIXED), ("qwen3 moe, dense last", "checkpointing")]
+    "name, rung",
+    [
+        *((name, "none") for name in MIXED if name not in BY_LAYER),
+        *(pytest.param(name, "none", marks=pytest.mark.slow) for name in MIXED if name in BY_LAYER),
+        ("qwen3 moe, dense last", "checkpointing"),
+    ],
 )
 def test_layers_that_differ_are_counted_by_their_kind(name, rung):
     config = GRPOConfig(**TASK, **RUNGS[rung])
@@ -311,7 +317,20 @@ def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     config = replace(config, padding_free=name not in PADDED)
     with trace.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
         ran = trace.run_few(policy, config, trace.largest_steps(config)[0])
-    assert trace.run_layers(whole, config) == ran
+        layers = {} if name in PADDED else policy.layer_shapes
+    assert trace.run_layers(whole, config, layers) == ran
+
+
+def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_has_them():
+    """And per-layer embeddings have their part for each of the model's layers, whichever of them run."""
+    kind, settings = BY_LAYER["gemma4, E"]
+    few = {"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7, "num_kv_shared_layers": 3}
+    model, config = AutoConfig.for_model(kind, **{**settings, **few}), GRPOConfig(**TASK, **RUNGS["padded"])
+    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False)
+    with trace.fake_policy(whole, tuple(range(7)), config) as policy:
+        ran, layers = trace.run_few(policy, config, trace.largest_steps(config)[0]), policy.layer_shapes
+    assert [layer.source for layer in layers.values()] == [0, 1, 2, 3, 3, 3, 3]
+    assert trace.run_layers(whole, config, layers) == ran
 
 
 @pytest.mark.parametrize("name", and_slow("gpt-oss", PADDED))

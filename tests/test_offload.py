@@ -15,7 +15,14 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.model import offload
 from lowmem_grpo.model.load import load_policy
-from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
+from lowmem_grpo.model.offload import (
+    Offloading,
+    offload_embedding,
+    tile_mlps,
+    token_embeddings,
+    undo,
+    use_liger_kernels,
+)
 from lowmem_grpo.model.packing import pack
 
 gpu = pytest.mark.gpu
@@ -134,6 +141,19 @@ def test_an_embedding_on_the_cpu_looks_up_the_same():
     expected = run(policy)
     offload_embedding(policy.base)
     assert_same(run(policy), expected, bound=0)
+
+
+def test_a_table_with_a_vector_for_each_layer_is_looked_up_on_the_cpu(monkeypatch):
+    """Whose scale goes with it. The input's embedding stays, which is the head too."""
+    policy = make_policy("gemma4, E", load_in_4bit=False)
+    table = policy.decoder.embed_tokens_per_layer
+    assert token_embeddings(policy.base) == [table]
+    expected = run(policy)
+    offload_embedding(policy.base)
+    assert "forward" in vars(table) and "forward" not in vars(policy.decoder.embed_tokens)
+    assert_same(run(policy), expected, bound=0, atol=0)
+    undo(policy.base)
+    assert "forward" not in vars(table)
 
 
 def test_an_embedding_that_is_the_head_stays():

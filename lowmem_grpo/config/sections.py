@@ -93,7 +93,9 @@ class LoadFields(Checked):
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
     tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time, in less memory", may_change=True)
     offload_embedding: bool = option(
-        False, "keep the input embedding in CPU memory, for models that do not tie it to the head", may_change=True
+        False,
+        "keep embeddings of token ids in CPU memory: the input's unless it is the head too, and a per-layer one",
+        may_change=True,
     )
     use_liger_kernel: bool = option(
         False, "use liger-kernel's norms, rotary embedding and gated MLPs, on a GPU", may_change=True

@@ -57,25 +57,50 @@ def _tiled(forward: Callable[[Tensor], Tensor], checkpoint: Callable) -> Callabl
 
 
 def offload_embedding(model: Any) -> None:
-    """Keep the input embedding in pinned CPU memory: a step looks up a few thousand of its rows.
+    """Keep the embeddings that token ids are looked up in in pinned CPU memory: a step reads a few thousand rows.
 
     Each lookup waits for the ids to come to the CPU, also in every step of sampling.
 
     Raises:
-        InputError: the embedding is the head too, or more than a lookup.
+        InputError: the model's only one is its head too, or its input embedding is not one that is known.
     """
     embedding: Any = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() == embedding.weight.data_ptr():
-        raise InputError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
-    if type(embedding) is not nn.Embedding:
+    if not isinstance(embedding, nn.Embedding):
         raise InputError(f"offload_embedding does not know {type(embedding).__name__}; leave offload_embedding out")
-    device = embedding.weight.device
-    weight = embedding.weight.data.cpu()
-    embedding.weight.data = weight.pin_memory() if device.type == "cuda" else weight
-    vars(embedding)["forward"] = _Ours(
-        lambda ids: F.embedding(ids.cpu(), embedding.weight).to(device, non_blocking=True)
-    )
+    moved = token_embeddings(model)
+    if not moved:
+        raise InputError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
+    for table in moved:
+        _move_to_cpu(table)
+
+
+def token_embeddings(model: Any) -> list[nn.Embedding]:
+    """The frozen embeddings with a row for about each token, but for one that is the head too.
+
+    They are the input's, and such as Gemma 4 E's, which gives each token a vector for each layer.
+    """
+    least = model.get_input_embeddings().weight.shape[0] / 2  # positions are fewer
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [
+        table
+        for table in tables
+        if table.num_embeddings >= least and not table.weight.requires_grad and not _are_one(table.weight, head)
+    ]
+
+
+def _are_one(weight: Tensor, other: Tensor | None) -> bool:
+    return other is not None and (weight is other or (not weight.is_meta and weight.data_ptr() == other.data_ptr()))
+
+
+def _move_to_cpu(table: nn.Embedding) -> None:
+    """Have a lookup be computed on the CPU, whatever it does besides, and its result come to where the table was."""
+    device = table.weight.device
+    for tensor in (*table.parameters(recurse=False), *table.buffers(recurse=False)):
+        values = tensor.data.cpu()
+        tensor.data = values.pin_memory() if device.type == "cuda" else values
+    own = table.forward
+    vars(table)["forward"] = _Ours(lambda ids: own(ids.cpu()).to(device, non_blocking=True))
 
 
 class _Ours:
@@ -93,8 +118,8 @@ def undo(model: Any) -> None:
     for layer in model.modules():
         if isinstance(vars(layer).get("forward"), _Ours):
             _take_back(layer)
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(model.get_output_embeddings().weight.device)
+            for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+                tensor.data = tensor.data.to(model.get_output_embeddings().weight.device)
 
 
 def _take_back(layer: Any) -> None:

@@ -24,6 +24,7 @@ from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.layer_shapes import LayerShape
+from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
@@ -149,7 +150,7 @@ def _fit(key: Key, config: Any) -> tuple[Any, Forecast, list[Change]]:
     budget, changes = config.vram_budget_bytes, {}
     found = _forecast(key, config)
     while not _fits(found, budget):
-        for change in _changes(key.model, config, found):
+        for change in _changes(key, config, found):
             changed = replace(config, **{change.name: change.value})
             try:
                 found = _forecast(key, changed)
@@ -166,7 +167,7 @@ def _fits(found: Forecast, budget: int | None) -> bool:
     return budget is None or found.peak() <= (1 - SPARE) * budget
 
 
-def _changes(model: PreTrainedConfig, config: TrainingConfig, found: Forecast) -> Iterator[Change]:
+def _changes(key: Key, config: TrainingConfig, found: Forecast) -> Iterator[Change]:
     """Changes that would make the largest phase smaller, the least costly first."""
     phase, longest = found.largest_phase(), _longest(config)
     if isinstance(config, GRPOConfig):
@@ -185,7 +186,8 @@ def _changes(model: PreTrainedConfig, config: TrainingConfig, found: Forecast) -
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
     if phase == "rollout" and isinstance(config, GRPOConfig) and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
-    if not config.offload_embedding and not model.get_text_config().tie_word_embeddings:
+    whole = skeleton(key, config.compute_dtype, config.trust_remote_code)
+    if not config.offload_embedding and token_embeddings(whole.get_base_model()):
         yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
 

@@ -35,6 +35,7 @@ from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import equip
+from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.quantizer import lay_out_4bit
@@ -153,7 +154,8 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
         layers, states = ({}, 0) if padded else _shapes(whole, watched)
-        return Traced(*_resident(whole, watched), run_layers(whole, watched), layers, states, padded, generated)
+        ran = run_layers(whole, watched, layers)
+        return Traced(*_resident(whole, watched), ran, layers, states, padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -211,19 +213,25 @@ def _shapes(whole: PeftModel, config: ModelFields) -> tuple[dict[int, LayerShape
     return layers, sum(states.get(kind, 0) for kind in kinds)
 
 
-def run_layers(whole: PeftModel, config: TrainingConfig) -> Ran:
+def run_layers(whole: PeftModel, config: TrainingConfig, layers: dict[int, LayerShape]) -> Ran:
     """Bytes that all layers take in the largest of a training step's micro-batches."""
-    found = [_run_layers(whole, config, lengths) for lengths in largest_steps(config)]
+    kinds = _kinds(whole)
+    source_of = {kinds[number]: kinds[layer.source] for number, layer in layers.items() if layer.source != number}
+    found = [_run_layers(whole, config, lengths, source_of) for lengths in largest_steps(config)]
     return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
 
 
-def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int]) -> Ran:
-    """Bytes that all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds."""
+def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> Ran:
+    """Bytes that all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds.
+
+    source_of names the kind of layer whose keys and values one has that has none of its own: it runs after such a one.
+    """
     kinds = _kinds(whole)
 
     @cache
     def run(*chosen: int) -> Ran:
-        with fake_policy(whole, chosen, config) as policy:
+        sources = {source_of[kind] for kind in chosen if kind in source_of} - set(chosen)
+        with fake_policy(whole, (*sorted(sources), *chosen), config) as policy:
             return run_few(policy, config, lengths)
 
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
@@ -271,8 +279,11 @@ def _text_config(whole: PeftModel) -> Any:
 
 def _layers(whole: PeftModel) -> nn.ModuleList:
     """Raise InputError where a model has no list of its layers."""
+    return _layers_of(whole, _text_config(whole).num_hidden_layers)
+
+
+def _layers_of(whole: PeftModel, count: int) -> nn.ModuleList:
     base: Any = whole.get_base_model()
-    count = _text_config(whole).num_hidden_layers
     for module in base.get_decoder().children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
@@ -344,10 +355,28 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
                 vars(module)["layer_idx"] = place
     adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
     text = _text_config(adapted)
+    by_layer, count = getattr(text, "hidden_size_per_layer_input", None), text.num_hidden_layers
     text.num_hidden_layers = len(chosen)
+    if by_layer:  # as inputs they are there for all layers at once, whichever run
+        text.num_hidden_layers = max(count, len(chosen))
+        if len(chosen) > count:
+            _resize_inputs_by_layer(adapted, by_layer, count, len(chosen))
     if "layer_types" in vars(text) and text.layer_types:
         text.layer_types = [text.layer_types[i] for i in chosen]
     return adapted
+
+
+def _resize_inputs_by_layer(model: PeftModel, size: int, before: int, after: int) -> None:
+    """Resize embeddings and projections whose outputs are `size` numbers for each layer (Gemma 4 E) to more layers."""
+    layers = {module for layer in _layers_of(model, after) for module in layer.modules()}
+    for module in set(model.modules()) - layers:
+        place = 1 if isinstance(module, nn.Embedding) else 0
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 2 and parameter.shape[place] == before * size:
+                shape = [*parameter.shape]
+                shape[place] = after * size
+                resized = torch.empty(shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = nn.Parameter(resized, requires_grad=parameter.requires_grad)
 
 
 def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Ran:
@@ -500,8 +529,8 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
             counted.add(id(module.weight))
     adapters = [p for p in whole.parameters() if p.requires_grad]
     counted |= {id(p) for p in adapters}
-    away = id(base.get_input_embeddings().weight) if config.offload_embedding else None
-    others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted and id(p) != away}
+    counted |= {id(table.weight) for table in token_embeddings(base)} if config.offload_embedding else set()
+    others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted}
     packed = experts.packed_bytes(base)
     resident = {
         "4-bit linear layers": sum(map(nf4_bytes, quantized)),
