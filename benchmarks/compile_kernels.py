@@ -317,6 +317,14 @@ KERNELS = [
         "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 12,
         window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32, PAGED=True,
     ),
+    _tiles(  # 512: Gemma 4's full layers
+        "decode_attention by tiles, 8 x 512, prefix, pages", 12, H=8, GROUP=8, D=512, BLOCK_D=512, ROWS=2, TOKENS=16,
+        PAGED=True,
+    ),
+    _tiles(
+        "decode_attention by tiles, 8 x 512, int8, prefix, pages", 62, NUMBERS=tl.int8, H=8, GROUP=8, D=512,
+        BLOCK_D=512, ROWS=2, TOKENS=16, PAGED=True,
+    ),
     _write("write_token, 2 x 128"),
     _write("write_token, 8 x 256, fp32, without prefixes", key_ptr="*fp32", value_ptr="*fp32", prefilled_ptr=None,
            NUMBERS=tl.float32, KV_HEADS=8, BLOCK_HEADS=8, D=256, BLOCK_D=256),
@@ -324,6 +332,7 @@ KERNELS = [
     _merge("decode_attention merge, 128", 35),
     _merge("decode_attention merge, 64, sinks", 19, sink_ptr="*half", H=64, D=64, BLOCK_D=64),
     _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
+    _merge("decode_attention merge, 512", 131, D=512, BLOCK_D=512),
     _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
     _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),
     _product("nf4_product, down 7B, 64 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=64),

@@ -606,7 +606,7 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 window if window is None else min(window, 2**30), scaling, softcap,
                 NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
                 PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
-                TOKENS=min(128, tile_numbers // block_d) if tiles else None,
+                TOKENS=max(16, min(128, tile_numbers // block_d)) if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
                 num_warps=4, num_stages=STAGES if tiles else 3,
             )  # fmt: skip
@@ -663,8 +663,8 @@ def _check_store(name: str, numbers: Tensor, scales: Tensor | None, own: Tensor)
             f"not {tuple(numbers.shape)} {numbers.dtype}"
         )
     layers, _, _, heads, _, size = numbers.shape
-    if (layers, heads, size) != (own.shape[0], own.shape[3], own.shape[5]) or numbers.dtype != own.dtype or size > 256:
-        raise ValueError(f"{name} must have own's layers, kv heads, head_dim of at most 256, and dtype")
+    if (layers, heads, size) != (own.shape[0], own.shape[3], own.shape[5]) or numbers.dtype != own.dtype or size > 512:
+        raise ValueError(f"{name} must have own's layers, kv heads, head_dim of at most 512, and dtype")
     if (scales is not None) != (numbers.dtype == torch.int8):
         raise ValueError(f"{name}_scales go with int8 keys and values, and with no others")
     if scales is not None and (scales.shape != numbers.shape[:5] or scales.dtype != torch.float16):
