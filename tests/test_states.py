@@ -188,7 +188,7 @@ def test_the_planner_reads_the_bytes_of_states_off_tensors_without_memory(kind):
     settings = HYBRIDS[kind] | (twice if kind == "qwen3_5_text" else {})
     policy = make_policy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), bf16=True)
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=True)
-    whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "bfloat16", False)
+    whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "bfloat16", False, True)
     assert trace._shapes(whole, config)[1] == state_bytes(state_shapes(policy)) > 0
 
 
