@@ -649,12 +649,12 @@ class TestOnAGpu:
             assert ids_of(sampler.run(**sampling)) == ids_of(truth)
             assert sampler.captures.refusal is None
 
-    @pytest.mark.parametrize("kv", ["full", "int8"])
-    def test_graphs_of_one_rollout_serve_the_later_ones(self, kv, monkeypatch):
+    @pytest.mark.parametrize("family, kv", [("qwen2", "full"), ("qwen2", "int8"), ("granite_swa", "full")])
+    def test_graphs_of_one_rollout_serve_the_later_ones(self, family, kv, monkeypatch):
         """And name no memory that was given back, where torch can tell (2.13)."""
         if "check_input_liveness" in inspect.signature(torch.cuda.graph.__init__).parameters:
             monkeypatch.setattr(torch.cuda, "graph", partial(torch.cuda.graph, check_input_liveness=True))
-        policy, longest = make_policy("qwen2", use_cpu=False), 100
+        policy, longest = make_policy(family, use_cpu=False), 100
         settings = dict(rollout_kv=kv, max_completion_length=longest)
         lasting, plain = ShapedSampler(policy, **settings), ShapedSampler(policy, rollout_cuda_graphs=False, **settings)
         for number, pages in enumerate((40, 70, 30, 40)):

@@ -64,9 +64,10 @@ def attend(
     own = getattr(module, "sliding_window", None) if getattr(module, "is_sliding", True) else None
     if own not in (None, sliding_window):  # it counts on the mask for it
         raise UnknownAttention("its attention keeps its sliding window to itself")
-    if value.shape[:3] != key.shape[:3]:
+    of_keys, of_values = key.shape, value.shape  # read once: each layer of a decoding step is here
+    if of_keys != of_values and of_keys[:3] != of_values[:3]:
         raise UnknownAttention("its keys and values are of different numbers")
-    if key.shape[2] != query.shape[2]:
+    if of_keys[2] != query.shape[2]:
         raise UnknownAttention("its attention has other keys than one of each token")
     if dropout:
         raise UnknownAttention("its attention has a dropout")
@@ -80,12 +81,15 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (of.to(torch.get_autocast_dtype(query.device.type)) for of in (query, key, value))
     asked = Scoring(module.layer_idx, scale, sliding_window, softcap, s_aux)
-    size, of_values = key.shape[-1], value.shape[-1]
-    if of_values < size:
-        value = F.pad(value, (0, size - of_values))
-    elif of_values > size:  # zeros of queries and keys add nothing to a score
-        query, key = (F.pad(of, (0, of_values - size)) for of in (query, key))
-    attended = layout.attend(query, key, value, asked)[..., :of_values]
+    if of_keys == of_values:
+        attended = layout.attend(query, key, value, asked)
+    else:
+        more = of_keys[3] - of_values[3]
+        if more > 0:
+            value = F.pad(value, (0, more))
+        else:  # zeros of queries and keys add nothing to a score
+            query, key = (F.pad(of, (0, -more)) for of in (query, key))
+        attended = layout.attend(query, key, value, asked)[..., : of_values[3]]
     return attended.contiguous(), None  # AFMoE's layers view it; others reshape it, which would copy it instead
 
 
