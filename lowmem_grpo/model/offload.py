@@ -57,7 +57,7 @@ def _tiled(forward: Callable[[Tensor], Tensor], checkpoint: Callable) -> Callabl
 
 
 def offload_embedding(model: Any) -> None:
-    """Keep the embeddings that token ids are looked up in in pinned CPU memory: a step reads a few thousand rows.
+    """Keep embeddings of token ids in pinned CPU memory: a step looks up a few thousand of their rows.
 
     Each lookup waits for the ids to come to the CPU, also in every step of sampling.
 
@@ -94,7 +94,7 @@ def _are_one(weight: Tensor, other: Tensor | None) -> bool:
 
 
 def _move_to_cpu(table: nn.Embedding) -> None:
-    """Have a lookup be computed on the CPU, whatever it does besides, and its result come to where the table was."""
+    """Compute a lookup on the CPU, whatever it does besides; its result comes to where the table was."""
     device = table.weight.device
     for tensor in (*table.parameters(recurse=False), *table.buffers(recurse=False)):
         values = tensor.data.cpu()

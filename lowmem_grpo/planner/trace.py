@@ -198,7 +198,7 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
 
 
 def _shapes(whole: PeftModel, config: ModelFields) -> tuple[dict[int, LayerShape], int]:
-    """The LayerShape of each layer that attends, and bytes of all states, from a run of one layer of each kind."""
+    """The LayerShape of each layer that attends, and bytes of all states, from one of each kind."""
     kinds = _kinds(whole)
     distinct = sorted(set(kinds))
     with fake_policy(whole, tuple(distinct), config) as policy:
