@@ -192,7 +192,7 @@ FAMILIES: dict[str, list[Row]] = {
         Row("gpt2", GPT, dense="all"), Row("gpt_bigcode", GPT), Row("gpt_neox"),
         Row("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}), Row("biogpt"),
     ],
-    "GPT-J, GPT-Neo, CodeGen, BLOOM, MPT, Falcon, XGLM": [
+    "GPT-J, GPT-Neo, CodeGen, BLOOM, MPT, Falcon": [
         Row("gptj", {**GPT, "rotary_dim": 8}, padded=OWN, generates=OWN),
         Row("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
             padded=OWN, generates=OWN),
@@ -200,8 +200,6 @@ FAMILIES: dict[str, list[Row]] = {
         Row("bloom", {"n_layer": 2, "n_head": 4}, padded=OWN, generates=OWN),
         Row("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, padded=OWN, generates=OWN),
         Row("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}, padded=OWN, generates=OWN),
-        Row("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}, only_dense=RAW,
-            padded=OWN, generates=OWN),
     ],
     "RWKV": [Row("rwkv", {"attention_hidden_size": 64, "context_length": 256}, padded=OWN, generates=OWN)],
     "RecurrentGemma": [

@@ -56,6 +56,11 @@ def test_the_page_of_settings_is_made_from_the_configuration():
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
 
 
+def test_the_page_of_models_has_what_their_tests_expect():
+    made = runpy.run_path(str(ROOT / "docs/make_models.py"))["page"]()
+    assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == made, "run python docs/make_models.py"
+
+
 def named_in_the_tree(page: str) -> list[str]:
     """Every path of architecture.md: the drawn tree's, by its indentation, and those in the table of places."""
     tree = re.search(r"^```\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
