@@ -22,7 +22,6 @@ from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.kernels.decode_attention import goes_by_addresses
-from lowmem_grpo.model.experts import are_packed
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
 
@@ -62,8 +61,6 @@ class Sampler:
         self.fitting_tokens: int | None = None
         self.samples_dense: bool | None = None
         self.captures = Captures(type(policy.base).__name__, last=config.rollout_graphs_last)
-        if policy.device.type == "cuda" and config.has_cuda_graphs and are_packed(policy.base):
-            self.captures.refuse("which of its experts in 4 bits have tokens is read by the host")
         self.fast_steps: dict[tuple[str, ...], FastStep | None] = {}
 
     def complete(

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lowmem_grpo.model.product_4bit import dequantize_nf4
+from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 
 NAME = "lowmem_grpo"  # by which transformers finds the function
 ROWS = 2048  # of an expert's tokens at once: what they take does not grow with how unevenly tokens are routed
-ASKED = {
-    "has_gate",
-    "has_bias",
-    "has_post_expert_norm",
-    "is_transposed",
-}  # what the interface tells of experts; not in 5.0
+# What transformers tells of experts whose function it asks for; 5.0 does not, and its experts stay in 16 bits.
+ASKED = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
+FEW = 4  # choices, by the number of experts: so many matrices are dequantized in a step that the host does not wait for
+RAISES = 2  # torch.cuda's mode in which the host must not wait for the device
+AT_ONCE = 2**26  # bytes of dequantized matrices in such a step
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of an MXFP4 code mean; the fourth is the sign
 
 
@@ -60,7 +59,7 @@ class Nf4Stack(nn.Module):
         """Quantize matrices (n, *shape) on the stack's device into the places from `first` on, one by one."""
         for place, matrix in enumerate(matrices, first):
             state: Any
-            codes, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
+            codes, state = quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
             self.codes[place], self.scales[place] = codes.flatten(), state.absmax
             self.scales_of_scales[place], self.offsets[place] = state.state2.absmax, state.offset
             self.table.copy_(state.state2.code)
@@ -68,7 +67,17 @@ class Nf4Stack(nn.Module):
     def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
         """One matrix, of the stack's shape, rounded once to dtype."""
         double = (self.scales[place], self.table, self.offsets[place])
-        return dequantize_nf4(self.codes[place].view(-1, 1), self.scales_of_scales[place], double, self.shape, dtype)
+        # As one row: bitsandbytes 0.50's kernel for CPUs scales rows wrongly that are no multiple of a block of 64.
+        row = (1, math.prod(self.shape))
+        codes, of_scales = self.codes[place].view(-1, 1), self.scales_of_scales[place]
+        return dequantize_nf4(codes, of_scales, double, row, dtype).view(self.shape)
+
+    def matrices(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Matrices (P, *shape) by their places (P,), which the host need not know."""
+        of_scales = self.scales_of_scales[places].repeat_interleave(256, dim=1)[:, : self.scales.shape[1]]
+        scales = self.table[self.scales[places].int()] * of_scales + self.offsets[places, None]
+        shape = (len(places), math.prod(self.shape))
+        return from_nf4(self.codes[places].view(-1, 1), scales.flatten(), shape, dtype).view(-1, *self.shape)
 
 
 class Mxfp4Stack(nn.Module):
@@ -98,9 +107,15 @@ class Mxfp4Stack(nn.Module):
 
     def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
         """One matrix, of the stack's shape, in dtype; exact in bfloat16 and float32."""
-        numbers = self.pairs.to(dtype)[self.blocks[place].int()]  # (out, in / 32, 16, 2)
-        exponents = self.scales[place].int() - 127
-        return torch.ldexp(numbers, exponents[..., None, None], out=numbers).view(self.shape)
+        return self._numbers(self.blocks[place], self.scales[place], dtype).view(self.shape)
+
+    def matrices(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Matrices (P, *shape) by their places (P,), which the host need not know."""
+        return self._numbers(self.blocks[places], self.scales[places], dtype).view(-1, *self.shape)
+
+    def _numbers(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        numbers = self.pairs.to(dtype)[blocks.int()]  # (..., out, in / 32, 16, 2)
+        return torch.ldexp(numbers, (scales.int() - 127)[..., None, None], out=numbers)
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -177,26 +192,29 @@ def packed_codes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Expert(NamedTuple):
-    """One expert's weights in the compute dtype."""
+    """The weights of one expert in the compute dtype; of P experts, with a dimension of P before the others."""
 
     weight_in: Tensor  # (in, width)
-    bias_in: Tensor | None
+    bias_in: Tensor | None  # (width,), of several (P, 1, width)
     weight_out: Tensor  # (width, out)
     bias_out: Tensor | None
 
 
-def _dequantized(experts: Any, number: int, dtype: torch.dtype) -> Expert:
+def _dequantized(experts: Any, which: int | Tensor, dtype: torch.dtype) -> Expert:
     found: list[Any] = []
     for name in weight_names(experts):
         stack = getattr(experts, packed_name(name))
-        matrix = stack.matrix(number, dtype)
-        bias = getattr(experts, f"{name}_bias")[number].detach().to(dtype) if experts.has_bias else None
-        found += [matrix if stack.inputs_first else matrix.t(), bias]
+        weight = stack.matrix(which, dtype) if isinstance(which, int) else stack.matrices(which, dtype)
+        found.append(weight if stack.inputs_first else weight.mT)
+        bias = getattr(experts, f"{name}_bias")[which].detach().to(dtype) if experts.has_bias else None
+        found.append(bias if bias is None or isinstance(which, int) else bias[:, None])
     return Expert(*found)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight) if x.dim() == 2 else torch.baddbmm(bias, x, weight)
 
 
 def _output(experts: Any, expert: Expert, x: Tensor) -> Tensor:
@@ -211,6 +229,8 @@ def by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
 
     An expert of number num_experts is none: some routers leave a token out so.
     """
+    if chosen.is_cuda and torch.cuda.get_sync_debug_mode() == RAISES:
+        raise RuntimeError("which of its experts in 4 bits have tokens is read by the host")
     experts, order = chosen.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(num_experts, device=chosen.device), right=True).tolist()
     return order, [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
@@ -267,10 +287,32 @@ class _Experts(torch.autograd.Function):
         return for_hidden.to(hidden.dtype), for_weights.view_as(weights), None, None, None
 
 
+def few_tokens(experts: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of packed experts in calls that do not depend on the choices, without a gradient.
+
+    Such calls can be captured. They dequantize an expert for each choice of each token, AT_ONCE bytes at a time.
+    """
+    rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(chosen.shape[1])
+    places = chosen.flatten().clamp(max=experts.num_experts - 1)
+    largest = max(math.prod(getattr(experts, packed_name(name)).shape) for name in weight_names(experts))
+    count = max(1, AT_ONCE // (largest * dtype.itemsize))
+    parts = [
+        _output(experts, _dequantized(experts, which, dtype), hidden[row].to(dtype)[:, None])[:, 0]
+        for which, row in zip(places.split(count), rows.split(count), strict=True)
+    ]
+    shares = weights.masked_fill(chosen >= experts.num_experts, 0).flatten()
+    found = torch.cat(parts) * shares[:, None]
+    return found.float().view(*chosen.shape, -1).sum(1).to(hidden.dtype)
+
+
 def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """The output (N, D) of packed experts for hidden (N, D), of which chosen (N, k) take part by weights (N, k)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # On a GPU, where the experts one by one are hundreds of launches; on a CPU they are what dequantizes least.
+    if device == "cuda" and not torch.is_grad_enabled() and chosen.numel() <= FEW * experts.num_experts:
+        with torch.autocast(device, enabled=False):
+            return few_tokens(experts, hidden, weights, chosen, dtype)
     return _Experts.apply(hidden, weights, chosen, experts, dtype)
 
 

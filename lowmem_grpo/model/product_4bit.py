@@ -48,7 +48,12 @@ def dequantize_nf4(
 
     double has the scales' codes, what those mean, and the offset.
     """
-    return _dequantize(codes, _scales(scales_of_scales, *double), 64, "nf4", shape, dtype)
+    return from_nf4(codes, _scales(scales_of_scales, *double), shape, dtype)
+
+
+def from_nf4(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A weight of a shape from NF4 codes (bytes, 1), of which each 64 have a scale in fp32, rounded once to dtype."""
+    return _dequantize(codes, scales, 64, "nf4", shape, dtype)
 
 
 def _scales(scales_of_scales: Tensor, codes: Tensor, table: Tensor, offset: Tensor) -> Tensor:
