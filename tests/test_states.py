@@ -18,6 +18,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.graphs import Kept
+from lowmem_grpo.generate.layers import Unknown, read
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
@@ -243,3 +244,8 @@ def test_a_run_of_a_model_with_states_resumes_bit_for_bit_and_is_sampled_from(tm
         config = SampleConfig(output=str(output), num_generations=2, max_completion_length=8, use_cpu=True, bf16=False)
         sample(str(tmp_path / "whole/out/adapter"), ROWS[:3], length_reward, config)
     assert len(output.read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_a_fast_step_says_that_it_knows_no_states():
+    with pytest.raises(Unknown, match="it has layers that keep a state"):
+        read(make_policy("lfm2"))

@@ -20,6 +20,7 @@ from lowmem_grpo.kernels.nf4_product import Weight
 from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, pieces
 
@@ -130,6 +131,8 @@ def read(policy: Policy) -> Outline:
         Unknown: a parameter that nothing accounts for, or a part that answers a probe as no known one does.
     """
     decoder, dtype = policy.decoder, policy.dtype
+    if mixers(decoder):
+        raise Unknown("it has layers that keep a state")
     for name in ("embed_tokens", "layers", "norm"):
         if not hasattr(decoder, name):
             raise Unknown(f"its decoder has no {name}")
