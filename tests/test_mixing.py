@@ -194,6 +194,26 @@ def test_in_4_bits_and_computed_again_they_are_too(family, policies):
     assert_as_alone(policies(family, gradient_checkpointing=True, **settings), batches(*texts()))
 
 
+def test_scores_of_packed_texts_have_gradients_as_each_alone(policies):
+    """In 4 bits and computed again, by an adapter of its own, as a critic's and a reward adapter's."""
+    policy = policies(KINDS[0], gradient_checkpointing=True, tiled_mlp=True)
+    policy.add("critic", copy_of=policy.adapter)
+    policy.add_score_head("critic", seed=1)
+    found = []
+    for micro_batches in (list(alone(*texts())), batches(*texts())):
+        policy.model.zero_grad()
+        with policy.wearing("critic"):
+            scores = [policy.scores(batch) for batch in micro_batches]
+        for one in scores:  # whose backward is outside, where another adapter is worn
+            one.square().sum().backward()
+        scores = torch.cat(scores)[torch.cat([batch.token_index for batch in micro_batches]).argsort()]
+        gradients = [p.grad.flatten() for p in policy.adapters.parameters_of("critic").values()]
+        found.append((scores, torch.cat(gradients)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+    assert found[0][1].norm() > 0
+
+
 @few
 def test_padded_rows_have_hidden_states_and_gradients_as_each_sequence_alone(family, policies):
     """Padding stands on the right, where no state looks ahead."""
