@@ -237,7 +237,7 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
         return run(*range(len(kinds)))
     distinct = sorted(set(kinds))
-    all_kinds = run(*(kind for kind in distinct for _ in range(2)))
+    all_kinds = run(*distinct, *distinct)  # in turn: what one kind makes for all of its layers, others find in memory
     # What one more layer of a kind keeps, and what it takes besides while it is at work.
     keeps = {kind: run(kind, kind, kind).kept - run(kind, kind).kept for kind in distinct}
     works = {kind: run(kind, kind, kind).peak - run(kind, kind, kind).kept for kind in distinct}
@@ -355,14 +355,18 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
                 vars(module)["layer_idx"] = place
     adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
     text = _text_config(adapted)
+    types = {name: own for name in ("layer_types", "layers_block_type") if (own := getattr(text, name, None))}
     by_layer, count = getattr(text, "hidden_size_per_layer_input", None), text.num_hidden_layers
     text.num_hidden_layers = len(chosen)
     if by_layer:  # as inputs they are there for all layers at once, whichever run
         text.num_hidden_layers = max(count, len(chosen))
         if len(chosen) > count:
             _resize_inputs_by_layer(adapted, by_layer, count, len(chosen))
-    if "layer_types" in vars(text) and text.layer_types:
-        text.layer_types = [text.layer_types[i] for i in chosen]
+    for name, own in types.items():
+        if name in vars(text):
+            setattr(text, name, [own[i] for i in chosen])
+        else:  # computed from a period, as Jamba's, or from a list of layers
+            text.__class__ = type(type(text).__name__, (type(text),), {name: [own[i] for i in chosen]})
     return adapted
 
 
