@@ -149,11 +149,11 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
     watched = cast(TrainingConfig, Watched(config, read))
     try:
         whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code, watched.load_in_4bit)
-        padded = _why_padded(whole, watched)
+        padded = _why_padded(whole, watched.compute_dtype)
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        layers, states = ({}, 0) if padded else _shapes(whole, watched)
+        layers, states = ({}, 0) if padded else _shapes(whole, watched.compute_dtype)
         ran = run_layers(whole, watched, layers)
         return Traced(*_resident(whole, watched), ran, layers, states, padded, generated)
     except (InputError, torch.OutOfMemoryError):
@@ -181,12 +181,13 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool, load_in_4bit
         return add_adapter(base.requires_grad_(False), adapter)
 
 
-def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
+@lru_cache(maxsize=4)
+def _why_padded(whole: PeftModel, compute_dtype: str) -> str | None:
     """The reason why a model can neither be packed nor sampled by the engine, as far as shapes show it."""
     reason = refusal(whole.get_base_model())
     if reason is not None:
         return reason
-    with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), config) as policy:
+    with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), _computing(compute_dtype)) as policy:
         reason = by_itself(policy)
         if reason is None:
             try:
@@ -197,11 +198,12 @@ def _why_padded(whole: PeftModel, config: ModelFields) -> str | None:
         return reason
 
 
-def _shapes(whole: PeftModel, config: ModelFields) -> tuple[dict[int, LayerShape], int]:
+@lru_cache(maxsize=4)
+def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], int]:
     """The LayerShape of each layer that attends, and bytes of all states, from one of each kind."""
     kinds = _kinds(whole)
     distinct = sorted(set(kinds))
-    with fake_policy(whole, tuple(distinct), config) as policy:
+    with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy:
         of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
         states = {distinct[place]: state_bytes({place: named}) for place, named in state_shapes(policy).items()}
     layers = {}
@@ -211,6 +213,11 @@ def _shapes(whole: PeftModel, config: ModelFields) -> tuple[dict[int, LayerShape
             last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
             layers[number] = of_kind[kind]._replace(source=last)
     return layers, sum(states.get(kind, 0) for kind in kinds)
+
+
+def _computing(compute_dtype: str) -> ModelFields:
+    """Settings under which layers compute in a dtype, and keep what they like."""
+    return ModelFields(bf16=compute_dtype == "bfloat16", fp16=compute_dtype == "float16", gradient_checkpointing=False)
 
 
 def run_layers(whole: PeftModel, config: TrainingConfig, layers: dict[int, LayerShape]) -> Ran:
@@ -234,13 +241,22 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
         with fake_policy(whole, (*sorted(sources), *chosen), config) as policy:
             return run_few(policy, config, lengths)
 
+    @cache
+    def trained(*chosen: int) -> tuple[int, int]:
+        """(bytes kept, bytes at the peak) of a pass with a backward."""
+        with fake_policy(whole, chosen, config) as policy:
+            batch = _first_micro_batch(config, lengths, policy.device)
+            return _activations(policy, batch, config.has_entropy_bonus)[:2]
+
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
         return run(*range(len(kinds)))
     distinct = sorted(set(kinds))
     all_kinds = run(*distinct, *distinct)  # in turn: what one kind makes for all of its layers, others find in memory
     # What one more layer of a kind keeps, and what it takes besides while it is at work.
-    keeps = {kind: run(kind, kind, kind).kept - run(kind, kind).kept for kind in distinct}
-    works = {kind: run(kind, kind, kind).peak - run(kind, kind, kind).kept for kind in distinct}
+    two = {kind: all_kinds.kept if len(distinct) == 1 else trained(kind, kind)[0] for kind in distinct}
+    three = {kind: trained(kind, kind, kind) for kind in distinct}
+    keeps = {kind: three[kind][0] - two[kind] for kind in distinct}
+    works = {kind: peak - kept for kind, (kept, peak) in three.items()}
     common = all_kinds.kept - 2 * sum(keeps.values())
     if config.activation_offloading:  # the inputs of two layers are on the device at a time
         kept = common + 2 * max(keeps.values())
@@ -253,6 +269,7 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     return replace(all_kinds, kept=kept, peak=peak)
 
 
+@lru_cache(maxsize=4)
 def _kinds(whole: PeftModel) -> list[int]:
     """The index, for each layer, of the first with its modules, parameters and attention."""
     layers = _layers(whole)
