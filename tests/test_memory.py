@@ -336,7 +336,7 @@ def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_ha
     kind, settings = BY_LAYER["gemma4, E"]
     few = {"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7, "num_kv_shared_layers": 3}
     model, config = AutoConfig.for_model(kind, **{**settings, **few}), GRPOConfig(**TASK, **RUNGS["padded"])
-    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False)
+    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     with trace.fake_policy(whole, tuple(range(7)), config) as policy:
         ran, layers = trace.run_few(policy, config, trace.largest_steps(config)[0]), policy.layer_shapes
     assert [layer.source for layer in layers.values()] == [0, 1, 2, 3, 3, 3, 3]
