@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, cast
@@ -235,16 +235,17 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     """
     kinds = _kinds(whole)
 
-    @cache
-    def run(*chosen: int) -> Ran:
+    def with_sources(chosen: tuple[int, ...]) -> tuple[int, ...]:
         sources = {source_of[kind] for kind in chosen if kind in source_of} - set(chosen)
-        with fake_policy(whole, (*sorted(sources), *chosen), config) as policy:
+        return (*sorted(sources), *chosen)
+
+    def run(*chosen: int) -> Ran:
+        with fake_policy(whole, with_sources(chosen), config) as policy:
             return run_few(policy, config, lengths)
 
-    @cache
     def trained(*chosen: int) -> tuple[int, int]:
-        """(bytes kept, bytes at the peak) of a pass with a backward."""
-        with fake_policy(whole, chosen, config) as policy:
+        """(bytes kept, bytes at the peak) of a forward and backward, without the other passes of a step."""
+        with fake_policy(whole, with_sources(chosen), config) as policy:
             batch = _first_micro_batch(config, lengths, policy.device)
             return _activations(policy, batch, config.has_entropy_bonus)[:2]
 
