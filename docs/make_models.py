@@ -14,11 +14,10 @@ def said(row: Row) -> tuple[str, str, str]:
     """How a row is sampled from, how it is trained, and what of it is in 4 bits."""
     if row.refused:
         return "refused at load", "-", "-"
-    dense = {"": "linear layers, experts", "experts": "linear layers", "all": "nothing if loaded"}[row.dense]
     return (
         "`generate`" if row.generates else "engine",
         "padded" if row.padded else "packed",
-        "refused: load_in_4bit=False" if row.only_dense else dense,
+        "no: `load_in_4bit=False`" if row.only_dense else "yes",
     )
 
 

@@ -49,7 +49,7 @@ class Row:
     padded: str = PACKED  # words of why it is trained on padded rows
     generates: str = ENGINE  # words of why transformers' generate samples from it
     refused: str = ""  # words of why it is refused at load
-    dense: str = ""  # what stays in 16 bits beside head and embedding, under load_in_4bit
+    planned_packed: bool = False  # whether the planner, which has no numbers to compare, takes it for packed
     only_dense: str = ""  # words of why it is refused with load_in_4bit
 
     @property
@@ -66,17 +66,18 @@ def rows(*kinds: str, **expected: Any) -> list[Row]:
     return [Row(kind, **expected) for kind in kinds]
 
 
-EXPERTS = "experts"
 RAW = "cannot be trained here"  # a layer reads the weight of another past its forward
+MIXES = "mixes tokens in a way of its own"
+IN_PLACE = "is at version 1; expected version 0"  # a layer that writes into its states
 OWN = "attention cannot be replaced"
-STATE = "layers of"
+FORGETS = "does not go on from its recurrent state"
 FAMILIES: dict[str, list[Row]] = {
     "Qwen 2, 2.5, 3": [Row("qwen2"), Row("qwen3", HEADS)],
-    "Qwen 2, 3 mixtures (A3B)": [Row("qwen2_moe", SHARED, dense=EXPERTS), Row("qwen3_moe", {**HEADS, **MOE}, dense=EXPERTS)],
+    "Qwen 2, 3 mixtures (A3B)": [Row("qwen2_moe", SHARED), Row("qwen3_moe", {**HEADS, **MOE})],
     "Qwen 3.5, 3.6, 3-Next": [
-        Row("qwen3_5_text", {**HEADS, **DELTA}, padded=STATE, generates=STATE),
-        Row("qwen3_5_moe_text", {**HEADS, **DELTA, **SHARED}, padded=STATE, generates=STATE, dense=EXPERTS),
-        Row("qwen3_next", {**HEADS, **DELTA, **SHARED}, padded=STATE, generates=STATE, dense=EXPERTS),
+        Row("qwen3_5_text", {**HEADS, **DELTA}),
+        Row("qwen3_5_moe_text", {**HEADS, **DELTA, **SHARED}),
+        Row("qwen3_next", {**HEADS, **DELTA, **SHARED}),
     ],
     "Llama 2, 3": [Row("llama"), Row("arcee"), Row("internlm3", HEADS)],
     "Llama 4": [
@@ -91,9 +92,9 @@ FAMILIES: dict[str, list[Row]] = {
         Row("mistral", {"sliding_window": 24}), Row("ministral", {**HEADS, **WINDOW}), Row("ministral3", HEADS),
     ],
     "Mixtral, PhiMoE, MiniMax M2": [
-        Row("mixtral", LOCAL, dense=EXPERTS),
-        Row("phimoe", LOCAL | {"router_jitter_noise": 0.0}, dense=EXPERTS),
-        Row("minimax_m2", {**HEADS, **LOCAL}, dense=EXPERTS),
+        Row("mixtral", LOCAL),
+        Row("phimoe", LOCAL | {"router_jitter_noise": 0.0}),
+        Row("minimax_m2", {**HEADS, **LOCAL}),
     ],
     "Gemma 1, 2, 3": [
         Row("gemma", HEADS), Row("gemma2", {**HEADS, "sliding_window": 24, "final_logit_softcapping": 30.0}),
@@ -110,86 +111,83 @@ FAMILIES: dict[str, list[Row]] = {
         Row("gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}, "31B"),
         Row("gemma4_text", {**PER_LAYER, "global_head_dim": 32}, "E2B, E4B"),
         Row("gemma4_text", {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
-                            "moe_intermediate_size": 32}, "26B-A4B", dense=EXPERTS),
+                            "moe_intermediate_size": 32}, "26B-A4B"),
     ],
-    "gpt-oss": [Row("gpt_oss", {**HEADS, **WINDOW, **LOCAL}, dense=EXPERTS)],
+    "gpt-oss": [Row("gpt_oss", {**HEADS, **WINDOW, **LOCAL})],
     "Phi": [Row("phi"), Row("phi3")],
     "Granite 3": [
         Row("granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.08}),
-        Row("granitemoe", LOCAL, dense=EXPERTS),
-        Row("granitemoeshared", {**LOCAL, "shared_intermediate_size": 64}, dense=EXPERTS),
+        Row("granitemoe", LOCAL),
+        Row("granitemoeshared", {**LOCAL, "shared_intermediate_size": 64}),
     ],
     "Granite 4 hybrid, Bamba": [
         Row("granitemoehybrid", {"layer_types": ["mamba", "attention"], "num_local_experts": 0,
-                                 "shared_intermediate_size": 64, **MAMBA}, padded=STATE, generates=STATE),
-        Row("bamba", {"attn_layer_indices": [1], **MAMBA}, padded=STATE, generates=STATE),
+                                 "shared_intermediate_size": 64, **MAMBA}),
+        Row("bamba", {"attn_layer_indices": [1], **MAMBA}),
     ],
     "LFM 2, 2.5, 3": [
-        Row("lfm2", {**CONV, "block_auto_adjust_ff_dim": False}, padded=STATE, generates=STATE),
-        Row("lfm2_moe", {**CONV, **MOE, "num_dense_layers": 1}, padded=STATE, generates=STATE, dense=EXPERTS),
-        Row("lfm3", {**CONV, **HEADS}, padded=STATE, generates=STATE),
+        Row("lfm2", {**CONV, "block_auto_adjust_ff_dim": False}),
+        Row("lfm2_moe", {**CONV, **MOE, "num_dense_layers": 1}),
+        Row("lfm3", {**CONV, **HEADS}),
     ],
     "Falcon-H1, Nemotron-H, Zamba 2": [
         Row("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
-                          "mamba_n_groups": 1, "num_hidden_layers": 1}, padded=STATE, generates=STATE),
+                          "mamba_n_groups": 1, "num_hidden_layers": 1}),
         Row("nemotron_h", {**HEADS, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
-                           "layers_block_type": ["mamba", "attention", "mlp"]}, padded=STATE, generates=STATE),
+                           "layers_block_type": ["mamba", "attention", "mlp"]}),
         Row("zamba2", {"n_mamba_heads": 8, "mamba_d_state": 8, "mamba_ngroups": 1, "adapter_rank": 8,
-                       "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4},
-            padded=STATE, generates=STATE),
+                       "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 4}),
     ],
     "Mamba 2": [
-        Row("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1},
-            padded=STATE, generates=STATE),
+        Row("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}),
     ],
     "Mamba 1, Falcon-Mamba, Jamba": [
-        Row("mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=STATE, generates=STATE),
-        Row("falcon_mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=STATE, generates=STATE),
+        Row("mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
+        Row("falcon_mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
         Row("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
-                      "mamba_d_state": 4, "mamba_dt_rank": 4}, only_dense=RAW, padded=STATE, generates=STATE, dense=EXPERTS),
+                      "mamba_d_state": 4, "mamba_dt_rank": 4}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
     ],
     "OLMo 1, 2, 3": [
         *rows("olmo", "olmo2"), Row("olmo3", WINDOW),
-        Row("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, dense=EXPERTS),
+        Row("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     ],
     "OLMo hybrid": [
-        Row("olmo_hybrid", {"layer_types": DELTA["layer_types"]}, padded=STATE, generates=STATE),
+        Row("olmo_hybrid", {"layer_types": DELTA["layer_types"]}),
     ],
     "DeepSeek 2, 3, GLM 4.7 Flash, MiniCPM 3, Youtu (MLA)": [
-        Row("deepseek_v2", {**MLA, **ROUTED}, dense=EXPERTS),
-        Row("deepseek_v3", {**MLA, **ROUTED}, dense=EXPERTS),
-        Row("glm4_moe_lite", {**MLA, **ROUTED, "mlp_layer_types": ["dense", "sparse"]},
-            dense=EXPERTS),
+        Row("deepseek_v2", {**MLA, **ROUTED}),
+        Row("deepseek_v3", {**MLA, **ROUTED}),
+        Row("glm4_moe_lite", {**MLA, **ROUTED, "mlp_layer_types": ["dense", "sparse"]}),
         Row("minicpm3", MLA),
         Row("youtu", MLA),
     ],
-    "GLM 4, 4.5": [Row("glm", HEADS), Row("glm4", HEADS), Row("glm4_moe", {**HEADS, **ROUTED}, dense=EXPERTS)],
+    "GLM 4, 4.5": [Row("glm", HEADS), Row("glm4", HEADS), Row("glm4_moe", {**HEADS, **ROUTED})],
     "SmolLM 3": [Row("smollm3", {"no_rope_layers": [1, 0]})],
-    "EXAONE 4": [Row("exaone4", WINDOW), Row("exaone_moe", {**WINDOW, **MOE}, dense=EXPERTS)],
+    "EXAONE 4": [Row("exaone4", WINDOW), Row("exaone_moe", {**WINDOW, **MOE})],
     "Cohere, Command": [Row("cohere", {"logit_scale": 0.0625}), Row("cohere2", WINDOW)],
     "ERNIE 4.5": [
         Row("ernie4_5", HEADS),
         Row("ernie4_5_moe", {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 4,
-                             "moe_num_shared_experts": 1}, dense=EXPERTS),
+                             "moe_num_shared_experts": 1}),
     ],
     "Hunyuan 1": [
         Row("hunyuan_v1_dense", HEADS),
-        Row("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}, dense=EXPERTS),
+        Row("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}),
     ],
     "Seed-OSS, Apertus, Helium, Nemotron, BitNet, StarCoder 2, StableLM, nanochat, AFMoE": [
         Row("seed_oss", HEADS), *rows("apertus", "nemotron", "bitnet", "starcoder2", "stablelm"), Row("helium", HEADS),
         Row("nanochat", {"num_key_value_heads": 4}),
-        Row("afmoe", {**HEADS, **MOE, "sliding_window": 24, "num_dense_layers": 1}, only_dense=RAW),
+        Row("afmoe", {**HEADS, **MOE, "sliding_window": 24, "num_dense_layers": 1}),
     ],
     "MiniMax 1, Kimi Linear": [
-        Row("minimax", {"layer_types": DELTA["layer_types"], "block_size": 16, **LOCAL}, padded=STATE, generates=STATE,
-            dense=EXPERTS),
+        Row("minimax", {"layer_types": DELTA["layer_types"], "block_size": 16, **LOCAL}, padded=MIXES, generates=MIXES),
         Row("kimi_linear", {**MLA, **MOE, "q_lora_rank": None, "layer_types": DELTA["layer_types"],
                             "linear_head_dim": 16, "linear_num_heads": 4, "num_local_experts": 4,
-                            "mlp_layer_types": ["dense", "sparse"]}, padded=STATE, generates=STATE, dense=EXPERTS),
+                            "mlp_layer_types": ["dense", "sparse"]}, padded=IN_PLACE, generates=IN_PLACE,
+            planned_packed=True),
     ],
     "GPT-2, GPT-NeoX, OPT, BioGPT": [
-        Row("gpt2", GPT, dense="all"), Row("gpt_bigcode", GPT), Row("gpt_neox"),
+        Row("gpt2", GPT), Row("gpt_bigcode", GPT), Row("gpt_neox"),
         Row("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}), Row("biogpt"),
     ],
     "GPT-J, GPT-Neo, CodeGen, BLOOM, MPT, Falcon": [

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
@@ -35,6 +36,7 @@ from lowmem_grpo.model.quantizer import in_4bit, reading_as_before
 from lowmem_grpo.model.towers import auto_class, made_without_towers, set_aside
 from lowmem_grpo.model.trial import refuse_untrainable
 
+LINEAR = (nn.Linear, Conv1D)  # what bitsandbytes' loader puts in 4 bits, and no subclass of theirs
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 
 
@@ -242,18 +244,19 @@ def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Put a model's linear layers, but for the head, on the device in NF4 with double quantization, one by one.
 
-    The dense weight is let go before the next layer's turn, so the device never holds more than one.
+    The dense weight is let go before the next layer's turn, so the device never holds more than one. GPT-2's Conv1D is
+    a linear layer with its weight as (in, out).
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    names = [name for name, module in model.named_modules() if type(module) in LINEAR and module is not head]
     for name in names:
         linear: Any = model.get_submodule(name)
+        dense = linear.weight.data.t().contiguous() if type(linear) is Conv1D else linear.weight.data
+        outputs, inputs = dense.shape
         with torch.device("meta"):
-            small = Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
-            )
+            small = Linear4bit(inputs, outputs, linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
         weight: Any = Params4bit  # its __new__ has the arguments, which a type checker does not see
-        small.weight = weight(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
+        small.weight = weight(dense.to(dtype), requires_grad=False, quant_type="nf4")
         small.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small.to(device))  # the move quantizes

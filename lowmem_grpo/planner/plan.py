@@ -397,6 +397,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
 def _parts(text: PreTrainedConfig, layers: dict[int, LayerShape]) -> int:
     """Number of fp32 parts of a row of the decoding step's largest product."""
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 0
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # Gemma 3n has one a layer
     products = [([inner, inner], hidden), ([hidden], inner)]
     for heads, kv_heads, head_dim, _ in set(layers.values()):
         queries, keys = heads * head_dim, kv_heads * head_dim

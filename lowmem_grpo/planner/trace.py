@@ -34,7 +34,7 @@ from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
-from lowmem_grpo.model.load import equip
+from lowmem_grpo.model.load import LINEAR, equip
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.policy import Policy
@@ -546,7 +546,7 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
     quantized, counted = [], set()
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
-        if type(module) is nn.Linear and module is not head and "lora_" not in name and config.load_in_4bit:
+        if type(module) in LINEAR and module is not head and "lora_" not in name and config.load_in_4bit:
             quantized.append(module.weight.numel())
             counted.add(id(module.weight))
     adapters = [p for p in whole.parameters() if p.requires_grad]
