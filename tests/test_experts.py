@@ -76,6 +76,7 @@ DISTINCT = {"qwen3_moe", "gpt_oss", "gemma4_text", "nemotron_h"}  # the others r
 CPU = torch.device("cpu")
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO_MODEL)
 SETTINGS = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+EXPERT = "model.layers.0.mlp.experts.2.gate_proj.weight"
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 
 
@@ -263,8 +264,7 @@ def test_experts_stay_as_they_are_without_load_in_4bit(tmp_path):
 def test_experts_that_an_older_transformers_put_in_4_bits_apart_are_refused(tmp_path):
     model = make_mixture()
     plain = saved(model, tmp_path / "plain")
-    in_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    folder = saved(AutoModelForCausalLM.from_pretrained(plain, quantization_config=in_4bit), tmp_path / "model")
+    folder = saved(quantized(plain), tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     for name in [name for name in weights if ".experts." in name]:
         weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)
@@ -272,6 +272,12 @@ def test_experts_that_an_older_transformers_put_in_4_bits_apart_are_refused(tmp_
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="its experts are in 4 bits in a form .*; take its unquantized form"):
         load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def quantized(folder):
+    """The model of a folder with linear layers in 4 bits, as transformers loads it."""
+    in_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=in_4bit)
 
 
 def test_the_engine_samples_by_the_probabilities_of_a_training_forward():
@@ -372,6 +378,47 @@ def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path):
         torch.testing.assert_close(found, truth, atol=2e-6, rtol=1e-5)
     key = Key(AutoConfig.from_pretrained(tmp_path), LoraConfig(target_modules="all-linear"))
     assert packed_bytes(skeleton(key, "bfloat16", False, True)) == packed_bytes(policy.base)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.pop(EXPERT),
+            "mlp.experts.gate_up_proj of 3 x 64 x 64, and by its config.json it is of 4 x 64 x 64",
+        ),
+        (lambda w: w.update({EXPERT: w[EXPERT].t()}), "what it has of .*experts.gate_up_proj does not fit together"),
+        (lambda w: w.update({EXPERT.replace(".2.", ".4."): w[EXPERT] + 1}), "gate_up_proj of 5 x 64 x 64, and by"),
+        (lambda w: w.update({x: w[x][:, :16] for x in w if "down" in x}), "down_proj of 4 x 64 x 16, and by its"),
+    ],
+)
+def test_experts_that_do_not_fit_the_configuration_are_named(change, message, tmp_path):
+    folder = saved(make_mixture(num_hidden_layers=1), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(
+        {x: y.contiguous() for x, y in weights.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(InputError, match=message):
+        load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_what_an_mxfp4_checkpoint_lacks_is_named_as_in_its_files(tmp_path):
+    mxfp4_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="has no model.layers.1.mlp.experts.down_proj_scales"):
+        load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_a_model_with_packed_experts_is_not_saved_without_them(tmp_path):
+    folder = saved(make_mixture(), tmp_path / "model")
+    for model in (make_mixture(), folder, get_peft_model(quantized(folder), LoraConfig(target_modules=["q_proj"]))):
+        policy = load_policy(model, TOKENIZER, GRPOConfig(**SETTINGS))
+        policy.save(tmp_path / "adapter")
+        with pytest.raises(InputError, match="experts are in 4 bits, .* and cannot be saved; save the adapter"):
+            policy.model.unload().save_pretrained(tmp_path / "again")
 
 
 def test_an_mxfp4_checkpoint_is_not_taken_in_16_bits(tmp_path):

@@ -6,6 +6,7 @@ function is ours: it sorts the tokens by expert, dequantizes that expert's two m
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 
 NAME = "lowmem_grpo"  # by which transformers finds the function
@@ -138,6 +140,12 @@ def packed_name(name: str) -> str:
     return "weights_out" if name == "down_proj" else "weights_in"
 
 
+def name_in_file(name: str) -> str:
+    """The name of a model's tensor in its checkpoint, where it is another in MXFP4: down_proj_scales."""
+    name = re.sub(r"weights_out\.(blocks|scales)$", r"down_proj_\1", name)
+    return re.sub(r"weights_in\.(blocks|scales)$", r"gate_up_proj_\1", name)
+
+
 def empty_stack(experts: Any, name: str, device: Any) -> Nf4Stack:
     """A stack that holds what a parameter of experts does."""
     num, *shape = experts._parameters[name].shape
@@ -161,6 +169,20 @@ def pack_experts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             for place, matrix in enumerate(weights):
                 stack.pack(place, matrix[None].to(device, dtype))
             install(experts, name, stack)
+    keep_from_files(model)
+
+
+def keep_from_files(model: Any) -> None:
+    """Have save_pretrained() of a model with packed experts raise InputError: it would leave the experts out."""
+    if are_packed(model):
+        model.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "the model's experts are in 4 bits, in a form that only lowmem_grpo has in memory, and cannot be saved; save "
+        "the adapter, and merge it into the model as it was, loaded anew without 4 bits"
+    )
 
 
 def lay_out(model: nn.Module, mxfp4: bool) -> None:

@@ -25,7 +25,7 @@ from lowmem_grpo.model.adapters import active_adapter, add_adapter, expected_war
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.chat_template import reading_texts, template_of_processor
 from lowmem_grpo.model.checkpointing import checkpoint_layers
-from lowmem_grpo.model.experts import pack_experts
+from lowmem_grpo.model.experts import name_in_file, pack_experts
 from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, read_config, without_weights
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
@@ -172,7 +172,7 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
     names = names_of(base, saved)
     if isinstance(model, PeftModel):
         if config.load_in_4bit:
-            pack_experts(model, device, dtype)
+            pack_experts(base, device, dtype)
         model.set_requires_grad(list(model.peft_config))  # also of those that are not worn, which stay fp32 so
         adapted = _placed(model, device, dtype)
     elif isinstance(model, PreTrainedModel):
@@ -220,13 +220,14 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     model, report = loaded
     mismatched = [*report["mismatched_keys"], *_quantized_to_other_shapes(model)]
     if mismatched:
-        weight, found, wanted = min(mismatched)
+        weight, *shapes = min(mismatched)
+        found, wanted = (" x ".join(map(str, shape)) for shape in shapes)
         raise InputError(
-            f"model {name!r} has a {weight} of {' x '.join(map(str, found))}, and by its config.json it is of "
-            f"{' x '.join(map(str, wanted))}; take both files from one save"
+            f"model {name!r} has a {name_in_file(weight)} of {found}, and by its config.json it is of {wanted}; take "
+            "both files from one save"
         )
     if report["missing_keys"]:
-        lacking = min(report["missing_keys"])
+        lacking = name_in_file(min(report["missing_keys"]))
         raise InputError(f"model {name!r} has no {lacking}, which transformers made up at random; name a whole model")
     return model
 

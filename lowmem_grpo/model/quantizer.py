@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist, Weig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.experts import (
     NAME,
     Mxfp4Stack,
@@ -26,6 +26,7 @@ from lowmem_grpo.model.experts import (
     empty_stack,
     experts_of,
     install,
+    keep_from_files,
     lay_out,
     packed_name,
     weight_names,
@@ -129,6 +130,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         for module in model.modules():
             if isinstance(module, Mxfp4Stack):
                 module.fill_table()
+        keep_from_files(model)
         # From here on it is a model of bitsandbytes' as any other.
         model.config.quantization_config = self.quantization_config.plain
         model.quantization_method = self.quantization_config.plain.quant_method
@@ -174,38 +176,44 @@ class Packing(WeightConverter):
         path, _, name = layer_name.rpartition(".")
         experts, waiting = model.get_submodule(path), dict(self.collected_tensors)
         expected, stack, first = tuple(experts._parameters[name].shape), None, 0
-        for given in _turns(self.operations, waiting):
+        turns = [waiting]
+        if isinstance(self.operations[0], MergeModulelist) and self.operations[0].dim == 0:  # experts are apart
+            wrong = {len(tensors) for tensors in waiting.values()} - {expected[0]}
+            if wrong:
+                loading_info.mismatched_keys.add((layer_name, (min(wrong), *expected[1:]), expected))
+                return {}
+            turns = [{pattern: [its[e]] for pattern, its in waiting.items()} for e in range(expected[0])]
+        for given in turns:
             self.collected_tensors.update(given)
-            (dense,) = super().convert(layer_name, model, config, None, loading_info).values()
-            dense = dense[0] if isinstance(dense, list) else dense
+            dense = self._joined(layer_name, model, config)
             if not dense.is_floating_point():
                 raise InputError(
                     "its experts are in 4 bits in a form that transformers 5 does not read; take its unquantized form"
                 )
-            if dense.shape[1:] != expected[1:] or first + len(dense) > expected[0]:
-                loading_info.mismatched_keys.add((layer_name, dense.shape, expected))
+            found = (len(dense) * len(turns), *dense.shape[1:])
+            if found != expected:
+                loading_info.mismatched_keys.add((layer_name, found, expected))
                 return {}
             stack = empty_stack(experts, name, dense.device) if stack is None else stack
             stack.pack(first, dense)
             first += len(dense)
             del dense
-        if stack is None or first != expected[0]:
-            loading_info.mismatched_keys.add((layer_name, (first, *expected[1:]), expected))
-            return {}
+        assert stack is not None, "experts without a tensor"
         install(experts, name, stack)
         loading_info.missing_keys.discard(layer_name)
         return {}
 
-
-def _turns(operations: list[ConversionOps], waiting: dict[str, list]) -> Iterator[dict[str, list]]:
-    """Tensors to be read at once: those of an expert where experts are apart, and all where they are joined."""
-    merges = isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
-    numbers = {len(tensors) for tensors in waiting.values()}
-    if not merges or len(numbers) != 1:
-        yield waiting
-        return
-    for number in range(*numbers):
-        yield {pattern: [tensors[number]] for pattern, tensors in waiting.items()}
+    def _joined(self, layer_name: str, model: Any, config: Any) -> Tensor:
+        """The tensors whose turn it is as some matrices of a parameter of experts."""
+        try:
+            (dense,) = super().convert(layer_name, model, config).values()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # transformers keeps them in a report, and names none of them in its error
+            raise InputError(
+                f"what it has of {layer_name} does not fit together ({in_a_line(error)}); take all files from one save"
+            ) from error
+        return dense[0] if isinstance(dense, list) else dense
 
 
 register_quantization_config(NAME)(FourBits)
