@@ -412,6 +412,15 @@ def test_what_an_mxfp4_checkpoint_lacks_is_named_as_in_its_files(tmp_path):
         load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**SETTINGS))
 
 
+def test_experts_by_other_names_are_named_beside_those_that_are_lacking(tmp_path):
+    folder = saved(make_mixture("gpt_oss", num_hidden_layers=1), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.mlp.experts.down_projs.0.weight"] = weights.pop("model.layers.0.mlp.experts.down_proj")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"has no .*experts.down_proj, .* beside it a .*experts.down_projs.0.weight"):
+        load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
 def test_a_model_with_packed_experts_is_not_saved_without_them(tmp_path):
     folder = saved(make_mixture(), tmp_path / "model")
     for model in (make_mixture(), folder, get_peft_model(quantized(folder), LoraConfig(target_modules=["q_proj"]))):

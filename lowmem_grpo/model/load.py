@@ -228,7 +228,14 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
         )
     if report["missing_keys"]:
         lacking = name_in_file(min(report["missing_keys"]))
-        raise InputError(f"model {name!r} has no {lacking}, which transformers made up at random; name a whole model")
+        what = f"model {name!r} has no {lacking}, which transformers made up at random"
+        beside = [key for key in report["unexpected_keys"] if key.startswith(lacking.rpartition(".")[0] + ".")]
+        if beside:  # as of gpt-oss with an nn.Linear for each expert, which Unsloth saves
+            raise InputError(
+                f"{what}, and beside it a {min(beside)}, which it does not read; take the model as its makers "
+                "published it"
+            )
+        raise InputError(f"{what}; name a whole model")
     return model
 
 
