@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import SMALL, WRAPPERS, make_wrapper, wake_adapters
+from tiny_models import SMALL, WRAPPERS, make_model, make_wrapper, wake_adapters
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -28,7 +29,8 @@ from lowmem_grpo.data.chats import Template
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs import tokenizer_of
 from lowmem_grpo.model.adapter_names import PREFIX
-from lowmem_grpo.model.find import adapter_config, find_model
+from lowmem_grpo.model.attention import configs_of
+from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.offload import use_liger_kernels
 from lowmem_grpo.model.packing import pack
@@ -399,6 +401,43 @@ def test_a_template_that_only_a_processor_has_is_found(tokenizer, tmp_path):
 
 def test_any_other_template_stays_as_it_is(tokenizer):
     assert tokenizer_of(tokenizer, "", settings()) is tokenizer
+
+
+def test_ends_are_those_that_any_part_of_the_configuration_names(folder_of, tokenizer, tmp_path):
+    shutil.copytree(folder_of("qwen3_vl"), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    file = tmp_path / "model" / "config.json"
+    saved = json.loads(file.read_bytes())
+    del saved["text_config"]["eos_token_id"]  # a field that a Qwen3VLTextConfig has by no default
+    file.write_text(json.dumps({**saved, "eos_token_id": [1, 7]}), "utf-8")
+    assert ends_of_model(str(tmp_path / "model"), settings()) == {1, 7}
+    policy = load_policy(str(tmp_path / "model"), tokenizer, settings(load_in_4bit=False))
+    assert {1, 7} <= set(policy.eos_token_ids)
+
+
+def test_a_decoder_with_an_attention_of_its_own_is_trained_on_padded_rows(tokenizer):
+    text = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    kind: Any = CONFIG_MAPPING["llava"]
+    config = kind(
+        text_config={"model_type": "gptj", **text}, image_token_index=5,
+        vision_config=dict(
+            model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=2, image_size=16, patch_size=8,
+        ),
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    expected = by_itself(model)
+    policy = load_policy(model, tokenizer, settings(load_in_4bit=False))
+    with pytest.warns(UserWarning, match="its attention cannot be replaced"):
+        assert not policy.packs
+    assert (by_policy(policy) - expected).abs().max() < 1e-5
+
+
+def test_what_a_module_calls_its_configuration_may_be_a_number():
+    model = make_model()
+    given = configs_of(model)
+    model.model.layers[0].mlp.config = 0.1  # as IDEFICS does with its dropout
+    assert configs_of(model) == given
 
 
 def test_liger_kernel_that_asks_for_a_tower_is_refused_in_a_sentence():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from lowmem_grpo.model.adapters import Adapters
 
@@ -98,7 +98,8 @@ AttentionInterface.register(NAME, attend)
 
 def configs_of(model: Any) -> list[Any]:
     """The configurations in which a model's layers look up their attention."""
-    return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
+    held = (getattr(module, "config", None) for module in model.modules())
+    return list({id(one): one for one in held if isinstance(one, PreTrainedConfig)}.values())  # IDEFICS holds a number
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ from lowmem_grpo.model.towers import (
     set_aside,
     within,
 )
+from lowmem_grpo.model.turn_end import named_ends
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
@@ -149,14 +150,14 @@ def read_config(model: Any, config: ModelFields) -> PreTrainedConfig:
 
 def ends_of_model(model: Any, config: ModelFields) -> set[int]:
     """Ids that end a sequence by the model's own settings, its tokenizer's apart."""
-    settings: list[Any] = [read_config(model, config).get_text_config()]
+    own = read_config(model, config)
+    settings: list[Any] = [own, own.get_text_config()]
     if isinstance(model, PreTrainedModel | PeftModel):
         settings.append(model.generation_config)
     else:
         with contextlib.suppress(Exception):  # most models have no such file
             settings.append(GenerationConfig.from_pretrained(base_of(model)))
-    named = [one.eos_token_id for one in settings if one is not None and one.eos_token_id is not None]
-    return {token_id for ids in named for token_id in (ids if isinstance(ids, list) else [ids])}
+    return named_ends(*settings)
 
 
 def base_of(model: str) -> str:

@@ -26,7 +26,7 @@ from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
 from lowmem_grpo.model.trial import difference_in_parts, difference_when_packed, refused
-from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.model.turn_end import named_ends, turn_end
 from lowmem_grpo.warn import warn
 
 
@@ -332,8 +332,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     """Every id that ends a completion, by the model, its generation config, the tokenizer and the chat template."""
-    given = (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    ids = {i for one in given if one is not None for i in (one if isinstance(one, (list, tuple)) else [one])}
+    ids = named_ends(model.config, model.config.get_text_config(), model.generation_config, tokenizer)
     if not ids:
         raise InputError("neither model nor tokenizer names an end-of-sequence token; set tokenizer.eos_token")
     for token_id in ids:

@@ -221,15 +221,15 @@ def once_more(work: Callable[[], T]) -> T:
     return work()
 
 
-def refused(policy: Any, trial: Callable[[Any, str], str | None]) -> str | None:
+def refused(policy: Any, trial: Callable[[Any, str], str | None], *, in_a_layout: bool = True) -> str | None:
     """Why a trial of the policy fails with each of TEXTS, or None; what it raises is a reason too.
 
-    Every layer has to call the layout in force. A text that is refused is followed by another: a rounding may swap two
-    experts of equal weight.
+    Every layer has to call the layout in force, unless the trial has none. A text that is refused is followed by
+    another: a rounding may swap two experts of equal weight.
     """
     try:
         with policy.inference(), narrow_windows(policy.base):
-            reason = once_more(partial(by_itself, policy))
+            reason = once_more(partial(by_itself, policy)) if in_a_layout else None
             for text in () if reason else TEXTS:
                 reason = once_more(partial(trial, policy, text))
                 if reason is None:
@@ -434,7 +434,7 @@ def refuse_untrainable(policy: Any) -> None:
     """
     name = type(policy.base).__name__
     if policy.base.config.get_text_config() is not policy.base.config:
-        reason = refused(policy, difference_by_itself)
+        reason = refused(policy, difference_by_itself, in_a_layout=False)
         if reason:
             raise InputError(
                 f"{name} reads a text otherwise than its decoder does, which is trained ({reason}); name another model"

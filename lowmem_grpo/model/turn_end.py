@@ -12,6 +12,12 @@ class TurnEnd(NamedTuple):
     token_id: int | None  # None where the tokenizer makes several tokens of it
 
 
+def named_ends(*settings: Any) -> set[Any]:
+    """Ids that configurations, generation configs or tokenizers name as the end of a sequence; some name none."""
+    given = (getattr(one, "eos_token_id", None) for one in settings)
+    return {i for one in given if one is not None for i in (one if isinstance(one, list | tuple) else [one])}
+
+
 def turn_end(tokenizer: Any, eos_token_ids: Collection[int]) -> TurnEnd | None:
     """How the chat template ends a turn, where that is none of these tokens; None where nothing more is needed.
 
