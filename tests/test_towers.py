@@ -162,6 +162,13 @@ def test_an_adapter_of_the_text_loads_on_the_class_that_the_model_was_saved_by(c
     assert sum("visual" in name and "lora" in name for name, _ in model.named_modules()) == 0
 
 
+def test_on_the_class_of_the_text_alone_peft_finds_no_weight_and_says_so(folder_of, tokenizer, tmp_path):
+    adapted(folder_of("qwen3_5"), tokenizer, LoraConfig(r=4, target_modules=["q_proj"])).save(tmp_path)
+    model, told = on_its_own_class(folder_of("qwen3_5"), tmp_path, AutoModelForCausalLM)
+    assert any("missing adapter keys" in one for one in told)
+    assert (by_itself(model) - by_itself(make_wrapper("qwen3_5"))).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "config", [pytest.param(name, marks=() if "layer" in name[-5:] else pytest.mark.slow) for name in CONFIGS]
 )
