@@ -14,10 +14,11 @@ def said(row: Row) -> tuple[str, str, str]:
     """How a row is sampled from, how it is trained, and what of it is in 4 bits."""
     if row.refused:
         return "refused at load", "-", "-"
+    dense = ", ".join(f"`{name}`" for name in row.dense)
     return (
         "`generate`" if row.generates else "engine",
         "padded" if row.padded else "packed",
-        "no: `load_in_4bit=False`" if row.only_dense else "yes",
+        f"yes, but {dense}" if dense else "yes",
     )
 
 

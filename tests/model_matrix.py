@@ -50,7 +50,7 @@ class Row:
     generates: str = ENGINE  # words of why transformers' generate samples from it
     refused: str = ""  # words of why it is refused at load
     planned_packed: bool = False  # whether the planner, which has no numbers to compare, takes it for packed
-    only_dense: str = ""  # words of why it is refused with load_in_4bit
+    dense: tuple[str, ...] = ()  # names of linear layers that stay in 16 bits: the model reads their weights itself
 
     @property
     def name(self) -> str:
@@ -66,7 +66,6 @@ def rows(*kinds: str, **expected: Any) -> list[Row]:
     return [Row(kind, **expected) for kind in kinds]
 
 
-RAW = "cannot be trained here"  # a layer reads the weight of another past its forward
 MIXES = "mixes tokens in a way of its own"
 IN_PLACE = "is at version 1; expected version 0"  # a layer that writes into its states
 OWN = "attention cannot be replaced"
@@ -103,7 +102,6 @@ FAMILIES: dict[str, list[Row]] = {
     "Gemma 3n": [
         Row(
             "gemma3n_text", {**PER_LAYER, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
-            only_dense=RAW,
         )
     ],
     "Gemma 4": [
@@ -142,10 +140,10 @@ FAMILIES: dict[str, list[Row]] = {
         Row("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}),
     ],
     "Mamba 1, Falcon-Mamba, Jamba": [
-        Row("mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
-        Row("falcon_mamba", {"state_size": 4, "num_hidden_layers": 1}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
+        Row("mamba", {"state_size": 4, "num_hidden_layers": 1}, dense=("dt_proj",), padded=FORGETS, generates=FORGETS),
+        Row("falcon_mamba", {"state_size": 4, "num_hidden_layers": 1}, dense=("dt_proj",), padded=FORGETS, generates=FORGETS),
         Row("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
-                      "mamba_d_state": 4, "mamba_dt_rank": 4}, only_dense=RAW, padded=FORGETS, generates=FORGETS),
+                      "mamba_d_state": 4, "mamba_dt_rank": 4}, dense=("dt_proj",), padded=FORGETS, generates=FORGETS),
     ],
     "OLMo 1, 2, 3": [
         *rows("olmo", "olmo2"), Row("olmo3", WINDOW),

@@ -31,6 +31,7 @@ from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
+from lowmem_grpo.model.past_forward import read_past_forward
 from lowmem_grpo.model.policy import Policy, not_finite
 from lowmem_grpo.model.quantizer import in_4bit, reading_as_before
 from lowmem_grpo.model.towers import auto_class, made_without_towers, set_aside
@@ -252,12 +253,16 @@ def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Put a model's linear layers, but for the head, on the device in NF4 with double quantization, one by one.
 
-    The dense weight is let go before the next layer's turn, so the device never holds more than one. GPT-2's Conv1D is
-    a linear layer with its weight as (in, out).
+    Those whose weights are read past their forwards stay as they are. The dense weight of a layer is let go before the
+    next one's turn, so the device never holds more than one. GPT-2's Conv1D is a linear layer with its weight as
+    (in, out).
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     names = [name for name, module in model.named_modules() if type(module) in LINEAR and module is not head]
+    as_they_are = set(read_past_forward(model))
     for name in names:
+        if name in as_they_are:
+            continue
         linear: Any = model.get_submodule(name)
         dense = linear.weight.data.t().contiguous() if type(linear) is Conv1D else linear.weight.data
         outputs, inputs = dense.shape

@@ -31,6 +31,7 @@ from lowmem_grpo.model.experts import (
     packed_name,
     weight_names,
 )
+from lowmem_grpo.model.past_forward import read_past_forward
 
 MXFP4, BITSANDBYTES = "mxfp4", "bitsandbytes"  # how a checkpoint may be quantized
 # Of the environment: with it, transformers' threads do not read a quantized checkpoint ahead, without a limit.
@@ -102,6 +103,11 @@ class Quantizer(Bnb4BitHfQuantizer):
         if name in weight_names_of(model.get_submodule(path)):
             return 0.5
         return super().param_element_size(model, param_name, param)
+
+    def get_modules_to_not_convert(self, model: Any, *given: Any, **settings: Any) -> list[str]:  # type: ignore[override]
+        """transformers' own, and layers of which 4 bits would be read as if they were a weight."""
+        own = super().get_modules_to_not_convert(model, *given, **settings)
+        return own if self.pre_quantized else [*own, *read_past_forward(model)]
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)

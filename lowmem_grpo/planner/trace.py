@@ -37,6 +37,7 @@ from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import LINEAR, equip
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
+from lowmem_grpo.model.past_forward import read_past_forward
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.quantizer import lay_out_4bit
 from lowmem_grpo.model.teacher import FoundTeacher
@@ -545,8 +546,9 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
     size = getattr(torch, config.compute_dtype).itemsize
     quantized, counted = [], set()
     head = base.get_output_embeddings()
+    dense = {id(base.get_submodule(name)) for name in read_past_forward(base)} | {id(head)}
     for name, module in base.named_modules():
-        if type(module) in LINEAR and module is not head and "lora_" not in name and config.load_in_4bit:
+        if type(module) in LINEAR and id(module) not in dense and "lora_" not in name and config.load_in_4bit:
             quantized.append(module.weight.numel())
             counted.add(id(module.weight))
     adapters = [p for p in whole.parameters() if p.requires_grad]
