@@ -1,5 +1,6 @@
 """States of layers that keep one, in the engine."""
 
+import copy
 import shutil
 import warnings
 from dataclasses import replace
@@ -12,6 +13,7 @@ from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_sh
 from test_train import ROWS, adapters, length_reward
 from test_train import run as train_tiny
 from tiny_models import DEMO_MODEL, HYBRIDS, make_model, make_policy
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -249,3 +251,22 @@ def test_a_run_of_a_model_with_states_resumes_bit_for_bit_and_is_sampled_from(tm
 def test_a_fast_step_says_that_it_knows_no_states():
     with pytest.raises(Unknown, match="it has layers that keep a state"):
         read(make_policy("lfm2"))
+
+
+class Two(nn.Module):
+    """Two layers with a state in the place of one."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.first, self.second = mixer, copy.deepcopy(mixer)
+
+    def forward(self, hidden, **given):
+        return self.first(hidden, **given) + self.second(hidden, **given)
+
+
+def test_a_layer_that_keeps_states_in_two_places_is_refused_by_the_engine_and_packs():
+    """A store has one row for a layer, into which both would write; packed rows keep no states."""
+    policy = make_policy("mamba2")
+    policy.base.backbone.layers[1].mixer = Two(policy.base.backbone.layers[1].mixer)
+    assert why_refused(policy) == "a layer of its keeps states in more than one place"
+    assert policy.packs

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowmem_grpo.generate.delta_rule import steps_in_place
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.shape import StoreShape
-from lowmem_grpo.model.attention import Scoring, attending, laid_out
+from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, laid_out
 from lowmem_grpo.model.mixing import Call, mixers
 from lowmem_grpo.model.policy import Policy
 
@@ -49,6 +49,8 @@ class _Seen:
         return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
+        if mixer.layer_idx in self.shapes:
+            raise UnknownAttention("a layer of its keeps states in more than one place")
         call = Call()
         out = forward(hidden, call)
         names = sorted(call.after)
@@ -59,7 +61,11 @@ class _Seen:
 
 
 def state_shapes(policy: Policy) -> StateShapes:
-    """The shapes of a policy's states, from one token that runs through its decoder; empty where no layer keeps one."""
+    """The shapes of a policy's states, from one token that runs through its decoder; empty where no layer keeps one.
+
+    Raises:
+        UnknownAttention: two layers keep theirs under one number.
+    """
     if not mixers(policy.decoder):
         return {}
     seen = _Seen()

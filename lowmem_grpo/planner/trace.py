@@ -193,7 +193,7 @@ def _why_padded(whole: PeftModel, compute_dtype: str) -> str | None:
         if reason is None:
             try:
                 run_in_parts(policy, "")
-                _ = policy.layer_shapes
+                _ = policy.layer_shapes, state_shapes(policy)
             except (Differs, UnknownAttention) as error:
                 reason = in_a_line(error)
         return reason
