@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,6 +402,14 @@ def test_experts_that_do_not_fit_the_configuration_are_named(change, message, tm
     )
     with pytest.raises(InputError, match=message):
         load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_gpt_oss_20b_is_planned_with_its_experts_in_mxfp4():
+    settings = json.loads((Path(__file__).parent / "configs" / "gpt-oss-20b.json").read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, "num_hidden_layers": 2})
+    whole = skeleton(Key(config, LoraConfig(target_modules="all-linear")), "bfloat16", False, True)
+    numbers = 32 * (2880 * 5760 + 2880 * 2880)  # of a layer, at 4.25 bits, and two tables of 256 pairs
+    assert packed_bytes(whole) == 2 * (numbers * 17 // 32 + 2 * 256 * 2 * 4)
 
 
 def test_what_an_mxfp4_checkpoint_lacks_is_named_as_in_its_files(tmp_path):
