@@ -812,6 +812,22 @@ def test_trying_a_setting_that_activations_do_not_depend_on_traces_nothing(monke
     assert len(traced) == 2
 
 
+def test_layers_run_once_for_settings_that_change_none_of_their_passes(monkeypatch):
+    """Where weights lie, and where checkpoints wait, is counted without another run."""
+    model, config, ran, own = MIXED["two layers"], GRPOConfig(**TASK), [], trace.run_few
+    monkeypatch.setattr(trace, "_TRACED", {})
+    trace._runs_of.cache_clear()
+    monkeypatch.setattr(trace, "run_few", lambda *arguments: ran.append(0) or own(*arguments))
+    key = trace.Key(model, lora_config(config))
+    plain = trace.trace(key, config)
+    before = len(ran)
+    assert before > 0
+    other = trace.trace(key, replace(config, offload_embedding=True, activation_offloading=True))
+    assert len(ran) == before and other.ran == plain.ran
+    trace.trace(key, replace(config, token_budget=config.token_budget - 1))
+    assert len(ran) > before
+
+
 TRACED = [
     {}, dict(beta=0.1), dict(beta=0.1, kl_in_reward=True, replay_buffer_size=4), dict(steps_per_generation=2),
     dict(entropy_coef=0.01), dict(bf16=False), dict(padding_free=False), dict(token_budget=87), dict(tiled_mlp=True),

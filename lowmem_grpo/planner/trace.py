@@ -235,6 +235,48 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     source_of names the kind of layer whose keys and values one has that has none of its own: it runs after such a one.
     """
     kinds = _kinds(whole)
+    all_kinds, keeps, works = _few_of_each(whole, config, lengths, source_of)
+    if len(kinds) <= 2:
+        return all_kinds
+    common = all_kinds.kept - 2 * sum(keeps.values())
+    if config.activation_offloading:  # the inputs of two layers are on the device at a time
+        kept = common + 2 * max(keeps.values())
+        peak = kept + max(works.values())
+    else:
+        below = list(accumulate(keeps[kind] for kind in kinds))
+        kept = common + below[-1]
+        # While a layer is at work in the backward, those below it wait.
+        peak = common + max(waiting + works[kind] for waiting, kind in zip(below, kinds, strict=True))
+    return replace(all_kinds, kept=kept, peak=peak)
+
+
+# What one more layer of a kind keeps, and what it takes besides while it is at work, by kind.
+FewOfEach = tuple[Ran, dict[int, int], dict[int, int]]
+
+
+def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> FewOfEach:
+    """The memory of all kinds of layers in turn, and of each; that of a run under equal settings where one is known."""
+    known = _runs_of(whole).setdefault(tuple(lengths), [])
+    for settings, found in known:
+        if all(getattr(config, name) == value for name, value in settings.items()):
+            return found
+    read: set[str] = set()
+    own = config._config if isinstance(config, Watched) else config
+    found = _run_few_of_each(whole, cast(TrainingConfig, Watched(own, read)), lengths, source_of)
+    known.append(({name: getattr(config, name) for name in read}, found))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _runs_of(whole: PeftModel) -> dict[tuple[int, ...], list[tuple[dict[str, Any], FewOfEach]]]:
+    """The runs of a model's layers that are known, by the completions' lengths, each with the settings it read."""
+    return {}
+
+
+def _run_few_of_each(
+    whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]
+) -> FewOfEach:
+    kinds = _kinds(whole)
 
     def with_sources(chosen: tuple[int, ...]) -> tuple[int, ...]:
         sources = {source_of[kind] for kind in chosen if kind in source_of} - set(chosen)
@@ -251,24 +293,13 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
             return _activations(policy, batch, config.has_entropy_bonus)[:2]
 
     if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
-        return run(*range(len(kinds)))
+        return run(*range(len(kinds))), {}, {}
     distinct = sorted(set(kinds))
     all_kinds = run(*distinct, *distinct)  # in turn: what one kind makes for all of its layers, others find in memory
-    # What one more layer of a kind keeps, and what it takes besides while it is at work.
     two = {kind: all_kinds.kept if len(distinct) == 1 else trained(kind, kind)[0] for kind in distinct}
     three = {kind: trained(kind, kind, kind) for kind in distinct}
     keeps = {kind: three[kind][0] - two[kind] for kind in distinct}
-    works = {kind: peak - kept for kind, (kept, peak) in three.items()}
-    common = all_kinds.kept - 2 * sum(keeps.values())
-    if config.activation_offloading:  # the inputs of two layers are on the device at a time
-        kept = common + 2 * max(keeps.values())
-        peak = kept + max(works.values())
-    else:
-        below = list(accumulate(keeps[kind] for kind in kinds))
-        kept = common + below[-1]
-        # While a layer is at work in the backward, those below it wait.
-        peak = common + max(waiting + works[kind] for waiting, kind in zip(below, kinds, strict=True))
-    return replace(all_kinds, kept=kept, peak=peak)
+    return all_kinds, keeps, {kind: peak - kept for kind, (kept, peak) in three.items()}
 
 
 @lru_cache(maxsize=4)
