@@ -96,11 +96,17 @@ def _are_one(weight: Tensor, other: Tensor | None) -> bool:
 def _move_to_cpu(table: nn.Embedding) -> None:
     """Compute a lookup on the CPU, whatever it does besides; its result comes to where the table was."""
     device = table.weight.device
-    for tensor in (*table.parameters(recurse=False), *table.buffers(recurse=False)):
-        values = tensor.data.cpu()
-        tensor.data = values.pin_memory() if device.type == "cuda" else values
+    rows = table.weight.data.cpu()
+    table.weight.data = rows.pin_memory() if device.type == "cuda" else rows
+    _move_buffers(table, torch.device("cpu"))  # such as a scale, which multiplies the rows where they are
     own = table.forward
     vars(table)["forward"] = _Ours(lambda ids: own(ids.cpu()).to(device, non_blocking=True))
+
+
+def _move_buffers(layer: nn.Module, device: torch.device) -> None:
+    """Put moved buffers in a layer's own place: what else holds one of them keeps it where it was."""
+    for name, buffer in layer.named_buffers(recurse=False):
+        layer._buffers[name] = buffer.to(device)
 
 
 class _Ours:
@@ -118,8 +124,10 @@ def undo(model: Any) -> None:
     for layer in model.modules():
         if isinstance(vars(layer).get("forward"), _Ours):
             _take_back(layer)
-            for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-                tensor.data = tensor.data.to(model.get_output_embeddings().weight.device)
+            device = model.get_output_embeddings().weight.device
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            _move_buffers(layer, device)
 
 
 def _take_back(layer: Any) -> None:
