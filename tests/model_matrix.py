@@ -102,6 +102,7 @@ FAMILIES: dict[str, list[Row]] = {
     "Gemma 3n": [
         Row(
             "gemma3n_text", {**PER_LAYER, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+            dense=("correction_coefs", "prediction_coefs"),
         )
     ],
     "Gemma 4": [
@@ -170,7 +171,7 @@ FAMILIES: dict[str, list[Row]] = {
     ],
     "Hunyuan 1": [
         Row("hunyuan_v1_dense", HEADS),
-        Row("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}),
+        Row("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}, dense=("wg",)),
     ],
     "Seed-OSS, Apertus, Helium, Nemotron, BitNet, StarCoder 2, StableLM, nanochat, AFMoE": [
         Row("seed_oss", HEADS), *rows("apertus", "nemotron", "bitnet", "starcoder2", "stablelm"), Row("helium", HEADS),
@@ -197,7 +198,7 @@ FAMILIES: dict[str, list[Row]] = {
         Row("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, padded=OWN, generates=OWN),
         Row("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}, padded=OWN, generates=OWN),
     ],
-    "RWKV": [Row("rwkv", {"attention_hidden_size": 64, "context_length": 256}, padded=OWN, generates=OWN)],
+    "RWKV": [Row("rwkv", {"attention_hidden_size": 64, "context_length": 256}, dense=("output", "value"), padded=OWN, generates=OWN)],
     "RecurrentGemma": [
         Row("recurrent_gemma", {"block_types": ["recurrent", "attention"], "lru_width": 64},
             refused="something besides bias, scale and tanh softcap"),
