@@ -287,7 +287,7 @@ def _run_few_of_each(
             return run_few(policy, config, lengths)
 
     def trained(*chosen: int) -> tuple[int, int]:
-        """(bytes kept, bytes at the peak) of a forward and backward, without the other passes of a step."""
+        """Bytes kept and bytes at the peak of a forward and backward, without the other passes of a step."""
         with fake_policy(whole, with_sources(chosen), config) as policy:
             batch = _first_micro_batch(config, lengths, policy.device)
             return _activations(policy, batch, config.has_entropy_bonus)[:2]
