@@ -1,5 +1,6 @@
 """Models of text and images: trained on their text alone, and saved so that their own class reads the adapter."""
 
+import copy
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs import tokenizer_of
 from lowmem_grpo.model.adapter_names import PREFIX
 from lowmem_grpo.model.attention import configs_of
+from lowmem_grpo.model.chat_template import reading_texts
 from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.offload import use_liger_kernels
@@ -395,6 +397,21 @@ def test_a_template_that_goes_through_parts_is_shown_texts_as_such(tokenizer, tm
     given = AutoTokenizer.from_pretrained(str(tmp_path))
     assert tokenizer_of(given, "", settings()).apply_chat_template(CHAT, **told) == SHOWN
     assert given.chat_template == BY_PARTS and given.apply_chat_template(CHAT, **told) != SHOWN
+
+
+THROUGH_PARTS = "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("as_a_text", ["system", "user", "assistant"])
+def test_a_role_that_a_template_takes_for_a_text_stays_one(as_a_text, tokenizer):
+    given = copy.copy(tokenizer)
+    given.chat_template = (
+        f"{{% for m in messages %}}{{% if m['role'] == '{as_a_text}' %}}[{{{{ m['content'] }}}}]"
+        f"{{% else %}}<{THROUGH_PARTS}>{{% endif %}}{{% endfor %}}"
+    )
+    chat = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    shown = reading_texts(given).apply_chat_template(chat, tokenize=False)
+    assert shown == "".join(f"[{c}]" if c == as_a_text[0] else f"<{c}>" for c in "sua")
 
 
 def test_a_template_that_only_a_processor_has_is_found(tokenizer, tmp_path):
