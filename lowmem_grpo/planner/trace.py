@@ -255,7 +255,7 @@ FewOfEach = tuple[Ran, dict[int, int], dict[int, int]]
 
 
 def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> FewOfEach:
-    """The memory of all kinds of layers in turn, and of each; that of a run under equal settings where one is known."""
+    """Memory of layers of all kinds, and of each kind, from a known run where settings are equal."""
     known = _runs_of(whole).setdefault(tuple(lengths), [])
     for settings, found in known:
         if all(getattr(config, name) == value for name, value in settings.items()):
@@ -269,7 +269,7 @@ def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], s
 
 @lru_cache(maxsize=4)
 def _runs_of(whole: PeftModel) -> dict[tuple[int, ...], list[tuple[dict[str, Any], FewOfEach]]]:
-    """The runs of a model's layers that are known, by the completions' lengths, each with the settings it read."""
+    """Known runs of a model's layers, by lengths of completions, each with the settings that were read."""
     return {}
 
 
