@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import BY_LAYER, CONFIGS, FAMILIES, SMALL
+from tiny_models import BY_LAYER, CONFIGS, FAMILIES, HYBRIDS, SMALL
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
     AutoConfig,
@@ -329,6 +329,17 @@ def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
         ran = trace.run_few(policy, config, trace.largest_steps(config)[0])
         layers = {} if name in PADDED else policy.layer_shapes
     assert trace.run_layers(whole, config, layers) == ran
+
+
+def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places():
+    """Zamba 2's shared layers have adapters by the numbers of the layers that they are in: here 1 and 3, at 1 and 2."""
+    mixed = {"num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid"] * 2 + ["mamba"], "num_mem_blocks": 2}
+    model, config = AutoConfig.for_model("zamba2", **{**HYBRIDS["zamba2"], **mixed}), GRPOConfig(**TASK)
+    whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
+    assert trace._kinds(whole) == [0, 1, 0, 3, 0]
+    assert trace._why_padded(whole, config.compute_dtype) is None
+    layers, states = trace._shapes(whole, config.compute_dtype)
+    assert layers.keys() == {1, 3} and states > 0
 
 
 def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_has_them():

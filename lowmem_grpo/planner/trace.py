@@ -403,6 +403,13 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = place
+            for name, by_number in vars(module).items():  # Zamba 2's layer_dic, of the adapters of a shared layer
+                if (
+                    not name.startswith("_")
+                    and isinstance(by_number, dict)
+                    and set(by_number) <= set(range(len(layers)))
+                ):
+                    vars(module)[name] = {new: by_number[old] for new, old in enumerate(chosen) if old in by_number}
     adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
     text = _text_config(adapted)
     types = {name: own for name in ("layer_types", "layers_block_type") if (own := getattr(text, name, None))}
