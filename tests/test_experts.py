@@ -184,6 +184,16 @@ def test_a_stack_has_nf4s_bytes_and_bitsandbytes_numbers():
     assert sum(buffer.nbytes for buffer in stack.buffers()) == 3 * (40 * 96 // 2 + 40 * 96 // 64 + 4 + 4) + 4 * 256
 
 
+@pytest.mark.parametrize("shape", [(40, 72), (24, 20), (9, 13)])
+def test_several_matrices_are_the_single_ones_whatever_their_shape(shape):
+    weights = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    stack = Nf4Stack(3, shape, False, CPU)
+    stack.pack(0, weights)
+    for place, found in zip((2, 0, 1), stack.matrices(torch.tensor([2, 0, 1]), torch.float32), strict=True):
+        assert torch.equal(found, stack.matrix(place, torch.float32))
+        assert (found - weights[place]).abs().mean() < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_mxfp4_code_and_exponent_means_what_transformers_makes_of_it(dtype):
     stack = Mxfp4Stack(2, (256, 16 * 32), CPU)

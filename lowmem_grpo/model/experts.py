@@ -51,7 +51,8 @@ class Nf4Stack(nn.Module):
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.register_buffer("codes", zeros(num_matrices, math.ceil(numbers / 2), dtype=torch.uint8))
+        # Filled up to whole blocks of 64 numbers, so that matrices() may dequantize several in one.
+        self.register_buffer("codes", zeros(num_matrices, 32 * scales, dtype=torch.uint8))
         self.register_buffer("scales", zeros(num_matrices, scales, dtype=torch.uint8))
         self.register_buffer("scales_of_scales", zeros(num_matrices, math.ceil(scales / 256), dtype=torch.float32))
         self.register_buffer("offsets", zeros(num_matrices, dtype=torch.float32))
@@ -62,7 +63,7 @@ class Nf4Stack(nn.Module):
         for place, matrix in enumerate(matrices, first):
             state: Any
             codes, state = quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
-            self.codes[place], self.scales[place] = codes.flatten(), state.absmax
+            self.codes[place, : codes.numel()], self.scales[place] = codes.flatten(), state.absmax
             self.scales_of_scales[place], self.offsets[place] = state.state2.absmax, state.offset
             self.table.copy_(state.state2.code)
 
@@ -71,15 +72,16 @@ class Nf4Stack(nn.Module):
         double = (self.scales[place], self.table, self.offsets[place])
         # As one row: bitsandbytes 0.50's kernel for CPUs scales rows wrongly that are no multiple of a block of 64.
         row = (1, math.prod(self.shape))
-        codes, of_scales = self.codes[place].view(-1, 1), self.scales_of_scales[place]
+        codes, of_scales = self.codes[place, : math.ceil(row[1] / 2), None], self.scales_of_scales[place]
         return dequantize_nf4(codes, of_scales, double, row, dtype).view(self.shape)
 
     def matrices(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Matrices (P, *shape) by their places (P,), which the host need not know."""
         of_scales = self.scales_of_scales[places].repeat_interleave(256, dim=1)[:, : self.scales.shape[1]]
         scales = self.table[self.scales[places].int()] * of_scales + self.offsets[places, None]
-        shape = (len(places), math.prod(self.shape))
-        return from_nf4(self.codes[places].view(-1, 1), scales.flatten(), shape, dtype).view(-1, *self.shape)
+        shape = (len(places), 64 * self.scales.shape[1])
+        numbers = from_nf4(self.codes[places].view(-1, 1), scales.flatten(), shape, dtype)
+        return numbers[:, : math.prod(self.shape)].unflatten(1, self.shape)
 
 
 class Mxfp4Stack(nn.Module):
