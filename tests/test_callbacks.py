@@ -12,6 +12,8 @@ from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs import read_training_inputs
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = [{"prompt": "1+1="}, {"prompt": "2+2="}]
 
 

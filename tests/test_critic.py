@@ -31,6 +31,8 @@ from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.critic import CRITIC, Critic, backward, with_gae, with_values
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 PPO: dict[str, Any] = dict(adv_estimator="gae", num_generations=1, prompts_per_step=4)
 SHORT: dict[str, Any] = dict(**PPO, max_completion_length=6)
 PLAIN = torch.amp.GradScaler("cpu", enabled=False)

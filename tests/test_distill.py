@@ -28,6 +28,8 @@ from lowmem_grpo.update.distill import with_teacher
 from lowmem_grpo.update.passes import backward
 from lowmem_grpo.update.token_metrics import TokenMeter
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = task.rows(task.splits()[0][:32])
 PROMPT = [5, 9, 17, 30, 11]
 RUN = {

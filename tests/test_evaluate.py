@@ -30,6 +30,8 @@ from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.run.best import BestAdapter
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = task.rows(task.splits()[0][:12])
 NAN = math.nan
 

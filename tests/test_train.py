@@ -24,6 +24,8 @@ from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.run.log import write_completions
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = task.rows(task.splits()[0][:40])
 TRL_METRICS = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "reward", "reward_std",
