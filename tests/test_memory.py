@@ -551,6 +551,9 @@ def test_a_plan_fits_its_budget_with_the_cheapest_settings():
         peaks.append((found.forecast.peak(), len(found.changes)))
     assert peaks == sorted(peaks, key=lambda pair: -pair[0]), "a smaller budget, a smaller peak"
     assert [count for _, count in peaks] == sorted(count for _, count in peaks), "and no fewer changes"
+    last = found.changes[-1]
+    before = replace(found.config, **{last.name: getattr(LARGE, last.name)})
+    assert planner.forecast(large_shape(), before).peak() > found.budget, "without the last change it would not fit"
 
 
 def test_where_the_critic_takes_the_most_a_plan_computes_layers_again_and_moves_checkpoints():
@@ -562,14 +565,6 @@ def test_where_the_critic_takes_the_most_a_plan_computes_layers_again_and_moves_
     ):
         config = GRPOConfig(**TASK, **changes, adv_estimator="gae", token_budget=64)
         assert name in {change.name for change in planner._changes(SHAPES["qwen2"], config, found)}
-
-
-def test_no_change_is_more_than_is_asked_for():
-    """Without the last setting that a plan chose, it would not fit."""
-    found = planner.plan(large_shape(), replace(LARGE, vram_budget="8GB"))
-    last = found.changes[-1]
-    before = replace(found.config, **{last.name: getattr(LARGE, last.name)})
-    assert planner.forecast(large_shape(), before).peak() > found.budget
 
 
 def test_without_a_budget_nothing_is_chosen():
@@ -600,7 +595,9 @@ def test_where_nothing_fits_the_smallest_change_is_named():
     assert found.remedy.startswith("max_completion_length=")
     length = int(found.remedy.split("=")[1].split()[0])
     assert planner.plan(large_shape(), replace(short, max_completion_length=length)).remedy is None
-    assert planner.plan(large_shape(), replace(short, max_completion_length=length + 32)).remedy is not None
+    longer = replace(short, max_completion_length=length + 32)
+    _, tight, _ = planner._fit(planner.Key(large_shape(), lora_config(longer)), longer)
+    assert not planner._fits(tight, longer.vram_budget_bytes)
     with pytest.raises(
         ValueError, match="vram_budget=4GB is too little, the predicted peak is .*CUDA alone take .* GB: .*smaller"
     ):
