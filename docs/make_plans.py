@@ -1,4 +1,4 @@
-"""Writes docs/predicted.md, what real models are predicted to take on small cards: `python docs/make_plans.py`."""
+"""Writes what real models are predicted to take into docs/models.md: `python docs/make_plans.py`, minutes of CPU."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,16 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from lowmem_grpo.benchmarks.bench_budgets import cell
+from lowmem_grpo.benchmarks.measure import markdown_table
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import InputError
-from lowmem_grpo.planner.plan import plan
+from lowmem_grpo.planner.plan import as_dict, plan
 
-PLACE = Path(__file__).with_name("predicted.md")
+PLACE = Path(__file__).with_name("models.md")
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
-BUDGETS = (8, 12, 16, 24)
+BEGIN, END = "<!-- made by docs/make_plans.py -->\n", "<!-- end -->\n"
+BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 LENGTHS = {"max_prompt_length": 512, "max_completion_length": 1024}
-HEADER = """\
-# What fits, predicted
-
-**Predicted by `lowmem-grpo plan`, not measured.** GRPO with default settings, prompts of 512 and completions of 1024
-tokens, in 4 bits, without a vision or audio tower, on a GPU of so many GB of 10^9 bytes. A cell has the peak, and the
-settings that the plan changed to fit; "no" is followed by the change of the task that would fit. The configurations are
-in `tests/configs/`, each with its source. This page is made by `python docs/make_plans.py`.
-"""
 
 
 def models() -> dict[str, Any]:
@@ -34,25 +28,19 @@ def models() -> dict[str, Any]:
     return found
 
 
-def cell(model: Any, budget: int) -> str:
-    """What the plan of a model says for a budget in GB."""
-    try:
-        found = plan(model, GRPOConfig(vram_budget=f"{budget}GB", **LENGTHS))
-    except InputError as error:
-        return str(error)
-    if found.remedy is not None:
-        return f"no; {found.remedy}"
-    peak = f"{found.forecast.peak() / 10**9:.1f} GB"
-    return "<br>".join([peak, *(f"`{change.name}={change.value}`" for change in found.changes)])
+def row(name: str, model: Any) -> list[str]:
+    """A model's name, and its predicted peak with each budget, with letters for what the plan changed."""
+    plans = (plan(model, GRPOConfig(vram_budget=budget, **LENGTHS)) for budget in BUDGETS)
+    return [name, *(cell({"plan": as_dict(found)}) for found in plans)]
 
 
-def page() -> str:
-    """The whole of predicted.md."""
-    lines = [HEADER, f"| model | {' | '.join(f'{budget} GB' for budget in BUDGETS)} |", f"|---{'|---' * len(BUDGETS)}|"]
-    for name, model in models().items():
-        lines.append(f"| {name} | {' | '.join(cell(model, budget) for budget in BUDGETS)} |")
-    return "\n".join([*lines, ""])
+def with_table(page: str, rows: list[list[str]]) -> str:
+    """The page with the table between the marks made of these rows."""
+    before, _, rest = page.partition(BEGIN)
+    table = markdown_table(["predicted peak, GB", *BUDGETS], rows)
+    return f"{before}{BEGIN}\n{table}\n\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    PLACE.write_text(page(), encoding="utf-8")
+    rows = [row(name, model) for name, model in models().items()]
+    PLACE.write_text(with_table(PLACE.read_text(encoding="utf-8"), rows), encoding="utf-8")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
-from lowmem_grpo.generate.store import Rows
+from lowmem_grpo.generate.store import Group, Place, Rows
 from lowmem_grpo.kernels import decode_layer as module
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, gated, heads, residual, start
 
@@ -186,7 +186,7 @@ HEADS = {  # heads, kv heads, columns of each
 
 
 def headed(name, dtype, place, *, int8=False, rows=None, far=False):
-    """(query, own Rows) as found, and as they should be, by transformers' rotation and the store's own write."""
+    """(query, own pages) as found, and as they should be, by transformers' rotation and the store's own write."""
     case = dict(rotary=None, paired=False, norms=None, early=True, linears=3, angles=dtype, shared=True) | HEADS[name]
     H, kv_heads, D = case["sizes"]
     rotary = D if case["rotary"] is None else case["rotary"]
@@ -215,13 +215,13 @@ def headed(name, dtype, place, *, int8=False, rows=None, far=False):
         numbers = torch.full((10, 2, 2, kv_heads, PAGE, D), torch.nan).to(dtype)
         numbers = torch.full(numbers.shape, 99, dtype=torch.int8) if int8 else numbers
         scales = torch.full(numbers.shape[:-1], torch.nan, dtype=torch.float16) if int8 else None
-        return Rows(numbers.movedim(0, 2), None if scales is None else scales.movedim(0, 2))
+        return Group(numbers.movedim(0, 2), None if scales is None else scales.movedim(0, 2))
 
-    own = Rows(*on(place, *store()))
+    own = Group(*on(place, *store()))
     given, addresses = own, None
     if far:  # what is given is elsewhere and must not be written
         addresses = torch.tensor([x.data_ptr() if x is not None else 0 for x in own] + [0, 0, 0], device=place[1])
-        given = Rows(*on(place, *store()))
+        given = Group(*on(place, *store()))
     query = heads(
         *on(place, *product), own=given.numbers, scales=given.scales, layer=1, table=table.to(place[1]),
         positions=positions.to(place[1]), prefilled=on(place, prefilled)[0], query_norm=on(place, norms[0])[0],
@@ -254,8 +254,9 @@ def headed(name, dtype, place, *, int8=False, rows=None, far=False):
     columns = positions if prefilled is None else positions - prefilled
     expected = store()
     page = table.gather(1, (columns // PAGE)[:, None])[:, 0]
-    expected.write(1, (page, slice(None), columns % PAGE), k[:, :, 0], v[:, :, 0])
-    return (query.cpu(), Rows(*on(("", "cpu"), *own))), (q[:, :, 0], expected)
+    rows = Rows([expected], {1: Place(0, 1, True)}, PAGE)
+    rows.write(1, (page, slice(None), columns % PAGE), k[:, :, 0], v[:, :, 0])
+    return (query.cpu(), Group(*on(("", "cpu"), *own))), (q[:, :, 0], expected)
 
 
 def check_store(found, expected, dtype, place):

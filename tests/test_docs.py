@@ -61,6 +61,15 @@ def test_the_page_of_models_has_what_their_tests_expect():
     assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == made, "run python docs/make_models.py"
 
 
+def test_the_page_of_models_says_what_each_configuration_takes():
+    made = runpy.run_path(str(ROOT / "docs/make_plans.py"))
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    lines = page.partition(made["BEGIN"])[2].partition(made["END"])[0].strip().splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert header[1:] == [*made["BUDGETS"]] and [row[0] for row in rows] == [*made["models"]()]
+    assert made["with_table"](page, rows) == page
+
+
 def named_in_the_tree(page: str) -> list[str]:
     """Every path of architecture.md: the drawn tree's, by its indentation, and those in the table of places."""
     tree = re.search(r"^```\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)

@@ -528,12 +528,12 @@ def test_a_refused_model_is_sampled_from_by_generate_after_one_warning():
 def test_an_attention_argument_that_is_not_understood_is_a_refusal(monkeypatch):
     policy = make_policy("llama")
     attention = policy.decoder.layers[0].self_attn
-    monkeypatch.setattr(type(attention), "forward", _with_sinks(type(attention).forward))
-    assert "s_aux" in engine.refusal(policy, policy.dtype)
+    monkeypatch.setattr(type(attention), "forward", _with_indices(type(attention).forward))
+    assert "takes indices, which is not known here" in engine.refusal(policy, policy.dtype)
 
 
-def _with_sinks(forward):
-    return lambda self, *args, **kwargs: forward(self, *args, **kwargs, s_aux=torch.zeros(4))
+def _with_indices(forward):
+    return lambda self, *args, **kwargs: forward(self, *args, **kwargs, indices=torch.zeros(4))
 
 
 def test_a_model_whose_steps_do_not_add_up_is_refused(monkeypatch):

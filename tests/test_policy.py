@@ -275,6 +275,12 @@ def test_checkpoints_of_another_quantization_are_refused(quantization, settings,
         find_model(str(tmp_path), GRPOConfig(**settings))
 
 
+def test_a_model_that_was_loaded_in_4_bits_cannot_be_asked_not_to_be(tokenizer):
+    policy = make_policy("qwen2", tokenizer)
+    with pytest.raises(ValueError, match="the model was loaded in 4-bit; leave load_in_4bit at True"):
+        find_model(policy.model, GRPOConfig(load_in_4bit=False))
+
+
 def test_peft_config_wins_over_the_lora_fields(tokenizer):
     config = GRPOConfig(bf16=False, use_cpu=True)
     policy = load_policy(make_model("qwen2"), tokenizer, config, LoraConfig(r=2, target_modules=["q_proj"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -95,6 +96,8 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         if config.model_init_kwargs:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
+        if not config.load_in_4bit and is_4bit(model):
+            raise InputError("the model was loaded in 4-bit; leave load_in_4bit at True")
         if isinstance(model, PeftModel) and config.load_in_4bit:
             for adapter in model.peft_config.values():
                 refuse_on_experts(adapter, model)
@@ -345,6 +348,11 @@ def _refuse_unread(model: str, config: ModelFields) -> None:
             )
         if "drop" in name and given[name]:
             raise InputError(f"model_init_kwargs has {name}, and the base's dropout is always off; leave it out")
+
+
+def is_4bit(model: nn.Module) -> bool:
+    """Whether any linear layer of a loaded model is bitsandbytes' in 4 bits."""
+    return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def _refuse_quantization(found: PreTrainedConfig, what: str, config: ModelFields | None = None) -> None:

@@ -26,7 +26,7 @@ from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.chat_template import reading_texts, template_of_processor
 from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.experts import name_in_file, pack_experts
-from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, read_config, without_weights
+from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, is_4bit, read_config, without_weights
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
@@ -159,7 +159,7 @@ def _disable_checkpointing(model: Any) -> None:
 def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tuple[PeftModel, AdapterNames]:
     """The model with its adapter on the device, and the names that adapters of it have in their files."""
     if isinstance(model, PeftModel | PreTrainedModel):
-        if isinstance(model, PeftModel) and config.load_in_4bit and not _is_4bit(model):
+        if isinstance(model, PeftModel) and config.load_in_4bit and not is_4bit(model):
             raise InputError(
                 "the base of this PeftModel is not 4-bit: load the base in 4-bit, or set load_in_4bit=False"
             )
@@ -178,7 +178,7 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
         adapted = _placed(model, device, dtype)
     elif isinstance(model, PreTrainedModel):
         if config.load_in_4bit:
-            if not _is_4bit(model):
+            if not is_4bit(model):
                 quantize_linears(model, device, dtype)
             pack_experts(model, device, dtype)
         adapted = add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
@@ -295,10 +295,6 @@ def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
             f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device.type}; load it there"
             + (", or set use_cpu" if found == {"cpu"} else "")
         )
-
-
-def _is_4bit(model: nn.Module) -> bool:
-    return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def load_tokenizer(model, config: ModelFields):
