@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from model_matrix import FAMILIES, Row
+from model_matrix import FAMILIES, Row  # pyright: ignore[reportMissingImports]: in tests/
 
 PLACE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- made by docs/make_models.py -->\n", "<!-- end -->\n"

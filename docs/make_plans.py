@@ -15,7 +15,7 @@ PLACE = Path(__file__).with_name("models.md")
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 BEGIN, END = "<!-- made by docs/make_plans.py -->\n", "<!-- end -->\n"
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
-LENGTHS = {"max_prompt_length": 512, "max_completion_length": 1024}
+LENGTHS: dict[str, Any] = {"max_prompt_length": 512, "max_completion_length": 1024}
 
 
 def models() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
@@ -25,7 +26,8 @@ from lowmem_grpo.model import policy as policy_module
 from lowmem_grpo.objective.loss import LOSSES, register_objective
 
 # Every saved adapter has a model card, of one template that huggingface_hub compiles each time: 13 CPU ms.
-jinja2.Environment.compile = lru_cache(maxsize=64)(jinja2.Environment.compile)
+compiled: Any = lru_cache(maxsize=64)(jinja2.Environment.compile)
+jinja2.Environment.compile = compiled
 
 
 def pytest_collection_finish():
