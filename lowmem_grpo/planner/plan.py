@@ -186,9 +186,10 @@ def _changes(key: Key, config: TrainingConfig, found: Forecast) -> Iterator[Chan
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
     if phase == "rollout" and isinstance(config, GRPOConfig) and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
-    whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
-    if not config.offload_embedding and token_embeddings(whole.get_base_model()):
-        yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+    if not config.offload_embedding:
+        whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
+        if token_embeddings(whole.get_base_model()):
+            yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
 
 
 def _changes_of_sampling(config: GRPOConfig, found: Forecast) -> Iterator[Change]:
