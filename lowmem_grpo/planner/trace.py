@@ -257,14 +257,18 @@ FewOfEach = tuple[Ran, dict[int, int], dict[int, int]]
 def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> FewOfEach:
     """Memory of layers of all kinds, and of each kind, from a known run where settings are equal."""
     known = _runs_of(whole).setdefault(tuple(lengths), [])
-    for settings, found in known:
-        if all(getattr(config, name) == value for name, value in settings.items()):
-            return found
-    read: set[str] = set()
     own = config._config if isinstance(config, Watched) else config
-    found = _run_few_of_each(whole, cast(TrainingConfig, Watched(own, read)), lengths, source_of)
-    known.append(({name: getattr(config, name) for name in read}, found))
-    return found
+    # Compared unwatched: what a run that does not serve has read is nothing that this one depends on.
+    found = next((run for run in known if all(getattr(own, name) == value for name, value in run[0].items())), None)
+    if found is None:
+        read: set[str] = set()
+        few = _run_few_of_each(whole, cast(TrainingConfig, Watched(own, read)), lengths, source_of)
+        found = {name: getattr(own, name) for name in read}, few
+        known.append(found)
+    settings, few = found
+    for name in settings:
+        getattr(config, name)  # which a Watched one remembers: a whole model's trace depends on it as well
+    return few
 
 
 @lru_cache(maxsize=4)
