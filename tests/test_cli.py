@@ -12,6 +12,9 @@ from test_config import TEXTS
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import GRPOConfig, cli
+from lowmem_grpo.cli import settings, trainings
+from lowmem_grpo.cli.parser import with_underscores
+from lowmem_grpo.config.grpo import EVAL_FIELDS
 from lowmem_grpo.demo import task
 from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.evaluation.show import as_table
@@ -29,7 +32,7 @@ def parse(arguments):
     options, rest = cli.make_parser().parse_known_args(["train", *arguments])
     assert not rest
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
-    return cli.read_settings(given)
+    return settings.read_settings(given)
 
 
 def test_every_field_is_a_flag_and_survives():
@@ -74,11 +77,11 @@ def test_a_dash_within_a_flag_is_an_underscore(tmp_path):
         "--stop-strings",
         "a-b",
     ]
-    assert parse([*map(cli.with_underscores, given), "--config", str(path)]) == (
+    assert parse([*map(with_underscores, given), "--config", str(path)]) == (
         INPUTS, {"top_p": 0.5, "stop_strings": ["a-b"], "learning_rate": 0.5},
     )  # fmt: skip
     for value in ("-1", "--", "-x", "a--b", "x=--y-z", "--=a-b"):
-        assert cli.with_underscores(value) == value
+        assert with_underscores(value) == value
 
 
 @pytest.mark.parametrize("written", [["a", "b"], ['["a", "b"]']])
@@ -132,7 +135,7 @@ def test_a_bug_is_no_bad_input_and_keeps_its_traceback(bug, monkeypatch):
     def read_settings(given):
         raise bug
 
-    monkeypatch.setattr(cli, "read_settings", read_settings)
+    monkeypatch.setattr(trainings, "read_settings", read_settings)
     with pytest.raises(type(bug), match=str(bug)):
         cli.main(["train"])
 
@@ -189,7 +192,7 @@ def shown_flags(*arguments):
 def test_help_shows_what_people_change_and_help_all_every_field_without_importing_torch(command):
     some, shown = shown_flags(command, "--help")
     every, all_shown = shown_flags(command, "--help_all")
-    known = cli.EVAL_FIELDS if command == "eval" else set(TEXTS)
+    known = EVAL_FIELDS if command == "eval" else set(TEXTS)
     common = known & {field.name for field in dataclasses.fields(GRPOConfig) if field.metadata["common"]}
     assert some & set(TEXTS) == common and (8 if command == "eval" else 20) <= len(common) <= 30
     assert every & set(TEXTS) == known and every - some == known - common
@@ -201,7 +204,7 @@ def test_help_shows_what_people_change_and_help_all_every_field_without_importin
 def test_every_help_text_can_be_read_alone():
     """Sorted by name or found by a search, a text has no line before it that "its" or "such" could mean."""
     (commands,) = [vars(action)["choices"] for action in cli.make_parser(every_setting=True)._actions if action.choices]
-    texts = {text for _, _, text in cli.INPUTS}
+    texts = {text for _, _, text in settings.INPUTS}
     for parser in commands.values():
         texts |= {action.help for action in parser._actions}
     assert len(texts) > len(TEXTS)
@@ -417,7 +420,7 @@ def test_an_evaluation_reads_the_fields_that_its_help_has():
         "vram_budget", "gradient_checkpointing", "activation_offloading", "optim", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "teacher",
     }  # fmt: skip
-    assert read - in_vain == cli.EVAL_FIELDS - {"dataset_config"}, "read of hub datasets alone"
+    assert read - in_vain == EVAL_FIELDS - {"dataset_config"}, "read of hub datasets alone"
 
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07[bold]x[/bold][/]\r\u202e\ud800\x9b"
@@ -425,6 +428,7 @@ SAID = "\\x1b[2J\\x1b]0;title\\x07[bold]x[/bold][/]\\r\\u202e\\ud800\\x9b"
 SAYING = """
 import logging, sys, warnings
 from lowmem_grpo import cli
+from lowmem_grpo.cli import demos
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.warn import warn
 
@@ -435,7 +439,7 @@ def run_demo(given):
     raise InputError("an error with " + HOSTILE)
 
 HOSTILE = {!r}
-cli.run_demo = run_demo
+demos.run_demo = run_demo
 sys.argv = ["lowmem-grpo", "demo"]
 sys.exit(cli.main())
 """

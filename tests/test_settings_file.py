@@ -7,7 +7,8 @@ import time
 import pytest
 from test_config import FIELDS
 
-from lowmem_grpo import GRPOConfig, cli
+from lowmem_grpo import GRPOConfig
+from lowmem_grpo.cli.settings import read_settings
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.settings_file import plain_value, read_settings_file
 
@@ -18,7 +19,7 @@ def settings_of(path, content):
     """The fields of a file with these settings, or the sentence that refuses it."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
-        return cli.read_settings({"config": str(path)})[1]
+        return read_settings({"config": str(path)})[1]
     except InputError as error:
         return str(error)
 

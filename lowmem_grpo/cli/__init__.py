@@ -1,0 +1,75 @@
+"""The command `lowmem-grpo`: trainings, what goes around them, eval, data, plan, demo and bench."""
+
+import contextlib
+import io
+import sys
+
+from lowmem_grpo.cli import demos, looks, pipelines, sampled, trainings
+from lowmem_grpo.cli.demos import run_bench
+from lowmem_grpo.cli.output import drop_output, say_safely, writing_output
+from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
+from lowmem_grpo.cli.settings import PLANNED
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.select import SelectConfig
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError, printable
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 2 for bad input, 1 for a run that cannot go on.
+
+    Both are said in one sentence on standard error.
+    """
+    if arguments is None:  # the process is the command
+        arguments = sys.argv[1:]
+        say_safely()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
+    try:
+        try:
+            return run_command(arguments)
+        finally:
+            with writing_output():
+                sys.stdout.flush()
+    except (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError) as error:
+        command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
+        with contextlib.suppress(OSError):  # a full disk
+            print(f"{command}: {printable(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
+        drop_output()
+        return 141
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run the command that the arguments name, with the others as its flags; without any, print the help."""
+    if arguments[:1] == ["bench"]:  # has its own options
+        return run_bench(arguments[1:])
+    arguments = [with_underscores(argument) for argument in arguments]
+    configs = {**PLANNED, "select": SelectConfig}
+    trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
+    parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
+    if not arguments:
+        parser.print_help()
+        return 0
+    # Before the parser, which would take an unknown flag's value for a word that it waits for, as `sft` is.
+    if arguments[0] in parser.commands:
+        refuse_unknown_flags(arguments[0], arguments[1:], parser.commands[arguments[0]], trains)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise InputError(f"{printable(' '.join(rest)):.200} is not understood; see `lowmem-grpo {arguments[0]} --help`")
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
+    return options.run(given)
+
+
+def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Parser:
+    """The parser of the whole command, whose help shows every setting or the common ones.
+
+    `plan` takes the settings of a training whose configuration is of the type `planned`.
+    """
+    parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
+    commands = Commands(parser, every_setting, planned)
+    for group in (trainings, sampled, pipelines, looks, demos):
+        group.add(commands)
+    return parser

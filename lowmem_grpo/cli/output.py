@@ -1,0 +1,64 @@
+"""Output of a command: escaped, and told from a bug where nobody reads it or a disk refuses it."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from lowmem_grpo.errors import NotSavedError, printable_text
+
+
+@contextlib.contextmanager
+def writing_output() -> Iterator[None]:
+    """Tell a closed pipe and a full disk from a bug, while standard output is written.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more.
+        NotSavedError: a disk refuses the output.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise NotSavedError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def drop_output() -> None:
+    """Send what is left of standard output nowhere, so that Python does not fail at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_safely() -> None:
+    """Escape, in warnings and in the log, what would move a terminal's cursor: models and data are quoted there."""
+    warnings.formatwarning = partial(as_sentence, warnings.formatwarning)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.getLogger("lowmem_grpo").addHandler(handler)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Makes a line of the log of a record, and nothing of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_text(super().format(record))
+
+
+def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
+    """A warning of ours without a place, since a command has no line of a user's program to name."""
+    is_ours = filename == sys.argv[0]
+    return printable_text(f"lowmem-grpo: {message}\n" if is_ours else others(message, category, filename, *line))
+
+
+def finite(value: Any) -> Any:
+    """The value with null, which JSON has, in place of each NaN, however deep."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,99 @@
+"""The commands that train: train, sft and reward."""
+
+from pathlib import Path
+from typing import Any
+
+from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.parser import Commands, add_config_flags, add_inputs
+from lowmem_grpo.cli.settings import OF_EXAMPLES, OF_PAIRS, read_settings
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
+from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.errors import InputError, printable
+
+TRAIN_EXAMPLE = """\
+example:
+  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
+      --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
+"""
+SFT_EXAMPLE = """\
+example:
+  lowmem-grpo sft --model Qwen/Qwen2.5-1.5B --dataset cold.jsonl --max_length 4096 --output_dir cold
+"""
+REWARD_EXAMPLE = """\
+example:
+  lowmem-grpo reward --model Qwen/Qwen2.5-1.5B-Instruct --dataset pairs.jsonl --output_dir rm
+  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset prompts.jsonl --reward_funcs rm/adapter --beta 0.02
+"""
+
+
+def add(commands: Commands) -> None:
+    """Add train, sft and reward."""
+    parser = commands.add(
+        "train", TRAIN_EXAMPLE, help="train a model", description="Train LoRA adapters on a 4-bit model with GRPO.",
+        usage="lowmem-grpo train --model M --dataset D [--reward_funcs F [F ...]] [options]",
+    )  # fmt: skip
+    parser.set_defaults(run=run_train)
+    add_inputs(parser, "what to train, on what, for what")
+    add_config_flags(parser, commands.every_setting)
+
+    parser = commands.add(
+        "sft", SFT_EXAMPLE, help="train a model to imitate examples, as the cold start of one",
+        description="Train LoRA adapters on a 4-bit model by supervised fine-tuning.",
+        usage="lowmem-grpo sft --model M --dataset D [options]",
+    )  # fmt: skip
+    parser.set_defaults(run=run_sft)
+    add_inputs(parser, "what to train, on what", OF_EXAMPLES)
+    add_config_flags(parser, commands.every_setting, config=SFTConfig)
+
+    parser = commands.add(
+        "reward", REWARD_EXAMPLE, help="train a reward model from pairs of a better and a worse text",
+        description="Train LoRA adapters and a score head on a 4-bit model to score the better text of a pair higher. "
+        "`lowmem-grpo train` takes the adapter as a reward, on the base that it trains anyway.",
+        usage="lowmem-grpo reward --model M --dataset D [options]",
+    )  # fmt: skip
+    parser.set_defaults(run=run_reward)
+    add_inputs(parser, "what to train, on what", OF_PAIRS)
+    add_config_flags(parser, commands.every_setting, config=RewardConfig)
+
+
+def run_train(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given)
+    config = GRPOConfig(**fields)
+    from lowmem_grpo.loops.grpo import train
+
+    result = train(
+        inputs["model"],
+        inputs.get("reward_funcs"),
+        inputs["dataset"],
+        eval_dataset=inputs.get("eval_dataset"),
+        config=config,
+    )
+    with writing_output():
+        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    return 0
+
+
+def run_sft(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given, command="sft", config=SFTConfig)
+    if "reward_funcs" in inputs:
+        raise InputError("reward_funcs is for `lowmem-grpo train`; sft imitates examples and has no rewards")
+    config = SFTConfig(**fields)
+    from lowmem_grpo.loops.sft import sft
+
+    result = sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
+    print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    return 0
+
+
+def run_reward(given: dict[str, Any]) -> int:
+    inputs, fields = read_settings(given, command="reward", config=RewardConfig)
+    if "reward_funcs" in inputs:
+        raise InputError("reward_funcs is for `lowmem-grpo train`; reward learns from pairs, and makes one")
+    config = RewardConfig(**fields)
+    from lowmem_grpo.loops.reward import train_reward_model
+
+    result = train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
+    with writing_output():
+        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    return 0
