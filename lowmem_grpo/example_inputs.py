@@ -17,6 +17,7 @@ from lowmem_grpo.inputs import (
     begin,
     callbacks_of,
     expanded,
+    name_of,
     refuse_other_config,
     refuse_without_evaluation,
     tokenizer_of,
@@ -39,6 +40,11 @@ class ExampleInputs(RunInputs):
     def num_rows(self) -> int:
         """How many examples an epoch has."""
         return len(self.examples.all)
+
+    @property
+    def num_eval_rows(self) -> int:
+        """How many examples are held out to be evaluated on."""
+        return len(self.eval_examples)
 
 
 def read_example_inputs(
@@ -87,7 +93,8 @@ def read_example_inputs(
     return ExampleInputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, given=given, config=config, device=device,
         notes=notes, output_dir=output_dir, resume=resume, plan=plan, callbacks=callbacks, num_dropped=dropped,
-        identity=identity, eval_examples=eval_examples,
+        identity=identity, datasets={"train": name_of(train_dataset), "eval": name_of(eval_dataset)},
+        eval_examples=eval_examples,
         examples=Examples(examples, config, sizes=sizes, weights=config.dataset_weights),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
@@ -65,10 +65,16 @@ class RunInputs:
     callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
     num_dropped: int = 0  # training rows that are too long
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share with its checkpoint
+    datasets: dict[str, Any] = field(default_factory=dict)  # "train" and "eval": each as name_of() has it
 
     @property
     def num_rows(self) -> int:
         """How many rows an epoch has."""
+        raise NotImplementedError
+
+    @property
+    def num_eval_rows(self) -> int:
+        """How many rows are held out to be evaluated on."""
         raise NotImplementedError
 
     @property
@@ -101,6 +107,11 @@ class Inputs(RunInputs):
         """How many prompts an epoch has."""
         return len(self.prompts)
 
+    @property
+    def num_eval_rows(self) -> int:
+        """How many prompts are held out to be evaluated on."""
+        return len(self.eval_prompts)
+
     def longest_prompt(self) -> list[int]:
         """Ids of the training prompt of the most tokens."""
         return max((prompt.ids for prompt in self.prompts), key=len)
@@ -130,6 +141,7 @@ def read_training_inputs(
     """
     refuse_other_config(config, GRPOConfig)
     callbacks = callbacks_of(callbacks)
+    datasets = {"train": name_of(train_dataset), "eval": name_of(eval_dataset)}
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
     model = expanded(model)
     rewards = _rewards(reward_funcs, config)
@@ -137,6 +149,8 @@ def read_training_inputs(
     rows = load_rows(train_dataset, config)
     eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
     refuse_without_evaluation(config, eval_rows)
+    if eval_rows is not None and datasets["eval"] is None:
+        datasets["eval"] = f"held out by {datasets['train']}"
     find_model(model, config, peft_config)
     _refuse_lost_bases(rewards, model, config)
     teacher = find_teacher(model, config)
@@ -188,6 +202,7 @@ def read_training_inputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
         rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
         plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
+        datasets=datasets,
     )  # fmt: skip
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
@@ -455,6 +470,18 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whos
             f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
         )
     return beyond_context(model, config, longest, f"{whose}the longest prompt and its completion")
+
+
+def name_of(given: Any) -> Any:
+    """A model or a dataset as its user named it, or in words what it is: "12 rows in memory"; of several a list."""
+    if given is None or isinstance(given, (str, Path)):
+        return None if given is None else str(given)
+    if isinstance(given, torch.nn.Module):
+        base = getattr(getattr(given, "config", None), "_name_or_path", "")
+        return f"{type(given).__name__} in memory{f', of {base}' if base else ''}"
+    if isinstance(given, (list, tuple)) and not all(isinstance(one, Mapping) for one in given):
+        return [name_of(one) for one in given]
+    return f"{len(given)} rows in memory" if isinstance(given, Sized) else f"{type(given).__name__} in memory"
 
 
 def expanded(model: Any) -> Any:

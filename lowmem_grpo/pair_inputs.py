@@ -14,6 +14,7 @@ from lowmem_grpo.inputs import (
     begin,
     callbacks_of,
     expanded,
+    name_of,
     refuse_other_config,
     refuse_without_evaluation,
     tokenizer_of,
@@ -37,6 +38,11 @@ class PairInputs(RunInputs):
     def num_rows(self) -> int:
         """How many pairs an epoch has."""
         return len(self.pairs.all)
+
+    @property
+    def num_eval_rows(self) -> int:
+        """How many pairs are held out to be evaluated on."""
+        return len(self.eval_pairs)
 
     def load_policy(self) -> Policy:
         """The policy, its adapter and its score head drawn by the configuration's seed."""
@@ -83,7 +89,8 @@ def read_pair_inputs(
     return PairInputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer, given=given, config=config, device=device,
         notes=notes, output_dir=output_dir, resume=resume, plan=plan, callbacks=callbacks, num_dropped=dropped,
-        identity=identity, pairs=Examples(pairs, config), eval_pairs=eval_pairs,
+        identity=identity, datasets={"train": name_of(train_dataset), "eval": name_of(eval_dataset)},
+        pairs=Examples(pairs, config), eval_pairs=eval_pairs,
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import length_metrics
 
 log = logging.getLogger(__name__)
+TOTAL = "total"  # among an evaluation's rewards, the weighted sum
+NUM_SAMPLES = 8  # prompts whose completions are kept
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,22 @@ class Evaluation:
     completions: list[Completion]  # P k
     texts: list  # P k, as reward functions get them
     rewards: dict[str, list[float]]  # P k each, by reward function; and of several the `total`, weighted
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The first completion of each of the first NUM_SAMPLES prompts, with its rewards, as samples.jsonl has it."""
+        k = len(self.completions) // len(self.prompts)
+        rewards = {name: values for name, values in self.rewards.items() if name != TOTAL or len(self.rewards) == 1}
+        total = self.rewards.get(TOTAL) or next(iter(self.rewards.values()))
+        return [
+            {
+                "prompt": chat_as_text(prompt.text),
+                "completion": completion_text(self.texts[place]),
+                "reward": total[place],
+                "rewards": {name: values[place] for name, values in rewards.items()},
+                "cut_off": self.completions[place].finish == "length",
+            }
+            for place, prompt in zip(range(0, k * NUM_SAMPLES, k), self.prompts, strict=False)
+        ]
 
 
 def measure(
@@ -80,13 +98,23 @@ def measure(
     }
     values |= {name: of.view(-1, k).nanmean(dim=1).tolist() for name, of in of_completions.items()}
     if len(of_rewards) > 1 or config.reward_weights is not None:
-        of_rewards = {"total": total, **of_rewards}
+        of_rewards = {TOTAL: total, **of_rewards}
     return Evaluation(
         metrics={f"eval_{name}": value for name, value in metrics.items()},
         values={f"eval_{name}": of_prompts for name, of_prompts in values.items()},
         prompts=prompts, completions=completions, texts=texts,
         rewards={name: of.tolist() for name, of in of_rewards.items()},
     )  # fmt: skip
+
+
+def chat_as_text(prompt: str | list[dict]) -> str:
+    """The text of a prompt for a reader: of a chat what is said, after who says it where there are several messages."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [str(message.get("content") or "") for message in prompt]
+    if len(prompt) == 1:
+        return contents[0]
+    return "\n".join(f"{message['role']}: {content}" for message, content in zip(prompt, contents, strict=True))
 
 
 def _completions(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:

@@ -1,5 +1,6 @@
-"""The output folder of a run: that it can be written, which checkpoints it holds, and folders never half-written."""
+"""The output folder of a run: that it can be written, which checkpoints it has; nothing is there half-written."""
 
+import contextlib
 import json
 import os
 import re
@@ -77,6 +78,25 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, folder)
     _flush(folder.parent)
     remove(replaced)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, in UTF-8, flushed to the disk.
+
+    Raises:
+        OSError: the disk refused, and what was there before still is.
+    """
+    temporary = path.with_name(f"{path.name}{BEING_WRITTEN}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def mend_folder(output_dir: Path) -> None:

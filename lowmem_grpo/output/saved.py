@@ -45,6 +45,15 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found + ([] if last is None else [last]), len(lines) - len(found)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a file of JSON; an empty one where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_line(text: bytes) -> dict[str, Any] | None:
     """An object with a step, as a run writes one, or None for anything else."""
     try:

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from lowmem_grpo.errors import InputError, NotSavedError, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline
 from lowmem_grpo.tasks import is_task_name
@@ -145,13 +146,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all. Raise NotSavedError where the disk refuses."""
-    temporary = path.with_name(f"{path.name}.being-written")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_file(path, text)
     except OSError as error:
         raise NotSavedError(
             f"{path} cannot be written ({error.strerror}); make room and run the same again, which goes on there"

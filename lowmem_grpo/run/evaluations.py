@@ -30,6 +30,7 @@ class Measured(Protocol):
     def metrics(self) -> dict[str, float]: ...
     @property
     def values(self) -> dict[str, list[float]]: ...  # of the metrics that are means over prompts
+    def samples(self) -> list[dict[str, Any]]: ...  # a few of what was sampled, as samples.jsonl has it
 
 
 class Evaluations:
@@ -45,6 +46,7 @@ class Evaluations:
         # Of the evaluation before training: each prompt's value, (P,) fp64 by metric, and what those are of.
         self.first: dict[str, torch.Tensor] = {}
         self.first_data = self.data
+        self.samples: list[dict[str, Any]] = []  # of the last evaluation
 
     @property
     def are_off(self) -> bool:
@@ -60,6 +62,7 @@ class Evaluations:
         """The metrics at a step; of those named, also the differences from the evaluation before training."""
         assert self.measure is not None
         found = self.measure(step)
+        self.samples = found.samples()
         if step == 0:
             self.first = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.values.items()}
             return found.metrics
@@ -93,6 +96,10 @@ class Losses:
 
     metrics: dict[str, float]
     values: dict[str, list[float]] = field(default_factory=dict)  # none of examples: a mean over tokens is none of them
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Nothing, since nothing is sampled."""
+        return []
 
 
 def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:

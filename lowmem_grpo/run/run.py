@@ -25,12 +25,14 @@ from lowmem_grpo.output.folder import (
     checkpoints,
     mend_folder,
     read_state,
+    remove,
     remove_old_checkpoints,
     set_damaged_aside,
     write_folder,
 )
 from lowmem_grpo.output.saved import measured, whole
 from lowmem_grpo.planner.plan import as_text, limit_memory
+from lowmem_grpo.run import about, samples
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
 from lowmem_grpo.run.doctor import Doctor
@@ -136,6 +138,9 @@ class Run:
             self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
             settings = json.dumps(asdict(inputs.given), indent=1)
             (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
+            about.write_about(inputs, self.step)
+            if inputs.resume is None:
+                remove(self.folder / samples.NAME)
         self.shown = list(dict.fromkeys([self.best.metric, *self.config.measured[1:]]))
 
     @property
@@ -171,8 +176,11 @@ class Run:
                 self._say_what_was_skipped()
                 if self.doctor.found and not self.doctor.is_off:
                     self.progress.say(self.doctor.summary())
+                self._without(about.RUN, partial(about.write_end, self.folder, self.step, "finished"))
                 return
             self.interruption.hold()
+            how = "stopped" if about.is_stop(error) else "failed"
+            self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, about.reason(error)))
             if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
@@ -366,6 +374,7 @@ class Run:
             metrics = self.evaluations.at(self.step, self.shown)
             self.interruption.check()
         self._without("best", partial(self.best.keep, self.policy, self.step, metrics))
+        self._without(samples.NAME, partial(samples.write_samples, self.folder, self.step, self.evaluations.samples))
         self._log({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
         when = f"after {self.step} steps" if self.step == self.total_steps else when
