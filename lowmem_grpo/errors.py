@@ -32,6 +32,10 @@ class NotSavedError(OSError):
     """A folder that a disk refused at the end of a run, in a sentence. A command prints it and exits with 1."""
 
 
+class NotUploadedError(RuntimeError):
+    """An upload that the hub did not take, in a sentence with the remedy. A command prints it and exits with 1."""
+
+
 class UnhealthyRunError(RuntimeError):
     """A run that doctor="stop" ended, in a sentence with the remedy. A command prints it and exits with 1."""
 
