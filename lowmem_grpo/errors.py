@@ -36,6 +36,10 @@ class NotUploadedError(RuntimeError):
     """An upload that the hub did not take, in a sentence with the remedy. A command prints it and exits with 1."""
 
 
+class LostRankError(RuntimeError):
+    """Another process of the run that has ended, in a sentence. A command prints it and exits with 1."""
+
+
 class UnhealthyRunError(RuntimeError):
     """A run that doctor="stop" ended, in a sentence with the remedy. A command prints it and exits with 1."""
 

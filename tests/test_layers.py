@@ -31,7 +31,7 @@ FLOORS = (
     "update",
     "rollout tasks",
     "generate rewards",
-    "model objective data out_of_memory",
+    "model objective data out_of_memory distributed",
     "config output settings_file",
     "errors warn progress_bars kernels",
 )
