@@ -473,7 +473,7 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whos
 
 
 def name_of(given: Any) -> Any:
-    """A model or a dataset as its user named it, or in words what it is: "12 rows in memory"; of several a list."""
+    """A model or a dataset as its user named it, or in words: "12 rows in memory". Of several a list."""
     if given is None or isinstance(given, (str, Path)):
         return None if given is None else str(given)
     if isinstance(given, torch.nn.Module):

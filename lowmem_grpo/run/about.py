@@ -1,4 +1,4 @@
-"""run.json and plan.json: what a run is, with what it was started and how it ended, and what its memory was planned."""
+"""run.json and plan.json: what a run is and how it ended, and the memory that was planned."""
 
 import datetime
 import json
@@ -58,7 +58,7 @@ def write_end(folder: Path, step: int, how: str, why: str = "") -> None:
 
 
 def about_run(inputs: RunInputs) -> dict[str, Any]:
-    """What a run is: kind, model, data, rewards, command, device, versions, and the time, which is UTC."""
+    """Kind, model, data, rewards, command, device and versions of a run, and the time, which is UTC."""
     kind = inputs.config.kind
     return {
         "kind": kind,
@@ -114,7 +114,7 @@ def is_stop(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line: the sentence of one of ours, of any other its type and the first line of its text."""
+    """An error in a line; one of ours is a sentence, and any other has its type before it."""
     if is_stop(error):
         return ""
     is_ours = type(error).__module__ == errors.__name__

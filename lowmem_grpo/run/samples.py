@@ -1,4 +1,4 @@
-"""samples.jsonl: what the policy says to a few held-out prompts, at the first evaluation of a run and at its last."""
+"""samples.jsonl: completions of a few held-out prompts, at the first evaluation of a run and at its last."""
 
 import json
 import math
