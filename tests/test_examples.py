@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import test_reward_model as reward_model
-from tiny_models import DEMO_MODEL
+from tiny_models import DEMO_MODEL, make_model
+from transformers import AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = [
@@ -21,11 +22,15 @@ SMALL = [
 ]
 
 
-def main_of(name):
+def example(name):
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+def main_of(name):
+    return example(name).main
 
 
 def lines(folder):
@@ -37,7 +42,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
-        "rejection_sampling", "rlhf", "ppo_vs_grpo", "distill",
+        "rejection_sampling", "rlhf", "ppo_vs_grpo", "distill", "sums", "gsm8k_qwen3",
     }  # fmt: skip
 
 
@@ -107,6 +112,40 @@ def test_gsm8k_from_a_local_file(tmp_path, monkeypatch, capsys):
     main_of("gsm8k")([*SMALL, "--dataset", "rows.jsonl", "--max_steps", "2", "--output_dir", "out"])
     assert "rewards/accuracy_reward/mean" in lines(tmp_path)[0]
     assert "reward of the last step" in capsys.readouterr().out
+
+
+def test_sums_share_no_problem_with_those_that_are_held_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = example("sums")
+    seen, unseen = module.rows(2000, 200)
+    assert len(seen) == 2000 and len(unseen) == 200
+    assert not {row["prompt"] for row in seen} & {row["prompt"] for row in unseen}
+    for row in [*seen, *unseen]:
+        a, b = map(int, row["prompt"].splitlines()[-1].removesuffix(" =").split(" + "))
+        assert 10 <= a < 100 and 10 <= b < 100 and row["solution"] == str(a + b)
+    assert module.sum_reward([" 68", "68\n", " 68 = 68", "", "068"], ["68"] * 5) == [1, 1, 0, 0, 0]
+    module.main([*SMALL, "--max_steps", "1", "--held_out", "4", "--output_dir", "out"])
+    shown = capsys.readouterr().out
+    assert "step 0: right of 4 held-out sums" in shown and "step 1: right of 4 held-out sums" in shown
+    assert "CPU-seconds, peak resident memory" in shown
+
+
+@pytest.mark.parametrize("family, thinking", [("qwen3", False), ("qwen3_5_text", True)])
+def test_gsm8k_with_the_thinking_switch(family, thinking, tmp_path, monkeypatch, capsys):
+    """Qwen3's template closes the block of a model that shall not think, and Qwen3.5's opens that of one that shall."""
+    monkeypatch.chdir(tmp_path)
+    make_model(family).save_pretrained("model")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    switch = "{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+    tokenizer.chat_template = f"{tokenizer.chat_template}{switch}"
+    tokenizer.save_pretrained("model")
+    rows = [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in range(32)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", "model", "--dataset", "gsm8k?file=rows.jsonl", "--max_steps", "1", "--output_dir", "out"]
+    main_of("gsm8k_qwen3")([*SMALL, *given, *["--thinking"] * thinking])
+    assert "held out: right" in capsys.readouterr().out
+    (*_, prompt) = (tmp_path / "out/data_preview.txt").read_text(encoding="utf-8").partition("<|assistant|>")
+    assert prompt.startswith("<think>\n" if thinking else "<think></think>\n")
 
 
 def test_a_cold_start_and_what_goes_on_from_it(tmp_path, monkeypatch, capsys):
