@@ -24,6 +24,7 @@ FLOORS = (
     "pipeline",
     "loops",
     "run",
+    "report",
     "evaluation",
     "example_inputs pair_inputs",
     "inputs",

@@ -108,7 +108,7 @@ def measure(
 
 
 def chat_as_text(prompt: str | list[dict]) -> str:
-    """The text of a prompt for a reader; of a chat each message, after who says it where there are several."""
+    """The text of a prompt for a reader; of several messages each after who says it."""
     if isinstance(prompt, str):
         return prompt
     contents = [str(message.get("content") or "") for message in prompt]

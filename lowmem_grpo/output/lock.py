@@ -60,6 +60,20 @@ def _lock(path: Path, kept: Path, remedy: str) -> None:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
+def is_in_use(folder: Path) -> bool:
+    """Tell whether a run on this machine keeps a folder, without locking it: by the process that its lock names."""
+    try:
+        words = (folder / NAME).read_text(encoding="utf-8", errors="replace").split()
+        if fcntl is None or words[0] != "process" or words[-1] != socket.gethostname():
+            return False  # on Windows the signal 0 is Ctrl-C
+        os.kill(int(words[1]), 0)
+    except PermissionError:  # another user's process
+        return True
+    except (OSError, ValueError, IndexError, OverflowError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def releasing_locks() -> Iterator[None]:
     """Release at the end, whatever comes, what lock_folder() has locked within."""

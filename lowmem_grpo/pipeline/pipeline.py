@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lowmem_grpo.errors import InputError, did_you_mean, printable_text, shown
+from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, printable_text, shown
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
@@ -19,6 +19,7 @@ from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refus
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.interruption import interruptible
 
 OF_A_PHASE = re.compile(r"\d\d+-[A-Za-z0-9_-]+")  # the name of a phase's folder; one that is set aside has a dot
@@ -116,9 +117,18 @@ def run_pipeline(
     if table:
         with contextlib.suppress(OSError):  # a terminal that has been closed
             console.print(as_table(table))
+    _report(pipeline, console)
     adapters = [str(run.output) for run in wanted if run.kind.trains_policy]
     metrics = {run.name: read_record(run)["metrics"] for run in wanted}
     return PipelineResult(str(pipeline.output_dir), adapters[-1] if adapters else None, metrics, table)
+
+
+def _report(pipeline: Pipeline, console: Console) -> None:
+    """Write report.html of all phases. Whatever fails is said, and costs no pipeline."""
+    try:
+        _say(console, f"report: {write_report(pipeline.output_dir)}")
+    except Exception as error:
+        _say(console, f"{pipeline.output_dir / NAME} cannot be made ({in_a_line(error)})")
 
 
 def _up_to(pipeline: Pipeline, until: str | None) -> list[PhaseRun]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, in_a_line
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
 from lowmem_grpo.inputs import RunInputs
@@ -32,6 +32,7 @@ from lowmem_grpo.output.folder import (
 )
 from lowmem_grpo.output.saved import measured, whole
 from lowmem_grpo.planner.plan import as_text, limit_memory
+from lowmem_grpo.report import report
 from lowmem_grpo.run import about, samples
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
@@ -177,6 +178,7 @@ class Run:
                 if self.doctor.found and not self.doctor.is_off:
                     self.progress.say(self.doctor.summary())
                 self._without(about.RUN, partial(about.write_end, self.folder, self.step, "finished"))
+                self._without(report.NAME, self._report)
                 return
             self.interruption.hold()
             how = "stopped" if about.is_stop(error) else "failed"
@@ -403,6 +405,15 @@ class Run:
             if what not in self.told:
                 self.told.add(what)
                 self.progress.say(f"{self.folder / what} cannot be written ({refusal(error)}); the run goes on")
+
+    def _report(self) -> None:
+        """Write report.html. Raise OSError where the disk refuses; whatever else fails is said, and costs no run."""
+        try:
+            self.progress.say(f"report: {report.write_report(self.folder)}")
+        except OSError:
+            raise
+        except Exception as error:
+            self.progress.say(f"{self.folder / report.NAME} cannot be made ({in_a_line(error)})")
 
     def _refusal_of(self, write: Callable[[], object]) -> str:
         """Write a folder; the sentence of a disk that refuses, else an empty text."""

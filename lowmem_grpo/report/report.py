@@ -1,0 +1,55 @@
+"""write_report(): report.html of a run's folder, or of a pipeline's."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from lowmem_grpo.errors import InputError, printable_text
+from lowmem_grpo.output.folder import write_file
+from lowmem_grpo.report.page import MOST_CHARACTERS, page_of
+from lowmem_grpo.report.pipeline import pipeline_page_of
+from lowmem_grpo.report.reading import phases_of, read_run
+
+NAME = "report.html"
+JOINER = "\u200d"  # within an emoji of several, which is the only invisible character that is kept
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of a run or of a pipeline, by default into its folder. Returns its path.
+
+    Raises:
+        InputError: there is no run in the folder.
+        OSError: the disk refused, and what was there before still is.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give the output_dir of a training or of a pipeline")
+    phases = phases_of(folder)
+    if phases:
+        text = render("pipeline.html", pipeline_page_of(folder, phases))
+    else:
+        text = render("run.html", page_of(read_run(folder)))
+    path = folder / NAME if output is None else output
+    write_file(path, text)
+    return path
+
+
+def render(template: str, page: dict[str, Any]) -> str:
+    """The text of a page, in which everything foreign is escaped."""
+    return _environment().get_template(template).render(page)
+
+
+@functools.cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    return Environment(loader=loader, autoescape=True, finalize=readable, trim_blocks=True, lstrip_blocks=True)
+
+
+def readable(value: Any) -> Any:
+    """A value for a page; of a text, characters that turn lines around or cannot be encoded are written out."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = JOINER.join(map(printable_text, value.split(JOINER)))
+    return text if len(text) < 10 * MOST_CHARACTERS else text[: 10 * MOST_CHARACTERS]
