@@ -1,10 +1,10 @@
-"""The command `lowmem-grpo`: trainings, what goes around them, eval, data, plan, demo and bench."""
+"""The command `lowmem-grpo`: trainings, what goes around them, eval, data, plan, report, demo and bench."""
 
 import contextlib
 import io
 import sys
 
-from lowmem_grpo.cli import demos, looks, pipelines, sampled, trainings
+from lowmem_grpo.cli import demos, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
 from lowmem_grpo.cli.output import drop_output, say_safely, writing_output
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
@@ -70,6 +70,6 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     """
     parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
     commands = Commands(parser, every_setting, planned)
-    for group in (trainings, sampled, pipelines, looks, demos):
+    for group in (trainings, sampled, pipelines, looks, runs, demos):
         group.add(commands)
     return parser

@@ -67,7 +67,8 @@ def run(seed: int = 0, output_dir: str | None = None) -> TrainResult:
             f"\n{cpu_s:.0f} CPU-seconds, peak resident memory {peak_mib:.0f} MiB, most of it libraries\n"
             f"adapter        {os.path.join(result.output_dir, 'adapter')}\n"
             f"reward curve   {png}\n"
-            f"every step     {os.path.join(result.output_dir, 'metrics.jsonl')}"
+            f"every step     {os.path.join(result.output_dir, 'metrics.jsonl')}\n"
+            f"all of it      {os.path.join(result.output_dir, 'report.html')}"
         ),
         soft_wrap=True,
     )

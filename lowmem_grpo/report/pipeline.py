@@ -1,6 +1,7 @@
 """The parts of a pipeline's page: a row a phase, from the files of the phases' folders."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lowmem_grpo.report.reading import OF_A_PHASE, is_run, mapping, number, read
 
 OF_A_KIND = {"sample": "Sampling", "select": "Selection", "pairs": "Pairs"}
 MOST_METRICS = 8
+SHA_256 = re.compile("[0-9a-f]{64}")
 ACCURACY, REWARD, LENGTH = "eval_pass@1", "eval_reward", "eval_completions/mean_length"
 
 
@@ -29,7 +31,8 @@ def pipeline_page_of(folder: Path, phases: Sequence[Path]) -> dict[str, Any]:
     measured = [row for row in rows if row["value"] is not None]
     return {
         "name": folder.resolve().name, "rows": rows, "measure": "reward" if is_graded else "accuracy",
-        "first": base and base["after"], "last": measured[-1]["after"] if len(measured) > 1 else None,
+        "headline": [row["after"].partition(" ") for row in (base, measured[-1])] if base and len(measured) > 1 else [],
+        "last": measured[-1]["name"] if measured else "",
         "has_evaluations": bool(measured), "num_phases": sum(row["number"] > 0 for row in rows),
         "num_done": sum(row["state"] == "finished" for row in rows if row["number"] > 0),
     }  # fmt: skip
@@ -62,16 +65,22 @@ def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str) -> dict[str
         state = state_of(run)
         row |= {
             "kind": method_of(run), "time": duration(seconds) if run.steps else "", "own": headline_of(run),
-            "data": shortened(", ".join(texts(mapping(run.about.get("datasets")).get("train"))), 200),
+            "data": ", ".join(_names(mapping(run.about.get("datasets")).get("train"))),
             "state": state["word"], "link": f"{path.name}/report.html" if (path / "report.html").is_file() else "",
             "when": when(run.about.get("started")),
         }  # fmt: skip
     elif done:
-        given = [one for one in texts(mapping(done.get("inputs")).get("dataset")) if len(one) != 64]  # no SHA-256
+        given = mapping(done.get("inputs")).get("dataset")
         metrics = [(key, number(value)) for key, value in mapping(done.get("metrics")).items()]
-        row["data"] = shortened(", ".join(given), 200)
+        row["data"] = ", ".join(_names(given))
         row["metrics"] = [(key, in_words(value)) for key, value in metrics if value is not None][:MOST_METRICS]
     return row
+
+
+def _names(given: Any) -> list[str]:
+    """The names of datasets: phases, and the last part of a path; what a record has of files, SHA-256, is left out."""
+    entries = [name for one in (given if isinstance(given, list) else [given]) for name in texts(one)]
+    return [shortened(name.rpartition("/")[2], 80) for name in entries if not SHA_256.fullmatch(name)]
 
 
 def _bars(row: dict[str, Any], largest: float) -> dict[str, float] | None:
