@@ -88,8 +88,8 @@ def is_main() -> bool:
 def share(weights: Sequence[int]) -> range:
     """The indices of this rank's share of things with these weights, which lie side by side.
 
-    Each thing goes to the rank in whose part of the sum of weights its middle lies. share([1] * n) is a share of n equal things,
-    of which none is empty where there are as many as ranks.
+    Each thing goes to the rank in whose part of the sum of weights its middle lies. share([1] * n) is a share of n
+    equal things, and has one of them where there are as many as ranks.
     """
     size = world_size()
     if size == 1:
@@ -173,6 +173,36 @@ def summed(tensor: Tensor) -> Tensor:
     """The tensor's sum over all ranks, in its place."""
     sum_over_ranks([tensor])
     return tensor
+
+
+def take_from_main(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            if not is_main():
+                tensor.detach().zero_()
+        sum_over_ranks(tensors)
+
+
+def refuse_differences(what: str, value: object) -> None:
+    """Refuse to go on where the ranks were given different values of `what`, as by a script that shuffles at random.
+
+    Raises:
+        InputError: they differ, on every rank.
+    """
+    if len({repr(one) for one in gathered(value)}) > 1:
+        raise InputError(f"the processes were given different {what}; give each the same, as by one seed in all")
+
+
+@contextlib.contextmanager
+def own_randomness(device: torch.device, *seed: int) -> Iterator[None]:
+    """Draw other random numbers on every rank within the `with`, by seed and rank; afterwards the same on all again."""
+    if world_size() == 1:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(hash((*seed, rank())))
+        yield
 
 
 def _all_reduce(flat: Tensor) -> None:

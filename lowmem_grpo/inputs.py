@@ -22,6 +22,7 @@ from lowmem_grpo.data.chats import is_text
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.distributed import take_from_main, world_size
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
@@ -88,7 +89,9 @@ class RunInputs:
         """The policy, its adapters drawn by the configuration's seed."""
         set_seed(self.config.seed)
         with limit_memory(self.plan, self.device):
-            return load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+        take_from_main([*policy.parameters_of(policy.adapter).values()])  # a loaded model's may be random
+        return policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +207,11 @@ def read_training_inputs(
         plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
         datasets=datasets,
     )  # fmt: skip
+    if world_size() > config.prompts_per_step:
+        raise InputError(
+            f"prompts_per_step={config.prompts_per_step} leaves some of the {world_size()} processes without a prompt; "
+            "start fewer, or raise prompts_per_step"
+        )
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
             f"critic_warmup={config.critic_warmup} leaves the policy none of the run's {inputs.total_steps} steps to "

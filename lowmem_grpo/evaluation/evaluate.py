@@ -11,6 +11,7 @@ A completion is *correct* when its first reward function says at least 1. Over p
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
-from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.completion import Completion
-from lowmem_grpo.generate.sample import Sampler
+from lowmem_grpo.generate.sample import Sampled, Sampler
 from lowmem_grpo.inputs import read_evaluation_inputs
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.objective.advantages import weighted_rewards
@@ -29,6 +29,7 @@ from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.final_answer import extract_answer
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import length_metrics
+from lowmem_grpo.rollout.scoring import complete_and_score
 
 log = logging.getLogger(__name__)
 TOTAL = "total"  # among an evaluation's rewards, the weighted sum
@@ -72,12 +73,8 @@ def measure(
     was.
     """
     k = config.num_generations_eval or 1
-    completions = _completions(sampler, prompts, config)
-    asked = [prompt for prompt in prompts for _ in range(k)]
-    texts = [as_text(sampler.policy, p, c) for p, c in zip(asked, completions, strict=True)]
-    columns = {key: [p.columns.get(key) for p in asked] for key in prompts[0].columns}
-    ids = [p.ids for p in asked]
-    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step, ids)
+    sample = partial(_sampled, sampler, prompts, config)
+    completions, texts, scores, _ = complete_and_score(sampler.policy, prompts, sample, rewards, step)
     total = weighted_rewards(scores.rewards, config.reward_weights)
     answers = [extract_answer(completion_text(text)) for text in texts]
     values = {"reward": total.view(-1, k).nanmean(dim=1).tolist(), **shares(scores.rewards[:, 0], answers, k)}
@@ -117,14 +114,14 @@ def chat_as_text(prompt: str | list[dict]) -> str:
     return "\n".join(f"{message['role']}: {content}" for message, content in zip(prompt, contents, strict=True))
 
 
-def _completions(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig) -> list[Completion]:
+def _sampled(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig, share: range) -> Sampled:
     """num_generations_eval completions a prompt, drawn as in training; one greedy one where it is None."""
     at_most = config.rollout_token_budget
     if config.num_generations_eval is None:
-        return sampler.complete_greedily(prompts, at_most=at_most)
+        return Sampled(sampler.complete_greedily(prompts[share.start : share.stop], at_most=at_most), {})
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        return sampler.complete(prompts, config.num_generations_eval, at_most=at_most).completions
+        return sampler.complete(prompts, config.num_generations_eval, share, at_most=at_most)
 
 
 @without_progress_bars

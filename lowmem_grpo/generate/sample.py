@@ -64,12 +64,14 @@ class Sampler:
         self.fast_steps: dict[tuple[str, ...], FastStep | None] = {}
 
     def complete(
-        self, prompts: list[Prompt], num_generations: int, *, at_most: int | None = None,
+        self, prompts: list[Prompt], num_generations: int, share: range | None = None, *, at_most: int | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Sampled:  # fmt: skip
         """Draw num_generations completions of each prompt, all from one random number of torch's generator.
 
-        With seeds, one a prompt, each prompt's completions are drawn from its own alone, whatever the other prompts.
+        With a share, completions of prompts[share.start : share.stop] alone. By the engine these are, but for rounding,
+        what a call without a share makes of them: random numbers are drawn for all prompts. With seeds, one a prompt,
+        each prompt's completions are drawn from its own alone, whatever the other prompts.
 
         At most rollout_token_budget tokens have their keys and values in memory at once, or at_most if that is less;
         the states of layers that keep one count as the tokens whose keys and values take as much.
@@ -80,14 +82,14 @@ class Sampler:
             NotFiniteError: the logits of every completion are not finite (by `generate`, of one). Of a single one by
                 the engine, the log-probabilities are NaN.
         """
-        return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, at_most, seeds)
+        return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, share, at_most, seeds)
 
     def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
         """Take the likeliest token each time, for one completion a prompt, without a random number.
 
         Memory and errors are as complete() has them.
         """
-        return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most).completions
+        return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most=at_most).completions
 
     def state(self) -> dict[str, Any]:
         """JSON from which a resumed run samples the completions that this run would have sampled."""
@@ -162,8 +164,8 @@ class Sampler:
         return state_tokens(state_bytes(self.state_shapes), token)
 
     def _sample(
-        self, prompts: list[list[int]], num_generations: int, params: SamplingParams, at_most: int | None = None,
-        seeds: Sequence[int] | None = None,
+        self, prompts: list[list[int]], num_generations: int, params: SamplingParams, share: range | None = None,
+        at_most: int | None = None, seeds: Sequence[int] | None = None,
     ) -> Sampled:  # fmt: skip
         if not prompts:
             return Sampled([], {})
@@ -173,11 +175,14 @@ class Sampler:
         # none, so that it changes nothing of the training around it.
         if seeds is None:
             seeds = [0 if params.greedy else int(torch.randint(2**62, ()))]
+        share = range(len(prompts)) if share is None else share
+        if not share:
+            return Sampled([], {})
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
         num_tokens = min(limit for limit in limits if limit is not None)
         by = self._by_generate if self.engine_refusal else self._by_engine
-        return by(prompts, num_generations, params, draws, num_tokens)
+        return by(prompts, num_generations, params, draws, share, num_tokens)
 
     def _by_generate(
         self,
@@ -185,6 +190,7 @@ class Sampler:
         num_generations: int,
         params: SamplingParams,
         draws: list[torch.Generator],  # one, or one a prompt
+        share: range,  # of the prompts
         num_tokens: int,
     ) -> Sampled:
         for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
@@ -195,6 +201,11 @@ class Sampler:
                 )
         device = self.policy.device
         completions: list[Completion] = []
+        prompts = prompts[share.start : share.stop]
+        if len(draws) == 1:
+            draws[0].manual_seed(draws[0].initial_seed() + share.start)  # other numbers than another share's
+        else:
+            draws = draws[share.start : share.stop]
         size = len(prompts) // len(draws)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for place, draw in enumerate(draws):
@@ -211,16 +222,19 @@ class Sampler:
         num_generations: int,
         params: SamplingParams,
         draws: list[torch.Generator],  # one, or one a prompt
+        share: range,  # of the prompts
         num_tokens: int,
     ) -> Sampled:
         config, policy = self.config, self.policy
+        rows, length = len(prompts) * num_generations // len(draws), params.max_completion_length
+        uniforms = torch.cat([torch.rand(rows, length, generator=draw) for draw in draws])
+        uniforms = uniforms[share.start * num_generations : share.stop * num_generations]
+        prompts = prompts[share.start : share.stop]
         shape = self.store_shape(prompts, num_generations, num_tokens).at_most(len(prompts) * num_generations)
         copy_bytes = self.copy_bytes
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
         dense = bool(self.samples_dense) if config.rollout_weights == "auto" else config.rollout_weights == "dense"
-        rows, length = len(prompts) * num_generations // len(draws), params.max_completion_length
-        uniforms = torch.cat([torch.rand(rows, length, generator=draw) for draw in draws])
         ran = engine.run(
             engine.Request(
                 policy, prompts, num_generations, params, uniforms.to(policy.device),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.generate import as_text
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.objective.advantages import Advantages, compare
@@ -17,6 +17,7 @@ from lowmem_grpo.objective.formulas import kl_estimate
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rollout.metrics import length_metrics, reward_metrics
 from lowmem_grpo.rollout.rollout import Rollout
+from lowmem_grpo.rollout.scoring import complete_and_score
 from lowmem_grpo.rollout.stream import Stream, prompts_at
 
 
@@ -64,14 +65,11 @@ def sample_and_score(
 ) -> Scored:
     """Completions of the prompts at these positions of the stream, and the rewards' verdicts on them."""
     drawn = prompts_at(prompts, positions, config)
-    completions, metrics = sampler.complete(drawn, config.num_generations)
-    asked = [prompt for prompt in drawn for _ in range(config.num_generations)]
-    texts = [as_text(sampler.policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
-    columns = {key: [prompt.columns[key] for prompt in asked] for key in asked[0].columns}
-    ids = [p.ids for p in asked]
-    scores = rewards([p.text for p in asked], texts, [c.ids for c in completions], columns, step, ids)
-    table = {**scores.extra_columns, "prompt": [p.text for p in asked], "completion": texts}
-    return Scored([*positions], drawn, completions, scores.rewards, {**metrics, **scores.metrics}, table)
+    sample = partial(sampler.complete, drawn, config.num_generations)
+    judged = complete_and_score(sampler.policy, drawn, sample, rewards, step)
+    asked = [prompt.text for prompt in drawn for _ in range(config.num_generations)]
+    table = {**judged.scores.extra_columns, "prompt": asked, "completion": judged.texts}
+    return Scored([*positions], drawn, judged.completions, judged.scores.rewards, judged.metrics, table)
 
 
 def compare_rewards(rewards: Tensor, config: GRPOConfig, penalty: Tensor | None = None) -> Advantages:

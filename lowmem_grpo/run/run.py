@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from lowmem_grpo.distributed import own_randomness, refuse_differences
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, in_a_line
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
@@ -128,6 +130,8 @@ class Run:
         self.is_unsaved = False  # True where the disk refused the last checkpoint
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
+        for what, value in self.identity.items():
+            refuse_differences(f"inputs ({what})", value)
         with writing_to(self.folder):
             mend_folder(self.folder)
             if inputs.resume is not None:
@@ -229,7 +233,9 @@ class Run:
     def update(
         self,
         step: Step,
-        backward: Callable[[int], tuple[Tensor, T]],  # sets gradients within a token budget; returns the loss and more
+        # Sets gradients within a token budget; returns the loss and more. With several ranks, gradients, loss and every
+        # other tensor are this rank's part of a sum.
+        backward: Callable[[int], tuple[Tensor, T]],
         lengths: list[int],  # tokens of each sequence in it
         why_not_finite: Callable[[T, float, bool], str],  # of what backward returned, the loss, and fp16's overflow
         learner: Learner | None = None,  # the policy's by default
@@ -240,7 +246,10 @@ class Run:
         finish(), since weights are about to change.
         """
         learner = learner or self.learner
-        loss, more = self.budget.fit(backward, lengths)
+        # Masks of lora_dropout, by a seed that a resumed run has too.
+        with own_randomness(self.policy.device, self.config.seed, step.number, step.num_updates):
+            loss, more = self.budget.fit(backward, lengths)
+        learner.sum_over_ranks(loss, *(one for one in tree_leaves(more) if isinstance(one, Tensor)))
         grad_norm = learner.clip(self.budget.note)
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
         if learner is self.learner:

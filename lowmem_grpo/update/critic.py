@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.distributed import summed
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.objective.formulas import kl_estimate
@@ -74,7 +75,7 @@ def with_values(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: To
                     values[batch.token_index] = policy.scores(batch)
         return values
 
-    return replace(rollout, values=budget.fit(compute, rollout.lengths_of(counted)))
+    return replace(rollout, values=summed(budget.fit(compute, rollout.lengths_of(counted))))
 
 
 def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
@@ -124,7 +125,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Set the critic's gradient to that of the value loss, the mean over the rollout's tokens that count.
 
-    Returns the loss and the share of tokens whose clipped value decided it, scalars.
+    Returns the loss and the share of tokens whose clipped value decided it, scalars. With several ranks, each is this
+    rank's part of the step's, which is their sum, and so is the gradient.
     """
     assert rollout.values is not None and rollout.returns is not None
     num_tokens = max(1, int((rollout.offsets.diff() * rollout.completion_mask).sum()))

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 from lowmem_grpo.config.sections import OptimizerFields
+from lowmem_grpo.distributed import sum_over_ranks
 from lowmem_grpo.out_of_memory import tried_again
 from lowmem_grpo.output.saved import number, whole
 
@@ -138,6 +139,10 @@ class Learner:
     def bytes_to_come(self) -> int:
         """Bytes that the optimizer's state will take on the device; 0 once it is there."""
         return 0 if self.optimizer.state else state_bytes(self.optim, (p.numel() for p in self.parameters))
+
+    def sum_over_ranks(self, *others: Tensor) -> None:
+        """Replace gradients, and other tensors, by their sums over all ranks, in one call."""
+        sum_over_ranks([*(p.grad for p in self.parameters if p.grad is not None), *others])
 
     def clip(self, out_of_memory: Callable[[], None]) -> Tensor:
         """Undo the loss scale, clip the gradients, and return the norm before, a scalar."""

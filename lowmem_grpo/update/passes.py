@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ObjectiveFields, UpdateFields
+from lowmem_grpo.distributed import alone, share, summed
 from lowmem_grpo.model.packing import MicroBatch, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Coefficients
@@ -34,14 +35,15 @@ def at_work(batch: MicroBatch) -> Iterator[None]:
 def micro_batches(
     policy: Policy, rollout: Rollout, config: UpdateFields, token_budget: int, chosen: list[bool]
 ) -> Iterator[MicroBatch]:
-    """The chosen completions of the rollout, packed under token_budget."""
+    """This rank's share of the rollout's chosen completions, packed under token_budget."""
+    own = share([length if is_chosen else 0 for length, is_chosen in zip(rollout.lengths, chosen, strict=True)])
     return pack(
         [prompt.ids for prompt in rollout.prompts],
         [completion.ids for completion in rollout.completions],
         token_budget=token_budget,
         pad_token_id=policy.pad_token_id,
         device=policy.device,
-        chosen=chosen,
+        chosen=[is_chosen and b in own for b, is_chosen in enumerate(chosen)],
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
@@ -66,7 +68,7 @@ def logprobs_of(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: To
                 logprobs[batch.token_index] = policy.logprobs(batch, config.temperature)
         return logprobs
 
-    return budget.fit(compute, rollout.lengths_of(counted))
+    return summed(budget.fit(compute, rollout.lengths_of(counted)))
 
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
@@ -81,16 +83,16 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
     """
     counted = rollout.completion_mask.tolist()
 
-    def compute(token_budget: int) -> tuple[Tensor, Tensor]:
-        logprobs, entropies = torch.zeros(2, rollout.num_tokens, device=policy.device)
+    def compute(token_budget: int) -> Tensor:
+        logprobs, entropies = found = torch.zeros(2, rollout.num_tokens, device=policy.device)
         with policy.inference():
             for batch in micro_batches(policy, rollout, config, token_budget, counted):
                 with at_work(batch):
-                    found = policy.logprobs_and_entropy(batch, config.temperature)
-                    logprobs[batch.token_index], entropies[batch.token_index] = found
-        return logprobs, entropies
+                    both = policy.logprobs_and_entropy(batch, config.temperature)
+                    logprobs[batch.token_index], entropies[batch.token_index] = both
+        return found
 
-    old_logprobs, entropies = budget.fit(compute, rollout.lengths_of(counted))
+    old_logprobs, entropies = summed(budget.fit(compute, rollout.lengths_of(counted)))
     if config.top_entropy_quantile < 1:
         rollout = replace(rollout, learn_mask=high_entropy(entropies, rollout, config.top_entropy_quantile))
     if config.steps_per_generation > 1 or config.reads_own_logprobs:
@@ -137,7 +139,8 @@ def backward(
     """Set the parameters' gradient to that of the step's loss, micro-batch by micro-batch.
 
     The ratio is 1 where rollout.old_logprobs is None. Returns the loss, a scalar, and the log-probabilities (M,) of
-    the tokens that have a gradient.
+    the tokens that have a gradient, 0 elsewhere. With several ranks, loss, log-probabilities and gradient are of this
+    rank's share, and the step's are their sums.
     """
     completion_weights = loss_weights(rollout.offsets.diff(), rollout.completion_mask, config).to(policy.device)
     advantages = rollout.advantages.to(policy.device)
@@ -254,7 +257,7 @@ def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: Tok
     scaler, token_meter = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
     coefficients = Coefficients(0.0, config.entropy_coef_max if config.has_entropy_bonus else 0.0)
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), alone():
         budget.fit(partial(backward, policy, rollout, token_meter, coefficients, scaler, config), rollout.lengths)
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowmem_grpo.distributed import gathered, in_order, sum_over_ranks, world_size
 from lowmem_grpo.rollout.rollout import Rollout
 
 # Metrics that are the mean of what an update recorded, where it did: by metric, the name of what was recorded.
@@ -30,9 +31,10 @@ class TokenMeter:
 
     def mean(self, name: str, part: Rollout) -> float | None:
         """Mean over the tokens of a part that were computed and that learn_mask leaves; None without any."""
+        whole = self._of_all_ranks()
         where = slice(part.first_token_index, part.first_token_index + part.num_tokens)
-        counted = self.seen[where] if part.learn_mask is None else self.seen[where] & part.learn_mask
-        values = self.values.get(name, self._zeros())[where][counted]
+        counted = whole.seen[where] if part.learn_mask is None else whole.seen[where] & part.learn_mask
+        values = whole.values.get(name, self._zeros())[where][counted]
         return values.mean().item() if len(values) else None
 
     def metrics(self) -> dict[str, float]:
@@ -41,6 +43,21 @@ class TokenMeter:
         What is the mean of nothing is NaN and not 0: where no token counted, because no group has a difference, or
         every completion is masked, nobody knows the policy's entropy.
         """
+        return self._of_all_ranks()._metrics()
+
+    def _of_all_ranks(self) -> "TokenMeter":
+        """The values of all ranks, of which each has recorded others' tokens; itself where there is one."""
+        if world_size() == 1:
+            return self
+        whole = TokenMeter(self.rollout, self.device)
+        names = dict.fromkeys(in_order(gathered([*self.values])))
+        seen = self.seen.to(torch.float32)
+        whole.values = {name: self.values.get(name, self._zeros()).clone() for name in names}
+        sum_over_ranks([seen, *whole.values.values()])
+        whole.seen = seen > 0
+        return whole
+
+    def _metrics(self) -> dict[str, float]:
         count, zeros = self.seen.sum(), self._zeros()  # a sum of nothing, 0, divided by 0 is NaN
         clipped_low, clipped_high = (self.values.get(name, zeros) for name in ("clipped_low", "clipped_high"))
         low, high = (self._completion_means(x) for x in (clipped_low, clipped_high))
