@@ -3,32 +3,45 @@
 torchrun starts them, on one machine, each with a GPU of its own. Every rank has the whole state: weights, optimizer,
 rollout, random generators. Only work is shared, and what came of it is put together in the order of ranks. With one
 process, or where nobody called joined(), each function here returns what it was given.
+
+A rank that ends with an error says so in place of its next exchange, so that the others end with a sentence and not in
+a wait. One that is killed says nothing, and its connections break.
 """
 
 import contextlib
+import functools
 import os
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, chain
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError, LostRankError, in_a_line
+from lowmem_grpo.errors import SENTENCES, InputError, LostRankError, in_a_line
 
+P = ParamSpec("P")
 T = TypeVar("T")
 # How long a rank waits for the others, whose rewards may be slow. A rank that has died is known at once.
 PATIENCE = timedelta(hours=2)
 LOOKS_DEAD_S = 2.0  # within which a process whose connections broke has ended
+# How long rank 0, which has a sentence to say, waits at its end for others that hang: torchrun kills after 30 s.
+PARTING_S = 10.0
 
 _alone = 0  # how many alone() are entered
 _processes: list[int] = []  # process ids, by rank
+# Set once the last exchange is done, which goes on where a signal took the main thread away from it. It is no
+# Thread's join(), since up to Python 3.12 a thread is taken for ended once a signal has come into that.
+_done = threading.Event()
+_done.set()
 
 
 @contextlib.contextmanager
@@ -54,9 +67,29 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         _processes[:] = gathered(os.getpid())
         yield
+        gathered(None)  # where an error that another rank ends with is heard
+    except BaseException as error:
+        if not hasattr(error, "was_told"):
+            with contextlib.suppress(LostRankError):
+                _exchanged(_Sent(error=error, is_last=True), PARTING_S if is_main() else None)
+        raise
     finally:
-        _processes.clear()
+        _leave()
+
+
+def _leave() -> None:
+    """Wait for the others at the end, since torchrun kills those that are left once one has failed."""
+    if not is_stranded():
+        with contextlib.suppress(LostRankError):
+            _exchanged(_Sent(is_last=True), PARTING_S if is_main() else None)
+    _processes.clear()
+    if not is_stranded():
         dist.destroy_process_group()
+
+
+def is_stranded() -> bool:
+    """True where an exchange still waits for a rank that does not come, which would keep this process from ending."""
+    return not _done.is_set()
 
 
 @contextlib.contextmanager
@@ -68,6 +101,13 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone -= 1
+
+
+def refuse_several(what: str) -> None:
+    """Raise InputError in a process that torchrun started with others, for what is one process's work."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise InputError(f"{what} is the work of one process, and torchrun has started {count}; start it without")
 
 
 def world_size() -> int:
@@ -104,11 +144,7 @@ def share(weights: Sequence[int]) -> range:
 
 def gathered(value: T) -> list[T]:
     """The values of all ranks, in their order, from rank to rank as pickle has them."""
-    if world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * world_size()
-    _together(lambda: dist.all_gather_object(found, value))
-    return found
+    return [value] if world_size() == 1 else [sent.value for sent in _exchanged(_Sent(value))]
 
 
 def each(work: Callable[[], T]) -> list[T]:
@@ -118,18 +154,47 @@ def each(work: Callable[[], T]) -> list[T]:
     """
     if world_size() == 1:
         return [work()]
-    own: BaseException | None = None
     try:
-        sent = pickle.dumps((work(), None))
-    except LostRankError:
-        raise
+        mine = _Sent(pickle.dumps(work()))
     except BaseException as error:
-        own, sent = error, pickle.dumps((None, _as_sent(error)))
-    outcomes = [pickle.loads(each) for each in gathered(sent)]
-    for number, (_, error) in enumerate(outcomes):
-        if error is not None:
-            raise error if own is None or number != rank() else own
-    return [value for value, _ in outcomes]
+        if hasattr(error, "was_told"):  # an exchange within work ended with it on every rank
+            raise
+        mine = _Sent(error=error)
+    sent = _exchanged(mine)
+    for number, one in enumerate(sent):
+        if one.error is not None:
+            raise mine.error if number == rank() and mine.error is not None else one.error
+    return [pickle.loads(one.value) for one in sent]
+
+
+def by_main(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that rank 0 alone does; what it returned, or its error, comes to every rank."""
+
+    @functools.wraps(work)
+    def done(*args: P.args, **kwargs: P.kwargs) -> T:
+        if world_size() == 1:
+            return work(*args, **kwargs)
+        return each(lambda: work(*args, **kwargs) if is_main() else None)[0]  # type: ignore[return-value] # rank 0's
+
+    return done
+
+
+def main_first(work: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that rank 0 does first, and then the others, who find what it has downloaded.
+
+    An error of one rank is raised on all of them.
+    """
+
+    @functools.wraps(work)
+    def done(*args: P.args, **kwargs: P.kwargs) -> T:
+        if world_size() == 1:
+            return work(*args, **kwargs)
+        found: list[T] = []
+        for of_main in (True, False):
+            each(lambda of_main=of_main: found.append(work(*args, **kwargs)) if is_main() is of_main else None)
+        return found[0]
+
+    return done
 
 
 def _as_sent(error: BaseException) -> BaseException:
@@ -159,12 +224,13 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in one call for those of one type, on one device."""
     if world_size() == 1:
         return
+    gathered(None)  # where ranks wait for each other on the host, and one that has ended is heard of
     kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for several in kinds.values():
         flat = torch.cat([tensor.detach().flatten() for tensor in several])
-        _together(lambda flat=flat: _all_reduce(flat))
+        _together(lambda flat=flat: dist.all_reduce(flat))
         for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
 
@@ -205,10 +271,64 @@ def own_randomness(device: torch.device, *seed: int) -> Iterator[None]:
         yield
 
 
-def _all_reduce(flat: Tensor) -> None:
-    if flat.device.type == "cuda":
-        dist.all_reduce(torch.zeros(1))  # ranks wait for each other here, on the host, where a dead one is known
-    dist.all_reduce(flat)
+@dataclass
+class _Sent:
+    """A message to all ranks: a value, or an error, with which the sender may end."""
+
+    value: Any = None
+    error: BaseException | None = None
+    is_last: bool = False
+
+
+def _exchanged(mine: _Sent, patience_s: float | None = None) -> list[_Sent]:
+    """The messages of all ranks, in their order, once each has sent one, or patience_s have passed.
+
+    Raises:
+        LostRankError: another rank has ended, or does not come.
+        BaseException: what another rank has ended with.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    message = _Sent(mine.value, None if mine.error is None else _as_sent(mine.error), mine.is_last)
+    _together(lambda: _interruptibly(lambda: dist.all_gather_object(found, message), patience_s))
+    ended = [(number, one.error) for number, one in enumerate(found) if one.is_last]
+    if ended and not mine.is_last:
+        raise _told(*ended[0])
+    return found
+
+
+def _interruptibly(work: Callable[[], object], patience_s: float | None) -> None:
+    """Do work in a thread, since no signal reaches Python while the main thread waits within gloo.
+
+    Where a signal raises, the work goes on, and the next begins when it is done: ranks stay in step.
+    """
+    global _done
+    before, done, failed = _done, threading.Event(), []
+
+    def run() -> None:
+        before.wait()
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        done.set()
+
+    _done = done
+    threading.Thread(target=run, daemon=True).start()
+    if not done.wait(patience_s):
+        raise RuntimeError(f"not within {patience_s} s")
+    if failed:
+        raise failed[0]
+
+
+def _told(number: int, error: BaseException | None) -> BaseException:
+    """The error that this rank ends with where another has ended with its own: a stop is a stop of all."""
+    if isinstance(error, SENTENCES):
+        error = type(error)(f"rank {number}: {error}")
+    elif not isinstance(error, KeyboardInterrupt | SystemExit):
+        why = "has come to its end" if error is None else f"stopped with {type(error).__name__} ({in_a_line(error)})"
+        error = LostRankError(f"rank {number} {why}, and this one cannot go on alone")
+    error.was_told = True  # type: ignore[attr-defined] # ours
+    return error
 
 
 def _together(work: Callable[[], object]) -> None:
@@ -220,7 +340,9 @@ def _together(work: Callable[[], object]) -> None:
     try:
         work()
     except RuntimeError as error:  # gloo's, whose connection broke
-        raise LostRankError(f"{_who_is_gone()}, and this one cannot go on alone") from error
+        lost = LostRankError(f"{_who_is_gone()}, and this one cannot go on alone")
+        lost.was_told = True  # type: ignore[attr-defined] # there is nobody to tell
+        raise lost from error
 
 
 def _who_is_gone() -> str:

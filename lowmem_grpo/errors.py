@@ -44,6 +44,10 @@ class UnhealthyRunError(RuntimeError):
     """A run that doctor="stop" ended, in a sentence with the remedy. A command prints it and exits with 1."""
 
 
+# What a command says in its sentence, and nothing more; it exits with 2 for a user's mistake, else with 1.
+SENTENCES = (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError, LostRankError)
+
+
 def printable(line: str) -> str:
     """A line whose escapes, carriage returns and changes of direction are written out, as `\\x1b`.
 

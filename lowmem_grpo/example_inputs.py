@@ -10,6 +10,7 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example, Examples, tokenize_examples
 from lowmem_grpo.data.order import shares_of
 from lowmem_grpo.data.rows import read_rows
+from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.identity import identity_of, refuse_another_run
 from lowmem_grpo.inputs import (
@@ -47,6 +48,7 @@ class ExampleInputs(RunInputs):
         return len(self.eval_examples)
 
 
+@main_first
 def read_example_inputs(
     model: Any, train_dataset: Any, eval_dataset: Any, config: SFTConfig, peft_config: Any = None,
     tokenizer: Any = None, callbacks: Any = (),

@@ -22,7 +22,7 @@ from lowmem_grpo.data.chats import is_text
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
-from lowmem_grpo.distributed import take_from_main, world_size
+from lowmem_grpo.distributed import is_main, main_first, take_from_main, world_size
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
@@ -133,6 +133,7 @@ class Inputs(RunInputs):
             return load_teacher(self.teacher, policy, self.config)
 
 
+@main_first
 def read_training_inputs(
     model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
     tokenizer: Any = None, callbacks: Any = (),
@@ -207,11 +208,6 @@ def read_training_inputs(
         plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
         datasets=datasets,
     )  # fmt: skip
-    if world_size() > config.prompts_per_step:
-        raise InputError(
-            f"prompts_per_step={config.prompts_per_step} leaves some of the {world_size()} processes without a prompt; "
-            "start fewer, or raise prompts_per_step"
-        )
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
             f"critic_warmup={config.critic_warmup} leaves the policy none of the run's {inputs.total_steps} steps to "
@@ -299,8 +295,15 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
         json.dumps(asdict(config))
     except TypeError as error:
         raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+    if world_size() > config.prompts_per_step:
+        name = {"sft": "examples_per_step", "reward": "pairs_per_step"}.get(config.kind, "prompts_per_step")
+        raise InputError(
+            f"torchrun has started {world_size()} processes, and {name}={config.prompts_per_step} does not give each "
+            f"something to do; start fewer, or raise {name}"
+        )
     output_dir = writable_folder(config.output_dir)
-    lock_folder(output_dir)
+    if is_main():
+        lock_folder(output_dir)
     resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
     refuse_results(output_dir, resume, begin_anew=config.resume_from_checkpoint == "auto")
     if resume is None:

@@ -7,6 +7,7 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.data.examples import Examples
 from lowmem_grpo.data.pairs import Pair, tokenize_pairs
 from lowmem_grpo.data.rows import read_rows
+from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.identity import identity_of, refuse_another_run
 from lowmem_grpo.inputs import (
@@ -51,6 +52,7 @@ class PairInputs(RunInputs):
         return policy
 
 
+@main_first
 def read_pair_inputs(
     model: Any, train_dataset: Any, eval_dataset: Any, config: RewardConfig, peft_config: Any = None,
     tokenizer: Any = None, callbacks: Any = (),

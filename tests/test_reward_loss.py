@@ -48,7 +48,7 @@ def policy_of(tokenizer=None, **settings):
 
 def gradients(policy, pairs, config, token_budget=10_000):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, scores = backward(policy, pairs, scaler, config, token_budget)
+    loss, scores = backward(policy, pairs, range(len(pairs)), scaler, config, token_budget)
     return loss.item(), scores, {n: p.grad.clone() for n, p in policy.parameters_of(policy.adapter).items()}
 
 
@@ -158,7 +158,8 @@ def test_neither_micro_batches_nor_packing_nor_memory_change_the_gradient(settin
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with OutOfMemory(tokens=60):
         loss, _ = budget.fit(
-            partial(backward, policy, SOME, scaler, config), [len(t) + 1 for p in SOME for t in p.texts]
+            partial(backward, policy, SOME, range(len(SOME)), scaler, config),
+            [len(t) + 1 for p in SOME for t in p.texts],
         )
     assert budget.out_of_memory and budget.num_tokens <= 80
     equal(loss.item(), {n: p.grad for n, p in policy.parameters_of(policy.adapter).items()})
@@ -177,13 +178,13 @@ def test_a_split_pair_has_the_dropout_masks_of_its_own_scores():
     config, scaler = RewardConfig(use_cpu=True, lora_dropout=0.5), torch.amp.GradScaler("cpu", enabled=False)
     pair = [Pair([*range(60, 100)], [*range(60, 99), 3])]
     torch.manual_seed(0)
-    _, scores = backward(policy, pair, scaler, config, 40)
+    _, scores = backward(policy, pair, range(len(pair)), scaler, config, 40)
     after = torch.get_rng_state()
     found: list[torch.Tensor] = []
     own = policy.scores
     policy.scores = lambda batch: found.append(own(batch)) or found[-1]
     torch.manual_seed(0)
-    backward(policy, pair, scaler, config, 40)
+    backward(policy, pair, range(len(pair)), scaler, config, 40)
     assert torch.equal(torch.get_rng_state(), after)
     assert [score.item() for score in found] == [*scores[0].tolist()] * 2
 

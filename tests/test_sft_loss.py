@@ -51,7 +51,7 @@ def tokenizer_with(template=None):
 
 def gradients(policy, examples, config, token_budget=10_000):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, _ = backward(policy, examples, scaler, config, token_budget)
+    loss, _ = backward(policy, examples, range(len(examples)), scaler, config, token_budget)
     return loss.item(), {n: p.grad.clone() for n, p in policy.parameters_of(policy.adapter).items()}
 
 
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_trls_trainer(kind, settings, loss_type, 
     examples, _ = tokenize_examples(Dataset.from_list(ROWS[kind]), tokenizer, config)
     loss, found = gradients(policy, examples, config, token_budget=100)
     assert loss == pytest.approx(wanted.item(), rel=1e-6)
-    _, accuracy = nll_and_accuracy(policy, examples, config, 100)
+    _, accuracy = nll_and_accuracy(policy, examples, range(len(examples)), config, 100)
     assert accuracy.item() == pytest.approx(trainer._metrics["train"]["mean_token_accuracy"][0])
     known = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     assert found.keys() == known.keys()
@@ -146,7 +146,7 @@ def test_neither_micro_batches_nor_packing_nor_memory_change_the_gradient(settin
     largest = max(grad.abs().max() for grad in known.values()).item()
     scaler, budget = torch.amp.GradScaler("cpu", enabled=False), TokenBudget(200)
     with OutOfMemory(tokens=100):
-        loss, _ = budget.fit(partial(backward, policy, SOME, scaler, config), [24, 32, 12] * 2)
+        loss, _ = budget.fit(partial(backward, policy, SOME, range(len(SOME)), scaler, config), [24, 32, 12] * 2)
     assert budget.out_of_memory > 0
     found = {n: p.grad for n, p in policy.parameters_of(policy.adapter).items()}
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -158,14 +158,14 @@ def test_the_loss_of_an_evaluation_is_that_of_training():
     policy = make_policy("qwen2", load_in_4bit=False)
     config = SFTConfig(use_cpu=True)
     loss, _ = gradients(policy, SOME, config)
-    assert nll_and_accuracy(policy, SOME, config, 100)[0].item() == pytest.approx(loss, rel=1e-6)
+    assert nll_and_accuracy(policy, SOME, range(len(SOME)), config, 100)[0].item() == pytest.approx(loss, rel=1e-6)
 
 
 def test_the_accuracy_is_the_share_of_learnt_tokens_that_are_the_likeliest():
     policy = make_policy("qwen2", load_in_4bit=False)
     config, examples = SFTConfig(use_cpu=True), [*SOME[:3], likely(policy)]
-    _, means = backward(policy, examples, torch.amp.GradScaler("cpu", enabled=False), config, 40)
-    _, accuracy = nll_and_accuracy(policy, examples, config, 10_000)
+    _, means = backward(policy, examples, range(len(examples)), torch.amp.GradScaler("cpu", enabled=False), config, 40)
+    _, accuracy = nll_and_accuracy(policy, examples, range(len(examples)), config, 10_000)
     wanted = accuracy_by_definition(policy, examples)
     assert 7 / 53 <= wanted < 1, "7 of 53 at least, however much each weighs"
     assert means.accuracy.item() == accuracy.item() == pytest.approx(wanted)

@@ -3,15 +3,19 @@
 import contextlib
 import io
 import sys
+import time
 
 from lowmem_grpo.cli import demos, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
-from lowmem_grpo.cli.output import drop_output, say_safely, writing_output
+from lowmem_grpo.cli.output import drop_output, num_started, say_safely, speaks, writing_output
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
-from lowmem_grpo.cli.settings import PLANNED
+from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.select import SelectConfig
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError, printable
+from lowmem_grpo.errors import SENTENCES, InputError, printable
+
+# torchrun ends all processes once one has ended with an error; rank 0 has a sentence to say.
+OTHERS_STAY_S = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:  # the process is the command
         arguments = sys.argv[1:]
         say_safely()
+        if not speaks():
+            drop_output()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
@@ -30,10 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             with writing_output():
                 sys.stdout.flush()
-    except (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError) as error:
+    except SENTENCES as error:
         command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
-        with contextlib.suppress(OSError):  # a full disk
-            print(f"{command}: {printable(str(error))}", file=sys.stderr)
+        if speaks():
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"{command}: {printable(str(error))}", file=sys.stderr)
+        else:
+            time.sleep(OTHERS_STAY_S)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # whoever read the output, `head` for one, has had enough
         drop_output()
@@ -47,6 +56,11 @@ def run_command(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
+    if num_started() > 1 and arguments and arguments[0] not in TRAININGS:
+        raise InputError(
+            f"`lowmem-grpo {printable(arguments[0]):.50}` is the work of one process, and torchrun has started "
+            f"{num_started()}; start it without torchrun"
+        )
     configs = {**PLANNED, "select": SelectConfig}
     trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)

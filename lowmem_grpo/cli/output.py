@@ -29,6 +29,16 @@ def writing_output() -> Iterator[None]:
         raise NotSavedError(f"standard output cannot be written: {error.strerror}") from error
 
 
+def num_started() -> int:
+    """The number of processes of which torchrun has started this one; 1 where it has not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """True in the process that a person reads: the only one, or the first of those that torchrun has started."""
+    return num_started() == 1 or os.environ.get("RANK") == "0"
+
+
 def drop_output() -> None:
     """Send what is left of standard output nowhere, so that Python does not fail at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

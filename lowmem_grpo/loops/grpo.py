@@ -25,6 +25,7 @@ from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.preview import show_preview
+from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, Step, TrainResult
 from lowmem_grpo.update.critic import Critic, lengths_with_value, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
@@ -46,6 +47,7 @@ from lowmem_grpo.update.token_metrics import TokenMeter
 @without_progress_bars
 @releasing_locks()
 @interruptible
+@across_ranks
 def train(
     model: Any,
     reward_funcs: Any = None,

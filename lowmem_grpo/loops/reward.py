@@ -1,4 +1,4 @@
-"""train_reward_model(): a reward adapter from pairs, on one device, from top to bottom."""
+"""train_reward_model(): a reward adapter from pairs, from top to bottom."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config.reward import RewardConfig
+from lowmem_grpo.distributed import by_main, share
 from lowmem_grpo.errors import NotSavedError
 from lowmem_grpo.model.score_head import RANGE, save_range
 from lowmem_grpo.output.lock import releasing_locks
@@ -16,11 +17,12 @@ from lowmem_grpo.run.evaluations import accuracies_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.pair_checkup import doctor_of_pairs
 from lowmem_grpo.run.pair_preview import show_pair
+from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.room import refusal
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.pair_metrics import score_metrics
-from lowmem_grpo.update.pairs import backward, scores_of, try_largest_update, why_not_finite
+from lowmem_grpo.update.pairs import backward, scores_of_all, try_largest_update, why_not_finite
 
 NUM_RANGED = 512  # pairs whose scores tell where an adapter's scores lie
 
@@ -28,6 +30,7 @@ NUM_RANGED = 512  # pairs whose scores tell where an adapter's scores lie
 @without_progress_bars
 @releasing_locks()
 @interruptible
+@across_ranks
 def train_reward_model(
     model: Any,
     train_dataset: Any = None,
@@ -74,7 +77,8 @@ def train_reward_model(
             batch = pairs.take(config.pairs_per_step)
             lengths = [len(text) + 1 for pair in batch for text in pair.texts]  # with one to score the last by
             with step.phase("update"):
-                work = partial(backward, policy, batch, scaler, config)
+                mine = share([sum(map(len, pair.texts)) for pair in batch])
+                work = partial(backward, policy, batch, mine, scaler, config)
                 loss, scores = run.update(step, work, lengths, partial(why_not_finite, config))
             metrics = {"epoch": pairs.position / len(pairs.all), "loss": loss, **score_metrics(scores)}
             num_tokens = sum(lengths) - len(lengths)
@@ -90,10 +94,9 @@ def measure_range(run: Run, inputs: PairInputs) -> None:
         NotSavedError: the disk refuses.
     """
     first = inputs.pairs.all[:NUM_RANGED]
-    lengths = [len(text) + 1 for pair in first for text in pair.texts]
-    scores = run.budget.fit(partial(scores_of, run.policy, first, inputs.config), lengths)
+    scores = scores_of_all(run.policy, first, run.budget, inputs.config)
     try:
-        save_range(run.folder / "adapter", scores.mean().item(), scores.std().item())
+        by_main(save_range)(run.folder / "adapter", scores.mean().item(), scores.std().item())
     except OSError as error:
         raise NotSavedError(
             f"{run.folder / 'adapter' / RANGE} cannot be written ({refusal(error)}), by which normalize=True goes; the "

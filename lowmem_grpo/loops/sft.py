@@ -1,4 +1,4 @@
-"""sft(): supervised fine-tuning on one device, from top to bottom."""
+"""sft(): supervised fine-tuning, from top to bottom."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.distributed import share
 from lowmem_grpo.example_inputs import read_example_inputs
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -14,6 +15,7 @@ from lowmem_grpo.run.evaluations import losses_of
 from lowmem_grpo.run.example_checkup import doctor_of_examples
 from lowmem_grpo.run.example_preview import show_example
 from lowmem_grpo.run.interruption import interruptible
+from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.update.nll import backward, try_largest_update, why_not_finite
 from lowmem_grpo.update.optimizer import Learner
@@ -22,6 +24,7 @@ from lowmem_grpo.update.optimizer import Learner
 @without_progress_bars
 @releasing_locks()
 @interruptible
+@across_ranks
 def sft(
     model: Any,
     train_dataset: Any = None,
@@ -65,10 +68,11 @@ def sft(
             try_largest_update(policy, examples.all, run.budget, config, learner.bytes_to_come())
         for step in run.steps():
             batch = examples.take(config.examples_per_step)
+            lengths = [len(one.ids) for one in batch]
             with step.phase("update"):
-                work = partial(backward, policy, batch, scaler, config)
-                loss, means = run.update(step, work, [len(one.ids) for one in batch], partial(why_not_finite, config))
-            num_tokens = sum(len(one.ids) for one in batch)
+                work = partial(backward, policy, batch, share(lengths), scaler, config)
+                loss, means = run.update(step, work, lengths, partial(why_not_finite, config))
+            num_tokens = sum(lengths)
             metrics = {
                 "epoch": examples.position / len(examples.all), "loss": loss, "entropy": means.entropy.item(),
                 "mean_token_accuracy": means.accuracy.item(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import remove, set_aside, write_folder
@@ -30,8 +31,8 @@ class BestAdapter:
         is_loss = self.metric.endswith("loss")
         self.sign = 1.0 if (not is_loss if config.greater_is_better is None else config.greater_is_better) else -1.0
         if fresh:
-            remove(self.folder)
-        self.record()
+            by_main(remove)(self.folder)
+        by_main(self.record)()
 
     def keep(self, policy: Policy, step: int, metrics: dict[str, float]) -> None:
         """Write the adapter as it is now if its metric is better than the saved one's.
@@ -69,7 +70,7 @@ class BestAdapter:
 
     def load(self, policy: Policy) -> None:
         """Give the policy the saved adapter; without one, where no evaluation had a value, it stays."""
-        if self.record() is not None:
+        if by_main(self.record)() is not None:
             weights = read_tensors(self.folder, "adapter_model", "resume without load_best_model_at_end")
             policy.load_adapter_state(policy.adapter, policy.names.from_file(weights))
 

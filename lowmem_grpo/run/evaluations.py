@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lowmem_grpo.distributed import share, sum_over_ranks
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences
 from lowmem_grpo.example_inputs import ExampleInputs
@@ -20,7 +21,7 @@ from lowmem_grpo.pair_inputs import PairInputs
 from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.update.nll import nll_and_accuracy
 from lowmem_grpo.update.pair_metrics import correlation, score_metrics
-from lowmem_grpo.update.pairs import mean_loss, scores_of
+from lowmem_grpo.update.pairs import mean_loss, scores_of_all
 
 
 class Measured(Protocol):
@@ -109,7 +110,9 @@ def losses_of(inputs: ExampleInputs, policy: Policy) -> Evaluations:
     def measure(step: int) -> Losses:
         budget = TokenBudget(config.token_budget)
         lengths = [len(one.ids) for one in examples]
-        nll, accuracy = budget.fit(partial(nll_and_accuracy, policy, examples, config), lengths)
+        work = partial(nll_and_accuracy, policy, examples, share(lengths), config)
+        nll, accuracy = budget.fit(work, lengths)
+        sum_over_ranks([nll, accuracy])
         return Losses({"eval_loss": nll.item(), "eval_mean_token_accuracy": accuracy.item()})
 
     rows = [[one.ids, one.counted, one.weight] for one in examples]
@@ -126,7 +129,7 @@ def accuracies_of(inputs: PairInputs, policy: Policy) -> Evaluations:
 
     def measure(step: int) -> Losses:
         budget = TokenBudget(config.token_budget)
-        scores = budget.fit(partial(scores_of, policy, pairs, config), [length + 1 for length in lengths]).cpu()
+        scores = scores_of_all(policy, pairs, budget, config).cpu()
         right = (scores[:, 0] > scores[:, 1]).double().tolist()
         low, high = confidence_interval(right)
         metrics = {f"eval_{name}": value for name, value in score_metrics(scores).items()}

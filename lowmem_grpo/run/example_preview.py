@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from lowmem_grpo.data.examples import Example
+from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import printable_text
 from lowmem_grpo.example_inputs import ExampleInputs
 
@@ -11,6 +12,7 @@ LEARNT = "[[%s]]"
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole
 
 
+@by_main
 def show_example(inputs: ExampleInputs) -> None:
     """Print the first example on standard error, and write it to output_dir/data_preview.txt.
 

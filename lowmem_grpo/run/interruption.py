@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from lowmem_grpo.distributed import each, is_main, world_size
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -61,6 +63,23 @@ class Interruption:
         """Let signals wait until release()."""
         self.holding = True
 
+    def hold_everywhere(self) -> None:
+        """Let signals wait until release() on all ranks, and raise on all of them one that has come to any.
+
+        A rank that stopped alone, with its weights about to change, would leave the others with half a step.
+        """
+        if world_size() > 1 and not self.holding:
+            self.hold()
+            try:
+                each(self._raise_first)
+            except BaseException:
+                self.holding = False
+                raise
+
+    def _raise_first(self) -> None:
+        if self.error is not None:
+            raise self.error
+
     def release(self) -> None:
         """Raise the signal that waited, if any."""
         self.holding = False
@@ -74,6 +93,8 @@ class Interruption:
 
 def _say(text: str) -> None:
     """Write a line past Python's streams, which a signal may have struck in the middle of a write."""
+    if not is_main():
+        return
     with contextlib.suppress(OSError):  # a terminal that has been closed
         os.write(2, f"\n{text}\n".encode())
 
@@ -87,7 +108,7 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
             try:
                 return function(*args, **kwargs)
             except (KeyboardInterrupt, SystemExit) as error:
-                if error is interruption.error:
+                if error is interruption.error and is_main():
                     with contextlib.suppress(OSError):  # a terminal that has been closed
                         print("stopped outside of any step; nothing is lost", file=sys.stderr)
                 raise

@@ -85,8 +85,7 @@ class MetricsLog:
         Raises:
             OSError: the disk refused. The line waits for the next one, and nothing of it is in the file.
         """
-        known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
-        self.waiting.append(known)
+        self.waiting.append(_in_json(line))
         text = "".join(json.dumps(one) + "\n" for one in self.waiting).encode()
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -97,6 +96,26 @@ class MetricsLog:
                 file.truncate(end)
                 raise
         self.waiting = []
+
+
+class HeardLog(MetricsLog):
+    """The lines of rank 0's metrics.jsonl, in the memory of another rank, which writes none."""
+
+    def __init__(self, lines: list[dict[str, Any]]):
+        self.heard = lines
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the run so far."""
+        return [*self.heard]
+
+    def write(self, line: Mapping[str, float | str]) -> None:
+        """Remember one line; what is not finite becomes None, as it does in the file."""
+        self.heard.append(_in_json(line))
+
+
+def _in_json(line: Mapping[str, float | str]) -> dict[str, Any]:
+    """A line with None, JSON's null, in place of what is not finite."""
+    return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:

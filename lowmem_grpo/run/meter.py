@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from lowmem_grpo.distributed import gathered
+
 MIB = 2**20
 
 
@@ -37,6 +39,17 @@ class Meter:
         took = {phase: self.metrics.get(f"time/{phase}_s") for phase in num_tokens}
         did = {phase: (num_tokens[phase], took_s) for phase, took_s in took.items() if took_s and num_tokens[phase]}
         return {f"tokens_per_s/{phase}": count / took_s for phase, (count, took_s) in did.items()}
+
+
+def of_all_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """A step's metrics as every rank has them: of time and memory the worst of any rank, and else rank 0's."""
+    by_rank = gathered(metrics)
+    for name in by_rank[0]:
+        least = name.startswith("tokens_per_s/") or name == "memory/token_budget"
+        if least or name.startswith(("time/", "memory/")) or name == "step_time":
+            values = [one[name] for one in by_rank if name in one]
+            by_rank[0][name] = min(values) if least else max(values)
+    return by_rank[0]
 
 
 def reset_peak(device: torch.device) -> None:

@@ -4,12 +4,14 @@ import sys
 from typing import Any
 
 from lowmem_grpo.data.pairs import Pair
+from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import printable_text
 from lowmem_grpo.pair_inputs import PairInputs
 
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole
 
 
+@by_main
 def show_pair(inputs: PairInputs) -> None:
     """Print the first pair on standard error, and write it to output_dir/data_preview.txt.
 

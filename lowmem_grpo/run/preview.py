@@ -18,6 +18,7 @@ from torch import nn
 from lowmem_grpo.data.chats import closing_of
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import InputError, printable, printable_text
 from lowmem_grpo.inputs import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
@@ -53,6 +54,7 @@ class Preview:
     of_teacher: str | None = None  # the prompt as a teacher reads it, where that is something else
 
 
+@by_main
 def show_preview(inputs: Inputs) -> list[Finding]:
     """Print the first row's preview on standard error, and write it to output_dir/data_preview.txt.
 

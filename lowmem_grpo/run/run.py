@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lowmem_grpo.distributed import own_randomness, refuse_differences
+from lowmem_grpo.distributed import by_main, from_main, is_main, own_randomness, refuse_differences, world_size
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, in_a_line
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
@@ -41,8 +41,8 @@ from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, sav
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
-from lowmem_grpo.run.log import MetricsLog, is_evaluation, write_completions
-from lowmem_grpo.run.meter import Meter
+from lowmem_grpo.run.log import HeardLog, MetricsLog, is_evaluation, write_completions
+from lowmem_grpo.run.meter import Meter, of_all_ranks
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
 from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal, writing_to
@@ -128,25 +128,34 @@ class Run:
         self.told: set[str] = set()  # the causes that were said
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
+        self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
         for what, value in self.identity.items():
             refuse_differences(f"inputs ({what})", value)
         with writing_to(self.folder):
-            mend_folder(self.folder)
+            by_main(mend_folder)(self.folder)
             if inputs.resume is not None:
                 self._load(inputs.resume)
-            set_damaged_aside(self.folder, self.step, inputs.resume)
-            self.log = MetricsLog(self.folder, self.step)
-            # The run has evaluated, and its best adapter was left behind where the checkpoint was copied from.
-            self.is_best_missing = bool(evaluations and evaluations.first) and not lexists(self.folder / "best")
+            log = self._begin_folder() if is_main() else None
+            lines = from_main(log.lines() if log else [])
+            self.log = log or HeardLog(lines)
             self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
-            settings = json.dumps(asdict(inputs.given), indent=1)
-            (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
-            about.write_about(inputs, self.step)
-            if inputs.resume is None:
-                remove(self.folder / samples.NAME)
         self.shown = list(dict.fromkeys([self.best.metric, *self.config.measured[1:]]))
+
+    def _begin_folder(self) -> MetricsLog:
+        """Write what a folder has from a run's beginning, set aside what is not the run's, and return its log."""
+        set_damaged_aside(self.folder, self.step, self.inputs.resume)
+        log = MetricsLog(self.folder, self.step)
+        # The run has evaluated, and its best adapter was left behind where the checkpoint was copied from.
+        has_evaluated = self.evaluations is not None and bool(self.evaluations.first)
+        self.is_best_missing = has_evaluated and not lexists(self.folder / "best")
+        settings = json.dumps(asdict(self.inputs.given), indent=1)
+        (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
+        about.write_about(self.inputs, self.step)
+        if self.inputs.resume is None:
+            remove(self.folder / samples.NAME)
+        return log
 
     @property
     def is_over(self) -> bool:
@@ -222,11 +231,11 @@ class Run:
         compared = [f"{name}/difference" for name in self.shown if f"{name}/difference" in line]
         if compared:
             self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
-        refused = [self._refusal_of(self._save) if self.is_unsaved else ""]
+        refused = [from_main(self._refusal_of(self._save) if self.is_unsaved else "")]
         if self.config.load_best_model_at_end:
             self.is_whole = False  # no checkpoint may have these weights
             self.best.load(self.policy)
-        refused.append(self._refusal_of(self._write_adapter))
+        refused.append(from_main(self._refusal_of(self._write_adapter)))
         if any(refused):
             raise NotSavedError("; ".join(filter(None, refused)))
 
@@ -249,6 +258,7 @@ class Run:
         # Masks of lora_dropout, by a seed that a resumed run has too.
         with own_randomness(self.policy.device, self.config.seed, step.number, step.num_updates):
             loss, more = self.budget.fit(backward, lengths)
+        self.interruption.hold_everywhere()
         learner.sum_over_ranks(loss, *(one for one in tree_leaves(more) if isinstance(one, Tensor)))
         grad_norm = learner.clip(self.budget.note)
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the host waits for both here
@@ -306,6 +316,7 @@ class Run:
             **step.meter.metrics, **step.meter.rates(dict(work or {})),
             "step_time": time.perf_counter() - step.started,
         }  # fmt: skip
+        metrics = of_all_ranks(metrics)
         found = self.doctor.look(step.number, metrics)
         self.rest.metrics, self.rest.num_called = metrics, 0
         self._remember()
@@ -397,6 +408,9 @@ class Run:
         skipped = {name: each.nonfinite_steps for name, each in zip(SKIPPED, self.learners, strict=False)}
         states["counts"] = {"num_tokens": self.num_tokens, **skipped}
         # In one assignment: an interruption saves either all of the step or all of the one before.
+        # Rewards may have drawn from Python's generators, on each rank by itself.
+        if world_size() > 1:
+            restore_randomness(from_main(randomness()))
         self.whole = {**states, "random_states": randomness()}
 
     def _remember_rest(self) -> None:
@@ -404,10 +418,14 @@ class Run:
         self.whole = {**self.whole, "rest": self.rest.state(), "random_states": randomness()}
 
     def _log(self, line: Mapping[str, float | str]) -> None:
+        if isinstance(self.log, HeardLog):
+            self.log.write(line)
         self._without("metrics.jsonl", partial(self.log.write, line))
 
     def _without(self, what: str, write: Callable[[], None]) -> None:
-        """Write what a run can go on without. Where the disk refuses, that is said once."""
+        """Write, on rank 0, what a run can go on without. Where the disk refuses, that is said once."""
+        if not is_main():
+            return
         try:
             write()
         except OSError as error:
@@ -433,7 +451,9 @@ class Run:
         return ""
 
     def _write_adapter(self) -> None:
-        """Write output_dir/adapter. Raise NotSavedError where the disk refuses."""
+        """Write output_dir/adapter, on rank 0. Raise NotSavedError where the disk refuses."""
+        if not is_main():
+            return
         try:
             write_folder(self.folder / "adapter", self.policy.save)
         except OSError as error:
@@ -445,8 +465,10 @@ class Run:
         return next(reversed(checkpoints(self.folder)), self.inputs.resume)
 
     def _save(self) -> Path:
-        """Write the checkpoint of the last whole step. Raise NotSavedError where the disk refuses."""
+        """Write, on rank 0, the checkpoint of the last whole step. Raise NotSavedError where the disk refuses."""
         folder = self.folder / f"checkpoint-{self.step}"
+        if not is_main():
+            return folder
         values = {"step": self.step, "identity": self.identity, "config": asdict(self.inputs.given)}
         try:
             if self.saved is not self.whole:

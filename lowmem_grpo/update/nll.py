@@ -6,7 +6,7 @@ over the tokens that are learnt of all a step's examples, however they are packe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,13 +30,21 @@ class Means(NamedTuple):
 
 
 def backward(
-    policy: Policy, examples: list[Example], scaler: torch.amp.GradScaler, config: SFTConfig, token_budget: int
+    policy: Policy,
+    examples: list[Example],  # of the whole step
+    mine: Sequence[int],  # the indices of those that this rank computes
+    scaler: torch.amp.GradScaler,
+    config: SFTConfig,
+    token_budget: int,
 ) -> tuple[Tensor, Means]:
-    """Set the parameters' gradient to that of the examples' loss; returns the loss, a scalar, and other means."""
+    """Set the parameters' gradient to that of the examples' loss; returns the loss, a scalar, and other means.
+
+    Each is this rank's part of a sum over ranks: what its own examples give, divided by all examples' tokens.
+    """
     total, entropy, correct = torch.zeros(3, device=policy.device)
     num_tokens = num_learnt(examples)
     zero_gradients(policy)
-    for batch, weights in micro_batches(policy, examples, config, token_budget):
+    for batch, weights in micro_batches(policy, [examples[index] for index in mine], config, token_budget):
         with at_work(batch):
             logprobs, entropies, top = policy.logprobs_entropy_and_top(batch)
             losses = -logprobs * logprobs.detach().exp() if config.loss_type == "dft" else -logprobs
@@ -49,12 +57,15 @@ def backward(
 
 
 def nll_and_accuracy(
-    policy: Policy, examples: list[Example], config: UpdateFields, token_budget: int
+    policy: Policy, examples: list[Example], mine: Sequence[int], config: UpdateFields, token_budget: int
 ) -> tuple[Tensor, Tensor]:
-    """The examples' mean negative log-likelihood and mean token accuracy, scalars without a gradient."""
+    """The examples' mean negative log-likelihood and mean token accuracy, scalars without a gradient.
+
+    Each is this rank's part of a sum over ranks, from the examples with the indices `mine`.
+    """
     nll, correct = torch.zeros(2, device=policy.device)
     with policy.inference():
-        for batch, weights in micro_batches(policy, examples, config, token_budget):
+        for batch, weights in micro_batches(policy, [examples[index] for index in mine], config, token_budget):
             with at_work(batch):
                 logprobs, top = policy.logprobs_and_top(batch)
                 nll -= (weights * logprobs).sum()
@@ -112,7 +123,7 @@ def try_largest_update(
     scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        budget.fit(partial(backward, policy, tried, scaler, config), lengths)
+        budget.fit(partial(backward, policy, tried, range(len(tried)), scaler, config), lengths)
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None
     del held

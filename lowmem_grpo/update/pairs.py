@@ -6,7 +6,7 @@ A text's score is that of its last token's hidden state. What both texts of a pa
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sections import PairFields, UpdateFields
 from lowmem_grpo.data.pairs import Pair
+from lowmem_grpo.distributed import gathered, share, world_size
 from lowmem_grpo.model.packing import SHARE_FROM, MicroBatch, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.formulas import pair_losses
@@ -23,12 +24,22 @@ from lowmem_grpo.update.passes import at_work, zero_gradients
 
 
 def backward(
-    policy: Policy, pairs: list[Pair], scaler: torch.amp.GradScaler, config: RewardConfig, token_budget: int
+    policy: Policy,
+    pairs: list[Pair],  # of the whole step
+    mine: Sequence[int],  # the indices of those that this rank computes
+    scaler: torch.amp.GradScaler,
+    config: RewardConfig,
+    token_budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """Set the parameters' gradient to that of the pairs' loss; returns the loss, a scalar, and the scores (P, 2)."""
+    """Set the parameters' gradient to that of the pairs' loss; returns the loss, a scalar, and the scores (P, 2).
+
+    Each is this rank's part of a sum over ranks: scores are 0, and the loss lacks a part, where another computes.
+    """
     total, scores = torch.zeros((), device=policy.device), torch.zeros(len(pairs), 2, device=policy.device)
     zero_gradients(policy)
-    for places in whole_pairs(pairs, token_budget, packed=config.padding_free and policy.packs):
+    packed = config.padding_free and policy.packs
+    for chosen in whole_pairs([pairs[index] for index in mine], token_budget, packed=packed):
+        places = [mine[index] for index in chosen]
         part = [pairs[place] for place in places]
         batches = [*micro_batches(policy, part, config, token_budget)]
         if len(batches) == 1:
@@ -54,6 +65,14 @@ def mean_loss(scores: Tensor, pairs: list[Pair], config: PairFields) -> Tensor:
     margins = torch.tensor([pair.margin for pair in pairs], device=scores.device)
     center = config.center_rewards_coefficient or 0.0
     return pair_losses(scores[:, 0], scores[:, 1], margins, center=center).mean()
+
+
+def scores_of_all(policy: Policy, pairs: list[Pair], budget: TokenBudget, config: UpdateFields) -> Tensor:
+    """The scores of the better and the worse text of each pair, (P, 2) fp32; each rank computes its share."""
+    own = [pairs[index] for index in share([sum(map(len, pair.texts)) for pair in pairs])]
+    lengths = [len(text) + 1 for pair in own for text in pair.texts]
+    scores = budget.fit(partial(scores_of, policy, own, config), lengths)
+    return torch.cat([part.to(policy.device) for part in gathered(scores.cpu())]) if world_size() > 1 else scores
 
 
 def scores_of(policy: Policy, pairs: list[Pair], config: UpdateFields, token_budget: int) -> Tensor:
@@ -151,7 +170,7 @@ def try_largest_update(
     scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        budget.fit(partial(backward, policy, [longest] * count, scaler, config), lengths * count)
+        budget.fit(partial(backward, policy, [longest] * count, range(count), scaler, config), lengths * count)
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = None
     del held
