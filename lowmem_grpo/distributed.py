@@ -251,7 +251,7 @@ def take_from_main(tensors: Sequence[Tensor]) -> None:
 
 
 def refuse_differences(what: str, value: object) -> None:
-    """Refuse to go on where the ranks were given different values of `what`, as by a script that shuffles at random.
+    """Refuse to go on where ranks were given different values of `what`, as by a script that shuffles at random.
 
     Raises:
         InputError: they differ, on every rank.
@@ -321,7 +321,7 @@ def _interruptibly(work: Callable[[], object], patience_s: float | None) -> None
 
 
 def _told(number: int, error: BaseException | None) -> BaseException:
-    """The error that this rank ends with where another has ended with its own: a stop is a stop of all."""
+    """The error that a rank ends with where another has ended: a stop is a stop of all."""
     if isinstance(error, SENTENCES):
         error = type(error)(f"rank {number}: {error}")
     elif not isinstance(error, KeyboardInterrupt | SystemExit):

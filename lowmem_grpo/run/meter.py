@@ -42,7 +42,7 @@ class Meter:
 
 
 def of_all_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """A step's metrics as every rank has them: of time and memory the worst of any rank, and else rank 0's."""
+    """A step's metrics for all ranks: of time and memory the worst of any rank, else rank 0's."""
     by_rank = gathered(metrics)
     for name in by_rank[0]:
         least = name.startswith("tokens_per_s/") or name == "memory/token_budget"
