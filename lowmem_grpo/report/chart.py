@@ -96,7 +96,7 @@ def chart(
     y = Axis(min(low, y_ticks[0]), max(high, y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     x_ticks, x_texts = ticks(x.low, x.high, 6, whole=True)
     outside = [value for value in shown if not y.low <= value <= y.high]
-    notes = [f"{len(outside)} values outside the picture, {_range(outside)}"] if outside else []
+    notes = [f"outside the picture: {_range(outside)}"] if outside else []
     return Chart(
         title=title, unit=unit, lines=[_drawn(one, x, y, len(series) == 1, smooth) for one in series],
         dots=[_placed(dot, x, y) for dot in dots], dots_label=dots_label if dots else "",

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_grpo.report.chart import Dot, dot_in_words, in_words
 from lowmem_grpo.report.curves import MOST_LINES, charts_of
-from lowmem_grpo.report.reading import RunFiles, changed_settings, mapping, mean, number, texts
+from lowmem_grpo.report.reading import RunFiles, changed_settings, mapping, mean, number, readable, texts
 
 # Most of each on a page, so that it stays below 1 MB whatever a run has written.
 MOST_CHARACTERS, MOST_ROWS = 3000, 40
@@ -338,6 +338,7 @@ def as_value(value: Any) -> str:
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A text, or its beginning and how much is left out."""
-    left_out = len(text) - most
-    return text if left_out <= 0 else f"{text[:most]} … and {left_out:,} more characters"
+    """A text that is readable(), or its beginning and how many characters it has."""
+    shown = readable(text[:most])
+    is_whole = len(text) <= most and len(shown) <= most
+    return shown if is_whole else f"{shown[:most]} … of {len(text):,} characters"

@@ -10,13 +10,15 @@ from typing import Any
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import read_lines, read_object
 
 CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder in a pipeline's
 UNSAID = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of a run, or are secret
+JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
+LAST_STEP = 10**9  # that a file may name
 PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
 
@@ -64,6 +66,11 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def readable(text: str) -> str:
+    """A text in which characters that turn lines around, or that no file can hold, are written out."""
+    return JOINER.join(map(printable_text, text.split(JOINER)))
+
+
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is a run's, finished or not."""
     return any((folder / name).is_file() for name in PLACES)
@@ -93,6 +100,7 @@ def read_run(folder: Path) -> RunFiles:
     kind = about.get("kind") if about.get("kind") in CONFIGS else (there or ["grpo"])[0]
     lines, of_log = read_lines(folder / "metrics.jsonl")
     samples, of_samples = read_lines(folder / "samples.jsonl")
+    lines, samples = ([line for line in of if 0 <= line["step"] <= LAST_STEP] for of in (lines, samples))
     evaluations = {line["step"]: line for line in lines if any(name.startswith("eval_") for name in line)}
     steps = {line["step"]: line for line in lines if "loss" in line}
     return RunFiles(

@@ -7,14 +7,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from lowmem_grpo.errors import InputError, printable_text
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.folder import write_file
-from lowmem_grpo.report.page import MOST_CHARACTERS, page_of
+from lowmem_grpo.report.page import page_of
 from lowmem_grpo.report.pipeline import pipeline_page_of
-from lowmem_grpo.report.reading import phases_of, read_run
+from lowmem_grpo.report.reading import phases_of, read_run, readable
 
 NAME = "report.html"
-JOINER = "\u200d"  # within an emoji of several, which is the only invisible character that is kept
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -44,12 +43,9 @@ def render(template: str, page: dict[str, Any]) -> str:
 @functools.cache
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
-    return Environment(loader=loader, autoescape=True, finalize=readable, trim_blocks=True, lstrip_blocks=True)
+    return Environment(loader=loader, autoescape=True, finalize=_finalized, trim_blocks=True, lstrip_blocks=True)
 
 
-def readable(value: Any) -> Any:
-    """A value for a page; of a text, characters that turn lines around or cannot be encoded are written out."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    text = JOINER.join(map(printable_text, value.split(JOINER)))
-    return text if len(text) < 10 * MOST_CHARACTERS else text[: 10 * MOST_CHARACTERS]
+def _finalized(value: Any) -> Any:
+    """A value as the template gets it: of a text what is readable; markup stays as it is."""
+    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
