@@ -141,7 +141,7 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> tuple[l
     found = [number * distance for number in range(first, last + 1)]
     size = max(abs(found[0]), abs(found[-1]))
     decimals = max(0, -math.floor(math.log10(distance) + 1e-9))
-    form = ",.0f" if whole else ".1e" if size >= 1e5 or size < 1e-3 else f".{decimals}f"
+    form = ",.0f" if whole else ".1e" if size >= 1e5 or size < 1e-2 else f".{decimals}f"
     return found, [_short(format(value, form)) for value in found]
 
 
@@ -183,9 +183,10 @@ def in_words(value: float) -> str:
 
 
 def _short(text: str) -> str:
-    """A number in exponents without what says nothing: 5e-7 for 5.0e-07."""
+    """A number in exponents without what says nothing: 5e-7 for 5.0e-07, and 0 for 0.0e+00."""
     digits, e, power = text.partition("e")
-    return f"{digits.removesuffix('.0')}e{int(power)}" if e else text
+    digits = digits.removesuffix(".0") if e else digits
+    return f"{digits}e{int(power)}" if e and digits != "0" else digits
 
 
 def _range(values: Sequence[float]) -> str:

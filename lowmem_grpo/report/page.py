@@ -68,10 +68,10 @@ def last_step(run: RunFiles) -> int:
 def state_of(run: RunFiles) -> dict[str, str]:
     """How the run ended: a word, and a sentence."""
     ended, total = mapping(run.about.get("ended")), number(run.about.get("total_steps"))
-    done = f"after step {last_step(run)}{'' if total is None else f' of {total:.0f}'}"
+    done = f"after step {last_step(run):,}{'' if total is None else f' of {total:,.0f}'}"
     how, why = str(ended.get("how") or ""), str(ended.get("why") or "")
     if how == "finished":
-        return {"word": "finished", "text": f"All {last_step(run)} steps are done."}
+        return {"word": "finished", "text": f"All {last_step(run):,} steps are done."}
     if how == "stopped":
         return {"word": "stopped", "text": f"The run was stopped {done}; it can be resumed."}
     if how == "failed":
@@ -111,12 +111,14 @@ def training_headline_of(run: RunFiles) -> dict[str, Any] | None:
     name = OF_TRAINING[run.kind] if run.names(OF_TRAINING[run.kind]) else "loss"
     values = run.values(name)
     count = max(1, int(SHARE * len(values)))
+    of = f"mean of the first and of the last {count} steps" if count > 1 else "of the first step and of the last"
+    why = "there are not two evaluations yet" if run.evaluations else "nothing was held out"
     if len(values) < 2:
         return None
     before, after = (mean(value for _, value in part) or 0.0 for part in (values[:count], values[-count:]))
     return {
         "name": f"Training {name}", "before": (f"{before:.3g}", ""), "after": (f"{after:.3g}", ""),
-        "difference": None, "of": f"mean of the first and of the last {count} steps; nothing was held out",
+        "difference": None, "of": f"{of}; {why}",
         "steps": (values[0][0], values[-1][0]),
     }  # fmt: skip
 
@@ -144,7 +146,7 @@ def difference_of(before: dict[str, Any], after: dict[str, Any], name: str) -> s
 
 def signed(value: float, low: float | None = None, high: float | None = None) -> str:
     """A difference with its sign and interval: "+0.14 [+0.05, +0.23]"."""
-    words = f"{value:+.3g}".replace("+0", "0") if not value else f"{value:+.3g}"
+    words = "0" if not value else f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
     return words if low is None or high is None else f"{words} [{low:+.3g}, {high:+.3g}]"
 
 
@@ -237,7 +239,7 @@ def evaluations_of(run: RunFiles) -> list[dict[str, str]]:
         if before is not after:
             changed = dot_of(after, f"{name}/difference") or difference_of(before, after, name)
         rows.append({
-            "name": name.removeprefix("eval_"), "before": begin or NONE,
+            "name": name.removeprefix("eval_").removeprefix("rewards/").removesuffix("/mean"), "before": begin or NONE,
             "after": NONE if before is after else end or NONE, "difference": changed or "",
         })  # fmt: skip
     return rows
