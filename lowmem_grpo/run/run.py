@@ -37,6 +37,7 @@ from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
 from lowmem_grpo.run import about, samples
 from lowmem_grpo.run.best import BestAdapter
+from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
@@ -191,11 +192,13 @@ class Run:
                 if self.doctor.found and not self.doctor.is_off:
                     self.progress.say(self.doctor.summary())
                 self._without(about.RUN, partial(about.write_end, self.folder, self.step, "finished"))
+                self._write_card(self.best.folder)
                 self._without(report.NAME, self._report)
                 return
             self.interruption.hold()
             how = "stopped" if about.is_stop(error) else "failed"
             self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, about.reason(error)))
+            self._write_card(self.best.folder)
             if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
@@ -236,6 +239,7 @@ class Run:
             self.is_whole = False  # no checkpoint may have these weights
             self.best.load(self.policy)
         refused.append(from_main(self._refusal_of(self._write_adapter)))
+        self._write_card(self.folder / "adapter")
         if any(refused):
             raise NotSavedError("; ".join(filter(None, refused)))
 
@@ -459,6 +463,11 @@ class Run:
         except OSError as error:
             needed = adapter_bytes(self.learner)
             raise not_saved("adapter", self.folder, self.step, error, needed, self._last_good()) from error
+
+    def _write_card(self, folder: Path) -> None:
+        """Write the model card of an adapter into its folder."""
+        if is_main():
+            write_card(folder, self.progress.say)
 
     def _last_good(self) -> Path | None:
         """The newest checkpoint of this run, or the one that it goes on from."""

@@ -1,0 +1,135 @@
+"""Facts of a run and of one of its adapters, read from its files for a model card."""
+
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.reward import RewardConfig
+from lowmem_grpo.config.sft import SFTConfig
+from lowmem_grpo.errors import printable
+from lowmem_grpo.output.folder import NAME as CHECKPOINT
+from lowmem_grpo.output.folder import step_of
+from lowmem_grpo.output.saved import read_lines, read_object
+from lowmem_grpo.run.log import is_evaluation
+from lowmem_grpo.run.methods import Method, methods_of
+from lowmem_grpo.tasks import is_task_name
+from lowmem_grpo.tasks.gsm8k import ON_HUB as GSM8K
+
+CONFIGS = {config.kind: config for config in (GRPOConfig, SFTConfig, RewardConfig)}
+FILES = (".jsonl", ".json", ".csv", ".parquet")  # ends of what a dataset's file is named
+LICENSE = ("license", "license_name", "license_link")
+
+
+class Facts:
+    """The files of a run and of one of its adapters. What lacks, or cannot be read, is empty or None."""
+
+    def __init__(self, folder: Path):
+        """`folder` is an adapter's; the run is the folder that it is in."""
+        self.folder, self.run = folder, folder.resolve().parent
+        self.adapter = read_object(folder / "adapter_config.json")
+        self.about = read_object(self.run / "run.json")
+        self.datasets, self.rows, self.versions = (
+            found if isinstance(found := self.about.get(name), dict) else {}
+            for name in ("datasets", "rows", "versions")
+        )
+        self.rewards = found if isinstance(found := self.about.get("rewards"), list) else []
+        self.plan = read_object(self.run / "plan.json")
+        self.lines, _ = read_lines(self.run / "metrics.jsonl")
+        self.base = str(self.adapter.get("base_model_name_or_path") or "")
+        self.is_scorer = self.adapter.get("task_type") == "SEQ_CLS"  # a reward adapter, which gives a text one number
+        there = [kind for kind in CONFIGS if (self.run / f"{kind}_config.json").is_file()]
+        named = self.about.get("kind")
+        self.kind = named if named in there else (there or ["reward" if self.is_scorer else "grpo"])[0]
+        self.settings = read_object(self.run / f"{self.kind}_config.json")
+        self.is_known = bool(self.settings)  # the run has left what it was trained with
+
+    @cached_property
+    def methods(self) -> list[Method]:
+        """The methods of the run, the foremost first."""
+        return methods_of(self.kind, self.settings) if self.is_known else []
+
+    @cached_property
+    def step(self) -> int | None:
+        """The step that the adapter is of."""
+        best = read_object(self.folder / "best.json")
+        if self.folder.name == "adapter" and self.settings.get("load_best_model_at_end"):
+            best = read_object(self.run / "best/best.json")
+        if type(best.get("step")) is int:
+            return best["step"]
+        if CHECKPOINT.fullmatch(self.folder.name):
+            return step_of(self.folder)
+        return max((line["step"] for line in self.lines), default=None)
+
+    @cached_property
+    def evaluations(self) -> tuple[dict[str, float | None] | None, dict[str, float | None] | None]:
+        """The metrics of the evaluation before training, and of that at the adapter's step."""
+        found = {line["step"]: _numbers(line) for line in self.lines if is_evaluation(line)}
+        return found.get(0), found.get(self.step) if self.step else None
+
+    @property
+    def is_chosen(self) -> bool:
+        """True where the adapter was chosen among several by the evaluation that its card shows."""
+        is_best = self.folder.name == "best" or bool(self.settings.get("load_best_model_at_end"))
+        return is_best and sum(map(is_evaluation, self.lines)) > 2
+
+    @cached_property
+    def base_config(self) -> Any:
+        """The configuration of the base, if it is on this machine and runs no code of its own."""
+        with suppress(Exception):  # whatever transformers raises on what it does not find or know
+            return AutoConfig.from_pretrained(self.base, local_files_only=True)
+        return None
+
+    @cached_property
+    def license(self) -> dict[str, str]:
+        """The licence in the base's own card, if that is on this machine, by the names of the metadata."""
+        path = Path(self.base) / "README.md"
+        with suppress(Exception):  # no such file, or whatever YAML and the hub's code raise on a damaged one
+            if not path.is_file():
+                path = Path(str(try_to_load_from_cache(self.base, "README.md")))
+            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+            return {name: printable(data[name]) for name in LICENSE if isinstance(data.get(name), str)}
+        return {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True where the tokenizer in the folder has a chat template."""
+        in_settings = read_object(self.folder / "tokenizer_config.json").get("chat_template")
+        return bool(in_settings) or (self.folder / "chat_template.jinja").is_file()
+
+    @property
+    def dtype(self) -> str:
+        """The name of torch's dtype that the base was computed in."""
+        if self.settings.get("fp16"):
+            return "float16"
+        return "float32" if self.settings.get("bf16") is False else "bfloat16"
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float | None]:
+    """A line without what is no number; None is the mean of nothing."""
+    return {name: value for name, value in line.items() if value is None or type(value) in (int, float)}
+
+
+def hub_id(name: Any) -> str | None:
+    """A name that a repository on the hub may have, or None for any other, and for a path."""
+    if not isinstance(name, str) or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def dataset_id(name: Any) -> str | None:
+    """The repository on the hub that a dataset or a task is read from. None for files, rows and other tasks."""
+    if isinstance(name, str) and is_task_name(name):
+        return GSM8K if name.partition("?")[0] == "gsm8k" else None
+    found = hub_id(name)
+    return found if found and "/" in found and not found.endswith(FILES) else None
