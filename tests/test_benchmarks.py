@@ -17,6 +17,7 @@ from lowmem_grpo.benchmarks import (
     bench_budgets,
     bench_decode,
     bench_delta_step,
+    bench_example,
     bench_gemm_4bit,
     bench_learning,
     bench_ppo,
@@ -555,3 +556,27 @@ def test_a_curve_of_the_sums_is_shown_with_its_intervals():
     lines = bench_sums.tables(found).splitlines()
     assert "0.300 (0.24 to 0.37)" in lines[2] and "0.0200" in lines[2]
     assert "out of memory" in lines[3] and "TRL" in lines[4]
+
+
+def test_what_the_example_of_sums_printed_and_logged_is_shown_by_seed(tmp_path):
+    ends = {"eval_pass@1": (0.3, 0.6), "eval_pass@1/ci_low": (0.24, 0.53), "eval_pass@1/ci_high": (0.37, 0.67)}
+    change = {
+        "eval_pass@1/difference": 0.3,
+        "eval_pass@1/difference/ci_low": 0.2,
+        "eval_pass@1/difference/ci_high": 0.4,
+    }
+    lines = [
+        {"step": 0, **{name: values[0] for name, values in ends.items()}},
+        {"step": 1, "loss": 0.0, "reward": 0.5},
+        {"step": 1, **{name: values[1] for name, values in ends.items()}, **change},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    run = bench_example.outcome(tmp_path, "a curve\n200 CPU-seconds, peak resident memory 1968 MiB; adapter in x\n")
+    row = bench_example.tables({"work": {"model": "smollm2", "seeds": [3]}, "results": [run]}).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "seed 3", "0.300 (0.24 to 0.37)", "0.600 (0.53 to 0.67)", "+0.300 (+0.20 to +0.40)", "200", "1968",
+    ]  # fmt: skip
+    assert run["rewards"] == [0.5]
+    with pytest.raises(ValueError, match="no CPU-seconds"):
+        bench_example.outcome(tmp_path, "")
