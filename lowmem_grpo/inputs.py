@@ -35,8 +35,10 @@ from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
 from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.output.hub import check_upload, repository
 from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
+from lowmem_grpo.output.trackers import tracker_names
 from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
@@ -289,7 +291,8 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
     """The output folder, locked; the checkpoint to go on from, if there is one; and what to tell of that.
 
     Raises:
-        InputError: the configuration cannot be saved, or the folder cannot be used for it.
+        InputError: the configuration cannot be saved, a tracker or the hub's token is missing, or the folder cannot be
+            used for it.
     """
     try:
         json.dumps(asdict(config))
@@ -301,7 +304,10 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
             f"torchrun has started {world_size()} processes, and {name}={config.prompts_per_step} does not give each "
             f"something to do; start fewer, or raise {name}"
         )
+    tracker_names(config.trackers)
     output_dir = writable_folder(config.output_dir)
+    if config.push_to_hub:
+        check_upload(repository(config.hub_model_id, output_dir))
     if is_main():
         lock_folder(output_dir)
     resume = find_checkpoint(output_dir, config.resume_from_checkpoint)

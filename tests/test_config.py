@@ -66,6 +66,8 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "metric_for_best_model": ("eval_pass@1", "eval_pass@1"), "greater_is_better": ("false", False),
     "load_best_model_at_end": ("true", True),
     "log_completions": ("true", True), "save_steps": ("5", 5), "save_total_limit": ("2", 2),
+    "report_to": ("wandb", "wandb"), "run_name": ("first", "first"), "project": ("sums", "sums"), "trackio_space_id": ("me/runs", "me/runs"),
+    "push_to_hub": ("true", True), "hub_model_id": ("me/sums", "me/sums"), "hub_private_repo": ("true", True), "hub_revision": ("trial", "trial"),
 }  # fmt: skip
 
 # For each field that is not read everywhere: settings under which it is, under which it is not, and the remedy then.
@@ -133,6 +135,14 @@ READ = {
     ),
     "activation_offloading": ({}, {"gradient_checkpointing": False}, "with gradient_checkpointing, .*; set that"),
     "warmup_steps": ({}, {"lr_scheduler_type": "constant"}, "choose lr_scheduler_type='constant_with_warmup'"),
+}
+# The same of what every training has.
+REPORTING = {
+    **dict.fromkeys(("run_name", "project"), ({"report_to": ["wandb"]}, {}, "with report_to; set that")),
+    "trackio_space_id": ({"report_to": "trackio"}, {"report_to": "wandb"}, "with report_to='trackio'; set that"),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_private_repo", "hub_revision"), ({"push_to_hub": True}, {}, "with push_to_hub; set that")
+    ),
 }
 
 
@@ -211,12 +221,12 @@ def test_a_field_survives_the_way_from_text(name):
     assert read == value
     assert type(read) is type(value)
     assert value != FIELDS[name].default or name in {"bf16"}
-    assert getattr(GRPOConfig(**READ.get(name, ({},))[0], **{name: value}), name) == value
+    assert getattr(GRPOConfig(**(READ | REPORTING).get(name, ({},))[0], **{name: value}), name) == value
 
 
-@pytest.mark.parametrize("name", sorted(READ))
+@pytest.mark.parametrize("name", sorted(READ | REPORTING))
 def test_an_option_that_nothing_would_read_is_refused_with_the_remedy(name):
-    (where, elsewhere, remedy), value = READ[name], TEXTS[name][1]
+    (where, elsewhere, remedy), value = (READ | REPORTING)[name], TEXTS[name][1]
     assert getattr(GRPOConfig(**{**where, name: value}), name) == value
     with pytest.raises(ValueError, match=rf"^{name}=.* is read only .*{remedy}.*, or leave {name} out$"):
         GRPOConfig(**{**elsewhere, name: value})
@@ -348,7 +358,7 @@ def test_sections_hold_every_field_once_in_the_order_of_the_config():
     found = [field.name for _, fields in sections(GRPOConfig) for field in fields]
     assert found == list(FIELDS) == list(dataclasses.asdict(GRPOConfig()))
     titles = [title for title, _ in sections(GRPOConfig)]
-    assert titles[:2] == ["run", "model"] and titles[-1] == "saving"
+    assert titles[:2] == ["run", "model"] and titles[-2:] == ["saving", "reporting"]
 
 
 def test_another_training_can_be_made_of_the_same_sections():

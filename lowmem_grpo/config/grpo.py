@@ -18,6 +18,7 @@ from lowmem_grpo.config.sections import (
     ModelFields,
     ObjectiveFields,
     OptimizerFields,
+    ReportingFields,
     RewardFields,
     RunFields,
     SampledEvaluationFields,
@@ -40,6 +41,7 @@ EVAL_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(  # from the last to the first: the fields of the last base come first
+    ReportingFields,
     CompletionSavingFields,
     SampledEvaluationFields,
     OptimizerFields,

@@ -13,6 +13,7 @@ from lowmem_grpo.config.sections import (
     ModelFields,
     OptimizerFields,
     PairFields,
+    ReportingFields,
     RunFields,
     SavingFields,
     UpdateFields,
@@ -23,7 +24,15 @@ from lowmem_grpo.config.trl import refuse_unknown_fields
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(  # from the last to the first: the fields of the last base come first
-    SavingFields, EvaluationFields, OptimizerFields, UpdateFields, PairFields, AdapterFields, ModelFields, RunFields
+    ReportingFields,
+    SavingFields,
+    EvaluationFields,
+    OptimizerFields,
+    UpdateFields,
+    PairFields,
+    AdapterFields,
+    ModelFields,
+    RunFields,
 ):
     """Settings of one training of a reward model, in the order in which the loop meets them.
 

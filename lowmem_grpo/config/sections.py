@@ -586,6 +586,53 @@ class CompletionSavingFields(SavingFields):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportingFields(Checked):
+    """The trackers that get a run's numbers, and the repository that gets its adapter at the end."""
+
+    report_to: str | list[str] = option(
+        "none", "trackers that get the run's numbers, such as tensorboard, wandb or trackio; all those here, or none",
+        common=True, may_change=True,
+    )  # fmt: skip
+    run_name: str | None = option(
+        None, "name of the run in its trackers; by default the last two folders of output_dir", may_change=True
+    )
+    project: str = option("huggingface", "name of the trackers' project or experiment", may_change=True)
+    trackio_space_id: str | None = option(
+        None, "space of the hub in which trackio shows the run; by default it stays on this machine", may_change=True
+    )
+    push_to_hub: bool = option(
+        False, "upload the adapter to the hub after training, with its card and report.html", may_change=True
+    )
+    hub_model_id: str | None = option(
+        None, "repository of push_to_hub, as user/name; by default of output_dir's name, among your own",
+        may_change=True,
+    )  # fmt: skip
+    hub_private_repo: bool | None = option(
+        None, "make the repository private if there is none yet; by default as your organization has it",
+        may_change=True,
+    )  # fmt: skip
+    hub_revision: str | None = option(None, "branch of the repository to upload to; by default main", may_change=True)
+
+    def check(self) -> None:
+        of_trackers, of_the_hub = bool(self.trackers), self.push_to_hub
+        read = {
+            "run_name": (of_trackers, "report_to"), "project": (of_trackers, "report_to"),
+            "trackio_space_id": ({"trackio", "all"} & {*self.trackers}, "report_to='trackio'"),
+            **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), (of_the_hub, "push_to_hub")),
+        }  # fmt: skip
+        for name, (is_read, switch) in read.items():
+            value = getattr(self, name)
+            if value != getattr(ReportingFields, name) and not is_read:
+                raise InputError(f"{name}={shown(value)} is read only with {switch}; set that, or leave {name} out")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that report_to names, or "all"."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [] if names == ["none"] else [*dict.fromkeys(names)]
+
+
 def _refuse_long_names(field: str, path: Any) -> None:
     """Raise InputError for a path with a name that no disk takes."""
     if isinstance(path, str) and any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
@@ -609,6 +656,7 @@ TITLES: dict[type, str] = {
     DistillationFields: "distillation", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",
     OptimizerFields: "optimizer", EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
     SavingFields: "saving", CompletionSavingFields: "saving",
+    ReportingFields: "reporting",
 }  # fmt: skip
 
 

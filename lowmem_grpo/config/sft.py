@@ -13,6 +13,7 @@ from lowmem_grpo.config.sections import (
     ExampleFields,
     ModelFields,
     OptimizerFields,
+    ReportingFields,
     RunFields,
     SavingFields,
     UpdateFields,
@@ -24,7 +25,15 @@ ASSUMED_LENGTH = 1024  # of an example, by a plan that knows none, where max_len
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(  # from the last to the first: the fields of the last base come first
-    SavingFields, EvaluationFields, OptimizerFields, UpdateFields, ExampleFields, AdapterFields, ModelFields, RunFields
+    ReportingFields,
+    SavingFields,
+    EvaluationFields,
+    OptimizerFields,
+    UpdateFields,
+    ExampleFields,
+    AdapterFields,
+    ModelFields,
+    RunFields,
 ):
     """Settings of one supervised fine-tuning run, in the order in which the loop meets them.
 

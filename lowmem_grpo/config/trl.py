@@ -9,8 +9,7 @@ from lowmem_grpo.errors import UnknownNameError, did_you_mean, shown
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
 _ONE_GPU = "one process trains on one GPU; remove it"
 _RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
-_CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to send them elsewhere"
-_AFTER = "upload output_dir/adapter after training, with `hf upload`"
+_CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to compute more of it"
 TO_TRAIN = "it is no setting but an argument of train(), or a flag of the command; pass it there"
 _LATER = "it is not supported yet; remove it"
 
@@ -29,9 +28,14 @@ _TRL_FIELDS = {
     "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
     "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged "
     "cache_implementation use_cache",
-    _CALLBACK: "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
-    "log_completions_hub_repo include_for_metrics batch_eval_metrics logging_dir",
-    _AFTER: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    _CALLBACK: "include_for_metrics batch_eval_metrics",
+    "set log_completions, and upload output_dir/completions with `hf upload`": "log_completions_hub_repo",
+    "TensorBoard's files are in output_dir/runs; remove it": "logging_dir",
+    "set trackio_space_id, after which trackio names it; remove it": "trackio_bucket_id",
+    "call trackio.sync(project, sdk='static') after training; remove it": "trackio_static_space_id",
+    "settings are written to files, where a token is not safe; run `hf auth login`, or set the environment variable "
+    "HF_TOKEN": "hub_token",
+    "the adapter is uploaded once, after training; remove it": "hub_strategy hub_always_push",
     "every step is logged, so there is no interval to set; remove it": "logging_strategy logging_steps "
     "logging_first_step logging_nan_inf_filter log_level disable_tqdm include_num_input_tokens_seen "
     "skip_memory_metrics log_multimodal num_completions_to_print log_unique_prompts",

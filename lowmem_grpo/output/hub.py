@@ -76,6 +76,11 @@ def upload(
     raise AssertionError
 
 
+def repository(hub_model_id: str | None, output_dir: Path) -> str:
+    """The repository for a run's adapter: the one that is named, or one of the name of its folder."""
+    return hub_model_id or output_dir.resolve().name
+
+
 def command(folder: Path, repo_id: str) -> str:
     """The command that uploads a folder."""
     return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"

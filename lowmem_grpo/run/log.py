@@ -54,11 +54,15 @@ class MetricsLog:
 
     Lines that cannot be read are dropped too, with a warning, and the file as it was is kept as metrics.jsonl.damaged.
     A last line without an end, which a kill cut short, is no damage.
+
+    Attributes:
+        dropped: the lines after first_step, of steps that an earlier process has taken and this one takes again.
     """
 
     def __init__(self, output_dir: Path, first_step: int):
         self.path = output_dir / "metrics.jsonl"
         kept, num_damaged = read_lines(self.path) if first_step else ([], 0)
+        self.dropped = [line for line in kept if line["step"] > first_step]
         if num_damaged or self.path.is_dir():  # which stands in the way of a fresh run, too
             aside = set_aside(self.path, "damaged")
             warn(

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.distributed import by_main, from_main, is_main, own_randomness, refuse_differences, world_size
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, in_a_line
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, NotUploadedError, in_a_line
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
-from lowmem_grpo.inputs import RunInputs
+from lowmem_grpo.inputs import RunInputs, name_of
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import (
@@ -32,7 +32,9 @@ from lowmem_grpo.output.folder import (
     set_damaged_aside,
     write_folder,
 )
+from lowmem_grpo.output.hub import repository, upload
 from lowmem_grpo.output.saved import measured, whole
+from lowmem_grpo.output.trackers import Place, Trackers, tracker_names
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
 from lowmem_grpo.run import about, samples
@@ -141,6 +143,7 @@ class Run:
             log = self._begin_folder() if is_main() else None
             lines = from_main(log.lines() if log else [])
             self.log = log or HeardLog(lines)
+            self.trackers = self._trackers(log.dropped if log else [])
             self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
         self.shown = list(dict.fromkeys([self.best.metric, *self.config.measured[1:]]))
 
@@ -163,10 +166,18 @@ class Run:
         """True where no step is left."""
         return self.step >= self.total_steps
 
+    @property
+    def is_here(self) -> bool:
+        """True where the run goes on from a checkpoint in its own folder."""
+        return self.inputs.resume is not None and self.inputs.resume.resolve().parent == self.folder.resolve()
+
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
             stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
             self.progress = stack.enter_context(Progress(self.total_steps))
+            with same_randomness():  # which a tracker may draw a name from
+                self.trackers.start(self._tracked_settings())
+            stack.callback(self._end_trackers)
             self._say_what_is_given()
             self._remember()
             room = look_for_room(
@@ -179,8 +190,7 @@ class Run:
             for line in self.doctor.found:
                 if line not in logged:  # it is of the inputs, and was said before the log was there
                     self._log(line)
-            is_here = self.inputs.resume is not None and self.inputs.resume.resolve().parent == self.folder.resolve()
-            self.saved = self.whole if is_here else None  # what checkpoint-{step} holds, if it is there
+            self.saved = self.whole if self.is_here else None  # what checkpoint-{step} holds, if it is there
             self.interruption = stack.enter_context(Interruption())
             self.contexts = stack.pop_all()
         return self
@@ -194,6 +204,7 @@ class Run:
                 self._without(about.RUN, partial(about.write_end, self.folder, self.step, "finished"))
                 self._write_card(self.best.folder)
                 self._without(report.NAME, self._report)
+                self._push()
                 return
             self.interruption.hold()
             how = "stopped" if about.is_stop(error) else "failed"
@@ -425,6 +436,45 @@ class Run:
         if isinstance(self.log, HeardLog):
             self.log.write(line)
         self._without("metrics.jsonl", partial(self.log.write, line))
+        self.trackers.log(line)
+        self._say_news()
+
+    def _trackers(self, dropped: list[dict[str, Any]]) -> Trackers:
+        """The trackers that the run reports to; none in a process that does not speak."""
+        config = self.config
+        name = config.run_name or "/".join(self.folder.resolve().parts[-2:])
+        place = Place(self.folder, config.project, name, None, self.step, config.trackio_space_id)
+        names = tracker_names(config.trackers) if is_main() else []
+        return Trackers(names, place, is_resumed=self.is_here, known=dropped)
+
+    def _tracked_settings(self) -> dict[str, Any]:
+        """The model, the data and the settings of the run, which a tracker shows beside its numbers."""
+        inputs = self.inputs
+        data = {f"{name}_dataset": value for name, value in inputs.datasets.items()}
+        return {"kind": self.config.kind, "model": name_of(inputs.model), **data, **asdict(self.config)}
+
+    def _say_news(self) -> None:
+        for text in self.trackers.news():
+            self.progress.say(text)
+
+    def _end_trackers(self) -> None:
+        self.trackers.finish()
+        self._say_news()
+
+    def _push(self) -> None:
+        """Upload the adapter, where push_to_hub says so. What the hub refuses is told, and costs nothing."""
+        config, adapter, report = self.config, self.folder / "adapter", self.folder / "report.html"
+        if not config.push_to_hub or not is_main():
+            return
+        try:
+            address = upload(
+                adapter, repository(config.hub_model_id, self.folder), private=config.hub_private_repo,
+                revision=config.hub_revision, beside=[report] if report.is_file() else [],
+            )  # fmt: skip
+        except NotUploadedError as error:
+            self.progress.say(str(error))
+        else:
+            self.progress.say(f"{adapter} is uploaded to {address}")
 
     def _without(self, what: str, write: Callable[[], None]) -> None:
         """Write, on rank 0, what a run can go on without. Where the disk refuses, that is said once."""
