@@ -45,7 +45,9 @@ class UnhealthyRunError(RuntimeError):
 
 
 # What a command says in its sentence, and nothing more; it exits with 2 for a user's mistake, else with 1.
-SENTENCES = (InputError, NotFiniteError, NotSavedError, UnansweredError, UnhealthyRunError, LostRankError)
+SENTENCES = (
+    InputError, NotFiniteError, NotSavedError, NotUploadedError, UnansweredError, UnhealthyRunError, LostRankError,
+)  # fmt: skip
 
 
 def printable(line: str) -> str:

@@ -21,7 +21,7 @@ FLOORS = (
     "cli",
     "demo",
     "__init__",
-    "pipeline",
+    "pipeline export",
     "loops",
     "run",
     "report",

@@ -5,7 +5,7 @@ import io
 import sys
 import time
 
-from lowmem_grpo.cli import demos, looks, pipelines, runs, sampled, trainings
+from lowmem_grpo.cli import demos, exports, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
 from lowmem_grpo.cli.output import drop_output, num_started, say_safely, speaks, writing_output
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
@@ -84,6 +84,6 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     """
     parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
     commands = Commands(parser, every_setting, planned)
-    for group in (trainings, sampled, pipelines, looks, runs, demos):
+    for group in (trainings, sampled, pipelines, looks, runs, exports, demos):
         group.add(commands)
     return parser

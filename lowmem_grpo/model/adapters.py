@@ -203,7 +203,7 @@ def _refuse_scales(model: PeftModel) -> None:
     for path, layer in model.get_base_model().named_modules():
         scales = layer.scaling if isinstance(layer, LoraLayer) else {}
         for name in scales.keys() & model.peft_config.keys():  # PEFT may leave the scale of one that was deleted
-            scale, by_config = scales[name], _scale(model.peft_config[name], path)
+            scale, by_config = scales[name], scale_of(model.peft_config[name], path)
             if not math.isclose(scale, by_config, rel_tol=1e-6):
                 raise InputError(
                     f"{path} scales the adapter {name!r} by {scale:g}, and its configuration by {by_config:g}, which "
@@ -211,7 +211,7 @@ def _refuse_scales(model: PeftModel) -> None:
                 )
 
 
-def _scale(config: Any, path: str) -> float:
+def scale_of(config: Any, path: str) -> float:
     """The factor of an adapter in a layer, by its configuration: lora_alpha / r, or with rslora / sqrt(r)."""
     path = path.removesuffix(".base_layer")  # LoRA on a module's parameter may be around another
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)

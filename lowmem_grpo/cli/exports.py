@@ -1,0 +1,61 @@
+"""The command that makes a model of a trained adapter: export."""
+
+import argparse
+from typing import Any
+
+from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.parser import Commands, Once
+from lowmem_grpo.cli.settings import count_of
+from lowmem_grpo.errors import InputError, printable
+
+EXAMPLE = """\
+example:
+  lowmem-grpo export --model gsm8k/adapter --merge gsm8k-merged
+  lowmem-grpo export --model gsm8k/adapter --merge gsm8k-merged --gguf gsm8k.gguf --llama_cpp ~/llama.cpp
+  lowmem-grpo export --model gsm8k/adapter --gguf adapter.gguf --llama_cpp ~/llama.cpp
+"""
+FLAGS = (
+    ("model", "ADAPTER", "folder of a trained adapter, such as gsm8k/adapter or gsm8k/best"),
+    ("merge", "FOLDER", "folder to write the merged model to, which is not there yet"),
+    ("onto", "WHAT", "nf4: the weights that training saw (the default of a 4-bit run); original: the base's own"),
+    ("dtype", "TYPE", "float32, bfloat16 or float16 (default: as the base's files)"),
+    ("check", "N", "compare N completions of the run by both models; 0: none (default 8)"),
+    ("gguf", "FILE", "file to write by llama.cpp's converters, of the merged model, or without --merge of the adapter"),
+    ("llama_cpp", "FOLDER", "checkout of llama.cpp"),
+    ("push", "REPO", "repository of the hub to upload the merged model to"),
+)
+SWITCHES = (
+    ("private", "make that repository a private one"),
+    ("use_cpu", "compute on the CPU although there is a GPU"),
+    ("trust_remote_code", "run modelling code that comes with the base"),
+)
+
+
+def add(commands: Commands) -> None:
+    """Add export."""
+    parser = commands.plain(
+        "export", help="make a model of a trained adapter",
+        description="Merge an adapter into its base, one tensor at a time, and test that the result says what was "
+        "trained; write it, or the adapter, in GGUF; upload it.",
+        usage="lowmem-grpo export --model ADAPTER [--merge FOLDER] [--gguf FILE --llama_cpp FOLDER] [options]",
+        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run_export)
+    for name, value, text in FLAGS:
+        parser.add_argument(f"--{name}", action=Once, metavar=value, help=text)
+    for name, text in SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def run_export(given: dict[str, Any]) -> int:
+    if not given.get("model"):
+        raise InputError("--model is missing; name the folder of a trained adapter, such as run/adapter")
+    num_texts = count_of(given, "check", "completions", 8)
+    model = given.pop("model")
+    from lowmem_grpo.export.export import as_text, export
+
+    result = export(model, given.pop("merge", None), num_texts=num_texts, **given)
+    with writing_output():
+        for line in as_text(result):
+            print(printable(line))
+    return 0

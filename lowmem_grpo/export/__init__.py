@@ -1,0 +1,1 @@
+"""A trained adapter merged into its base, checked, converted for llama.cpp, and uploaded."""

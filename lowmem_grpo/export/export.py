@@ -1,0 +1,271 @@
+"""export(): a trained adapter as a model that others load: merged, checked, in GGUF, on the hub."""
+
+import gc
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError, NotSavedError, shown
+from lowmem_grpo.export.check import Difference, Text, by_model, by_policy, texts_of
+from lowmem_grpo.export.files import model_folder
+from lowmem_grpo.export.gguf import OF_ADAPTER, OF_MODEL, convert, find_converter
+from lowmem_grpo.export.merge import DTYPES, ONTO, MergePlan, MergeSettings, merge
+from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.model.find import OTHER_FILES, find_model, read_config
+from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
+from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
+from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.output.folder import write_folder
+from lowmem_grpo.output.hub import check_upload, upload
+from lowmem_grpo.output.saved import read_object
+from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.run.room import free_bytes, in_mib, refusal
+
+OF_RUNS = ("grpo_config.json", "sft_config.json")  # where a run's folder has its settings
+# A merged model is refused where its log-probabilities differ by more than this share of what training changed, and by
+# more than two computations of one model in 16 bits do.
+SHARE, NOISE = 0.25, 0.05
+AS_TRAINED = ("load_in_4bit", "bf16", "fp16", "model_init_kwargs")  # of those: what says which numbers the base had
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The differences of a merged model, and for scale of the base alone, from the trained policy."""
+
+    num_texts: int
+    num_tokens: int
+    merged: Difference
+    base: Difference
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The result of export()."""
+
+    merged: Path | None
+    onto: str | None  # "original" or "nf4"
+    num_bytes: int  # of the merged weights
+    checked: Checked | None
+    gguf: Path | None
+    url: str | None  # of the hub's repository
+
+
+@without_progress_bars
+def export(
+    model: str,
+    merge_to: str | None = None,
+    *,
+    onto: str | None = None,
+    dtype: str | None = None,
+    num_texts: int = 8,
+    gguf: str | None = None,
+    llama_cpp: str | None = None,
+    push: str | None = None,
+    private: bool | None = None,
+    use_cpu: bool = False,
+    trust_remote_code: bool = False,
+) -> ExportResult:
+    """Write the model of a trained adapter and its base, and test that both say the same.
+
+    Args:
+        model: folder of an adapter, such as run/adapter or run/best.
+        merge_to: folder to write, which must not be there yet.
+        onto: "nf4", the weights that training saw, or "original", the base's own; by default as the run trained.
+        dtype: float32, bfloat16 or float16; by default that of the base's files.
+        num_texts: how many completions are compared; 0 for no comparison.
+        gguf: file to write by llama.cpp's converters; without merge_to, of the adapter alone.
+        llama_cpp: folder of a checkout of llama.cpp.
+        push: repository of the hub, user/name, to upload the merged model to; private, if it is made for it.
+        use_cpu: compute on the CPU although there is a GPU.
+        trust_remote_code: run modelling code that comes with the base.
+
+    Raises:
+        InputError: bad input, or what was written says something else than what was trained; nothing is left of it.
+        NotSavedError: the disk refused.
+        NotUploadedError: the hub did not take the merged model, which is there.
+    """
+    if merge_to is None and gguf is None:
+        raise InputError("nothing is asked for; give merge, a folder to write the merged model to, or gguf, a file")
+    if push is not None:
+        if merge_to is None:
+            raise InputError("push uploads a merged model; give merge, a folder to write it to")
+        check_upload(push)
+    elif private is not None:
+        raise InputError("private has no effect without push; give that, or leave both out")
+    model = os.path.expanduser(model)
+    config = _as_trained(model, use_cpu, trust_remote_code)
+    _refuse_model(model, config)
+    out, file = (None if name is None else _new_path(name) for name in (merge_to, gguf))
+    script = None
+    if gguf is not None:
+        name, source = (OF_ADAPTER, model) if merge_to is None else (OF_MODEL, merge_to)
+        script = find_converter(llama_cpp, name, gguf, source)
+    elif llama_cpp is not None:
+        raise InputError("llama_cpp has no effect without gguf; give that, or leave both out")
+    given = read_adapter_config(model)
+    revision = (config.model_init_kwargs or {}).get("revision") or given.revision
+    base = model_folder(str(given.base_model_name_or_path), revision)
+    result = ExportResult(None, None, 0, None, None, None)
+    if out is not None:
+        result = _merged(model, base, out, config, onto, dtype, num_texts)
+    elif onto is not None or dtype is not None:
+        raise InputError("onto and dtype are about a merged model; give merge, a folder to write it to")
+    if script is not None and file is not None:
+        if out is None:
+            convert(script, Path(model), file, "--base", str(base))
+        else:
+            convert(script, out, file)
+    url = upload(out, push, private=private) if push is not None and out is not None else None
+    return replace(result, gguf=file, url=url)
+
+
+def as_text(result: ExportResult) -> list[str]:
+    """Lines that tell a person what export() has written."""
+    lines = []
+    if result.merged is not None:
+        lines.append(f"merged onto {result.onto}: {result.merged} ({in_mib(result.num_bytes)})")
+    if result.checked is not None:
+        found = result.checked
+        lines += [
+            f"log-probabilities of {found.num_tokens} tokens of {found.num_texts} completions, against the trained "
+            "policy's:",
+            f"  {'':<28}{'mean |d|':>10}{'largest':>10}{'KL':>10}",
+        ]
+        for name, of in (("merged, by transformers", found.merged), ("base without the adapter", found.base)):
+            lines.append(f"  {name:<28}{of.mean:>10.4f}{of.largest:>10.3f}{of.kl:>10.5f}")
+    if result.gguf is not None:
+        lines.append(f"GGUF: {result.gguf}")
+    if result.url is not None:
+        lines.append(f"uploaded: {result.url}")
+    return lines
+
+
+def _as_trained(adapter: str, use_cpu: bool, trust_remote_code: bool) -> GRPOConfig:
+    """The settings that load an adapter's base as in its run, whose folder may be around the adapter."""
+    run = Path(adapter).absolute().parent
+    saved = next((found for name in OF_RUNS if (found := read_object(run / name))), {})
+    fields = {name: saved[name] for name in AS_TRAINED if name in saved}
+    return GRPOConfig(
+        use_cpu=use_cpu, trust_remote_code=trust_remote_code, gradient_checkpointing=False, **fields
+    )  # fmt: skip
+
+
+def _refuse_model(model: str, config: GRPOConfig) -> None:
+    """Raise InputError for a model that is no adapter which writes texts, or whose base cannot be merged into."""
+    if has_score_head(model):
+        raise InputError(
+            f"adapter {model!r} scores texts and writes none, so that it is not merged; give it as one of the "
+            "reward_funcs, or load it with PEFT's AutoPeftModelForSequenceClassification"
+        )
+    find_model(model, config)
+    if not is_adapter(model):
+        raise InputError(f"model {model!r} is no adapter's folder, and is whole already; name a run's adapter")
+    others = set(OTHER_FILES) & set(config.model_init_kwargs or {})
+    if others:
+        raise InputError(f"the run's model_init_kwargs has {min(others)}, and only a base's own safetensors are merged")
+
+
+def _new_path(name: str) -> Path:
+    """A path that is not there yet, and whose folder is. Raise InputError otherwise."""
+    path = Path(os.path.expanduser(name)).absolute()
+    if not name.strip() or os.path.lexists(path):
+        raise InputError(f"{name!r} is there already; name another" if name.strip() else f"{name!r} names nothing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{name!r} cannot be written: {refusal(error)}; choose another place") from error
+    return path
+
+
+def _merged(
+    model: str, base: Path, out: Path, config: GRPOConfig, onto: str | None, dtype: str | None, num_texts: int
+) -> ExportResult:
+    """Merge an adapter into a folder, and compare. Raise InputError where the result says something else."""
+    onto, device = _onto(model, config, onto), run_device(config)
+    if dtype is not None and dtype not in map(_name, DTYPES.values()):
+        raise InputError(f"dtype {shown(dtype)} is none; it is float32, bfloat16 or float16")
+    settings = MergeSettings(
+        onto, None if dtype is None else getattr(torch, dtype), getattr(torch, config.compute_dtype), device,
+        config.trust_remote_code,
+    )  # fmt: skip
+    plan = MergePlan(model, base, settings)
+    num_bytes = sum(of.num_bytes for of in plan.layout.values())
+    free = free_bytes(out.parent)
+    if free is not None and free < num_bytes:
+        raise InputError(
+            f"{out.parent} has {in_mib(free)} free, and the merged model takes {in_mib(num_bytes)}; make room, or "
+            "choose another folder"
+        )
+    texts, policy, without = _by_policy(model, config, out, num_texts)
+    checked: list[Checked] = []
+
+    def write(folder: Path) -> None:
+        merge(plan, folder)
+        if texts:
+            by_merged = by_model(folder, texts, device, config.trust_remote_code)
+            found = Checked(
+                len(texts), len(policy), Difference.between(policy, by_merged), Difference.between(policy, without)
+            )
+            _refuse_difference(found, onto, plan)
+            checked.append(found)
+
+    try:
+        write_folder(out, write)
+    except OSError as error:
+        raise NotSavedError(f"the merged model cannot be written to {out} ({refusal(error)})") from error
+    return ExportResult(out, onto, num_bytes, checked[0] if checked else None, None, None)
+
+
+def _onto(model: str, config: GRPOConfig, onto: str | None) -> str:
+    """Return what an adapter is merged onto: as asked, or by default the weights that it was trained on."""
+    method = quantized_by(read_config(model, config)).get("quant_method")
+    if onto is None:
+        return "nf4" if config.load_in_4bit else "original"
+    if onto not in ONTO:
+        raise InputError(f"onto {shown(onto)} is none; it is original or nf4")
+    if onto == "nf4" and not config.load_in_4bit:
+        raise InputError("the run had load_in_4bit=False, and its base was never in NF4; merge onto original")
+    if onto == "original" and method == BITSANDBYTES:
+        raise InputError(
+            "the base is a checkpoint in 4 bits, which has no others to merge onto; merge onto nf4, or set "
+            "base_model_name_or_path in adapter_config.json to the model that it was made from"
+        )
+    return onto
+
+
+def _by_policy(
+    model: str, config: GRPOConfig, out: Path, num_texts: int
+) -> tuple[Sequence[Text], torch.Tensor, torch.Tensor]:
+    """Texts, and the log-probabilities of their completions by the trained policy and by its base."""
+    if not num_texts:
+        return [], torch.empty(0), torch.empty(0)
+    policy = load_policy(model, load_tokenizer(model, config), config)
+    texts = texts_of(policy, Path(model).absolute().parent, num_texts)
+    found = texts, by_policy(policy, texts), by_policy(policy, texts, as_base=True)
+    del policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _refuse_difference(found: Checked, onto: str, plan: MergePlan) -> None:
+    """Raise InputError where the merged model is too far from the policy for what training changed."""
+    bound = max(NOISE, SHARE * found.base.mean)
+    if found.merged.mean <= bound and math.isfinite(found.merged.mean):
+        return
+    remedy = "merge onto nf4" if onto == "original" else "write it with dtype float32"
+    raise InputError(
+        f"the merged model is not what was trained: of {found.num_tokens} tokens, log-probabilities differ by "
+        f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}; "
+        f"{remedy}, or serve the adapter beside its base"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

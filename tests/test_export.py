@@ -1,0 +1,203 @@
+"""A merged model against PEFT's own merge, and what it says against what was trained."""
+
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import CONFIGS, DEMO_MODEL, make_model, make_wrapper, wake_adapters
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.export.files import write_tensors
+from lowmem_grpo.export.merge import MergePlan, MergeSettings, merge
+from lowmem_grpo.model.load import load_policy
+from lowmem_grpo.model.product_4bit import dequantized
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+NO_BF16 = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+
+
+def make_run(folder: Path, family: str = "qwen2", dtype=torch.bfloat16, model=None, peft_config=None, **settings):
+    """A base's folder, and a run's folder with a woken adapter of it; returns the policy."""
+    model = make_model(family) if model is None else model
+    model = model if dtype is None else model.to(dtype)
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder / "base")
+    policy = load_policy(
+        str(folder / "base"),
+        AutoTokenizer.from_pretrained(DEMO_MODEL),
+        GRPOConfig(**{**NO_BF16, **settings}),
+        peft_config,
+    )
+    wake_adapters(policy)
+    policy.save(folder / "run/adapter")
+    kept = {"load_in_4bit": True, "bf16": False, **settings}
+    (folder / "run/grpo_config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return policy
+
+
+def merged(folder: Path, onto: str = "nf4", dtype=FP32, out: str = "out") -> dict[str, torch.Tensor]:
+    """The tensors that a merge writes of a run that make_run() made."""
+    (folder / out).mkdir()
+    settings = MergeSettings(onto, dtype, FP32, CPU)
+    merge(MergePlan(str(folder / "run/adapter"), folder / "base", settings), folder / out)
+    found = {}
+    for path in (folder / out).glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def test_a_merge_onto_the_original_is_pefts_own(tmp_path):
+    make_run(tmp_path)
+    found = merged(tmp_path, "original")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=FP32)
+    whole = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).merge_and_unload().state_dict()
+    assert found.keys() <= whole.keys()
+    for name, values in found.items():
+        assert values.dtype == FP32
+        torch.testing.assert_close(values, whole[name], rtol=0, atol=1e-6)
+
+
+def merged_by_peft(policy) -> dict[str, torch.Tensor]:
+    """The adapted weights of a policy's 4-bit base, dequantized, with PEFT's own products added."""
+    adapted = {name: module for name, module in policy.base.named_modules() if hasattr(module, "lora_A")}
+    assert adapted
+    return {
+        f"{name}.weight": dequantized(layer.base_layer, FP32) + layer.get_delta_weight("default")
+        for name, layer in adapted.items()
+    }
+
+
+def test_a_merge_onto_nf4_is_what_training_held_and_its_adapter(tmp_path):
+    policy = make_run(tmp_path)
+    found = merged(tmp_path)
+    expected = merged_by_peft(policy)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
+    base = load_file(tmp_path / "base/model.safetensors")
+    for name in found.keys() - expected.keys():
+        assert torch.equal(found[name], base[name].float()), name
+
+
+IDS = torch.randint(3, 120, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits_of(folder: Path, kind=AutoModelForCausalLM) -> torch.Tensor:
+    with torch.inference_mode():
+        return kind.from_pretrained(folder, dtype=FP32).eval()(input_ids=IDS).logits
+
+
+def logits_by(policy) -> torch.Tensor:
+    with policy.inference():
+        return policy.model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "granite", "qwen3_5_text"])
+def test_a_merged_model_of_each_family_says_what_the_policy_says(tmp_path, family):
+    policy = make_run(tmp_path, family)
+    found = merged(tmp_path)
+    assert found.keys() == load_file(tmp_path / "base/model.safetensors").keys()
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_by(policy), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_what_stands_beside_the_decoder_is_written_as_it_was(tmp_path, family):
+    policy = make_run(tmp_path, model=make_wrapper(family))
+    found, base = merged(tmp_path), load_file(tmp_path / "base/model.safetensors")
+    assert found.keys() == base.keys()
+    beside = [name for name in base if "visual" in name or "vision" in name]
+    assert beside
+    for name in beside:
+        assert torch.equal(found[name], base[name].float())
+    kind = AutoModelForImageTextToText
+    torch.testing.assert_close(logits_of(tmp_path / "out", kind), logits_by(policy), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_stays_tied_and_another_stays_apart(tmp_path, tied):
+    torch.manual_seed(0)
+    config = CONFIGS["qwen2"]()
+    config.tie_word_embeddings = tied
+    make_run(tmp_path, model=AutoModelForCausalLM.from_config(config))
+    assert ("lm_head.weight" in merged(tmp_path)) is not tied
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+VARIANTS = {
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 5}},
+    "dora": {"use_dora": True},
+    "modules trained whole": {"modules_to_save": ["norm"]},
+    "biases of lora": {"target_modules": ["q_proj"], "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_kind_of_lora_is_merged_as_peft_does(tmp_path, variant):
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **VARIANTS[variant]}
+    make_run(tmp_path, peft_config=LoraConfig(**given))
+    found = merged(tmp_path, "original")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=FP32)
+    before = {name: values.clone() for name, values in base.state_dict().items()}
+    whole = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).merge_and_unload().state_dict()
+    assert any(not torch.equal(before[name], values) for name, values in found.items())
+    for name, values in found.items():
+        torch.testing.assert_close(values, whole[name], rtol=0, atol=2e-6)
+
+
+def test_files_and_index_are_as_the_bases(tmp_path):
+    make_run(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    (tmp_path / "base/model.safetensors").unlink()
+    index = json.loads((tmp_path / "base/model.safetensors.index.json").read_bytes())
+    assert len(set(index["weight_map"].values())) > 2
+    found = merged(tmp_path, dtype=None)
+    written = json.loads((tmp_path / "out/model.safetensors.index.json").read_bytes())
+    assert written["weight_map"] == index["weight_map"]
+    assert written["metadata"]["total_size"] == sum(values.nbytes for values in found.values())
+    assert {values.dtype for values in found.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    make_run(tmp_path)
+    plan = MergePlan(str(tmp_path / "run/adapter"), tmp_path / "base", MergeSettings("nf4", None, FP32, CPU))
+    before: list[weakref.ref] = []
+
+    def tensor(name: str) -> torch.Tensor:
+        assert not before or before[-1]() is None
+        values = plan.tensor(name)
+        before.append(weakref.ref(values))
+        return values
+
+    write_tensors(tmp_path, plan.layout, tensor, {})
+    assert len(before) == len(plan.layout)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(plan.layout)
+
+
+def test_a_checkpoint_in_4_bits_is_written_in_16(tmp_path):
+    make_model("qwen2").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quantization, dtype="bfloat16")
+    policy = make_run(tmp_path, model=small, dtype=None)
+    found = merged(tmp_path)
+    assert not any("absmax" in name for name in found)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_bytes())
+    for name, weight in merged_by_peft(policy).items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
