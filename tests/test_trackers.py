@@ -90,18 +90,28 @@ def own(monkeypatch):
     monkeypatch.setattr(Own, "made", [])
 
 
-def run(folder, callbacks=(), **changes):
-    """History and standard error of a run of 4 steps, with a checkpoint after the second."""
+def run(folder, *callbacks, **changes):
+    """History, standard error and a draw after each step of a run of 4 steps, with a checkpoint after the second."""
     config = GRPOConfig(
         output_dir=str(folder), use_cpu=True, max_steps=4, prompts_per_step=1, num_generations=2, save_steps=2,
         max_completion_length=4, gradient_checkpointing=False, eval_steps=2, **changes,
     )  # fmt: skip
-    tokenizer, said = AutoTokenizer.from_pretrained(DEMO_MODEL), io.StringIO()
+    tokenizer, said, draws = AutoTokenizer.from_pretrained(DEMO_MODEL), io.StringIO(), []
+
+    def draw(*_):
+        draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
+
     with contextlib.redirect_stderr(said):
         result = train(
-            str(DEMO_MODEL), task.answer_reward, ROWS, ROWS[:3], config, tokenizer=tokenizer, callbacks=callbacks
+            str(DEMO_MODEL),
+            task.answer_reward,
+            ROWS,
+            ROWS[:3],
+            config,
+            tokenizer=tokenizer,
+            callbacks=[draw, *callbacks],
         )
-    return result.history, said.getvalue()
+    return result.history, said.getvalue(), draws
 
 
 def stop(step, metrics, policy):
@@ -126,13 +136,21 @@ def found(tmp_path_factory):
         first = Own.made[0]
         lines["stopped"] = read_lines(folder / "out/metrics.jsonl")[0]
         (folder / "out/checkpoint-3").rename(folder / "checkpoint-3")
-        history, said = run(folder / "out", report_to=names, resume_from_checkpoint=True, push_to_hub=True)
+        history, said, draws = run(folder / "out", report_to=names, resume_from_checkpoint=True, push_to_hub=True)
         hub.refusals = [403] * 9
         plain = run(folder / "plain", push_to_hub=True, hub_model_id="me/sums")
     made = [one for one in Own.made if type(one) is Own]
     Own.made = []
     return SimpleNamespace(
-        folder=folder, history=history, said=said, plain=plain, first=first, second=made[-1], lines=lines, hub=hub
+        folder=folder,
+        history=history,
+        said=said,
+        draws=draws,
+        plain=plain,
+        first=first,
+        second=made[-1],
+        lines=lines,
+        hub=hub,
     )
 
 
@@ -145,6 +163,7 @@ def of_what_is_computed(history):
 
 def test_a_run_computes_the_same_with_trackers_as_without(found):
     assert of_what_is_computed(found.history) == of_what_is_computed(found.plain[0])
+    assert found.draws == found.plain[2][2:]
 
 
 def test_tensorboard_has_each_step_of_a_resumed_run_once_as_the_log_has_it(found):
