@@ -108,6 +108,14 @@ def test_one_table_has_the_evaluations_before_and_after_each_phase(whole):
     assert lines[2].startswith(f"| base |  | {base['eval_pass@1']:.3f} [")
 
 
+def test_one_page_has_a_row_a_phase_and_leads_to_the_pages_of_the_runs(whole):
+    text = (whole[0] / "out/report.html").read_text(encoding="utf-8")
+    assert "2 of 2 phases are done" in text
+    for folder, method in (("01-cold-start", "Supervised fine-tuning"), ("02-rl", "GRPO")):
+        assert f'href="{folder}/report.html"' in text and method in text
+        assert method in (whole[0] / "out" / folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_phases_that_are_done_are_neither_run_nor_evaluated_again(copy):
     def files():
         return {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file() and path.parent != copy}

@@ -287,6 +287,20 @@ def test_a_page_says_how_the_run_ended(tmp_path, about, lock, word):
     assert found["word"] == word and ("too hot" in found["text"]) == (word == "failed")
 
 
+def test_a_page_says_whose_adapter_the_run_has_left_where_the_best_is_not_the_last(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "best").mkdir()
+    for step, words in (
+        (60, ""),
+        (45, "The best evaluation was that of step 45 (reward 0.81), whose adapter best/ has."),
+    ):
+        record = {"step": step, "metric": "eval_reward", "value": 0.81}
+        (tmp_path / "best/best.json").write_text(json.dumps(record))
+        assert page_of(read_run(tmp_path))["best"] == words and words in read(tmp_path).text
+    (tmp_path / "best/best.json").write_text('{"step": "<b>", "value": []}')
+    assert page_of(read_run(tmp_path))["best"] == ""
+
+
 def test_without_evaluations_the_headline_is_of_training_and_says_so(tmp_path):
     make_run(tmp_path)
     write_lines(tmp_path / "metrics.jsonl", [{"step": step, "loss": 0.0, "reward": step / 10} for step in range(1, 21)])

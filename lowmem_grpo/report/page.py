@@ -18,6 +18,7 @@ HEADLINES = {  # by kind, the metrics of an evaluation, foremost first, and how 
     "sft": {"eval_loss": "Held-out loss"},
     "reward": {"eval_accuracy": "Held-out accuracy", "eval_loss": "Held-out loss"},
 }
+UNITS = {"grpo": "prompts", "sft": "examples", "reward": "pairs"}  # by kind, what is held out
 OF_TRAINING = {"grpo": "reward", "sft": "loss", "reward": "accuracy"}  # which stands in where nothing is evaluated
 LEFT_OUT = re.compile(r"/ci_|/difference|min_|max_|terminated")  # of an evaluation's metrics, from its table
 NONE = "–"  # stands for what is not known
@@ -34,6 +35,7 @@ def page_of(run: RunFiles) -> dict[str, Any]:
         "charts": charts_of(run), "phases": phases_of_step(run), "memory": memory_of(run),
         "budget": number(run.plan.get("budget")), "evaluations": evaluations_of(run),
         "history": history_of(run), "samples": pairs_of(before, after), "num_damaged": run.num_damaged,
+        "best": best_of(run),
         "sampled_at": [when_of(run, one) for one in (before, after) if one],
         "settings": [(name, as_value(value), as_value(default)) for name, value, default in changed_settings(run)],
         "has_settings": bool(run.settings), "changes": changes_of(run), "about": about_of(run),
@@ -86,11 +88,11 @@ def state_of(run: RunFiles) -> dict[str, str]:
 def headline_of(run: RunFiles) -> dict[str, Any] | None:
     """The number that a run is about, before and after it; None where there are not two of it."""
     known, lines = HEADLINES[run.kind], run.evaluations
-    wanted = str(run.settings.get("metric_for_best_model") or "")
-    names = [name for name in (wanted, f"eval_{wanted}", *known) if name]
+    wanted = run.settings.get("metric_for_best_model")
+    names = [*([str(wanted), f"eval_{wanted}"] if wanted else []), *known]
     for name in names:
         values = run.values(name, lines)
-        if len(values) > 1 and (len(names) == 1 or any(value for _, value in values) or name == names[-1]):
+        if len(values) > 1 and (any(value for _, value in values) or name == names[-1]):
             (first, _), (last, _) = values[0], values[-1]
             begin, end = ({line["step"]: line for line in lines}[step] for step in (first, last))
             rows = number(mapping(run.about.get("rows")).get("eval"))
@@ -103,7 +105,14 @@ def headline_of(run: RunFiles) -> dict[str, Any] | None:
     return training_headline_of(run)
 
 
-UNITS = {"grpo": "prompts", "sft": "examples", "reward": "pairs"}
+def best_of(run: RunFiles) -> str:
+    """A sentence on the best evaluation, where that is not the last, and on whose adapter the run has left."""
+    step, value = (number(run.best.get(name)) for name in ("step", "value"))
+    if step is None or value is None or step == last_step(run):
+        return ""
+    adapters = "adapter/ and best/ have" if run.settings.get("load_best_model_at_end") else "best/ has"
+    metric = str(run.best.get("metric")).removeprefix("eval_")
+    return f"The best evaluation was that of step {step:.0f} ({metric} {value:.3g}), whose adapter {adapters}."
 
 
 def training_headline_of(run: RunFiles) -> dict[str, Any] | None:
@@ -118,8 +127,7 @@ def training_headline_of(run: RunFiles) -> dict[str, Any] | None:
     before, after = (mean(value for _, value in part) or 0.0 for part in (values[:count], values[-count:]))
     return {
         "name": f"Training {name}", "before": (f"{before:.3g}", ""), "after": (f"{after:.3g}", ""),
-        "difference": None, "of": f"{of}; {why}",
-        "steps": (values[0][0], values[-1][0]),
+        "difference": None, "of": f"{of}; {why}", "steps": (values[0][0], values[-1][0]),
     }  # fmt: skip
 
 
@@ -134,8 +142,7 @@ def dot_of(line: dict[str, Any], name: str) -> str | None:
     value, low, high = (number(line.get(key)) for key in (name, f"{name}/ci_low", f"{name}/ci_high"))
     if value is None:
         return None
-    words = dot_in_words(Dot(0, value, low, high)) if "/difference" not in name else signed(value, low, high)
-    return words
+    return signed(value, low, high) if "/difference" in name else dot_in_words(Dot(0, value, low, high))
 
 
 def difference_of(before: dict[str, Any], after: dict[str, Any], name: str) -> str | None:
@@ -155,14 +162,13 @@ def facts_of(run: RunFiles) -> list[tuple[str, str]]:
     seconds = sum(value for _, value in run.values("step_time"))
     peaks = [value for name in run.names("memory/[^/]+/peak_mib") for _, value in run.values(name)]
     tokens = run.values("num_tokens")
-    device = str(run.about.get("device") or "")
     total = number(run.about.get("total_steps"))
     found = {
         "steps": f"{last_step(run):,}" + (f" of {total:,.0f}" if total is not None and total != last_step(run) else ""),
         "time in steps": duration(seconds) if run.steps else "",
         "tokens": f"{tokens[-1][1]:,.0f}" if tokens else "",
         "peak memory": gib(max(peaks) * 2**20) if peaks else "",
-        "device": device,
+        "device": shortened(str(run.about.get("device") or ""), 200),
     }
     return [(name, value) for name, value in found.items() if value]
 

@@ -35,6 +35,7 @@ class RunFiles:
     evaluations: list[dict[str, Any]]  # the lines of evaluations, each under its step once
     findings: list[dict[str, Any]]  # the doctor's
     samples: list[dict[str, Any]]  # samples.jsonl
+    best: dict[str, Any]  # best/best.json: the step, metric and value of the best evaluation
     num_damaged: int  # lines of either file that cannot be read
     is_running: bool
 
@@ -108,7 +109,7 @@ def read_run(folder: Path) -> RunFiles:
         plan=read_object(folder / "plan.json"), steps=[steps[step] for step in sorted(steps)],
         evaluations=[evaluations[step] for step in sorted(evaluations)],
         findings=[line for line in lines if isinstance(line.get("doctor"), str)], samples=samples,
-        num_damaged=of_log + of_samples, is_running=is_in_use(folder),
+        best=read_object(folder / "best/best.json"), num_damaged=of_log + of_samples, is_running=is_in_use(folder),
     )  # fmt: skip
 
 

@@ -207,9 +207,6 @@ class Run:
                 self._push()
                 return
             self.interruption.hold()
-            how = "stopped" if about.is_stop(error) else "failed"
-            self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, about.reason(error)))
-            self._write_card(self.best.folder)
             if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
@@ -221,6 +218,9 @@ class Run:
                 self.progress.say(
                     f"stopped {'before the end of the first step' if not self.step else 'at once'}; {what}"
                 )
+            how = "stopped" if about.is_stop(error) else "failed"
+            self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, about.reason(error)))
+            self._write_card(self.best.folder)
             if isinstance(error, NotFiniteError):
                 good = self._last_good()
                 where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
