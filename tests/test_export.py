@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.export.export import as_text, export
 from lowmem_grpo.export.files import write_tensors
 from lowmem_grpo.export.merge import MergePlan, MergeSettings, merge
 from lowmem_grpo.model.load import load_policy
@@ -201,3 +203,46 @@ def test_a_checkpoint_in_4_bits_is_written_in_16(tmp_path):
     for name, weight in merged_by_peft(policy).items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss"])  # which have their experts apart, and as one tensor
+def test_experts_are_what_training_held_too(tmp_path, family):
+    policy = make_run(tmp_path, family, peft_config=LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    found, base = merged(tmp_path), load_file(tmp_path / "base/model.safetensors")
+    assert found.keys() == base.keys()
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_by(policy), rtol=0, atol=1e-4)
+    found = merged(tmp_path, "original", out="original")
+    experts = [name for name in found if ".experts." in name]
+    assert experts and all(torch.equal(found[name], base[name].float()) for name in experts)
+
+
+def make_small_run(folder: Path, scale: float = 1.0) -> Path:
+    """A run of the demo's model whose adapter changes what it says, and whose samples are what it says; its adapter."""
+    policy = make_run(folder, model=AutoModelForCausalLM.from_pretrained(DEMO_MODEL), bf16=True)
+    with torch.no_grad():
+        for parameter in policy.parameters_of("default").values():
+            parameter.mul_(scale)
+    policy.save(folder / "run/adapter")
+    (folder / "run/grpo_config.json").write_text(json.dumps({"load_in_4bit": True, "bf16": True}), encoding="utf-8")
+    lines = [{"step": step, "prompt": "12+3=", "completion": text} for step, text in ((0, "7"), (5, "15"), (5, "16"))]
+    (folder / "run/samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    return folder / "run/adapter"
+
+
+def test_an_export_is_checked_by_the_completions_of_the_last_evaluation(tmp_path):
+    adapter = make_small_run(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    result = export(str(adapter), str(tmp_path / "out"), use_cpu=True)
+    assert result.onto == "nf4" and result.merged == tmp_path / "out"
+    assert result.checked is not None and (result.checked.num_texts, result.checked.num_tokens) == (2, 4)
+    assert result.checked.merged.mean < 0.1 * result.checked.base.mean
+    assert {path: path.read_bytes() for path in before} == before
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("12+3=").input_ids
+    assert "out" in as_text(result)[0]
+
+
+def test_a_merge_that_says_something_else_is_refused_and_leaves_nothing(tmp_path):
+    adapter = make_small_run(tmp_path)
+    with pytest.raises(InputError, match="log-probabilities differ by .* merge onto nf4"):
+        export(str(adapter), str(tmp_path / "out"), onto="original", use_cpu=True)
+    assert not list(tmp_path.glob("out*"))

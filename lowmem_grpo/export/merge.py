@@ -26,6 +26,7 @@ from lowmem_grpo.export.files import DTYPES, NAMES, Stored, Tensors, other_files
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapter_names import PREFIX, names_of
 from lowmem_grpo.model.adapters import scale_of
+from lowmem_grpo.model.experts import dense_weights, experts_of
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, Quantizer, in_4bit, quantized_by
 from lowmem_grpo.model.towers import set_aside
@@ -127,6 +128,8 @@ class Places:
     of: dict[str, str]  # parameter by tensor, for the tensors that are a parameter as they are
     quantized: frozenset[str]  # parameters that training holds in 4 bits
     transposed: frozenset[str]  # parameters that are (in, out), which training quantizes, and adapts, as (out, in)
+    experts: frozenset[str]  # parameters with the matrices of a mixture's experts, which training packs one by one
+    parts: dict[str, list[str]]  # by tensor of one expert: those that together, in this order, are a matrix of it
     shared: frozenset[str]  # parameters that the model has at several places, such as a tied head
 
 
@@ -138,13 +141,18 @@ def find_places(names: list[str], config: PreTrainedConfig, dtype: torch.dtype, 
     known = get_model_conversion_mapping(model)
     renamings = [one for one in known if isinstance(one, WeightRenaming)]
     converters = [one for one in known if isinstance(one, WeightConverter)]
+    packs = quantized_by(config).get("quant_method") != MXFP4  # whose experts stay as they are
+    experts = {f"{path}.{name}" for path, one in experts_of(model) if packs for name in dense_weights(one)}
     of: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
     for name in names:
         to, converted = rename_source_key(name, renamings, converters, prefix, own)
         if to not in own and name in own:  # as transformers' loading does
             to, converted = name, None
         if to in own and converted is None:
             of[name] = to
+        elif to in experts:
+            parts[name] = _parts_of(name, converted, converters)
     transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     names_of_one: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -153,7 +161,21 @@ def find_places(names: list[str], config: PreTrainedConfig, dtype: torch.dtype, 
     quantizer = Quantizer(in_4bit(config, dtype)["quantization_config"])
     quantizer.preprocess_model(model, device_map={"": "cpu"})
     quantized = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear4bit)}
-    return Places(of, frozenset(quantized), frozenset(transposed), frozenset(shared))
+    return Places(
+        of, frozenset(quantized), frozenset(transposed), frozenset(experts), parts, frozenset(shared)
+    )  # fmt: skip
+
+
+def _parts_of(name: str, pattern: str | None, converters: list[WeightConverter]) -> list[str]:
+    """The tensors that make a matrix of an expert, one above the other; none where files have it otherwise."""
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    kinds = [type(one).__name__ for one in converter.operations]
+    if kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or pattern is None:
+        return []
+    if any(getattr(one, "dim", None) != at for at, one in enumerate(converter.operations)):
+        return []
+    ends = [each.partition("*")[2] for each in converter.source_patterns]
+    return [name.removesuffix(pattern.partition("*")[2]) + end for end in ends]
 
 
 @dataclass(frozen=True)
@@ -248,6 +270,11 @@ class MergePlan:
         parameter, dtype = self.places.of.get(name, ""), DTYPES.get(self.layout[name].dtype)
         change = self.changes.get(parameter)
         in_4bit = self.settings.onto == "nf4" and parameter in self.places.quantized
+        if self.settings.onto == "nf4" and change is None and dtype is not None:
+            if parameter in self.places.experts:
+                return self._stack(name, dtype)
+            if name in self.places.parts:
+                return self._part(name, dtype)
         values = self.tensors.read(name)
         if change is None and not in_4bit and name not in self.states:
             return values if dtype is None else values.to(dtype)
@@ -261,11 +288,35 @@ class MergePlan:
         values = values if change is None else change(values)
         return (values.T if transposed else values).to(dtype).cpu()
 
+    def _stack(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The matrices of all experts (E, ...) through 4 bits, one by one."""
+        matrices = self.tensors.read(name)
+        found = torch.empty(matrices.shape, dtype=dtype)
+        for place, matrix in enumerate(matrices):
+            found[place] = _of_expert(matrix.to(self.settings.device, self.settings.compute_dtype))
+        return found
+
+    def _part(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of one expert through 4 bits, which training makes of the whole matrix that it is a part of."""
+        parts = self.places.parts[name]
+        if not parts:
+            raise InputError(
+                f"{self.tensors.folder} has its experts in a form that is not put into 4 bits here; merge onto original"
+            )
+        matrices = [self.tensors.read(part).to(self.settings.device, self.settings.compute_dtype) for part in parts]
+        place = parts.index(name)
+        return _of_expert(torch.cat(matrices)).split([len(one) for one in matrices])[place].to("cpu", dtype)
+
 
 def through_nf4(weight: Tensor) -> Tensor:
     """A weight (out, in) as training has it on this device, in fp32: NF4 in blocks of 64 with double quantization."""
     codes, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
     return _dequantized(codes, state)
+
+
+def _of_expert(matrix: Tensor) -> Tensor:
+    """A matrix of an expert as training has it, in fp32, which reads it as one row."""
+    return through_nf4(matrix.reshape(1, -1)).view(matrix.shape)
 
 
 def _dequantized(codes: Tensor, state: Any) -> Tensor:
