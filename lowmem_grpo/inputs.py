@@ -39,7 +39,7 @@ from lowmem_grpo.output.hub import check_upload, repository
 from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.output.trackers import tracker_names
-from lowmem_grpo.planner.plan import Plan, limit_memory, plan_to_fit
+from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
@@ -299,7 +299,7 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
     except TypeError as error:
         raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
     if world_size() > config.prompts_per_step:
-        name = {"sft": "examples_per_step", "reward": "pairs_per_step"}.get(config.kind, "prompts_per_step")
+        name = STEP_SIZES.get(config.kind, "prompts_per_step")
         raise InputError(
             f"torchrun has started {world_size()} processes, and {name}={config.prompts_per_step} does not give each "
             f"something to do; start fewer, or raise {name}"

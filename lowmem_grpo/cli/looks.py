@@ -60,7 +60,7 @@ def add(commands: Commands) -> None:
         description="Predict the peak memory of each phase from a model's configuration, on a GPU or with "
         "--use_cpu true on a CPU, and with --vram_budget choose settings that fit. No weights are downloaded, and no "
         "GPU is needed.",
-        usage="lowmem-grpo plan [sft|reward|sample] --model M [--vram_budget 8GB] [--json] [options]",
+        usage="lowmem-grpo plan [sft|reward|sample] --model M [--vram_budget 8GB] [--ranks N] [--json] [options]",
     )  # fmt: skip
     parser.set_defaults(run=partial(run_plan, commands.planned))
     parser.add_argument(
@@ -71,6 +71,9 @@ def add(commands: Commands) -> None:
     )  # of rewards, the reward adapters count
     of_plan = add_inputs(parser, "what to plan", [one for one in INPUTS if one[0] in names])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    of_plan.add_argument(
+        "--ranks", action=Once, metavar="N", help="processes that torchrun starts, each on a GPU of its own (default 1)"
+    )
     add_config_flags(parser, commands.every_setting, config=commands.planned)
 
 
@@ -122,11 +125,16 @@ def run_data(given: dict[str, Any]) -> int:
 
 def run_plan(planned: type, given: dict[str, Any]) -> int:
     """Print the plan of a training, by the type of its configuration; exit status 0 where everything fits, else 1."""
-    as_json, training = given.pop("json", False), given.pop("training")
+    as_json, training, ranks = given.pop("json", False), given.pop("training"), count_of(given, "ranks", "processes", 1)
     if PLANNED[training] is not planned:
         raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
     model, config = inputs["model"], planned(**fields)
+    if not 1 <= ranks <= config.prompts_per_step or (ranks > 1 and planned is SampleConfig):
+        raise InputError(
+            f"--ranks {ranks} is none: a training has 1 to {config.prompts_per_step}, as many as a step has things to "
+            "share, and sampling into a file has one process"
+        )
     from lowmem_grpo.inputs import worn_by
 
     if isinstance(config, SampleConfig):
@@ -148,7 +156,7 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         worn = [] if planned is not GRPOConfig else worn_by(base, reward_adapters(inputs.get("reward_funcs") or []))
         teacher = find_teacher(model, config, needs_weights=False) if isinstance(config, GRPOConfig) else None
         rewards = [one.config for one in worn]
-        found = planner.plan(base, config, adapter_config(model, config), rewards=rewards, teacher=teacher)
+        found = planner.plan(base, config, adapter_config(model, config), rewards=rewards, teacher=teacher, ranks=ranks)
     with writing_output():
         print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
     return 0 if found.remedy is None else 1

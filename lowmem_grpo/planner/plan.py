@@ -17,6 +17,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import SamplingFields
 from lowmem_grpo.config.sft import ASSUMED_LENGTH
 from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.distributed import alone, world_size
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.shape import state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.step import POSITIONS, RANK
@@ -32,6 +33,7 @@ from lowmem_grpo.update.optimizer import state_bytes
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
 PROCESSORS = 192  # more than a card has: with more of them a product has more parts
 OF_SLOTS, OF_PROMPTS = "states of completions", "states of prompts"  # of layers that keep one
+STEP_SIZES = {"sft": "examples_per_step", "reward": "pairs_per_step"}  # by kind; of others prompts_per_step
 SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
 
 
@@ -75,6 +77,7 @@ class Plan:
     longest: int  # tokens of the longest prompt, or of the longest example
     assumptions: list[str]  # sentences
     remedy: str | None = None  # what would have to change besides; None where everything fits
+    ranks: int = 1  # processes that share a step, each with the forecast's bytes on a device of its own
 
 
 def plan(
@@ -84,15 +87,21 @@ def plan(
     longest: int | None = None,  # tokens of the longest prompt, or example; None where none is known yet
     rewards: Sequence[PeftConfig] = (),  # reward adapters on the policy's own base
     teacher: FoundTeacher | None = None,
+    ranks: int | None = None,  # processes that share a step; by default those of this run
 ) -> Plan:
     """The cheapest settings with which every phase stays within vram_budget; config's own where they fit."""
+    ranks = ranks or world_size()
     key = Key(model, adapter or lora_config(config), tuple(rewards), teacher)
     name, assumed = ("max_prompt_length", PROMPT_TOKENS) if config.samples else ("max_length", ASSUMED_LENGTH)
     given = getattr(config, name)
     # Within here, that is the length which is planned for.
     planned = longest or given or assumed
-    chosen, found, changes = _fit(key, replace(config, **{name: planned}))
+    of_step = STEP_SIZES.get(config.kind, "prompts_per_step")
+    whole, share = getattr(config, of_step), _share(config, ranks)
+    chosen, found, changes = _fit(key, replace(config, **{name: planned, of_step: share}))
     budget, assumptions, remedy = config.vram_budget_bytes, [], None
+    if ranks > 1:
+        assumptions.append(f"Each of {ranks} processes has a device of its own and {share} of {of_step}={whole}.")
     if found.padded:
         trained = ["trained on padded rows"] if "update" in found.phases else []
         sampled = ["sampled from by transformers' generate"] if config.samples else []
@@ -103,8 +112,14 @@ def plan(
         assumptions.append(f"The longest {what} is assumed to have {planned} tokens: {name} is {set_to}.")
     if budget is not None and not _fits(found, budget):
         remedy = _remedy(key, chosen, found, budget)
-    chosen = replace(chosen, **{name: given})
-    return Plan(chosen, found, budget, changes, planned, assumptions, remedy)
+    chosen = replace(chosen, **{name: given, of_step: whole})
+    return Plan(chosen, found, budget, changes, planned, assumptions, remedy, ranks)
+
+
+def _share(config: Any, ranks: int) -> int:
+    """The most prompts, examples or pairs of a step that one of several processes has."""
+    parts = getattr(config, "steps_per_generation", 1)
+    return parts * math.ceil(config.prompts_per_step / parts / ranks)
 
 
 def plan_to_fit(
@@ -141,8 +156,9 @@ def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
     """The configuration for an evaluation, with no more keys and values than the plan's training step has."""
     if found is None:
         return config
-    tokens = config.prompts_per_step * (found.longest + config.num_generations * config.max_completion_length)
-    tokens += _num_states(config) * found.forecast.state_tokens
+    share = replace(config, prompts_per_step=_share(config, found.ranks))
+    tokens = share.prompts_per_step * (found.longest + config.num_generations * config.max_completion_length)
+    tokens += _num_states(share) * found.forecast.state_tokens
     return replace(config, rollout_token_budget=min(config.rollout_token_budget, tokens))
 
 
@@ -253,6 +269,7 @@ def forecast(
     return _forecast(Key(model, adapter or lora_config(config), teacher=teacher), config)
 
 
+@alone()  # what is traced is one process's
 def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     text = key.model.get_text_config()
     dtype = getattr(torch, config.compute_dtype)

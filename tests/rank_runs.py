@@ -1,0 +1,147 @@
+"""What test_ranks has its processes do: whole trainings that torchrun would have started, and how they end."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ranks import WAIT_S
+from tiny_models import DEMO_MODEL
+
+from lowmem_grpo import RewardConfig, SFTConfig, sft, train, train_reward_model
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.demo import task
+from lowmem_grpo.output import folder
+
+LENGTHS = (1, 9, 2, 3, 12, 1, 4)  # of uneven examples
+COMMON = {
+    "use_cpu": True, "bf16": False, "learning_rate": 1e-3, "gradient_checkpointing": False, "doctor": "off",
+    "save_steps": 1,
+}  # fmt: skip
+
+
+def each_of(size: int, work: Callable, *given: Any) -> list[tuple[int, Any]]:
+    """What work(*given) returned in each of `size` processes, or raised there, behind the exit status."""
+    context = multiprocessing.get_context("forkserver")  # which imports once, what each process would
+    context.set_forkserver_preload(["rank_runs"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe() for _ in range(size)]
+    started = [
+        context.Process(target=_run, args=(rank, size, port, theirs, work, given), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    found = []
+    for process in started:
+        process.start()
+    for ours, theirs in pipes:
+        theirs.close()
+        with contextlib.suppress(EOFError):
+            found.append(ours.recv() if ours.poll(WAIT_S) else "does not answer")
+            continue
+        found.append(None)  # it was killed
+    for process in started:
+        process.join(WAIT_S)
+        assert process.exitcode is not None, "a process does not end"
+    return [(process.exitcode or 0, value) for process, value in zip(started, found, strict=True)]
+
+
+def _run(rank: int, size: int, port: int, pipe: Any, work: Callable, given: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    said, error = io.StringIO(), None
+    with contextlib.redirect_stderr(said):
+        try:
+            found = work(*given)
+        except BaseException as raised:
+            found, error = None, f"{type(raised).__name__}: {raised}"
+            said.write(traceback.format_exc() if isinstance(raised, AssertionError) else "")
+    pipe.send({"found": found, "error": error, "said": said.getvalue()})
+
+
+def examples() -> list[dict[str, Any]]:
+    """Prompts with completions of many lengths, some of another weight."""
+    problems = task.splits()[0]
+    return [
+        {"prompt": task.question(problem), "completion": task.worked(problem)[: 3 * length], "weight": 1.0 + n % 2}
+        for n, (problem, length) in enumerate(zip(problems, LENGTHS * 4, strict=False))
+    ]
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Pairs of a longer and a shorter text, of many lengths."""
+    return [
+        {"prompt": row["prompt"], "chosen": row["completion"] + "7", "rejected": row["completion"][: n % 5 + 1]}
+        for n, row in enumerate(examples())
+    ]
+
+
+def learn_examples(output_dir: str, strike: Callable | None = None, **settings: Any) -> dict[str, Any]:
+    """A run of sft()."""
+    given = {**COMMON, "max_steps": 3, "examples_per_step": 7, "output_dir": output_dir, **settings}
+    eval_rows = examples()[:5] if "eval_steps" in given else None
+    result = sft(str(DEMO_MODEL), examples(), eval_rows, SFTConfig(**given), callbacks=strike or ())
+    return {"history": result.history, "eval_history": result.eval_history}
+
+
+def learn_pairs(output_dir: str, **settings: Any) -> dict[str, Any]:
+    """A run of train_reward_model()."""
+    given = {**COMMON, "max_steps": 3, "pairs_per_step": 5, "output_dir": output_dir, **settings}
+    result = train_reward_model(str(DEMO_MODEL), pairs(), pairs()[:5], RewardConfig(**given))
+    return {"history": result.history, "eval_history": result.eval_history}
+
+
+def variety(completions, **given):
+    """How many different characters a completion has."""
+    return [float(len(set(messages[0]["content"]))) for messages in completions]
+
+
+def sample_and_learn(output_dir: str, strike: Callable | None = None, **settings: Any) -> dict[str, Any]:
+    """A run of train()."""
+    given = {
+        **COMMON, "max_steps": 4, "prompts_per_step": 3, "num_generations": 2, "max_completion_length": 8,
+        "output_dir": output_dir, "lora_dropout": 0.1, **settings,
+    }  # fmt: skip
+    rows = task.rows(task.splits()[0][:8])
+    result = train(str(DEMO_MODEL), variety, rows, config=GRPOConfig(**given), callbacks=strike or ())
+    return {"history": result.history, "random": torch.get_rng_state().tolist()}
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def stop_rank_1(step, metrics, policy) -> None:
+    if step == 2 and rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_rank_1(step, metrics, policy) -> None:
+    if step == 2 and rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_on_rank_1(step, metrics, policy) -> None:
+    if step == 2 and rank() == 1:
+        raise KeyError("of rank 1")
+
+
+def on_a_full_disk(output_dir: str) -> dict[str, Any]:
+    """A run whose disk refuses every folder to rank 0; no other rank writes one."""
+
+    def refuse(path):
+        assert rank() == 0
+        raise OSError(28, "No space left on device", str(path))
+
+    folder._flush = refuse
+    return learn_examples(output_dir)

@@ -1,0 +1,102 @@
+"""Trainings of several processes: they do what one does, one of them writes, and the end of one is the end of all."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import rank_runs
+from rank_runs import each_of
+from safetensors.torch import load_file
+
+UNLIKE = ("time/", "memory/", "tokens_per_s/", "step_time", "rollout/")  # metrics of the machine
+
+
+def adapter(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def assert_alike(folder, other, *, rel):
+    """Both folders hold one adapter and one log."""
+    weights, others = adapter(folder), adapter(other)
+    assert weights.keys() == others.keys()
+    for name, values in weights.items():
+        apart = (values - others[name]).norm() / others[name].norm().clamp(min=1e-12)
+        assert apart <= rel, name
+    logs = [(path / "metrics.jsonl").read_text().splitlines() for path in (folder, other)]
+    for line, known in zip(*(map(json.loads, log) for log in logs), strict=True):
+        for name in line.keys() | known.keys():
+            if not name.startswith(UNLIKE) and line[name] != known[name]:
+                assert math.isclose(line[name], known[name], rel_tol=max(rel, 1e-12) * 10, abs_tol=1e-6), name
+
+
+@pytest.mark.parametrize("learn", [rank_runs.learn_examples, rank_runs.learn_pairs])
+def test_two_processes_learn_what_one_does(tmp_path, learn):
+    """In fp32, to its rounding; shares are uneven."""
+    learn = partial(learn, eval_steps=2)
+    ((_, alone),) = each_of(1, learn, str(tmp_path / "one"))
+    together = each_of(2, learn, str(tmp_path / "two"))
+    assert alone["error"] is None and [(status, found["error"]) for status, found in together] == [(0, None)] * 2
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-5)
+    (_, first), (_, second) = together
+    assert first["found"] == second["found"]  # to the last bit, times included
+    assert "step 3/3" in first["said"] and not second["said"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of two processes that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    (_, first), (_, second) = each_of(2, rank_runs.sample_and_learn, str(folder))
+    assert first["error"] is None and str(first["found"]) == str(second["found"])
+    return folder
+
+
+def test_a_stop_of_one_is_a_stop_of_all_and_is_resumed_bit_for_bit(tmp_path, whole):
+    struck = each_of(2, rank_runs.sample_and_learn, str(tmp_path), rank_runs.stop_rank_1)
+    assert [found["error"] for _, found in struck] == ["SystemExit: 143"] * 2
+    assert "checkpoint-2 has everything up to step 2" in struck[0][1]["said"] and not struck[1][1]["said"]
+    assert not (tmp_path / "run.lock").exists()
+    again = partial(rank_runs.sample_and_learn, resume_from_checkpoint=True)
+    assert [found["error"] for _, found in each_of(2, again, str(tmp_path))] == [None, None]
+    assert_alike(tmp_path, whole, rel=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, size):
+    """Without lora_dropout, whose masks follow the ranks, that is the run of two to the rounding of fp32."""
+    learn = partial(rank_runs.sample_and_learn, lora_dropout=0.0)
+    each_of(2, learn, str(tmp_path / "two"))
+    each_of(2, learn, str(tmp_path / "struck"), rank_runs.stop_rank_1)
+    again = partial(learn, resume_from_checkpoint=True)
+    assert [found["error"] for _, found in each_of(size, again, str(tmp_path / "struck"))] == [None] * size
+    assert_alike(tmp_path / "struck", tmp_path / "two", rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_other_which_saves_what_is_whole(tmp_path):
+    (_, first), (status, _) = each_of(2, rank_runs.learn_examples, str(tmp_path), rank_runs.kill_rank_1)
+    assert status == -9 and first["error"].startswith("LostRankError: rank 1 (process")
+    assert "checkpoint-2 has everything up to step 2" in first["said"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_the_others_with_its_reason(tmp_path):
+    (_, first), (_, second), (_, third) = each_of(3, rank_runs.learn_examples, str(tmp_path), rank_runs.fail_on_rank_1)
+    assert second["error"] == "KeyError: 'of rank 1'"
+    reason = "LostRankError: rank 1 stopped with KeyError (KeyError('of rank 1')), and this one cannot go on alone"
+    assert first["error"] == third["error"] == reason
+    assert "checkpoint-2 has everything up to step 2" in first["said"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_refuses_rank_0_is_the_end_of_all_and_said_once(tmp_path):
+    (_, first), (_, second) = each_of(2, rank_runs.on_a_full_disk, str(tmp_path))
+    assert first["error"] == second["error"] and first["error"].startswith("NotSavedError: checkpoint-3 cannot be")
+    assert "the run goes on" in first["said"] and not second["said"]
+
+
+def test_more_processes_than_examples_are_refused_on_all_and_before_long_work(tmp_path):
+    found = each_of(2, partial(rank_runs.learn_examples, examples_per_step=1), str(tmp_path))
+    words = "InputError: torchrun has started 2 processes, and examples_per_step=1 does not give each something to do"
+    assert all(one["error"].startswith(words) for _, one in found)
