@@ -43,23 +43,29 @@ def test_two_processes_learn_what_one_does(tmp_path, learn):
     assert "step 3/3" in first["said"] and not second["said"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run of two processes that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    (_, first), (_, second) = each_of(2, rank_runs.sample_and_learn, str(folder))
-    assert first["error"] is None and str(first["found"]) == str(second["found"])
-    return folder
+def stopped(folder, **settings):
+    """Have rank 1 of a run of two stopped after its second step."""
+    learn = partial(rank_runs.sample_and_learn, **settings)
+    (_, first), (_, second) = each_of(2, learn, str(folder), rank_runs.stop_rank_1)
+    assert first["error"] == second["error"] == "SystemExit: 143"
+    assert "checkpoint-2 has everything up to step 2" in first["said"] and not second["said"]
 
 
-def test_a_stop_of_one_is_a_stop_of_all_and_is_resumed_bit_for_bit(tmp_path, whole):
-    struck = each_of(2, rank_runs.sample_and_learn, str(tmp_path), rank_runs.stop_rank_1)
-    assert [found["error"] for _, found in struck] == ["SystemExit: 143"] * 2
-    assert "checkpoint-2 has everything up to step 2" in struck[0][1]["said"] and not struck[1][1]["said"]
+def test_a_stop_of_one_is_a_stop_of_all_with_one_checkpoint(tmp_path):
+    stopped(tmp_path, save_steps=100)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_is_resumed_bit_for_bit_by_as_many_processes(tmp_path):
+    """With lora_dropout, whose masks are each rank's own."""
+    (_, first), (_, second) = each_of(2, rank_runs.sample_and_learn, str(tmp_path / "whole"))
+    assert first["error"] is None and str(first["found"]) == str(second["found"])
+    stopped(tmp_path / "struck")
     again = partial(rank_runs.sample_and_learn, resume_from_checkpoint=True)
-    assert [found["error"] for _, found in each_of(2, again, str(tmp_path))] == [None, None]
-    assert_alike(tmp_path, whole, rel=0)
+    assert [found["error"] for _, found in each_of(2, again, str(tmp_path / "struck"))] == [None, None]
+    assert_alike(tmp_path / "struck", tmp_path / "whole", rel=0)
 
 
 @pytest.mark.slow
@@ -68,7 +74,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, size):
     """Without lora_dropout, whose masks follow the ranks, that is the run of two to the rounding of fp32."""
     learn = partial(rank_runs.sample_and_learn, lora_dropout=0.0)
     each_of(2, learn, str(tmp_path / "two"))
-    each_of(2, learn, str(tmp_path / "struck"), rank_runs.stop_rank_1)
+    stopped(tmp_path / "struck", lora_dropout=0.0)
     again = partial(learn, resume_from_checkpoint=True)
     assert [found["error"] for _, found in each_of(size, again, str(tmp_path / "struck"))] == [None] * size
     assert_alike(tmp_path / "struck", tmp_path / "two", rel=1e-4)
