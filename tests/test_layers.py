@@ -23,7 +23,7 @@ FLOORS = (
     "__init__",
     "pipeline export",
     "loops",
-    "run",
+    "run watch",
     "report",
     "evaluation",
     "example_inputs pair_inputs",

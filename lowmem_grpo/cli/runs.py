@@ -1,4 +1,4 @@
-"""The commands about a run that is there: report."""
+"""The commands about a run that is there: report and watch."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from lowmem_grpo.errors import NotSavedError, in_a_line, printable
 
 
 def add(commands: Commands) -> None:
-    """Add report."""
+    """Add report and watch."""
     parser = commands.plain(
         "report", help="show a run, or a pipeline, as a page",
         description="Write report.html of a run's output_dir, or of a pipeline's: curves, evaluations, completions, "
@@ -20,6 +20,18 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=run_report)
     parser.add_argument("folder", metavar="RUN", help="output_dir of a training or of a pipeline")
     parser.add_argument("--output", action=Once, metavar="FILE", help="the page's file (default RUN/report.html)")
+
+    parser = commands.plain(
+        "watch", help="follow a run in the terminal",
+        description="Show a run, or the phase of a pipeline that goes on, in the terminal until it ends: curves, "
+        "evaluations, memory, completions and what the doctor found. It reads the run's files, and disturbs nothing. "
+        "Where the output is no terminal it shows what is there once.",
+        usage="lowmem-grpo watch RUN [--once] [--wait]",
+    )  # fmt: skip
+    parser.set_defaults(run=run_watch)
+    parser.add_argument("folder", metavar="RUN", help="output_dir of a training or of a pipeline")
+    parser.add_argument("--once", action="store_true", help="show what is there, and end")
+    parser.add_argument("--wait", action="store_true", help="wait for a run that has not begun yet")
 
 
 def run_report(given: dict[str, Any]) -> int:
@@ -32,4 +44,12 @@ def run_report(given: dict[str, Any]) -> int:
         raise NotSavedError(f"the report cannot be written ({in_a_line(error)}); choose another --output") from error
     with writing_output():
         print(printable(f"report: {path}"))
+    return 0
+
+
+def run_watch(given: dict[str, Any]) -> int:
+    from lowmem_grpo.watch.watch import watch
+
+    with writing_output():
+        watch(Path(given["folder"]).expanduser(), once=given.get("once", False), wait=given.get("wait", False))
     return 0

@@ -1,0 +1,102 @@
+"""watch(): a run, or a pipeline, in the terminal while it goes on, in a process of its own."""
+
+import contextlib
+import time
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.output.lock import is_in_use
+from lowmem_grpo.report.reading import is_run, phases_of
+from lowmem_grpo.watch.run import WatchedRun, active_phase
+from lowmem_grpo.watch.view import STYLES, View
+
+EVERY = 1.0  # s between two looks
+
+
+class Watched:
+    """A folder that is watched: a run's, or a pipeline's with the phase that goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.run: WatchedRun | None = None
+
+    def refresh(self) -> None:
+        """Read what is new.
+
+        Raises:
+            InputError: nothing of a run is there.
+        """
+        folder = active_phase(self.folder) or self.folder
+        if self.run is None or self.run.folder != folder:
+            self.run = WatchedRun(folder)
+        self.run.refresh()
+        if folder == self.folder and not is_run(folder) and not is_in_use(folder):
+            raise InputError(
+                f"{folder} holds no run: it has neither metrics.jsonl nor run.json; give the output_dir of a training "
+                "or of a pipeline, or --wait for one that begins"
+            )
+
+    @property
+    def is_over(self) -> bool:
+        """True where nobody writes there any more."""
+        return self.run is not None and self.run.state.is_over and not is_in_use(self.folder)
+
+    def lines(self, width: int, height: int | None, *, is_ascii: bool) -> list[Text]:
+        """The view, in at most `height` lines."""
+        assert self.run is not None
+        view = View(width, is_ascii=is_ascii)
+        phases = [path for path in phases_of(self.folder) if not path.name.startswith("00-")]
+        above = [view.line((self.folder.resolve().name, "bold"), ("  a pipeline", "dim"))] if phases else []
+        for phase in phases:
+            word = "done" if (phase / "done.json").is_file() else "running" if is_in_use(phase) else "begun"
+            mark = "> " if phase == self.run.folder else "  "
+            above.append(view.line(mark, phase.name, "  ", (word, STYLES.get(word, ""))))
+        above += [Text()] if above else []
+        return [*above, *view.of_run(self.run, None if height is None else max(3, height - len(above)))][:height]
+
+
+def watch(folder: Path, *, once: bool = False, wait: bool = False, console: Console | None = None) -> None:
+    """Show a run until it ends, or once where that is asked or the output is no terminal.
+
+    With `wait`, a folder that holds no run yet is looked at until it does.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    console = console or Console(highlight=False, markup=False, emoji=False)
+    watched = Watched(folder)
+    _first_look(watched, console, wait=wait)
+    is_ascii = not console.encoding.lower().startswith("utf")
+    if not once and console.is_terminal and not watched.is_over:
+        _go_on(watched, console, is_ascii=is_ascii)
+    console.print(Group(*watched.lines(console.width, None, is_ascii=is_ascii)))
+
+
+def _first_look(watched: Watched, console: Console, *, wait: bool) -> None:
+    """Look until there is a run to see, or once."""
+    is_told = False
+    while True:
+        try:
+            return watched.refresh()
+        except InputError:
+            if not wait:
+                raise
+        if not is_told and console.is_terminal:
+            console.print(Text(printable(f"waiting for a run in {watched.folder}; Ctrl-C ends that")))
+            is_told = True
+        time.sleep(EVERY)
+
+
+def _go_on(watched: Watched, console: Console, *, is_ascii: bool) -> None:
+    """Draw the whole terminal anew every second, until the run is over."""
+    with Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
+        while not watched.is_over:
+            lines = watched.lines(console.width, console.height, is_ascii=is_ascii)
+            live.update(Group(*lines), refresh=True)
+            time.sleep(EVERY)
+            with contextlib.suppress(InputError):  # a folder that is replaced at this moment
+                watched.refresh()
