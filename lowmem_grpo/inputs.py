@@ -305,9 +305,9 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
             f"something to do; start fewer, or raise {name}"
         )
     tracker_names(config.trackers)
-    output_dir = writable_folder(config.output_dir)
     if config.push_to_hub:
-        check_upload(repository(config.hub_model_id, output_dir))
+        check_upload(repository(config.hub_model_id, Path(config.output_dir)))
+    output_dir = writable_folder(config.output_dir)
     if is_main():
         lock_folder(output_dir)
     resume = find_checkpoint(output_dir, config.resume_from_checkpoint)

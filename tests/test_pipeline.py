@@ -237,6 +237,8 @@ def test_what_a_later_phase_lacks_is_said_before_the_first_begins(files, given, 
         ([Phase("a", "sft", **COLD, callbacks=[])], "phase a: a phase takes no callbacks"),
         ([Phase("a", "sft", **{**COLD, "learning_rate": "fast"})], "phase a: learning_rate: 'fast' is not a number"),
         ([Phase("a", "sft", from_="b", **COLD), Phase("b", "sft", **COLD)], "phase a: from: 'b' is no phase before it"),
+        ([Phase("a", "sft", **COLD, push_to_hub=True)], "phase a: push_to_hub needs a repository that no other phase"),
+        ([Phase(name, "sft", **COLD, push_to_hub=True, hub_model_id="me/a") for name in "ab"], "phase b: push_to_hub needs"),
     ],
 )  # fmt: skip
 def test_a_phase_that_is_none_is_refused_in_a_sentence(given, words):

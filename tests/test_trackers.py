@@ -52,7 +52,7 @@ class Own(GeneralTracker):
         return self
 
     def start(self):  # draws from everything that a run draws from
-        torch.rand(1), random.random(), np.random.rand()
+        assert all((torch.rand(1) < 1, random.random() < 1, np.random.rand() < 1))
         assert threading.current_thread() is not threading.main_thread()
 
     def store_init_configuration(self, values):
@@ -347,6 +347,7 @@ def test_each_training_refuses_a_missing_tracker_or_token_before_it_reads_anythi
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match="run `hf auth login`"):
         train("no/model", "accuracy_reward", [], config=GRPOConfig(output_dir=str(tmp_path / "a"), push_to_hub=True))
+    assert not (tmp_path / "a").exists()
 
 
 def test_every_tracker_of_accelerates_has_a_row():

@@ -72,7 +72,7 @@ def _of_wandb(place: Place) -> dict[str, Any]:
     return {
         "run_name": os.environ.get("WANDB_PROJECT", place.project), "name": place.run_name, "dir": str(place.folder),
         "id": os.environ.get("WANDB_RUN_ID", _new_id(place)[:16]), "resume": "allow",
-        "settings": Settings(init_timeout=START_S - 5),
+        "settings": Settings(init_timeout=START_S / 2),
     }  # fmt: skip
 
 

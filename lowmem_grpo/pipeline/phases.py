@@ -237,6 +237,9 @@ def _resolved(
     config = kind.config(**settings, **places)
     if "critic_init" in inputs:
         dataclasses.replace(config, critic_init=inputs["critic_init"])  # refused where there is no critic
+    taken = {None, *(run.config.hub_model_id for run in before if getattr(run.config, "push_to_hub", False))}
+    if getattr(config, "push_to_hub", False) and config.hub_model_id in taken:
+        raise InputError("push_to_hub needs a repository that no other phase uploads to; give it a hub_model_id here")
     return PhaseRun(phase.name, kind, folder, origin, config, adapter_fields, inputs)
 
 
