@@ -22,8 +22,9 @@ from lowmem_grpo import RewardConfig, train_reward_model
 from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.output.manifest import damage
+from lowmem_grpo.report.reading import CONFIGS
 from lowmem_grpo.run.card import card_of, write_card
-from lowmem_grpo.run.facts import CONFIGS, Facts, dataset_id, hub_id
+from lowmem_grpo.run.facts import Facts, dataset_id, hub_id
 from lowmem_grpo.run.methods import methods_of
 from lowmem_grpo.run.snippet import snippet
 
@@ -61,7 +62,7 @@ def folder(tmp_path):
     name = f"eval_rewards/{EVIL}/mean"
     lines = [
         {"step": 0, "eval_reward": 0.25, name: None},
-        {"step": 4, "reward": 1.0, "step_time": 60.0},
+        {"step": 4, "reward": 1.0, "loss": 0.0, "step_time": 60.0},
         {"step": 4, "doctor": "x", "text": EVIL},
         {"step": 4, "eval_reward": 0.5, "eval_reward/difference": 0.25, name: 0.125},
     ]
@@ -94,7 +95,7 @@ def test_a_run_leaves_a_card_that_the_hubs_own_code_reads(trained):
     results = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert results["reward"] == round(last["eval_reward"], 4) and "reward/ci_low" not in results
     assert f"| `reward` | {trained.eval_history[0]['eval_reward']:.3f} [" in card.text
-    assert f"{last['eval_reward/difference']:+.3f} [" in card.text and "at step 2" in card.text
+    assert f"{last['eval_reward/difference']:+.3f} [" in card.text and "| at step 2 |" in card.text
     assert "reward `answer_reward`, weight `1.0`\n" in card.text and "weight `0.2`\n" in card.text
     assert "| `beta` | `0.1` | `0.0` |" in card.text and "output_dir" not in card.text
     assert "trained on `40 rows in memory`\n" in card.text and "train() in Python" in card.text
@@ -190,6 +191,14 @@ def test_a_card_that_cannot_be_written_costs_a_sentence(folder):
 def test_keys_and_tokens_stay_out_of_a_card(folder):
     (folder.parent / "grpo_config.json").write_text(json.dumps({"hub_token": "hf_secret"}), encoding="utf-8")
     assert "hf_secret" not in str(card_of(folder))
+
+
+def test_the_program_on_an_uploaded_adapters_card_loads_it_from_the_hub(folder):
+    settings = {"push_to_hub": True, "hub_model_id": "someone/sums"}
+    (folder.parent / "grpo_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert "name = 'someone/sums'" in card_of(folder).text
+    folder.rename(folder.parent / "best")
+    assert "name = 'someone/sums'" not in card_of(folder.parent / "best").text, "which is not uploaded"
 
 
 def test_the_card_of_a_merged_model_is_of_a_whole_model(trained):

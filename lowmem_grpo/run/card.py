@@ -1,6 +1,5 @@
 """The model card, README.md beside an adapter, made from the files of its run alone."""
 
-import dataclasses
 import json
 import math
 import re
@@ -15,11 +14,11 @@ from lowmem_grpo.errors import in_a_line, printable
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.markdown import block, code, points, table
-from lowmem_grpo.run.facts import CONFIGS, Facts, dataset_id, hub_id
+from lowmem_grpo.report.reading import changed_settings, mapping, number, texts
+from lowmem_grpo.run.facts import Facts, dataset_id, hub_id
 from lowmem_grpo.run.snippet import snippet
 
 NAME = "README.md"
-WHERE = ("output_dir", "resume_from_checkpoint")  # settings that say nothing of what was trained
 LEFT_OUT = re.compile(r"(?!eval_)|.*/(ci_|difference)|eval_completions/(min|max|mean_terminated)_")  # of a table's rows
 MERGED = {
     "nf4": "the adapter was merged into the numbers that the base's 4 bits stand for, on which it was trained",
@@ -43,12 +42,13 @@ def card_of(folder: Path, *, name: str | None = None, onto: str | None = None, n
 
     Args:
         folder: of the adapter.
-        name: what the program on the card loads, a folder or a hub id; by default `folder`.
+        name: what the program on the card loads, a folder or a hub id. By default it is the repository that the run
+            uploads to, or else `folder`.
         onto: "original" or "nf4", the weights that the adapter was merged into; the card is then of the whole model.
         notes: sentences on the merge, in Markdown, such as what its check has measured.
     """
     facts = Facts(folder)
-    name = str(folder) if name is None else name
+    name = name or _repository(facts) or str(folder)
     sections = {
         "Model": points([*_model(facts), *([MERGED[onto]] if onto else []), *notes]),
         "Method": points([_linked(method.text, method.source) for method in facts.methods]),
@@ -59,22 +59,28 @@ def card_of(folder: Path, *, name: str | None = None, onto: str | None = None, n
         "Reproduce": _reproduce(facts),
         "Limits": points(_limits(facts)),
     }
-    parts = [f"# {code(facts.run.name)}", _summary(facts, is_merged=onto is not None)]
+    parts = [f"# {code(facts.run.folder.name)}", _summary(facts, is_merged=onto is not None)]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     metadata = _metadata(facts, is_merged=onto is not None).to_yaml()
     return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
+def _repository(facts: Facts) -> str | None:
+    """The repository of the hub that the run uploads the adapter to, if that is named."""
+    named = facts.settings.get("hub_model_id") if facts.settings.get("push_to_hub") else None
+    return named if isinstance(named, str) and "/" in named and facts.folder.name == "adapter" else None
+
+
 def _metadata(facts: Facts, *, is_merged: bool) -> ModelCardData:
     """The card's head, which the hub reads: names that only this machine knows are left out."""
     base = hub_id(facts.base)
-    datasets = sorted(filter(None, map(dataset_id, _entries(facts.datasets.get("train")))))
-    results = _results(facts, facts.datasets.get("eval"))
+    datasets = sorted(filter(None, map(dataset_id, facts.train_names)))
+    results = _results(facts)
     further: dict[str, Any] = {**facts.license}
     if base:
         further |= {"base_model": base, "base_model_relation": "finetune" if is_merged else "adapter"}
     if results:
-        further |= {"eval_results": results, "model_name": printable(facts.run.name)}
+        further |= {"eval_results": results, "model_name": printable(facts.run.folder.name)}
     return ModelCardData(
         library_name="transformers" if is_merged else "peft", pipeline_tag=_task(facts), datasets=datasets or None,
         tags=["lowmem_grpo", *([] if is_merged else ["lora"]), *(one.tag for one in facts.methods if one.tag)],
@@ -82,13 +88,13 @@ def _metadata(facts: Facts, *, is_merged: bool) -> ModelCardData:
     )  # fmt: skip
 
 
-def _results(facts: Facts, dataset: Any) -> list[EvalResult]:
+def _results(facts: Facts) -> list[EvalResult]:
     """The means of the adapter's evaluation, as the hub has them."""
-    line = facts.evaluations[1] or {}
+    line, names = facts.evaluations[1] or {}, facts.eval_names or ["held-out rows"]
     return [
         EvalResult(
-            task_type=_task(facts), dataset_type=dataset_id(dataset) or "unknown",
-            dataset_name=printable(dataset) if isinstance(dataset, str) else "held-out rows",
+            task_type=_task(facts), dataset_type=dataset_id(names[0]) or "unknown",
+            dataset_name=printable(", ".join(names)),
             metric_type=printable(_short(name)), metric_value=round(value, 4),
         )
         for name, value in line.items()
@@ -125,10 +131,6 @@ def _dataset_name(name: str) -> str:
     return f"[{code(name)}](https://huggingface.co/datasets/{found})" if found else code(name)
 
 
-def _entries(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _summary(facts: Facts, *, is_merged: bool) -> str:
     """A few sentences: the kind of model, its base, and its foremost number before training and after."""
     what = "reward model" if facts.is_scorer else "language model"
@@ -147,7 +149,7 @@ def _model(facts: Facts) -> list[str]:
     license = facts.license.get("license_name") if license == "other" else license
     terms = f"under the licence {code(license)}" if license else "under the licence that its own page has"
     lines = [f"base: {_model_name(facts.base)}, {terms}, which holds for this too"]
-    start = facts.about.get("model")
+    start = facts.run.about.get("model")
     if isinstance(start, str) and start != facts.base:
         lines.append(f"training went on from {_model_name(start)}")
     r, alpha = facts.adapter.get("r"), facts.adapter.get("lora_alpha")
@@ -157,15 +159,17 @@ def _model(facts: Facts) -> list[str]:
 
 
 def _data(facts: Facts) -> list[str]:
-    lines = []
-    for name, words in (("train", "trained on"), ("eval", "evaluated on")):
-        if facts.datasets.get(name) is not None:
-            names = ", ".join(map(_dataset_name, map(str, _entries(facts.datasets[name]))))
-            count = facts.rows.get(name)
-            counted = type(count) is int and "in memory" not in names
-            lines.append(f"{words} {names}{f', {count} rows' if counted else ''}")
-    weights = facts.settings.get("reward_weights") or [1.0] * len(facts.rewards)
-    lines += [f"reward {code(one)}, weight {code(weight)}" for one, weight in zip(facts.rewards, weights, strict=False)]
+    lines, rows = [], mapping(facts.run.about.get("rows"))
+    for words, given, count in (
+        ("trained on", facts.train_names, number(rows.get("train"))),
+        ("evaluated on", facts.eval_names, number(rows.get("eval"))),
+    ):
+        counted = count is not None and not any("in memory" in name for name in given)
+        if given:
+            lines.append(f"{words} {', '.join(map(_dataset_name, given))}{f', {count:.0f} rows' if counted else ''}")
+    rewards = texts(facts.run.about.get("rewards"))
+    weights = texts(facts.settings.get("reward_weights")) or ["1.0"] * len(rewards)
+    lines += [f"reward {code(one)}, weight {code(weight)}" for one, weight in zip(rewards, weights, strict=False)]
     teacher = facts.settings.get("teacher")
     return lines + ([f"teacher {_model_name(teacher)}"] if isinstance(teacher, str) else [])
 
@@ -179,7 +183,7 @@ def _evaluation(facts: Facts) -> str:
         return "It was not evaluated on held-out rows." if facts.is_known else ""
     shown = [line for line in (before, after) if line is not None]
     differs = before is not None and any(f"{name}/difference" in after for name in after)
-    head = ["metric", *(f"at step {line['step']}" if line["step"] else "before training" for line in shown)]
+    head = ["metric", *(f"at step {line['step']:.0f}" if line["step"] else "before training" for line in shown)]
     rows = []
     for name in _means(after):
         changed = f"{name}/difference"
@@ -211,15 +215,12 @@ def _settings(facts: Facts) -> str:
     """A table of the settings that differ from their defaults, and what was set to fit into memory."""
     if not facts.is_known:
         return ""
-    defaults = {field.name: field.default for field in dataclasses.fields(CONFIGS[facts.kind])}
-    rows = [
-        [code(name), _value(name, value), _value(name, defaults[name])]
-        for name, value in facts.settings.items()
-        if name in defaults and name not in WHERE and value != defaults[name]
-    ]
+    changed = changed_settings(facts.run)
+    rows = [[code(name), _value(name, value), _value(name, default)] for name, value, default in changed]
     text = table(["setting", "value", "default"], rows) if rows else "All settings are the defaults."
-    changes = [one for one in _entries(facts.plan.get("changes")) if isinstance(one, dict) and "name" in one]
-    set_to_fit = [f"{code(one['name'])} = {_value(one['name'], one.get('value'))}" for one in changes]
+    changes = facts.run.plan.get("changes")
+    named = [one for one in changes if "name" in mapping(one)] if isinstance(changes, list) else []
+    set_to_fit = [f"{code(one['name'])} = {_value(str(one['name']), one.get('value'))}" for one in named]
     return f"{text}\n\nSet by the plan, to fit into memory: {', '.join(set_to_fit)}." if set_to_fit else text
 
 
@@ -229,12 +230,13 @@ def _value(name: str, value: Any) -> str:
 
 
 def _reproduce(facts: Facts) -> str:
-    about, lines = facts.about, []
+    about, lines = facts.run.about, []
     if about.get("device"):
         lines.append(f"device: {code(about['device'])}")
-    if facts.versions:
-        lines.append(f"versions: {code(', '.join(f'{name} {of}' for name, of in facts.versions.items()))}")
-    times = [line["step_time"] for line in facts.lines if isinstance(line.get("step_time"), (int, float))]
+    versions = mapping(about.get("versions"))
+    if versions:
+        lines.append(f"versions: {code(', '.join(f'{name} {of}' for name, of in versions.items()))}")
+    times = [took for _, took in facts.run.values("step_time")]
     if times:
         lines.append(f"{len(times)} steps took {sum(times) / 60:.1f} minutes, without evaluations and saving")
     command = block(about["command"], "sh") if isinstance(about.get("command"), str) else ""
@@ -252,4 +254,4 @@ def _limits(facts: Facts) -> list[str]:
         lines.append("what it has learnt is to earn its rewards, also where they pay for what is not right")
     if facts.settings.get("load_in_4bit", True):
         lines.append("it was trained on a base in 4 bits, and computes other numbers on one in 16 bits")
-    return lines + [f"found in training: {code(line['text'])}" for line in facts.lines if "text" in line]
+    return lines + [f"found in training: {code(line.get('text'))}" for line in facts.run.findings]

@@ -10,19 +10,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
-from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.reward import RewardConfig
-from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import printable
 from lowmem_grpo.output.folder import NAME as CHECKPOINT
 from lowmem_grpo.output.folder import step_of
-from lowmem_grpo.output.saved import read_lines, read_object
-from lowmem_grpo.run.log import is_evaluation
+from lowmem_grpo.output.saved import read_object
+from lowmem_grpo.report.reading import RunFiles, is_run, mapping, number, read_run, texts
 from lowmem_grpo.run.methods import Method, methods_of
 from lowmem_grpo.tasks import is_task_name
 from lowmem_grpo.tasks.gsm8k import ON_HUB as GSM8K
 
-CONFIGS = {config.kind: config for config in (GRPOConfig, SFTConfig, RewardConfig)}
 FILES = (".jsonl", ".json", ".csv", ".parquet")  # ends of what a dataset's file is named
 LICENSE = ("license", "license_name", "license_link")
 
@@ -32,23 +28,15 @@ class Facts:
 
     def __init__(self, folder: Path):
         """`folder` is an adapter's; the run is the folder that it is in."""
-        self.folder, self.run = folder, folder.resolve().parent
+        self.folder, run = folder, folder.resolve().parent
+        self.run = read_run(run) if is_run(run) else RunFiles(run, "grpo", {}, {}, {}, [], [], [], [], 0, False)
+        self.settings, self.kind = self.run.settings, self.run.kind
+        self.is_known = bool(self.settings)  # the run has left what it was trained with
         self.adapter = read_object(folder / "adapter_config.json")
-        self.about = read_object(self.run / "run.json")
-        self.datasets, self.rows, self.versions = (
-            found if isinstance(found := self.about.get(name), dict) else {}
-            for name in ("datasets", "rows", "versions")
-        )
-        self.rewards = found if isinstance(found := self.about.get("rewards"), list) else []
-        self.plan = read_object(self.run / "plan.json")
-        self.lines, _ = read_lines(self.run / "metrics.jsonl")
         self.base = str(self.adapter.get("base_model_name_or_path") or "")
         self.is_scorer = self.adapter.get("task_type") == "SEQ_CLS"  # a reward adapter, which gives a text one number
-        there = [kind for kind in CONFIGS if (self.run / f"{kind}_config.json").is_file()]
-        named = self.about.get("kind")
-        self.kind = named if named in there else (there or ["reward" if self.is_scorer else "grpo"])[0]
-        self.settings = read_object(self.run / f"{self.kind}_config.json")
-        self.is_known = bool(self.settings)  # the run has left what it was trained with
+        datasets = mapping(self.run.about.get("datasets"))
+        self.train_names, self.eval_names = texts(datasets.get("train")), texts(datasets.get("eval"))
 
     @cached_property
     def methods(self) -> list[Method]:
@@ -60,24 +48,24 @@ class Facts:
         """The step that the adapter is of."""
         best = read_object(self.folder / "best.json")
         if self.folder.name == "adapter" and self.settings.get("load_best_model_at_end"):
-            best = read_object(self.run / "best/best.json")
+            best = read_object(self.run.folder / "best/best.json")
         if type(best.get("step")) is int:
             return best["step"]
         if CHECKPOINT.fullmatch(self.folder.name):
             return step_of(self.folder)
-        return max((line["step"] for line in self.lines), default=None)
+        return max((line["step"] for line in [*self.run.steps, *self.run.evaluations]), default=None)
 
     @cached_property
     def evaluations(self) -> tuple[dict[str, float | None] | None, dict[str, float | None] | None]:
         """The metrics of the evaluation before training, and of that at the adapter's step."""
-        found = {line["step"]: _numbers(line) for line in self.lines if is_evaluation(line)}
+        found = {line["step"]: _numbers(line) for line in self.run.evaluations}
         return found.get(0), found.get(self.step) if self.step else None
 
     @property
     def is_chosen(self) -> bool:
         """True where the adapter was chosen among several by the evaluation that its card shows."""
         is_best = self.folder.name == "best" or bool(self.settings.get("load_best_model_at_end"))
-        return is_best and sum(map(is_evaluation, self.lines)) > 2
+        return is_best and len(self.run.evaluations) > 2
 
     @cached_property
     def base_config(self) -> Any:
@@ -113,7 +101,7 @@ class Facts:
 
 def _numbers(line: dict[str, Any]) -> dict[str, float | None]:
     """A line without what is no number; None is the mean of nothing."""
-    return {name: value for name, value in line.items() if value is None or type(value) in (int, float)}
+    return {name: number(value) for name, value in line.items() if value is None or number(value) is not None}
 
 
 def hub_id(name: Any) -> str | None:
