@@ -174,8 +174,16 @@ def test_a_page_of_a_thousand_steps_has_less_than_1_mb_and_keeps_the_extremes(tm
     assert write_report(folder).stat().st_size < 1e6
     page = read(folder)
     points = [value.split() for name, value in page.attributes if name == "points"]
-    assert max(len(one) for one in points) <= 2 * COLUMNS
+    assert max(len(one) for one in points) <= 400
     assert "at step 1000" in page.text
+
+
+def test_a_picture_of_many_steps_has_a_band_that_keeps_every_extreme():
+    points = [(step, 3.0 if step == 500 else 0.1 * (step % 7)) for step in range(1, 1001)]
+    (band,) = chart("x", [Series("x", points)]).lines[0].band
+    heights = [float(one.split(",")[1]) for one in band.split()]
+    assert len(heights) <= 2 * COLUMNS
+    assert min(heights) == 10.0 and heights.count(10.0) == 1  # 3.0, at the upper edge, in one column
 
 
 def test_foreign_text_is_shown_and_never_becomes_markup(tmp_path):
@@ -284,6 +292,9 @@ def test_a_page_says_how_the_run_ended(tmp_path, about, lock, word):
     if lock is not None:
         (tmp_path / "run.lock").write_text(lock)
     found = state_of(read_run(tmp_path))
+    assert ("before its first checkpoint" in found["text"]) == (word == "stopped")
+    (tmp_path / "checkpoint-2").mkdir()
+    assert ("it can be resumed" in state_of(read_run(tmp_path))["text"]) == (word == "stopped")
     assert found["word"] == word and ("too hot" in found["text"]) == (word == "failed")
 
 

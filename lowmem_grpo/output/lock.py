@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+import psutil
+
 from lowmem_grpo.errors import InputError, in_a_line, printable
 from lowmem_grpo.warn import warn
 
@@ -64,14 +66,13 @@ def is_in_use(folder: Path) -> bool:
     """Tell whether a run on this machine keeps a folder, without locking it: by the process that its lock names."""
     try:
         words = (folder / NAME).read_text(encoding="utf-8", errors="replace").split()
-        if fcntl is None or words[0] != "process" or words[-1] != socket.gethostname():
-            return False  # on Windows the signal 0 is Ctrl-C
-        os.kill(int(words[1]), 0)
-    except PermissionError:  # another user's process
+        if words[0] != "process" or words[-1] != socket.gethostname():
+            return False
+        return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE  # which a killed one may be
+    except psutil.AccessDenied:
         return True
-    except (OSError, ValueError, IndexError, OverflowError):
+    except (OSError, ValueError, IndexError, OverflowError, psutil.Error):
         return False
-    return True
 
 
 @contextlib.contextmanager

@@ -71,18 +71,19 @@ def state_of(run: RunFiles) -> dict[str, str]:
     """How the run ended: a word, and a sentence."""
     ended, total = mapping(run.about.get("ended")), number(run.about.get("total_steps"))
     done = f"after step {last_step(run):,}{'' if total is None else f' of {total:,.0f}'}"
+    resume = "; it can be resumed" if any(run.folder.glob("checkpoint-*")) else ", before its first checkpoint"
     how, why = str(ended.get("how") or ""), str(ended.get("why") or "")
     if how == "finished":
         return {"word": "finished", "text": f"All {last_step(run):,} steps are done."}
     if how == "stopped":
-        return {"word": "stopped", "text": f"The run was stopped {done}; it can be resumed."}
+        return {"word": "stopped", "text": f"The run was stopped {done}{resume}."}
     if how == "failed":
         return {"word": "failed", "text": f"The run failed {done}: {why}"}
     if run.is_running:
         return {"word": "running", "text": f"The run goes on {done}."}
     if not run.about:
         return {"word": "", "text": f"The log ends {done}."}
-    return {"word": "stopped", "text": f"The run was cut off {done}, as by a kill; it can be resumed."}
+    return {"word": "stopped", "text": f"The run was cut off {done}, as by a kill{resume}."}
 
 
 def headline_of(run: RunFiles) -> dict[str, Any] | None:
