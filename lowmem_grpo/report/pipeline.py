@@ -78,7 +78,7 @@ def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str) -> dict[str
 
 
 def _names(given: Any) -> list[str]:
-    """The names of datasets: phases, and the last part of a path; what a record has of files, SHA-256, is left out."""
+    """The names of datasets, of a path its last part; the SHA-256 that a record has of files is left out."""
     entries = [name for one in (given if isinstance(given, list) else [given]) for name in texts(one)]
     return [shortened(name.rpartition("/")[2], 80) for name in entries if not SHA_256.fullmatch(name)]
 
