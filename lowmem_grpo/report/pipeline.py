@@ -78,7 +78,7 @@ def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str) -> dict[str
 
 
 def _names(given: Any) -> list[str]:
-    """The names of datasets, of a path its last part; the SHA-256 that a record has of files is left out."""
+    """The names of datasets, of a path its last part; a SHA-256, as records have of files, is left out."""
     entries = [name for one in (given if isinstance(given, list) else [given]) for name in texts(one)]
     return [shortened(name.rpartition("/")[2], 80) for name in entries if not SHA_256.fullmatch(name)]
 
