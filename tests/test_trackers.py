@@ -281,6 +281,7 @@ def test_a_tracker_that_never_returns_holds_up_nothing(where, word, tmp_path, mo
     told = reported(["own"], tmp_path, lines(1, 3))
     never.set()
     assert told == [f"own has not {word} within 0.05 s; the run goes on, and metrics.jsonl has everything"]
+    assert (tmp_path / trackers.FILE).exists() == (where != "start")
     assert time.monotonic() - started < 2
 
 

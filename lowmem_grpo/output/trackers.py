@@ -15,10 +15,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
@@ -27,6 +27,7 @@ from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.saved import read_object
 
+T = TypeVar("T")
 START_S = 30.0  # that a run waits for a tracker to start, and at its end for what is still to be sent
 FILE = "trackers.json"  # of an output folder: by tracker, what it knows the run by
 
@@ -189,12 +190,7 @@ class Trackers:
             for feed in self.feeds:
                 feed.start(given)
             _wait([feed.is_started for feed in self.feeds])
-        found = {feed.name: feed.id for feed in self.feeds if feed.id is not None}
-        if found:
-            try:
-                write_file(self.path, json.dumps({**self.ids, **found}, indent=1))
-            except OSError as error:
-                self.told.append(f"{self.path} cannot be written ({error.strerror}); a resumed run is a new one there")
+        self._keep_ids()
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send a line of metrics.jsonl, without waiting."""
@@ -214,6 +210,18 @@ class Trackers:
             _wait([feed.is_ended for feed in self.feeds if feed.is_started.is_set()])
         for feed in self.feeds:
             feed.is_late = not feed.is_ended.is_set()
+        self._keep_ids()  # also of a tracker that was late to start
+
+    def _keep_ids(self) -> None:
+        """Write what each started tracker knows the run by, where that is new."""
+        ids = {**self.ids, **{feed.name: feed.id for feed in self.feeds if feed.id is not None}}
+        if ids == self.ids:
+            return
+        self.ids = ids
+        try:
+            write_file(self.path, json.dumps(ids, indent=1))
+        except OSError as error:
+            self.told.append(f"{self.path} cannot be written ({error.strerror}); a resumed run is a new one there")
 
 
 class Feed:
@@ -222,7 +230,7 @@ class Feed:
     def __init__(self, name: str, place: Place, known_id: str | None, known: Collection[tuple]):
         kind = KINDS.get(name)
         self.name = name
-        self.place = Place(**{**vars(place), "id": known_id})
+        self.place = replace(place, id=known_id)
         self.kind = kind or Kind(name, lambda place: {})
         self.is_own = kind is None  # a class that the user registered
         self.known = set() if known_id is None or self.kind.purges else set(known)
@@ -260,19 +268,12 @@ class Feed:
         return [] if told else [f"{why}; the run goes on, and metrics.jsonl has everything"]
 
     def _run(self, settings: dict[str, Any]) -> None:
-        try:
-            tracker = self._started(settings)
-            self.id = self.kind.id_of(tracker)
-        except (Exception, SystemExit) as error:
-            self.failure = in_a_line(error)
-            return
-        finally:
-            self.is_started.set()
-            if self.failure:
-                self.is_ended.set()
-        while (work := self.queue.get()) is not None:
-            self._try(tracker.log, work[0], step=work[1])
-        self._try(tracker.finish)
+        tracker = self._try(self._started, settings)
+        self.is_started.set()
+        if tracker is not None:
+            while (work := self.queue.get()) is not None:
+                self._try(tracker.log, work[0], step=work[1])
+            self._try(tracker.finish)
         self.is_ended.set()
 
     def _started(self, settings: dict[str, Any]) -> GeneralTracker:
@@ -284,18 +285,21 @@ class Feed:
             tracker = made(**self.kind.arguments(self.place))
         # The caller is the one process that reports; accelerate need not ask which that is.
         tracker.main_process_only = False
-        getattr(tracker, "start", lambda: None)()  # accelerate's of before 1.12 begin as they are made
+        tracker.start()
         if self.name == "tensorboard":
             _store_in_tensorboard(tracker.tracker, settings)
         else:
             tracker.store_init_configuration(settings)
+        self.id = self.kind.id_of(tracker)
         return tracker
 
-    def _try(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+    def _try(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+        """Call what may raise anything; the first time that it does is kept as the tracker's failure."""
         try:
-            call(*arguments, **named)
+            return call(*arguments, **named)
         except (Exception, SystemExit) as error:
             self.failure = self.failure or in_a_line(error)
+            return None
 
 
 def as_tracked(line: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:

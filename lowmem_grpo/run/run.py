@@ -466,9 +466,11 @@ class Run:
         config, adapter, report = self.config, self.folder / "adapter", self.folder / "report.html"
         if not config.push_to_hub or not is_main():
             return
+        repo_id = repository(config.hub_model_id, self.folder)
+        self.progress.say(f"uploading {adapter} to {repo_id}")
         try:
             address = upload(
-                adapter, repository(config.hub_model_id, self.folder), private=config.hub_private_repo,
+                adapter, repo_id, private=config.hub_private_repo,
                 revision=config.hub_revision, beside=[report] if report.is_file() else [],
             )  # fmt: skip
         except NotUploadedError as error:
