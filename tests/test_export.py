@@ -1,6 +1,9 @@
 """A merged model against PEFT's own merge, and what it says against what was trained."""
 
+import errno
 import json
+import os
+import shutil
 import weakref
 from pathlib import Path
 
@@ -17,8 +20,9 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.export.export import as_text, export
 from lowmem_grpo.export.files import write_tensors
 from lowmem_grpo.export.merge import MergePlan, MergeSettings, merge
@@ -216,14 +220,13 @@ def test_experts_are_what_training_held_too(tmp_path, family):
     assert experts and all(torch.equal(found[name], base[name].float()) for name in experts)
 
 
-def make_small_run(folder: Path, scale: float = 1.0) -> Path:
-    """A run of the demo's model whose adapter changes what it says, and whose samples are what it says; its adapter."""
-    policy = make_run(folder, model=AutoModelForCausalLM.from_pretrained(DEMO_MODEL), bf16=True)
+def make_small_run(folder: Path, scale: float = 1.0, family: str | None = None) -> Path:
+    """A run with samples, of the demo's model or a random one; returns the adapter's folder."""
+    policy = make_run(folder, model=make_model(family) if family else AutoModelForCausalLM.from_pretrained(DEMO_MODEL))
     with torch.no_grad():
         for parameter in policy.parameters_of("default").values():
             parameter.mul_(scale)
     policy.save(folder / "run/adapter")
-    (folder / "run/grpo_config.json").write_text(json.dumps({"load_in_4bit": True, "bf16": True}), encoding="utf-8")
     lines = [{"step": step, "prompt": "12+3=", "completion": text} for step, text in ((0, "7"), (5, "15"), (5, "16"))]
     (folder / "run/samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
     return folder / "run/adapter"
@@ -232,17 +235,141 @@ def make_small_run(folder: Path, scale: float = 1.0) -> Path:
 def test_an_export_is_checked_by_the_completions_of_the_last_evaluation(tmp_path):
     adapter = make_small_run(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    result = export(str(adapter), str(tmp_path / "out"), use_cpu=True)
+    result = export(str(adapter), str(tmp_path / "out"), dtype="float32", use_cpu=True)
     assert result.onto == "nf4" and result.merged == tmp_path / "out"
     assert result.checked is not None and (result.checked.num_texts, result.checked.num_tokens) == (2, 4)
-    assert result.checked.merged.mean < 0.1 * result.checked.base.mean
+    assert result.checked.merged.largest < 1e-4 < result.checked.base.mean
     assert {path: path.read_bytes() for path in before} == before
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("12+3=").input_ids
     assert "out" in as_text(result)[0]
 
 
 def test_a_merge_that_says_something_else_is_refused_and_leaves_nothing(tmp_path):
-    adapter = make_small_run(tmp_path)
+    adapter = make_small_run(tmp_path, scale=0.3, family="qwen2")
     with pytest.raises(InputError, match="log-probabilities differ by .* merge onto nf4"):
-        export(str(adapter), str(tmp_path / "out"), onto="original", use_cpu=True)
+        export(str(adapter), str(tmp_path / "out"), onto="original", dtype="float32", use_cpu=True)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_a_run_left_no_completions_of_is_asked_a_few_questions(tmp_path):
+    adapter = make_small_run(tmp_path)
+    (tmp_path / "run/samples.jsonl").unlink()
+    result = export(str(adapter), str(tmp_path / "out"), dtype="float32", num_texts=2, use_cpu=True)
+    assert result.checked is not None and result.checked.num_texts == 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a base and a run, none of which a test changes."""
+    folder = tmp_path_factory.mktemp("run")
+    make_small_run(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "nothing is asked for; give merge"),
+        ({"gguf": "m.gguf"}, "gguf needs llama_cpp, .* `git clone .*convert_lora_to_gguf.py .* --outfile m.gguf`"),
+        ({"merge_to": "out", "gguf": "m.gguf", "llama_cpp": "nowhere"}, "has no convert_hf_to_gguf.py"),
+        ({"merge_to": "out", "llama_cpp": "nowhere"}, "llama_cpp has no effect without gguf"),
+        ({"merge_to": "there"}, "'there' is there already; name another"),
+        ({"merge_to": ""}, "names nothing"),
+        ({"merge_to": "file/out"}, "cannot be written: File exists"),
+        ({"merge_to": "out", "onto": "nf5"}, "onto 'nf5' is none; it is original or nf4"),
+        ({"merge_to": "out", "dtype": "int8"}, "dtype 'int8' is none"),
+        ({"gguf": "m.gguf", "llama_cpp": "llama", "onto": "nf4"}, "onto and dtype are about a merged model"),
+        ({"gguf": "m.gguf", "llama_cpp": "llama", "push": "me/model"}, "push uploads a merged model"),
+        ({"merge_to": "out", "private": True}, "private has no effect without push"),
+        ({"merge_to": "out", "push": "a/b/c"}, "names no repository of the hub"),
+        ({"model": "nowhere", "merge_to": "out"}, "model 'nowhere' is neither a model folder nor"),
+        ({"model": "RUN", "merge_to": "out"}, "is the output of a run; its adapter is"),
+        ({"model": "BASE", "merge_to": "out"}, "is no adapter's folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_weights_are_read(run, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/convert_lora_to_gguf.py").touch()
+    names = {"RUN": str(run / "run"), "BASE": str(run / "base"), "": str(run / "run/adapter")}
+    given = dict(given)
+    model = given.pop("model", "")
+    with pytest.raises(InputError, match=said) as error:
+        export(names.get(model, model), **given, use_cpu=True)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "llama", "there"]
+
+
+def test_a_run_in_16_bits_is_merged_onto_the_original(tmp_path):
+    adapter = make_small_run(tmp_path)
+    settings = {"load_in_4bit": False, "bf16": False}
+    (tmp_path / "run/grpo_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match="its base was never in NF4; merge onto original"):
+        export(str(adapter), str(tmp_path / "out"), onto="nf4", use_cpu=True)
+    assert export(str(adapter), str(tmp_path / "out"), num_texts=0, use_cpu=True).onto == "original"
+
+
+def test_a_base_without_safetensors_says_how_to_make_them(tmp_path):
+    adapter = make_small_run(tmp_path)
+    torch.save(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/pytorch_model.bin")
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(InputError, match="has no safetensors, .*; write them with AutoModelForCausalLM"):
+        export(str(adapter), str(tmp_path / "out"), use_cpu=True)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    adapter = make_small_run(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(NotSavedError, match="cannot be written to .*out .No space left on device"):
+        export(str(adapter), str(tmp_path / "out"), num_texts=0, use_cpu=True)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    config = CONFIGS["qwen2"]()
+    config.tie_word_embeddings = True
+    lora = LoraConfig(r=4, target_modules=["embed_tokens"])
+    make_run(tmp_path, model=AutoModelForCausalLM.from_config(config), peft_config=lora)
+    with pytest.raises(InputError, match="which the model has at two places, and an adapter at one"):
+        merged(tmp_path)
+
+
+CONVERTER = """\
+import pathlib, sys
+source, flag, out, *more = sys.argv[1:]
+if "fail" in out:
+    sys.exit("cannot read \\x1b[2J it")
+names = sorted(path.name for path in pathlib.Path(source).iterdir())
+pathlib.Path(out).write_text(repr((flag, "config.json" in names, "adapter_config.json" in names, more)))
+"""
+
+
+def test_llama_cpps_converters_are_called_with_what_they_convert(run, tmp_path):
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).write_text(CONVERTER, encoding="utf-8")
+    adapter, given = str(run / "run/adapter"), {"llama_cpp": str(tmp_path), "use_cpu": True, "num_texts": 0}
+    alone = export(adapter, gguf=str(tmp_path / "adapter.gguf"), **given)
+    assert alone.gguf is not None
+    assert alone.gguf.read_text() == repr(("--outfile", False, True, ["--base", str(run / "base")]))
+    export(adapter, str(tmp_path / "out"), gguf=str(tmp_path / "model.gguf"), **given)
+    assert (tmp_path / "model.gguf").read_text() == repr(("--outfile", True, False, []))
+    with pytest.raises(InputError, match=r"said last: cannot read \\x1b\[2J it; with its requirements"):
+        export(adapter, gguf=str(tmp_path / "fail.gguf"), **given)
+    assert not list(tmp_path.glob("*being-written"))
+
+
+def test_the_command_prints_what_it_wrote_and_how_far_that_is_from_what_was_trained(run, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    given = ["--model", str(run / "run/adapter"), "--merge", out, "--dtype", "float32", "--use-cpu"]
+    assert main(["export", *given]) == 0
+    printed = capsys.readouterr().out
+    assert f"merged onto nf4: {out}" in printed
+    assert "merged, by transformers" in printed and "base without the adapter" in printed
+    assert main(["export", *given]) == 2
+    assert "is there already; name another" in capsys.readouterr().err

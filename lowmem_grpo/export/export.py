@@ -263,7 +263,7 @@ def _refuse_difference(found: Checked, onto: str, plan: MergePlan) -> None:
     raise InputError(
         f"the merged model is not what was trained: of {found.num_tokens} tokens, log-probabilities differ by "
         f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}; "
-        f"{remedy}, or serve the adapter beside its base"
+        f"{remedy}, serve the adapter beside its base, or take it unchecked with check 0"
     )
 
 

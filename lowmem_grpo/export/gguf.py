@@ -42,9 +42,10 @@ def convert(script: Path, source: Path, gguf: Path, *more: str) -> None:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode or not temporary.is_file():
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+            by_hand = shlex.join(["python", str(script), str(source), "--outfile", str(gguf), *more])
             raise InputError(
-                f"{script.name} of llama.cpp failed, and said last: {printable(said[-1])[:300]}; all that it says is "
-                f"printed by `{shlex.join(command)}`"
+                f"{script.name} of llama.cpp failed, and said last: {printable(said[-1])[:300]}; with its "
+                f"requirements.txt installed, `{by_hand}` does it of {source}, which is there"
             )
         os.replace(temporary, gguf)
     finally:
