@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from test_update import fixed_rollout
-from tiny_models import DEMO_MODEL, compute_in_fp64, head_by_definition, make_policy
+from tiny_models import DEMO_MODEL, OutOfMemory, compute_in_fp64, head_by_definition, make_policy
 
 from lowmem_grpo import distributed, train
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -100,14 +100,27 @@ def distances(cases: dict[str, tuple[int, dict[str, Any]]]) -> dict[str, dict[st
     return found
 
 
-def compared(policy, num_prompts: int, settings: dict[str, Any]) -> dict[str, float]:
+def compared(policy, num_prompts: int, settings: dict[str, Any], memory: Any = None) -> dict[str, float]:
+    """The distances of one case; `memory`, a context, is entered for the ranks' update alone."""
     whole = None
     if distributed.is_main():
         with distributed.alone():
             whole = updates(policy, num_prompts, settings)
-    together, whole = updates(policy, num_prompts, settings), distributed.from_main(whole)
+    with memory or contextlib.nullcontext():
+        together = updates(policy, num_prompts, settings)
+    whole = distributed.from_main(whole)
     assert whole is not None and whole.keys() == together.keys()
     return {key: distance(together[key], whole[key]) for key in whole}
+
+
+def short_of_memory(num_tokens: int) -> tuple[dict[str, float], int]:
+    """The distances where rank 1 has no memory for so many tokens at once, and the forwards of this rank."""
+    with in_fp64():
+        policy = make_policy("qwen3", load_in_4bit=False)
+        compute_in_fp64(policy)
+        assert policy.packs  # which is tried once
+        memory = OutOfMemory(tokens=num_tokens if distributed.rank() == 1 else 10**9)
+        return compared(policy, 5, {"beta": 0.1}, memory), memory.forwards
 
 
 def add_critic(policy, config) -> None:

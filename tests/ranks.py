@@ -13,7 +13,7 @@ import torch
 
 from lowmem_grpo import distributed
 
-WAIT_S = 120.0  # for an answer
+WAIT_S = 60.0  # for an answer; a rank whose error is its own leaves the others waiting
 
 
 class Ranks:

@@ -102,6 +102,14 @@ def test_an_update_of_several_processes_is_that_of_one(case, updates_apart):
         assert not too_far and any(name.startswith("gradient") for name in distances[case])
 
 
+def test_a_rank_that_runs_out_of_memory_tries_again_by_itself(several):
+    enough = several.call(rank_work.short_of_memory, 10**9)
+    short = several.call(rank_work.short_of_memory, 40)
+    for rank, ((_, forwards), (distances, more)) in enumerate(zip(enough, short, strict=True)):
+        assert more > forwards if rank == 1 else more == forwards
+        assert all(value <= EXACT for value in distances.values())
+
+
 RUNS = {
     "refilled, evaluated, towards a KL": dict(
         eval_steps=3, num_generations_eval=2, dynamic_sampling_rounds=1, replay_buffer_size=4, curriculum_skip=0.5,
@@ -149,7 +157,7 @@ def test_a_run_of_two_processes_is_that_of_one(name, two, tmp_path):
 
 
 def test_masks_of_dropout_are_the_ranks_own_and_their_weights_the_same(two, tmp_path):
-    settings = {"lora_dropout": 0.3, "max_steps": 1}
+    settings = {"lora_dropout": 0.3, "max_steps": 1, "prompts_per_step": 5}
     first, second = two.call(rank_work.run_together, str(tmp_path), settings)
     assert torch.equal(first["random"], second["random"])
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
