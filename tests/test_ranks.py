@@ -9,6 +9,9 @@ import rank_runs
 from rank_runs import each_of
 from safetensors.torch import load_file
 
+from lowmem_grpo import cli, run_pipeline, sample
+from lowmem_grpo.errors import InputError
+
 UNLIKE = ("time/", "memory/", "tokens_per_s/", "step_time", "rollout/")  # metrics of the machine
 
 
@@ -106,3 +109,26 @@ def test_more_processes_than_examples_are_refused_on_all_and_before_long_work(tm
     found = each_of(2, partial(rank_runs.learn_examples, examples_per_step=1), str(tmp_path))
     words = "InputError: torchrun has started 2 processes, and examples_per_step=1 does not give each something to do"
     assert all(one["error"].startswith(words) for _, one in found)
+
+
+def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    words = "is the work of one process, and torchrun has started 2"
+    with pytest.raises(InputError, match=r"sample\(\) " + words):
+        sample("model", "data")
+    with pytest.raises(InputError, match=r"run_pipeline\(\) " + words):
+        run_pipeline("model", [], str(tmp_path))
+    assert cli.main(["eval", "--model", "m", "--dataset", "d"]) == 2
+    assert f"`lowmem-grpo eval` {words}" in capsys.readouterr().err
+
+
+def test_a_plan_of_several_processes_is_that_of_a_share(capsys):
+    """Of 5 prompts 3 are the larger share of two processes."""
+    plans = []
+    for share in (["--prompts_per_step", "5", "--ranks", "2"], ["--prompts_per_step", "3"]):
+        cli.main(["plan", "--model", str(rank_runs.DEMO_MODEL), "--use_cpu", "true", "--json", *share])
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["peaks"] == plans[1]["peaks"]
+    assert plans[0]["assumptions"][0].endswith("has a device of its own and 3 of prompts_per_step=5.")
+    assert cli.main(["plan", "--model", str(rank_runs.DEMO_MODEL), "--prompts_per_step", "2", "--ranks", "3"]) == 2

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem_grpo.errors import UnknownNameError, did_you_mean, shown
 
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
-_ONE_GPU = "one process trains on one GPU; remove it"
+_ONE_GPU = "each process has the whole model on one GPU, and torchrun starts several; remove it"
 _RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
 _CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to compute more of it"
 TO_TRAIN = "it is no setting but an argument of train(), or a flag of the command; pass it there"

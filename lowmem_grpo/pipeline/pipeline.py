@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, printable_text, shown
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
@@ -69,6 +70,7 @@ def run_pipeline(
         InputError: bad input, or an earlier phase has changed; one sentence, which begins with the phase's name.
         NotFiniteError, NotSavedError, UnhealthyRunError: as train() raises them, with the phase's name.
     """
+    refuse_several("run_pipeline()")
     pipeline = resolve(model, phases, output_dir, common, evaluation)
     wanted = _up_to(pipeline, until)
     anew = _from(pipeline, begin_at, wanted)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.data.prompts import SETTINGS
+from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import NotSavedError
 from lowmem_grpo.inputs import Inputs, read_endpoint_inputs, read_sampling_inputs, refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
@@ -60,6 +61,7 @@ def sample(
         NotSavedError: the disk refused the file.
         UnansweredError: an endpoint left prompts without completions; all others are in the file.
     """
+    refuse_several("sample()")
     config = SampleConfig() if config is None else config
     refuse_other_config(config, SampleConfig)
     inputs = read_inputs(model, dataset, reward_funcs, config, tokenizer)
