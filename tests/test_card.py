@@ -98,7 +98,7 @@ def test_a_run_leaves_a_card_that_the_hubs_own_code_reads(trained):
     assert f"{last['eval_reward/difference']:+.3f} [" in card.text and "| at step 2 |" in card.text
     assert "reward `answer_reward`, weight `1.0`\n" in card.text and "weight `0.2`\n" in card.text
     assert "| `beta` | `0.1` | `0.0` |" in card.text and "output_dir" not in card.text
-    assert "trained on `40 rows in memory`\n" in card.text and "train() in Python" in card.text
+    assert "trained on `40 rows in memory`\n" in card.text and "* by `train()`, called in Python" in card.text
     assert "one greedy completion of each" in card.text and "chosen among" not in card.text
 
 

@@ -15,6 +15,7 @@ from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.markdown import block, code, points, table
 from lowmem_grpo.report.reading import changed_settings, mapping, number, texts
+from lowmem_grpo.run.about import IN_PYTHON
 from lowmem_grpo.run.facts import Facts, dataset_id, hub_id
 from lowmem_grpo.run.snippet import snippet
 
@@ -231,6 +232,10 @@ def _value(name: str, value: Any) -> str:
 
 def _reproduce(facts: Facts) -> str:
     about, lines = facts.run.about, []
+    command = str(about.get("command") or "")
+    if command.endswith(IN_PYTHON):
+        lines.append(f"by {code(command.removesuffix(IN_PYTHON).strip())}, called in Python with the settings above")
+        command = ""
     if about.get("device"):
         lines.append(f"device: {code(about['device'])}")
     versions = mapping(about.get("versions"))
@@ -239,8 +244,7 @@ def _reproduce(facts: Facts) -> str:
     times = [took for _, took in facts.run.values("step_time")]
     if times:
         lines.append(f"{len(times)} steps took {sum(times) / 60:.1f} minutes, without evaluations and saving")
-    command = block(about["command"], "sh") if isinstance(about.get("command"), str) else ""
-    return "\n\n".join(filter(None, [command, points(lines)]))
+    return "\n\n".join(filter(None, [block(command, "sh") if command else "", points(lines)]))
 
 
 def _limits(facts: Facts) -> list[str]:
