@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from lowmem_grpo.errors import printable
@@ -210,22 +211,22 @@ class View:
 
     def sample(self, sample: Sample, most: int, *, with_prompt: bool) -> list[Text]:
         rewards = ", ".join(f"{name} {_short(value)}" for name, value in sample.rewards.items())
-        lines = [self.line(("  " + _on_a_line(sample.prompt, self.is_ascii), "dim"))] if with_prompt else []
+        lines = (
+            [self.line(("  " + _on_a_line(sample.prompt[: self.width], self.is_ascii), "dim"))] if with_prompt else []
+        )
         lines.append(self.line(("  " + rewards, "cyan"))) if rewards else None
-        text = Text(self.plain(_on_a_line(sample.completion, self.is_ascii)))
+        text = Text(self.plain(_on_a_line(sample.completion[: most * self.width], self.is_ascii)))
         return [*lines, *(Text("    ") + row for row in _wrapped(text, self.width - 4, most, self))]
 
 
 def _on_a_line(text: str, is_ascii: bool) -> str:
     """A text with a sign in the place of each end of a line."""
-    return (" / " if is_ascii else " ↵ ").join(text[:4000].split("\n"))
+    return (" / " if is_ascii else " ↵ ").join(text.split("\n"))
 
 
 def _wrapped(text: Text, width: int, most: int, view: View) -> list[Text]:
     """A text in lines of `width` columns, of which `most` are kept; the last then ends in dots."""
-    from rich.console import Console
-
-    lines = list(text.wrap(Console(width=width, color_system=None), width, overflow="fold"))
+    lines = list(text[: (most + 1) * width].wrap(Console(width=width, color_system=None), width, overflow="fold"))
     if len(lines) > most:
         lines = lines[:most]
         lines[-1].append(" ...")

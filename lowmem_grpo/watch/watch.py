@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, in_a_line, printable
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.report.reading import is_run, phases_of
 from lowmem_grpo.watch.run import WatchedRun, active_phase
@@ -65,13 +65,13 @@ def watch(folder: Path, *, once: bool = False, wait: bool = False, console: Cons
     With `wait`, a folder that holds no run yet is looked at until it does.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or cannot be read.
     """
     console = console or Console(highlight=False, markup=False, emoji=False)
     watched = Watched(folder)
     _first_look(watched, console, wait=wait)
     is_ascii = not console.encoding.lower().startswith("utf")
-    if not once and console.is_terminal and not watched.is_over:
+    if not once and console.is_terminal and not console.is_dumb_terminal and not watched.is_over:
         _go_on(watched, console, is_ascii=is_ascii)
     console.print(Group(*watched.lines(console.width, None, is_ascii=is_ascii)))
 
@@ -85,6 +85,10 @@ def _first_look(watched: Watched, console: Console, *, wait: bool) -> None:
         except InputError:
             if not wait:
                 raise
+        except OSError as error:
+            raise InputError(
+                f"{watched.folder} cannot be read ({in_a_line(error)}); give a folder of your own"
+            ) from error
         if not is_told and console.is_terminal:
             console.print(Text(printable(f"waiting for a run in {watched.folder}; Ctrl-C ends that")))
             is_told = True
@@ -98,5 +102,5 @@ def _go_on(watched: Watched, console: Console, *, is_ascii: bool) -> None:
             lines = watched.lines(console.width, console.height, is_ascii=is_ascii)
             live.update(Group(*lines), refresh=True)
             time.sleep(EVERY)
-            with contextlib.suppress(InputError):  # a folder that is replaced at this moment
+            with contextlib.suppress(InputError, OSError):  # a folder that is replaced at this moment
                 watched.refresh()
