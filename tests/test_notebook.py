@@ -74,4 +74,4 @@ def test_every_cell_of_the_notebook_runs(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "step 2: right" in ran.stdout
-    assert (tmp_path / "adapter.zip").is_file()
+    assert (tmp_path / "adapter.zip").is_file() and (tmp_path / "merged/config.json").is_file()
