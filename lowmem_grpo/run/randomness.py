@@ -25,7 +25,7 @@ def restore_randomness(saved: dict[str, Any]) -> None:
     """Put every generator where randomness() found it."""
     torch.set_rng_state(saved["cpu"])
     for name, state in saved.items():
-        if name.startswith("cuda:") and torch.cuda.is_available():
+        if name.startswith("cuda:") and int(name.removeprefix("cuda:")) < torch.cuda.device_count():  # 0 without CUDA
             torch.cuda.set_rng_state(state, name)
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), None if gauss is None else float(gauss)))
