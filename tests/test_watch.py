@@ -276,6 +276,15 @@ def test_a_folder_that_holds_no_run_is_an_error_or_is_waited_for(tmp_path, capsy
     assert "step 6 of 10" in capsys.readouterr().out
 
 
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("lowmem_grpo.watch.watch.is_run", refuse)
+    with pytest.raises(InputError, match=r"cannot be read .*Permission denied"):
+        watch(make_run(tmp_path / "run"), once=True)
+
+
 class Terminal:
     """lowmem-grpo watch in a terminal of its own; `text` is what it has written so far."""
 

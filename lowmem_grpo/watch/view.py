@@ -211,10 +211,9 @@ class View:
 
     def sample(self, sample: Sample, most: int, *, with_prompt: bool) -> list[Text]:
         rewards = ", ".join(f"{name} {_short(value)}" for name, value in sample.rewards.items())
-        lines = (
-            [self.line(("  " + _on_a_line(sample.prompt[: self.width], self.is_ascii), "dim"))] if with_prompt else []
-        )
-        lines.append(self.line(("  " + rewards, "cyan"))) if rewards else None
+        prompt = _on_a_line(sample.prompt[: self.width], self.is_ascii)
+        lines = [self.line((f"  {prompt}", "dim"))] if with_prompt else []
+        lines += [self.line((f"  {rewards}", "cyan"))] if rewards else []
         text = Text(self.plain(_on_a_line(sample.completion[: most * self.width], self.is_ascii)))
         return [*lines, *(Text("    ") + row for row in _wrapped(text, self.width - 4, most, self))]
 

@@ -87,7 +87,7 @@ def _first_look(watched: Watched, console: Console, *, wait: bool) -> None:
                 raise
         except OSError as error:
             raise InputError(
-                f"{watched.folder} cannot be read ({in_a_line(error)}); give a folder of your own"
+                f"{watched.folder} cannot be read ({in_a_line(error)}); give a folder that you may read"
             ) from error
         if not is_told and console.is_terminal:
             console.print(Text(printable(f"waiting for a run in {watched.folder}; Ctrl-C ends that")))
