@@ -378,11 +378,12 @@ def _teacher_bytes(
 def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of activations of the critic's values and of its update, from those of the policy's passes.
 
-    Its score head has no logits. It scores hidden states in fp32, and keeps these until their gradient is there.
+    Its score head has no logits. It scores hidden states in fp32, and keeps these until their gradient is there. While
+    layers are at work it holds neither hidden states nor their gradient, as the policy's pass does.
     """
     in_fp32 = 4 * ran.rows // dtype.itemsize
     kept = ran.kept - (2 if has_entropy_bonus else 1) * ran.rows  # less the gradients that the policy's head makes
-    at_work = ran.peak - ran.kept + ran.rows  # of a layer, with the gradient that it is given
+    at_work = ran.peak - ran.kept - ran.rows  # of a layer, less the hidden states that the policy's passes hold
     values = {"activations": max(ran.inference, ran.rows + in_fp32)}
     return values, {"activations kept": kept, "a layer or the score head": max(at_work, 2 * in_fp32)}
 
