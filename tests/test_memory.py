@@ -1,5 +1,6 @@
 """The forecast against what a real policy keeps, counted here without any help of memory.py."""
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -104,7 +105,15 @@ MIXED = {  # whose layers are not all alike
     ),
 }  # fmt: skip
 MIXED |= {name: CONFIGS[name]() for name in BY_LAYER if "gemma4" in name}
-SLOW = [name for name in MIXED if name in BY_LAYER or name == "qwen3-next"]
+MIXED["gemma4, E, 15 layers"] = AutoConfig.for_model(
+    BY_LAYER["gemma4, E"][0],
+    **BY_LAYER["gemma4, E"][1]
+    | {
+        "num_hidden_layers": 15, "num_kv_shared_layers": 6,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 3,
+    },
+)  # fmt: skip
+SLOW = [name for name in MIXED if "gemma4" in name or name == "qwen3-next"]
 PADDED = {  # that neither packing nor the engine serves: Mamba 1 ignores the state that a text goes on from
     "jamba": JambaConfig(
         **{**SMALL, "num_hidden_layers": 4}, attn_layer_period=2, attn_layer_offset=1, num_experts=2,
@@ -271,7 +280,7 @@ def test_peaks_of_a_critics_passes_are_those_of_torchs_own_record(name, rung, mo
     grads = storages([parameter.grad for parameter in critic.learner.parameters])
     assert phases["critic"].pop("the critic's gradients") == grads == found.resident["the critic"]
     for name, most in measured.items():
-        assert_near(sum(phases[name].values()), most)
+        assert_near(sum(phases[name].values()), most, 0.01)
     critic.learner.step(lambda: None)
     state = critic.learner.optimizer.state
     moments = [v for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor) and v.dim()]
@@ -327,7 +336,7 @@ def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     config = replace(config, padding_free=name not in PADDED)
     with trace.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
-        ran = trace.run_few(policy, config, trace.largest_steps(config)[0])
+        ran = trace.run_few(policy, config, trace.largest_steps(config)[0]).ran
         layers = {} if name in PADDED else policy.layer_shapes
     assert trace.run_layers(whole, config, layers) == ran
 
@@ -350,7 +359,7 @@ def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_ha
     model, config = AutoConfig.for_model(kind, **{**settings, **few}), GRPOConfig(**TASK, **RUNGS["padded"])
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     with trace.fake_policy(whole, tuple(range(7)), config) as policy:
-        ran, layers = trace.run_few(policy, config, trace.largest_steps(config)[0]), policy.layer_shapes
+        ran, layers = trace.run_few(policy, config, trace.largest_steps(config)[0]).ran, policy.layer_shapes
     assert [layer.source for layer in layers.values()] == [0, 1, 2, 3, 3, 3, 3]
     assert trace.run_layers(whole, config, layers) == ran
 
@@ -425,10 +434,10 @@ def test_weights_gradients_and_the_optimizers_state_are_as_predicted(name, optim
     assert_near(resident["embedding, head and the rest"], storages([*others, *policy.base.buffers()]))
 
 
-@pytest.mark.parametrize("rollout_kv", ["full", "int8"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_keys_and_values_are_as_predicted(name, rollout_kv):
-    for use_cpu in (True, False):
+@pytest.mark.parametrize("name", [name for name in SHAPES if "0.5b" not in name])
+def test_keys_and_values_are_as_predicted(name):
+    """Of one trace a shape, which neither of these settings changes."""
+    for rollout_kv, use_cpu in itertools.product(("full", "int8"), (True, False)):
         config = GRPOConfig(**{**TASK, "use_cpu": use_cpu}, rollout_token_budget=200, rollout_kv=rollout_kv)
         predicted = planner.forecast(SHAPES[name], config).phases["rollout"]["keys and values"]
         shape = store_shape(

@@ -1,7 +1,7 @@
 """Memory of a model's weights and activations, seen on tensors that have a shape and no memory.
 
 Weights and adapters are counted on the whole model. Its activations are those of the training code itself, which runs
-2 and 3 layers of each kind that the model has; a whole model is these, by their number.
+two or three layers of each kind that the model has; a whole model is these, by their number.
 """
 
 import contextlib
@@ -9,10 +9,9 @@ import copy
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -80,6 +79,16 @@ class Ran:
     inference: int  # at the peak of its forward without a backward
     prefill: int  # the same for a batch of prompts
     rows: int  # of the head's input, whose gradient is as large
+
+
+@dataclass(frozen=True)
+class Few:
+    """Bytes that some layers took, and each of them, in their order."""
+
+    ran: Ran
+    before: int  # kept besides what layers keep
+    keeps: tuple[int, ...]
+    works: tuple[int, ...]  # beside what it and those below it keep, in its forward or backward, whichever is more
 
 
 @dataclass(frozen=True)
@@ -223,46 +232,56 @@ def _computing(compute_dtype: str) -> ModelFields:
 
 def run_layers(whole: PeftModel, config: TrainingConfig, layers: dict[int, LayerShape]) -> Ran:
     """Bytes that all layers take in the largest of a training step's micro-batches."""
-    kinds = _kinds(whole)
-    source_of = {kinds[number]: kinds[layer.source] for number, layer in layers.items() if layer.source != number}
-    found = [_run_layers(whole, config, lengths, source_of) for lengths in largest_steps(config)]
+    sources = frozenset(layer.source for number, layer in layers.items() if layer.source != number)
+    found = [_run_layers(whole, config, lengths, sources) for lengths in largest_steps(config)]
     return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
 
 
-def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> Ran:
-    """Bytes that all layers take, from runs of 2 and 3 of each kind, and of 2 of all kinds.
+def _few_of_each(kinds: list[int], sources: frozenset[int]) -> tuple[int, ...]:
+    """Numbers of each kind's first and last layer, of the model's last, and of those that others read.
 
-    source_of names the kind of layer whose keys and values one has that has none of its own: it runs after such a one.
+    For 24 of one kind 0, 22 and 23: layer 0 makes what is there once, 22 is as all others are, and beside the backward
+    of 23, which is no last one of its kind, no gradient of a layer above waits. In Gemma 4 E, layers read the keys and
+    values of others.
     """
+    last = len(kinds) - 1
+    found = {last, *sources}
+    for kind in set(kinds):
+        of_kind = [number for number in range(last) if kinds[number] == kind]
+        found |= {*of_kind[:1], *of_kind[-1:]}
+    return tuple(sorted(found))
+
+
+def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], sources: frozenset[int]) -> Ran:
+    """Bytes that all layers take, from a run in which the last of each kind stands for the others."""
     kinds = _kinds(whole)
-    all_kinds, keeps, works = _few_of_each(whole, config, lengths, source_of)
-    if len(kinds) <= 2:
-        return all_kinds
-    common = all_kinds.kept - 2 * sum(keeps.values())
+    chosen = _few_of_each(kinds, sources)
+    few = _run_few(whole, config, lengths, chosen)
+    like = {kinds[number]: place for place, number in enumerate(chosen) if number < len(kinds) - 1}
     if config.activation_offloading:  # the inputs of two layers are on the device at a time
-        kept = common + 2 * max(keeps.values())
-        peak = kept + max(works.values())
-    else:
-        below = list(accumulate(keeps[kind] for kind in kinds))
-        kept = common + below[-1]
-        # While a layer is at work in the backward, those below it wait.
-        peak = common + max(waiting + works[kind] for waiting, kind in zip(below, kinds, strict=True))
-    return replace(all_kinds, kept=kept, peak=peak)
+        like.setdefault(kinds[-1], len(chosen) - 1)
+        common = few.ran.kept - sum(few.keeps[like[kinds[number]]] for number in chosen)
+        kept = common + 2 * max(few.keeps[place] for place in like.values())
+        return replace(few.ran, kept=kept, peak=kept + max(few.works))
+    waiting, peak = few.before, 0
+    for number, kind in enumerate(kinds):
+        place = chosen.index(number) if number in chosen else like[kind]
+        waiting += few.keeps[place]
+        peak = max(peak, waiting + few.works[place])  # while a layer is at work in the backward, those below it wait
+    return replace(few.ran, kept=waiting, peak=peak)
 
 
-# What one more layer of a kind keeps, and what it takes besides while it is at work, by kind.
-FewOfEach = tuple[Ran, dict[int, int], dict[int, int]]
-
-
-def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]) -> FewOfEach:
-    """Memory of layers of all kinds, and of each kind, from a known run where settings are equal."""
+def _run_few(whole: PeftModel, config: TrainingConfig, lengths: list[int], chosen: tuple[int, ...]) -> Few:
+    """Memory of a few layers, from a known run where settings are equal."""
     known = _runs_of(whole).setdefault(tuple(lengths), [])
     own = config._config if isinstance(config, Watched) else config
     # Compared unwatched: what a run that does not serve has read is nothing that this one depends on.
     found = next((run for run in known if all(getattr(own, name) == value for name, value in run[0].items())), None)
     if found is None:
         read: set[str] = set()
-        few = _run_few_of_each(whole, cast(TrainingConfig, Watched(own, read)), lengths, source_of)
+        watched = cast(TrainingConfig, Watched(own, read))
+        with fake_policy(whole, chosen, watched) as policy:
+            few = run_few(policy, watched, lengths)
         found = {name: getattr(own, name) for name in read}, few
         known.append(found)
     settings, few = found
@@ -272,38 +291,9 @@ def _few_of_each(whole: PeftModel, config: TrainingConfig, lengths: list[int], s
 
 
 @lru_cache(maxsize=4)
-def _runs_of(whole: PeftModel) -> dict[tuple[int, ...], list[tuple[dict[str, Any], FewOfEach]]]:
-    """Known runs of a model's layers, by lengths of completions, each with the settings that were read."""
+def _runs_of(whole: PeftModel) -> dict[tuple[int, ...], list[tuple[dict[str, Any], Few]]]:
+    """Known runs of a few of a model's layers, by lengths of completions, each with the settings that were read."""
     return {}
-
-
-def _run_few_of_each(
-    whole: PeftModel, config: TrainingConfig, lengths: list[int], source_of: dict[int, int]
-) -> FewOfEach:
-    kinds = _kinds(whole)
-
-    def with_sources(chosen: tuple[int, ...]) -> tuple[int, ...]:
-        sources = {source_of[kind] for kind in chosen if kind in source_of} - set(chosen)
-        return (*sorted(sources), *chosen)
-
-    def run(*chosen: int) -> Ran:
-        with fake_policy(whole, with_sources(chosen), config) as policy:
-            return run_few(policy, config, lengths)
-
-    def trained(*chosen: int) -> tuple[int, int]:
-        """Bytes kept and bytes at the peak of a forward and backward, without the other passes of a step."""
-        with fake_policy(whole, with_sources(chosen), config) as policy:
-            batch = _first_micro_batch(config, lengths, policy.device)
-            return _activations(policy, batch, config.has_entropy_bonus)[:2]
-
-    if len(kinds) <= 2:  # as it is: the first layer, whose input has no gradient, keeps less than the others
-        return run(*range(len(kinds))), {}, {}
-    distinct = sorted(set(kinds))
-    all_kinds = run(*distinct, *distinct)  # in turn: what one kind makes for all of its layers, others find in memory
-    two = {kind: all_kinds.kept if len(distinct) == 1 else trained(kind, kind)[0] for kind in distinct}
-    three = {kind: trained(kind, kind, kind) for kind in distinct}
-    keeps = {kind: three[kind][0] - two[kind] for kind in distinct}
-    return all_kinds, keeps, {kind: peak - kept for kind, (kept, peak) in three.items()}
 
 
 @lru_cache(maxsize=4)
@@ -332,14 +322,10 @@ def _text_config(whole: PeftModel) -> Any:
 
 
 def _layers(whole: PeftModel) -> nn.ModuleList:
-    """Raise InputError where a model has no list of its layers."""
-    return _layers_of(whole, _text_config(whole).num_hidden_layers)
-
-
-def _layers_of(whole: PeftModel, count: int) -> nn.ModuleList:
+    """The list of a model's layers, or of those that are left of them. Raise InputError where there is none."""
     base: Any = whole.get_base_model()
     for module in base.get_decoder().children():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and 0 < len(module) <= _text_config(whole).num_hidden_layers:
             return module
     raise InputError(
         f"the memory of a {base.config.model_type!r} model cannot be predicted: its layers are not in one list"
@@ -417,12 +403,8 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     adapted = copy.deepcopy(whole, {**shared, id(layers): nn.ModuleList(copies)})
     text = _text_config(adapted)
     types = {name: own for name in ("layer_types", "layers_block_type") if (own := getattr(text, name, None))}
-    by_layer, count = getattr(text, "hidden_size_per_layer_input", None), text.num_hidden_layers
-    text.num_hidden_layers = len(chosen)
-    if by_layer:  # as inputs they are there for all layers at once, whichever run
-        text.num_hidden_layers = max(count, len(chosen))
-        if len(chosen) > count:
-            _resize_inputs_by_layer(adapted, by_layer, count, len(chosen))
+    if not getattr(text, "hidden_size_per_layer_input", None):
+        text.num_hidden_layers = len(chosen)  # else there is an input for each of all the layers, whichever run
     for name, own in types.items():
         if name in vars(text):
             setattr(text, name, [own[i] for i in chosen])
@@ -431,32 +413,19 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     return adapted
 
 
-def _resize_inputs_by_layer(model: PeftModel, size: int, before: int, after: int) -> None:
-    """Resize embeddings and projections whose outputs are `size` numbers for each layer (Gemma 4 E) to more layers."""
-    layers = {module for layer in _layers_of(model, after) for module in layer.modules()}
-    for module in set(model.modules()) - layers:
-        place = 1 if isinstance(module, nn.Embedding) else 0
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() == 2 and parameter.shape[place] == before * size:
-                shape = [*parameter.shape]
-                shape[place] = after * size
-                resized = torch.empty(shape, dtype=parameter.dtype, device="meta")
-                module._parameters[name] = nn.Parameter(resized, requires_grad=parameter.requires_grad)
-
-
-def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Ran:
+def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Few:
     """The memory of the first micro-batch of a step whose completions have these lengths."""
     prompt = prompt_tokens(config)
     batch = _first_micro_batch(config, lengths, policy.device)
-    kept, peak, rows = _activations(policy, batch, config.has_entropy_bonus)
+    few = _activations(policy, batch, config.has_entropy_bonus)
     if not config.samples:
-        return Ran(kept, peak, _inference(policy, batch), prefill=0, rows=rows)
+        return replace(few, ran=replace(few.ran, inference=_inference(policy, batch)))
     sampling = cast(GRPOConfig, config)
     runs_without = sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
     inference = _inference(policy, batch) if runs_without else 0
     count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
     prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
-    return Ran(kept, peak, inference, prefill, rows)
+    return replace(few, ran=replace(few.ran, inference=inference, prefill=prefill))
 
 
 def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
@@ -508,18 +477,59 @@ def _first_micro_batch(config: TrainingConfig, lengths: list[int], device: torch
     )
 
 
-def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> tuple[int, int, int]:
-    """(bytes saved between forward and backward, at the peak, of the head's input), without the adapters' gradients."""
+def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> Few:
+    """Bytes saved between forward and backward, and at the peak, without the adapters' gradients."""
     for parameter in policy.parameters_of(policy.adapter).values():
         parameter.grad = torch.zeros_like(parameter)
-    with Live(policy.model) as live:
+    layers = _layers(policy.model)
+    entered, forward, backward = [], [], {}  # bytes alive as each is entered, and at the peak of each
+
+    def enter(hidden: Tensor) -> None:
+        place = len(entered)
+        entered.append(live.now)
+        forward.append(live.take_peak())
+        if hidden.requires_grad:
+
+            def leave(_: Tensor) -> None:  # the layer's backward is done
+                backward[place] = live.take_peak()
+
+            hidden.register_hook(leave)
+
+    with Live(policy.model) as live, _entering(layers, enter):
         rows = policy.hidden_states(batch)
         upstream = torch.zeros_like(rows)  # the head makes it while it computes the log-probabilities
         lean = torch.zeros_like(rows) if entropy_bonus else None  # and this for the entropy's gradient
         kept, size = live.now - rows.nbytes, rows.nbytes  # rows are gone as soon as there are log-probabilities
+        forward.append(live.take_peak())
         rows.backward(upstream)
         del lean
-    return kept, live.peak, size
+        rest = live.take_peak()  # of the layers that pass no gradient on
+    after = [*entered[1:], kept]
+    peaks = [max(forward[place + 1], backward.get(place, rest)) for place in range(len(layers))]
+    works = tuple(peak - kept for peak, kept in zip(peaks, after, strict=True))
+    keeps = tuple(end - start for start, end in zip(entered, after, strict=True))
+    return Few(Ran(kept, max(peaks), inference=0, prefill=0, rows=size), entered[0], keeps, works)
+
+
+@contextlib.contextmanager
+def _entering(layers: nn.ModuleList, enter: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call enter(hidden) as each layer is called inside the `with`, and not as its checkpoint computes it again."""
+
+    def watched(own: type) -> type:
+        def called(self, *arguments, **keywords):
+            enter(arguments[0] if arguments else keywords["hidden_states"])
+            return own.__call__(self, *arguments, **keywords)
+
+        return type(own.__name__, (own,), {"__call__": called})
+
+    kinds = [type(layer) for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__ = watched(kind)
+    try:
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
 
 
 def _inference(policy: Policy, batch: MicroBatch) -> int:
@@ -566,6 +576,11 @@ class Live(TorchDispatchMode):
         out = function(*arguments, **(keywords or {}))
         tree_map_only(Tensor, self._see, out)
         return out
+
+    def take_peak(self) -> int:
+        """The most bytes since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def _see(self, tensor: Tensor) -> None:
         if id(tensor.untyped_storage()) not in self.known:
