@@ -20,6 +20,8 @@ from lowmem_grpo.output.folder import checkpoints, read_state, write_folder
 from lowmem_grpo.output.manifest import write_manifest
 from lowmem_grpo.run.best import BestAdapter
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 TIMES = ("time/", "step_time", "memory/", "tokens_per_s/")
 
 

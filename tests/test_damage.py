@@ -37,6 +37,8 @@ from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.randomness import restore_randomness
 from lowmem_grpo.update.optimizer import Learner
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 SETTINGS = dict(
     rewards=length_reward, beta=0.1, reference="initial", replay_buffer_size=4, dynamic_sampling_rounds=1, save_steps=1,
     eval_dataset=ROWS[:2], eval_steps=1,

@@ -23,6 +23,8 @@ from lowmem_grpo.run.log import MetricsLog
 from lowmem_grpo.run.run import Rest
 from lowmem_grpo.update.optimizer import Learner
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 STRUCK = 2  # the step whose evaluation, table and callbacks an interruption strikes
 SETTINGS = dict(
     max_steps=4, eval_steps=2, log_completions=True, load_best_model_at_end=True, save_steps=100, learning_rate=2e-2,

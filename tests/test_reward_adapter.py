@@ -30,6 +30,8 @@ from lowmem_grpo.rewards.reward_adapter import _group
 from lowmem_grpo.rewards.reward_model import ids_as_in_a_pair
 from lowmem_grpo.update.pairs import scores_of
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:

@@ -27,6 +27,8 @@ from lowmem_grpo.pair_inputs import read_pair_inputs
 from lowmem_grpo.run.pair_checkup import findings
 from lowmem_grpo.update.pair_metrics import correlation, score_metrics
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 TRAIN, EVAL = task.splits()
 
 

@@ -22,6 +22,8 @@ from lowmem_grpo.pipeline.sampled import SampledFile, read_sampled
 from lowmem_grpo.pipeline.sources import seed_of
 from lowmem_grpo.planner.plan import forecast, plan
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 TRAIN, EVAL = task.splits()
 ROWS = task.rows(TRAIN[:6])
 REWARDS = [task.answer_reward, task.tag_format_reward]

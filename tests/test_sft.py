@@ -20,6 +20,8 @@ from lowmem_grpo.errors import InputError, UnhealthyRunError
 from lowmem_grpo.inputs import read_training_inputs
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 TRAIN, EVAL = task.splits()
 
 
