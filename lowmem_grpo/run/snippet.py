@@ -18,7 +18,7 @@ base = {auto}.from_pretrained(
 model = PeftModel.from_pretrained(base, name)
 """
 MERGED = """\
-model = {auto}.from_pretrained(name, dtype=torch.{dtype}, device_map="auto"{further})
+model = {auto}.from_pretrained(name, dtype="auto", device_map="auto"{further})
 """
 CHAT = """\
 chat = [{"role": "user", "content": "..."}]
@@ -42,7 +42,8 @@ def snippet(facts: Facts, name: str, *, is_merged: bool) -> str:
     if facts.is_scorer:
         imports = "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n"
         load = "model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)\n"
-        return f"import torch\n{imports}\n{named}{load}{tokenizer}{SCORE}"
+        imports = imports if is_merged else f"import torch\n{imports}"
+    return f"{imports}\n{named}{load}{tokenizer}{SCORE}"
     is_quantized = getattr(facts.base_config, "quantization_config", None) is not None
     quantizes = facts.settings.get("load_in_4bit", True) and not is_merged and not is_quantized
     further = ", quantization_config=in_4bits" if quantizes else ""
@@ -53,7 +54,8 @@ def snippet(facts: Facts, name: str, *, is_merged: bool) -> str:
     given = {"auto": auto, "base": repr(facts.base), "dtype": facts.dtype, "further": further}
     load = (IN_4BITS if quantizes else "") + (MERGED if is_merged else ADAPTED)
     prompt = CHAT if facts.has_chat_template else PLAIN
-    return f"import torch\n{imports}\n{named}{load.format(**given)}{tokenizer}{prompt}{ANSWER}"
+    imports = imports if is_merged else f"import torch\n{imports}"
+    return f"{imports}\n{named}{load.format(**given)}{tokenizer}{prompt}{ANSWER}"
 
 
 def _class_of(base: Any) -> str:
