@@ -258,7 +258,7 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     chosen = _few_of_each(kinds, sources)
     few = _run_few(whole, config, lengths, chosen)
     like = {kinds[number]: place for place, number in enumerate(chosen) if number < len(kinds) - 1}
-    if config.activation_offloading:  # the inputs of two layers are on the device at a time
+    if config.activation_offloading and len(kinds) > 2:  # the inputs of two layers are on the device at a time
         like.setdefault(kinds[-1], len(chosen) - 1)
         common = few.ran.kept - sum(few.keeps[like[kinds[number]]] for number in chosen)
         kept = common + 2 * max(few.keeps[place] for place in like.values())
