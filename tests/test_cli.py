@@ -20,6 +20,8 @@ from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.evaluation.show import as_table
 from lowmem_grpo.run.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 INPUTS = {"model": "m", "dataset": "d", "reward_funcs": ["r"]}
 FLAGS = ["--model", "m", "--dataset", "d", "--reward_funcs", "r"]
 

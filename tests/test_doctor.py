@@ -14,6 +14,8 @@ from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.run.doctor import Doctor, Finding
 from lowmem_grpo.run.symptoms import OF_A_REWARD, SYMPTOMS
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = task.rows(task.splits()[0][:40])
 SHORT = {"max_completion_length": 4, "max_steps": 5}  # half a second
 LONG = {"max_completion_length": 32, "max_steps": 5}  # as long as the demo's answers

@@ -17,6 +17,8 @@ from lowmem_grpo.rewards import RewardRunner, get_judge_reward
 from lowmem_grpo.rewards.endpoint import EndpointError
 from lowmem_grpo.rewards.judge import QUESTION, SCORES, YES_OR_NO
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 PROMPTS = ["1+2=", [{"role": "user", "content": "3+4="}], "5"]
 COMPLETIONS = ["3", [{"role": "assistant", "content": "7, of course"}], ""]
 

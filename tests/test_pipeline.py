@@ -18,6 +18,8 @@ from lowmem_grpo.pipeline.phases import RECIPES, read_pipeline_file, recipes, re
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
 from lowmem_grpo.rewards.route import RoutedReward
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 TRAIN, EVAL = task.splits()
 REWARD = "lowmem_grpo.demo.task.answer_reward"
 COMMON = {"use_cpu": True, "seed": 0, "lora_r": 8, "save_steps": 1}

@@ -19,6 +19,8 @@ from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.route import get_routed_reward, kinds_of_rows
 from lowmem_grpo.rewards.text import part_of
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 KINDS = ["math", "chat", "math", None]
 
 

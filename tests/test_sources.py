@@ -12,6 +12,8 @@ from lowmem_grpo.errors import InputError, UnansweredError
 from lowmem_grpo.pipeline.pairs import pairs
 from lowmem_grpo.pipeline.sampled import read_sampled
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ROWS = [{"prompt": [{"role": "user", "content": f"{n}+1="}], "solution": str(n + 1)} for n in range(6)]
 
 
