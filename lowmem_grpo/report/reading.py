@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ class RunFiles:
     evaluations: list[dict[str, Any]]  # the lines of evaluations, each under its step once
     findings: list[dict[str, Any]]  # the doctor's
     samples: list[dict[str, Any]]  # samples.jsonl
-    best: dict[str, Any]  # best/best.json: the step, metric and value of the best evaluation
     num_damaged: int  # lines of either file that cannot be read
     is_running: bool
+    best: dict[str, Any] = field(default_factory=dict)  # best/best.json: step, metric and value of the best evaluation
 
     def values(self, name: str, lines: Iterable[Mapping[str, Any]] | None = None) -> list[tuple[int, float]]:
         """A metric as (step, value), of the steps or other lines that have a finite one."""
@@ -116,11 +116,11 @@ def read_run(folder: Path) -> RunFiles:
 def changed_settings(run: RunFiles) -> list[tuple[str, Any, Any]]:
     """The settings of a run that are not their defaults, as (name, value, default), in the order of --help."""
     found = []
-    for field in fields(CONFIGS[run.kind]):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = run.settings.get(field.name, default)
-        if value != default and field.name not in UNSAID:
-            found.append((field.name, value, default))
+    for one in fields(CONFIGS[run.kind]):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        value = run.settings.get(one.name, default)
+        if value != default and one.name not in UNSAID:
+            found.append((one.name, value, default))
     return found
 
 
