@@ -161,7 +161,7 @@ def test_a_page_has_every_section_and_the_numbers_of_the_run(run):
     assert "Held-out prompts, before training and after step 60" in page.headings
     for words in (
         "GRPO of Qwen/Qwen2.5-1.5B-Instruct on gsm8k", "All 60 steps are done.", "on 200 held-out prompts", "0.31", "0.71",
-        "+0.4 [+0.35, +0.45]", "9 min", "5.76 GiB", "5.96 GiB", "Every completion is cut off", "learning_rate", "2e-06", str(GRPOConfig.learning_rate),
+        "+0.400 [+0.350, +0.450]", "9 min", "5.76 GiB", "5.96 GiB", "Every completion is cut off", "learning_rate", "2e-06", str(GRPOConfig.learning_rate),
         "token_budget", "smaller micro-batches", "lowmem-grpo train --model", "torch 2.13.0", "2026-11-27 08:47 UTC",
         "from step 20", "7 + 2 = ?", "<answer>9</answer>", "Parts of the reward", "accuracy_reward", "KL to the reference",
     ):  # fmt: skip
@@ -303,7 +303,7 @@ def test_a_page_says_whose_adapter_the_run_has_left_where_the_best_is_not_the_la
     (tmp_path / "best").mkdir()
     for step, words in (
         (60, ""),
-        (45, "The best evaluation was that of step 45 (reward 0.81), whose adapter best/ has."),
+        (45, "The best evaluation was that of step 45 (reward 0.810), whose adapter best/ has."),
     ):
         record = {"step": step, "metric": "eval_reward", "value": 0.81}
         (tmp_path / "best/best.json").write_text(json.dumps(record))
@@ -316,7 +316,7 @@ def test_without_evaluations_the_headline_is_of_training_and_says_so(tmp_path):
     make_run(tmp_path)
     write_lines(tmp_path / "metrics.jsonl", [{"step": step, "loss": 0.0, "reward": step / 10} for step in range(1, 21)])
     found = page_of(read_run(tmp_path))["headline"]
-    assert (found["name"], found["before"], found["after"]) == ("Training reward", ("0.15", ""), ("1.95", ""))
+    assert (found["name"], found["before"], found["after"]) == ("Training reward", ("0.150", ""), ("1.950", ""))
     assert "nothing was held out" in found["of"] and "Nothing was evaluated" in read(tmp_path).text
 
 
@@ -355,8 +355,8 @@ def test_a_pipeline_has_a_row_a_phase_with_links_to_their_pages(tmp_path):
     assert ("href", "01-cold/report.html") in page.attributes and ("href", "02-rl/report.html") not in page.attributes
     for words in (
         "2 of 3 phases are done",
-        "0.75 [0.7, 0.8]",
-        "+0.44 [+0.39, +0.49]",
+        "0.750 [0.700, 0.800]",
+        "+0.440 [+0.390, +0.490]",
         "on sampled",
         "kept 374",
         "from base",
@@ -405,10 +405,10 @@ def test_a_picture_says_its_values_in_words_and_needs_two_points_or_a_dot():
         "Reward", [Series("training", [(1, 0.5), (2, 0.25)])], dots=[Dot(0, 0.3, 0.2, 0.4)], dots_label="held-out"
     )
     assert picture.summary == (
-        "Reward. training: 0.5 at step 1, 0.25 at step 2, between 0.25 and 0.5; held-out at step 0: 0.3 [0.2, 0.4]."
+        "Reward. training: 0.5 at step 1, 0.25 at step 2, between 0.25 and 0.5; held-out at step 0: 0.300 [0.200, 0.400]."
     )
     assert [words for _, _, words in picture.strips] == [
-        "step 0: held-out 0.3 [0.2, 0.4]",
+        "step 0: held-out 0.300 [0.200, 0.400]",
         "step 1: training 0.5",
         "step 2: training 0.25",
     ]

@@ -271,10 +271,16 @@ def _strips(series: Sequence[Series], dots: Sequence[Dot], x: Axis, dots_label: 
 
 
 def dot_in_words(dot: Dot) -> str:
-    """A value with its interval, three digits each: "0.31 [0.25, 0.377]"."""
+    """A value with its interval: "0.310 [0.250, 0.377]"."""
     if dot.low is None or dot.high is None:
-        return f"{dot.value:,.0f}" if abs(dot.value) >= 1000 else f"{dot.value:.3g}"
-    return f"{dot.value:.3g} [{dot.low:.3g}, {dot.high:.3g}]"
+        return in_digits(dot.value)
+    return f"{in_digits(dot.value)} [{in_digits(dot.low)}, {in_digits(dot.high)}]"
+
+
+def in_digits(value: float, sign: str = "") -> str:
+    """A number with three decimals, or where it is tiny or great with three digits; sign "+" for that of a gain."""
+    size = abs(value)
+    return format(value, sign + (",.0f" if size >= 1000 else ".3f" if not size or 0.01 <= size < 10 else ".3g"))
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from lowmem_grpo.report.chart import Dot, dot_in_words, in_words
+from lowmem_grpo.report.chart import Dot, dot_in_words, in_digits, in_words
 from lowmem_grpo.report.curves import MOST_LINES, charts_of
 from lowmem_grpo.report.reading import RunFiles, changed_settings, mapping, mean, number, readable, texts
 
@@ -113,7 +113,7 @@ def best_of(run: RunFiles) -> str:
         return ""
     adapters = "adapter/ and best/ have" if run.settings.get("load_best_model_at_end") else "best/ has"
     metric = str(run.best.get("metric")).removeprefix("eval_")
-    return f"The best evaluation was that of step {step:.0f} ({metric} {value:.3g}), whose adapter {adapters}."
+    return f"The best evaluation was that of step {step:.0f} ({metric} {in_digits(value)}), whose adapter {adapters}."
 
 
 def training_headline_of(run: RunFiles) -> dict[str, Any] | None:
@@ -127,7 +127,7 @@ def training_headline_of(run: RunFiles) -> dict[str, Any] | None:
         return None
     before, after = (mean(value for _, value in part) or 0.0 for part in (values[:count], values[-count:]))
     return {
-        "name": f"Training {name}", "before": (f"{before:.3g}", ""), "after": (f"{after:.3g}", ""),
+        "name": f"Training {name}", "before": (in_digits(before), ""), "after": (in_digits(after), ""),
         "difference": None, "of": f"{of}; {why}", "steps": (values[0][0], values[-1][0]),
     }  # fmt: skip
 
@@ -154,8 +154,8 @@ def difference_of(before: dict[str, Any], after: dict[str, Any], name: str) -> s
 
 def signed(value: float, low: float | None = None, high: float | None = None) -> str:
     """A difference with its sign and interval: "+0.14 [+0.05, +0.23]"."""
-    words = "0" if not value else f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
-    return words if low is None or high is None else f"{words} [{low:+.3g}, {high:+.3g}]"
+    words = in_digits(value, "+") if value else "0"
+    return words if low is None or high is None else f"{words} [{in_digits(low, '+')}, {in_digits(high, '+')}]"
 
 
 def facts_of(run: RunFiles) -> list[tuple[str, str]]:
