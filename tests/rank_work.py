@@ -48,10 +48,10 @@ def rollout_of(num_prompts: int):
     return dataclasses.replace(rollout, proposal_logprobs=proposal, rewards=rewards, advantages=advantages)
 
 
-def updates(policy, num_prompts: int, settings: dict[str, Any]) -> dict[str, Any]:
+def updates(policy, num_prompts: int, settings: dict[str, Any], budget=None) -> dict[str, Any]:
     """Losses, gradients, log-probabilities and metrics of a rollout's optimizer steps, none of which moves a weight."""
     config = GRPOConfig(**{"use_cpu": True, "bf16": False, "token_budget": 60, "num_generations": 2, **settings})
-    budget, scaler = TokenBudget(config.token_budget), torch.amp.GradScaler("cpu", enabled=False)
+    budget, scaler = budget or TokenBudget(config.token_budget), torch.amp.GradScaler("cpu", enabled=False)
     rollout = with_reference(policy, rollout_of(num_prompts), config, budget)
     if needs_old_pass(rollout, config):
         rollout = with_old_logprobs(policy, rollout, config, budget)
@@ -83,44 +83,40 @@ def updates(policy, num_prompts: int, settings: dict[str, Any]) -> dict[str, Any
     return found | {name: torch.tensor(value) for name, value in {**meter.metrics(), **rollout.metrics}.items()}
 
 
-def distances(cases: dict[str, tuple[int, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """How far the ranks' updates are from rank 0's by itself, of each case and number: by its norm, relative."""
-    found = {}
-    with in_fp64():
+def distances(num_prompts: int, settings: dict[str, Any]) -> dict[str, float]:
+    """How far the ranks' update is from rank 0's by itself, of each of updates(): by its norm, relative."""
+    if "adv_estimator" in settings:  # a critic, whose score head computes in fp32
         policy = make_policy("qwen3", load_in_4bit=False)
-        compute_in_fp64(policy)
-        for name, (num_prompts, settings) in cases.items():
-            if "adv_estimator" not in settings:
-                found[name] = compared(policy, num_prompts, settings)
-    for name, (num_prompts, settings) in cases.items():
-        if "adv_estimator" in settings:  # a critic, whose score head computes in fp32
-            policy = make_policy("qwen3", load_in_4bit=False)
-            add_critic(policy, GRPOConfig(**{"use_cpu": True, "bf16": False, **settings}))
-            found[name] = compared(policy, num_prompts, settings)
-    return found
+        add_critic(policy, GRPOConfig(**{"use_cpu": True, "bf16": False, **settings}))
+        return compared(policy, num_prompts, settings)
+    with in_fp64():
+        return compared(fp64_policy(), num_prompts, settings)
 
 
-def compared(policy, num_prompts: int, settings: dict[str, Any], memory: Any = None) -> dict[str, float]:
-    """The distances of one case; `memory`, a context, is entered for the ranks' update alone."""
-    whole = None
+def fp64_policy():
+    policy = make_policy("qwen3", load_in_4bit=False)
+    compute_in_fp64(policy)
+    return policy
+
+
+def compared(policy, num_prompts: int, settings: dict[str, Any], budget=None) -> dict[str, float]:
+    """The distances of the ranks' update, within this budget, from rank 0's."""
+    together, whole = updates(policy, num_prompts, settings, budget), None
     if distributed.is_main():
         with distributed.alone():
             whole = updates(policy, num_prompts, settings)
-    with memory or contextlib.nullcontext():
-        together = updates(policy, num_prompts, settings)
     whole = distributed.from_main(whole)
     assert whole is not None and whole.keys() == together.keys()
     return {key: distance(together[key], whole[key]) for key in whole}
 
 
 def short_of_memory(num_tokens: int) -> tuple[dict[str, float], int]:
-    """The distances where rank 1 has no memory for so many tokens at once, and the forwards of this rank."""
+    """The distances where rank 1 has no memory for so many tokens at once, and how often this rank ran out."""
     with in_fp64():
-        policy = make_policy("qwen3", load_in_4bit=False)
-        compute_in_fp64(policy)
+        policy, budget = fp64_policy(), TokenBudget(60)
         assert policy.packs  # which is tried once
-        memory = OutOfMemory(tokens=num_tokens if distributed.rank() == 1 else 10**9)
-        return compared(policy, 5, {"beta": 0.1}, memory), memory.forwards
+        with OutOfMemory(tokens=num_tokens) if distributed.rank() == 1 else contextlib.nullcontext():
+            return compared(policy, 5, {"beta": 0.1}, budget), budget.out_of_memory
 
 
 def add_critic(policy, config) -> None:
