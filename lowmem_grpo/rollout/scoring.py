@@ -89,7 +89,7 @@ def _joined(parts: list[Judged]) -> Judged:
 
 
 def _column(part: Judged, name: str) -> list:
-    """A column that a rank's reward functions logged; None of each completion where theirs failed, which logs nothing."""
+    """A column that a rank's reward functions logged; Nones where they failed, which logs nothing."""
     return part.scores.extra_columns.get(name, [None] * len(part.completions))
 
 
