@@ -11,6 +11,7 @@ from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 if TYPE_CHECKING:
+    from lowmem_grpo.exporting.export import ExportResult, export
     from lowmem_grpo.loops.grpo import train
     from lowmem_grpo.loops.reward import train_reward_model
     from lowmem_grpo.loops.sft import sft
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExportResult",
     "GRPOConfig",
     "Phase",
     "PipelineResult",
@@ -34,6 +36,7 @@ __all__ = [
     "SampleResult",
     "SelectConfig",
     "TrainResult",
+    "export",
     "register_objective",
     "run_pipeline",
     "sample",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "export": "lowmem_grpo.exporting.export", "ExportResult": "lowmem_grpo.exporting.export",
     "train_reward_model": "lowmem_grpo.loops.reward",
     "train": "lowmem_grpo.loops.grpo", "sft": "lowmem_grpo.loops.sft", "TrainResult": "lowmem_grpo.run.run",
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Hub
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,9 +25,9 @@ from transformers import (
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
-from lowmem_grpo.export.export import as_text, export
-from lowmem_grpo.export.files import write_tensors
-from lowmem_grpo.export.merge import MergePlan, MergeSettings, merge
+from lowmem_grpo.exporting.export import as_text, export
+from lowmem_grpo.exporting.files import write_tensors
+from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.product_4bit import dequantized
 
@@ -242,6 +244,8 @@ def test_an_export_is_checked_by_the_completions_of_the_last_evaluation(tmp_path
     assert {path: path.read_bytes() for path in before} == before
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("12+3=").input_ids
     assert "out" in as_text(result)[0]
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "of 4 tokens, its log-probabilities differ" in card and "AutoModelForCausalLM" in card
 
 
 def test_a_merge_that_says_something_else_is_refused_and_leaves_nothing(tmp_path):
@@ -373,3 +377,16 @@ def test_the_command_prints_what_it_wrote_and_how_far_that_is_from_what_was_trai
     assert "merged, by transformers" in printed and "base without the adapter" in printed
     assert main(["export", *given]) == 2
     assert "is there already; name another" in capsys.readouterr().err
+
+
+def test_a_merged_model_is_pushed_with_its_card(run, tmp_path, monkeypatch):
+    with Hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+        given = {"num_texts": 0, "push": "me/merged", "private": True, "use_cpu": True}
+        result = export(str(run / "run/adapter"), str(tmp_path / "out"), **given)
+        assert result.url == f"{hub.address}/me/merged" and hub.private == {"me/merged": True}
+        assert {"README.md", "model.safetensors", "config.json"} <= hub.files["me/merged@main"].keys()
+        assert b"me/merged" in hub.files["me/merged@main"]["README.md"]

@@ -21,7 +21,7 @@ FLOORS = (
     "cli",
     "demo",
     "__init__",
-    "pipeline export",
+    "pipeline exporting",
     "loops",
     "run watch",
     "report",

@@ -52,7 +52,7 @@ def run_export(given: dict[str, Any]) -> int:
         raise InputError("--model is missing; name the folder of a trained adapter, such as run/adapter")
     num_texts = count_of(given, "check", "completions", 8)
     model = given.pop("model")
-    from lowmem_grpo.export.export import as_text, export
+    from lowmem_grpo.exporting.export import as_text, export
 
     result = export(model, given.pop("merge", None), num_texts=num_texts, **given)
     with writing_output():

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.export.files import DTYPES, NAMES, Stored, Tensors, other_files, write_tensors
+from lowmem_grpo.exporting.files import DTYPES, NAMES, Stored, Tensors, other_files, write_tensors
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapter_names import PREFIX, names_of
 from lowmem_grpo.model.adapters import scale_of

@@ -10,21 +10,23 @@ from pathlib import Path
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import InputError, NotSavedError, shown
-from lowmem_grpo.export.check import Difference, Text, by_model, by_policy, texts_of
-from lowmem_grpo.export.files import model_folder
-from lowmem_grpo.export.gguf import OF_ADAPTER, OF_MODEL, convert, find_converter
-from lowmem_grpo.export.merge import DTYPES, ONTO, MergePlan, MergeSettings, merge
+from lowmem_grpo.errors import InputError, NotSavedError, in_a_line, shown
+from lowmem_grpo.exporting.check import Difference, Text, by_model, by_policy, texts_of
+from lowmem_grpo.exporting.files import model_folder
+from lowmem_grpo.exporting.gguf import OF_ADAPTER, OF_MODEL, convert, find_converter
+from lowmem_grpo.exporting.merge import DTYPES, ONTO, MergePlan, MergeSettings, merge
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
 from lowmem_grpo.model.find import OTHER_FILES, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
 from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
 from lowmem_grpo.model.score_head import has_score_head
-from lowmem_grpo.output.folder import write_folder
+from lowmem_grpo.output.folder import write_file, write_folder
 from lowmem_grpo.output.hub import check_upload, upload
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.run.card import card_of
 from lowmem_grpo.run.room import free_bytes, in_mib, refusal
+from lowmem_grpo.warn import warn
 
 OF_RUNS = ("grpo_config.json", "sft_config.json")  # where a run's folder has its settings
 # A merged model is refused where its log-probabilities differ by more than this share of what training changed, and by
@@ -112,7 +114,7 @@ def export(
     base = model_folder(str(given.base_model_name_or_path), revision)
     result = ExportResult(None, None, 0, None, None, None)
     if out is not None:
-        result = _merged(model, base, out, config, onto, dtype, num_texts)
+        result = _merged(model, base, out, config, onto, dtype, num_texts, push or str(out))
     elif onto is not None or dtype is not None:
         raise InputError("onto and dtype are about a merged model; give merge, a folder to write it to")
     if script is not None and file is not None:
@@ -183,9 +185,15 @@ def _new_path(name: str) -> Path:
 
 
 def _merged(
-    model: str, base: Path, out: Path, config: GRPOConfig, onto: str | None, dtype: str | None, num_texts: int
-) -> ExportResult:
-    """Merge an adapter into a folder, and compare. Raise InputError where the result says something else."""
+    model: str, base: Path, out: Path, config: GRPOConfig, onto: str | None, dtype: str | None, num_texts: int,
+    name: str,
+) -> ExportResult:  # fmt: skip
+    """Merge an adapter into a folder, whose card calls it by `name`, and compare.
+
+    Raises:
+        InputError: it cannot be merged so, or the result says something else than the policy.
+        NotSavedError: the disk refused.
+    """
     onto, device = _onto(model, config, onto), run_device(config)
     if dtype is not None and dtype not in map(_name, DTYPES.values()):
         raise InputError(f"dtype {shown(dtype)} is none; it is float32, bfloat16 or float16")
@@ -213,12 +221,26 @@ def _merged(
             )
             _refuse_difference(found, onto, plan)
             checked.append(found)
+        _write_card(folder, model, name, onto, checked)
 
     try:
         write_folder(out, write)
     except OSError as error:
         raise NotSavedError(f"the merged model cannot be written to {out} ({refusal(error)})") from error
     return ExportResult(out, onto, num_bytes, checked[0] if checked else None, None, None)
+
+
+def _write_card(folder: Path, model: str, name: str, onto: str, checked: Sequence[Checked]) -> None:
+    """Write the merged model's card. What keeps it from being written is a warning."""
+    notes = [
+        f"of {one.num_tokens} tokens, its log-probabilities differ from the trained policy's by {one.merged.mean:.4f} "
+        f"in the mean, and those of the base without the adapter by {one.base.mean:.4f}"
+        for one in checked
+    ]
+    try:
+        write_file(folder / "README.md", str(card_of(Path(model), name=name, onto=onto, notes=notes)))
+    except Exception as error:  # no card is worth a merge
+        warn(f"the merged model has no card, which cannot be written ({in_a_line(error)})")
 
 
 def _onto(model: str, config: GRPOConfig, onto: str | None) -> str:
