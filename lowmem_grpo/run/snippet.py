@@ -42,20 +42,18 @@ def snippet(facts: Facts, name: str, *, is_merged: bool) -> str:
     if facts.is_scorer:
         imports = "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n"
         load = "model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)\n"
-        imports = imports if is_merged else f"import torch\n{imports}"
-    return f"{imports}\n{named}{load}{tokenizer}{SCORE}"
+        return f"import torch\n{imports}\n{named}{load}{tokenizer}{SCORE}"
     is_quantized = getattr(facts.base_config, "quantization_config", None) is not None
     quantizes = facts.settings.get("load_in_4bit", True) and not is_merged and not is_quantized
     further = ", quantization_config=in_4bits" if quantizes else ""
     further += ", trust_remote_code=True" if facts.settings.get("trust_remote_code") else ""
     auto = _class_of(facts.base_config)
-    peft = "" if is_merged else "from peft import PeftModel\n"
-    imports = f"{peft}from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if quantizes else ''}\n"
     given = {"auto": auto, "base": repr(facts.base), "dtype": facts.dtype, "further": further}
-    load = (IN_4BITS if quantizes else "") + (MERGED if is_merged else ADAPTED)
-    prompt = CHAT if facts.has_chat_template else PLAIN
-    imports = imports if is_merged else f"import torch\n{imports}"
-    return f"{imports}\n{named}{load.format(**given)}{tokenizer}{prompt}{ANSWER}"
+    load = ((IN_4BITS if quantizes else "") + (MERGED if is_merged else ADAPTED)).format(**given)
+    imports = f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if quantizes else ''}\n"
+    if not is_merged:
+        imports = f"import torch\nfrom peft import PeftModel\n{imports}"
+    return f"{imports}\n{named}{load}{tokenizer}{CHAT if facts.has_chat_template else PLAIN}{ANSWER}"
 
 
 def _class_of(base: Any) -> str:
