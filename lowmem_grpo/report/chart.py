@@ -278,7 +278,7 @@ def dot_in_words(dot: Dot) -> str:
 
 
 def in_digits(value: float, sign: str = "") -> str:
-    """A number with three decimals, or where it is tiny or great with three digits; sign "+" for that of a gain."""
+    """A number with three decimals, or if it is tiny or great three digits; "+" shows its sign."""
     size = abs(value)
     return format(value, sign + (",.0f" if size >= 1000 else ".3f" if not size or 0.01 <= size < 10 else ".3g"))
 
