@@ -1094,3 +1094,20 @@ def test_what_generate_stopped_is_not_padded_out():
         shown = "x" in policy.tokenizer.decode(completion.ids)
         assert completion.finish == ("stop" if shown else "length")
         assert completion.finish == "stop" or len(completion.ids) == 40
+
+
+def test_a_share_of_the_prompts_is_completed_as_among_all():
+    sampler = Sampler(make_policy("qwen2"), GRPOConfig(max_completion_length=6, temperature=1.2))
+
+    def ids(share=None):
+        torch.manual_seed(3)
+        return [completion.ids for completion in sampler.complete(as_prompts(PROMPTS), 2, share).completions]
+
+    whole = ids()
+    assert ids(range(1)) + ids(range(1, len(PROMPTS))) == whole and ids(range(0)) == []
+    after = torch.rand(())
+    ids()
+    assert torch.rand(()) == after  # one number is drawn, whatever the share
+    sampler.engine_refusal = "a test"
+    first, second = ids(range(1)), ids(range(1, 2))
+    assert len(first) == len(second) == 2 and first == ids(range(1))
