@@ -23,6 +23,8 @@ from lowmem_grpo.model import offload
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 OTHERS = {
     "of the same layers": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     "rslora": LoraConfig(r=9, lora_alpha=6, use_rslora=True, target_modules="all-linear"),

@@ -23,6 +23,8 @@ from lowmem_grpo.output.folder import checkpoints, write_folder
 from lowmem_grpo.run.log import MetricsLog, write_completions
 from lowmem_grpo.run.room import look_for_room
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 MIB = 2**20
 
 
