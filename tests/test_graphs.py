@@ -22,6 +22,8 @@ from lowmem_grpo.kernels.decode_attention import decode_attention
 from lowmem_grpo.kernels.decode_layer import heads
 from lowmem_grpo.out_of_memory import TokenBudget
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 
 def tensors(values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
