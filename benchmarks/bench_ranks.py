@@ -1,4 +1,4 @@
-"""Savings and costs of several processes: CPU time of a step in each, and bytes between them.
+"""CPU time of a step in each of several processes, and bytes between them.
 
     python -m lowmem_grpo.benchmarks.bench_ranks [--ranks N ...] [--steps N] [--output FILE]
 
@@ -43,7 +43,7 @@ def variety(completions: list, **columns: Any) -> list[float]:
 
 
 def run_rank(rank: int, ranks: int, port: int, steps: int, folder: str, pipe: Connection) -> None:
-    """Train as one of the processes, and send CPU seconds of each step and phase, and bytes."""
+    """Train as one of the processes, and send CPU seconds and bytes of each step."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
