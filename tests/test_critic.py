@@ -396,9 +396,11 @@ def test_a_warm_up_longer_than_the_run_is_refused_where_epochs_say_how_long_it_i
 
 @pytest.mark.slow
 def test_length_is_learned_with_one_completion_a_prompt(tmp_path):
-    result = run(tmp_path, rewards=length_reward, **PPO, max_steps=12, critic_learning_rate=1e-3)
+    """With seeds 0, 1 and 42 the last three steps earned 3.5, 2.1 and 3.4 times what the first three did."""
+    settings = {**PPO, "prompts_per_step": 8, "learning_rate": 3e-3, "critic_learning_rate": 1e-3}
+    result = run(tmp_path, rewards=length_reward, **settings, max_steps=12)
     rewards = [line["reward"] for line in result.history]
-    assert sum(rewards[-3:]) > sum(rewards[:3])
+    assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3])
 
 
 @pytest.mark.slow
