@@ -286,6 +286,8 @@ def test_the_command_needs_no_torch(run):
         ({"ended": None}, "garbage", "stopped"),
         ({"ended": None}, None, "stopped"),
     ],
+    # Without the process's number, which differs from worker to worker.
+    ids=["whole", "stopped", "failed", "its lock is held", "its process is gone", "elsewhere", "garbage", "no lock"],
 )
 def test_a_page_says_how_the_run_ended(tmp_path, about, lock, word):
     make_run(tmp_path, 4, **about)
