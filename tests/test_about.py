@@ -44,11 +44,12 @@ def stop(step, metrics, policy):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run that was stopped after its first step, and went on to its end; what run.json said at the stop."""
+    """A run that was stopped after its first step, and went on to its end; its run.json and page as the stop left."""
     folder = tmp_path_factory.mktemp("runs") / "out"
     with pytest.raises(KeyboardInterrupt):
         run(folder, stop)
     (folder.parent / "stopped.json").write_bytes((folder / "run.json").read_bytes())
+    (folder.parent / "stopped.html").write_bytes((folder / "report.html").read_bytes())
     run(folder, resume_from_checkpoint=True)
     return folder
 
@@ -73,6 +74,14 @@ def test_a_resumed_run_keeps_its_first_start_and_lists_the_later_one(folder):
     assert found["started"] == stopped["started"] and [one["step"] for one in found["resumed"]] == [1]
 
 
+def test_a_run_that_was_stopped_has_left_a_page_and_one_that_went_on_another(folder):
+    before, after = (
+        path.read_text(encoding="utf-8") for path in (folder.parent / "stopped.html", folder / "report.html")
+    )
+    assert "The run was stopped after step 1 of 2; it can be resumed." in before
+    assert "All 2 steps are done." in after
+
+
 def test_a_resumed_run_has_samples_of_the_first_evaluation_and_of_the_last(folder):
     lines, num_damaged = read_lines(folder / "samples.jsonl")
     assert [line["step"] for line in lines] == [0] * 8 + [2] * 8 and not num_damaged
@@ -92,6 +101,8 @@ def test_a_run_that_fails_says_why(tmp_path):
         run(tmp_path / "out", fail)
     ended = about(tmp_path / "out")["ended"]
     assert (ended["how"], ended["step"], ended["why"]) == ("failed", 1, "OSError: no more")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "The run failed after step 1 of 2: OSError: no more" in page
 
 
 def test_samples_are_of_a_prompts_first_completion_and_of_the_first_and_last_steps_alone(tmp_path):

@@ -67,7 +67,7 @@ def test_a_run_outlives_a_full_disk_and_resumes_to_the_same_end(tmp_path, small_
     assert all(one in str(error.value) for one in words) and "\n" not in str(error.value)
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "adapter", "checkpoint-1", "checkpoint-2", "completions", "data_preview.txt", "grpo_config.json",
-        "metrics.jsonl", "run.json",
+        "metrics.jsonl", "report.html", "run.json",
     ]  # fmt: skip
     small_disk("9m")
     resumed, whole = go(folder, 3, save_steps=1, resume_from_checkpoint=True), go(tmp_path / "whole", 3, save_steps=1)

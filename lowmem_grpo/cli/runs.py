@@ -13,8 +13,8 @@ def add(commands: Commands) -> None:
     parser = commands.plain(
         "report", help="show a run, or a pipeline, as a page",
         description="Write report.html of a run's output_dir, or of a pipeline's: curves, evaluations, completions, "
-        "time, memory and settings. A run writes one at its end; of one that goes on or was stopped it shows what is "
-        "there.",
+        "time, memory and settings. A run writes one where it ends, is stopped or fails; of one that goes on or was "
+        "killed it shows what is there.",
         usage="lowmem-grpo report RUN [--output FILE]",
     )  # fmt: skip
     parser.set_defaults(run=run_report)

@@ -201,9 +201,7 @@ class Run:
                 self._say_what_was_skipped()
                 if self.doctor.found and not self.doctor.is_off:
                     self.progress.say(self.doctor.summary())
-                self._without(about.RUN, partial(about.write_end, self.folder, self.step, "finished"))
-                self._write_card(self.best.folder)
-                self._without(report.NAME, self._report)
+                self._leave("finished")
                 self._push()
                 return
             self.interruption.hold()
@@ -218,9 +216,7 @@ class Run:
                 self.progress.say(
                     f"stopped {'before the end of the first step' if not self.step else 'at once'}; {what}"
                 )
-            how = "stopped" if about.is_stop(error) else "failed"
-            self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, about.reason(error)))
-            self._write_card(self.best.folder)
+            self._leave("stopped" if about.is_stop(error) else "failed", about.reason(error))
             if isinstance(error, NotFiniteError):
                 good = self._last_good()
                 where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -478,8 +474,8 @@ class Run:
         else:
             self.progress.say(f"{adapter} is uploaded to {address}")
 
-    def _without(self, what: str, write: Callable[[], None]) -> None:
-        """Write, on rank 0, what a run can go on without. Where the disk refuses, that is said once."""
+    def _without(self, what: str, write: Callable[[], None], then: str = "; the run goes on") -> None:
+        """Write, on rank 0, what a run can do without. Where the disk refuses, that is said once."""
         if not is_main():
             return
         try:
@@ -487,7 +483,13 @@ class Run:
         except OSError as error:
             if what not in self.told:
                 self.told.add(what)
-                self.progress.say(f"{self.folder / what} cannot be written ({refusal(error)}); the run goes on")
+                self.progress.say(f"{self.folder / what} cannot be written ({refusal(error)}){then}")
+
+    def _leave(self, how: str, why: str = "") -> None:
+        """Write how the run has ended, and what shows it to a person: the card of best/, and report.html."""
+        self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, why), then="")
+        self._write_card(self.best.folder)
+        self._without(report.NAME, self._report, then="")
 
     def _report(self) -> None:
         """Write report.html. Raise OSError where the disk refuses; whatever else fails is said, and costs no run."""
