@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from hub_server import Hub
 from huggingface_hub import constants
@@ -304,6 +305,22 @@ def test_a_damaged_file_of_ids_begins_new_runs_and_a_full_disk_is_said(tmp_path,
     monkeypatch.setattr(trackers, "write_file", full)
     (told,) = reported(["own"], tmp_path, [])
     assert "trackers.json cannot be written (No space left on device)" in told
+
+
+def test_no_tracker_begins_a_process_group_or_asks_what_accelerate_knows_of_others(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))  # as by torchrun, of one process
+    with caplog.at_level("DEBUG", "accelerate.tracking"):
+        assert reported(["tensorboard", "own"], tmp_path, lines(1, 3)) == []
+    assert "TensorBoard writer closed" in caplog.messages
+    assert not torch.distributed.is_initialized() and PartialState._shared_state == {}
 
 
 def test_names_of_metrics_are_those_that_transformers_gives_to_trackers():

@@ -6,6 +6,7 @@ Each tracker has a thread of its own. What it waits for holds up no step, and wh
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import queue
@@ -20,7 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
+from accelerate import tracking
+from accelerate.logging import MultiProcessAdapter
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
@@ -182,7 +184,7 @@ class Trackers:
         """
         if not self.feeds:
             return
-        PartialState()  # accelerate's trackers log, and its logger wants to know of other processes
+        tracking.logger = _Log(logging.getLogger(tracking.__name__), {})
         given = {
             name: value if isinstance(value, (str, int, float)) else _text(value) for name, value in settings.items()
         }
@@ -222,6 +224,18 @@ class Trackers:
             write_file(self.path, json.dumps(ids, indent=1))
         except OSError as error:
             self.told.append(f"{self.path} cannot be written ({error.strerror}); a resumed run is a new one there")
+
+
+class _Log(MultiProcessAdapter):
+    """The log of accelerate's trackers, written by the process that has them.
+
+    Accelerate's own wants a PartialState first, which joins a process group where torchrun started one process alone,
+    leaves that behind, and raises on some pairs of GPUs.
+    """
+
+    def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
+        """Log as Python does."""
+        self.logger.log(level, msg, *args, **kwargs)
 
 
 class Feed:
