@@ -112,7 +112,7 @@ def test_one_table_has_the_evaluations_before_and_after_each_phase(whole):
 
 def test_one_page_has_a_row_a_phase_and_leads_to_the_pages_of_the_runs(whole):
     text = (whole[0] / "out/report.html").read_text(encoding="utf-8")
-    assert "2 of 2 phases are done" in text
+    assert "2 of 2 phases that have begun are done" in text
     for folder, method in (("01-cold-start", "Supervised fine-tuning"), ("02-rl", "GRPO")):
         assert f'href="{folder}/report.html"' in text and method in text
         assert method in (whole[0] / "out" / folder / "report.html").read_text(encoding="utf-8")
@@ -188,12 +188,14 @@ def test_two_runs_of_one_folder_are_kept_apart(copy):
             run()
 
 
-def test_a_disk_that_refuses_is_one_sentence_with_the_phase(copy):
+def test_a_disk_that_refuses_is_one_sentence_with_the_phase_and_the_page_is_made_all_the_same(copy):
+    (copy / "report.html").unlink()
     (copy / "evaluations.json.being-written").mkdir()  # which cannot be written as a file
     with pytest.raises(
         NotSavedError, match=r"phase cold-start: out/evaluations.json cannot be written \(.*; make room"
     ):
         run()
+    assert "2 of 2 phases that have begun are done" in (copy / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_dry_run_checks_and_plans_every_phase_and_writes_nothing(files, capsys):

@@ -356,7 +356,7 @@ def test_a_pipeline_has_a_row_a_phase_with_links_to_their_pages(tmp_path):
     page = read(tmp_path)
     assert ("href", "01-cold/report.html") in page.attributes and ("href", "02-rl/report.html") not in page.attributes
     for words in (
-        "2 of 3 phases are done",
+        "2 of 3 phases that have begun are done",
         "0.750 [0.700, 0.800]",
         "+0.440 [+0.390, +0.490]",
         "on sampled",

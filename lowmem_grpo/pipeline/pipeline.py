@@ -20,6 +20,7 @@ from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refus
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.report.reading import phases_of
 from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.interruption import interruptible
 
@@ -98,37 +99,40 @@ def run_pipeline(
             _say(console, f"{run.folder} is now {set_aside(run.folder, 'before').name}")
 
     rows: list[Row] = []
-    if pipeline.evaluation is not None:
-        found = evaluated(pipeline.output_dir / f"00-{BASE}", pipeline.model, pipeline.evaluation)
-        rows.append(row_of(BASE, None, found))
-        let_go()
-    for run in wanted:
-        with naming(run.name):
-            _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
-            if run not in done:
-                made_of = fingerprint(pipeline, run)
-                metrics = run.kind.run(pipeline.model_of(run), run.config, run.output, **_given(pipeline, run))
-                let_go()
-                write_record(run, made_of, metrics)
-            if pipeline.evaluation is not None and run.kind.trains_policy:
-                found = evaluated(run.folder, str(run.output), pipeline.evaluation)
-                let_go()
-                rows.append(row_of(run.name, _origin_of(run), found))
-                write_table(pipeline.output_dir, rows)
-    table = write_table(pipeline.output_dir, rows) if rows else []
-    if table:
-        with contextlib.suppress(OSError):  # a terminal that has been closed
-            console.print(as_table(table))
-    _report(pipeline, console)
+    try:
+        if pipeline.evaluation is not None:
+            found = evaluated(pipeline.output_dir / f"00-{BASE}", pipeline.model, pipeline.evaluation)
+            rows.append(row_of(BASE, None, found))
+            let_go()
+        for run in wanted:
+            with naming(run.name):
+                _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
+                if run not in done:
+                    made_of = fingerprint(pipeline, run)
+                    metrics = run.kind.run(pipeline.model_of(run), run.config, run.output, **_given(pipeline, run))
+                    let_go()
+                    write_record(run, made_of, metrics)
+                if pipeline.evaluation is not None and run.kind.trains_policy:
+                    found = evaluated(run.folder, str(run.output), pipeline.evaluation)
+                    let_go()
+                    rows.append(row_of(run.name, _origin_of(run), found))
+                    write_table(pipeline.output_dir, rows)
+        table = write_table(pipeline.output_dir, rows) if rows else []
+        if table:
+            with contextlib.suppress(OSError):  # a terminal that has been closed
+                console.print(as_table(table))
+    finally:  # of a pipeline that is stopped or fails, too
+        _report(pipeline, console)
     adapters = [str(run.output) for run in wanted if run.kind.trains_policy]
     metrics = {run.name: read_record(run)["metrics"] for run in wanted}
     return PipelineResult(str(pipeline.output_dir), adapters[-1] if adapters else None, metrics, table)
 
 
 def _report(pipeline: Pipeline, console: Console) -> None:
-    """Write report.html of all phases. Whatever fails is said, and costs no pipeline."""
+    """Write report.html of all phases, if one has begun. Whatever fails is said, and costs no pipeline."""
     try:
-        _say(console, f"report: {write_report(pipeline.output_dir)}")
+        if phases_of(pipeline.output_dir):
+            _say(console, f"report: {write_report(pipeline.output_dir)}")
     except Exception as error:
         _say(console, f"{pipeline.output_dir / NAME} cannot be made ({in_a_line(error)})")
 
