@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting.export import as_text, export
 from lowmem_grpo.exporting.files import write_tensors
+from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.product_4bit import dequantized
@@ -279,7 +282,10 @@ def run(tmp_path_factory) -> Path:
         ({"merge_to": "out", "llama_cpp": "nowhere"}, "llama_cpp has no effect without gguf"),
         ({"merge_to": "there"}, "'there' is there already; name another"),
         ({"merge_to": ""}, "names nothing"),
-        ({"merge_to": "file/out"}, "cannot be written: File exists"),
+        ({"merge_to": "file/out"}, "cannot be written: .*/file: Not a directory"),
+        ({"merge_to": "out/a", "onto": "nf5"}, "onto 'nf5' is none"),
+        ({"merge_to": "out/", "gguf": "out", "llama_cpp": "llama"}, "merge and gguf are both 'out'"),
+        ({"merge_to": "out", "num_texts": -1}, "num_texts is -1, and is a number of completions from 0 on"),
         ({"merge_to": "out", "onto": "nf5"}, "onto 'nf5' is none; it is original or nf4"),
         ({"merge_to": "out", "dtype": "int8"}, "dtype 'int8' is none"),
         ({"gguf": "m.gguf", "llama_cpp": "llama", "onto": "nf4"}, "onto and dtype are about a merged model"),
@@ -363,6 +369,11 @@ def test_llama_cpps_converters_are_called_with_what_they_convert(run, tmp_path):
     assert alone.gguf.read_text() == repr(("--outfile", False, True, ["--base", str(run / "base")]))
     export(adapter, str(tmp_path / "out"), gguf=str(tmp_path / "model.gguf"), **given)
     assert (tmp_path / "model.gguf").read_text() == repr(("--outfile", True, False, []))
+    inside = export(adapter, str(tmp_path / "with"), gguf=str(tmp_path / "with/m.gguf"), **given)
+    assert inside.gguf == tmp_path / "with/m.gguf" and (tmp_path / "with/model.safetensors").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotSavedError, match="m.gguf cannot be written .*; .*run/adapter is there"):
+        convert(tmp_path / "convert_lora_to_gguf.py", Path(adapter), tmp_path / "file/m.gguf")
     with pytest.raises(InputError, match=r"said last: cannot read \\x1b\[2J it; with its requirements"):
         export(adapter, gguf=str(tmp_path / "fail.gguf"), **given)
     assert not list(tmp_path.glob("*being-written"))
@@ -370,13 +381,24 @@ def test_llama_cpps_converters_are_called_with_what_they_convert(run, tmp_path):
 
 def test_the_command_prints_what_it_wrote_and_how_far_that_is_from_what_was_trained(run, tmp_path, capsys):
     out = str(tmp_path / "out")
-    given = ["--model", str(run / "run/adapter"), "--merge", out, "--dtype", "float32", "--use-cpu"]
+    given = ["--model", str(run / "run/adapter"), "--merge", out, "--dtype", "float32", "--use-cpu", "true"]
     assert main(["export", *given]) == 0
     printed = capsys.readouterr().out
     assert f"merged onto nf4: {out}" in printed
     assert "merged, by transformers" in printed and "base without the adapter" in printed
     assert main(["export", *given]) == 2
     assert "is there already; name another" in capsys.readouterr().err
+    assert main(["export", "--model", "a", "--merge", "b", "--private", "maybe"]) == 2
+    assert "--private takes true, false or nothing, and not 'maybe'" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_refused_before_what_computes_is_imported():
+    code = (
+        "import sys; from lowmem_grpo.cli import main; status = main(['export', '--model', 'a', '--gguf', 'b']); "
+        "assert status == 2 and 'huggingface_hub' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "gguf needs llama_cpp" in done.stderr
 
 
 def test_a_merged_model_is_pushed_with_its_card(run, tmp_path, monkeypatch):

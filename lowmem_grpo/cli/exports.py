@@ -6,7 +6,7 @@ from typing import Any
 from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.cli.settings import count_of
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, printable, shown
 
 EXAMPLE = """\
 example:
@@ -44,18 +44,30 @@ def add(commands: Commands) -> None:
     for name, value, text in FLAGS:
         parser.add_argument(f"--{name}", action=Once, metavar=value, help=text)
     for name, text in SWITCHES:
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_argument(f"--{name}", action=Once, nargs="?", const="true", metavar="true", help=text)
 
 
 def run_export(given: dict[str, Any]) -> int:
     if not given.get("model"):
         raise InputError("--model is missing; name the folder of a trained adapter, such as run/adapter")
     num_texts = count_of(given, "check", "completions", 8)
-    model = given.pop("model")
+    given |= {name: _is_on(name, given[name]) for name, _ in SWITCHES if name in given}
+    model, merge_to = given.pop("model"), given.pop("merge", None)
+    from lowmem_grpo.exporting.asked import outputs_of
+
+    names = ("onto", "dtype", "gguf", "llama_cpp", "push", "private")
+    outputs_of(model, merge_to, num_texts=num_texts, **{name: given.get(name) for name in names})
+    # After that, since the import of what computes takes seconds.
     from lowmem_grpo.exporting.export import as_text, export
 
-    result = export(model, given.pop("merge", None), num_texts=num_texts, **given)
+    result = export(model, merge_to, num_texts=num_texts, **given)
     with writing_output():
         for line in as_text(result):
             print(printable(line))
     return 0
+
+
+def _is_on(name: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise InputError(f"--{name} takes true, false or nothing, and not {shown(value)}")
+    return value.lower() == "true"

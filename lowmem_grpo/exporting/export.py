@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import InputError, NotSavedError, in_a_line, shown
+from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
+from lowmem_grpo.exporting.asked import outputs_of
 from lowmem_grpo.exporting.check import Difference, Text, by_model, by_policy, texts_of
 from lowmem_grpo.exporting.files import model_folder
-from lowmem_grpo.exporting.gguf import OF_ADAPTER, OF_MODEL, convert, find_converter
-from lowmem_grpo.exporting.merge import DTYPES, ONTO, MergePlan, MergeSettings, merge
+from lowmem_grpo.exporting.gguf import convert
+from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
 from lowmem_grpo.model.find import OTHER_FILES, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
 from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.output.folder import write_file, write_folder
-from lowmem_grpo.output.hub import check_upload, upload
+from lowmem_grpo.output.hub import upload
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.card import card_of
@@ -91,37 +92,24 @@ def export(
         NotSavedError: the disk refused.
         NotUploadedError: the hub did not take the merged model, which is there.
     """
-    if merge_to is None and gguf is None:
-        raise InputError("nothing is asked for; give merge, a folder to write the merged model to, or gguf, a file")
-    if push is not None:
-        if merge_to is None:
-            raise InputError("push uploads a merged model; give merge, a folder to write it to")
-        check_upload(push)
-    elif private is not None:
-        raise InputError("private has no effect without push; give that, or leave both out")
+    out, file, converter = outputs_of(
+        model, merge_to, onto=onto, dtype=dtype, num_texts=num_texts, gguf=gguf, llama_cpp=llama_cpp, push=push,
+        private=private,
+    )  # fmt: skip
     model = os.path.expanduser(model)
     config = _as_trained(model, use_cpu, trust_remote_code)
     _refuse_model(model, config)
-    out, file = (None if name is None else _new_path(name) for name in (merge_to, gguf))
-    script = None
-    if gguf is not None:
-        name, source = (OF_ADAPTER, model) if merge_to is None else (OF_MODEL, merge_to)
-        script = find_converter(llama_cpp, name, gguf, source)
-    elif llama_cpp is not None:
-        raise InputError("llama_cpp has no effect without gguf; give that, or leave both out")
     given = read_adapter_config(model)
     revision = (config.model_init_kwargs or {}).get("revision") or given.revision
     base = model_folder(str(given.base_model_name_or_path), revision)
     result = ExportResult(None, None, 0, None, None, None)
     if out is not None:
         result = _merged(model, base, out, config, onto, dtype, num_texts, push or str(out))
-    elif onto is not None or dtype is not None:
-        raise InputError("onto and dtype are about a merged model; give merge, a folder to write it to")
-    if script is not None and file is not None:
+    if converter is not None and file is not None:
         if out is None:
-            convert(script, Path(model), file, "--base", str(base))
+            convert(converter, Path(model), file, "--base", str(base))
         else:
-            convert(script, out, file)
+            convert(converter, out, file)
     url = upload(out, push, private=private) if push is not None and out is not None else None
     return replace(result, gguf=file, url=url)
 
@@ -172,18 +160,6 @@ def _refuse_model(model: str, config: GRPOConfig) -> None:
         raise InputError(f"the run's model_init_kwargs has {min(others)}, and only a base's own safetensors are merged")
 
 
-def _new_path(name: str) -> Path:
-    """A path that is not there yet, and whose folder is. Raise InputError otherwise."""
-    path = Path(os.path.expanduser(name)).absolute()
-    if not name.strip() or os.path.lexists(path):
-        raise InputError(f"{name!r} is there already; name another" if name.strip() else f"{name!r} names nothing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{name!r} cannot be written: {refusal(error)}; choose another place") from error
-    return path
-
-
 def _merged(
     model: str, base: Path, out: Path, config: GRPOConfig, onto: str | None, dtype: str | None, num_texts: int,
     name: str,
@@ -195,8 +171,6 @@ def _merged(
         NotSavedError: the disk refused.
     """
     onto, device = _onto(model, config, onto), run_device(config)
-    if dtype is not None and dtype not in map(_name, DTYPES.values()):
-        raise InputError(f"dtype {shown(dtype)} is none; it is float32, bfloat16 or float16")
     settings = MergeSettings(
         onto, None if dtype is None else getattr(torch, dtype), getattr(torch, config.compute_dtype), device,
         config.trust_remote_code,
@@ -248,8 +222,6 @@ def _onto(model: str, config: GRPOConfig, onto: str | None) -> str:
     method = quantized_by(read_config(model, config)).get("quant_method")
     if onto is None:
         return "nf4" if config.load_in_4bit else "original"
-    if onto not in ONTO:
-        raise InputError(f"onto {shown(onto)} is none; it is original or nf4")
     if onto == "nf4" and not config.load_in_4bit:
         raise InputError("the run had load_in_4bit=False, and its base was never in NF4; merge onto original")
     if onto == "original" and method == BITSANDBYTES:
@@ -287,7 +259,3 @@ def _refuse_difference(found: Checked, onto: str, plan: MergePlan) -> None:
         f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}; "
         f"{remedy}, serve the adapter beside its base, or take it unchecked with check 0"
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,13 @@
 """GGUF files by the converters of a llama.cpp checkout, which know each family's layout, tokenizer and template."""
 
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, NotSavedError, in_a_line, printable
 from lowmem_grpo.output.folder import BEING_WRITTEN
 
 OF_MODEL, OF_ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
@@ -35,10 +36,12 @@ def convert(script: Path, source: Path, gguf: Path, *more: str) -> None:
 
     Raises:
         InputError: the converter failed; the sentence has the last that it said.
+        NotSavedError: the disk refused.
     """
     temporary = gguf.with_name(f"{gguf.name}{BEING_WRITTEN}")
     command = [sys.executable, str(script), str(source), "--outfile", str(temporary), *more]
     try:
+        gguf.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode or not temporary.is_file():
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
@@ -48,5 +51,8 @@ def convert(script: Path, source: Path, gguf: Path, *more: str) -> None:
                 f"requirements.txt installed, `{by_hand}` does it of {source}, which is there"
             )
         os.replace(temporary, gguf)
+    except OSError as error:
+        raise NotSavedError(f"{gguf} cannot be written ({in_a_line(error)}); {source} is there") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

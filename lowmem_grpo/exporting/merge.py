@@ -32,7 +32,6 @@ from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, Quantizer, in_4bit,
 from lowmem_grpo.model.towers import set_aside
 
 Change = Callable[[Tensor], Tensor]  # of a weight of the base: what the adapter makes of it
-ONTO = ("original", "nf4")
 PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
 STATE = re.compile(r"(.+)\.(?:quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|nested_quant_map)")
 OF_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "spiece")
@@ -182,7 +181,7 @@ def _parts_of(name: str, pattern: str | None, converters: list[WeightConverter])
 class MergeSettings:
     """How an adapter is merged."""
 
-    onto: str  # one of ONTO
+    onto: str  # "original" or "nf4"
     dtype: torch.dtype | None  # of the result; None: the base's own
     compute_dtype: torch.dtype  # in which training has the base, and from which it makes 4 bits
     device: torch.device
