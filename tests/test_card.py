@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_nothing_that_a_name_holds_reaches_markdown_or_metadata(folder):
     assert len(rows) == 3 + 5 and len(cells) == 3 * 4 + 5 * 3
 
 
-def test_the_licence_is_that_of_the_bases_own_card(folder, tmp_path):
+def test_the_licence_is_that_of_the_bases_own_card(folder, tmp_path, monkeypatch, caplog):
     base = tmp_path / "base"
     base.mkdir()
     settings = {"base_model_name_or_path": str(base)}
@@ -164,14 +165,21 @@ def test_the_licence_is_that_of_the_bases_own_card(folder, tmp_path):
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: x\n---\n", encoding="utf-8")
     card: Any = card_of(folder)
     assert (card.data.license, card.data.license_link) == ("other", "x") and "under the licence `own`" in card.text
-    (base / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
-    assert "license" not in card_of(folder).data.to_dict()
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    for text in ("---\nlicense: [\n---\n", "# a card without a head\n"):
+        (base / "README.md").write_text(text, encoding="utf-8")
+        assert "license" not in card_of(folder).data.to_dict()
+    assert not caplog.records, "which a run would print at its end"
 
 
 def test_a_card_of_damaged_files_or_of_none_leaves_out_what_they_would_say(folder):
     for path in folder.parent.glob("*.json*"):
         path.write_bytes(b'[1, {"step": "\xff')
     (folder.parent / "metrics.jsonl").write_text('{"step": 1, "eval_reward": "x"}\n[]\n', encoding="utf-8")
+    assert "## Use" in card_of(folder).text
+    odd = {"kind": {}, "loss_type": [], "adv_estimator": {}, "base_model_name_or_path": "x" * 999, "r": 10**400}
+    for path in [folder.parent / "grpo_config.json", folder.parent / "run.json", folder / "adapter_config.json"]:
+        path.write_text(json.dumps({**odd, "lora_alpha": 10**400}), encoding="utf-8")
     assert "## Use" in card_of(folder).text
     for path in [*folder.parent.glob("*.json*"), folder / "adapter_config.json"]:
         path.unlink()

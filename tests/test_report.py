@@ -218,7 +218,8 @@ def test_foreign_text_is_shown_and_never_becomes_markup(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"\xff\xfe{", b"[1, 2]", b'{"step": "x"}', b'{"step": 1, "loss": "high", "kl": [3]}\n{"st']
+    "garbage",
+    [b"", b"\xff\xfe{", b"[1, 2]", b'{"step": "x"}', b'{"step": 1, "loss": "high", "kl": [3]}\n{"st', b'{"kind": {}}'],
 )
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "plan.json", "samples.jsonl", "grpo_config.json"])
 def test_a_damaged_file_costs_its_own_section_alone(name, garbage, run, tmp_path):

@@ -199,13 +199,25 @@ def test_a_view_fits_its_terminal_and_moves_no_cursor_whatever_the_texts(tmp_pat
     assert "[red]x[/red]" in text, "and no markup is read"
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b'{"a": ', b"\xff\x00", b'{"ended": 3, "resumed": {}, "kind": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"[]",
+        b'{"a": ',
+        b"\xff\x00",
+        b'{"ended": 3, "resumed": {}, "kind": []}',
+        b'{"resumed": 3, "total_steps": 1%s}' % (b"0" * 400),
+    ],
+)
 def test_files_that_are_damaged_or_missing_cost_what_they_would_say(tmp_path, damage):
     folder = make_run(tmp_path / "run")
     for path in [*folder.iterdir()]:
         path.write_bytes(damage)
         assert text_of(folder)
-    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": "x", "step_time": [], "eval_x": {}}\n{"step": 2}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": "x", "step_time": [], "eval_x": {}}\n{"step": 2}\n{"step": 1%s}\n' % ("0" * 400)
+    )
     for path in folder.glob("*.json"):
         path.unlink()
         assert text_of(folder)

@@ -98,7 +98,8 @@ def read_run(folder: Path) -> RunFiles:
         )
     about = read_object(folder / "run.json")
     there = [kind for kind in CONFIGS if (folder / f"{kind}_config.json").is_file()]
-    kind = about.get("kind") if about.get("kind") in CONFIGS else (there or ["grpo"])[0]
+    named = about.get("kind")
+    kind = named if named in [*CONFIGS] else (there or ["grpo"])[0]
     lines, of_log = read_lines(folder / "metrics.jsonl")
     samples, of_samples = read_lines(folder / "samples.jsonl")
     lines, samples = ([line for line in of if 0 <= line["step"] <= LAST_STEP] for of in (lines, samples))

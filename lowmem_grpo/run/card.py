@@ -14,6 +14,7 @@ from lowmem_grpo.errors import in_a_line, printable
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.markdown import block, code, points, table
+from lowmem_grpo.report.page import duration
 from lowmem_grpo.report.reading import changed_settings, mapping, number, texts
 from lowmem_grpo.run.about import IN_PYTHON
 from lowmem_grpo.run.facts import Facts, dataset_id, hub_id
@@ -153,9 +154,9 @@ def _model(facts: Facts) -> list[str]:
     start = facts.run.about.get("model")
     if isinstance(start, str) and start != facts.base:
         lines.append(f"training went on from {_model_name(start)}")
-    r, alpha = facts.adapter.get("r"), facts.adapter.get("lora_alpha")
-    if type(r) is int and isinstance(alpha, (int, float)):
-        lines.append(f"adapter: rank {r}, alpha {alpha:g}")
+    r, alpha = (number(facts.adapter.get(name)) for name in ("r", "lora_alpha"))
+    if r is not None and alpha is not None:
+        lines.append(f"adapter: rank {r:g}, alpha {alpha:g}")
     return lines
 
 
@@ -243,7 +244,7 @@ def _reproduce(facts: Facts) -> str:
         lines.append(f"versions: {code(', '.join(f'{name} {of}' for name, of in versions.items()))}")
     times = [took for _, took in facts.run.values("step_time")]
     if times:
-        lines.append(f"{len(times)} steps took {sum(times) / 60:.1f} minutes, without evaluations and saving")
+        lines.append(f"{len(times)} steps took {duration(sum(times))}, without evaluations and saving")
     return "\n\n".join(filter(None, [block(command, "sh") if command else "", points(lines)]))
 
 

@@ -1,11 +1,12 @@
 """Facts of a run and of one of its adapters, read from its files for a model card."""
 
+import os
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
@@ -81,7 +82,7 @@ class Facts:
         with suppress(Exception):  # no such file, or whatever YAML and the hub's code raise on a damaged one
             if not path.is_file():
                 path = Path(str(try_to_load_from_cache(self.base, "README.md")))
-            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+            data = metadata_load(path) or {}
             return {name: printable(data[name]) for name in LICENSE if isinstance(data.get(name), str)}
         return {}
 
@@ -106,7 +107,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float | None]:
 
 def hub_id(name: Any) -> str | None:
     """A name that a repository on the hub may have, or None for any other, and for a path."""
-    if not isinstance(name, str) or Path(name).exists():
+    if not isinstance(name, str) or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)

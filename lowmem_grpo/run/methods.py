@@ -68,17 +68,18 @@ def methods_of(kind: str, settings: Mapping[str, Any]) -> list[Method]:
     `kind` is grpo, sft or reward, and `settings` are those of the configuration by their names; one that lacks is taken
     for its default.
     """
-    loss = LOSSES.get(settings.get("loss_type", ""))
+    loss = LOSSES.get(str(settings.get("loss_type")))
     found = {"grpo": _of_rewards, "sft": lambda _: [SFT], "reward": lambda _: [REWARD]}[kind](settings)
     return [*found, *([loss] if loss else []), LORA, *([QLORA] if settings.get("load_in_4bit", True) else [])]
 
 
 def _of_rewards(settings: Mapping[str, Any]) -> list[Method]:
-    found = [PPO if settings.get("adv_estimator") == "gae" else GRPO]
+    estimator = str(settings.get("adv_estimator"))
+    found = [PPO if estimator == "gae" else GRPO]
     if settings.get("teacher") is not None:
         found = [DISTILLATION]
     asked = [
-        (settings.get("adv_estimator") in ESTIMATORS, ESTIMATORS.get(settings.get("adv_estimator", ""))),
+        (estimator in ESTIMATORS, ESTIMATORS.get(estimator)),
         (settings.get("importance_sampling_level", "token") != "token", GSPO),
         (settings.get("multi_objective_aggregation") == "normalize_then_sum", GDPO),
         (settings.get("dynamic_sampling_rounds"), DYNAMIC),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lowmem_grpo.output.lock import NAME as LOCK
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import read_lines
-from lowmem_grpo.report.reading import mapping, number, phases_of, texts
+from lowmem_grpo.report.reading import LAST_STEP, mapping, number, phases_of, texts
 from lowmem_grpo.watch.log import Log, SavedObject
 
 KINDS = ("grpo", "sft", "reward")
@@ -78,7 +78,7 @@ class WatchedRun:
         """How many steps the run is to have, if that is known."""
         settings = self.files[f"{self.kind}_config"].value if self.kind else {}
         for value in (self.about.get("total_steps"), settings.get("max_steps")):
-            if type(value) is int and value > 0:
+            if type(value) is int and 0 < value <= LAST_STEP:
                 return value
         return None
 

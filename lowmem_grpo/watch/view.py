@@ -102,7 +102,8 @@ class View:
             f"{value:,.0f} tokens/s {name.removeprefix('tokens_per_s/')}"
             for name, value in _numbers(last, "tokens_per_s/")
         ]
-        again = [one for one in about.get("resumed") or [] if isinstance(one, dict)]
+        resumed = about.get("resumed")
+        again = [one for one in resumed if isinstance(one, dict)] if isinstance(resumed, list) else []
         facts += [f"resumed at step {again[-1].get('step')}"] if again else []
         silence = run.silence
         if not state.is_over and silence is not None and silence > 3 * (a_step or 10):
