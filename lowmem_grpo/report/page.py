@@ -154,7 +154,7 @@ def difference_of(before: dict[str, Any], after: dict[str, Any], name: str) -> s
 
 def signed(value: float, low: float | None = None, high: float | None = None) -> str:
     """A difference with its sign and interval: "+0.14 [+0.05, +0.23]"."""
-    words = in_digits(value, "+") if value else "0"
+    words = in_digits(value, "+")
     return words if low is None or high is None else f"{words} [{in_digits(low, '+')}, {in_digits(high, '+')}]"
 
 
