@@ -190,7 +190,8 @@ def test_two_runs_of_one_folder_are_kept_apart(copy):
 
 def test_a_disk_that_refuses_is_one_sentence_with_the_phase_and_the_page_is_made_all_the_same(copy):
     (copy / "report.html").unlink()
-    (copy / "evaluations.json.being-written").mkdir()  # which cannot be written as a file
+    (copy / "evaluations.json").unlink()
+    (copy / "evaluations.json").mkdir()  # which cannot be written as a file
     with pytest.raises(
         NotSavedError, match=r"phase cold-start: out/evaluations.json cannot be written \(.*; make room"
     ):

@@ -16,6 +16,7 @@ import pytest
 from lowmem_grpo import GRPOConfig
 from lowmem_grpo.cli import main
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.report.chart import COLUMNS, Dot, Series, chart, limits, smoothed, smoothing, ticks
 from lowmem_grpo.report.page import duration, page_of, state_of
 from lowmem_grpo.report.reading import read_run, readable
@@ -267,7 +268,36 @@ def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
         and (tmp_path / "page.html").stat().st_size > 50_000
     )
     assert main(["report", str(run), "--output", str(tmp_path / "no/page.html")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert f"{tmp_path / 'no/page.html'} cannot be written (No such file or directory); " in capsys.readouterr().err
+    for folder in ("", ".", "/", str(tmp_path)):
+        assert main(["report", str(run), "--output", folder]) == 2
+        assert "is a folder; give a file for the page" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_refused_in_a_sentence(run, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("lowmem_grpo.report.report.phases_of", refuse)
+    with pytest.raises(InputError, match=r"cannot be read .*Permission denied.*; give a folder"):
+        write_report(run)
+
+
+def test_two_processes_may_write_one_page_at_once(tmp_path, monkeypatch):
+    """Another process begins and ends while the first one flushes."""
+    flush = os.fsync
+
+    def flush_slowly(descriptor):
+        monkeypatch.setattr(os, "fsync", flush)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            write_file(tmp_path / "report.html", "another's")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_slowly)
+    write_file(tmp_path / "report.html", "the first one's")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "the first one's"
 
 
 def test_the_command_needs_no_torch(run):

@@ -35,13 +35,15 @@ def add(commands: Commands) -> None:
 
 
 def run_report(given: dict[str, Any]) -> int:
-    from lowmem_grpo.report.report import write_report
+    from lowmem_grpo.report.report import NAME, write_report
 
-    output = Path(given["output"]).expanduser() if given.get("output") else None
+    folder = Path(given["folder"]).expanduser()
+    output = folder / NAME if given.get("output") is None else Path(given["output"]).expanduser()
     try:
-        path = write_report(Path(given["folder"]).expanduser(), output)
+        path = write_report(folder, output)
     except OSError as error:
-        raise NotSavedError(f"the report cannot be written ({in_a_line(error)}); choose another --output") from error
+        why = error.strerror or in_a_line(error)
+        raise NotSavedError(f"{output} cannot be written ({why}); choose another --output") from error
     with writing_output():
         print(printable(f"report: {path}"))
     return 0

@@ -81,12 +81,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, in UTF-8, flushed to the disk.
+    """Write a file that is there whole or not at all, in UTF-8, flushed to the disk. Of two processes the last wins.
 
     Raises:
         OSError: the disk refused, and what was there before still is.
     """
-    temporary = path.with_name(f"{path.name}{BEING_WRITTEN}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{BEING_WRITTEN}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

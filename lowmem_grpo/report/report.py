@@ -1,13 +1,14 @@
 """write_report(): report.html of a run's folder, or of a pipeline's."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.report.page import page_of
 from lowmem_grpo.report.pipeline import pipeline_page_of
@@ -20,19 +21,28 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page of a run or of a pipeline, by default into its folder. Returns its path.
 
     Raises:
-        InputError: there is no run in the folder.
+        InputError: there is no run in the folder, or it cannot be read, or `output` is a folder.
         OSError: the disk refused, and what was there before still is.
     """
+    path = folder / NAME if output is None else output
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give a file for the page, such as {path / NAME}")
+    try:
+        text = _text_of(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({in_a_line(error)}); give a folder that you may read") from error
+    write_file(path, text)
+    return path
+
+
+def _text_of(folder: Path) -> str:
+    """The page of a folder."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give the output_dir of a training or of a pipeline")
     phases = phases_of(folder)
     if phases:
-        text = render("pipeline.html", pipeline_page_of(folder, phases))
-    else:
-        text = render("run.html", page_of(read_run(folder)))
-    path = folder / NAME if output is None else output
-    write_file(path, text)
-    return path
+        return render("pipeline.html", pipeline_page_of(folder, phases))
+    return render("run.html", page_of(read_run(folder)))
 
 
 def render(template: str, page: dict[str, Any]) -> str:
