@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,10 +30,12 @@ from transformers import (
 from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
+from lowmem_grpo.exporting import check
 from lowmem_grpo.exporting.export import as_text, export
-from lowmem_grpo.exporting.files import write_tensors
+from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, write_tensors
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
+from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.product_4bit import dequantized
 
@@ -263,6 +268,58 @@ def test_what_a_run_left_no_completions_of_is_asked_a_few_questions(tmp_path):
     (tmp_path / "run/samples.jsonl").unlink()
     result = export(str(adapter), str(tmp_path / "out"), dtype="float32", num_texts=2, use_cpu=True)
     assert result.checked is not None and result.checked.num_texts == 2
+
+
+def test_questions_are_asked_with_the_types_that_the_run_had(tmp_path, monkeypatch):
+    policy = make_run(tmp_path, model=AutoModelForCausalLM.from_pretrained(DEMO_MODEL))
+    given = []
+    monkeypatch.setattr(check, "Sampler", lambda *of: given.append(of[1]) or Sampler(*of))
+    config = GRPOConfig(**NO_BF16, load_in_4bit=False)
+    assert len(check.texts_of(policy, tmp_path, config, 1)) == 1
+    assert given == [replace(config, max_completion_length=64)]
+
+
+def test_a_prompt_or_a_completion_without_tokens_is_left_out(tmp_path):
+    policy = make_run(tmp_path, model=AutoModelForCausalLM.from_pretrained(DEMO_MODEL))
+    lines = [
+        {"step": 1, "prompt": prompt, "completion": text} for prompt, text in (("", "3"), ("1+2=", ""), ("1+", "2"))
+    ]
+    (tmp_path / "run/samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    policy.tokenizer.chat_template = None
+    (found,) = check.texts_of(policy, tmp_path / "run", GRPOConfig(**NO_BF16), 8)
+    assert policy.tokenizer.decode(found.completion) == "2"
+
+
+def test_an_adapter_that_left_its_run_is_taken_for_one_of_4_bits_with_a_warning(tmp_path):
+    adapter = make_small_run(tmp_path).rename(tmp_path / "alone")
+    given = {"num_texts": 0, "use_cpu": True}
+    with pytest.warns(UserWarning, match="alone is taken to be trained on a base in 4 bits, since there is no grpo_c"):
+        assert export(str(adapter), str(tmp_path / "out"), **given).onto == "nf4"
+    (tmp_path / "grpo_config.json").write_text('{"load_in_4bit": false}', encoding="utf-8")
+    with warnings.catch_warnings(action="error"):
+        assert export(str(adapter), str(tmp_path / "other"), **given).onto == "original"
+
+
+def test_the_file_that_is_loaded_is_the_one_that_is_merged(tmp_path):
+    make_run(tmp_path)
+    before = merged(tmp_path)
+    (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    after = merged(tmp_path, out="again")
+    assert after.keys() == before.keys() and not (tmp_path / "again/model.safetensors.index.json").exists()
+
+
+def test_a_base_on_the_hub_is_fetched_without_its_second_copies():
+    there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    besides = ["original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "metal/model.bin"]
+    found = filter_repo_objects(there + besides, allow_patterns=NEEDED, ignore_patterns=NOT_NEEDED)
+    assert list(found) == there
+
+
+def test_experts_in_a_form_that_is_not_merged_onto_nf4_are_refused_before_any_weights_are_read(tmp_path):
+    make_run(tmp_path, model=make_wrapper("qwen3_vl_moe"))
+    with pytest.raises(InputError, match="has its experts in a form that is not put into 4 bits here; merge onto orig"):
+        MergePlan(str(tmp_path / "run/adapter"), tmp_path / "base", MergeSettings("nf4", None, FP32, CPU))
+    merged(tmp_path, "original")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ The scale is what training changed: the same difference between the policy and i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ QUESTIONS = (
 
 
 class Text(NamedTuple):
-    """Ids of a prompt and of a completion, which has one at least."""
+    """Ids of a prompt and of a completion, of each at least one."""
 
     prompt: list[int]
     completion: list[int]
@@ -50,11 +50,10 @@ class Difference:
         return cls(d.abs().mean().item(), d.abs().max().item(), k3)
 
 
-def texts_of(policy: Policy, run: Path | None, num_texts: int) -> list[Text]:
+def texts_of(policy: Policy, run: Path, config: GRPOConfig, num_texts: int) -> list[Text]:
     """A few prompts with completions: what the run has left of its last evaluation, or what the policy says now."""
-    found = [] if run is None else _sampled(run)[:num_texts]
-    texts = [text for prompt, completion in found if (text := _likelier(policy, prompt, completion)).completion]
-    return texts or _asked(policy, num_texts)
+    found = (_likelier(policy, prompt, completion) for prompt, completion in _sampled(run)[:num_texts])
+    return [text for text in found if text is not None] or _asked(policy, config, num_texts)
 
 
 def _sampled(run: Path) -> list[tuple[str, str]]:
@@ -67,14 +66,17 @@ def _sampled(run: Path) -> list[tuple[str, str]]:
     return [(line["prompt"], line["completion"]) for line in lines if line["step"] == last]
 
 
-def _likelier(policy: Policy, prompt: str, completion: str) -> Text:
-    """A text whose prompt is taken as it is or as a chat's, whichever makes the completion likelier."""
+def _likelier(policy: Policy, prompt: str, completion: str) -> Text | None:
+    """A text whose prompt is taken as it is or as a chat's, whichever makes the completion likelier.
+
+    None where the prompt or the completion has no token.
+    """
     tokenizer = policy.tokenizer
     prompts = [tokenizer(prompt)["input_ids"], *_as_chat(tokenizer, prompt)]
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"][:MOST_TOKENS]
-    texts = [Text(one[-MOST_TOKENS:], ids) for one in prompts]
-    if len(texts) == 1 or not ids:
-        return texts[0]
+    texts = [Text(one[-MOST_TOKENS:], ids) for one in prompts if one and ids]
+    if len(texts) < 2:
+        return texts[0] if texts else None
     return max(texts, key=lambda text: by_policy(policy, [text]).mean().item())
 
 
@@ -89,13 +91,12 @@ def _as_chat(tokenizer: Any, prompt: str) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def _asked(policy: Policy, num_texts: int) -> list[Text]:
+def _asked(policy: Policy, config: GRPOConfig, num_texts: int) -> list[Text]:
     """QUESTIONS with what the policy answers greedily."""
     tokenizer = policy.tokenizer
     ids = [[*_as_chat(tokenizer, one), tokenizer(one)["input_ids"]][0] for one in QUESTIONS[:num_texts]]
     prompts = [Prompt(text, its, {}) for text, its in zip(QUESTIONS, ids, strict=False)]
-    config = GRPOConfig(max_completion_length=64, bf16=policy.dtype != torch.float32)
-    completions = Sampler(policy, config).complete_greedily(prompts)
+    completions = Sampler(policy, replace(config, max_completion_length=64)).complete_greedily(prompts)
     return [Text(one.ids, done.ids) for one, done in zip(prompts, completions, strict=True) if done.ids]
 
 

@@ -3,9 +3,10 @@
 import gc
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,8 +98,14 @@ def export(
         private=private,
     )  # fmt: skip
     model = os.path.expanduser(model)
-    config = _as_trained(model, use_cpu, trust_remote_code)
+    saved = _settings_of(_run_of(model))
+    config = _as_trained(saved, use_cpu, trust_remote_code)
     _refuse_model(model, config)
+    if out is not None and not saved:
+        warn(
+            f"{model} is taken to be trained on a base in 4 bits, since there is no {OF_RUNS[0]} beside that folder; "
+            'if it was not, write {"load_in_4bit": false} into such a file'
+        )
     given = read_adapter_config(model)
     revision = (config.model_init_kwargs or {}).get("revision") or given.revision
     base = model_folder(str(given.base_model_name_or_path), revision)
@@ -135,10 +142,18 @@ def as_text(result: ExportResult) -> list[str]:
     return lines
 
 
-def _as_trained(adapter: str, use_cpu: bool, trust_remote_code: bool) -> GRPOConfig:
-    """The settings that load an adapter's base as in its run, whose folder may be around the adapter."""
-    run = Path(adapter).absolute().parent
-    saved = next((found for name in OF_RUNS if (found := read_object(run / name))), {})
+def _run_of(adapter: str) -> Path:
+    """The folder of the run that an adapter is of, where it is still in that."""
+    return Path(adapter).absolute().parent
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    """The settings that a training has left in its folder; none where there is no such file."""
+    return next((found for name in OF_RUNS if (found := read_object(run / name))), {})
+
+
+def _as_trained(saved: Mapping[str, Any], use_cpu: bool, trust_remote_code: bool) -> GRPOConfig:
+    """The settings that load an adapter's base as in its run, which has saved its own."""
     fields = {name: saved[name] for name in AS_TRAINED if name in saved}
     return GRPOConfig(
         use_cpu=use_cpu, trust_remote_code=trust_remote_code, gradient_checkpointing=False, **fields
@@ -239,7 +254,7 @@ def _by_policy(
     if not num_texts:
         return [], torch.empty(0), torch.empty(0)
     policy = load_policy(model, load_tokenizer(model, config), config)
-    texts = texts_of(policy, Path(model).absolute().parent, num_texts)
+    texts = texts_of(policy, _run_of(model), config, num_texts)
     found = texts, by_policy(policy, texts), by_policy(policy, texts, as_base=True)
     del policy
     gc.collect()

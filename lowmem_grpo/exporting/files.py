@@ -31,6 +31,8 @@ OF_WEIGHTS = (
     ".onnx",
 )
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]  # of a model on the hub
+# What some have there besides: the same weights once more, in folders such as original/, or for another program.
+NOT_NEEDED = ["*/*", "consolidated*"]
 
 
 class Stored(NamedTuple):
@@ -62,7 +64,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     if os.path.isdir(name):
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED, ignore_patterns=NOT_NEEDED))
     except Exception as error:  # of the hub or the network
         raise InputError(f"the base {name!r} cannot be fetched from the hub: {in_a_line(error)}") from error
 
@@ -87,11 +89,10 @@ class Tensors:
             raise InputError(f"{folder} has tensors of the type {other}, which is not merged here; take a 16-bit form")
 
     def _files(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if (self.folder / ONE_FILE).is_file():
+        if (self.folder / ONE_FILE).is_file():  # which is loaded where there is an index too
             return [ONE_FILE]
+        if (self.folder / INDEX).is_file():
+            return sorted(set(json.loads((self.folder / INDEX).read_bytes())["weight_map"].values()))
         raise InputError(
             f"{self.folder} has no safetensors, which a merge reads one tensor at a time; write them with "
             "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER), and set base_model_name_or_path in "
@@ -108,8 +109,9 @@ class Tensors:
 
     def metadata(self) -> dict[str, Any]:
         """Entries of the index that are about all tensors."""
-        index = self.folder / INDEX
-        return json.loads(index.read_bytes()).get("metadata") or {} if index.is_file() else {}
+        if (self.folder / ONE_FILE).is_file():
+            return {}
+        return json.loads((self.folder / INDEX).read_bytes()).get("metadata") or {}
 
 
 def write_tensors(

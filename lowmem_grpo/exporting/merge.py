@@ -227,6 +227,8 @@ class MergePlan:
             self.states.setdefault(name.rpartition(".weight.")[0] + ".weight", []).append(name)
         kept = [name for name in stored if name not in set(states)]
         self.places = find_places(kept, config, settings.compute_dtype, settings.trust_remote_code)
+        if settings.onto == "nf4" and not all(self.places.parts.values()):
+            raise InputError(f"{base} has its experts in a form that is not put into 4 bits here; merge onto original")
         self.changes = self._changes(adapter, config)
         self.own_dtype = _main_dtype(stored, config)
         self.dtype = settings.dtype or self.own_dtype
@@ -298,10 +300,6 @@ class MergePlan:
     def _part(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of one expert through 4 bits, which training makes of the whole matrix that it is a part of."""
         parts = self.places.parts[name]
-        if not parts:
-            raise InputError(
-                f"{self.tensors.folder} has its experts in a form that is not put into 4 bits here; merge onto original"
-            )
         matrices = [self.tensors.read(part).to(self.settings.device, self.settings.compute_dtype) for part in parts]
         place = parts.index(name)
         return _of_expert(torch.cat(matrices)).split([len(one) for one in matrices])[place].to("cpu", dtype)
