@@ -1,4 +1,4 @@
-"""The command `lowmem-grpo`: trainings, what goes around them, eval, data, plan, report, demo and bench."""
+"""The command `lowmem-grpo`: trainings, what goes around them, looks at data and runs, export, demo and bench."""
 
 import contextlib
 import io
