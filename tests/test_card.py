@@ -215,6 +215,7 @@ def test_the_card_of_a_merged_model_is_of_a_whole_model(trained):
     )
     assert card.data.library_name == "transformers" and "lora" not in card.data.tags
     assert "* it was checked\n" in card.text and "lowmem-grpo export" not in card.text
+    assert "computes other numbers" not in card.text, "it was merged onto the numbers that training saw"
     assert isinstance(executed(program(card))["model"], PreTrainedModel)
 
 

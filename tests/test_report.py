@@ -22,6 +22,9 @@ from lowmem_grpo.report.page import duration, page_of, state_of
 from lowmem_grpo.report.reading import read_run, readable
 from lowmem_grpo.report.report import write_report
 from lowmem_grpo.run import run as run_module
+from lowmem_grpo.run.card import card_of
+from lowmem_grpo.watch.run import WatchedRun
+from lowmem_grpo.watch.view import View
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 SECTIONS = ["Curves", "Evaluations", "Time", "Memory", "Settings", "Again"]
@@ -241,6 +244,32 @@ def test_a_single_file_is_enough_where_it_says_that_a_run_is_there(name, run, tm
         assert [one for one in read(tmp_path).headings if one in SECTIONS] == SECTIONS
 
 
+ODD = [[], {}, 7, 10**400, "x" * 300, True]
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [
+        ("run.json", "kind"), ("run.json", "resumed"), ("run.json", "ended"), ("run.json", "datasets"),
+        ("grpo_config.json", "loss_type"), ("grpo_config.json", "adv_estimator"), ("metrics.jsonl", "step"),
+        ("adapter/adapter_config.json", "lora_alpha"), ("adapter/adapter_config.json", "base_model_name_or_path"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_stops_no_reader_of_a_runs_files(name, field, tmp_path):
+    make_run(tmp_path, 3)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}), encoding="utf-8")
+    path = tmp_path / name
+    first, *others = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for value in [*ODD, {"train": 10**400}]:
+        path.write_text(json.dumps({**json.loads(first), field: value}) + "\n" + "".join(others), encoding="utf-8")
+        assert page_of(read_run(tmp_path))["settings"]
+        assert "## Use" in card_of(tmp_path / "adapter").text
+        watched = WatchedRun(tmp_path)
+        watched.refresh()
+        assert View(80).of_run(watched)
+
+
 def test_numbers_that_no_picture_can_have_are_left_out(tmp_path):
     odd = [None, True, "1", [], {}, 10**400, 1e308, -5e299, 0, 0.0]
     lines = [
@@ -312,10 +341,10 @@ def test_the_command_needs_no_torch(run):
         ({"ended": {"how": "stopped"}}, None, "stopped"),
         ({"ended": {"how": "failed", "why": "too hot"}}, None, "failed"),
         ({"ended": None}, f"process {os.getpid()} on {socket.gethostname()}\n", "running"),
-        ({"ended": None}, f"process 999999999 on {socket.gethostname()}\n", "stopped"),
-        ({"ended": None}, "process 1 on elsewhere\n", "stopped"),
-        ({"ended": None}, "garbage", "stopped"),
-        ({"ended": None}, None, "stopped"),
+        ({"ended": None}, f"process 999999999 on {socket.gethostname()}\n", "cut off"),
+        ({"ended": None}, "process 1 on elsewhere\n", "cut off"),
+        ({"ended": None}, "garbage", "cut off"),
+        ({"ended": None}, None, "cut off"),
     ],
     # Without the process's number, which differs from worker to worker.
     ids=["whole", "stopped", "failed", "its lock is held", "its process is gone", "elsewhere", "garbage", "no lock"],
@@ -325,9 +354,9 @@ def test_a_page_says_how_the_run_ended(tmp_path, about, lock, word):
     if lock is not None:
         (tmp_path / "run.lock").write_text(lock)
     found = state_of(read_run(tmp_path))
-    assert ("before its first checkpoint" in found["text"]) == (word == "stopped")
+    assert ("before its first checkpoint" in found["text"]) == (word in ("stopped", "cut off"))
     (tmp_path / "checkpoint-2").mkdir()
-    assert ("it can be resumed" in state_of(read_run(tmp_path))["text"]) == (word == "stopped")
+    assert ("it can be resumed" in state_of(read_run(tmp_path))["text"]) == (word in ("stopped", "cut off"))
     assert found["word"] == word and ("too hot" in found["text"]) == (word == "failed")
 
 

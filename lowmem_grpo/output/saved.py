@@ -1,10 +1,12 @@
 """JSON that a run has saved, tested as it is read. A file may be damaged, or written by hand."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 COUNTS = ("step", "skipped_steps")  # of a line, which are read again
+LAST_STEP = 10**9  # that a file may name
 
 
 def whole(value: Any, name: str) -> int:
@@ -61,4 +63,9 @@ def read_line(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     is_line = isinstance(line, dict) and "step" in line and all(type(line.get(name, 0)) is int for name in COUNTS)
-    return line if is_line else None
+    return line if is_line and 0 <= line["step"] <= LAST_STEP else None
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Tell whether a line of metrics.jsonl is of an evaluation."""
+    return any(name.startswith("eval_") for name in line)

@@ -27,7 +27,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.output.folder import write_file
-from lowmem_grpo.output.saved import read_object
+from lowmem_grpo.output.saved import is_evaluation, read_object
 
 T = TypeVar("T")
 START_S = 30.0  # that a run waits for a tracker to start, and at its end for what is still to be sent
@@ -332,7 +332,7 @@ def as_tracked(line: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
 
 def _which(line: Mapping[str, Any]) -> tuple:
     """The step of a line and of what it is, which tell it from the other lines of its run."""
-    return line["step"], line.get("doctor"), any(name.startswith("eval_") for name in line)
+    return line["step"], line.get("doctor"), is_evaluation(line)
 
 
 def _text(value: Any) -> str:

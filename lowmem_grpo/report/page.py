@@ -8,7 +8,17 @@ from typing import Any
 
 from lowmem_grpo.report.chart import Dot, dot_in_words, in_digits, in_words
 from lowmem_grpo.report.curves import MOST_LINES, charts_of
-from lowmem_grpo.report.reading import RunFiles, changed_settings, mapping, mean, number, readable, texts
+from lowmem_grpo.report.reading import (
+    RunFiles,
+    changed_settings,
+    mapping,
+    mean,
+    number,
+    readable,
+    resumes_of,
+    standing_of,
+    texts,
+)
 
 # Most of each on a page, so that it stays below 1 MB whatever a run has written.
 MOST_CHARACTERS, MOST_ROWS = 3000, 40
@@ -72,18 +82,16 @@ def state_of(run: RunFiles) -> dict[str, str]:
     ended, total = mapping(run.about.get("ended")), number(run.about.get("total_steps"))
     done = f"after step {last_step(run):,}{'' if total is None else f' of {total:,.0f}'}"
     resume = "; it can be resumed" if any(run.folder.glob("checkpoint-*")) else ", before its first checkpoint"
-    how, why = str(ended.get("how") or ""), str(ended.get("why") or "")
-    if how == "finished":
-        return {"word": "finished", "text": f"All {last_step(run):,} steps are done."}
-    if how == "stopped":
-        return {"word": "stopped", "text": f"The run was stopped {done}{resume}."}
-    if how == "failed":
-        return {"word": "failed", "text": f"The run failed {done}: {why}"}
-    if run.is_running:
-        return {"word": "running", "text": f"The run goes on {done}."}
-    if not run.about:
-        return {"word": "", "text": f"The log ends {done}."}
-    return {"word": "stopped", "text": f"The run was cut off {done}, as by a kill{resume}."}
+    word = standing_of(run.about, is_running=run.is_running)
+    sentences = {
+        "finished": f"All {last_step(run):,} steps are done.",
+        "stopped": f"The run was stopped {done}{resume}.",
+        "failed": f"The run failed {done}: {ended.get('why') or ''}",
+        "running": f"The run goes on {done}.",
+        "cut off": f"The run was cut off {done}, as by a kill{resume}.",
+        "": f"The log ends {done}.",
+    }
+    return {"word": word, "text": sentences[word]}
 
 
 def headline_of(run: RunFiles) -> dict[str, Any] | None:
@@ -311,9 +319,7 @@ def changes_of(run: RunFiles) -> list[dict[str, str]]:
 
 def about_of(run: RunFiles) -> dict[str, Any]:
     """How the run is done again: command or Python call, model, data, device, versions and times."""
-    command = str(run.about.get("command") or "")
-    resumed = run.about.get("resumed")
-    again = [mapping(one) for one in resumed[-5:]] if isinstance(resumed, list) else []
+    command, again = str(run.about.get("command") or ""), resumes_of(run.about)[-5:]
     rows = {
         "model": str(run.about.get("model") or ""),
         "trained on": ", ".join(texts(datasets_of(run).get("train"))),

@@ -12,13 +12,12 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.lock import is_in_use
-from lowmem_grpo.output.saved import read_lines, read_object
+from lowmem_grpo.output.saved import is_evaluation, read_lines, read_object
 
 CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder in a pipeline's
 UNSAID = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of a run, or are secret
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
-LAST_STEP = 10**9  # that a file may name
 PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
 
@@ -72,6 +71,25 @@ def readable(text: str) -> str:
     return JOINER.join(map(printable_text, text.split(JOINER)))
 
 
+def kind_of(about: Mapping[str, Any], there: Iterable[str]) -> str:
+    """The kind of a run: as run.json says, or the first whose settings are `there`, or an empty text."""
+    return next((kind for kind in [about.get("kind"), *there] if isinstance(kind, str) and kind in CONFIGS), "")
+
+
+def resumes_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The times that a run went on, as run.json has them, each with "started" and "step"."""
+    found = about.get("resumed")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def standing_of(about: Mapping[str, Any], *, is_running: bool) -> str:
+    """How a run stands: finished, stopped, failed, running or cut off; an empty text where nothing says it."""
+    how = mapping(about.get("ended")).get("how")
+    if isinstance(how, str) and how in ("finished", "stopped", "failed"):
+        return how
+    return "running" if is_running else "cut off" if about else ""
+
+
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is a run's, finished or not."""
     return any((folder / name).is_file() for name in PLACES)
@@ -98,15 +116,13 @@ def read_run(folder: Path) -> RunFiles:
         )
     about = read_object(folder / "run.json")
     there = [kind for kind in CONFIGS if (folder / f"{kind}_config.json").is_file()]
-    named = about.get("kind")
-    kind = named if named in [*CONFIGS] else (there or ["grpo"])[0]
+    kind = kind_of(about, there) or "grpo"
     lines, of_log = read_lines(folder / "metrics.jsonl")
     samples, of_samples = read_lines(folder / "samples.jsonl")
-    lines, samples = ([line for line in of if 0 <= line["step"] <= LAST_STEP] for of in (lines, samples))
-    evaluations = {line["step"]: line for line in lines if any(name.startswith("eval_") for name in line)}
+    evaluations = {line["step"]: line for line in lines if is_evaluation(line)}
     steps = {line["step"]: line for line in lines if "loss" in line}
     return RunFiles(
-        folder=folder, kind=str(kind), about=about, settings=read_object(folder / f"{kind}_config.json"),
+        folder=folder, kind=kind, about=about, settings=read_object(folder / f"{kind}_config.json"),
         plan=read_object(folder / "plan.json"), steps=[steps[step] for step in sorted(steps)],
         evaluations=[evaluations[step] for step in sorted(evaluations)],
         findings=[line for line in lines if isinstance(line.get("doctor"), str)], samples=samples,

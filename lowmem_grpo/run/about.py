@@ -19,6 +19,7 @@ from lowmem_grpo.inputs import Inputs, RunInputs, name_of
 from lowmem_grpo.output.folder import remove, write_file
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.planner.plan import as_dict
+from lowmem_grpo.report.reading import resumes_of
 
 RUN, PLAN = "run.json", "plan.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -38,7 +39,7 @@ def write_about(inputs: RunInputs, step: int) -> None:
     about: dict[str, Any] = {**about_run(inputs), "resumed": [], "ended": None}
     if inputs.resume is not None:
         before = read_object(path)
-        again = [*(before.get("resumed") or []), {"started": about["started"], "step": step}]
+        again = [*resumes_of(before), {"started": about["started"], "step": step}]
         about |= {"started": before.get("started") or about["started"], "resumed": again}
     write_file(path, json.dumps(about, indent=1))
     if inputs.plan is None:

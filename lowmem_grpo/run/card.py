@@ -59,7 +59,7 @@ def card_of(folder: Path, *, name: str | None = None, onto: str | None = None, n
         "Use": _use(facts, name, is_merged=onto is not None),
         "Settings": _settings(facts),
         "Reproduce": _reproduce(facts),
-        "Limits": points(_limits(facts)),
+        "Limits": points(_limits(facts, onto)),
     }
     parts = [f"# {code(facts.run.folder.name)}", _summary(facts, is_merged=onto is not None)]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -154,9 +154,9 @@ def _model(facts: Facts) -> list[str]:
     start = facts.run.about.get("model")
     if isinstance(start, str) and start != facts.base:
         lines.append(f"training went on from {_model_name(start)}")
-    r, alpha = (number(facts.adapter.get(name)) for name in ("r", "lora_alpha"))
+    r, alpha = number(facts.adapter.get("r")), number(facts.adapter.get("lora_alpha"))
     if r is not None and alpha is not None:
-        lines.append(f"adapter: rank {r:g}, alpha {alpha:g}")
+        lines.append(f"adapter: rank {r:.0f}, alpha {alpha:g}")
     return lines
 
 
@@ -248,7 +248,7 @@ def _reproduce(facts: Facts) -> str:
     return "\n\n".join(filter(None, [block(command, "sh") if command else "", points(lines)]))
 
 
-def _limits(facts: Facts) -> list[str]:
+def _limits(facts: Facts, onto: str | None) -> list[str]:
     if not facts.is_known:
         return []
     lines = [
@@ -257,6 +257,7 @@ def _limits(facts: Facts) -> list[str]:
     ]
     if facts.kind == "grpo" and facts.settings.get("teacher") is None:
         lines.append("what it has learnt is to earn its rewards, also where they pay for what is not right")
-    if facts.settings.get("load_in_4bit", True):
-        lines.append("it was trained on a base in 4 bits, and computes other numbers on one in 16 bits")
+    if facts.settings.get("load_in_4bit", True) and onto != "nf4":
+        where = "on one in 16 bits" if onto is None else "here"
+        lines.append(f"it was trained on a base in 4 bits, and computes other numbers {where}")
     return lines + [f"found in training: {code(line.get('text'))}" for line in facts.run.findings]

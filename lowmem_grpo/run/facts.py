@@ -107,7 +107,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float | None]:
 
 def hub_id(name: Any) -> str | None:
     """A name that a repository on the hub may have, or None for any other, and for a path."""
-    if not isinstance(name, str) or os.path.exists(name):
+    if not isinstance(name, str) or os.path.exists(name):  # False for one that is too long for a path
         return None
     try:
         validate_repo_id(name)

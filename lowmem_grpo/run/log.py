@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.output.folder import BEING_WRITTEN, set_aside
-from lowmem_grpo.output.saved import read_lines
+from lowmem_grpo.output.saved import is_evaluation, read_lines
 from lowmem_grpo.warn import warn
 
 
@@ -120,8 +120,3 @@ class HeardLog(MetricsLog):
 def _in_json(line: Mapping[str, float | str]) -> dict[str, Any]:
     """A line with None, JSON's null, in place of what is not finite."""
     return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
-
-
-def is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Tell whether a line of metrics.jsonl is of an evaluation."""
-    return any(name.startswith("eval_") for name in line)

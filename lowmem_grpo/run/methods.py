@@ -74,15 +74,14 @@ def methods_of(kind: str, settings: Mapping[str, Any]) -> list[Method]:
 
 
 def _of_rewards(settings: Mapping[str, Any]) -> list[Method]:
-    estimator = str(settings.get("adv_estimator"))
-    found = [PPO if estimator == "gae" else GRPO]
+    found = [PPO if settings.get("adv_estimator") == "gae" else GRPO]
     if settings.get("teacher") is not None:
         found = [DISTILLATION]
+    estimator = ESTIMATORS.get(str(settings.get("adv_estimator")))
     asked = [
-        (estimator in ESTIMATORS, ESTIMATORS.get(estimator)),
         (settings.get("importance_sampling_level", "token") != "token", GSPO),
         (settings.get("multi_objective_aggregation") == "normalize_then_sum", GDPO),
         (settings.get("dynamic_sampling_rounds"), DYNAMIC),
         (settings.get("delta"), DUAL_CLIP),
     ]
-    return found + [method for is_asked, method in asked if is_asked and method is not None]
+    return [*found, *([estimator] if estimator else []), *(method for is_asked, method in asked if is_asked)]

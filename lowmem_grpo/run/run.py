@@ -33,7 +33,7 @@ from lowmem_grpo.output.folder import (
     write_folder,
 )
 from lowmem_grpo.output.hub import repository, upload
-from lowmem_grpo.output.saved import measured, whole
+from lowmem_grpo.output.saved import is_evaluation, measured, whole
 from lowmem_grpo.output.trackers import Place, Trackers, tracker_names
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
@@ -44,7 +44,7 @@ from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, sav
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
-from lowmem_grpo.run.log import HeardLog, MetricsLog, is_evaluation, write_completions
+from lowmem_grpo.run.log import HeardLog, MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter, of_all_ranks
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness

@@ -7,8 +7,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.output.saved import read_line
-from lowmem_grpo.report.reading import LAST_STEP, number
+from lowmem_grpo.output.saved import is_evaluation, read_line
+from lowmem_grpo.report.reading import number
 
 MOST_POINTS = 600  # of a curve
 MOST_BYTES = 6 * 2**20  # of a log that is there already, whose steps are all read; of a longer one a part of them
@@ -109,11 +109,11 @@ class Log:
 
     def _line(self, text: bytes) -> None:
         line = read_line(text)
-        if line is None or not 0 <= line["step"] <= LAST_STEP:  # damaged
+        if line is None:  # damaged
             return
         if isinstance(line.get("doctor"), str):
             self.findings.append(line)
-        elif any(name.startswith("eval_") for name in line):
+        elif is_evaluation(line):
             self.evaluations = [*self.evaluations[:1], line]
         else:
             self._step(line)

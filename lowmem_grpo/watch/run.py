@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from lowmem_grpo.output.lock import NAME as LOCK
 from lowmem_grpo.output.lock import is_in_use
-from lowmem_grpo.output.saved import read_lines
-from lowmem_grpo.report.reading import LAST_STEP, mapping, number, phases_of, texts
+from lowmem_grpo.output.saved import LAST_STEP, read_lines
+from lowmem_grpo.report.reading import CONFIGS, kind_of, mapping, number, phases_of, standing_of, texts
 from lowmem_grpo.watch.log import Log, SavedObject
 
-KINDS = ("grpo", "sft", "reward")
 MOST_ROWS = 64  # of a step's table of completions that are looked at
 
 
@@ -65,8 +64,7 @@ class WatchedRun:
     @property
     def kind(self) -> str:
         """The kind of training: grpo, sft or reward, or an empty text where nothing says it."""
-        named = self.about.get("kind")
-        return named if named in KINDS else next((one for one in KINDS if self.files[f"{one}_config"].value), "")
+        return kind_of(self.about, (one for one in CONFIGS if self.files[f"{one}_config"].value))
 
     @property
     def step(self) -> int:
@@ -86,17 +84,17 @@ class WatchedRun:
     def state(self) -> State:
         """How the run stands."""
         ended = mapping(self.about.get("ended"))
-        how, why = str(ended.get("how") or ""), str(ended.get("why") or "")
+        word, why = standing_of(self.about, is_running=self.is_running), str(ended.get("why") or "")
         if self.is_running and (not self.about or self._is_before_the_lock(ended)):
             return State("starting", "it reads its model and data", is_over=False)
-        if how in ("finished", "stopped", "failed"):
-            done = f"after {self.step} steps" if how == "finished" else f"after step {self.step}"
-            return State(how, f"{done}: {why}" if why else done, is_over=True)
-        if self.is_running:
-            return State("running", "", is_over=False)
-        if not self.about:  # of an earlier version, or one that did not begin
+        if word == "running":
+            return State(word, "", is_over=False)
+        if word == "cut off":
+            return State(word, "no process of this machine writes there: killed, or on another machine", is_over=True)
+        if not word:  # of an earlier version, or one that did not begin
             return State("not running", f"after step {self.step}" if self.step else "and not begun", is_over=True)
-        return State("cut off", "no process of this machine writes there: killed, or on another machine", is_over=True)
+        done = f"after {self.step} steps" if word == "finished" else f"after step {self.step}"
+        return State(word, f"{done}: {why}" if why else done, is_over=True)
 
     def _is_before_the_lock(self, ended: dict[str, Any]) -> bool:
         """True where the lock is of a run that began after the one that run.json is of has ended."""
@@ -160,7 +158,7 @@ class WatchedRun:
 
 
 def _configs() -> Iterator[str]:
-    return (f"{kind}_config" for kind in KINDS)
+    return (f"{kind}_config" for kind in CONFIGS)
 
 
 def _first_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lowmem_grpo.errors import printable
 from lowmem_grpo.report.page import duration
-from lowmem_grpo.report.reading import mapping, number
+from lowmem_grpo.report.reading import mapping, number, resumes_of
 from lowmem_grpo.watch.chart import bar, chart, sparkline
 from lowmem_grpo.watch.run import Sample, WatchedRun
 
@@ -102,8 +102,7 @@ class View:
             f"{value:,.0f} tokens/s {name.removeprefix('tokens_per_s/')}"
             for name, value in _numbers(last, "tokens_per_s/")
         ]
-        resumed = about.get("resumed")
-        again = [one for one in resumed if isinstance(one, dict)] if isinstance(resumed, list) else []
+        again = resumes_of(about)
         facts += [f"resumed at step {again[-1].get('step')}"] if again else []
         silence = run.silence
         if not state.is_over and silence is not None and silence > 3 * (a_step or 10):
