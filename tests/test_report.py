@@ -397,6 +397,9 @@ def test_supervised_runs_and_reward_models_have_their_own_numbers(tmp_path):
             else ("Held-out accuracy", "on 60 held-out pairs")
         )
         assert all(words in page.text for words in wanted)
+        assert (
+            "In brackets" not in page.text and f"Differences are between the same {wanted[1].split()[-1]}" in page.text
+        )
 
 
 def test_a_pipeline_has_a_row_a_phase_with_links_to_their_pages(tmp_path):

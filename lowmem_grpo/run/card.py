@@ -194,11 +194,14 @@ def _evaluation(facts: Facts) -> str:
         rows.append(cells)
     k = facts.settings.get("num_generations_eval")
     each = f"{k} sampled completions" if k else "one greedy completion"
-    words = "In brackets are 95 % intervals over the held-out rows"
-    words += f", with {each} of each." if facts.kind == "grpo" else "."
+    words = []
+    if any(name.endswith("/ci_low") for name in after):
+        of_each = f", with {each} of each" if facts.kind == "grpo" else ""
+        words.append(f"In brackets are 95 % intervals over the held-out rows{of_each}.")
     if facts.is_chosen:
-        words += " The adapter was chosen among the run's by these very rows, which flatters it."
-    return f"{table([*head, *(['difference'] if differs else [])], rows)}\n\n{words}"
+        words.append("The adapter was chosen among the run's by these very rows, which flatters it.")
+    shown_table = table([*head, *(["difference"] if differs else [])], rows)
+    return "\n\n".join(filter(None, [shown_table, " ".join(words)]))
 
 
 def _use(facts: Facts, name: str, *, is_merged: bool) -> str:
