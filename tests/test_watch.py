@@ -168,6 +168,7 @@ def test_a_run_stands_as_its_lock_and_its_end_say(tmp_path, ended, holder, word,
     run.refresh()
     assert (run.state.word, run.state.is_over) == (word, is_over)
     assert ("a disk" in run.state.text) == (word == "failed")
+    assert ("killed, or on another machine" in run.state.text) == (word == "cut off")
 
 
 def test_a_running_run_is_shown_with_all_that_its_files_say(tmp_path):

@@ -86,11 +86,11 @@ class WatchedRun:
         ended = mapping(self.about.get("ended"))
         word, why = standing_of(self.about, is_running=self.is_running), str(ended.get("why") or "")
         if self.is_running and (not self.about or self._is_before_the_lock(ended)):
-            return State("starting", "it reads its model and data", is_over=False)
+            return State("starting", "to read its model and data", is_over=False)
         if word == "running":
             return State(word, "", is_over=False)
         if word == "cut off":
-            return State(word, "no process of this machine writes there: killed, or on another machine", is_over=True)
+            return State(word, f"after step {self.step}: killed, or on another machine", is_over=True)
         if not word:  # of an earlier version, or one that did not begin
             return State("not running", f"after step {self.step}" if self.step else "and not begun", is_over=True)
         done = f"after {self.step} steps" if word == "finished" else f"after step {self.step}"
