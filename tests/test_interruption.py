@@ -20,7 +20,7 @@ from lowmem_grpo.run.checkpoint import save_checkpoint
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.log import MetricsLog
-from lowmem_grpo.run.run import Rest
+from lowmem_grpo.run.rest import Rest
 from lowmem_grpo.update.optimizer import Learner
 
 pytestmark = pytest.mark.usefixtures("known_trials")

@@ -26,7 +26,8 @@ from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.preview import show_preview
 from lowmem_grpo.run.ranks import across_ranks
-from lowmem_grpo.run.run import Callback, Run, Step, TrainResult
+from lowmem_grpo.run.run import Callback, Run, TrainResult
+from lowmem_grpo.run.step import Step
 from lowmem_grpo.update.critic import Critic, lengths_with_value, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.critic import why_not_finite as why_no_value

@@ -33,7 +33,7 @@ from lowmem_grpo.output.folder import (
     write_folder,
 )
 from lowmem_grpo.output.hub import repository, upload
-from lowmem_grpo.output.saved import is_evaluation, measured, whole
+from lowmem_grpo.output.saved import is_evaluation, whole
 from lowmem_grpo.output.trackers import Place, Trackers, tracker_names
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
@@ -48,7 +48,9 @@ from lowmem_grpo.run.log import HeardLog, MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter, of_all_ranks
 from lowmem_grpo.run.progress import Progress
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
+from lowmem_grpo.run.rest import Rest
 from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal, writing_to
+from lowmem_grpo.run.step import Step
 from lowmem_grpo.update.critic import Critic
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
 
@@ -66,27 +68,6 @@ class TrainResult:
     output_dir: str  # adapter/ the trained adapter, best/ the best evaluation's, checkpoint-N/ all that a resume needs
     policy: Policy
     findings: list[dict[str, Any]] = field(default_factory=list)  # the doctor's: "step", "doctor" (which), "text"
-
-
-@dataclass
-class Step:
-    """A step in progress: its number, time and memory of its phases, and counts of optimizer steps."""
-
-    number: int  # the first is 1
-    meter: Meter
-    interruption: Interruption
-    learning_rate: float
-    started: float = field(default_factory=time.perf_counter)  # s
-    num_updates: int = 0  # optimizer steps
-    num_skipped: int = 0  # of those, the ones that changed no weight
-    grad_norm: float = math.nan  # before clipping, of the last
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure a part of the step, as time/{name}_s and memory/{name}/peak_mib."""
-        with self.meter.phase(name):
-            yield
-        self.interruption.check()
 
 
 class Run:
@@ -589,23 +570,3 @@ class Run:
             self.progress.say(
                 f"{skipped}{of_all} optimizer steps changed no weight: loss or gradient was not finite{search}"
             )
-
-
-@dataclass
-class Rest:
-    """The rest of the last whole step, its evaluation and callbacks, as a part of a checkpoint."""
-
-    metrics: dict[str, float] | None = None  # of the step, for callbacks; None where nothing is left
-    num_called: int = 0  # callbacks that have had them
-
-    def state(self) -> State:
-        if self.metrics is None:
-            return {}
-        metrics = {name: None if math.isnan(value) else value for name, value in self.metrics.items()}
-        return {"metrics": metrics, "num_called": self.num_called}  # JSON has no NaN
-
-    def load(self, state: State) -> None:
-        if state:
-            metrics = measured(state["metrics"])
-            self.metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
-            self.num_called = whole(state["num_called"], "num_called")
