@@ -311,7 +311,7 @@ class Feed:
         """Call what may raise anything; the first time that it does is kept as the tracker's failure."""
         try:
             return call(*arguments, **named)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # such as a panic of Rust's; Ctrl-C comes to the main thread alone
             self.failure = self.failure or in_a_line(error)
             return None
 
