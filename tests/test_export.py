@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +34,8 @@ from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting import check
-from lowmem_grpo.exporting.export import as_text, export
+from lowmem_grpo.exporting.check import Difference
+from lowmem_grpo.exporting.export import Checked, _refuse_difference, as_text, export
 from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, write_tensors
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
@@ -268,6 +272,23 @@ def test_what_a_run_left_no_completions_of_is_asked_a_few_questions(tmp_path):
     (tmp_path / "run/samples.jsonl").unlink()
     result = export(str(adapter), str(tmp_path / "out"), dtype="float32", num_texts=2, use_cpu=True)
     assert result.checked is not None and result.checked.num_texts == 2
+
+
+@pytest.mark.parametrize(
+    ("onto", "dtype", "in_4bit", "remedy"),
+    [
+        ("original", torch.bfloat16, True, "; merge onto nf4, serve the adapter"),
+        ("original", torch.bfloat16, False, "; write it with dtype float32, serve the adapter"),
+        ("original", FP32, False, "; serve the adapter"),
+        ("nf4", torch.float16, True, "; write it with dtype float32, serve the adapter"),
+        ("nf4", FP32, True, "; serve the adapter"),
+    ],
+)
+def test_a_remedy_is_one_that_is_not_refused_in_turn_or_taken_already(onto, dtype, in_4bit, remedy):
+    plan: Any = SimpleNamespace(dtype=dtype, settings=SimpleNamespace(onto=onto))
+    found = Checked(1, 2, Difference(math.nan, math.nan, math.nan), Difference(1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match=remedy):
+        _refuse_difference(found, plan, in_4bit=in_4bit)
 
 
 def test_questions_are_asked_with_the_types_that_the_run_had(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def _merged(
             found = Checked(
                 len(texts), len(policy), Difference.between(policy, by_merged), Difference.between(policy, without)
             )
-            _refuse_difference(found, onto, plan)
+            _refuse_difference(found, plan, in_4bit=config.load_in_4bit)
             checked.append(found)
         _write_card(folder, model, name, onto, checked)
 
@@ -263,14 +263,15 @@ def _by_policy(
     return found
 
 
-def _refuse_difference(found: Checked, onto: str, plan: MergePlan) -> None:
+def _refuse_difference(found: Checked, plan: MergePlan, *, in_4bit: bool) -> None:
     """Raise InputError where the merged model is too far from the policy for what training changed."""
     bound = max(NOISE, SHARE * found.base.mean)
     if found.merged.mean <= bound and math.isfinite(found.merged.mean):
         return
-    remedy = "merge onto nf4" if onto == "original" else "write it with dtype float32"
+    remedy = "write it with dtype float32, " if plan.dtype != torch.float32 else ""
+    remedy = "merge onto nf4, " if in_4bit and plan.settings.onto == "original" else remedy
     raise InputError(
         f"the merged model is not what was trained: of {found.num_tokens} tokens, log-probabilities differ by "
         f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}; "
-        f"{remedy}, serve the adapter beside its base, or take it unchecked with check 0"
+        f"{remedy}serve the adapter beside its base, or take it unchecked with check 0"
     )
