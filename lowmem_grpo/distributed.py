@@ -15,7 +15,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, chain
@@ -37,6 +37,8 @@ LOOKS_DEAD_S = 2.0  # within which a process whose connections broke has ended
 PARTING_S = 10.0
 
 _alone = 0  # how many alone() are entered
+_store: Any = None  # where the processes find each other
+_num_joined = 0  # how many joined() were entered with others
 _processes: list[int] = []  # process ids, by rank
 # Set once the last exchange is done, which goes on where a signal took the main thread away from it. It is no
 # Thread's join(), since up to Python 3.12 a thread is taken for ended once a signal has come into that.
@@ -63,7 +65,9 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Python objects go by gloo: where a GPU waits for a rank that has died, nobody is told.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=_meeting_place(), rank=number, world_size=count, timeout=PATIENCE)
     try:
         _processes[:] = gathered(os.getpid())
         yield
@@ -75,6 +79,15 @@ def joined(device: torch.device) -> Iterator[None]:
         raise
     finally:
         _leave()
+
+
+def _meeting_place() -> Any:
+    """Return a store in which ranks find each other for one joined(), without the addresses of an earlier one."""
+    global _store, _num_joined
+    if _store is None:
+        _store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[reportPrivateImportUsage] # in docs
+    _num_joined += 1
+    return dist.PrefixStore(f"lowmem_grpo/{_num_joined}", _store)  # type: ignore[reportPrivateImportUsage] # in docs
 
 
 def _leave() -> None:
@@ -250,14 +263,19 @@ def take_from_main(tensors: Sequence[Tensor]) -> None:
         sum_over_ranks(tensors)
 
 
-def refuse_differences(what: str, value: object) -> None:
-    """Refuse to go on where ranks were given different values of `what`, as by a script that shuffles at random.
+def refuse_differences(what: str, values: Mapping[str, object]) -> None:
+    """Refuse values that differ between ranks, given by name, as where a script shuffles at random.
 
     Raises:
         InputError: they differ, on every rank.
     """
-    if len({repr(one) for one in gathered(value)}) > 1:
-        raise InputError(f"the processes were given different {what}; give each the same, as by one seed in all")
+    first, *others = gathered({name: repr(value) for name, value in values.items()})
+    differing = [name for name in first if any(one.get(name) != first[name] for one in others)]
+    if differing:
+        raise InputError(
+            f"the processes were given different {what} ({', '.join(differing)}); give each the same, by one seed "
+            "in all and without the time of day"
+        )
 
 
 @contextlib.contextmanager

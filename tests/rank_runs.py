@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from ranks import WAIT_S
 from tiny_models import DEMO_MODEL
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage] # in its docs
 
-from lowmem_grpo import RewardConfig, SFTConfig, sft, train, train_reward_model
+from lowmem_grpo import RewardConfig, SFTConfig, distributed, sft, train, train_reward_model
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
 from lowmem_grpo.output import folder
@@ -119,6 +121,26 @@ def sample_and_learn(output_dir: str, strike: Callable | None = None, **settings
 
 def rank() -> int:
     return int(os.environ["RANK"])
+
+
+def learn_with_its_own(output_dir: str) -> dict[str, Any]:
+    """A run of sft() with a seed and an output_dir that each process has for itself."""
+    return learn_examples(f"{output_dir}/{rank()}", seed=rank())
+
+
+def join_twice() -> list[list[int]]:
+    """The ranks that came together, two times, in a store that outlives both, as torchrun's agent has one."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    port = int(os.environ["MASTER_PORT"])
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if rank() == 0 else None
+    found = []
+    for _ in range(2):
+        if rank() == 0:
+            time.sleep(0.5)  # while rank 1 looks for its address
+        with distributed.joined(torch.device("cpu")):
+            found.append(distributed.gathered(rank()))
+    del agent
+    return found
 
 
 def stop_rank_1(step, metrics, policy) -> None:

@@ -163,7 +163,7 @@ def run(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_together(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
-    return run(f"{folder}/{distributed.rank()}", settings)
+    return run(f"{folder}/together", settings)
 
 
 def run_alone(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -206,14 +206,14 @@ def together() -> dict[str, Any]:
     distributed.take_from_main([of_main])
     values, of_bf16 = torch.tensor([1.0, rank]), torch.ones(1, 1, dtype=torch.bfloat16)
     distributed.sum_over_ranks([values, of_bf16])
-    distributed.refuse_differences("rows", [1, 2])
+    distributed.refuse_differences("settings", {"seed": 1})
     return {
         "rank": (rank, distributed.world_size()), "alone": alone, "own draw": own, "shared draw": torch.rand(()).item(),
         "gathered": distributed.gathered(f"rank {rank}"), "from main": distributed.from_main(f"rank {rank}"),
         "any of": (distributed.any_of(rank == 1), distributed.any_of(False)), "sum": values, "of bf16": of_bf16,
         "of main": of_main, "error": repr(_raised(lambda: distributed.each(lambda: _fail(1, ValueError("of rank 1"))))),
         "without pickle": str(_raised(lambda: distributed.each(lambda: _fail(1, Unsendable("a", "b"))))),
-        "different": str(_raised(lambda: distributed.refuse_differences("rows", rank))), "same": True,
+        "different": str(_raised(lambda: distributed.refuse_differences("settings", {"seed": rank, "beta": 0}))), "same": True,
     }  # fmt: skip
 
 

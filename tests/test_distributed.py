@@ -71,7 +71,7 @@ def test_ranks_put_together_what_each_has(several):
         assert found["sum"].tolist() == [size, sum(range(size))] and found["of bf16"].tolist() == [[float(size)]]
         assert found["of main"].tolist() == [0.0, 7.0]
         assert found["error"] == "ValueError('of rank 1')" and "a" in found["without pickle"]
-        assert found["different"].startswith("the processes were given different rows") and found["same"]
+        assert found["different"].startswith("the processes were given different settings (seed);") and found["same"]
         # The generator that all share is where it was, and what each drew is its own.
         assert found["shared draw"] == several.call(rank_work.together)[0]["shared draw"]
     assert len({found["own draw"] for found in several.call(rank_work.together)}) == len(several.processes)

@@ -111,6 +111,17 @@ def test_more_processes_than_examples_are_refused_on_all_and_before_long_work(tm
     assert all(one["error"].startswith(words) for _, one in found)
 
 
+def test_processes_with_settings_of_their_own_are_refused_by_name(tmp_path):
+    """With seeds of their own they would draw other prompts, and put the completions together as if of one."""
+    found = each_of(2, rank_runs.learn_with_its_own, str(tmp_path))
+    words = "InputError: the processes were given different settings (seed, output_dir)"
+    assert all(one["error"].startswith(words) for _, one in found)
+
+
+def test_processes_come_together_as_often_as_a_script_trains():
+    assert [one["found"] for _, one in each_of(2, rank_runs.join_twice)] == [[[0, 1], [0, 1]]] * 2
+
+
 def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,6 +32,9 @@ def across_ranks(function: Callable[P, T]) -> Callable[P, T]:
         device = _device(use_cpu=getattr(config, "use_cpu", False))
         with distributed.joined(device), _silent_but_for_main():
             _refuse_too_few_gpus(config)
+            # Before anything goes by them: another seed draws other prompts, another lora_r other shapes.
+            settings = vars(config) if is_dataclass(config) else {"config": type(config).__name__}
+            distributed.refuse_differences("settings", settings)
             return function(*args, **kwargs)
 
     return call

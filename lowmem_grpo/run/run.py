@@ -115,8 +115,8 @@ class Run:
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
-        for what in sorted(self.identity.keys() - {"sources"}):  # in which a user's object may name its address
-            refuse_differences(f"inputs ({what})", self.identity[what])
+        # Without "sources", in which a user's object may name its address.
+        refuse_differences("inputs", {name: self.identity[name] for name in sorted(self.identity.keys() - {"sources"})})
         with writing_to(self.folder):
             by_main(mend_folder)(self.folder)
             if inputs.resume is not None:
