@@ -128,6 +128,12 @@ def learn_with_its_own(output_dir: str) -> dict[str, Any]:
     return learn_examples(f"{output_dir}/{rank()}", seed=rank())
 
 
+def learn_with_its_own_evaluation(output_dir: str) -> None:
+    """A run of sft() that each process evaluates on other examples."""
+    config = SFTConfig(**COMMON, max_steps=1, examples_per_step=2, output_dir=output_dir)
+    sft(str(DEMO_MODEL), examples(), examples()[rank() : rank() + 2], config)
+
+
 def join_twice() -> list[list[int]]:
     """The ranks that came together, two times, in a store that outlives both, as torchrun's agent has one."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"

@@ -118,6 +118,12 @@ def test_processes_with_settings_of_their_own_are_refused_by_name(tmp_path):
     assert all(one["error"].startswith(words) for _, one in found)
 
 
+def test_processes_that_would_evaluate_on_other_rows_are_refused(tmp_path):
+    found = each_of(2, rank_runs.learn_with_its_own_evaluation, str(tmp_path))
+    words = "InputError: the processes were given different inputs (eval_dataset)"
+    assert all((one["error"] or "none").startswith(words) for _, one in found)
+
+
 def test_processes_come_together_as_often_as_a_script_trains():
     assert [one["found"] for _, one in each_of(2, rank_runs.join_twice)] == [[[0, 1], [0, 1]]] * 2
 

@@ -115,8 +115,9 @@ class Run:
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
-        # Without "sources", in which a user's object may name its address.
-        refuse_differences("inputs", {name: self.identity[name] for name in sorted(self.identity.keys() - {"sources"})})
+        given = {**self.identity, "eval_dataset": evaluations.data if evaluations else None}
+        del given["sources"]  # in which a user's object may name its address
+        refuse_differences("inputs", given)
         with writing_to(self.folder):
             by_main(mend_folder)(self.folder)
             if inputs.resume is not None:
