@@ -108,6 +108,8 @@ def test_one_table_has_the_evaluations_before_and_after_each_phase(whole):
     lines = (folder / "out/evaluations.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| after | from | accuracy | change | answer_reward | tokens |" and len(lines) == 5
     assert lines[2].startswith(f"| base |  | {base['eval_pass@1']:.3f} [")
+    card = (folder / "out/02-rl/adapter/README.md").read_text(encoding="utf-8")
+    assert f"| `pass@1` | {result.evaluations[-1]['eval_pass@1']:.3f} [" in card and "one greedy completion" in card
 
 
 def test_one_page_has_a_row_a_phase_and_leads_to_the_pages_of_the_runs(whole):

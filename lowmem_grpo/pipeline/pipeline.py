@@ -1,10 +1,10 @@
 """run_pipeline(): the phases of R1, of R1-Zero or of RLHF, one run after another, from what each before has made."""
 
 import contextlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,14 +17,14 @@ from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
 from lowmem_grpo.pipeline.kinds import Outlook, entries
 from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, naming, resolve
 from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refuse_changed, write_record
+from lowmem_grpo.pipeline.table import NAME as EVALUATION
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
-from lowmem_grpo.report.reading import phases_of
+from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
 from lowmem_grpo.report.report import NAME, write_report
+from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.interruption import interruptible
-
-OF_A_PHASE = re.compile(r"\d\d+-[A-Za-z0-9_-]+")  # the name of a phase's folder; one that is set aside has a dot
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ def run_pipeline(
                     let_go()
                     write_record(run, made_of, metrics)
                 if pipeline.evaluation is not None and run.kind.trains_policy:
+                    is_known = run in done and (run.folder / EVALUATION).is_file()
                     found = evaluated(run.folder, str(run.output), pipeline.evaluation)
                     let_go()
+                    if not is_known:  # the card was written before it
+                        write_card(run.output, partial(_say, console))
                     rows.append(row_of(run.name, _origin_of(run), found))
                     write_table(pipeline.output_dir, rows)
         table = write_table(pipeline.output_dir, rows) if rows else []

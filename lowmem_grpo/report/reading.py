@@ -15,7 +15,7 @@ from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import is_evaluation, read_lines, read_object
 
 CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}
-OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder in a pipeline's
+OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder; one that is set aside has a dot
 UNSAID = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of a run, or are secret
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
 PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))

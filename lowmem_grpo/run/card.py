@@ -192,7 +192,7 @@ def _evaluation(facts: Facts) -> str:
         cells = [code(_short(name)), *(with_interval(line, name, ".3f") for line in shown)]
         cells += [with_interval(after, changed, "+.3f") if changed in after else ""] if differs else []
         rows.append(cells)
-    k = facts.settings.get("num_generations_eval")
+    k = facts.num_generations_eval
     each = f"{k} sampled completions" if k else "one greedy completion"
     words = []
     if any(name.endswith("/ci_low") for name in after):

@@ -60,7 +60,22 @@ class Facts:
     def evaluations(self) -> tuple[dict[str, float | None] | None, dict[str, float | None] | None]:
         """The metrics of the evaluation before training, and of that at the adapter's step."""
         found = {line["step"]: _numbers(line) for line in self.run.evaluations}
+        by_pipeline = _numbers(mapping(self.of_pipeline.get("metrics")))
+        if by_pipeline and not found and self.step:
+            return None, {**by_pipeline, "step": self.step}
         return found.get(0), found.get(self.step) if self.step else None
+
+    @cached_property
+    def of_pipeline(self) -> dict[str, Any]:
+        """The evaluation of the last step's adapter by the pipeline that the run is a phase of."""
+        return read_object(self.run.folder / "evaluation.json") if self.folder.name == "adapter" else {}
+
+    @property
+    def num_generations_eval(self) -> Any:
+        """How many completions of each prompt were sampled in evaluations, or None for a greedy one."""
+        if self.run.evaluations:
+            return self.settings.get("num_generations_eval")
+        return mapping(mapping(self.of_pipeline.get("of")).get("settings")).get("num_generations_eval")
 
     @property
     def is_chosen(self) -> bool:
