@@ -17,7 +17,7 @@ from lowmem_grpo import GRPOConfig
 from lowmem_grpo.cli import main
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.folder import write_file
-from lowmem_grpo.report.chart import COLUMNS, Dot, Series, chart, limits, smoothed, smoothing, ticks
+from lowmem_grpo.report.chart import COLUMNS, Dot, Series, chart, in_digits, limits, smoothed, smoothing, ticks
 from lowmem_grpo.report.page import duration, page_of, state_of
 from lowmem_grpo.report.reading import read_run, readable
 from lowmem_grpo.report.report import write_report
@@ -462,6 +462,20 @@ def test_a_line_is_the_mean_of_neighbours_and_keeps_a_constant():
     assert [value for _, value in smoothed([(i, 2.0) for i in range(50)])] == [2.0] * 50
     points = [(i, float(i)) for i in range(50)]
     assert smoothed(points)[25] == (25, 25.0)
+
+
+def test_numbers_beside_each_other_have_as_many_decimals():
+    words = {
+        0: "0.000",
+        0.25: "0.250",
+        -9.5: "-9.500",
+        10: "10.0",
+        10.25: "10.2",
+        212.4: "212",
+        4e4: "40,000",
+        2e-6: "2e-06",
+    }
+    assert {value: in_digits(value) for value in words} == words and in_digits(0.5, "+") == "+0.500"
 
 
 def test_a_picture_says_its_values_in_words_and_needs_two_points_or_a_dot():

@@ -52,7 +52,7 @@ def make_run(folder, kind="grpo", steps=6, ended=None, holder=None, text="hello"
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about), encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps({"peaks": {"rollout": 2**30, "update": 2**33}}), encoding="utf-8")
-    (folder / f"{kind}_config.json").write_text(json.dumps({"max_steps": 10}), encoding="utf-8")
+    (folder / f"{kind}_config.json").write_text(json.dumps({"max_steps": 10, "adv_estimator": "gae"}), encoding="utf-8")
     evaluation = {"eval_reward": 0.25, "eval_reward/ci_low": 0.2, "eval_reward/ci_high": 0.3}
     change = {
         "eval_reward/difference": 0.5,
@@ -174,7 +174,7 @@ def test_a_run_stands_as_its_lock_and_its_end_say(tmp_path, ended, holder, word,
 def test_a_running_run_is_shown_with_all_that_its_files_say(tmp_path):
     text = text_of(make_run(tmp_path / "run", holder=os.getpid()))
     for words in (
-        "running", "grpo of hello", "step 6 of 10", "60 %", "2 s a step", "8 s left", "1,000 tokens/s rollout",
+        "running", "PPO of hello", "step 6 of 10", "60 %", "2 s a step", "8 s left", "1,000 tokens/s rollout",
         "resumed at step 3", "reward  0.600", "tokens a completion  26.0", "held out, at step 6",
         "0.750 [0.200, 0.300]  +0.500 [+0.400, +0.600]  before 0.250 [0.200, 0.300]", "doctor, step 6: hello",
         "rollout 1.01 of 1.00 planned", "update 3.00 of 8.00 planned", "held out, at step 6", "hello 1.000, b -",

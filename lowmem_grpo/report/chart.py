@@ -278,9 +278,10 @@ def dot_in_words(dot: Dot) -> str:
 
 
 def in_digits(value: float, sign: str = "") -> str:
-    """A number with three decimals, or if it is tiny or great three digits; "+" shows its sign."""
+    """A number with three decimals, or if it is tiny or great three digits: 0.250, 10.0, 212; "+" shows its sign."""
     size = abs(value)
-    return format(value, sign + (",.0f" if size >= 1000 else ".3f" if not size or 0.01 <= size < 10 else ".3g"))
+    near = ",.0f" if size >= 100 else ".1f" if size >= 10 else ".3f"
+    return format(value, sign + (".3g" if 0 < size < 0.01 else near))
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lowmem_grpo.report.chart import Dot, dot_in_words, in_digits, in_words
@@ -39,7 +40,8 @@ def page_of(run: RunFiles) -> dict[str, Any]:
     """All that the template run.html shows of a run, by the names that it has there."""
     before, after = samples_of(run)
     return {
-        "method": method_of(run), "model": model_of(run), "data": ", ".join(texts(datasets_of(run).get("train"))),
+        "method": method_of(run.kind, run.settings), "model": model_of(run),
+        "data": ", ".join(texts(datasets_of(run).get("train"))),
         "rewards": texts(run.about.get("rewards") or []), "state": state_of(run), "headline": headline_of(run),
         "facts": facts_of(run), "findings": findings_of(run), "doctor": run.settings.get("doctor"),
         "charts": charts_of(run), "phases": phases_of_step(run), "memory": memory_of(run),
@@ -53,13 +55,13 @@ def page_of(run: RunFiles) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def method_of(run: RunFiles) -> str:
+def method_of(kind: str, settings: Mapping[str, Any]) -> str:
     """The method in words: PPO is GRPO's run with a critic, and distillation one with a teacher."""
-    if run.kind != "grpo":
-        return METHODS[run.kind]
-    if run.settings.get("teacher"):
+    if kind != "grpo":
+        return METHODS[kind]
+    if settings.get("teacher"):
         return "On-policy distillation"
-    return "PPO" if run.settings.get("adv_estimator") == "gae" else METHODS["grpo"]
+    return "PPO" if settings.get("adv_estimator") == "gae" else METHODS["grpo"]
 
 
 def model_of(run: RunFiles) -> str:

@@ -64,7 +64,8 @@ def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str) -> dict[str
         seconds = sum(value for _, value in run.values("step_time"))
         state = state_of(run)
         row |= {
-            "kind": method_of(run), "time": duration(seconds) if run.steps else "", "own": headline_of(run),
+            "kind": method_of(run.kind, run.settings), "time": duration(seconds) if run.steps else "",
+            "own": headline_of(run),
             "data": ", ".join(_names(mapping(run.about.get("datasets")).get("train"))),
             "state": state["word"], "link": f"{path.name}/report.html" if (path / "report.html").is_file() else "",
             "when": when(run.about.get("started")),

@@ -67,6 +67,11 @@ class WatchedRun:
         return kind_of(self.about, (one for one in CONFIGS if self.files[f"{one}_config"].value))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the configuration, as it was given."""
+        return self.files[f"{self.kind}_config"].value if self.kind else {}
+
+    @property
     def step(self) -> int:
         """The last step that is done."""
         return self.log.last.get("step", 0)
@@ -74,8 +79,7 @@ class WatchedRun:
     @property
     def total_steps(self) -> int | None:
         """How many steps the run is to have, if that is known."""
-        settings = self.files[f"{self.kind}_config"].value if self.kind else {}
-        for value in (self.about.get("total_steps"), settings.get("max_steps")):
+        for value in (self.about.get("total_steps"), self.settings.get("max_steps")):
             if type(value) is int and 0 < value <= LAST_STEP:
                 return value
         return None

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lowmem_grpo.errors import printable
-from lowmem_grpo.report.page import duration
+from lowmem_grpo.report.page import duration, method_of
 from lowmem_grpo.report.reading import mapping, number, resumes_of
 from lowmem_grpo.watch.chart import bar, chart, sparkline
 from lowmem_grpo.watch.run import Sample, WatchedRun
@@ -82,7 +82,8 @@ class View:
         """Lines on what the run is, how it stands, and how long it will take."""
         state, about = run.state, run.about
         model = about.get("model")
-        what = f"  {run.kind or 'a run'}{f' of {model}' if isinstance(model, str) else ''}"
+        method = method_of(run.kind, run.settings) if run.kind else "a run"
+        what = f"  {method}{f' of {model}' if isinstance(model, str) else ''}"
         lines = [
             self.line(
                 (run.folder.resolve().name, "bold"), "  ", (state.word, STYLES.get(state.word, "bold")),
