@@ -66,7 +66,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "metric_for_best_model": ("eval_pass@1", "eval_pass@1"), "greater_is_better": ("false", False),
     "load_best_model_at_end": ("true", True),
     "log_completions": ("true", True), "save_steps": ("5", 5), "save_total_limit": ("2", 2),
-    "report_to": ("wandb", "wandb"), "run_name": ("first", "first"), "project": ("sums", "sums"), "trackio_space_id": ("me/runs", "me/runs"),
+    "report_to": (["wandb"], ["wandb"]), "run_name": ("first", "first"), "project": ("sums", "sums"), "trackio_space_id": ("me/runs", "me/runs"),
     "push_to_hub": ("true", True), "hub_model_id": ("me/sums", "me/sums"), "hub_private_repo": ("true", True), "hub_revision": ("trial", "trial"),
 }  # fmt: skip
 

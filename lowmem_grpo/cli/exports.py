@@ -15,7 +15,7 @@ example:
   lowmem-grpo export --model gsm8k/adapter --gguf adapter.gguf --llama_cpp ~/llama.cpp
 """
 FLAGS = (
-    ("model", "ADAPTER", "folder of a trained adapter, such as gsm8k/adapter or gsm8k/best"),
+    ("model", "ADAPTER", "folder of a trained adapter: gsm8k/adapter, gsm8k/best"),
     ("merge", "FOLDER", "folder to write the merged model to, which is not there yet"),
     ("onto", "WHAT", "nf4: the weights that training saw (the default of a 4-bit run); original: the base's own"),
     ("dtype", "TYPE", "float32, bfloat16 or float16 (default: as the base's files)"),
@@ -26,7 +26,7 @@ FLAGS = (
 )
 SWITCHES = (
     ("private", "make that repository a private one"),
-    ("use_cpu", "compute on the CPU although there is a GPU"),
+    ("use_cpu", "compute on the CPU, with a GPU at hand too"),
     ("trust_remote_code", "run modelling code that comes with the base"),
 )
 

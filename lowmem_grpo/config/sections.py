@@ -591,7 +591,7 @@ class ReportingFields(Checked):
     """The trackers that get a run's numbers, and the repository that gets its adapter at the end."""
 
     report_to: str | list[str] = option(
-        "none", "trackers that get the run's numbers, such as tensorboard, wandb or trackio; all those here, or none",
+        "none", "trackers that get the run's numbers: tensorboard, wandb, trackio and others; all those here, or none",
         common=True, may_change=True,
     )  # fmt: skip
     run_name: str | None = option(

@@ -85,7 +85,7 @@ def export(
         gguf: file to write by llama.cpp's converters; without merge_to, of the adapter alone.
         llama_cpp: folder of a checkout of llama.cpp.
         push: repository of the hub, user/name, to upload the merged model to; private, if it is made for it.
-        use_cpu: compute on the CPU although there is a GPU.
+        use_cpu: compute on the CPU, with a GPU at hand too.
         trust_remote_code: run modelling code that comes with the base.
 
     Raises:

@@ -1,4 +1,4 @@
-"""train(): GRPO on one device, from top to bottom."""
+"""train(): GRPO, from top to bottom."""
 
 import math
 from collections.abc import Sequence

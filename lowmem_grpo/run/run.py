@@ -139,6 +139,7 @@ class Run:
         settings = json.dumps(asdict(self.inputs.given), indent=1)
         (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
         about.write_about(self.inputs, self.step)
+        remove(self.folder / report.NAME)  # of the run as it was before, which one that is killed would leave there
         if self.inputs.resume is None:
             remove(self.folder / samples.NAME)
         return log
