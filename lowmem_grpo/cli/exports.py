@@ -16,7 +16,7 @@ example:
 """
 FLAGS = (
     ("model", "ADAPTER", "folder of a trained adapter: gsm8k/adapter, gsm8k/best"),
-    ("merge", "FOLDER", "folder to write the merged model to, which is not there yet"),
+    ("merge", "FOLDER", "new folder to write the merged model to"),
     ("onto", "WHAT", "nf4: the weights that training saw (the default of a 4-bit run); original: the base's own"),
     ("dtype", "TYPE", "float32, bfloat16 or float16 (default: as the base's files)"),
     ("check", "N", "compare N completions of the run by both models; 0: none (default 8)"),

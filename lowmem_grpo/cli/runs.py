@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.set_defaults(run=run_watch)
     parser.add_argument("folder", metavar="RUN", help="output_dir of a training or of a pipeline")
-    parser.add_argument("--once", action="store_true", help="show what is there, and end")
+    parser.add_argument("--once", action="store_true", help="show the run as it is now, and end")
     parser.add_argument("--wait", action="store_true", help="wait for a run that has not begun yet")
 
 

@@ -609,7 +609,7 @@ class ReportingFields(Checked):
         may_change=True,
     )  # fmt: skip
     hub_private_repo: bool | None = option(
-        None, "make the repository private if there is none yet; by default as your organization has it",
+        None, "make a new repository private; by default as your organization has it",
         may_change=True,
     )  # fmt: skip
     hub_revision: str | None = option(None, "branch of the repository to upload to; by default main", may_change=True)
