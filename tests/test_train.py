@@ -784,7 +784,7 @@ def test_weights_out_of_range_are_never_saved(tmp_path):
         run(tmp_path, lr_scheduler_type="constant_with_warmup", warmup_steps=1, **settings)
     assert all(value.isfinite().all() for value in saved(tmp_path / "out/checkpoint-1").values())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-1", "data_preview.txt", "grpo_config.json", "metrics.jsonl", "run.json",
+        "checkpoint-1", "data_preview.txt", "grpo_config.json", "metrics.jsonl", "report.html", "run.json",
     ]  # fmt: skip
 
 

@@ -108,8 +108,8 @@ def test_a_property_read_by_the_user_names_that_line(packing_refused):
 PROGRAM = """
 import runpy, sys
 from lowmem_grpo import cli, warn
-from lowmem_grpo.cli import settings
-settings.refuse_unknown_fields = lambda names, config: warn.warn("looked for")
+from lowmem_grpo.cli import parser
+parser.refuse_unknown_fields = lambda names, config: warn.warn("looked for")
 sys.argv[1:] = ["plan"]
 {call}
 """

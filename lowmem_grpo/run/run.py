@@ -116,7 +116,7 @@ class Run:
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
         given = {**self.identity, "eval_dataset": evaluations.data if evaluations else None}
-        del given["sources"]  # in which a user's object may name its address
+        given.pop("sources", None)  # in which a user's object may name its address
         refuse_differences("inputs", given)
         with writing_to(self.folder):
             by_main(mend_folder)(self.folder)
