@@ -33,7 +33,9 @@ def assert_alike(folder, other, *, rel):
                 assert math.isclose(line[name], known[name], rel_tol=max(rel, 1e-12) * 10, abs_tol=1e-6), name
 
 
-@pytest.mark.parametrize("learn", [rank_runs.learn_examples, rank_runs.learn_pairs])
+@pytest.mark.parametrize(
+    "learn", [pytest.param(rank_runs.learn_examples, marks=pytest.mark.slow), rank_runs.learn_pairs]
+)
 def test_two_processes_learn_what_one_does(tmp_path, learn):
     """In fp32, to its rounding; shares are uneven."""
     learn = partial(learn, eval_steps=2)
