@@ -131,12 +131,35 @@ def test_samples_are_of_a_prompts_first_completion_and_of_the_first_and_last_ste
             "lowmem-grpo train --hub-token ... --token_budget 9",
         ),
         (["lowmem-grpo", "train", "--hub_token=hf_1"], "lowmem-grpo train --hub_token=..."),
+        (
+            ["lowmem-grpo", "sft", "--model_init_kwargs", '{"token": "hf_1", "revision": "main"}'],
+            """lowmem-grpo sft --model_init_kwargs '{"token": "...", "revision": "main"}'""",
+        ),
+        (
+            ["lowmem-grpo", "train", "--reward_funcs", "m.judge(api_key='sk', url='http://me:pw@host/v1')"],
+            """lowmem-grpo train --reward_funcs 'm.judge(api_key=..., url='"'"'http://...@host/v1'"'"')'""",
+        ),
+        (
+            ["lowmem-grpo", "train", "--system_prompt", "The key: think", "--importance_sampling_level=token"],
+            "lowmem-grpo train --system_prompt 'The key: think' --importance_sampling_level=token",
+        ),
         (["sums.py", "--model", "m"], None),
         ([""], None),
     ],
 )
 def test_a_command_is_told_from_a_program_and_keeps_secrets(arguments, command):
     assert command_line(arguments) == command
+
+
+def test_what_others_read_of_a_run_has_no_token_of_its_users(tmp_path):
+    folder = tmp_path / "out"
+    run(folder, model_init_kwargs={"token": "hf_nobodys"}, report_to="tensorboard")
+    local = {folder / "grpo_config.json", *folder.glob("checkpoint-*/*")}  # which a resumed run reads
+    read = [path for path in folder.rglob("*") if path.is_file() and path not in local]
+    assert {"report.html", "run.json", "README.md"} <= {path.name for path in read}
+    assert any("tfevents" in path.name for path in read)
+    assert [path for path in read if b"hf_nobodys" in path.read_bytes()] == []
+    assert "model_init_kwargs" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_inputs_have_the_names_that_their_user_gave_them(tmp_path):

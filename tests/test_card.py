@@ -206,8 +206,10 @@ def test_a_card_that_cannot_be_written_costs_a_sentence(folder):
 
 
 def test_keys_and_tokens_stay_out_of_a_card(folder):
-    (folder.parent / "grpo_config.json").write_text(json.dumps({"hub_token": "hf_secret"}), encoding="utf-8")
-    assert "hf_secret" not in str(card_of(folder))
+    settings = {"model_init_kwargs": {"token": "hf_secret"}}
+    (folder.parent / "grpo_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    card = str(card_of(folder))
+    assert "hf_secret" not in card and "model_init_kwargs" in card
 
 
 def test_the_program_on_an_uploaded_adapters_card_loads_it_from_the_hub(folder):

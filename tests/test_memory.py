@@ -1,5 +1,6 @@
 """The forecast against what a real policy keeps, counted here without any help of memory.py."""
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -868,6 +869,17 @@ def test_a_trace_depends_on_no_setting_but_those_that_it_read(padded):
                 assert traced == traced_there
                 shared += 1
     assert shared == 2, "with beta, the pass that a replayed KL needs makes no difference"
+
+
+def test_a_known_run_that_does_not_serve_adds_nothing_to_what_a_trace_depends_on(monkeypatch):
+    config, ran, whole = GRPOConfig(**TASK, beta=0.1), [], object()
+    monkeypatch.setattr(trace, "fake_policy", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(trace, "run_few", lambda policy, watched, lengths: ran.append(watched.beta) or "found")
+    trace._runs_of(whole)[(1,)] = [({"learning_rate": -1.0}, None)]
+    for _ in ("anew", "known"):
+        read = set()
+        assert trace._run_few(whole, trace.Watched(config, read), [1], ()) == "found"
+        assert read == {"beta"} and ran == [0.1]
 
 
 def test_float16_is_planned_in_16_bits_whatever_bf16_says():

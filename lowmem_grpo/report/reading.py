@@ -13,10 +13,11 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import is_evaluation, read_lines, read_object
+from lowmem_grpo.output.secrets import without_secrets
 
 CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}
 OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder; one that is set aside has a dot
-UNSAID = ("output_dir", "resume_from_checkpoint", "hub_token")  # settings that say nothing of a run, or are secret
+UNSAID = ("output_dir", "resume_from_checkpoint")  # settings that say nothing of a run
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
 PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
@@ -131,13 +132,16 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def changed_settings(run: RunFiles) -> list[tuple[str, Any, Any]]:
-    """The settings of a run that are not their defaults, as (name, value, default), in the order of --help."""
+    """The settings of a run that are not their defaults, as (name, value, default), in the order of --help.
+
+    Tokens and keys in them are left out.
+    """
     found = []
     for one in fields(CONFIGS[run.kind]):
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         value = run.settings.get(one.name, default)
         if value != default and one.name not in UNSAID:
-            found.append((one.name, value, default))
+            found.append((one.name, without_secrets(value), default))
     return found
 
 

@@ -18,6 +18,7 @@ from lowmem_grpo.errors import in_a_line
 from lowmem_grpo.inputs import Inputs, RunInputs, name_of
 from lowmem_grpo.output.folder import remove, write_file
 from lowmem_grpo.output.saved import read_object
+from lowmem_grpo.output.secrets import command_without_secrets, without_secrets
 from lowmem_grpo.planner.plan import as_dict
 from lowmem_grpo.report.reading import resumes_of
 
@@ -61,7 +62,7 @@ def write_end(folder: Path, step: int, how: str, why: str = "") -> None:
 def about_run(inputs: RunInputs) -> dict[str, Any]:
     """Kind, model, data, rewards, command, device and versions of a run, and the time, which is UTC."""
     kind = inputs.config.kind
-    return {
+    found = {
         "kind": kind,
         "model": name_of(inputs.model),
         "datasets": {"train": inputs.datasets.get("train"), "eval": inputs.datasets.get("eval")},
@@ -73,6 +74,7 @@ def about_run(inputs: RunInputs) -> dict[str, Any]:
         "versions": versions(),
         "started": _now(),
     }
+    return without_secrets(found)  # as of a model by an address with a password
 
 
 def command_line(arguments: list[str]) -> str | None:
@@ -80,15 +82,7 @@ def command_line(arguments: list[str]) -> str | None:
     program = Path(arguments[0] if arguments else "")
     if program.stem != "lowmem-grpo" and program.resolve().parent not in (HERE, HERE / "cli"):
         return None
-    words = arguments[1:]
-    for index, word in enumerate(words):
-        flag, equals, _ = word.replace("-", "_").partition("=")
-        if flag.startswith("__") and flag.endswith(("_token", "_key")):
-            if equals:
-                words[index] = word.partition("=")[0] + "=..."
-            elif index + 1 < len(words):
-                words[index + 1] = "..."
-    return shlex.join(["lowmem-grpo", *words])
+    return shlex.join(["lowmem-grpo", *command_without_secrets(arguments[1:])])
 
 
 def versions() -> dict[str, str]:

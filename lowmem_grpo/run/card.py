@@ -221,17 +221,16 @@ def _settings(facts: Facts) -> str:
     if not facts.is_known:
         return ""
     changed = changed_settings(facts.run)
-    rows = [[code(name), _value(name, value), _value(name, default)] for name, value, default in changed]
+    rows = [[code(name), _value(value), _value(default)] for name, value, default in changed]
     text = table(["setting", "value", "default"], rows) if rows else "All settings are the defaults."
     changes = facts.run.plan.get("changes")
     named = [one for one in changes if "name" in mapping(one)] if isinstance(changes, list) else []
-    set_to_fit = [f"{code(one['name'])} = {_value(str(one['name']), one.get('value'))}" for one in named]
+    set_to_fit = [f"{code(one['name'])} = {_value(one.get('value'))}" for one in named]
     return f"{text}\n\nSet by the plan, to fit into memory: {', '.join(set_to_fit)}." if set_to_fit else text
 
 
-def _value(name: str, value: Any) -> str:
-    is_secret = value is not None and name.endswith(("_token", "_key"))
-    return code("..." if is_secret else json.dumps(value, ensure_ascii=False, default=str))
+def _value(value: Any) -> str:
+    return code(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _reproduce(facts: Facts) -> str:

@@ -34,6 +34,7 @@ from lowmem_grpo.output.folder import (
 )
 from lowmem_grpo.output.hub import repository, upload
 from lowmem_grpo.output.saved import is_evaluation, whole
+from lowmem_grpo.output.secrets import without_secrets
 from lowmem_grpo.output.trackers import Place, Trackers, tracker_names
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
@@ -401,10 +402,9 @@ class Run:
         states: dict[str, State] = {name: part.state() for name, part in self.parts.items()}
         skipped = {name: each.nonfinite_steps for name, each in zip(SKIPPED, self.learners, strict=False)}
         states["counts"] = {"num_tokens": self.num_tokens, **skipped}
-        # In one assignment: an interruption saves either all of the step or all of the one before.
-        # Rewards may have drawn from Python's generators, on each rank by itself.
-        if world_size() > 1:
+        if world_size() > 1:  # rewards may have drawn from Python's generators, on each rank by itself
             restore_randomness(from_main(randomness()))
+        # In one assignment: an interruption saves either all of the step or all of the one before.
         self.whole = {**states, "random_states": randomness()}
 
     def _remember_rest(self) -> None:
@@ -430,7 +430,8 @@ class Run:
         """The model, the data and the settings of the run, which a tracker shows beside its numbers."""
         inputs = self.inputs
         data = {f"{name}_dataset": value for name, value in inputs.datasets.items()}
-        return {"kind": self.config.kind, "model": name_of(inputs.model), **data, **asdict(self.config)}
+        settings = {"kind": self.config.kind, "model": name_of(inputs.model), **data, **asdict(self.config)}
+        return without_secrets(settings)
 
     def _say_news(self) -> None:
         for text in self.trackers.news():
@@ -442,7 +443,7 @@ class Run:
 
     def _push(self) -> None:
         """Upload the adapter, where push_to_hub says so. What the hub refuses is told, and costs nothing."""
-        config, adapter, report = self.config, self.folder / "adapter", self.folder / "report.html"
+        config, adapter, page = self.config, self.folder / "adapter", self.folder / report.NAME
         if not config.push_to_hub or not is_main():
             return
         repo_id = repository(config.hub_model_id, self.folder)
@@ -450,7 +451,7 @@ class Run:
         try:
             address = upload(
                 adapter, repo_id, private=config.hub_private_repo,
-                revision=config.hub_revision, beside=[report] if report.is_file() else [],
+                revision=config.hub_revision, beside=[page] if page.is_file() else [],
             )  # fmt: skip
         except NotUploadedError as error:
             self.progress.say(str(error))
