@@ -143,21 +143,27 @@ def test_the_entropy_has_a_gradient_when_asked(dtype, backend):
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{}, dict(softcap=20.0, logit_scale=0.8, temperature=0.9), dict(entropy=False)], ids=str
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, dict(softcap=20.0, logit_scale=0.8, temperature=0.9)),
+        (torch.float16, dict(entropy=False)),
+    ],
+    ids=str,
 )
 def test_whether_the_label_is_the_top_is_told_when_asked_and_changes_nothing_else(dtype, options, backend):
     """Of labels half of which are the top, in the first tile, in the last, and on both sides of a tile's edge."""
-    hidden, weight, labels, bias = inputs(24, 48, 300, dtype=dtype, bias=True, scale=3.0)
+    hidden, weight, labels, bias = inputs(10, 48, 150, dtype=dtype, bias=True, scale=3.0)
     options = dict(options)
     entropy = options.pop("entropy", True)
-    places = torch.tensor([0, 299, 63, 64])
+    places = torch.tensor([0, 149, 63, 64])
     hidden[:4] += 6 * weight[places]
     scores = hidden.double() @ weight.double().T + bias.double()
     labels[:4], labels[4::2] = places, scores[4::2].argmax(-1)
     wanted = scores.argmax(-1) == labels
-    assert wanted[:4].all() and 14 <= wanted.sum() < 24
+    assert wanted[:4].all() and 7 <= wanted.sum() < 10
     asked = dict(return_entropy=entropy, bias=bias, backend=backend, chunks=(5, 64), **options)
     results = []
     for return_top in (False, True):
