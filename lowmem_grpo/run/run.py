@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.distributed import by_main, from_main, is_main, own_randomness, refuse_differences, world_size
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError, NotUploadedError, in_a_line
+from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
-from lowmem_grpo.inputs import RunInputs, name_of
+from lowmem_grpo.inputs import RunInputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import (
@@ -32,25 +32,21 @@ from lowmem_grpo.output.folder import (
     set_damaged_aside,
     write_folder,
 )
-from lowmem_grpo.output.hub import repository, upload
 from lowmem_grpo.output.saved import is_evaluation, whole
-from lowmem_grpo.output.secrets import without_secrets
-from lowmem_grpo.output.trackers import Place, Trackers, tracker_names
 from lowmem_grpo.planner.plan import as_text, limit_memory
 from lowmem_grpo.report import report
 from lowmem_grpo.run import about, samples
 from lowmem_grpo.run.best import BestAdapter
-from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
 from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.log import HeardLog, MetricsLog, write_completions
 from lowmem_grpo.run.meter import Meter, of_all_ranks
-from lowmem_grpo.run.progress import Progress
+from lowmem_grpo.run.publish import Publisher
 from lowmem_grpo.run.randomness import randomness, restore_randomness, same_randomness
 from lowmem_grpo.run.rest import Rest
-from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, refusal, writing_to
+from lowmem_grpo.run.room import adapter_bytes, checkpoint_bytes, look_for_room, not_saved, writing_to
 from lowmem_grpo.run.step import Step
 from lowmem_grpo.update.critic import Critic
 from lowmem_grpo.update.optimizer import Learner, loss_scale_overflows
@@ -110,7 +106,6 @@ class Run:
         }  # fmt: skip
         self.step, self.num_tokens = 0, 0
         self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
-        self.told: set[str] = set()  # the causes that were said
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
@@ -126,7 +121,7 @@ class Run:
             log = self._begin_folder() if is_main() else None
             lines = from_main(log.lines() if log else [])
             self.log = log or HeardLog(lines)
-            self.trackers = self._trackers(log.dropped if log else [])
+            self.publisher = Publisher(inputs, self.step, log.dropped if log else [], is_here=self.is_here)
             self.best = BestAdapter(self.folder, self.config, fresh=inputs.resume is None)
         self.shown = list(dict.fromkeys([self.best.metric, *self.config.measured[1:]]))
 
@@ -158,10 +153,7 @@ class Run:
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
             stack.enter_context(limit_memory(self.inputs.plan, self.inputs.device))
-            self.progress = stack.enter_context(Progress(self.total_steps))
-            with same_randomness():  # which a tracker may draw a name from
-                self.trackers.start(self._tracked_settings())
-            stack.callback(self._end_trackers)
+            stack.enter_context(self.publisher.opened())
             self._say_what_is_given()
             self._remember()
             room = look_for_room(
@@ -169,7 +161,7 @@ class Run:
                 checkpoint_bytes(self.learners, self.whole),
             )  # fmt: skip
             if room:
-                self.progress.say(room)
+                self.publisher.say(room)
             logged = self.log.lines()
             for line in self.doctor.found:
                 if line not in logged:  # it is of the inputs, and was said before the log was there
@@ -184,23 +176,24 @@ class Run:
             if error is None:
                 self._say_what_was_skipped()
                 if self.doctor.found and not self.doctor.is_off:
-                    self.progress.say(self.doctor.summary())
-                self._leave("finished")
-                self._push()
+                    self.publisher.say(self.doctor.summary())
+                self.publisher.end(self.step, "finished", "", self.best.folder)
+                self.publisher.push()
                 return
             self.interruption.hold()
             if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
-                    self.progress.say(f"stopped; {self._save()} has everything up to step {self.step}")
+                    self.publisher.say(f"stopped; {self._save()} has everything up to step {self.step}")
                 except (NotFiniteError, NotSavedError) as refused:
-                    self.progress.say(f"stopped; {refused}")
+                    self.publisher.say(f"stopped; {refused}")
             elif self.interruption.error is not None:
                 good = self._last_good()
                 what = f"the last whole checkpoint is {good}" if good else "there is nothing to save"
-                self.progress.say(
+                self.publisher.say(
                     f"stopped {'before the end of the first step' if not self.step else 'at once'}; {what}"
                 )
-            self._leave("stopped" if about.is_stop(error) else "failed", about.reason(error))
+            how = "stopped" if about.is_stop(error) else "failed"
+            self.publisher.end(self.step, how, about.reason(error), self.best.folder)
             if isinstance(error, NotFiniteError):
                 good = self._last_good()
                 where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -224,13 +217,13 @@ class Run:
         line = self.log.evaluation(self.step) or {}
         compared = [f"{name}/difference" for name in self.shown if f"{name}/difference" in line]
         if compared:
-            self.progress.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
+            self.publisher.say(f"difference (after - before, 95 % intervals): {as_line(line, compared, '+.3f')}")
         refused = [from_main(self._refusal_of(self._save) if self.is_unsaved else "")]
         if self.config.load_best_model_at_end:
             self.is_whole = False  # no checkpoint may have these weights
             self.best.load(self.policy)
         refused.append(from_main(self._refusal_of(self._write_adapter)))
-        self._write_card(self.folder / "adapter")
+        self.publisher.card(self.folder / "adapter")
         if any(refused):
             raise NotSavedError("; ".join(filter(None, refused)))
 
@@ -271,9 +264,9 @@ class Run:
             step.num_skipped += 1
             learner.nonfinite_steps += not overflows
             learner.cause = why_not_finite(more, loss, overflows)
-            if learner.cause not in self.told:
-                self.told.add(learner.cause)
-                self.progress.say(f"step {step.number}: {learner.cause}; no weight is changed (see skipped_steps)")
+            self.publisher.say_once(
+                learner.cause, f"step {step.number}: {learner.cause}; no weight is changed (see skipped_steps)"
+            )
         learner.release()
         return loss, more
 
@@ -318,11 +311,11 @@ class Run:
         self.is_whole = True
         self._log(metrics)
         if table is not None and self.config.log_completions:
-            self._without("completions", partial(write_completions, self.folder, step.number, table))
-        self.progress.step(metrics, remarks)
+            self.publisher.without("completions", partial(write_completions, self.folder, step.number, table))
+        self.publisher.step(metrics, remarks)
         for line in found:
             self._log(line)
-            self.progress.say(f"doctor: {line['text']}")
+            self.publisher.say(f"doctor: {line['text']}")
         self.interruption.release()
         self._complete(metrics)
         for learner in self.learners:
@@ -367,7 +360,7 @@ class Run:
             refused = self._refusal_of(self._save)
             self.is_unsaved = bool(refused)
             if refused:
-                self.progress.say(f"{refused}; the run goes on")
+                self.publisher.say(f"{refused}; the run goes on")
 
     def _call(self, callback: Callback, metrics: dict[str, float]) -> None:
         """Call a callback with a copy of the metrics, which it may change.
@@ -390,12 +383,14 @@ class Run:
         with same_randomness():  # a run is the same, however often it is evaluated
             metrics = self.evaluations.at(self.step, self.shown)
             self.interruption.check()
-        self._without("best", partial(self.best.keep, self.policy, self.step, metrics))
-        self._without(samples.NAME, partial(samples.write_samples, self.folder, self.step, self.evaluations.samples))
+        self.publisher.without("best", partial(self.best.keep, self.policy, self.step, metrics))
+        self.publisher.without(
+            samples.NAME, partial(samples.write_samples, self.folder, self.step, self.evaluations.samples)
+        )
         self._log({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
         when = f"after {self.step} steps" if self.step == self.total_steps else when
-        self.progress.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
+        self.publisher.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
 
     def _remember(self) -> None:
         """Keep the states of generators and parts after a whole step, since the next one changes them."""
@@ -414,75 +409,8 @@ class Run:
     def _log(self, line: Mapping[str, float | str]) -> None:
         if isinstance(self.log, HeardLog):
             self.log.write(line)
-        self._without("metrics.jsonl", partial(self.log.write, line))
-        self.trackers.log(line)
-        self._say_news()
-
-    def _trackers(self, dropped: list[dict[str, Any]]) -> Trackers:
-        """The trackers that the run reports to; none in a process that does not speak."""
-        config = self.config
-        name = config.run_name or "/".join(self.folder.resolve().parts[-2:])
-        place = Place(self.folder, config.project, name, None, self.step, config.trackio_space_id)
-        names = tracker_names(config.trackers) if is_main() else []
-        return Trackers(names, place, is_resumed=self.is_here, known=dropped)
-
-    def _tracked_settings(self) -> dict[str, Any]:
-        """The model, the data and the settings of the run, which a tracker shows beside its numbers."""
-        inputs = self.inputs
-        data = {f"{name}_dataset": value for name, value in inputs.datasets.items()}
-        settings = {"kind": self.config.kind, "model": name_of(inputs.model), **data, **asdict(self.config)}
-        return without_secrets(settings)
-
-    def _say_news(self) -> None:
-        for text in self.trackers.news():
-            self.progress.say(text)
-
-    def _end_trackers(self) -> None:
-        self.trackers.finish()
-        self._say_news()
-
-    def _push(self) -> None:
-        """Upload the adapter, where push_to_hub says so. What the hub refuses is told, and costs nothing."""
-        config, adapter, page = self.config, self.folder / "adapter", self.folder / report.NAME
-        if not config.push_to_hub or not is_main():
-            return
-        repo_id = repository(config.hub_model_id, self.folder)
-        self.progress.say(f"uploading {adapter} to {repo_id}")
-        try:
-            address = upload(
-                adapter, repo_id, private=config.hub_private_repo,
-                revision=config.hub_revision, beside=[page] if page.is_file() else [],
-            )  # fmt: skip
-        except NotUploadedError as error:
-            self.progress.say(str(error))
-        else:
-            self.progress.say(f"{adapter} is uploaded to {address}")
-
-    def _without(self, what: str, write: Callable[[], None], then: str = "; the run goes on") -> None:
-        """Write, on rank 0, what a run can do without. Where the disk refuses, that is said once."""
-        if not is_main():
-            return
-        try:
-            write()
-        except OSError as error:
-            if what not in self.told:
-                self.told.add(what)
-                self.progress.say(f"{self.folder / what} cannot be written ({refusal(error)}){then}")
-
-    def _leave(self, how: str, why: str = "") -> None:
-        """Write how the run has ended, and what shows it to a person: the card of best/, and report.html."""
-        self._without(about.RUN, partial(about.write_end, self.folder, self.step, how, why), then="")
-        self._write_card(self.best.folder)
-        self._without(report.NAME, self._report, then="")
-
-    def _report(self) -> None:
-        """Write report.html. Raise OSError where the disk refuses; whatever else fails is said, and costs no run."""
-        try:
-            self.progress.say(f"report: {report.write_report(self.folder)}")
-        except OSError:
-            raise
-        except Exception as error:
-            self.progress.say(f"{self.folder / report.NAME} cannot be made ({in_a_line(error)})")
+        self.publisher.without("metrics.jsonl", partial(self.log.write, line))
+        self.publisher.track(line)
 
     def _refusal_of(self, write: Callable[[], object]) -> str:
         """Write a folder; the sentence of a disk that refuses, else an empty text."""
@@ -501,11 +429,6 @@ class Run:
         except OSError as error:
             needed = adapter_bytes(self.learner)
             raise not_saved("adapter", self.folder, self.step, error, needed, self._last_good()) from error
-
-    def _write_card(self, folder: Path) -> None:
-        """Write the model card of an adapter into its folder."""
-        if is_main():
-            write_card(folder, self.progress.say)
 
     def _last_good(self) -> Path | None:
         """The newest checkpoint of this run, or the one that it goes on from."""
@@ -548,19 +471,19 @@ class Run:
     def _say_what_is_given(self) -> None:
         """Tell whoever watches what the run has been given, before the first step."""
         if self.inputs.plan is not None:
-            self.progress.say(as_text(self.inputs.plan))
+            self.publisher.say(as_text(self.inputs.plan))
         for note in self.inputs.notes:
-            self.progress.say(note)
+            self.publisher.say(note)
         if self.inputs.resume is not None and self.is_over:
             at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
-            self.progress.say(f"{at}: nothing is left to train")
+            self.publisher.say(f"{at}: nothing is left to train")
         if self.is_best_missing:
-            self.progress.say(
+            self.publisher.say(
                 f"{self.folder} has no best/ of the run so far: put it there before a resume, or the next evaluation "
                 "is the best"
             )
         if self.evaluations is not None and self.evaluations.have_changed:
-            self.progress.say(
+            self.publisher.say(
                 "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
             )
 
@@ -570,6 +493,6 @@ class Run:
         if skipped:
             of_all = "" if self.updates_a_step is None else f" of {self.step * self.updates_a_step}"
             search = ", as while fp16 looks for its loss scale" if self.config.fp16 else ""
-            self.progress.say(
+            self.publisher.say(
                 f"{skipped}{of_all} optimizer steps changed no weight: loss or gradient was not finite{search}"
             )
