@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowmem_grpo.errors import SENTENCES, InputError, LostRankError, in_a_line
+from lowmem_grpo.torchrun import num_started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,10 +56,10 @@ def joined(device: torch.device) -> Iterator[None]:
     Raises:
         InputError: the processes are on several machines.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if num_started() == 1 or dist.is_initialized():
         yield
         return
-    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", num_started())) != num_started():
         raise InputError("torchrun started processes on several machines; use one, with --nnodes 1")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what this host's name means
@@ -66,8 +67,8 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # Python objects go by gloo: where a GPU waits for a rank that has died, nobody is told.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=_meeting_place(), rank=number, world_size=count, timeout=PATIENCE)
+    place, number = _meeting_place(), int(os.environ["RANK"])
+    dist.init_process_group(backend, store=place, rank=number, world_size=num_started(), timeout=PATIENCE)
     try:
         _processes[:] = gathered(os.getpid())
         yield
@@ -118,7 +119,7 @@ def alone() -> Iterator[None]:
 
 def refuse_several(what: str) -> None:
     """Raise InputError in a process that torchrun started with others, for what is one process's work."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = num_started()
     if count > 1:
         raise InputError(f"{what} is the work of one process, and torchrun has started {count}; start it without")
 

@@ -34,7 +34,7 @@ FLOORS = (
     "generate rewards",
     "model objective data out_of_memory distributed",
     "config output settings_file",
-    "errors warn progress_bars kernels",
+    "errors warn progress_bars torchrun kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

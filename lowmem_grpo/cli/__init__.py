@@ -7,12 +7,13 @@ import time
 
 from lowmem_grpo.cli import demos, exports, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
-from lowmem_grpo.cli.output import drop_output, num_started, say_safely, speaks, writing_output
+from lowmem_grpo.cli.output import drop_output, say_safely, speaks, writing_output
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
 from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.errors import SENTENCES, InputError, printable
+from lowmem_grpo.torchrun import num_started
 
 # torchrun ends all processes once one has ended with an error; rank 0 has a sentence to say.
 OTHERS_STAY_S = 1.0

@@ -4,7 +4,7 @@ import os
 import sys
 
 from lowmem_grpo.cli import main
-from lowmem_grpo.cli.output import num_started
+from lowmem_grpo.torchrun import num_started
 
 if __name__ == "__main__":
     status = main()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lowmem_grpo.errors import NotSavedError, printable_text
+from lowmem_grpo.torchrun import num_started
 
 
 @contextlib.contextmanager
@@ -27,11 +28,6 @@ def writing_output() -> Iterator[None]:
     except OSError as error:
         drop_output()
         raise NotSavedError(f"standard output cannot be written: {error.strerror}") from error
-
-
-def num_started() -> int:
-    """The number of processes of which torchrun has started this one; 1 where it has not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def speaks() -> bool:

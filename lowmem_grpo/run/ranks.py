@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowmem_grpo import distributed
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.torchrun import num_started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,17 +44,13 @@ def across_ranks(function: Callable[P, T]) -> Callable[P, T]:
 def _device(*, use_cpu: bool) -> torch.device:
     """The GPU with the number that torchrun gave this process, or the CPU where there are too few or none."""
     number = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
-    on_gpu = torch.cuda.is_available() and not use_cpu and _num_started() <= torch.cuda.device_count()
+    on_gpu = torch.cuda.is_available() and not use_cpu and num_started() <= torch.cuda.device_count()
     return torch.device("cuda", number) if on_gpu else torch.device("cpu")
-
-
-def _num_started() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _refuse_too_few_gpus(config: Any) -> None:
     """Raise InputError where processes would share a GPU. They are told of it together, and say it once."""
-    count, there = _num_started(), torch.cuda.device_count()
+    count, there = num_started(), torch.cuda.device_count()
     if count > 1 and torch.cuda.is_available() and not getattr(config, "use_cpu", False) and there < count:
         raise InputError(
             f"torchrun has started {count} processes, and this machine has {there} GPU{'s' * (there != 1)}; start one "
