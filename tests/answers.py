@@ -756,6 +756,15 @@ ANSWERS = {
         5 <!> 5 ألف
         5 <!> 5 ล้าน
         5 <!> 5 Dutzend
+        5 Millionen <=> 5,000,000
+        1,5 Millionen <=> 1.5 million
+        1,5 million <!> 15 million
+        1,500 million <=> 1.5 billion
+        5 Mrd. <=> 5 billion
+        5 Mrd. <!> 5 million
+        5 тысяч <=> 5000
+        5 ล้าน <=> 5,000,000
+        2百万 <=> 2,000,000
         """,
     "typed formulas": r"""
         pi/2 <=> \frac{\pi}{2}

@@ -124,6 +124,7 @@ def test_a_gold_number_in_words_is_not_compared_with_digits(gold, text, reward):
         ("50%", "it is 50 cm", 0.0), ("50%", "it is 50", 1.0), ("$18", "18 cents", 0.0), ("$18", "it is $18 a day", 1.0),
         ("€5", "it is $5", 0.0), ("€5", "it is €5", 1.0), ("7 PM", "at 7 AM", 0.0), ("7:30 PM", "at 7:30 PM", 1.0),
         ("5000000", "It is 5 million.", 1.0), ("5", "It is 5 million.", 1.0), ("5 million", "It is 5.", 0.0),
+        ("5000000", "Es sind 5 Millionen.", 1.0), ("50000", "一共有5万元。", 1.0),
     ],
 )  # fmt: skip
 def test_without_a_box_a_known_unit_behind_the_last_number_is_compared(gold, text, reward):

@@ -5,7 +5,7 @@ import re
 
 from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
 from lowmem_grpo.rewards.number import as_number, is_number
-from lowmem_grpo.rewards.number_words import COMPARED, OTHER_BEHIND, OTHER_NUMBERS, PLACES
+from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDE, OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.rewards.units import CURRENCY, conversion, is_known, unit_name
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
@@ -74,7 +74,7 @@ CHANGED_BEHIND = re.compile(
     r"|and (?:a|one) (?:half|third|quarter))\b|(?:st|nd|rd|th)\b",
     re.IGNORECASE,
 )
-MAGNITUDE = re.compile(r" (?:hundred|thousand|million|billion|trillion)\b")
+MAGNIFIED = re.compile(f" ?{MAGNITUDE}", re.IGNORECASE)
 SIGN_APART = re.compile(r"(?:\b(?:is|equals|to)|[=:]) *[-\u2212\u2013] *\Z| \u2013\Z")  # of a number: x = - 18, is –18
 MONEY_BEFORE = re.compile(rf"(?:{CURRENCY}) ?\Z")
 UNIT = re.compile(
@@ -271,7 +271,7 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
         return text[before.start() if before else last.start() : after.end() if after else last.end()]
     if PERCENT.match(text, last.end()):
         return last[0] + "%"
-    magnitude = MAGNITUDE.match(text, last.end())
+    magnitude = MAGNIFIED.match(text, last.end())
     if magnitude and gold is not None and as_number(gold) != as_number(last[0]):  # GSM8K asks for millions
         return last[0] + magnitude[0]
     asks_for_unit = gold is not None and (not wants_number or "%" in gold or "$" in gold)

@@ -3,6 +3,8 @@ r"""typed(): a formula as people type it, or as code has it, in LaTeX: `sqrt(2)`
 import re
 from decimal import Decimal
 
+from lowmem_grpo.rewards.number_words import MAGNITUDE, magnitude
+
 POWER = re.compile(r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w(\\{-])")
 ALONE = r"(?<![a-zA-Z\\])"  # of letters and LaTeX's backslash
 TYPED = [
@@ -27,16 +29,11 @@ CALLS = {
     "abs": ("|", "|"),
     "^": ("^{", "}"),
 }
-# 5 million, 2.5\\text{ billion dollars}, 18万; and behind a sign of money $5M and €5k.
-MAGNITUDES = {
-    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "mn": 10**6, "bn": 10**9, "lakh": 10**5, "crore": 10**7, "百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4,
-    "亿": 10**8, "億": 10**8, "백": 10**2, "천": 10**3, "만": 10**4, "억": 10**8, "k": 10**3, "m": 10**6, "b": 10**9,
-}  # fmt: skip
-MAGNITUDE = re.compile(
-    r"(?<![\w.,/])(?:(?P<money>[$€£]) ?)?(?P<number>\d[\d,]*(?:\.\d+)?)(?P<type> *\\(?:text|mathrm|mbox) *\{)?"
-    r" *(?P<name>(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?(?![a-z])|(?<= )[mb]n\b"
-    r"|[百千万萬亿億백천만억]|(?(money)[kKMmBb]\b|(?!)))",
+# 5 million, 2.5\\text{ billion dollars}, 1,5 Millionen, 18万; and behind a sign of money $5M and €5k.
+BEHIND_MONEY = {"k": 10**3, "m": 10**6, "b": 10**9}
+MAGNIFIED = re.compile(
+    r"(?<![\w.,/])(?:(?P<money>[$€£]) ?)?(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?)"
+    rf"(?P<type> *\\(?:text|mathrm|mbox) *\{{)? *(?P<name>{MAGNITUDE}|(?(money)[kmb]\b|(?!)))",
     re.IGNORECASE,
 )
 
@@ -51,7 +48,7 @@ def typed(text: str) -> str:
         before, after = CALLS[call[1] or "^"]
         end = _closing(text, call.end())
         text = text[: call.start()] + before + text[call.end() : end] + after + text[end + 1 :]
-    return MAGNITUDE.sub(_magnified, text)
+    return MAGNIFIED.sub(_magnified, text)
 
 
 def _closing(text: str, start: int) -> int:
@@ -66,6 +63,6 @@ def _closing(text: str, start: int) -> int:
 
 def _magnified(found: re.Match) -> str:
     """The number that `2.5 million` is, and what stood around the word."""
-    size = MAGNITUDES[found["name"].lower().removesuffix("s")]
-    number = Decimal(found["number"].replace(",", "")) * size
-    return f"{found['money'] or ''}{number:f}{found['type'] or ''}"
+    size = BEHIND_MONEY.get(found["name"].lower()) or magnitude(found["name"])
+    number = re.sub(r",(?=\d{3}(?!\d))", "", found["number"]).replace(",", ".")
+    return f"{found['money'] or ''}{Decimal(number) * size:f}{found['type'] or ''}"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDES, NO_NOUN, OTHER_BEHIND
+from lowmem_grpo.rewards.number_words import COMPARED, NO_NOUN, OTHER_BEHIND, SPACELESS
 
 # Units that are so many of others; of a noun that is neither here nor in BASES only the name is known.
 DEFINITIONS = {
@@ -164,7 +164,7 @@ def is_symbol(run: str) -> bool:
 def is_unit(words: list[str]) -> bool:
     r"""Tell whether words behind a value may be its unit: `5 units squared`, but not `2 \text{ or}`, `18 thousand`."""
     words = [word if word in SYMBOLS else word.lower() for word in words]
-    if words[0] in NO_NOUN or words[0] in RAISED or words[0][0] in MAGNITUDES or any(map(COMPARED.search, words)):
+    if words[0] in NO_NOUN or words[0] in RAISED or words[0].startswith(SPACELESS) or any(map(COMPARED.search, words)):
         return False
     return OTHER_BEHIND.isdisjoint(set(words) - set(RAISED))
 
