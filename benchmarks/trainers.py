@@ -163,7 +163,7 @@ def run_ours(job: Job) -> dict[str, Any]:
         peaks.append(max(now.values()))
 
     # What train() calls, in this process, which has no other use: time and memory are the run's from here on.
-    inputs: Any = importlib.import_module("lowmem_grpo.inputs")
+    inputs: Any = importlib.import_module("lowmem_grpo.inputs.training")
     inputs.load_policy = loaded
     train(job.model, job.rewards, job.data, config=job.config, callbacks=after_step)
     return watch.result(int(max(peaks) * 2**20))

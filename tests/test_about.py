@@ -15,7 +15,7 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.generate.completion import Completion
-from lowmem_grpo.inputs import name_of
+from lowmem_grpo.inputs.training import name_of
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.output.saved import read_lines
 from lowmem_grpo.run.about import command_line, is_stop, reason, write_about

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotFiniteError
 from lowmem_grpo.generate import engine
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.model import offload
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack

@@ -332,7 +332,7 @@ def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_
 
     monkeypatch.setattr(trainers, "_in_a_process", here)
     for module, name in (
-        ("lowmem_grpo.inputs", "load_policy"),
+        ("lowmem_grpo.inputs.training", "load_policy"),
         ("lowmem_grpo.run.meter", "time"),
     ):  # what run_ours replaces
         monkeypatch.setattr(sys.modules[module], name, getattr(sys.modules[module], name))

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 
 pytestmark = pytest.mark.usefixtures("known_trials")
 

@@ -318,7 +318,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(writ
     assert state.pop("format") == 2
     path.write_text(json.dumps({**state, **written}))
     (path.parent / "manifest.sha256").unlink()  # which older formats had not
-    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", None)
+    monkeypatch.setattr("lowmem_grpo.inputs.training.load_policy", None)
     words = (
         f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 2; resume with the"
     )

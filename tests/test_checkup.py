@@ -9,10 +9,10 @@ from tiny_models import DEMO_MODEL
 from transformers import AutoTokenizer
 
 from lowmem_grpo import GRPOConfig
+from lowmem_grpo.checkup.prompts import SITUATIONS, findings
 from lowmem_grpo.demo import run as demo
 from lowmem_grpo.demo import task
-from lowmem_grpo.inputs import read_training_inputs
-from lowmem_grpo.run.checkup import SITUATIONS, findings
+from lowmem_grpo.inputs.prompts import read_training_inputs
 
 TRAIN, EVAL = task.splits()
 TAIL = "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -23,7 +23,7 @@ from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL, recipe
 from lowmem_grpo.errors import InputError, NotFiniteError
-from lowmem_grpo.inputs import _refuse_critic
+from lowmem_grpo.inputs.prompts import _refuse_critic
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.loss import LOSSES, register_objective
@@ -353,7 +353,7 @@ def test_a_critic_that_starts_from_an_adapter_of_another_base_is_told(tmp_path):
 
 
 def test_what_a_critic_cannot_start_from_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("lowmem_grpo.inputs.training.load_policy", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "empty").mkdir()
     for folder in (str(tmp_path / "empty"), str(tmp_path / "none")):
         with pytest.raises(InputError, match="critic_init=.* is no adapter with a score head"):

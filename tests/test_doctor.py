@@ -9,10 +9,10 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.cli import main
 from lowmem_grpo.demo import task
+from lowmem_grpo.doctor.doctor import Doctor, Finding
+from lowmem_grpo.doctor.symptoms import OF_A_REWARD, SYMPTOMS
 from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.objective.loss import LOSSES, register_objective
-from lowmem_grpo.run.doctor import Doctor, Finding
-from lowmem_grpo.run.symptoms import OF_A_REWARD, SYMPTOMS
 
 pytestmark = pytest.mark.usefixtures("known_trials")
 
@@ -186,7 +186,7 @@ def test_a_finding_before_the_first_step_is_told_before_the_weights_are_read_and
         raise RuntimeError(f"loading after: {capsys.readouterr().err}")
 
     found = [Finding("made_up", "all is lost\x1b; give up")]
-    monkeypatch.setattr("lowmem_grpo.run.checkup.findings", lambda inputs: found)
+    monkeypatch.setattr("lowmem_grpo.checkup.prompts.findings", lambda inputs: found)
     warned = run(tmp_path / "warned", varied, **{**SHORT, "max_steps": 2})
     line = {"step": 0, "doctor": "made_up", "text": found[0].text}
     assert warned.findings == [line] and logged(tmp_path / "warned") == [line]
@@ -199,7 +199,7 @@ def test_a_finding_before_the_first_step_is_told_before_the_weights_are_read_and
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("doctor: ")]
     assert told[0] == "doctor: and more", "and not again what was told before"
 
-    monkeypatch.setattr("lowmem_grpo.inputs.Inputs.load_policy", load_policy)
+    monkeypatch.setattr("lowmem_grpo.inputs.prompts.Inputs.load_policy", load_policy)
     with pytest.raises(RuntimeError, match="loading after: (?s:.*)doctor: all is lost"):
         run(tmp_path / "loaded", varied, **SHORT)
     with pytest.raises(UnhealthyRunError, match="all is lost(?s:.*); and and more"):

@@ -20,7 +20,7 @@ from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.identity import weights_of
+from lowmem_grpo.inputs.identity import weights_of
 from lowmem_grpo.model import experts, offload
 from lowmem_grpo.model.experts import (
     Mxfp4Stack,

@@ -35,7 +35,7 @@ from transformers import (
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.model.find import beyond_context, find_model
 from lowmem_grpo.model.load import load_policy
 

@@ -16,7 +16,7 @@ from lowmem_grpo.config.fields import MOST, from_text
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, NotFiniteError
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.loops.grpo import train
 
 

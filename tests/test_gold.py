@@ -11,7 +11,7 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.data.gold import gold_of, is_marked
 from lowmem_grpo.data.rows import load_rows
-from lowmem_grpo.inputs import read_evaluation_inputs, read_training_inputs
+from lowmem_grpo.inputs.prompts import read_evaluation_inputs, read_training_inputs
 from lowmem_grpo.rewards import (
     RewardRunner,
     accuracy_reward,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo.task import answer_reward
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.identity import (
+from lowmem_grpo.inputs.identity import (
     columns_of,
     identity_of,
     refuse_another_run,

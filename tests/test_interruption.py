@@ -275,7 +275,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_lost(tmp_path, monk
     def strike(*args, **kwargs):
         signal.raise_signal(signal.SIGHUP)
 
-    loaded = ("lowmem_grpo.inputs", "load_policy"), ("lowmem_grpo.run.evaluations", "measure")
+    loaded = ("lowmem_grpo.inputs.training", "load_policy"), ("lowmem_grpo.run.evaluations", "measure")
     monkeypatch.setattr(".".join(loaded[what == "evaluation"]), strike)
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, eval_dataset=ROWS[:2])

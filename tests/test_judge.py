@@ -12,7 +12,7 @@ from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.identity import _settings as settings_of
+from lowmem_grpo.inputs.identity import _settings as settings_of
 from lowmem_grpo.rewards import RewardRunner, get_judge_reward
 from lowmem_grpo.rewards.endpoint import EndpointError
 from lowmem_grpo.rewards.judge import QUESTION, SCORES, YES_OR_NO

@@ -15,9 +15,9 @@ from torch import nn
 from lowmem_grpo import GRPOConfig, cli, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import UnhealthyRunError
-from lowmem_grpo.inputs import read_data_inputs
+from lowmem_grpo.inputs.prompts import read_data_inputs
+from lowmem_grpo.preview.prompts import as_text, faults, make_previews
 from lowmem_grpo.rewards import get_judge_reward, get_soft_overlong_punishment
-from lowmem_grpo.run.preview import as_text, faults, make_previews
 
 CONFIG = GRPOConfig(use_cpu=True)
 BOXED = "Put the answer in \\boxed{}."

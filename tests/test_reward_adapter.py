@@ -20,7 +20,7 @@ from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.evaluation.evaluate import measure_model
-from lowmem_grpo.identity import _settings
+from lowmem_grpo.inputs.identity import _settings
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.planner import plan as planner

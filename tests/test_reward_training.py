@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 from trl.trainer.reward_config import RewardConfig as TheirConfig
 
 from lowmem_grpo import RewardConfig, cli, sft, train_reward_model
+from lowmem_grpo.checkup.pairs import findings
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_REWARD
 from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, NotSavedError, UnhealthyRunError
+from lowmem_grpo.inputs.pairs import read_pair_inputs
 from lowmem_grpo.model.score_head import SCORE, read_range
-from lowmem_grpo.pair_inputs import read_pair_inputs
-from lowmem_grpo.run.pair_checkup import findings
 from lowmem_grpo.update.pair_metrics import correlation, score_metrics
 
 pytestmark = pytest.mark.usefixtures("known_trials")

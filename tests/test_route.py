@@ -12,8 +12,8 @@ from tiny_models import DEMO_MODEL, make_policy
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.identity import _of_the_users as source_of
-from lowmem_grpo.identity import _settings as settings_of
+from lowmem_grpo.inputs.identity import _of_the_users as source_of
+from lowmem_grpo.inputs.identity import _settings as settings_of
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.route import get_routed_reward, kinds_of_rows

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from test_checkpoint import seal
 from tiny_models import make_policy
 
+from lowmem_grpo.checkup.prompts import doctor_of
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError, NotFiniteError
-from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.output.folder import find_checkpoint, read_state
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.run import Run
 from lowmem_grpo.update.optimizer import Learner
 

@@ -88,7 +88,7 @@ def test_a_file_that_was_cut_short_becomes_the_undisturbed_one(whole, tmp_path, 
 
 
 def test_a_whole_file_is_not_sampled_again_and_no_weights_are_read(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", None)
+    monkeypatch.setattr("lowmem_grpo.inputs.training.load_policy", None)
     before = whole.read_bytes()
     run(whole)
     assert whole.read_bytes() == before

@@ -17,7 +17,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_SFT
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, UnhealthyRunError
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 
 pytestmark = pytest.mark.usefixtures("known_trials")

@@ -28,7 +28,7 @@ from transformers import (
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.chats import Template
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.inputs import tokenizer_of
+from lowmem_grpo.inputs.training import tokenizer_of
 from lowmem_grpo.model.adapter_names import PREFIX
 from lowmem_grpo.model.attention import configs_of
 from lowmem_grpo.model.chat_template import reading_texts

@@ -284,7 +284,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, 
     def no_work(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sys.modules["lowmem_grpo.inputs"], "load_policy", no_work)
+    monkeypatch.setattr(sys.modules["lowmem_grpo.inputs.training"], "load_policy", no_work)
     with pytest.raises((ValueError, RuntimeError), match=message) as caught:
         run(tmp_path, **given, **changes)
     assert "\n" not in str(caught.value)

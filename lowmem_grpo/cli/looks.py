@@ -106,9 +106,9 @@ def run_data(given: dict[str, Any]) -> int:
     count = count_of(given, "rows", "prompts", 3)
     inputs, fields = read_settings(given, command="data")
     config = GRPOConfig(**fields)
-    from lowmem_grpo.inputs import read_data_inputs
+    from lowmem_grpo.inputs.prompts import read_data_inputs
+    from lowmem_grpo.preview.prompts import as_text, faults, make_previews
     from lowmem_grpo.progress_bars import no_progress_bars
-    from lowmem_grpo.run.preview import as_text, faults, make_previews
 
     with no_progress_bars():
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
@@ -135,7 +135,7 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
             f"--ranks {ranks} is none: a training has 1 to {config.prompts_per_step}, as many as a step has things to "
             "share, and sampling into a file has one process"
         )
-    from lowmem_grpo.inputs import worn_by
+    from lowmem_grpo.inputs.rewards import worn_by
 
     if isinstance(config, SampleConfig):
         if config.base_url is not None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_grpo.checkup.prompts import doctor_of
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.inputs import read_training_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.objective.coefficients import Controllers
 from lowmem_grpo.output.lock import releasing_locks
+from lowmem_grpo.preview.prompts import show_preview
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rollout.collect import Collected, collect, with_kl_in_reward
 from lowmem_grpo.rollout.metrics import remarks
@@ -21,10 +23,8 @@ from lowmem_grpo.rollout.refill import needs_refill, refill
 from lowmem_grpo.rollout.replay import ReplayBuffer
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.stream import Stream
-from lowmem_grpo.run.checkup import doctor_of
 from lowmem_grpo.run.evaluations import evaluations_of
 from lowmem_grpo.run.interruption import interruptible
-from lowmem_grpo.run.preview import show_preview
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.run.step import Step

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
+from lowmem_grpo.checkup.pairs import doctor_of_pairs
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.distributed import by_main, share
 from lowmem_grpo.errors import NotSavedError
+from lowmem_grpo.inputs.pairs import PairInputs, read_pair_inputs
 from lowmem_grpo.model.score_head import RANGE, save_range
 from lowmem_grpo.output.lock import releasing_locks
-from lowmem_grpo.pair_inputs import PairInputs, read_pair_inputs
+from lowmem_grpo.preview.pairs import show_pair
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.evaluations import accuracies_of
 from lowmem_grpo.run.interruption import interruptible
-from lowmem_grpo.run.pair_checkup import doctor_of_pairs
-from lowmem_grpo.run.pair_preview import show_pair
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.room import refusal
 from lowmem_grpo.run.run import Callback, Run, TrainResult

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from lowmem_grpo.checkup.examples import doctor_of_examples
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.distributed import share
-from lowmem_grpo.example_inputs import read_example_inputs
+from lowmem_grpo.inputs.examples import read_example_inputs
 from lowmem_grpo.output.lock import releasing_locks
+from lowmem_grpo.preview.examples import show_example
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.evaluations import losses_of
-from lowmem_grpo.run.example_checkup import doctor_of_examples
-from lowmem_grpo.run.example_preview import show_example
 from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.inputs import read_evaluation_inputs
+from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.load import run_device
 from lowmem_grpo.output.lock import releasing_locks

@@ -17,12 +17,13 @@ from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.errors import InputError, printable_text, shown
-from lowmem_grpo.example_inputs import read_example_inputs
-from lowmem_grpo.inputs import RunInputs, read_training_inputs
+from lowmem_grpo.inputs.examples import read_example_inputs
+from lowmem_grpo.inputs.pairs import read_pair_inputs
+from lowmem_grpo.inputs.prompts import read_training_inputs
+from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.loops.reward import train_reward_model
 from lowmem_grpo.loops.sft import sft
-from lowmem_grpo.pair_inputs import read_pair_inputs
 from lowmem_grpo.pipeline.pairs import pairs
 from lowmem_grpo.pipeline.sample import read_inputs, sample
 from lowmem_grpo.pipeline.sampled import Row, read_sampled

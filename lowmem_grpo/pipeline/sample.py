@@ -12,7 +12,8 @@ from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.data.prompts import SETTINGS
 from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import NotSavedError
-from lowmem_grpo.inputs import Inputs, read_endpoint_inputs, read_sampling_inputs, refuse_other_config
+from lowmem_grpo.inputs.prompts import Inputs, read_endpoint_inputs, read_sampling_inputs
+from lowmem_grpo.inputs.training import refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pipeline.sampled import Row, SampledFile, as_json, read_sampled

@@ -27,7 +27,7 @@ from lowmem_grpo.config.fields import LARGEST, refuse_changes
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.identity import first_difference
+from lowmem_grpo.inputs.identity import first_difference
 from lowmem_grpo.output.lock import lock_file
 
 FORMAT = 1  # of NAME.run; to be raised where the lines change their shape

@@ -18,7 +18,7 @@ from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.evaluation.statistics import differences
 from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.inputs import read_evaluation_inputs
+from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation

@@ -15,7 +15,8 @@ import torch
 import lowmem_grpo
 from lowmem_grpo import errors
 from lowmem_grpo.errors import in_a_line
-from lowmem_grpo.inputs import Inputs, RunInputs, name_of
+from lowmem_grpo.inputs.prompts import Inputs
+from lowmem_grpo.inputs.training import RunInputs, name_of
 from lowmem_grpo.output.folder import remove, write_file
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.output.secrets import command_without_secrets, without_secrets

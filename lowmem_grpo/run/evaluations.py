@@ -12,12 +12,12 @@ import torch
 from lowmem_grpo.distributed import share, sum_over_ranks
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences
-from lowmem_grpo.example_inputs import ExampleInputs
 from lowmem_grpo.generate.sample import Sampler
-from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.inputs.examples import ExampleInputs
+from lowmem_grpo.inputs.pairs import PairInputs
+from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.pair_inputs import PairInputs
 from lowmem_grpo.planner.plan import for_evaluation
 from lowmem_grpo.update.nll import nll_and_accuracy
 from lowmem_grpo.update.pair_metrics import correlation, score_metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem_grpo.distributed import is_main
 from lowmem_grpo.errors import NotUploadedError, in_a_line
-from lowmem_grpo.inputs import RunInputs, name_of
+from lowmem_grpo.inputs.training import RunInputs, name_of
 from lowmem_grpo.output.hub import repository, upload
 from lowmem_grpo.output.secrets import without_secrets
 from lowmem_grpo.output.trackers import Place, Trackers, tracker_names

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lowmem_grpo.distributed import by_main, from_main, is_main, own_randomness, refuse_differences, world_size
+from lowmem_grpo.doctor.doctor import Doctor
 from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
-from lowmem_grpo.identity import refuse_other_ends, refuse_other_weights, weights_of
-from lowmem_grpo.inputs import RunInputs
+from lowmem_grpo.inputs.identity import refuse_other_ends, refuse_other_weights, weights_of
+from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import (
@@ -38,7 +39,6 @@ from lowmem_grpo.report import report
 from lowmem_grpo.run import about, samples
 from lowmem_grpo.run.best import BestAdapter
 from lowmem_grpo.run.checkpoint import Part, State, load_adapter, load_part, save_checkpoint
-from lowmem_grpo.run.doctor import Doctor
 from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.log import HeardLog, MetricsLog, write_completions

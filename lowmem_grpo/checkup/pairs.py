@@ -1,10 +1,10 @@
 """The doctor's look at pairs and settings before the first step of a reward model's training."""
 
+from lowmem_grpo.checkup.prompts import having_looked, implausible_rate, warmup_too_long
 from lowmem_grpo.data.pairs import Pair
-from lowmem_grpo.pair_inputs import PairInputs
-from lowmem_grpo.run.checkup import having_looked, implausible_rate, warmup_too_long
-from lowmem_grpo.run.doctor import Doctor, Finding
-from lowmem_grpo.run.symptoms import symptoms_of_examples
+from lowmem_grpo.doctor.doctor import Doctor, Finding
+from lowmem_grpo.doctor.symptoms import symptoms_of_examples
+from lowmem_grpo.inputs.pairs import PairInputs
 
 MOST_LONGER = 0.9  # of the pairs; in UltraFeedback and HH-RLHF the better text is the longer one in 55 to 65 %
 ENOUGH = 16  # pairs of which a share says something

@@ -1,12 +1,12 @@
 """The doctor's look at examples and settings before the first step of a supervised training."""
 
+from lowmem_grpo.checkup.prompts import having_looked, implausible_rate, warmup_too_long
 from lowmem_grpo.data.examples import Example
-from lowmem_grpo.example_inputs import ExampleInputs
+from lowmem_grpo.doctor.doctor import Doctor, Finding
+from lowmem_grpo.doctor.symptoms import symptoms_of_examples
+from lowmem_grpo.inputs.examples import ExampleInputs
 from lowmem_grpo.model.find import ends_of_model
 from lowmem_grpo.model.turn_end import turn_end
-from lowmem_grpo.run.checkup import having_looked, implausible_rate, warmup_too_long
-from lowmem_grpo.run.doctor import Doctor, Finding
-from lowmem_grpo.run.symptoms import symptoms_of_examples
 
 MANY_EPOCHS = 10  # over one dataset: cold starts take 2 to 3 (R1: 2, https://arxiv.org/abs/2501.12948)
 END = 4  # tokens at an example's end, among which its end-of-sequence token is: a template may write white space after

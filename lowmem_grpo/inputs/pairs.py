@@ -9,11 +9,11 @@ from lowmem_grpo.data.pairs import Pair, tokenize_pairs
 from lowmem_grpo.data.rows import read_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.identity import identity_of, refuse_another_run
-from lowmem_grpo.inputs import (
+from lowmem_grpo.inputs.callbacks import callbacks_of
+from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
+from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
-    callbacks_of,
     expanded,
     name_of,
     refuse_other_config,

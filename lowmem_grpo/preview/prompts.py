@@ -19,13 +19,13 @@ from lowmem_grpo.data.chats import closing_of
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.distributed import by_main
+from lowmem_grpo.doctor.doctor import Finding
 from lowmem_grpo.errors import InputError, printable, printable_text
-from lowmem_grpo.inputs import Inputs
+from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.rollout.metrics import in_words
-from lowmem_grpo.run.doctor import Finding
 from lowmem_grpo.run.randomness import same_randomness
 from lowmem_grpo.warn import warn
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.doctor.symptoms import Course, symptoms
 from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.output.saved import measured, whole
-from lowmem_grpo.run.symptoms import Course, symptoms
 
 
 class Finding(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import printable_text
-from lowmem_grpo.pair_inputs import PairInputs
+from lowmem_grpo.inputs.pairs import PairInputs
 
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole
 

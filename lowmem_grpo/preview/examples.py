@@ -6,7 +6,7 @@ from typing import Any
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.errors import printable_text
-from lowmem_grpo.example_inputs import ExampleInputs
+from lowmem_grpo.inputs.examples import ExampleInputs
 
 LEARNT = "[[%s]]"
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole

@@ -11,15 +11,16 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from lowmem_grpo.data.gold import COLUMNS
+from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.errors import printable_text
-from lowmem_grpo.inputs import Inputs, RunInputs
+from lowmem_grpo.inputs.prompts import Inputs
+from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
 from lowmem_grpo.output.folder import read_state
+from lowmem_grpo.preview.prompts import MARKS, parameters_of, read_gold
 from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.run.checkpoint import load_part
-from lowmem_grpo.run.doctor import Doctor, Finding
-from lowmem_grpo.run.preview import MARKS, parameters_of, read_gold
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
 # TRL's GRPO begins at 1e-6, and the demo's LoRA learns at 1e-3. Adam moves a weight by about the rate a step: at 1e-8,

@@ -1,0 +1,1 @@
+"""The inputs of a training, read and checked before any long work: model, data, rewards, folders, plan."""

@@ -1,0 +1,345 @@
+"""The inputs of what samples completions, checked before long work: models, prompts, rewards, folders, a plan."""
+
+import inspect
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import CriticFields, DataFields
+from lowmem_grpo.data.chats import is_text
+from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
+from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.distributed import main_first
+from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.inputs.callbacks import callbacks_of
+from lowmem_grpo.inputs.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
+from lowmem_grpo.inputs.rewards import (
+    missing_golds,
+    refuse_lost_bases,
+    refuse_mixed_scales,
+    refuse_without_rewards,
+    runner_of,
+    try_out,
+    worn_by,
+)
+from lowmem_grpo.inputs.training import (
+    RunInputs,
+    begin,
+    expanded,
+    name_of,
+    refuse_other_config,
+    refuse_without_evaluation,
+    tokenizer_of,
+)
+from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
+from lowmem_grpo.model.load import load_tokenizer, run_device
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
+from lowmem_grpo.model.turn_end import unseen_turn_end
+from lowmem_grpo.planner.plan import limit_memory, plan_to_fit
+from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rewards.route import inner_of
+from lowmem_grpo.tasks import find_task, held_out, with_tasks
+from lowmem_grpo.warn import warn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(RunInputs):
+    """The inputs of a run that samples completions, checked, before any weights are read."""
+
+    given: GRPOConfig
+    config: GRPOConfig
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]  # empty where nothing is evaluated
+    rewards: RewardRunner
+    teacher: FoundTeacher | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """How many prompts an epoch has."""
+        return len(self.prompts)
+
+    @property
+    def num_eval_rows(self) -> int:
+        """How many prompts are held out to be evaluated on."""
+        return len(self.eval_prompts)
+
+    def longest_prompt(self) -> list[int]:
+        """Ids of the training prompt of the most tokens."""
+        return max((prompt.ids for prompt in self.prompts), key=len)
+
+    def load_policy(self) -> Policy:
+        """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it."""
+        policy = super().load_policy()
+        self.notes.extend(self.rewards.bind(policy))
+        return policy
+
+    def load_teacher(self, policy: Policy) -> Teacher | None:
+        """The teacher, worn on the policy's base or loaded beside it; None where there is none."""
+        if self.teacher is None:
+            return None
+        with limit_memory(self.plan, self.device):
+            return load_teacher(self.teacher, policy, self.config)
+
+
+@main_first
+def read_training_inputs(
+    model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
+    tokenizer: Any = None, callbacks: Any = (),
+) -> Inputs:  # fmt: skip
+    """The inputs of train(), which documents them.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    refuse_other_config(config, GRPOConfig)
+    callbacks = callbacks_of(callbacks)
+    datasets = {"train": name_of(train_dataset), "eval": name_of(eval_dataset)}
+    train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
+    model = expanded(model)
+    rewards = runner_of(reward_funcs, config)
+    output_dir, resume, notes = begin(config)
+    rows = load_rows(train_dataset, config)
+    eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
+    refuse_without_evaluation(config, eval_rows)
+    if eval_rows is not None and datasets["eval"] is None:
+        datasets["eval"] = f"held out by {datasets['train']}"
+    find_model(model, config, peft_config)
+    refuse_lost_bases(rewards, model, config)
+    teacher = find_teacher(model, config)
+    refuse_without_rewards(rewards, config, eval_rows)
+    is_continued = isinstance(model, PeftModel) or is_adapter(model)
+    if config.sync_ref_model and config.reference == "base" and is_continued:
+        raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
+    if config.beta > 0 and config.reference == "base" and is_continued:
+        warn(
+            "the KL draws the policy back to the base, away from the adapter that training goes on from; set "
+            "reference='initial' to hold it near that adapter"
+        )
+    device = run_device(config)
+    refuse_mixed_scales(rewards, rows, config)
+    notes += try_out(rewards, rows, "train_dataset")
+    if eval_rows is not None:
+        rewards.check_rows(eval_rows, "eval_dataset")
+        notes += missing_golds(rewards, eval_rows, "eval_dataset")
+    tokenizer = tokenizer_of(tokenizer, model, config)
+    if teacher is not None:
+        refuse_other_tokens(teacher, model, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
+    eval_prompts, eval_dropped = [], 0
+    if eval_rows is not None:
+        eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
+    check_prompts(model, prompts + eval_prompts, config)
+    if teacher is not None:
+        read_by = model if teacher.model is None else teacher.name
+        check_prompts(read_by, [prompt.for_teacher for prompt in prompts], config, whose="for the teacher, ")
+    notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
+    plan, given = None, config
+    base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
+    _refuse_critic(base, config)
+    identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
+    if teacher is not None:
+        asked = digest_of(prompt.for_teacher.ids for prompt in prompts)
+        identity["teacher"] = {"weights": files_of(teacher), "prompts": asked}
+    if resume is not None:
+        refuse_another_run(resume, identity)
+    if config.vram_budget is not None:
+        read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
+        longest = max(len(prompt.ids) for prompt in read)
+        worn = worn_by(base, rewards.functions)
+        plan = plan_to_fit(base, config, adapter, longest, [one.config for one in worn], teacher)
+        for one in worn:
+            one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
+        config = plan.config
+    inputs = Inputs(
+        model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
+        rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
+        plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
+        datasets=datasets,
+    )  # fmt: skip
+    if inputs.total_steps <= config.critic_warmup:
+        raise InputError(
+            f"critic_warmup={config.critic_warmup} leaves the policy none of the run's {inputs.total_steps} steps to "
+            "learn in; lower critic_warmup"
+        )
+    return inputs
+
+
+def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
+    """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter.
+
+    One of another base, by its name, is told: as a reward it would be scored with that base, and a critic has none.
+    """
+    if config.critic_init == "policy":
+        return
+    if not has_score_head(config.critic_init):
+        raise InputError(
+            f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
+            "one; give such a folder, or leave critic_init out"
+        )
+    trained_on = str(read_adapter_config(config.critic_init).base_model_name_or_path)
+    if os.path.realpath(trained_on) != os.path.realpath(base._name_or_path):
+        warn(
+            f"critic_init={shown(config.critic_init)} is an adapter of {shown(trained_on)}, and is put on "
+            f"{shown(base._name_or_path)}, where its values mean nothing unless the two are one model"
+        )
+
+
+def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+    """The inputs of an evaluation: a task's held-out rows, or a hub dataset's `test` split.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    if config.vram_budget is not None:
+        raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
+    model, task = expanded(model), find_task(dataset)
+    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+    rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
+    rewards = runner_of(reward_funcs, config)
+    if not rewards.names:
+        raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
+    find_model(model, config)
+    refuse_lost_bases(rewards, model, config)
+    notes = try_out(rewards, rows, "eval_dataset")
+    tokenizer = load_tokenizer(model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
+    notes += filter(None, [check_prompts(model, prompts, config), open_end])
+    if dropped:
+        notes += [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
+    return Inputs(
+        model=model, tokenizer=tokenizer, prompts=[], eval_prompts=prompts, rewards=rewards, given=config,
+        config=config, device=run_device(config), notes=notes,
+    )  # fmt: skip
+
+
+def read_sampling_inputs(
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None
+) -> Inputs:
+    """The inputs of completions that are sampled into a file: training rows, and rewards if there are any.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    found = read_data_inputs(model, reward_funcs, dataset, config, tokenizer, needs_weights=True)
+    model, tokenizer, config = found.model, found.tokenizer, found.config
+    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
+    notes = [*found.notes, *filter(None, [check_prompts(model, found.prompts, config), open_end])]
+    base, adapter = read_config(model, config), adapter_config(model, config)
+    identity = identity_of(base, adapter, tokenizer, columns_of(found.prompts), found.rewards)
+    plan, device = None, run_device(config)
+    if config.vram_budget is not None:
+        plan = plan_to_fit(base, config, adapter, max(len(prompt.ids) for prompt in found.prompts))
+        config = plan.config
+    return replace(found, notes=notes, identity=identity, device=device, plan=plan, config=config)
+
+
+def read_data_inputs(
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None, *,
+    needs_weights: bool = False,
+) -> Inputs:  # fmt: skip
+    """The inputs of a look at training data: prompts and rewards, without folder and weights.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    model = expanded(model)
+    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config)
+    find_model(model, config, needs_weights=needs_weights)
+    if needs_weights:
+        refuse_lost_bases(rewards, model, config)
+    notes = try_out(rewards, rows, "train_dataset")
+    tokenizer = tokenizer_of(tokenizer, model, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
+    notes += _left_out(dropped, "prompts", config)
+    return Inputs(
+        model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,
+        config=config, device=torch.device("cpu"), notes=notes,
+    )  # fmt: skip
+
+
+def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any) -> Inputs:
+    """The inputs of completions that a model behind an endpoint writes: rows, and rewards if there are any.
+
+    Raises:
+        InputError: bad input, in one sentence with the remedy.
+    """
+    if not isinstance(model, str) or not model:
+        raise InputError(f"model is {shown(model)}, and base_url is given; name the model as the server lists it")
+    if tokenizer is not None:
+        raise InputError("tokenizer is given, and a server behind base_url has its own; leave it out")
+    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config)
+    for name, function in zip(rewards.names, map(inner_of, rewards.functions), strict=True):
+        if hasattr(function, "bind"):
+            raise InputError(
+                f"{name} scores by a model that is sampled on this machine, and this one is behind base_url; leave it "
+                "out, or sample first and score with another reward"
+            )
+        if _reads_ids(function):
+            raise InputError(f"{name} reads completion_ids, and an endpoint gives texts alone; leave it out")
+    prompts, num_texts, notes = chat_prompts(rows, config), sum(map(is_text, rows["prompt"])), []
+    if num_texts:
+        columns = {name: list(rows[name]) for name in rows.column_names}
+        rows = Dataset.from_dict({**columns, "prompt": [prompt.text for prompt in prompts]})
+        notes = [f"{num_texts} prompts are texts, which the endpoint is given as what a user says"]
+    notes += try_out(rewards, rows, "train_dataset")
+    data = {**columns_of(prompts), "prompt": [prompt.text for prompt in prompts]}
+    identity = {"endpoint": {"model": model}, **identity_of_data(data, rewards)}
+    return Inputs(
+        model=model, tokenizer=None, prompts=prompts, eval_prompts=[], rewards=rewards, given=config, config=config,
+        device=torch.device("cpu"), notes=notes, identity=identity,
+    )  # fmt: skip
+
+
+def _reads_ids(function: Any) -> bool:
+    """Tell whether a reward function names token ids among what it is called with."""
+    try:
+        return not {"completion_ids", "prompt_ids"}.isdisjoint(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of some functions in C
+        return False
+
+
+def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tuple[Dataset, RewardRunner, GRPOConfig]:
+    """Training rows and what scores them, which may be nothing, with what a task says of them."""
+    rewards = RewardRunner([])
+    if reward_funcs is not None or find_task(dataset) is not None:
+        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+        rewards = runner_of(reward_funcs, config)
+    return load_rows(dataset, config), rewards, config
+
+
+def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
+    return [f"{dropped} {what} have more than {config.max_prompt_length} tokens and are left out"] if dropped else []
+
+
+def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whose: str = "") -> str | None:
+    """Say whether the longest sequence may have more tokens than the model was made for.
+
+    Raises:
+        InputError: one may have more tokens than a budget, or ids or positions that the model lacks.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
+    for name in ("token_budget", "rollout_token_budget"):
+        if longest > getattr(config, name):
+            raise InputError(
+                f"{whose}the longest prompt and its completion may have {longest} tokens, more than {name}="
+                f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
+            )
+    largest = max(max(prompt.ids) for prompt in prompts)
+    num_ids = read_config(model, config).get_text_config().vocab_size
+    if largest >= num_ids:
+        raise InputError(
+            f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
+        )
+    return beyond_context(model, config, longest, f"{whose}the longest prompt and its completion")

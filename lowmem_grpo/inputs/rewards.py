@@ -1,0 +1,163 @@
+"""Reward functions as a run is given them, checked with the rows that they will score."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ModelFields, RewardFields
+from lowmem_grpo.data.gold import COLUMNS, gold_of
+from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.model.find import find_base_of, read_config
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards.reward_adapter import AdapterReward
+from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
+
+
+def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterReward]:
+    """The reward adapters among functions that a base can wear."""
+    return [one for one in _reward_adapters(functions) if one.is_of(base._name_or_path)]
+
+
+def _reward_adapters(functions: Sequence[Any]) -> list[AdapterReward]:
+    return [one for one in map(inner_of, functions) if isinstance(one, AdapterReward)]
+
+
+def refuse_lost_bases(rewards: RewardRunner, model: Any, config: ModelFields) -> None:
+    """Raise InputError where the base of a reward adapter, which the policy's is not, cannot be loaded beside it."""
+    for one in _reward_adapters(rewards.functions):
+        if not one.is_of(read_config(model, config)._name_or_path):
+            find_base_of(str(one.folder), config)
+
+
+def refuse_without_rewards(rewards: RewardRunner, config: GRPOConfig, eval_rows: Dataset | None) -> None:
+    """Raise InputError for what needs rewards in a run that learns from its teacher alone."""
+    learns_from_them = config.reward_weights is None or any(config.reward_weights)
+    if rewards.names and learns_from_them:
+        if config.num_generations < 2 and config.adv_estimator not in ("reinforce_plus_plus", "gae"):
+            raise InputError(
+                f"num_generations={config.num_generations} serves a teacher, and leaves the rewards nothing to compare "
+                "a completion with; raise it, or give the rewards reward_weights of 0"
+            )
+        return
+    for name in ("dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip"):
+        if getattr(config, name) != getattr(GRPOConfig, name):
+            raise InputError(f"{name} looks for differences of rewards, and nothing is learnt from any; leave it out")
+    if rewards.names:
+        return
+    if eval_rows is not None:
+        raise InputError(
+            "an eval_dataset is scored by reward_funcs, and there are none; give them with reward_weights of 0, which "
+            "measures alone, or leave eval_dataset out"
+        )
+    for name in [one.name for one in fields(RewardFields) if one.name != "mask_truncated_completions"]:
+        if getattr(config, name) != getattr(GRPOConfig, name):
+            raise InputError(f"{name} is about rewards, and there are no reward_funcs; give some, or leave {name} out")
+
+
+def runner_of(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
+    """A runner of the reward functions, which may be none beside a teacher.
+
+    Raises:
+        InputError: one cannot be found or called, or reward_weights are not as many.
+    """
+    if config.teacher is not None and reward_funcs == []:
+        return RewardRunner([])
+    functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
+    rewards = RewardRunner(functions, config.reward_timeout)
+    if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
+        raise InputError(
+            f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"
+        )
+    return rewards
+
+
+def try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Call each reward once on the first rows with made-up completions, and look for gold answers.
+
+    Returns what to tell of rows without one. Raise InputError where a reward cannot work.
+    """
+    if not rewards.names:
+        return []
+    rewards.check_rows(rows, name)
+    notes = missing_golds(rewards, rows, name) + _routes(rewards, rows, name)
+    # The first two rows, and the first of each reward that is not for those.
+    firsts = [index for one in rewards.functions for index in rows_for(one, rows)[:1]]
+    trial = rows[sorted({*range(min(2, len(rows))), *firsts})]
+    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+    return notes
+
+
+def missing_golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Say how many rows have no gold answer, where a built-in reward reads it.
+
+    Raises:
+        InputError: no row has one, or a row's is neither a text nor a number.
+    """
+    readers = {
+        one: function for one, function in zip(rewards.names, rewards.functions, strict=True) if reads_gold(function)
+    }
+    if not readers:
+        return []
+    of_all = [one for one, function in readers.items() if function is inner_of(function)]
+    notes = []
+    for reader in [*of_all[:1], *(one for one in readers if one not in of_all)]:
+        notes += _golds_of(reader, readers[reader], rows, name)
+    return notes
+
+
+def _golds_of(reader: str, function: Callable, rows: Dataset, name: str) -> list[str]:
+    """Say how many of a reward's rows have no gold answer. Raise InputError where none has one."""
+    columns = [column for column in COLUMNS if column in rows.column_names]
+    if not columns:
+        raise InputError(
+            f"{reader} needs the gold answers: {name} has no column named solution or answer, only "
+            f"{', '.join(rows.column_names)}"
+        )
+    missing = 0
+    own, given = rows_for(function, rows), list(rows.select_columns(columns))
+    for index in own:
+        row: Any = given[index]
+        try:
+            missing += gold_of(row) is None
+        except InputError as error:
+            raise InputError(f"row {index} of {name} has no gold answer for {reader}: {error}") from error
+    if own and missing == len(own):
+        raise InputError(
+            f"no row of {name} has a gold answer in solution or answer, so that {reader} would give no completion "
+            "a reward; fill one of the two columns, or leave the reward out"
+        )
+    told = f"{missing} of {len(own)} rows of {name} have no gold answer, for which {reader} gives no reward"
+    return [told] if missing else []
+
+
+def _routes(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+    """Say which routed rewards are for no row, and how many rows have no reward at all."""
+    told = []
+    for one, function in zip(rewards.names, rewards.functions, strict=True):
+        if isinstance(function, RoutedReward) and not rows_for(function, rows):
+            told.append(f"{one} is for no row of {name}: none has {function.column} in {shown(function.values)}")
+    without = kinds_of_rows(rewards.names, rewards.functions, rows)[()]
+    if rewards.functions and without:
+        told.append(f"{without} of {len(rows)} rows of {name} have no reward, and teach nothing")
+    return told
+
+
+def refuse_mixed_scales(rewards: RewardRunner, rows: Dataset, config: RewardFields) -> None:
+    """Raise InputError where rewards of rows of different kinds would be divided by one deviation of the batch."""
+    kinds = [*filter(None, kinds_of_rows(rewards.names, rewards.functions, rows))]
+    by_batch = {
+        "scale_rewards='batch'": config.adv_estimator == "grpo" and config.scale_rewards == "batch",
+        f"adv_estimator={config.adv_estimator!r}": config.adv_estimator.startswith("reinforce_plus_plus"),
+    }
+    found = next((setting for setting, is_set in by_batch.items() if is_set), None)
+    if found and len(kinds) > 1:
+        words = " and ".join(" + ".join(kind) for kind in kinds[:3])
+        raise InputError(
+            f"{found} divides all advantages of a step by one deviation, and rows have different rewards ({words}), of "
+            "which the one of the smaller numbers would teach little; leave it out, since scale_rewards='group' makes "
+            "them comparable"
+        )

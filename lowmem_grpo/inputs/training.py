@@ -1,0 +1,149 @@
+"""The inputs that every training has, and what is checked of them before any weights are read."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field, fields
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from lowmem_grpo.config.fields import refuse_changes
+from lowmem_grpo.config.sections import ModelFields, SampledEvaluationFields
+from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.distributed import is_main, take_from_main, world_size
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.model.chat_template import reading_texts
+from lowmem_grpo.model.load import load_policy, load_tokenizer
+from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
+from lowmem_grpo.output.hub import check_upload, repository
+from lowmem_grpo.output.lock import lock_folder
+from lowmem_grpo.output.results import refuse_results
+from lowmem_grpo.output.trackers import tracker_names
+from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """The inputs of any run, checked, before any weights are read."""
+
+    model: Any  # as find_model() accepts it
+    peft_config: Any = None
+    tokenizer: Any
+    given: Any  # the configuration as the caller and the task say it, which a resumed run has to repeat
+    config: Any  # with what the plan chose
+    device: torch.device
+    notes: list[str]  # sentences for whoever watches the run
+    output_dir: Path | None = None
+    resume: Path | None = None  # the checkpoint to go on from
+    plan: Plan | None = None  # where there is a vram_budget
+    callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
+    num_dropped: int = 0  # training rows that are too long
+    identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share with its checkpoint
+    datasets: dict[str, Any] = field(default_factory=dict)  # "train" and "eval": each as name_of() has it
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows an epoch has."""
+        raise NotImplementedError
+
+    @property
+    def num_eval_rows(self) -> int:
+        """How many rows are held out to be evaluated on."""
+        raise NotImplementedError
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps the run has: max_steps, or as many as num_train_epochs take."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return ceil(self.config.num_train_epochs * self.num_rows / self.config.prompts_per_step)
+
+    def load_policy(self) -> Policy:
+        """The policy, its adapters drawn by the configuration's seed."""
+        set_seed(self.config.seed)
+        with limit_memory(self.plan, self.device):
+            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+        take_from_main([*policy.parameters_of(policy.adapter).values()])  # a loaded model's may be random
+        return policy
+
+
+def refuse_other_config(config: Any, wanted: type) -> None:
+    """Raise InputError where a configuration is none of ours for this training, but TRL's, say."""
+    if not isinstance(config, wanted):
+        kind = type(config)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise InputError(f"config is a {name}; pass the {wanted.__name__} of lowmem_grpo")
+
+
+def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
+    """The output folder, locked; the checkpoint to go on from, if there is one; and what to tell of that.
+
+    Raises:
+        InputError: the configuration cannot be saved, a tracker or the hub's token is missing, or the folder cannot be
+            used for it.
+    """
+    try:
+        json.dumps(asdict(config))
+    except TypeError as error:
+        raise InputError(f"config holds what JSON does not: {error}; use texts, numbers, lists and mappings") from error
+    if world_size() > config.prompts_per_step:
+        name = STEP_SIZES.get(config.kind, "prompts_per_step")
+        raise InputError(
+            f"torchrun has started {world_size()} processes, and {name}={config.prompts_per_step} does not give each "
+            f"something to do; start fewer, or raise {name}"
+        )
+    tracker_names(config.trackers)
+    if config.push_to_hub:
+        check_upload(repository(config.hub_model_id, Path(config.output_dir)))
+    output_dir = writable_folder(config.output_dir)
+    if is_main():
+        lock_folder(output_dir)
+    resume = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    refuse_results(output_dir, resume, begin_anew=config.resume_from_checkpoint == "auto")
+    if resume is None:
+        return output_dir, None, []
+    changed = refuse_changes(config, read_state(resume)["config"])
+    return output_dir, resume, [f"going on from {resume}, with {', '.join(changed)}"] if changed else []
+
+
+def refuse_without_evaluation(config: TrainingConfig, eval_rows: Dataset | None) -> None:
+    """Raise InputError for a setting of evaluations where there is nothing to evaluate on."""
+    for setting in fields(SampledEvaluationFields):
+        name, value = setting.name, getattr(config, setting.name, setting.default)
+        if value != setting.default and eval_rows is None:
+            raise InputError(f"{name}={value}, but there is no eval_dataset; pass one or leave {name} out")
+
+
+def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
+    """The tokenizer that is given or named, or the model's. Raise InputError for what is none."""
+    if tokenizer is None or isinstance(tokenizer, str):
+        return load_tokenizer(tokenizer or model, config)
+    if not hasattr(tokenizer, "chat_template"):
+        raise InputError(
+            f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"
+        )
+    return reading_texts(tokenizer)
+
+
+def name_of(given: Any) -> Any:
+    """A model or a dataset as its user named it, or in words: "12 rows in memory". Of several a list."""
+    if given is None or isinstance(given, (str, Path)):
+        return None if given is None else str(given)
+    if isinstance(given, torch.nn.Module):
+        base = getattr(getattr(given, "config", None), "_name_or_path", "")
+        return f"{type(given).__name__} in memory{f', of {base}' if base else ''}"
+    if isinstance(given, (list, tuple)) and not all(isinstance(one, Mapping) for one in given):
+        return [name_of(one) for one in given]
+    return f"{len(given)} rows in memory" if isinstance(given, Sized) else f"{type(given).__name__} in memory"
+
+
+def expanded(model: Any) -> Any:
+    """A path as a text without ~; anything else unchanged."""
+    is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
+    return os.path.expanduser(model) if is_path else model

@@ -1,0 +1,1 @@
+"""The data preview: the first row as the model gets it, one file a kind of training."""
