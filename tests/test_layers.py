@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,12 @@ def test_a_room_imports_only_what_is_below_it(module):
 def test_every_room_of_the_house_is_on_a_floor():
     rooms = {module.split(".")[0] or "__init__" for module in MODULES} | {"kernels"}
     assert rooms == set(FLOOR)
+
+
+def test_the_wheel_has_every_room():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+    assert sorted(listed) == sorted(rooms | {"lowmem_grpo.kernels", "lowmem_grpo.benchmarks"})
 
 
 def test_the_page_of_the_architecture_has_the_floors_in_their_order():
