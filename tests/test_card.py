@@ -23,6 +23,7 @@ from lowmem_grpo import RewardConfig, train_reward_model
 from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.output.manifest import damage
+from lowmem_grpo.output.places import public_name
 from lowmem_grpo.report.reading import CONFIGS
 from lowmem_grpo.run.card import card_of, write_card
 from lowmem_grpo.run.facts import Facts, dataset_id, hub_id
@@ -79,7 +80,11 @@ def program(card: ModelCard) -> str:
     return re.search(r"^```python\n(.*?)^```$", card.text, flags=re.DOTALL | re.MULTILINE)[1]
 
 
-def executed(text: str) -> dict:
+def executed(text: str, *folders: Path) -> dict:
+    """Run a card's program, in which each folder stands in the place of its end."""
+    for folder in folders:
+        assert public_name(str(folder)) in text
+        text = text.replace(public_name(str(folder)), str(folder))
     names: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(text, names)
@@ -104,9 +109,10 @@ def test_a_run_leaves_a_card_that_the_hubs_own_code_reads(trained):
 
 
 def test_the_program_on_a_card_loads_what_was_trained(trained):
-    text = program(load(f"{trained.output_dir}/adapter"))
-    assert executed(text)["said"]
-    names = executed(text.partition("ids = ")[0])
+    text, folders = program(load(f"{trained.output_dir}/adapter")), (Path(trained.output_dir) / "adapter", DEMO_MODEL)
+    assert "# ./model is no name on the hub: put the base's folder in its place.\n" in text
+    assert executed(text, *folders)["said"]
+    names = executed(text.partition("ids = ")[0], *folders)
     model, prompt = names["model"], names["prompt"]
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -236,7 +242,8 @@ def test_the_program_on_a_reward_adapters_card_gives_a_score(tmp_path):
     card = load(tmp_path / "adapter")
     assert card.data.pipeline_tag == "text-classification" and "reward-model" in card.data.tags
     assert "It was not evaluated on held-out rows." in card.text
-    float(executed(program(card))["said"])
+    assert "put the base's folder in its place in adapter_config.json" in card.text
+    float(executed(program(card), tmp_path / "adapter")["said"])
 
 
 def test_a_base_of_more_than_text_is_loaded_by_the_class_that_it_was_saved_by(folder, tmp_path):

@@ -36,7 +36,7 @@ from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting import check
 from lowmem_grpo.exporting.check import Difference
 from lowmem_grpo.exporting.export import Checked, _refuse_difference, as_text, export
-from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, write_tensors
+from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, other_files, write_tensors
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
 from lowmem_grpo.generate.sample import Sampler
@@ -327,6 +327,23 @@ def test_the_file_that_is_loaded_is_the_one_that_is_merged(tmp_path):
     (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     after = merged(tmp_path, out="again")
     assert after.keys() == before.keys() and not (tmp_path / "again/model.safetensors.index.json").exists()
+
+
+def test_what_a_training_or_a_person_left_beside_a_base_is_not_copied(tmp_path):
+    for name in ("config.json", "merges.txt", "tokenizer.model", "qwen.tiktoken", "modeling_own.py", "LICENSE.md"):
+        (tmp_path / name).touch()
+    read = sorted(path.name for path in tmp_path.iterdir())
+    for name in (
+        "README.md",
+        "trainer_state.json",
+        "run.json",
+        "sft_config.json",
+        "train_results.json",
+        ".env",
+        "a.log",
+    ):
+        (tmp_path / name).touch()
+    assert [path.name for path in other_files(tmp_path)] == read
 
 
 def test_a_base_on_the_hub_is_fetched_without_its_second_copies():

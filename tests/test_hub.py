@@ -29,12 +29,11 @@ def folder(tmp_path) -> Path:
     (tmp_path / "run/adapter/README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
     (tmp_path / "run/adapter/adapter_model.safetensors").write_bytes(bytes(range(256)) * 20)  # a large one
     (tmp_path / "run/adapter/more/a b.txt").write_text("grün", encoding="utf-8")
-    (tmp_path / "run/report.html").write_text("<p>", encoding="utf-8")
     return tmp_path / "run/adapter"
 
 
 def test_a_folder_and_a_file_beside_it_arrive_in_a_new_repository_as_they_are(hub, folder):
-    address = upload(folder, "me/model", private=True, beside=[folder.parent / "report.html"])
+    address = upload(folder, "me/model", private=True, beside={"report.html": "<p>"})
     assert address == f"{hub.address}/me/model"
     assert hub.files["me/model@main"] == {
         "README.md": (folder / "README.md").read_bytes(), "report.html": b"<p>",

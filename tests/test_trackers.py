@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.exporting.export import export
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.loops.sft import sft
 from lowmem_grpo.output import trackers
@@ -138,6 +140,7 @@ def found(tmp_path_factory):
         lines["stopped"] = read_lines(folder / "out/metrics.jsonl")[0]
         (folder / "out/checkpoint-3").rename(folder / "checkpoint-3")
         history, said, draws = run(folder / "out", report_to=names, resume_from_checkpoint=True, push_to_hub=True)
+        export(str(folder / "out/adapter"), str(folder / "merged"), num_texts=0, push="me/merged", use_cpu=True)
         hub.refusals = [403] * 9
         plain = run(folder / "plain", push_to_hub=True, hub_model_id="me/sums")
     made = [one for one in Own.made if type(one) is Own]
@@ -202,9 +205,23 @@ def test_the_adapter_is_uploaded_after_training(found):
     adapter = found.folder / "out/adapter"
     there = {path.name: path.read_bytes() for path in adapter.iterdir()}
     uploaded = dict(found.hub.files["me/out@main"])
-    if uploaded.pop("report.html", None):
-        assert (found.folder / "out/report.html").is_file()
+    assert b"<h1>" in uploaded.pop("report.html")
+    of_base = json.loads(uploaded["adapter_config.json"]).pop("base_model_name_or_path")
+    assert of_base == "./model" and json.loads(there["adapter_config.json"])["base_model_name_or_path"] != of_base
+    del uploaded["adapter_config.json"], there["adapter_config.json"]
     assert uploaded == there and f"{adapter} is uploaded to {found.hub.address}/me/out" in found.said
+
+
+def test_nothing_that_is_uploaded_names_a_place_of_this_machine(found):
+    """Of an adapter and of the model that it was merged into: card, page, configurations and tensors' headers."""
+    places = {str(path).encode() for path in (found.folder, DEMO_MODEL.parent, Path.cwd(), Path.home())}
+    report = found.folder / "out/report.html"
+    assert str(DEMO_MODEL).encode() in report.read_bytes(), "which stays here, and can be done again by its names"
+    for repository in ("me/out@main", "me/merged@main"):
+        files = found.hub.files[repository]
+        assert {"README.md", "tokenizer_config.json"} <= files.keys()
+        named = {(name, place) for name, content in files.items() for place in places if place in content}
+        assert not named
 
 
 def test_what_the_hub_refuses_is_told_after_a_run_that_has_ended_well(found):

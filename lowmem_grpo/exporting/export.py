@@ -24,6 +24,7 @@ from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.output.folder import write_file, write_folder
 from lowmem_grpo.output.hub import upload
+from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.card import card_of
@@ -111,7 +112,7 @@ def export(
     base = model_folder(str(given.base_model_name_or_path), revision)
     result = ExportResult(None, None, 0, None, None, None)
     if out is not None:
-        result = _merged(model, base, out, config, onto, dtype, num_texts, push or str(out))
+        result = _merged(model, base, out, config, onto, dtype, num_texts, push or public_name(str(out)))
     if converter is not None and file is not None:
         if out is None:
             convert(converter, Path(model), file, "--base", str(base))

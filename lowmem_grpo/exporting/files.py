@@ -3,16 +3,18 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from torch import Tensor
 
 from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.report.reading import PLACES
 
 INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 # How a file's header names the types that a merge writes.
@@ -30,7 +32,9 @@ OF_WEIGHTS = (
     ".h5",
     ".onnx",
 )
-NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]  # of a model on the hub
+NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*"]  # of a model
+# What trainings leave beside a model, which may name folders of the machine.
+OF_TRAININGS = [*PLACES, "plan.json", "trainer_state.json", "*_results.json", ".*"]
 # What some have there besides: the same weights once more, in folders such as original/, or for another program.
 NOT_NEEDED = ["*/*", "consolidated*"]
 
@@ -158,9 +162,8 @@ def _header(layout: Mapping[str, Stored]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def other_files(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that hold no weights, its card left out."""
-    for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".") or path.name == "README.md"
-        if path.is_file() and not hidden and not path.name.endswith(OF_WEIGHTS):
-            yield path
+def other_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that are read beside its weights; a card, logs and notes are left out."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.endswith(OF_WEIGHTS))
+    found = set(filter_repo_objects([path.name for path in files], allow_patterns=NEEDED, ignore_patterns=OF_TRAININGS))
+    return [path for path in files if path.name in found]

@@ -332,7 +332,7 @@ def _main_dtype(stored: Mapping[str, Stored], config: PreTrainedConfig) -> torch
 
 def _plain(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A config.json of a model whose linear layers are not quantized, and are of a type."""
-    found = dict(config)
+    found = {name: value for name, value in config.items() if name != "_name_or_path"}  # a place, by old versions
     if (found.get("quantization_config") or {}).get("quant_method") != MXFP4:  # whose experts stay as they are
         found.pop("quantization_config", None)
     for name, value in found.items():

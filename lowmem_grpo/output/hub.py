@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lowmem_grpo.errors import InputError, NotUploadedError, in_a_line, shown
+from lowmem_grpo.output.places import content_for_others
 
 # s to connect, and without a byte read or written: the hub's own client waits for ever.
 CONNECT_S, SILENCE_S = 10.0, 120.0
@@ -40,23 +41,24 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
 
 def upload(
     folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None,
-    beside: Sequence[Path] = (), message: str = "Upload by lowmem_grpo",
+    beside: Mapping[str, str] | None = None, message: str = "Upload by lowmem_grpo",
 ) -> str:  # fmt: skip
     """Upload a folder's files to a model repository, in one commit; returns the repository's address.
 
     Args:
-        folder: its files, and those in its folders, keep their names.
+        folder: its files, and those in its folders, keep their names; configurations lose paths of this machine.
         repo_id: user/name, or a name among those of the token's user. A repository is made where there is none.
         private: of one that is made; None leaves it to the hub.
         token: in place of the one that `hf auth login` stored, or of HF_TOKEN.
         revision: a branch, which is made where there is none; main by default.
-        beside: files from elsewhere, which are put beside the folder's under their names.
+        beside: texts by the names of further files.
 
     Raises:
         NotUploadedError: the hub cannot be reached or has refused, in a sentence with the command that does it later.
     """
-    files = {str(path.relative_to(folder).as_posix()): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files |= {path.name: path for path in beside}
+    there = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): content_for_others(path) for path in there}
+    files |= {name: text.encode() for name, text in (beside or {}).items()}
     client = get_session()
     timeout = client.timeout
     client.timeout = (CONNECT_S, SILENCE_S, SILENCE_S, CONNECT_S)
@@ -87,7 +89,12 @@ def command(folder: Path, repo_id: str) -> str:
 
 
 def _upload_once(
-    files: dict[str, Path], repo_id: str, private: bool | None, token: str | None, revision: str | None, message: str
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    message: str,
 ) -> str:
     hub = HfApi(token=token)
     address = hub.create_repo(repo_id, private=private, exist_ok=True)

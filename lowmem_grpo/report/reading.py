@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.lock import is_in_use
+from lowmem_grpo.output.places import without_places
 from lowmem_grpo.output.saved import is_evaluation, read_lines, read_object
 from lowmem_grpo.output.secrets import without_secrets
 
@@ -129,6 +130,12 @@ def read_run(folder: Path) -> RunFiles:
         findings=[line for line in lines if isinstance(line.get("doctor"), str)], samples=samples,
         best=read_object(folder / "best/best.json"), num_damaged=of_log + of_samples, is_running=is_in_use(folder),
     )  # fmt: skip
+
+
+def for_others(run: RunFiles) -> RunFiles:
+    """A run for others to read, with the public_name() of each path in what it was given."""
+    names = ("about", "settings", "plan", "findings")
+    return replace(run, **{name: without_places(getattr(run, name)) for name in names})
 
 
 def changed_settings(run: RunFiles) -> list[tuple[str, Any, Any]]:

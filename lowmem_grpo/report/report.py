@@ -12,7 +12,7 @@ from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.report.page import page_of
 from lowmem_grpo.report.pipeline import pipeline_page_of
-from lowmem_grpo.report.reading import phases_of, read_run, readable
+from lowmem_grpo.report.reading import for_others, phases_of, read_run, readable
 
 NAME = "report.html"
 
@@ -33,6 +33,15 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         raise InputError(f"{folder} cannot be read ({in_a_line(error)}); give a folder that you may read") from error
     write_file(path, text)
     return path
+
+
+def page_for_others(folder: Path) -> str:
+    """The text of a run's page without paths of this machine, as it is uploaded.
+
+    Raises:
+        InputError: there is no run in the folder.
+    """
+    return render("run.html", page_of(for_others(read_run(folder))))
 
 
 def _text_of(folder: Path) -> str:

@@ -14,6 +14,7 @@ from lowmem_grpo.errors import in_a_line, printable
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.markdown import block, code, points, table
+from lowmem_grpo.output.places import public_name
 from lowmem_grpo.report.page import duration
 from lowmem_grpo.report.reading import changed_settings, mapping, number, texts
 from lowmem_grpo.run.about import IN_PYTHON
@@ -38,19 +39,19 @@ def write_card(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def card_of(folder: Path, *, name: str | None = None, onto: str | None = None, notes: Sequence[str] = ()) -> ModelCard:
-    """The card of a run's adapter: of the folder `adapter`, `best` or a checkpoint.
+    """The card of a run's adapter: of the folder `adapter`, `best` or a checkpoint. It names no path of this machine.
 
     A section whose files are not there is left out.
 
     Args:
         folder: of the adapter.
         name: what the program on the card loads, a folder or a hub id. By default it is the repository that the run
-            uploads to, or else `folder`.
+            uploads to, or else the end of `folder`.
         onto: "original" or "nf4", the weights that the adapter was merged into; the card is then of the whole model.
         notes: sentences on the merge, in Markdown, such as what its check has measured.
     """
     facts = Facts(folder)
-    name = name or _repository(facts) or str(folder)
+    name = name or _repository(facts) or public_name(str(folder))
     sections = {
         "Model": points([*_model(facts), *([MERGED[onto]] if onto else []), *notes]),
         "Method": points([_linked(method.text, method.source) for method in facts.methods]),
@@ -75,7 +76,7 @@ def _repository(facts: Facts) -> str | None:
 
 def _metadata(facts: Facts, *, is_merged: bool) -> ModelCardData:
     """The card's head, which the hub reads: names that only this machine knows are left out."""
-    base = hub_id(facts.base)
+    base = hub_id(facts.base_name)
     datasets = sorted(filter(None, map(dataset_id, facts.train_names)))
     results = _results(facts)
     further: dict[str, Any] = {**facts.license}
@@ -137,7 +138,7 @@ def _summary(facts: Facts, *, is_merged: bool) -> str:
     """A few sentences: the kind of model, its base, and its foremost number before training and after."""
     what = "reward model" if facts.is_scorer else "language model"
     how = f"A {what}, made by merging a LoRA adapter into" if is_merged else f"A {what}: a LoRA adapter of"
-    text = f"{how} {_model_name(facts.base)}. It was trained with lowmem_grpo."
+    text = f"{how} {_model_name(facts.base_name)}. It was trained with lowmem_grpo."
     before, after = facts.evaluations
     foremost = next((name for name in _means(after or {}) if name in (before or {})), None)
     if before is None or after is None or foremost is None:
@@ -150,10 +151,10 @@ def _model(facts: Facts) -> list[str]:
     license = facts.license.get("license")
     license = facts.license.get("license_name") if license == "other" else license
     terms = f"under the licence {code(license)}" if license else "under the licence that its own page has"
-    lines = [f"base: {_model_name(facts.base)}, {terms}, which holds for this too"]
+    lines = [f"base: {_model_name(facts.base_name)}, {terms}, which holds for this too"]
     start = facts.run.about.get("model")
-    if isinstance(start, str) and start != facts.base:
-        lines.append(f"training went on from {_model_name(start)}")
+    if isinstance(start, str) and public_name(start) != facts.base_name:
+        lines.append(f"training went on from {_model_name(public_name(start))}")
     r, alpha = number(facts.adapter.get("r")), number(facts.adapter.get("lora_alpha"))
     if r is not None and alpha is not None:
         lines.append(f"adapter: rank {r:.0f}, alpha {alpha:g}")
@@ -173,7 +174,7 @@ def _data(facts: Facts) -> list[str]:
     weights = texts(facts.settings.get("reward_weights")) or ["1.0"] * len(rewards)
     lines += [f"reward {code(one)}, weight {code(weight)}" for one, weight in zip(rewards, weights, strict=False)]
     teacher = facts.settings.get("teacher")
-    return lines + ([f"teacher {_model_name(teacher)}"] if isinstance(teacher, str) else [])
+    return lines + ([f"teacher {_model_name(public_name(teacher))}"] if isinstance(teacher, str) else [])
 
 
 def _evaluation(facts: Facts) -> str:
@@ -206,7 +207,7 @@ def _evaluation(facts: Facts) -> str:
 
 def _use(facts: Facts, name: str, *, is_merged: bool) -> str:
     """A program that loads it, and commands that go on with it."""
-    of, base = shlex.quote(printable(name)), shlex.quote(printable(facts.base))
+    of, base = shlex.quote(printable(name)), shlex.quote(printable(facts.base_name))
     if facts.is_scorer:
         commands = [f"lowmem-grpo train --model {base} --dataset DATA --reward_funcs {of}"]
     else:

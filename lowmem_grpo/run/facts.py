@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from lowmem_grpo.errors import printable
 from lowmem_grpo.output.folder import NAME as CHECKPOINT
 from lowmem_grpo.output.folder import step_of
+from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
-from lowmem_grpo.report.reading import RunFiles, is_run, mapping, number, read_run, texts
+from lowmem_grpo.report.reading import RunFiles, for_others, is_run, mapping, number, read_run, texts
 from lowmem_grpo.run.methods import Method, methods_of
 from lowmem_grpo.tasks import is_task_name
 from lowmem_grpo.tasks.gsm8k import ON_HUB as GSM8K
@@ -25,19 +26,28 @@ LICENSE = ("license", "license_name", "license_link")
 
 
 class Facts:
-    """The files of a run and of one of its adapters. What lacks, or cannot be read, is empty or None."""
+    """The files of a run and of one of its adapters, without paths of this machine but `folder` and `base`.
+
+    What lacks, or cannot be read, is empty or None.
+    """
 
     def __init__(self, folder: Path):
         """`folder` is an adapter's; the run is the folder that it is in."""
         self.folder, run = folder, folder.resolve().parent
-        self.run = read_run(run) if is_run(run) else RunFiles(run, "grpo", {}, {}, {}, [], [], [], [], 0, False)
+        self.run = (
+            for_others(read_run(run)) if is_run(run) else RunFiles(run, "grpo", {}, {}, {}, [], [], [], [], 0, False)
+        )
         self.settings, self.kind = self.run.settings, self.run.kind
         self.is_known = bool(self.settings)  # the run has left what it was trained with
         self.adapter = read_object(folder / "adapter_config.json")
         self.base = str(self.adapter.get("base_model_name_or_path") or "")
+        self.base_name = public_name(self.base)
         self.is_scorer = self.adapter.get("task_type") == "SEQ_CLS"  # a reward adapter, which gives a text one number
         datasets = mapping(self.run.about.get("datasets"))
-        self.train_names, self.eval_names = texts(datasets.get("train")), texts(datasets.get("eval"))
+        self.train_names, self.eval_names = (
+            [one if is_task_name(one) else public_name(one) for one in texts(datasets.get(of))]
+            for of in ("train", "eval")
+        )
 
     @cached_property
     def methods(self) -> list[Method]:

@@ -94,7 +94,7 @@ class Publisher:
 
     def push(self) -> None:
         """Upload the adapter with its card and the page, where push_to_hub says so."""
-        config, adapter, page = self.config, self.folder / "adapter", self.folder / report.NAME
+        config, adapter = self.config, self.folder / "adapter"
         if not config.push_to_hub or not is_main():
             return
         repo_id = repository(config.hub_model_id, self.folder)
@@ -102,12 +102,18 @@ class Publisher:
         try:
             address = upload(
                 adapter, repo_id, private=config.hub_private_repo,
-                revision=config.hub_revision, beside=[page] if page.is_file() else [],
+                revision=config.hub_revision, beside=self._page_for_others(),
             )  # fmt: skip
         except NotUploadedError as error:
             self.say(str(error))
         else:
             self.say(f"{adapter} is uploaded to {address}")
+
+    def _page_for_others(self) -> dict[str, str]:
+        """The page that is uploaded, by its name. Nothing where it cannot be made, which was said."""
+        with contextlib.suppress(Exception):
+            return {report.NAME: report.page_for_others(self.folder)}
+        return {}
 
     def _report(self) -> None:
         """Write report.html. Raise OSError where the disk refuses; whatever else fails is said."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import transformers
 
+from lowmem_grpo.errors import printable
 from lowmem_grpo.run.facts import Facts
 
 IN_4BITS = """\
@@ -39,6 +40,9 @@ def snippet(facts: Facts, name: str, *, is_merged: bool) -> str:
     """The program, which loads `name`: a folder, or a repository on the hub."""
     named = f"name = {name!r}  # the folder of this file, or its name on the hub\n"
     tokenizer = "tokenizer = AutoTokenizer.from_pretrained(name)\n"
+    if facts.base_name.startswith("./") and not is_merged:
+        where = " in adapter_config.json" if facts.is_scorer else ""
+        named += f"# {printable(facts.base_name)} is no name on the hub: put the base's folder in its place{where}.\n"
     if facts.is_scorer:
         imports = "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n"
         load = "model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1)\n"
@@ -48,7 +52,7 @@ def snippet(facts: Facts, name: str, *, is_merged: bool) -> str:
     further = ", quantization_config=in_4bits" if quantizes else ""
     further += ", trust_remote_code=True" if facts.settings.get("trust_remote_code") else ""
     auto = _class_of(facts.base_config)
-    given = {"auto": auto, "base": repr(facts.base), "dtype": facts.dtype, "further": further}
+    given = {"auto": auto, "base": repr(facts.base_name), "dtype": facts.dtype, "further": further}
     load = ((IN_4BITS if quantizes else "") + (MERGED if is_merged else ADAPTED)).format(**given)
     imports = f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if quantizes else ''}\n"
     if not is_merged:

@@ -1,0 +1,69 @@
+"""Paths of this machine in what others read: which texts are paths, and what is left of each."""
+
+import json
+import os
+
+import pytest
+
+from lowmem_grpo.output.places import content_for_others, public_name, without_places
+
+SAMPLES = {
+    "/Users/al/data/sums.jsonl": "./sums.jsonl",
+    "/Users/Al Smith/my models/smol lm": "./smol lm",
+    "~/models/smollm2/": "./smollm2",
+    "~al/models": "./models",
+    "../al/models": "./models",
+    "C:\\Users\\al\\models": "./models",
+    "file:///Users/al/rows.json": "./rows.json",
+    "/runs/al/gsm8k/adapter": "./gsm8k/adapter",
+    "/runs/al/gsm8k/checkpoint-20/": "./gsm8k/checkpoint-20",
+    "/Users/al/.cache/huggingface/hub/models--Qwen--Qwen3-1.7B/snapshots/70d2": "Qwen/Qwen3-1.7B",
+    "lowmem-grpo train --model /m/smol --dataset '/d/Al Smith/a.jsonl' --output_dir=../al/o": (
+        "lowmem-grpo train --model ./smol --dataset './a.jsonl' --output_dir=./o"
+    ),
+    'gsm8k?file=/Users/al/a.jsonl, {"cache_dir": "/Users/Al Smith/c"}': 'gsm8k?file=./a.jsonl, {"cache_dir": "./c"}',
+    "by /Users/al/reward.py:score and (/Users/al/b.py:3).": "by ./reward.py:score and (./b.py:3).",
+    "Qwen2ForCausalLM in memory, of /Users/al/base": "Qwen2ForCausalLM in memory, of ./base",
+}
+OTHERS = (
+    "Qwen/Qwen3-1.7B", "data/sums.jsonl", "<think>a</think>/<answer>", "3/4 of tokens/s, and 1 / 2", "/no_think",
+    "https://a.org/b/c and http://localhost:8000/v1/chat", "gsm8k?style=tags", ".../x", "a ~5/10", "don't /s or 'x'",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_a_path_has_its_end_alone(text):
+    assert without_places({"a": [text, 3, None]}) == {"a": [SAMPLES[text], 3, None]}
+    assert without_places(SAMPLES[text]) == SAMPLES[text]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_a_text_without_a_path_stays_as_it_is(text):
+    assert without_places(text) == text
+
+
+def test_the_home_of_a_user_whose_name_has_a_space_is_none_of_a_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/Users/Al Smith")
+    assert without_places("rows of file=/Users/Al Smith/a/b.jsonl") == "rows of file=./b.jsonl"
+
+
+def test_a_folder_that_is_there_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/smol").mkdir(parents=True)
+    assert public_name("models/smol") == "./models/smol" and public_name("models/other") == "models/other"
+    assert public_name(str(tmp_path)) == f"./{tmp_path.name}" and public_name(os.sep) == "."
+
+
+def test_a_configuration_is_uploaded_without_paths_and_any_other_file_as_it_is(tmp_path):
+    given = {
+        "base_model_name_or_path": "/Users/al/base", "_name_or_path": "a/b", "x": {"vocab_file": "/Users/al/v.txt"},
+        "content": "</s>", "chat_template": "{# /a/b #}\n", "r": 8,
+    }  # fmt: skip
+    for name in ("adapter_config.json", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps(given), encoding="utf-8")
+    found = content_for_others(tmp_path / "adapter_config.json")
+    assert isinstance(found, bytes)
+    assert json.loads(found) == {**given, "base_model_name_or_path": "./base", "x": {"vocab_file": "./v.txt"}}
+    assert content_for_others(tmp_path / "tokenizer.json") == tmp_path / "tokenizer.json"
+    (tmp_path / "generation_config.json").write_bytes(b"\xff[")
+    assert content_for_others(tmp_path / "generation_config.json") == tmp_path / "generation_config.json"
