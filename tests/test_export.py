@@ -34,6 +34,7 @@ from lowmem_grpo.cli import main
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting import check
+from lowmem_grpo.exporting import export as exports
 from lowmem_grpo.exporting.check import Difference
 from lowmem_grpo.exporting.export import Checked, _refuse_difference, as_text, export
 from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, other_files, write_tensors
@@ -416,6 +417,33 @@ def test_a_run_in_16_bits_is_merged_onto_the_original(tmp_path):
     assert export(str(adapter), str(tmp_path / "out"), num_texts=0, use_cpu=True).onto == "original"
 
 
+def test_a_second_export_to_one_place_is_refused_and_the_first_is_whole(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter, refused, said = str(run / "run/adapter"), [], []
+    given = {"num_texts": 0, "use_cpu": True}
+
+    def other(plan, folder):
+        for place in ("out", f"{tmp_path}/out"):
+            with pytest.raises(InputError) as error:
+                export(adapter, place, **given)
+            refused.append(str(error.value))
+        merge(plan, folder)
+
+    monkeypatch.setattr(exports, "merge", other)
+    assert export(adapter, "out", say=said.append, **given).merged == Path("out")
+    assert len(said) == 1 and said[0].startswith("merged onto nf4: out (")
+    holder = f"is in use by another run (process {os.getpid()} on "
+    assert len(refused) == 2 and all(holder in one and one.endswith("choose another output") for one in refused)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_what_is_written_while_an_export_waits_for_its_base_is_not_replaced(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "find_model", lambda *_: (tmp_path / "out").mkdir())
+    with pytest.raises(InputError, match="out' is there already; name another"):
+        export(str(run / "run/adapter"), str(tmp_path / "out"), num_texts=0, use_cpu=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_base_without_safetensors_says_how_to_make_them(tmp_path):
     adapter = make_small_run(tmp_path)
     torch.save(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/pytorch_model.bin")
@@ -474,13 +502,18 @@ def test_llama_cpps_converters_are_called_with_what_they_convert(run, tmp_path):
     assert not list(tmp_path.glob("*being-written"))
 
 
-def test_the_command_prints_what_it_wrote_and_how_far_that_is_from_what_was_trained(run, tmp_path, capsys):
-    out = str(tmp_path / "out")
-    given = ["--model", str(run / "run/adapter"), "--merge", out, "--dtype", "float32", "--use-cpu", "true"]
-    assert main(["export", *given]) == 0
-    printed = capsys.readouterr().out
-    assert f"merged onto nf4: {out}" in printed
-    assert "merged, by transformers" in printed and "base without the adapter" in printed
+def test_the_command_prints_what_it_wrote_before_something_else_is_refused(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).write_text(CONVERTER, encoding="utf-8")
+    adapter = ["--model", str(run / "run/adapter"), "--use-cpu", "true"]
+    given = [*adapter, "--merge", "out", "--dtype", "float32"]
+    assert main(["export", *given, "--gguf", "fail.gguf", "--llama_cpp", "."]) == 2
+    printed = capsys.readouterr()
+    assert "merged onto nf4: out (" in printed.out and "convert_hf_to_gguf.py of llama.cpp failed" in printed.err
+    assert "merged, by transformers" in printed.out and "base without the adapter" in printed.out
+    assert main(["export", *adapter, "--gguf", "new/adapter.gguf", "--llama_cpp", "."]) == 0
+    assert capsys.readouterr().out == f"GGUF: {Path('new/adapter.gguf')}\n"
     assert main(["export", *given]) == 2
     assert "is there already; name another" in capsys.readouterr().err
     assert main(["export", "--model", "a", "--merge", "b", "--private", "maybe"]) == 2

@@ -58,13 +58,15 @@ def run_export(given: dict[str, Any]) -> int:
     names = ("onto", "dtype", "gguf", "llama_cpp", "push", "private")
     outputs_of(model, merge_to, num_texts=num_texts, **{name: given.get(name) for name in names})
     # After that, since the import of what computes takes seconds.
-    from lowmem_grpo.exporting.export import as_text, export
+    from lowmem_grpo.exporting.export import export
 
-    result = export(model, merge_to, num_texts=num_texts, **given)
-    with writing_output():
-        for line in as_text(result):
-            print(printable(line))
+    export(model, merge_to, num_texts=num_texts, say=_print, **given)
     return 0
+
+
+def _print(line: str) -> None:
+    with writing_output():
+        print(printable(line), flush=True)
 
 
 def _is_on(name: str, value: str) -> bool:

@@ -46,8 +46,8 @@ def outputs_of(
         raise InputError(f"onto {shown(onto)} is none; it is original or nf4")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {shown(dtype)} is none; it is float32, bfloat16 or float16")
-    out, file = (None if name is None else _new_path(name) for name in (merge_to, gguf))
-    if out is not None and out == file:
+    out, file = (None if name is None else new_path(name) for name in (merge_to, gguf))
+    if out is not None and file is not None and out.absolute() == file.absolute():
         raise InputError(f"merge and gguf are both {shown(gguf)}; a folder and a file need two names")
     if gguf is None:
         if llama_cpp is not None:
@@ -57,12 +57,12 @@ def outputs_of(
     return Outputs(out, file, find_converter(llama_cpp, name, gguf, source))
 
 
-def _new_path(name: str) -> Path:
-    """A path that is not there yet, and that can be made. Raise InputError otherwise."""
-    path = Path(os.path.abspath(os.path.expanduser(name)))
+def new_path(name: str) -> Path:
+    """A path that is not there yet, and that can be made, as it is given. Raise InputError otherwise."""
+    path = Path(os.path.normpath(os.path.expanduser(name)))
     if not name.strip() or os.path.lexists(path):
         raise InputError(f"{name!r} is there already; name another" if name.strip() else f"{name!r} names nothing")
-    there = next(one for one in path.parents if os.path.lexists(one))
+    there = next(one for one in path.absolute().parents if os.path.lexists(one))
     why = None if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
     why = why if there.is_dir() else errno.ENOTDIR
     if why is not None:

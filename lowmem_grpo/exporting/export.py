@@ -1,9 +1,10 @@
 """export(): a trained adapter as a model that others load: merged, checked, in GGUF, on the hub."""
 
+import contextlib
 import gc
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
-from lowmem_grpo.exporting.asked import outputs_of
+from lowmem_grpo.exporting.asked import new_path, outputs_of
 from lowmem_grpo.exporting.check import Difference, Text, by_model, by_policy, texts_of
 from lowmem_grpo.exporting.files import model_folder
 from lowmem_grpo.exporting.gguf import convert
@@ -24,6 +25,7 @@ from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.output.folder import write_file, write_folder
 from lowmem_grpo.output.hub import upload
+from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.progress_bars import without_progress_bars
@@ -60,6 +62,9 @@ class ExportResult:
     url: str | None  # of the hub's repository
 
 
+NOTHING = ExportResult(None, None, 0, None, None, None)
+
+
 @without_progress_bars
 def export(
     model: str,
@@ -74,6 +79,7 @@ def export(
     private: bool | None = None,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Write the model of a trained adapter and its base, and test that both say the same.
 
@@ -88,6 +94,7 @@ def export(
         push: repository of the hub, user/name, to upload the merged model to; private, if it is made for it.
         use_cpu: compute on the CPU, with a GPU at hand too.
         trust_remote_code: run modelling code that comes with the base.
+        say: called with each line of as_text() as soon as that is done, also where what follows is refused.
 
     Raises:
         InputError: bad input, or what was written says something else than what was trained; nothing is left of it.
@@ -110,16 +117,43 @@ def export(
     given = read_adapter_config(model)
     revision = (config.model_init_kwargs or {}).get("revision") or given.revision
     base = model_folder(str(given.base_model_name_or_path), revision)
-    result = ExportResult(None, None, 0, None, None, None)
-    if out is not None:
-        result = _merged(model, base, out, config, onto, dtype, num_texts, push or public_name(str(out)))
-    if converter is not None and file is not None:
-        if out is None:
-            convert(converter, Path(model), file, "--base", str(base))
-        else:
-            convert(converter, out, file)
-    url = upload(out, push, private=private) if push is not None and out is not None else None
-    return replace(result, gguf=file, url=url)
+    result = NOTHING
+    with releasing_locks():
+        _keep(out, file)
+        if out is not None:
+            result = _merged(model, base, out, config, onto, dtype, num_texts, push)
+            _tell(result, say)
+        if converter is not None and file is not None:
+            if out is None:
+                convert(converter, Path(model), file, "--base", str(base))
+            else:
+                convert(converter, out, file)
+            result = replace(result, gguf=file)
+            _tell(replace(NOTHING, gguf=file), say)
+        if push is not None and out is not None:
+            result = replace(result, url=upload(out, push, private=private))
+            _tell(replace(NOTHING, url=result.url), say)
+    return result
+
+
+def _keep(out: Path | None, file: Path | None) -> None:
+    """Keep what an export writes from others, to the end of the releasing_locks() around it.
+
+    Raises:
+        InputError: another export is writing there, or has meanwhile.
+    """
+    for path in (out, file):
+        if path is None or (out is not None and out.absolute() in path.absolute().parents):  # kept with that folder
+            continue
+        with contextlib.suppress(OSError):  # which is told where it is written
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock_file(path)
+        new_path(str(path))
+
+
+def _tell(done: ExportResult, say: Callable[[str], None]) -> None:
+    for line in as_text(done):
+        say(line)
 
 
 def as_text(result: ExportResult) -> list[str]:
@@ -178,9 +212,9 @@ def _refuse_model(model: str, config: GRPOConfig) -> None:
 
 def _merged(
     model: str, base: Path, out: Path, config: GRPOConfig, onto: str | None, dtype: str | None, num_texts: int,
-    name: str,
+    push: str | None,
 ) -> ExportResult:  # fmt: skip
-    """Merge an adapter into a folder, whose card calls it by `name`, and compare.
+    """Merge an adapter into a folder, and compare. Its card calls it as it is uploaded, or by the folder.
 
     Raises:
         InputError: it cannot be merged so, or the result says something else than the policy.
@@ -196,7 +230,7 @@ def _merged(
     free = free_bytes(out.parent)
     if free is not None and free < num_bytes:
         raise InputError(
-            f"{out.parent} has {in_mib(free)} free, and the merged model takes {in_mib(num_bytes)}; make room, or "
+            f"the disk of {out} has {in_mib(free)} free, and the merged model takes {in_mib(num_bytes)}; make room, or "
             "choose another folder"
         )
     texts, policy, without = _by_policy(model, config, out, num_texts)
@@ -211,7 +245,7 @@ def _merged(
             )
             _refuse_difference(found, plan, in_4bit=config.load_in_4bit)
             checked.append(found)
-        _write_card(folder, model, name, onto, checked)
+        _write_card(folder, model, push or public_name(str(out.absolute())), onto, checked)
 
     try:
         write_folder(out, write)

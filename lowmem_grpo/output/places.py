@@ -27,8 +27,8 @@ OF_CONFIGS = ("config.json", ".index.json")  # ends of the JSON files whose valu
 def public_name(name: str) -> str:
     """A model's or a dataset's name for others: of a path "./" and its end.
 
-    A folder of the hub's cache has the name of its repository. A relative path stays whole behind "./"; any other name
-    is as it was.
+    A folder of the hub's cache has the name of its repository. A relative path stays whole behind "./", and any
+    other name as it is.
     """
     if WHOLE.fullmatch(name) or os.path.isabs(name):
         parts = [part for part in re.split(r"[\\/]+", name) if part not in ("", ".", "..")]
