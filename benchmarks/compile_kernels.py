@@ -26,6 +26,7 @@ from lowmem_grpo.kernels import (
     decode_attention,
     decode_layer,
     delta_step,
+    expert_product,
     linear_logprobs,
     nf4_product,
     policy_loss,
@@ -201,6 +202,31 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
     )
 
 
+def _group(name: str, **change) -> Kernel:
+    arguments = dict(chosen_ptr="*i64", order_ptr="*i32", begins_ptr="*i32", C="i32", E="i32", BLOCK=4096)
+    # A number a thread: where each is written depends on the choices.
+    return Kernel(name, expert_product._group_kernel, arguments | change, narrow=64, oldest=nf4_product.OLDEST)
+
+
+def _experts(name: str, **change) -> Kernel:
+    arguments = dict(
+        x_ptr="*half", chosen_ptr="*i64", order_ptr="*i32", begins_ptr="*i32", codes_ptr="*u8", scales_ptr="*u8",
+        outer_ptr="*fp32", offsets_ptr="*fp32", table_ptr="*fp32", values_ptr=None, out_ptr="*half", E="i32",
+        SHARED=8, BY_PLACE=False, BLOCK=64, BLOCK_M=16, BLOCK_N=expert_product.BLOCK_N,
+        STAGES=expert_product.STAGES,
+    )  # fmt: skip
+    # Of each row of a weight one byte of its scale and, in NF4, four of that one's, some steps ahead; and the places of
+    # choices.
+    return Kernel(
+        name,
+        expert_product._product_kernel,
+        arguments | change,
+        expert_product.NUM_WARPS,
+        narrow=13,
+        oldest=nf4_product.OLDEST,
+    )
+
+
 def _start_layer(name: str, **change) -> Kernel:
     arguments = dict(
         token_ids_ptr="*i64", embedding_ptr="*half", stream_ptr="*half", gain_ptr="*fp32", out_ptr="*half",
@@ -337,6 +363,13 @@ KERNELS = [
     _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),
     _product("nf4_product, down 7B, 64 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=64),
     _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, K=3584, SPLITS=1, BLOCK_M=64),
+    _group("expert_product group, 4096 choices"),
+    _experts("expert_product, gate and up of 30B-A3B, one row", K=2048, N=1536, BY_PLACE=True),
+    _experts("expert_product, gate and up of Mixtral, 64 rows", K=4096, N=28672, SHARED=2, BLOCK_M=32),
+    _experts(
+        "expert_product, MXFP4, down of gpt-oss, 256 rows",
+        K=2880, N=2880, SHARED=1, BLOCK=32, BLOCK_M=32, outer_ptr=None, offsets_ptr=None, table_ptr=None,
+    ),
     _start_layer("decode_layer start, 3584"),
     _residual("decode_layer residual, 3584"),
     _residual("decode_layer residual, 3584, rank 64, norm after, share", 8, R=64, after_ptr="*fp32", share="fp32"),

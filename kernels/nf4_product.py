@@ -34,6 +34,8 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 CODES = torch.tensor(NF4)
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4_CODES = torch.tensor([*MAGNITUDES, *(-x for x in MAGNITUDES)])  # of 4 bits, the first of which is the sign
 BLOCK_N, NUM_WARPS, STAGES = 64, 4, 3  # rows of a weight in a program; more warps would leave a warp under 16 of them
 # Programs to each processor. At 64 rows 3584 x 18944 takes an H200 57 us in 8 splits, 53 in 16; more are more parts.
 PROGRAMS, MOST_SPLITS = 4, 16
@@ -41,15 +43,15 @@ OLDEST = 80  # compute capability: below it Triton multiplies without tensor cor
 RANK = 16  # rows of A in a program, which take as many bytes as 64 rows of a weight
 
 
-def unpacking(dtype: torch.dtype) -> str:
+def unpacking(dtype: torch.dtype, codes: Tensor = CODES) -> str:
     """PTX that turns 4 packed bytes, $4, into their 16-bit codes: of the high four bits in $0 and $1, else in $2, $3.
 
     `prmt` takes 4 selectors of 4 bits as they lie in two bytes: their low 3 bits choose among 8 bytes of a table, once
     in its lower and once in its upper half, and their fourth bit chooses between both; so for the codes' low bytes and
     for their high bytes. Two more put low and high bytes together.
     """
-    codes = CODES.to(dtype).view(torch.uint8).view(-1, 2)
-    low, high = (codes[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1))
+    both = codes.to(dtype).view(torch.uint8).view(-1, 2)
+    low, high = (both[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1))
     low, high = ([f"{word & 0xFFFFFFFF:#x}" for word in words] for words in (low, high))
 
     def two_bytes(source: str, of_high: str, of_low: str) -> str:
@@ -67,22 +69,26 @@ def unpacking(dtype: torch.dtype) -> str:
 if triton is not None:
     _UNPACK_BF16: Any = tl.constexpr(unpacking(torch.bfloat16))
     _UNPACK_FP16: Any = tl.constexpr(unpacking(torch.float16))
+    _UNPACK_MXFP4_BF16: Any = tl.constexpr(unpacking(torch.bfloat16, MXFP4_CODES))
+    _UNPACK_MXFP4_FP16: Any = tl.constexpr(unpacking(torch.float16, MXFP4_CODES))
     _REGISTERS: Any = tl.constexpr("=r,=r,=r,=r,r")
 
     @triton.jit
-    def _unpacked(q, codes_ptr, dtype: tl.constexpr):
+    def _unpacked(q, codes_ptr, dtype: tl.constexpr, MXFP4: tl.constexpr = False):
         """Codes of the high and of the low four bits of bytes, in dtype; interpreted in fp32."""
         if codes_ptr is not None:
             q = q.to(tl.int32)
             return tl.load(codes_ptr + (q >> 4)).to(tl.float32), tl.load(codes_ptr + (q & 15)).to(tl.float32)
         elif dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                _UNPACK_BF16, _REGISTERS, [q], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
+                _UNPACK_MXFP4_BF16 if MXFP4 else _UNPACK_BF16, _REGISTERS, [q], (tl.bfloat16, tl.bfloat16),
+                is_pure=True, pack=4,
+            )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                _UNPACK_FP16, _REGISTERS, [q], (tl.float16, tl.float16), is_pure=True, pack=4
-            )
+                _UNPACK_MXFP4_FP16 if MXFP4 else _UNPACK_FP16, _REGISTERS, [q], (tl.float16, tl.float16),
+                is_pure=True, pack=4,
+            )  # fmt: skip
 
     @triton.jit(do_not_specialize=["M"])  # one row, and 16, would be kernels of their own
     def _product_kernel(

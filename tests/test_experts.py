@@ -370,7 +370,7 @@ def mxfp4_checkpoint(folder):
     return model
 
 
-def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path):
+def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path, monkeypatch):
     dense = mxfp4_checkpoint(tmp_path)
     policy = load_policy(str(tmp_path), TOKENIZER, GRPOConfig(**{**SETTINGS, "bf16": True}))
     assert len(stacks(policy.base)) == 4
@@ -383,8 +383,13 @@ def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path):
             assert torch.equal(getattr(packed, f"{name}_bias"), getattr(own, f"{name}_bias"))
     hidden, chosen = torch.randn(5, 64), torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 3]])
     own.config._experts_implementation = "eager"
-    few = experts.few_tokens(packed.float(), hidden, torch.ones(5, 2), chosen, torch.float32)
-    torch.testing.assert_close(few, packed(hidden, chosen, torch.ones(5, 2)), atol=1e-5, rtol=1e-5)
+    truth = packed.float()(hidden, chosen, torch.ones(5, 2))
+    for by_kernel in (False, True):
+        with monkeypatch.context() as patched:
+            if by_kernel:
+                serve_all(patched)
+            few = experts.few_tokens(packed, hidden, torch.ones(5, 2), chosen, torch.float32)
+        assert (few - truth).norm() <= 1e-6 * truth.norm()
     for found, truth in zip(*(run_experts(x.float(), hidden, chosen) for x in (packed, own)), strict=True):
         torch.testing.assert_close(found, truth, atol=2e-6, rtol=1e-5)
     key = Key(AutoConfig.from_pretrained(tmp_path), LoraConfig(target_modules="all-linear"))
@@ -501,21 +506,43 @@ def test_another_experts_weights_are_another_model():
     ]
 
 
-@pytest.mark.parametrize("at_once", [1, 2**26])
+def serve_all(monkeypatch):
+    """Have the kernel's twin serve on a CPU, which leaves NaN where there is no expert."""
+    monkeypatch.setattr(experts, "serves", lambda *_: True)
+    make = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: make(*size, **kwargs).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("by", ["one", "several", "kernel"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_few_tokens_are_computed_as_many_are(name, at_once, monkeypatch):
+def test_few_tokens_are_computed_as_many_are(name, by, monkeypatch):
     """As a captured step does: nothing is read by the host, which a tensor without values shows."""
-    monkeypatch.setattr(experts, "AT_ONCE", at_once)
-    model = make_mixture(name)
+    model = make_mixture(name, **({} if name == "gpt_oss" else {"moe_intermediate_size": 64}))
     pack_experts(model, CPU, torch.float32)
     module = next(experts_of(model))[1]
+    monkeypatch.setattr(experts, "AT_ONCE", 1 if by == "one" else 2**26)
+    if by == "kernel":
+        serve_all(monkeypatch)
     hidden, chosen = torch.randn(4, 64), torch.tensor([[0, 1], [1, 3], [4, 0], [1, 0]])
     weights = torch.rand(4, 2)
     truth = module(hidden, chosen, weights)
     found = experts.few_tokens(module, hidden, weights, chosen, torch.float32)
-    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
+    assert (found - truth).norm() <= 1e-6 * truth.norm()
     hidden, weights, chosen = (x.to("meta") for x in (hidden, weights, chosen))
-    assert experts.few_tokens(module.to("meta"), hidden, weights, chosen, torch.float32).shape == truth.shape
+    dtype = torch.bfloat16 if by == "kernel" else torch.float32
+    assert experts.few_tokens(module.to("meta"), hidden, weights, chosen, dtype).shape == truth.shape
+
+
+def test_the_kernel_serves_as_many_choices_as_a_step_has_and_blocks_of_inputs_alone():
+    """64 rows of 10 choices of 8 experts: by FEW alone they would be computed one expert after another."""
+    arguments = (torch.bfloat16, torch.device("meta"))
+    wide, narrow, turned = (
+        next(experts_of(packed_and_eager(make_mixture(name, **changes))[0]))[1].to("meta")
+        for name, changes in (("qwen3_moe", {"moe_intermediate_size": 64}), ("qwen3_moe", {}), ("gpt_oss", {}))
+    )
+    assert experts.are_few(wide, 640, *arguments)
+    assert not any(experts.are_few(module, 640, *arguments) for module in (narrow, turned))
+    assert all(experts.are_few(module, 16, *arguments) for module in (narrow, turned))
 
 
 def test_liger_leaves_packed_experts_alone():

@@ -9,6 +9,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from lowmem_grpo.kernels import nf4_product as module
 from lowmem_grpo.kernels.nf4_product import (
+    CODES,
+    MXFP4_CODES,
     NF4,
     Weight,
     default_splits,
@@ -197,13 +199,14 @@ def ran(ptx, word):
     return [registers[f"${index}"] for index in range(4)]
 
 
+@pytest.mark.parametrize("codes", [CODES, MXFP4_CODES], ids=["nf4", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_ptx_turns_every_two_bytes_into_their_four_codes(dtype):
+def test_the_ptx_turns_every_two_bytes_into_their_four_codes(dtype, codes):
     """Run here instruction by instruction: all 65,536 pairs in the lower half of a word, others in the upper one."""
     pairs = torch.arange(65536)
     other = pairs.flip(0)
-    even, even_above, odd, odd_above = ran(unpacking(dtype), pairs | other << 16)
-    codes = torch.tensor(NF4).to(dtype).view(torch.int16).long() & 0xFFFF
+    even, even_above, odd, odd_above = ran(unpacking(dtype, codes), pairs | other << 16)
+    codes = codes.to(dtype).view(torch.int16).long() & 0xFFFF
 
     def expected(pairs, shift):
         first, second = (codes[pairs >> shift + 8 * byte & 15] for byte in (0, 1))

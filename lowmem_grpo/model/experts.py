@@ -8,6 +8,7 @@ function is ours: it sorts the tokens by expert, dequantizes that expert's two m
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,17 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.kernels.expert_product import Stack, expert_product, grouped, serves
+from lowmem_grpo.kernels.nf4_product import MXFP4_CODES
 from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 
 NAME = "lowmem_grpo"  # by which transformers finds the function
 ROWS = 2048  # of an expert's tokens at once: what they take does not grow with how unevenly tokens are routed
 # What transformers tells of experts whose function it asks for; 5.0 does not, and its experts stay in 16 bits.
 ASKED = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
-FEW = 4  # choices, by the number of experts: so many matrices are dequantized in a step that the host does not wait for
+FEW = 4  # choices, by the number of experts: so many are dequantized in a step that the host does not wait for
 RAISES = 2  # torch.cuda's mode in which the host must not wait for the device
 AT_ONCE = 2**26  # bytes of dequantized matrices in such a step
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what 3 bits of an MXFP4 code mean; the fourth is the sign
 
 
 class Nf4Stack(nn.Module):
@@ -83,6 +85,11 @@ class Nf4Stack(nn.Module):
         numbers = from_nf4(self.codes[places].view(-1, 1), scales.flatten(), shape, dtype)
         return numbers[:, : math.prod(self.shape)].unflatten(1, self.shape)
 
+    def parts(self) -> Stack | None:
+        """The tensors that the kernel for few tokens reads; None where a block is not of one output's numbers."""
+        parts = Stack(self.codes, self.scales, self.scales_of_scales, self.offsets, self.table)
+        return None if self.inputs_first else parts
+
 
 class Mxfp4Stack(nn.Module):
     """E matrices (out, in) in MXFP4 as gpt-oss has them: blocks of 32 numbers with one exponent, 4.25 bits a number.
@@ -105,9 +112,8 @@ class Mxfp4Stack(nn.Module):
 
     def fill_table(self) -> None:
         """Write, for each byte, the two numbers that it means."""
-        device, meant = self.blocks.device, torch.tensor([*FP4, *(-x for x in FP4)])
         byte = torch.arange(256)
-        self.pairs = torch.stack([meant[byte & 15], meant[byte >> 4]], dim=1).to(device)
+        self.pairs = torch.stack([MXFP4_CODES[byte & 15], MXFP4_CODES[byte >> 4]], dim=1).to(self.blocks.device)
 
     def matrix(self, place: int, dtype: torch.dtype) -> Tensor:
         """One matrix, of the stack's shape, in dtype; exact in bfloat16 and float32."""
@@ -116,6 +122,10 @@ class Mxfp4Stack(nn.Module):
     def matrices(self, places: Tensor, dtype: torch.dtype) -> Tensor:
         """Matrices (P, *shape) by their places (P,), which the host need not know."""
         return self._numbers(self.blocks[places], self.scales[places], dtype).view(-1, *self.shape)
+
+    def parts(self) -> Stack:
+        """The tensors that the kernel for few tokens reads."""
+        return Stack(self.blocks, self.scales)
 
     def _numbers(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         numbers = self.pairs.to(dtype)[blocks.int()]  # (..., out, in / 32, 16, 2)
@@ -242,9 +252,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _output(experts: Any, expert: Expert, x: Tensor) -> Tensor:
-    x = _product(x, expert.weight_in, expert.bias_in)
-    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    x = _product(x, expert.weight_out, expert.bias_out)
+    x = _activated(experts, _product(x, expert.weight_in, expert.bias_in))
+    return _finished(experts, _product(x, expert.weight_out, expert.bias_out))
+
+
+def _activated(experts: Any, x: Tensor) -> Tensor:
+    return experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+
+
+def _finished(experts: Any, x: Tensor) -> Tensor:
     return experts.post_expert_norm(x) if experts.has_post_expert_norm else x
 
 
@@ -314,19 +330,52 @@ class _Experts(torch.autograd.Function):
 def few_tokens(experts: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """The output of packed experts in calls that do not depend on the choices, without a gradient.
 
-    Such calls can be captured. They dequantize an expert for each choice of each token, AT_ONCE bytes at a time.
+    Such calls can be captured. Where the kernel serves, it reads experts in 4 bits as they lie; else an expert is
+    dequantized for each choice of each token, AT_ONCE bytes at a time.
     """
+    stacks = _for_kernel(experts, chosen.numel(), dtype, hidden.device)
+    compute = _each_dequantized if stacks is None else partial(_by_kernel, stacks=stacks)
+    found = compute(experts, hidden.to(dtype), chosen)
+    found.masked_fill_((chosen >= experts.num_experts).view(-1, 1), 0)
+    found = found * weights.flatten()[:, None]
+    return found.float().view(*chosen.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _for_kernel(experts: Any, num_choices: int, dtype: torch.dtype, device: torch.device) -> list[Stack] | None:
+    """Both stacks' tensors for the kernel, or None where it does not serve."""
+    found = []
+    for name in weight_names(experts):
+        stack: Any = getattr(experts, packed_name(name))
+        parts = stack.parts()
+        if parts is None or not serves(num_choices, stack.shape[1], parts, dtype, device):
+            return None
+        found.append(parts)
+    return found
+
+
+def _by_kernel(experts: Any, hidden: Tensor, chosen: Tensor, stacks: list[Stack]) -> Tensor:
+    """The output of each choice (N k, D), for hidden (N, D); of a choice of no expert anything."""
+    groups, places = grouped(chosen.flatten(), experts.num_experts), chosen.flatten().clamp(max=experts.num_experts - 1)
+
+    def product(name: str, x: Tensor, stack: Stack) -> Tensor:
+        out = expert_product(x.contiguous(), stack, groups)
+        return out.add_(getattr(experts, f"{name}_bias")[places]) if experts.has_bias else out
+
+    (name_in, name_out), (stack_in, stack_out) = weight_names(experts), stacks
+    return _finished(experts, product(name_out, _activated(experts, product(name_in, hidden, stack_in)), stack_out))
+
+
+def _each_dequantized(experts: Any, hidden: Tensor, chosen: Tensor) -> Tensor:
+    """The output of each choice (N k, D), for hidden (N, D); of a choice of no expert anything."""
     rows = torch.arange(len(hidden), device=hidden.device).repeat_interleave(chosen.shape[1])
     places = chosen.flatten().clamp(max=experts.num_experts - 1)
     largest = max(math.prod(getattr(experts, packed_name(name)).shape) for name in weight_names(experts))
-    count = max(1, AT_ONCE // (largest * dtype.itemsize))
+    count = max(1, AT_ONCE // (largest * hidden.dtype.itemsize))
     parts = [
-        _output(experts, _dequantized(experts, which, dtype), hidden[row].to(dtype)[:, None])[:, 0]
+        _output(experts, _dequantized(experts, which, hidden.dtype), hidden[row][:, None])[:, 0]
         for which, row in zip(places.split(count), rows.split(count), strict=True)
     ]
-    shares = weights.masked_fill(chosen >= experts.num_experts, 0).flatten()
-    found = torch.cat(parts) * shares[:, None]
-    return found.float().view(*chosen.shape, -1).sum(1).to(hidden.dtype)
+    return torch.cat(parts)
 
 
 def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -334,10 +383,15 @@ def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # On a GPU, where the experts one by one are hundreds of launches; on a CPU they are what dequantizes least.
-    if device == "cuda" and not torch.is_grad_enabled() and chosen.numel() <= FEW * experts.num_experts:
+    if device == "cuda" and not torch.is_grad_enabled() and are_few(experts, chosen.numel(), dtype, hidden.device):
         with torch.autocast(device, enabled=False):
             return few_tokens(experts, hidden, weights, chosen, dtype)
     return _Experts.apply(hidden, weights, chosen, experts, dtype)
+
+
+def are_few(experts: Any, num_choices: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU computes so many choices by few_tokens: all that the kernel serves, else FEW an expert."""
+    return num_choices <= FEW * experts.num_experts or bool(_for_kernel(experts, num_choices, dtype, device))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_4bit)

@@ -1,0 +1,256 @@
+"""Products of each row with the experts that it chose, whose 4-bit weights are read where they lie.
+
+    y_c = W_e(c) x_(c // k)^T, for the C = S k choices c of S rows, of k experts each
+
+    x (S, K) or one row for each choice (C, K), W (E, N, K) of 4 bits, chosen (C,)  ->  y (C, N) in x's dtype
+
+Choices are grouped by expert: a weight is read once for up to 32 of an expert's choices, and not at all if it has none. The number of launches
+and all shapes depend on C and E alone, never on the choices, and the host reads none of these: steps can be captured.
+A choice of E or more is of no expert; its y is not written.
+
+NF4 as bitsandbytes has it with double quantization, in blocks of 64 along K; or MXFP4, in blocks of 32. A weight is its
+code, which 16 bits hold, times its block's scale, which multiplies the block's sum in fp32. A choice's result depends
+on no other choice. Grouping tokens by expert: MegaBlocks (https://arxiv.org/abs/2211.15841).
+"""
+
+import os
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_grpo.kernels.nf4_product import CODES, MXFP4_CODES, OLDEST, Weight, dequantized
+
+try:
+    import triton
+    import triton.language as tl
+
+    from lowmem_grpo.kernels.nf4_product import _unpacked
+except ImportError:  # Windows, macOS
+    triton: Any = None
+
+MOST = 4096  # choices of a call: each program of the grouping reads them all
+# With 4 warps sm_90 copies weights by 4 bytes, for a product that it has for 4 alone; with 2 every card does by 16.
+NUM_WARPS, STAGES, BLOCK_N = 2, 3, 64
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["C"])  # every number of rows would be a kernel of its own
+    def _group_kernel(
+        chosen_ptr,  # (C,) int64
+        order_ptr,  # (C,) int32, written: choices in the order of their experts
+        begins_ptr,  # (E + 1,) int32, written: where each expert's begin there, and those of none
+        C,
+        E,
+        BLOCK: tl.constexpr,
+    ):
+        """One program per expert, and one for choices of none."""
+        expert = tl.program_id(0)
+        choice = tl.arange(0, BLOCK)
+        chosen = tl.load(chosen_ptr + choice, mask=choice < C, other=-1)
+        chosen = tl.minimum(chosen, E).to(tl.int32)
+        own = chosen == expert
+        begin = tl.sum(((chosen < expert) & (choice < C)).to(tl.int32), 0)
+        tl.store(begins_ptr + expert, begin)
+        tl.store(order_ptr + begin + tl.cumsum(own.to(tl.int32), 0) - 1, choice, mask=own)
+
+    @triton.jit
+    def _product_kernel(
+        x_ptr,  # (C / SHARED, K) 16 bits
+        chosen_ptr,  # (C,) int64
+        order_ptr,  # (C,) int32
+        begins_ptr,  # (E + 1,) int32
+        codes_ptr,  # (E, N, K / 2) uint8
+        scales_ptr,  # (E, N, K / BLOCK) uint8
+        outer_ptr,  # (E, ceil(N K / BLOCK / 256)) fp32 in NF4, else None
+        offsets_ptr,  # (E,) fp32 in NF4
+        table_ptr,  # (256,) fp32 in NF4
+        values_ptr,  # (16,) what codes mean, in x's dtype, where interpreted; else None
+        out_ptr,  # (C, N) 16 bits, written
+        E,
+        K: tl.constexpr,
+        N: tl.constexpr,
+        SHARED: tl.constexpr,  # choices of one row of x
+        BY_PLACE: tl.constexpr,
+        BLOCK: tl.constexpr,  # numbers with one scale
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
+        """One program per expert, or BY_PLACE in `order` where that is less, and BLOCK_N rows of its weight."""
+        BLOCKS: tl.constexpr = K // BLOCK
+        OUTER: tl.constexpr = (N * BLOCKS + 255) // 256
+        expert = tl.program_id(0)
+        if BY_PLACE:  # the first of each expert's works for all of them
+            place = expert
+            expert = tl.minimum(tl.load(chosen_ptr + tl.load(order_ptr + place)), E).to(tl.int32)
+            begin = tl.load(begins_ptr + expert)
+            there = (place == begin) & (expert < E)
+            end = tl.where(there, tl.load(begins_ptr + expert + 1, mask=there, other=0), begin)
+        else:
+            begin = tl.load(begins_ptr + expert)
+            end = tl.load(begins_ptr + expert + 1)
+        at = expert.to(tl.int64)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_in = n < N
+        w_at = codes_ptr + at * (N * K // 2) + n[:, None] * (K // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        scales_ptr += at * (N * BLOCKS)
+        for first in range(begin, end, BLOCK_M):
+            m = first + tl.arange(0, BLOCK_M)
+            m_in = m < end
+            choice = tl.load(order_ptr + m, mask=m_in, other=0)
+            x_at = x_ptr + (choice // SHARED)[:, None] * K + tl.arange(0, BLOCK)[None, :]
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for step in tl.range(0, BLOCKS, num_stages=STAGES):
+                q = tl.load(w_at + step * (BLOCK // 2), mask=n_in[:, None], other=0)
+                x = tl.load(x_at + step * BLOCK, mask=m_in[:, None], other=0.0)
+                scale = tl.load(scales_ptr + n * BLOCKS + step, mask=n_in, other=0).to(tl.int32)
+                high, low = _unpacked(q, values_ptr, x_ptr.dtype.element_ty, outer_ptr is None)
+                if outer_ptr is None:  # the exponent's bits, but for 2^-127, which has none
+                    w = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK))
+                    scale = tl.where(scale > 0, scale << 23, 1 << 22).to(tl.float32, bitcast=True)
+                else:
+                    w = tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK))
+                    outer = tl.load(outer_ptr + at * OUTER + (n * BLOCKS + step) // 256, mask=n_in, other=0.0)
+                    scale = tl.load(table_ptr + scale) * outer + tl.load(offsets_ptr + at)
+                sums += tl.dot(w, tl.trans(x.to(w.dtype))) * scale[:, None]
+            out_at = out_ptr + choice[:, None] * N + n[None, :]
+            tl.store(out_at, tl.trans(sums).to(out_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
+
+
+class Stack(NamedTuple):
+    """Matrices (N, K) of E experts in 4 bits: NF4 with double quantization, or MXFP4, which has no last three."""
+
+    codes: Tensor  # E N K / 2 uint8 of any shape; NF4 has an even column in the high four bits, MXFP4 in the low ones
+    scales: Tensor  # (E, N K / 64) uint8, codes of table; in MXFP4 (E, N, K / 32) exponents, each 127 higher
+    outer: Tensor | None = None  # (E, ceil(N K / 64 / 256)) fp32: what 256 scales are multiplied by
+    offsets: Tensor | None = None  # (E,) fp32, added to scales
+    table: Tensor | None = None  # (256,) fp32
+
+
+class Groups(NamedTuple):
+    """Choices grouped by expert."""
+
+    chosen: Tensor  # (C,) int64
+    order: Tensor  # (C,) int32, choices in the order of their experts, those of no expert last
+    begins: Tensor  # (E + 1,) int32, where each expert's begin in `order`, and last where those of no expert do
+
+
+def serves(num_choices: int, K: int, stack: Stack, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel multiplies rows of K numbers for num_choices on a device; on "meta" as if on a GPU."""
+    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
+    if triton is None or not wanted or dtype not in (torch.bfloat16, torch.float16) or K % block_of(stack):
+        return False
+    if num_choices > MOST or device.type not in ("cuda", "meta"):
+        return False
+    return device.type == "meta" or torch.cuda.get_device_capability(device) >= divmod(OLDEST, 10)
+
+
+def block_of(stack: Stack) -> int:
+    """Numbers with one scale: 64 in NF4, 32 in MXFP4."""
+    return 32 if stack.table is None else 64
+
+
+@torch.no_grad()
+def grouped(chosen: Tensor, num_experts: int, *, backend: Literal["auto", "triton", "torch"] = "auto") -> Groups:
+    """Group choices (C,) int64 of num_experts experts; the host reads none of them.
+
+    Raises:
+        ValueError: choices that are not (C,) int64, or more than MOST.
+        RuntimeError: backend="triton" where it cannot run.
+    """
+    if chosen.dim() != 1 or chosen.dtype != torch.int64 or not chosen.is_contiguous() or len(chosen) > MOST:
+        raise ValueError(f"chosen must be contiguous (C,) int64, C at most {MOST}, not {tuple(chosen.shape)}")
+    if not _runs_by_triton(backend, chosen):
+        experts, order = chosen.sort(stable=True)
+        begins = torch.searchsorted(experts, torch.arange(num_experts + 1, device=chosen.device))
+        return Groups(chosen, order.int(), begins.int())
+    order = torch.empty_like(chosen, dtype=torch.int32)
+    begins = torch.empty(num_experts + 1, dtype=torch.int32, device=chosen.device)
+    if chosen.numel() and not chosen.is_meta:
+        with torch.cuda.device_of(chosen):
+            _group_kernel[(num_experts + 1,)](
+                chosen, order, begins, len(chosen), num_experts, BLOCK=triton.next_power_of_2(len(chosen)), num_warps=4
+            )
+    return Groups(chosen, order, begins)
+
+
+@torch.no_grad()
+def expert_product(
+    x: Tensor,  # (S, K) or (C, K), contiguous: C / S choices in a row have one row of x
+    stack: Stack,
+    groups: Groups,
+    *,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+) -> Tensor:
+    """Multiply rows by the experts they chose: (C, N) in x's dtype. No gradient.
+
+    Rows of choices of no expert hold anything. The kernel takes bf16 and fp16. On a tensor without memory it allocates
+    what it would on a GPU.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+        RuntimeError: backend="triton" where it cannot run.
+    """
+    _check(x, stack, groups)
+    C, E, K, block = len(groups.chosen), len(groups.begins) - 1, x.shape[1], block_of(stack)
+    N = 2 * stack.codes.numel() // (E * K)
+    out = torch.empty(C, N, dtype=x.dtype, device=x.device)
+    if not C or (x.is_meta and backend != "torch"):
+        return out
+    share = C // len(x)
+    if not _runs_by_triton(backend, x):
+        for choice, expert in enumerate(groups.chosen.tolist()):
+            if expert < E:
+                out[choice] = dense(stack, expert, K, x.dtype) @ x[choice // share].float()
+        return out
+    values = (MXFP4_CODES if stack.table is None else CODES).to(x.dtype) if triton.knobs.runtime.interpret else None
+    block_m = 16 if C <= 8 * E else 32  # few experts have more than twice the mean; 64 rows would spill
+    by_place = C < E
+    with torch.cuda.device_of(x):
+        _product_kernel[(C if by_place else E, triton.cdiv(N, BLOCK_N))](
+            x, groups.chosen, groups.order, groups.begins, *stack, values, out, E, K=K, N=N, SHARED=share,
+            BY_PLACE=by_place, BLOCK=block, BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def dense(stack: Stack, expert: int, K: int, dtype: torch.dtype) -> Tensor:
+    """The matrix (N, K) of one expert in fp32: codes rounded to `dtype`, times their scale."""
+    codes, scales = stack.codes.view(len(stack.scales), -1)[expert], stack.scales[expert].flatten()
+    if stack.outer is not None and stack.offsets is not None:
+        return dequantized(Weight(codes, scales, stack.outer[expert], stack.offsets[expert], stack.table), K, dtype)
+    pairs = torch.stack([codes & 15, codes >> 4], 1).view(-1, 32).int()
+    return torch.ldexp(MXFP4_CODES.to(codes.device)[pairs], scales[:, None].int() - 127).view(-1, K)
+
+
+def _check(x: Tensor, stack: Stack, groups: Groups) -> None:
+    C, E, block = len(groups.chosen), len(groups.begins) - 1, block_of(stack)
+    if x.dim() != 2 or not x.is_floating_point() or not x.is_contiguous() or x.shape[1] % block or not x.shape[1]:
+        raise ValueError(f"x must be contiguous (S, K), K a multiple of {block}, not {tuple(x.shape)} {x.dtype}")
+    if len({x is None for x in stack[2:]}) > 1:
+        raise ValueError("outer, offsets and table go together")
+    if C and (not len(x) or C % len(x)):
+        raise ValueError(f"{C} choices are no multiple of {len(x)} rows")
+    numbers = 2 * stack.codes.numel()
+    if len(stack.scales) != E or numbers % (E * x.shape[1]) or stack.scales.numel() * block != numbers:
+        raise ValueError(f"codes and scales must be of {E} experts of whole rows of {x.shape[1]} numbers")
+    if numbers // E * 4 >= 2**31 or C * (numbers // E // x.shape[1]) >= 2**31:
+        raise ValueError("an expert of 256 MiB, or a product of 2**31 numbers, is beyond the kernel's 32-bit offsets")
+
+
+def _runs_by_triton(backend: str, x: Tensor) -> bool:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
+    if backend == "triton" and triton is None:
+        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
+    if backend == "triton" and not x.is_cuda and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            f"backend='triton' on {x.device.type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it "
+            "is imported, or use backend='torch'"
+        )
+    if backend == "triton" and x.dtype == torch.float32:
+        raise ValueError("backend='triton' multiplies bf16 or fp16, not torch.float32")
+    return backend == "triton" or (
+        backend == "auto" and x.device.type in ("cuda", "meta") and x.dtype != torch.float32 and triton is not None
+    )
