@@ -4,8 +4,8 @@
 
     x (S, K) or one row for each choice (C, K), W (E, N, K) of 4 bits, chosen (C,)  ->  y (C, N) in x's dtype
 
-Choices are grouped by expert: a weight is read once for up to 32 of an expert's choices, and not at all if it has none. The number of launches
-and all shapes depend on C and E alone, never on the choices, and the host reads none of these: steps can be captured.
+Choices are grouped by expert: a weight is read once for up to 32 of an expert's choices, and not at all if it has none.
+The number of launches and all shapes depend on C and E alone, and the host reads no choice: steps can be captured.
 A choice of E or more is of no expert; its y is not written.
 
 NF4 as bitsandbytes has it with double quantization, in blocks of 64 along K; or MXFP4, in blocks of 32. A weight is its
