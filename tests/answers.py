@@ -126,6 +126,23 @@ ANSWERS = {
         3\,\frac{\mathrm{m}}{\mathrm{s}^2} <=> 3 m/s^2
         3 \frac{\text{m}}{\text{s}} <!> 3 \frac{\text{s}}{\text{m}}
         F = 10 N <=> 10 N
+        90° <=> \pi/2
+        \theta = 45^\circ <=> \frac{\pi}{4} rad
+        90° <!> \pi
+        60 radians <!> 60 degrees
+        45^\circ 30' <=> 45.5°
+        45^\circ 30' <!> 45.3°
+        \angle ABC = 45^\circ <=> 45
+        5\sqrt{2}\text{ m} <=> 500\sqrt{2}\text{ cm}
+        5\sqrt{2}\text{ m} <!> 50\sqrt{2}\text{ cm}
+        5 children <=> 5 child
+        5 boxes <=> 5 box
+        12 cc <=> 12 mL
+        5 Stunden <=> 300 minutes
+        5千克 <=> 5000 grams
+        5 小时 <!> 5 分钟
+        5 inches <=> 5"
+        5 ft <!> 5"
         F = 10 N <!> 10 J
         v_0 = 5 m/s <=> 5 m/s
         """,
@@ -158,7 +175,19 @@ ANSWERS = {
         \$3.50 <=> 3.5
         $18 <!> €18
         ₩18 <!> €18
-        ¥18 <!> 18元
+        ¥18 <=> 18元
+        ¥18 <=> 18円
+        18 yuan <!> 18 yen
+        $25 <!> 25 Canadian dollars
+        25 dollars <!> 25 Hong Kong dollars
+        A$25 <!> C$25
+        25 CAD <=> 25 Canadian dollars
+        25 Swiss francs <=> CHF 25
+        25 Mexican pesos <!> 25 Chilean pesos
+        €0.25 <=> 25 cents
+        £0.25 <=> 25 pence
+        $5 an hour <=> $5/hour
+        $5 an hour <!> $5 per day
         ₹18 <!> ₦18
         $18 <!> 18 cents
         $18 <!> $18 million
@@ -176,6 +205,8 @@ ANSWERS = {
         50\% <=> \frac{1}{2}
         50\% <=> 0.5
         50% <=> 1/2
+        12,5 % <=> 12.5%
+        40 Prozent <=> 40\%
         50\% <=> 50
         25\% \text{ off} <=> 25\%
         12.5\% <!> 1.25\%
@@ -584,6 +615,8 @@ ANSWERS = {
         12 PM <=> noon
         12:00 AM <=> midnight
         12:30 AM <=> 00:30
+        9 AM <=> 9 o'clock am
+        10 to 3 <!> 10:03
         7 PM <!> 7 AM
         7 PM <!> 07:00
         7:00 PM <!> 7:30 PM

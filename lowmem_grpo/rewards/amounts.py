@@ -28,9 +28,11 @@ MARKED_UNIT = re.compile(
 ENDS_A_VALUE = re.compile(
     r"(?:[\d})\]!%|']|\\(?:pi|theta|alpha|beta|phi|lambda|infty)|(?<![^\W\d_])(?<!\\)[^\W\d_]{1,2}) *$"
 )
+PER = re.compile(r"(?<=\d) ?/ ?(?=[^\W\d_]{2})")  # $5/hour
 OPTION = re.compile(r"\(?[A-Z]\)?[.:]?")
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 FEET_AND_INCHES = re.compile(r"^(\d+)' *(\d+(?:\.\d+)?)(?:\"|'')$")
+DEGREES_AND_MINUTES = re.compile(r"(\d+) ?\^\\circ (\d+)'(?: ?(\d+)(?:\"|''))?")
 PART = re.compile(r"(\d+(?:\.\d+)?) ?([^\W\d_]+)")
 IN_PARTS = re.compile(rf"{PART.pattern}(?:,? (?:and )?{PART.pattern}){{1,3}}|\d+h ?\d+m(?:in)?")
 
@@ -38,6 +40,8 @@ IN_PARTS = re.compile(rf"{PART.pattern}(?:,? (?:and )?{PART.pattern}){{1,3}}|\d+
 def amount(text: str) -> tuple[str, str]:
     """The value of an answer in plain notation, with its words marked, and the unit; '' without any."""
     text, currency = _without_currency(text)
+    if currency:
+        text = PER.sub(" per ", text)
     text, unit = _without_marked_unit(text)  # what the money is paid for: $5 per day
     marked = with_words_marked(text)
     if not unit:
@@ -48,7 +52,9 @@ def amount(text: str) -> tuple[str, str]:
 
 
 def amount_in_parts(written: str) -> tuple[str, str] | None:
-    """The value and unit of an amount such as 2h 30m, 5 ft 10 in and 5'10\", in its first unit: 5/2 of hours."""
+    """The value and unit of an amount such as 2h 30m, 5'10\" and 45° 30', in its first unit: 5/2 of hours."""
+    if degrees := DEGREES_AND_MINUTES.fullmatch(written):
+        return str(sum(Fraction(part or 0) / 60**n for n, part in enumerate(degrees.groups()))), "degree"
     written = FEET_AND_INCHES.sub(r"\1 ft \2 in", written)
     if not IN_PARTS.fullmatch(written):
         return None

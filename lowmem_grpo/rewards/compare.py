@@ -1,16 +1,21 @@
 """compare(): is an answer the gold one? Numbers, units and words are told at once, and formulas left to math-verify."""
 
+import re
+
 from lowmem_grpo.rewards.kinds import CLOCK, case_counts, same_of_a_kind
 from lowmem_grpo.rewards.number import Number, as_number, exact, same_number, with_decimal_comma
 from lowmem_grpo.rewards.units import conversion
 from lowmem_grpo.rewards.words import (
     MOST_CHARACTERS,
+    Reading,
     begins_with_zero,
     reading,
     same_product,
     with_letter_unit,
     without_name,
 )
+
+NO_FACTOR = re.compile(r"[=<>,;]|\\(?:[{\[]|l?eq?|g?eq?|in|pm|cup|begin)(?![a-z])")  # of lists, equations, intervals
 
 
 def compare(gold: str, answer: str) -> bool | tuple[str, str]:
@@ -33,6 +38,7 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
         given = with_letter_unit(given)
     elif given.unit and exact(given.value or ""):
         own = with_letter_unit(own)
+    own, given = _in_radians(own, given), _in_radians(given, own)
     factor = conversion(own.unit, given.unit)
     if factor is None:
         return False
@@ -45,8 +51,10 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
         unit = given.unit if wanted.is_percent else own.unit
         wanted = wanted._replace(value=wanted.value * factor)
         return same_number(wanted, found) and not (unit and wanted.is_percent != found.is_percent)  # 12 % and 12 cm
-    if factor != 1:
-        return False
+    if factor != 1:  # 5\sqrt{2} m and 500\sqrt{2} cm
+        if any(NO_FACTOR.search(side) for side in (own.value, given.value)):
+            return False
+        return rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({own.value})", given.value
     if own.value == given.value:
         return True
     if CLOCK.fullmatch(own.value) and CLOCK.fullmatch(given.value):  # 12:30 is not 2:05, though 12/30 is 2/5
@@ -54,6 +62,16 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     if wanted is not None and len({as_number(side) for side in given.value.split("=")} - {None}) > 1:
         return False  # 17 = 18, of which math-verify would take a side
     return own.value, given.value
+
+
+def _in_radians(side: Reading, other: Reading) -> Reading:
+    r"""Read 90 degrees as \frac{\pi}{180} times 90, where the other side is in radians: \frac{\pi}{2}."""
+    if side.unit != "degree" or other.unit not in ("", "radian") or r"\pi" not in (other.value or ""):
+        return side
+    name, equals, degrees = (side.value or "").rpartition("=")
+    if exact(degrees) is None:
+        return side
+    return side._replace(value=rf"{name}{equals} \frac{{\pi}}{{180}} \cdot ({degrees})", unit=other.unit)
 
 
 def _numbers(value: str, other: str) -> tuple[Number | None, Number | None]:

@@ -22,10 +22,11 @@ DATES = [
         rf"{WEEKDAY}(?:the )?{DAY}(?: of)? {MONTH}(?:,? {YEAR})?",
     )
 ]
-TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?: ?([ap])\.? ?m\b\.?)?", re.IGNORECASE)
+TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?(?: o'?clock)?(?: ?([ap])\.? ?m\b\.?)?", re.IGNORECASE)
 TIMES_IN_WORDS = {"noon": "12 pm", "12 noon": "12 pm", "midday": "12 pm", "midnight": "12 am", "12 midnight": "12 am"}
 CLOCK = re.compile(r"\d{1,2}:\d\d")
-RATIO = re.compile(r"\d+(?:\.\d+)?(?:(?: ?: ?| to |-to-)\d+(?:\.\d+)?)+")
+TERM = r"(?:0|[1-9]\d*)(?:\.\d+)?"  # of a ratio; in 10:03 the zero says that it is a time
+RATIO = re.compile(rf"{TERM}(?:(?: ?: ?| to |-to-){TERM})+")
 BETWEEN_TERMS = re.compile(r" ?: ?| to |-to-")
 OPTION = re.compile(r"\(?([A-Z])[).:]{0,2}")
 OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])(?:[).:]| -(?= [A-Za-z]{2}))) ?((?:(?![A-Z][).:] )[^=])+)")
@@ -208,13 +209,13 @@ def _same_time(gold: str, answer: str) -> bool | None:
         return None
     seconds, others = own[0] % 43200, given[0] % 43200
     halves = {own[1], given[1]} - {None}
-    return seconds == others and len(halves) == 1
+    return seconds == others and len(halves) < 2
 
 
 def _as_time(text: str) -> tuple[int, str | None] | None:
     """Seconds since midnight or noon, and whether it is am or pm, where that is said."""
     found = TIME.fullmatch(TIMES_IN_WORDS.get(text.lower(), text))
-    if not found or not (found[2] or found[4]):
+    if not found or not (found[2] or found[4] or "clock" in text.lower()):
         return None
     hour, minute, second = (int(part or 0) for part in found.groups()[:3])
     half = (found[4] or "").lower() or None

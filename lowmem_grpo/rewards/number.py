@@ -8,8 +8,8 @@ PLAIN = re.compile(r"[-+]?(?=[\d.])(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.\d+)?(?:
 FRACTION = re.compile(r"([-+]?) *\\frac\{ *([-+]?\d+) *\}\{ *([-+]?\d+) *\}")
 MIXED = re.compile(r"([-+]?) *\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\)")
 TIMES_TEN = re.compile(r"(.*\d) \\times 10\^\{(-?\d{1,4})\}")
-# 3,75 and 0,5; but 3,5 may be two numbers, and 3,500 is three thousand and five hundred.
-DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|[1-9]\d*,(?:\d\d|\d{4,})|[1-9]\d+,\d|[1-9]\d{3,},\d+)")
+# 3,75, 12,5\\% and 0,5; but 3,5 may be two numbers, and 3,500 is three thousand and five hundred.
+DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|[1-9]\d*,(?:\d\d|\d{4,})|[1-9]\d+,\d|[1-9]\d{3,},\d+)(?:\\?%)?")
 ROUNDED = Fraction(1, 10**9)  # how far a decimal may be, relatively, from what was rounded to it: 0.3333333333 for 1/3
 
 

@@ -20,6 +20,7 @@ TYPED = [
     (re.compile(r"^(?:negative|minus) (?=[\d.$\\])"), "-"),
     (re.compile(r"(?<=\d )sq\.? (?=[a-z])"), "square "),
     (re.compile(r"(?<=\d )cu\.? (?=[a-z])"), "cubic "),
+    (re.compile(r"(?<=\w) an? (?=(?:second|minute|hour|day|week|month|year|piece|person|kilo|mile)\b)"), " per "),
 ]
 CALL = re.compile(r"(?<![a-zA-Z\\])\\?(sqrt|cbrt|exp|abs)\(|\^\(")
 CALLS = {

@@ -25,7 +25,8 @@ DEFINITIONS = {
     "farad": "1 coulomb volt-1", "siemens": "1 ampere volt-1", "weber": "1 volt second", "tesla": "1 weber meter-2",
     "henry": "1 weber ampere-1", "watthour": "1 watt hour", "calorie": "4184/1000 joule", "molar": "1 mole liter-1",
     "mph": "1 mile hour-1", "kph": "1 kilometer hour-1", "bps": "1 bit second-1", "byte": "8 bit",
-    "byterate": "8 bps", "cent": "1/100 dollar",
+    "byterate": "8 bps", "dollarcent": "1/100 dollar", "eurocent": "1/100 euro", "pence": "1/100 sterling",
+    "cc": "1 centimeter3", "mpg": "1 mile gallon-1", "newtonmeter": "1 newton meter",
 }  # fmt: skip
 BASES = {
     "meter", "gram", "second", "month", "ampere", "kelvin", "mole", "candela", "lumen", "lux", "bit", "degree",
@@ -52,7 +53,7 @@ SYMBOLS = {a + b: PREFIXES[a] + name for a, (b, name) in product(PREFIXES, WITH_
 SYMBOLS |= WITH_PREFIXES | {
     "KB": "kilobyte", "dB": "decibel", "cd": "candela", "lm": "lumen", "lx": "lux", "atm": "atmosphere",
     "ha": "hectare", "M": "molar", "mM": "millimolar", "uM": "micromolar", "nM": "nanomolar", "pM": "picomolar",
-    "pm": "pm", "C": "C", "F": "F",
+    "pm": "pm", "C": "C", "F": "F", "cc": "cc", "Nm": "newtonmeter",
 }  # fmt: skip
 BY_LETTERS: dict[str, list[str]] = {}  # symbols without regard to case
 for _symbol in SYMBOLS:
@@ -62,9 +63,20 @@ WORDS = {
     "\N{CENT SIGN}": "cent", "amp": "ampere", "in": "inch", "ft": "foot", "feet": "foot", "yd": "yard", "mi": "mile",
     "lb": "poundmass", "oz": "ounce", "sec": "second", "min": "minute", "h": "hour", "hr": "hour", "pt": "point",
     "deg": "degree", "kmh": "kph", "gal": "gallon", "qt": "quart", "tbsp": "tablespoon", "tsp": "teaspoon",
-    "centurie": "century", "inche": "inch", "centigrade": "degreec", "celsius": "degreec", "fahrenheit": "degreef",
+    "rad": "radian", "kilo": "kilogram", "mpg": "mpg", "centigrade": "degreec", "celsius": "degreec",
+    "fahrenheit": "degreef",
     "quid": "sterling", "am": "am", "pm": "pm", "hertz": "hertz", "siemens": "siemens", "lux": "lux", "mph": "mph",
-    "kph": "kph",
+    "kph": "kph", "children": "child", "men": "man", "women": "woman",
+    # Of German, French and Spanish; of Chinese, Japanese and Korean.
+    "stunde": "hour", "stunden": "hour", "minuten": "minute", "sekunde": "second", "sekunden": "second", "tag": "day",
+    "tage": "day", "woche": "week", "wochen": "week", "monat": "month", "monate": "month", "jahr": "year",
+    "jahre": "year", "grad": "degree", "heure": "hour", "seconde": "second", "jour": "day", "semaine": "week",
+    "hora": "hour", "minuto": "minute", "segundo": "second", "metro": "meter", "kilómetro": "kilometer",
+    "centímetro": "centimeter", "litro": "liter", "gramo": "gram", "kilogramo": "kilogram",
+    "米": "meter", "厘米": "centimeter", "毫米": "millimeter", "公里": "kilometer", "克": "gram", "公斤": "kilogram",
+    "吨": "tonne", "升": "liter", "毫升": "milliliter", "秒": "second", "分钟": "minute", "小时": "hour",
+    "个小时": "hour", "天": "day", "年": "year", "平方米": "meter2", "平方厘米": "centimeter2", "立方米": "meter3",
+    "立方厘米": "centimeter3", "時間": "hour", "分間": "minute", "시간": "hour", "미터": "meter",
 }  # fmt: skip
 PHRASES = {
     re.compile(phrase, re.IGNORECASE): name
@@ -77,21 +89,36 @@ PHRASES = {
     }.items()
 }  # fmt: skip
 AMBIGUOUS = {
-    "pound": ("poundmass", "sterling"), "C": ("coulomb", "degreec"), "F": ("farad", "degreef"),
+    "pound": ("poundmass", "sterling"), "cent": ("dollarcent", "eurocent"), "penny": ("pence", "dollarcent"),
+    "yuanyen": ("yuan", "yen"), "C": ("coulomb", "degreec"), "F": ("farad", "degreef"),
     "degree": ("degree", "degreec", "degreef"),
 }  # fmt: skip
 MONEY_NAMES = {
     "$": "dollar", "us$": "dollar", "usd": "dollar", "textdollar": "dollar", "€": "euro", "eur": "euro", "euro": "euro",
-    "texteuro": "euro", "£": "sterling", "gbp": "sterling", "textsterling": "sterling", "¥": "yen",
+    "texteuro": "euro", "£": "sterling", "gbp": "sterling", "textsterling": "sterling", "¥": "yuanyen",
     "jpy": "yen", "yen": "yen", "円": "yen", "₹": "rupee", "inr": "rupee", "rs": "rupee", "₩": "won", "krw": "won",
     "원": "won", "元": "yuan", "cny": "yuan", "rmb": "yuan", "₽": "ruble", "rub": "ruble", "руб": "ruble",
-    "kr": "krone",
+    "kr": "krone", "buck": "dollar", "块": "yuan", "美元": "dollar", "欧元": "euro", "chf": "chf", "brl": "brl",
+    "r$": "brl",
+    "cad": "cad", "c$": "cad", "ca$": "cad", "aud": "aud", "a$": "aud", "au$": "aud", "nzd": "nzd", "nz$": "nzd",
+    "hkd": "hkd", "hk$": "hkd", "sgd": "sgd", "s$": "sgd", "twd": "twd", "nt$": "twd", "mxn": "mxn", "mx$": "mxn",
+}  # fmt: skip
+# Of one name in several countries: 5 Canadian dollars, Mexican pesos, Swiss francs.
+NATIONAL = re.compile(
+    r"\b(US|Hong Kong|New Zealand|New Taiwan|Swiss|\w+(?:an|ish|ese)) (dollar|peso|franc|pound|rupee|dinar|crown|real)"
+    r"s?\b",
+    re.IGNORECASE,
+)
+CODES_OF_NATIONS = {
+    "usdollar": "usd", "americandollar": "usd", "canadiandollar": "cad", "australiandollar": "aud",
+    "newzealanddollar": "nzd", "hongkongdollar": "hkd", "singaporeandollar": "sgd", "newtaiwandollar": "twd",
+    "swissfranc": "chf", "mexicanpeso": "mxn", "indianrupee": "inr", "brazilianreal": "brl", "britishpound": "gbp",
 }  # fmt: skip
 CURRENCIES = set(MONEY_NAMES.values())
 # What is counted, in words that say nothing of what it is: no other unit than any, or any noun.
 NO_UNIT = {"unit", "total", "number", "integer", "value"}
 COUNTS = NO_UNIT | {
-    "way", "arrangement", "possibilitie", "combination", "permutation", "solution", "piece", "item", "thing", "people",
+    "way", "arrangement", "possibility", "combination", "permutation", "solution", "piece", "item", "thing", "people",
     "person",
 }  # fmt: skip
 FILLERS = {"of", "the", "a", "an", "in", "remaining", "each", "every", "all"}
@@ -112,6 +139,7 @@ def unit_name(text: str, power: str = "") -> str:
     sign, following, last, is_content = 1, 1, "", False
     for phrase, name in PHRASES.items():
         text = phrase.sub(name, text)
+    text = NATIONAL.sub(_national, text)
     for part in PART.findall(text + power):
         word = part.lower()
         if word in ("/", "per"):
@@ -129,12 +157,18 @@ def unit_name(text: str, power: str = "") -> str:
     return " ".join(name + (str(count) if count != 1 else "") for name, count in sorted(exponents.items()))
 
 
+def _national(found: re.Match) -> str:
+    """The name of a country's own money: cad of Canadian dollars, jamaicandollar of Jamaican ones."""
+    name = f"{found[1]}{found[2]}".replace(" ", "").lower()
+    return CODES_OF_NATIONS.get(name, name)
+
+
 @lru_cache(maxsize=4096)
 def _name(part: str) -> str:
     """The one name of a symbol, a currency or a noun: `kg` and `Kg` are kilogram."""
     if part in SYMBOLS:
         return SYMBOLS[part]
-    word = part.lower().replace("\\", "")
+    word = part.lower().replace("\\", "").replace("è", "e")
     for name in (word, _singular(word)):
         if name in WORDS or name in MONEY_NAMES:
             return WORDS.get(name) or MONEY_NAMES[name]
@@ -152,7 +186,10 @@ def _in_another_case(part: str) -> str | None:
 
 
 def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
+    """A noun without the s of its plural: boxes, cities and cookies are box, city and, like cookie itself, cooky."""
+    if len(word) > 2 and word.endswith("s") and not word.endswith("ss"):
+        word = word[:-2] if re.search("(?:x|ch|sh|ss)es$", word) else word[:-1]
+    return word[:-2] + "y" if word.endswith("ie") else word
 
 
 def is_symbol(run: str) -> bool:

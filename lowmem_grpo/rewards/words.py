@@ -24,7 +24,8 @@ IN_A_BOX = re.compile(
 )
 BUILDER = re.compile(r"^\{( *[A-Za-z] *(?:\\mid|[|:]).*)\}$")  # {x | x > 3}
 PERCENT = re.compile(
-    r"(?<=\d) *\\?(?:%|\\(?:text|mbox|mathrm) *\{ *(?:per ?cent|pct|%) *\}|(?:per ?cent|percentage|pct)$)"
+    r"(?<=\d) *\\?(?:%|\\(?:text|mbox|mathrm) *\{ *(?:per ?cent|pct|%) *\}|"
+    r"(?:per ?cent|percentage|pct|Prozent|pour ?cent|por ciento|процент\w*)$)"
 )
 ROUGHLY = re.compile(r"(?<=[\d)}]) *\\approx(?![a-zA-Z]).*$")  # behind the exact value
 DOLLAR = re.compile(r"(?<!\\)\$")
@@ -36,6 +37,7 @@ MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an int
 PRODUCT = re.compile(r"[A-Za-z]{2,4}|[A-Za-z](?: *(?:\\cdot|\\times|\*) *[A-Za-z](?![A-Za-z])| [A-Za-z](?![A-Za-z]))+")
 CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
 LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
+INCH, FOOT = re.compile(r"^([\d./]+)(?:\"|'')$"), re.compile(r"^([\d./]+)'$")
 DECADE = re.compile(r"[12]\d\d0s")  # 1990s
 IN_BRACKETS = re.compile(rf"\(((?:{CURRENCY})[\d.,]+)\)")  # a negative sum, in accounts
 NUMBER_IN_BASE = re.compile(r"(?:\d[A-F]*|\d *\)|\([0-9A-F.]+\)) *_|[A-F]\d[\dA-F]*_")
@@ -60,7 +62,8 @@ NUMERALS = {
 }  # fmt: skip
 POINTS = r"[A-Z](?:_(?:\w|\{\w+\})|[A-Z])?"
 OF_A_DRAWING = re.compile(
-    rf"^(?:pH|\|[A-Z]{{1,2}}\||\\frac *\{{{POINTS}\}} *\{{{POINTS}\}}|{POINTS}(?: ?: ?{POINTS})+) *= *(?=[^=]+$)"
+    rf"^(?:pH|(?:m *)?\\angle *[A-Z]{{1,3}}"
+    rf"|\|[A-Z]{{1,2}}\||\\frac *\{{{POINTS}\}} *\{{{POINTS}\}}|{POINTS}(?: ?: ?{POINTS})+) *= *(?=[^=]+$)"
 )
 SETS_IN_WORDS = {
     re.compile(
@@ -137,6 +140,7 @@ def _tidy(answer: str) -> str:
         text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
+    text = FOOT.sub(r"\1 ft", INCH.sub(r"\1 in", text))
     text = PERCENT.sub(r"\\%", CURRENCY_IN_TYPE.sub(r"\1", text))
     in_ten = IN_TEN.fullmatch(text)
     text = in_ten[1] if in_ten else text
