@@ -229,6 +229,18 @@ def test_an_embedding_of_other_values_in_an_adapter_folder_is_refused(folders, t
         load_policy(str(tmp_path / "copy/adapter"), tokenizer, GRPOConfig(use_cpu=True))
 
 
+def test_a_module_trained_whole_is_found_by_the_end_of_its_path_as_peft_finds_it(folders, tmp_path, tokenizer):
+    shutil.copytree(folders, tmp_path / "copy")
+    save_adapter(tmp_path / "copy", target_modules=["q_proj"], modules_to_save=["norm"])
+    values = load_file(tmp_path / "copy" / WEIGHTS)
+    changed = {name: value + 0.5 for name, value in values.items() if "input_layernorm" in name}
+    assert changed
+    save_file({**values, **changed}, tmp_path / "copy" / WEIGHTS)
+    policy = load_policy(str(tmp_path / "copy/adapter"), tokenizer, GRPOConfig(use_cpu=True))
+    found = {name.replace(".modules_to_save.default", ""): p for name, p in policy.parameters_of("default").items()}
+    assert all(torch.equal(found[name], value) for name, value in changed.items())
+
+
 def saved_by(kind, config) -> Any:
     return lambda folder: (shutil.rmtree(folder), kind.from_config(config).save_pretrained(folder))
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.exporting.files import DTYPES, NAMES, Stored, Tensors, other_files, write_tensors
-from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
+from lowmem_grpo.model.adapter_folder import is_trained_whole, read_adapter_config, read_weights
 from lowmem_grpo.model.adapter_names import PREFIX, names_of
 from lowmem_grpo.model.adapters import scale_of
 from lowmem_grpo.model.experts import dense_weights, experts_of
@@ -91,13 +91,12 @@ def read_changes(folder: str, config: Any, weights: Mapping[str, Tensor]) -> dic
         )
     parts: dict[str, dict[str, Tensor]] = {}
     found: dict[str, Change] = {}
-    whole = tuple(config.modules_to_save or ())
     for name, values in weights.items():
         bare = name.removeprefix(PREFIX)
         part = PART.fullmatch(bare)
         if part:
             parts.setdefault(part[1], {})[part[2]] = values.float()
-        elif any(path.endswith(whole) for path in _paths_above(bare)):
+        elif is_trained_whole(bare, config):
             found[bare] = Replaced(values)
         # What is left is the base's own, such as an embedding that PEFT saves beside LoRA of it.
     for path, of in parts.items():
@@ -112,12 +111,6 @@ def read_changes(folder: str, config: Any, weights: Mapping[str, Tensor]) -> dic
         if "lora_B.bias" in of:
             found[f"{path}.bias"] = Added(scale * of["lora_B.bias"])
     return found
-
-
-def _paths_above(name: str) -> list[str]:
-    """The paths of the modules that a parameter is in: of a.b.weight a and a.b."""
-    steps = name.split(".")
-    return [".".join(steps[:end]) for end in range(1, len(steps))]
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,16 @@ def read_weights(folder: str) -> dict[str, Tensor]:
 def _of_the_base(found: dict[str, Tensor], config: Any, own: Container[str]) -> dict[str, Tensor]:
     """The weights among an adapter's that are its base's, by the base's names; PEFT loads them over those."""
     bare = {name.removeprefix(PREFIX).replace(".base_layer.", "."): values for name, values in found.items()}
-    trained = set(config.modules_to_save or ())
-    return {name: values for name, values in bare.items() if name in own and not trained & {*name.split(".")}}
+    return {name: values for name, values in bare.items() if name in own and not is_trained_whole(name, config)}
+
+
+def is_trained_whole(name: str, config: Any) -> bool:
+    """Tell whether a parameter is of a module in modules_to_save, which PEFT finds by the end of its path.
+
+    So "norm" is every layer's input_layernorm too.
+    """
+    steps, ends = name.split("."), tuple(config.modules_to_save or ())
+    return any(".".join(steps[:place]).endswith(ends) for place in range(1, len(steps)))
 
 
 def _loaded(model: PeftModel, folder: str, names: AdapterNames) -> tuple[list[str], list[str]]:
