@@ -22,6 +22,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_experts import mxfp4_checkpoint
 from tiny_models import CONFIGS, DEMO_MODEL, make_model, make_wrapper, wake_adapters
 from transformers import (
     AutoModelForCausalLM,
@@ -50,10 +51,11 @@ NO_BF16 = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
 
 
 def make_run(folder: Path, family: str = "qwen2", dtype=torch.bfloat16, model=None, peft_config=None, **settings):
-    """A base's folder, and a run's folder with a woken adapter of it; returns the policy."""
-    model = make_model(family) if model is None else model
-    model = model if dtype is None else model.to(dtype)
-    model.save_pretrained(folder / "base")
+    """A base's folder, where it is not there, and a run's with a woken adapter of it; returns the policy."""
+    if not (folder / "base").is_dir():
+        model = make_model(family) if model is None else model
+        model = model if dtype is None else model.to(dtype)
+        model.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder / "base")
     policy = load_policy(
         str(folder / "base"),
@@ -233,6 +235,22 @@ def test_experts_are_what_training_held_too(tmp_path, family):
     found = merged(tmp_path, "original", out="original")
     experts = [name for name in found if ".experts." in name]
     assert experts and all(torch.equal(found[name], base[name].float()) for name in experts)
+
+
+def test_experts_in_mxfp4_stay_as_they_are_beside_what_is_merged(tmp_path):
+    mxfp4_checkpoint(tmp_path / "base")
+    policy = make_run(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    base = load_file(tmp_path / "base/model.safetensors")
+    for onto in ("nf4", "original"):
+        found = merged(tmp_path, onto, out=onto)
+        experts = [name for name in found if name.endswith(("_blocks", "_scales"))]
+        assert len(experts) == 8 and all(torch.equal(found[name], base[name]) for name in experts)
+    torch.testing.assert_close(logits_of(tmp_path / "nf4"), logits_by(policy), rtol=0, atol=1e-4)
+    changed = [name for name in found if not torch.equal(found[name], base[name].to(found[name].dtype))]
+    assert len(changed) == 2 * 2
+    layer: Any = policy.model.get_submodule(f"base_model.model.{changed[0].removesuffix('.weight')}")
+    expected = base[changed[0]].float() + layer.get_delta_weight("default")
+    torch.testing.assert_close(found[changed[0]], expected, rtol=0, atol=1e-6)
 
 
 def make_small_run(folder: Path, scale: float = 1.0, family: str | None = None) -> Path:
