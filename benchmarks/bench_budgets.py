@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             results.append(try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu))
             found = measure.document("bench_budgets", argv, device, task=task, budgets=budgets, results=results)
             measure.save(found, arguments.output)
-    print(tables(found))
+    measure.show(tables(found))
     print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
 
 

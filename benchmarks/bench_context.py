@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     found = measure.document(
         "bench_context", argv, torch.device("cpu"), lengths=given.max_completion_length, predicted=predicted
     )
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, given.output)
 
 

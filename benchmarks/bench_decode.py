@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = {"failed": one.reason} if isinstance(one, Failed) else one
         found = measure.document("bench_decode", argv, device, work=work._asdict(), results=results)
         measure.save(found, given.output)
-    print(tables(found))
+    measure.show(tables(found))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         "bench_delta_step", argv, device, heads=[H_K, H_V, K, V],
         slots=[{"slots": count, "results": bench(count, device, repeats)} for count in slots],
     )  # fmt: skip
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, arguments.output)
 
 

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [run_one(given.model, seed) for seed in given.seeds]
     found = measure.document("bench_example", shown, torch.device("cpu"), work=work, results=results)
     measure.save(found, given.output)
-    print(tables(found))
+    measure.show(tables(found))
 
 
 if __name__ == "__main__":

@@ -264,13 +264,13 @@ def main(argv: list[str] | None = None) -> None:
         rows = [1, 8] if given.quick else CHOSEN_BY if given.rows is ROWS else given.rows
         results = choose(shape, rows, device, repetitions, given.warmups)
         found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
-        print(table_of_choices(found))
+        measure.show(table_of_choices(found))
         keep(results, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
         measure.save(found, given.output)
         return
     results = bench(shape, rows, names, device, repetitions, given.warmups)
     found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, given.output)
 
 

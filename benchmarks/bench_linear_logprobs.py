@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     for shape in shapes:
         results = measure.plain(bench_shape(shape, chosen, device, arguments))
         found["shapes"].append({"N,D,V": shape, "results": results})
-        print(tables({**found, "shapes": found["shapes"][-1:]}), end="\n\n", flush=True)
+        measure.show(tables({**found, "shapes": found["shapes"][-1:]}))
         measure.save(found, arguments.output)
 
 

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [{"N": tokens, "results": bench(tokens, device)} for tokens in SIZES[: 1 if arguments.quick else None]]
     found = measure.document("bench_policy_loss", argv, device, settings=SETTINGS, sizes=sizes)
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, arguments.output)
 
 

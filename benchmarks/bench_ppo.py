@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             "lowmem_grpo.benchmarks.bench_ppo", given.only, [[*same, "--seeds", str(seed)] for seed in given.seeds],
             save=lambda results: measure.save(document(results), given.output), limit_s=given.limit_s,
         )  # fmt: skip
-    print(tables(document(results)))
+    measure.show(tables(document(results)))
 
 
 if __name__ == "__main__":

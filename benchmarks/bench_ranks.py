@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append({"ranks": ranks, **measured(ranks, given.steps)})
         found = measure.document("bench_ranks", argv, torch.device("cpu"), work=WORK, results=results)
         measure.save(found, given.output)
-        print(tables({**found, "results": results}), end="\n\n", flush=True)
+        measure.show(tables({**found, "results": results}))
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             results = bench(work, group, 1 if arguments.quick else arguments.repetitions, arguments.warmups)
             lengths[-1]["results"] |= measure.plain(results)
             measure.save(measure.document("bench_rollout", argv, device, lengths=lengths), arguments.output)
-        print(_table(work, lengths[-1]["results"]), end="\n\n", flush=True)
+        measure.show(_table(work, lengths[-1]["results"]))
 
 
 if __name__ == "__main__":

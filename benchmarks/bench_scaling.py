@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
                 results[name] = measure.plain(measure_row(name, works, folder, device, limit))
                 found = measure.document("bench_scaling", argv, device, shape=shape, limit_bytes=limit, sweeps=sweeps)
                 measure.save(found, given.output)
-            print(tables({**found, "sweeps": sweeps[-1:]}), end="\n\n", flush=True)
+            measure.show(tables({**found, "sweeps": sweeps[-1:]}))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             "lowmem_grpo.benchmarks.bench_step", given.only, [arguments],
             save=lambda results: measure.save(document(results), given.output), limit_s=given.limit_s,
         )  # fmt: skip
-    print(tables(document(results)))
+    measure.show(tables(document(results)))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         "lowmem_grpo.benchmarks.bench_sums", given.only, turns,
         save=lambda results: measure.save(document(results), given.output),
     )  # fmt: skip
-    print(tables(document(results)))
+    measure.show(tables(document(results)))
 
 
 if __name__ == "__main__":

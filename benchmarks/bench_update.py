@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.rungs:
         results["optimizers"] = bench_optimizers(work, repetitions, arguments.warmups)
     found = measure.document("bench_update", argv, device, work=work, **results)
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, arguments.output)
 
 

@@ -35,6 +35,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from rich.cells import cell_len
+
+from lowmem_grpo.terminal import columns_of, fitted, table
 
 OUT_OF_MEMORY = "out of memory"
 NOT_INSTALLED = "not installed"
@@ -388,6 +391,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+def show(text: str) -> None:
+    """Print a text in Markdown; a table that is wider than the terminal as one that fits it."""
+    width, shown = columns_of(sys.stdout), []
+    for is_table, lines in itertools.groupby(text.split("\n"), lambda line: line.startswith("| ")):
+        found = list(lines)
+        if is_table and width is not None and max(map(cell_len, found)) > width:
+            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in found)
+            shown.append(table(header, rows, width))
+        else:
+            shown += [fitted(line, width) for line in found]
+    print(*shown, "", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     spent = run(given.steps, given.seed)
     found = measure.document("profile_step", argv, torch.device("cpu"), milliseconds=spent)
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, given.output)
 
 

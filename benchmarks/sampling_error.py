@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
                 sizes = {"mean": error.mean().item(), "max": error.max().item()}
                 errors.append({"dtype": config.compute_dtype, "weights": weights, "kv": kv, **sizes})
     found = measure.document("sampling_error", argv, torch.device("cpu"), errors=errors)
-    print(tables(found))
+    measure.show(tables(found))
     measure.save(found, arguments.output)
 
 

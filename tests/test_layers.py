@@ -35,7 +35,7 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory distributed",
-    "config output settings_file",
+    "config output settings_file terminal",
     "errors warn progress_bars torchrun kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -18,8 +18,9 @@ from lowmem_grpo import cli
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.run.log import write_completions
+from lowmem_grpo.terminal import bar
 from lowmem_grpo.watch import log as log_module
-from lowmem_grpo.watch.chart import bar, chart, in_columns, sparkline
+from lowmem_grpo.watch.chart import chart, in_columns, sparkline
 from lowmem_grpo.watch.log import MOST_POINTS, Curve, Log
 from lowmem_grpo.watch.run import WatchedRun
 from lowmem_grpo.watch.view import View

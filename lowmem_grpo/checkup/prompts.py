@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.doctor.doctor import Doctor, Finding
-from lowmem_grpo.errors import printable_text
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.model.find import beyond_context, ends_of_model
@@ -21,6 +20,7 @@ from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.preview.prompts import MARKS, parameters_of, read_gold
 from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.run.checkpoint import load_part
+from lowmem_grpo.terminal import show
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
 # TRL's GRPO begins at 1e-6, and the demo's LoRA learns at 1e-3. Adam moves a weight by about the rate a step: at 1e-8,
@@ -104,7 +104,7 @@ def having_looked(doctor: Doctor, inputs: T, find: Callable[[T], list[Finding]])
     lines = doctor.note(0, [] if doctor.is_off else find(inputs))
     doctor.refuse()  # in all the words of these lines
     for line in lines:
-        print(printable_text(f"doctor: {line['text']}"), file=sys.stderr)
+        show(f"doctor: {line['text']}", sys.stderr)
     return doctor
 
 

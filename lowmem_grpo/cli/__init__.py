@@ -13,6 +13,7 @@ from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.errors import SENTENCES, InputError, printable
+from lowmem_grpo.terminal import show
 from lowmem_grpo.torchrun import num_started
 
 # torchrun ends all processes once one has ended with an error; rank 0 has a sentence to say.
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
         if speaks():
             with contextlib.suppress(OSError):  # a full disk
-                print(f"{command}: {printable(str(error))}", file=sys.stderr)
+                show(f"{command}: {printable(str(error))}", sys.stderr)
         else:
             time.sleep(OTHERS_STAY_S)
         return 2 if isinstance(error, InputError) else 1

@@ -7,6 +7,7 @@ from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.cli.settings import count_of
 from lowmem_grpo.errors import InputError, printable, shown
+from lowmem_grpo.terminal import show
 
 EXAMPLE = """\
 example:
@@ -66,7 +67,7 @@ def run_export(given: dict[str, Any]) -> int:
 
 def _print(line: str) -> None:
     with writing_output():
-        print(printable(line), flush=True)
+        show(printable(line))
 
 
 def _is_on(name: str, value: str) -> bool:

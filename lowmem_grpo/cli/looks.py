@@ -1,6 +1,7 @@
 """The commands that look at models and data: eval, data and plan."""
 
 import json
+import sys
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_inputs
 from lowmem_grpo.cli.settings import INPUTS, PLANNED, WITHOUT_EVAL_DATASET, count_of, read_settings
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
-from lowmem_grpo.errors import InputError, printable_text
+from lowmem_grpo.errors import InputError
+from lowmem_grpo.terminal import columns_of, show
 
 EVAL_EXAMPLE = """\
 example:
@@ -78,27 +80,25 @@ def add(commands: Commands) -> None:
 
 
 def run_eval(given: dict[str, Any]) -> int:
-    as_json, show = given.pop("json", False), count_of(given, "show", "completions", 0)
+    as_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
     found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
-    metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, show)
+    metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if as_json:
         with writing_output():
             print(json.dumps(finite({**metrics, "shown": chosen} if chosen else metrics), indent=1, default=str))
     else:
-        from rich.console import Console
-
+        width = columns_of(sys.stdout)
         with writing_output():
             if chosen:
-                print(printable_text(examples_as_text(chosen)))
-            console = Console(highlight=False)
-            console.print(as_table(metrics))
+                show(examples_as_text(chosen))
+            print(as_table(metrics, width))
             if "adapter" in metrics:
-                console.print(as_difference_table(metrics["adapter"]))
+                print(as_difference_table(metrics["adapter"], width))
     return 0
 
 
@@ -119,7 +119,7 @@ def run_data(given: dict[str, Any]) -> int:
             *found.notes,
             *(fault.text for fault in faults(found.rewards, previews)),
         ]:
-            print(printable_text(text))
+            show(text)
     return 0
 
 
@@ -158,5 +158,8 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         rewards = [one.config for one in worn]
         found = planner.plan(base, config, adapter_config(model, config), rewards=rewards, teacher=teacher, ranks=ranks)
     with writing_output():
-        print(json.dumps(planner.as_dict(found), indent=1) if as_json else printable_text(planner.as_text(found)))
+        if as_json:
+            print(json.dumps(planner.as_dict(found), indent=1))
+        else:
+            show(planner.as_text(found))
     return 0 if found.remedy is None else 1

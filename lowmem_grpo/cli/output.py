@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lowmem_grpo.errors import NotSavedError, printable_text
+from lowmem_grpo.terminal import columns_of, fitted
 from lowmem_grpo.torchrun import num_started
 
 
@@ -52,13 +53,17 @@ class PrintableFormatter(logging.Formatter):
     """Makes a line of the log of a record, and nothing of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable_text(super().format(record))
+        return _for_stderr(super().format(record))
 
 
 def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
     """A warning of ours without a place, since a command has no line of a user's program to name."""
     is_ours = filename == sys.argv[0]
-    return printable_text(f"lowmem-grpo: {message}\n" if is_ours else others(message, category, filename, *line))
+    return _for_stderr(f"lowmem-grpo: {message}\n" if is_ours else others(message, category, filename, *line))
+
+
+def _for_stderr(text: str) -> str:
+    return fitted(printable_text(text), columns_of(sys.stderr))
 
 
 def finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.terminal import show
 
 PIPELINE_EXAMPLE = """\
 example:
@@ -63,5 +64,5 @@ def run_phases(given: dict[str, Any]) -> int:
     )  # fmt: skip
     if result.adapter is not None:
         with writing_output():
-            print(printable(f"adapter: {result.adapter}"))
+            show(printable(f"adapter: {result.adapter}"))
     return 0

@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.errors import NotSavedError, in_a_line, printable
+from lowmem_grpo.terminal import show
 
 
 def add(commands: Commands) -> None:
@@ -45,7 +46,7 @@ def run_report(given: dict[str, Any]) -> int:
         why = error.strerror or in_a_line(error)
         raise NotSavedError(f"{output} cannot be written ({why}); choose another --output") from error
     with writing_output():
-        print(printable(f"report: {path}"))
+        show(printable(f"report: {path}"))
     return 0
 
 

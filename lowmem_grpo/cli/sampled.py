@@ -10,7 +10,8 @@ from lowmem_grpo.cli.settings import WITHOUT_EVAL_DATASET, as_list, output_of, r
 from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
-from lowmem_grpo.errors import InputError, printable, printable_text, shown
+from lowmem_grpo.errors import InputError, printable, shown
+from lowmem_grpo.terminal import show
 
 SAMPLE_EXAMPLE = """\
 example:
@@ -86,9 +87,9 @@ def run_sample(given: dict[str, Any]) -> int:
 
     result = sample(inputs["model"], inputs["dataset"], inputs.get("reward_funcs"), config)
     with writing_output():
-        print(printable(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts"))
+        show(printable(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts"))
         for name, value in result.metrics.items():
-            print(printable(f"  {name:<40} {in_words(value, '.3f')}"))
+            show(printable(f"  {name:<40} {in_words(value, '.3f')}"))
     return 0
 
 
@@ -101,7 +102,7 @@ def run_select(given: dict[str, Any]) -> int:
     found = select([row for path in sampled for row in read_sampled(path)], config)
     path = write_rows(output, found.rows, sampled)
     with writing_output():
-        print(printable_text(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows"))
+        show(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows")
     return 0
 
 
@@ -120,7 +121,7 @@ def run_pairs(given: dict[str, Any]) -> int:
     found = pairs(rows, min_margin)
     path = write_rows(output, found, sampled)
     with writing_output():
-        print(printable(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts"))
+        show(printable(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts"))
     return 0
 
 
@@ -135,5 +136,5 @@ def run_label(given: dict[str, Any]) -> int:
         sys.stdin.reconfigure(errors="replace")  # what is no text is no answer
     with writing_output():
         found = label(rows, output, seed, sys.stdin, sys.stdout)
-        print(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))
+        show(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))
     return 0

@@ -10,6 +10,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.terminal import show
 
 TRAIN_EXAMPLE = """\
 example:
@@ -70,7 +71,7 @@ def run_train(given: dict[str, Any]) -> int:
         config=config,
     )
     with writing_output():
-        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 
@@ -82,7 +83,8 @@ def run_sft(given: dict[str, Any]) -> int:
     from lowmem_grpo.loops.sft import sft
 
     result = sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
-    print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    with writing_output():
+        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0
 
 
@@ -95,5 +97,5 @@ def run_reward(given: dict[str, Any]) -> int:
 
     result = train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
     with writing_output():
-        print(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
     return 0

@@ -3,40 +3,31 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from lowmem_grpo.data.gold import gold_of
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import in_words
+from lowmem_grpo.terminal import table
 
 
-def as_table(found: dict[str, dict[str, float]]) -> Table:
-    """A row a metric and a column a model, with the interval beside the value."""
-    return _table("evaluation; in brackets 95 % intervals over prompts", found, ".3f")
+def as_table(found: dict[str, dict[str, float]], width: int | None) -> str:
+    """A row a metric and a column a model, with intervals, for a terminal of `width` columns."""
+    return _table("evaluation; in brackets 95 % intervals over prompts", found, ".3f", width)
 
 
-def as_difference_table(metrics: dict[str, float]) -> Table:
+def as_difference_table(metrics: dict[str, float], width: int | None) -> str:
     """A row for each of an adapter's metrics that have a difference from the base's."""
     changed = {name.replace("/difference", ""): value for name, value in metrics.items() if "/difference" in name}
-    return _table("adapter minus base, on the same prompts", {"difference": changed}, "+.3f")
+    return _table("adapter minus base, on the same prompts", {"difference": changed}, "+.3f", width)
 
 
-def _table(title: str, found: dict[str, dict[str, float]], form: str) -> Table:
-    table = Table(title=title)
-    table.add_column("", overflow="fold")
-    for who in found:
-        table.add_column(who, justify="right")
-    for name in next(iter(found.values())):
-        if not name.endswith(("/ci_low", "/ci_high")):
-            cells = [with_interval(metrics, name, form) for metrics in found.values()]
-            table.add_row(
-                *(Text(printable(cell)) for cell in [name, *cells])
-            )  # never markup, whatever a reward function is named
-    return table
+def _table(title: str, found: dict[str, dict[str, float]], form: str, width: int | None) -> str:
+    names = [name for name in next(iter(found.values())) if not name.endswith(("/ci_low", "/ci_high"))]
+    columns = [[with_interval(metrics, name, form) for name in names] for metrics in found.values()]
+    rows = list(zip([name.removeprefix("eval_") for name in names], *columns, strict=True))
+    return f"{title}\n\n{table(['', *found], rows, width)}\n"
 
 
 def as_line(metrics: Mapping[str, float | None], names: Sequence[str], form: str = ".3f") -> str:

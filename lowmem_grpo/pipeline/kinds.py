@@ -16,7 +16,7 @@ from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
-from lowmem_grpo.errors import InputError, printable_text, shown
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.examples import read_example_inputs
 from lowmem_grpo.inputs.pairs import read_pair_inputs
 from lowmem_grpo.inputs.prompts import read_training_inputs
@@ -29,6 +29,7 @@ from lowmem_grpo.pipeline.sample import read_inputs, sample
 from lowmem_grpo.pipeline.sampled import Row, read_sampled
 from lowmem_grpo.pipeline.select import as_text, select, write_rows
 from lowmem_grpo.planner.plan import Plan
+from lowmem_grpo.terminal import show
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _check_select(model: Any, config: SelectConfig, dataset: Any) -> Outlook:
 
 def _run_select(model: Any, config: SelectConfig, output: Path, dataset: Any) -> dict[str, Any]:
     found = select(_sampled(dataset), config)
-    print(printable_text(as_text(found.funnel)), file=sys.stderr)
+    show(as_text(found.funnel), sys.stderr)
     write_rows(output, found.rows, entries(dataset))
     return {left.rule: left.num_completions for left in found.funnel}
 

@@ -25,6 +25,7 @@ from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
 from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.interruption import interruptible
+from lowmem_grpo.terminal import columns_of, fitted
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ def run_pipeline(
                     write_table(pipeline.output_dir, rows)
         table = write_table(pipeline.output_dir, rows) if rows else []
         if table:
-            with contextlib.suppress(OSError):  # a terminal that has been closed
-                console.print(as_table(table))
+            _say(console, as_table(table, columns_of(console.file)))
     finally:  # of a pipeline that is stopped or fails, too
         _report(pipeline, console)
     adapters = [str(run.output) for run in wanted if run.kind.trains_policy]
@@ -240,4 +240,4 @@ def _lines(outlook: Outlook) -> list[str]:
 
 def _say(console: Console, text: str) -> None:
     with contextlib.suppress(OSError):  # a terminal that has been closed, or a full disk
-        console.print(printable_text(text), soft_wrap=True)
+        console.print(fitted(printable_text(text), columns_of(console.file)), soft_wrap=True)

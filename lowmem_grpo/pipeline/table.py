@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
 from lowmem_grpo.errors import printable
 from lowmem_grpo.evaluation.evaluate import measure
@@ -24,6 +22,7 @@ from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
+from lowmem_grpo.terminal import fitted, table
 
 NAME = "evaluation.json"  # in a phase's folder
 ACCURACY, REWARD = "eval_pass@1", "eval_reward"
@@ -124,16 +123,12 @@ def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
     return with_interval(row, name, form) if name in row else ""
 
 
-def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table for a terminal."""
+def as_table(rows: Sequence[Mapping[str, Any]], width: int | None) -> str:
+    """The table for a terminal of so many columns."""
     columns = _columns(rows)
-    table = Table(title="evaluations before and after each phase; in brackets 95 % intervals over prompts")
-    for title in columns:
-        justify = "left" if title in ("after", "from") else "right"
-        table.add_column(Text(printable(title)), justify=justify, overflow="fold")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    return table
+    title = "evaluations before and after each phase; in brackets 95 % intervals over prompts"
+    cells = list(zip(*columns.values(), strict=True))
+    return f"{fitted(title, width)}\n\n{table(list(columns), cells, width, left=('from',))}\n"
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

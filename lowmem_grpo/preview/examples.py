@@ -5,8 +5,8 @@ from typing import Any
 
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.distributed import by_main
-from lowmem_grpo.errors import printable_text
 from lowmem_grpo.inputs.examples import ExampleInputs
+from lowmem_grpo.terminal import show
 
 LEARNT = "[[%s]]"
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole
@@ -26,8 +26,7 @@ def show_example(inputs: ExampleInputs) -> None:
         text = f"{datasets_as_text(inputs)}\n{text}"
     file = inputs.output_dir / "data_preview.txt"
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
-    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n..."
-    print(printable_text(shown), file=sys.stderr)
+    show(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n...", sys.stderr)
 
 
 def datasets_as_text(inputs: ExampleInputs) -> str:

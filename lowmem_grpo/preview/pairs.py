@@ -5,8 +5,8 @@ from typing import Any
 
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.distributed import by_main
-from lowmem_grpo.errors import printable_text
 from lowmem_grpo.inputs.pairs import PairInputs
+from lowmem_grpo.terminal import show
 
 MOST_CHARACTERS = 4000  # on the screen; the file has it whole
 
@@ -23,8 +23,7 @@ def show_pair(inputs: PairInputs) -> None:
     text = as_text(inputs.pairs.all[0], len(inputs.pairs.all), inputs.tokenizer)
     file = inputs.output_dir / "data_preview.txt"
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
-    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n..."
-    print(printable_text(shown), file=sys.stderr)
+    show(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n...", sys.stderr)
 
 
 def as_text(pair: Pair, count: int, tokenizer: Any) -> str:

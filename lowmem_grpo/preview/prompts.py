@@ -20,13 +20,14 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.doctor.doctor import Finding
-from lowmem_grpo.errors import InputError, printable, printable_text
+from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.rollout.metrics import in_words
 from lowmem_grpo.run.randomness import same_randomness
+from lowmem_grpo.terminal import show
 from lowmem_grpo.warn import warn
 
 NUM_ROWS = 4  # that are looked at; a run shows the first
@@ -72,7 +73,7 @@ def show_preview(inputs: Inputs) -> list[Finding]:
     except OSError as error:
         warn(f"{file} cannot be written ({error.strerror}); the run goes on without it")
     with contextlib.suppress(OSError):  # standard error in a file on a full disk
-        print(printable_text(as_text(inputs, previews[:1], MOST_CHARACTERS)), file=sys.stderr)
+        show(as_text(inputs, previews[:1], MOST_CHARACTERS), sys.stderr)
     return found
 
 

@@ -10,6 +10,10 @@ from rich.text import Text
 
 from lowmem_grpo.errors import printable, printable_text
 from lowmem_grpo.rollout.metrics import in_words
+from lowmem_grpo.terminal import bar, columns_of, fitted, flowed, is_ascii
+
+LONGEST = 24  # columns of the bar
+SHORTEST = 8
 
 
 class Progress:
@@ -17,10 +21,11 @@ class Progress:
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
-        self.console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        self.file = sys.stderr
+        self.console = Console(file=self.file, highlight=False, markup=False, emoji=False)
         # Standard output goes where it went: only where that is the terminal too would it tear the line.
         self.live = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
 
     def __enter__(self) -> "Progress":
@@ -50,15 +55,22 @@ class Progress:
             *remarks,
         ]
         if self.live:
-            done = int(24 * metrics["step"] / self.total_steps)
             with contextlib.suppress(OSError):
-                self.live.update(
-                    Text("━" * done + "─" * (24 - done) + "  " + printable("  ".join(parts))), refresh=True
-                )
+                self.live.update(Text(self.in_place(metrics["step"] / self.total_steps, parts)), refresh=True)
         else:
             self.say("  ".join(parts))
+
+    def in_place(self, share: float, parts: Sequence[str]) -> str:
+        """A step's line with a bar, where there is room for one; else lines of whole parts."""
+        width = columns_of(self.file) or self.console.width
+        words = [printable(part) for part in parts]
+        lines = list(flowed([words[0], *(f"  {word}" for word in words[1:])], width, "  "))
+        room = min(LONGEST, width - len(lines[0]) - 2)
+        if len(lines) == 1 and room >= SHORTEST:
+            lines[0] = f"{bar(share, room, is_ascii=is_ascii(self.file))}  {lines[0]}"
+        return "\n".join(lines)
 
     def say(self, text: str) -> None:
         """Print a line. On a terminal that was closed nobody sees it, and the run goes on."""
         with contextlib.suppress(OSError):
-            self.console.print(printable_text(text), soft_wrap=True)
+            self.console.print(fitted(printable_text(text), columns_of(self.file)), soft_wrap=True)

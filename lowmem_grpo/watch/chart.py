@@ -1,6 +1,5 @@
 """Curves as lines of characters: dots of Braille, eight to a character, or stars where a terminal has only ASCII."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -79,10 +78,3 @@ def sparkline(points: Points, width: int, *, is_ascii: bool) -> str:
     return "".join(
         " " if value is None else bars[len(bars) - 1 - _row(value, low, high, len(bars))] for value in values
     )
-
-
-def bar(share: float, width: int, *, is_ascii: bool) -> str:
-    """A bar of `width` characters, filled by a share from 0 to 1."""
-    done = math.floor(max(0.0, min(share, 1.0)) * width)
-    full, empty = ("=", "-") if is_ascii else ("━", "─")
-    return full * done + empty * (width - done)

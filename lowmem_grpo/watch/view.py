@@ -10,7 +10,8 @@ from rich.text import Text
 from lowmem_grpo.errors import printable
 from lowmem_grpo.report.page import duration, method_of
 from lowmem_grpo.report.reading import mapping, number, resumes_of
-from lowmem_grpo.watch.chart import bar, chart, sparkline
+from lowmem_grpo.terminal import bar
+from lowmem_grpo.watch.chart import chart, sparkline
 from lowmem_grpo.watch.run import Sample, WatchedRun
 
 STYLES = {
