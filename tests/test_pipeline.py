@@ -114,7 +114,7 @@ def test_one_table_has_the_evaluations_before_and_after_each_phase(whole):
 
 def test_one_page_has_a_row_a_phase_and_leads_to_the_pages_of_the_runs(whole):
     text = (whole[0] / "out/report.html").read_text(encoding="utf-8")
-    assert "2 of 2 phases that have begun are done" in text
+    assert "2 of 2 phases are done" in text
     for folder, method in (("01-cold-start", "Supervised fine-tuning"), ("02-rl", "GRPO")):
         assert f'href="{folder}/report.html"' in text and method in text
         assert method in (whole[0] / "out" / folder / "report.html").read_text(encoding="utf-8")
@@ -127,6 +127,28 @@ def test_phases_that_are_done_are_neither_run_nor_evaluated_again(copy):
     before, table = files(), json.loads((copy / "evaluations.json").read_text(encoding="utf-8"))
     assert run().evaluations == table
     assert files() == before
+
+
+def test_the_table_keeps_the_rows_of_phases_after_the_last_that_is_to_run(copy):
+    table = json.loads((copy / "evaluations.json").read_text(encoding="utf-8"))
+    result = run(until="cold-start")
+    assert result.evaluations == table and [row["phase"] for row in table][2:] == ["rl"]
+    assert Path(result.adapter) == Path("out/01-cold-start/adapter")
+    path = copy / "02-rl/evaluation.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**found, "of": {**found["of"], "dataset": "other prompts"}}), encoding="utf-8")
+    assert run(until="cold-start").evaluations == table[:2], "what was measured on other prompts is not beside these"
+
+
+def test_a_pipeline_writes_where_it_begins_what_is_to_come(files, monkeypatch):
+    monkeypatch.setattr("lowmem_grpo.pipeline.pipeline.fingerprint", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(evaluation=None)
+    assert json.loads((files / "out/pipeline.json").read_text(encoding="utf-8"))["phases"] == [
+        {"folder": "01-cold-start", "kind": "sft", "from": "base"}, {"folder": "02-rl", "kind": "grpo", "from": "cold-start"},
+    ]  # fmt: skip
+    page = (files / "out/report.html").read_text(encoding="utf-8")
+    assert "0 of 2 phases are done" in page and page.count("not begun</span>") == 2 and "from cold-start" in page
 
 
 def test_a_setting_that_does_not_decide_the_result_may_change(copy):
@@ -198,7 +220,7 @@ def test_a_disk_that_refuses_is_one_sentence_with_the_phase_and_the_page_is_made
         NotSavedError, match=r"phase cold-start: out/evaluations.json cannot be written \(.*; make room"
     ):
         run()
-    assert "2 of 2 phases that have begun are done" in (copy / "report.html").read_text(encoding="utf-8")
+    assert "2 of 2 phases are done" in (copy / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_dry_run_checks_and_plans_every_phase_and_writes_nothing(files, capsys):

@@ -178,10 +178,23 @@ def test_a_running_run_is_shown_with_all_that_its_files_say(tmp_path):
         "running", "PPO of hello", "step 6 of 10", "60 %", "2 s a step", "8 s left", "1,000 tokens/s rollout",
         "resumed at step 3", "reward  0.600", "tokens a completion  26.0", "held out, at step 6",
         "0.750 [0.200, 0.300]  +0.500 [+0.400, +0.600]  before 0.250 [0.200, 0.300]", "doctor, step 6: hello",
-        "rollout 1.01 of 1.00 planned", "update 3.00 of 8.00 planned", "held out, at step 6", "hello 1.000, b -",
+        "rollout 1.01 of 1.00 planned", "update 3.00 of 8.00 planned", "held out, at step 6", "hello 1.000  b -",
     ):  # fmt: skip
         assert words in text, words
     assert "KL" not in text and "earlier" not in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, None])
+def test_three_intervals_are_there_whole_however_narrow_the_terminal_and_in_a_file_on_one_line(tmp_path, width):
+    lines = [
+        line.plain for line in shown(make_run(tmp_path / "run", ended={"how": "failed", "why": "so " * 99}), width)
+    ]
+    held_out = lines[lines.index("held out, at step 6") + 1 :]
+    whole = "  reward  0.750 [0.200, 0.300]  +0.500 [+0.400, +0.600]  before 0.250 [0.200, 0.300]"
+    split = {None: 1, 80: 2, 60: 2, 40: 3}[width]
+    assert "  ".join([held_out[0], *map(str.lstrip, held_out[1:split])]) == whole and not held_out[split]
+    assert any(line.startswith("after step 6: so so") for line in lines)
+    assert max(map(len, lines)) > 200 if width is None else all(cell_len(line) <= width for line in lines)
 
 
 @pytest.mark.parametrize("kind, title", [("sft", "loss  0.167"), ("reward", "accuracy  0.500")])
@@ -247,11 +260,20 @@ def test_a_pipeline_is_shown_by_its_phases_and_the_one_that_goes_on(tmp_path):
     make_run(tmp_path / "01-cold", "sft", ended={"how": "finished"})
     (tmp_path / "01-cold/done.json").write_text("{}")
     make_run(tmp_path / "02-reason", holder=os.getpid())
+    to_come = [{"folder": "03-last"}, {"folder": "04-more"}, {"folder": "../05-x"}, 3]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"phases": to_come}))
     watched = Watched(tmp_path)
     watched.refresh()
     lines = [line.plain for line in watched.lines(80, None, is_ascii=True)]
-    assert lines[1:4] == ["  01-cold  done", "> 02-reason  running", "  03-last  begun"] and "02-reason" in lines[5]
+    assert lines[1:3] == ["  01-cold  done", "> 02-reason  running"] and "02-reason" in lines[6]
+    assert lines[3:6] == ["  03-last  begun", "  04-more  not begun", ""]
     assert not watched.is_over and "step 6 of 10" in "\n".join(lines)
+
+
+def test_a_pipeline_of_which_no_phase_has_begun_is_shown_by_what_is_to_come(tmp_path, capsys):
+    (tmp_path / "pipeline.json").write_text('{"phases": [{"folder": "01-cold", "kind": "sft"}]}')
+    watch(tmp_path, once=True)
+    assert capsys.readouterr().out == f"{tmp_path.name}  a pipeline\n  01-cold  not begun\n"
 
 
 def test_looking_writes_nothing_locks_nothing_and_needs_no_torch(tmp_path):

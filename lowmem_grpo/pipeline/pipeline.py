@@ -16,9 +16,17 @@ from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
 from lowmem_grpo.pipeline.kinds import Outlook, entries
 from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, naming, resolve
-from lowmem_grpo.pipeline.record import fingerprint, is_done, read_record, refuse_changed, write_record
+from lowmem_grpo.pipeline.record import (
+    fingerprint,
+    is_done,
+    origin_of,
+    read_record,
+    refuse_changed,
+    write_phases,
+    write_record,
+)  # fmt: skip
 from lowmem_grpo.pipeline.table import NAME as EVALUATION
-from lowmem_grpo.pipeline.table import Row, as_table, evaluated, let_go, row_of, write_table
+from lowmem_grpo.pipeline.table import Row, as_table, evaluated, known, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
@@ -99,7 +107,9 @@ def run_pipeline(
         if run.folder.exists():
             _say(console, f"{run.folder} is now {set_aside(run.folder, 'before').name}")
 
+    write_phases(pipeline)
     rows: list[Row] = []
+    later = _rows_of_later(pipeline, wanted, anew)
     try:
         if pipeline.evaluation is not None:
             found = evaluated(pipeline.output_dir / f"00-{BASE}", pipeline.model, pipeline.evaluation)
@@ -119,9 +129,9 @@ def run_pipeline(
                     let_go()
                     if not is_known:  # the card was written before it
                         write_card(run.output, partial(_say, console))
-                    rows.append(row_of(run.name, _origin_of(run), found))
-                    write_table(pipeline.output_dir, rows)
-        table = write_table(pipeline.output_dir, rows) if rows else []
+                    rows.append(row_of(run.name, origin_of(run), found))
+                    write_table(pipeline.output_dir, [*rows, *later])
+        table = write_table(pipeline.output_dir, [*rows, *later]) if rows else []
         if table:
             _say(console, as_table(table, columns_of(console.file)))
     finally:  # of a pipeline that is stopped or fails, too
@@ -129,6 +139,16 @@ def run_pipeline(
     adapters = [str(run.output) for run in wanted if run.kind.trains_policy]
     metrics = {run.name: read_record(run)["metrics"] for run in wanted}
     return PipelineResult(str(pipeline.output_dir), adapters[-1] if adapters else None, metrics, table)
+
+
+def _rows_of_later(pipeline: Pipeline, wanted: list[PhaseRun], anew: list[PhaseRun]) -> list[Row]:
+    """The table's rows of phases after the last that is wanted, which are done and stay as they are."""
+    evaluation, rows = pipeline.evaluation, []
+    for run in pipeline.runs[len(wanted) :]:
+        if evaluation is not None and run.kind.trains_policy and run not in anew and is_done(run):
+            found = known(run.folder, str(run.output), evaluation)
+            rows += [] if found is None else [row_of(run.name, origin_of(run), found)]
+    return rows
 
 
 def _report(pipeline: Pipeline, console: Console) -> None:
@@ -212,14 +232,10 @@ def _place(pipeline: Pipeline, run: PhaseRun) -> str:
     return f"{pipeline.runs.index(run) + 1} of {len(pipeline.runs)}, {run.name} ({run.kind.name})"
 
 
-def _origin_of(run: PhaseRun) -> str:
-    return BASE if run.origin is None else run.origin.name
-
-
 def _begins(run: PhaseRun, *, is_anew: bool = False) -> str:
     there = [] if is_anew else checkpoints(run.folder)
     how = f"goes on at {there[-1].name}" if there else "begins"
-    return f"{how}, {f'from {_origin_of(run)}, ' if run.kind.has_model else ''}in {run.folder}"
+    return f"{how}, {f'from {origin_of(run)}, ' if run.kind.has_model else ''}in {run.folder}"
 
 
 def _described(pipeline: Pipeline, run: PhaseRun, state: str, outlook: Outlook | None) -> str:

@@ -14,7 +14,8 @@ from lowmem_grpo.errors import InputError, NotSavedError, shown
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.pipeline.kinds import entries
-from lowmem_grpo.pipeline.phases import PhaseRun, Pipeline
+from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline
+from lowmem_grpo.report.reading import PIPELINE
 from lowmem_grpo.tasks import is_task_name
 
 NAME = "done.json"
@@ -137,6 +138,20 @@ def refuse_changed(run: PhaseRun, made_of: Mapping[str, Any]) -> None:
         )
     if not run.output.exists():
         raise InputError(f"it is done, but {run.output} is gone; put it back, or do it anew with --from {run.name}")
+
+
+def write_phases(pipeline: Pipeline) -> None:
+    """Write pipeline.json: the phases, for whoever wants to know what is to come."""
+    rows = [
+        {"folder": run.folder.name, "kind": run.kind.name, "from": origin_of(run) if run.kind.has_model else None}
+        for run in pipeline.runs
+    ]
+    write_json(pipeline.output_dir / PIPELINE, {"format": FORMAT, "phases": rows})
+
+
+def origin_of(run: PhaseRun) -> str:
+    """The name of what a phase's model is: a phase before it, or the pipeline's own."""
+    return BASE if run.origin is None else run.origin.name
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,27 +40,32 @@ class Row:
 
 
 def evaluated(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Metrics and values of a model's evaluation, from folder/evaluation.json or else measured and written there.
+    """Metrics and values of a model's evaluation, known() or else measured and written into the folder."""
+    found = known(folder, model, evaluation)
+    if found is None:
+        found = {"of": _identity(model, evaluation), **_measured(model, evaluation)}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / NAME, found)
+    return found
 
-    What was measured on other prompts, by other rewards or of another model is measured again.
-    """
+
+def known(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any] | None:
+    """The content of folder/evaluation.json; None without one of this model, on these prompts and by these rewards."""
+    try:
+        found = json.loads((folder / NAME).read_bytes())
+        return found if found["of"] == _identity(model, evaluation) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+        return None
+
+
+def _identity(model: str, evaluation: Evaluation) -> dict[str, Any]:
     of = {
         "model": content(model),
         "settings": settings_of_the_result(evaluation.config),
         "dataset": content(evaluation.dataset),
         "reward_funcs": [content(one) for one in entries(evaluation.reward_funcs)],
     }
-    of = json.loads(json.dumps(of, default=str))
-    try:
-        found = json.loads((folder / NAME).read_bytes())
-        if found["of"] == of:
-            return found
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-        pass
-    found = {"of": of, **_measured(model, evaluation)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NAME, found)
-    return found
+    return json.loads(json.dumps(of, default=str))
 
 
 def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.report.chart import in_words
-from lowmem_grpo.report.page import dot_of, duration, headline_of, method_of, shortened, state_of, when
-from lowmem_grpo.report.reading import OF_A_PHASE, is_run, mapping, number, read_run, texts
+from lowmem_grpo.report.page import METHODS, dot_of, duration, headline_of, method_of, shortened, state_of, when
+from lowmem_grpo.report.reading import OF_A_PHASE, is_run, mapping, number, phases_to_come, read_run, texts
 
 OF_A_KIND = {"sample": "Sampling", "select": "Selection", "pairs": "Pairs"}
 MOST_METRICS = 8
@@ -22,7 +22,8 @@ def pipeline_page_of(folder: Path, phases: Sequence[Path]) -> dict[str, Any]:
     table = _table(folder)
     is_graded = any(number(row.get(REWARD)) for row in table) and not any(number(row.get(ACCURACY)) for row in table)
     foremost = REWARD if is_graded else ACCURACY
-    rows = [_row(path, table, foremost) for path in phases]
+    planned = phases_to_come(folder)
+    rows = [_row(path, table, foremost, planned.get(path, {})) for path in phases]
     rows = [row for row in rows if row["kind"] or row["after"]]
     values = [row["value"] for row in rows if row["value"] is not None]
     for row in rows:
@@ -34,6 +35,7 @@ def pipeline_page_of(folder: Path, phases: Sequence[Path]) -> dict[str, Any]:
         "headline": [row["after"].partition(" ") for row in (base, measured[-1])] if base and len(measured) > 1 else [],
         "last": measured[-1]["name"] if measured else "",
         "has_evaluations": bool(measured), "num_phases": sum(row["number"] > 0 for row in rows),
+        "are_all_known": bool(planned),
         "num_done": sum(row["state"] == "finished" for row in rows if row["number"] > 0),
     }  # fmt: skip
 
@@ -47,14 +49,17 @@ def _table(folder: Path) -> list[dict[str, Any]]:
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
-def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str) -> dict[str, Any]:
+def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str, planned: Mapping[str, Any]) -> dict[str, Any]:
+    """A phase; of one that has not begun what was written of it where the pipeline began."""
     match = OF_A_PHASE.fullmatch(path.name)
     assert match is not None
     name, done = match[2], read_object(path / "done.json")
     line = next((row for row in table if row.get("phase") == name), {})
+    kind = str(done.get("kind") or planned.get("kind"))
     row: dict[str, Any] = {
-        "number": int(match[1]), "name": name, "kind": OF_A_KIND.get(str(done.get("kind")), ""), "data": "", "time": "",
-        "state": "finished" if done else "", "link": "", "own": None, "metrics": [], "from": line.get("from"),
+        "number": int(match[1]), "name": name, "kind": OF_A_KIND.get(kind) or METHODS.get(kind, ""), "data": "",
+        "state": "finished" if done else "begun" if path.is_dir() else "not begun", "link": "", "own": None,
+        "time": "", "metrics": [], "from": line.get("from", planned.get("from")),
         "after": dot_of(line, foremost), "change": dot_of(line, f"{foremost}/difference"),
         "value": number(line.get(foremost)), "low": number(line.get(f"{foremost}/ci_low")),
         "high": number(line.get(f"{foremost}/ci_high")), "length": number(line.get(LENGTH)), "when": "",

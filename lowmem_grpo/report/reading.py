@@ -20,6 +20,7 @@ CONFIGS: dict[str, type] = {"grpo": GRPOConfig, "sft": SFTConfig, "reward": Rewa
 OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's folder; one that is set aside has a dot
 UNSAID = ("output_dir", "resume_from_checkpoint")  # settings that say nothing of a run
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
+PIPELINE = "pipeline.json"  # the phases that a pipeline is to have, in its folder
 PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
 
@@ -98,11 +99,18 @@ def is_run(folder: Path) -> bool:
 
 
 def phases_of(folder: Path) -> list[Path]:
-    """The folders of a pipeline's phases, in their order; none where the folder is no pipeline's."""
+    """The folders of a pipeline's phases, in their order, those to come too; none where the folder is no pipeline's."""
     if not folder.is_dir() or is_run(folder):
         return []
     there = [path for path in folder.iterdir() if path.is_dir() and OF_A_PHASE.fullmatch(path.name)]
-    return sorted(there, key=lambda path: int(path.name.partition("-")[0]))
+    return sorted({*there, *phases_to_come(folder)}, key=lambda path: (int(path.name.partition("-")[0]), path.name))
+
+
+def phases_to_come(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The phases of a pipeline, begun or not, by folder; each with the "kind" and "from" that pipeline.json has."""
+    found = read_object(folder / PIPELINE).get("phases")
+    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    return {folder / str(row["folder"]): row for row in rows if OF_A_PHASE.fullmatch(str(row.get("folder")))}
 
 
 def read_run(folder: Path) -> RunFiles:

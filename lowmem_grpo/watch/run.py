@@ -185,8 +185,8 @@ def as_text(value: Any) -> str:
 
 
 def active_phase(folder: Path) -> Path | None:
-    """The phase of a pipeline that goes on, or else the last one there. None where there are no phases."""
-    phases = [path for path in phases_of(folder) if not path.name.startswith("00-")]
+    """The phase of a pipeline that goes on, or else the last one there. None where no phase has begun."""
+    phases = [path for path in phases_of(folder) if path.is_dir() and not path.name.startswith("00-")]
     going = [path for path in phases if is_in_use(path)]
     undone = [path for path in phases if not (path / "done.json").is_file()]
     return next(iter([*going, *undone, *reversed(phases)]), None)

@@ -4,19 +4,20 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from lowmem_grpo.errors import printable
 from lowmem_grpo.report.page import duration, method_of
 from lowmem_grpo.report.reading import mapping, number, resumes_of
-from lowmem_grpo.terminal import bar
+from lowmem_grpo.terminal import USUAL, bar
 from lowmem_grpo.watch.chart import chart, sparkline
 from lowmem_grpo.watch.run import Sample, WatchedRun
 
 STYLES = {
     "running": "bold green", "starting": "bold yellow", "finished": "bold green", "stopped": "bold yellow",
-    "failed": "bold red", "cut off": "bold red", "done": "green",
+    "failed": "bold red", "cut off": "bold red", "done": "green", "not begun": "dim",
 }  # fmt: skip
 # By kind of run: the metrics that have a chart, the foremost first, each with its title.
 CHARTS = {
@@ -29,6 +30,7 @@ CHARTS = {
     "reward": {"accuracy": "accuracy", "loss": "loss", "margin": "margin"},
 }  # fmt: skip
 MOST_CHARTS = 6
+LONGEST = 50  # characters that say how a run stands, beside its name
 NARROWEST = 34  # columns of a chart
 FEWEST_LINES = 6  # that are left for completions, where there are charts enough
 LABELS = 9  # columns of a chart's numbers
@@ -37,10 +39,11 @@ MIB = 2**20
 
 
 class View:
-    """Lines of so many columns, in ASCII alone or not."""
+    """Lines of so many columns, in ASCII alone or not; of a file only the curves have a width."""
 
-    def __init__(self, width: int, *, is_ascii: bool = False):
-        self.width, self.is_ascii = max(LABELS + 6, width), is_ascii
+    def __init__(self, width: int | None, *, is_ascii: bool = False):
+        self.is_file, self.is_ascii = width is None, is_ascii
+        self.width = USUAL if width is None else max(LABELS + 6, width)
 
     def of_run(self, run: WatchedRun, height: int | None = None) -> list[Text]:
         """A run in at most `height` lines, the most important first; without it in as many as it takes."""
@@ -69,6 +72,20 @@ class View:
             text.append(self.plain(words), style)
         return self.fitted(text, self.width)
 
+    def flow(self, parts: Sequence[str | tuple[str, str]], indent: int = 2) -> list[Text]:
+        """Parts one after another, two columns apart, in lines of whole parts; only one that is too long is cut."""
+        lines, line = [], Text(no_wrap=True, overflow="ellipsis")
+        for part in parts:
+            words, style = part if isinstance(part, tuple) else (part, "")
+            words = self.plain(words)
+            if line and not self.is_file and line.cell_len + 2 + cell_len(words) > self.width:
+                lines.append(line)
+                line = Text(" " * indent, no_wrap=True, overflow="ellipsis")
+            elif line:
+                line.append("  ")
+            line.append(words, style)
+        return [self.fitted(line, self.width) for line in [*lines, line]]
+
     def plain(self, words: str) -> str:
         """A text in one line, which moves no cursor."""
         words = printable(words.replace("\t", " "))
@@ -76,7 +93,8 @@ class View:
 
     def fitted(self, text: Text, width: int, *, pad: bool = False) -> Text:
         """A line of at most `width` columns, or exactly so many."""
-        text.truncate(width, overflow="crop" if self.is_ascii else "ellipsis", pad=pad)
+        if pad or not self.is_file:
+            text.truncate(width, overflow="crop" if self.is_ascii else "ellipsis", pad=pad)
         return text
 
     def head(self, run: WatchedRun) -> list[Text]:
@@ -84,13 +102,11 @@ class View:
         state, about = run.state, run.about
         model = about.get("model")
         method = method_of(run.kind, run.settings) if run.kind else "a run"
-        what = f"  {method}{f' of {model}' if isinstance(model, str) else ''}"
-        lines = [
-            self.line(
-                (run.folder.resolve().name, "bold"), "  ", (state.word, STYLES.get(state.word, "bold")),
-                f" {state.text}" if state.text else "", (what, "dim"),
-            )
-        ]  # fmt: skip
+        what = f"{method}{f' of {model}' if isinstance(model, str) else ''}"
+        style, is_long = STYLES.get(state.word, "bold"), len(state.text) > LONGEST
+        stands = state.word if is_long else f"{state.word} {state.text}".rstrip()
+        lines = self.flow([(run.folder.resolve().name, "bold"), (stands, style), (what, "dim")])
+        lines += _wrapped(Text(self.plain(state.text), style), self.width, 3, self) if is_long else []
         total, last, a_step = run.total_steps, run.log.last, run.log.step_time
         facts = [f"step {run.step}{f' of {total}' if total else ''}"]
         if total:
@@ -99,7 +115,7 @@ class View:
             facts.append(f"{duration(a_step)} a step")
             if total and not state.is_over and total > run.step:
                 facts.append(f"{duration((total - run.step) * a_step)} left")
-        lines.append(self.line("  ".join(facts)))
+        lines += self.flow(facts)
         facts = [
             f"{value:,.0f} tokens/s {name.removeprefix('tokens_per_s/')}"
             for name, value in _numbers(last, "tokens_per_s/")
@@ -109,7 +125,7 @@ class View:
         silence = run.silence
         if not state.is_over and silence is not None and silence > 3 * (a_step or 10):
             facts.append(f"nothing new for {duration(round(silence))}")
-        return [*lines, *([self.line(("  ".join(facts), "dim"))] if facts else [])]
+        return [*lines, *(self.flow([(fact, "dim") for fact in facts]) if facts else [])]
 
     def charts(self, run: WatchedRun, height: int, most: int | None) -> list[Text]:
         """Curves side by side, each `height` lines high, in at most so many lines."""
@@ -170,11 +186,11 @@ class View:
             value = f"{_short(number(last.get(name)))} {_interval(last, name)}".rstrip()
             before = f"{_short(number(first.get(name)))} {_interval(first, name)}".rstrip()
             change = number(last.get(f"{name}/difference"))
-            words = [("  " + name.removeprefix("eval_") + "  ", "dim"), value]
+            words = [("  " + name.removeprefix("eval_"), "dim"), value]
             if change is not None:
-                words.append((f"  {change:+.3f} {_interval(last, f'{name}/difference', '+.3f')}", _sign(last, name)))
-            words += [(f"  before {before}", "dim")] if last is not first else []
-            lines.append(self.line(*words))
+                words.append((f"{change:+.3f} {_interval(last, f'{name}/difference', '+.3f')}", _sign(last, name)))
+            words += [(f"before {before}", "dim")] if last is not first else []
+            lines += self.flow(words, 6)
         return lines
 
     def findings(self, run: WatchedRun) -> list[Text]:
@@ -190,12 +206,10 @@ class View:
         planned = {name: number(size) for name, size in mapping(run.plan.get("peaks")).items()}
         facts: list[str | tuple[str, str]] = [("memory, GiB", "bold")]
         for phase, mib in run.log.peaks.items():
-            facts.append(f"  {phase} {mib / 1024:.2f}")
             plan = planned.get(phase)
-            if plan:
-                style = "bold red" if mib * MIB > 1.02 * plan else "dim"
-                facts.append((f" of {plan / 2**30:.2f} planned", style))
-        return [self.line(*facts)] if run.log.peaks else []
+            of_plan = f" of {plan / 2**30:.2f} planned" if plan else ""
+            facts.append((f"{phase} {mib / 1024:.2f}{of_plan}", "bold red" if plan and mib * MIB > 1.02 * plan else ""))
+        return self.flow(facts) if run.log.peaks else []
 
     def samples(self, run: WatchedRun, room: int) -> list[Text]:
         """Completions with their prompts and rewards, in so many lines."""
@@ -212,10 +226,10 @@ class View:
         return lines if len(lines) > 1 else []
 
     def sample(self, sample: Sample, most: int, *, with_prompt: bool) -> list[Text]:
-        rewards = ", ".join(f"{name} {_short(value)}" for name, value in sample.rewards.items())
+        rewards = [f"{name} {_short(value)}" for name, value in sample.rewards.items()]
         prompt = _on_a_line(sample.prompt[: self.width], self.is_ascii)
         lines = [self.line((f"  {prompt}", "dim"))] if with_prompt else []
-        lines += [self.line((f"  {rewards}", "cyan"))] if rewards else []
+        lines += self.flow([(f"  {rewards[0]}", "cyan"), *((one, "cyan") for one in rewards[1:])]) if rewards else []
         text = Text(self.plain(_on_a_line(sample.completion[: most * self.width], self.is_ascii)))
         return [*lines, *(Text("    ") + row for row in _wrapped(text, self.width - 4, most, self))]
 
@@ -226,7 +240,9 @@ def _on_a_line(text: str, is_ascii: bool) -> str:
 
 
 def _wrapped(text: Text, width: int, most: int, view: View) -> list[Text]:
-    """A text in lines of `width` columns, of which `most` are kept; the last then ends in dots."""
+    """A text in lines of `width` columns, of which `most` are kept; the last then ends in dots. In a file one line."""
+    if view.is_file:
+        return [text]
     lines = list(text[: (most + 1) * width].wrap(Console(width=width, color_system=None), width, overflow="fold"))
     if len(lines) > most:
         lines = lines[:most]

@@ -11,6 +11,8 @@ from rich.text import Text
 from lowmem_grpo.errors import InputError, in_a_line, printable
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.report.reading import is_run, phases_of
+from lowmem_grpo.terminal import columns_of
+from lowmem_grpo.terminal import is_ascii as has_only_ascii
 from lowmem_grpo.watch.run import WatchedRun, active_phase
 from lowmem_grpo.watch.view import STYLES, View
 
@@ -34,7 +36,7 @@ class Watched:
         if self.run is None or self.run.folder != folder:
             self.run = WatchedRun(folder)
         self.run.refresh()
-        if folder == self.folder and not is_run(folder) and not is_in_use(folder):
+        if folder == self.folder and not is_run(folder) and not is_in_use(folder) and not phases_of(folder):
             raise InputError(
                 f"{folder} holds no run: it has neither metrics.jsonl nor run.json; give the output_dir of a training "
                 "or of a pipeline, or --wait for one that begins"
@@ -45,7 +47,7 @@ class Watched:
         """True where nobody writes there any more."""
         return self.run is not None and self.run.state.is_over and not is_in_use(self.folder)
 
-    def lines(self, width: int, height: int | None, *, is_ascii: bool) -> list[Text]:
+    def lines(self, width: int | None, height: int | None, *, is_ascii: bool) -> list[Text]:
         """The view, in at most `height` lines."""
         assert self.run is not None
         view = View(width, is_ascii=is_ascii)
@@ -53,8 +55,11 @@ class Watched:
         above = [view.line((self.folder.resolve().name, "bold"), ("  a pipeline", "dim"))] if phases else []
         for phase in phases:
             word = "done" if (phase / "done.json").is_file() else "running" if is_in_use(phase) else "begun"
+            word = word if phase.is_dir() else "not begun"
             mark = "> " if phase == self.run.folder else "  "
             above.append(view.line(mark, phase.name, "  ", (word, STYLES.get(word, ""))))
+        if phases and self.run.folder == self.folder:  # none has begun
+            return above[:height]
         above += [Text()] if above else []
         return [*above, *view.of_run(self.run, None if height is None else max(3, height - len(above)))][:height]
 
@@ -70,10 +75,10 @@ def watch(folder: Path, *, once: bool = False, wait: bool = False, console: Cons
     console = console or Console(highlight=False, markup=False, emoji=False)
     watched = Watched(folder)
     _first_look(watched, console, wait=wait)
-    is_ascii = not console.encoding.lower().startswith("utf")
     if not once and console.is_terminal and not console.is_dumb_terminal and not watched.is_over:
-        _go_on(watched, console, is_ascii=is_ascii)
-    console.print(Group(*watched.lines(console.width, None, is_ascii=is_ascii)))
+        _go_on(watched, console)
+    lines = watched.lines(columns_of(console.file), None, is_ascii=has_only_ascii(console.file))
+    console.print(*lines, sep="\n", soft_wrap=True)
 
 
 def _first_look(watched: Watched, console: Console, *, wait: bool) -> None:
@@ -95,11 +100,11 @@ def _first_look(watched: Watched, console: Console, *, wait: bool) -> None:
         time.sleep(EVERY)
 
 
-def _go_on(watched: Watched, console: Console, *, is_ascii: bool) -> None:
+def _go_on(watched: Watched, console: Console) -> None:
     """Draw the whole terminal anew every second, until the run is over."""
     with Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
         while not watched.is_over:
-            lines = watched.lines(console.width, console.height, is_ascii=is_ascii)
+            lines = watched.lines(console.width, console.height, is_ascii=has_only_ascii(console.file))
             live.update(Group(*lines), refresh=True)
             time.sleep(EVERY)
             with contextlib.suppress(InputError, OSError):  # a folder that is replaced at this moment
