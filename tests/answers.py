@@ -385,6 +385,15 @@ ANSWERS = {
         x ≤ 5 <=> x \le 5
         x < 1 <=> -x > -1
         |x| < 2 <=> -2 < x < 2
+        x \ge 3 <=> x is at least 3
+        y \ge 3 <=> at least 3
+        x < \frac12 <=> x is less than \frac{1}{2}
+        x \ge 3 <!> x is at most 3
+        x \ge 3 <!> x is greater than 3
+        at least 3 <!> 3
+        at least 3 apples <!> at most 3 apples
+        < 5 <=> less than 5
+        x =< 3 <=> x \le 3
         x<1 \text{ or } x>2 <=> x > 2 or x < 1
         x > 1 \text{ and } x < 2 <=> 1 < x < 2
         x \ne 3 <=> x != 3
@@ -445,6 +454,9 @@ ANSWERS = {
         (1, 2), (3, 4) <!> (1, 3), (2, 4)
         D = (0, 1) <!> E = (0, 1)
         y = 1, x = 2 <=> (2, 1)
+        P(3,-4) <=> (3, -4)
+        P(3,-4) <!> (-4, 3)
+        x = 1, y = 2 <=> \begin{cases} x = 1 \\ y = 2 \end{cases}
         y = 1, x = 2 <!> (1, 2)
         m = 2, b = 3 <=> (2, 3)
         """,
@@ -485,6 +497,11 @@ ANSWERS = {
         1 + \sqrt{3}i <=> 2(\cos 60^\circ + i\sin 60^\circ)
         \frac{1}{i} <=> -i
         z = 3 + 4i <=> 4i + 3
+        3\hat{i} + 4\hat{j} <=> 3i + 4j
+        3 \pmod{7} <=> 3 mod 7
+        3 \pmod{7} <!> 3 (mod 5)
+        2k\pi <=> 2\pi k, k \in \mathbb{Z}
+        square root of 2 <=> \sqrt{2}
         x = \pm 2i <=> 2i, -2i
         I^2 R <!> -R
         \sin 30^\circ <=> \frac{1}{2}
@@ -536,6 +553,11 @@ ANSWERS = {
         Paris <=> paris
         no solution <=> \text{No solution}
         yes <=> Yes.
+        the circle <=> circle
+        2 remainder 3 <=> 2 R 3
+        2 remainder 3 <!> 3 R 2
+        DNE <=> does not exist
+        1, 4, 9, \dots <=> 1, 4, 9, ...
         東京 <=> \text{東京}
         listen <!> silent
         Paris <!> Pairs
@@ -577,6 +599,8 @@ ANSWERS = {
         A, C <=> A & C
         A, C <=> (A) and (C)
         B, D <=> BD
+        A, C <=> both A and C
+        A, C <=> (A)(C)
         B <=> B. Paris
         B <=> (B) Paris
         B <=> B) 12
@@ -865,6 +889,15 @@ ANSWERS = {
         no solution <!> 0
         no solution <!> all real numbers
         {1, 2, 3} <=> 3, 2, 1
+        {1, 2} <!> (1, 2)
+        {} <=> \emptyset
+        \{1\} \cup \{2, 3\} <=> \{3, 1, 2\}
+        \{1, 2\} \cup \{2, 3\} <!> \{1, 2\}
+        all real numbers except 0 <=> x \ne 0
+        all real numbers except 0 <!> x \ne 1
+        [[1, 2], [3, 4]] <=> \begin{pmatrix}1&2\\3&4\end{pmatrix}
+        [[1, 2], [3, 4]] <!> \begin{pmatrix}1&3\\2&4\end{pmatrix}
+        (-inf, 0) U (0, inf) <=> x \ne 0
         2 : 1 <=> 2-to-1
         1:2:3 <=> 2:4:6
         1:2:3 <!> 1:3:2

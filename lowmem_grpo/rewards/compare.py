@@ -17,6 +17,10 @@ from lowmem_grpo.rewards.words import (
 
 NO_FACTOR = re.compile(r"[=<>,;]|\\(?:[{\[]|l?eq?|g?eq?|in|pm|cup|begin)(?![a-z])")  # of lists, equations, intervals
 
+BARE_RELATION = re.compile(r" *(?:[<>]|\\[lg]eq?(?![a-z]))")
+VARIABLE = re.compile(rf" *([a-zA-Z]){BARE_RELATION.pattern}")
+ROWS = re.compile(r"\[(?:\[[^\[\]]+\],?)+\]")
+
 
 def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     """True or false of a gold text and an answer, or the two formulas that math-verify has to compare."""
@@ -39,6 +43,8 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     elif given.unit and exact(given.value or ""):
         own = with_letter_unit(own)
     own, given = _in_radians(own, given), _in_radians(given, own)
+    own, given = _with_variable(own, given), _with_variable(given, own)
+    own, given = _as_matrix(own, given), _as_matrix(given, own)
     factor = conversion(own.unit, given.unit)
     if factor is None:
         return False
@@ -72,6 +78,23 @@ def _in_radians(side: Reading, other: Reading) -> Reading:
     if exact(degrees) is None:
         return side
     return side._replace(value=rf"{name}{equals} \frac{{\pi}}{{180}} \cdot ({degrees})", unit=other.unit)
+
+
+def _with_variable(side: Reading, other: Reading) -> Reading:
+    r"""Read `\ge 3`, or `at least 3`, as the inequality of the other side's variable, or of x."""
+    if not BARE_RELATION.match(side.value or ""):
+        return side
+    variable = VARIABLE.match(other.value or "")
+    return side._replace(value=f"{variable[1] if variable else 'x'} {side.value}")
+
+
+def _as_matrix(side: Reading, other: Reading) -> Reading:
+    """Read a list of rows, [[1, 2], [3, 4]], as a matrix, where the other side is one."""
+    written = side.written.replace(" ", "")
+    if r"\begin" not in (other.value or "") or not ROWS.fullmatch(written):
+        return side
+    rows = written[2:-2].replace("],[", r"\\").replace(",", "&")
+    return side._replace(value=rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}")
 
 
 def _numbers(value: str, other: str) -> tuple[Number | None, Number | None]:

@@ -30,7 +30,7 @@ RATIO = re.compile(rf"{TERM}(?:(?: ?: ?| to |-to-){TERM})+")
 BETWEEN_TERMS = re.compile(r" ?: ?| to |-to-")
 OPTION = re.compile(r"\(?([A-Z])[).:]{0,2}")
 OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])(?:[).:]| -(?= [A-Za-z]{2}))) ?((?:(?![A-Z][).:] )[^=])+)")
-BETWEEN_OPTIONS = re.compile(r" ?[,;&/] ?(?:and )?| and | ")
+BETWEEN_OPTIONS = re.compile(r" ?[,;&/] ?(?:and )?| and | |(?<=\))(?=\()")
 ELEMENTS = [
     "H",
     "He",
@@ -181,7 +181,7 @@ def _same_molecule(gold: str, answer: str) -> bool | None:
     """Compare two formulas of chemistry, of which one may have no subscripts: H2O and H_2O."""
     if not all(re.search(r"[a-zA-Z)]_?\{?\d", side) and MOLECULE.fullmatch(side) for side in (gold, answer)):
         return None
-    return len({re.sub("[_{}]", "", side) for side in (gold, answer)}) == 1
+    return len({re.sub(r"[_{}]|\^(?=[-+])", "", side) for side in (gold, answer)}) == 1
 
 
 def _same_date(gold: str, answer: str) -> bool | None:
@@ -269,7 +269,7 @@ def _as_options(text: str) -> tuple[list[str], str, bool] | None:
     """Letters of options, the text of a single one, and whether the letters stand in a run: AC."""
     if re.fullmatch(r"[A-H]{2,}", text):
         return (list(text), "", True) if len(set(text)) == len(text) else None
-    options = [OPTION.fullmatch(part) for part in BETWEEN_OPTIONS.split(text)]
+    options = [OPTION.fullmatch(part) for part in BETWEEN_OPTIONS.split(re.sub("^[Bb]oth ", "", text))]
     letters = [option[1] for option in options if option]
     if len(letters) == len(options):
         return (letters, "", False) if len(set(letters)) == len(letters) else None

@@ -54,6 +54,7 @@ SEPARATOR = re.compile(
     r"[()\[\]{}]|\s*[,;]?\s*(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])\s*|\s*\\l(?:and|or)(?![a-z])\s*|[,;]"
 )
 LOGICAL = {r"\land": "and", r"\lor": "or"}
+UNION = re.compile(r"[()\[\]{}]|\\cup(?![a-z])")
 SEMICOLON = re.compile(r"[()\[\]{};]")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -130,6 +131,9 @@ def structure(text: str, keep_case: bool) -> Any:
         if builder:
             return structure(builder[1], keep_case)
         return None if CONDITION_IN_SET.search(text) else _group("{", text[2:-2], keep_case)
+    union = [structure(part, keep_case) for part in _split(text, UNION)[::2]] if text.startswith(r"\{") else []
+    if union and all(isinstance(part, Group) and part.bracket == "{" for part in union):
+        return _set(tuple(item for part in union for item in part.items))
     if text.startswith("(") and text.endswith(")") and end == len(text) and len(_split(text[1:-1])) > 1:
         is_statement = set(_split(text[1:-1])[1::2]) <= set(LOGICAL)  # (p \lor q), and no point
         return structure(text[1:-1], keep_case) if is_statement else _group("(", text[1:-1], keep_case)
@@ -164,7 +168,11 @@ def _group(bracket: str, text: str, keep_case: bool, separator: re.Pattern = SEP
     items = tuple(structure(part, keep_case) for part in _split(text, separator)[::2])
     if None in items:
         return None
-    return Group(bracket, items if bracket != "{" else tuple(i for n, i in enumerate(items) if i not in items[:n]))
+    return _set(items) if bracket == "{" else Group(bracket, items)
+
+
+def _set(items: tuple) -> Group:
+    return Group("{", tuple(item for n, item in enumerate(items) if item not in items[:n]))
 
 
 def _split(text: str, separator: re.Pattern = SEPARATOR) -> list[str]:

@@ -26,6 +26,7 @@ DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
 DASH = re.compile(r"^[\u2012-\u2015](?=[\d.\\])")  # for a minus sign
 WIDE = re.compile("[\uff01-\uff5e\uffe0-\uffe6]")  # ％, １ and ￥
 
+CASES = re.compile(r"\\begin\{cases\} *((?:[^\\]|\\(?!end))*?)(?:\\\\)? *\\end\{cases\}")  # of equations
 DOUBLED = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\\\frac, escaped once too often
 # 10\,080, 10,\!080, 10{,}080, 10 080 with a space of any width, 10'080; 1,00,000 and 1.000.000
 GROUPS = re.compile(r"(?<![\w.,])\d{1,3}(?:(?:,? *\\!|\\[,;: ]|~|[^\S\n]|['’]| *\{ *, *\}) *\d{3})+(?![\d/])")
@@ -69,6 +70,8 @@ def plain(text: str) -> str:
         text = _without_unicode(unicodedata.normalize("NFC", text))
     if "\\\\" in text and r"\begin" not in text:
         text = DOUBLED.sub(r"\\", text)
+    if r"\begin{cases}" in text and "&" not in text:
+        text = CASES.sub(lambda cases: cases[1].replace(r"\\", ", "), text)
     text = ROUGHLY_EQUAL.sub(r" \\simeq ", text)
     text = DOTS_AND_COMMA.sub(lambda number: f"{number[1].replace('.', '')}.{number[2]}", text)
     text = SPACE.sub(" ", OTHER_GROUPS.sub(_digits, GROUPS.sub(_digits, text)))

@@ -17,11 +17,30 @@ TYPED = [
     (re.compile(r"(\d+) choose (\d+)"), r"\\binom{\1}{\2}"),
     (re.compile(r"^(\d+) (?:in|out of) (\d+)$"), r"\1/\2"),
     (re.compile(r"^(?:approx\.?|approximately|about|roughly|exactly) (?=[-\d.$\\])"), ""),
+    (re.compile(r"(?:the )?square root of (\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"\(? ?(?<![a-zA-Z])\\?[pb]?mod *(?:\{ *(\w+) *\}|(\w+)) *\)?$"), r"\\pmod{\1\2}"),
+    (re.compile(r"(?<=[)\]}]) ?U ?(?=[(\[\\{])"), r" \\cup "),
+    (re.compile(r"\\(?:hat|vec|widehat) *\{ *\\?([ijk])(?:math)? *\}"), r"\1"),
+    (re.compile(r"(?<=.), *(?:where |with |for )?[a-z] *\\in *\\mathbb *\{? *Z *\}?$"), ""),  # 2k, k \in Z
+    (re.compile(r"^(?:the point )?[A-Z] ?(?=\([^()]*\d[^()]*,[^()]*\)$)|^the point (?=\()"), ""),  # P(3, 4)
     (re.compile(r"^(?:negative|minus) (?=[\d.$\\])"), "-"),
     (re.compile(r"(?<=\d )sq\.? (?=[a-z])"), "square "),
     (re.compile(r"(?<=\d )cu\.? (?=[a-z])"), "cubic "),
     (re.compile(r"(?<=\w) an? (?=(?:second|minute|hour|day|week|month|year|piece|person|kilo|mile)\b)"), " per "),
 ]
+# x is at least 3, and at least 3; not at least 3 apples.
+RELATIONS = {
+    r"\ge": "at least|greater than or equal to|(?:no|not) less than",
+    r"\le": "at most|less than or equal to|(?:no|not) (?:more|greater) than",
+    ">": "greater than|more than|larger than|above|over",
+    "<": "less than|fewer than|smaller than|below|under",
+}
+IN_WORDS = {
+    sign: re.compile(
+        rf"^(?:([a-zA-Z]) (?:is|must be) )?(?:{words}) (?!.*(?<![\\a-zA-Z])[a-zA-Z]{{2}})(?=-?[\d\\][^<>=]*$)"
+    )
+    for sign, words in RELATIONS.items()
+}
 CALL = re.compile(r"(?<![a-zA-Z\\])\\?(sqrt|cbrt|exp|abs)\(|\^\(")
 CALLS = {
     "sqrt": (r"\sqrt{", "}"),
@@ -41,7 +60,9 @@ MAGNIFIED = re.compile(
 
 def typed(text: str) -> str:
     r"""An answer with `sqrt(2)`, `x**2`, `2*pi`, `5 choose 2` and `5 million` in LaTeX."""
-    text = POWER.sub("^", text.replace("=/=", r"\ne ")).replace(":=", "=").replace("==", "=")
+    text = POWER.sub("^", text.replace("=/=", r"\ne ")).replace(":=", "=").replace("==", "=").replace("=<", r"\le ")
+    for sign, words in IN_WORDS.items():
+        text = words.sub(lambda found, sign=sign: f"{found[1] or ''} {sign} ".lstrip(), text)
     for pattern, usual in TYPED:
         text = pattern.sub(usual, text)
     while calls := list(CALL.finditer(text)):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lowmem_grpo.rewards.amounts import amount, amount_in_parts
 from lowmem_grpo.rewards.letters import END, SEGMENT, WORD, is_formula, with_words_marked, without_style
 from lowmem_grpo.rewards.notation import plain
+from lowmem_grpo.rewards.number import as_number
 from lowmem_grpo.rewards.units import CURRENCY, unit_name
 
 # Of LaTeX, what says nothing.
@@ -75,6 +76,12 @@ SETS_IN_WORDS = {
 }
 
 
+ALL_BUT = re.compile(
+    r"(?:x is )?(?:all|any) real(?: numbers?|s) (?:except|excluding|other than) (?:for )?(?:x ?= ?)?(.+)"
+)
+IN_BRACKETS_OF_A_LIST = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+
+
 class Reading(NamedTuple):
     r"""How an answer is compared: `18 \text{ cm}` has the value 18 and the unit centimeter, `Paris` has no value."""
 
@@ -137,7 +144,7 @@ def _tidy(answer: str) -> str:
     text = IN_BRACKETS.sub(r"-\1", text) if IN_BRACKETS.fullmatch(text) else text
     text = BUILDER.sub(r"\\{\1\\}", text)
     while IN_A_BOX.search(text):
-        text = IN_A_BOX.sub(lambda box: box[1] or box[2] or "", text).strip()
+        text = IN_A_BOX.sub(_unboxed, text).strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     text = FOOT.sub(r"\1 ft", INCH.sub(r"\1 in", text))
@@ -145,7 +152,16 @@ def _tidy(answer: str) -> str:
     in_ten = IN_TEN.fullmatch(text)
     text = in_ten[1] if in_ten else text
     in_words = without_style(text).lower()
+    if but := ALL_BUT.fullmatch(in_words):
+        return rf"\mathbb{{R}} \setminus \{{{but[1].replace(' and ', ', ')}\}}"
     return next((formula for phrase, formula in SETS_IN_WORDS.items() if phrase.fullmatch(in_words)), text)
+
+
+def _unboxed(box: re.Match) -> str:
+    r"""The content of a box; of braces around a list, in which people write a set, {1, 2} as \{1, 2\}."""
+    content = box[1] or box[2] or ""
+    is_set = box[2] is not None and as_number(content) is None and "," in IN_BRACKETS_OF_A_LIST.sub("", content)
+    return rf"\{{{content}\}}" if is_set or box[0] == "{}" else content
 
 
 def _as_formula(marked: str) -> str | None:
@@ -172,8 +188,11 @@ def _subscript_of_primes(found: re.Match) -> str:
 
 def _as_text(marked: str) -> str:
     text = marked.replace(WORD, "").replace(END, "").replace('"', "'").casefold()
-    text = re.sub(r"(?<=\d)\.\.\.|\.\.\.(?=\d)|(?<=,) ?\.\.\.", "\u2026", text)  # 5... is no 5
+    text = re.sub(r"\\[lc]?dots(?![a-z])|(?<=\d)\.\.\.|\.\.\.(?=\d)|(?<=,) ?\.\.\.", "\u2026", text)  # 5... is no 5
     text = ARROW.sub("\u2192", text)
+    text = re.sub(r"^(?:the|an?) (?=\w{3})", "", text.strip())
+    text = re.sub(r"(?<=\d) (?:remainder|r) ?(?=\d)", " r ", text)  # 2 R 3
+    text = re.sub(r"^(?:the limit )?dne$", "does not exist", text)
     text = re.sub(r"\(? *(?:in )?base[- ]?(\w+) *\)?$", r"_\1", text)
     text = re.sub(r" *_ *(?:\{ *(\w+) *\}|(\w+))", _subscript, text)
     text = re.sub(r"\(([\w.]+)\)(?=_)", r"\1", text)
