@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import make_model, make_policy
+from tiny_models import FAMILIES, make_model, make_policy
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     MinPLogitsWarper,
@@ -41,6 +41,13 @@ PROMPTS = [[10], [20, 21, 22, 23, 24, 25], list(range(5, 85))]
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def in_turn(names, *values):
+    """(name, value): every name with one of the values, in turn; the other pairs are slow."""
+    names = sorted(names)
+    pairs = [(i % len(values) == j, name, value) for i, name in enumerate(names) for j, value in enumerate(values)]
+    return [(name, value) if quick else slow(name, value) for quick, name, value in pairs]
 
 
 class ShapedSampler(Sampler):
@@ -101,7 +108,8 @@ def own_logprobs(policy, prompt, completion, temperature):
 
 
 @pytest.mark.parametrize(
-    "truncation", [{}, {"top_k": 3}, {"top_p": 0.5, "repetition_penalty": 1.3, "min_p": 0.1}, {"temperature": 0}]
+    ("family", "truncation"),
+    in_turn(FAMILIES, {}, {"top_k": 3}, {"top_p": 0.5, "repetition_penalty": 1.3, "min_p": 0.1}, {"temperature": 0}),
 )
 def test_logprobs_are_those_of_a_training_forward(family, truncation):
     """Under temperature and before truncation; 9e-6 apart in fp32, with 4-bit weights and adapters."""
@@ -114,10 +122,10 @@ def test_logprobs_are_those_of_a_training_forward(family, truncation):
 
 def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
-    params = SamplingParams(max_completion_length=30, temperature=0)
+    params = SamplingParams(max_completion_length=20, temperature=0)
     theirs, _ = hf.sample(policy, PROMPTS, 1, params, 10_000)
-    for shape in (*shapes(PROMPTS, 1, 30, 3), *shapes(PROMPTS, 1, 30, 2), *paged_shapes(PROMPTS, 1, 30, 3)):
-        assert ids_of(run(policy, 1, shape=shape, temperature=0, max_completion_length=30)) == ids_of(theirs)
+    for shape in (next(shapes(PROMPTS, 1, 20, 2)), list(paged_shapes(PROMPTS, 1, 20, 3))[1]):
+        assert ids_of(run(policy, 1, shape=shape, temperature=0, max_completion_length=20)) == ids_of(theirs)
 
 
 def test_proposal_logprobs_are_of_what_was_drawn_from_times_the_share_that_is_left():
@@ -193,9 +201,9 @@ def test_draws_are_distributed_as_transformers_says(settings):
 def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation):
     policy = make_policy(family)
     found = [
-        run(policy, 6, shape=shape, max_completion_length=20, **truncation)
-        for slots in (16, 4, 2)
-        for shape in (*shapes(PROMPTS, 6, 20, slots), *paged_shapes(PROMPTS, 6, 20, slots))
+        run(policy, 4, shape=shape, max_completion_length=12, **truncation)
+        for slots in (12, 3)
+        for shape in (*shapes(PROMPTS, 4, 12, slots), *paged_shapes(PROMPTS, 4, 12, slots))
     ]
     assert len({tuple(ids) for ids in ids_of(found[0])}) > 8
     for completions in found[1:]:
@@ -209,10 +217,10 @@ def test_what_is_sampled_does_not_depend_on_slots_or_sharing(family, truncation)
 )
 def test_what_is_sampled_does_not_depend_on_how_often_the_device_is_asked(family, kv, monkeypatch):
     policy, seen = make_policy(family), []
-    for every in (1, 8, 40):
+    for every in (1, 5, 20):
         monkeypatch.setitem(engine.ASK_EVERY, "cpu", every)
-        for shape in (next(shapes(PROMPTS, 4, 30, 5)), *paged_shapes(PROMPTS, 4, 30, 5)):
-            found = run(policy, 4, shape=shape, kv=kv, max_completion_length=30)
+        for shape in (next(shapes(PROMPTS, 3, 16, 5)), list(paged_shapes(PROMPTS, 3, 16, 5))[1]):
+            found = run(policy, 3, shape=shape, kv=kv, max_completion_length=16)
             seen.append((ids_of(found), torch.cat([c.logprobs for c in found])))
             assert all(type(token) is int for c in found for token in c.ids)
     assert all(ids == seen[0][0] for ids, _ in seen)
@@ -231,24 +239,24 @@ def test_int8_is_half_a_step_away_and_keeps_zeros_and_large_values(kv_heads):
     assert (error[0] == 0).all()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("family", "bf16"), in_turn(FAMILIES, False, True))
 def test_int8_keys_and_values_change_logprobs_by_little(family, bf16):
     """Measured: 0.0003 to 0.014 and at most 0.11 in fp32, 0.026 and 0.19 in bf16, with weights wider than trained ones."""
     policy = make_policy(family, bf16=bf16)
-    found = run(policy, 4, kv="int8", max_completion_length=30)
+    found = run(policy, 4, kv="int8", max_completion_length=20)
     truth = [own_logprobs(policy, PROMPTS[i // 4], completion, 1.0) for i, completion in enumerate(found)]
     gaps = (torch.cat([completion.logprobs for completion in found]) - torch.cat(truth)).abs()
     mean, largest = (0.1, 0.7) if bf16 else (0.05, 0.4)
     assert 1e-4 < gaps.mean() < mean and gaps.max() < largest
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2", slow("qwen2")])
 def test_what_is_sampled_from_int8_does_not_depend_on_slots_or_sharing(family):
     policy = make_policy(family)
     found = [
-        run(policy, 4, shape=shape, kv="int8", max_completion_length=12)
-        for slots in (12, 4, 1)
-        for shape in (*shapes(PROMPTS, 4, 12, slots), *paged_shapes(PROMPTS, 4, 12, slots))
+        run(policy, 3, shape=shape, kv="int8", max_completion_length=9)
+        for slots in (9, 2)
+        for shape in (*shapes(PROMPTS, 3, 9, slots), *paged_shapes(PROMPTS, 3, 9, slots))
     ]
     for completions in found[1:]:
         assert ids_of(completions) == ids_of(found[0])
@@ -277,8 +285,8 @@ def test_int8_keys_and_values_are_not_silently_left_out_by_generate():
 @pytest.mark.parametrize(
     ("at", "error"),
     [
-        *((at, torch.OutOfMemoryError("made up")) for at in (1, 2, 20)),
-        (30, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
+        *((at, torch.OutOfMemoryError("made up")) for at in (1, 2, 10)),
+        (20, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", slow("qwen3_5_text")])
@@ -406,7 +414,7 @@ def test_a_changed_adapter_is_what_is_sampled_from():
     assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(after, expected, strict=True))
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("family", "dense"), in_turn(FAMILIES, False, True))
 def test_a_rollout_changes_no_gradient(family, dense):
     policy = make_policy(family, bf16=True)
 
@@ -460,8 +468,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("adapters", ["on", "off"])
+@pytest.mark.parametrize(("adapters", "dense"), [("on", False), ("off", True), slow("on", True), slow("off", False)])
 @pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
 def test_sampling_rounds_where_training_does(settings, adapters, dense):
     """Bit for bit, as the kernels of a CPU are the same. The scale is 1.5: in bf16 it is no shift of the exponent."""
@@ -575,10 +582,12 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("bf16, kv_dtype", [(False, torch.float32), (True, torch.bfloat16), (True, torch.int8)])
-@pytest.mark.parametrize("name", STEPS)
-def test_a_step_that_is_a_little_wrong_is_refused_in_every_precision(name, bf16, kv_dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "precision"), in_turn(STEPS, (False, torch.float32), (True, torch.bfloat16), (True, torch.int8))
+)
+def test_a_step_that_is_a_little_wrong_is_refused_in_every_precision(name, precision, monkeypatch):
     """Windows are of 24 tokens, and a trial's texts of 14."""
+    bf16, kv_dtype = precision
     policy = make_policy("gemma3", bf16=bf16)
     assert engine.refusal(policy, kv_dtype) is None
     STEPS[name](policy, monkeypatch)
@@ -597,12 +606,14 @@ def test_int8_that_is_read_wrongly_is_refused(bf16, monkeypatch):
     assert "layers.0.self_attn is" in engine.refusal(policy, torch.int8)
 
 
-def test_a_known_model_is_not_refused(family):
+@pytest.mark.parametrize(
+    ("family", "precision"), in_turn(FAMILIES, (True, torch.int8), (False, torch.float32), (True, torch.bfloat16))
+)
+def test_a_known_model_is_not_refused(family, precision):
+    bf16, kv_dtype = precision
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert engine.refusal(make_policy(family), torch.float32) is None
-        assert engine.refusal(make_policy(family, bf16=True), torch.bfloat16) is None
-        assert engine.refusal(make_policy(family, bf16=True), torch.int8) is None
+        assert engine.refusal(make_policy(family, bf16=bf16), kv_dtype) is None
 
 
 on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -615,14 +626,13 @@ def endless(**settings):
     return policy
 
 
-@pytest.mark.parametrize("kv", ["full", "int8"])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("bf16", "kv"), [(False, "full"), (True, "int8"), slow(False, "int8"), slow(True, "full")])
 @pytest.mark.parametrize("cpu", [True, pytest.param(False, marks=on_a_gpu)])
 def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv):
     """Of 4 slots with 3 pages each at full length, and 7 pages: some start over. In groups that share a prompt."""
     policy = endless(use_cpu=cpu, bf16=bf16)
-    found = run(policy, 2, shape=StoreShape(4, 150, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=150)
-    assert all(len(completion.ids) == 150 for completion in found)
+    found = run(policy, 2, shape=StoreShape(4, 130, 3, 79, 1 + 7, 64), kv=kv, max_completion_length=130)
+    assert all(len(completion.ids) == 130 for completion in found)
     texts, completions = [prompt for prompt in PROMPTS for _ in range(2)], ids_of(found)
     gaps = torch.cat([completion.logprobs for completion in found]).to(policy.device)
     with policy.inference():
@@ -644,7 +654,7 @@ def test_several_pages_of_64_a_slot_have_the_logprobs_of_training(cpu, bf16, kv)
 def test_the_kernel_in_the_engine_samples_what_its_twin_samples(cpu, kv, monkeypatch):
     pytest.importorskip("triton")
     policy, found = endless(use_cpu=cpu), []
-    tokens = 6 if cpu else 100  # the interpreter is slow
+    tokens = 5 if cpu else 100  # the interpreter is slow
     pages = StoreShape(2, tokens, 1, 5, 1 + 2 * ceil(tokens / 4), 4)
     for backend in ("torch", "triton"):
         for name, both in (("decode_attention", decode_attention), ("write_token", write_token)):
@@ -752,7 +762,7 @@ def test_every_completion_has_a_slot_once_its_prompt_a_row_and_its_tokens_pages(
 @pytest.mark.parametrize(
     "family, kv, every, sampling",
     [
-        ("qwen2", "full", 1, {}), ("qwen2", "full", 3, {"repetition_penalty": 1.3, "top_k": 20}),
+        slow("qwen2", "full", 1, {}), ("qwen2", "full", 3, {"repetition_penalty": 1.3, "top_k": 20}),
         ("qwen2", "int8", 1, {}), ("qwen3_5_text", "full", 3, {}), slow("bamba", "int8", 1, {}),
     ],
 )  # fmt: skip
@@ -783,9 +793,9 @@ def test_a_completion_that_waits_for_pages_goes_on_where_it_was(family, kv, ever
 def test_waiting_for_pages_is_counted():
     policy = make_policy("qwen2")
     counts = []
-    for shape in paged_shapes(PROMPTS, 4, 30, 8):
-        sampler = ShapedSampler(policy, shape, max_completion_length=30)
-        counts.append(sampler.sampled(4).metrics["rollout/preempted"])
+    for shape in paged_shapes(PROMPTS, 3, 16, 6):
+        sampler = ShapedSampler(policy, shape, max_completion_length=16)
+        counts.append(sampler.sampled(3).metrics["rollout/preempted"])
     assert counts[0] == 0 < counts[1]
 
 
