@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import SMALL, make_model
+from tiny_models import DEMO_MODEL, SMALL, make_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -239,6 +239,19 @@ def test_a_module_trained_whole_is_found_by_the_end_of_its_path_as_peft_finds_it
     policy = load_policy(str(tmp_path / "copy/adapter"), tokenizer, GRPOConfig(use_cpu=True))
     found = {name.replace(".modules_to_save.default", ""): p for name, p in policy.parameters_of("default").items()}
     assert all(torch.equal(found[name], value) for name, value in changed.items())
+
+
+@pytest.mark.parametrize("module", ["o_proj", "self_attn"])
+def test_a_layer_that_would_be_trained_whole_in_4_bits_is_refused(module, tmp_path, tokenizer):
+    lora = LoraConfig(target_modules=["down_proj"], modules_to_save=[module])
+    policy = load_policy(str(DEMO_MODEL), tokenizer, GRPOConfig(use_cpu=True, load_in_4bit=False), lora)
+    policy.save(tmp_path / "adapter")
+    words = (
+        r"modules_to_save has model.layers.0.self_attn.\w_proj, which is held in 4 bits and so cannot be trained whole"
+    )
+    for model, given in ((str(DEMO_MODEL), lora), (str(tmp_path / "adapter"), None)):
+        with pytest.raises(InputError, match=words):
+            load_policy(model, tokenizer, GRPOConfig(use_cpu=True), given)
 
 
 def saved_by(kind, config) -> Any:

@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.exporting.files import DTYPES, NAMES, Stored, Tensors, other_files, write_tensors
-from lowmem_grpo.model.adapter_folder import is_trained_whole, read_adapter_config, read_weights
+from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapter_names import PREFIX, names_of
-from lowmem_grpo.model.adapters import scale_of
+from lowmem_grpo.model.adapters import is_trained_whole, scale_of
 from lowmem_grpo.model.experts import dense_weights, experts_of
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, Quantizer, in_4bit, quantized_by

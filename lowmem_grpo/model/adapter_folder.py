@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.adapter_names import PREFIX, AdapterNames
-from lowmem_grpo.model.adapters import add_adapter, refuse_config
+from lowmem_grpo.model.adapters import add_adapter, is_trained_whole, refuse_config
 from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.towers import set_aside
 from lowmem_grpo.output.folder import refuse_pointer
@@ -163,15 +163,6 @@ def _of_the_base(found: dict[str, Tensor], config: Any, own: Container[str]) -> 
     """The weights among an adapter's that are its base's, by the base's names; PEFT loads them over those."""
     bare = {name.removeprefix(PREFIX).replace(".base_layer.", "."): values for name, values in found.items()}
     return {name: values for name, values in bare.items() if name in own and not is_trained_whole(name, config)}
-
-
-def is_trained_whole(name: str, config: Any) -> bool:
-    """Tell whether a parameter is of a module in modules_to_save, which PEFT finds by the end of its path.
-
-    So "norm" is every layer's input_layernorm too.
-    """
-    steps, ends = name.split("."), tuple(config.modules_to_save or ())
-    return any(".".join(steps[:place]).endswith(ends) for place in range(1, len(steps)))
 
 
 def _loaded(model: PeftModel, folder: str, names: AdapterNames) -> tuple[list[str], list[str]]:

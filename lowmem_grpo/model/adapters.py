@@ -284,12 +284,32 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     _leave_experts_out(peft_config, model)
     peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
     _exclude_unfit(model, peft_config)
+    refuse_whole_in_4bit(model, peft_config)
     with expected_warnings_off():
         try:
             return get_peft_model(model, peft_config)
         except Exception as error:  # whatever PEFT raises on patterns that are none, modules that are numbers
             what = in_a_line(error).rstrip("(. ")  # of a module, PEFT writes out all that is in it
             raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
+
+
+def is_trained_whole(name: str, config: Any) -> bool:
+    """Tell whether a parameter is of a module in modules_to_save, which PEFT finds by the end of its path.
+
+    So "norm" is every layer's input_layernorm too.
+    """
+    steps, ends = name.split("."), tuple(one for one in config.modules_to_save or () if isinstance(one, str))
+    return any(".".join(steps[:place]).endswith(ends) for place in range(1, len(steps)))
+
+
+def refuse_whole_in_4bit(model: nn.Module, config: Any) -> None:
+    """Raise InputError where a layer in 4 bits, which has no gradient, would be trained whole."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit) and is_trained_whole(f"{path}.weight", config):
+            raise InputError(
+                f"modules_to_save has {path}, which is held in 4 bits and so cannot be trained whole; name it in "
+                "target_modules, or set load_in_4bit to False"
+            )
 
 
 def _exclude_unfit(model: Any, config: Any) -> None:

@@ -19,9 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.adapter_folder import is_adapter, refuse_changed_base, warn_of_another_base
+from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_changed_base, warn_of_another_base
 from lowmem_grpo.model.adapter_names import AdapterNames, names_of, refuse_lost_targets, saved_config
-from lowmem_grpo.model.adapters import active_adapter, add_adapter, expected_warnings_off, lora_config
+from lowmem_grpo.model.adapters import (
+    active_adapter,
+    add_adapter,
+    expected_warnings_off,
+    lora_config,
+    refuse_whole_in_4bit,
+)
 from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.chat_template import reading_texts, template_of_processor
 from lowmem_grpo.model.checkpointing import checkpoint_layers
@@ -184,6 +190,7 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
         adapted = add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
     elif is_adapter(model):
         refuse_changed_base(model, base, names)
+        refuse_whole_in_4bit(base, read_adapter_config(model))
         with expected_warnings_off():
             adapted = PeftModel.from_pretrained(base, model, is_trainable=True, key_mapping=names.key_mapping() or None)
     else:
