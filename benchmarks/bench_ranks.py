@@ -52,9 +52,9 @@ def run_rank(rank: int, ranks: int, port: int, steps: int, folder: str, pipe: Co
     sent = {"summed_bytes": 0, "exchanged_bytes": 0, "exchanges": 0}
     all_reduce, all_gather = distributed.dist.all_reduce, distributed.dist.all_gather_object
 
-    def counted_reduce(tensor: torch.Tensor) -> None:
+    def counted_reduce(tensor: torch.Tensor, async_op: bool) -> Any:
         sent["summed_bytes"] += tensor.numel() * tensor.element_size()
-        all_reduce(tensor)
+        return all_reduce(tensor, async_op=async_op)
 
     def counted_gather(found: list, message: object) -> None:
         sent["exchanged_bytes"] += len(pickle.dumps(message))

@@ -36,6 +36,8 @@ PATIENCE = timedelta(hours=2)
 LOOKS_DEAD_S = 2.0  # within which a process whose connections broke has ended
 # How long rank 0, which has a sentence to say, waits at its end for others that hang: torchrun kills after 30 s.
 PARTING_S = 10.0
+POLL_S = 0.0005  # how often the host asks whether a sum is done
+LOOK_S = 0.5  # how often a wait for others is interrupted by while_waiting()'s call
 
 _alone = 0  # how many alone() are entered
 _store: Any = None  # where the processes find each other
@@ -45,6 +47,8 @@ _processes: list[int] = []  # process ids, by rank
 # Thread's join(), since up to Python 3.12 a thread is taken for ended once a signal has come into that.
 _done = threading.Event()
 _done.set()
+_is_broken = False  # True once ranks could not put something together
+_while_waiting: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
@@ -102,8 +106,8 @@ def _leave() -> None:
 
 
 def is_stranded() -> bool:
-    """True where an exchange still waits for a rank that does not come, which would keep this process from ending."""
-    return not _done.is_set()
+    """True where an exchange has failed, or waits for a rank that hangs, which would keep this process from ending."""
+    return _is_broken or not _done.is_set()
 
 
 @contextlib.contextmanager
@@ -238,15 +242,45 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in one call for those of one type, on one device."""
     if world_size() == 1:
         return
-    gathered(None)  # where ranks wait for each other on the host, and one that has ended is heard of
     kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for several in kinds.values():
-        flat = torch.cat([tensor.detach().flatten() for tensor in several])
-        _together(lambda flat=flat: dist.all_reduce(flat))
-        for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+    flat = [torch.cat([tensor.detach().flatten() for tensor in several]) for several in kinds.values()]
+    _exchanged(_Sent(), then=functools.partial(_sum, flat, _computed_on(flat)))
+    for several, total in zip(kinds.values(), flat, strict=True):
+        for tensor, part in zip(several, total.split([tensor.numel() for tensor in several]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
+
+
+def _computed_on(tensors: Sequence[Tensor]) -> torch.cuda.Stream | None:
+    """The stream of a GPU that has computed the tensors by now, or None where they are on a CPU.
+
+    What goes wrong on a GPU is raised here, and told to the others before they begin to wait on theirs.
+    """
+    if not any(tensor.is_cuda for tensor in tensors):
+        return None
+    stream = torch.cuda.current_stream()
+    stream.synchronize()
+    return stream
+
+
+def _sum(tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> None:
+    """Replace each tensor by its sum over all ranks, which are there.
+
+    NCCL waits for a rank that is killed meanwhile until PATIENCE is over, and everything that comes after it in the
+    stream waits with it. So the host looks first whether the sum is done, and whether all live.
+
+    Raises:
+        RuntimeError: another rank has ended.
+    """
+    with torch.cuda.stream(stream):  # which is each thread's own
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        while not all(work.is_completed() for work in works):  # type: ignore[union-attr] # async_op
+            if not all(map(_is_alive, _processes)):
+                raise RuntimeError("a process has ended while the sum was computed")
+            time.sleep(POLL_S)
+        for work in works:
+            work.wait()  # type: ignore[union-attr] # async_op
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -299,8 +333,11 @@ class _Sent:
     is_last: bool = False
 
 
-def _exchanged(mine: _Sent, patience_s: float | None = None) -> list[_Sent]:
+def _exchanged(mine: _Sent, patience_s: float | None = None, then: Callable[[], object] | None = None) -> list[_Sent]:
     """The messages of all ranks, in their order, once each has sent one, or patience_s have passed.
+
+    Where none of them is a rank's last, each rank then calls `then`. No signal keeps this rank from it: the others
+    would begin it alone.
 
     Raises:
         LostRankError: another rank has ended, or does not come.
@@ -308,7 +345,13 @@ def _exchanged(mine: _Sent, patience_s: float | None = None) -> list[_Sent]:
     """
     found: list[Any] = [None] * dist.get_world_size()
     message = _Sent(mine.value, None if mine.error is None else _as_sent(mine.error), mine.is_last)
-    _together(lambda: _interruptibly(lambda: dist.all_gather_object(found, message), patience_s))
+
+    def exchange() -> None:
+        dist.all_gather_object(found, message)
+        if then is not None and not any(one.is_last for one in found):
+            then()
+
+    _together(lambda: _interruptibly(exchange, patience_s))
     ended = [(number, one.error) for number, one in enumerate(found) if one.is_last]
     if ended and not mine.is_last:
         raise _told(*ended[0])
@@ -318,7 +361,8 @@ def _exchanged(mine: _Sent, patience_s: float | None = None) -> list[_Sent]:
 def _interruptibly(work: Callable[[], object], patience_s: float | None) -> None:
     """Do work in a thread, since no signal reaches Python while the main thread waits within gloo.
 
-    Where a signal raises, the work goes on, and the next begins when it is done: ranks stay in step.
+    Where a signal raises, or what while_waiting() has set, the work goes on, and the next begins when it is done: ranks
+    stay in step.
     """
     global _done
     before, done, failed = _done, threading.Event(), []
@@ -333,10 +377,20 @@ def _interruptibly(work: Callable[[], object], patience_s: float | None) -> None
 
     _done = done
     threading.Thread(target=run, daemon=True).start()
-    if not done.wait(patience_s):
-        raise RuntimeError(f"not within {patience_s} s")
+    until = None if patience_s is None else time.monotonic() + patience_s
+    while not done.wait(LOOK_S):
+        if until is not None and time.monotonic() > until:
+            raise RuntimeError(f"not within {patience_s} s")
+        if _while_waiting is not None:
+            _while_waiting()
     if failed:
         raise failed[0]
+
+
+def while_waiting(call: Callable[[], None] | None) -> None:
+    """Have call() made twice a second while this process waits for others; it may raise. None: no longer."""
+    global _while_waiting
+    _while_waiting = call
 
 
 def _told(number: int, error: BaseException | None) -> BaseException:
@@ -356,9 +410,11 @@ def _together(work: Callable[[], object]) -> None:
     Raises:
         LostRankError: another rank has ended, or has not come within PATIENCE.
     """
+    global _is_broken
     try:
         work()
-    except RuntimeError as error:  # gloo's, whose connection broke
+    except RuntimeError as error:  # gloo's, whose connection broke, or NCCL's
+        _is_broken = True
         lost = LostRankError(f"{_who_is_gone()}, and this one cannot go on alone")
         lost.was_told = True  # type: ignore[attr-defined] # there is nobody to tell
         raise lost from error

@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from ranks import WAIT_S
 from tiny_models import DEMO_MODEL
@@ -20,6 +22,7 @@ from lowmem_grpo import RewardConfig, SFTConfig, distributed, sft, train, train_
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
 from lowmem_grpo.output import folder
+from lowmem_grpo.run import interruption
 
 LENGTHS = (1, 9, 2, 3, 12, 1, 4)  # of uneven examples
 COMMON = {
@@ -157,6 +160,28 @@ def stop_rank_1(step, metrics, policy) -> None:
 def kill_rank_1(step, metrics, policy) -> None:
     if step == 2 and rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_on_rank_1(step, metrics, policy) -> None:
+    """Have rank 1 hang in the next backward, and rank 0 get SIGTERM once it waits for it."""
+    if step != 2:
+        return
+    interruption.OTHERS_COME_S = distributed.PARTING_S = 0.3
+    if rank() == 1:
+        next(iter(policy.parameters_of(policy.adapter).values())).register_hook(_hang)
+    else:
+        threading.Thread(target=_end_once_it_waits, daemon=True).start()
+
+
+def _hang(gradient) -> None:
+    psutil.Process(distributed._processes[0]).wait(WAIT_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_once_it_waits() -> None:
+    while distributed._while_waiting is None:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def fail_on_rank_1(step, metrics, policy) -> None:

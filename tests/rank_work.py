@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import time
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lowmem_grpo.model import policy as policy_module
 from lowmem_grpo.objective.coefficients import Coefficients
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rollout.collect import with_kl_in_reward
+from lowmem_grpo.run import interruption
 from lowmem_grpo.update.critic import Critic, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.optimizer import Learner
@@ -219,6 +221,49 @@ def together() -> dict[str, Any]:
 
 def share(weights: list[int]) -> range:
     return distributed.share(weights)
+
+
+def sum_and_strike_rank_0() -> tuple[bool, list[float], list[int]]:
+    """Whether a signal raised while this rank waited to sum, its part of the sum, and who was there afterwards."""
+    if distributed.is_main():
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    else:
+        time.sleep(0.5)
+    values, struck = torch.ones(2), False
+    try:
+        distributed.summed(values)
+    except KeyboardInterrupt:
+        struck = True
+    return struck, values.tolist(), distributed.gathered(distributed.rank())
+
+
+def hold_while_rank_1_is_late() -> tuple[str, float, list[int]]:
+    """What a held signal raised in rank 0, to which rank 1 did not come, after how many seconds, and who came later."""
+    interruption.OTHERS_COME_S, begun = 0.2, time.monotonic()
+    with interruption.Interruption() as held:
+        if distributed.is_main():
+            signal.signal(signal.SIGALRM, held._on_signal)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            time.sleep(1.5)
+        try:
+            held.hold_everywhere()
+            raised = ""
+        except BaseException as error:
+            raised = repr(error)
+        took = time.monotonic() - begun
+        return raised, took, distributed.gathered(distributed.rank())
+
+
+def sum_with_one_that_is_gone(ended: int) -> str:
+    """What rank 0 says where the process of rank 1 has ended, as `ended` has, and its connection does not tell."""
+    own = distributed._sum
+    if distributed.is_main():
+        distributed._processes[1] = ended
+        return str(_raised(lambda: distributed.summed(torch.ones(2))))
+    distributed._sum = lambda *given: (time.sleep(0.5), own(*given))
+    return str(distributed.summed(torch.ones(2)).tolist())
 
 
 def wait_for_others(killed: int) -> None:

@@ -1,5 +1,8 @@
 """Several processes do what one does: their shares, what they put together, and a rank that is gone."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,6 +165,17 @@ def test_masks_of_dropout_are_the_ranks_own_and_their_weights_the_same(two, tmp_
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
 
 
+def test_a_signal_in_one_rank_takes_its_part_out_of_no_sum(two):
+    """Or the other would sum alone, while the first goes on to the next exchange."""
+    assert two.call(rank_work.sum_and_strike_rank_0) == [(True, [1.0, 1.0], [0, 1]), (False, [2.0, 2.0], [0, 1])]
+
+
+def test_a_held_signal_does_not_wait_for_ever_for_a_rank_that_does_not_come(two):
+    (raised, took, after), (late, _, later) = two.call(rank_work.hold_while_rank_1_is_late)
+    assert raised == f"SystemExit({128 + signal.SIGALRM})" and 0.3 <= took < 1.5
+    assert late == "" and after == later == [0, 1]
+
+
 def test_a_rank_that_was_killed_ends_the_others_with_a_sentence():
     with ranks(3) as several:
         several.call(rank_work.share, [1])
@@ -172,6 +186,15 @@ def test_a_rank_that_was_killed_ends_the_others_with_a_sentence():
             assert isinstance(error, LostRankError)
             assert f"rank 1 (process {several.processes[1].pid}) is gone" in str(error)
         assert time.monotonic() - begun < 20
+
+
+def test_who_waits_for_a_sum_sees_that_another_is_gone():
+    """As NCCL does not, which waits on the GPU."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with ranks(2) as several:
+        said, _ = several.call(rank_work.sum_with_one_that_is_gone, ended.pid)
+    assert said == f"rank 1 (process {ended.pid}) is gone, and this one cannot go on alone"
 
 
 def judged(count, metrics, columns, first=0):

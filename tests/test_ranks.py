@@ -91,6 +91,12 @@ def test_a_killed_rank_ends_the_other_which_saves_what_is_whole(tmp_path):
     assert "checkpoint-2 has everything up to step 2" in first["said"]
 
 
+def test_a_signal_ends_a_run_whose_other_rank_hangs_in_an_update(tmp_path):
+    (_, first), (status, _) = each_of(2, rank_runs.learn_examples, str(tmp_path), rank_runs.hang_on_rank_1)
+    assert status == -9 and first["error"] == "SystemExit: 143"
+    assert "checkpoint-2 has everything up to step 2" in first["said"]
+
+
 @pytest.mark.slow
 def test_an_error_of_one_rank_ends_the_others_with_its_reason(tmp_path):
     (_, first), (_, second), (_, third) = each_of(3, rank_runs.learn_examples, str(tmp_path), rank_runs.fail_on_rank_1)

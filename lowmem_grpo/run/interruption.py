@@ -6,15 +6,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from lowmem_grpo.distributed import each, is_main, world_size
+from lowmem_grpo.distributed import each, is_main, while_waiting, world_size
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+# How long a signal waits for a rank that does not come: torchrun kills after 30 s, and a checkpoint is to be written.
+OTHERS_COME_S = 10.0
 
 
 class Interruption:
@@ -29,6 +32,7 @@ class Interruption:
     def __init__(self):
         self.holding = False
         self.error: BaseException | None = None  # what the first signal raises
+        self.heard_s = 0.0  # when that was, by the monotonic clock
         self.num_ctrl_c = 0
 
     def __enter__(self) -> "Interruption":
@@ -44,12 +48,14 @@ class Interruption:
         return self
 
     def __exit__(self, *exception) -> None:
+        while_waiting(None)
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by code in C
 
     def _on_signal(self, number, frame) -> None:
         is_first = self.error is None
         if is_first:
+            self.heard_s = time.monotonic()
             self.error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         self.num_ctrl_c += number == signal.SIGINT
         if is_first and not self.holding:
@@ -60,21 +66,31 @@ class Interruption:
         _say(f"the run ends as soon as what is done is saved{at_once}")
 
     def hold(self) -> None:
-        """Let signals wait until release()."""
+        """Let signals wait until release(), however long other ranks take."""
         self.holding = True
+        while_waiting(None)
 
     def hold_everywhere(self) -> None:
         """Let signals wait until release() on all ranks, and raise on all of them one that has come to any.
 
-        A rank that stopped alone, with its weights about to change, would leave the others with half a step.
+        A rank that stopped alone, with its weights about to change, would leave the others with half a step. Until
+        hold() no weight has changed, and a signal is raised after OTHERS_COME_S of waiting for a rank that hangs.
         """
         if world_size() > 1 and not self.holding:
             self.hold()
+            while_waiting(self._lose_patience)
             try:
                 each(self._raise_first)
             except BaseException:
                 self.holding = False
+                while_waiting(None)
                 raise
+
+    def _lose_patience(self) -> None:
+        """Raise a signal that has waited long enough for a rank that does not come."""
+        if self.error is not None and time.monotonic() - self.heard_s > OTHERS_COME_S:
+            _say(f"another process has not come for {OTHERS_COME_S:.0f} s, and the run ends without it")
+            raise self.error
 
     def _raise_first(self) -> None:
         if self.error is not None:
