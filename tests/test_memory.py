@@ -349,8 +349,8 @@ def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places(
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     assert trace._kinds(whole) == [0, 1, 0, 3, 0]
     assert trace._why_padded(whole, config.compute_dtype) is None
-    layers, states = trace._shapes(whole, config.compute_dtype)
-    assert layers.keys() == {1, 3} and states > 0
+    layers, states, choices = trace._shapes(whole, config.compute_dtype)
+    assert layers.keys() == {1, 3} and states > 0 and choices == 0
 
 
 def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_has_them():

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.kernels.expert_product import Stack, expert_product, grouped, serves
+from lowmem_grpo.kernels.expert_product import MOST, Stack, expert_product, grouped, serves
 from lowmem_grpo.kernels.nf4_product import MXFP4_CODES
 from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 
@@ -383,15 +383,19 @@ def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # On a GPU, where the experts one by one are hundreds of launches; on a CPU they are what dequantizes least.
-    if device == "cuda" and not torch.is_grad_enabled() and are_few(experts, chosen.numel(), dtype, hidden.device):
+    if (
+        device == "cuda"
+        and not torch.is_grad_enabled()
+        and chosen.numel() <= most_choices(experts, dtype, hidden.device)
+    ):
         with torch.autocast(device, enabled=False):
             return few_tokens(experts, hidden, weights, chosen, dtype)
     return _Experts.apply(hidden, weights, chosen, experts, dtype)
 
 
-def are_few(experts: Any, num_choices: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a GPU computes so many choices by few_tokens: all that the kernel serves, else FEW an expert."""
-    return num_choices <= FEW * experts.num_experts or bool(_for_kernel(experts, num_choices, dtype, device))
+def most_choices(experts: Any, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of choices up to which a GPU computes by few_tokens."""
+    return FEW * experts.num_experts if _for_kernel(experts, MOST, dtype, device) is None else MOST
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_4bit)

@@ -27,7 +27,7 @@ from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
-from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, prompt_tokens, skeleton, trace
+from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, few_tokens_bytes, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
 
 CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an estimate
@@ -401,16 +401,27 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
-    # What a step takes, in a pool of its own: logits, beside a dequantized layer or the parts of the largest product.
-    captured = {"captured steps": logits + max(layer, 4 * shape.slots * _parts(text, traced.layers))}
+    # What a step takes, in a pool of its own: logits, beside a dequantized layer, the parts of the largest product, or
+    # the experts of a layer.
+    parts = 4 * shape.slots * _parts(text, traced.layers)
+    captured = {"captured steps": logits + max(layer, parts, _experts_bytes(key, config, traced, shape.slots))}
+    most = max(shape.slots, prompt_tokens(config) * config.prompts_per_step)
     return {
         "keys and values": shape.num_tokens() * token_bytes(traced.layers, dtype),
         **(
             {OF_SLOTS: shape.slots * traced.states, OF_PROMPTS: shape.prefixes * traced.states} if traced.states else {}
         ),
-        "prefill or logits": max(traced.ran.prefill + layer, logits),
+        "prefill or logits": max(traced.ran.prefill + layer, logits, _experts_bytes(key, config, traced, most)),
         **(captured if config.has_cuda_graphs else {}),
     }
+
+
+def _experts_bytes(key: Key, config: GRPOConfig, traced: Traced, num_tokens: int) -> int:
+    """Bytes of the experts of a layer for few tokens, as a GPU computes them in decoding steps and short prompts."""
+    if config.use_cpu or not traced.choices:
+        return 0
+    whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
+    return few_tokens_bytes(whole, num_tokens, traced.choices, getattr(torch, config.compute_dtype))
 
 
 def _parts(text: PreTrainedConfig, layers: dict[int, LayerShape]) -> int:

@@ -112,6 +112,7 @@ class Traced:
     ran: Ran
     layers: dict[int, LayerShape]  # that attend; none where it is padded
     states: int  # bytes of one completion's states, of the layers that keep one; 0 where it is padded
+    choices: int  # of experts in 4 bits that a token has; 0 where there are none, or it is padded
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
 
@@ -163,9 +164,9 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        layers, states = ({}, 0) if padded else _shapes(whole, watched.compute_dtype)
+        layers, states, choices = ({}, 0, 0) if padded else _shapes(whole, watched.compute_dtype)
         ran = run_layers(whole, watched, layers)
-        return Traced(*_resident(whole, watched), ran, layers, states, padded, generated)
+        return Traced(*_resident(whole, watched), ran, layers, states, choices, padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -209,11 +210,11 @@ def _why_padded(whole: PeftModel, compute_dtype: str) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], int]:
-    """The LayerShape of each layer that attends, and bytes of all states, from one of each kind."""
+def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], int, int]:
+    """The LayerShape of each layer that attends, bytes of all states, and a token's choices, from one of each kind."""
     kinds = _kinds(whole)
     distinct = sorted(set(kinds))
-    with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy:
+    with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy, _assumed_routes() as choices:
         of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
         states = {distinct[place]: state_bytes({place: named}) for place, named in state_shapes(policy).items()}
     layers = {}
@@ -222,7 +223,26 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape]
             source = distinct[of_kind[kind].source]  # the kind of the layer whose keys and values it has
             last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
             layers[number] = of_kind[kind]._replace(source=last)
-    return layers, sum(states.get(kind, 0) for kind in kinds)
+    return layers, sum(states.get(kind, 0) for kind in kinds), max(choices, default=0)
+
+
+@lru_cache(maxsize=64)
+def few_tokens_bytes(whole: PeftModel, num_tokens: int, choices: int, dtype: torch.dtype) -> int:
+    """Bytes at the peak of the experts of a layer, for tokens few enough that a GPU waits for none of their choices."""
+    found, meta = 0, torch.device("meta")
+    for module in {_structure(module): module for _, module in experts.experts_of(whole)}.values():
+        if choices == 0 or experts.dense_weights(module):
+            continue
+        rows = min(num_tokens, experts.most_choices(module, dtype, meta) // choices)
+        stack: Any = getattr(module, experts.packed_name(experts.weight_names(module)[0]))
+        with Live(module) as live, torch.no_grad(), meta:
+            hidden = torch.empty(rows, stack.shape[0 if stack.inputs_first else 1], dtype=dtype)
+            stream = torch.empty_like(hidden)  # that the output is added to
+            weights, chosen = torch.empty(rows, choices), torch.empty(rows, choices, dtype=torch.int64)
+            experts.few_tokens(module, hidden, weights, chosen, dtype)
+        del stream
+        found = max(found, live.peak)
+    return found
 
 
 def _computing(compute_dtype: str) -> ModelFields:
@@ -365,20 +385,23 @@ def _unpacked_rows() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _assumed_routes() -> Iterator[None]:
+def _assumed_routes() -> Iterator[list[int]]:
     """Have all tokens choose the same experts inside the `with`, which takes the most memory.
 
-    Which ones are chosen is in the values of tensors, and those here have none.
+    Which ones are chosen is in the values of tensors, and those here have none. Yields how many a token has, of each
+    layer that ran.
     """
+    seen: list[int] = []
 
     def same_for_all(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
         tokens, choices = chosen.shape
+        seen.append(choices)
         return torch.empty(chosen.numel(), dtype=torch.long), [tokens] * choices + [0] * (num_experts - choices)
 
     own = experts.by_expert
     experts.by_expert = same_for_all
     try:
-        yield
+        yield seen
     finally:
         experts.by_expert = own
 
