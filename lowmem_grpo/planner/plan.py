@@ -417,7 +417,7 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
 
 
 def _experts_bytes(key: Key, config: GRPOConfig, traced: Traced, num_tokens: int) -> int:
-    """Bytes of the experts of a layer for few tokens, as a GPU computes them in decoding steps and short prompts."""
+    """Bytes at the peak of a layer's experts for few tokens, as decoding steps and short prompts have."""
     if config.use_cpu or not traced.choices:
         return 0
     whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)

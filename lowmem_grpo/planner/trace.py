@@ -228,7 +228,7 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape]
 
 @lru_cache(maxsize=64)
 def few_tokens_bytes(whole: PeftModel, num_tokens: int, choices: int, dtype: torch.dtype) -> int:
-    """Bytes at the peak of the experts of a layer, for tokens few enough that a GPU waits for none of their choices."""
+    """Bytes at the peak of a layer's experts, for at most as many tokens as a GPU computes by few_tokens."""
     found, meta = 0, torch.device("meta")
     for module in {_structure(module): module for _, module in experts.experts_of(whole)}.values():
         if choices == 0 or experts.dense_weights(module):
