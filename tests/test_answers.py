@@ -123,11 +123,33 @@ def test_a_gold_number_in_words_is_not_compared_with_digits(gold, text, reward):
         ("5 m/s", "so 5 m/s.", 1.0), ("5 m/s", "so 5 km/h.", 0.0), ("25°C", "it is 25°F", 0.0), ("5 MPa", "5 mPa", 0.0),
         ("50%", "it is 50 cm", 0.0), ("50%", "it is 50", 1.0), ("$18", "18 cents", 0.0), ("$18", "it is $18 a day", 1.0),
         ("€5", "it is $5", 0.0), ("€5", "it is €5", 1.0), ("7 PM", "at 7 AM", 0.0), ("7:30 PM", "at 7:30 PM", 1.0),
+        ("7:30 PM", "at 7:30 AM", 0.0),
         ("5000000", "It is 5 million.", 1.0), ("5", "It is 5 million.", 1.0), ("5 million", "It is 5.", 0.0),
         ("5000000", "Es sind 5 Millionen.", 1.0), ("50000", "一共有5万元。", 1.0),
     ],
 )  # fmt: skip
 def test_without_a_box_a_known_unit_behind_the_last_number_is_compared(gold, text, reward):
+    assert accuracy_reward([text], solution=[gold]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("B", "The answer is (B).", 1.0), ("B", "So the correct answer is **B**.", 1.0), ("B", "**Answer:** (B)", 1.0),
+        ("B", "Therefore, option (B) is correct.", 1.0), ("B", "The correct option is B) 12 cm", 1.0), ("B", "(B)", 1.0),
+        ("B", "Answer: A. No wait, Answer: B", 1.0), ("A", "Answer: A. No wait, Answer: B", 0.0), ("B", "答案是B。", 1.0),
+        ("B", "The answer is B because A is too small (only 3).", 1.0), ("B", "The answer is B, not C.", 1.0),
+        ("B", "The answer is not (B).", 0.0), ("B", "The answer isn't B.", 0.0), ("B", "The answer is A or B.", 0.0),
+        ("B", "The answer is B if x > 0.", 0.0), ("B", "The answer is Bob.", 0.0), ("A", "The answer is a circle.", 0.0),
+        ("B", "Option B gives 5. So the answer is A.", 0.0), ("B", "I think that A and B are plausible.", 0.0),
+        ("B", "If the answer is B, then 3 = 4. So the answer is C.", 0.0), ("A, C", "The answers are A and C.", 1.0),
+        ("A", "The answer is A and C.", 0.0), ("B. Paris", "The answer is B.", 1.0), ("Yes", "The answer is yes.", 1.0),
+        ("Yes", "The answer is no.", 0.0), ("Paris", "It is not Rome, the answer is Paris!", 1.0), ("Paris", "Paris", 1.0),
+        ("x", "The answer is x.", 1.0), ("1, 2", "The solutions are 1 and 2.", 1.0), ("18", "The answer is B.", 0.0),
+        (r"x \ge 3", "So x is at least 3.", 1.0), ("3", "So x is at least 3.", 0.0), ("5", "Es sind 1,5.", 0.0),
+    ],
+)  # fmt: skip
+def test_without_a_box_what_the_answer_is_said_to_be_counts_where_gold_is_no_number(gold, text, reward):
     assert accuracy_reward([text], solution=[gold]) == [reward]
 
 

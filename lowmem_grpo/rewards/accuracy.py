@@ -13,7 +13,8 @@ def accuracy_reward(
     r"""1.0 where the completion's answer equals the gold one, 0.0 where not, None where there is no gold answer.
 
     The answer is the last `\boxed{}` (or boxes that one sentence lists), else the last answer tag, else what follows
-    the last `####`. Without any of them it is the last number, or the formula that holds it: `it is $\frac{1}{2}$`.
+    the last `####`. Without any of them it is the last number, or the formula that holds it: `it is $\frac{1}{2}$`;
+    where gold is words or an option, what the last `the answer is` says, or all of a completion of one short line.
     Gold comes from the column `solution` or `answer`, whichever is the better of a row (see data/gold.py), and is read
     for the three marks; a gold text without them stands for itself. Numbers are compared exactly, formulas by
     math-verify, in worker processes with a limit of CPU time, past which an answer counts as wrong. Where the worker

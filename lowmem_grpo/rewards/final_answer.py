@@ -55,6 +55,20 @@ BOX, BRACE = r"\boxed{", re.compile(r"[{}]")
 SPACING = re.compile(r"\\text\w* *\{|\\q?quad(?![a-z])|\\[()\[\],;: ]|[${}&;\s]+")
 FINAL_ANSWER = "inal answer is"
 FINALLY = re.compile(rf"{FINAL_ANSWER}:?\s*\"?")
+# The answer is (B). **Answer:** yes. So I choose B. Option B is correct. 答案是B。
+SAID = re.compile(
+    r"(?:\b(?:answers?|options?|choices?|solutions?|I (?:choose|pick|select|go with))\b[*_]*"
+    r"(?:(?: is| are| must be| should be|:)(?!\w)|(?= \(?(?-i:[A-Z])\b))"
+    r"|\b(?:antwort|lösung)(?: ist|:)|\b(?:réponse|respuesta|risposta|resposta)(?: es?t?| è| é| ?:)(?!\w)"
+    r"|答案(?:是|为|：|:))"
+    r"[*_:： ]*",
+    re.IGNORECASE,
+)
+ENDS_A_SAYING = re.compile(
+    r"(?<!\b[A-Z])[.!](?:\s|$)|[;。\n]|,? (?:because|since|as|so|which|but|not)\b|,? (?:is|are) (?:correct|right)\b"
+    r"| \((?![A-Z]\))"
+)
+BEGINS_A_SAYING = re.compile(r"^(?:so|thus|therefore|hence),? ", re.IGNORECASE)
 IN_FULL = {
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
@@ -74,7 +88,7 @@ CHANGED_BEHIND = re.compile(
     r"|and (?:a|one) (?:half|third|quarter))\b|(?:st|nd|rd|th)\b",
     re.IGNORECASE,
 )
-MAGNIFIED = re.compile(f" ?{MAGNITUDE}", re.IGNORECASE)
+MAGNIFIED = re.compile(rf" ?(?=[^\W\d_]){MAGNITUDE}", re.IGNORECASE)
 SIGN_APART = re.compile(r"(?:\b(?:is|equals|to)|[=:]) *[-\u2212\u2013] *\Z| \u2013\Z")  # of a number: x = - 18, is –18
 MONEY_BEFORE = re.compile(rf"(?:{CURRENCY}) ?\Z")
 UNIT = re.compile(
@@ -94,15 +108,17 @@ SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-�
 
 # A number that these touch is a part: 5 / 6, 2x + 3, 2**10, 3:45, 2024-01-05; 25π, 5x, 12_8.
 PART_BEFORE = re.compile(
-    r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z|\d(?: ?[-–−] ?|\.)\Z|[a-z]\(\Z"
+    r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z|\d,\Z|\d(?: ?[-–−] ?|\.)\Z|[a-z]\(\Z"
 )
 PART_BEHIND = re.compile(r"[πθ]|[ixyz](?![^\W\d_])|_\d| ?÷ ?\d| ?pi\b| ?[<>≤≥≠]=? ?\w")
+HALF_OF_A_DAY = re.compile(r" ?[ap]\.?m\b", re.IGNORECASE)  # 7:30 AM
 POINT_BEFORE, POINT_BEHIND = re.compile(r"[(\[](?:[^\s,()\[\]]*\d[^\s,()\[\]]*, *)+\Z"), re.compile(r" *[)\]]")
 
 
 def extract_answer(text: str, gold: str | None = None) -> str | None:
     r"""The final answer in a completion: `\boxed{}`, an answer tag, `####`, or the last number, in this order.
 
+    Where gold is no number, what the last `the answer is` says counts before the last number: B of `Answer: (B)`.
     See accuracy_reward for what the gold answer changes.
     """
     marked = marked_answer(text)
@@ -110,7 +126,7 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     if marked is not None and _is_heading(text, marked) and (gold is None or wants_number):
         marked = None
     if marked is None:
-        marked = _unmarked_answer(text, gold)
+        marked = _unmarked_answer(text, gold) if wants_number or gold is None else _words_or_formula(text, gold)
         if marked is None or gold is None or _is_number(marked):
             return marked
     if wants_number and _is_number(marked):
@@ -262,6 +278,9 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     if part_behind and bare.endswith(last[0]):
         bare += part_behind[0]
     is_part = PART_BEFORE.search(text, near, last.start()) or part_behind
+    half = HALF_OF_A_DAY.match(text, last.end()) if ":" in bare else None
+    if half and bare.endswith(last[0]):
+        return bare + half[0]
     if (is_part or SIGN_OF_A_FORMULA.search(bare)) and bare.count("{") == bare.count("}"):
         return bare
     if last[0].lstrip("$")[:1].isdigit() and SIGN_APART.search(text, near, last.start()):
@@ -281,6 +300,26 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     unit = UNIT.match(text, last.end()) if asks_for_unit else None
     known = unit and unit[1] not in NO_UNITS and is_known(unit_name(unit[0].translate(EXPONENTS)))
     return last[0] + (unit[0] if unit and known else "")
+
+
+def _words_or_formula(text: str, gold: str) -> str | None:
+    """The words of the last `the answer is`, where gold is words or none are said; else the last formula or number."""
+    said, last = _said_answer(text), _unmarked_answer(text, gold)
+    if not said or BOX in text or len(gold) > MOST_CHARACTERS or is_spelled_out(gold):
+        return last
+    if reading(gold).value is None:
+        return said if last is None or SAID.search(text) else last
+    return said if (last is None or last in said) and not has_words(said) else last
+
+
+def _said_answer(text: str) -> str:
+    """The words behind the last `the answer is`, or all of a text of one short line."""
+    marks = list(SAID.finditer(text))
+    if not marks and (len(text) > LONGEST_FORMULA or "\n" in text.strip()):
+        return ""
+    said = text[marks[-1].end() :].lstrip()[:LONGEST_FORMULA] if marks else BEGINS_A_SAYING.sub("", text.strip())
+    end = ENDS_A_SAYING.search(said, 1) if said else None
+    return said[: end.start() if end else None].strip(EMPHASIS)
 
 
 def _formula_groups(text: str, start: int) -> list[list[re.Match]]:
