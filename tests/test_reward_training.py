@@ -137,7 +137,7 @@ def test_a_reward_adapter_starts_from_an_adapter_that_imitates(tmp_path):
         ({"num_generations": 8}, None, "RewardConfig has no field 'num_generations'"),
         ({"pad_to_multiple_of": 8}, None, "RewardConfig has no pad_to_multiple_of: pairs are packed without padding"),
         ({"eval_steps": 2}, None, "there is no eval_dataset"),
-        ({"token_budget": 39}, None, "the longest text has 39 tokens, not less than token_budget=39"),
+        ({"token_budget": 39}, None, "the token that is packed after it have 40 tokens, more than token_budget=39"),
         ({"max_length": 8}, None, "every pair of train_dataset has a text longer than max_length=8"),
         ({}, [{"prompt": "1+1="}], "train_dataset has no chosen and rejected, only prompt; rename its columns"),
         ({}, [{"chosen": "a", "rejected": None}], "row 0 of train_dataset lacks chosen or rejected"),

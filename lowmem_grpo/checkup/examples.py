@@ -1,6 +1,6 @@
 """The doctor's look at examples and settings before the first step of a supervised training."""
 
-from lowmem_grpo.checkup.prompts import having_looked, implausible_rate, warmup_too_long
+from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
@@ -18,34 +18,18 @@ def doctor_of_examples(inputs: ExampleInputs) -> Doctor:
     Raises:
         UnhealthyRunError: doctor="stop", and something was found.
     """
-    doctor = Doctor(inputs.config, inputs.total_steps, look_for=symptoms_of_examples)
-    return having_looked(doctor, inputs, findings)
+    return having_looked(inputs, lambda: findings(inputs), look_for=symptoms_of_examples)
 
 
 def findings(inputs: ExampleInputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
-    found = {
-        "evaluated_on_training_examples": evaluated_on_training_examples(inputs),
-        "examples_of_an_end_alone": examples_of_an_end_alone(inputs),
-        "examples_without_an_end": examples_without_an_end(inputs),
-        "most_examples_dropped": most_examples_dropped(inputs),
-        "dataset_seen_too_often": dataset_seen_too_often(inputs),
-        "implausible_learning_rate": implausible_rate(inputs.config.learning_rate),
-        "warmup_beyond_the_end": warmup_too_long(inputs.config.warmup_steps, inputs.total_steps),
-    }
-    return [Finding(name, text) for name, text in found.items() if text]
+    return seen([*SITUATIONS, *OF_ANY], inputs)
 
 
 def evaluated_on_training_examples(inputs: ExampleInputs) -> str | None:
     """Say how many evaluation examples are trained on."""
-    trained = {tuple(one.ids) for one in inputs.examples.all}
-    shared = sum(tuple(one.ids) in trained for one in inputs.eval_examples)
-    if not shared:
-        return None
-    return (
-        f"{shared} of {len(inputs.eval_examples)} evaluation examples are training examples too, and measure what was "
-        "learnt by heart; take them out of one of the two"
-    )
+    measured = [tuple(one.ids) for one in inputs.eval_examples]
+    return learnt_by_heart("examples", (tuple(one.ids) for one in inputs.examples.all), measured)
 
 
 def ends_of(inputs: ExampleInputs) -> set[int | None]:
@@ -102,10 +86,10 @@ def dataset_seen_too_often(inputs: ExampleInputs) -> str | None:
 
 def most_examples_dropped(inputs: ExampleInputs) -> str | None:
     """Say that most of the data is too long for max_length."""
-    kept, dropped = len(inputs.examples.all), inputs.num_dropped
-    if dropped <= kept:
-        return None
-    return (
-        f"only {kept} of {kept + dropped} examples have at most max_length={inputs.config.max_length} tokens, and the "
-        "others are left out; raise it"
-    )
+    return mostly_dropped(inputs, "examples", "max_length")
+
+
+SITUATIONS = (
+    evaluated_on_training_examples, examples_of_an_end_alone, examples_without_an_end, most_examples_dropped,
+    dataset_seen_too_often,
+)  # fmt: skip

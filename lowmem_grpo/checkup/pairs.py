@@ -1,6 +1,6 @@
 """The doctor's look at pairs and settings before the first step of a reward model's training."""
 
-from lowmem_grpo.checkup.prompts import having_looked, implausible_rate, warmup_too_long
+from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
@@ -16,53 +16,39 @@ def doctor_of_pairs(inputs: PairInputs) -> Doctor:
     Raises:
         UnhealthyRunError: doctor="stop", and something was found.
     """
-    doctor = Doctor(inputs.config, inputs.total_steps, look_for=symptoms_of_examples)
-    return having_looked(doctor, inputs, findings)
+    return having_looked(inputs, lambda: findings(inputs), look_for=symptoms_of_examples)
 
 
 def findings(inputs: PairInputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
-    found = {
-        "evaluated_on_training_pairs": evaluated_on_training_pairs(inputs),
-        "pairs_of_one_text": pairs_of_one_text(inputs.pairs.all),
-        "pairs_in_both_orders": pairs_in_both_orders(inputs.pairs.all),
-        "length_tells_the_better": length_tells_the_better(inputs.pairs.all),
-        "most_pairs_dropped": most_pairs_dropped(inputs),
-        "implausible_learning_rate": implausible_rate(inputs.config.learning_rate),
-        "warmup_beyond_the_end": warmup_too_long(inputs.config.warmup_steps, inputs.total_steps),
-    }
-    return [Finding(name, text) for name, text in found.items() if text]
+    return seen([*SITUATIONS, *OF_ANY], inputs)
 
 
 def evaluated_on_training_pairs(inputs: PairInputs) -> str | None:
     """Say how many evaluation pairs are trained on."""
-    trained = {(tuple(pair.chosen), tuple(pair.rejected)) for pair in inputs.pairs.all}
-    shared = sum((tuple(pair.chosen), tuple(pair.rejected)) in trained for pair in inputs.eval_pairs)
-    if not shared:
-        return None
-    return (
-        f"{shared} of {len(inputs.eval_pairs)} evaluation pairs are training pairs too, and measure what was learnt by "
-        "heart; take them out of one of the two"
-    )
+    trained, measured = ([_key(pair) for pair in pairs] for pairs in (inputs.pairs.all, inputs.eval_pairs))
+    return learnt_by_heart("pairs", trained, measured)
 
 
-def pairs_of_one_text(pairs: list[Pair]) -> str | None:
+def pairs_of_one_text(inputs: PairInputs) -> str | None:
     """Say how many pairs have the same text as better and as worse, which teaches nothing."""
+    pairs = inputs.pairs.all
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     return f"{same} of {len(pairs)} pairs have one text as chosen and as rejected; leave them out" if same else None
 
 
-def pairs_in_both_orders(pairs: list[Pair]) -> str | None:
+def pairs_in_both_orders(inputs: PairInputs) -> str | None:
     """Say how many pairs are there the other way round, too."""
-    known = {(tuple(pair.chosen), tuple(pair.rejected)) for pair in pairs if pair.chosen != pair.rejected}
+    known = {_key(pair) for pair in inputs.pairs.all if pair.chosen != pair.rejected}
     both = sum((rejected, chosen) in known for chosen, rejected in known) // 2
     if not both:
         return None
     return f"{both} pairs are there in both orders, so that neither text is the better one; keep one of each"
 
 
-def length_tells_the_better(pairs: list[Pair]) -> str | None:
+def length_tells_the_better(inputs: PairInputs) -> str | None:
     """Say that nearly always the longer, or the shorter, text is the better one."""
+    pairs = inputs.pairs.all
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs)
     shorter = sum(len(pair.chosen) < len(pair.rejected) for pair in pairs)
     share, word = max((longer / len(pairs), "longer"), (shorter / len(pairs), "shorter"))
@@ -76,10 +62,14 @@ def length_tells_the_better(pairs: list[Pair]) -> str | None:
 
 def most_pairs_dropped(inputs: PairInputs) -> str | None:
     """Say that most of the data is too long for max_length."""
-    kept, dropped = len(inputs.pairs.all), inputs.num_dropped
-    if dropped <= kept:
-        return None
-    return (
-        f"only {kept} of {kept + dropped} pairs have texts of at most max_length={inputs.config.max_length} tokens, "
-        "and the others are left out; raise it"
-    )
+    return mostly_dropped(inputs, "pairs", "max_length")
+
+
+def _key(pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A pair's ids, as sets and mappings take them."""
+    return tuple(pair.chosen), tuple(pair.rejected)
+
+
+SITUATIONS = (
+    evaluated_on_training_pairs, pairs_of_one_text, pairs_in_both_orders, length_tells_the_better, most_pairs_dropped,
+)  # fmt: skip

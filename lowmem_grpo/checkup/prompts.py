@@ -1,31 +1,21 @@
-"""The doctor's look at data, tokenizer and settings before the first step of a run.
-
-Each situation is a function of a run's inputs that returns a sentence with cause and remedy, or None where all is well.
-"""
+"""The doctor's look at prompts, chat template and settings before the first step of a run that samples."""
 
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
+from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.inputs.prompts import Inputs
-from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
-from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.preview.prompts import MARKS, parameters_of, read_gold
 from lowmem_grpo.rewards.compare import compare
-from lowmem_grpo.run.checkpoint import load_part
-from lowmem_grpo.terminal import show
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
-# TRL's GRPO begins at 1e-6, and the demo's LoRA learns at 1e-3. Adam moves a weight by about the rate a step: at 1e-8,
-# by 1e-5 in a thousand steps.
-LEARNING_RATES = (1e-8, 2e-3)
 TEMPERATURES = (0.1, 2.0)  # below, a prompt's completions are nearly the same; above, they are mostly noise
 NUM_GOLDS = 64  # whose lengths are looked at
 WORD = re.compile(r"[\wĠ▁]+")  # of letters and digits, with the marks that tokenizers write for a space
@@ -80,39 +70,22 @@ class Look:
             return ""
 
 
-T = TypeVar("T", bound=RunInputs)
 Situation = Callable[[Look], str | None]
 SITUATIONS: list[Situation] = []
 
 
 def doctor_of(inputs: Inputs, of_preview: Sequence[Finding] = ()) -> Doctor:
-    """The doctor of a run, who has looked at its inputs and says what is new; no weights are read.
-
-    What the preview of the data has found is said with it. A resumed run's doctor knows what was said before.
+    """The doctor of a run that samples, who has looked at its inputs and knows what the preview found.
 
     Raises:
         UnhealthyRunError: doctor="stop", and something was found.
     """
-    doctor = Doctor(inputs.config, inputs.total_steps, inputs.rewards.names)
-    return having_looked(doctor, inputs, lambda inputs: [*of_preview, *findings(inputs)])
-
-
-def having_looked(doctor: Doctor, inputs: T, find: Callable[[T], list[Finding]]) -> Doctor:
-    """A doctor who has looked at a run's inputs and said what is new. Raises as doctor_of() does."""
-    if inputs.resume is not None:
-        load_part(inputs.resume, "doctor", doctor.load, read_state(inputs.resume))
-    lines = doctor.note(0, [] if doctor.is_off else find(inputs))
-    doctor.refuse()  # in all the words of these lines
-    for line in lines:
-        show(f"doctor: {line['text']}", sys.stderr)
-    return doctor
+    return having_looked(inputs, lambda: [*of_preview, *findings(inputs)], inputs.rewards.names)
 
 
 def findings(inputs: Inputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
-    look = Look(inputs)
-    found = ((situation.__name__, situation(look)) for situation in SITUATIONS)
-    return [Finding(name, text) for name, text in found if text]
+    return [*seen(SITUATIONS, Look(inputs)), *seen(OF_ANY, inputs)]
 
 
 def _situation(function: Situation) -> Situation:
@@ -123,15 +96,8 @@ def _situation(function: Situation) -> Situation:
 @_situation
 def evaluated_on_training_prompts(look: Look) -> str | None:
     """Say how many evaluation prompts are trained on."""
-    trained = {tuple(prompt.ids) for prompt in look.prompts}
-    measured = look.inputs.eval_prompts
-    shared = sum(tuple(prompt.ids) in trained for prompt in measured)
-    if not shared:
-        return None
-    return (
-        f"{shared} of {len(measured)} evaluation prompts are training prompts too, so that the evaluation measures "
-        "what was learnt by heart; take them out of one of the two"
-    )
+    measured = [tuple(prompt.ids) for prompt in look.inputs.eval_prompts]
+    return learnt_by_heart("prompts", (tuple(prompt.ids) for prompt in look.prompts), measured)
 
 
 @_situation
@@ -216,13 +182,7 @@ def fewer_prompts_than_a_step(look: Look) -> str | None:
 @_situation
 def most_prompts_dropped(look: Look) -> str | None:
     """Say that most of the data is too long for max_prompt_length."""
-    prompts, dropped = len(look.prompts), look.inputs.num_dropped
-    if dropped <= prompts:
-        return None
-    return (
-        f"only {prompts} of {prompts + dropped} prompts have at most max_prompt_length="
-        f"{look.config.max_prompt_length} tokens, and the others are left out; raise it"
-    )
+    return mostly_dropped(look.inputs, "prompts", "max_prompt_length")
 
 
 @_situation
@@ -299,37 +259,6 @@ def template_drops_messages(look: Look) -> str | None:
     return (
         f"the chat template leaves out what {' and '.join(dropped)} says, so that the policy never sees it; mend "
         "tokenizer.chat_template, or say it in another role"
-    )
-
-
-@_situation
-def implausible_learning_rate(look: Look) -> str | None:
-    """Say that the learning rate is far from those that LoRA learns with."""
-    return implausible_rate(look.config.learning_rate)
-
-
-def implausible_rate(rate: float) -> str | None:
-    """Say that a learning rate is far from those that LoRA learns with."""
-    low, high = LEARNING_RATES
-    if low <= rate <= high:
-        return None
-    what = "moves an adapter hardly at all" if rate < low else "soon ruins an adapter"
-    return f"learning_rate={rate:g} {what}; LoRA is trained with 1e-6 to 1e-3"
-
-
-@_situation
-def warmup_beyond_the_end(look: Look) -> str | None:
-    """Say that the learning rate never gets to its peak."""
-    return warmup_too_long(look.config.warmup_steps, look.inputs.total_steps)
-
-
-def warmup_too_long(warmup: int, steps: int) -> str | None:
-    """Say that a run is over before its warm-up."""
-    if not warmup or warmup < steps:
-        return None
-    return (
-        f"warmup_steps={warmup} are not over when the run ends, after {steps} steps, so that the learning rate never "
-        "gets to its peak; lower warmup_steps"
     )
 
 

@@ -13,19 +13,16 @@ from lowmem_grpo.data.rows import read_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.callbacks import callbacks_of
-from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
-    expanded,
+    evaluation_rows,
+    left_out,
     name_of,
     refuse_other_config,
-    refuse_without_evaluation,
-    tokenizer_of,
+    settled,
+    too_long,
 )
-from lowmem_grpo.model.find import adapter_config, beyond_context, find_model, read_config
-from lowmem_grpo.model.load import run_device
-from lowmem_grpo.planner.plan import plan_to_fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +56,14 @@ def read_example_inputs(
         InputError: bad input, in one sentence with the remedy.
     """
     refuse_other_config(config, SFTConfig)
-    callbacks, model = callbacks_of(callbacks), expanded(model)
-    output_dir, resume, notes = begin(config)
-    datasets = read_datasets(train_dataset, config)
-    eval_rows = None if eval_dataset is None else read_rows(eval_dataset, config, name="eval_dataset", split="test")
-    refuse_without_evaluation(config, eval_rows)
-    find_model(model, config, peft_config)
-    device = run_device(config)
-    tokenizer = tokenizer_of(tokenizer, model, config)
+    callbacks = callbacks_of(callbacks)
+    named = {"train": name_of(train_dataset), "eval": name_of(eval_dataset)}
+    run = begin(model, config, peft_config, tokenizer, callbacks, named)
+    datasets, eval_rows = read_datasets(train_dataset, config), evaluation_rows(eval_dataset, config, read_rows)
     examples, sizes, dropped = [], [], 0
     for name, rows in datasets.items():
-        found, left_out = tokenize_examples(rows, tokenizer, config, name=name)
-        examples, sizes, dropped = examples + found, [*sizes, len(found)], dropped + left_out
+        found, too_many = tokenize_examples(rows, run.tokenizer, config, name=name)
+        examples, sizes, dropped = examples + found, [*sizes, len(found)], dropped + too_many
     if config.dataset_weights and 0 in shares_of(len(examples), config.dataset_weights):
         raise InputError(
             f"dataset_weights={config.dataset_weights} leaves a dataset without an example of {len(examples)}; raise "
@@ -78,26 +71,17 @@ def read_example_inputs(
         )
     eval_examples, eval_dropped = [], 0
     if eval_rows is not None:
-        eval_examples, eval_dropped = tokenize_examples(eval_rows, tokenizer, config, name="eval_dataset")
-    longest = max(len(one.ids) for one in examples + eval_examples)
-    notes += filter(None, [check_examples(model, examples + eval_examples, longest, config)])
-    for count, what in ((dropped, "examples"), (eval_dropped, "evaluation examples")):
-        notes += [f"{count} {what} have more than {config.max_length} tokens and are left out"] if count else []
-    base, adapter, given = read_config(model, config), adapter_config(model, config, peft_config), config
+        eval_examples, eval_dropped = tokenize_examples(eval_rows, run.tokenizer, config, name="eval_dataset")
+    all_ids = [one.ids for one in examples + eval_examples]
+    run.notes.extend(
+        filter(None, [too_long(run.model, all_ids, config, "the longest example has", "lower max_length")])
+    )
+    run.notes.extend(left_out(dropped, eval_dropped, "examples", f"more than {config.max_length} tokens"))
     data = {"rows": [list(asdict(one).values()) for one in examples]} | ({"sizes": sizes} if len(sizes) > 1 else {})
-    identity = identity_of(base, adapter, tokenizer, data)
-    if resume is not None:
-        refuse_another_run(resume, identity)
-    plan = None
-    if config.vram_budget is not None:
-        plan = plan_to_fit(base, config, adapter, longest)
-        config = plan.config
+    run = settled(run, data, max(map(len, all_ids)))
     return ExampleInputs(
-        model=model, peft_config=peft_config, tokenizer=tokenizer, given=given, config=config, device=device,
-        notes=notes, output_dir=output_dir, resume=resume, plan=plan, callbacks=callbacks, num_dropped=dropped,
-        identity=identity, datasets={"train": name_of(train_dataset), "eval": name_of(eval_dataset)},
-        eval_examples=eval_examples,
-        examples=Examples(examples, config, sizes=sizes, weights=config.dataset_weights),
+        **{**vars(run), "num_dropped": dropped}, eval_examples=eval_examples,
+        examples=Examples(examples, run.config, sizes=sizes, weights=config.dataset_weights),
     )  # fmt: skip
 
 
@@ -125,22 +109,3 @@ def read_datasets(given: Any, config: SFTConfig) -> dict[str, Dataset]:
         except InputError as error:
             raise InputError(f"{name} of {len(given)}: {error}") from error
     return found
-
-
-def check_examples(model: Any, examples: list[Example], longest: int, config: SFTConfig) -> str | None:
-    """Say whether the longest example has more tokens than the model was made for.
-
-    Raises:
-        InputError: one has more tokens than the budget, or ids or positions that the model lacks.
-    """
-    if longest > config.token_budget:
-        raise InputError(
-            f"the longest example has {longest} tokens, more than token_budget={config.token_budget}; raise it, or "
-            "lower max_length"
-        )
-    largest, num_ids = max(max(one.ids) for one in examples), read_config(model, config).get_text_config().vocab_size
-    if largest >= num_ids:
-        raise InputError(
-            f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
-        )
-    return beyond_context(model, config, longest, "the longest example", "lower max_length")

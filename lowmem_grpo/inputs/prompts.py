@@ -18,7 +18,7 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.callbacks import callbacks_of
-from lowmem_grpo.inputs.identity import columns_of, digest_of, identity_of, identity_of_data, refuse_another_run
+from lowmem_grpo.inputs.identity import columns_of, digest_of, identity_of_data
 from lowmem_grpo.inputs.rewards import (
     missing_golds,
     refuse_lost_bases,
@@ -26,25 +26,27 @@ from lowmem_grpo.inputs.rewards import (
     refuse_without_rewards,
     runner_of,
     try_out,
-    worn_by,
 )
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
+    evaluation_rows,
     expanded,
+    left_out,
     name_of,
     refuse_other_config,
-    refuse_without_evaluation,
+    settled,
     tokenizer_of,
+    too_long,
 )
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
-from lowmem_grpo.model.find import adapter_config, beyond_context, ends_of_model, find_model, read_config
+from lowmem_grpo.model.find import ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
-from lowmem_grpo.planner.plan import limit_memory, plan_to_fit
+from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
@@ -104,66 +106,43 @@ def read_training_inputs(
     callbacks = callbacks_of(callbacks)
     datasets = {"train": name_of(train_dataset), "eval": name_of(eval_dataset)}
     train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
-    model = expanded(model)
-    rewards = runner_of(reward_funcs, config)
-    output_dir, resume, notes = begin(config)
-    rows = load_rows(train_dataset, config)
-    eval_rows = None if eval_dataset is None else load_rows(eval_dataset, config, name="eval_dataset", split="test")
-    refuse_without_evaluation(config, eval_rows)
-    if eval_rows is not None and datasets["eval"] is None:
+    if eval_dataset is not None and datasets["eval"] is None:
         datasets["eval"] = f"held out by {datasets['train']}"
-    find_model(model, config, peft_config)
+    rewards = runner_of(reward_funcs, config)
+    run = begin(model, config, peft_config, tokenizer, callbacks, datasets)
+    model, tokenizer = run.model, run.tokenizer
+    rows, eval_rows = load_rows(train_dataset, config), evaluation_rows(eval_dataset, config, load_rows)
+    _refuse_continued_base(model, config)
     refuse_lost_bases(rewards, model, config)
-    teacher = find_teacher(model, config)
     refuse_without_rewards(rewards, config, eval_rows)
-    is_continued = isinstance(model, PeftModel) or is_adapter(model)
-    if config.sync_ref_model and config.reference == "base" and is_continued:
-        raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
-    if config.beta > 0 and config.reference == "base" and is_continued:
-        warn(
-            "the KL draws the policy back to the base, away from the adapter that training goes on from; set "
-            "reference='initial' to hold it near that adapter"
-        )
-    device = run_device(config)
     refuse_mixed_scales(rewards, rows, config)
-    notes += try_out(rewards, rows, "train_dataset")
-    if eval_rows is not None:
-        rewards.check_rows(eval_rows, "eval_dataset")
-        notes += missing_golds(rewards, eval_rows, "eval_dataset")
-    tokenizer = tokenizer_of(tokenizer, model, config)
+    teacher = find_teacher(model, config)
     if teacher is not None:
         refuse_other_tokens(teacher, model, tokenizer, config)
+    run.notes.extend(try_out(rewards, rows, "train_dataset"))
+    if eval_rows is not None:
+        rewards.check_rows(eval_rows, "eval_dataset")
+        run.notes.extend(missing_golds(rewards, eval_rows, "eval_dataset"))
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts + eval_prompts, config)
+    more = {}
     if teacher is not None:
+        theirs = [prompt.for_teacher for prompt in prompts]
         read_by = model if teacher.model is None else teacher.name
-        check_prompts(read_by, [prompt.for_teacher for prompt in prompts], config, whose="for the teacher, ")
-    notes += _left_out(dropped, "prompts", config) + _left_out(eval_dropped, "evaluation prompts", config)
-    plan, given = None, config
-    base, adapter = read_config(model, config), adapter_config(model, config, peft_config)
-    _refuse_critic(base, config)
-    identity = identity_of(base, adapter, tokenizer, columns_of(prompts), rewards)
-    if teacher is not None:
-        asked = digest_of(prompt.for_teacher.ids for prompt in prompts)
-        identity["teacher"] = {"weights": files_of(teacher), "prompts": asked}
-    if resume is not None:
-        refuse_another_run(resume, identity)
-    if config.vram_budget is not None:
-        read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
-        longest = max(len(prompt.ids) for prompt in read)
-        worn = worn_by(base, rewards.functions)
-        plan = plan_to_fit(base, config, adapter, longest, [one.config for one in worn], teacher)
-        for one in worn:
-            one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
-        config = plan.config
+        check_prompts(read_by, theirs, config, whose="for the teacher, ")
+        asked = digest_of(prompt.ids for prompt in theirs)
+        more["teacher"] = {"weights": files_of(teacher), "prompts": asked}
+    run.notes.extend(_left_out(dropped, eval_dropped, config))
+    _refuse_critic(read_config(model, config), config)
+    read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
+    longest = max(len(prompt.ids) for prompt in read)
+    run = settled(run, columns_of(prompts), longest, rewards, teacher, more)
     inputs = Inputs(
-        model=model, peft_config=peft_config, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts,
-        rewards=rewards, given=given, config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
-        plan=plan, callbacks=callbacks, num_dropped=dropped, identity=identity, teacher=teacher,
-        datasets=datasets,
+        **{**vars(run), "num_dropped": dropped}, prompts=prompts, eval_prompts=eval_prompts, rewards=rewards,
+        teacher=teacher,
     )  # fmt: skip
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
@@ -171,6 +150,19 @@ def read_training_inputs(
             "learn in; lower critic_warmup"
         )
     return inputs
+
+
+def _refuse_continued_base(model: Any, config: GRPOConfig) -> None:
+    """Raise InputError, or warn, where a KL to the base acts against an adapter that training goes on from."""
+    if config.reference != "base" or not (isinstance(model, PeftModel) or is_adapter(model)):
+        return
+    if config.sync_ref_model:
+        raise InputError("sync_ref_model follows the adapter that training starts from; set reference='initial'")
+    if config.beta > 0:
+        warn(
+            "the KL draws the policy back to the base, away from the adapter that training goes on from; set "
+            "reference='initial' to hold it near that adapter"
+        )
 
 
 def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
@@ -212,11 +204,7 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     notes = try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
-    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
-    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
-    notes += filter(None, [check_prompts(model, prompts, config), open_end])
-    if dropped:
-        notes += [f"{dropped} of {len(rows)} prompts have more than {config.max_prompt_length} tokens and are left out"]
+    notes += [*_open_ends(model, tokenizer, prompts, config), *_left_out(0, dropped, config)]
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=[], eval_prompts=prompts, rewards=rewards, given=config,
         config=config, device=run_device(config), notes=notes,
@@ -232,17 +220,10 @@ def read_sampling_inputs(
         InputError: bad input, in one sentence with the remedy.
     """
     found = read_data_inputs(model, reward_funcs, dataset, config, tokenizer, needs_weights=True)
-    model, tokenizer, config = found.model, found.tokenizer, found.config
-    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
-    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
-    notes = [*found.notes, *filter(None, [check_prompts(model, found.prompts, config), open_end])]
-    base, adapter = read_config(model, config), adapter_config(model, config)
-    identity = identity_of(base, adapter, tokenizer, columns_of(found.prompts), found.rewards)
-    plan, device = None, run_device(config)
-    if config.vram_budget is not None:
-        plan = plan_to_fit(base, config, adapter, max(len(prompt.ids) for prompt in found.prompts))
-        config = plan.config
-    return replace(found, notes=notes, identity=identity, device=device, plan=plan, config=config)
+    notes = [*found.notes, *_open_ends(found.model, found.tokenizer, found.prompts, found.config)]
+    found = replace(found, notes=notes, device=run_device(found.config))
+    longest = max(len(prompt.ids) for prompt in found.prompts)
+    return settled(found, columns_of(found.prompts), longest, found.rewards)
 
 
 def read_data_inputs(
@@ -262,7 +243,7 @@ def read_data_inputs(
     notes = try_out(rewards, rows, "train_dataset")
     tokenizer = tokenizer_of(tokenizer, model, config)
     prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
-    notes += _left_out(dropped, "prompts", config)
+    notes += _left_out(dropped, 0, config)
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,
         config=config, device=torch.device("cpu"), notes=notes,
@@ -319,8 +300,15 @@ def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tu
     return load_rows(dataset, config), rewards, config
 
 
-def _left_out(dropped: int, what: str, config: DataFields) -> list[str]:
-    return [f"{dropped} {what} have more than {config.max_prompt_length} tokens and are left out"] if dropped else []
+def _left_out(dropped: int, eval_dropped: int, config: DataFields) -> list[str]:
+    return left_out(dropped, eval_dropped, "prompts", f"more than {config.max_prompt_length} tokens")
+
+
+def _open_ends(model: Any, tokenizer: Any, prompts: list[Prompt], config: GRPOConfig) -> list[str]:
+    """Sentences that say where completions may go on without an end, or beyond the model's context."""
+    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
+    return [*filter(None, [check_prompts(model, prompts, config), open_end])]
 
 
 def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whose: str = "") -> str | None:
@@ -329,17 +317,9 @@ def check_prompts(model: Any, prompts: list[Prompt], config: GRPOConfig, *, whos
     Raises:
         InputError: one may have more tokens than a budget, or ids or positions that the model lacks.
     """
-    longest = max(len(prompt.ids) for prompt in prompts) + config.max_completion_length
-    for name in ("token_budget", "rollout_token_budget"):
-        if longest > getattr(config, name):
-            raise InputError(
-                f"{whose}the longest prompt and its completion may have {longest} tokens, more than {name}="
-                f"{getattr(config, name)}; raise it, or lower max_prompt_length or max_completion_length"
-            )
-    largest = max(max(prompt.ids) for prompt in prompts)
-    num_ids = read_config(model, config).get_text_config().vocab_size
-    if largest >= num_ids:
-        raise InputError(
-            f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
-        )
-    return beyond_context(model, config, longest, f"{whose}the longest prompt and its completion")
+    has, remedy = (
+        f"{whose}the longest prompt and its completion may have",
+        "lower max_prompt_length or max_completion_length",
+    )
+    ids = [prompt.ids for prompt in prompts]
+    return too_long(model, ids, config, has, remedy, added=config.max_completion_length)

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -17,15 +17,22 @@ from lowmem_grpo.config.sections import ModelFields, SampledEvaluationFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.distributed import is_main, take_from_main, world_size
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
+from lowmem_grpo.inputs.rewards import worn_by
 from lowmem_grpo.model.chat_template import reading_texts
-from lowmem_grpo.model.load import load_policy, load_tokenizer
+from lowmem_grpo.model.find import adapter_config, beyond_context, find_model, read_config
+from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.teacher import FoundTeacher
 from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_folder
 from lowmem_grpo.output.hub import check_upload, repository
 from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.output.trackers import tracker_names
-from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory
+from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
+from lowmem_grpo.rewards import RewardRunner
+
+T = TypeVar("T", bound="RunInputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +88,28 @@ def refuse_other_config(config: Any, wanted: type) -> None:
         raise InputError(f"config is a {name}; pass the {wanted.__name__} of lowmem_grpo")
 
 
-def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
-    """The output folder, locked; the checkpoint to go on from, if there is one; and what to tell of that.
+def begin(
+    model: Any, config: TrainingConfig, peft_config: Any, tokenizer: Any, callbacks: Sequence[Callable],
+    datasets: dict[str, Any],
+) -> RunInputs:  # fmt: skip
+    """The inputs that every training has, with the output folder locked, the model found and its tokenizer read.
 
     Raises:
-        InputError: the configuration cannot be saved, a tracker or the hub's token is missing, or the folder cannot be
-            used for it.
+        InputError: the configuration cannot be saved, a tracker or the hub's token is missing, or the folder, the
+            model or the tokenizer cannot be used.
     """
+    model = expanded(model)
+    output_dir, resume, notes = _folder(config)
+    find_model(model, config, peft_config)
+    return RunInputs(
+        model=model, peft_config=peft_config, tokenizer=tokenizer_of(tokenizer, model, config), given=config,
+        config=config, device=run_device(config), notes=notes, output_dir=output_dir, resume=resume,
+        callbacks=callbacks, datasets=datasets,
+    )  # fmt: skip
+
+
+def _folder(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
+    """The output folder, locked; the checkpoint to go on from, if there is one; and what to tell of that."""
     try:
         json.dumps(asdict(config))
     except TypeError as error:
@@ -112,12 +134,70 @@ def begin(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
     return output_dir, resume, [f"going on from {resume}, with {', '.join(changed)}"] if changed else []
 
 
-def refuse_without_evaluation(config: TrainingConfig, eval_rows: Dataset | None) -> None:
-    """Raise InputError for a setting of evaluations where there is nothing to evaluate on."""
+def evaluation_rows(given: Any, config: TrainingConfig, read: Callable[..., Dataset]) -> Dataset | None:
+    """The rows that are held out, by read_rows() or load_rows(); None where there are none.
+
+    Raises:
+        InputError: they cannot be read, or a setting of evaluations has nothing to evaluate on.
+    """
+    if given is not None:
+        return read(given, config, name="eval_dataset", split="test")
     for setting in fields(SampledEvaluationFields):
         name, value = setting.name, getattr(config, setting.name, setting.default)
-        if value != setting.default and eval_rows is None:
+        if value != setting.default:
             raise InputError(f"{name}={value}, but there is no eval_dataset; pass one or leave {name} out")
+    return None
+
+
+def left_out(dropped: int, eval_dropped: int, what: str, are: str) -> list[str]:
+    """Sentences that say how many rows are too long: "3 prompts have more than 512 tokens and are left out"."""
+    counts = {what: dropped, f"evaluation {what}": eval_dropped}
+    return [f"{count} {which} have {are} and are left out" for which, count in counts.items() if count]
+
+
+def too_long(
+    model: Any, sequences: list[list[int]], config: TrainingConfig, has: str, remedy: str, *, added: int = 0
+) -> str | None:  # fmt: skip
+    """Say whether the longest sequence, and `added` tokens after it, has more than the model was made for.
+
+    Raises:
+        InputError: it has more tokens than a budget, or ids or positions that the model lacks.
+    """
+    longest = max(map(len, sequences)) + added
+    for name in ("token_budget", "rollout_token_budget"):
+        budget = getattr(config, name, longest)
+        if longest > budget:
+            raise InputError(f"{has} {longest} tokens, more than {name}={budget}; raise it, or {remedy}")
+    largest, num_ids = max(map(max, sequences)), read_config(model, config).get_text_config().vocab_size
+    if largest >= num_ids:
+        raise InputError(
+            f"the tokenizer makes id {largest}, and the model has {num_ids}; pass the tokenizer of the model"
+        )
+    return beyond_context(model, config, longest, has, remedy)
+
+
+def settled(
+    run: T, data: Mapping[str, Iterable[Any]], longest: int, rewards: RewardRunner | None = None,
+    teacher: FoundTeacher | None = None, more: Mapping[str, Any] | None = None,
+) -> T:  # fmt: skip
+    """The inputs with what a resumed run must share, compared with the checkpoint, and with the plan of its memory.
+
+    `data` is by name what is trained on, row by row; `longest` the most tokens of a row; `more` is identity, too.
+
+    Raises:
+        InputError: the checkpoint is of another run, or nothing fits vram_budget.
+    """
+    base, adapter = read_config(run.model, run.config), adapter_config(run.model, run.config, run.peft_config)
+    identity = {**identity_of(base, adapter, run.tokenizer, data, rewards), **(more or {})}
+    if run.resume is not None:
+        refuse_another_run(run.resume, identity)
+    if run.config.vram_budget is None:
+        return replace(run, identity=identity)
+    worn = worn_by(base, rewards.functions) if rewards else []
+    plan = plan_to_fit(base, run.config, adapter, longest, [one.config for one in worn], teacher)
+    for one in worn:
+        one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
+    return replace(run, identity=identity, plan=plan, config=plan.config)
 
 
 def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:

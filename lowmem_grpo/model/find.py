@@ -197,7 +197,7 @@ def without_weights(
 
 
 def beyond_context(
-    model: Any, config: ModelFields, num_tokens: int, what: str = "the longest prompt and its completion",
+    model: Any, config: ModelFields, num_tokens: int, has: str = "the longest prompt and its completion may have",
     remedy: str = "lower max_prompt_length or max_completion_length",
 ) -> str | None:  # fmt: skip
     """A sentence where the longest sequence has more tokens than the model was made for; None where it has not.
@@ -215,9 +215,9 @@ def beyond_context(
     base = without_weights(settings, config.trust_remote_code) if isinstance(model, str) else base
     end = _end_of_positions(base, known)
     if end is not None and num_tokens > end:
-        raise InputError(f"{what} may have {num_tokens} tokens, more than the model has positions, {end}; {remedy}")
+        raise InputError(f"{has} {num_tokens} tokens, more than the model has positions, {end}; {remedy}")
     return (
-        f"{what} may have {num_tokens} tokens, more than the {known} that the model was made for "
+        f"{has} {num_tokens} tokens, more than the {known} that the model was made for "
         f"(max_position_embeddings); beyond them it may write nonsense; {remedy}"
     )
 

@@ -1,32 +1,20 @@
 """The preview of supervised training: one example as the model gets it, and which of its tokens are learnt."""
 
-import sys
 from typing import Any
 
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.inputs.examples import ExampleInputs
-from lowmem_grpo.terminal import show
+from lowmem_grpo.preview.show import show_and_write
 
 LEARNT = "[[%s]]"
-MOST_CHARACTERS = 4000  # on the screen; the file has it whole
 
 
 @by_main
 def show_example(inputs: ExampleInputs) -> None:
-    """Print the first example on standard error, and write it to output_dir/data_preview.txt.
-
-    A run that is resumed has been shown it.
-    """
-    if inputs.resume is not None:
-        return
-    assert inputs.output_dir is not None
+    """Print the first example on standard error, and write it to output_dir/data_preview.txt."""
     text = as_text(inputs.examples.all[0], len(inputs.examples.all), inputs.tokenizer)
-    if len(inputs.examples.sizes) > 1:
-        text = f"{datasets_as_text(inputs)}\n{text}"
-    file = inputs.output_dir / "data_preview.txt"
-    file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
-    show(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n...", sys.stderr)
+    show_and_write(inputs, text if len(inputs.examples.sizes) < 2 else f"{datasets_as_text(inputs)}\n{text}")
 
 
 def datasets_as_text(inputs: ExampleInputs) -> str:

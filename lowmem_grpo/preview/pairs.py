@@ -1,29 +1,17 @@
 """The preview of a reward model's training: one pair as the model gets it."""
 
-import sys
 from typing import Any
 
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.inputs.pairs import PairInputs
-from lowmem_grpo.terminal import show
-
-MOST_CHARACTERS = 4000  # on the screen; the file has it whole
+from lowmem_grpo.preview.show import show_and_write
 
 
 @by_main
 def show_pair(inputs: PairInputs) -> None:
-    """Print the first pair on standard error, and write it to output_dir/data_preview.txt.
-
-    A run that is resumed has been shown it.
-    """
-    if inputs.resume is not None:
-        return
-    assert inputs.output_dir is not None
-    text = as_text(inputs.pairs.all[0], len(inputs.pairs.all), inputs.tokenizer)
-    file = inputs.output_dir / "data_preview.txt"
-    file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
-    show(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}\n...", sys.stderr)
+    """Print the first pair on standard error, and write it to output_dir/data_preview.txt."""
+    show_and_write(inputs, as_text(inputs.pairs.all[0], len(inputs.pairs.all), inputs.tokenizer))
 
 
 def as_text(pair: Pair, count: int, tokenizer: Any) -> str:

@@ -7,7 +7,6 @@ cannot learn to give it.
 import contextlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +21,14 @@ from lowmem_grpo.distributed import by_main
 from lowmem_grpo.doctor.doctor import Finding
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.inputs.prompts import Inputs
+from lowmem_grpo.preview.show import MOST_CHARACTERS, cut, show_and_write
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.rollout.metrics import in_words
 from lowmem_grpo.run.randomness import same_randomness
-from lowmem_grpo.terminal import show
-from lowmem_grpo.warn import warn
 
 NUM_ROWS = 4  # that are looked at; a run shows the first
-MOST_CHARACTERS = 4000  # of a prompt on the screen; the file has it whole
 SLOW_S = 0.1  # for two completions, of a function of the user's
 # How an answer is marked, by what a prompt that asks for it says.
 MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
@@ -63,17 +60,10 @@ def show_preview(inputs: Inputs) -> list[Finding]:
     """
     if inputs.resume is not None:
         return []
-    assert inputs.output_dir is not None
     previews = make_previews(inputs, NUM_ROWS)
     found = faults(inputs.rewards, previews)
-    file = inputs.output_dir / "data_preview.txt"
-    text = "\n".join([as_text(inputs, previews[:1]), *(fault.text for fault in found), ""])
-    try:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        warn(f"{file} cannot be written ({error.strerror}); the run goes on without it")
-    with contextlib.suppress(OSError):  # standard error in a file on a full disk
-        show(as_text(inputs, previews[:1], MOST_CHARACTERS), sys.stderr)
+    text = "\n".join([as_text(inputs, previews[:1]), *(fault.text for fault in found)])
+    show_and_write(inputs, text, as_text(inputs, previews[:1], MOST_CHARACTERS))
     return found
 
 
@@ -236,9 +226,9 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
         lines.append(
             f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, {one.num_tokens} tokens"
         )
-        lines += _indented(_cut(one.prompt, most_characters))
+        lines += _indented(cut(one.prompt, most_characters))
         if one.of_teacher is not None:
-            lines += ["  as the teacher reads it", *_indented(_cut(one.of_teacher, most_characters))]
+            lines += ["  as the teacher reads it", *_indented(cut(one.of_teacher, most_characters))]
         lines += (
             ["  gold answer: none that the built-in rewards read"]
             if one.gold is None
@@ -256,13 +246,6 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
             gold = "" if one.answer is None else f"{of_gold} for the gold answer, "
             lines.append(f"  {printable(name)}: {gold}{of_nothing} for an empty completion")
     return "\n".join(lines)
-
-
-def _cut(text: str, most_characters: int | None) -> str:
-    if most_characters is None or len(text) <= most_characters:
-        return text
-    half = most_characters // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
 
 
 def _indented(text: str) -> list[str]:
