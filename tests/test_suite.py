@@ -193,9 +193,12 @@ def test_a_part_that_fails_or_takes_too_long_is_named_and_not_lost(tmp_path, mon
     monkeypatch.setattr(suite, "parts", lambda *_: broken)
     program = "import signal, sys; sys.exit(2) if 'nothing' in sys.argv else signal.pause()"
     popen = subprocess.Popen
-    monkeypatch.setattr(
-        suite.subprocess, "Popen", lambda command, **k: popen([sys.executable, "-c", program, *command[3:]], **k)
-    )
+
+    def stand_in(command, **settings):
+        assert command[:3] == [sys.executable, "-m", "lowmem_grpo.benchmarks.bench_context"]
+        return popen([sys.executable, "-c", program, *command[3:]], **settings)
+
+    monkeypatch.setattr(suite.subprocess, "Popen", stand_in)
     options = [f"--output_dir={tmp_path}", "--file=x.json"]
     assert suite.main(["a", *options]) == 1
     assert "a: exit status 2" in capsys.readouterr().err
@@ -344,9 +347,27 @@ def test_a_part_of_the_programme_gets_no_more_than_its_limit(tmp_path, monkeypat
     assert suite.main(options) == 0 and given == [50, 60]
 
 
-def test_the_programme_runs_dry_and_asks_for_one_of_them(tmp_path):
-    """One part of each; all of them in the slow tests."""
-    run_dry(tmp_path, "speed", ["decode-7b"])
+def test_the_programme_calls_what_it_says_and_asks_for_one_of_them(tmp_path, monkeypatch):
+    """By an interpreter that writes down what it was to run, and by what the suite makes of that; slow tests run it."""
+    python, asked, out = tmp_path / "python", tmp_path / "asked", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\necho "$@" >> "{asked}"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "DRY_RUN": "1", "OUT": str(out), "PYTHON": str(python)}
+    for call in ("speed decode-7b --again", "tests"):
+        subprocess.run(["bash", "benchmarks/gpu_suite.sh", *call.split()], cwd=ROOT, env=environment, check=True)
+    of_suite = "-m lowmem_grpo.benchmarks "
+    last = f"--call speed --output_dir {out} --dry_run decode-7b --again"
+    assert asked.read_text().splitlines() == [
+        of_suite + last, "-m lowmem_grpo.benchmarks.measure", "-c import xdist",
+        "-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist loadfile",
+        of_suite + f"--call tests --output_dir {out} --dry_run",
+    ]  # fmt: skip
+    assert {file.name for file in out.glob("nvidia*")} == {file.name for file in RESULTS.glob("nvidia-*.json")}
+    given = []
+    monkeypatch.setattr(suite, "run_part", lambda part, allowed_s: given.append(part) or ({"benchmark": "x"}, ""))
+    assert suite.main(last.split()) == 0 and given == [suite.dry(suite.PROGRAMME["speed"]["decode-7b"])]
+    (path,) = out.glob("dry-run-*.json")
+    assert list(json.loads(path.read_text())["parts"]) == ["decode-7b"]
     done = subprocess.run(["bash", "benchmarks/gpu_suite.sh"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "gpu_suite.sh speed   5 minutes" in done.stdout
 
