@@ -120,8 +120,8 @@ def captured_early(monkeypatch):
 @pytest.mark.parametrize(
     "family, kv, sampling",
     [
-        ("qwen2", "full", {}), ("qwen2", "int8", {"temperature": 0}), ("gemma2", "full", {}),
-        ("qwen2", "full", {"top_p": 0.9, "top_k": 30, "repetition_penalty": 1.3}),
+        ("qwen2", "int8", {"temperature": 0}), ("gemma2", "full", {"top_p": 0.9, "top_k": 30, "repetition_penalty": 1.3}),
+        slow("qwen2", "full", {}),
         slow("qwen3_5_text", "int8", {}), slow("bamba", "full", {"temperature": 0}),
     ],
 )  # fmt: skip
@@ -398,9 +398,9 @@ def assert_same(found, truth):
 @pytest.mark.parametrize(
     "family, kv, sampling",
     [
-        ("qwen2", "full", {}),
         ("gemma2", "int8", {}),
         ("qwen2", "full", {"top_p": 0.9, "repetition_penalty": 1.3}),
+        slow("qwen2", "full", {}),
         slow("qwen3_5_text", "full", {}),
         slow("granite_swa", "full", {}),
     ],
@@ -415,7 +415,7 @@ def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captur
     update, preempted = [], 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for number, (shape, prompts) in enumerate([*rollouts, *rollouts]):
+        for number, (shape, prompts) in enumerate([*rollouts, rollouts[1]]):
             lasting.given = plain.given = shape
             num_graphs = len(captured)
             found = lasting.sampled(seed=number, prompts=prompts, **sampling)
@@ -434,7 +434,7 @@ def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captur
 @pytest.mark.parametrize(
     "family, kv, sampling",
     [
-        ("qwen3", "full", {}), ("gemma2", "int8", {"top_p": 0.9, "repetition_penalty": 1.3}),
+        ("gemma2", "int8", {"top_p": 0.9, "repetition_penalty": 1.3}), slow("qwen3", "full", {}),
         slow("granite_swa", "full", {}),
     ],
 )  # fmt: skip
@@ -443,17 +443,17 @@ def test_graphs_of_a_fast_step_serve_the_later_rollouts(family, kv, sampling, ca
     policy = policy_of(family)
     policy.add("other")
     lasting, plain = in_4bit(policy, rollout_kv=kv), stepping(policy, rollout_kv=kv)
-    more, fewer = replace(ROOM, pages=ROOM.pages + 7, prefix_tokens=200), replace(ROOM, pages=8)
     update = []
-    for number, shape in enumerate((ROOM, more, fewer, ROOM)):
+    for number, shape in enumerate((ROOM, replace(ROOM, pages=8, prefix_tokens=200), ROOM)):
         lasting.given = plain.given = shape
         num_graphs = len(captured)
         found = lasting.sampled(seed=number, **sampling)
         assert_same(found.completions, plain.run(seed=number, **sampling))
         counts, new = lasting.captures.counts, len(captured) - num_graphs
         assert counts.steps - counts.replayed == new, "a number of rows costs one step, once"
-        with policy.wearing("other"):
-            assert_same(lasting.run(seed=number, **sampling), plain.run(seed=number, **sampling))
+        if number:
+            with policy.wearing("other"):
+                assert_same(lasting.run(seed=number, **sampling), plain.run(seed=number, **sampling))
         change_adapters(policy)
         update.append(poisoned(2**16))
     assert new == 0 and lasting.fast_steps[policy.adapters.worn] is not None
