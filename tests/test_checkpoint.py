@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_train import ROWS, adapters, length_reward, run, spoil_a_weight
+from test_train import ROWS, adapters, length_reward, run, spoil_a_weight, varied_reward
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import cli
@@ -34,9 +34,16 @@ def noisy_reward(completions, **kwargs):
     return [random.random() + np.random.rand() + torch.rand(1).item() + v for v in length_reward(completions)]
 
 
+def dull_or_noisy_reward(completions, **kwargs):
+    """Says nothing of two groups in three, on average, so that groups of earlier steps are replayed."""
+    lively = [random.random() < 1 / 3 for _ in completions[::4]]
+    return [value if lively[place // 4] else 0.5 for place, value in enumerate(noisy_reward(completions))]
+
+
 CONTROLLED = dict(
+    rewards=dull_or_noisy_reward,
     kl_target=0.01, kl_horizon=20, entropy_coef=0.01, use_adaptive_entropy=True, entropy_target=2.0,
-    entropy_coef_delta=0.01, sync_ref_model=True, ref_model_sync_steps=3, dynamic_sampling_rounds=1,
+    entropy_coef_delta=0.01, sync_ref_model=True, ref_model_sync_steps=2, dynamic_sampling_rounds=1,
     replay_buffer_size=6, curriculum_skip=0.5, steps_per_generation=2, num_iterations=2, top_p=0.9, learning_rate=3e-3,
 )  # fmt: skip
 
@@ -53,11 +60,19 @@ def stop_at(step):
     return callback
 
 
-@pytest.mark.parametrize("changes", [{}, {"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}, CONTROLLED])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        CONTROLLED,
+        {"fp16": True, "lora_dropout": 0.1},
+        pytest.param({"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
     changes = {
         "rewards": noisy_reward,
-        "max_steps": 5,
+        "max_steps": 4,
         "save_steps": 2,
         "beta": 0.1,
         "lr_scheduler_type": "cosine",
@@ -65,22 +80,25 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
     }
     whole = run(tmp_path / "whole", **changes)
     with pytest.raises(Stop):
-        run(tmp_path / "cut", callbacks=[stop_at(4)], **changes)
-    os.rename(tmp_path / "cut/out/checkpoint-4", tmp_path / "elsewhere")  # as if the machine had died at step 4
+        run(tmp_path / "cut", callbacks=[stop_at(3)], **changes)
+    os.rename(tmp_path / "cut/out/checkpoint-3", tmp_path / "elsewhere")  # as if the machine had died at step 3
     resumed = run(tmp_path / "cut", resume_from_checkpoint=True, **changes)
     assert comparable(resumed.history) == comparable(whole.history)
     for name, value in adapters(resumed).items():
         assert torch.equal(value, adapters(whole)[name]), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"fp16": True, "optim": "adamw_8bit", "num_iterations": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"fp16": True, "optim": "adamw_8bit", "num_iterations": 2}, pytest.param({}, marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step")
 def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes):
     """Stopped after step 2, up to which nothing has been learned."""
     updates = changes.get("num_iterations", 1)
     changes = {
         "max_steps": 5, "loss_type": "spoiled", "lr_scheduler_type": "cosine", "rewards": noisy_reward,
-        "max_completion_length": 6, **changes,
+        "max_completion_length": 4, **changes,
     }  # fmt: skip
     spoil("gradient", lambda call: (call - 1) // updates + 1 in (1, 2, 4))
     whole = run(tmp_path / "whole", **changes)
@@ -97,24 +115,40 @@ def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes
     assert states[0] == states[1]
 
 
+SHORT = dict(max_completion_length=2)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The output of a run of one step."""
+    folder = tmp_path_factory.mktemp("one-step")
+    run(folder, max_steps=1, **SHORT)
+    return folder / "out"
+
+
+@pytest.fixture
+def begun(tmp_path, one_step):
+    """A folder with the output of a run of one step, to go on with."""
+    shutil.copytree(one_step, tmp_path / "out")
+    return tmp_path
+
+
 def test_a_signal_in_a_reward_loses_no_finished_step(tmp_path):
     def crashes_late(completions, trainer_state, **kwargs):
-        if trainer_state.global_step == 4:
+        if trainer_state.global_step == 2:
             signal.raise_signal(signal.SIGTERM)
         return length_reward(completions)
 
     crashes_late.__name__ = "length_reward"  # what it is once it is mended
     with pytest.raises(SystemExit, match="143"):
-        run(tmp_path, rewards=crashes_late, max_steps=6)
-    assert (tmp_path / "out/checkpoint-3").is_dir()
-    assert [
-        line["step"] for line in run(tmp_path, rewards=length_reward, max_steps=6, resume_from_checkpoint=True).history
-    ] == list(range(1, 7))
+        run(tmp_path, rewards=crashes_late, max_steps=3, **SHORT)
+    assert (tmp_path / "out/checkpoint-1").is_dir()
+    resumed = run(tmp_path, rewards=length_reward, max_steps=3, resume_from_checkpoint=True, **SHORT)
+    assert [line["step"] for line in resumed.history] == [1, 2, 3]
 
 
-def test_a_checkpoint_holds_no_pickles_and_loads_in_peft(tmp_path):
-    run(tmp_path, max_steps=1)
-    files = {path.name for path in (tmp_path / "out/checkpoint-1").iterdir()}
+def test_a_checkpoint_holds_no_pickles_and_loads_in_peft(one_step):
+    files = {path.name for path in (one_step / "checkpoint-1").iterdir()}
     assert files >= {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -123,29 +157,27 @@ def test_a_checkpoint_holds_no_pickles_and_loads_in_peft(tmp_path):
         "trainer_state.json",
     }
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((one_step / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "LORA"
 
 
-def test_a_fresh_start_does_not_mix_with_an_earlier_run(tmp_path):
-    run(tmp_path, max_steps=1)
+def test_a_fresh_start_does_not_mix_with_an_earlier_run(begun):
     with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run; set resume_from_checkpoint=True"):
-        run(tmp_path, max_steps=1)
+        run(begun, max_steps=1, **SHORT)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    run(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-4"]
+    run(tmp_path, max_steps=3, save_steps=1, save_total_limit=2, **SHORT)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
-    run(tmp_path, max_steps=1)
+def test_a_checkpoint_of_another_adapter_is_refused(begun):
     for other, words in (
         (LoraConfig(target_modules=["q_proj"], lora_alpha=32), "holds another adapter than this run's"),
         (LoraConfig(target_modules=["q_proj"]), "is of a run with another adapter: lora_alpha is 8, and was 32"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(tmp_path, max_steps=2, resume_from_checkpoint=True, peft_config=other)
+            run(begun, max_steps=2, resume_from_checkpoint=True, peft_config=other, **SHORT)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +193,11 @@ def test_every_kind_of_adapter_resumes(tmp_path, peft_config):
         config = LoraConfig(r=4, **peft_config)
         return run(
             tmp_path / folder,
-            rewards=length_reward,
+            rewards=varied_reward,
             max_steps=steps,
             lr_scheduler_type="constant",
             peft_config=config,
+            **SHORT,
             **changes,
         )
 
@@ -177,29 +210,27 @@ def test_every_kind_of_adapter_resumes(tmp_path, peft_config):
 @pytest.mark.parametrize(
     "changes", [{"learning_rate": 1e-2}, {"seed": 7}, {"prompts_per_step": 3}, {"load_in_4bit": False}, {"beta": 0.1}]
 )
-def test_a_setting_that_decides_the_result_cannot_change_on_resume(tmp_path, changes):
-    run(tmp_path, max_steps=1)
+def test_a_setting_that_decides_the_result_cannot_change_on_resume(begun, changes):
     name = next(iter(changes))
     with pytest.raises(ValueError, match=f"{name} is .* and was .* in the run to resume"):
-        run(tmp_path, max_steps=2, resume_from_checkpoint=True, **changes)
+        run(begun, max_steps=2, resume_from_checkpoint=True, **SHORT, **changes)
 
 
-def test_other_prompts_cannot_be_resumed_on(tmp_path):
-    run(tmp_path, max_steps=1)
+def test_other_prompts_cannot_be_resumed_on(begun):
     with pytest.raises(ValueError, match="is of a run on other prompts"):
-        run(tmp_path, max_steps=2, resume_from_checkpoint=True, rows=ROWS[:30])
+        run(begun, max_steps=2, resume_from_checkpoint=True, rows=ROWS[:30], **SHORT)
 
 
 def test_a_longer_run_has_the_rates_of_its_own_schedule(tmp_path):
-    run(tmp_path, max_steps=2)
-    longer = run(tmp_path, max_steps=4, resume_from_checkpoint=True)
+    run(tmp_path, max_steps=2, **SHORT)
+    longer = run(tmp_path, max_steps=4, resume_from_checkpoint=True, **SHORT)
     assert [line["learning_rate"] for line in longer.history] == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
 
 
 def test_later_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
-    run(tmp_path, max_steps=4, save_steps=2)
-    with pytest.raises(ValueError, match="holds checkpoint-4, which the run resumed from"):
-        run(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    run(tmp_path, max_steps=2, save_steps=1, **SHORT)
+    with pytest.raises(ValueError, match="holds checkpoint-2, which the run resumed from"):
+        run(tmp_path, max_steps=2, resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"), **SHORT)
 
 
 def test_a_signal_in_the_first_step_leaves_the_folder_free(tmp_path):
@@ -209,8 +240,8 @@ def test_a_signal_in_the_first_step_leaves_the_folder_free(tmp_path):
         return [0.0 for _ in completions]
 
     with pytest.raises(SystemExit, match="143"):
-        run(tmp_path, rewards=fails_in_training)
-    assert len(run(tmp_path).history) == 2
+        run(tmp_path, rewards=fails_in_training, max_steps=1, **SHORT)
+    assert len(run(tmp_path, max_steps=1, **SHORT).history) == 1
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
@@ -224,23 +255,22 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
 
     dies_in_the_last_evaluation.__name__ = "length_reward"  # what it is once it is mended
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, rewards=dies_in_the_last_evaluation, eval_dataset=ROWS[:2])
-    resumed = run(tmp_path, rewards=length_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True)
+        run(tmp_path, rewards=dies_in_the_last_evaluation, eval_dataset=ROWS[:2], **SHORT)
+    resumed = run(tmp_path, rewards=length_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True, **SHORT)
     assert [line["step"] for line in resumed.eval_history] == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_named(tmp_path, name):
-    run(tmp_path, max_steps=1)
-    (tmp_path / "out/checkpoint-1" / name).write_text("{")
+def test_a_damaged_checkpoint_is_named(begun, name):
+    (begun / "out/checkpoint-1" / name).write_text("{")
     with pytest.raises(ValueError, match=f"checkpoint-1 cannot be resumed from, since its {name} is damaged"):
-        run(tmp_path, max_steps=2, resume_from_checkpoint=True)
+        run(begun, max_steps=2, resume_from_checkpoint=True, **SHORT)
 
 
-def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
-    first = run(tmp_path, max_steps=1)
-    again = run(tmp_path, max_steps=1, resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
-    assert again.history == first.history
+def test_a_finished_run_resumes_to_nothing_more_to_do(begun):
+    lines = map(json.loads, (begun / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    again = run(begun, max_steps=1, resume_from_checkpoint=str(begun / "out/checkpoint-1"), **SHORT)
+    assert again.history == [line for line in lines if "loss" in line]
 
 
 def test_a_folder_that_could_not_be_filled_leaves_the_old_one(tmp_path):
@@ -259,10 +289,10 @@ def test_a_folder_that_could_not_be_filled_leaves_the_old_one(tmp_path):
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_path):
-    run(tmp_path, max_steps=2, save_steps=1)
+    run(tmp_path, max_steps=2, save_steps=1, **SHORT)
     path = tmp_path / "out/metrics.jsonl"
     path.write_text(path.read_text(encoding="utf-8") + '{"step": 3, "loss": 9}\n{"step": 4, "lo')
-    result = run(tmp_path, max_steps=3, resume_from_checkpoint=True)
+    result = run(tmp_path, max_steps=3, resume_from_checkpoint=True, **SHORT)
     assert [line["step"] for line in result.history] == [1, 2, 3]
     assert result.history[2]["loss"] != 9
 
@@ -271,7 +301,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_pat
 def finished(tmp_path_factory):
     """The output of a run with everything that a checkpoint can hold."""
     folder = tmp_path_factory.mktemp("finished")
-    run(folder, rewards=length_reward, max_steps=1, beta=0.1, reference="initial", eval_dataset=ROWS[:2])
+    run(folder, rewards=length_reward, max_steps=1, beta=0.1, reference="initial", eval_dataset=ROWS[:2], **SHORT)
     return folder / "out"
 
 
@@ -296,7 +326,15 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, finished, name):
     spoil_a_file(tmp_path / f"out/checkpoint-1/{name}.safetensors")
     words = rf"checkpoint-1 has numbers that are not finite .{name}.safetensors, .*; resume from an older checkpoint"
     with pytest.raises(ValueError, match=words):
-        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+        run(
+            tmp_path,
+            rewards=length_reward,
+            max_steps=2,
+            beta=0.1,
+            reference="initial",
+            resume_from_checkpoint=True,
+            **SHORT,
+        )
 
 
 def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
@@ -307,7 +345,15 @@ def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
     path.write_text(json.dumps(state))
     seal(path.parent)
     with pytest.raises(ValueError, match="checkpoint-1 cannot .* its trainer_state.json cannot be read: it has a NaN"):
-        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+        run(
+            tmp_path,
+            rewards=length_reward,
+            max_steps=2,
+            beta=0.1,
+            reference="initial",
+            resume_from_checkpoint=True,
+            **SHORT,
+        )
 
 
 @pytest.mark.parametrize("written", [{}, {"format": 1}])
@@ -323,14 +369,22 @@ def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(writ
         f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 2; resume with the"
     )
     with pytest.raises(InputError, match=words):
-        run(tmp_path, rewards=length_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True)
+        run(
+            tmp_path,
+            rewards=length_reward,
+            max_steps=2,
+            beta=0.1,
+            reference="initial",
+            resume_from_checkpoint=True,
+            **SHORT,
+        )
 
 
 def test_a_best_adapter_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "out")
     best = BestAdapter(tmp_path / "out", GRPOConfig(), fresh=False)
     before = load_file(best.folder / "adapter_model.safetensors")
-    policy = run(tmp_path / "next", str(finished / "adapter"), max_steps=1).policy
+    policy = run(tmp_path / "next", str(finished / "adapter"), max_steps=1, **SHORT).policy
     spoil_a_weight(policy)
     with pytest.raises(FloatingPointError, match="the adapter is not saved, since .*lora_A"):
         best.keep(policy, 9, {"eval_reward": 1e9})
