@@ -2,10 +2,13 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("known_trials")
 STRUCK = 2  # the step whose evaluation, table and callbacks an interruption strikes
 SETTINGS = dict(
     max_steps=4, eval_steps=2, log_completions=True, load_best_model_at_end=True, save_steps=100, learning_rate=2e-2,
-    max_completion_length=12, seed=0,
+    max_completion_length=6, seed=0,
 )  # fmt: skip
 
 
@@ -243,7 +246,7 @@ def swallows(step, awaited):
     return later if awaited else at_once
 
 
-@pytest.mark.parametrize(("step", "awaited"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("step", "awaited"), [(0, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)])
 def test_a_signal_that_a_reward_swallows_ends_the_run(tmp_path, capsys, step, awaited):
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, rewards=swallows(step, awaited), max_completion_length=2, max_steps=4)
@@ -309,8 +312,34 @@ SCRIPT = """
 """
 
 
+def ended_at_its_third_step(folder, number):
+    """Let a run get a signal from outside while a reward of its third step sleeps; returns what it then raised."""
+
+    def slow_reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 3:
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            time.sleep(600)
+        return reward(completions)
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        run(folder, rewards=slow_reward, max_steps=9, max_completion_length=2)
+    return caught.value
+
+
+def test_a_run_that_gets_a_signal_in_a_long_reward_saves_first(tmp_path, capfd):
+    """SIGTERM ends one with the status of a terminated program, and Ctrl-C another as Python itself would."""
+    assert ended_at_its_third_step(tmp_path / "terminated", signal.SIGTERM).code == 143
+    assert type(ended_at_its_third_step(tmp_path / "interrupted", signal.SIGINT)) is KeyboardInterrupt
+    errors = capfd.readouterr().err
+    for name in ("terminated", "interrupted"):
+        assert f"{name}/out/checkpoint-2 has everything up to step 2" in errors
+        state = read_state(tmp_path / name / "out/checkpoint-2")
+        assert (state["step"], state["parts"]["stream"]["position"]) == (2, 4)
+
+
 # A Ctrl-C ends a script with -SIGINT, or with 1 where the package tabulate is installed: torch imports it at the exit,
 # which evaluates a text, and so Python forgets that the interrupt was not handled.
+@pytest.mark.slow
 def test_an_interrupted_run_saves_first(tmp_path):
     """One process, two runs: SIGTERM ends the first, with the status of a terminated program, and Ctrl-C the second."""
     script = tmp_path / "script.py"
