@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -195,8 +195,13 @@ def test_a_person_at_a_terminal_is_asked_and_what_was_decided_outlives_a_kill(tm
 
     sampled, output = write(tmp_path / "sampled.jsonl"), tmp_path / "pairs.jsonl"
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lowmem_grpo.cli", "label", str(sampled), "--output", str(output)]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = os.fork()  # a process of its own, that need not import torch once more
+    if not process:
+        for number in range(3):
+            os.dup2(theirs, number)
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # pytest has others
+            setattr(sys, name, open(theirs, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+        os._exit(cli.main(["label", str(sampled), "--output", str(output)]))
     os.close(theirs)
 
     def read_until(words, count):
@@ -208,8 +213,8 @@ def test_a_person_at_a_terminal_is_asked_and_what_was_decided_outlives_a_kill(tm
     assert "1 of 3" in read_until("q to quit: ", 1)
     os.write(ours, b"2\n")
     assert "2 of 3" in read_until("q to quit: ", 1)
-    process.kill()
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     os.close(ours)
     assert [one["prompt"] for one in labels(output)] == PROMPTS[:1]
     assert sit(output, "1\n1\n")[0] == (3, 0)
