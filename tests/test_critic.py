@@ -282,24 +282,24 @@ def test_without_values_and_with_lam_of_1_a_step_is_reinforces(tmp_path, monkeyp
     "changes",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param(dict(critic_warmup=3, fp16=True, lora_dropout=0.1), marks=pytest.mark.slow),
+        pytest.param(dict(critic_warmup=2, fp16=True, lora_dropout=0.1), marks=pytest.mark.slow),
         dict(num_iterations=2, steps_per_generation=2, optim="adamw_8bit", beta=0.1, kl_in_reward=True, kl_target=0.1),
     ],
     ids=str,
 )
 def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
     given = {
-        **SHORT, "rewards": noisy_reward, "max_steps": 4, "save_steps": 2, "lr_scheduler_type": "cosine",
+        **SHORT, "rewards": noisy_reward, "max_steps": 3, "save_steps": 9, "lr_scheduler_type": "cosine",
         "critic_learning_rate": 1e-3, **changes,
     }  # fmt: skip
     whole = run(tmp_path / "whole", **given)
     with pytest.raises(Stop):
-        run(tmp_path / "cut", callbacks=[stop_at(3)], **given)
+        run(tmp_path / "cut", callbacks=[stop_at(2)], **given)
     resumed = run(tmp_path / "cut", resume_from_checkpoint=True, **given)
     assert comparable(resumed.history) == comparable(whole.history)
     for name in ("adapter_model", "critic", "optimizer"):
         one, other = (
-            load_file(tmp_path / f"{folder}/out/checkpoint-4/{name}.safetensors") for folder in ("whole", "cut")
+            load_file(tmp_path / f"{folder}/out/checkpoint-3/{name}.safetensors") for folder in ("whole", "cut")
         )
         assert {*one} == {*other} and all(torch.equal(value, other[path]) for path, value in one.items()), name
 
@@ -317,7 +317,14 @@ def test_steps_that_one_of_the_two_takes_do_not_hide_that_the_other_takes_none(t
 
     if whose == "the critic's":
         monkeypatch.setattr("lowmem_grpo.update.critic.value_losses", value_losses_of)
-    given = {**SHORT, "rewards": length_reward, "loss_type": "spoiled", "max_nonfinite_steps": 1, "max_steps": 6}
+    given = {
+        **SHORT,
+        "rewards": length_reward,
+        "loss_type": "spoiled",
+        "max_nonfinite_steps": 1,
+        "max_steps": 6,
+        "max_completion_length": 2,
+    }
     rate = "learning_rate" if whose == "the policy's" else "critic_learning_rate"
     try:
         with pytest.raises(NotFiniteError, match=f"changed no weight: 2, .* in step 2 the .*; lower {rate}, or mend"):
@@ -337,7 +344,7 @@ def saved_critic(folder: Path) -> str:
 
 def test_a_critic_may_start_as_a_reward_adapter(tmp_path):
     folder = saved_critic(tmp_path / "reward")
-    result = run(tmp_path, model=named_model(), **SHORT, critic_init=folder, critic_learning_rate=0.0)
+    result = run(tmp_path, model=named_model(), **SHORT, max_steps=1, critic_init=folder, critic_learning_rate=0.0)
     assert "base_model.model.score.weight" in result.policy.parameters_of(CRITIC)
     saved = load_file(tmp_path / "reward/adapter_model.safetensors")
     now = result.policy.adapter_state(CRITIC)
