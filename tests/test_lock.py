@@ -72,8 +72,8 @@ def test_a_run_that_fails_lets_its_folder_go(tmp_path):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError) as error:
-        go(tmp_path, callbacks=callback)
-    go(tmp_path, resume_from_checkpoint=True)
+        go(tmp_path, callbacks=callback, max_steps=1)
+    go(tmp_path, resume_from_checkpoint=True, max_steps=1)
     del error  # its frames lived until here, as in a notebook
 
 
