@@ -16,10 +16,10 @@ from lowmem_grpo import SFTConfig, cli, sft, train
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_SFT
 from lowmem_grpo.demo import task
+from lowmem_grpo.doctor.doctor import Doctor
 from lowmem_grpo.errors import InputError, UnhealthyRunError
 from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
-from lowmem_grpo.run.doctor import Doctor
 
 pytestmark = pytest.mark.usefixtures("known_trials")
 
