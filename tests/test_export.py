@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting import check
 from lowmem_grpo.exporting import export as exports
-from lowmem_grpo.exporting.check import Difference
+from lowmem_grpo.exporting.check import Difference, Share
 from lowmem_grpo.exporting.export import Checked, _refuse_difference, as_text, export
 from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, other_files, write_tensors
 from lowmem_grpo.exporting.gguf import convert
@@ -276,7 +277,38 @@ def test_an_export_is_checked_by_the_completions_of_the_last_evaluation(tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("12+3=").input_ids
     assert "out" in as_text(result)[0]
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    assert "of 4 tokens, its log-probabilities differ" in card and "AutoModelForCausalLM" in card
+    assert "of 4 tokens, its log-probabilities differ" in card and result.checked.share.value == pytest.approx(
+        1, abs=1e-3
+    )
+    assert "AutoModelForCausalLM" in card
+
+
+def test_the_share_of_what_training_changed_is_told_in_noise_that_is_larger():
+    draw = torch.Generator().manual_seed(0)
+    base, changed, noise = (scale * torch.randn(400, generator=draw) for scale in (1.0, 0.01, 0.02))
+    policy = base + changed
+    for part in (0.0, 0.5, 1.0):
+        share = Share.of(policy, base + part * changed + noise, base)
+        assert abs(share.value - part) < 2 * share.error < 0.3
+    of_two = Share.of(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), torch.zeros(2))
+    assert (of_two.value, of_two.error) == (
+        pytest.approx(4 / 10),
+        pytest.approx(1 / 3),
+    )  # 1/3 and 1 without one of them
+    for few in (Share.of(base, base + noise, base), Share.of(policy[:1], base[:1], base[:1])):
+        assert few.error == math.inf
+
+
+@pytest.mark.parametrize(("share", "is_refused"), [(Share(0.02, 0.1), True), (Share(0.5, 0.2), False)])
+def test_a_merge_that_lost_what_training_changed_is_refused_however_little_that_is(share, is_refused):
+    found = Checked(8, 400, Difference(0.02, 0.1, 0.0), Difference(0.02, 0.1, 0.0), share)
+    plan: Any = SimpleNamespace(dtype=FP32, settings=SimpleNamespace(onto="nf4"))
+    with (
+        pytest.raises(InputError, match=r"of what training changed, 2 % are in it \(\+- 20\); serve the")
+        if is_refused
+        else nullcontext()
+    ):
+        _refuse_difference(found, plan, in_4bit=True)
 
 
 def test_a_merge_that_says_something_else_is_refused_and_leaves_nothing(tmp_path):
@@ -305,7 +337,7 @@ def test_what_a_run_left_no_completions_of_is_asked_a_few_questions(tmp_path):
 )
 def test_a_remedy_is_one_that_is_not_refused_in_turn_or_taken_already(onto, dtype, in_4bit, remedy):
     plan: Any = SimpleNamespace(dtype=dtype, settings=SimpleNamespace(onto=onto))
-    found = Checked(1, 2, Difference(math.nan, math.nan, math.nan), Difference(1.0, 1.0, 1.0))
+    found = Checked(1, 2, Difference(math.nan, math.nan, math.nan), Difference(1.0, 1.0, 1.0), Share(1.0, 0.0))
     with pytest.raises(InputError, match=remedy):
         _refuse_difference(found, plan, in_4bit=in_4bit)
 

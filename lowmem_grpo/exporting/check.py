@@ -3,6 +3,7 @@
 The scale is what training changed: the same difference between the policy and its base without the adapter.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,26 @@ class Difference:
         d = other.double() - policy.double()
         k3 = (d.exp() - 1 - d).mean().item()
         return cls(d.abs().mean().item(), d.abs().max().item(), k3)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of what training changed is in a written model: 1 in one that is whole, and 0 in the base."""
+
+    value: float  # slope of the least squares of (other - base) on (policy - base)
+    error: float  # its standard error, by leaving out each token once; infinite where all hangs on one
+
+    @classmethod
+    def of(cls, policy: Tensor, other: Tensor, base: Tensor) -> "Share":
+        """The share by three models' log-probabilities (N,) of the same tokens.
+
+        Rounding that has nothing to do with training leaves the slope, also where it is larger than what that changed.
+        """
+        x, y = policy.double() - base.double(), other.double() - base.double()
+        products, squares = x * y, x.square()
+        each = (products.sum() - products) / (squares.sum() - squares)
+        error = (each.var(correction=0) * (len(x) - 1)).sqrt().item()
+        return cls((products.sum() / squares.sum()).item(), error if math.isfinite(error) else math.inf)
 
 
 def texts_of(policy: Policy, run: Path, config: GRPOConfig, num_texts: int) -> list[Text]:

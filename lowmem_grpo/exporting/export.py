@@ -14,7 +14,7 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
 from lowmem_grpo.exporting.asked import new_path, outputs_of
-from lowmem_grpo.exporting.check import Difference, Text, by_model, by_policy, texts_of
+from lowmem_grpo.exporting.check import Difference, Share, Text, by_model, by_policy, texts_of
 from lowmem_grpo.exporting.files import model_folder
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
@@ -37,6 +37,9 @@ OF_RUNS = ("grpo_config.json", "sft_config.json")  # where a run's folder has it
 # A merged model is refused where its log-probabilities differ by more than this share of what training changed, and by
 # more than two computations of one model in 16 bits do.
 SHARE, NOISE = 0.25, 0.05
+# So is one that has less than LEAST of what training changed, by two standard errors; of one above UNCLEAR nothing is
+# known of that.
+LEAST, UNCLEAR = 0.75, 0.25
 AS_TRAINED = ("load_in_4bit", "bf16", "fp16", "model_init_kwargs")  # of those: what says which numbers the base had
 
 
@@ -48,6 +51,7 @@ class Checked:
     num_tokens: int
     merged: Difference
     base: Difference
+    share: Share
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,19 @@ def as_text(result: ExportResult) -> list[str]:
         ]
         for name, of in (("merged, by transformers", found.merged), ("base without the adapter", found.base)):
             lines.append(f"  {name:<28}{of.mean:>10.4f}{of.largest:>10.3f}{of.kl:>10.5f}")
+        lines.append(_of_share(found.share))
     if result.gguf is not None:
         lines.append(f"GGUF: {result.gguf}")
     if result.url is not None:
         lines.append(f"uploaded: {result.url}")
     return lines
+
+
+def _of_share(share: Share) -> str:
+    """A sentence on how much of what training changed is in a merged model."""
+    if share.error > UNCLEAR:
+        return "training has changed too little of these completions to tell the merged model from its base"
+    return f"of what training changed, {100 * share.value:.0f} % are in it (+- {200 * share.error:.0f})"
 
 
 def _run_of(adapter: str) -> Path:
@@ -241,8 +253,9 @@ def _merged(
         if texts:
             by_merged = by_model(folder, texts, device, config.trust_remote_code)
             found = Checked(
-                len(texts), len(policy), Difference.between(policy, by_merged), Difference.between(policy, without)
-            )
+                len(texts), len(policy), Difference.between(policy, by_merged), Difference.between(policy, without),
+                Share.of(policy, by_merged, without),
+            )  # fmt: skip
             _refuse_difference(found, plan, in_4bit=config.load_in_4bit)
             checked.append(found)
         _write_card(folder, model, push or public_name(str(out.absolute())), onto, checked)
@@ -258,7 +271,7 @@ def _write_card(folder: Path, model: str, name: str, onto: str, checked: Sequenc
     """Write the merged model's card. What keeps it from being written is a warning."""
     notes = [
         f"of {one.num_tokens} tokens, its log-probabilities differ from the trained policy's by {one.merged.mean:.4f} "
-        f"in the mean, and those of the base without the adapter by {one.base.mean:.4f}"
+        f"in the mean, and those of the base without the adapter by {one.base.mean:.4f}; {_of_share(one.share)}"
         for one in checked
     ]
     try:
@@ -301,12 +314,14 @@ def _by_policy(
 def _refuse_difference(found: Checked, plan: MergePlan, *, in_4bit: bool) -> None:
     """Raise InputError where the merged model is too far from the policy for what training changed."""
     bound = max(NOISE, SHARE * found.base.mean)
-    if found.merged.mean <= bound and math.isfinite(found.merged.mean):
+    lacks = found.share.value + 2 * found.share.error < LEAST
+    if found.merged.mean <= bound and math.isfinite(found.merged.mean) and not lacks:
         return
     remedy = "write it with dtype float32, " if plan.dtype != torch.float32 else ""
     remedy = "merge onto nf4, " if in_4bit and plan.settings.onto == "original" else remedy
     raise InputError(
         f"the merged model is not what was trained: of {found.num_tokens} tokens, log-probabilities differ by "
-        f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}; "
+        f"{found.merged.mean:.3f} in the mean, where the base without the adapter differs by {found.base.mean:.3f}, "
+        f"and {_of_share(found.share)}; "
         f"{remedy}serve the adapter beside its base, or take it unchecked with check 0"
     )
