@@ -290,12 +290,16 @@ def test_the_share_of_what_training_changed_is_told_in_noise_that_is_larger():
     for part in (0.0, 0.5, 1.0):
         share = Share.of(policy, base + part * changed + noise, base)
         assert abs(share.value - part) < 2 * share.error < 0.3
+    changed, *rounding = (scale * torch.randn(2000, generator=draw) for scale in (0.02, 0.02, 0.02, 0.02))
+    policy, base, other = changed + rounding[0], rounding[1], rounding[2]
+    lost, whole = Share.of(policy, other, base), Share.of(policy, changed + other, base)
+    assert lost.value + 2 * lost.error < 0.5 < whole.value - 2 * whole.error
     of_two = Share.of(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]), torch.zeros(2))
     assert (of_two.value, of_two.error) == (
         pytest.approx(4 / 10),
         pytest.approx(1 / 3),
     )  # 1/3 and 1 without one of them
-    for few in (Share.of(base, base + noise, base), Share.of(policy[:1], base[:1], base[:1])):
+    for few in (Share.of(base, other, base), Share.of(policy[:1], base[:1], base[:1])):
         assert few.error == math.inf
 
 
@@ -304,7 +308,9 @@ def test_a_merge_that_lost_what_training_changed_is_refused_however_little_that_
     found = Checked(8, 400, Difference(0.02, 0.1, 0.0), Difference(0.02, 0.1, 0.0), share)
     plan: Any = SimpleNamespace(dtype=FP32, settings=SimpleNamespace(onto="nf4"))
     with (
-        pytest.raises(InputError, match=r"of what training changed, 2 % are in it \(\+- 20\); serve the")
+        pytest.raises(
+            InputError, match=r"nearer to the base than to the trained policy: 2 % \(\+- 20\) of the way; serve"
+        )
         if is_refused
         else nullcontext()
     ):

@@ -53,17 +53,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of what training changed is in a written model: 1 in one that is whole, and 0 in the base."""
+    """The way from the base to the policy that a written model has gone: 1 of one that is whole, 0 of the base.
+
+    Rounding in all three draws both towards 1/2 and never beyond: above that a model is nearer to the policy.
+    """
 
     value: float  # slope of the least squares of (other - base) on (policy - base)
     error: float  # its standard error, by leaving out each token once; infinite where all hangs on one
 
     @classmethod
     def of(cls, policy: Tensor, other: Tensor, base: Tensor) -> "Share":
-        """The share by three models' log-probabilities (N,) of the same tokens.
-
-        Rounding that has nothing to do with training leaves the slope, also where it is larger than what that changed.
-        """
+        """The share by three models' log-probabilities (N,) of the same tokens."""
         x, y = policy.double() - base.double(), other.double() - base.double()
         products, squares = x * y, x.square()
         each = (products.sum() - products) / (squares.sum() - squares)

@@ -35,11 +35,8 @@ from lowmem_grpo.warn import warn
 
 OF_RUNS = ("grpo_config.json", "sft_config.json")  # where a run's folder has its settings
 # A merged model is refused where its log-probabilities differ by more than this share of what training changed, and by
-# more than two computations of one model in 16 bits do.
+# more than two computations of one model in 16 bits do; so is one that is nearer to the base, by two standard errors.
 SHARE, NOISE = 0.25, 0.05
-# So is one that has less than LEAST of what training changed, by two standard errors; of one above UNCLEAR nothing is
-# known of that.
-LEAST, UNCLEAR = 0.75, 0.25
 AS_TRAINED = ("load_in_4bit", "bf16", "fp16", "model_init_kwargs")  # of those: what says which numbers the base had
 
 
@@ -183,10 +180,11 @@ def as_text(result: ExportResult) -> list[str]:
 
 
 def _of_share(share: Share) -> str:
-    """A sentence on how much of what training changed is in a merged model."""
-    if share.error > UNCLEAR:
+    """A sentence on whether a merged model is nearer to the trained policy or to its base."""
+    if abs(share.value - 0.5) <= 2 * share.error:
         return "training has changed too little of these completions to tell the merged model from its base"
-    return f"of what training changed, {100 * share.value:.0f} % are in it (+- {200 * share.error:.0f})"
+    of = "trained policy than to its base" if share.value > 0.5 else "base than to the trained policy"
+    return f"the merged model is nearer to the {of}: {100 * share.value:.0f} % (+- {200 * share.error:.0f}) of the way"
 
 
 def _run_of(adapter: str) -> Path:
@@ -314,7 +312,7 @@ def _by_policy(
 def _refuse_difference(found: Checked, plan: MergePlan, *, in_4bit: bool) -> None:
     """Raise InputError where the merged model is too far from the policy for what training changed."""
     bound = max(NOISE, SHARE * found.base.mean)
-    lacks = found.share.value + 2 * found.share.error < LEAST
+    lacks = found.share.value + 2 * found.share.error < 0.5
     if found.merged.mean <= bound and math.isfinite(found.merged.mean) and not lacks:
         return
     remedy = "write it with dtype float32, " if plan.dtype != torch.float32 else ""
