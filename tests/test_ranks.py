@@ -38,14 +38,14 @@ def assert_alike(folder, other, *, rel):
 )
 def test_two_processes_learn_what_one_does(tmp_path, learn):
     """In fp32, to its rounding; shares are uneven."""
-    learn = partial(learn, eval_steps=2)
+    learn = partial(learn, eval_steps=2, max_steps=2, save_steps=2)
     ((_, alone),) = each_of(1, learn, str(tmp_path / "one"))
     together = each_of(2, learn, str(tmp_path / "two"))
     assert alone["error"] is None and [(status, found["error"]) for status, found in together] == [(0, None)] * 2
     assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-5)
     (_, first), (_, second) = together
     assert first["found"] == second["found"]  # to the last bit, times included
-    assert "step 3/3" in first["said"] and not second["said"]
+    assert "step 2/2" in first["said"] and not second["said"]
 
 
 def stopped(folder, **settings):
@@ -86,15 +86,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, size):
 
 
 def test_a_killed_rank_ends_the_other_which_saves_what_is_whole(tmp_path):
-    (_, first), (status, _) = each_of(2, rank_runs.learn_examples, str(tmp_path), rank_runs.kill_rank_1)
+    learn = partial(rank_runs.learn_examples, save_steps=100)
+    (_, first), (status, _) = each_of(2, learn, str(tmp_path), rank_runs.kill_rank_1)
     assert status == -9 and first["error"].startswith("LostRankError: rank 1 (process")
-    assert "checkpoint-2 has everything up to step 2" in first["said"]
+    assert "checkpoint-2 has everything up to step 2" in first["said"] and (tmp_path / "checkpoint-2").is_dir()
 
 
 def test_a_signal_ends_a_run_whose_other_rank_hangs_in_an_update(tmp_path):
-    (_, first), (status, _) = each_of(2, rank_runs.learn_examples, str(tmp_path), rank_runs.hang_on_rank_1)
+    learn = partial(rank_runs.learn_examples, save_steps=100)
+    (_, first), (status, _) = each_of(2, learn, str(tmp_path), rank_runs.hang_on_rank_1)
     assert status == -9 and first["error"] == "SystemExit: 143"
-    assert "checkpoint-2 has everything up to step 2" in first["said"]
+    assert "checkpoint-2 has everything up to step 2" in first["said"] and (tmp_path / "checkpoint-2").is_dir()
 
 
 @pytest.mark.slow
