@@ -21,10 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from lowmem_grpo.benchmarks import measure, report
-
 
 class Part(NamedTuple):
     """One command of the suite."""
@@ -187,7 +183,6 @@ TINY = {
     "sampling_error": "--prompts 2 --num_generations 2",
 }
 OUT_OF_TIME, INTERRUPTED = "out of time", "interrupted"
-EXPECTED = (measure.OUT_OF_MEMORY, measure.NOT_INSTALLED, measure.NOT_DONE)  # results as others are, not faults
 LEAST_S = 60  # a part is not begun with less time than this
 TIMES = ("seconds", "train_s", "score_s", "step_s")
 FARTHEST = 1000.0  # two implementations of the same work whose times are farther apart than this did not do the same
@@ -195,6 +190,8 @@ FARTHEST = 1000.0  # two implementations of the same work whose times are farthe
 
 def parts(quick: bool, dry_run: bool, call: str | None) -> dict[str, Part]:
     """The parts of a call of the GPU programme, or those for this machine; a dry run's are a GPU's."""
+    import torch  # seconds, which a word of help does without
+
     known = PROGRAMME[call] if call else QUICK if quick else CUDA if dry_run or torch.cuda.is_available() else CPU
     return {name: dry(part) for name, part in known.items()} if dry_run else known
 
@@ -209,6 +206,10 @@ def dry(part: Part) -> Part:
 
 def file_name() -> str:
     """machine-date.json, of the processor or the GPU."""
+    import torch
+
+    from lowmem_grpo.benchmarks import measure
+
     found = measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     text = str(found["gpu"]) if "gpu" in found else f"{found['cpu']} {found['cores']} cores"
     words = re.findall(r"[a-z0-9.]+", re.sub(r"\([^)]*\)", "", text.lower()))
@@ -236,7 +237,10 @@ def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any]
 
 
 def faults(document: Any, where: str = "") -> Iterator[str]:
-    """Faults of a result: a failure that is not EXPECTED, or impossible times."""
+    """Faults of a result: a failure that others do not share, or impossible times."""
+    from lowmem_grpo.benchmarks import measure
+
+    expected = (measure.OUT_OF_MEMORY, measure.NOT_INSTALLED, measure.NOT_DONE)
     if not isinstance(document, dict | list):
         return
     entries = list(document.items() if isinstance(document, dict) else enumerate(document))
@@ -245,7 +249,7 @@ def faults(document: Any, where: str = "") -> Iterator[str]:
         if key == "plan":  # whose reasons are no failures
             continue
         if key in ("failed", "reason") and isinstance(value, str):
-            if not any(expected in value for expected in EXPECTED):
+            if not any(reason in value for reason in expected):
                 yield f"{place}: {value}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{place}: {value}"
@@ -272,6 +276,8 @@ def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
 
 def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
     """Runs the parts and saves after each; returns what went wrong."""
+    from lowmem_grpo.benchmarks import measure
+
     begun, wrong = time.monotonic(), []
     for count, name in enumerate(names):
         left = None if allowed_s is None else allowed_s - (time.monotonic() - begun)
@@ -375,6 +381,8 @@ def main(argv: list[str] | None = None) -> int:
     if not again and set(asked) & set(done):
         print(f"in {path} already, --again runs them again: {', '.join(name for name in asked if name in done)}")
     wrong = run_all([name for name in asked if again or name not in done], known, path, given.allowed_s)
+    from lowmem_grpo.benchmarks import report
+
     pictures = report.draw_all(read(path), path.with_suffix(""))
     print(f"\nresults   {path}", *(f"picture   {picture}" for picture in pictures), sep="\n")
     print(*(f"wrong     {fault}" for fault in wrong), sep="\n", end="\n" if wrong else "", file=sys.stderr)

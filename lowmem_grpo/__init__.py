@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lowmem_grpo.loops.sft import sft
     from lowmem_grpo.model.policy import Policy
     from lowmem_grpo.objective.loss import register_objective
-    from lowmem_grpo.pipeline.phases import Phase
+    from lowmem_grpo.pipeline.file import Phase
     from lowmem_grpo.pipeline.pipeline import PipelineResult, run_pipeline
     from lowmem_grpo.pipeline.sample import SampleResult, sample
     from lowmem_grpo.pipeline.select import select
@@ -53,7 +53,7 @@ _HOMES = {
     "Policy": "lowmem_grpo.model.policy", "register_objective": "lowmem_grpo.objective.loss",
     "sample": "lowmem_grpo.pipeline.sample", "SampleResult": "lowmem_grpo.pipeline.sample",
     "select": "lowmem_grpo.pipeline.select",
-    "Phase": "lowmem_grpo.pipeline.phases", "run_pipeline": "lowmem_grpo.pipeline.pipeline",
+    "Phase": "lowmem_grpo.pipeline.file", "run_pipeline": "lowmem_grpo.pipeline.pipeline",
     "PipelineResult": "lowmem_grpo.pipeline.pipeline",
 }  # fmt: skip
 

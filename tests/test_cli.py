@@ -8,9 +8,10 @@ import sys
 
 import pytest
 from test_config import TEXTS
+from test_terminal import in_a_terminal
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo import GRPOConfig, cli
+from lowmem_grpo import GRPOConfig, __version__, cli
 from lowmem_grpo.cli import settings, trainings
 from lowmem_grpo.cli.parser import with_underscores
 from lowmem_grpo.config.grpo import EVAL_FIELDS
@@ -399,6 +400,50 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word(command):
     program = f"{sys.executable} -m lowmem_grpo.cli {command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert done.stderr == "" and done.returncode in (0, 141)
+
+
+WITHOUT_TORCH = """
+import contextlib, sys
+from lowmem_grpo import cli
+for command in sys.argv[1:]:
+    with contextlib.suppress(SystemExit):
+        cli.main(command.split())
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_a_missing_file_a_version_and_a_recipe_need_no_torch():
+    commands = [f"{name} nowhere --output x" for name in ("select", "pairs", "label")]
+    commands += ["pipeline --config nowhere", "r1 --config r1 --print", "bench --help", "bench --no", "--version"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *commands], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("'nowhere' cannot be read") == 3
+    assert f"lowmem-grpo {__version__}\n" in done.stdout and "\nphases:" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_stream_that_is_closed_before_a_command_costs_it_nothing(closed):
+    program = (
+        f"{sys.executable} -m lowmem_grpo.cli train --nope 1 {closed}>&-; {sys.executable} -m lowmem_grpo.cli --help"
+    )
+    done = subprocess.run(["bash", "-c", f"{program} {closed}>&-"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert ("no field 'nope'" in done.stderr, "usage: " in done.stdout) == (closed == "1", closed == "2")
+    assert "no field" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "pipeline", "export", "label"])
+def test_help_fits_a_narrow_terminal_and_its_examples_can_be_copied(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def print_help():
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+
+    text = in_a_terminal(60, print_help)
+    assert max(map(len, text.splitlines())) <= 60
+    whole = cli.make_parser().commands[command].epilog
+    examples = [line for line in whole.splitlines() if line.startswith("  lowmem-grpo ")]
+    assert all(line in text.replace(" \\\n     ", "") for line in examples) and examples
 
 
 def test_an_evaluation_reads_the_fields_that_its_help_has():

@@ -7,7 +7,8 @@ from lowmem_grpo.demo.r1 import task
 from lowmem_grpo.demo.r1.make_model import make_tokenizer, pairs
 from lowmem_grpo.demo.r1.run import run, run_recipe, write_recipe
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.pipeline.phases import read_pipeline_file, resolve
+from lowmem_grpo.pipeline.file import read_pipeline_file
+from lowmem_grpo.pipeline.phases import resolve
 from lowmem_grpo.pipeline.pipeline import run_pipeline
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.rewards.format import think_format_reward

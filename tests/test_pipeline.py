@@ -14,7 +14,8 @@ from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import AWAITED, check, with_datasets
-from lowmem_grpo.pipeline.phases import RECIPES, read_pipeline_file, recipes, resolve
+from lowmem_grpo.pipeline.file import RECIPES, read_pipeline_file, recipes
+from lowmem_grpo.pipeline.phases import resolve
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
 from lowmem_grpo.rewards.route import RoutedReward
 

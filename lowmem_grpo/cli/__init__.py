@@ -5,9 +5,10 @@ import io
 import sys
 import time
 
+import lowmem_grpo
 from lowmem_grpo.cli import demos, exports, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
-from lowmem_grpo.cli.output import drop_output, say_safely, speaks, writing_output
+from lowmem_grpo.cli.output import drop_output, open_closed, say_safely, speaks, writing_output
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
 from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:  # the process is the command
         arguments = sys.argv[1:]
+        open_closed()
         say_safely()
         if not speaks():
             drop_output()
@@ -85,6 +87,7 @@ def make_parser(every_setting: bool = False, planned: type = GRPOConfig) -> Pars
     `plan` takes the settings of a training whose configuration is of the type `planned`.
     """
     parser = Parser(prog="lowmem-grpo", description="GRPO, and what comes before it, on one small GPU.")
+    parser.add_argument("--version", action="version", version=f"lowmem-grpo {lowmem_grpo.__version__}")
     commands = Commands(parser, every_setting, planned)
     for group in (trainings, sampled, pipelines, looks, runs, exports, demos):
         group.add(commands)

@@ -36,6 +36,13 @@ def speaks() -> bool:
     return num_started() == 1 or os.environ.get("RANK") == "0"
 
 
+def open_closed() -> None:
+    """Send nowhere what is written to a standard stream that was closed before the command began, as by `>&-`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 def drop_output() -> None:
     """Send what is left of standard output nowhere, so that Python does not fail at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

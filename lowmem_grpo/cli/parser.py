@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import sections
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.terminal import WORD, columns_of, fitted, flowed
 
 DASHES = tuple("‐‑‒–—―−")  # which text editors and web pages make of hyphens
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
@@ -22,6 +24,17 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, and the parsers of its commands."""
 
     commands: Mapping[str, argparse.ArgumentParser]
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, fitted to the terminal; an example that goes on in the next line can still be copied."""
+        file = sys.stdout if file is None else file
+        width, lines = columns_of(file), []
+        for line in self.format_help().split("\n"):
+            if width is not None and line.startswith("  lowmem-grpo "):
+                lines.append(" \\\n".join(flowed(WORD.findall(line), width - 2, "      ")))
+            else:
+                lines.append(fitted(line, width))
+        file.write("\n".join(lines))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")

@@ -10,9 +10,12 @@ from lowmem_grpo.terminal import show
 
 PIPELINE_EXAMPLE = """\
 example:
-  lowmem-grpo r1 --config r1 --print > mine.yaml    # a recipe that comes with the package, to be edited
-  lowmem-grpo r1 --config mine.yaml --dry_run       # phases, data and plans
-  lowmem-grpo r1 --config mine.yaml                 # again after a stop: goes on where it was
+  # a recipe that comes with the package, to be edited
+  lowmem-grpo r1 --config r1 --print > mine.yaml
+  # phases, data and plans
+  lowmem-grpo r1 --config mine.yaml --dry_run
+  # again after a stop: goes on where it was
+  lowmem-grpo r1 --config mine.yaml
 """
 PIPELINE_FLAGS = (
     ("--config", "FILE", "YAML file of the phases, or the name of a recipe: r1, r1_zero, rlhf"),
@@ -44,7 +47,7 @@ def add(commands: Commands) -> None:
 def run_phases(given: dict[str, Any]) -> int:
     if not given.get("config"):
         raise InputError("--config is missing; name a YAML file of phases, or a recipe: r1, r1_zero, rlhf")
-    from lowmem_grpo.pipeline.phases import pipeline_file, read_pipeline_file
+    from lowmem_grpo.pipeline.file import pipeline_file, read_pipeline_file
 
     if given.pop("print", False):
         with writing_output():

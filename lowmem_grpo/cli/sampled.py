@@ -96,10 +96,10 @@ def run_sample(given: dict[str, Any]) -> int:
 def run_select(given: dict[str, Any]) -> int:
     sampled, output = given.pop("sampled"), output_of(given, "select")
     config = SelectConfig(**{name: from_text(SelectConfig, name, as_list(value)) for name, value in given.items()})
-    from lowmem_grpo.pipeline.sampled import read_sampled
+    rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.select import as_text, select, write_rows
 
-    found = select([row for path in sampled for row in read_sampled(path)], config)
+    found = select(rows, config)
     path = write_rows(output, found.rows, sampled)
     with writing_output():
         show(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows")
@@ -113,11 +113,10 @@ def run_pairs(given: dict[str, Any]) -> int:
         min_margin = float(text)
     except ValueError as error:
         raise InputError(f"--min_margin takes a number, such as 0.5, and not {shown(text)}") from error
+    rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.pairs import pairs
-    from lowmem_grpo.pipeline.sampled import read_sampled
     from lowmem_grpo.pipeline.select import grouped, write_rows
 
-    rows = [row for path in sampled for row in read_sampled(path)]
     found = pairs(rows, min_margin)
     path = write_rows(output, found, sampled)
     with writing_output():
@@ -128,13 +127,19 @@ def run_pairs(given: dict[str, Any]) -> int:
 def run_label(given: dict[str, Any]) -> int:
     sampled, output = given.pop("sampled"), output_of(given, "label")
     seed = SelectConfig(**{name: from_text(SelectConfig, name, value) for name, value in given.items()}).seed
+    rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.pairs import label
-    from lowmem_grpo.pipeline.sampled import read_sampled
 
-    rows = [row for path in sampled for row in read_sampled(path)]
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is no text is no answer
     with writing_output():
         found = label(rows, output, seed, sys.stdin, sys.stdout)
         show(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))
     return 0
+
+
+def _rows_of(paths: list[str]) -> list[dict[str, Any]]:
+    """The rows of sampled files, read before what takes seconds to import."""
+    from lowmem_grpo.pipeline.sampled import read_sampled
+
+    return [row for path in paths for row in read_sampled(path)]

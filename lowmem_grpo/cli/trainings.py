@@ -14,8 +14,8 @@ from lowmem_grpo.terminal import show
 
 TRAIN_EXAMPLE = """\
 example:
-  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \\
-      --reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
+  lowmem-grpo train --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \
+--reward_funcs accuracy_reward --max_completion_length 768 --output_dir gsm8k
 """
 SFT_EXAMPLE = """\
 example:

@@ -14,8 +14,9 @@ from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, printable_te
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
+from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import Outlook, entries
-from lowmem_grpo.pipeline.phases import BASE, Phase, PhaseRun, Pipeline, naming, resolve
+from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline, naming, resolve
 from lowmem_grpo.pipeline.record import (
     fingerprint,
     is_done,

@@ -27,7 +27,6 @@ from lowmem_grpo.config.fields import LARGEST, refuse_changes
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.inputs.identity import first_difference
 from lowmem_grpo.output.lock import lock_file
 
 FORMAT = 1  # of NAME.run; to be raised where the lines change their shape
@@ -99,6 +98,8 @@ class SampledFile:
 
     def refuse_another(self, identity: Mapping[str, Any]) -> None:
         """Raise InputError where the file's groups are of another identity."""
+        from lowmem_grpo.inputs.identity import first_difference  # seconds, which a reader of the file does without
+
         differs = None if self.saved is None else first_difference(identity, self.saved["identity"])
         if differs:
             raise InputError(f"{self.path} was sampled with other {differs}; go on with the same, or {OTHERWISE}")

@@ -13,7 +13,7 @@ from rich.table import Table
 from lowmem_grpo.demo.r1 import task
 from lowmem_grpo.errors import InputError, printable_text
 from lowmem_grpo.output.folder import writable_folder
-from lowmem_grpo.pipeline.phases import read_pipeline_file
+from lowmem_grpo.pipeline.file import read_pipeline_file
 from lowmem_grpo.pipeline.pipeline import PipelineResult, run_pipeline
 
 MODEL = Path(__file__).parent / "model"
