@@ -353,6 +353,19 @@ def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places(
     assert layers.keys() == {1, 3} and states > 0 and choices == 0
 
 
+def test_layers_that_share_their_weights_are_counted_once_in_16_bits():
+    """Zamba 2's, which from_pretrained leaves out of 4 bits, and so are those of a loaded model."""
+    mixed = {"num_hidden_layers": 3, "layers_block_type": ["hybrid"] * 2 + ["mamba"], "num_mem_blocks": 1}
+    model, config = AutoConfig.for_model("zamba2", **{**HYBRIDS["zamba2"], **mixed}), GRPOConfig(**TASK)
+    resident = planner.forecast(model, config).resident
+    policy = load_policy(AutoModelForCausalLM.from_config(model, dtype=torch.bfloat16), TOKENIZER, config)
+    frozen = {p.data_ptr(): p for p in policy.base.parameters() if not p.requires_grad}
+    in_4bit = [p for p in frozen.values() if hasattr(p, "quant_state")]
+    assert resident["4-bit linear layers"] == sum(trace.nf4_bytes(2 * p.numel()) for p in in_4bit) > 0
+    others = sum(p.nbytes for p in frozen.values() if not hasattr(p, "quant_state"))
+    assert resident["embedding, head and the rest"] == others + sum(b.nbytes for b in policy.base.buffers())
+
+
 def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_has_them():
     """And per-layer embeddings have their part for each of the model's layers, whichever of them run."""
     kind, settings = BY_LAYER["gemma4, E"]

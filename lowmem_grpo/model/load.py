@@ -260,15 +260,15 @@ def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Put a model's linear layers, but for the head, on the device in NF4 with double quantization, one by one.
 
-    Those whose weights are read past their forwards stay as they are. The dense weight of a layer is let go before the
-    next one's turn, so the device never holds more than one. GPT-2's Conv1D is a linear layer with its weight as
-    (in, out).
+    Those whose weights are read past their forwards, or shared, stay as they are. The dense weight of a layer is let go
+    before the next one's turn, so the device never holds more than one. GPT-2's Conv1D is a linear layer with its
+    weight as (in, out).
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     names = [name for name, module in model.named_modules() if type(module) in LINEAR and module is not head]
-    as_they_are = set(read_past_forward(model))
+    as_they_are, shared = set(read_past_forward(model)), shared_weights(model)
     for name in names:
-        if name in as_they_are:
+        if name in as_they_are or f"{name}.weight" in shared:
             continue
         linear: Any = model.get_submodule(name)
         dense = linear.weight.data.t().contiguous() if type(linear) is Conv1D else linear.weight.data
@@ -280,6 +280,11 @@ def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype)
         small.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small.to(device))  # the move quantizes
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of weights that stand in several places, as Zamba 2's; from_pretrained leaves them out of 4 bits."""
+    return {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
 
 
 def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:

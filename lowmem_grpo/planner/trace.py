@@ -33,7 +33,7 @@ from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import UnknownAttention, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
-from lowmem_grpo.model.load import LINEAR, equip
+from lowmem_grpo.model.load import LINEAR, equip, shared_weights
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.past_forward import read_past_forward
@@ -359,14 +359,15 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
     # bfloat16 is of float16's size, and more operations have a fake of it.
     dtype = torch.bfloat16 if config.fp16 else getattr(torch, config.compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows(), _assumed_routes():
+        made: dict[nn.Parameter, nn.Parameter] = {}  # one that stands in several places stays one
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and parameter not in made:
                     fake = torch.empty(parameter.shape, dtype=torch.float32 if parameter.requires_grad else dtype)
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                    made[parameter] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = None if parameter is None else made[parameter]
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        adapted.get_base_model().tie_weights()  # type: ignore[operator] # a PreTrainedModel's
         policy = Policy(adapted, SimpleNamespace(eos_token_id=0, pad_token_id=0), dtype)
         # A GPU's settings, left out here, change what the device holds, and not what is computed.
         equip(policy, ModelFields(gradient_checkpointing=config.gradient_checkpointing, tiled_mlp=config.tiled_mlp))
@@ -627,7 +628,10 @@ def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tu
     quantized, counted = [], set()
     head = base.get_output_embeddings()
     dense = {id(base.get_submodule(name)) for name in read_past_forward(base)} | {id(head)}
+    shared = shared_weights(base)
     for name, module in base.named_modules():
+        if f"{name.removesuffix('.base_layer')}.weight" in shared:
+            continue
         if type(module) in LINEAR and id(module) not in dense and "lora_" not in name and config.load_in_4bit:
             quantized.append(module.weight.numel())
             counted.add(id(module.weight))
