@@ -1,4 +1,7 @@
-"""accuracy_reward: is the answer of a completion mathematically equal to the gold one?"""
+"""accuracy_reward: is the answer of a completion mathematically equal to the gold one?
+
+final_answer.py finds the answers, math_pool.py compares them; docs/rewards.md draws who calls whom.
+"""
 
 from lowmem_grpo.data.gold import gold_column
 from lowmem_grpo.rewards.final_answer import extract_answer, gold_answer, is_spelled_out, marked_answer
