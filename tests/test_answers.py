@@ -6,16 +6,20 @@ import time
 
 import pytest
 from answers import ANSWERS
+from more_answers import MORE_ANSWERS
 
 from lowmem_grpo.rewards import accuracy_reward
+from lowmem_grpo.rewards.compare import compare
+from lowmem_grpo.rewards.final_answer import extract_answer
 
+MORE = {f"more {family}": table for family, table in MORE_ANSWERS.items()}
 SIGNS = {"<=>": (1.0, True), "<!>": (0.0, True), "=>": (1.0, False), "!>": (0.0, False)}
 
 
 def rows(family):
     """(gold, answer, reward) of a family, symmetric pairs both ways round."""
     found = []
-    for line in filter(None, map(str.strip, ANSWERS[family].splitlines())):
+    for line in filter(None, map(str.strip, (ANSWERS | MORE)[family].splitlines())):
         left, sign, right = re.split(r" (<=>|<!>|=>|!>) ", line)
         reward, symmetric = SIGNS[sign]
         found.append((left, right, reward))
@@ -29,7 +33,7 @@ def rewards(pairs):
     return accuracy_reward([rf"so \boxed{{{answer}}}" for answer in answers], solution=list(gold))
 
 
-@pytest.mark.parametrize("family", ANSWERS)
+@pytest.mark.parametrize("family", [*ANSWERS, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)])
 def test_equal_answers_earn_one_and_unequal_ones_nothing(family):
     table = rows(family)
     got = rewards([row[:2] for row in table])
@@ -166,6 +170,38 @@ def test_a_hundred_thousand_characters_are_read_in_linear_time(opening):
         accuracy_reward([(opening * size)[:size]], solution=["5 km"])
         seconds.append(time.process_time() - start)
     assert seconds[1] < max(8 * seconds[0], 1.0)  # a busy machine doubles what is measured
+
+
+def test_whatever_a_completion_is_made_of_reading_it_raises_nothing():
+    atoms = [
+        *"{}[]()$%^_\\&<>=!,;'\"\0\x02\n1½²万é",
+        "\\boxed{",
+        "\\frac",
+        "\\cup",
+        "\\{",
+        "\\begin{cases}",
+        "####",
+        "<answer>",
+    ]
+    atoms += [
+        "The answer is ",
+        "at least ",
+        "5 million",
+        "mod 7",
+        "[[1,2],",
+        "1e99999",
+        "\ud800",
+        "٣",
+        "$5",
+        "7:30 PM",
+        "°",
+    ]
+    numbers = random.Random(0)
+    for gold in ("5", "B", "(1, 2)", r"x \ge 3", "18 cm", r"\pi/2", "7:30 PM", r"\begin{pmatrix}1\end{pmatrix}", "\0"):
+        for _ in range(60):
+            text = "".join(numbers.choices(atoms, k=numbers.randint(0, 20)))
+            answer = extract_answer(text, gold)
+            assert answer is None or compare(gold, answer) in (True, False) or compare(answer, gold) is not None
 
 
 def test_five_thousand_wrong_answers_of_gsm8ks_kind_earn_nothing(gsm8k):
