@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+import zipfile
 
 import pyarrow as pa
 import pytest
@@ -59,6 +60,19 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
     assert calls == [asked]
 
 
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    """A folder of files that are not what their names say."""
+    folder = tmp_path_factory.mktemp("bad")
+    Dataset.from_list(ROWS).save_to_disk(folder / "in.jsonl/saved")
+    Dataset.from_list(ROWS).to_parquet(folder / "parquet.jsonl")
+    (folder / "gzip.jsonl").write_bytes(gzip.compress(b'{"prompt": "1+1="}'))
+    with zipfile.ZipFile(folder / "excel.csv", "w") as file:
+        file.writestr("sheet1.xml", "x")
+    (folder / "names.csv").write_text("prompt,solution\n")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -85,11 +99,18 @@ def test_the_hub_is_asked_for_the_right_configuration_and_split(monkeypatch, set
         ("~nobody-here/x.jsonl", "is not a file on this machine"),
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
+        ("FOLDER/gzip.jsonl", "gzip.jsonl' is a gzip file by what it begins with; unpack it"),
+        ("FOLDER/excel.csv", "excel.csv' is a zip or Excel file"),
+        ("FOLDER/parquet.jsonl", "parquet.jsonl' is a Parquet file"),
+        ("FOLDER/in.jsonl", "in.jsonl' is a folder; name a file in it"),
+        ("FOLDER/names.csv", "names.csv' is empty; it needs at least one row"),
+        ("FOLDER/in.jsonl/saved", "saved' was written by save_to_disk..; write it with to_parquet"),
         (DatasetDict({"train": Dataset.from_list(ROWS)}), "has the splits train; pass one of them"),
         (IterableDataset.from_generator(lambda: iter(ROWS)), "of unknown length; set dataset_take"),
     ],
 )
-def test_bad_datasets_are_refused_in_one_sentence(given, message):
+def test_bad_datasets_are_refused_in_one_sentence(given, message, bad_files):
+    given = given.replace("FOLDER", str(bad_files)) if isinstance(given, str) else given
     with pytest.raises(ValueError, match=message) as caught:
         load_rows(given, GRPOConfig())
     assert "\n" not in str(caught.value)

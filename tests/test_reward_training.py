@@ -145,6 +145,8 @@ def test_a_reward_adapter_starts_from_an_adapter_that_imitates(tmp_path):
         ({}, [{"chosen": "a", "rejected": "b", "margin": "much"}], "has the margin 'much'; it has to be a number"),
         ({}, [{"chosen": "a", "rejected": "b", "margin": 1e39}], "has the margin 1e\\+39; it has to be a number from"),
         ({}, [{"chosen": math.nan, "rejected": 1.0}], "row 0 of train_dataset has the chosen 'nan'; it has to be a text"),
+        ({}, [{"prompt": json.dumps([say("user", "1")]), "chosen": "a", "rejected": "b"}], "a chat written as a text"),
+        ({}, [{"chosen": "a", "rejected": "b", "tools": [{"type": "function"}]}], "has tools, and its prompt is a text"),
         ({}, [{"chosen": [], "rejected": []}], "row 0 of train_dataset has the chosen '\\[\\]'; a chat is a list"),
         ({}, [{"chosen": [say("narrator", "a")], "rejected": [say("assistant", "b")]}], "of the role 'narrator'"),
     ],

@@ -1,5 +1,7 @@
 """Rows to examples: their tokens, and which of them are learnt."""
 
+import math
+
 import pytest
 from datasets import Dataset
 from tiny_models import DEMO_MODEL
@@ -111,6 +113,8 @@ def test_without_a_template_a_chat_is_a_transcript_with_an_end():
         ([{"messages": TURNS[:1]}], {"assistant_only_loss": True}, "row 0 of train_dataset has no token to learn"),
         ([{"text": "1+1=2" * 9}], {"max_length": 10}, "every row of train_dataset is longer than max_length=10"),
         ([{"text": None}, {"text": "1"}], {}, "row 0 of train_dataset has the text"),
+        ([{"prompt": "1", "completion": math.nan}], {}, "row 0 of train_dataset has the completion 'nan'; it has to be"),
+        ([{"text": "1", "tools": [{"type": "function"}]}], {}, "row 0 of train_dataset has tools, and its prompt is a text"),
         ([{"text": "1", "weight": -1.0}], {}, "row 0 of train_dataset has the weight -1.0"),
         ([{"text": "1", "weight": 1e39}], {}, "row 0 of train_dataset has the weight 1e\\+39; it has to be 0, or a number"),
         ([{"messages": "1+1"}], {}, "row 0 of train_dataset has the messages"),

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import ExampleFields
-from lowmem_grpo.data.chats import Template, read_chat, refuse_chat_as_text
+from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text
 from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
-from lowmem_grpo.data.prompts import template_settings, text_ids
+from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import whole
 
@@ -98,7 +98,8 @@ def tokenize_examples(
     if not short:
         shortest = min(len(one.ids) for one in examples)
         raise InputError(
-            f"every row of {name} is longer than max_length={config.max_length}; the shortest has {shortest}"
+            f"every row of {name} is longer than max_length={config.max_length}; the shortest has {shortest} tokens; "
+            "raise it"
         )
     if not any(one.weight for one in short):
         raise InputError(f"every row of {name} has the weight 0, so that nothing would be learned; give one another")
@@ -130,6 +131,7 @@ class _Reader:
 
     def text(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """A text, of which every token is learnt, its end too."""
+        refuse_settings_of_text(row, where)
         ids = text_ids(self.tokenizer, self._ended(_text(row["text"], "text", where)))
         return ids, [True] * len(ids)
 
@@ -142,6 +144,7 @@ class _Reader:
             raise InputError(f"{where} has a text and a list of messages side by side; make both the same")
         if self.config.assistant_only_loss:
             raise InputError(f"{where} has texts, and assistant_only_loss is for chats; leave it out")
+        refuse_settings_of_text(row, where)
         prompt, completion = _text(prompt, "prompt", where), _text(completion, "completion", where)
         before = text_ids(self.tokenizer, prompt)
         ids = text_ids(self.tokenizer, prompt + self._ended(completion))
@@ -254,12 +257,10 @@ class _Reader:
 
 
 def _text(value: Any, column: str, where: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
+    if not is_text(value):
         raise InputError(f"{where} has the {column} {str(value)[:60]!r}; it has to be a text")
-    refuse_chat_as_text(value, where)
-    return value
+    refuse_chat_as_text(str(value), where)
+    return str(value)
 
 
 def _from_share_gpt(value: Any) -> Any:

@@ -29,6 +29,8 @@ INT64 = range(-(2**63), 2**63)  # Arrow's whole numbers
 MOST_DIGITS = 4300  # of a whole number that Python reads
 MOST_LEVELS = 100  # of lists and objects in each other; Python's copies of them recurse
 LARGEST_CELL = 2**31 - 1  # characters; by default csv refuses more than 131,072
+# What files of other kinds begin with, whatever their names.
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or Excel", b"PAR1\x15": "Parquet", b"\xfd7zXZ": "xz"}
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of Excel where commas are decimal, and of others
 
 
@@ -57,6 +59,11 @@ def _rows(path: Path, name: str) -> Iterator[dict]:
     where, suffix = f"{name} {str(path)!r}", path.suffix.lower()
     read = _csv_rows if suffix == ".csv" else _json_lines if suffix == ".jsonl" else _json_rows
     try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        kind = next((words for mark, words in MAGIC.items() if start.startswith(mark)), None)
+        if kind is not None:
+            raise InputError(f"{where} is a {kind} file by what it begins with; unpack it, or name it for what it is")
         # What is no UTF-8 becomes a surrogate, of which the row is known.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from read(file, where)

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from lowmem_grpo.config.sections import PairFields
 from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text
-from lowmem_grpo.data.prompts import template_settings, text_ids
+from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
 from lowmem_grpo.errors import InputError
 
 MOST_MARGIN = 1e6  # scores are of the order of 1
@@ -60,7 +60,7 @@ def tokenize_pairs(
         shortest = min(max(map(len, pair.texts)) for pair in pairs)
         raise InputError(
             f"every pair of {name} has a text longer than max_length={config.max_length}; of the shortest it has "
-            f"{shortest} tokens"
+            f"{shortest} tokens; raise it"
         )
     return short, len(pairs) - len(short)
 
@@ -92,10 +92,11 @@ class _Reader:
         return Pair(read(row, "chosen", where), read(row, "rejected", where), _margin(row, where))
 
     def _text(self, row: dict, column: str, where: str) -> list[int]:
-        text = str(row[column])
+        text, before = str(row[column]), "" if row.get("prompt") is None else str(row["prompt"])
         refuse_chat_as_text(text, where)
+        refuse_chat_as_text(before, where)
+        refuse_settings_of_text(row, where)
         text = text if text.endswith(self.end) else text + self.end
-        before = "" if row.get("prompt") is None else str(row["prompt"])
         return self._not_empty(text_ids(self.tokenizer, before + text), column, where)
 
     def _chat(self, row: dict, column: str, where: str) -> list[int]:

@@ -72,7 +72,8 @@ def tokenize_prompts(
     if not short:
         shortest = min(len(p.ids) for p in prompts)
         raise InputError(
-            f"every prompt of {name} is longer than max_prompt_length={limit}; the shortest has {shortest} tokens"
+            f"every prompt of {name} is longer than max_prompt_length={limit}; the shortest has {shortest} "
+            "tokens; raise it"
         )
     return short, len(prompts) - len(short)
 
@@ -111,11 +112,7 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str, system
     if is_text(given):
         text = str(given)
         refuse_chat_as_text(text, where)
-        for name in _own_settings(row, where):
-            raise InputError(
-                f"{where} has {name}, and its prompt is a text, which no chat template shows; make it a list of "
-                "messages, or remove the column"
-            )
+        refuse_settings_of_text(row, where)
         ids = _not_empty(text_ids(template.tokenizer, text), [text], where)
         said = said_at_end(text)
         return Prompt(text.removesuffix(said), ids, columns, said)
@@ -150,6 +147,15 @@ def template_settings(row: Any, template: Template, config: RowFields, where: st
     if template.tokenizer.chat_template is not None:
         template.refuse_unread(own.get("chat_template_kwargs", {}), f"the chat_template_kwargs of {where}")
     return {**(config.chat_template_kwargs or {}), **own.pop("chat_template_kwargs", {}), **own}
+
+
+def refuse_settings_of_text(row: Any, where: str) -> None:
+    """Raise InputError for tools and settings of a chat template beside a text, which goes through none."""
+    for name in _own_settings(row, where):
+        raise InputError(
+            f"{where} has {name}, and its prompt is a text, which no chat template shows; make it a list of messages, "
+            "or remove the column"
+        )
 
 
 def _own_settings(row: Any, where: str) -> dict[str, Any]:

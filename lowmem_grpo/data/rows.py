@@ -92,7 +92,8 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
     elif config.dataset_take is not None and name == "train_dataset":
         rows = rows.take(min(config.dataset_take, len(rows)))
     if len(rows) == 0:
-        raise InputError(f"{name} is empty; it needs at least one row")
+        where = f"{name} {dataset!r}" if isinstance(dataset, str) else name
+        raise InputError(f"{where} is empty; it needs at least one row")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     _refuse_media(rows, name)
     return rows
@@ -120,6 +121,8 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
     path = Path(os.path.expanduser(dataset))
     streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     if path.suffix.lower() in SUFFIXES:
+        if os.path.isdir(path):
+            raise InputError(f"{name} {dataset!r} is a folder; name a file in it, or rename the folder")
         if not os.path.isfile(path):  # which, unlike Path's, takes any text
             raise InputError(f"{name} {dataset!r} is not a file on this machine")
         if path.stat().st_size == 0:
@@ -135,6 +138,11 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
     if os.path.isdir(path):
         dataset = str(path)
         _refuse_huge(dataset, name)
+        if (path / "state.json").is_file():
+            raise InputError(
+                f"{name} {dataset!r} was written by save_to_disk(); write it with to_parquet(), or pass what "
+                "load_from_disk() gives"
+            )
     try:
         if os.path.isdir(path):
             rows = _of_folder(dataset, config, name, split)

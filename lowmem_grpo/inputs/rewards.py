@@ -115,7 +115,7 @@ def _golds_of(reader: str, function: Callable, rows: Dataset, name: str) -> list
     if not columns:
         raise InputError(
             f"{reader} needs the gold answers: {name} has no column named solution or answer, only "
-            f"{', '.join(rows.column_names)}"
+            f"{', '.join(rows.column_names)}; rename the one that has them"
         )
     missing = 0
     own, given = rows_for(function, rows), list(rows.select_columns(columns))
