@@ -47,6 +47,12 @@ def ending_with(token):
     return tokenizer
 
 
+def mmlu(prompt):
+    """Rows as MMLU has them, whose gold answer is a place in a list; `prompt` may show question and choices."""
+    rows = [{"question": f"{n}+{n}=", "choices": [str(2 * n), str(n)][:: 1 - n % 2 * 2]} for n in range(20, 36)]
+    return [{**row, "prompt": prompt.format(**row), "solution": n % 2} for n, row in enumerate(rows)]
+
+
 A, B, *REST = TRAIN[:20]
 SICK = {
     "evaluated_on_training_prompts": dict(eval_rows=asked(*EVAL[:6], A, B)),
@@ -57,6 +63,8 @@ SICK = {
     "answer_in_prompt": dict(
         rows=[{"prompt": f"{task.question(p)}\n#### {sum(p)}", "solution": str(sum(p))} for p in TRAIN[:16]]
     ),
+    "gold_is_an_index": dict(rows=mmlu("{question} A. {choices[0]} B. {choices[1]}")),
+    "question_not_in_prompt": dict(rows=[{**row, "solution": "AB"[n % 2]} for n, row in enumerate(mmlu("{question}"))]),
     "fewer_prompts_than_a_step": dict(rows=asked(*TRAIN[:7])),
     "most_prompts_dropped": dict(
         rows=[
@@ -85,6 +93,19 @@ SICK = {
 def test_a_situation_is_seen_and_no_other(tmp_path, name):
     found = look(tmp_path, **SICK[name])
     assert [one.name for one in found] == [name]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        mmlu("{question} 0. {choices[0]} 1. {choices[1]}"),
+        [{**row, "choices": ["0", "1"]} for row in mmlu("{question} 0 or 1?")],
+        [{**row, "choices": None, "input": ""} for row in mmlu("{question}")],
+    ],
+    ids=["numbered from 0", "numbers themselves", "empty"],
+)
+def test_choices_that_are_read_are_no_finding(tmp_path, rows):
+    assert look(tmp_path, rows) == []
 
 
 def test_every_situation_is_provoked():

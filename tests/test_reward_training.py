@@ -172,6 +172,7 @@ def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
         ("most_pairs_dropped", dict(max_length=30, pairs=pair_rows(TRAIN[:4]) + pair_rows(TRAIN[:1], task.lazy, task.lazy))),
         ("implausible_learning_rate", dict(learning_rate=1e-2)),
         ("warmup_beyond_the_end", dict(warmup_steps=4)),
+        ("question_not_in_prompt", dict(pairs=[{**row, "context": "In words."} for row in pair_rows(TRAIN[:8])])),
     ],
 )  # fmt: skip
 def test_the_doctor_looks_at_pairs_before_the_weights_are_read(tmp_path, name, settings):

@@ -18,6 +18,7 @@ from lowmem_grpo.config.trl import UNSUPPORTED_SFT
 from lowmem_grpo.demo import task
 from lowmem_grpo.doctor.doctor import Doctor
 from lowmem_grpo.errors import InputError, UnhealthyRunError
+from lowmem_grpo.inputs.examples import read_example_inputs
 from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 
@@ -215,6 +216,20 @@ def test_the_doctor_looks_before_the_weights_are_read(tmp_path, monkeypatch, nam
         run(tmp_path, doctor="stop", **settings)
     assert "set doctor='warn'" in str(caught.value)
     assert name in noted
+
+
+def test_a_column_of_the_question_that_no_prompt_shows_is_known_of_each_dataset(tmp_path):
+    shown = [
+        {
+            "prompt": [{"role": "user", "content": "Add.\n1+1="}],
+            "completion": [{"role": "assistant", "content": "2"}],
+            "input": " 1+1=\n",
+        }
+    ] * 2
+    beside = [{**row, "prompt": [{"role": "user", "content": "Add."}]} for row in shown]
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    read = [read_example_inputs(str(DEMO_MODEL), given, None, config).unseen for given in (shown, [shown, beside])]
+    assert read == [[], ["input"]]
 
 
 def test_the_doctor_says_that_a_loss_rises(tmp_path):

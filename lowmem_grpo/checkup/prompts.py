@@ -8,11 +8,13 @@ from typing import Any
 
 from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.gold import COLUMNS
+from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.inputs.prompts import Inputs
+from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
-from lowmem_grpo.preview.prompts import MARKS, parameters_of, read_gold
+from lowmem_grpo.preview.prompts import MARKS, read_gold
 from lowmem_grpo.rewards.compare import compare
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
@@ -150,6 +152,27 @@ def same_gold(look: Look) -> str | None:
         f"every row has the gold answer {golds.popitem()[1][:40]!r}, which the policy will give whatever it is asked; "
         "see whether solution or answer is the column that you mean"
     )
+
+
+@_situation
+def gold_is_an_index(look: Look) -> str | None:
+    """Say that gold answers are places in a row's list of choices, as MMLU has them."""
+    of_rows = zip(look.prompts, look.golds, strict=True)
+    places = sum(gold is not None and _is_a_place(prompt, gold) for prompt, gold in of_rows)
+    if places < len(look.prompts) or places < LEAST_GOLDS:
+        return None
+    return (
+        f"the gold answers of all {places} rows are places in their choices, of which the first is 0, and a completion "
+        "that gives the choice or its letter is not paid; make each the letter that the prompt shows, or the choice"
+    )
+
+
+def _is_a_place(prompt: Prompt, gold: str) -> bool:
+    """True where a gold answer counts a row's choices from 0, none is that number, and no prompt numbers them so."""
+    choices = next((prompt.columns[name] for name in ("choices", "options") if prompt.columns.get(name)), None)
+    if not isinstance(choices, list) or not gold.isdecimal() or int(gold) >= len(choices):
+        return False
+    return gold not in map(str, choices) and not re.search(r"\b0[.):]", str(prompt.text))
 
 
 @_situation

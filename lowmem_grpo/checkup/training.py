@@ -68,6 +68,17 @@ def mostly_dropped(inputs: RunInputs, what: str, limit: str) -> str | None:
     )
 
 
+def question_not_in_prompt(inputs: RunInputs) -> str | None:
+    """Say which columns that ask, Alpaca's `input` say, the model never sees."""
+    if not inputs.unseen:
+        return None
+    columns = " and ".join(inputs.unseen)
+    return (
+        f"the prompts do not show what stands beside them in {columns}, so that the model never sees it; write it into "
+        f"the prompts, or remove or rename {columns}"
+    )
+
+
 def implausible_learning_rate(inputs: RunInputs) -> str | None:
     """Say that the learning rate is far from those that LoRA learns with."""
     rate, (low, high) = inputs.config.learning_rate, LEARNING_RATES
@@ -88,4 +99,4 @@ def warmup_beyond_the_end(inputs: RunInputs) -> str | None:
     )
 
 
-OF_ANY = (implausible_learning_rate, warmup_beyond_the_end)
+OF_ANY = (question_not_in_prompt, implausible_learning_rate, warmup_beyond_the_end)

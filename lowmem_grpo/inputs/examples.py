@@ -1,7 +1,7 @@
 """The inputs of supervised training, checked before long work: model, examples, folder, and a plan."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -22,6 +22,7 @@ from lowmem_grpo.inputs.training import (
     refuse_other_config,
     settled,
     too_long,
+    unseen_columns,
 )
 
 
@@ -72,15 +73,16 @@ def read_example_inputs(
     eval_examples, eval_dropped = [], 0
     if eval_rows is not None:
         eval_examples, eval_dropped = tokenize_examples(eval_rows, run.tokenizer, config, name="eval_dataset")
+    unseen = [*dict.fromkeys(column for rows in datasets.values() for column in unseen_columns(rows))]
     all_ids = [one.ids for one in examples + eval_examples]
     run.notes.extend(
         filter(None, [too_long(run.model, all_ids, config, "the longest example has", "lower max_length")])
     )
     run.notes.extend(left_out(dropped, eval_dropped, "examples", f"more than {config.max_length} tokens"))
     data = {"rows": [list(asdict(one).values()) for one in examples]} | ({"sizes": sizes} if len(sizes) > 1 else {})
-    run = settled(run, data, max(map(len, all_ids)))
+    run = replace(settled(run, data, max(map(len, all_ids))), num_dropped=dropped, unseen=unseen)
     return ExampleInputs(
-        **{**vars(run), "num_dropped": dropped}, eval_examples=eval_examples,
+        **vars(run), eval_examples=eval_examples,
         examples=Examples(examples, run.config, sizes=sizes, weights=config.dataset_weights),
     )  # fmt: skip
 

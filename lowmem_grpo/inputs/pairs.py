@@ -1,6 +1,6 @@
 """The inputs of a reward model's training, checked before long work: model, pairs, folder, and a plan."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowmem_grpo.config.reward import RewardConfig
@@ -18,6 +18,7 @@ from lowmem_grpo.inputs.training import (
     refuse_other_config,
     settled,
     too_long,
+    unseen_columns,
 )
 from lowmem_grpo.model.policy import Policy
 
@@ -72,5 +73,9 @@ def read_pair_inputs(
     run.notes.extend(filter(None, [too_long(run.model, texts, config, has, "lower max_length", added=1)]))
     run.notes.extend(left_out(dropped, eval_dropped, "pairs", f"a text of more than {config.max_length} tokens"))
     data = {"pairs": [list(asdict(pair).values()) for pair in pairs]}
-    run = settled(run, data, max(map(len, texts)))
-    return PairInputs(**{**vars(run), "num_dropped": dropped}, pairs=Examples(pairs, run.config), eval_pairs=eval_pairs)
+    run = replace(settled(run, data, max(map(len, texts))), num_dropped=dropped, unseen=unseen_columns(rows))
+    return PairInputs(
+        **vars(run),
+        pairs=Examples(pairs, run.config),
+        eval_pairs=eval_pairs,
+    )

@@ -1,6 +1,5 @@
 """The inputs of what samples completions, checked before long work: models, prompts, rewards, folders, a plan."""
 
-import inspect
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from lowmem_grpo.inputs.callbacks import callbacks_of
 from lowmem_grpo.inputs.identity import columns_of, digest_of, identity_of_data
 from lowmem_grpo.inputs.rewards import (
     missing_golds,
+    parameters_of,
     refuse_lost_bases,
     refuse_mixed_scales,
     refuse_without_rewards,
@@ -38,6 +38,7 @@ from lowmem_grpo.inputs.training import (
     settled,
     tokenizer_of,
     too_long,
+    unseen_columns,
 )
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
 from lowmem_grpo.model.find import ends_of_model, find_model, read_config
@@ -139,10 +140,12 @@ def read_training_inputs(
     _refuse_critic(read_config(model, config), config)
     read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
     longest = max(len(prompt.ids) for prompt in read)
+    known = set().union(*map(parameters_of, rewards.functions))  # by rewards, as a judge may need a context
+    unseen = [column for column in unseen_columns(rows) if column not in known]
     run = settled(run, columns_of(prompts), longest, rewards, teacher, more)
+    run = replace(run, num_dropped=dropped, unseen=unseen)
     inputs = Inputs(
-        **{**vars(run), "num_dropped": dropped}, prompts=prompts, eval_prompts=eval_prompts, rewards=rewards,
-        teacher=teacher,
+        **vars(run), prompts=prompts, eval_prompts=eval_prompts, rewards=rewards, teacher=teacher,
     )  # fmt: skip
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
@@ -267,7 +270,7 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
                 f"{name} scores by a model that is sampled on this machine, and this one is behind base_url; leave it "
                 "out, or sample first and score with another reward"
             )
-        if _reads_ids(function):
+        if parameters_of(function) & {"completion_ids", "prompt_ids"}:
             raise InputError(f"{name} reads completion_ids, and an endpoint gives texts alone; leave it out")
     prompts, num_texts, notes = chat_prompts(rows, config), sum(map(is_text, rows["prompt"])), []
     if num_texts:
@@ -281,14 +284,6 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
         model=model, tokenizer=None, prompts=prompts, eval_prompts=[], rewards=rewards, given=config, config=config,
         device=torch.device("cpu"), notes=notes, identity=identity,
     )  # fmt: skip
-
-
-def _reads_ids(function: Any) -> bool:
-    """Tell whether a reward function names token ids among what it is called with."""
-    try:
-        return not {"completion_ids", "prompt_ids"}.isdisjoint(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of some functions in C
-        return False
 
 
 def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tuple[Dataset, RewardRunner, GRPOConfig]:

@@ -1,5 +1,6 @@
 """Reward functions as a run is given them, checked with the rows that they will score."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -161,3 +162,11 @@ def refuse_mixed_scales(rewards: RewardRunner, rows: Dataset, config: RewardFiel
             "which the one of the smaller numbers would teach little; leave it out, since scale_rewards='group' makes "
             "them comparable"
         )
+
+
+def parameters_of(function: Callable) -> set[str]:
+    """The names of a function's parameters; none where Python cannot tell."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of some that are written in C
+        return set()

@@ -21,6 +21,7 @@ from lowmem_grpo.distributed import by_main
 from lowmem_grpo.doctor.doctor import Finding
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.inputs.prompts import Inputs
+from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.preview.show import MOST_CHARACTERS, cut, show_and_write
 from lowmem_grpo.rewards import BUILT_IN, RewardRunner, reads_gold
 from lowmem_grpo.rewards.accuracy import gold_answer
@@ -162,14 +163,6 @@ def _held(function: Any) -> Iterator[Any]:
         with contextlib.suppress(ValueError):  # of a name that is not set yet
             yield cell.cell_contents
     yield from getattr(getattr(function, "__self__", function), "__dict__", {}).values()
-
-
-def parameters_of(function: Callable) -> set[str]:
-    """The names of a function's parameters; none where Python cannot tell."""
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of some that are written in C
-        return set()
 
 
 def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
