@@ -136,19 +136,20 @@ def test_a_worn_reward_changes_nothing_of_what_the_policy_computes(adapter, tmp_
 
 
 def test_a_run_that_was_stopped_resumes_with_its_reward_and_no_other(adapter, tmp_path):
-    run(tmp_path / "whole", adapter, max_steps=2)
-    run(tmp_path / "cut", adapter, max_steps=1, lr_scheduler_type="constant")
-    run(tmp_path / "whole2", adapter, max_steps=2, lr_scheduler_type="constant")
-    run(tmp_path / "cut", adapter, max_steps=2, lr_scheduler_type="constant", resume_from_checkpoint=True)
-    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole2", "cut"))
+    given = dict(lr_scheduler_type="constant", max_completion_length=12)
+    run(tmp_path / "cut", adapter, max_steps=1, **given)
+    run(tmp_path / "whole", adapter, max_steps=2, **given)
+    run(tmp_path / "cut", adapter, max_steps=2, resume_from_checkpoint=True, **given)
+    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = f"get_adapter_reward(adapter={adapter!r}, reward_range=[-1, 1])"
     with pytest.raises(InputError, match="another reward"):
-        run(tmp_path / "cut", other, max_steps=3, lr_scheduler_type="constant", resume_from_checkpoint=True)
+        run(tmp_path / "cut", other, max_steps=3, resume_from_checkpoint=True, **given)
 
 
 def test_a_plan_has_the_adapter_on_the_device_and_its_phase(adapter, capsys):
-    policy, reward, config = policy_on(), get_adapter_reward(adapter), GRPOConfig(use_cpu=True, max_prompt_length=32)
+    sizes = {"use_cpu": True, "max_prompt_length": 32, "max_completion_length": 32, "prompts_per_step": 2}
+    policy, reward, config = policy_on(), get_adapter_reward(adapter), GRPOConfig(**sizes)
     reward.bind(policy)
     found = planner.plan(policy.base.config, config, rewards=[reward.config]).forecast
     worn = sum(4 * parameter.numel() for parameter in policy.parameters_of(reward.worn).values())
@@ -156,10 +157,10 @@ def test_a_plan_has_the_adapter_on_the_device_and_its_phase(adapter, capsys):
     assert found.phases["reward"]["activations"] > 0 and "reference" not in found.phases
     alone = planner.plan(policy.base.config, config).forecast
     assert sum(found.resident.values()) - sum(alone.resident.values()) == worn
-    given = ["--model", str(DEMO_MODEL), "--use_cpu", "true", "--max_prompt_length", "32", "--json"]
-    assert cli.main(["plan", *given, "--reward_funcs", adapter, "accuracy_reward"]) == 0
+    given = ["--model", str(DEMO_MODEL), *(f"--{name}={str(size).lower()}" for name, size in sizes.items())]
+    assert cli.main(["plan", *given, "--json", "--reward_funcs", adapter, "accuracy_reward"]) == 0
     assert json.loads(capsys.readouterr().out)["resident"]["reward adapters"] == worn
-    assert cli.main(["plan", "sft", *given[:4], "--reward_funcs", adapter]) == 2
+    assert cli.main(["plan", "sft", *given[:3], "--reward_funcs", adapter]) == 2
 
 
 def test_a_reward_that_was_worn_before_is_the_one_that_a_stopped_run_had(adapter):
