@@ -318,14 +318,15 @@ def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
     assert means["bfloat16", "4bit", "full"] < 0.01
 
 
-def test_a_step_and_a_run_beside_trl_are_measured_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("in_a_process_of_its_own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_and_a_run_beside_trl_are_measured(in_a_process_of_its_own, tmp_path, capsys, monkeypatch):
     """A peer that fails is a row of its own and not the end."""
     pytest.importorskip("trl")
     output, in_a_process = tmp_path / "step.json", trainers._in_a_process
 
     def here(command, limit_s):
-        """One in a process of its own, as all are outside of tests; the others here, which has imported everything."""
-        if bench_step.__name__ in command and "lowmem_grpo" in command:
+        """One in a process of its own, as all are outside of tests, or all here, which has imported everything."""
+        if in_a_process_of_its_own and bench_step.__name__ in command and "lowmem_grpo" in command:
             return in_a_process(command, limit_s)
         sys.modules[command[2]].main(command[3:])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
