@@ -134,7 +134,9 @@ def test_every_setting_of_the_recipe_is_one(tmp_path):
 
 def test_the_first_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys):
     recipe = written(tmp_path)
-    recipe.write_text(recipe.read_text(encoding="utf-8").partition("  - name: sampling")[0], encoding="utf-8")
+    text = recipe.read_text(encoding="utf-8").partition("  - name: sampling")[0]
+    text = text.replace("max_completion_length: 40", "max_completion_length: 8").replace("max_steps: 2", "max_steps: 1")
+    recipe.write_text(text.replace("num_generations_eval: 4", "num_generations_eval: 1"), encoding="utf-8")
     result = run_recipe(recipe)
     assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "reasoning-rl"]
     shown = capsys.readouterr().out

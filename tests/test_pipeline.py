@@ -194,7 +194,7 @@ def test_other_data_another_adapter_and_one_that_is_gone_are_refused(copy):
 
 
 def test_a_dry_run_of_phases_that_are_done_anew_says_that_they_begin(copy, capsys):
-    run(begin_at="rl", dry_run=True)
+    run(begin_at="rl", evaluation=None, dry_run=True)
     assert "phase 2 of 2, rl (grpo): begins, from cold-start" in capsys.readouterr().out
 
 
