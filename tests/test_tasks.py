@@ -55,20 +55,20 @@ CALM = dict(deadline=None, derandomize=True, database=None, suppress_health_chec
 
 @pytest.fixture(scope="module")
 def malformed():
-    """3,000 draws of hypothesis', always the same, most of them different."""
+    """700 draws of hypothesis', always the same, most of them different."""
     texts = []
 
-    @settings(max_examples=3_000, phases=[Phase.generate], **CALM)
+    @settings(max_examples=700, phases=[Phase.generate], **CALM)
     @given(MALFORMED)
     def collect(text):
         texts.append(text)
 
     collect()
-    assert len(texts) == 3_000 and len(set(texts)) > 2_700
+    assert len(texts) == 700 and len(set(texts)) > 600
     return texts
 
 
-def test_three_thousand_malformed_completions_have_an_answer_or_none(malformed):
+def test_malformed_completions_of_every_kind_have_an_answer_or_none(malformed):
     """What runs in the process itself; math-verify, which only its workers run, has the next test."""
     for text in malformed:
         answer = extract_answer(text)
@@ -78,9 +78,9 @@ def test_three_thousand_malformed_completions_have_an_answer_or_none(malformed):
 
 
 def test_malformed_completions_through_the_whole_reward(malformed):
-    worked = [text for text in malformed if (answer := extract_answer(text)) and as_number(answer) is None][:140]
-    assert len(worked) == 140
-    rewards = accuracy_reward([chat(text) for text in worked], solution=["72"] * 140)
+    worked = [text for text in malformed if (answer := extract_answer(text)) and as_number(answer) is None][:40]
+    assert len(worked) == 40
+    rewards = accuracy_reward([chat(text) for text in worked], solution=["72"] * 40)
     assert set(rewards) <= {0.0, 1.0}
 
 
@@ -144,7 +144,7 @@ def test_a_base_model_stops_at_the_end_of_its_answer():
 
 def test_no_size_trains_on_what_another_holds_out():
     for name in ("countdown", "reasoning_gym:chain_sum"):
-        large, small = find_task(f"{name}?size=3000&eval_size=10"), find_task(f"{name}?size=20&eval_size=200")
+        large, small = find_task(f"{name}?size=800&eval_size=10"), find_task(f"{name}?size=20&eval_size=200")
         asked = {str(row["prompt"]) for row in large.rows}
         assert not asked & {str(row["prompt"]) for row in small.eval_rows}, name
 
