@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -312,7 +313,7 @@ SCRIPT = """
 """
 
 
-def ended_at_its_third_step(folder, number):
+def ended_at_its_third_step(folder, number) -> Any:
     """Let a run get a signal from outside while a reward of its third step sleeps; returns what it then raised."""
 
     def slow_reward(completions, trainer_state, **kwargs):
