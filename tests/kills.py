@@ -2,6 +2,7 @@
 
     python tests/kills.py --kills 100 --interruptions 25
     python tests/kills.py --only iter2:17                 # one trial again, as a failure names it
+    python tests/kills.py --short                         # one run, struck at each of IN_TURN
 
 A trial is a run of a variant that is struck once to three times, and resumed after each: by SIGKILL, or by a signal
 that a run is to hold until it has saved. Points are every function of the package at its start and end, every call that
@@ -147,6 +148,17 @@ class Strike:
             f"at the {self.event} {self.number} of {self.point}" if self.point else f"after {self.after_s:.2f} CPU s"
         )
         return f"{self.signal.name} {where}" + (f", again {self.again_s:.3f} s later" if self.again_s else "")
+
+
+# A run of the variant "limit", which saves and removes the most, goes on from the one before, and is struck there.
+IN_TURN = [
+    Strike(
+        signal.SIGTERM, "rewards/runner.py RewardRunner.__call__", "start", 3
+    ),  # in step 2, and of step 1 all is saved
+    Strike(signal.SIGKILL, "half of trainer_state.json"),  # of step 2
+    Strike(signal.SIGKILL, "run/best.py BestAdapter.keep", "end"),  # of step 3
+    Strike(signal.SIGKILL, "os.rmdir"),  # of an old checkpoint, whose files are gone
+]
 
 
 def place_of(point: str) -> str:
@@ -527,6 +539,36 @@ def faults_of(ended: Ended, strike: Strike, folder: Path, is_first: bool) -> Ite
             yield f"{strike}: step {max(steps)} was finished, and step {max(saved, default=0)} is the last one saved"
 
 
+def faults_in_turn(
+    whole: Path, folder: Path, settings: dict[str, Any], strikes: list[Strike],
+    run: Callable[[Path, dict[str, Any]], int] = run,
+) -> list[str]:  # fmt: skip
+    """What is wrong with a run that was struck at each point, went on after each, and then came to its end."""
+    found = []
+    for turn, strike in enumerate(strikes):
+        ended = start(folder, settings, strike, run=run)
+        print(f"  {strike}: {'struck' if ended.was_struck else 'not reached'}", flush=True)
+        found += faults_of(ended, strike, folder, is_first=turn == 0)
+        if ended.status == 0:
+            break
+    else:
+        last = start(folder, settings, run=run)
+        found += [f"the last one ended with status {last.status}"] if last.status else []
+    return found + differences(whole, folder)
+
+
+def main_in_turn(top: Path) -> int:
+    """Strike one run at each of IN_TURN; returns the exit status."""
+    settings = VARIANTS["limit"]
+    ended = start(top / "whole", settings)
+    assert ended.status == 0, (top / "whole/output.txt").read_text(encoding="utf-8")
+    found = faults_in_turn(top / "whole", top / "struck", settings, IN_TURN)
+    print(f"see {top}: {'; '.join(found)}" if found else "a run that was struck in turn is equal to an undisturbed one")
+    if not found:
+        shutil.rmtree(top)
+    return bool(found)
+
+
 def trials(options: argparse.Namespace) -> Iterator[tuple[str, int, list[signal.Signals]]]:
     """Variant, number and signals of each trial: the variants in turn, first those that are killed."""
     for i in range(options.kills + options.interruptions):
@@ -534,15 +576,18 @@ def trials(options: argparse.Namespace) -> Iterator[tuple[str, int, list[signal.
         yield options.variants[of_variant], number, [signal.SIGKILL] if i < options.kills else SOFT
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="runs that are killed")
     parser.add_argument("--interruptions", type=int, default=0, help="runs that get SIGTERM, SIGINT or SIGHUP")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--only", metavar="VARIANT:NUMBER", help="one trial; the other flags as they were")
-    options = parser.parse_args()
+    parser.add_argument("--short", action="store_true", help="one run, struck at chosen points in turn")
+    options = parser.parse_args(arguments)
     top = Path(tempfile.mkdtemp(prefix="kills-"))
+    if options.short:
+        return main_in_turn(top)
     wholes: dict[str, Whole] = {}
     resumed = points_of_a_resume(top / "resumed", VARIANTS[options.variants[0]])  # of "all", which is the first
     done: list[Trial] = []

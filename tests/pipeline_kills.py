@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from kills import Strike, differences, draw, start
+from kills import Strike, draw, faults_in_turn, start
 
 from lowmem_grpo import Phase, run_pipeline
 from lowmem_grpo.demo import task
@@ -53,6 +53,8 @@ POINTS = [
     Strike(signal.SIGKILL, "run/run.py Run.finish", "start", 2),  # of taste
     Strike(signal.SIGKILL, "update/optimizer.py Learner.step", "end", 2),  # of the last
 ]
+# In the second step of rl, after the two of the cold start.
+IN_SHORT = [Strike(signal.SIGKILL, "update/optimizer.py Learner.step", "end", 4)]
 
 
 def run(folder: Path, settings: dict[str, Any]) -> int:
@@ -65,7 +67,7 @@ def run(folder: Path, settings: dict[str, Any]) -> int:
     evaluation = {"dataset": "held.jsonl", "reward_funcs": REWARD, **SHORT}
     try:
         run_pipeline(
-            str(MODEL), PHASES, "out", common={"use_cpu": True, "lora_r": 4}, evaluation=evaluation, **settings
+            str(MODEL), PHASES, "out", common={"use_cpu": True, "lora_r": 4}, **{"evaluation": evaluation, **settings}
         )
     except BaseException:
         traceback.print_exc()
@@ -90,29 +92,13 @@ def with_data(folder: Path) -> Path:
     return folder
 
 
-def faults(whole: Path, folder: Path, settings: dict[str, Any], strikes: list[Strike]) -> list[str]:
-    """What is wrong with a pipeline that was killed at each strike, and then went on to its end."""
-    found = []
-    for strike in strikes:
-        ended = start(folder, settings, strike, run=run)
-        print(f"  {strike}: {'killed' if ended.was_struck else 'not reached'}", flush=True)
-        if ended.status not in (0, -signal.SIGKILL):
-            found.append(f"{strike}: ended with status {ended.status}")
-        if ended.status == 0:
-            break
-    else:
-        last = start(folder, settings, run=run)
-        found += [f"the last one ended with status {last.status}"] if last.status else []
-    return found + differences(whole, folder)
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="pipelines that are killed at random, besides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="the first two phases alone")
-    options = parser.parse_args()
-    settings, points = ({"until": "rl"}, POINTS[2:3]) if options.short else ({}, POINTS)
+    parser.add_argument("--short", action="store_true", help="the first two phases alone, without evaluations")
+    options = parser.parse_args(arguments)
+    settings, points = ({"until": "rl", "evaluation": None}, IN_SHORT) if options.short else ({}, POINTS)
     top = Path(tempfile.mkdtemp(prefix="pipeline-kills-"))
     whole = with_data(top / "whole")
     ended = start(whole, settings, count=options.kills > 0, run=run)
@@ -123,7 +109,7 @@ def main() -> int:
         strikes = points if number == 0 else [
             draw(dice, signal.SIGKILL, ended.cpu_s / 2, ended.counts) for _ in range(dice.choice([1, 1, 2, 3]))
         ]  # fmt: skip
-        found = faults(whole, with_data(top / f"{number}"), settings, strikes)
+        found = faults_in_turn(whole, with_data(top / f"{number}"), settings, strikes, run)
         print(f"{number}: {'equal' if not found else '; '.join(found)}", flush=True)
         bad += bool(found)
         if not found:

@@ -1,4 +1,7 @@
-"""Runs that are killed and resumed: three here, and a hundred in `make test-kill`. kills.py has the how."""
+"""Runs and pipelines that are struck and go on: one of each here, and hundreds by `make test-kill`.
+
+kills.py and pipeline_kills.py have the how.
+"""
 
 import os
 import subprocess
@@ -8,16 +11,35 @@ from pathlib import Path
 import pytest
 from kills import PACKAGE, PLACES, differences
 
-KILLS = Path(__file__).parent / "kills.py"
+IN_SHORT = "import sys, kills, pipeline_kills; sys.exit(kills.main(['--short']) or pipeline_kills.main(['--short']))"
+FOLDER = Path(__file__).parent
 
 
-def test_runs_that_are_killed_end_as_those_that_are_not():
-    """In the variant that saves and removes the most."""
-    command = [sys.executable, str(KILLS), "--kills", "3", "--seed", "2", "--variants", "limit"]
+def said_by(*arguments):
+    """What a process of Python prints, which ends well."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 of 3 killed runs are equal" in done.stdout, done.stdout
+    return done.stdout
+
+
+def test_a_run_and_a_pipeline_that_are_struck_end_as_those_that_are_not():
+    """In one process, since importing torch takes 5 CPU s of it: a run struck four times, and a pipeline once."""
+    said = said_by("-c", IN_SHORT)
+    assert "a run that was struck in turn is equal to an undisturbed one" in said
+    assert "1 of 1 killed pipelines are equal" in said
+    assert said.count(": struck") == 5 and "not reached" not in said, said
+
+
+@pytest.mark.slow
+def test_runs_that_are_struck_at_random_end_as_those_that_are_not():
+    said = said_by("kills.py", "--kills", "3", "--interruptions", "1", "--seed", "2", "--variants", "limit")
+    assert "3 of 3 killed runs are equal" in said and "1 of 1 interrupted runs are equal" in said, said
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_killed_in_every_phase_and_others_at_random_end_as_one_that_is_not():
+    assert "13 of 13 killed pipelines are equal" in said_by("pipeline_kills.py", "--kills", "12")
 
 
 def test_a_place_to_strike_is_one_that_is_there():
