@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Share:
-    """Part of the way from base to policy that a written model has gone: 1 where it is whole, 0 at its base.
+    """Part of the way from base to policy that a written model has gone: 1 where it is whole.
 
     Rounding in all three draws both towards 1/2 and never beyond: above that a model is nearer to the policy.
     """
