@@ -500,3 +500,8 @@ def test_a_look_at_a_model_leaves_torchs_generator_alone(tmp_path):
     before = torch.get_rng_state()
     find_model(str(tmp_path), GRPOConfig(use_cpu=True))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_is_cut_down_by_settings_is_said():
+    with pytest.warns(UserWarning, match="num_hidden_layers=1, and .* has 3 layers: another model is trained"):
+        find_model(str(DEMO_MODEL), GRPOConfig(use_cpu=True, model_init_kwargs={"num_hidden_layers": 1}))

@@ -50,6 +50,7 @@ from lowmem_grpo.model.towers import (
     within,
 )
 from lowmem_grpo.model.turn_end import named_ends
+from lowmem_grpo.warn import warn
 
 OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
@@ -348,6 +349,12 @@ def _refuse_unread(model: str, config: ModelFields) -> None:
             )
         if "drop" in name and given[name]:
             raise InputError(f"model_init_kwargs has {name}, and the base's dropout is always off; leave it out")
+        is_depth = plain.attribute_map.get(name, name) == "num_hidden_layers"
+        if is_depth and given[name] != getattr(plain, name):
+            warn(
+                f"model_init_kwargs has {name}={given[name]}, and {model!r} has {getattr(plain, name)} layers: another "
+                "model is trained than the one that was saved; leave it out unless that is meant"
+            )
 
 
 def is_4bit(model: nn.Module) -> bool:
