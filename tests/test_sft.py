@@ -211,7 +211,7 @@ def test_the_doctor_looks_before_the_weights_are_read(tmp_path, monkeypatch, nam
 
     own = Doctor.note
     monkeypatch.setattr(Doctor, "note", note)
-    monkeypatch.setattr("lowmem_grpo.inputs.load_policy", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("lowmem_grpo.inputs.training.load_policy", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UnhealthyRunError) as caught:
         run(tmp_path, doctor="stop", **settings)
     assert "set doctor='warn'" in str(caught.value)
