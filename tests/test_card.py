@@ -236,6 +236,14 @@ def test_the_card_of_a_merged_model_is_of_a_whole_model(trained):
     assert isinstance(executed(program(card))["model"], PreTrainedModel)
 
 
+@pytest.mark.parametrize(("given", "said"), [(True, "and not into the 4 bits"), (False, "on which it")])
+def test_what_an_adapter_was_merged_into_is_told_by_what_it_was_trained_on(folder, given, said):
+    (folder.parent / "grpo_config.json").write_text(json.dumps({"load_in_4bit": given}), encoding="utf-8")
+    text = card_of(folder, onto="original").text
+    assert f"* the adapter was merged into the base's own weights, {said}" in text
+    assert ("computes other numbers here" in text) is given
+
+
 def test_the_program_on_a_reward_adapters_card_gives_a_score(tmp_path):
     config = RewardConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1, pairs_per_step=2, doctor="off")
     train_reward_model(str(DEMO_MODEL), pair_rows(task.splits()[0][:4]), None, config)

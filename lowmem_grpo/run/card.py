@@ -23,10 +23,6 @@ from lowmem_grpo.run.snippet import snippet
 
 NAME = "README.md"
 LEFT_OUT = re.compile(r"(?!eval_)|.*/(ci_|difference)|eval_completions/(min|max|mean_terminated)_")  # of a table's rows
-MERGED = {
-    "nf4": "the adapter was merged into the numbers that the base's 4 bits stand for, on which it was trained",
-    "original": "the adapter was merged into the base's own weights, and not into the 4 bits that it was trained on",
-}
 
 
 def write_card(folder: Path, say: Callable[[str], None]) -> None:
@@ -53,7 +49,7 @@ def card_of(folder: Path, *, name: str | None = None, onto: str | None = None, n
     facts = Facts(folder)
     name = name or _repository(facts) or public_name(str(folder))
     sections = {
-        "Model": points([*_model(facts), *([MERGED[onto]] if onto else []), *notes]),
+        "Model": points([*_model(facts), *_merged(facts, onto), *notes]),
         "Method": points([_linked(method.text, method.source) for method in facts.methods]),
         "Data and rewards": points(_data(facts)),
         "Evaluation": _evaluation(facts),
@@ -161,6 +157,20 @@ def _model(facts: Facts) -> list[str]:
     return lines
 
 
+def _merged(facts: Facts, onto: str | None) -> list[str]:
+    """A sentence on the weights that the adapter was merged into, if it was."""
+    if onto is None:
+        return []
+    if onto == "nf4":
+        return ["the adapter was merged into the numbers that the base's 4 bits stand for, on which it was trained"]
+    others = ", and not into the 4 bits that it was trained on" if _was_in_4bit(facts) else ", on which it was trained"
+    return [f"the adapter was merged into the base's own weights{others}"]
+
+
+def _was_in_4bit(facts: Facts) -> bool:
+    return facts.settings.get("load_in_4bit", True)
+
+
 def _data(facts: Facts) -> list[str]:
     lines, rows = [], mapping(facts.run.about.get("rows"))
     for words, given, count in (
@@ -260,7 +270,7 @@ def _limits(facts: Facts, onto: str | None) -> list[str]:
     ]
     if facts.kind == "grpo" and facts.settings.get("teacher") is None:
         lines.append("what it has learnt is to earn its rewards, also where they pay for what is not right")
-    if facts.settings.get("load_in_4bit", True) and onto != "nf4":
+    if _was_in_4bit(facts) and onto != "nf4":
         where = "on one in 16 bits" if onto is None else "here"
         lines.append(f"it was trained on a base in 4 bits, and computes other numbers {where}")
     return lines + [f"found in training: {code(line.get('text'))}" for line in facts.run.findings]
