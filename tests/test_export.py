@@ -38,7 +38,7 @@ from lowmem_grpo.errors import InputError, NotSavedError
 from lowmem_grpo.exporting import check
 from lowmem_grpo.exporting import export as exports
 from lowmem_grpo.exporting.check import Difference, Share
-from lowmem_grpo.exporting.export import Checked, _refuse_difference, as_text, export
+from lowmem_grpo.exporting.export import Checked, _of_share, _refuse_difference, as_text, export
 from lowmem_grpo.exporting.files import NEEDED, NOT_NEEDED, other_files, write_tensors
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
@@ -301,6 +301,7 @@ def test_the_share_of_what_training_changed_is_told_in_noise_that_is_larger():
     )  # 1/3 and 1 without one of them
     for few in (Share.of(base, other, base), Share.of(policy[:1], base[:1], base[:1])):
         assert few.error == math.inf
+        assert "too little of these completions to tell" in _of_share(few)
 
 
 @pytest.mark.parametrize(("share", "is_refused"), [(Share(0.02, 0.1), True), (Share(0.5, 0.2), False)])

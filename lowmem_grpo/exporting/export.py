@@ -181,7 +181,7 @@ def as_text(result: ExportResult) -> list[str]:
 
 def _of_share(share: Share) -> str:
     """A sentence on whether a merged model is nearer to the trained policy or to its base."""
-    if abs(share.value - 0.5) <= 2 * share.error:
+    if not abs(share.value - 0.5) > 2 * share.error:  # of no change at all it is NaN
         return "training has changed too little of these completions to tell the merged model from its base"
     of = "trained policy than to its base" if share.value > 0.5 else "base than to the trained policy"
     return f"the merged model is nearer to the {of}: {100 * share.value:.0f} % (+- {200 * share.error:.0f}) of the way"
