@@ -47,14 +47,22 @@ def outputs_of(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {shown(dtype)} is none; it is float32, bfloat16 or float16")
     out, file = (None if name is None else new_path(name) for name in (merge_to, gguf))
-    if out is not None and file is not None and out.absolute() == file.absolute():
-        raise InputError(f"merge and gguf are both {shown(gguf)}; a folder and a file need two names")
+    if out is not None and file is not None:
+        _refuse_one_place(out.absolute(), file.absolute())
     if gguf is None:
         if llama_cpp is not None:
             raise InputError("llama_cpp has no effect without gguf; give that, or leave both out")
         return Outputs(out, None, None)
     name, source = (OF_ADAPTER, model) if merge_to is None else (OF_MODEL, merge_to)
     return Outputs(out, file, find_converter(llama_cpp, name, gguf, source))
+
+
+def _refuse_one_place(out: Path, file: Path) -> None:
+    """Raise InputError where a GGUF file would take the place of a merged folder or of a file within."""
+    if file == out or file in out.parents:
+        raise InputError(f"gguf is {str(file)!r}, and merge needs a folder there; give them two names")
+    if out in file.parents and file.suffix != ".gguf":
+        raise InputError(f"gguf is {file.name!r} within merge's folder, which may be a model's file; end it in .gguf")
 
 
 def new_path(name: str) -> Path:
