@@ -106,17 +106,32 @@ def test_a_gold_answer_that_does_not_earn_the_most_is_warned_of(rows, rewards, n
     assert name is None or found[0].text.startswith(f"{name} does not give the gold answer the most, in its only row: ")
 
 
-@pytest.mark.parametrize("gold", ["B", "(B)", "Paris", "yes"])
-def test_an_answer_in_words_that_the_prompt_does_not_ask_to_mark_is_warned_of(gold):
-    inputs, previews = look(asked("Which is it, A or B?", answer=gold) * 2, "accuracy_reward", count=2)
+SENTENCES = "Paris. It is the capital of France."
+
+
+@pytest.mark.parametrize("gold", [SENTENCES, "first line\nsecond line"])
+def test_an_answer_that_is_read_in_a_mark_alone_is_warned_of_where_no_prompt_asks_for_one(gold):
+    inputs, previews = look(asked("Where is it?", answer=gold) * 2, "accuracy_reward", count=2)
     ((situation, found),) = faults(inputs.rewards, previews)
     assert situation == "gold_paid_if_marked/accuracy_reward" and found.startswith(
         "accuracy_reward pays the gold answer only where it is marked, and 2 of the first 2 prompts"
     )
     assert "has 0.000, and" in found and "1.000; ask for that form in the prompts or in system_prompt" in found
-    for text, own in ((f"Which? {BOXED}", gold), ("1+1=?", "2"), ("How far?", "2 km")):
-        inputs, previews = look(asked(text, answer=own), "accuracy_reward")
-        assert faults(inputs.rewards, previews) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        *(("Which is it, A or B?", gold) for gold in ("B", "(B)", "Paris", "yes")),
+        ("1+1=?", "2"),
+        ("How far?", "2 km"),
+        (f"Which? {BOXED}", SENTENCES),
+    ],
+)
+def test_an_answer_that_is_read_as_the_prompt_asks_for_it_is_not_warned_of(text, gold):
+    inputs, previews = look(asked(text, answer=gold), "accuracy_reward")
+    assert faults(inputs.rewards, previews) == []
+    assert previews[0].answer == (gold if BOXED not in text else rf"\boxed{{{gold}}}")
 
 
 class OwnModel:
