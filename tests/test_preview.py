@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from lowmem_grpo import GRPOConfig, cli, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.inputs.prompts import read_data_inputs
-from lowmem_grpo.preview.prompts import as_text, faults, make_previews
+from lowmem_grpo.preview.prompts import as_text, faults, make_previews, show_preview
 from lowmem_grpo.rewards import get_judge_reward, get_soft_overlong_punishment
 
 CONFIG = GRPOConfig(use_cpu=True)
@@ -189,14 +190,16 @@ def test_models_servers_and_programs_are_not_run_and_that_is_said(monkeypatch):
     ]
 
 
-def test_a_prompt_that_is_a_whole_chat_with_its_answer_is_warned_of():
+def test_a_prompt_that_is_a_whole_chat_with_its_answer_is_warned_of(tmp_path):
     chat = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "So it is \\boxed{2}"}]
     inputs, previews = look([{"prompt": chat, "answer": "2"}], ["accuracy_reward"])
-    (fault,) = faults(inputs.rewards, previews)
+    ((situation, fault),) = faults(inputs.rewards, previews)
+    assert situation == "nothing_paid/accuracy_reward"
     assert "gives an empty completion the most, in 1 of the first 1 rows: the prompt ends with the answer" in fault
+    assert show_preview(replace(inputs, output_dir=tmp_path)) == [(situation, fault)]
     begun = [chat[0], {"role": "assistant", "content": "It is \\boxed{"}]
     inputs, previews = look([{"prompt": begun, "answer": "2"}], ["accuracy_reward"])
-    assert not [fault for fault in faults(inputs.rewards, previews) if "empty completion" in fault]
+    assert not [fault for fault in faults(inputs.rewards, previews) if "empty completion" in fault.text]
 
 
 def test_a_row_without_a_gold_answer_shows_what_an_empty_completion_earns():

@@ -172,7 +172,7 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
     completion. A built-in one should give it without a mark, too, where no prompt asks for one, and no empty completion
     1, as where a prompt is a whole chat, with its answer.
     """
-    found = []
+    found: list[Finding] = []
     for function, name in zip(rewards.functions, rewards.names, strict=True):
         shown = [one for one in previews if one.answer is not None and name in one.rewards]
         worth_less = [one for one in shown if _is_worth_less(function, *one.rewards[name])]
@@ -188,10 +188,11 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
             continue
         for_nothing = [one for one in shown if reads_gold(function) and one.rewards[name][1] >= 1]
         if for_nothing:
-            found.append(
+            text = (
                 f"{name} gives an empty completion the most, in {len(for_nothing)} of the first {len(shown)} rows: the "
                 f"prompt ends with the answer, {for_nothing[0].prompt[-40:]!r}; leave out the assistant's last message"
             )
+            found.append(Finding(f"nothing_paid/{name}", text))
             continue
         unpaid = [one for one in shown if function in AT_BEST_1 and reads_gold(function) and one.bare.get(name, 1) < 1]
         if unpaid:
