@@ -82,3 +82,17 @@ def test_the_lowest_version_that_is_asked_for_has_a_job_of_its_own(package):
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     (lowest,) = [match[1] for need in needs if (match := re.match(rf"{package}>=([\d.]+)", need))]
     assert f" {package}=={lowest}.0 " in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def test_the_pinned_set_has_all_that_is_asked_for():
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {plain(name) for name in re.findall(r"^([\w.-]+)==", pins, flags=re.MULTILINE)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = (
+        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["tasks"]
+    )
+    loose = {plain(match[1]) for need in needs if (match := re.match(r"([\w.-]+)[^=]*>=", need))}
+    assert loose - pinned == set()
