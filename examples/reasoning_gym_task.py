@@ -1,4 +1,4 @@
-"""Any task of reasoning-gym by name, with its own verifier: `pip install "lowmem-grpo[tasks]"`.
+"""Any task of reasoning-gym by name, with its own verifier: `pip install reasoning-gym`.
 
     python examples/reasoning_gym_task.py --task "chain_sum?max_terms=4" --max_steps 200
     python examples/reasoning_gym_task.py --list

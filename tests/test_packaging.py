@@ -96,3 +96,11 @@ def test_the_pinned_set_has_all_that_is_asked_for():
     )
     loose = {plain(match[1]) for need in needs if (match := re.match(r"([\w.-]+)[^=]*>=", need))}
     assert loose - pinned == set()
+
+
+def test_nothing_sends_for_this_package_to_an_index_that_lacks_it():
+    """Status says that it is not released: until then another's package could have the name there."""
+    names = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.ipynb"], cwd=ROOT, capture_output=True, text=True)
+    asked = re.compile(r"pip install [^`\n]*lowmem[-_]grpo[^/]")
+    for name in set(names.stdout.split()) - {"tests/test_packaging.py"}:
+        assert not asked.search((ROOT / name).read_text(encoding="utf-8")), name

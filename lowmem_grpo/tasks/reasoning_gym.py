@@ -1,6 +1,6 @@
 """Every task of reasoning-gym by name, with its own verifier (https://github.com/open-thought/reasoning-gym).
 
-An optional dependency: `pip install "lowmem-grpo[tasks]"`.
+An optional dependency: `pip install reasoning-gym`.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def _registry() -> dict[str, tuple[type, type]]:
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise InputError(f'reasoning_gym cannot be imported ({error}); pip install "lowmem-grpo[tasks]"') from error
+        raise InputError(f"reasoning_gym cannot be imported ({error}); pip install reasoning-gym") from error
     return DATASETS
 
 
