@@ -313,11 +313,11 @@ def sooner(*limits: float | None) -> float | None:
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a suite's file. Raises ValueError where it is none."""
-    if not path.exists():
-        return {"parts": {}}
     try:
         found = json.loads(path.read_text())
         assert isinstance(found["parts"], dict) and all(isinstance(part, dict) for part in found["parts"].values())
+    except (FileNotFoundError, NotADirectoryError):
+        return {"parts": {}}
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise ValueError(f"{path} is not a file of this suite; move it away, or choose another --output_dir") from None
     return found
@@ -332,12 +332,7 @@ def of_name(name: str, known: dict[str, Part]) -> list[str]:
 
 
 def chosen_file(given: argparse.Namespace, known: dict[str, Part]) -> Path:
-    """The suite's file: --file, this machine's newest that lacks a part, or a new one. Raises ValueError."""
-    try:
-        given.output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=given.output_dir).close()
-    except OSError as error:
-        raise ValueError(f"--output_dir {given.output_dir} cannot be written to ({error.strerror})") from None
+    """The suite's file: --file, this machine's newest that lacks a part, or a new one."""
     if given.file:
         return given.output_dir / given.file
     today = ("quick-" if given.quick else "dry-run-" if given.dry_run else "") + file_name()
@@ -345,6 +340,15 @@ def chosen_file(given: argparse.Namespace, known: dict[str, Part]) -> Path:
     if begun and not known.keys() <= read(begun[-1])["parts"].keys():
         return begun[-1]
     return given.output_dir / today
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of the results. Raises ValueError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -367,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
     known = parts(given.quick, given.dry_run, given.call)
     try:
         asked = [part for name in given.names for part in of_name(name, known)] or list(known)
+        if not given.list:
+            check_writable(given.output_dir)
         path = chosen_file(given, known)
         stored = read(path)["parts"]
     except ValueError as error:

@@ -146,8 +146,9 @@ def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path, ca
         sample("model", "data")
     with pytest.raises(InputError, match=r"run_pipeline\(\) " + words):
         run_pipeline("model", [], str(tmp_path))
-    assert cli.main(["eval", "--model", "m", "--dataset", "d"]) == 2
-    assert f"`lowmem-grpo eval` {words}" in capsys.readouterr().err
+    for command in (["eval", "--model", "m", "--dataset", "d"], ["bench", "--list"]):
+        assert cli.main(command) == 2
+        assert f"`lowmem-grpo {command[0]}` {words}" in capsys.readouterr().err
 
 
 def test_a_plan_of_several_processes_is_that_of_a_share(capsys):

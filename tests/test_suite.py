@@ -246,9 +246,11 @@ def test_an_interrupted_part_keeps_what_it_had_and_is_begun_anew(tmp_path, monke
     assert "begins it anew" in capsys.readouterr().out
 
 
-def test_the_command_names_its_parts(capsys):
-    assert main(["bench", "--list"]) == 0
+def test_the_command_names_its_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--list"]) == 0 and not list(tmp_path.iterdir()), "a list leaves no folder behind"
     assert set(capsys.readouterr().out.split()) >= set(suite.CPU if not torch.cuda.is_available() else suite.CUDA)
+    assert main(["bench", "--list", "--dry-run"]) == 0, "a flag's hyphens are taken here, too"
     assert main(["bench", "haed"]) == 2
     assert "no part haed; there are" in capsys.readouterr().err
     assert suite.of_name("update", suite.CPU) == ["update", "update-uneven"]
@@ -258,7 +260,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{")
     assert suite.main(["--list", f"--output_dir={tmp_path}", "--file=x.json"]) == 2
     assert "is not a file of this suite" in capsys.readouterr().err
-    assert suite.main(["--list", f"--output_dir={tmp_path}/x.json"]) == 2
+    assert suite.main(["head", f"--output_dir={tmp_path}/x.json"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
     (tmp_path / "y.json").write_text('{"parts": {"head": "text"}}')
     assert suite.main(["--list", f"--output_dir={tmp_path}", "--file=y.json"]) == 2

@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_command(arguments: list[str]) -> int:
     """Run the command that the arguments name, with the others as its flags; without any, print the help."""
-    if arguments[:1] == ["bench"]:  # has its own options
-        return run_bench(arguments[1:])
     arguments = [with_underscores(argument) for argument in arguments]
     if num_started() > 1 and arguments and arguments[0] not in TRAININGS:
         raise InputError(
             f"`lowmem-grpo {printable(arguments[0]):.50}` is the work of one process, and torchrun has started "
             f"{num_started()}; start it without torchrun"
         )
+    if arguments[:1] == ["bench"]:  # has its own options
+        return run_bench(arguments[1:])
     configs = {**PLANNED, "select": SelectConfig}
     trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
