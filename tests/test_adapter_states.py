@@ -17,7 +17,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from peft.tuners.lora import LoraLayer
-from test_train import length_reward, run, varied_reward
+from test_train import run, text_reward, varied_reward
 from tiny_models import DEMO_MODEL
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -335,7 +335,7 @@ REFUSED = {
 def test_an_adapter_that_cannot_be_trained_as_it_is_is_refused_in_one_sentence(state, tmp_path):
     make, words = REFUSED[state]
     with pytest.raises(InputError, match=words) as caught:
-        run(tmp_path, make(tmp_path), length_reward, max_steps=1, **IN_FP32)
+        run(tmp_path, make(tmp_path), text_reward, max_steps=1, **IN_FP32)
     assert "\n" not in str(caught.value)
 
 
@@ -348,7 +348,7 @@ def test_a_new_adapter_that_would_start_from_something_else_than_itself_is_refus
     with pytest.raises(
         InputError, match=f"has init_lora_weights='{start}', which takes from {source}; leave it at True"
     ):
-        run(tmp_path, rewards=length_reward, peft_config=config)
+        run(tmp_path, rewards=text_reward, peft_config=config)
 
 
 def renamed(name: str, adapter: str) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_generate import PROMPTS, ShapedSampler, ids_of, paged_shapes
 from test_generate import run as complete
 from test_graphs import captured_early, recorder  # noqa: F401
-from test_train import adapters, length_reward, run
+from test_train import adapters, run, text_reward
 from tiny_models import DEMO_MODEL, SMALL, make_model, make_policy, wake_adapters
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -334,7 +334,7 @@ def test_a_run_trains_the_active_one_of_two_adapters_and_leaves_the_other(tmp_pa
     """Also over a resume, whose checkpoint holds that one alone."""
     model = two_adapters()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-    settings = dict(rewards=length_reward, load_in_4bit=False, save_steps=1)
+    settings = dict(rewards=text_reward, load_in_4bit=False, save_steps=1)
     worn = []
     whole = run(
         tmp_path / "whole", model, callbacks=[lambda _, __, policy: worn.append(policy.adapters.worn)], **settings
@@ -368,8 +368,8 @@ def test_a_run_is_the_same_with_another_adapter_on_the_base(tmp_path):
                 parameter.data.fill_(torch.nan)
                 parameter.grad = torch.full_like(parameter, torch.nan)
 
-    alone = run(tmp_path / "alone", rewards=length_reward, save_steps=2)
-    beside = run(tmp_path / "beside", rewards=length_reward, save_steps=2, callbacks=[add])
+    alone = run(tmp_path / "alone", rewards=text_reward, save_steps=2)
+    beside = run(tmp_path / "beside", rewards=text_reward, save_steps=2, callbacks=[add])
     assert "critic" in beside.policy.model.peft_config
     norms = [[line["grad_norm"] for line in result.history] for result in (alone, beside)]
     assert norms[0] == norms[1] and min(norms[0]) > 0

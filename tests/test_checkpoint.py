@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_train import ROWS, adapters, length_reward, run, spoil_a_weight, varied_reward
+from test_train import ROWS, adapters, run, spoil_a_weight, text_reward, varied_reward
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import cli
@@ -31,7 +31,7 @@ def comparable(history):
 
 def noisy_reward(completions, **kwargs):
     """Draws from every generator that a checkpoint promises to keep."""
-    return [random.random() + np.random.rand() + torch.rand(1).item() + v for v in length_reward(completions)]
+    return [random.random() + np.random.rand() + torch.rand(1).item() + v for v in text_reward(completions)]
 
 
 def dull_or_noisy_reward(completions, **kwargs):
@@ -137,13 +137,13 @@ def test_a_signal_in_a_reward_loses_no_finished_step(tmp_path):
     def crashes_late(completions, trainer_state, **kwargs):
         if trainer_state.global_step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return length_reward(completions)
+        return text_reward(completions)
 
-    crashes_late.__name__ = "length_reward"  # what it is once it is mended
+    crashes_late.__name__ = "text_reward"  # what it is once it is mended
     with pytest.raises(SystemExit, match="143"):
         run(tmp_path, rewards=crashes_late, max_steps=3, **SHORT)
     assert (tmp_path / "out/checkpoint-1").is_dir()
-    resumed = run(tmp_path, rewards=length_reward, max_steps=3, resume_from_checkpoint=True, **SHORT)
+    resumed = run(tmp_path, rewards=text_reward, max_steps=3, resume_from_checkpoint=True, **SHORT)
     assert [line["step"] for line in resumed.history] == [1, 2, 3]
 
 
@@ -251,12 +251,12 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
         calls.append(0)
         if len(calls) == 5:  # trial, evaluation, two steps
             signal.raise_signal(signal.SIGINT)
-        return length_reward(completions)
+        return text_reward(completions)
 
-    dies_in_the_last_evaluation.__name__ = "length_reward"  # what it is once it is mended
+    dies_in_the_last_evaluation.__name__ = "text_reward"  # what it is once it is mended
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, rewards=dies_in_the_last_evaluation, eval_dataset=ROWS[:2], **SHORT)
-    resumed = run(tmp_path, rewards=length_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True, **SHORT)
+    resumed = run(tmp_path, rewards=text_reward, eval_dataset=ROWS[:2], resume_from_checkpoint=True, **SHORT)
     assert [line["step"] for line in resumed.eval_history] == [0, 2]
 
 
@@ -301,7 +301,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_ignored(tmp_pat
 def finished(tmp_path_factory):
     """The output of a run with everything that a checkpoint can hold."""
     folder = tmp_path_factory.mktemp("finished")
-    run(folder, rewards=length_reward, max_steps=1, beta=0.1, reference="initial", eval_dataset=ROWS[:2], **SHORT)
+    run(folder, rewards=text_reward, max_steps=1, beta=0.1, reference="initial", eval_dataset=ROWS[:2], **SHORT)
     return folder / "out"
 
 
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, finished, name):
     with pytest.raises(ValueError, match=words):
         run(
             tmp_path,
-            rewards=length_reward,
+            rewards=text_reward,
             max_steps=2,
             beta=0.1,
             reference="initial",
@@ -347,7 +347,7 @@ def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
     with pytest.raises(ValueError, match="checkpoint-1 cannot .* its trainer_state.json cannot be read: it has a NaN"):
         run(
             tmp_path,
-            rewards=length_reward,
+            rewards=text_reward,
             max_steps=2,
             beta=0.1,
             reference="initial",
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(writ
     with pytest.raises(InputError, match=words):
         run(
             tmp_path,
-            rewards=length_reward,
+            rewards=text_reward,
             max_steps=2,
             beta=0.1,
             reference="initial",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_adapters import wake
 from test_checkpoint import Stop, comparable, noisy_reward, stop_at
 from test_score_head import named_model
-from test_train import ROWS, adapters, length_reward, run
+from test_train import ROWS, adapters, run, text_reward
 from test_update import fixed_rollout
 from tiny_models import OutOfMemory, make_policy
 from transformers import PreTrainedConfig
@@ -229,7 +229,7 @@ def test_a_critic_goes_with_other_settings(tmp_path, changes):
 def test_while_the_critic_warms_up_it_learns_and_the_policy_does_not(tmp_path):
     changes = {
         **SHORT,
-        "rewards": length_reward,
+        "rewards": text_reward,
         "critic_warmup": 2,
         "max_steps": 3,
         "save_steps": 1,
@@ -319,7 +319,7 @@ def test_steps_that_one_of_the_two_takes_do_not_hide_that_the_other_takes_none(t
         monkeypatch.setattr("lowmem_grpo.update.critic.value_losses", value_losses_of)
     given = {
         **SHORT,
-        "rewards": length_reward,
+        "rewards": text_reward,
         "loss_type": "spoiled",
         "max_nonfinite_steps": 1,
         "max_steps": 6,
@@ -405,7 +405,7 @@ def test_a_warm_up_longer_than_the_run_is_refused_where_epochs_say_how_long_it_i
 def test_length_is_learned_with_one_completion_a_prompt(tmp_path):
     """With seeds 0, 1 and 42 the last three steps earned 3.5, 2.1 and 3.4 times what the first three did."""
     settings = {**PPO, "prompts_per_step": 8, "learning_rate": 3e-3, "critic_learning_rate": 1e-3}
-    result = run(tmp_path, rewards=length_reward, **settings, max_steps=12)
+    result = run(tmp_path, rewards=text_reward, **settings, max_steps=12)
     rewards = [line["reward"] for line in result.history]
     assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3])
 

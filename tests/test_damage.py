@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_checkpoint import comparable, seal
-from test_train import ROWS, length_reward, run
+from test_train import ROWS, run, text_reward
 from tiny_models import DEMO_MODEL, make_policy
 
 from lowmem_grpo import cli
@@ -40,7 +40,7 @@ from lowmem_grpo.update.optimizer import Learner
 pytestmark = pytest.mark.usefixtures("known_trials")
 
 SETTINGS = dict(
-    rewards=length_reward, beta=0.1, reference="initial", replay_buffer_size=4, dynamic_sampling_rounds=1, save_steps=1,
+    rewards=text_reward, beta=0.1, reference="initial", replay_buffer_size=4, dynamic_sampling_rounds=1, save_steps=1,
     eval_dataset=ROWS[:2], eval_steps=1,
 )  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_name_of_a_whole_
 
 
 def test_without_a_whole_checkpoint_true_is_refused_and_auto_starts_anew(tmp_path):
-    settings = {"rewards": length_reward, "max_steps": 1, "max_completion_length": 4}
+    settings = {"rewards": text_reward, "max_steps": 1, "max_completion_length": 4}
     with pytest.raises(InputError, match='has no whole checkpoint; leave .* or set it to "auto" to resume if'):
         run(tmp_path, resume_from_checkpoint=True, **settings)
     assert [line["step"] for line in run(tmp_path, resume_from_checkpoint="auto", **settings).history] == [1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_checkpoint import seal
-from test_train import ROWS, length_reward, run
+from test_train import ROWS, run, text_reward
 from tiny_models import DEMO_MODEL, make_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +32,7 @@ from lowmem_grpo.rewards import (
     get_regex_reward,
 )
 
-SETTINGS = {"rewards": length_reward, "max_completion_length": 4}
+SETTINGS = {"rewards": text_reward, "max_completion_length": 4}
 
 
 def identity(prompts, **given):
@@ -55,7 +55,7 @@ def given():
     prompts = [Prompt("1+1=", [1, 2, 3], {"solution": "2", "level": None}), Prompt("2+2=", [4, 5], {"solution": "4"})]
     return {
         "model": policy.base.config, "adapter": LoraConfig(), "tokenizer": AutoTokenizer.from_pretrained(DEMO_MODEL),
-        "prompts": prompts, "rewards": RewardRunner([length_reward, get_regex_reward("yes")]),
+        "prompts": prompts, "rewards": RewardRunner([text_reward, get_regex_reward("yes")]),
     }  # fmt: skip
 
 
@@ -107,9 +107,9 @@ def another_token(tokenizer):
         ("prompts", with_column(solution="5"), "on other values in solution"),
         ("prompts", with_column(level=3), "on other values in level"),
         ("prompts", with_column(more=1), "on other values in more"),
-        ("rewards", lambda rewards: RewardRunner([length_reward]), "the rewards length_reward, regex_reward, and these"),
+        ("rewards", lambda rewards: RewardRunner([text_reward]), "the rewards text_reward, regex_reward, and these"),
         (
-            "rewards", lambda rewards: RewardRunner([length_reward, get_regex_reward("no")]),
+            "rewards", lambda rewards: RewardRunner([text_reward, get_regex_reward("no")]),
             r"another reward: regex_reward is \[\['no', 48\], False\], and was \[\['yes', 48\], False\]",
         ),
     ],
@@ -154,9 +154,9 @@ def test_a_reward_whose_source_code_changed_is_said(tmp_path, given):
     def mended(completions, **kwargs):
         return [0.5 for _ in completions]
 
-    mended.__name__ = "length_reward"
-    resume = resume_of(tmp_path, identity(**{**given, "rewards": RewardRunner([length_reward])}))
-    with pytest.warns(UserWarning, match="the reward length_reward has other source code or settings than in"):
+    mended.__name__ = "text_reward"
+    resume = resume_of(tmp_path, identity(**{**given, "rewards": RewardRunner([text_reward])}))
+    with pytest.warns(UserWarning, match="the reward text_reward has other source code or settings than in"):
         refuse_another_run(resume, identity(**{**given, "rewards": RewardRunner([mended])}))
 
 
@@ -232,7 +232,7 @@ def test_a_run_on_another_base_of_the_same_name_is_refused(tmp_path, out):
     other_rows = [{**row, "solution": "0"} for row in ROWS]
     with pytest.raises(InputError, match="checkpoint-1 is of a run on other values in solution"):
         run(out.parent, rows=other_rows, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
-    with pytest.raises(InputError, match="is of a run with the rewards length_reward, and these are answer_reward"):
+    with pytest.raises(InputError, match="is of a run with the rewards text_reward, and these are answer_reward"):
         run(out.parent, max_steps=2, resume_from_checkpoint=True, **{**SETTINGS, "rewards": answer_reward})
 
 

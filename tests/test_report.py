@@ -21,8 +21,8 @@ from lowmem_grpo.report.chart import COLUMNS, Dot, Series, chart, in_digits, lim
 from lowmem_grpo.report.page import duration, page_of, state_of
 from lowmem_grpo.report.reading import read_run, readable
 from lowmem_grpo.report.report import write_report
-from lowmem_grpo.run import run as run_module
 from lowmem_grpo.run.card import card_of
+from lowmem_grpo.run.publish import Publisher
 from lowmem_grpo.watch.run import WatchedRun
 from lowmem_grpo.watch.view import View
 
@@ -434,8 +434,7 @@ def test_a_pipeline_has_a_row_a_phase_with_links_to_their_pages(tmp_path):
 
 def test_a_report_that_fails_costs_no_run(monkeypatch, tmp_path):
     said = []
-    run = SimpleNamespace(folder=tmp_path, progress=SimpleNamespace(say=said.append))
-    run_module.Run._report(run)
+    Publisher._report(SimpleNamespace(folder=tmp_path, say=said.append))
     assert said == [f"{tmp_path / 'report.html'} cannot be made ({tmp_path} holds no run: it has neither metrics.jsonl nor run.json; "
                     "give the output_dir of a training or of a pipeline)"]  # fmt: skip
 

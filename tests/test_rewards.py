@@ -46,7 +46,7 @@ from lowmem_grpo.rewards.protocol import LARGEST
         ("between 3-4", "3-4"),
         ("It is 72, I think", "72"),
         ("72, 73,", "73"),
-        ("1,2345", "2345"),
+        ("1,2345", "1,2345"),
         ("12,345,678.5!", "12,345,678.5"),
         (r"\boxed{never closes 3", None),
         ("no digits here", None),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_checkpoint import Stop, comparable, stop_at
 from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_shapes, run, shapes, slow
-from test_train import ROWS, adapters, length_reward
+from test_train import ROWS, adapters, text_reward
 from test_train import run as train_tiny
 from tiny_models import DEMO_MODEL, HYBRIDS, make_model, make_policy
 from torch import nn
@@ -227,7 +227,7 @@ def test_a_run_of_a_model_with_states_resumes_bit_for_bit_and_is_sampled_from(tm
     make_model("qwen3_5_text").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     asked = dict(
-        model=str(folder), rewards=length_reward, eval_dataset=ROWS[:2], bf16=False, max_steps=3, save_steps=2,
+        model=str(folder), rewards=text_reward, eval_dataset=ROWS[:2], bf16=False, max_steps=3, save_steps=2,
         eval_steps=2, beta=0.1, num_generations=3, max_completion_length=8,
     )  # fmt: skip
     with warnings.catch_warnings():
@@ -244,7 +244,7 @@ def test_a_run_of_a_model_with_states_resumes_bit_for_bit_and_is_sampled_from(tm
         assert [line["step"] for line in whole.eval_history] == [0, 2, 3]
         output = tmp_path / "sampled.jsonl"
         config = SampleConfig(output=str(output), num_generations=2, max_completion_length=8, use_cpu=True, bf16=False)
-        sample(str(tmp_path / "whole/out/adapter"), ROWS[:3], length_reward, config)
+        sample(str(tmp_path / "whole/out/adapter"), ROWS[:3], text_reward, config)
     assert len(output.read_text(encoding="utf-8").splitlines()) == 6
 
 

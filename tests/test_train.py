@@ -65,8 +65,9 @@ def adapters(result):
     return {name: p.detach().clone() for name, p in result.policy.parameters_of(result.policy.adapter).items()}
 
 
-def length_reward(completions, **kwargs):
-    return [len(completion[0]["content"]) % 7 / 7 for completion in completions]
+def text_reward(completions, **kwargs):
+    """By a completion's characters, so that those that differ earn different rewards, however short they are."""
+    return [sum(map(ord, completion[0]["content"])) % 7 / 7 for completion in completions]
 
 
 def varied_reward(completions, **kwargs):
@@ -96,7 +97,7 @@ def test_a_run_reports_every_step_under_trls_names(tmp_path):
 def test_nothing_changes_at_a_learning_rate_of_zero(tmp_path):
     before = {}
     result = run(
-        tmp_path, rewards=length_reward, learning_rate=0.0, max_steps=3,
+        tmp_path, rewards=text_reward, learning_rate=0.0, max_steps=3,
         callbacks=[lambda step, _, policy: before.setdefault(step, {n: p.detach().clone() for n, p in policy.parameters_of(policy.adapter).items()})],
     )  # fmt: skip
     after = adapters(result)
@@ -221,7 +222,7 @@ def test_where_nothing_was_learned_from_nothing_is_logged_as_0_and_nothing_moves
     """All completions are cut off, and those are left out."""
     seen = []
     result = run(
-        tmp_path, rewards=length_reward, max_completion_length=2, mask_truncated_completions=True, **changes,
+        tmp_path, rewards=text_reward, max_completion_length=2, mask_truncated_completions=True, **changes,
         callbacks=lambda step, metrics, policy: seen.append(metrics["entropy"]),
     )  # fmt: skip
     for line in result.history:
@@ -279,7 +280,7 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({"rewards": lambda **_: [1.0]}, {}, "returned 1 values for 2 completions"),
         ({"rewards": "no_such_reward"}, {}, "no reward function is named"),
         (
-            {"rewards": [task.answer_reward, length_reward]},
+            {"rewards": [task.answer_reward, text_reward]},
             {"reward_weights": [1.0]},
             "reward_weights has 1 entries for 2",
         ),
@@ -316,7 +317,7 @@ def test_a_reward_that_cannot_work_stops_the_run_at_its_start(tmp_path):
 
 def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
     def sometimes(completions, trainer_state, **kwargs):
-        values: list = length_reward(completions)
+        values: list = text_reward(completions)
         match trainer_state.global_step:
             case 1:
                 raise OSError("the judge is gone")
@@ -328,10 +329,10 @@ def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
                 time.sleep(60)
         return values
 
-    result = run(tmp_path, rewards=[sometimes, length_reward], max_steps=5, reward_timeout=2.0)
+    result = run(tmp_path, rewards=[sometimes, text_reward], max_steps=5, reward_timeout=2.0)
     assert [line["rewards/sometimes/failures"] for line in result.history] == [8, 8, 2, 8, 0]
     assert [line["rewards/sometimes/mean"] is None for line in result.history] == [True, True, False, True, False]
-    assert all(line["reward"] is not None and line["rewards/length_reward/failures"] == 0 for line in result.history)
+    assert all(line["reward"] is not None and line["rewards/text_reward/failures"] == 0 for line in result.history)
     for said in (
         "raised OSError: the judge is gone",
         "returned 7 values for 8",
@@ -354,7 +355,7 @@ def test_what_a_reward_logs_cannot_replace_the_trainers_own(tmp_path):
         log_metric("mine", float("inf"))
         log_extra("advantage", ["x" for _ in completions])
         log_extra("mixed", [1, "two"] * (len(completions) // 2))
-        return length_reward(completions)
+        return text_reward(completions)
 
     options = dict(log_completions=True, beta=0.1, kl_target=0.1, entropy_coef=0.1, dynamic_sampling_rounds=1)
     names = {"eval_reward"}
@@ -393,7 +394,7 @@ def test_a_logged_column_of_any_values_can_be_read_back_as_text_at_least(tmp_pat
 def test_training_into_the_models_own_folder_leaves_the_model(tmp_path, tokenizer):
     make_model("qwen2").save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
-    run(tmp_path, str(tmp_path / "out"), length_reward, max_steps=1)
+    run(tmp_path, str(tmp_path / "out"), text_reward, max_steps=1)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "qwen2"
 
 
@@ -401,7 +402,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     model = make_model("llama")
     model.resize_token_embeddings(20)
     with pytest.raises(ValueError, match="the tokenizer makes id .* and the model has 20"):
-        run(tmp_path, model, length_reward)
+        run(tmp_path, model, text_reward)
 
 
 def test_without_callbacks_a_run_trains(tmp_path):
@@ -423,9 +424,7 @@ def test_the_output_of_a_run_is_no_model_but_its_adapter_is(tmp_path):
 
 
 def test_a_learning_rate_that_ruins_the_policy_shows_in_the_kl(tmp_path):
-    result = run(
-        tmp_path, rewards=length_reward, learning_rate=0.3, beta=0.01, max_steps=4, lr_scheduler_type="constant"
-    )
+    result = run(tmp_path, rewards=text_reward, learning_rate=0.3, beta=0.01, max_steps=4, lr_scheduler_type="constant")
     assert result.history[-1]["kl"] > 1.0
 
 
@@ -435,7 +434,7 @@ def test_one_function_is_enough_and_settings_can_be_left_out(tmp_path, monkeypat
     assert train(str(DEMO_MODEL), task.answer_reward, ROWS, config=config).history[0]["step"] == 1
 
 
-WITH_MEMORY = dict(rewards=length_reward, bf16=False, beta=0.1, learning_rate=1e-3, rollout_weights="4bit")
+WITH_MEMORY = dict(rewards=text_reward, bf16=False, beta=0.1, learning_rate=1e-3, rollout_weights="4bit")
 
 
 @pytest.fixture(scope="module")
@@ -562,7 +561,7 @@ def test_prompts_that_taught_nothing_come_up_less_often(tmp_path):
 
 def test_the_reference_is_the_base_or_the_adapter_that_training_started_from(tmp_path):
     # Hot, so that the lengths within a group differ and the first step moves the adapter.
-    settings = dict(rewards=length_reward, learning_rate=1e-2, max_steps=2, temperature=2.0)
+    settings = dict(rewards=text_reward, learning_rate=1e-2, max_steps=2, temperature=2.0)
     first = run(tmp_path / "first", **settings)
     adapter = f"{first.output_dir}/adapter"
     kl = {
@@ -577,7 +576,7 @@ def test_the_reference_is_the_base_or_the_adapter_that_training_started_from(tmp
 
 def test_a_reference_that_follows_the_policy_is_where_the_policy_was(tmp_path):
     """Moved all the way after every step, it is the policy that the next step starts with."""
-    settings = dict(rewards=length_reward, beta=0.1, bf16=False, max_steps=3, learning_rate=1e-2)
+    settings = dict(rewards=text_reward, beta=0.1, bf16=False, max_steps=3, learning_rate=1e-2)
     kl = [line["kl"] for line in run(tmp_path / "still", **settings).history]
     followed = run(
         tmp_path / "follows", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, **settings
@@ -607,7 +606,7 @@ def test_a_kl_in_the_reward_lowers_the_reward_of_what_has_drifted(tmp_path):
 @pytest.mark.parametrize("loss_type", ["dapo", pytest.param("sapo", marks=pytest.mark.slow)])
 def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path, loss_type):
     """With the default estimator; other advantages than with the same beta in the loss, and a kl that is logged."""
-    settings = dict(rewards=length_reward, beta=0.5, bf16=False, loss_type=loss_type, max_steps=3, learning_rate=1e-2)
+    settings = dict(rewards=text_reward, beta=0.5, bf16=False, loss_type=loss_type, max_steps=3, learning_rate=1e-2)
     found = [run(tmp_path / str(on), kl_in_reward=on, **settings) for on in (True, False)]
     for line in found[0].history[1:]:
         assert line["kl"] > 0 and line["grad_norm"] > 0
@@ -616,9 +615,7 @@ def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path, loss_type):
 
 def test_the_kl_of_a_replayed_group_is_todays_policys(tmp_path):
     """So it takes a pass over every token before the update."""
-    (line,) = run(
-        tmp_path, rewards=length_reward, beta=0.1, kl_in_reward=True, replay_buffer_size=2, max_steps=1
-    ).history
+    (line,) = run(tmp_path, rewards=text_reward, beta=0.1, kl_in_reward=True, replay_buffer_size=2, max_steps=1).history
     assert "time/old_s" in line
 
 
@@ -646,8 +643,8 @@ def test_a_resumed_run_samples_from_the_weights_that_it_had(tmp_path, monkeypatc
 
 
 def test_a_resumed_run_has_its_rewards(tmp_path):
-    run(tmp_path, rewards=length_reward)
-    with pytest.raises(ValueError, match="of a run with the rewards length_reward, and these are answer_reward"):
+    run(tmp_path, rewards=text_reward)
+    with pytest.raises(ValueError, match="of a run with the rewards text_reward, and these are answer_reward"):
         run(tmp_path, max_steps=4, resume_from_checkpoint=True)
 
 
@@ -672,7 +669,7 @@ def test_groups_that_a_batch_tells_apart_are_not_dropped(tmp_path):
 
 def test_coefficients_are_logged_where_something_moves_them(tmp_path):
     line, _ = run(
-        tmp_path, rewards=length_reward, entropy_coef=0.1, use_adaptive_entropy=True, entropy_target=9.0, beta=0.1,
+        tmp_path, rewards=text_reward, entropy_coef=0.1, use_adaptive_entropy=True, entropy_target=9.0, beta=0.1,
         kl_target=0.05, kl_horizon=16,
     ).history  # fmt: skip
     assert line["entropy_coef"] == pytest.approx(0.105) and line["beta"] == pytest.approx(0.1 * (1 - 0.2 * 8 / 16))
