@@ -167,11 +167,10 @@ def grouped(chosen: Tensor, num_experts: int, *, backend: Literal["auto", "trito
         return Groups(chosen, order.int(), begins.int())
     order = torch.empty_like(chosen, dtype=torch.int32)
     begins = torch.empty(num_experts + 1, dtype=torch.int32, device=chosen.device)
-    if chosen.numel() and not chosen.is_meta:
+    if not chosen.is_meta:
+        block = triton.next_power_of_2(max(1, len(chosen)))
         with torch.cuda.device_of(chosen):
-            _group_kernel[(num_experts + 1,)](
-                chosen, order, begins, len(chosen), num_experts, BLOCK=triton.next_power_of_2(len(chosen)), num_warps=4
-            )
+            _group_kernel[(num_experts + 1,)](chosen, order, begins, len(chosen), num_experts, BLOCK=block, num_warps=4)
     return Groups(chosen, order, begins)
 
 

@@ -115,9 +115,9 @@ def test_a_choice_depends_on_no_other(kind, place):
 
 
 @every_backend
-@pytest.mark.parametrize("chosen", [[0], [5, 5, 5], [3, 0, 3, 9, 1, 3, 0], [2] * 70])
+@pytest.mark.parametrize("chosen", [[], [0], [5, 5, 5], [3, 0, 3, 9, 1, 3, 0], [2] * 70])
 def test_choices_are_in_the_order_of_their_experts(chosen, place):
-    groups = grouped(torch.tensor(chosen, device=place[1]), EXPERTS, backend=place[0])
+    groups = grouped(torch.tensor(chosen, dtype=torch.int64, device=place[1]), EXPERTS, backend=place[0])
     order = sorted(range(len(chosen)), key=lambda choice: min(chosen[choice], EXPERTS))
     assert groups.order.tolist() == order
     assert groups.begins.tolist() == [sum(choice < expert for choice in chosen) for expert in range(EXPERTS + 1)]
