@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -521,6 +522,13 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(NotSavedError, match="cannot be written to .*out .No space left on device"):
         export(str(adapter), str(tmp_path / "out"), num_texts=0, use_cpu=True)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_signal_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "merge", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        export(str(run / "run/adapter"), str(tmp_path / "out"), num_texts=0, use_cpu=True)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_an_adapter_of_a_tied_head_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.card import card_of
+from lowmem_grpo.run.interruption import Interruption
 from lowmem_grpo.run.room import free_bytes, in_mib, refusal
 from lowmem_grpo.warn import warn
 
@@ -119,7 +120,7 @@ def export(
     revision = (config.model_init_kwargs or {}).get("revision") or given.revision
     base = model_folder(str(given.base_model_name_or_path), revision)
     result = NOTHING
-    with releasing_locks():
+    with Interruption(), releasing_locks():  # SIGTERM leaves no half a model either
         _keep(out, file)
         if out is not None:
             result = _merged(model, base, out, config, onto, dtype, num_texts, push)
