@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from test_train import length_reward, run
+from test_train import text_reward, run
 from tiny_models import make_model, make_policy
 from torch import nn
 from transformers import (
@@ -88,7 +88,7 @@ def made(config: PreTrainedConfig) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_a_family_with_a_dropout_starts_at_its_reference_and_at_what_was_sampled(family, tmp_path):
     result = run(
-        tmp_path, made(WITH_DROPOUT[family]()), length_reward, beta=0.1, max_steps=1, max_completion_length=8, **IN_FP32
+        tmp_path, made(WITH_DROPOUT[family]()), text_reward, beta=0.1, max_steps=1, max_completion_length=8, **IN_FP32
     )
     (step,) = result.history
     assert step["kl"] < 1e-8 and step["grad_norm"] > 0
