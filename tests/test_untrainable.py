@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from test_train import text_reward, run
+from test_train import run, text_reward
 from tiny_models import make_model, make_policy
 from torch import nn
 from transformers import (
