@@ -74,7 +74,7 @@ if triton is not None:
     _REGISTERS: Any = tl.constexpr("=r,=r,=r,=r,r")
 
     @triton.jit
-    def _unpacked(q, codes_ptr, dtype: tl.constexpr, MXFP4: tl.constexpr = False):
+    def _unpacked(q, codes_ptr, dtype: tl.constexpr, MXFP4: tl.constexpr):
         """Codes of the high and of the low four bits of bytes, in dtype; interpreted in fp32."""
         if codes_ptr is not None:
             q = q.to(tl.int32)
@@ -176,7 +176,7 @@ if triton is not None:
                 if NESTED:
                     outer = tl.load(outer_ptr + (absmax_at + k) // 256, mask=n_in & inside, other=0.0)
                     absmax = tl.load(code_ptr + absmax.to(tl.int32)) * outer + offset
-                w_even, w_odd = _unpacked(q, codes_ptr, x_ptr.dtype.element_ty)
+                w_even, w_odd = _unpacked(q, codes_ptr, x_ptr.dtype.element_ty, False)
                 w = tl.reshape(tl.join(w_even, w_odd), (BLOCK_N, 64))
                 part = tl.dot(w, tl.trans(x.to(w.dtype)))
                 sums += part * absmax[:, None]
