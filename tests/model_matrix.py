@@ -49,7 +49,6 @@ class Row:
     padded: str = PACKED  # words of why it is trained on padded rows
     generates: str = ENGINE  # words of why transformers' generate samples from it
     refused: str = ""  # words of why it is refused at load
-    planned_packed: bool = False  # whether the planner, which has no numbers to compare, takes it for packed
     dense: tuple[str, ...] = ()  # names of linear layers that stay in 16 bits: the model reads their weights itself
 
     @property
@@ -182,8 +181,7 @@ FAMILIES: dict[str, list[Row]] = {
         Row("minimax", {"layer_types": DELTA["layer_types"], "block_size": 16, **LOCAL}, padded=MIXES, generates=MIXES),
         Row("kimi_linear", {**MLA, **MOE, "q_lora_rank": None, "layer_types": DELTA["layer_types"],
                             "linear_head_dim": 16, "linear_num_heads": 4, "num_local_experts": 4,
-                            "mlp_layer_types": ["dense", "sparse"]}, padded=IN_PLACE, generates=IN_PLACE,
-            planned_packed=True),
+                            "mlp_layer_types": ["dense", "sparse"]}, padded=IN_PLACE, generates=IN_PLACE),
     ],
     "GPT-2, GPT-NeoX, OPT, BioGPT": [
         Row("gpt2", GPT), Row("gpt_bigcode", GPT), Row("gpt_neox"),

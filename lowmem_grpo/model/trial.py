@@ -403,10 +403,14 @@ class InParts:
         for (kind, _), state in first.after.items():
             if _gradient(gone_on, state) is None:
                 raise Differs(f"{name} does not go on from its {kind} state, or has no gradient for it")
-        if self.most is None:
-            return
         with torch.no_grad():  # as a step of decoding
             ended = forward(lasts, Call(second.after, writable=True), None)
+        if self.most is None:
+            try:
+                _gradient(gone_on, text)
+            except RuntimeError as error:  # as of Kimi Linear, whose step writes into what this backward reads
+                raise Differs(f"{name} has no gradient through its states: {in_a_line(error)}") from error
+            return
         parted = [torch.cat(rows)[start:] for start, *rows in zip(starts, begun, gone_on, ended, strict=True)]
         whole = [forward(text[:, start:], Call(), None)[0] for start in starts]
         found, truth = ({name: torch.cat(texts).detach().float().cpu()} for texts in (parted, whole))
