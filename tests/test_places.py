@@ -28,6 +28,7 @@ SAMPLES = {
 OTHERS = (
     "Qwen/Qwen3-1.7B", "data/sums.jsonl", "<think>a</think>/<answer>", "3/4 of tokens/s, and 1 / 2", "/no_think",
     "https://a.org/b/c and http://localhost:8000/v1/chat", "gsm8k?style=tags", ".../x", "a ~5/10", "don't /s or 'x'",
+    "/no_think Answer with yes and/or no",
 )  # fmt: skip
 
 

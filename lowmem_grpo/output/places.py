@@ -17,7 +17,7 @@ PART = r"[^\s/\\'\"`,;:()\[\]{}<>|]+"
 BARE = rf"(?<![\w.~/<>\\)\]}}-])(?:(?:file://)?/{PART}|{ELSEWHERE})(?:[\\/]{PART})+[\\/]?"  # no </a>, 3/4, http://a/b
 LOOSE = rf"(?:(?:file://)?/[^/\n'\"]+|{ELSEWHERE})[\\/]"  # may have spaces, where something says where it ends
 QUOTED = rf"""(?P<quote>['"])(?P<path>{LOOSE}(?:(?!(?P=quote)).)+)(?P=quote)"""
-WHOLE = re.compile(rf"{LOOSE}[^\n]*")
+WHOLE = re.compile(rf"(?=\S+[\\/]){LOOSE}[^\n]*")  # no "/no_think Answer with yes and/or no"
 WITHIN = re.compile(f"{QUOTED}|{BARE}")
 CACHED = re.compile(r"(?:models|datasets)--(.+)")  # a folder of the hub's cache
 OF_RUNS = re.compile(r"adapter|best|checkpoint-[0-9]+")  # folders of every run, which say nothing without the run's
