@@ -110,7 +110,7 @@ def test_a_gold_answer_that_does_not_earn_the_most_is_warned_of(rows, rewards, n
 SENTENCES = "Paris. It is the capital of France."
 
 
-@pytest.mark.parametrize("gold", [SENTENCES, "first line\nsecond line"])
+@pytest.mark.parametrize("gold", ["first line\nsecond line", f"{SENTENCES}\n\nSo it is."])
 def test_an_answer_that_is_read_in_a_mark_alone_is_warned_of_where_no_prompt_asks_for_one(gold):
     inputs, previews = look(asked("Where is it?", answer=gold) * 2, "accuracy_reward", count=2)
     ((situation, found),) = faults(inputs.rewards, previews)

@@ -3,11 +3,12 @@
 import math
 import re
 
+from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
 from lowmem_grpo.rewards.number import as_number, is_number
 from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDE, OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.text import tagged_answer
-from lowmem_grpo.rewards.units import CURRENCY, conversion, is_known, unit_name
+from lowmem_grpo.rewards.units import CURRENCY, NATIONAL, conversion, is_known, unit_name
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
@@ -66,9 +67,9 @@ SAID = re.compile(
 )
 ENDS_A_SAYING = re.compile(
     r"(?<!\b[A-Z])[.!](?:\s|$)|[;。\n]|,? (?:because|since|as|so|which|but|not)\b|,? (?:is|are) (?:correct|right)\b"
-    r"| \((?![A-Z]\))"
+    r"|(?:(?<=^[Yy]es)|(?<=^[Nn]o)), (?:it|they|s?he|we|you|I|this|that|there)\b| \((?![A-Z]\))"
 )
-BEGINS_A_SAYING = re.compile(r"^(?:so|thus|therefore|hence),? ", re.IGNORECASE)
+BEGINS_A_SAYING = re.compile(r"^(?:(?:so|thus|therefore|hence),? )?(?:it(?: is|['\u2019]s) )?", re.IGNORECASE)
 IN_FULL = {
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
@@ -92,7 +93,7 @@ MAGNIFIED = re.compile(rf" ?(?=[^\W\d_]){MAGNITUDE}", re.IGNORECASE)
 SIGN_APART = re.compile(r"(?:\b(?:is|equals|to)|[=:]) *[-\u2212\u2013] *\Z| \u2013\Z")  # of a number: x = - 18, is –18
 MONEY_BEFORE = re.compile(rf"(?:{CURRENCY}) ?\Z")
 UNIT = re.compile(
-    r" ?((?:(?:square|cubic|sq\.?|cu\.?) )?[^\W\d_\u00b2\u00b3]+|\u00b0[CF]?)"
+    r" ?((?:(?:square|cubic|sq\.?|cu\.?) )?[^\W\d_\u00b2\u00b3]+|\u00b0[CF]?|\u00a2)"
     r"(?:/[^\W\d_]+)?(?:\^\d|[\u00b2\u00b3])?(?!\w)"
 )
 OF_A_UNIT = re.compile(r"\d ([^\W\d_]+(?:/[^\W\d_]+)?)\^\Z")  # an exponent: 5 cm^2
@@ -108,7 +109,8 @@ SIGN_OF_A_FORMULA = re.compile(r"\\(?![$%])|[\^{}<>≤≥≠√∛∜¼-¾⅐-�
 
 # A number that these touch is a part: 5 / 6, 2x + 3, 2**10, 3:45, 2024-01-05; 25π, 5x, 12_8.
 PART_BEFORE = re.compile(
-    r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z|\d,\Z|\d(?: ?[-–−] ?|\.)\Z|[a-z]\(\Z"
+    r"(?:[\d)]|(?<![^\W\d_])[a-z])(?: ?[/÷×+] ?| \* |:|\*\*?)\Z|\d-\d{1,2}-\Z|\d,\Z|\d(?: ?[-–−] ?|\.)\Z"
+    r"|[-\u2212a-z]\(\Z"
 )
 PART_BEHIND = re.compile(r"[πθ]|[ixyz](?![^\W\d_])|_\d| ?÷ ?\d| ?pi\b| ?[<>≤≥≠]=? ?\w")
 HALF_OF_A_DAY = re.compile(r" ?[ap]\.?m\b", re.IGNORECASE)  # 7:30 AM
@@ -297,6 +299,9 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     money = MONEY_BEFORE.search(text, near, last.start()) if asks_for_unit else None
     if money:
         return money[0] + last[0]
+    national = NATIONAL.match(text, last.end() + 1) if asks_for_unit else None
+    if national:
+        return f"{last[0]} {national[0]}"
     unit = UNIT.match(text, last.end()) if asks_for_unit else None
     known = unit and unit[1] not in NO_UNITS and is_known(unit_name(unit[0].translate(EXPONENTS)))
     return last[0] + (unit[0] if unit and known else "")
@@ -307,6 +312,8 @@ def _words_or_formula(text: str, gold: str) -> str | None:
     said, last = _said_answer(text), _unmarked_answer(text, gold)
     if not said or BOX in text or len(gold) > MOST_CHARACTERS or is_spelled_out(gold):
         return last
+    if SAID.search(text) is None and compare(gold, text.strip()) is True:
+        return text.strip()  # May 5, 2020, of which the last number is the year
     if reading(gold).value is None:
         return said if last is None or SAID.search(text) else last
     return said if (last is None or last in said) and not has_words(said) else last

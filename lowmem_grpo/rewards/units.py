@@ -90,7 +90,7 @@ PHRASES = {
 }  # fmt: skip
 AMBIGUOUS = {
     "pound": ("poundmass", "sterling"), "cent": ("dollarcent", "eurocent"), "penny": ("pence", "dollarcent"),
-    "yuanyen": ("yuan", "yen"), "C": ("coulomb", "degreec"), "F": ("farad", "degreef"),
+    "yuanyen": ("yuan", "yen"), "peso": ("peso", "mxn"), "C": ("coulomb", "degreec"), "F": ("farad", "degreef"),
     "degree": ("degree", "degreec", "degreef"),
 }  # fmt: skip
 MONEY_NAMES = {
@@ -102,6 +102,7 @@ MONEY_NAMES = {
     "r$": "brl",
     "cad": "cad", "c$": "cad", "ca$": "cad", "aud": "aud", "a$": "aud", "au$": "aud", "nzd": "nzd", "nz$": "nzd",
     "hkd": "hkd", "hk$": "hkd", "sgd": "sgd", "s$": "sgd", "twd": "twd", "nt$": "twd", "mxn": "mxn", "mx$": "mxn",
+    "peso": "peso",
 }  # fmt: skip
 # Of one name in several countries: 5 Canadian dollars, Mexican pesos, Swiss francs.
 NATIONAL = re.compile(
