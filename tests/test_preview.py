@@ -17,6 +17,7 @@ from lowmem_grpo import GRPOConfig, cli, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import UnhealthyRunError
 from lowmem_grpo.inputs.prompts import read_data_inputs
+from lowmem_grpo.preview import prompts
 from lowmem_grpo.preview.prompts import as_text, faults, make_previews, show_preview
 from lowmem_grpo.rewards import get_judge_reward, get_soft_overlong_punishment
 
@@ -283,7 +284,8 @@ def test_a_command_shows_several_rows_without_weights(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("name", ["countdown?size=3&eval_size=1", "countdown?size=3&eval_size=1&chat=true"])
-def test_a_tasks_own_solution_earns_the_most(name):
+def test_a_tasks_own_solution_earns_the_most(name, monkeypatch):
+    monkeypatch.setattr(prompts, "SLOW_S", 60.0)  # for a busy machine
     inputs, previews = look(name, None, count=3)
     assert [preview.rewards["countdown_reward"] for preview in previews] == [(1.0, 0.0)] * 3
     assert faults(inputs.rewards, previews) == []
