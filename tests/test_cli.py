@@ -420,6 +420,20 @@ def test_a_missing_file_a_version_and_a_recipe_need_no_torch():
     assert f"lowmem-grpo {__version__}\n" in done.stdout and "\nphases:" in done.stdout
 
 
+def test_choosing_of_what_was_sampled_needs_no_torch(tmp_path):
+    """It takes a fraction of a second, then, and rules are tried again and again."""
+    row = {"prompt": "2+2=", "rewards": {"right": 1.0}, "finish": "eos", "tokens": 1, "prompt_index": 0}
+    rows = [{**row, "completion": "4", "reward": 1.0}, {**row, "completion": "5", "reward": 0.0}]
+    (tmp_path / "sampled.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    commands = ["select sampled.jsonl --output sft.jsonl --min_reward 1 --max_similarity 0.8 --max_repetition 0.5"]
+    commands += ["pairs sampled.jsonl --output pairs.jsonl", "label sampled.jsonl --output labels.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *commands], capture_output=True, text=True, input="1\n", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"{name}.jsonl").read_text() for name in ("sft", "pairs", "labels"))
+
+
 @pytest.mark.parametrize("closed", ["1", "2"])
 def test_a_stream_that_is_closed_before_a_command_costs_it_nothing(closed):
     program = (

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tiny_models import DEMO_MODEL, make_policy
 
 from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.data.text import part_of
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.identity import _of_the_users as source_of
@@ -17,7 +18,6 @@ from lowmem_grpo.inputs.identity import _settings as settings_of
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.route import get_routed_reward, kinds_of_rows
-from lowmem_grpo.rewards.text import part_of
 
 pytestmark = pytest.mark.usefixtures("known_trials")
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from lowmem_grpo import GRPOConfig
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.data.text import tagged_answer
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.math_pool import math_equal
 from lowmem_grpo.rewards.number import as_number
-from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
 from lowmem_grpo.tasks import reasoning_gym as gym
 from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves

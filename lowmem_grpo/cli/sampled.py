@@ -139,7 +139,7 @@ def run_label(given: dict[str, Any]) -> int:
 
 
 def _rows_of(paths: list[str]) -> list[dict[str, Any]]:
-    """The rows of sampled files, read before what takes seconds to import."""
+    """The rows of sampled files."""
     from lowmem_grpo.pipeline.sampled import read_sampled
 
     return [row for path in paths for row in read_sampled(path)]

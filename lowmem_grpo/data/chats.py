@@ -7,6 +7,12 @@ from typing import Any
 
 from lowmem_grpo.errors import InputError, cause, did_you_mean
 
+# Columns that a chat template gets, what they hold, and that in words.
+SETTINGS = {
+    "tools": (list, "a list of tools"),
+    "chat_template_kwargs": (dict, 'an object such as {"enable_thinking": false}'),
+}
+
 # Blocks of thoughts, in the notations of DeepSeek, Qwen, Seed, Command, Magistral, Kimi and others.
 _THOUGHTS = "(?:think|thinking|thoughts?|reasoning|scratchpad)"
 OPENS_THOUGHTS = re.compile(

@@ -7,14 +7,16 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import DataFields, ReadFields, RowFields
-from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, said_at_end, without_nulls
+from lowmem_grpo.data.chats import (
+    SETTINGS,
+    Template,
+    is_text,
+    read_chat,
+    refuse_chat_as_text,
+    said_at_end,
+    without_nulls,
+)
 from lowmem_grpo.errors import InputError
-
-# Columns that a chat template gets, what they hold, and that in words.
-SETTINGS = {
-    "tools": (list, "a list of tools"),
-    "chat_template_kwargs": (dict, 'an object such as {"enable_thinking": false}'),
-}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampled, Sampler
@@ -27,7 +28,6 @@ from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.final_answer import extract_answer
-from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import length_metrics
 from lowmem_grpo.rollout.scoring import complete_and_score
 

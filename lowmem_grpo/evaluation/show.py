@@ -5,9 +5,9 @@ from typing import Any
 
 from lowmem_grpo.data.gold import gold_of
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.evaluation.evaluate import Evaluation
-from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rollout.metrics import in_words
 from lowmem_grpo.terminal import table
 

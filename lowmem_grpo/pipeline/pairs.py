@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from lowmem_grpo.data.chats import transcript
-from lowmem_grpo.data.prompts import SETTINGS
+from lowmem_grpo.data.chats import SETTINGS, transcript
 from lowmem_grpo.errors import InputError, NotSavedError, printable_text
 from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.pipeline.sampled import Row

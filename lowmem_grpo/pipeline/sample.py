@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_grpo.config.sample import SampleConfig
-from lowmem_grpo.data.prompts import SETTINGS
+from lowmem_grpo.data.chats import SETTINGS
 from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import NotSavedError
 from lowmem_grpo.inputs.prompts import Inputs, read_endpoint_inputs, read_sampling_inputs

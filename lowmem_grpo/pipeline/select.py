@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowmem_grpo.config.select import SelectConfig
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.pipeline.sampled import Row
-from lowmem_grpo.rewards.language import get_language_consistency_reward, language_consistency_reward
-from lowmem_grpo.rewards.text import completion_text
 
 NGRAM = 3  # words
 BY_REWARDS = "reward_chosen"  # a column of pairs that no person chose
@@ -155,6 +154,8 @@ def _reaches(row: Row, config: SelectConfig) -> bool:
 
 
 def _speaks(scripts: list[str], least: float) -> Callable[[Row], bool]:
+    from lowmem_grpo.rewards.language import get_language_consistency_reward, language_consistency_reward  # and torch
+
     of_prompt = scripts == ["prompt"]
     consistency = language_consistency_reward if of_prompt else get_language_consistency_reward(scripts)
 

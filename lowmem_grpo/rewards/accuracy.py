@@ -4,9 +4,9 @@ final_answer.py finds the answers, math_pool.py compares them; docs/rewards.md d
 """
 
 from lowmem_grpo.data.gold import gold_column
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.rewards.final_answer import extract_answer, gold_answer, is_spelled_out, marked_answer
 from lowmem_grpo.rewards.math_pool import math_equal
-from lowmem_grpo.rewards.text import completion_text
 from lowmem_grpo.rewards.words import has_words
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError, in_a_line, shown
 from lowmem_grpo.rewards.isolation.sandbox import Limits, SandboxError, cannot_isolate, run_program, run_tests
 from lowmem_grpo.rewards.isolation.workers import WORKERS
 from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import completion_text
 
 FENCE = re.compile(r"([ \t]*)```+([^`]*)")
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -3,11 +3,11 @@
 import math
 import re
 
+from lowmem_grpo.data.text import tagged_answer
 from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
 from lowmem_grpo.rewards.number import as_number, is_number
 from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDE, OTHER_BEHIND, OTHER_NUMBERS, PLACES
-from lowmem_grpo.rewards.text import tagged_answer
 from lowmem_grpo.rewards.units import CURRENCY, NATIONAL, conversion, is_known, unit_name
 from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
 

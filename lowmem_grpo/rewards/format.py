@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable
 
+from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.made import made
-from lowmem_grpo.rewards.text import completion_text
 
 THINK = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from lowmem_grpo.data.prompts import text_ids
+from lowmem_grpo.data.text import completion_text, part_of, refuse_part
 from lowmem_grpo.errors import InputError, printable, shown
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply, refuse_fields
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import completion_text, part_of, refuse_part
 
 QUESTION = """\
 Here is a question and an answer to it.

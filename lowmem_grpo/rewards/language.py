@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from lowmem_grpo.config.select import is_script
+from lowmem_grpo.data.text import completion_text, prompt_text
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.rewards.format import TAGS
 from lowmem_grpo.rewards.made import made
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import completion_text, prompt_text
 
 LEAST_SHARE = 0.1  # of a prompt's letters: a script with fewer is a quotation
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.fields import LARGEST
+from lowmem_grpo.data.text import part_of, refuse_part
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.packing import pack
@@ -17,7 +18,6 @@ from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rewards.reward_model import get_model_reward, ids_as_in_a_pair
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import part_of, refuse_part
 
 OF_A_RUN = ("adapter", "best")  # folders in a run's output_dir, which has the better name
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lowmem_grpo.data.prompts import text_ids
+from lowmem_grpo.data.text import part_of, refuse_part
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.model.adapter_folder import is_adapter
 from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.rewards.rows import of_each
-from lowmem_grpo.rewards.text import part_of, refuse_part
 
 
 def get_model_reward(

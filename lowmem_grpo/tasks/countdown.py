@@ -9,8 +9,8 @@ import re
 import zlib
 from fractions import Fraction
 
+from lowmem_grpo.data.text import completion_text, tagged_answer
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.options import MOST_HELD_OUT, MOST_PROBLEMS, check_count
 from lowmem_grpo.tasks.task import Task
 

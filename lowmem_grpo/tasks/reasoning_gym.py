@@ -12,11 +12,11 @@ from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlencode
 
+from lowmem_grpo.data.text import completion_text, tagged_answer
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line
 from lowmem_grpo.rewards.final_answer import extract_answer, only_number
 from lowmem_grpo.rewards.isolation.limit import OutOfTime, call_within
 from lowmem_grpo.rewards.number import as_number
-from lowmem_grpo.rewards.text import completion_text, tagged_answer
 from lowmem_grpo.tasks.options import MOST_HELD_OUT, MOST_PROBLEMS, check_count, options_of, refuse_unknown_options
 from lowmem_grpo.tasks.task import Task
 

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_grpo.rewards.text import completion_text
+from lowmem_grpo.data.text import completion_text
 
 NUM_TRAIN, NUM_EVAL, NUM_COLD = 2000, 256, 64
 WORDS = {"latin": ("add", "so"), "cyrillic": ("сложи", "так")}  # by script: what asks, and what begins a step
