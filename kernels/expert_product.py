@@ -137,13 +137,17 @@ class Groups(NamedTuple):
 
 
 def serves(num_choices: int, K: int, stack: Stack, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel multiplies rows of K numbers for num_choices on a device; on "meta" as if on a GPU."""
+    """Whether the kernel multiplies rows of K numbers for num_choices on a device.
+
+    On "meta" as on this machine's GPU, or as on a card of today where it has none.
+    """
     wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
     if triton is None or not wanted or dtype not in (torch.bfloat16, torch.float16) or K % block_of(stack):
         return False
     if num_choices > MOST or device.type not in ("cuda", "meta"):
         return False
-    return device.type == "meta" or torch.cuda.get_device_capability(device) >= divmod(OLDEST, 10)
+    card = device if device.type == "cuda" else None
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(card) >= divmod(OLDEST, 10)
 
 
 def block_of(stack: Stack) -> int:

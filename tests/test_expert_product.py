@@ -49,9 +49,10 @@ def stack_of(kind, experts=EXPERTS, rows=N, columns=K):
 
 
 def choices(rows, each, experts=EXPERTS, seed=1):
-    """Different experts of each row, of which number `experts` is none."""
+    """Different experts of each row; where one would be number `experts`, which is none, a number far beyond."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(experts + 1, generator=draw)[:each] for _ in range(rows)]).flatten()
+    chosen = torch.stack([torch.randperm(experts + 1, generator=draw)[:each] for _ in range(rows)]).flatten()
+    return chosen.where(chosen < experts, 2**31 - 1)
 
 
 def multiplied(x, stack, chosen, place, experts=EXPERTS):
