@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from ranks import WAIT_S
+from ranks import WAIT_S, forking
 from tiny_models import DEMO_MODEL
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage] # in its docs
 
@@ -33,8 +32,7 @@ COMMON = {
 
 def each_of(size: int, work: Callable, *given: Any) -> list[tuple[int, Any]]:
     """What work(*given) returned in each of `size` processes, or raised there, behind the exit status."""
-    context = multiprocessing.get_context("forkserver")  # which imports once, what each process would
-    context.set_forkserver_preload(["rank_runs"])
+    context = forking()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -5,9 +5,14 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -16,12 +21,26 @@ from lowmem_grpo import distributed
 WAIT_S = 60.0  # for an answer; a rank whose error is its own leaves the others waiting
 
 
+@cache
+def forking() -> ForkServerContext:
+    """A context whose server imports once what each process would.
+
+    Where it does not, every process takes 5 CPU s: one that runs already, as of a benchmark's test, has imported less,
+    and up to Python 3.13 a server passes over what it cannot import, with the path that a new interpreter has.
+    """
+    forkserver._forkserver._stop()  # type: ignore[attr-defined] # CPython's own tests do so
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_runs"])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return context
+
+
 class Ranks:
     """So many processes of one group, which wait for work."""
 
     def __init__(self, size: int):
-        context = multiprocessing.get_context("forkserver")  # which imports once, what each process would
-        context.set_forkserver_preload(["ranks", "lowmem_grpo.loops.grpo", "tiny_models"])
+        context = forking()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
