@@ -16,7 +16,7 @@ from tiny_models import DEMO_MODEL
 from lowmem_grpo import cli
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.output.folder import checkpoints, read_state, write_folder
+from lowmem_grpo.output.folder import checkpoints, mend_folder, read_state, remove_old_checkpoints, write_folder
 from lowmem_grpo.output.manifest import write_manifest
 from lowmem_grpo.run.best import BestAdapter
 
@@ -420,3 +420,15 @@ def test_a_command_that_is_no_longer_finite_says_so_in_one_sentence(tmp_path, ca
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 1 and said.startswith("lowmem-grpo train: optimizer steps in a row that changed no weight: 1,")
     assert said.endswith("checkpoint-1")
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda *given, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_old_checkpoints(tmp_path, 1)
+    mend_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

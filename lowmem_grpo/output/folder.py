@@ -254,9 +254,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def remove_old_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
-    """Remove all but the newest save_total_limit checkpoints."""
+    """Remove all but the newest save_total_limit checkpoints. What a kill leaves of one, mend_folder() removes."""
     if save_total_limit is not None:
         for folder in checkpoints(output_dir)[:-save_total_limit]:
+            half = folder.with_name(folder.name + BEING_WRITTEN)
+            with contextlib.suppress(OSError):
+                os.replace(folder, half)
+            remove(half)
             remove(folder)
 
 
