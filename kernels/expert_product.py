@@ -32,6 +32,7 @@ except ImportError:  # Windows, macOS
 MOST = 4096  # choices of a call: each program of the grouping reads them all
 # With 4 warps sm_90 copies weights by 4 bytes, for a product that it has for 4 alone; with 2 every card does by 16.
 NUM_WARPS, STAGES, BLOCK_N = 2, 3, 64
+TAKEN = (torch.bfloat16, torch.float16, torch.int64)  # by the kernels: rows, and choices
 
 if triton is not None:
 
@@ -141,10 +142,7 @@ def serves(num_choices: int, K: int, stack: Stack, dtype: torch.dtype, device: t
 
     On "meta" as on this machine's GPU, or as on a card of today where it has none.
     """
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    if triton is None or not wanted or dtype not in (torch.bfloat16, torch.float16) or K % block_of(stack):
-        return False
-    if num_choices > MOST or device.type not in ("cuda", "meta"):
+    if num_choices > MOST or K % block_of(stack) or not _suits(dtype, device):
         return False
     card = device if device.type == "cuda" else None
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(card) >= divmod(OLDEST, 10)
@@ -252,8 +250,12 @@ def _runs_by_triton(backend: str, x: Tensor) -> bool:
             f"backend='triton' on {x.device.type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it "
             "is imported, or use backend='torch'"
         )
-    if backend == "triton" and x.dtype == torch.float32:
-        raise ValueError("backend='triton' multiplies bf16 or fp16, not torch.float32")
-    return backend == "triton" or (
-        backend == "auto" and x.device.type in ("cuda", "meta") and x.dtype != torch.float32 and triton is not None
-    )
+    if backend == "triton" and x.dtype not in TAKEN:
+        raise ValueError(f"backend='triton' multiplies bf16 or fp16, not {x.dtype}")
+    return backend == "triton" or (backend == "auto" and _suits(x.dtype, x.device))
+
+
+def _suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the kernels are for tensors of a dtype on a device."""
+    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
+    return triton is not None and wanted and dtype in TAKEN and device.type in ("cuda", "meta")

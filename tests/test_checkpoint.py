@@ -320,21 +320,20 @@ def spoil_a_file(path) -> None:
         seal(path.parent)
 
 
+def go_on(folder):
+    """Resume a copy of the finished run for another step."""
+    run(
+        folder, rewards=text_reward, max_steps=2, beta=0.1, reference="initial", resume_from_checkpoint=True, **SHORT
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["adapter_model", "optimizer", "reference"])
 def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, finished, name):
     shutil.copytree(finished, tmp_path / "out")
     spoil_a_file(tmp_path / f"out/checkpoint-1/{name}.safetensors")
     words = rf"checkpoint-1 has numbers that are not finite .{name}.safetensors, .*; resume from an older checkpoint"
     with pytest.raises(ValueError, match=words):
-        run(
-            tmp_path,
-            rewards=text_reward,
-            max_steps=2,
-            beta=0.1,
-            reference="initial",
-            resume_from_checkpoint=True,
-            **SHORT,
-        )
+        go_on(tmp_path)
 
 
 def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
@@ -345,15 +344,7 @@ def test_a_coefficient_that_is_not_finite_is_refused(tmp_path, finished):
     path.write_text(json.dumps(state))
     seal(path.parent)
     with pytest.raises(ValueError, match="checkpoint-1 cannot .* its trainer_state.json cannot be read: it has a NaN"):
-        run(
-            tmp_path,
-            rewards=text_reward,
-            max_steps=2,
-            beta=0.1,
-            reference="initial",
-            resume_from_checkpoint=True,
-            **SHORT,
-        )
+        go_on(tmp_path)
 
 
 @pytest.mark.parametrize("written", [{}, {"format": 1}])
@@ -369,15 +360,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_a_model_is_loaded(writ
         f"checkpoint-1 is a checkpoint of format {written.get('format', 0)}, and this version reads 2; resume with the"
     )
     with pytest.raises(InputError, match=words):
-        run(
-            tmp_path,
-            rewards=text_reward,
-            max_steps=2,
-            beta=0.1,
-            reference="initial",
-            resume_from_checkpoint=True,
-            **SHORT,
-        )
+        go_on(tmp_path)
 
 
 def test_a_best_adapter_that_is_not_finite_is_neither_kept_nor_loaded(tmp_path, finished):

@@ -161,8 +161,10 @@ def test_what_is_not_served_is_said(monkeypatch):
     assert not serves(8, 96, nf4, bf16, meta), "blocks of two rows"
     assert not serves(MOST + 1, 192, nf4, bf16, meta) and not serves(8, 192, nf4, torch.float32, meta)
     assert not serves(8, 192, nf4, bf16, torch.device("cpu"))
+    of_8 = torch.zeros(8, dtype=torch.int64, device="meta")
+    assert module._runs_by_triton("auto", of_8)
     monkeypatch.setenv("LOWMEM_GRPO_TRITON", "0")
-    assert not serves(8, 192, nf4, bf16, meta)
+    assert not serves(8, 192, nf4, bf16, meta) and not module._runs_by_triton("auto", of_8)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.report.reading import PLACES
+from lowmem_grpo.report.reading import FILES_OF_A_RUN
 
 INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 # How a file's header names the types that a merge writes.
@@ -34,7 +34,7 @@ OF_WEIGHTS = (
 )
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*"]  # of a model
 # What trainings leave beside a model, which may name folders of the machine.
-OF_TRAININGS = [*PLACES, "plan.json", "trainer_state.json", "*_results.json", ".*"]
+OF_TRAININGS = [*FILES_OF_A_RUN, "plan.json", "trainer_state.json", "*_results.json", ".*"]
 # What some have there besides: the same weights once more, in folders such as original/, or for another program.
 NOT_NEEDED = ["*/*", "consolidated*"]
 

@@ -21,7 +21,7 @@ OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's fo
 UNSAID = ("output_dir", "resume_from_checkpoint")  # settings that say nothing of a run
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
 PIPELINE = "pipeline.json"  # the phases that a pipeline is to have, in its folder
-PLACES = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
+FILES_OF_A_RUN = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def standing_of(about: Mapping[str, Any], *, is_running: bool) -> str:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is a run's, finished or not."""
-    return any((folder / name).is_file() for name in PLACES)
+    return any((folder / name).is_file() for name in FILES_OF_A_RUN)
 
 
 def phases_of(folder: Path) -> list[Path]:
