@@ -124,11 +124,23 @@ def of_one_state_for_all_heads(own):
     return step
 
 
+def of_alternating_heads(own):
+    """A key head for every other value head, and not for two that follow each other."""
+
+    def step(query, key, **given):
+        alternating = [x.repeat(1, 1, given["value"].shape[2] // x.shape[2], 1) for x in (query, key)]
+        return own(*alternating, **given)
+
+    return step
+
+
 def of_another_signature(own):
     return lambda query, key, value, decay, **given: own(query, key, value, g=decay, **given)
 
 
-@pytest.mark.parametrize("other", [without_decay, of_one_state_for_all_heads, of_another_signature])
+@pytest.mark.parametrize(
+    "other", [without_decay, of_one_state_for_all_heads, of_alternating_heads, of_another_signature]
+)
 def test_a_step_that_takes_or_makes_something_else_stays(other, monkeypatch):
     mixer, _, _ = layer_of("qwen3_5_text")
     names = inspect.unwrap(type(mixer).forward).__globals__
@@ -136,6 +148,22 @@ def test_a_step_that_takes_or_makes_something_else_stays(other, monkeypatch):
     monkeypatch.setitem(names, STEP, step)
     with steps_in_place(mixer, None) as in_place:
         assert not in_place and names[STEP] is step
+
+
+def test_a_step_that_takes_as_many_key_heads_as_value_heads_alone_is_ours_too(monkeypatch):
+    """As transformers' before 5.21."""
+    mixer, _, _ = layer_of("qwen3_5_text")
+    names = inspect.unwrap(type(mixer).forward).__globals__
+    own = inspect.unwrap(names[STEP])
+
+    def step(query, key, value, **given):
+        if key.shape[2] != value.shape[2]:
+            raise RuntimeError("sizes must match")
+        return own(query, key, value, **given)
+
+    monkeypatch.setitem(names, STEP, step)
+    with steps_in_place(mixer, None) as in_place:
+        assert in_place and names[STEP] is not step
 
 
 def test_flas_step_stays_where_fla_is_installed(monkeypatch):

@@ -73,6 +73,7 @@ def step(given, place, *, normalize=True, commit=None) -> tuple[Tensor, Tensor]:
 
 
 def theirs(query, key, value, log_decay, strength, state, normalize) -> tuple[Tensor, Tensor]:
+    query, key = (x.repeat_interleave(value.shape[1] // x.shape[1], 1) for x in (query, key))  # 5.17's takes no fewer
     out, after = EAGER(
         query[:, None], key[:, None], value[:, None], log_decay[:, None], strength[:, None],
         initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=normalize,

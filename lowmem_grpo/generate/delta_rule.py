@@ -72,8 +72,17 @@ def _is_gated_delta_rule(own: Callable[..., Any]) -> bool:
     if find_spec("fla") is not None:
         return False
     own = inspect.unwrap(own)  # else transformers would say that fla is missing
+    shared, apart = (_as_ours(own, key_heads) for key_heads in (2, 4))
+    return apart is True and shared is not False
+
+
+def _as_ours(own: Callable[..., Any], key_heads: int) -> bool | None:
+    """Whether a step makes of so many key heads, and 4 value heads, what ours does; None where it does not take them.
+
+    Before transformers 5.21 layers hand their step as many key heads as value heads.
+    """
     given = dict(
-        query=_numbers(2, 1, 2, 3), key=1 - _numbers(2, 1, 2, 3), value=_numbers(2, 1, 4, 5),
+        query=_numbers(2, 1, key_heads, 3), key=1 - _numbers(2, 1, key_heads, 3), value=_numbers(2, 1, 4, 5),
         g=-_numbers(2, 1, 4).abs(), beta=_numbers(2, 1, 4).abs(),
     )  # fmt: skip
     state = _numbers(2, 4, 3, 5)
@@ -82,7 +91,7 @@ def _is_gated_delta_rule(own: Callable[..., Any]) -> bool:
         try:
             theirs = own(**given, initial_state=state.clone(), **settings)
         except (TypeError, ValueError, RuntimeError):
-            return False
+            return None
         ours = _step(own, None, **given, initial_state=state.clone(), **settings)
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(ours, theirs, strict=True)):
             return False

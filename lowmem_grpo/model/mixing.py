@@ -7,6 +7,8 @@ nothing is written in place, and a gradient flows through. So one text can begin
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +34,17 @@ class Call:
         self.before, self.writable = before or {}, writable
         self.after: States = {}
         self.mask: Tensor | None = None  # (B, T) bool, False for padding on the left
+
+    @property
+    def layers(self) -> "_At":
+        """States where transformers before 5.21 looks for them: layers[layer_idx].conv_states[state_idx]."""
+        return _At(
+            lambda layer_idx: SimpleNamespace(
+                record_past=True,  # see is_recording_past
+                conv_states=_At(partial(self.get_conv_state, layer_idx)),
+                recurrent_states=_At(partial(self.get_recurrent_state, layer_idx)),
+            )
+        )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.before.get(("conv", state_idx))
@@ -68,6 +81,16 @@ class Call:
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return bool(self.before)
+
+
+class _At:
+    """What a function says of a number, by brackets."""
+
+    def __init__(self, of: Callable[[int], Any]):
+        self.of = of
+
+    def __getitem__(self, number: int) -> Any:
+        return self.of(number)
 
 
 def mixers(model: nn.Module) -> list[Any]:
