@@ -16,6 +16,7 @@ from tiny_models import DEMO_MODEL, SMALL, make_policy
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.data.prompts import Prompt
@@ -37,6 +38,7 @@ from lowmem_grpo.model.experts import (
 )
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.packing import pack
+from lowmem_grpo.model.quantizer import Quantizer
 from lowmem_grpo.planner.plan import forecast
 from lowmem_grpo.planner.trace import Key, Live, few_tokens_bytes, skeleton
 
@@ -290,6 +292,23 @@ def test_experts_that_an_older_transformers_put_in_4_bits_apart_are_refused(tmp_
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="its experts are in 4 bits in a form .*; take its unquantized form"):
         load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS))
+
+
+def test_experts_and_checkpoints_are_known_as_transformers_before_5_21_has_them(tmp_path, monkeypatch):
+    """It says nothing of a norm after each expert, and asks for conversions without saying of which model."""
+    folder, model = saved(make_mixture(), tmp_path), make_mixture()
+    for module in model.modules():
+        vars(module).pop("has_post_expert_norm", None)
+    ours = Quantizer.update_weight_conversions
+    monkeypatch.setattr(
+        Bnb4BitHfQuantizer, "update_weight_conversions", lambda self, found: found + self.get_weight_conversions()
+    )
+    monkeypatch.setattr(Quantizer, "update_weight_conversions", lambda self, found, model: ours(self, found))
+    loaded = load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS)).base
+    in_place = stacks(load_policy(model, TOKENIZER, GRPOConfig(**SETTINGS)).base)
+    assert in_place and stacks(loaded).keys() == in_place.keys()
+    assert all(torch.equal(stack.matrix(3, torch.float32), in_place[path].matrix(3, torch.float32))
+               for path, stack in stacks(loaded).items())  # fmt: skip
 
 
 def quantized(folder):

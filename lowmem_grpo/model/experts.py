@@ -25,7 +25,7 @@ from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 NAME = "lowmem_grpo"  # by which transformers finds the function
 ROWS = 2048  # of an expert's tokens at once: what they take does not grow with how unevenly tokens are routed
 # What transformers tells of experts whose function it asks for; 5.0 does not, and its experts stay in 16 bits.
-ASKED = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed"}
+ASKED = {"has_gate", "has_bias", "is_transposed"}
 FEW = 4  # choices, by the number of experts: so many are dequantized in a step that the host does not wait for
 RAISES = 2  # torch.cuda's mode in which the host must not wait for the device
 AT_ONCE = 2**26  # bytes of dequantized matrices in such a step
@@ -261,7 +261,8 @@ def _activated(experts: Any, x: Tensor) -> Tensor:
 
 
 def _finished(experts: Any, x: Tensor) -> Tensor:
-    return experts.post_expert_norm(x) if experts.has_post_expert_norm else x
+    has_norm = getattr(experts, "has_post_expert_norm", False)  # before transformers 5.20 none of those asked has it
+    return experts.post_expert_norm(x) if has_norm else x
 
 
 def by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:

@@ -8,10 +8,13 @@ import contextlib
 import copy
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
@@ -36,6 +39,9 @@ from lowmem_grpo.model.past_forward import read_past_forward
 MXFP4, BITSANDBYTES = "mxfp4", "bitsandbytes"  # how a checkpoint may be quantized
 # Of the environment: with it, transformers' threads do not read a quantized checkpoint ahead, without a limit.
 ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+
+# Before transformers 5.21 a pattern of gate_up_proj finds gate_up_proj_bias, too; from then on it says this itself.
+NAME_ENDS = r"(?!\w)" if Version(transformers.__version__) < Version("5.21") else ""
 
 
 def quantized_by(found: PreTrainedConfig) -> dict[str, Any]:
@@ -111,14 +117,18 @@ class Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        self.model_of = weakref.ref(model)  # which has the quantizer, too
         if any(experts_of(model)):
             os.environ[ONE_BY_ONE] = "1"
         if self.quantization_config.saved == MXFP4:
             lay_out(model, mxfp4=True)
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-        """transformers' conversions, of which those into experts' parameters end in packed bytes."""
-        found = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list, *given: Any) -> list:
+        """transformers' conversions, of which those into experts' parameters end in packed bytes.
+
+        Given is the model; before transformers 5.21 nothing is.
+        """
+        found, model = super().update_weight_conversions(weight_conversions, *given), self.model_of()
         if self.quantization_config.saved == MXFP4:
             ours = [
                 WeightRenaming(f"{name}_{part}", f"{packed_name(name)}.{part}")
@@ -130,7 +140,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         targets = [f"{path}.{name}" for path, experts in experts_of(model) for name in dense_weights(experts)]
         changed = [_packing(one) if _makes_one_of(targets, one) else one for one in found]
         endings = dict.fromkeys("." + ".".join(target.split(".")[-2:]) for target in targets)
-        return changed + [Packing([re.escape(ending)], [ending], [AsItIs()]) for ending in endings]
+        return changed + [Packing([re.escape(ending) + NAME_ENDS], [ending], [AsItIs()]) for ending in endings]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
