@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.benchmarks import measure
-from lowmem_grpo.benchmarks.random_model import SHAPES, make_config, random_policy
+from lowmem_grpo.benchmarks.random_model import NAMES, SHAPES, make_config, random_policy, vocabulary_of
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate.sample import Sampler
@@ -53,7 +53,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     scaler = torch.amp.GradScaler(device, enabled=False)
     draw = torch.Generator().manual_seed(0)
     size = (config.prompts_per_step, config.max_prompt_length or planner.PROMPT_TOKENS)
-    prompts = torch.randint(10, SHAPES[shape][5] - 1, size, generator=draw).tolist()
+    prompts = torch.randint(10, vocabulary_of(shape) - 1, size, generator=draw).tolist()
     sampler = Sampler(policy, config)
     meter = Meter(policy.device)
     with meter.phase("rollout"):
@@ -114,7 +114,7 @@ def tables(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be given more than once; all real ones")
+    parser.add_argument("--shape", action="append", choices=NAMES, help="may be given more than once; all real ones")
     parser.add_argument("--vram_budget", action="append", help="may be given more than once")
     parser.add_argument("--max_completion_length", type=measure.positive, default=1024)
     parser.add_argument("--max_prompt_length", type=measure.positive, default=512)

@@ -11,6 +11,7 @@ one is what lasts from then on. The model is random, in 4-bit, with LoRA adapter
 import argparse
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.bench_rollout import Work, make_policy
 from lowmem_grpo.benchmarks.measure import Failed
-from lowmem_grpo.benchmarks.random_model import SHAPES
+from lowmem_grpo.benchmarks.random_model import NAMES
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate.sample import Sampler
@@ -38,7 +39,7 @@ KERNELS = 16  # of the most time
 
 
 def bench(name: str, policy: Policy, work: Work, repetitions: int, profile: bool) -> dict[str, Any]:
-    """Measures one implementation: step_s, tokens_per_s, first_s, later_s, metrics, and with profile kernels."""
+    """Measures one implementation: step_s, tokens_per_s, first_s, later_s, metrics, said, and with profile kernels."""
     device, rows = torch.device(work.device), work.prompts * work.num_generations
     settings = {"rollout_weights": "4bit", **IMPLEMENTATIONS[name]}
     prompts = [Prompt("", ids, {}) for ids in work.texts()]
@@ -54,15 +55,18 @@ def bench(name: str, policy: Policy, work: Work, repetitions: int, profile: bool
         return measure.seconds_of(sample, 0, device)
 
     firsts, laters = {}, {}
-    for length in (longest, half):
-        sampler = Sampler(policy, GRPOConfig(max_completion_length=length, **settings))
-        firsts[length] = run(sampler)
-        laters[length] = statistics.median(run(sampler) for _ in range(repetitions))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for length in (longest, half):
+            sampler = Sampler(policy, GRPOConfig(max_completion_length=length, **settings))
+            firsts[length] = run(sampler)
+            laters[length] = statistics.median(run(sampler) for _ in range(repetitions))
     step = (laters[longest] - laters[half]) / (longest - half)
     found: dict[str, Any] = {
         "longest": longest, "step_s": step, "tokens_per_s": rows / step, "first_s": firsts[longest],
         "later_s": laters[longest], "rollout_tokens_per_s": rows * longest / laters[longest],
         "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
+        "said": sorted({str(one.message) for one in warned if one.category is UserWarning}),
     }  # fmt: skip
     if profile and device.type == "cuda":
         found["kernels"] = kernels(lambda: run(sampler))
@@ -87,20 +91,22 @@ def tables(found: dict[str, Any]) -> str:
     rows = []
     for name, result in found["results"].items():
         if "failed" in result:
-            rows.append([name, result["failed"], *[""] * 5])
+            rows.append([name, result["failed"], *[""] * 6])
             continue
         rows.append(
             [
                 name, f"{result['longest']}", f"{1e3 * result['step_s']:.2f}", f"{result['tokens_per_s']:.0f}",
                 f"{result['rollout_tokens_per_s']:.0f}", f"{result['first_s']:.2f}", f"{result['later_s']:.2f}",
+                f"{result['metrics'].get('rollout/replayed_share', 0.0):.0%}",
             ]
         )  # fmt: skip
     header = [
         f"{work.shape}: {work.prompts} prompts of {work.prompt_length} x {work.num_generations}", "new tokens",
         f"a step, {clock.replace('s', 'ms')}", f"tokens per {clock} in steps", f"tokens per {clock} in all",
-        f"first rollout, {clock}", f"a later one, {clock}",
+        f"first rollout, {clock}", f"a later one, {clock}", "of it replayed",
     ]  # fmt: skip
     shown = [measure.markdown_table(header, rows)]
+    shown += [f"{name}: {text}" for name, result in found["results"].items() for text in result.get("said", [])]
     for name, result in found["results"].items():
         if "kernels" in result:
             body = [[kernel["name"], f"{kernel['count']}", f"{kernel['ms']:.2f}"] for kernel in result["kernels"]]
@@ -114,7 +120,7 @@ def tables(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=NAMES, default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=8)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument("--prompt_length", type=measure.positive, default=256)

@@ -11,9 +11,11 @@ import argparse
 import inspect
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from lowmem_grpo.benchmarks import measure
@@ -34,7 +36,14 @@ def ours(backend: Literal["triton", "torch"]) -> Step:
 def transformers() -> Step:
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-    return _out_of_place(inspect.unwrap(torch_recurrent_gated_delta_rule))
+    rule = _out_of_place(inspect.unwrap(torch_recurrent_gated_delta_rule))
+    if Version(version("transformers")) >= Version("5.21"):
+        return rule
+
+    def run(query, key, *others):  # before 5.21 the layer repeats them, for each value head one
+        return rule(*(x.repeat_interleave(H_V // H_K, 1) for x in (query, key)), *others)
+
+    return run
 
 
 def fla() -> Step:

@@ -173,7 +173,7 @@ def choose(
         total = {contender: prod(seconds[count][contender].median for count in rows) for contender in finished}
         chosen = min(total, key=lambda contender: total[contender])
         found[name] = {"key": nf4_product.shape_key(outs, into), "chosen": chosen, "splits": contenders[chosen]}
-        found[name] |= {"copies": copies, "seconds": seconds}
+        found[name] |= {"copies": copies, "by_rows": seconds}
     return found
 
 
@@ -216,7 +216,7 @@ def table_of_choices(found: dict[str, Any]) -> str:
     clock = "us" if "gpu" in found["machine"] else "CPU us"
     body = []
     for name, result in found["results"].items():
-        by_rows = list(result["seconds"].values())
+        by_rows = list(result["by_rows"].values())
         for contender in by_rows[0]:
             cells = [
                 f"{1e6 * timings[contender]['median'] / result['copies']:.1f}"
@@ -225,7 +225,7 @@ def table_of_choices(found: dict[str, Any]) -> str:
                 for timings in by_rows
             ]
             body.append([name, contender + (", chosen" if contender == result["chosen"] else ""), *cells])
-    rows = list(next(iter(found["results"].values()))["seconds"])
+    rows = list(next(iter(found["results"].values()))["by_rows"])
     return measure.markdown_table([f"{found['shape']}: {clock}, by rows", "", *map(str, rows)], body)
 
 

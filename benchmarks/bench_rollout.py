@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
-from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
+from lowmem_grpo.benchmarks.random_model import NAMES, random_policy, vocabulary_of
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
@@ -63,7 +63,7 @@ class Work(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        return SHAPES[self.shape][5]
+        return vocabulary_of(self.shape)
 
 
 def make_policy(work: Work) -> Policy:
@@ -207,7 +207,7 @@ def _table(work: Work, results: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=[*SHAPES, DEMO], default="tiny")
+    parser.add_argument("--shape", choices=[*NAMES, DEMO], default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=4)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument(

@@ -143,6 +143,21 @@ def _budget(document: dict[str, Any]) -> str:
     return importlib.import_module("lowmem_grpo.benchmarks.bench_budgets").cell(document["results"][0]) + " GB"
 
 
+def _experts(shape: str, document: dict[str, Any]) -> str:
+    entry = document["shapes"][shape]["64"]
+    seconds = entry["results"]["lowmem_grpo"]["seconds"]["median"]
+    return f"{1e6 * seconds:.0f} us, {entry['bytes'] / seconds / document['copy_bytes_per_s']:.0%} of a copy's speed"
+
+
+def _chosen(document: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {result['chosen']}" for name, result in document["results"].items())
+
+
+def _delta_step(document: dict[str, Any]) -> str:
+    results = next(entry["results"] for entry in document["slots"] if entry["slots"] == 64)
+    return f"{1e6 * results['lowmem_grpo, Triton']['seconds']['median']:.0f} us"
+
+
 NOT_YET = "Not measured yet."
 # What a row says, its part of the GPU programme, and the part's result in a few words.
 SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -157,6 +172,16 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "a step of 64 completions of 128 tokens, 1.5B, of GRPO and PPO": ("ppo-1.5b", _steps),
     "peak of a 1.5B model in 4 GB": ("budget-1.5b", _budget),
     "peak of a 7B model in 8 GB": ("budget-7b", _budget),
+    "64 even completions of Qwen3.5-4B's shape, in steps": ("decode-qwen3.5-4b", _in_steps),
+    "64 even completions of gpt-oss-20b's shape, in steps": ("decode-gpt-oss-20b", _in_steps),
+    "64 even completions of Qwen3-30B-A3B's shape, in steps": ("decode-qwen3-30b-a3b", _in_steps),
+    "experts of Qwen3-30B-A3B's layer for 64 rows": ("expert_product", partial(_experts, "qwen3-30b-a3b")),
+    "experts of gpt-oss-20b's layer for 64 rows": ("expert_product", partial(_experts, "gpt-oss-20b")),
+    "peak of Qwen3.5-4B's shape in 12 GB": ("budget-qwen3.5-4b", _budget),
+    "peak of gpt-oss-20b's shape in 16 GB": ("budget-gpt-oss-20b", _budget),
+    "peak of Qwen3-30B-A3B's shape in 24 GB": ("budget-qwen3-30b-a3b", _budget),
+    "products of a 1.5B model's step by this package's kernel": ("choose-1.5b", _chosen),
+    "a layer's gated delta rule for 64 rows, of Qwen3.5-4B's": ("delta_step", _delta_step),
 }
 
 

@@ -41,6 +41,7 @@ CPU = {
     "head": Part("bench_linear_logprobs"),
     "policy_loss": Part("bench_policy_loss"),
     "delta_step": Part("bench_delta_step"),
+    "expert_product": Part("bench_expert_product", "--rows 1 4 --repetitions 1"),
     "rollout": Part("bench_rollout"),
     "rollout-demo": Part("bench_rollout", "--shape demo --prompts 8 --max_completion_length 32"),
     "update": Part("bench_update", "--prompts 4"),
@@ -80,6 +81,7 @@ CUDA = {
     "head-7b": Part("bench_linear_logprobs", "--shape 4096,3584,151936 --shape 16384,3584,151936"),
     "policy_loss": Part("bench_policy_loss"),
     "delta_step": Part("bench_delta_step"),
+    "expert_product": Part("bench_expert_product"),
     "rollout-qwen2.5-7b": Part("bench_rollout", "--shape qwen2.5-7b --prompts 8 --max_completion_length 128"),
     "rungs-qwen2.5-7b": Part("bench_update", "--shape qwen2.5-7b --rungs --repetitions 3"),
     "budgets-qwen2.5-0.5b": Part("bench_budgets", "--shape qwen2.5-0.5b --vram_budget 6GB"),
@@ -92,9 +94,11 @@ CUDA = {
     "sampling_error": Part("sampling_error"),
 }
 _EVEN = "--prompts 8 --num_generations 8 --prompt_length 256"  # 64 rows
+_BOTH = f"{_EVEN} --longest 128 --repetitions 1 --only ours --only 'ours, without CUDA graphs'"
+_FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
-# into compiling kernels for a shape. With the tests' own they keep to 240, 300 and 300 s; what a part had saved by then
-# is kept.
+# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 300, 120, 300 and 300 s; what a part
+# had saved by then is kept.
 PROGRAMME = {
     "tests": {
         "step-0.5b": Part(
@@ -146,12 +150,26 @@ PROGRAMME = {
             110,
         ),
     },
+    "families": {
+        "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 65),
+        "decode-gpt-oss-20b": Part("bench_decode", f"--shape gpt-oss-20b {_BOTH}", 60),
+        "decode-qwen3-30b-a3b": Part("bench_decode", f"--shape qwen3-30b-a3b {_BOTH}", 65),
+        "expert_product": Part("bench_expert_product", "", 40),
+    },
+    "fit": {
+        "budget-qwen3.5-4b": Part("bench_budgets", f"--shape qwen3.5-4b --vram_budget 12GB {_FIT}", 80),
+        "budget-gpt-oss-20b": Part("bench_budgets", f"--shape gpt-oss-20b --vram_budget 16GB {_FIT}", 70),
+        "budget-qwen3-30b-a3b": Part("bench_budgets", f"--shape qwen3-30b-a3b --vram_budget 24GB {_FIT}", 70),
+        "choose-1.5b": Part("bench_gemm_4bit", "--shape qwen2.5-1.5b --choose --repetitions 3", 45),
+        "delta_step": Part("bench_delta_step", "", 30),
+    },
 }
 # Only whether everything runs: ours and TRL alone where each would be a process of its own.
 QUICK = {
     "head": Part("bench_linear_logprobs", "--quick --repetitions 1 --only ours --only TRL --only Liger"),
     "policy_loss": Part("bench_policy_loss", "--quick"),
     "delta_step": Part("bench_delta_step", "--quick"),
+    "expert_product": Part("bench_expert_product", "--quick"),
     "rollout": Part("bench_rollout", "--quick --warmups 0"),
     "update": Part("bench_update", "--quick --warmups 0"),
     "rungs": Part("bench_update", "--quick --warmups 0 --rungs"),
@@ -170,6 +188,7 @@ TINY = {
     "bench_linear_logprobs": "--repetitions 1 --warmups 0",
     "bench_policy_loss": "--quick",
     "bench_delta_step": "--quick",
+    "bench_expert_product": "--quick",
     "bench_rollout": "--quick --warmups 0 --repetitions 1",
     "bench_decode": "--quick",
     "bench_update": "--quick --warmups 0",
@@ -198,8 +217,13 @@ def parts(quick: bool, dry_run: bool, call: str | None) -> dict[str, Part]:
 
 def dry(part: Part) -> Part:
     """A part's command with a tiny model and sizes, and without a limit."""
+    from lowmem_grpo.benchmarks.random_model import FAMILIES
+
+    def tiny(match: re.Match) -> str:
+        return f"--shape tiny-{match[1]}" if match[1] in FAMILIES else "--shape tiny"
+
     arguments = re.sub(r"--shape \d\S+", "--shape 50,32,500", part.arguments)
-    arguments = re.sub(r"--shape [a-z]\S+", "--shape tiny", arguments)
+    arguments = re.sub(r"--shape ([a-z]\S+)", tiny, arguments)
     arguments = arguments.replace("--only CCE", "")  # which no CPU has
     return Part(part.module, f"{arguments} {TINY[part.module]}".strip())
 

@@ -12,7 +12,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.planner.plan import as_dict, plan
 
 PLACE = Path(__file__).with_name("models.md")
-CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
+CONFIGS = Path(__file__).parents[1] / "benchmarks" / "configs"
 BEGIN, END = "<!-- made by docs/make_plans.py -->\n", "<!-- end -->\n"
 BUDGETS = ("8GB", "12GB", "16GB", "24GB")
 LENGTHS: dict[str, Any] = {"max_prompt_length": 512, "max_completion_length": 1024}

@@ -18,6 +18,7 @@ from lowmem_grpo.benchmarks import (
     bench_decode,
     bench_delta_step,
     bench_example,
+    bench_expert_product,
     bench_gemm_4bit,
     bench_learning,
     bench_ppo,
@@ -34,8 +35,9 @@ from lowmem_grpo.benchmarks import (
 )
 from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
-from lowmem_grpo.benchmarks.random_model import made, make_config, make_random_model
+from lowmem_grpo.benchmarks.random_model import made, make_config, make_random_model, vocabulary_of
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.model.experts import Mxfp4Stack, Nf4Stack
 from lowmem_grpo.run.meter import Meter
 
 CPU = torch.device("cpu")
@@ -268,14 +270,15 @@ def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypa
     arguments = ["--quick", "--choose", "--warmups=0", "--device=cpu", f"--output={output}"]
     bench_gemm_4bit.main(arguments)
     results = json.loads(output.read_text())["results"]
+    assert not list(suite.faults(results))
     assert [result["key"] for result in results.values()] == ["256+64+64x256", "256x256", "768+768x256", "256x768"]
     kept = json.loads(table.read_text())
     assert kept["another card"] == {"1x64": 3} and kept["cpu"].pop("1x64") == 5
     assert kept["cpu"] == {result["key"]: result["splits"] for result in results.values()}
     for result in results.values():
         total = {
-            name: math.prod(rows[name]["median"] for rows in result["seconds"].values())
-            for name in result["seconds"]["1"]
+            name: math.prod(rows[name]["median"] for rows in result["by_rows"].values())
+            for name in result["by_rows"]["1"]
         }
         assert total[result["chosen"]] == min(total.values())
         assert (result["splits"] is None) == (result["chosen"] == "bitsandbytes")
@@ -527,6 +530,32 @@ def test_a_random_model_made_layer_by_layer_is_a_model(in_4bit):
     assert logits.std() > 0.05, "positions or weights are missing"
     dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert (dense == ["lm_head"]) == in_4bit and (in_4bit or len(dense) == 1 + 4 * 7)
+
+
+@pytest.mark.parametrize(
+    "family, stack", [("qwen3.5-4b", None), ("gpt-oss-20b", Mxfp4Stack), ("qwen3-30b-a3b", Nf4Stack)]
+)
+def test_a_random_model_of_a_family_has_its_experts_in_the_4_bits_of_its_checkpoint(family, stack):
+    model = made(make_config(f"tiny-{family}", [0], 5), torch.device("cpu"), in_4bit=True)
+    with torch.no_grad():
+        logits = model(torch.arange(4)[None]).logits
+    assert logits.isfinite().all() and logits.std() > 0.05
+    found = {type(module) for module in model.modules()} & {Mxfp4Stack, Nf4Stack}
+    assert found == ({stack} if stack else set())
+    assert make_config(family, 0, 1).vocab_size == vocabulary_of(family)
+
+
+def test_what_reads_experts_is_timed_with_its_error_and_bytes(tmp_path, capsys):
+    bench_expert_product.main(["--quick", f"--output={tmp_path / 'x.json'}"])
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert not list(suite.faults(found)) and list(found["shapes"]) == ["tiny-qwen3-30b-a3b", "tiny-gpt-oss-20b"]
+    for by_rows in found["shapes"].values():
+        assert list(by_rows) == ["1", "4"]
+        results = [result for entry in by_rows.values() for result in entry["results"].values()]
+        assert len(results) == 6 and all(0 < result["error"] < 4e-3 for result in results)  # rounded to bf16
+    # Two of 4 matrices (128, 64) and (64, 64) a row, at 4 bits and an exponent for 32.
+    assert found["shapes"]["tiny-gpt-oss-20b"]["1"]["bytes"] == 2 * (128 + 64) * 64 * 17 / 32
+    assert "tiny-gpt-oss-20b: a layer's experts" in capsys.readouterr().out
 
 
 def test_the_sums_are_others_to_train_on_and_to_measure_on():

@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lowmem_grpo import GRPOConfig, train
+from lowmem_grpo.benchmarks.random_model import CONFIGS
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
@@ -446,7 +446,7 @@ def test_experts_that_do_not_fit_the_configuration_are_named(change, message, tm
 
 
 def test_gpt_oss_20b_is_planned_with_its_experts_in_mxfp4():
-    settings = json.loads((Path(__file__).parent / "configs" / "gpt-oss-20b.json").read_text(encoding="utf-8"))
+    settings = json.loads((CONFIGS / "gpt-oss-20b.json").read_text(encoding="utf-8"))
     config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, "num_hidden_layers": 2})
     whole = skeleton(Key(config, LoraConfig(target_modules="all-linear")), "bfloat16", False, True)
     numbers = 32 * (2880 * 5760 + 2880 * 2880)  # of a layer, at 4.25 bits, and two tables of 256 pairs

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WANTED = {
     "lowmem_grpo/loops/grpo.py", "lowmem_grpo/py.typed", "lowmem_grpo/kernels/linear_logprobs.py",
-    "lowmem_grpo/benchmarks/random_model.py", "lowmem_grpo/demo/model/model.safetensors",
+    "lowmem_grpo/benchmarks/random_model.py", "lowmem_grpo/benchmarks/configs/gpt-oss-20b.json", "lowmem_grpo/demo/model/model.safetensors",
     "lowmem_grpo/demo/model/tokenizer.json", "lowmem_grpo/generate/hf.py", "lowmem_grpo/rewards/math_worker.py",
     "lowmem_grpo/report/templates/run.html", "lowmem_grpo/report/templates/style.css", "lowmem_grpo/pipeline/pipeline.py", "lowmem_grpo/recipes/r1_zero.yaml", "lowmem_grpo/tasks/countdown.py", "lowmem_grpo/rewards/isolation/jail.py", "lowmem_grpo/rewards/isolation/function_worker.py",
 }  # fmt: skip

@@ -326,18 +326,19 @@ def test_every_part_is_understood_by_its_module(part, monkeypatch):
 def test_every_part_of_a_gpu_has_a_tiny_form():
     for part in (*suite.CUDA.values(), *(part for call in suite.PROGRAMME.values() for part in call.values())):
         tiny = suite.dry(part)
-        assert not re.search(r"qwen|llama|15\d{4}", tiny.arguments), tiny
+        assert not re.search(r"(?<!tiny-)(qwen|llama|gpt)|15\d{4}", tiny.arguments), tiny
         assert tiny.limit_s is None
 
 
 def test_each_call_of_the_programme_ends_within_4_or_5_minutes():
     """By the limits of their parts, which run_all() passes on; the tests' own stands in the script."""
     script = (ROOT / "benchmarks/gpu_suite.sh").read_text()
-    (tests_s,) = re.findall(r"^tests_s=(\d+)", script, re.MULTILINE)
-    assert "timeout $tests_s" in script
+    tests_s, new_s = (int(*re.findall(rf"^{name}_s=(\d+)", script, re.MULTILINE)) for name in ("tests", "new"))
+    assert "run_tests $tests_s gpu-tests" in script and "run_tests $new_s gpu-tests-families" in script
     limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
     assert all(0 < limit <= 110 for call in limits.values() for limit in call)
-    assert sum(limits["tests"]) + int(tests_s) < 240
+    assert sum(limits["tests"]) + tests_s < 240 and sum(limits["families"]) + new_s < 300
+    assert sum(limits["fit"]) < 300
     assert sum(limits["speed"]) < 300 and sum(limits["beside"]) < 300 and sum(limits["critic"]) < 120
 
 
@@ -355,7 +356,7 @@ def test_the_programme_calls_what_it_says_and_asks_for_one_of_them(tmp_path, mon
     python.write_text(f'#!/bin/sh\necho "$@" >> "{asked}"\n')
     python.chmod(0o755)
     environment = {**os.environ, "DRY_RUN": "1", "OUT": str(out), "PYTHON": str(python)}
-    for call in ("speed decode-7b --again", "tests"):
+    for call in ("speed decode-7b --again", "tests", "families"):
         subprocess.run(["bash", "benchmarks/gpu_suite.sh", *call.split()], cwd=ROOT, env=environment, check=True)
     of_suite = "-m lowmem_grpo.benchmarks "
     last = f"--call speed --output_dir {out} --dry_run decode-7b --again"
@@ -363,6 +364,9 @@ def test_the_programme_calls_what_it_says_and_asks_for_one_of_them(tmp_path, mon
         of_suite + last, "-m lowmem_grpo.benchmarks.measure", "-c import xdist",
         "-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist loadfile",
         of_suite + f"--call tests --output_dir {out} --dry_run",
+        "-m lowmem_grpo.benchmarks.measure", "-c import xdist",
+        f"-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist loadfile {' '.join(new_tests())}",
+        of_suite + f"--call families --output_dir {out} --dry_run",
     ]  # fmt: skip
     assert {file.name for file in out.glob("nvidia*")} == {file.name for file in RESULTS.glob("nvidia-*.json")}
     given = []
@@ -371,7 +375,19 @@ def test_the_programme_calls_what_it_says_and_asks_for_one_of_them(tmp_path, mon
     (path,) = out.glob("dry-run-*.json")
     assert list(json.loads(path.read_text())["parts"]) == ["decode-7b"]
     done = subprocess.run(["bash", "benchmarks/gpu_suite.sh"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "gpu_suite.sh speed   5 minutes" in done.stdout
+    assert done.returncode == 2 and "gpu_suite.sh speed     5 minutes" in done.stdout
+
+
+def new_tests() -> list[str]:
+    (words,) = re.findall(r'^new="([^"]*)"', (ROOT / "benchmarks/gpu_suite.sh").read_text(), re.MULTILINE)
+    return words.split()
+
+
+@pytest.mark.parametrize("place", new_tests())
+def test_the_tests_that_a_gpu_runs_first_are_there(place):
+    file, _, name = place.partition("::")
+    text = (ROOT / file).read_text()
+    assert f"def {name}(" in text if name else "pytest.mark.gpu" in text
 
 
 @pytest.mark.slow
@@ -381,7 +397,10 @@ def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     run_dry(tmp_path, "speed", [])
     run_dry(tmp_path, "beside", [])
     run_dry(tmp_path, "critic", [])
-    assert len(list(out.iterdir())) <= 8
+    run_dry(tmp_path, "families", [])
+    assert "test_expert_product" in (out / "dry-run-gpu-tests-families.txt").read_text()
+    run_dry(tmp_path, "fit", [])
+    assert len(list(out.iterdir())) <= 9
 
 
 def run_dry(out: Path, call: str, names: list[str]) -> Path:

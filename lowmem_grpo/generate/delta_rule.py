@@ -77,7 +77,7 @@ def _is_gated_delta_rule(own: Callable[..., Any]) -> bool:
 
 
 def _as_ours(own: Callable[..., Any], key_heads: int) -> bool | None:
-    """Whether a step makes of so many key heads, and 4 value heads, what ours does; None where it does not take them.
+    """Whether a step makes of key heads and 4 value heads what ours does; None where it raises.
 
     Before transformers 5.21 layers hand their step as many key heads as value heads.
     """

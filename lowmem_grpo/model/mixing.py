@@ -84,7 +84,7 @@ class Call:
 
 
 class _At:
-    """What a function says of a number, by brackets."""
+    """A function of a number that is asked by brackets."""
 
     def __init__(self, of: Callable[[int], Any]):
         self.of = of

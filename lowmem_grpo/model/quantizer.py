@@ -128,7 +128,8 @@ class Quantizer(Bnb4BitHfQuantizer):
 
         Given is the model; before transformers 5.21 nothing is.
         """
-        found, model = super().update_weight_conversions(weight_conversions, *given), self.model_of()
+        found = super().update_weight_conversions(weight_conversions, *given)
+        model: Any = self.model_of()
         if self.quantization_config.saved == MXFP4:
             ours = [
                 WeightRenaming(f"{name}_{part}", f"{packed_name(name)}.{part}")
