@@ -72,7 +72,7 @@ def make_tokenizer(text: Path | None, vocabulary: int = 8192) -> PreTrainedToken
 def make_config(
     shape: str, eos_token_id: int | list[int], pad_token_id: int, vocabulary: int | None = None
 ) -> PreTrainedConfig:
-    settings = settings_of(shape) | ({"vocab_size": vocabulary} if vocabulary else {})
+    settings: dict[str, Any] = settings_of(shape) | ({"vocab_size": vocabulary} if vocabulary else {})
     tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     return AutoConfig.for_model(**settings | tokens)
 
@@ -128,8 +128,7 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
 def made(config: PreTrainedConfig, device: torch.device, in_4bit: bool) -> Any:
     """A random model, made on the device layer by layer: a 7B in 4-bit takes seconds and one dense layer."""
     as_saved, config = quantized_by(config).get("quant_method"), copy.deepcopy(config)
-    if as_saved:
-        del config.quantization_config  # what is loaded is no checkpoint any more
+    vars(config).pop("quantization_config", None)  # what is loaded is no checkpoint any more
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     decoder = model.get_decoder()
