@@ -790,6 +790,15 @@ def test_a_completion_that_waits_for_pages_goes_on_where_it_was(family, kv, ever
     assert len(steps) == len(set(steps)) == sum(len(c.ids) for c in found)
 
 
+def test_no_step_is_computed_after_all_completions_have_their_length(monkeypatch):
+    """A block of 8 steps is cut short; captured or not, each is a launch of the whole model."""
+    steps, step = [], engine.Slots.step
+    monkeypatch.setitem(engine.ASK_EVERY, "cpu", 8)
+    monkeypatch.setattr(engine.Slots, "step", lambda self, rows: steps.append(rows) or step(self, rows))
+    found = run(make_policy(), max_completion_length=12)
+    assert len(steps) == max(len(c.ids) for c in found) == 12
+
+
 def test_waiting_for_pages_is_counted():
     policy = make_policy("qwen2")
     counts = []

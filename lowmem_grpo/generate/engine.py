@@ -232,7 +232,8 @@ def _run(
             texts.setdefault(scheduler.slots[slot], ([], []))  # type: ignore[arg-type] # a new slot holds one
         slots.reserve(block)
         slots.shrink(captured=captures is not None)
-        made = torch.stack([slots.advance(step) for _ in range(block)]).cpu()  # one copy to the host for the block
+        left = params.max_completion_length - min(len(texts[c][0]) for c in scheduler.slots if c is not None)
+        made = torch.stack([slots.advance(step) for _ in range(min(block, left))]).cpu()  # one copy to the host
         token_ids, logprobs = made[:, 0].long().t().tolist(), made[:, 1:].float().unbind(2)
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
