@@ -137,12 +137,12 @@ class Groups(NamedTuple):
     begins: Tensor  # (E + 1,) int32, where each expert's begin in `order`, and last where those of no expert do
 
 
-def serves(num_choices: int, K: int, stack: Stack, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel multiplies rows of K numbers for num_choices on a device.
+def serves(K: int, stack: Stack, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel multiplies rows of K numbers, for up to MOST choices, on a device.
 
     On "meta" as on this machine's GPU, or as on a card of today where it has none.
     """
-    if num_choices > MOST or K % block_of(stack) or not _suits(dtype, device):
+    if K % block_of(stack) or not _suits(dtype, device):
         return False
     card = device if device.type == "cuda" else None
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(card) >= divmod(OLDEST, 10)

@@ -414,7 +414,7 @@ def test_an_mxfp4_checkpoint_is_held_as_it_is(tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             if by_kernel:
                 serve_all(patched)
-            few = experts.few_tokens(packed, hidden, torch.ones(5, 2), chosen, torch.float32)
+            few = few_tokens(packed, hidden, torch.ones(5, 2), chosen, torch.float32)
         assert (few - truth).norm() <= 1e-6 * truth.norm()
     for found, truth in zip(*(run_experts(x.float(), hidden, chosen) for x in (packed, own)), strict=True):
         torch.testing.assert_close(found, truth, atol=2e-6, rtol=1e-5)
@@ -539,6 +539,12 @@ def serve_all(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: make(*size, **kwargs).fill_(torch.nan))
 
 
+def few_tokens(module, hidden, weights, chosen, dtype):
+    """By the kernel where that serves, as on a GPU."""
+    stacks = experts.for_kernel(module, dtype, hidden.device)
+    return experts.few_tokens(module, hidden, weights, chosen, dtype, stacks)
+
+
 @pytest.mark.parametrize("by", ["one", "several", "kernel"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_few_tokens_are_computed_as_many_are(name, by, monkeypatch):
@@ -552,11 +558,11 @@ def test_few_tokens_are_computed_as_many_are(name, by, monkeypatch):
     hidden, chosen = torch.randn(4, 64), torch.tensor([[0, 1], [1, 3], [4, 0], [1, 0]])
     weights = torch.rand(4, 2)
     truth = module(hidden, chosen, weights)
-    found = experts.few_tokens(module, hidden, weights, chosen, torch.float32)
+    found = few_tokens(module, hidden, weights, chosen, torch.float32)
     assert (found - truth).norm() <= 1e-6 * truth.norm()
     hidden, weights, chosen = (x.to("meta") for x in (hidden, weights, chosen))
     dtype = torch.bfloat16 if by == "kernel" else torch.float32
-    assert experts.few_tokens(module.to("meta"), hidden, weights, chosen, dtype).shape == truth.shape
+    assert few_tokens(module.to("meta"), hidden, weights, chosen, dtype).shape == truth.shape
 
 
 def test_the_kernel_serves_as_many_choices_as_a_step_has_and_blocks_of_inputs_alone():
@@ -566,8 +572,11 @@ def test_the_kernel_serves_as_many_choices_as_a_step_has_and_blocks_of_inputs_al
         next(experts_of(packed_and_eager(make_mixture(name, **changes))[0]))[1].to("meta")
         for name, changes in (("qwen3_moe", {"moe_intermediate_size": 64}), ("qwen3_moe", {}), ("gpt_oss", {}))
     )
-    assert experts.most_choices(wide, *arguments) >= 64 * 10
-    assert all(experts.most_choices(module, *arguments) == 4 * 4 for module in (narrow, turned))
+    stacks = [experts.for_kernel(module, *arguments) for module in (wide, narrow, turned)]
+    assert stacks[0] is not None and experts.most_choices(wide, stacks[0]) >= 64 * 10
+    assert stacks[1:] == [None, None] and all(
+        experts.most_choices(module, None) == 4 * 4 for module in (narrow, turned)
+    )
 
 
 def interpreted(launch, *arguments):
@@ -593,6 +602,12 @@ def test_what_few_tokens_take_is_what_is_planned(by, monkeypatch):
     pack_experts(model, CPU, torch.bfloat16)
     module, device = next(experts_of(model))[1], "cuda" if by.endswith("GPU") else "cpu"
     planned = few_tokens_bytes.__wrapped__(whole, 12, 2, torch.bfloat16)
+    if by == "kernel":  # this machine's card
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for_this, planned = planned, few_tokens_bytes.__wrapped__(whole, 12, 2, torch.bfloat16)
+        monkeypatch.setattr(experts, "serves", lambda *_: False)
+        assert for_this == few_tokens_bytes.__wrapped__(whole, 12, 2, torch.bfloat16) > planned
+        monkeypatch.setattr(experts, "serves", lambda *_: True)
     with torch.no_grad(), torch.device(device):
         module.to(device)
         with Live(module) as live:
@@ -600,7 +615,7 @@ def test_what_few_tokens_take_is_what_is_planned(by, monkeypatch):
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             hidden = torch.randn(12, 64, dtype=torch.bfloat16)
             stream, weights, chosen = torch.zeros_like(hidden), torch.rand(12, 2), torch.tensor([[3, 5]] * 12)
-            stream += experts.few_tokens(module, hidden, weights, chosen, torch.bfloat16)
+            stream += few_tokens(module, hidden, weights, chosen, torch.bfloat16)
         seen = torch.cuda.max_memory_allocated() - before if device == "cuda" else live.peak
     assert abs(planned - seen) <= (0.05 * seen if device == "cpu" else 512 * 16)  # which CUDA's allocator rounds up to
 

@@ -328,13 +328,14 @@ class _Experts(torch.autograd.Function):
         return for_hidden.to(hidden.dtype), for_weights.view_as(weights), None, None, None
 
 
-def few_tokens(experts: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+def few_tokens(
+    experts: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, dtype: torch.dtype, stacks: list[Stack] | None
+) -> Tensor:
     """The output of packed experts in calls that do not depend on the choices, without a gradient.
 
-    Such calls can be captured. Where the kernel serves, it reads experts in 4 bits as they lie; else an expert is
-    dequantized for each choice of each token, AT_ONCE bytes at a time.
+    Such calls can be captured. With for_kernel()'s stacks the kernel reads experts in 4 bits as they lie; else an
+    expert is dequantized for each choice of each token, AT_ONCE bytes at a time.
     """
-    stacks = _for_kernel(experts, chosen.numel(), dtype, hidden.device)
     compute = _each_dequantized if stacks is None else partial(_by_kernel, stacks=stacks)
     found = compute(experts, hidden.to(dtype), chosen)
     found.masked_fill_((chosen >= experts.num_experts).view(-1, 1), 0)
@@ -342,13 +343,13 @@ def few_tokens(experts: Any, hidden: Tensor, weights: Tensor, chosen: Tensor, dt
     return found.float().view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
 
-def _for_kernel(experts: Any, num_choices: int, dtype: torch.dtype, device: torch.device) -> list[Stack] | None:
+def for_kernel(experts: Any, dtype: torch.dtype, device: torch.device) -> list[Stack] | None:
     """Both stacks' tensors for the kernel, or None where it does not serve."""
     found = []
     for name in weight_names(experts):
         stack: Any = getattr(experts, packed_name(name))
         parts = stack.parts()
-        if parts is None or not serves(num_choices, stack.shape[1], parts, dtype, device):
+        if parts is None or not serves(stack.shape[1], parts, dtype, device):
             return None
         found.append(parts)
     return found
@@ -384,19 +385,17 @@ def experts_in_4bit(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # On a GPU, where the experts one by one are hundreds of launches; on a CPU they are what dequantizes least.
-    if (
-        device == "cuda"
-        and not torch.is_grad_enabled()
-        and chosen.numel() <= most_choices(experts, dtype, hidden.device)
-    ):
-        with torch.autocast(device, enabled=False):
-            return few_tokens(experts, hidden, weights, chosen, dtype)
+    if device == "cuda" and not torch.is_grad_enabled():
+        stacks = for_kernel(experts, dtype, hidden.device)
+        if chosen.numel() <= most_choices(experts, stacks):
+            with torch.autocast(device, enabled=False):
+                return few_tokens(experts, hidden, weights, chosen, dtype, stacks)
     return _Experts.apply(hidden, weights, chosen, experts, dtype)
 
 
-def most_choices(experts: Any, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of choices up to which a GPU computes by few_tokens."""
-    return FEW * experts.num_experts if _for_kernel(experts, MOST, dtype, device) is None else MOST
+def most_choices(experts: Any, stacks: list[Stack] | None) -> int:
+    """The number of choices up to which a GPU computes by few_tokens with these stacks."""
+    return FEW * experts.num_experts if stacks is None else MOST
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_4bit)

@@ -228,21 +228,32 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape]
 
 @lru_cache(maxsize=64)
 def few_tokens_bytes(whole: PeftModel, num_tokens: int, choices: int, dtype: torch.dtype) -> int:
-    """Bytes at the peak of a layer's experts, for at most as many tokens as a GPU computes by few_tokens."""
-    found, meta = 0, torch.device("meta")
+    """Bytes at the peak of a layer's experts, for at most as many tokens as a GPU computes by few_tokens.
+
+    Where this machine has no GPU, those with the kernel or those without it, as on an older card, whichever are more.
+    """
+    found = 0
     for module in {_structure(module): module for _, module in experts.experts_of(whole)}.values():
         if choices == 0 or experts.dense_weights(module):
             continue
-        rows = min(num_tokens, experts.most_choices(module, dtype, meta) // choices)
-        stack: Any = getattr(module, experts.packed_name(experts.weight_names(module)[0]))
-        with Live(module) as live, torch.no_grad(), meta:
-            hidden = torch.empty(rows, stack.shape[0 if stack.inputs_first else 1], dtype=dtype)
-            stream = torch.empty_like(hidden)  # that the output is added to
-            weights, chosen = torch.empty(rows, choices), torch.empty(rows, choices, dtype=torch.int64)
-            experts.few_tokens(module, hidden, weights, chosen, dtype)
-        del stream
-        found = max(found, live.peak)
+        stacks = experts.for_kernel(module, dtype, torch.device("meta"))
+        for way in (stacks, *(() if torch.cuda.is_available() or stacks is None else (None,))):
+            found = max(found, _few_tokens_bytes(module, num_tokens, choices, dtype, way))
     return found
+
+
+def _few_tokens_bytes(
+    module: Any, num_tokens: int, choices: int, dtype: torch.dtype, stacks: list[experts.Stack] | None
+) -> int:
+    rows = min(num_tokens, experts.most_choices(module, stacks) // choices)
+    stack: Any = getattr(module, experts.packed_name(experts.weight_names(module)[0]))
+    with Live(module) as live, torch.no_grad(), torch.device("meta"):
+        hidden = torch.empty(rows, stack.shape[0 if stack.inputs_first else 1], dtype=dtype)
+        stream = torch.empty_like(hidden)  # that the output is added to
+        weights, chosen = torch.empty(rows, choices), torch.empty(rows, choices, dtype=torch.int64)
+        experts.few_tokens(module, hidden, weights, chosen, dtype, stacks)
+    del stream
+    return live.peak
 
 
 def _computing(compute_dtype: str) -> ModelFields:
