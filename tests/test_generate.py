@@ -296,6 +296,8 @@ def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(
     forward = policy.decoder.forward
     for times in (1, 2):
         calls: list[int] = []
+        sampler = ShapedSampler(policy, max_completion_length=30)
+        assert sampler.state_shapes is not None, "read before, by a forward of one token"
 
         def failing(*args, calls=calls, times=times, **kwargs):
             calls.append(len(kwargs["input_ids"]))
@@ -304,7 +306,7 @@ def test_out_of_memory_is_tried_again_as_it_was_and_then_with_half_of_the_slots(
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(policy.decoder, "forward", failing)
-        found = run(policy, 4, max_completion_length=30)
+        found = sampler.run(4)
         assert ids_of(found) == ids_of(expected) and len(calls) > at
         if times == 2:
             assert max(calls[at + 1 :]) <= 6, "half of 12 slots"

@@ -16,6 +16,7 @@ from tiny_models import DEMO_MODEL, HYBRIDS, make_model, make_policy
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lowmem_grpo.benchmarks.measure import peak_allocated
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.generate import engine, hf
@@ -25,6 +26,7 @@ from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
 from lowmem_grpo.model.adapters import lora_config
+from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.trial import refused
 from lowmem_grpo.pipeline.sample import sample
 from lowmem_grpo.planner import plan as planner
@@ -192,11 +194,27 @@ def test_the_planner_reads_the_bytes_of_states_off_tensors_without_memory(kind):
     policy = make_policy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), bf16=True)
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=True)
     whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "bfloat16", False, True)
-    assert trace._shapes(whole, config.compute_dtype)[1] == state_bytes(state_shapes(policy)) > 0
+    assert trace._shapes(whole, config.compute_dtype)[1].held == state_bytes(state_shapes(policy)) > 0
+
+
+@pytest.mark.parametrize("kind", ["bamba", slow("zamba2")])
+def test_the_planner_counts_the_copies_that_a_step_makes_of_states(kind):
+    """In fp32, as PyTorch on a CPU has copies within an operation of two dtypes; by its own record of what it allocates."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **HYBRIDS[kind]))
+    policy = make_policy(model, bf16=False, load_in_4bit=False)
+    config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+    whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "float32", False, False)
+    found, kept, rows = trace._shapes(whole, "float32")[1], state_shapes(policy), 12
+    for planned, where in ((found.step, None), (found.captured_step, Kept())):
+        states, mixer = States(kept, StoreShape(rows, 1, 0, 0), CPU, where), mixers(policy.decoder)[0]
+        step = partial(states.advance, mixer, mixer.forward.one_call, torch.randn(rows, 1, 64))
+        with policy.inference():
+            seen = peak_allocated(step, CPU)
+        assert abs(rows * planned - seen) <= 0.05 * seen and planned > 3 * found.start > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "bamba"])
 def test_the_planner_counts_what_states_take(kind, monkeypatch):
     """On a GPU, where captured steps last, those of completions stay between rollouts."""
     monkeypatch.setattr(trace, "_why_padded", lambda *_: None)
@@ -218,6 +236,8 @@ def test_the_planner_counts_what_states_take(kind, monkeypatch):
     again = planner.forecast(key, replace(on_a_gpu, rollout_graphs_last=False))
     assert lasting.resident["states of completions"] == again.phases["rollout"]["states of completions"] > 0
     assert "states of completions" not in lasting.phases["rollout"] | again.resident
+    steps = shape.slots * trace.trace(trace.Key(key, lora_config(on_a_gpu)), on_a_gpu).states.captured_step
+    assert steps <= again.phases["rollout"]["captured steps"] and steps > 0
 
 
 @pytest.mark.slow

@@ -305,7 +305,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         rollout["dense weights"] = traced.dense
     adapters = dtype.itemsize * traced.adapter_numbers
     # Steps by an outline: ranks are filled up, and rotations stay. Layers that keep a state have none.
-    if not config.use_cpu and not traced.padded and not traced.states:
+    if not config.use_cpu and not traced.padded and not traced.states.held:
         rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
         adapters = adapters * math.ceil(rank / RANK) * RANK // rank
         positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
@@ -313,7 +313,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         resident["cosines and sines"] = 2 * positions * largest * dtype.itemsize
     rollout["adapters in the compute dtype"] = adapters
     if config.has_lasting_graphs and not traced.padded:
-        for name in ("captured steps", "adapters in the compute dtype", *([OF_SLOTS] if traced.states else [])):
+        for name in ("captured steps", "adapters in the compute dtype", *([OF_SLOTS] if traced.states.held else [])):
             resident[name] = rollout.pop(name)
     worth = _state_tokens(traced, config)
     if not config.learns:
@@ -401,17 +401,22 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     # A repetition penalty has a copy of its own, and with a truncation two more for what that leaves.
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
-    # What a step takes, in a pool of its own: logits, beside a dequantized layer, the parts of the largest product, or
-    # the experts of a layer.
-    parts = 4 * shape.slots * _parts(text, traced.layers)
-    captured = {"captured steps": logits + max(layer, parts, _experts_bytes(key, config, traced, shape.slots))}
+    # What a step takes, in a pool of its own: logits, beside a dequantized layer, the parts of the largest product, the
+    # experts of a layer, or the copies that one makes of states.
+    parts, states = 4 * shape.slots * _parts(text, traced.layers), traced.states
+    step = shape.slots * (states.captured_step if config.has_cuda_graphs else states.step)
+    captured = {"captured steps": logits + max(layer, parts, step, _experts_bytes(key, config, traced, shape.slots))}
     most = max(shape.slots, prompt_tokens(config) * config.prompts_per_step)
     return {
         "keys and values": shape.num_tokens() * token_bytes(traced.layers, dtype),
-        **(
-            {OF_SLOTS: shape.slots * traced.states, OF_PROMPTS: shape.prefixes * traced.states} if traced.states else {}
+        **({OF_SLOTS: shape.slots * states.held, OF_PROMPTS: shape.prefixes * states.held} if states.held else {}),
+        "prefill or logits": max(
+            traced.ran.prefill + layer,
+            logits,
+            step,
+            shape.slots * states.start,
+            _experts_bytes(key, config, traced, most),
         ),
-        "prefill or logits": max(traced.ran.prefill + layer, logits, _experts_bytes(key, config, traced, most)),
         **(captured if config.has_cuda_graphs else {}),
     }
 
@@ -472,7 +477,7 @@ def _num_states(config: GRPOConfig) -> int:
 
 
 def _state_tokens(traced: Traced, config: GRPOConfig) -> int:
-    return state_tokens(traced.states, token_bytes(traced.layers, _kv_dtype(config)))
+    return state_tokens(traced.states.held, token_bytes(traced.layers, _kv_dtype(config)))
 
 
 def _kv_dtype(config: GRPOConfig) -> torch.dtype:

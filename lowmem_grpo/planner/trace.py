@@ -27,13 +27,17 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.generate.states import state_bytes, state_shapes
+from lowmem_grpo.generate.delta_rule import steps_in_place
+from lowmem_grpo.generate.graphs import Kept
+from lowmem_grpo.generate.shape import StoreShape
+from lowmem_grpo.generate.states import States, StateShapes, state_bytes, state_shapes
 from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
-from lowmem_grpo.model.attention import UnknownAttention, refusal
+from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, laid_out, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import LINEAR, equip, shared_weights
+from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.past_forward import read_past_forward
@@ -44,6 +48,7 @@ from lowmem_grpo.model.towers import set_aside
 from lowmem_grpo.model.trial import Differs, by_itself, run_in_parts
 
 PROMPT_TOKENS = 512  # assumed where max_prompt_length is none
+STEP_ROWS = 16  # of a step that is run to see what it takes for each row
 
 
 def prompt_tokens(config: TrainingConfig) -> int:
@@ -102,6 +107,16 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one completion's states, and of what sampling takes beside these for each completion in flight."""
+
+    held: int = 0  # by all layers
+    step: int = 0  # at the peak of one layer's step
+    captured_step: int = 0  # at that peak where steps are captured, whose trials leave states as they are
+    start: int = 0  # of the largest one, copied as completions begin where their prompt ended
+
+
+@dataclass(frozen=True)
 class Traced:
     """Numbers of a whole model, from building it and running some of its layers."""
 
@@ -111,7 +126,7 @@ class Traced:
     dense: int  # bytes of all 4-bit layers in the compute dtype, which rollout_weights="dense" samples from
     ran: Ran
     layers: dict[int, LayerShape]  # that attend; none where it is padded
-    states: int  # bytes of one completion's states, of the layers that keep one; 0 where it is padded
+    states: StateBytes  # of the layers that keep one; 0 where there are none, or it is padded
     choices: int  # of experts in 4 bits that a token has; 0 where there are none, or it is padded
     padded: str | None  # why its rows are padded, and sampled by transformers' generate
     generated: Generated | None  # where it is padded
@@ -164,7 +179,7 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        layers, states, choices = ({}, 0, 0) if padded else _shapes(whole, watched.compute_dtype)
+        layers, states, choices = ({}, StateBytes(), 0) if padded else _shapes(whole, watched.compute_dtype)
         ran = run_layers(whole, watched, layers)
         return Traced(*_resident(whole, watched), ran, layers, states, choices, padded, generated)
     except (InputError, torch.OutOfMemoryError):
@@ -210,20 +225,56 @@ def _why_padded(whole: PeftModel, compute_dtype: str) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], int, int]:
-    """The LayerShape of each layer that attends, bytes of all states, and a token's choices, from one of each kind."""
+def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], StateBytes, int]:
+    """The LayerShape of each layer that attends, bytes of states, and a token's choices, from one of each kind."""
     kinds = _kinds(whole)
     distinct = sorted(set(kinds))
+    for mixer in mixers(whole):
+        with steps_in_place(mixer, None):  # which compares numbers, once of a family; below there are none
+            pass
     with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy, _assumed_routes() as choices:
         of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
-        states = {distinct[place]: state_bytes({place: named}) for place, named in state_shapes(policy).items()}
+        shapes = state_shapes(policy)
+        states = {distinct[place]: state_bytes({place: named}) for place, named in shapes.items()}
+        step, captured_step = (_step_bytes(policy, shapes, captured) for captured in (False, True))
+    held = sum(states.get(kind, 0) for kind in kinds)
+    start = max((shape.num_bytes for named in shapes.values() for shape in named.values()), default=0)
     layers = {}
     for number, kind in enumerate(kinds):
         if kind in of_kind:
             source = distinct[of_kind[kind].source]  # the kind of the layer whose keys and values it has
             last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
             layers[number] = of_kind[kind]._replace(source=last)
-    return layers, sum(states.get(kind, 0) for kind in kinds), max(choices, default=0)
+    return layers, StateBytes(held, step, captured_step, start), max(choices, default=0)
+
+
+class _Step:
+    """A layout of a decoding step, which sees the bytes that layers with a state take at their peak."""
+
+    def __init__(self, states: States, live: "Live"):
+        self.states, self.live, self.peak = states, live, 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
+
+    def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
+        self.live.take_peak()
+        before = self.live.now
+        out = self.states.advance(mixer, forward, hidden)
+        self.peak = max(self.peak, self.live.take_peak() - before)
+        return out
+
+
+def _step_bytes(policy: Policy, shapes: StateShapes, captured: bool) -> int:
+    """Bytes for each row at the peak of a layer's step, beside the states that States.advance moves on."""
+    if not shapes:
+        return 0
+    ids = torch.zeros(STEP_ROWS, 1, dtype=torch.long)
+    with Live(policy.model) as live, policy.inference(), policy.autocast(), attending(policy.configs):
+        states = States(shapes, StoreShape(STEP_ROWS, 1, 0, 0), policy.device, Kept() if captured else None)
+        with laid_out(step := _Step(states, live)):
+            policy.decoder(input_ids=ids, position_ids=ids, use_cache=False)
+    return math.ceil(step.peak / STEP_ROWS)
 
 
 @lru_cache(maxsize=64)
