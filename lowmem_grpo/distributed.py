@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -78,6 +79,9 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         gathered(None)  # where an error that another rank ends with is heard
     except BaseException as error:
+        lost = lost_rank(error)
+        if lost is not None:
+            raise lost from error
         if not hasattr(error, "was_told"):
             with contextlib.suppress(LostRankError):
                 _exchanged(_Sent(error=error, is_last=True), PARTING_S if is_main() else None)
@@ -309,7 +313,7 @@ def refuse_differences(what: str, values: Mapping[str, object]) -> None:
     if differing:
         raise InputError(
             f"the processes were given different {what} ({', '.join(differing)}); give each the same, by one seed "
-            "in all and without the time of day"
+            "and one current folder in all, and without the time of day"
         )
 
 
@@ -415,23 +419,35 @@ def _together(work: Callable[[], object]) -> None:
         work()
     except RuntimeError as error:  # gloo's, whose connection broke, or NCCL's
         _is_broken = True
-        lost = LostRankError(f"{_who_is_gone()}, and this one cannot go on alone")
-        lost.was_told = True  # type: ignore[attr-defined] # there is nobody to tell
-        raise lost from error
+        until = time.monotonic() + LOOKS_DEAD_S
+        while not (who := _who_is_gone()) and time.monotonic() < until:
+            time.sleep(0.05)
+        raise _lost(who or "another rank does not answer") from error
+
+
+def lost_rank(error: BaseException) -> LostRankError | None:
+    """LostRankError in place of a SIGTERM that comes because another rank has ended; None for any other error.
+
+    torchrun sends one to those that are left, and often before an exchange with the others fails.
+    """
+    global _is_broken
+    if not isinstance(error, SystemExit) or error.code != 128 + signal.SIGTERM or not (who := _who_is_gone()):
+        return None
+    _is_broken = True
+    return _lost(who)
+
+
+def _lost(who: str) -> LostRankError:
+    lost = LostRankError(f"{who}, and this one cannot go on alone")
+    lost.was_told = True  # type: ignore[attr-defined] # there is nobody to tell
+    return lost
 
 
 def _who_is_gone() -> str:
-    """Which of the other ranks have ended, in words."""
-    until = time.monotonic() + LOOKS_DEAD_S
-    while True:
-        gone = [number for number, process in enumerate(_processes) if not _is_alive(process)]
-        if gone or time.monotonic() > until:
-            break
-        time.sleep(0.05)
-    if not gone:
-        return "another rank does not answer"
+    """Which of the other ranks have ended, in words; an empty text where all live."""
+    gone = [number for number, process in enumerate(_processes) if not _is_alive(process)]
     named = " and ".join(f"rank {number} (process {_processes[number]})" for number in gone)
-    return f"{named} {'is' if len(gone) == 1 else 'are'} gone"
+    return named and f"{named} {'is' if len(gone) == 1 else 'are'} gone"
 
 
 def _is_alive(process: int) -> bool:

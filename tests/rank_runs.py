@@ -129,9 +129,10 @@ def learn_with_its_own(output_dir: str) -> dict[str, Any]:
     return learn_examples(f"{output_dir}/{rank()}", seed=rank())
 
 
-def learn_with_its_own_evaluation(output_dir: str) -> None:
-    """A run of sft() that each process evaluates on other examples."""
-    config = SFTConfig(**COMMON, max_steps=1, examples_per_step=2, output_dir=output_dir)
+def learn_with_its_own_evaluation(folder: str) -> None:
+    """A run of sft() that each process evaluates on other examples, in a current folder of its own."""
+    os.chdir(f"{folder}/{rank()}")
+    config = SFTConfig(**COMMON, max_steps=1, examples_per_step=2, output_dir="out", resume_from_checkpoint="auto")
     sft(str(DEMO_MODEL), examples(), examples()[rank() : rank() + 2], config)
 
 
@@ -156,8 +157,14 @@ def stop_rank_1(step, metrics, policy) -> None:
 
 
 def kill_rank_1(step, metrics, policy) -> None:
-    if step == 2 and rank() == 1:
+    """Kill rank 1, and then end rank 0 as torchrun does, before it waits for rank 1."""
+    if step != 2:
+        return
+    if rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    while distributed._is_alive(distributed._processes[1]):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def hang_on_rank_1(step, metrics, policy) -> None:

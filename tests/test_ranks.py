@@ -90,6 +90,7 @@ def test_a_killed_rank_ends_the_other_which_saves_what_is_whole(tmp_path):
     (_, first), (status, _) = each_of(2, learn, str(tmp_path), rank_runs.kill_rank_1)
     assert status == -9 and first["error"].startswith("LostRankError: rank 1 (process")
     assert "checkpoint-2 has everything up to step 2" in first["said"] and (tmp_path / "checkpoint-2").is_dir()
+    assert json.loads((tmp_path / "run.json").read_text())["ended"]["why"].startswith("rank 1 (process")
 
 
 def test_a_signal_ends_a_run_whose_other_rank_hangs_in_an_update(tmp_path):
@@ -128,9 +129,15 @@ def test_processes_with_settings_of_their_own_are_refused_by_name(tmp_path):
     assert all(one["error"].startswith(words) for _, one in found)
 
 
-def test_processes_that_would_evaluate_on_other_rows_are_refused(tmp_path):
+def test_processes_that_evaluate_on_other_rows_or_see_other_folders_are_refused(tmp_path, monkeypatch):
+    """Where one finds a checkpoint and the other none, they would be at other steps."""
+    for rank in ("1", "0"):
+        (tmp_path / rank).mkdir()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.chdir(tmp_path / "0")
+    rank_runs.learn_with_its_own_evaluation(str(tmp_path))
     found = each_of(2, rank_runs.learn_with_its_own_evaluation, str(tmp_path))
-    words = "InputError: the processes were given different inputs (eval_dataset)"
+    words = "InputError: the processes were given different inputs (eval_dataset, resume_from_checkpoint)"
     assert all((one["error"] or "none").startswith(words) for _, one in found)
 
 

@@ -16,14 +16,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lowmem_grpo.distributed import by_main, from_main, is_main, own_randomness, refuse_differences, world_size
+from lowmem_grpo.distributed import (
+    by_main,
+    from_main,
+    is_main,
+    lost_rank,
+    own_randomness,
+    refuse_differences,
+    world_size,
+)
 from lowmem_grpo.doctor.doctor import Doctor
-from lowmem_grpo.errors import InputError, NotFiniteError, NotSavedError
+from lowmem_grpo.errors import InputError, LostRankError, NotFiniteError, NotSavedError
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.inputs.identity import refuse_other_ends, refuse_other_weights, weights_of
 from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.output import manifest
 from lowmem_grpo.output.folder import (
     checkpoints,
     mend_folder,
@@ -111,7 +120,10 @@ class Run:
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
-        given = {**self.identity, "eval_dataset": evaluations.data if evaluations else None}
+        given = {
+            **self.identity, "eval_dataset": evaluations.data if evaluations else None,
+            "resume_from_checkpoint": inputs.resume and (inputs.resume / manifest.NAME).read_text(encoding="utf-8"),
+        }  # fmt: skip
         given.pop("sources", None)  # in which a user's object may name its address
         refuse_differences("inputs", given)
         with writing_to(self.folder):
@@ -181,16 +193,19 @@ class Run:
                 self.publisher.push()
                 return
             self.interruption.hold()
+            signalled, error = error, lost_rank(error) or error
+            is_lost = isinstance(error, LostRankError)
             if self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.publisher.say(f"stopped; {self._save()} has everything up to step {self.step}")
                 except (NotFiniteError, NotSavedError) as refused:
                     self.publisher.say(f"stopped; {refused}")
-            elif self.interruption.error is not None:
+            elif is_lost or self.interruption.error is not None:
                 good = self._last_good()
-                what = f"the last whole checkpoint is {good}" if good else "there is nothing to save"
+                nothing = "there is no checkpoint yet" if self.step else "there is nothing to save"
                 self.publisher.say(
-                    f"stopped {'before the end of the first step' if not self.step else 'at once'}; {what}"
+                    f"stopped {'at once' if self.step else 'before the end of the first step'}; "
+                    f"{f'the last whole checkpoint is {good}' if good else nothing}"
                 )
             how = "stopped" if about.is_stop(error) else "failed"
             self.publisher.end(self.step, how, about.reason(error), self.best.folder)
@@ -198,7 +213,9 @@ class Run:
                 good = self._last_good()
                 where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NotFiniteError(f"{error}; {where}") from error
-            if error is not self.interruption.error:
+            if is_lost and error is not signalled:
+                raise error from signalled
+            if not is_lost and error is not self.interruption.error:  # torchrun's signal has nothing to add to a loss
                 self.interruption.release()
 
     def steps(self) -> Iterator[Step]:
