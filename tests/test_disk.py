@@ -124,12 +124,13 @@ def test_what_a_run_can_go_on_without_is_missed_once_and_written_when_it_can_be(
     assert (out / "completions").read_text() == "mine" and (out / "checkpoint-4").is_dir()
 
 
-def test_a_run_outlives_a_standard_error_on_a_full_disk(tmp_path, monkeypatch):
-    class Full(io.StringIO):
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EPIPE])
+def test_a_run_outlives_a_standard_error_on_a_full_disk_or_that_nobody_reads(tmp_path, monkeypatch, reason):
+    class Refuses(io.StringIO):
         def write(self, text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(reason, os.strerror(reason))
 
-    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(sys, "stderr", Refuses())
     assert len(go(tmp_path, 1).history) == 1
 
 

@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import io
 import math
+import os
 import sys
 
 import pytest
@@ -135,3 +137,22 @@ def test_standard_output_goes_where_it_went_unless_it_would_tear_the_line(file, 
     torn, own = sys.stderr.getvalue(), sys.stdout.getvalue()  # type: ignore[attr-defined] # a StringIO
     assert "step 3/9" in torn
     assert (("the user's" in torn), own) == ((True, "") if file is Terminal else (False, "the user's\n"))
+
+
+def test_a_terminal_that_is_closed_costs_a_run_nothing(monkeypatch):
+    class Closed(Terminal):
+        is_closed = False
+
+        def write(self, text):
+            if self.is_closed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().write(text)
+
+    terminal, own = Closed(), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", own)
+    with Progress(9) as progress:
+        terminal.is_closed = True
+        progress.step(METRICS)
+        progress.say("evaluation")
+    assert (sys.stderr, sys.stdout) == (terminal, own)

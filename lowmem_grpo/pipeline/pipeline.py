@@ -34,6 +34,7 @@ from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
 from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.interruption import interruptible
+from lowmem_grpo.run.progress import Screen
 from lowmem_grpo.terminal import columns_of, fitted
 
 
@@ -90,7 +91,7 @@ def run_pipeline(
     _refuse_other_phases(pipeline)
     done = _done(pipeline, wanted, anew)
     to_do = [run for run in wanted if run not in done]
-    console = Console(file=sys.stdout if dry_run else sys.stderr, highlight=False, markup=False, emoji=False)
+    console = Screen(file=sys.stdout if dry_run else sys.stderr, highlight=False, markup=False, emoji=False)
     if pipeline.evaluation is not None and to_do:
         outlook = check_evaluation(pipeline, pipeline.evaluation)
         if dry_run:

@@ -16,13 +16,20 @@ LONGEST = 24  # columns of the bar
 SHORTEST = 8
 
 
+class Screen(Console):
+    """A console whose reader may go away, as `| head` does: what comes after that is dropped."""
+
+    def on_broken_pipe(self) -> None:  # rich's own ends the process
+        self.quiet = True
+
+
 class Progress:
     """The line a person watches: rewritten in place on a terminal, one line a step elsewhere. On standard error."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
         self.file = sys.stderr
-        self.console = Console(file=self.file, highlight=False, markup=False, emoji=False)
+        self.console = Screen(file=self.file, highlight=False, markup=False, emoji=False)
         # Standard output goes where it went: only where that is the terminal too would it tear the line.
         self.live = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -30,12 +37,14 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.live:
-            self.live.start()
+            with contextlib.suppress(OSError):
+                self.live.start()
         return self
 
     def __exit__(self, *exception) -> None:
         if self.live:
-            self.live.stop()
+            with contextlib.suppress(OSError):  # a terminal that was closed meanwhile
+                self.live.stop()
 
     def step(self, metrics: dict[str, float], remarks: Sequence[str] = ()) -> None:
         """One finished step: of the metrics those that a person follows, and what the loop has to say."""
