@@ -37,6 +37,7 @@ PATIENCE = timedelta(hours=2)
 LOOKS_DEAD_S = 2.0  # within which a process whose connections broke has ended
 # How long rank 0, which has a sentence to say, waits at its end for others that hang: torchrun kills after 30 s.
 PARTING_S = 10.0
+ARRIVE_S = 0.02  # how often a rank that has started looks for the others
 POLL_S = 0.0005  # how often the host asks whether a sum is done
 LOOK_S = 0.5  # how often a wait for others is interrupted by while_waiting()'s call
 
@@ -73,6 +74,7 @@ def joined(device: torch.device) -> Iterator[None]:
     # Python objects go by gloo: where a GPU waits for a rank that has died, nobody is told.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     place, number = _meeting_place(), int(os.environ["RANK"])
+    _wait_for_all(place, number)
     dist.init_process_group(backend, store=place, rank=number, world_size=num_started(), timeout=PATIENCE)
     try:
         _processes[:] = gathered(os.getpid())
@@ -97,6 +99,20 @@ def _meeting_place() -> Any:
         _store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[reportPrivateImportUsage] # in docs
     _num_joined += 1
     return dist.PrefixStore(f"lowmem_grpo/{_num_joined}", _store)  # type: ignore[reportPrivateImportUsage] # in docs
+
+
+def _wait_for_all(place: Any, number: int) -> None:
+    """Wait in a store until every rank is there, since no signal reaches Python within init_process_group().
+
+    Raises:
+        LostRankError: one has not come within PATIENCE.
+    """
+    place.set(f"rank {number}", "")
+    until = time.monotonic() + PATIENCE.total_seconds()
+    while late := [f"rank {other}" for other in range(num_started()) if not place.check([f"rank {other}"])]:
+        if time.monotonic() > until:
+            raise LostRankError(f"{' and '.join(late)} did not start within {PATIENCE}")
+        time.sleep(ARRIVE_S)
 
 
 def _leave() -> None:

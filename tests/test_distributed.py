@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pandas
@@ -12,6 +13,7 @@ import rank_work
 import torch
 from ranks import ranks
 from safetensors.torch import load_file
+from torch.distributed import HashStore  # type: ignore[reportPrivateImportUsage] # in its docs
 
 from lowmem_grpo import distributed
 from lowmem_grpo.errors import LostRankError
@@ -63,6 +65,20 @@ def test_one_process_puts_together_what_it_was_given():
     assert distributed.summed(values) is values and values.tolist() == [1.0, 2.0]
     with distributed.joined(torch.device("cpu")):
         assert not torch.distributed.is_initialized()
+
+
+def test_who_waits_for_a_rank_that_does_not_start_hears_signals_and_names_it(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            distributed._wait_for_all(HashStore(), 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(0))
+    with pytest.raises(LostRankError, match="rank 1 and rank 2 did not start within 0:00:00"):
+        distributed._wait_for_all(HashStore(), 0)
 
 
 def test_ranks_put_together_what_each_has(several):

@@ -1,6 +1,7 @@
 """Trainings of several processes: they do what one does, one of them writes, and the end of one is the end of all."""
 
 import json
+import logging
 import math
 from functools import partial
 
@@ -10,6 +11,7 @@ from rank_runs import each_of
 from safetensors.torch import load_file
 
 from lowmem_grpo import cli, run_pipeline, sample
+from lowmem_grpo.cli.output import PrintableFormatter
 from lowmem_grpo.errors import InputError
 
 UNLIKE = ("time/", "memory/", "tokens_per_s/", "step_time", "rollout/")  # metrics of the machine
@@ -156,6 +158,16 @@ def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path, ca
     for command in (["eval", "--model", "m", "--dataset", "d"], ["bench", "--list"]):
         assert cli.main(command) == 2
         assert f"`lowmem-grpo {command[0]}` {words}" in capsys.readouterr().err
+
+
+def test_the_log_of_a_command_names_the_rank_of_all_but_the_first(monkeypatch):
+    """A reward function that fails is told by each process that called it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        lines.append(PrintableFormatter().format(logging.makeLogRecord({"msg": "reward function a failed"})))
+    assert lines == ["reward function a failed", "rank 1: reward function a failed"]
 
 
 def test_a_plan_of_several_processes_is_that_of_a_share(capsys):

@@ -57,10 +57,11 @@ def say_safely() -> None:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Makes a line of the log of a record, and nothing of its own."""
+    """Makes a line of the log of a record; of a process that does not speak, after its rank."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _for_stderr(super().format(record))
+        line = _for_stderr(super().format(record))
+        return line if speaks() else f"rank {os.environ['RANK']}: {line}"
 
 
 def as_sentence(others: Callable[..., str], message: Warning | str, category: Any, filename: str, *line: Any) -> str:
