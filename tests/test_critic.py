@@ -1,6 +1,7 @@
 """PPO's critic: values and their gradient, the advantages that follow, and whole runs with it."""
 
 import dataclasses
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_adapters import wake
 from test_checkpoint import Stop, comparable, noisy_reward, stop_at
@@ -342,13 +344,23 @@ def saved_critic(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_critic_may_start_as_a_reward_adapter(tmp_path):
-    folder = saved_critic(tmp_path / "reward")
-    result = run(tmp_path, model=named_model(), **SHORT, max_steps=1, critic_init=folder, critic_learning_rate=0.0)
-    assert "base_model.model.score.weight" in result.policy.parameters_of(CRITIC)
-    saved = load_file(tmp_path / "reward/adapter_model.safetensors")
+def test_a_critic_may_start_as_a_reward_adapter_which_a_resumed_run_does_without(tmp_path):
+    policy = make_policy(named_model())
+    policy.add(CRITIC, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
+    policy.add_score_head(CRITIC, seed=3)
+    wake(policy, CRITIC)
+    folder = tmp_path / "reward"
+    policy.save(folder, CRITIC)
+    given = dict(**SHORT, critic_init=str(folder), critic_learning_rate=0.0)
+    run(tmp_path, model=named_model(), **given, max_steps=1)
+    saved = load_file(folder / "adapter_model.safetensors")
+    shutil.rmtree(folder)
+    result = run(tmp_path, model=named_model(), **given, max_steps=2, resume_from_checkpoint=True)
+    assert "base_model.model.score.weight" in result.policy.parameters_of(CRITIC) and len(result.history) == 2
     now = result.policy.adapter_state(CRITIC)
     assert {*now} == {*saved} and all(torch.equal(value, saved[name]) for name, value in now.items())
+    config = result.policy.adapters.config_of(CRITIC)
+    assert (config.r, config.lora_alpha, config.target_modules) == (3, 5, {"q_proj"})
 
 
 def test_a_critic_that_starts_from_an_adapter_of_another_base_is_told(tmp_path):

@@ -51,6 +51,7 @@ from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
+from lowmem_grpo.update.critic import saved_config
 from lowmem_grpo.warn import warn
 
 
@@ -137,7 +138,8 @@ def read_training_inputs(
         asked = digest_of(prompt.ids for prompt in theirs)
         more["teacher"] = {"weights": files_of(teacher), "prompts": asked}
     run.notes.extend(_left_out(dropped, eval_dropped, config))
-    _refuse_critic(read_config(model, config), config)
+    if config.critic_init != "policy" and saved_config(run.resume) is None:
+        _refuse_critic(read_config(model, config), config)
     read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
     longest = max(len(prompt.ids) for prompt in read)
     known = set().union(*map(parameters_of, rewards.functions))  # by rewards, as a judge may need a context
@@ -169,12 +171,10 @@ def _refuse_continued_base(model: Any, config: GRPOConfig) -> None:
 
 
 def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
-    """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter.
+    """Raise InputError where critic_init is no folder with a reward adapter.
 
     One of another base, by its name, is told: as a reward it would be scored with that base, and a critic has none.
     """
-    if config.critic_init == "policy":
-        return
     if not has_score_head(config.critic_init):
         raise InputError(
             f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "

@@ -28,7 +28,7 @@ from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.run.step import Step
-from lowmem_grpo.update.critic import Critic, lengths_with_value, with_gae, with_values
+from lowmem_grpo.update.critic import Critic, lengths_with_value, saved_config, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.critic import why_not_finite as why_no_value
 from lowmem_grpo.update.distill import as_asked, with_teacher
@@ -93,7 +93,9 @@ def train(
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
     own = policy.parameters_of(policy.adapter).values()
     learner = Learner(own, config, scaler, inputs.total_steps - config.critic_warmup)
-    critic = Critic(policy, config, inputs.total_steps) if config.has_critic else None  # as PPO has one
+    critic = None
+    if config.has_critic:  # as PPO has one
+        critic = Critic(policy, config, inputs.total_steps, saved_config(inputs.resume))
     teacher = inputs.load_teacher(policy)
     sampler = Sampler(policy, config)
     stream = Stream(ReplayBuffer(config.replay_buffer_size))

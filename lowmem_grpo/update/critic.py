@@ -4,10 +4,13 @@ The critic is an adapter beside the policy's on the one frozen base, with a scor
 of the policy, and no second model is in memory.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -18,24 +21,31 @@ from lowmem_grpo.objective.formulas import kl_estimate
 from lowmem_grpo.objective.gae import gae, token_rewards, whiten
 from lowmem_grpo.objective.value import explained_variance, value_losses
 from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import at_work, micro_batches, zero_gradients
 
-CRITIC = "critic"  # the name of its adapter
+CRITIC = "critic"  # the name of its adapter, and of its part of a checkpoint
+CONFIG = "adapter_config"  # the name of the adapter's configuration in that part
 
 
 class Critic:
     """The critic's adapter on a policy's base, and the optimizer that trains it. A part of a checkpoint."""
 
-    def __init__(self, policy: Policy, config: GRPOConfig, total_steps: int):
+    def __init__(self, policy: Policy, config: GRPOConfig, total_steps: int, saved: Any = None):
         """Put a critic on the base: a reward adapter, or the policy's with a new score head.
+
+        `saved` is the saved_config() of the checkpoint to resume, whose values load() gives it.
 
         Raises:
             InputError: the policy's adapter has the critic's name, or critic_init is no adapter of this base.
         """
         with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):  # a new adapter draws
-            if config.critic_init == "policy":
+            if saved is not None:
+                policy.add(CRITIC, saved)
+                policy.add_score_head(CRITIC, config.seed)
+            elif config.critic_init == "policy":
                 policy.add(CRITIC, copy_of=policy.adapter)
                 policy.add_score_head(CRITIC, config.seed)
                 # Values of 0, with which the first advantages are REINFORCE's. Random ones would be noise in them.
@@ -50,8 +60,9 @@ class Critic:
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """The critic's weights as they are now, and its optimizer."""
-        return {**self.policy.adapter_state(CRITIC), **self.learner.state()}
+        """The critic's weights as they are now, its optimizer, and its adapter's configuration as JSON has it."""
+        config = json.loads(json.dumps(self.policy.adapters.config_of(CRITIC).to_dict(), default=list))  # of sets
+        return {**self.policy.adapter_state(CRITIC), **self.learner.state(), CONFIG: config}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what state() returned. Raise ValueError for the weights of another critic."""
@@ -61,6 +72,12 @@ class Critic:
             raise ValueError("its weights have other shapes than this run's")
         self.policy.load_adapter_state(CRITIC, weights)
         self.learner.load({name: value for name, value in state.items() if name not in own})
+
+
+def saved_config(resume: Path | None) -> PeftConfig | None:
+    """The configuration of the critic in a checkpoint; None where it has none, as an older version's."""
+    saved = None if resume is None else read_state(resume)["parts"].get(CRITIC, {}).get(CONFIG)
+    return PeftConfig.from_peft_type(**saved) if isinstance(saved, dict) else None
 
 
 def with_values(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
