@@ -287,14 +287,14 @@ def test_another_teacher_is_refused_on_resume(tmp_path, folders):
     settings_of = Path(adapter) / "adapter_config.json"
     text = settings_of.read_text(encoding="utf-8")
     settings_of.write_text(json.dumps({**json.loads(text), "lora_alpha": 1}), encoding="utf-8")
-    with pytest.raises(InputError, match="is of a run with another teacher: weights"):
+    with pytest.raises(InputError, match="is of a run with another teacher, of other weights; resume with that one"):
         run(tmp_path / "out", **again)
     settings_of.write_text(text, encoding="utf-8")
     policy = make_policy(model)
     with torch.no_grad():
         next(iter(policy.parameters_of(policy.adapter).values())).add_(1)
     policy.save(Path(adapter))
-    with pytest.raises(InputError, match=r"is of a run with another teacher: weights is \w+, and was \w+; resume with"):
+    with pytest.raises(InputError, match="is of a run with another teacher, of other weights; resume with"):
         run(tmp_path / "out", **again)
 
 

@@ -2,16 +2,19 @@
 
 import copy
 import functools
+import importlib
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig
 from test_checkpoint import seal
+from test_reward_model import make as make_scorer
 from test_train import ROWS, run, text_reward
 from tiny_models import DEMO_MODEL, make_policy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo.task import answer_reward
@@ -19,8 +22,10 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.identity import (
     columns_of,
     identity_of,
+    models_of,
     refuse_another_run,
     refuse_other_ends,
+    refuse_other_models,
     refuse_other_weights,
     weights_of,
 )
@@ -29,6 +34,7 @@ from lowmem_grpo.rewards import (
     get_code_reward,
     get_cosine_scaled_reward,
     get_judge_reward,
+    get_model_reward,
     get_regex_reward,
 )
 
@@ -193,6 +199,83 @@ def test_a_reward_of_the_users_that_was_made_with_other_settings_is_said(tmp_pat
     refuse_another_run(resume, same)
     with pytest.warns(UserWarning, match="the reward .* has other source code or settings than in"):
         refuse_another_run(resume, other)
+
+
+REWARD = """
+import functools, re
+WORDS, PATTERN, UNUSED = ("a", "b"), re.compile("x"), 1
+def parse(text):
+    return size(text)
+@functools.cache
+def size(text):
+    return len(text)
+class Judge:
+    def verdict(self):
+        return mark()
+def mark():
+    return 2
+def score(completions, **kwargs):
+    return [parse(c) + Judge().verdict() for c in completions if c not in WORDS and PATTERN]
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("len(text)", "len(text) + 1"), ("return 2", "return 3"), ('"b")', '"c")'), ('compile("x")', 'compile("y")'),
+        ("UNUSED = ", "NOTHING = "),
+    ],
+)  # fmt: skip
+def test_what_a_reward_of_the_users_calls_and_reads_is_of_its_source(tmp_path, given, monkeypatch, before, after):
+    monkeypatch.syspath_prepend(tmp_path)
+    runs = []
+    for number, text in enumerate((REWARD, REWARD.replace(before, after))):
+        name = f"rewards_of_a_test_{number}_{abs(hash(after))}"
+        (tmp_path / f"{name}.py").write_text(text)
+        runs.append(identity(**{**given, "rewards": RewardRunner([importlib.import_module(name).score])}))
+    resume = resume_of(tmp_path, runs[0])
+    with warnings.catch_warnings(action="error"):
+        refuse_another_run(resume, runs[0])
+        if before.startswith("UNUSED"):
+            refuse_another_run(resume, runs[1])
+            return
+    with pytest.warns(UserWarning, match="the reward score has other source code or settings than in"):
+        refuse_another_run(resume, runs[1])
+    older = {name: value for name, value in runs[0].items() if name != "helpers"}
+    with warnings.catch_warnings(action="error"):
+        refuse_another_run(resume_of(tmp_path, older), runs[1])
+
+
+def another_weight(model, tokenizer):
+    with torch.no_grad():
+        model.score.weight[0, 0] += 1
+
+
+def another_norm(model, tokenizer):
+    model.config.rms_norm_eps = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (another_weight, "weights, exact"), (another_norm, "rms_norm_eps"),
+        (lambda model, tokenizer: another_template(tokenizer), "chat template"),
+    ],
+)  # fmt: skip
+def test_a_reward_model_is_known_by_what_it_holds_wherever_it_is(tmp_path, change, words):
+    """Saved elsewhere under the same name; a checkpoint of an older version does not know its models."""
+    make_scorer(tmp_path / "a/scorer")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before, same = (models_of(RewardRunner([get_model_reward(f"{tmp_path}/{name}/scorer")])) for name in "ab")
+    resume = resume_of(tmp_path, {"reward models": before})
+    refuse_other_models(resume, same)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b/scorer")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    change(model, tokenizer)
+    other = models_of(RewardRunner([get_model_reward(model, tokenizer)]))
+    with pytest.raises(InputError, match=f"another reward model, by what it has of scorer: {words}; resume with that"):
+        refuse_other_models(resume, other)
+    refuse_other_models(resume_of(tmp_path, {}), other)
 
 
 def test_other_tokens_that_end_a_completion_are_refused(tmp_path):

@@ -145,6 +145,11 @@ def test_a_run_that_was_stopped_resumes_with_its_reward_and_no_other(adapter, tm
     other = f"get_adapter_reward(adapter={adapter!r}, reward_range=[-1, 1])"
     with pytest.raises(InputError, match="another reward"):
         run(tmp_path / "cut", other, max_steps=3, resume_from_checkpoint=True, **given)
+    shutil.copytree(adapter, tmp_path / "rm/adapter")
+    path = tmp_path / "rm/adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "lora_alpha": 1}), encoding="utf-8")
+    with pytest.raises(InputError, match="another reward model, by what it has of rm: lora_alpha; resume with that"):
+        run(tmp_path / "cut", str(path.parent), max_steps=3, resume_from_checkpoint=True, **given)
 
 
 def test_a_plan_has_the_adapter_on_the_device_and_its_phase(adapter, capsys):

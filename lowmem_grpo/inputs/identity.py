@@ -1,4 +1,8 @@
-"""The identity of a run, as a checkpoint keeps it: model, adapter, tokenizer, data and rewards."""
+"""The identity of a run, as a checkpoint keeps it: model, adapter, tokenizer, data and rewards.
+
+Models are known by what they hold, and not by their names. No large file is read for that: of a loaded model a few
+numbers of each weight are hashed, of a teacher, before it is loaded, some blocks of each file.
+"""
 
 import contextlib
 import dataclasses
@@ -9,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from lowmem_grpo.model.experts import packed_codes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.rewards.isolation.origin import OWN, origin_of_function
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of
 from lowmem_grpo.warn import warn
@@ -41,6 +47,9 @@ DIFFERS = {
     "adapter": "settings of the adapter",
     "tokenizer": "settings of the tokenizer",
 }
+MODELS = "reward models"
+SINCE = ("helpers", MODELS)  # which an older version's checkpoints lack
+MOST_ENTRIES = 1000  # of a list or a mapping that a user's reward uses; of a longer one the length is kept
 NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
 
 
@@ -54,14 +63,10 @@ def identity_of(
     """
     identity = {
         "model": _of_the_model(model.to_dict()),
-        "adapter": {name: getattr(adapter, name, None) for name in OF_THE_ADAPTER},
-        "tokenizer": {
-            "vocabulary": digest_of([sorted(tokenizer.get_vocab().items())]),
-            "end of sequence": tokenizer.eos_token_id,
-            "chat template": digest_of([tokenizer.chat_template]),
-        },
+        "adapter": _of_the_adapter(adapter),
+        "tokenizer": _of_the_tokenizer(tokenizer),
     }
-    return json.loads(json.dumps(identity, default=str)) | identity_of_data(data, rewards)
+    return _as_json(identity) | identity_of_data(data, rewards)
 
 
 def identity_of_data(data: Mapping[str, Iterable[Any]], rewards: RewardRunner | None = None) -> dict[str, Any]:
@@ -71,8 +76,30 @@ def identity_of_data(data: Mapping[str, Iterable[Any]], rewards: RewardRunner | 
         "data": {name: digest_of(values) for name, values in data.items()},
         "rewards": {name: _settings(one) if _is_ours(one) else None for name, one in functions.items()},
         "sources": {name: _of_the_users(function) for name, function in functions.items()},
+        "helpers": {name: _helpers(function) for name, function in functions.items()},
     }
-    return json.loads(json.dumps(identity, default=str))
+    return _as_json(identity)
+
+
+def models_of(rewards: RewardRunner) -> dict[str, Any]:
+    """The models that give rewards: their weights, settings and tokenizers, and those of their adapters.
+
+    A reward adapter is asked once it is bound to a policy: of one that is worn, the model and the tokenizer are the
+    policy's.
+    """
+    found: dict[str, Any] = {}
+    for name, function in zip(rewards.names, map(inner_of, rewards.functions), strict=True):
+        scores = function.model if isinstance(function, AdapterReward) else function
+        scorer = getattr(scores, "scorer", None) if _is_ours(function) else None
+        parts: dict[str, Any] = {}
+        if scorer is not None:
+            weights = {f"weights, {kind}": digest for kind, digest in _samples(scorer.named_parameters()).items()}
+            parts = {**_of_the_model(scorer.config.to_dict()), **_of_the_tokenizer(scores.tokenizer), **weights}
+        worn = {"": function.config} if isinstance(function, AdapterReward) else getattr(scorer, "peft_config", {})
+        for adapter in worn.values():
+            parts |= _of_the_adapter(adapter)
+        found |= {f"{name}: {part}": value for part, value in parts.items()}
+    return _as_json(found)
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -89,7 +116,7 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         InputError: model, adapter, tokenizer, data or rewards are others, in a sentence that names what differs.
     """
     saved = read_state(resume)["identity"]
-    for name in identity:
+    for name in [one for one in identity if one not in SINCE]:
         if not isinstance(saved.get(name), dict):
             raise InputError(f"{resume} does not say of which {name} it is; resume from an older checkpoint")
     if list(saved["rewards"]) != list(identity["rewards"]):
@@ -97,7 +124,7 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             f"{resume} is of a run with the rewards {', '.join(saved['rewards'])}, and these are "
             f"{', '.join(identity['rewards'])}; resume with the same ones, or start a new run from the adapter"
         )
-    for name in ("rewards", "model", "adapter", "teacher"):
+    for name in ("rewards", "model", "adapter"):
         now, before = identity.get(name, {}), saved.get(name, {})
         for changed in _changed(now, before, both=True):  # later versions of transformers and PEFT may know more
             raise InputError(
@@ -106,11 +133,18 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             )
     for changed in _changed(identity["tokenizer"], saved["tokenizer"]):
         raise InputError(f"{resume} is of a run with another tokenizer: its {changed} differs; resume with that one")
+    for changed in _changed(identity.get("teacher", {}), saved.get("teacher", {}), both=True):
+        raise InputError(
+            f"{resume} is of a run with another teacher, of other {changed}; resume with that one, or start a new run "
+            "from the adapter"
+        )
     others = _changed(identity["data"], saved["data"])
     if others:
         differ = "prompts" if "prompt" in others else f"values in {' and '.join(others)}"
         raise InputError(f"{resume} is of a run on other {differ}; resume with its train_dataset and tokenizer")
-    for changed in _changed(identity["sources"], saved["sources"], both=True):
+    others = [*_changed(identity["sources"], saved["sources"], both=True)]
+    others += _changed(identity["helpers"], saved.get("helpers", {}), both=True)
+    for changed in dict.fromkeys(others):
         warn(
             f"the reward {changed} has other source code or settings than in {resume}; start a new run if its values "
             "are others"
@@ -137,11 +171,20 @@ def refuse_other_weights(resume: Path, weights: Mapping[str, str]) -> None:
         )
 
 
+def refuse_other_models(resume: Path, models: Mapping[str, Any]) -> None:
+    """Raise InputError where a model that gave rewards in a checkpoint's run was another, by models_of()."""
+    for changed in _changed(models, read_state(resume)["identity"].get(MODELS, {}), both=True):
+        raise InputError(
+            f"{resume} is of a run with another reward model, by what it has of {changed}; resume with that one, or "
+            "start a new run from the adapter"
+        )
+
+
 def first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
     """Name the first difference of two identities, as `settings of the model (vocab_size)`, or None."""
     for name in now:
         # Later versions of transformers and PEFT may know more of a model or an adapter.
-        found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter"))
+        found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter", *SINCE))
         if found:
             return f"{DIFFERS.get(name, name)} ({', '.join(found)})"
     return None
@@ -158,16 +201,37 @@ def weights_of(policy: Policy) -> dict[str, str]:
 
     Weights in 4 bits are a digest apart, by kind of device, since two may round a tie differently.
     """
+    weights = (*policy.base.named_parameters(), *packed_codes(policy.base))
+    adapters = set(policy.model.peft_config)
+    return _samples((name, parameter) for name, parameter in weights if not adapters & set(name.split(".")))
+
+
+def _samples(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     samples: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in (*policy.base.named_parameters(), *packed_codes(policy.base)):
-        if set(policy.model.peft_config) & set(name.split(".")):
-            continue  # an adapter's
+    for _, parameter in weights:
         in_4bit = parameter.dtype == torch.uint8
         kind = f"in 4 bits on {parameter.device.type}" if in_4bit or isinstance(parameter, Params4bit) else EXACT
         numbers = parameter.detach().flatten()
         sample = numbers[:: max(1, len(numbers) // NUM_SAMPLES)].contiguous()
         samples.setdefault(kind, []).append(sample.view(torch.uint8))
     return {kind: _sha256(torch.cat([one.cpu() for one in of_kind])) for kind, of_kind in samples.items()}
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _of_the_adapter(config: PeftConfig) -> dict[str, Any]:
+    """The settings of an adapter that its tensors do not show."""
+    return {name: getattr(config, name, None) for name in OF_THE_ADAPTER}
+
+
+def _of_the_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocabulary": digest_of([sorted(tokenizer.get_vocab().items())]),
+        "end of sequence": tokenizer.eos_token_id,
+        "chat template": digest_of([tokenizer.chat_template]),
+    }
 
 
 def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +295,44 @@ def _of_the_users(function: Callable) -> str | None:
     with contextlib.suppress(Exception):  # of the user's own classes, or of a value within itself
         settings = _settings(function)
     return digest_of([source, settings])
+
+
+def _helpers(function: Callable) -> str | None:
+    """SHA-256 of what of the user's own a reward function uses by name: sources of functions and classes, values.
+
+    None for a built-in one.
+    """
+    if _is_ours(function):
+        return None
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # of the user's own objects, or of source code that is not there
+        _add_used(_innermost(function), found)
+    return digest_of([found])
+
+
+def _add_used(one: Any, found: dict[str, Any]) -> None:
+    """Add by name what a function, or a class's functions, use of their modules, and what that uses in turn."""
+    owner = type(one.__self__) if inspect.ismethod(one) else one
+    functions = [owner] if inspect.isfunction(owner) else [*filter(inspect.isfunction, vars(owner).values())]
+    for function in functions:
+        names = [name for name in _names_in(function.__code__) if name in function.__globals__]
+        for name in names:
+            value = inspect.unwrap(function.__globals__[name])
+            if name in found or inspect.ismodule(value):
+                continue
+            if not callable(value):
+                is_long = isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > MOST_ENTRIES
+                found[name] = len(value) if is_long else _plain(value)
+            elif origin_of_function(value) == OWN:
+                value = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
+                found[name] = inspect.getsource(value)
+                _add_used(value, found)
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """The global names that code has, and that of functions within it."""
+    within = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names_in(one)]
+    return [*code.co_names, *within]
 
 
 def _is_ours(function: Callable) -> bool:

@@ -17,7 +17,14 @@ from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.callbacks import callbacks_of
-from lowmem_grpo.inputs.identity import columns_of, digest_of, identity_of_data
+from lowmem_grpo.inputs.identity import (
+    MODELS,
+    columns_of,
+    digest_of,
+    identity_of_data,
+    models_of,
+    refuse_other_models,
+)
 from lowmem_grpo.inputs.rewards import (
     missing_golds,
     parameters_of,
@@ -84,6 +91,9 @@ class Inputs(RunInputs):
         """The policy, its adapters drawn by the configuration's seed, given to the rewards that judge with it."""
         policy = super().load_policy()
         self.notes.extend(self.rewards.bind(policy))
+        self.identity[MODELS] = models_of(self.rewards)
+        if self.resume is not None:
+            refuse_other_models(self.resume, self.identity[MODELS])
         return policy
 
     def load_teacher(self, policy: Policy) -> Teacher | None:
@@ -136,7 +146,7 @@ def read_training_inputs(
         read_by = model if teacher.model is None else teacher.name
         check_prompts(read_by, theirs, config, whose="for the teacher, ")
         asked = digest_of(prompt.ids for prompt in theirs)
-        more["teacher"] = {"weights": files_of(teacher), "prompts": asked}
+        more["teacher"] = {**files_of(teacher), "prompts": asked}
     run.notes.extend(_left_out(dropped, eval_dropped, config))
     if config.critic_init != "policy" and saved_config(run.resume) is None:
         _refuse_critic(read_config(model, config), config)

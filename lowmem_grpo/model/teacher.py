@@ -137,14 +137,21 @@ def _ends(model: Any, tokenizer: Any, config: GRPOConfig) -> set[int]:
     return ends if of_turn is None or of_turn.token_id is None else {*ends, of_turn.token_id}
 
 
-def files_of(found: FoundTeacher) -> str:
-    """SHA-256 of a teacher's weights as its files have them: names, sizes and some blocks of each, and its settings.
+def files_of(found: FoundTeacher) -> dict[str, str]:
+    """SHA-256 of a teacher's weights as its files have them, and where it is an adapter on a base of its own, of that.
 
-    Of a model on the hub it is that of the revision's name.
+    They are names, sizes and some blocks of each file, and settings; of a model on the hub the revision's name.
     """
-    digest = hashlib.sha256(str(getattr(found.model, "_commit_hash", None)).encode())
-    folder = Path(found.name)
-    for path in sorted(folder.iterdir()) if found.name != BASE and folder.is_dir() else ():
+    revision = str(getattr(found.model, "_commit_hash", None))
+    names = {"weights": "" if found.name == BASE else found.name}
+    if found.model is not None and is_adapter(found.name):
+        names["weights of its base"] = str(read_adapter_config(found.name).base_model_name_or_path)
+    return {what: _files_of(name, revision) for what, name in names.items()}
+
+
+def _files_of(name: str, revision: str) -> str:
+    digest, folder = hashlib.sha256(revision.encode()), Path(name)
+    for path in sorted(folder.iterdir()) if name and folder.is_dir() else ():
         if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())

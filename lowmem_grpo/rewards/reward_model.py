@@ -67,6 +67,7 @@ def get_model_reward(
         return rewards
 
     reward.__name__ = Path(name).name or type(scorer).__name__
+    vars(reward).update(scorer=scorer, tokenizer=tokenizer)  # by which a resumed run knows them again
     return reward
 
 
