@@ -604,9 +604,29 @@ def test_a_reward_that_raises_is_named(caplog):
     assert "reward function broken raised KeyError: 'gold'; 2 of 2 completions" in caplog.text
 
 
-def test_two_rewards_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two reward functions are named"):
-        RewardRunner([lambda **_: [], lambda **_: []])
+def test_rewards_of_one_name_are_numbered_in_their_order():
+    """As two folders that end alike, or two judges; all that is measured of each is under its own name."""
+
+    class Scored:
+        def __init__(self, name, value):
+            self.__name__, self.value = name, value
+
+        def __call__(self, completions, log_metric, **kwargs):
+            log_metric(f"{self.__name__}/length", self.value)
+            return [self.value for _ in completions]
+
+    names = ("rm", "rm", "rm_2", "rm")
+    runner = RewardRunner([Scored(name, float(value)) for value, name in enumerate(names)])
+    assert runner.names == ["rm", "rm_2", "rm_2_2", "rm_3"]
+    scores = runner(["p"], ["c"], [[1]], {}, step=1)
+    assert scores.rewards.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+    assert [scores.metrics[f"{name}/length"] for name in runner.names] == [0.0, 1.0, 2.0, 3.0]
+    assert {f"time/reward/{name}_s" for name in runner.names} <= scores.metrics.keys()
+
+
+def test_a_reward_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match="reward function len is given twice; give it once, with another of reward_we"):
+        RewardRunner([len, len])
 
 
 def test_names_become_functions(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def _ends(model: Any, tokenizer: Any, config: GRPOConfig) -> set[int]:
 
 
 def files_of(found: FoundTeacher) -> dict[str, str]:
-    """SHA-256 of a teacher's weights as its files have them, and where it is an adapter on a base of its own, of that.
+    """SHA-256 of a teacher's weights as its files have them, and of an own base's below an adapter.
 
     They are names, sizes and some blocks of each file, and settings; of a model on the hub the revision's name.
     """

@@ -46,10 +46,7 @@ class RewardRunner:
     def __init__(self, reward_funcs: Sequence[Callable], timeout_s: float | None = None):
         self.functions = list(reward_funcs)
         self.timeout_s = timeout_s
-        self.names = [_name_of(function) for function in self.functions]
-        repeated = {name for name in self.names if self.names.count(name) > 1}
-        if repeated:
-            raise InputError(f"two reward functions are named {repeated.pop()!r}; give one another __name__")
+        self.names = _names_of(self.functions)
         self.failed_calls: Counter = Counter()  # by name and kind
         self.slow_s = dict.fromkeys(self.names, SLOW_S)
         self.trial_s: dict[str, float] = {}  # what a function took for the made-up completions, by name
@@ -68,9 +65,11 @@ class RewardRunner:
         calls = self._call_all(prompts, completions, completion_ids, columns, step, prompt_ids)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
-        for name, call in zip(self.names, calls, strict=True):
+        for name, function, call in zip(self.names, self.functions, calls, strict=True):
+            own = f"{_name_of(function)}/"  # which begins the names of a reward adapter's metrics
             for metric, values in call.metrics.items():
-                metrics.setdefault(metric, []).extend(values)
+                numbered = f"{name}/{metric.removeprefix(own)}" if metric.startswith(own) else metric
+                metrics.setdefault(numbered, []).extend(values)
             extra_columns |= call.extra_columns
             self._report(name, call, len(completions))
         for name, call in zip(self.names, calls, strict=True):
@@ -199,6 +198,27 @@ def _timed(timeout_s: float | None, work: Callable[[], Any], say: Callable[[str]
     except OutOfTime as late:
         error = late
     return Outcome(value, error, time.perf_counter() - started)
+
+
+def _names_of(functions: Sequence[Callable]) -> list[str]:
+    """The functions' names, in their order; one that is taken is numbered: judge_reward, judge_reward_2.
+
+    So are rewards of several calls of one factory, and of two folders that end alike.
+
+    Raises:
+        InputError: one function is there twice, or has no name that can be printed.
+    """
+    names: list[str] = []
+    for index, function in enumerate(functions):
+        name = own = _name_of(function)
+        if any(function is other for other in functions[:index]):
+            raise InputError(f"the reward function {name} is given twice; give it once, with another of reward_weights")
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{own}_{number}"
+        names.append(name)
+    return names
 
 
 def _name_of(function: Callable) -> str:
