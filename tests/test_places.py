@@ -19,16 +19,35 @@ SAMPLES = {
     "/runs/al/gsm8k/checkpoint-20/": "./gsm8k/checkpoint-20",
     "/Users/al/.cache/huggingface/hub/models--Qwen--Qwen3-1.7B/snapshots/70d2": "Qwen/Qwen3-1.7B",
     "lowmem-grpo train --model /m/smol --dataset '/d/Al Smith/a.jsonl' --output_dir=../al/o": (
-        "lowmem-grpo train --model ./smol --dataset './a.jsonl' --output_dir=./o"
+        "lowmem-grpo train --model ./smol --dataset ./a.jsonl --output_dir=./o"
     ),
     'gsm8k?file=/Users/al/a.jsonl, {"cache_dir": "/Users/Al Smith/c"}': 'gsm8k?file=./a.jsonl, {"cache_dir": "./c"}',
     "by /Users/al/reward.py:score and (/Users/al/b.py:3).": "by ./reward.py:score and (./b.py:3).",
     "Qwen2ForCausalLM in memory, of /Users/al/base": "Qwen2ForCausalLM in memory, of ./base",
+    r"\\srv\share\x": "./x",
+    "//srv/share": "./share",
+    "//srv.local/Al Smith/my rows.jsonl": "./my rows.jsonl",
+    r"rows of \\srv\share\al\x.jsonl, or //srv/share/y.jsonl": "rows of ./x.jsonl, or ./y.jsonl",
+    r"get_adapter_reward(adapter='\\\\srv\\Al Smith\\rm')": "get_adapter_reward(adapter='./rm')",
+    "lowmem-grpo train --model //srv/m --dataset=/tmp --output_dir /tmp/al/ --system_prompt '/no_think a/b, in /tmp'": (
+        "lowmem-grpo train --model ./m --dataset=./tmp --output_dir ./al --system_prompt '/no_think a/b, in /tmp'"
+    ),
+    "/tmp": "./tmp",
+    'json?file=/tmp, {"cache_dir": "/tmp"}, get_adapter_reward(adapter=\'/tmp\')': (
+        'json?file=./tmp, {"cache_dir": "./tmp"}, get_adapter_reward(adapter=\'./tmp\')'
+    ),
+    "file:///data": "./data",
+    "file://srv/share/x.jsonl": "./x.jsonl",
+    "read file:///data and 'file://localhost/Users/Al Smith/x'.": "read ./data and './x'.",
+    "~root": ".",
+    "get_code_reward(path=~/x), [~/y,~/z]": "get_code_reward(path=./x), [./y,./z]",
 }
 OTHERS = (
     "Qwen/Qwen3-1.7B", "data/sums.jsonl", "<think>a</think>/<answer>", "3/4 of tokens/s, and 1 / 2", "/no_think",
     "https://a.org/b/c and http://localhost:8000/v1/chat", "gsm8k?style=tags", ".../x", "a ~5/10", "don't /s or 'x'",
-    "/no_think Answer with yes and/or no",
+    "/no_think Answer with yes and/or no", "1/2", "</think>", "a // b, 7 //2/3 and // c", "what is in /tmp or /etc?",
+    r"get_regex_reward(pattern='\\d+\\.\\d+')", r"\d+\s/\s\d", r"\boxed{\frac{1}{2}} \\ \pi", "ftp://srv/share/x", "a//b/c",
+    "get_regex_reward(pattern='/nothing')", "lowmem-grpo train --system_prompt 'a \"/x\" b' --stop_strings '</a>' /no_think",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -139,7 +140,12 @@ def found(tmp_path_factory):
         first = Own.made[0]
         lines["stopped"] = read_lines(folder / "out/metrics.jsonl")[0]
         (folder / "out/checkpoint-3").rename(folder / "checkpoint-3")
-        history, said, draws = run(folder / "out", report_to=names, resume_from_checkpoint=True, push_to_hub=True)
+        given = ["--model", "/tmp", "--dataset=//srv-of-al/rows.jsonl", "--system_prompt", "</think> /no_think"]
+        patch.setattr(sys, "argv", ["lowmem-grpo", "train", *given])
+        name = r"\\srv-of-al\share\x, 'file://srv-of-al/my rows', ~srv-of-al/x or file=/tmp"
+        history, said, draws = run(
+            folder / "out", report_to=names, resume_from_checkpoint=True, push_to_hub=True, run_name=name
+        )
         export(str(folder / "out/adapter"), str(folder / "merged"), num_texts=0, push="me/merged", use_cpu=True)
         hub.refusals = [403] * 9
         plain = run(folder / "plain", push_to_hub=True, hub_model_id="me/sums")
@@ -214,14 +220,15 @@ def test_the_adapter_is_uploaded_after_training(found):
 
 def test_nothing_that_is_uploaded_names_a_place_of_this_machine(found):
     """Of an adapter and of the model that it was merged into: card, page, configurations and tensors' headers."""
-    places = {str(path).encode() for path in (found.folder, DEMO_MODEL.parent, Path.cwd(), Path.home())}
+    places = {str(path).encode() for path in (found.folder, DEMO_MODEL.parent, Path.cwd(), Path.home(), "srv-of-al")}
     report = found.folder / "out/report.html"
     assert str(DEMO_MODEL).encode() in report.read_bytes(), "which stays here, and can be done again by its names"
     for repository in ("me/out@main", "me/merged@main"):
         files = found.hub.files[repository]
         assert {"README.md", "tokenizer_config.json"} <= files.keys()
         named = {(name, place) for name, content in files.items() for place in places if place in content}
-        assert not named
+        assert not named and not re.search(rb"(?<![.\w])/tmp\b", files["README.md"] + files.get("report.html", b""))
+    assert b"--system_prompt '</think> /no_think'" in found.hub.files["me/out@main"]["README.md"]
 
 
 def test_what_the_hub_refuses_is_told_after_a_run_that_has_ended_well(found):
