@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -323,6 +324,34 @@ def test_what_a_resumed_run_changes_and_may_change_is_said_in_one_line(tmp_path,
     shutil.copytree(out, tmp_path / "out")
     run(tmp_path, max_steps=2, resume_from_checkpoint=True, save_steps=7, **SETTINGS)
     assert "checkpoint-1, with max_steps 2 (was 1), save_steps 7 (was 20)\n" in capsys.readouterr().err
+
+
+def test_what_no_setting_says_and_may_round_otherwise_is_said(tmp_path, out, capsys, monkeypatch):
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out/checkpoint-1/trainer_state.json"
+    state = json.loads(path.read_bytes())
+    state["circumstances"] |= {"torch": "1.0", "processes": 2}
+    path.write_text(json.dumps(state))
+    seal(path.parent)
+    monkeypatch.setenv("LOWMEM_GRPO_TRITON", "0")
+    run(tmp_path, max_steps=1, resume_from_checkpoint=True, **SETTINGS)
+    said = (
+        f"going on with torch {version('torch')} (was 1.0), processes 1 (was 2), Triton kernels off (was on): what is"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_an_adapter_that_a_run_began_from_may_be_gone(tmp_path, out):
+    """A checkpoint has all that is still read of it, and stands for it."""
+    shutil.copytree(out, tmp_path / "out")
+    gone, checkpoint = str(tmp_path / "gone"), tmp_path / "out/checkpoint-1"
+    with pytest.raises(
+        InputError, match=f"is not a folder .* began from, give {checkpoint} as the model, which has all"
+    ):
+        run(tmp_path, gone, max_steps=2, resume_from_checkpoint=True, **SETTINGS)
+    with pytest.raises(InputError, match="is not a folder on this machine$"):
+        run(tmp_path / "new", gone, **SETTINGS)
+    assert len(run(tmp_path, str(checkpoint), max_steps=2, resume_from_checkpoint=True, **SETTINGS).history) == 2
 
 
 def test_a_config_of_other_names_is_refused(tmp_path, out):

@@ -28,6 +28,7 @@ from lowmem_grpo.output.folder import find_checkpoint, read_state, writable_fold
 from lowmem_grpo.output.hub import check_upload, repository
 from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
+from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.output.trackers import tracker_names
 from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import RewardRunner
@@ -104,12 +105,26 @@ def begin(
     """
     model = expanded(model)
     output_dir, resume, notes = _folder(config)
-    find_model(model, config, peft_config)
+    try:
+        find_model(model, config, peft_config)
+    except InputError as error:
+        if resume is None or not _may_be_the_first_adapter(model, resume):
+            raise
+        raise InputError(
+            f"{error}; if it was the adapter that the run began from, give {resume} as the model, which has all that "
+            "is still read of it"
+        ) from error
     return RunInputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer_of(tokenizer, model, config), given=config,
         config=config, device=run_device(config), notes=notes, output_dir=output_dir, resume=resume,
         callbacks=callbacks, datasets=datasets,
     )  # fmt: skip
+
+
+def _may_be_the_first_adapter(model: Any, resume: Path) -> bool:
+    """Tell whether a model that is gone may be the adapter that a run began from."""
+    base = read_object(resume / "adapter_config.json").get("base_model_name_or_path")
+    return isinstance(model, str) and not os.path.exists(model) and model != base
 
 
 def _folder(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:

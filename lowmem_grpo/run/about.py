@@ -14,6 +14,7 @@ import torch
 
 import lowmem_grpo
 from lowmem_grpo import errors
+from lowmem_grpo.distributed import world_size
 from lowmem_grpo.errors import in_a_line
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.training import RunInputs, name_of
@@ -95,6 +96,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # bitsandbytes, where a system has none
             continue
     return found
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Versions, device, number of processes and kernels: by them a run is rounded, and no setting says them."""
+    kernels = "off" if os.environ.get("LOWMEM_GRPO_TRITON") == "0" else "on"
+    return {**versions(), "device": device_name(device), "processes": world_size(), "Triton kernels": kernels}
 
 
 def device_name(device: torch.device) -> str:

@@ -117,6 +117,8 @@ class Run:
         self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
         self.updates_a_step: int | None = None
         self.is_unsaved = False  # True where the disk refused the last checkpoint
+        self.circumstances = about.circumstances(inputs.device)
+        self.changed_circumstances: list[str] = []  # since the checkpoint that is resumed, in words
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
@@ -457,7 +459,10 @@ class Run:
         folder = self.folder / f"checkpoint-{self.step}"
         if not is_main():
             return folder
-        values = {"step": self.step, "identity": self.identity, "config": asdict(self.inputs.given)}
+        values = {
+            "step": self.step, "identity": self.identity, "config": asdict(self.inputs.given),
+            "circumstances": self.circumstances,
+        }  # fmt: skip
         try:
             if self.saved is not self.whole:
                 trained = {name: part.state() for name, part in self.trained.items()}
@@ -480,6 +485,12 @@ class Run:
         for name, load in {**loads, "counts": self._load_counts, "random_states": restore_randomness}.items():
             load_part(folder, name, load, saved)
         self.step = saved["step"]
+        before = saved.get("circumstances", {})  # an older version has none
+        self.changed_circumstances = [
+            f"{name} {value} (was {before[name]})"
+            for name, value in self.circumstances.items()
+            if name in before and before[name] != value
+        ]
 
     def _load_counts(self, counts: State) -> None:
         self.num_tokens = whole(counts["num_tokens"], "num_tokens")
@@ -495,6 +506,11 @@ class Run:
         if self.inputs.resume is not None and self.is_over:
             at = f"{self.inputs.resume} is at step {self.step} of {self.total_steps}"
             self.publisher.say(f"{at}: nothing is left to train")
+        if self.changed_circumstances:
+            self.publisher.say(
+                f"going on with {', '.join(self.changed_circumstances)}: what is computed may be rounded otherwise "
+                "than by the run that was stopped"
+            )
         if self.is_best_missing:
             self.publisher.say(
                 f"{self.folder} has no best/ of the run so far: put it there before a resume, or the next evaluation "
