@@ -263,12 +263,17 @@ def another_norm(model, tokenizer):
         (lambda model, tokenizer: another_template(tokenizer), "chat template"),
     ],
 )  # fmt: skip
-def test_a_reward_model_is_known_by_what_it_holds_wherever_it_is(tmp_path, change, words):
+def test_a_reward_model_is_known_by_what_it_holds_wherever_it_is(tmp_path, given, change, words):
     """Saved elsewhere under the same name; a checkpoint of an older version does not know its models."""
     make_scorer(tmp_path / "a/scorer")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    before, same = (models_of(RewardRunner([get_model_reward(f"{tmp_path}/{name}/scorer")])) for name in "ab")
-    resume = resume_of(tmp_path, {"reward models": before})
+    runners = [RewardRunner([get_model_reward(f"{tmp_path}/{name}/scorer")]) for name in "ab"]
+    before, same = map(models_of, runners)
+    was, moved = (identity(**{**given, "rewards": runner}) for runner in runners)
+    with pytest.raises(InputError, match="is of a run with another reward: scorer is"):
+        refuse_another_run(resume_of(tmp_path, was), moved)  # by name, as an older version kept it
+    resume = resume_of(tmp_path, {**was, "reward models": before})
+    refuse_another_run(resume, moved)
     refuse_other_models(resume, same)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b/scorer")
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)

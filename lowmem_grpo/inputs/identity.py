@@ -102,6 +102,16 @@ def models_of(rewards: RewardRunner) -> dict[str, Any]:
     return _as_json(found)
 
 
+def _wherever(rewards: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of rewards without the name or folder of a model, which is compared by what it holds."""
+    return {
+        name: {of: value for of, value in one.items() if of != "name"}
+        if isinstance(one, dict) and "scorer" in one
+        else one
+        for name, one in rewards.items()
+    }
+
+
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The prompts' ids and all of their columns, each row by row."""
     names = sorted({name for prompt in prompts for name in prompt.columns})
@@ -126,6 +136,8 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         )
     for name in ("rewards", "model", "adapter"):
         now, before = identity.get(name, {}), saved.get(name, {})
+        if name == "rewards" and MODELS in saved:
+            now, before = _wherever(now), _wherever(before)
         for changed in _changed(now, before, both=True):  # later versions of transformers and PEFT may know more
             raise InputError(
                 f"{resume} is of a run with another {name.removesuffix('s')}: {changed} is {now[changed]!s:.200}, "
