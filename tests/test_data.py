@@ -160,7 +160,7 @@ def test_a_pointer_in_place_of_a_file_is_named_as_one(suffix, tmp_path):
     [
         (pa.table({"prompt": pa.array([], pa.string())}), "is empty; it needs at least one row"),
         (pa.table([["a"], ["b"]], names=["prompt", "prompt"]), "has two columns named 'prompt'; rename one"),
-        (pa.table({"prompt": [None, "a"]}), "row 0 of train_dataset has the prompt 'None'"),
+        (pa.table({"prompt": [None, "a"]}), "row 0 of train_dataset has no prompt; fill it, or leave the row out"),
     ],
 )
 def test_a_parquet_file_that_cannot_be_used_is_refused(table, message, tmp_path, tokenizer):
@@ -242,7 +242,10 @@ def test_every_name_that_the_trainer_gives_to_rewards_is_one_that_columns_may_no
         ({"prompt": "  "}, "row 1 of train_dataset has a prompt of white space alone"),
         ({"prompt": "\n\t\n"}, "row 1 of train_dataset has a prompt of white space alone"),
         ({"question": " ", "answer": "2"}, "row 0 of train_dataset has a prompt of white space alone"),
-        ({"question": math.nan, "answer": "2"}, "row 0 of train_dataset has the question 'nan'; it has to be a text"),
+        (
+            {"question": math.nan, "answer": "2"},
+            "row 0 of train_dataset has no question; fill it, or leave the row out",
+        ),
     ],
 )
 def test_prompts_that_ask_nothing_are_refused(row, message, tokenizer):

@@ -24,6 +24,7 @@ CLOSES_THOUGHTS = re.compile(
 OPEN_AT_END = re.compile(
     rf"(?:{OPENS_THOUGHTS.pattern})\s*(?:(?:{CLOSES_THOUGHTS.pattern})\s*)?\Z", re.IGNORECASE
 )  # fmt: skip
+SYSTEMS = ("system", "system_prompt")  # columns that have the system message beside a chat
 FORM = "role and content texts"
 # Roles of messages. A template may name others, such as `ipython` or `observation`.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -55,6 +56,12 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) or is_number
 
 
+def refuse_missing(value: Any, column: str, where: str) -> None:
+    """Raise InputError for a null, and for NaN, which is one to pandas."""
+    if value is None or value != value:
+        raise InputError(f"{where} has no {column}; fill it, or leave the row out")
+
+
 def refuse_chat_as_text(text: str, where: str) -> None:
     """Raise InputError for a chat that a file has as JSON, or as what Python prints."""
     if CHAT_AS_TEXT.fullmatch(text):
@@ -62,6 +69,15 @@ def refuse_chat_as_text(text: str, where: str) -> None:
             f"{where} is a chat written as a text, {text[:40]!r}; make it a list of messages, which JSONL and Parquet "
             "hold and CSV does not (json.loads reads it)"
         )
+
+
+def with_system(messages: list[dict], row: Mapping[str, Any], system_prompt: str | None) -> list[dict]:
+    """Messages with a system message before them, the row's own or else the given one, unless they begin with one."""
+    own = (row.get(name) for name in SYSTEMS)
+    system = next((text for text in own if isinstance(text, str) and text.strip()), system_prompt)
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def read_chat(value: Any, where: str, column: str = "prompt") -> list[dict]:
@@ -72,6 +88,7 @@ def read_chat(value: Any, where: str, column: str = "prompt") -> list[dict]:
     Raises:
         InputError: no chat, or one with media.
     """
+    refuse_missing(value, column, where)
     if (
         not isinstance(value, list)
         or not value

@@ -1,24 +1,28 @@
 """Examples to imitate: rows to tokens, and which of them are learnt.
 
 A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `messages` or, with from and value, as
-`conversations`; or a `text`. Tools and template settings are a row's own as for prompts.
+`conversations`; or a `text`; or, as Alpaca has them, an instruction and an output. Tools and template settings are a
+row's own as for prompts.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Generic, TypeVar
 
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import ExampleFields
-from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text
+from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, refuse_missing, with_system
 from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
 from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
+from lowmem_grpo.data.questions import INSTRUCTIONS, question_of
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import whole
 
-FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",)
+ANSWERS = ("output", "response")  # of instructions: Alpaca's, Dolly's and OpenOrca's columns
+FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",), *product(INSTRUCTIONS, ANSWERS)
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 MOST_WEIGHT = 1e6  # fp32 sums numbers that are as far apart as this and its inverse
 T = TypeVar("T")  # an example, or a pair
@@ -84,7 +88,9 @@ def tokenize_examples(
     """
     form = _form(rows.column_names, config, name)
     reader = _Reader(tokenizer, config)
-    read = {"prompt": reader.pair, "messages": reader.chat, "conversations": reader.chat, "text": reader.text}[form]
+    read = {
+        "prompt": reader.pair, "messages": reader.chat, "conversations": reader.chat, "text": reader.text,
+    }.get(form, reader.answer)  # fmt: skip
     examples = []
     given: list[Any] = list(rows)
     for index, row in enumerate(given):
@@ -106,15 +112,24 @@ def tokenize_examples(
     return short, len(examples) - len(short)
 
 
+def form_of(columns: list[str]) -> tuple[str, ...] | None:
+    """The columns of FORMS by which rows are read; None where they are of no known form."""
+    return next((form for form in FORMS if set(form) <= set(columns)), None)
+
+
 def _form(columns: list[str], config: ExampleFields, name: str) -> str:
     """The first column of the rows' form. Raise InputError where there is none, or a mask does not apply to it."""
-    form = next((form for form in FORMS if set(form) <= set(columns)), None)
+    form = form_of(columns)
     if form is None:
         raise InputError(
-            f"{name} has neither prompt and completion nor messages, conversations or text, only {', '.join(columns)}; "
-            "rename its columns"
+            f"{name} has neither prompt and completion nor messages, conversations, text or instruction and output, "
+            f"only {', '.join(columns)}; rename its columns"
         )
-    if form[0] != "prompt" and config.completion_only_loss:
+    if form == ("text",) and {"role", "parent_id"} & set(columns):
+        raise InputError(
+            f"{name} has one message of a chat a row; make each chat a row, with a list of its messages as messages"
+        )
+    if len(form) == 1 and config.completion_only_loss:
         raise InputError(f"completion_only_loss is for rows with prompt and completion, and {name} has {form[0]}")
     if form[0] == "text" and config.assistant_only_loss:
         raise InputError(f"assistant_only_loss is for chats, and {name} has texts; leave it out")
@@ -151,6 +166,13 @@ class _Reader:
         ids = self._continued(before, ids, self._ended(completion), where)
         return ids, self._after(len(before), len(ids))
 
+    def answer(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
+        """An instruction, with its input, and what answers it, as a chat."""
+        ask, answer = (next(one for one in columns if one in row) for columns in (INSTRUCTIONS, ANSWERS))
+        prompt = [{"role": "user", "content": question_of(row, ask, where)}]
+        completion = [{"role": "assistant", "content": _text(row[answer], answer, where)}]
+        return self._chat(prompt, completion, row, where)
+
     def chat(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """A chat, of which every turn is learnt, or with assistant_only_loss the assistant's."""
         column = "conversations" if row.get("messages") is None else "messages"
@@ -159,9 +181,10 @@ class _Reader:
 
     def _chat(self, prompt: list[dict], completion: list[dict], row: dict, where: str) -> tuple[list[int], list[bool]]:
         settings = template_settings(row, self.template, self.config, where)
-        if self.config.system_prompt and [*prompt, *completion][0]["role"] != "system":
-            system = [{"role": "system", "content": self.config.system_prompt}]
-            prompt, completion = (system + prompt, completion) if prompt else (prompt, system + completion)
+        if prompt:
+            prompt = with_system(prompt, row, self.config.system_prompt)
+        else:
+            completion = with_system(completion, row, self.config.system_prompt)
         is_open = bool(prompt) and {prompt[-1]["role"], completion[0]["role"]} == {"assistant"}
         if is_open:  # the completion goes on with the prompt's last words
             words = f"{prompt[-1].get('content', '')}{completion[0].get('content', '')}"
@@ -257,6 +280,7 @@ class _Reader:
 
 
 def _text(value: Any, column: str, where: str) -> str:
+    refuse_missing(value, column, where)
     if not is_text(value):
         raise InputError(f"{where} has the {column} {str(value)[:60]!r}; it has to be a text")
     refuse_chat_as_text(str(value), where)

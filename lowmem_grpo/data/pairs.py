@@ -1,6 +1,7 @@
 """Pairs of a better and a worse text: rows to tokens, in the forms of TRL's RewardTrainer.
 
-A row has `chosen` and `rejected`, and optionally a `prompt` before both: texts or lists of messages. An optional
+A row has `chosen` and `rejected`, and optionally a `prompt` before both: texts or lists of messages. Chats may show the
+prompt themselves, and a `question` in its place makes chats of texts. An optional
 `margin` says by how much the one is better. Tools and template settings are a row's own as for prompts.
 """
 
@@ -13,10 +14,12 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import PairFields
-from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text
+from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, with_system
 from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
+from lowmem_grpo.data.questions import INSTRUCTIONS, question_of
 from lowmem_grpo.errors import InputError
 
+ASK = (*INSTRUCTIONS, "input")  # what stands before two texts where there is no prompt, as in Orca's pairs
 MOST_MARGIN = 1e6  # scores are of the order of 1
 
 
@@ -83,27 +86,25 @@ class _Reader:
                 raise InputError(
                     f"{where} has the {column} {str(value)[:60]!r}; it has to be a text or a list of messages"
                 )
-        if all(isinstance(value, list) for value in values.values()):
-            read = self._chat
-        elif all(map(is_text, values.values())):
-            read = self._text
-        else:
+        are_chats = [isinstance(row[column], list) for column in ("chosen", "rejected")]
+        if len(set(are_chats)) > 1 or (not are_chats[0] and isinstance(row.get("prompt"), list)):
             raise InputError(f"{where} has texts and lists of messages side by side; make all of them the same")
+        asks = next((column for column in ASK if column in row), None)
+        if not are_chats[0] and asks is not None and "prompt" not in row:
+            said = {one: [{"role": "assistant", "content": _plain(row[one], where)}] for one in ("chosen", "rejected")}
+            row, are_chats = {**row, **said, "prompt": question_of(row, asks, where)}, [True]
+        read = self._chat if are_chats[0] else self._text
         return Pair(read(row, "chosen", where), read(row, "rejected", where), _margin(row, where))
 
     def _text(self, row: dict, column: str, where: str) -> list[int]:
-        text, before = str(row[column]), "" if row.get("prompt") is None else str(row["prompt"])
-        refuse_chat_as_text(text, where)
-        refuse_chat_as_text(before, where)
+        text, before = _plain(row[column], where), "" if row.get("prompt") is None else _plain(row["prompt"], where)
         refuse_settings_of_text(row, where)
         text = text if text.endswith(self.end) else text + self.end
         return self._not_empty(text_ids(self.tokenizer, before + text), column, where)
 
     def _chat(self, row: dict, column: str, where: str) -> list[int]:
-        asked = [] if row.get("prompt") is None else read_chat(row["prompt"], where)
-        messages = [*asked, *read_chat(row[column], where, column)]
-        if self.config.system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+        messages = _joined(row.get("prompt"), read_chat(row[column], where, column), where)
+        messages = with_system(messages, row, self.config.system_prompt)
         whole = self.template.whole(messages, template_settings(row, self.template, self.config, where), where)
         if self.tokenizer.chat_template is None:
             ids = text_ids(self.tokenizer, whole if whole.endswith(self.end) else whole + self.end)
@@ -115,6 +116,29 @@ class _Reader:
         if not ids:
             raise InputError(f"{where} has a {column} without a single token; leave the row out")
         return ids
+
+
+def _plain(value: Any, where: str) -> str:
+    refuse_chat_as_text(str(value), where)
+    return str(value)
+
+
+def _joined(prompt: Any, chat: list[dict], where: str) -> list[dict]:
+    """A chat with the prompt before it, unless it shows that already, as UltraFeedback's do.
+
+    Raises:
+        InputError: the prompt is none, or a text beside a chat of the user's that does not show it.
+    """
+    if prompt is None:
+        return chat
+    is_chat = isinstance(prompt, list)
+    asked = read_chat(prompt, where) if is_chat else [{"role": "user", "content": _plain(prompt, where)}]
+    system, said = asked[: asked[0]["role"] == "system"], asked[asked[0]["role"] == "system" :]
+    if said and all(message in chat for message in said):
+        return chat if chat[0]["role"] == "system" else [*system, *chat]
+    if not is_chat and chat[0]["role"] != "assistant":
+        raise InputError(f"{where} has a prompt that its chats do not show; make it a list of messages, or remove it")
+    return [*asked, *chat]
 
 
 def _margin(row: dict, where: str) -> float:

@@ -14,6 +14,7 @@ from lowmem_grpo.data.chats import (
     read_chat,
     refuse_chat_as_text,
     said_at_end,
+    with_system,
     without_nulls,
 )
 from lowmem_grpo.errors import InputError
@@ -100,8 +101,7 @@ def chat_prompts(rows: Dataset, config: ReadFields, *, name: str = "train_datase
             raise InputError(f"{where} has a prompt of white space alone; leave it out")
         for setting in _own_settings(row, where):
             raise InputError(f"{where} has {setting}, which an endpoint is not given; remove the column")
-        if config.system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        messages = with_system(messages, row, config.system_prompt)
         columns = {key: value for key, value in row.items() if key != "prompt"}
         prompts.append(Prompt(messages, [], columns))
     return prompts
@@ -121,8 +121,8 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str, system
     messages = read_chat(given, where)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
-    elif config.system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    else:
+        messages = with_system(messages, row, config.system_prompt)
     rendered, said = template.render(messages, template_settings(row, template, config, where), where)
     if template.tokenizer.chat_template is None:
         ids = text_ids(template.tokenizer, rendered)

@@ -19,9 +19,10 @@ from datasets import (
 )
 
 from lowmem_grpo.config.sections import DataFields, RowFields
-from lowmem_grpo.data.chats import is_media, is_text, refuse_chat_as_text
+from lowmem_grpo.data.chats import is_media
 from lowmem_grpo.data.files import FILES, read_files, read_parquet, to_dataset
-from lowmem_grpo.data.gold import gold_of, is_marked
+from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
+from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
 from lowmem_grpo.errors import InputError, cause, shown
 from lowmem_grpo.output.folder import refuse_pointer
 
@@ -36,8 +37,9 @@ MOST_FILES = 10_000  # of a folder that is a data set; datasets looks at every o
 def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
     """A Dataset with a `prompt` column, from a hub id, a local file, a Dataset, or a list of rows.
 
-    Without a `prompt`, `question` and `answer` columns (GSM8K), or `problem` and `solution` or `answer` (MATH), become
-    a chat `prompt` and a `solution`. Of a streaming dataset the first dataset_take rows are read now.
+    Without a `prompt`, a `question` (GSM8K) or `problem` (MATH) with a `solution` or `answer` becomes a chat `prompt`
+    and a `solution`: of several `choices` (MMLU) the right one's letter. Of a streaming dataset the first
+    dataset_take rows are read now.
 
     Raises:
         InputError: it cannot be found or read, is empty, or has no prompts; one sentence with the remedy.
@@ -50,16 +52,35 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
                 f"{name} has a column named {column}, under which reward functions get the trainer's own; rename or "
                 "remove it"
             )
-    if "prompt" not in columns and {"question", "answer"} <= set(columns):
-        if "solution" not in columns:
-            copy = rows.select_columns("answer").rename_column("answer", "solution")
-            rows = concatenate_datasets([rows, copy], axis=1)
-        return rows.add_column("prompt", _chats(rows, "question", name))
-    if "prompt" not in columns and "problem" in columns and {"solution", "answer"} & set(columns):
-        return _with_solution(rows).add_column("prompt", _chats(rows, "problem", name))
-    if "prompt" not in columns:
+    if "prompt" in columns:
+        return rows
+    ask = next((column for column in ASKS if column in columns), None)
+    if ask is None or not {"solution", "answer", KEY} & set(columns):
         raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
-    return rows
+    asked: list[Any] = list(rows.select_columns([one for one in (ask, *ASKED_WITH, *COLUMNS, KEY) if one in columns]))
+    questions = [question_of(row, ask, f"row {index} of {name}") for index, row in enumerate(asked)]
+    if ask == "problem":
+        rows = _with_solution(rows)
+    elif "solution" not in columns and "answer" in columns:
+        copy = rows.select_columns("answer").rename_column("answer", "solution")
+        rows = concatenate_datasets([rows, copy], axis=1)
+    if set(CHOICES) & set(columns):
+        rows = _with_letters(rows, asked, name)
+    return rows.add_column("prompt", [[{"role": "user", "content": text}] for text in questions])
+
+
+def _with_letters(rows: Dataset, asked: list[Any], name: str) -> Dataset:
+    r"""Rows with `\boxed{B}` as the solution where B is the right choice, so that it is the gold answer."""
+    solutions = rows["solution"] if "solution" in rows.column_names else [None] * len(rows)
+    labels = right_labels(asked, name)
+    if not any(labels):
+        return rows
+    texts = [
+        f"\\boxed{{{label}}}" if label else solution if solution is None else str(solution)
+        for label, solution in zip(labels, solutions, strict=True)
+    ]
+    rows = rows.remove_columns([column for column in ("solution",) if column in rows.column_names])
+    return rows.add_column("solution", texts)
 
 
 def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", split: str | None = None) -> Dataset:
@@ -212,20 +233,6 @@ def _first(rows: IterableDataset, config: RowFields, name: str) -> Dataset:
         return Dataset.from_list(list(rows.take(count)))
     except Exception as error:
         raise InputError(f"{name} cannot be streamed: {cause(error)}") from error
-
-
-def _chats(rows: Dataset, column: str, name: str) -> list[list[dict]]:
-    """A chat of one message for each text of the column that asks.
-
-    Raises:
-        InputError: a row asks nothing, or asks with something else than a text.
-    """
-    asked = list(rows[column])
-    for index, text in enumerate(asked):
-        if not is_text(text):
-            raise InputError(f"row {index} of {name} has the {column} {str(text)[:60]!r}; it has to be a text")
-        refuse_chat_as_text(str(text), f"row {index} of {name}")
-    return [[{"role": "user", "content": str(text)}] for text in asked]
 
 
 def _with_solution(rows: Dataset) -> Dataset:
