@@ -63,6 +63,7 @@ SICK = {
     "answer_in_prompt": dict(
         rows=[{"prompt": f"{task.question(p)}\n#### {sum(p)}", "solution": str(sum(p))} for p in TRAIN[:16]]
     ),
+    "golds_begin_with_zero": dict(rows=[{**row, "solution": f"{n:03}"} for n, row in enumerate(task.rows(TRAIN[:16]))]),
     "gold_is_an_index": dict(rows=mmlu("{question} A. {choices[0]} B. {choices[1]}")),
     "question_not_in_prompt": dict(rows=[{**row, "solution": "AB"[n % 2]} for n, row in enumerate(mmlu("{question}"))]),
     "fewer_prompts_than_a_step": dict(rows=asked(*TRAIN[:7])),

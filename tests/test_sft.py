@@ -196,7 +196,7 @@ def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
         ("examples_without_an_end", dict(examples=[{"messages": [{"role": "user", "content": f"{n}+1="}]} for n in range(9)])),
         ("most_examples_dropped", dict(max_length=39, examples=[*rows(TRAIN[:1]), *({"prompt": [{"role": "user", "content": "1" * 60}], "completion": [{"role": "assistant", "content": "1"}]} for _ in range(3))])),
         ("dataset_seen_too_often", dict(examples=[rows(TRAIN[:2]), rows(TRAIN[2:30])], dataset_weights=[3, 1])),
-        ("examples_of_an_end_alone", dict(examples=[*rows(TRAIN[:9]), {**rows(TRAIN[:1])[0], "completion": [{"role": "assistant", "content": ""}]}])),
+        ("empty_texts", dict(examples=[*rows(TRAIN[:9]), {**rows(TRAIN[:1])[0], "completion": [{"role": "assistant", "content": ""}]}])),
         ("implausible_learning_rate", dict(learning_rate=1e-2)),
         ("warmup_beyond_the_end", dict(warmup_steps=4, lr_scheduler_type="linear")),
     ],

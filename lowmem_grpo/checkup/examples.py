@@ -1,6 +1,6 @@
 """The doctor's look at examples and settings before the first step of a supervised training."""
 
-from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
+from lowmem_grpo.checkup.training import OF_ANY, OF_TEXTS, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
@@ -23,7 +23,7 @@ def doctor_of_examples(inputs: ExampleInputs) -> Doctor:
 
 def findings(inputs: ExampleInputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
-    return seen([*SITUATIONS, *OF_ANY], inputs)
+    return seen([*SITUATIONS, *OF_TEXTS, *OF_ANY], inputs)
 
 
 def evaluated_on_training_examples(inputs: ExampleInputs) -> str | None:
@@ -37,18 +37,6 @@ def ends_of(inputs: ExampleInputs) -> set[int | None]:
     ends = ends_of_model(inputs.model, inputs.config) | {inputs.tokenizer.eos_token_id}
     of_turn = turn_end(inputs.tokenizer, ends)
     return ends | ({of_turn.token_id} if of_turn else set())
-
-
-def examples_of_an_end_alone(inputs: ExampleInputs) -> str | None:
-    """Say how many examples teach the model to say nothing."""
-    ends = ends_of(inputs)
-    empty = sum(ends.issuperset(_learnt(one)) for one in inputs.examples.all)
-    if not empty:
-        return None
-    return (
-        f"{empty} of {len(inputs.examples.all)} examples have an empty completion, and teach the model to end at once; "
-        "leave them out"
-    )
 
 
 def examples_without_an_end(inputs: ExampleInputs) -> str | None:
@@ -90,6 +78,5 @@ def most_examples_dropped(inputs: ExampleInputs) -> str | None:
 
 
 SITUATIONS = (
-    evaluated_on_training_examples, examples_of_an_end_alone, examples_without_an_end, most_examples_dropped,
-    dataset_seen_too_often,
+    evaluated_on_training_examples, examples_without_an_end, most_examples_dropped, dataset_seen_too_often,
 )  # fmt: skip

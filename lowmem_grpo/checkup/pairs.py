@@ -1,6 +1,6 @@
 """The doctor's look at pairs and settings before the first step of a reward model's training."""
 
-from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
+from lowmem_grpo.checkup.training import OF_ANY, OF_TEXTS, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
@@ -21,7 +21,7 @@ def doctor_of_pairs(inputs: PairInputs) -> Doctor:
 
 def findings(inputs: PairInputs) -> list[Finding]:
     """List what keeps a run with these inputs from learning the right thing; no weights are read."""
-    return seen([*SITUATIONS, *OF_ANY], inputs)
+    return seen([*SITUATIONS, *OF_TEXTS, *OF_ANY], inputs)
 
 
 def evaluated_on_training_pairs(inputs: PairInputs) -> str | None:

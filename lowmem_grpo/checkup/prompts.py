@@ -15,6 +15,7 @@ from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.model.find import beyond_context, ends_of_model
 from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
 from lowmem_grpo.preview.prompts import MARKS, read_gold
+from lowmem_grpo.rewards import reads_gold
 from lowmem_grpo.rewards.compare import compare
 
 MOST_REPEATED = 0.1  # of the prompts; GSM8K's training set repeats none of 7,473
@@ -151,6 +152,18 @@ def same_gold(look: Look) -> str | None:
     return (
         f"every row has the gold answer {golds.popitem()[1][:40]!r}, which the policy will give whatever it is asked; "
         "see whether solution or answer is the column that you mean"
+    )
+
+
+@_situation
+def golds_begin_with_zero(look: Look) -> str | None:
+    """Say how many gold answers are digits behind a zero, which are compared as they are written."""
+    found = [gold for gold in look.golds if gold is not None and re.fullmatch(r"0\d+", gold)]
+    if not found or not any(reads_gold(function) for function in look.inputs.rewards.functions):
+        return None
+    return (
+        f"{len(found)} gold answers begin with a zero, such as {found[0]!r}, and the number without it is not paid; "
+        "leave the zeros out, unless they are a part of it, as in a binary number"
     )
 
 

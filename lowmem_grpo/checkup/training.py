@@ -74,8 +74,26 @@ def question_not_in_prompt(inputs: RunInputs) -> str | None:
         return None
     columns = " and ".join(inputs.unseen)
     return (
-        f"the prompts do not show what stands beside them in {columns}, so that the model never sees it; write it into "
-        f"the prompts, or remove or rename {columns}"
+        f"most rows have something in {columns} that their texts do not show, so that the model never sees it; write "
+        f"it into the texts, or remove or rename {columns}"
+    )
+
+
+def empty_texts(inputs: RunInputs) -> str | None:
+    """Say how many rows have nothing in a column that is learnt from."""
+    if not inputs.empty:
+        return None
+    counts = " and ".join(f"an empty {column} in {count}" for column, count in inputs.empty.items())
+    return f"there is {counts} of the rows, which teaches to say nothing, or to answer nothing; leave these rows out"
+
+
+def joined_words(inputs: RunInputs) -> str | None:
+    """Say that prompts run into what follows them."""
+    if not inputs.has_joined_words:
+        return None
+    return (
+        "most prompts run into the text after them without a space, since texts are joined as they are; end prompts "
+        'with white space, or make both lists of messages such as [{"role": "user", "content": ...}]'
     )
 
 
@@ -100,3 +118,4 @@ def warmup_beyond_the_end(inputs: RunInputs) -> str | None:
 
 
 OF_ANY = (question_not_in_prompt, implausible_learning_rate, warmup_beyond_the_end)
+OF_TEXTS = (empty_texts, joined_words)  # that are imitated or compared, which a prompt alone is not

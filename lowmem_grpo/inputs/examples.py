@@ -1,5 +1,6 @@
 """The inputs of supervised training, checked before long work: model, examples, folder, and a plan."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.data.examples import Example, Examples, tokenize_examples
+from lowmem_grpo.data.examples import Example, Examples, form_of, tokenize_examples
 from lowmem_grpo.data.order import shares_of
 from lowmem_grpo.data.rows import read_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.callbacks import callbacks_of
+from lowmem_grpo.inputs.texts import empty_texts, run_together, unseen_columns
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
@@ -22,7 +24,6 @@ from lowmem_grpo.inputs.training import (
     refuse_other_config,
     settled,
     too_long,
-    unseen_columns,
 )
 
 
@@ -80,7 +81,13 @@ def read_example_inputs(
     )
     run.notes.extend(left_out(dropped, eval_dropped, "examples", f"more than {config.max_length} tokens"))
     data = {"rows": [list(asdict(one).values()) for one in examples]} | ({"sizes": sizes} if len(sizes) > 1 else {})
-    run = replace(settled(run, data, max(map(len, all_ids))), num_dropped=dropped, unseen=unseen)
+    empty = Counter()
+    for rows in datasets.values():
+        empty.update(empty_texts(rows, form_of(rows.column_names) or ()))
+    run = replace(
+        settled(run, data, max(map(len, all_ids))), num_dropped=dropped, unseen=unseen, empty=empty,
+        has_joined_words=any(run_together(rows, "completion") for rows in datasets.values()),
+    )  # fmt: skip
     return ExampleInputs(
         **vars(run), eval_examples=eval_examples,
         examples=Examples(examples, run.config, sizes=sizes, weights=config.dataset_weights),

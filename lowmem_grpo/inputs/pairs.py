@@ -9,6 +9,7 @@ from lowmem_grpo.data.pairs import Pair, tokenize_pairs
 from lowmem_grpo.data.rows import read_rows
 from lowmem_grpo.distributed import main_first
 from lowmem_grpo.inputs.callbacks import callbacks_of
+from lowmem_grpo.inputs.texts import empty_texts, run_together, unseen_columns
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
@@ -18,7 +19,6 @@ from lowmem_grpo.inputs.training import (
     refuse_other_config,
     settled,
     too_long,
-    unseen_columns,
 )
 from lowmem_grpo.model.policy import Policy
 
@@ -73,7 +73,11 @@ def read_pair_inputs(
     run.notes.extend(filter(None, [too_long(run.model, texts, config, has, "lower max_length", added=1)]))
     run.notes.extend(left_out(dropped, eval_dropped, "pairs", f"a text of more than {config.max_length} tokens"))
     data = {"pairs": [list(asdict(pair).values()) for pair in pairs]}
-    run = replace(settled(run, data, max(map(len, texts))), num_dropped=dropped, unseen=unseen_columns(rows))
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in rows.column_names]
+    run = replace(
+        settled(run, data, max(map(len, texts))), num_dropped=dropped, unseen=unseen_columns(rows),
+        empty=empty_texts(rows, columns), has_joined_words=run_together(rows, "chosen"),
+    )  # fmt: skip
     return PairInputs(
         **vars(run),
         pairs=Examples(pairs, run.config),

@@ -34,6 +34,7 @@ from lowmem_grpo.inputs.rewards import (
     runner_of,
     try_out,
 )
+from lowmem_grpo.inputs.texts import unseen_columns
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
@@ -45,7 +46,6 @@ from lowmem_grpo.inputs.training import (
     settled,
     tokenizer_of,
     too_long,
-    unseen_columns,
 )
 from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
 from lowmem_grpo.model.find import ends_of_model, find_model, read_config

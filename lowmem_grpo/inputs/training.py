@@ -34,9 +34,6 @@ from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import RewardRunner
 
 T = TypeVar("T", bound="RunInputs")
-# Where data sets have a part of the question: Alpaca, Dolly, MMLU and others.
-OF_THE_QUESTION = ("input", "context", "passage", "choices", "options")
-NUM_LOOKED_AT = 64  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,8 @@ class RunInputs:
     callbacks: Sequence[Callable[[int, dict[str, Any], Policy], None]] = ()
     num_dropped: int = 0  # training rows that are too long
     unseen: Sequence[str] = ()  # columns of the question that no prompt shows
+    empty: Mapping[str, int] = field(default_factory=dict)  # by column, how many training rows have nothing there
+    has_joined_words: bool = False  # of a prompt and what follows
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share with its checkpoint
     datasets: dict[str, Any] = field(default_factory=dict)  # "train" and "eval": each as name_of() has it
 
@@ -172,25 +171,6 @@ def left_out(dropped: int, eval_dropped: int, what: str, are: str) -> list[str]:
     """Sentences that say how many rows are too long: "3 prompts have more than 512 tokens and are left out"."""
     counts = {what: dropped, f"evaluation {what}": eval_dropped}
     return [f"{count} {which} have {are} and are left out" for which, count in counts.items() if count]
-
-
-def unseen_columns(rows: Dataset) -> list[str]:
-    """The columns of OF_THE_QUESTION that most of the first rows have, and do not show in their prompt."""
-    if "prompt" not in rows.column_names:
-        return []
-    found = []
-    for column in (one for one in OF_THE_QUESTION if one in rows.column_names):
-        first: list[Any] = list(rows.take(min(NUM_LOOKED_AT, len(rows))))
-        missing = sum(not _shows(row["prompt"], row[column]) for row in first)
-        found += [column] if missing > len(first) / 2 else []
-    return found
-
-
-def _shows(prompt: Any, value: Any) -> bool:
-    """True where a prompt holds the text of a column, or each text of a list; of anything else True."""
-    is_chat = isinstance(prompt, list)
-    asked = "\n".join(str(one.get("content")) for one in prompt if isinstance(one, dict)) if is_chat else str(prompt)
-    return all(one.strip() in asked for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
 
 
 def too_long(
