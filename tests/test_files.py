@@ -2,12 +2,15 @@
 
 import csv
 import json
+from functools import partial
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.data import rows as reading
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
 
@@ -200,8 +203,55 @@ def test_a_folders_files_are_read_as_they_are_written_split_by_split(suffix, tmp
 def test_a_folders_card_may_say_how_its_files_are_read(tmp_path):
     card = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n  sep: ';'\n---\n"
     (tmp_path / "README.md").write_text(card)
-    (tmp_path / "rows.csv").write_text("prompt;answer\nx;y\n")
-    assert load(tmp_path) == [{"prompt": "x", "answer": "y"}]
+    (tmp_path / "rows.csv").write_text("prompt;answer\nx;007\n")
+    assert load(tmp_path) == [{"prompt": "x", "answer": "007"}]
+    (tmp_path / "rows.csv").write_text("prompt;answer\nx;z\n")
+    assert load(tmp_path) == [{"prompt": "x", "answer": "z"}], "the rows of the last run"
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "read"),
+    [
+        ("rows.csv", ["007", "012"], ["007", "012"]),
+        ("rows.csv", ["5", "", "7"], ["5", None, "7"]),
+        ("rows.csv", ["1e3", "1.50"], ["1e3", "1.50"]),
+        ("rows.csv", ["True", "False"], ["True", "False"]),
+        ("rows.csv", ["2023-01-02", "NaN"], ["2023-01-02", None]),
+        ("rows.jsonl", ['"2023-01-02"', '"2024-01-02"'], ["2023-01-02", "2024-01-02"]),
+        ("rows.jsonl", ["7", "2.50"], ["7", "2.50"]),
+        ("rows.jsonl", ["7", "null"], [7, None]),
+        ("rows.jsonl", ['"007"', '"null"'], ["007", "null"]),
+    ],
+)
+def test_a_hub_datasets_gold_answers_are_as_they_are_written(name, written, read, tmp_path, monkeypatch):
+    is_csv = name.endswith(".csv")
+    lines = [f"x,{one}" if is_csv else f'{{"prompt": "x", "answer": {one}}}' for one in written]
+    (tmp_path / name).write_text("\n".join(["prompt,answer"] * is_csv + lines))
+    for function in ("load_dataset", "load_dataset_builder"):  # which ask the hub of a name
+        monkeypatch.setattr(
+            reading,
+            function,
+            partial(lambda own, name, *a, **k: own(str(tmp_path), *a, **k), getattr(reading, function)),
+        )
+    assert [row["answer"] for row in load_rows("somebody/rows", GRPOConfig()).to_list()] == read
+    if is_csv:
+        config = GRPOConfig(dataset_streaming=True, dataset_take=9)
+        assert [row["answer"] for row in load_rows("somebody/rows", config).to_list()] == read
+
+
+def test_whole_numbers_that_pandas_made_floats_for_a_missing_one_are_whole_again(tmp_path):
+    given = {
+        "prompt": ["x"] * 3,
+        "answer": [5.0, None, 7.0],
+        "solution": [5.5, None, 7.0],
+        "final_answer": [5.0, 6.0, 7.0],
+    }
+    Dataset.from_dict(given).to_parquet(tmp_path / "rows.parquet")
+    for dataset in (str(tmp_path / "rows.parquet"), Dataset.from_dict(given)):
+        read = load_rows(dataset, GRPOConfig())
+        assert [str(read[column][:]) for column in given] == [
+            str({**given, "answer": [5, None, 7]}[column]) for column in given
+        ]
 
 
 def test_objects_of_any_shape_stay_as_they_are(tmp_path):

@@ -9,6 +9,7 @@ from datasets import (
     Audio,
     Dataset,
     DatasetDict,
+    DownloadManager,
     Image,
     IterableDataset,
     ReadInstruction,
@@ -20,8 +21,9 @@ from datasets import (
 
 from lowmem_grpo.config.sections import DataFields, RowFields
 from lowmem_grpo.data.chats import is_media
-from lowmem_grpo.data.files import FILES, read_files, read_parquet, to_dataset
+from lowmem_grpo.data.files import AS_WRITTEN, FILES, read_files, read_parquet, to_dataset
 from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
+from lowmem_grpo.data.guessed import guessed_by, with_whole_numbers
 from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
 from lowmem_grpo.errors import InputError, cause, shown
 from lowmem_grpo.output.folder import refuse_pointer
@@ -116,6 +118,8 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
         where = f"{name} {dataset!r}" if isinstance(dataset, str) else name
         raise InputError(f"{where} is empty; it needs at least one row")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
+    if not (isinstance(dataset, list) or (isinstance(dataset, str) and Path(dataset).suffix.lower() in FILES)):
+        rows = with_whole_numbers(rows)
     _refuse_media(rows, name)
     return rows
 
@@ -140,7 +144,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
     if not dataset.strip():
         raise InputError(f"{name} is {dataset!r}, which names nothing; give a hub id, a file or a task")
     path = Path(os.path.expanduser(dataset))
-    streaming: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
+    options: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     if path.suffix.lower() in SUFFIXES:
         if os.path.isdir(path):
             raise InputError(f"{name} {dataset!r} is a folder; name a file in it, or rename the folder")
@@ -151,7 +155,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         refuse_pointer(path)
         if path.suffix.lower() in FILES:
             return read_files([path], name, _most(config, name))
-        return read_parquet(path, name, **streaming)
+        return read_parquet(path, name, **options)
     if os.path.isfile(path):
         raise InputError(
             f"{name} {dataset!r} is a file of another format than {', '.join(SUFFIXES)}; unpack or convert it"
@@ -166,10 +170,22 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
             )
     try:
         if os.path.isdir(path):
-            rows = _of_folder(dataset, config, name, split)
+            rows = _of_files(dataset, config, name, split)
             if rows is not None:
                 return rows
-        return load_dataset(dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset), split=split, **streaming)
+        if os.path.isdir(
+            path
+        ):  # of which, with a card, datasets 5.2 has the rows of an earlier run, however it changed
+            times = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
+            options["description"] = str(times)  # a part of the name under which it keeps rows
+        named = dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset)
+        rows = load_dataset(*named, split=split, **options)
+        reader = guessed_by(rows)
+        if reader == "json" and not config.dataset_streaming:
+            return _of_files(dataset, config, name, split) or rows
+        if reader == "csv":
+            return load_dataset(*named, split=split, converters=dict.fromkeys(AS_WRITTEN, str), **options)
+        return rows
     except InputError:
         raise
     except Exception as error:
@@ -179,24 +195,29 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         ) from error
 
 
-def _of_folder(folder: str, config: RowFields, name: str, split: str) -> Dataset | None:
-    """The rows of a split of a folder of JSONL, JSON or CSV files, as they are written.
+def _of_files(dataset: str, config: RowFields, name: str, split: str) -> Dataset | None:
+    """The rows of a split of a data set's JSONL, JSON or CSV files, as they are written.
 
-    `datasets` tells which files are of which split. None where the folder has files of another kind, or a card that
-    says how to read them. Raises what `datasets` raises on a folder or split that it does not understand.
+    `datasets` tells which files are of which split. None where there are files of another kind, or a card that says how
+    to read them. Raises what `datasets` raises on files or a split that it does not understand.
     """
-    found = load_dataset_builder(folder, config.dataset_config).config
-    by_split = {str(key): [Path(file) for file in files] for key, files in (found.data_files or {}).items()}
+    found = load_dataset_builder(dataset, config.dataset_config).config
+    by_split = {str(key): [*map(str, files)] for key, files in (found.data_files or {}).items()}
     said = {key for key, value in vars(type(found)()).items() if getattr(found, key) != value}
     if said - {"name", "version", "data_dir", "data_files", "description"} or not all(
-        path.suffix.lower() in FILES for paths in by_split.values() for path in paths
+        Path(file).suffix.lower() in FILES for files in by_split.values() for file in files
     ):
         return None
     if split in by_split:
-        return read_files(by_split[split], name, _most(config, name), folder=folder)
-    rows = {key: read_files(paths, name, folder=folder) for key, paths in by_split.items()}
+        return read_files(_here(by_split[split]), name, _most(config, name), folder=dataset)
+    rows = {key: read_files(_here(files), name, folder=dataset) for key, files in by_split.items()}
     slices = ReadInstruction.from_spec(split).to_absolute({key: len(of_split) for key, of_split in rows.items()})
     return concatenate_datasets([rows[one.splitname].select(range(one.from_, one.to)) for one in slices])
+
+
+def _here(files: list[str]) -> list[Path]:
+    """Files on this machine; those of the hub as load_dataset has downloaded them."""
+    return [Path(file) for file in DownloadManager().download(files)]
 
 
 def _most(config: RowFields, name: str) -> int | None:
