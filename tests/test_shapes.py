@@ -109,6 +109,9 @@ PAIRS = {  # a row, and both texts, or why it is refused; what the doctor says
     "reward-bench": ({"prompt": "Hi?", "chosen": "Yes", "chosen_model": "a", "rejected": "No", "subset": "x"}, "Hi?Yes</s>", "Hi?No</s>", "joined"),
     "PRM800K in TRL's form": ({"prompt": SUM, "completions": ["3+4", "7"], "labels": [True, True]}, NO_PAIR),
     "a prompt and chats of answers": ({"prompt": "Hi?", "chosen": HI[1:], "rejected": NO[1:]}, "<user>Hi?<assistant>Yes</s>", "<user>Hi?<assistant>No</s>"),
+    "a question and chats of answers": ({"question": "Hi?", "chosen": HI[1:], "rejected": NO[1:]}, "<user>Hi?<assistant>Yes</s>", "<user>Hi?<assistant>No</s>"),
+    "a question and whole chats": ({"question": "Hi", "chosen": HI, "rejected": NO}, "<user>Hi?<assistant>Yes</s>", "<user>Hi?<assistant>No</s>"),
+    "a prompt that is said again": ({"prompt": HI[:1], "chosen": [HI[1], *HI], "rejected": [HI[1], *NO]}, "<user>Hi?<assistant>Yes</s><user>Hi?<assistant>Yes</s>", "<user>Hi?<assistant>Yes</s><user>Hi?<assistant>No</s>"),
     "a chat before whole chats": ({"prompt": [say("system", "Be kind."), HI[0]], "chosen": HI, "rejected": NO}, "<system>Be kind.<user>Hi?<assistant>Yes</s>", "<system>Be kind.<user>Hi?<assistant>No</s>"),
     "empty texts": ({"prompt": [HI[0]], "chosen": HI[1:], "rejected": [say("assistant", "")]}, "<user>Hi?<assistant>Yes</s>", "<user>Hi?<assistant></s>", "{'rejected': 1}"),
 }  # fmt: skip
@@ -187,6 +190,8 @@ CHOICES = [  # choices and gold answers of rows, and these as they are read, or 
     (TWO, ["seven", "A"], "row 0 of train_dataset has the gold answer 'seven', which is none of its choices"),
     (TWO[:1], [True], "row 0 of train_dataset has no gold answer: .*'True', which is neither a text nor a number"),
     ([[["6"], ["7"]]], [0], "row 0 of train_dataset has the choices .*, which are not all texts"),
+    ([{"label": None, "text": None}, {"label": ["A"], "text": ["6"]}], ["9", "A"], ["9", "A"]),
+    ([{"label": ["A"], "text": ["6", "7"]}], ["A"], "row 0 of train_dataset has the choices .*; choices are a list of te"),
     ([{"one": "6", "two": "7"}], ["6"], "row 0 of train_dataset has the choices .*; choices are a list of texts"),
 ]  # fmt: skip
 

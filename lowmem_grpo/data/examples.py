@@ -125,7 +125,7 @@ def _form(columns: list[str], config: ExampleFields, name: str) -> str:
             f"{name} has neither prompt and completion nor messages, conversations, text or instruction and output, "
             f"only {', '.join(columns)}; rename its columns"
         )
-    if form == ("text",) and {"role", "parent_id"} & set(columns):
+    if form == ("text",) and "role" in columns:
         raise InputError(
             f"{name} has one message of a chat a row; make each chat a row, with a list of its messages as messages"
         )

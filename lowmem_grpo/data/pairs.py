@@ -90,10 +90,12 @@ class _Reader:
         if len(set(are_chats)) > 1 or (not are_chats[0] and isinstance(row.get("prompt"), list)):
             raise InputError(f"{where} has texts and lists of messages side by side; make all of them the same")
         asks = next((column for column in ASK if column in row), None)
-        if not are_chats[0] and asks is not None and "prompt" not in row:
-            said = {one: [{"role": "assistant", "content": _plain(row[one], where)}] for one in ("chosen", "rejected")}
-            row, are_chats = {**row, **said, "prompt": question_of(row, asks, where)}, [True]
-        read = self._chat if are_chats[0] else self._text
+        if asks is not None and "prompt" not in row:
+            answers = [_as_answer(row[column], where) for column in ("chosen", "rejected")]
+            if all(answers):
+                row = {**row, **dict(zip(("chosen", "rejected"), answers, strict=True))}
+                row["prompt"] = question_of(row, asks, where)
+        read = self._chat if isinstance(row["chosen"], list) else self._text
         return Pair(read(row, "chosen", where), read(row, "rejected", where), _margin(row, where))
 
     def _text(self, row: dict, column: str, where: str) -> list[int]:
@@ -123,6 +125,13 @@ def _plain(value: Any, where: str) -> str:
     return str(value)
 
 
+def _as_answer(value: Any, where: str) -> list | None:
+    """A text, or a chat that begins with the assistant, as a chat; None of one that asks."""
+    if not isinstance(value, list):
+        return [{"role": "assistant", "content": _plain(value, where)}]
+    return value if value and read_chat(value, where)[0]["role"] == "assistant" else None
+
+
 def _joined(prompt: Any, chat: list[dict], where: str) -> list[dict]:
     """A chat with the prompt before it, unless it shows that already, as UltraFeedback's do.
 
@@ -134,9 +143,10 @@ def _joined(prompt: Any, chat: list[dict], where: str) -> list[dict]:
     is_chat = isinstance(prompt, list)
     asked = read_chat(prompt, where) if is_chat else [{"role": "user", "content": _plain(prompt, where)}]
     system, said = asked[: asked[0]["role"] == "system"], asked[asked[0]["role"] == "system" :]
-    if said and all(message in chat for message in said):
+    begins = next((message["role"] for message in chat if message["role"] != "system"), None)
+    if said and begins != "assistant" and all(message in chat for message in said):
         return chat if chat[0]["role"] == "system" else [*system, *chat]
-    if not is_chat and chat[0]["role"] != "assistant":
+    if not is_chat and begins != "assistant":
         raise InputError(f"{where} has a prompt that its chats do not show; make it a list of messages, or remove it")
     return [*asked, *chat]
 

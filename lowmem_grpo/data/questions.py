@@ -31,7 +31,7 @@ def question_of(row: Mapping[str, Any], column: str, where: str) -> str:
         [row[one] for one in names if one != column and isinstance(row.get(one), str)] for names in (BEFORE, AFTER)
     )
     choices = choices_of(row, where)
-    are_labelled = all(re.match(rf"\(?{label}[).:]", str(text)) for label, text in choices.items())  # A) 21
+    are_labelled = all(re.match(rf"\(?{re.escape(label)}[).:]", str(text)) for label, text in choices.items())  # A) 21
     lines = [str(text) if are_labelled else f"{label}. {text}" for label, text in choices.items()]
     parts = [*before, str(row[column]), *after, "\n".join(lines)]
     return "\n\n".join(part for part in parts if part.strip())
@@ -50,13 +50,14 @@ def choices_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {}
     given: Any = row[column]
     if isinstance(given, Mapping) and {"label", "text"} <= set(given):
-        given = dict(zip(given["label"], given["text"], strict=False))
+        labels, texts = given["label"] or [], given["text"] or []
+        given = dict(zip(labels, texts, strict=False)) if len(set(labels)) == len(texts) else None
     elif isinstance(given, list) and len(given) <= len(LETTERS):
         given = dict(zip(LETTERS, given, strict=False))
     if not isinstance(given, Mapping) or not all(len(str(label)) == 1 for label in given):
         raise InputError(
-            f"{where} has the {column} {shown(given)}; choices are a list of texts, or an object of a text for each "
-            "letter; make them so, or rename the column"
+            f"{where} has the {column} {shown(row[column])}; choices are a list of texts, or an object of a text for "
+            "each letter; make them so, or rename the column"
         )
     choices = {str(label): text for label, text in given.items() if text is not None}  # Arrow adds None
     if not all(map(is_text, choices.values())):
