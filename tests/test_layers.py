@@ -35,6 +35,7 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory distributed",
+    "lookup",
     "config output settings_file terminal",
     "errors warn progress_bars torchrun kernels",
 )

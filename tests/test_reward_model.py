@@ -115,7 +115,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             resolve_reward_funcs(str(tmp_path / folder), BUILT_IN, BUILT_IN_FACTORIES)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="no reward model that loads"):
+    with pytest.raises(ValueError, match="neither a model folder nor a model the hub gives"):
         resolve_reward_funcs("nobody/has-this-model", BUILT_IN, BUILT_IN_FACTORIES)
     with pytest.raises(ValueError, match="has 2 labels"):
         get_model_reward(Qwen2ForSequenceClassification(Qwen2Config(**{**SMALL, "num_labels": 2})))

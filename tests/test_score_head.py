@@ -11,9 +11,10 @@ from tiny_models import DEMO_MODEL, make_model, make_policy
 from transformers import AutoTokenizer
 
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.lookup import has_score_head
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.score_head import SCORE, ScoreHead, has_score_head
+from lowmem_grpo.model.score_head import SCORE, ScoreHead
 from lowmem_grpo.run.checkpoint import load_adapter, save_checkpoint
 
 TEXTS = [[*range(5, 25)], [*range(30, 41)], [7]]

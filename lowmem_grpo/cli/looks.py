@@ -1,6 +1,7 @@
 """The commands that look at models and data: eval, data and plan."""
 
 import json
+import os
 import sys
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ from lowmem_grpo.cli.settings import INPUTS, PLANNED, WITHOUT_EVAL_DATASET, coun
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs.names import look_up_inputs
+from lowmem_grpo.lookup import look_up_model
 from lowmem_grpo.terminal import columns_of, show
 
 EVAL_EXAMPLE = """\
@@ -83,10 +86,12 @@ def run_eval(given: dict[str, Any]) -> int:
     as_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
+    model, dataset, rewards = inputs["model"], inputs["dataset"], inputs.get("reward_funcs")
+    look_up_inputs({"model": model, "eval_dataset": dataset, "reward_funcs": rewards}, config, needs_rewards=True)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
-    found = measure_model(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+    found = measure_model(model, rewards, dataset, config)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if as_json:
         with writing_output():
@@ -106,6 +111,7 @@ def run_data(given: dict[str, Any]) -> int:
     count = count_of(given, "rows", "prompts", 3)
     inputs, fields = read_settings(given, command="data")
     config = GRPOConfig(**fields)
+    look_up_inputs(inputs, config)
     from lowmem_grpo.inputs.prompts import read_data_inputs
     from lowmem_grpo.preview.prompts import as_text, faults, make_previews
     from lowmem_grpo.progress_bars import no_progress_bars
@@ -135,12 +141,12 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
             f"--ranks {ranks} is none: a training has 1 to {config.prompts_per_step}, as many as a step has things to "
             "share, and sampling into a file has one process"
         )
-    from lowmem_grpo.inputs.rewards import worn_by
-
     if isinstance(config, SampleConfig):
         if config.base_url is not None:
             raise InputError("a model behind base_url takes no memory here, so that there is nothing to plan")
         config = config.for_sampler()
+    look_up_model(os.path.expanduser(model), config.model_init_kwargs)
+    from lowmem_grpo.inputs.rewards import worn_by
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device
     from lowmem_grpo.model.teacher import find_teacher

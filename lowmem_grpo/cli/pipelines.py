@@ -58,12 +58,16 @@ def run_phases(given: dict[str, Any]) -> int:
     for name, value in places.items():
         if not value:
             raise InputError(f"--{name} is missing; give it, or write {name} into the file")
+    from lowmem_grpo.pipeline.phases import look_up, resolve
+
+    common, evaluation = settings.get("common"), settings.get("eval")
+    pipeline = resolve(places["model"], settings["phases"], places["output_dir"], common, evaluation)
+    look_up(pipeline, str(places["model"]), given.get("until"))
     from lowmem_grpo.pipeline.pipeline import run_pipeline
 
     result = run_pipeline(
-        places["model"], settings["phases"], places["output_dir"], common=settings.get("common"),
-        evaluation=settings.get("eval"), until=given.get("until"), begin_at=given.get("from"),
-        dry_run=given.get("dry_run", False),
+        places["model"], settings["phases"], places["output_dir"], common=common, evaluation=evaluation,
+        until=given.get("until"), begin_at=given.get("from"), dry_run=given.get("dry_run", False),
     )  # fmt: skip
     if result.adapter is not None:
         with writing_output():

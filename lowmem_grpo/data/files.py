@@ -21,7 +21,6 @@ from lowmem_grpo.config.fields import named_once
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.errors import InputError, cause, printable, shown
 
-FILES = (".jsonl", ".json", ".csv")
 # The columns of which a text or a number reaches prompts and rewards as it is written.
 AS_WRITTEN = ("prompt", "question", "problem", "completion", "text", *COLUMNS)
 KINDS = {bool: "true or false", list: "a list", dict: "an object"}

@@ -21,14 +21,13 @@ from datasets import (
 
 from lowmem_grpo.config.sections import DataFields, RowFields
 from lowmem_grpo.data.chats import is_media
-from lowmem_grpo.data.files import AS_WRITTEN, FILES, read_files, read_parquet, to_dataset
+from lowmem_grpo.data.files import AS_WRITTEN, read_files, read_parquet, to_dataset
 from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
 from lowmem_grpo.data.guessed import guessed_by, with_whole_numbers
 from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
 from lowmem_grpo.errors import InputError, cause, shown
-from lowmem_grpo.output.folder import refuse_pointer
+from lowmem_grpo.lookup import DATA_FILES, DATASET, TEXT_FILES, look_up_dataset
 
-SUFFIXES = (*FILES, ".parquet")
 # Hub datasets that need a configuration name, so that nobody has to look it up.
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 # What reward functions get from the trainer, beside the columns.
@@ -94,7 +93,7 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
         InputError: it cannot be found or read, is empty, or has media; one sentence with the remedy.
     """
     dataset = str(dataset) if isinstance(dataset, Path) else dataset
-    on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in SUFFIXES
+    on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in DATA_FILES
     if (
         name == "train_dataset"
         and not on_hub
@@ -118,7 +117,7 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
         where = f"{name} {dataset!r}" if isinstance(dataset, str) else name
         raise InputError(f"{where} is empty; it needs at least one row")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
-    if not (isinstance(dataset, list) or (isinstance(dataset, str) and Path(dataset).suffix.lower() in FILES)):
+    if not (isinstance(dataset, list) or (isinstance(dataset, str) and Path(dataset).suffix.lower() in TEXT_FILES)):
         rows = with_whole_numbers(rows)
     _refuse_media(rows, name)
     return rows
@@ -141,25 +140,13 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
-    if not dataset.strip():
-        raise InputError(f"{name} is {dataset!r}, which names nothing; give a hub id, a file or a task")
     path = Path(os.path.expanduser(dataset))
+    look_up_dataset(dataset, name)
     options: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
-    if path.suffix.lower() in SUFFIXES:
-        if os.path.isdir(path):
-            raise InputError(f"{name} {dataset!r} is a folder; name a file in it, or rename the folder")
-        if not os.path.isfile(path):  # which, unlike Path's, takes any text
-            raise InputError(f"{name} {dataset!r} is not a file on this machine")
-        if path.stat().st_size == 0:
-            raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
-        refuse_pointer(path)
-        if path.suffix.lower() in FILES:
-            return read_files([path], name, _most(config, name))
+    if path.suffix.lower() in TEXT_FILES:
+        return read_files([path], name, _most(config, name))
+    if path.suffix.lower() in DATA_FILES:
         return read_parquet(path, name, **options)
-    if os.path.isfile(path):
-        raise InputError(
-            f"{name} {dataset!r} is a file of another format than {', '.join(SUFFIXES)}; unpack or convert it"
-        )
     if os.path.isdir(path):
         dataset = str(path)
         _refuse_huge(dataset, name)
@@ -173,9 +160,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
             rows = _of_files(dataset, config, name, split)
             if rows is not None:
                 return rows
-        if os.path.isdir(
-            path
-        ):  # of which, with a card, datasets 5.2 has the rows of an earlier run, however it changed
+            # With a card datasets 5.2 has the rows of an earlier run, however the folder changed.
             times = sorted((str(file), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file())
             options["description"] = str(times)  # a part of the name under which it keeps rows
         named = dataset, config.dataset_config or DEFAULT_CONFIGS.get(dataset)
@@ -190,8 +175,8 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         raise
     except Exception as error:
         raise InputError(
-            f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither a JSONL, JSON, "
-            f"CSV or Parquet file nor a dataset the hub gives: {cause(error)}"
+            f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither {DATASET} "
+            f"the hub gives: {cause(error)}"
         ) from error
 
 
@@ -205,7 +190,7 @@ def _of_files(dataset: str, config: RowFields, name: str, split: str) -> Dataset
     by_split = {str(key): [*map(str, files)] for key, files in (found.data_files or {}).items()}
     said = {key for key, value in vars(type(found)()).items() if getattr(found, key) != value}
     if said - {"name", "version", "data_dir", "data_files", "description"} or not all(
-        Path(file).suffix.lower() in FILES for files in by_split.values() for file in files
+        Path(file).suffix.lower() in TEXT_FILES for files in by_split.values() for file in files
     ):
         return None
     if split in by_split:

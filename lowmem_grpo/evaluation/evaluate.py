@@ -23,7 +23,7 @@ from lowmem_grpo.evaluation.statistics import confidence_interval, differences, 
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampled, Sampler
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner

@@ -18,11 +18,11 @@ from lowmem_grpo.exporting.check import Difference, Share, Text, by_model, by_po
 from lowmem_grpo.exporting.files import model_folder
 from lowmem_grpo.exporting.gguf import convert
 from lowmem_grpo.exporting.merge import MergePlan, MergeSettings, merge
-from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.lookup import has_score_head, is_adapter
+from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import OTHER_FILES, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
 from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
-from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.output.folder import write_file, write_folder
 from lowmem_grpo.output.hub import upload
 from lowmem_grpo.output.lock import lock_file, releasing_locks

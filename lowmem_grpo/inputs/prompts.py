@@ -25,6 +25,7 @@ from lowmem_grpo.inputs.identity import (
     models_of,
     refuse_other_models,
 )
+from lowmem_grpo.inputs.names import refuse_critic_init
 from lowmem_grpo.inputs.rewards import (
     missing_golds,
     parameters_of,
@@ -47,11 +48,11 @@ from lowmem_grpo.inputs.training import (
     tokenizer_of,
     too_long,
 )
-from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.lookup import is_adapter
+from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
 from lowmem_grpo.planner.plan import limit_memory
@@ -185,11 +186,7 @@ def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
 
     One of another base, by its name, is told: as a reward it would be scored with that base, and a critic has none.
     """
-    if not has_score_head(config.critic_init):
-        raise InputError(
-            f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
-            "one; give such a folder, or leave critic_init out"
-        )
+    refuse_critic_init(config)
     trained_on = str(read_adapter_config(config.critic_init).base_model_name_or_path)
     if os.path.realpath(trained_on) != os.path.realpath(base._name_or_path):
         warn(

@@ -12,6 +12,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields, RewardFields
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.inputs.names import refuse_other_number
 from lowmem_grpo.model.find import find_base_of, read_config
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
@@ -69,10 +70,7 @@ def runner_of(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
         return RewardRunner([])
     functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
     rewards = RewardRunner(functions, config.reward_timeout)
-    if config.reward_weights is not None and len(config.reward_weights) != len(rewards.names):
-        raise InputError(
-            f"reward_weights has {len(config.reward_weights)} entries for {len(rewards.names)} reward functions"
-        )
+    refuse_other_number(config, len(rewards.names))
     return rewards
 
 

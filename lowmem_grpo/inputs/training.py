@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +13,14 @@ from datasets import Dataset
 from transformers import set_seed
 
 from lowmem_grpo.config.fields import refuse_changes
-from lowmem_grpo.config.sections import ModelFields, SampledEvaluationFields
+from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.distributed import is_main, take_from_main, world_size
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
+from lowmem_grpo.inputs.names import refuse_without_evaluation
 from lowmem_grpo.inputs.rewards import worn_by
+from lowmem_grpo.lookup import look_up_model
 from lowmem_grpo.model.chat_template import reading_texts
 from lowmem_grpo.model.find import adapter_config, beyond_context, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
@@ -160,10 +162,7 @@ def evaluation_rows(given: Any, config: TrainingConfig, read: Callable[..., Data
     """
     if given is not None:
         return read(given, config, name="eval_dataset", split="test")
-    for setting in fields(SampledEvaluationFields):
-        name, value = setting.name, getattr(config, setting.name, setting.default)
-        if value != setting.default:
-            raise InputError(f"{name}={value}, but there is no eval_dataset; pass one or leave {name} out")
+    refuse_without_evaluation(config)
     return None
 
 
@@ -221,6 +220,8 @@ def settled(
 def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
     """The tokenizer that is given or named, or the model's. Raise InputError for what is none."""
     if tokenizer is None or isinstance(tokenizer, str):
+        if tokenizer and not os.path.isdir(tokenizer):
+            look_up_model(tokenizer, what="tokenizer", file="tokenizer_config.json")
         return load_tokenizer(tokenizer or model, config)
     if not hasattr(tokenizer, "chat_template"):
         raise InputError(

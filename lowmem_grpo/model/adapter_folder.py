@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 import pickle
 import warnings
 from collections.abc import Container
@@ -23,17 +22,11 @@ from lowmem_grpo.model.adapter_names import PREFIX, AdapterNames
 from lowmem_grpo.model.adapters import add_adapter, is_trained_whole, refuse_config
 from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.towers import set_aside
-from lowmem_grpo.output.folder import refuse_pointer
 from lowmem_grpo.warn import warn
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HALF = (torch.bfloat16, torch.float16)
 MERGE = "merge it into that base with PEFT's merge_and_unload(), save the result, and train that"
-
-
-def is_adapter(model: Any) -> bool:
-    """Tell whether a model is named by a folder that holds an adapter in PEFT's format."""
-    return isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json"))
 
 
 def read_adapter_config(folder: str) -> PeftConfig:
@@ -46,12 +39,6 @@ def read_adapter_config(folder: str) -> PeftConfig:
     if not config.base_model_name_or_path:
         raise InputError(f"adapter {folder!r} does not name its base model; set base_model_name_or_path in it")
     return config
-
-
-def refuse_pointers(folder: str) -> None:
-    """Raise InputError if a file in a folder is a Git LFS pointer, which stands for the file itself."""
-    for path in sorted(Path(folder).iterdir()):
-        refuse_pointer(path)
 
 
 def refuse_misfit(folder: str, base: PreTrainedModel, names: AdapterNames) -> None:

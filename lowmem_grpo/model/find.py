@@ -25,7 +25,8 @@ from transformers import (
 from lowmem_grpo.config.sections import AdapterFields, ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
-from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_misfit, refuse_pointers
+from lowmem_grpo.lookup import MODEL, has_score_head, is_adapter, look_up_model
+from lowmem_grpo.model.adapter_folder import read_adapter_config, refuse_misfit
 from lowmem_grpo.model.adapter_names import names_of
 from lowmem_grpo.model.adapters import (
     active_adapter,
@@ -40,7 +41,6 @@ from lowmem_grpo.model.adapters import (
 from lowmem_grpo.model.experts import are_packed
 from lowmem_grpo.model.head import output_embeddings, read_head
 from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, lay_out_4bit, quantized_by
-from lowmem_grpo.model.score_head import has_score_head
 from lowmem_grpo.model.towers import (
     auto_class,
     beside_the_decoder,
@@ -279,28 +279,7 @@ def _refuse_adapters_beside(base: Any) -> None:
 
 
 def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
-    try:
-        os.stat(model)
-    except (FileNotFoundError, NotADirectoryError):  # a hub id, or no folder
-        pass
-    except (OSError, ValueError) as error:  # no name that a folder may have
-        why = error.strerror if isinstance(error, OSError) else in_a_line(error)
-        raise InputError(f"model {shown(model)} cannot be looked for: {why}; name a folder or a hub id") from error
-    if not model.strip():
-        raise InputError(f"model {model!r} is no name; name a folder or a hub id")
-    folder = Path(model)
-    is_path = model.startswith((".", "/")) or model.count("/") > 1
-    is_folder = os.path.isdir(model)  # of any text, unlike Path's
-    if is_path and not is_folder:
-        raise InputError(f"model {model!r} is not a folder on this machine")
-    if is_folder:
-        refuse_pointers(model)
-    if is_folder and not (folder / "config.json").is_file() and not is_adapter(model):
-        inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-        if (folder / "adapter").is_dir():
-            raise InputError(f"model {model!r} is the output of a run; its adapter is {folder / 'adapter'}")
-        if inside:
-            raise InputError(f"model {model!r} holds adapters in folders; name one, such as {inside[0]}")
+    look_up_model(model, config.model_init_kwargs)
     if is_adapter(model):
         adapter = read_adapter_config(model)
         base, revision = str(adapter.base_model_name_or_path), adapter.revision
@@ -322,13 +301,11 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
     except InputError:
         raise
     except Exception as error:  # also what a family's own checks of its configuration raise
-        raise InputError(
-            f"model {model!r} is neither a model folder nor a model the hub gives: {in_a_line(error)}"
-        ) from error
+        raise InputError(f"model {model!r} is neither {MODEL} the hub gives: {in_a_line(error)}") from error
     _refuse_quantization(found, f"model {model!r}", config)
     _refuse_kind(found, model)
-    if needs_weights and is_folder and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
-        _refuse_missing_weights(folder)
+    if needs_weights and os.path.isdir(model) and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):
+        _refuse_missing_weights(Path(model))
 
 
 def _refuse_unread(model: str, config: ModelFields) -> None:

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config, refuse_changed_base, warn_of_another_base
+from lowmem_grpo.lookup import is_adapter
+from lowmem_grpo.model.adapter_folder import read_adapter_config, refuse_changed_base, warn_of_another_base
 from lowmem_grpo.model.adapter_names import AdapterNames, names_of, refuse_lost_targets, saved_config
 from lowmem_grpo.model.adapters import (
     active_adapter,

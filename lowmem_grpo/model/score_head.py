@@ -49,14 +49,6 @@ def add_to_folder(folder: Path, head: ScoreHead) -> None:
     (folder / SETTINGS).write_text(json.dumps(changed, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def has_score_head(folder: str | Path) -> bool:
-    """Tell whether a folder holds an adapter for sequence classification, as add_to_folder() writes one."""
-    try:
-        return read_settings(Path(folder)).get("task_type") == "SEQ_CLS"
-    except (OSError, ValueError, AttributeError):  # no such file, or no JSON in it, or no object
-        return False
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
     """The adapter_config.json in a folder."""
     return json.loads((folder / SETTINGS).read_bytes())

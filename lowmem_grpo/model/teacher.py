@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.model.adapter_folder import is_adapter, read_adapter_config
+from lowmem_grpo.lookup import is_adapter
+from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.policy import Policy

@@ -1,13 +1,14 @@
-"""The kinds of phases, a row each: their settings, what they read and make, how they are checked and run."""
+"""The kinds of phases, a row each: their settings, what they read and make, how they are checked and run.
+
+What checks and runs them is imported as it is called, so that a pipeline's names are refused without what computes.
+"""
 
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.pairs import PairsConfig
@@ -15,21 +16,29 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.errors import InputError, shown
-from lowmem_grpo.inputs.examples import read_example_inputs
-from lowmem_grpo.inputs.pairs import read_pair_inputs
-from lowmem_grpo.inputs.prompts import read_training_inputs
-from lowmem_grpo.inputs.training import RunInputs
-from lowmem_grpo.loops.grpo import train
-from lowmem_grpo.loops.reward import train_reward_model
-from lowmem_grpo.loops.sft import sft
 from lowmem_grpo.pipeline.pairs import pairs
-from lowmem_grpo.pipeline.sample import read_inputs, sample
 from lowmem_grpo.pipeline.sampled import Row, read_sampled
 from lowmem_grpo.pipeline.select import as_text, select, write_rows
-from lowmem_grpo.planner.plan import Plan
 from lowmem_grpo.terminal import show
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lowmem_grpo.inputs.training import RunInputs
+    from lowmem_grpo.planner.plan import Plan
+
+
+def _load_rows(*args: Any, **kwargs: Any) -> "Dataset":
+    from lowmem_grpo.data.rows import load_rows
+
+    return load_rows(*args, **kwargs)
+
+
+def _read_rows(*args: Any, **kwargs: Any) -> "Dataset":
+    from lowmem_grpo.data.rows import read_rows
+
+    return read_rows(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Outlook:
     """The knowledge of a phase that is still to do."""
 
     facts: list[str] = field(default_factory=list)  # sentences for whoever watches
-    plan: Plan | None = None
+    plan: "Plan | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ class Kind:
     trains_policy: bool = False  # True where later phases go on with its adapter
     has_model: bool = True  # False where it works on rows alone
     joined: tuple[str, ...] = ("dataset", "eval_dataset")  # those of `inputs` of which it reads one dataset alone
-    read: Callable[..., Dataset] = load_rows  # the rows of one dataset, as the phase reads them
+    read: Callable[..., "Dataset"] = _load_rows  # the rows of one dataset, as the phase reads them
     check: Callable[..., Outlook]  # of (model, config, **inputs), before any weights are read
     run: Callable[..., dict[str, Any]]  # of (model, config, output, **inputs); the metrics of its last step
 
@@ -69,15 +78,19 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
     return {"output_dir": str(folder), "resume_from_checkpoint": "auto"}
 
 
-def _outlook(found: RunInputs) -> Outlook:
+def _outlook(found: "RunInputs") -> Outlook:
     return Outlook([f"{found.num_rows} rows, {found.total_steps} steps", *found.notes], found.plan)
 
 
 def _check_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> Outlook:
+    from lowmem_grpo.inputs.examples import read_example_inputs
+
     return _outlook(read_example_inputs(model, dataset, eval_dataset, config))
 
 
 def _run_sft(model: Any, config: SFTConfig, output: Path, dataset: Any, eval_dataset: Any = None) -> dict[str, Any]:
+    from lowmem_grpo.loops.sft import sft
+
     return sft(model, dataset, eval_dataset, config).history[-1]
 
 
@@ -85,6 +98,8 @@ def _check_grpo(
     model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
     critic_init: Any = None,
 ) -> Outlook:  # fmt: skip
+    from lowmem_grpo.inputs.prompts import read_training_inputs
+
     config = _with_critic(config, critic_init)
     return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config))
 
@@ -93,6 +108,8 @@ def _run_grpo(
     model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
     critic_init: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
+    from lowmem_grpo.loops.grpo import train
+
     return train(model, reward_funcs, dataset, eval_dataset, _with_critic(config, critic_init)).history[-1]
 
 
@@ -102,16 +119,22 @@ def _with_critic(config: GRPOConfig, critic_init: Any) -> GRPOConfig:
 
 
 def _check_reward(model: Any, config: RewardConfig, dataset: Any, eval_dataset: Any = None) -> Outlook:
+    from lowmem_grpo.inputs.pairs import read_pair_inputs
+
     return _outlook(read_pair_inputs(model, dataset, eval_dataset, config))
 
 
 def _run_reward(
     model: Any, config: RewardConfig, output: Path, dataset: Any, eval_dataset: Any = None
 ) -> dict[str, Any]:
+    from lowmem_grpo.loops.reward import train_reward_model
+
     return train_reward_model(model, dataset, eval_dataset, config).history[-1]
 
 
 def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: Any = None) -> Outlook:
+    from lowmem_grpo.pipeline.sample import read_inputs
+
     found = read_inputs(model, dataset, reward_funcs, config)
     return Outlook([f"{len(found.prompts)} prompts, {config.num_generations} completions of each", *found.notes])
 
@@ -119,6 +142,8 @@ def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: 
 def _run_sample(
     model: Any, config: SampleConfig, output: Path, dataset: Any, reward_funcs: Any = None
 ) -> dict[str, Any]:
+    from lowmem_grpo.pipeline.sample import sample
+
     return sample(model, dataset, reward_funcs, config).metrics
 
 
@@ -160,7 +185,7 @@ KINDS = {
         Kind(
             name="sft", config=SFTConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
             makes=POLICY, reads={"dataset": (COMPLETIONS,), "eval_dataset": (COMPLETIONS,)}, trains_policy=True,
-            joined=("eval_dataset",), read=read_rows, check=_check_sft, run=_run_sft,
+            joined=("eval_dataset",), read=_read_rows, check=_check_sft, run=_run_sft,
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
@@ -170,7 +195,7 @@ KINDS = {
         ),
         Kind(
             name="reward", config=RewardConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
-            makes=SCORER, reads={"dataset": (PREFERENCES,), "eval_dataset": (PREFERENCES,)}, read=read_rows,
+            makes=SCORER, reads={"dataset": (PREFERENCES,), "eval_dataset": (PREFERENCES,)}, read=_read_rows,
             check=_check_reward, run=_run_reward,
         ),
         Kind(

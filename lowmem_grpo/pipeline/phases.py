@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from lowmem_grpo.errors import (
     did_you_mean,
     shown,
 )
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.inputs.names import look_up_inputs
+from lowmem_grpo.lookup import is_adapter, look_up_model
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
 
+STAND_IN = "accuracy_reward"  # for a reward that an earlier phase is to make
+DONE = "done.json"  # in a phase's folder, once it has come to its end
 BASE = "base"  # in the place of a phase's name: the model that the pipeline is given
 QUOTED = re.compile(r"(['\"])(.*?)\1")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -124,6 +128,49 @@ def resolve(
         with naming(phase.name):
             runs.append(_resolved(phase, folder / f"{number:02}-{phase.name}", runs, common, is_adapter(name)))
     return Pipeline(name, folder, runs, _evaluation(evaluation, common))
+
+
+def up_to(pipeline: Pipeline, until: str | None) -> list[PhaseRun]:
+    """The phases to the one that is the last to run, that one too."""
+    return pipeline.runs if until is None else pipeline.runs[: index_of(pipeline, until, "until") + 1]
+
+
+def index_of(pipeline: Pipeline, name: str, flag: str) -> int:
+    """The place of a phase that a flag names. Raise InputError where it names none."""
+    names = [run.name for run in pipeline.runs]
+    if name not in names:
+        hint = did_you_mean(name, names, f"they are {', '.join(names)}")
+        raise InputError(f"--{flag} {shown(name)} is none of the phases; {hint}")
+    return names.index(name)
+
+
+def look_up(pipeline: Pipeline, model: str, until: str | None) -> None:
+    """Raise InputError for a model, dataset or reward that phases to do name and that is not there.
+
+    `model` is the pipeline's as it was given: of Path("./model") its text would be a hub id.
+    """
+    to_do = [run for run in up_to(pipeline, until) if not (run.folder / DONE).is_file()]
+    if not to_do:
+        return
+    look_up_model(os.path.expanduser(model))
+    for run in to_do:
+        inputs: dict[str, Any] = {}
+        for name, value in run.inputs.items():
+            given = entries(value)
+            if name == "reward_funcs":  # one that is still to be made counts, too
+                inputs[name] = [STAND_IN if pipeline.named(run, one) else one for one in given]
+            elif name != "critic_init":
+                given = [one for one in given if not pipeline.named(run, one)]
+                inputs[name] = given[0] if len(given) == 1 else given
+        if run.kind.has_model:
+            with naming(run.name):
+                look_up_inputs(inputs, run.config, needs_rewards=run.kind.config is GRPOConfig)
+    if pipeline.evaluation is not None:
+        named = {"eval_dataset": pipeline.evaluation.dataset, "reward_funcs": pipeline.evaluation.reward_funcs}
+        try:
+            look_up_inputs(named, pipeline.evaluation.config, needs_rewards=True)
+        except InputError as error:
+            raise InputError(f"eval: {error}") from error
 
 
 def _resolved(

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from lowmem_grpo.distributed import refuse_several
-from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, printable_text, shown
+from lowmem_grpo.errors import InputError, in_a_line, printable_text
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import Outlook, entries
-from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline, naming, resolve
+from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline, index_of, naming, resolve, up_to
 from lowmem_grpo.pipeline.record import (
     fingerprint,
     is_done,
@@ -84,7 +84,7 @@ def run_pipeline(
     """
     refuse_several("run_pipeline()")
     pipeline = resolve(model, phases, output_dir, common, evaluation)
-    wanted = _up_to(pipeline, until)
+    wanted = up_to(pipeline, until)
     anew = _from(pipeline, begin_at, wanted)
     if not dry_run:
         lock_folder(writable_folder(str(pipeline.output_dir)))
@@ -162,27 +162,14 @@ def _report(pipeline: Pipeline, console: Console) -> None:
         _say(console, f"{pipeline.output_dir / NAME} cannot be made ({in_a_line(error)})")
 
 
-def _up_to(pipeline: Pipeline, until: str | None) -> list[PhaseRun]:
-    """The phases to the one that is the last to run, that one too."""
-    return pipeline.runs if until is None else pipeline.runs[: _index(pipeline, until, "until") + 1]
-
-
 def _from(pipeline: Pipeline, name: str | None, wanted: list[PhaseRun]) -> list[PhaseRun]:
     """The phases that are to be done anew."""
     if name is None:
         return []
-    index = _index(pipeline, name, "from")
+    index = index_of(pipeline, name, "from")
     if index >= len(wanted):
         raise InputError(f"--from {name} is after --until {wanted[-1].name}; name one that comes before it")
     return pipeline.runs[index:]
-
-
-def _index(pipeline: Pipeline, name: str, flag: str) -> int:
-    names = [run.name for run in pipeline.runs]
-    if name not in names:
-        hint = did_you_mean(name, names, f"they are {', '.join(names)}")
-        raise InputError(f"--{flag} {shown(name)} is none of the phases; {hint}")
-    return names.index(name)
 
 
 def _refuse_other_phases(pipeline: Pipeline) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.errors import InputError, NotSavedError, shown
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.pipeline.kinds import entries
-from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline
+from lowmem_grpo.pipeline.phases import BASE, DONE, PhaseRun, Pipeline
 from lowmem_grpo.report.reading import PIPELINE
 from lowmem_grpo.tasks import is_task_name
 
-NAME = "done.json"
 FORMAT = 1
 # Settings that a resumed run may change, and that still decide what it ends with; and one that does not.
 OF_THE_RESULT = (
@@ -94,24 +93,24 @@ def _of_path(path: Path) -> str:
 
 def is_done(run: PhaseRun) -> bool:
     """Tell whether a phase has come to its end."""
-    return (run.folder / NAME).is_file()
+    return (run.folder / DONE).is_file()
 
 
 def write_record(run: PhaseRun, made_of: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     """Write a phase's done.json, with the metrics but for time and memory, which another run would not share."""
     kept = {name: value for name, value in metrics.items() if not name.startswith(MEASURED)}
-    write_json(run.folder / NAME, {"format": FORMAT, **made_of, "metrics": kept})
+    write_json(run.folder / DONE, {"format": FORMAT, **made_of, "metrics": kept})
 
 
 def read_record(run: PhaseRun) -> dict[str, Any]:
     """The content of a phase's done.json. Raise InputError where it is damaged."""
     try:
-        found = json.loads((run.folder / NAME).read_bytes())
+        found = json.loads((run.folder / DONE).read_bytes())
         if found["format"] == FORMAT and all(isinstance(found[key], dict) for key in ("settings", "inputs", "metrics")):
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{run.folder / NAME} cannot be read; remove it, and the phase goes on from its last checkpoint")
+    raise InputError(f"{run.folder / DONE} cannot be read; remove it, and the phase goes on from its last checkpoint")
 
 
 def refuse_changed(run: PhaseRun, made_of: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs.identity import adapter_weights_of, weights_of
 from lowmem_grpo.inputs.prompts import Inputs
-from lowmem_grpo.model.adapter_folder import is_adapter
+from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.pipeline.sampled import SampledFile, as_json
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Reply

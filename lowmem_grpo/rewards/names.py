@@ -1,26 +1,23 @@
 """Reward functions found by name."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
-from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.lookup import has_score_head, look_up_model
 from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
-from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
-from lowmem_grpo.rewards.reward_model import get_model_reward
 from lowmem_grpo.rewards.route import inner_of
 
 
 def resolve_reward_funcs(
-    reward_funcs: Any, built_in: dict[str, Callable], factories: dict[str, Callable] | None = None
+    reward_funcs: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable] | None = None
 ) -> list[Callable]:
     """Functions from one or several functions, names or reward models.
 
@@ -34,39 +31,75 @@ def resolve_reward_funcs(
     Raises:
         InputError: no function, an unknown name, wrong arguments, or something that cannot be called.
     """
-    several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [_resolve(reward, built_in, factories or {}) for reward in _several(reward_funcs, built_in)]
+
+
+def look_up_rewards(reward_funcs: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> None:
+    """Raise InputError for a name that resolve_reward_funcs() would refuse, without making any reward."""
+    for reward in _several(reward_funcs, built_in):
+        if isinstance(reward, str):
+            _found(reward.strip(), built_in, factories)
+
+
+def _several(reward_funcs: Any, built_in: Mapping[str, Callable]) -> list[Any]:
+    several = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not several:
         raise InputError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
-    return [_resolve(reward, built_in, factories or {}) for reward in several]
+    return several
 
 
-def _resolve(reward: Any, built_in: dict[str, Callable], factories: dict[str, Callable]) -> Callable:
+def _resolve(reward: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable:
     if isinstance(reward, str):
-        reward = reward.strip()
-        if reward.endswith(")"):
-            name, arguments = _read_call(reward)
-            factory = _find(name, factories, "function makes a reward and")
-            if factory not in factories.values() and origin_of_function(factory) != OWN:
-                raise InputError(
-                    f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
-                    f"call {', '.join(factories)}, or a function that you write in a module of your own"
-                )
-            reward = _make(name, factory, arguments)
-        elif reward in factories:
-            raise InputError(
-                f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
-                "with names for its arguments"
-            )
-        elif reward not in built_in and ("/" in reward or os.path.isdir(os.path.expanduser(reward))):
-            folder = os.path.expanduser(reward)
-            reward = get_adapter_reward(folder) if has_score_head(folder) else get_model_reward(folder)
-        else:
-            reward = _find(reward, built_in, "reward function")
-    if isinstance(reward, PreTrainedModel):
+        reward = _found(reward.strip(), built_in, factories)()
+    elif _is_loaded_model(reward):
+        from lowmem_grpo.rewards.reward_model import get_model_reward
+
         reward = get_model_reward(reward)
     if not callable(reward):
         raise InputError(f"reward function {shown(reward)} cannot be called; give a function or a name")
     return reward
+
+
+def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable[[], Any]:
+    """What makes the reward of a name, which is found, and not called yet."""
+    if reward.endswith(")"):
+        name, arguments = _read_call(reward)
+        factory = _find(name, factories, "function makes a reward and")
+        if factories.get(name.rpartition(".")[2]) is not factory and origin_of_function(factory) != OWN:
+            raise InputError(
+                f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
+                f"call {', '.join(factories)}, or a function that you write in a module of your own"
+            )
+        with _naming(name, factory):
+            inspect.signature(factory).bind(**arguments)
+        return partial(_make, name, factory, arguments)
+    if reward in factories:
+        raise InputError(
+            f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
+            "with names for its arguments"
+        )
+    folder = os.path.expanduser(reward)
+    if reward not in built_in and ("/" in reward or os.path.isdir(folder)):
+        look_up_model(folder, what="reward model")
+        return partial(_of_model, folder)
+    function = _find(reward, built_in, "reward function")
+    return lambda: function
+
+
+def _is_loaded_model(reward: Any) -> bool:
+    transformers = sys.modules.get("transformers")  # which nobody has loaded a model without
+    return transformers is not None and isinstance(reward, transformers.PreTrainedModel)
+
+
+def _of_model(folder: str) -> Callable:
+    """The reward of a reward adapter's folder, or of another reward model."""
+    if has_score_head(folder):
+        from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
+
+        return get_adapter_reward(folder)
+    from lowmem_grpo.rewards.reward_model import get_model_reward
+
+    return get_model_reward(folder)
 
 
 def _read_call(text: str) -> tuple[str, dict[str, Any]]:
@@ -84,9 +117,15 @@ def _read_call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _make(name: str, factory: Callable, arguments: dict[str, Any]) -> Callable:
-    try:
-        inspect.signature(factory).bind(**arguments)
+    with _naming(name, factory):
         return factory(**arguments)
+
+
+@contextlib.contextmanager
+def _naming(name: str, factory: Callable) -> Iterator[None]:
+    """Have an error begin with the name of a function that makes rewards, and say its arguments."""
+    try:
+        yield
     except InputError:
         raise
     except (Exception, SystemExit) as error:
@@ -97,7 +136,7 @@ def _signature(factory: Callable) -> str:
     return str(inspect.signature(factory).replace(return_annotation=inspect.Signature.empty))
 
 
-def _find(name: str, known: dict[str, Callable], what: str) -> Any:
+def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
     """The function of a known name or of an import path."""
     if name in known:
         return known[name]
@@ -118,7 +157,7 @@ def _find(name: str, known: dict[str, Callable], what: str) -> Any:
     return found
 
 
-def _is_pythons(name: str, known: dict[str, Callable]) -> InputError:
+def _is_pythons(name: str, known: Mapping[str, Callable]) -> InputError:
     return InputError(
         f"{name} is of Python's own and no reward function; give {', '.join(known)}, or module.function of your own"
     )
@@ -128,6 +167,8 @@ def reward_adapters(reward_funcs: Any) -> list[Callable]:
     """The reward adapters among reward functions as a run is given them, which alone are read."""
     several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     names = [name.strip() for name in several if isinstance(name, str)]
+    from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
+
     name = get_adapter_reward.__name__
     known = [one for one in names if one.startswith(f"{name}(") or has_score_head(os.path.expanduser(one))]
     return [_resolve(one, {}, {name: get_adapter_reward}) for one in known]

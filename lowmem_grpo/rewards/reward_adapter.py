@@ -11,9 +11,10 @@ from torch import Tensor
 from lowmem_grpo.config.fields import LARGEST
 from lowmem_grpo.data.text import part_of, refuse_part
 from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.lookup import has_score_head
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.packing import pack
-from lowmem_grpo.model.score_head import RANGE, config_without_head, has_score_head, read_range, without_head
+from lowmem_grpo.model.score_head import RANGE, config_without_head, read_range, without_head
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.rewards.reward_model import get_model_reward, ids_as_in_a_pair

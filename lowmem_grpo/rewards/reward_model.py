@@ -13,8 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.data.text import part_of, refuse_part
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.model.adapter_folder import is_adapter
-from lowmem_grpo.model.score_head import has_score_head
+from lowmem_grpo.lookup import has_score_head, is_adapter, look_up_model
 from lowmem_grpo.rewards.rows import of_each
 
 
@@ -76,6 +75,7 @@ def _load(name: str) -> PreTrainedModel:
         raise InputError(
             f"adapter {name!r} writes texts and scores none; give one that `lowmem-grpo reward` has trained"
         )
+    look_up_model(name, what="reward model")
     try:
         if is_adapter(name):
             return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="auto")

@@ -3,11 +3,12 @@
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from lowmem_grpo.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def get_routed_reward(
@@ -117,7 +118,7 @@ def inner_of(function: Any) -> Any:
     return function
 
 
-def rows_for(function: Any, rows: Dataset) -> Sequence[int]:
+def rows_for(function: Any, rows: "Dataset") -> Sequence[int]:
     """The numbers of the rows that a reward function is for: all of them where it is not routed."""
     if not isinstance(function, RoutedReward):
         return range(len(rows))
@@ -125,7 +126,7 @@ def rows_for(function: Any, rows: Dataset) -> Sequence[int]:
     return [index for index, kind in enumerate(kinds) if kind in function.values]
 
 
-def kinds_of_rows(names: Sequence[str], functions: Sequence[Callable], rows: Dataset) -> Counter[tuple[str, ...]]:
+def kinds_of_rows(names: Sequence[str], functions: Sequence[Callable], rows: "Dataset") -> Counter[tuple[str, ...]]:
     """How many rows there are of each kind, which is the names of the functions that are for it."""
     of_rows: list[list[str]] = [[] for _ in range(len(rows))]
     for name, function in zip(names, functions, strict=True):

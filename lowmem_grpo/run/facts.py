@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
 from lowmem_grpo.errors import printable
+from lowmem_grpo.lookup import DATA_FILES
 from lowmem_grpo.output.folder import NAME as CHECKPOINT
 from lowmem_grpo.output.folder import step_of
 from lowmem_grpo.output.places import public_name
@@ -21,7 +22,6 @@ from lowmem_grpo.run.methods import Method, methods_of
 from lowmem_grpo.tasks import is_task_name
 from lowmem_grpo.tasks.gsm8k import ON_HUB as GSM8K
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")  # ends of what a dataset's file is named
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -146,4 +146,4 @@ def dataset_id(name: Any) -> str | None:
     if isinstance(name, str) and is_task_name(name):
         return GSM8K if name.partition("?")[0] == "gsm8k" else None
     found = hub_id(name)
-    return found if found and "/" in found and not found.endswith(FILES) else None
+    return found if found and "/" in found and not found.endswith(DATA_FILES) else None

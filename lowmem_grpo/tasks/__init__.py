@@ -8,14 +8,15 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.errors import InputError, did_you_mean
 from lowmem_grpo.tasks.countdown import countdown_task
 from lowmem_grpo.tasks.gsm8k import gsm8k_task
 from lowmem_grpo.tasks.options import options_of, refuse_unknown_options
-from lowmem_grpo.tasks.reasoning_gym import reasoning_gym_task
+from lowmem_grpo.tasks.reasoning_gym import reasoning_gym_task, refuse_unknown
 from lowmem_grpo.tasks.task import Task
 
 __all__ = ["TASKS", "Inputs", "Task", "find_task", "held_out", "is_task_name", "with_tasks"]
@@ -56,14 +57,19 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
     if reward_funcs is None and config.teacher is not None:
         reward_funcs = []  # the teacher says what to learn
     if reward_funcs is None:
-        meant = did_you_mean(str(train_dataset), TASKS, "") if isinstance(train_dataset, str) else ""
-        hint = meant or "give one or several, or train on a task, which has its own"
-        raise InputError(f"reward_funcs is missing; {hint}")
+        refuse_missing_rewards(train_dataset)
     if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
         eval_dataset = without_prompts_of(train_dataset, eval_dataset)
         if not eval_dataset:
             raise InputError("every row of eval_dataset is one of train_dataset's; give it another seed")
     return Inputs(train_dataset, eval_dataset, reward_funcs, config)
+
+
+def refuse_missing_rewards(train_dataset: Any) -> NoReturn:
+    """Raise InputError, since there are neither reward_funcs nor a task nor a teacher."""
+    meant = did_you_mean(str(train_dataset), TASKS, "") if isinstance(train_dataset, str) else ""
+    hint = meant or "give one or several, or train on a task, which has its own"
+    raise InputError(f"reward_funcs is missing; {hint}")
 
 
 def is_task_name(name: str) -> bool:
@@ -74,16 +80,27 @@ def is_task_name(name: str) -> bool:
 
 def find_task(name: Any) -> Task | None:
     """The task of a name, or None for anything else: a hub id, a file, a Dataset."""
-    if not isinstance(name, str):
-        return None
+    make = _maker(name) if isinstance(name, str) else None
+    return None if make is None else make()
+
+
+def look_up_task(name: str) -> bool:
+    """Tell whether a name is a task's, without making its rows. Raise InputError for a task or option that is none."""
+    return _maker(name) is not None
+
+
+def _maker(name: str) -> Callable[[], Task] | None:
+    """What makes the task of a name, or None where the name is no task's."""
     head, _, query = name.partition("?")
     family, colon, member = head.partition(":")
     if colon and family == REASONING_GYM:
-        return reasoning_gym_task(member, **options_of(name, query))
+        options = options_of(name, query)
+        refuse_unknown(member, options)
+        return partial(reasoning_gym_task, member, **options)
     if head in TASKS:
         options = options_of(name, query)
         refuse_unknown_options(name, options, inspect.signature(TASKS[head]).parameters)
-        return TASKS[head](**options)
+        return partial(TASKS[head], **options)
     if head == REASONING_GYM:
         raise InputError("reasoning_gym is many tasks; name one, such as reasoning_gym:chain_sum")
     if (query and "/" not in head) or (colon and did_you_mean(family, [REASONING_GYM], "")):

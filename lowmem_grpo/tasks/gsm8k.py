@@ -4,7 +4,6 @@ import json
 import zlib
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.tasks.task import Task
@@ -37,6 +36,8 @@ def gsm8k_task(*, style: str = "boxed", file: str | None = None, hold_out: bool 
     whole = Task(file, accuracy_reward, system_prompt=STYLES[style])
     if not hold_out:
         return whole
+    from lowmem_grpo.data.rows import load_rows  # which takes a second to import
+
     rows = load_rows(file, GRPOConfig())
     places: tuple[list[int], list[int]] = ([], [])
     for index, prompt in enumerate(rows["prompt"]):
