@@ -198,12 +198,15 @@ def test_a_dry_run_of_phases_that_are_done_anew_says_that_they_begin(copy, capsy
     assert "phase 2 of 2, rl (grpo): begins, from cold-start" in capsys.readouterr().out
 
 
-def test_a_phase_is_done_anew_and_what_it_had_made_is_kept(copy):
+def test_a_phase_is_done_anew_and_what_it_had_made_is_kept(copy, capsys):
     with pytest.raises(InputError, match="--from rl is after --until cold-start"):
         run(begin_at="rl", until="cold-start")
     result = run(phases(rl={"max_steps": 2}), begin_at="rl")
     assert result.metrics["rl"]["step"] == 2 and (copy / "02-rl.before/done.json").is_file()
     assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "rl"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation of ")]
+    assert said[0] == "evaluation of rl begins" and said[1].startswith("evaluation of rl: reward 0.")
+    assert len(said) == 2, "what is known is not measured again"
 
 
 def test_two_runs_of_one_folder_are_kept_apart(copy):

@@ -5,18 +5,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import InputError, in_a_line, printable_text
+from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import Outlook, entries
-from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline, index_of, naming, resolve, up_to
+from lowmem_grpo.pipeline.phases import BASE, Evaluation, PhaseRun, Pipeline, index_of, naming, resolve, up_to
 from lowmem_grpo.pipeline.record import (
     fingerprint,
     is_done,
@@ -27,7 +29,7 @@ from lowmem_grpo.pipeline.record import (
     write_record,
 )  # fmt: skip
 from lowmem_grpo.pipeline.table import NAME as EVALUATION
-from lowmem_grpo.pipeline.table import Row, as_table, evaluated, known, let_go, row_of, write_table
+from lowmem_grpo.pipeline.table import ACCURACY, REWARD, Row, as_table, evaluated, known, let_go, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
@@ -114,9 +116,8 @@ def run_pipeline(
     later = _rows_of_later(pipeline, wanted, anew)
     try:
         if pipeline.evaluation is not None:
-            found = evaluated(pipeline.output_dir / f"00-{BASE}", pipeline.model, pipeline.evaluation)
-            rows.append(row_of(BASE, None, found))
-            let_go()
+            folder = pipeline.output_dir / f"00-{BASE}"
+            rows.append(row_of(BASE, None, _evaluated(console, BASE, folder, pipeline.model, pipeline.evaluation)))
         for run in wanted:
             with naming(run.name):
                 _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
@@ -127,8 +128,7 @@ def run_pipeline(
                     write_record(run, made_of, metrics)
                 if pipeline.evaluation is not None and run.kind.trains_policy:
                     is_known = run in done and (run.folder / EVALUATION).is_file()
-                    found = evaluated(run.folder, str(run.output), pipeline.evaluation)
-                    let_go()
+                    found = _evaluated(console, run.name, run.folder, str(run.output), pipeline.evaluation)
                     if not is_known:  # the card was written before it
                         write_card(run.output, partial(_say, console))
                     rows.append(row_of(run.name, origin_of(run), found))
@@ -141,6 +141,18 @@ def run_pipeline(
     adapters = [str(run.output) for run in wanted if run.kind.trains_policy]
     metrics = {run.name: read_record(run)["metrics"] for run in wanted}
     return PipelineResult(str(pipeline.output_dir), adapters[-1] if adapters else None, metrics, table)
+
+
+def _evaluated(console: Console, name: str, folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any]:
+    """What is known of a model's evaluation, or else is measured, which is said: it takes as long as several steps."""
+    found = known(folder, model, evaluation)
+    if found is None:
+        _say(console, f"evaluation of {name} begins")
+        found = evaluated(folder, model, evaluation)
+        let_go()
+        names = [metric for metric in (REWARD, ACCURACY) if metric in found["metrics"]]
+        _say(console, f"evaluation of {name}: {as_line(found['metrics'], names)}")
+    return found
 
 
 def _rows_of_later(pipeline: Pipeline, wanted: list[PhaseRun], anew: list[PhaseRun]) -> list[Row]:

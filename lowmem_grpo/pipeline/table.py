@@ -40,12 +40,10 @@ class Row:
 
 
 def evaluated(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Metrics and values of a model's evaluation, known() or else measured and written into the folder."""
-    found = known(folder, model, evaluation)
-    if found is None:
-        found = {"of": _identity(model, evaluation), **_measured(model, evaluation)}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / NAME, found)
+    """Metrics and values of a model's evaluation, measured and written into the folder."""
+    found = {"of": _identity(model, evaluation), **_measured(model, evaluation)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NAME, found)
     return found
 
 
