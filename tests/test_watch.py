@@ -259,21 +259,31 @@ def test_a_pipeline_is_shown_by_its_phases_and_the_one_that_goes_on(tmp_path):
         (tmp_path / name).mkdir()
     make_run(tmp_path / "01-cold", "sft", ended={"how": "finished"})
     (tmp_path / "01-cold/done.json").write_text("{}")
+    measured = {"eval_pass@1": 0.03, "eval_pass@1/ci_low": 0.01, "eval_pass@1/ci_high": 0.06, "eval_x": None}
+    (tmp_path / "00-base/evaluation.json").write_text(json.dumps({"metrics": measured}))
+    (tmp_path / "01-cold/evaluation.json").write_text(json.dumps({"metrics": {**measured, "eval_pass@1": 0.05}}))
+    (tmp_path / "02-reason/evaluation.json").write_text('{"metrics": 3}')
     make_run(tmp_path / "02-reason", holder=os.getpid())
     to_come = [{"folder": "03-last"}, {"folder": "04-more"}, {"folder": "../05-x"}, 3]
     (tmp_path / "pipeline.json").write_text(json.dumps({"phases": to_come}))
     watched = Watched(tmp_path)
     watched.refresh()
     lines = [line.plain for line in watched.lines(80, None, is_ascii=True)]
-    assert lines[1:3] == ["  01-cold  done", "> 02-reason  running"] and "02-reason" in lines[6]
-    assert lines[3:6] == ["  03-last  begun", "  04-more  not begun", ""]
+    assert lines[:3] == [
+        f"{tmp_path.name}  a pipeline  not running",
+        "  00-base  pass@1 0.030 [0.010, 0.060]", "  01-cold  done  pass@1 0.050 [0.010, 0.060]",
+    ]  # fmt: skip
+    assert lines[3:7] == ["> 02-reason  running", "  03-last  begun", "  04-more  not begun", ""]
+    assert "02-reason" in lines[7]
     assert not watched.is_over and "step 6 of 10" in "\n".join(lines)
 
 
 def test_a_pipeline_of_which_no_phase_has_begun_is_shown_by_what_is_to_come(tmp_path, capsys):
     (tmp_path / "pipeline.json").write_text('{"phases": [{"folder": "01-cold", "kind": "sft"}]}')
-    watch(tmp_path, once=True)
-    assert capsys.readouterr().out == f"{tmp_path.name}  a pipeline\n  01-cold  not begun\n"
+    with releasing_locks():  # while the base is evaluated
+        lock_folder(tmp_path)
+        watch(tmp_path, once=True)
+    assert capsys.readouterr().out == f"{tmp_path.name}  a pipeline  running\n  01-cold  not begun\n"
 
 
 def test_looking_writes_nothing_locks_nothing_and_needs_no_torch(tmp_path):

@@ -193,6 +193,14 @@ class View:
             lines += self.flow(words, 6)
         return lines
 
+    def measured(self, metrics: dict[str, Any]) -> list[str]:
+        """An evaluation in the words of one line, each after two spaces."""
+        names = [name for name in _of_evaluation(metrics) if number(metrics.get(name)) is not None]
+        words = [
+            f"{name.removeprefix('eval_')} {_short(number(metrics[name]))} {_interval(metrics, name)}" for name in names
+        ]
+        return [f"  {one.rstrip()}" for one in words]
+
     def findings(self, run: WatchedRun) -> list[Text]:
         """The doctor's last sentences."""
         lines = []

@@ -10,13 +10,15 @@ from rich.text import Text
 
 from lowmem_grpo.errors import InputError, in_a_line, printable
 from lowmem_grpo.output.lock import is_in_use
-from lowmem_grpo.report.reading import is_run, phases_of
+from lowmem_grpo.report.reading import is_run, mapping, phases_of
 from lowmem_grpo.terminal import columns_of
 from lowmem_grpo.terminal import is_ascii as has_only_ascii
+from lowmem_grpo.watch.log import SavedObject
 from lowmem_grpo.watch.run import WatchedRun, active_phase
 from lowmem_grpo.watch.view import STYLES, View
 
 EVERY = 1.0  # s between two looks
+BASE, EVALUATION = "00-base", "evaluation.json"  # of a pipeline, which imports torch
 
 
 class Watched:
@@ -25,6 +27,7 @@ class Watched:
     def __init__(self, folder: Path):
         self.folder = folder
         self.run: WatchedRun | None = None
+        self.evaluations: dict[Path, SavedObject] = {}  # of a pipeline's base and of its phases
 
     def refresh(self) -> None:
         """Read what is new.
@@ -51,13 +54,16 @@ class Watched:
         """The view, in at most `height` lines."""
         assert self.run is not None
         view = View(width, is_ascii=is_ascii)
-        phases = [path for path in phases_of(self.folder) if not path.name.startswith("00-")]
-        above = [view.line((self.folder.resolve().name, "bold"), ("  a pipeline", "dim"))] if phases else []
+        phases = phases_of(self.folder)
+        state = ("running", STYLES["running"]) if is_in_use(self.folder) else ("not running", "dim")
+        above = [view.line((self.folder.resolve().name, "bold"), ("  a pipeline  ", "dim"), state)] if phases else []
         for phase in phases:
             word = "done" if (phase / "done.json").is_file() else "running" if is_in_use(phase) else "begun"
-            word = word if phase.is_dir() else "not begun"
+            word = "" if phase.name == BASE else word if phase.is_dir() else "not begun"
             mark = "> " if phase == self.run.folder else "  "
-            above.append(view.line(mark, phase.name, "  ", (word, STYLES.get(word, ""))))
+            found = self.evaluations.setdefault(phase, SavedObject(phase / EVALUATION)).read().get("metrics")
+            measured = view.measured(mapping(found))
+            above.append(view.line(mark, phase.name, *(("  ", (word, STYLES.get(word, ""))) if word else ()), *measured))
         if phases and self.run.folder == self.folder:  # none has begun
             return above[:height]
         above += [Text()] if above else []
