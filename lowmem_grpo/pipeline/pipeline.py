@@ -118,6 +118,7 @@ def run_pipeline(
         if pipeline.evaluation is not None:
             folder = pipeline.output_dir / f"00-{BASE}"
             rows.append(row_of(BASE, None, _evaluated(console, BASE, folder, pipeline.model, pipeline.evaluation)))
+            write_table(pipeline.output_dir, [*rows, *later])
         for run in wanted:
             with naming(run.name):
                 _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
