@@ -66,6 +66,11 @@ def test_flags_win_over_the_file_and_trls_names_are_known(tmp_path):
     assert parse(["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r"]) == (INPUTS, {})
 
 
+def test_a_truth_value_that_is_named_alone_is_true():
+    given = ["--use_cpu", "--load_in_4bit", "false", "--resume_from_checkpoint"]
+    assert parse([*FLAGS, *given])[1] == {"use_cpu": True, "load_in_4bit": False, "resume_from_checkpoint": True}
+
+
 def test_a_dash_within_a_flag_is_an_underscore(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("learning-rate: 0.5\n")

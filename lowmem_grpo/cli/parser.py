@@ -112,10 +112,11 @@ def add_config_flags(
                 continue
             words = describe(types[field.name])
             default = str(field.default).lower() if field.default in (None, True, False) else field.default
-            many = "+" if "a list" in words else None
+            many = "+" if "a list" in words else "?" if "true or false" in words else None
             text = f"{field.metadata.get('help', field.name)} ({words}; default {default})".replace("%", "%%")
             in_help = text if every_setting or field.metadata.get("common") else argparse.SUPPRESS
-            group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, nargs=many)
+            given = {"nargs": many, "const": "true" if many == "?" else None}  # --use_cpu alone is --use_cpu true
+            group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, **given)
 
 
 def refuse_unknown_flags(command: str, words: list[str], parser: argparse.ArgumentParser, config: type) -> None:
