@@ -115,7 +115,8 @@ def add_config_flags(
             many = "+" if "a list" in words else "?" if "true or false" in words else None
             text = f"{field.metadata.get('help', field.name)} ({words}; default {default})".replace("%", "%%")
             in_help = text if every_setting or field.metadata.get("common") else argparse.SUPPRESS
-            given = {"nargs": many, "const": "true" if many == "?" else None}  # --use_cpu alone is --use_cpu true
+            # --use_cpu alone is --use_cpu true.
+            given: dict[str, Any] = {"nargs": many, "const": "true" if many == "?" else None}
             group.add_argument(f"--{field.name}", action=Once, metavar="X", help=in_help, **given)
 
 

@@ -28,8 +28,8 @@ from lowmem_grpo.pipeline.record import (
     write_phases,
     write_record,
 )  # fmt: skip
-from lowmem_grpo.pipeline.table import NAME as EVALUATION
 from lowmem_grpo.pipeline.table import ACCURACY, REWARD, Row, as_table, evaluated, known, let_go, row_of, write_table
+from lowmem_grpo.pipeline.table import NAME as EVALUATION
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.report.reading import OF_A_PHASE, phases_of

@@ -63,7 +63,8 @@ class Watched:
             mark = "> " if phase == self.run.folder else "  "
             found = self.evaluations.setdefault(phase, SavedObject(phase / EVALUATION)).read().get("metrics")
             measured = view.measured(mapping(found))
-            above.append(view.line(mark, phase.name, *(("  ", (word, STYLES.get(word, ""))) if word else ()), *measured))
+            stands = ["  ", (word, STYLES.get(word, ""))] if word else []
+            above.append(view.line(mark, phase.name, *stands, *measured))
         if phases and self.run.folder == self.folder:  # none has begun
             return above[:height]
         above += [Text()] if above else []
