@@ -145,7 +145,7 @@ def run_pipeline(
 
 
 def _evaluated(console: Console, name: str, folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any]:
-    """What is known of a model's evaluation, or else is measured, which is said: it takes as long as several steps."""
+    """A model's evaluation, known or else measured, which takes as long as several steps and is said."""
     found = known(folder, model, evaluation)
     if found is None:
         _say(console, f"evaluation of {name} begins")
