@@ -545,3 +545,19 @@ def test_the_example_is_a_pipeline_that_runs(monkeypatch, tmp_path, capsys):
     arguments = ["r1", "--config", "examples/sums/pipeline.yaml", "--output_dir", str(tmp_path / "out"), "--dry_run"]
     assert cli.main(arguments) == 0
     assert "phase 5 of 5, sft (sft): begins, from base" in capsys.readouterr().out
+
+
+def test_the_example_for_a_real_model_is_a_pipeline_whose_sums_are_right_and_held_out():
+    folder = RECIPES.parents[1] / "examples/r1_sums"
+    found = read_pipeline_file(str(folder / "r1.yaml"))
+    resolve(found["model"], found["phases"], found["output_dir"], found["common"], found["eval"])
+    asked = {}
+    for name in ("cold", "sums", "few_sums", "held_out"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        asked[name] = {row["prompt"][0]["content"] for row in rows}
+        for row in rows:
+            a, b = map(int, row["prompt"][0]["content"].removeprefix("What is ").removesuffix("?").split(" + "))
+            worked = f"<think>{a} + {b} = {a + b}</think>\\boxed{{{a + b}}}"
+            assert row.get("solution", str(a + b)) == str(a + b)
+            assert "completion" not in row or row["completion"][0]["content"] == worked
+    assert len(asked["held_out"]) == 64 and not asked["held_out"] & (asked["cold"] | asked["sums"] | asked["few_sums"])
