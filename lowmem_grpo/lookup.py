@@ -18,8 +18,8 @@ from lowmem_grpo.output.folder import refuse_pointer
 
 TEXT_FILES = (".jsonl", ".json", ".csv")  # of data, by the ends of their names
 DATA_FILES = (*TEXT_FILES, ".parquet")
-MODEL = "a model folder nor a model"
-DATASET = "a JSONL, JSON, CSV or Parquet file nor a dataset"
+NO_MODEL = "is neither a model folder nor a model the hub gives"
+NO_DATASET = "is neither a JSONL, JSON, CSV or Parquet file nor a dataset the hub gives"
 NOT_CONNECTED = {"ConnectError", "ConnectionError", "ProxyError"}  # names of errors: of httpx, or of requests
 PAUSE_S = 1.0  # before a hub that no connection was made to is asked a second time
 NEAR, NEAREST_OF = 0.8, 1000  # ratio of two names, of which the ends may be one; entries of a folder
@@ -64,7 +64,7 @@ def look_up_model(
         names = {name: given[name] for name in ("revision", "token", "cache_dir") if name in given}
         if not given.get("local_files_only"):
             file = os.path.join(given.get("subfolder", ""), given.get("gguf_file", file))
-            look_up_on_hub(model, f"{what} {model!r} is neither {MODEL} the hub gives", file, **names)
+            look_up_on_hub(model, f"{what} {model!r} {NO_MODEL}", file, **names)
         return
     for path in sorted(folder.iterdir()):
         refuse_pointer(path)
@@ -97,12 +97,12 @@ def look_up_dataset(dataset: str, name: str) -> None:
         if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
             raise InputError(f"{name} {dataset!r} is no file or folder on this machine{_or(_near(dataset))}")
         if not _is_prepared(dataset):
-            words = f"{name} {dataset!r} is neither {DATASET} the hub gives"
+            words = f"{name} {dataset!r} {NO_DATASET}"
             look_up_on_hub(dataset, words, "README.md", repo_type="dataset")
 
 
 def _is_prepared(dataset: str) -> bool:
-    """Tell whether `datasets` has a dataset of the hub in the cache of its own, from which it reads without the hub."""
+    """Tell whether `datasets` has a dataset of the hub in its own cache, and reads it without the hub."""
     from huggingface_hub import constants
 
     cache = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
@@ -182,7 +182,7 @@ def _ask(repo_id: str, file: str, repo_type: str | None, revision: str | None, t
 
 
 def _near(name: str) -> str:
-    """Ask for the entry of a folder whose name is near to one that is not there; the empty text where none is."""
+    """Ask for the entry nearest to a name that is not there; the empty text where none is near."""
     path = Path(os.path.expanduser(name))
     try:
         there = [entry.name for entry in os.scandir(path.parent)][:NEAREST_OF]

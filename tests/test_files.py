@@ -227,6 +227,7 @@ def test_a_hub_datasets_gold_answers_are_as_they_are_written(name, written, read
     is_csv = name.endswith(".csv")
     lines = [f"x,{one}" if is_csv else f'{{"prompt": "x", "answer": {one}}}' for one in written]
     (tmp_path / name).write_text("\n".join(["prompt,answer"] * is_csv + lines))
+    monkeypatch.setattr(reading, "look_up_dataset", lambda *_: None)
     for function in ("load_dataset", "load_dataset_builder"):  # which ask the hub of a name
         monkeypatch.setattr(
             reading,

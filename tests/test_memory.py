@@ -352,7 +352,7 @@ def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places(
     assert trace._kinds(whole) == [0, 1, 0, 3, 0]
     assert trace._why_padded(whole, config.compute_dtype) is None
     layers, states, choices = trace._shapes(whole, config.compute_dtype)
-    assert layers.keys() == {1, 3} and states > 0 and choices == 0
+    assert layers.keys() == {1, 3} and states.held > 0 and choices == 0
 
 
 def test_layers_that_share_their_weights_are_counted_once_in_16_bits():

@@ -189,7 +189,7 @@ def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_still_judged
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()"])
 def test_a_worker_that_dies_or_stands_still_is_replaced_and_asked_once_more(end, math_pool_of, monkeypatch):
-    monkeypatch.setattr(math_pool, "START_LIMIT_S", 0.5 if end == "signal.pause()" else 60.0)
+    monkeypatch.setattr(math_pool, "START_LIMIT_S", 2.0 if end == "signal.pause()" else 60.0)
     monkeypatch.setattr(workers, "FROZEN_S", 20.0 if end != "signal.pause()" else 1.0)
     mark = math_pool_of(end)
     assert math_equal([("x + x", "2x"), ("1", "1")]) == [True, True]

@@ -26,7 +26,7 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
 from lowmem_grpo.data.guessed import guessed_by, with_whole_numbers
 from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
 from lowmem_grpo.errors import InputError, cause, shown
-from lowmem_grpo.lookup import DATA_FILES, DATASET, TEXT_FILES, look_up_dataset
+from lowmem_grpo.lookup import DATA_FILES, NO_DATASET, TEXT_FILES, look_up_dataset
 
 # Hub datasets that need a configuration name, so that nobody has to look it up.
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
@@ -175,8 +175,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         raise
     except Exception as error:
         raise InputError(
-            f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) is neither {DATASET} "
-            f"the hub gives: {cause(error)}"
+            f"{name} {dataset!r} (dataset_config={config.dataset_config}, split {split!r}) {NO_DATASET}: {cause(error)}"
         ) from error
 
 

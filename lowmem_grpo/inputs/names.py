@@ -1,4 +1,4 @@
-"""What can be seen of a run's inputs by their names, before anything is imported that computes, which takes seconds."""
+"""A run's inputs, looked up by their names before anything is imported that computes, which takes seconds."""
 
 import os
 from collections.abc import Mapping

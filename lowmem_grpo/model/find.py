@@ -25,7 +25,7 @@ from transformers import (
 from lowmem_grpo.config.sections import AdapterFields, ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
-from lowmem_grpo.lookup import MODEL, has_score_head, is_adapter, look_up_model
+from lowmem_grpo.lookup import NO_MODEL, has_score_head, is_adapter, look_up_model
 from lowmem_grpo.model.adapter_folder import read_adapter_config, refuse_misfit
 from lowmem_grpo.model.adapter_names import names_of
 from lowmem_grpo.model.adapters import (
@@ -301,7 +301,7 @@ def _find_by_name(model: str, config: ModelFields, needs_weights: bool) -> None:
     except InputError:
         raise
     except Exception as error:  # also what a family's own checks of its configuration raise
-        raise InputError(f"model {model!r} is neither {MODEL} the hub gives: {in_a_line(error)}") from error
+        raise InputError(f"model {model!r} {NO_MODEL}: {in_a_line(error)}") from error
     _refuse_quantization(found, f"model {model!r}", config)
     _refuse_kind(found, model)
     if needs_weights and os.path.isdir(model) and not set(OTHER_FILES) & set(config.model_init_kwargs or {}):

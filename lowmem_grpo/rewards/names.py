@@ -61,7 +61,7 @@ def _resolve(reward: Any, built_in: Mapping[str, Callable], factories: Mapping[s
 
 
 def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable[[], Any]:
-    """What makes the reward of a name, which is found, and not called yet."""
+    """Find the function that makes the reward of a name, without calling it."""
     if reward.endswith(")"):
         name, arguments = _read_call(reward)
         factory = _find(name, factories, "function makes a reward and")
