@@ -4,10 +4,12 @@ The hub's client tries for 23 s to read a file of a name that it does not have i
 that. So such a name is asked for once before, and what no further try can mend is said at once.
 """
 
+import contextlib
 import difflib
 import functools
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,12 +40,10 @@ def has_score_head(folder: str | Path) -> bool:
         return False
 
 
-def look_up_model(
-    model: str, loading: Mapping[str, Any] | None = None, *, what: str = "model", file: str = "config.json"
-) -> None:
-    """Raise InputError where no folder and no model of the hub has a name; `loading` is what from_pretrained is given.
+def look_up_model(model: str, loading: Mapping[str, Any] | None = None, *, what: str = "model") -> None:
+    """Raise InputError where neither a folder nor a model of the hub has a name.
 
-    The hub is asked for a `file` that it has of each such model.
+    `loading` is what from_pretrained is given.
     """
     given = loading or {}
     try:
@@ -63,8 +63,7 @@ def look_up_model(
             raise InputError(f"{what} {model!r} is not a folder on this machine{_or(_near(model))}")
         names = {name: given[name] for name in ("revision", "token", "cache_dir") if name in given}
         if not given.get("local_files_only"):
-            file = os.path.join(given.get("subfolder", ""), given.get("gguf_file", file))
-            look_up_on_hub(model, f"{what} {model!r} {NO_MODEL}", file, **names)
+            look_up_on_hub(model, f"{what} {model!r} {NO_MODEL}", **names)
         return
     for path in sorted(folder.iterdir()):
         refuse_pointer(path)
@@ -93,50 +92,49 @@ def look_up_dataset(dataset: str, name: str) -> None:
         raise InputError(
             f"{name} {dataset!r} is a file of another format than {', '.join(DATA_FILES)}; unpack or convert it"
         )
-    elif not os.path.isdir(path):
+    elif not os.path.isdir(path) and not dataset.startswith("hf://"):  # which `datasets` reads by itself
         if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
             raise InputError(f"{name} {dataset!r} is no file or folder on this machine{_or(_near(dataset))}")
         if not _is_prepared(dataset):
-            words = f"{name} {dataset!r} {NO_DATASET}"
-            look_up_on_hub(dataset, words, "README.md", repo_type="dataset")
+            look_up_on_hub(dataset, f"{name} {dataset!r} {NO_DATASET}", repo_type="dataset")
 
 
 def _is_prepared(dataset: str) -> bool:
     """Tell whether `datasets` has a dataset of the hub in its own cache, and reads it without the hub."""
     from huggingface_hub import constants
 
-    cache = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+    cache = os.path.expanduser(os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
     names = os.listdir(cache) if os.path.isdir(cache) else []  # HuggingFaceH4___math-500 of HuggingFaceH4/MATH-500
     return dataset.replace("/", "").replace("_", "").lower() in [name.replace("_", "").lower() for name in names]
 
 
 def look_up_on_hub(
-    repo_id: str, words: str, file: str, *, repo_type: str | None = None, revision: str | None = None,
+    repo_id: str, words: str, *, repo_type: str = "model", revision: str | None = None,
     token: str | bool | None = None, cache_dir: str | None = None,
 ) -> None:  # fmt: skip
     """Raise InputError, which begins with `words`, where the hub cannot give the files of a name.
 
-    One whose `file` is in the cache is not asked for. A hub that is slow, or that has an error of its own, is left to
-    its client, which tries again.
+    One that is in the cache is not asked for: which of its files are needed, the hub's client knows. A hub that is
+    slow, or that has an error of its own, is left to that client, too, which tries again.
     """
-    from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
+    from huggingface_hub import constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id
 
     near = _near(repo_id)
     try:
         validate_repo_id(repo_id)
-        cached = try_to_load_from_cache(repo_id, file, cache_dir=cache_dir, revision=revision, repo_type=repo_type)
     except errors.HFValidationError as error:
         raise InputError(f"{words}: {near or in_a_line(error)}") from error
-    if isinstance(cached, str):
+    if _is_in_cache(repo_id, repo_type, revision, cache_dir or constants.HF_HUB_CACHE):
         return
     if constants.HF_HUB_OFFLINE:
         remedy = near or "name a folder or a file, or unset HF_HUB_OFFLINE to download it"
         raise InputError(f"{words}: HF_HUB_OFFLINE is set, and the hub's cache has none of this name; {remedy}")
-    hub, page = constants.ENDPOINT, "/".join([constants.ENDPOINT, *(["datasets"] if repo_type else []), repo_id])
+    hub = constants.ENDPOINT
+    page = f"{hub}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
     login = "log in by `hf auth login`" if not (token or get_token()) else "take another token, by `hf auth login`"
     try:
-        _ask(repo_id, file, repo_type, revision, token)
+        _ask(repo_id, repo_type, revision, token)
     except errors.GatedRepoError as error:
         raise InputError(f"{words}: it is gated; accept its conditions at {page}, and {login}") from error
     except errors.RevisionNotFoundError as error:
@@ -162,12 +160,24 @@ def look_up_on_hub(
         ) from error
 
 
+def _is_in_cache(repo_id: str, repo_type: str, revision: str | None, cache_dir: str) -> bool:
+    """Tell whether the hub's cache has a revision's folder, of whichever files."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(os.path.expanduser(cache_dir), repo_folder_name(repo_id=repo_id, repo_type=repo_type))
+    commit = revision or "main"
+    with contextlib.suppress(OSError):  # where it is a commit itself
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8")
+    return (folder / "snapshots" / commit).is_dir()
+
+
 @functools.cache
-def _ask(repo_id: str, file: str, repo_type: str | None, revision: str | None, token: str | bool | None) -> None:
+def _ask(repo_id: str, repo_type: str, revision: str | None, token: str | bool | None) -> None:
     """Ask the hub for a file's head, twice where no connection is made. A file that is not there is no error."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
+    file = "README.md" if repo_type == "dataset" else "config.json"
     url = hf_hub_url(repo_id, file, repo_type=repo_type, revision=revision)
     for pause in (PAUSE_S, None):
         try:
@@ -182,7 +192,10 @@ def _ask(repo_id: str, file: str, repo_type: str | None, revision: str | None, t
 
 
 def _near(name: str) -> str:
-    """Ask for the entry nearest to a name that is not there; the empty text where none is near."""
+    """Ask for the hub id of a page's address, or for the nearest entry of a folder; the empty text where none is."""
+    address = re.match(r"https?://[^/]+/(?:datasets/)?([^/]+/[^/?#]+)", name)
+    if address:
+        return f"did you mean {address[1]!r}?"
     path = Path(os.path.expanduser(name))
     try:
         there = [entry.name for entry in os.scandir(path.parent)][:NEAREST_OF]

@@ -19,14 +19,17 @@ from lowmem_grpo import cli, lookup
 lookup.PAUSE_S = 0.0
 for command in json.load(sys.stdin):
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = cli.main(command)
+        try:
+            status = cli.main(command)
+        except ModuleNotFoundError:
+            status = None  # the names are taken, and what computes is next
     print(json.dumps([status, said.getvalue().strip()]))
 """
 MODEL, ROWS, REWARD = ("--model", str(DEMO_MODEL)), ("--dataset", "rows.jsonl"), ("--reward_funcs", "accuracy_reward")
 TRAIN = ("train", *MODEL, *ROWS)
 PHASES = "model: {model}\noutput_dir: out\nphases: [{{name: a, kind: {kind}, dataset: {dataset}{more}}}]\n"
 FILES = {
-    "rows.jsonl": '{"prompt": "1+1=", "solution": "2"}\n', "empty.jsonl": "", "rows.txt": "1+1=", "file": "",
+    "own.py": "def plain(completions, **columns): ...", "rows.jsonl": '{"prompt": "1+1=", "solution": "2"}\n', "empty.jsonl": "", "rows.txt": "1+1=", "file": "",
     "out/checkpoint-2/trainer_state.json": "{}", "run/adapter/adapter_config.json": "{}",
     "kind.yaml": PHASES.format(model=DEMO_MODEL, kind="grop", dataset="rows.jsonl", more=""),
     "file.yaml": PHASES.format(model=DEMO_MODEL, kind="sft", dataset="rowss.jsonl", more=""),
@@ -41,6 +44,11 @@ MISTAKES = [
     ((*TRAIN, "--reward_funcs", "get_regex_reward"), "call it: get_regex_reward(pattern"),
     ((*TRAIN, "--reward_funcs", "get_regex_reward(patern='x')"), "missing a required argument: 'pattern'"),
     ((*TRAIN, "--reward_funcs", "os.system"), "is of Python's own"),
+    ((*TRAIN, "--reward_funcs", "./own.py:plain"), "name it as Python imports it: own.plain"),
+    ((*TRAIN, "--reward_funcs", "own:plain"), "name it as Python imports it: own.plain"),
+    ((*TRAIN, "--reward_funcs", "accuracy_reward,code_reward"), "give each of several by itself"),
+    ((*TRAIN, "--reward_funcs", "accuracy_reward()"), "is a reward function itself"),
+    ((*TRAIN, "--reward_funcs", "own.plain(scale=1)"), "missing a required argument: 'completions'"),
     ((*TRAIN, "--reward_funcs", "./rm"), "reward model './rm' is not a folder"),
     ((*TRAIN, *REWARD, "--reward_weights", "1", "2"), "has 2 entries for 1 reward functions"),
     (
@@ -54,6 +62,10 @@ MISTAKES = [
     ((*TRAIN, *REWARD, "--eval_dataset", "none.csv"), "eval_dataset 'none.csv' is not a file"),
     ((*TRAIN, *REWARD, "--eval_steps", "5"), "there is no eval_dataset"),
     (("train", "--model", "./nowhere", *ROWS, *REWARD), "model './nowhere' is not a folder"),
+    (
+        ("train", "--model", "https://huggingface.co/Qwen/Qwen2.5-0.5B", *ROWS, *REWARD),
+        "did you mean 'Qwen/Qwen2.5-0.5B'?",
+    ),
     (("train", "--model", "file", *ROWS, *REWARD), "is a file; name the folder that it is in"),
     (("train", "--model", "run", *ROWS, *REWARD), "is the output of a run; its adapter is run/adapter"),
     ((*TRAIN, "--teacher", "./nowhere"), "teacher './nowhere' is not a folder"),
@@ -78,23 +90,93 @@ MISTAKES = [
 ]
 
 
-def answered(mistakes, folder, **environment):
-    """Run the commands in one process, and compare what each says."""
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def run(commands, folder, **environment):
+    """The status and the sentence of each command, run in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps([command for command, _ in mistakes]), cwd=folder,
+        [sys.executable, "-c", PROGRAM], input=json.dumps(commands), cwd=folder,
         env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == len(mistakes), done.stderr
+    assert len(lines) == len(commands), done.stderr
+    return lines
+
+
+def answered(mistakes, folder, **environment):
+    """Compare what each command says."""
+    lines = run([command for command, _ in mistakes], folder, **environment)
     for (status, said), (command, words) in zip(lines, mistakes, strict=True):
         assert status == 2 and words in said and "\n" not in said, f"{command}: {said}"
 
 
 def test_mistakes_are_answered_without_what_computes(tmp_path):
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write(tmp_path, FILES)
     answered(MISTAKES, tmp_path)
+
+
+# What the hub's cache has: a model in GGUF, and one of another branch than main, that was downloaded to be offline.
+CACHE = {
+    "hub/models--me--gguf/refs/main": "abc", "hub/models--me--gguf/snapshots/abc/x.gguf": "x",
+    "hub/models--me--branch/refs/v2": "abc", "hub/models--me--branch/snapshots/abc/config.json": "{}",
+    "hub/datasets--me--rows/refs/main": "abc", "hub/datasets--me--rows/snapshots/abc/rows.jsonl": "{}",
+    "datasets/me___more_rows/x": "",
+}  # fmt: skip
+COMMON = PHASES.replace("phases", "common: {{model_init_kwargs: {{{common}}}}}\nphases")
+TAKEN_FILES = {
+    **CACHE, "rows.jsonl": FILES["rows.jsonl"], "odd name/config.json": "{}", "run/checkpoint-2/trainer_state.json": "{}",
+    "gguf.yaml": COMMON.format(model="me/gguf", kind="sft", dataset="rows.jsonl", more="", common="gguf_file: x.gguf"),
+    "branch.yaml": COMMON.format(model="me/branch", kind="sft", dataset="rows.jsonl", more="", common="revision: v2"),
+    "served.yaml": PHASES.format(
+        model="large", kind="sample", dataset="rows.jsonl", more=", base_url: 'http://localhost:1/v1'"
+    ),
+    "done.yaml": "model: ./gone\noutput_dir: done\nphases: [{name: a, kind: sft, dataset: rows.jsonl}, "
+    "{name: b, kind: sft, dataset: rows.jsonl}]\n",
+    "done/01-a/done.json": "{}",
+    "number.yaml": "model: 3\ndataset: rows.jsonl\nreward_funcs: [accuracy_reward]\n",
+    "own.py": '''
+import functools
+
+def scaled(function):
+    @functools.wraps(function)
+    def inner(**arguments):
+        return function(scale=2.0, **arguments)
+    return inner
+
+@scaled
+def get_reward(scale, offset):
+    return lambda completions, **columns: [scale + offset] * len(completions)
+
+class Table(dict):
+    def __call__(self, completions, **columns):
+        return [0.0] * len(completions)
+''',
+}  # fmt: skip
+OF_KWARGS = ("--model_init_kwargs", '{"gguf_file": "x.gguf", "subfolder": null}')
+TAKEN = [
+    (*TRAIN, *REWARD, "--teacher", "base", "--teacher_system_prompt", "Be brief."),
+    (*TRAIN, "--reward_funcs", "own.get_reward(offset=1.0)"),
+    (*TRAIN, "--reward_funcs", "own.Table(a=1)"),
+    ("train", *MODEL, "--dataset", "me/rows", *REWARD),
+    ("train", *MODEL, "--dataset", "me/More_Rows", *REWARD),
+    ("train", *MODEL, "--dataset", "hf://datasets/me/rows", *REWARD),
+    ("train", "--model", "me/gguf", *ROWS, *REWARD, *OF_KWARGS),
+    ("train", "--model", "odd name", *ROWS, *REWARD),
+    ("train", "--model", "./gone", *ROWS, *REWARD, "--output_dir", "run", "--resume_from_checkpoint", "auto"),
+    ("train", "--config", "number.yaml"),
+    *[("r1", "--config", name, "--dry_run") for name in ("gguf.yaml", "branch.yaml", "served.yaml", "done.yaml")],
+]
+
+
+def test_what_is_there_or_is_no_name_is_not_refused_early(tmp_path):
+    write(tmp_path, TAKEN_FILES)
+    lines = run(TAKEN, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    refused = {" ".join(command): line for command, line in zip(TAKEN, lines, strict=True) if line != [None, ""]}
+    assert not refused
 
 
 @pytest.fixture

@@ -384,6 +384,9 @@ class CriticFields(Checked):
     )
 
 
+OWN_BASE = "base"  # as a teacher's name: the policy's own base
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillationFields(Checked):
     """A teacher that the policy is pulled towards, token by token of what it samples."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import CriticFields, RewardFields, SampledEvaluationFields
+from lowmem_grpo.config.sections import OWN_BASE, CriticFields, RewardFields, SampledEvaluationFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.lookup import has_score_head, look_up_dataset, look_up_model
@@ -34,8 +34,9 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
         refuse_missing_rewards(dataset)
     if needs_rewards and not task and "eval_dataset" not in inputs:
         refuse_without_evaluation(config)
-    if "model" in inputs and getattr(config, "base_url", None) is None:
-        look_up_model(os.path.expanduser(inputs["model"]), config.model_init_kwargs)
+    model = inputs.get("model")
+    if isinstance(model, str) and getattr(config, "base_url", None) is None and not _goes_on(config):
+        look_up_model(os.path.expanduser(model), config.model_init_kwargs)
     for which in ("dataset", "eval_dataset"):
         given = inputs.get(which)
         for one in given if isinstance(given, list) else [given]:
@@ -48,19 +49,25 @@ def look_at_training(config: TrainingConfig) -> None:
 
     Checkpoints that are there are read later, since their files are compared with their checksums.
     """
-    if isinstance(config, GRPOConfig) and config.teacher is not None:
+    if isinstance(config, GRPOConfig) and config.teacher not in (None, OWN_BASE):
         look_up_model(os.path.expanduser(config.teacher), what="teacher")
     if config.push_to_hub:
         from lowmem_grpo.output.hub import check_upload, repository
 
         check_upload(repository(config.hub_model_id, Path(config.output_dir)))
     resume, folder = config.resume_from_checkpoint, writable_folder(config.output_dir)
-    if isinstance(config, GRPOConfig) and (not resume or (resume == "auto" and not checkpoints(folder))):
-        refuse_critic_init(config)  # a checkpoint has what is still read of it
+    if isinstance(config, GRPOConfig) and not _goes_on(config):
+        refuse_critic_init(config)
     if num_started() == 1 and (not resume or not checkpoints(folder)):
         with releasing_locks():
             lock_folder(folder)
             refuse_results(folder, find_checkpoint(folder, resume), begin_anew=resume == "auto")
+
+
+def _goes_on(config: Any) -> bool:
+    """Tell whether a run goes on from a checkpoint, which has what is still read of an adapter that it began from."""
+    resume = getattr(config, "resume_from_checkpoint", None)
+    return bool(resume) and (resume != "auto" or bool(checkpoints(Path(os.path.expanduser(config.output_dir)))))
 
 
 def refuse_other_number(config: RewardFields, number: int) -> None:

@@ -221,7 +221,7 @@ def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
     """The tokenizer that is given or named, or the model's. Raise InputError for what is none."""
     if tokenizer is None or isinstance(tokenizer, str):
         if tokenizer and not os.path.isdir(tokenizer):
-            look_up_model(tokenizer, what="tokenizer", file="tokenizer_config.json")
+            look_up_model(tokenizer, what="tokenizer")
         return load_tokenizer(tokenizer or model, config)
     if not hasattr(tokenizer, "chat_template"):
         raise InputError(

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.sections import AdapterFields
+from lowmem_grpo.config.sections import OWN_BASE, AdapterFields
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.model.adapter_folder import read_adapter_config
@@ -23,7 +23,6 @@ from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.turn_end import turn_end
 from lowmem_grpo.warn import warn
 
-BASE = "base"  # the name of the policy's own base as a teacher
 ADAPTER = "teacher"  # the name that a teacher's adapter has on the policy's base
 BLOCKS, BLOCK_BYTES = 64, 4096  # of a file of weights, from its beginning to its end, that tell it from another
 
@@ -48,7 +47,7 @@ def find_teacher(model: Any, config: GRPOConfig, *, needs_weights: bool = True) 
     if config.teacher is None:
         return None
     name = os.path.expanduser(config.teacher)
-    if name == BASE:
+    if name == OWN_BASE:
         if config.teacher_system_prompt is None:
             raise InputError(
                 "teacher='base' would only hold the policy to its own base, as beta does; set teacher_system_prompt, "
@@ -144,7 +143,7 @@ def files_of(found: FoundTeacher) -> dict[str, str]:
     They are names, sizes and some blocks of each file, and settings; of a model on the hub the revision's name.
     """
     revision = str(getattr(found.model, "_commit_hash", None))
-    names = {"weights": "" if found.name == BASE else found.name}
+    names = {"weights": "" if found.name == OWN_BASE else found.name}
     if found.model is not None and is_adapter(found.name):
         names["weights of its base"] = str(read_adapter_config(found.name).base_model_name_or_path)
     return {what: _files_of(name, revision) for what, name in names.items()}

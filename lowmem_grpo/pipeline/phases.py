@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from lowmem_grpo.errors import (
     shown,
 )
 from lowmem_grpo.inputs.names import look_up_inputs
-from lowmem_grpo.lookup import is_adapter, look_up_model
+from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
 
@@ -150,11 +149,8 @@ def look_up(pipeline: Pipeline, model: str, until: str | None) -> None:
     `model` is the pipeline's as it was given: of Path("./model") its text would be a hub id.
     """
     to_do = [run for run in up_to(pipeline, until) if not (run.folder / DONE).is_file()]
-    if not to_do:
-        return
-    look_up_model(os.path.expanduser(model))
     for run in to_do:
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = {"model": model} if run.origin is None else {}
         for name, value in run.inputs.items():
             given = entries(value)
             if name == "reward_funcs":  # one that is still to be made counts, too
@@ -165,7 +161,7 @@ def look_up(pipeline: Pipeline, model: str, until: str | None) -> None:
         if run.kind.has_model:
             with naming(run.name):
                 look_up_inputs(inputs, run.config, needs_rewards=run.kind.config is GRPOConfig)
-    if pipeline.evaluation is not None:
+    if pipeline.evaluation is not None and to_do:
         named = {"eval_dataset": pipeline.evaluation.dataset, "reward_funcs": pipeline.evaluation.reward_funcs}
         try:
             look_up_inputs(named, pipeline.evaluation.config, needs_rewards=True)

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -64,14 +65,17 @@ def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str
     """Find the function that makes the reward of a name, without calling it."""
     if reward.endswith(")"):
         name, arguments = _read_call(reward)
+        if name in built_in:
+            raise InputError(f"{name} is a reward function itself, and takes no arguments here; write {name}")
         factory = _find(name, factories, "function makes a reward and")
         if factories.get(name.rpartition(".")[2]) is not factory and origin_of_function(factory) != OWN:
             raise InputError(
                 f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
                 f"call {', '.join(factories)}, or a function that you write in a module of your own"
             )
-        with _naming(name, factory):
-            inspect.signature(factory).bind(**arguments)
+        with _naming(name, factory), contextlib.suppress(ValueError):  # of a class that tells no signature
+            # Not of what a decorator wraps, since a decorator may add arguments.
+            inspect.signature(factory, follow_wrapped=False).bind(**arguments)
         return partial(_make, name, factory, arguments)
     if reward in factories:
         raise InputError(
@@ -79,6 +83,13 @@ def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str
             "with names for its arguments"
         )
     folder = os.path.expanduser(reward)
+    module, _, function = reward.partition(":")
+    if (function.isidentifier() or module.endswith(".py")) and not os.path.isdir(folder):
+        module = module.removesuffix(".py").lstrip("./").replace("/", ".")
+        raise InputError(
+            f"reward function {reward!r} is named by a file; name it as Python imports it: "
+            f"{module}.{function or 'function'}"
+        )
     if reward not in built_in and ("/" in reward or os.path.isdir(folder)):
         look_up_model(folder, what="reward model")
         return partial(_of_model, folder)
@@ -133,7 +144,10 @@ def _naming(name: str, factory: Callable) -> Iterator[None]:
 
 
 def _signature(factory: Callable) -> str:
-    return str(inspect.signature(factory).replace(return_annotation=inspect.Signature.empty))
+    try:
+        return str(inspect.signature(factory).replace(return_annotation=inspect.Signature.empty))
+    except (TypeError, ValueError):  # nothing that can be called, or a class that tells none
+        return "(...)"
 
 
 def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
@@ -142,7 +156,9 @@ def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
         return known[name]
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
-        hint = did_you_mean(name, known, f"the built-in ones are {', '.join(known)}")
+        otherwise = f"the built-in ones are {', '.join(known)}"
+        several = len(re.split(r"[\s,]+", name)) > 1
+        hint = "give each of several by itself" if several else did_you_mean(name, known, otherwise)
         raise InputError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, os.getcwd())
