@@ -8,7 +8,6 @@ from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.cli.settings import count_of
 from lowmem_grpo.errors import InputError, printable, shown
-from lowmem_grpo.lookup import look_up_model
 from lowmem_grpo.terminal import show
 
 EXAMPLE = """\
@@ -57,6 +56,7 @@ def run_export(given: dict[str, Any]) -> int:
     given |= {name: _is_on(name, given[name]) for name, _ in SWITCHES if name in given}
     model, merge_to = given.pop("model"), given.pop("merge", None)
     from lowmem_grpo.exporting.asked import outputs_of
+    from lowmem_grpo.lookup import look_up_model
 
     names = ("onto", "dtype", "gguf", "llama_cpp", "push", "private")
     outputs_of(model, merge_to, num_texts=num_texts, **{name: given.get(name) for name in names})

@@ -12,8 +12,6 @@ from lowmem_grpo.cli.settings import INPUTS, PLANNED, WITHOUT_EVAL_DATASET, coun
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.inputs.names import look_up_inputs
-from lowmem_grpo.lookup import look_up_model
 from lowmem_grpo.terminal import columns_of, show
 
 EVAL_EXAMPLE = """\
@@ -87,6 +85,8 @@ def run_eval(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
     model, dataset, rewards = inputs["model"], inputs["dataset"], inputs.get("reward_funcs")
+    from lowmem_grpo.inputs.names import look_up_inputs
+
     look_up_inputs({"model": model, "eval_dataset": dataset, "reward_funcs": rewards}, config, needs_rewards=True)
     from lowmem_grpo.evaluation.evaluate import measure_model
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
@@ -111,6 +111,8 @@ def run_data(given: dict[str, Any]) -> int:
     count = count_of(given, "rows", "prompts", 3)
     inputs, fields = read_settings(given, command="data")
     config = GRPOConfig(**fields)
+    from lowmem_grpo.inputs.names import look_up_inputs
+
     look_up_inputs(inputs, config)
     from lowmem_grpo.inputs.prompts import read_data_inputs
     from lowmem_grpo.preview.prompts import as_text, faults, make_previews
@@ -145,6 +147,8 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         if config.base_url is not None:
             raise InputError("a model behind base_url takes no memory here, so that there is nothing to plan")
         config = config.for_sampler()
+    from lowmem_grpo.lookup import look_up_model
+
     look_up_model(os.path.expanduser(model), config.model_init_kwargs)
     from lowmem_grpo.inputs.rewards import worn_by
     from lowmem_grpo.model.find import adapter_config, find_model, read_config

@@ -11,7 +11,6 @@ from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.errors import InputError, printable, shown
-from lowmem_grpo.inputs.names import look_up_inputs
 from lowmem_grpo.terminal import show
 
 SAMPLE_EXAMPLE = """\
@@ -83,6 +82,8 @@ def add(commands: Commands) -> None:
 def run_sample(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given, command="sample", config=SampleConfig)
     config = SampleConfig(**fields)
+    from lowmem_grpo.inputs.names import look_up_inputs
+
     look_up_inputs(inputs, config)
     from lowmem_grpo.pipeline.sample import sample
     from lowmem_grpo.rollout.metrics import in_words

@@ -10,7 +10,6 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, printable
-from lowmem_grpo.inputs.names import look_at_training, look_up_inputs
 from lowmem_grpo.terminal import show
 
 TRAIN_EXAMPLE = """\
@@ -62,8 +61,9 @@ def add(commands: Commands) -> None:
 def run_train(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given)
     config = GRPOConfig(**fields)
-    look_up_inputs(inputs, config, needs_rewards=True)
-    look_at_training(config)
+    from lowmem_grpo.inputs.names import look_up_training
+
+    look_up_training(inputs, config, needs_rewards=True)
     from lowmem_grpo.loops.grpo import train
 
     result = train(
@@ -83,8 +83,9 @@ def run_sft(given: dict[str, Any]) -> int:
     if "reward_funcs" in inputs:
         raise InputError("reward_funcs is for `lowmem-grpo train`; sft imitates examples and has no rewards")
     config = SFTConfig(**fields)
-    look_up_inputs(inputs, config)
-    look_at_training(config)
+    from lowmem_grpo.inputs.names import look_up_training
+
+    look_up_training(inputs, config)
     from lowmem_grpo.loops.sft import sft
 
     result = sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
@@ -98,8 +99,9 @@ def run_reward(given: dict[str, Any]) -> int:
     if "reward_funcs" in inputs:
         raise InputError("reward_funcs is for `lowmem-grpo train`; reward learns from pairs, and makes one")
     config = RewardConfig(**fields)
-    look_up_inputs(inputs, config)
-    look_at_training(config)
+    from lowmem_grpo.inputs.names import look_up_training
+
+    look_up_training(inputs, config)
     from lowmem_grpo.loops.reward import train_reward_model
 
     result = train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)

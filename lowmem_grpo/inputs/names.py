@@ -44,11 +44,12 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
                 look_up_dataset(one, "train_dataset" if which == "dataset" else which)
 
 
-def look_at_training(config: TrainingConfig) -> None:
-    """Raise InputError where a training's teacher or critic is not there, or its output_dir is none for it.
+def look_up_training(inputs: Mapping[str, Any], config: TrainingConfig, *, needs_rewards: bool = False) -> None:
+    """Raise InputError where an input, the teacher or the critic is not there, or output_dir is none for this training.
 
     Checkpoints that are there are read later, since their files are compared with their checksums.
     """
+    look_up_inputs(inputs, config, needs_rewards=needs_rewards)
     if isinstance(config, GRPOConfig) and config.teacher not in (None, OWN_BASE):
         look_up_model(os.path.expanduser(config.teacher), what="teacher")
     if config.push_to_hub:
