@@ -100,7 +100,7 @@ def look_up_dataset(dataset: str, name: str) -> None:
 
 
 def _is_prepared(dataset: str) -> bool:
-    """Tell whether `datasets` has a dataset of the hub in its own cache, and reads it without the hub."""
+    """Tell whether `datasets` has a dataset in its own cache, from which it reads without the hub."""
     from huggingface_hub import constants
 
     cache = os.path.expanduser(os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
@@ -192,7 +192,10 @@ def _ask(repo_id: str, repo_type: str, revision: str | None, token: str | bool |
 
 
 def _near(name: str) -> str:
-    """Ask for the hub id of a page's address, or for the nearest entry of a folder; the empty text where none is."""
+    """Ask whether another name was meant, or say nothing.
+
+    It is the hub id in a page's address, or the entry of a folder whose name is near to one that is not there.
+    """
     address = re.match(r"https?://[^/]+/(?:datasets/)?([^/]+/[^/?#]+)", name)
     if address:
         return f"did you mean {address[1]!r}?"

@@ -1,4 +1,4 @@
-"""A run's inputs, looked up by their names before anything is imported that computes, which takes seconds."""
+"""A run's inputs, looked up by name before anything is imported that computes, which takes seconds."""
 
 import os
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def look_up_training(inputs: Mapping[str, Any], config: TrainingConfig, *, needs
 
 
 def _goes_on(config: Any) -> bool:
-    """Tell whether a run goes on from a checkpoint, which has what is still read of an adapter that it began from."""
+    """Tell whether a run goes on from a checkpoint. That has what is still read of an adapter that it began from."""
     resume = getattr(config, "resume_from_checkpoint", None)
     return bool(resume) and (resume != "auto" or bool(checkpoints(Path(os.path.expanduser(config.output_dir)))))
 

@@ -62,7 +62,7 @@ def _resolve(reward: Any, built_in: Mapping[str, Callable], factories: Mapping[s
 
 
 def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable[[], Any]:
-    """Find the function that makes the reward of a name, without calling it."""
+    """The maker of a name's reward, which is found, and not called yet."""
     if reward.endswith(")"):
         name, arguments = _read_call(reward)
         if name in built_in:

@@ -90,7 +90,7 @@ def look_up_task(name: str) -> bool:
 
 
 def _maker(name: str) -> Callable[[], Task] | None:
-    """Find the function that makes the task of a name; None where the name is no task's."""
+    """The maker of a name's task, or None where the name is no task's."""
     head, _, query = name.partition("?")
     family, colon, member = head.partition(":")
     if colon and family == REASONING_GYM:
