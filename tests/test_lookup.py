@@ -87,6 +87,7 @@ MISTAKES = [
     (("r1", "--config", "reward.yaml", "--dry_run"), "phase a: no reward function is named 'acuracy'"),
     (("r1", "--config", "model.yaml", "--dry_run"), "model './nowhere' is not a folder"),
     (("r1", "--config", "file.yaml", "--until", "b"), "--until 'b' is none of the phases"),
+    (("r1", "--config", "file.yaml", "--from", "b"), "--from 'b' is none of the phases"),
 ]
 
 

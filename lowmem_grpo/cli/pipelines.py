@@ -62,12 +62,13 @@ def run_phases(given: dict[str, Any]) -> int:
 
     common, evaluation = settings.get("common"), settings.get("eval")
     pipeline = resolve(places["model"], settings["phases"], places["output_dir"], common, evaluation)
-    look_up(pipeline, str(places["model"]), given.get("until"))
+    until, begin_at = given.get("until"), given.get("from")
+    look_up(pipeline, str(places["model"]), until, begin_at)
     from lowmem_grpo.pipeline.pipeline import run_pipeline
 
     result = run_pipeline(
         places["model"], settings["phases"], places["output_dir"], common=common, evaluation=evaluation,
-        until=given.get("until"), begin_at=given.get("from"), dry_run=given.get("dry_run", False),
+        until=until, begin_at=begin_at, dry_run=given.get("dry_run", False),
     )  # fmt: skip
     if result.adapter is not None:
         with writing_output():

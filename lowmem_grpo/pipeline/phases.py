@@ -131,10 +131,20 @@ def resolve(
 
 def up_to(pipeline: Pipeline, until: str | None) -> list[PhaseRun]:
     """The phases to the one that is the last to run, that one too."""
-    return pipeline.runs if until is None else pipeline.runs[: index_of(pipeline, until, "until") + 1]
+    return pipeline.runs if until is None else pipeline.runs[: _index_of(pipeline, until, "until") + 1]
 
 
-def index_of(pipeline: Pipeline, name: str, flag: str) -> int:
+def begun_anew(pipeline: Pipeline, name: str | None, wanted: list[PhaseRun]) -> list[PhaseRun]:
+    """The phases that are to be done anew."""
+    if name is None:
+        return []
+    index = _index_of(pipeline, name, "from")
+    if index >= len(wanted):
+        raise InputError(f"--from {name} is after --until {wanted[-1].name}; name one that comes before it")
+    return pipeline.runs[index:]
+
+
+def _index_of(pipeline: Pipeline, name: str, flag: str) -> int:
     """The place of a phase that a flag names. Raise InputError where it names none."""
     names = [run.name for run in pipeline.runs]
     if name not in names:
@@ -143,12 +153,14 @@ def index_of(pipeline: Pipeline, name: str, flag: str) -> int:
     return names.index(name)
 
 
-def look_up(pipeline: Pipeline, model: str, until: str | None) -> None:
+def look_up(pipeline: Pipeline, model: str, until: str | None, begin_at: str | None) -> None:
     """Raise InputError for a model, dataset or reward that phases to do name and that is not there.
 
     `model` is the pipeline's as it was given: of Path("./model") its text would be a hub id.
     """
-    to_do = [run for run in up_to(pipeline, until) if not (run.folder / DONE).is_file()]
+    wanted = up_to(pipeline, until)
+    anew = begun_anew(pipeline, begin_at, wanted)
+    to_do = [run for run in wanted if run in anew or not (run.folder / DONE).is_file()]
     for run in to_do:
         inputs: dict[str, Any] = {"model": model} if run.origin is None else {}
         for name, value in run.inputs.items():

@@ -18,7 +18,7 @@ from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import Outlook, entries
-from lowmem_grpo.pipeline.phases import BASE, Evaluation, PhaseRun, Pipeline, index_of, naming, resolve, up_to
+from lowmem_grpo.pipeline.phases import BASE, Evaluation, PhaseRun, Pipeline, begun_anew, naming, resolve, up_to
 from lowmem_grpo.pipeline.record import (
     fingerprint,
     is_done,
@@ -87,7 +87,7 @@ def run_pipeline(
     refuse_several("run_pipeline()")
     pipeline = resolve(model, phases, output_dir, common, evaluation)
     wanted = up_to(pipeline, until)
-    anew = _from(pipeline, begin_at, wanted)
+    anew = begun_anew(pipeline, begin_at, wanted)
     if not dry_run:
         lock_folder(writable_folder(str(pipeline.output_dir)))
     _refuse_other_phases(pipeline)
@@ -173,16 +173,6 @@ def _report(pipeline: Pipeline, console: Console) -> None:
             _say(console, f"report: {write_report(pipeline.output_dir)}")
     except Exception as error:
         _say(console, f"{pipeline.output_dir / NAME} cannot be made ({in_a_line(error)})")
-
-
-def _from(pipeline: Pipeline, name: str | None, wanted: list[PhaseRun]) -> list[PhaseRun]:
-    """The phases that are to be done anew."""
-    if name is None:
-        return []
-    index = index_of(pipeline, name, "from")
-    if index >= len(wanted):
-        raise InputError(f"--from {name} is after --until {wanted[-1].name}; name one that comes before it")
-    return pipeline.runs[index:]
 
 
 def _refuse_other_phases(pipeline: Pipeline) -> None:
