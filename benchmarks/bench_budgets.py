@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import gc
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -75,15 +76,17 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
     return found
 
 
-def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> dict[str, Any]:
+def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> Iterator[dict[str, Any]]:
+    """What is predicted, and on a GPU once more with what was measured, which takes longest."""
     found = planner.plan(make_config(shape, 0, 1), config)
     result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": planner.as_dict(found)}
+    yield result
     if on_gpu and found.remedy is None:
         gc.collect()  # the model before has cycles, and would count
         torch.cuda.empty_cache()
         with planner.limit_memory(found, torch.device("cuda", torch.cuda.current_device())):
-            result["measured"] = measure.attempt(partial(measured_peaks, shape, found.config))
-    return result
+            measured = measure.attempt(partial(measured_peaks, shape, found.config))
+        yield result | {"measured": measured}
 
 
 def cell(result: dict[str, Any]) -> str:
@@ -132,9 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     budgets, results = arguments.vram_budget or list(BUDGETS), []
     for shape in arguments.shape or REAL:
         for budget in budgets:
-            results.append(try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu))
-            found = measure.document("bench_budgets", argv, device, task=task, budgets=budgets, results=results)
-            measure.save(found, arguments.output)
+            for result in try_one(shape, GRPOConfig(**task, vram_budget=budget), on_gpu):
+                found = measure.document(
+                    "bench_budgets", argv, device, task=task, budgets=budgets, results=[*results, result]
+                )
+                measure.save(found, arguments.output)
+            results.append(result)
     measure.show(tables(found))
     print("\nlowered or switched on: " + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items()))
 

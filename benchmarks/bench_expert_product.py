@@ -11,7 +11,7 @@ reads and writes in that time. The error is relative to fp64. Weights are random
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -137,10 +137,9 @@ def copy_speed(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def bench(shape: str, rows: list[int], device: torch.device, repetitions: int) -> dict[int, dict[str, Any]]:
-    """Bytes of a pass by rows, and by implementation failed, or seconds (Timing) of a pass and error."""
+def bench(shape: str, rows: list[int], device: torch.device, repetitions: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """For each number of rows bytes of a pass, and by implementation failed, or seconds (Timing) and error."""
     stacks = make_stacks(shape, device)
-    found: dict[int, dict[str, Any]] = {}
     for count in rows:
         passes = make_passes(shape, stacks, count, device)
         truth = in_fp64(stacks, passes[0])
@@ -168,8 +167,7 @@ def bench(shape: str, rows: list[int], device: torch.device, repetitions: int) -
                 continue
             seconds = measure.Timing(*(value / PASSES for value in timing[:3]), repetitions=timing.repetitions)
             results[name] = {"seconds": seconds, "error": runs[name][1]}
-        found[count] = {"bytes": sum(bytes_read(stacks, one) for one in passes) / PASSES, "results": results}
-    return found
+        yield count, {"bytes": sum(bytes_read(stacks, one) for one in passes) / PASSES, "results": results}
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -205,11 +203,13 @@ def main(argv: list[str] | None = None) -> None:
     shapes, rows, repetitions = given.shape or MIXTURES, given.rows, given.repetitions
     if given.quick:
         shapes, rows, repetitions = tiny, [1, 4], 1
-    speed, results = copy_speed(device), {}
+    speed = copy_speed(device)
+    results: dict[str, dict[int, dict[str, Any]]] = {}
     for shape in shapes:
-        results[shape] = bench(shape, rows, device, repetitions)
-        found = measure.document("bench_expert_product", argv, device, copy_bytes_per_s=speed, shapes=results)
-        measure.save(found, given.output)
+        for count, entry in bench(shape, rows, device, repetitions):
+            results.setdefault(shape, {})[count] = entry
+            found = measure.document("bench_expert_product", argv, device, copy_bytes_per_s=speed, shapes=results)
+            measure.save(found, given.output)
     measure.show(tables(found))
 
 

@@ -15,7 +15,7 @@ kernel's splits_of finds it.
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil, prod
 from typing import Any
@@ -143,14 +143,13 @@ def bench(
 
 def choose(
     shape: str, rows: Sequence[int], device: torch.device, repetitions: int, warmups: int
-) -> dict[str, dict[str, Any]]:
-    """Seconds (Timing) of `copies` of each product of a step by contender and rows, and the fastest's splits.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each product of a step seconds (Timing) of `copies` by contender and rows, and the fastest's splits.
 
     The fastest has the least product of medians over all rows. Splits None, "bitsandbytes" by name, is one product
     for each weight.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    found = {}
     for name, (outs, into) in products_of_a_step(shape).items():
         copies = max(1, ceil(CACHE_BYTES[device.type] / (sum(outs) * into / 2)))
         weights = [[_quantized(out, into, device) for out in outs] for _ in range(copies)]
@@ -172,9 +171,10 @@ def choose(
         finished = {c: n for c, n in contenders.items() if all(isinstance(seconds[m][c], measure.Timing) for m in rows)}
         total = {contender: prod(seconds[count][contender].median for count in rows) for contender in finished}
         chosen = min(total, key=lambda contender: total[contender])
-        found[name] = {"key": nf4_product.shape_key(outs, into), "chosen": chosen, "splits": contenders[chosen]}
-        found[name] |= {"copies": copies, "by_rows": seconds}
-    return found
+        yield name, {
+            "key": nf4_product.shape_key(outs, into), "chosen": chosen, "splits": contenders[chosen],
+            "copies": copies, "by_rows": seconds,
+        }  # fmt: skip
 
 
 def _quantized(out: int, into: int, device: torch.device) -> tuple[Tensor, QuantState]:
@@ -231,8 +231,10 @@ def table_of_choices(found: dict[str, Any]) -> str:
 
 def tables(found: dict[str, Any]) -> str:
     """The document as tables for people."""
-    clock = "us" if "gpu" in found["machine"] else "CPU us"
     rows = list(next(iter(found["results"].values())))
+    if "by_rows" in rows:
+        return table_of_choices(found)
+    clock = "us" if "gpu" in found["machine"] else "CPU us"
 
     def cell(result: dict) -> str:
         return result["failed"] if "failed" in result else f"{1e6 * result['seconds']['median']:.0f}"
@@ -262,11 +264,13 @@ def main(argv: list[str] | None = None) -> None:
     repetitions = 1 if given.quick else given.repetitions
     if given.choose:
         rows = [1, 8] if given.quick else CHOSEN_BY if given.rows is ROWS else given.rows
-        results = choose(shape, rows, device, repetitions, given.warmups)
-        found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)
-        measure.show(table_of_choices(found))
-        keep(results, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
-        measure.save(found, given.output)
+        chosen: dict[str, dict[str, Any]] = {}
+        for name, result in choose(shape, rows, device, repetitions, given.warmups):
+            chosen[name] = result
+            found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=chosen)
+            measure.save(found, given.output)
+        measure.show(tables(found))
+        keep(chosen, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
         return
     results = bench(shape, rows, names, device, repetitions, given.warmups)
     found = measure.document("bench_gemm_4bit", argv, device, shape=shape, results=results)

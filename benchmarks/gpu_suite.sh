@@ -20,26 +20,29 @@ python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s
 new_s=60
-new="tests/test_expert_product.py tests/test_delta_step.py tests/test_sinks.py tests/test_experts.py
-tests/test_gpu_runs.py::test_a_run_that_goes_on_is_the_run_that_was_not_stopped
-tests/test_gpu_runs.py::test_a_run_whose_completions_share_prompts_goes_on"
+new="tests/test_gpu_runs.py::test_a_run_that_goes_on_is_the_run_that_was_not_stopped
+tests/test_gpu_runs.py::test_a_run_whose_completions_share_prompts_goes_on
+tests/test_expert_product.py tests/test_delta_step.py tests/test_sinks.py tests/test_experts.py"
 mkdir -p "$results"
 [ -z "${OUT:-}" ] || cp benchmarks/results/nvidia-*.json "$results" 2>/dev/null
 for folder in kernels benchmarks; do # links that an archive may have lost
     [ -e "lowmem_grpo/$folder" ] || ln -s "../$folder" "lowmem_grpo/$folder"
 done
 
-run_tests() { # seconds, name of the file, and words for pytest
-    found="$results/${DRY_RUN:+dry-run-}$2.txt"
+run_tests() { # seconds, name of the file, how xdist hands out tests, and words for pytest
+    found="$results/${DRY_RUN:+dry-run-}$2.txt" limit=${DRY_RUN:+0}
     "$python" -m lowmem_grpo.benchmarks.measure | tee "$found"
-    workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 11 --dist loadfile")
-    # -v, since a run that is cut short prints no summary.
-    timeout "$1" "$python" -m pytest -v --tb=short -m gpu ${DRY_RUN:+--collect-only} $workers "${@:3}" >>"$found" 2>&1
+    workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 11 --dist $3")
+    # A run that is cut short says why tests failed only if it is interrupted.
+    timeout -s INT -k 10 "${limit:-$1}" "$python" -m pytest -v --tb=short -m gpu ${DRY_RUN:+--collect-only} $workers \
+        "${@:4}" >>"$found" 2>&1
     echo "exit status $?" >>"$found"
+    grep -E "^(FAILED|ERROR) " "$found"
     tail -n 40 "$found"
 }
 if [ $# -eq 0 ]; then
-    [ "$call" != tests ] || run_tests $tests_s gpu-tests
-    [ "$call" != families ] || run_tests $new_s gpu-tests-families $new
+    [ "$call" != tests ] || run_tests $tests_s gpu-tests loadfile
+    # Most of these compile kernels, and four are whole runs in one file.
+    [ "$call" != families ] || run_tests $new_s gpu-tests-families load $new
 fi
 "$python" -m lowmem_grpo.benchmarks --call "$call" --output_dir "$results" ${DRY_RUN:+--dry_run} "$@"

@@ -140,7 +140,10 @@ def _head(shape: int, document: dict[str, Any]) -> str:
 
 
 def _budget(document: dict[str, Any]) -> str:
-    return importlib.import_module("lowmem_grpo.benchmarks.bench_budgets").cell(document["results"][0]) + " GB"
+    result = document["results"][0]
+    if result["plan"]["fits"] and "measured" not in result:  # stopped before it had this
+        return NOT_YET
+    return importlib.import_module("lowmem_grpo.benchmarks.bench_budgets").cell(result) + " GB"
 
 
 def _experts(shape: str, document: dict[str, Any]) -> str:

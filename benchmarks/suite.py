@@ -154,7 +154,7 @@ PROGRAMME = {
         "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 65),
         "decode-gpt-oss-20b": Part("bench_decode", f"--shape gpt-oss-20b {_BOTH}", 60),
         "decode-qwen3-30b-a3b": Part("bench_decode", f"--shape qwen3-30b-a3b {_BOTH}", 65),
-        "expert_product": Part("bench_expert_product", "", 40),
+        "expert_product": Part("bench_expert_product", "--rows 64 16 4 1", 40),
     },
     "fit": {
         "budget-qwen3.5-4b": Part("bench_budgets", f"--shape qwen3.5-4b --vram_budget 12GB {_FIT}", 80),

@@ -1,5 +1,6 @@
 """What benchmarks/ measures is what it says it measures."""
 
+import contextlib
 import json
 import math
 import socket
@@ -29,6 +30,7 @@ from lowmem_grpo.benchmarks import (
     bench_update,
     measure,
     profile_step,
+    report,
     sampling_error,
     suite,
     trainers,
@@ -38,6 +40,7 @@ from lowmem_grpo.benchmarks.measure import Failed, Timing
 from lowmem_grpo.benchmarks.random_model import made, make_config, make_random_model, vocabulary_of
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.model.experts import Mxfp4Stack, Nf4Stack
+from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.run.meter import Meter
 
 CPU = torch.device("cpu")
@@ -262,13 +265,22 @@ def test_a_step_of_the_gated_delta_rule_is_timed_beside_transformers_own(tmp_pat
     assert "| GB/s of states |" in capsys.readouterr().out
 
 
-def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def saved(monkeypatch):
+    """What a benchmark saves, as often as it does: that of a process that is stopped is the last one."""
+    found, save = [], measure.save
+    monkeypatch.setattr(measure, "save", lambda document, path: found.append(document) or save(document, path))
+    return found
+
+
+def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypatch, capsys, saved):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     table, output = tmp_path / "lowmem_grpo/nf4_product.json", tmp_path / "result.json"
     table.parent.mkdir()
     table.write_text(json.dumps({"another card": {"1x64": 3}, "cpu": {"256x256": 77, "1x64": 5}}))
     arguments = ["--quick", "--choose", "--warmups=0", "--device=cpu", f"--output={output}"]
     bench_gemm_4bit.main(arguments)
+    assert [len(one["results"]) for one in saved] == [1, 2, 3, 4]
     results = json.loads(output.read_text())["results"]
     assert not list(suite.faults(results))
     assert [result["key"] for result in results.values()] == ["256+64+64x256", "256x256", "768+768x256", "256x768"]
@@ -282,7 +294,7 @@ def test_the_fastest_product_of_each_shape_is_kept_for_a_card(tmp_path, monkeypa
         }
         assert total[result["chosen"]] == min(total.values())
         assert (result["splits"] is None) == (result["chosen"] == "bitsandbytes")
-    assert "split in 2" in capsys.readouterr().out
+    assert "split in 2" in capsys.readouterr().out and "split in 2" in report.tables(saved[0])
 
 
 def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
@@ -299,11 +311,26 @@ def test_budgets_are_predicted_without_a_gpu(tmp_path, capsys):
         assert bench_budgets.cell({"plan": {"fits": False, "remedy": remedy}}) == shown
 
 
-def test_a_step_whose_peaks_a_gpu_would_measure_runs():
+def test_a_prediction_is_there_before_it_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(planner, "limit_memory", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(bench_budgets, "measured_peaks", lambda *_: {"memory/update/peak_mib": 1.0})
+    config = GRPOConfig(max_completion_length=32, max_prompt_length=32, vram_budget="1GB")
+    predicted, measured = bench_budgets.try_one("tiny", config, True)
+    assert predicted["plan"]["fits"] and measured == predicted | {"measured": {"memory/update/peak_mib": 1.0}}
+
+
+of_the_programme = [f"tiny-{name}" for name in ("qwen3.5-4b", "gpt-oss-20b", "qwen3-30b-a3b")]
+
+
+@pytest.mark.parametrize(
+    "shape", ["tiny", *(pytest.param(shape, marks=pytest.mark.slow) for shape in of_the_programme)]
+)
+def test_a_step_whose_peaks_a_gpu_would_measure_runs(shape):
     config = GRPOConfig(
         use_cpu=True, max_completion_length=8, max_prompt_length=8, prompts_per_step=2, num_generations=2
     )
-    found = bench_budgets.measured_peaks("tiny", config, "cpu")
+    found = bench_budgets.measured_peaks(shape, config, "cpu")
     assert {"memory/rollout/peak_mib", "memory/reference/peak_mib", "memory/update/peak_mib"} <= found.keys()
     result = {"measured": found, "plan": {"fits": True, "changes": [], "peak": 10**9}}
     assert bench_budgets.cell(result).startswith("1.0; measured ")
@@ -545,8 +572,9 @@ def test_a_random_model_of_a_family_has_its_experts_in_the_4_bits_of_its_checkpo
     assert make_config(family, 0, 1).vocab_size == vocabulary_of(family)
 
 
-def test_what_reads_experts_is_timed_with_its_error_and_bytes(tmp_path, capsys):
+def test_what_reads_experts_is_timed_with_its_error_and_bytes(tmp_path, capsys, saved):
     bench_expert_product.main(["--quick", f"--output={tmp_path / 'x.json'}"])
+    assert [[len(by_rows) for by_rows in one["shapes"].values()] for one in saved] == [[1], [2], [2, 1], [2, 2]]
     found = json.loads((tmp_path / "x.json").read_text())
     assert not list(suite.faults(found)) and list(found["shapes"]) == ["tiny-qwen3-30b-a3b", "tiny-gpt-oss-20b"]
     for by_rows in found["shapes"].values():

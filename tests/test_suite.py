@@ -83,6 +83,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     run = {"step_s": 2.0, "peak_mib": 1500.0}
     times = {"train_s": {"median": 3.0}, "score_s": {"median": 1.5}}
     head = {"ours": times, "two bare GEMMs": {"train_s": {"median": 2.0}, "score_s": {"median": 1.0}}}
+    plan = {"fits": True, "peak": 7.6e9, "changes": []}
+    peaks = {"memory/update/peak_mib": 6000.0, "memory/out_of_memory": 0, "rollout/out_of_memory": 0}
     parts = {
         "decode-1.5b": {**at, "results": {"ours": {"tokens_per_s": 21234.5}}},
         "decode-7b": {**at, "results": {}},
@@ -90,7 +92,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
         "step-1.5b": {**at, "results": {"lowmem_grpo": [run]}},
         "step-beside": {**at, "results": {"lowmem_grpo": [run], "TRL": [{"failed": "not done in 35 s"}]}},
         "head-tiles": {**at, "shapes": [{"results": head}]},
-        "budget-7b": {**at, "results": [{"plan": {"fits": True, "peak": 7.6e9, "changes": []}}]},
+        "budget-1.5b": {**at, "results": [{"plan": plan}]},
+        "budget-7b": {**at, "results": [{"plan": plan, "measured": peaks}]},
     }
     (tmp_path / "nvidia-a.json").write_text(json.dumps({"parts": parts}))
     rows = dict(line.strip("| ").split(" | ", 1) for line in report.summary(tmp_path, "nvidia-*.json").splitlines()[2:])
@@ -103,7 +106,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     assert found["the head, as last changed, over two bare products, D 1536"] == "1.50, forward alone 1.50"
     assert found["the head, as last changed, over two bare products, D 3584"] == report.NOT_YET, "stopped before it"
     assert found["64 even completions of a 7B model, in steps"] == report.NOT_YET
-    assert found["peak of a 7B model in 8 GB"] == "7.6 GB"
+    assert found["peak of a 1.5B model in 4 GB"] == report.NOT_YET, "predicted alone"
+    assert found["peak of a 7B model in 8 GB"] == "7.6; measured 6.8 GB"
 
 
 def test_a_place_may_ask_for_some_rows_and_columns():
@@ -365,7 +369,7 @@ def test_the_programme_calls_what_it_says_and_asks_for_one_of_them(tmp_path, mon
         "-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist loadfile",
         of_suite + f"--call tests --output_dir {out} --dry_run",
         "-m lowmem_grpo.benchmarks.measure", "-c import xdist",
-        f"-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist loadfile {' '.join(new_tests())}",
+        f"-m pytest -v --tb=short -m gpu --collect-only -n 11 --dist load {' '.join(new_tests())}",
         of_suite + f"--call families --output_dir {out} --dry_run",
     ]  # fmt: skip
     assert {file.name for file in out.glob("nvidia*")} == {file.name for file in RESULTS.glob("nvidia-*.json")}
