@@ -296,25 +296,8 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         return Forecast(resident, {"update": update, "evaluation": without_gradient}, traced.padded)
     if config.reference == "initial" or config.sync_ref_model:
         resident["the reference's adapter"] = 4 * traced.adapter_numbers
-    # "auto" is dense on a CPU, where memory allows and the engine samples.
-    auto = config.rollout_weights == "auto" and config.use_cpu and not traced.padded
-    dense = config.rollout_weights == "dense" or auto
-    count = _generate_bytes if traced.padded else _engine_bytes
-    rollout = count(key, config, traced, 0 if dense else layer)
-    if dense:
-        rollout["dense weights"] = traced.dense
-    adapters = dtype.itemsize * traced.adapter_numbers
-    # Steps by an outline: ranks are filled up, and rotations stay. Layers that keep a state have none.
-    if not config.use_cpu and not traced.padded and not traced.states.held:
-        rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
-        adapters = adapters * math.ceil(rank / RANK) * RANK // rank
-        positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
-        largest = max(layer.head_dim for layer in traced.layers.values())
-        resident["cosines and sines"] = 2 * positions * largest * dtype.itemsize
-    rollout["adapters in the compute dtype"] = adapters
-    if config.has_lasting_graphs and not traced.padded:
-        for name in ("captured steps", "adapters in the compute dtype", *([OF_SLOTS] if traced.states.held else [])):
-            resident[name] = rollout.pop(name)
+    rollout, lasting = _rollout_bytes(key, config, traced, layer)
+    resident |= lasting
     worth = _state_tokens(traced, config)
     if not config.learns:
         del resident["gradients"], resident["optimizer state"]
@@ -341,6 +324,31 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         held, phases["teacher"] = _teacher_bytes(key, config, without_gradient)
         resident |= held
     return Forecast(resident, phases, traced.padded, worth)
+
+
+def _rollout_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of a rollout, and of what it leaves for the next one; `layer` are those of a dequantized one."""
+    dtype, lasting = getattr(torch, config.compute_dtype), {}
+    # "auto" is dense on a CPU, where memory allows and the engine samples.
+    auto = config.rollout_weights == "auto" and config.use_cpu and not traced.padded
+    dense = config.rollout_weights == "dense" or auto
+    count = _generate_bytes if traced.padded else _engine_bytes
+    rollout = count(key, config, traced, 0 if dense else layer)
+    if dense:
+        rollout["dense weights"] = traced.dense
+    adapters = dtype.itemsize * traced.adapter_numbers
+    # Steps by an outline: ranks are filled up, and rotations stay. Layers that keep a state have none.
+    if not config.use_cpu and not traced.padded and not traced.states.held:
+        rank = key.adapter.r  # type: ignore[attr-defined] # a LoraConfig's
+        adapters = adapters * math.ceil(rank / RANK) * RANK // rank
+        positions = math.ceil(_longest(config) / POSITIONS) * POSITIONS
+        largest = max(one.head_dim for one in traced.layers.values())
+        lasting["cosines and sines"] = 2 * positions * largest * dtype.itemsize
+    rollout["adapters in the compute dtype"] = adapters
+    if config.has_lasting_graphs and not traced.padded:
+        for name in ("captured steps", "adapters in the compute dtype", *([OF_SLOTS] if traced.states.held else [])):
+            lasting[name] = rollout.pop(name)
+    return rollout, lasting
 
 
 def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
