@@ -37,6 +37,7 @@ from lowmem_grpo.rewards import (
     get_judge_reward,
     get_model_reward,
     get_regex_reward,
+    get_routed_reward,
 )
 
 SETTINGS = {"rewards": text_reward, "max_completion_length": 4}
@@ -202,49 +203,72 @@ def test_a_reward_of_the_users_that_was_made_with_other_settings_is_said(tmp_pat
         refuse_another_run(resume, other)
 
 
-REWARD = """
-import functools, re
-WORDS, PATTERN, UNUSED = ("a", "b"), re.compile("x"), 1
+HELPERS = """
+import functools, re, time
+SEP = "x"
+WORDS, PATTERN = ("a", "b"), re.compile(SEP)
+UNUSED = 1
+CALLS, START, SEEN = 0, time.time(), {}
 def parse(text):
+    global CALLS
+    CALLS, SEEN[text] = CALLS + 1, START
     return size(text)
 @functools.cache
 def size(text):
     return len(text)
-class Judge:
+class Base:
     def verdict(self):
         return mark()
 def mark():
     return 2
-def score(completions, **kwargs):
-    return [parse(c) + Judge().verdict() for c in completions if c not in WORDS and PATTERN]
+"""
+REWARD = """
+import HELPERS as h
+from HELPERS import WORDS as words
+class Judge(h.Base):
+    pass
+def made():
+    def inner(text):
+        return 3
+    def score(completions, judge=Judge(), **kwargs):
+        return [inner(c) + h.parse(c) + judge.verdict() for c in completions if c not in words and h.PATTERN]
+    return score
+score = made()
 """
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("len(text)", "len(text) + 1"), ("return 2", "return 3"), ('"b")', '"c")'), ('compile("x")', 'compile("y")'),
-        ("UNUSED = ", "NOTHING = "),
+        ("len(text)", "len(text) + 1"), ("return 2", "return 3"), ("return 3", "return 4"), ('"b")', '"c")'),
+        ('SEP = "x"', 'SEP = "y"'), ("UNUSED = 1", "UNUSED = 2"),
     ],
 )  # fmt: skip
 def test_what_a_reward_of_the_users_calls_and_reads_is_of_its_source(tmp_path, given, monkeypatch, before, after):
+    """By name, by module, as a closure, a base or a default; and not what changes from run to run, or is unused."""
     monkeypatch.syspath_prepend(tmp_path)
     runs = []
-    for number, text in enumerate((REWARD, REWARD.replace(before, after))):
-        name = f"rewards_of_a_test_{number}_{abs(hash(after))}"
-        (tmp_path / f"{name}.py").write_text(text)
-        runs.append(identity(**{**given, "rewards": RewardRunner([importlib.import_module(name).score])}))
+    for number, texts in enumerate(
+        ((HELPERS, REWARD), (HELPERS.replace(before, after), REWARD.replace(before, after)))
+    ):
+        names = [f"{kind}_of_a_test_{number}_{abs(hash(after))}" for kind in ("helpers", "rewards")]
+        for name, text in zip(names, texts, strict=True):
+            (tmp_path / f"{name}.py").write_text(text.replace("HELPERS", names[0]))
+        score = importlib.import_module(names[1]).score
+        runs.append(identity(**{**given, "rewards": RewardRunner([score])}))
     resume = resume_of(tmp_path, runs[0])
-    with warnings.catch_warnings(action="error"):
-        refuse_another_run(resume, runs[0])
-        if before.startswith("UNUSED"):
-            refuse_another_run(resume, runs[1])
-            return
+    changed = runs[1]
+    if before.startswith("UNUSED"):
+        score(["called"])
+        changed = identity(**{**given, "rewards": RewardRunner([score])})
+        with warnings.catch_warnings(action="error"):
+            refuse_another_run(resume, changed)
+        return
     with pytest.warns(UserWarning, match="the reward score has other source code or settings than in"):
-        refuse_another_run(resume, runs[1])
+        refuse_another_run(resume, changed)
     older = {name: value for name, value in runs[0].items() if name != "helpers"}
     with warnings.catch_warnings(action="error"):
-        refuse_another_run(resume_of(tmp_path, older), runs[1])
+        refuse_another_run(resume_of(tmp_path, older), changed)
 
 
 def another_weight(model, tokenizer):
@@ -267,7 +291,8 @@ def test_a_reward_model_is_known_by_what_it_holds_wherever_it_is(tmp_path, given
     """Saved elsewhere under the same name; a checkpoint of an older version does not know its models."""
     make_scorer(tmp_path / "a/scorer")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    runners = [RewardRunner([get_model_reward(f"{tmp_path}/{name}/scorer")]) for name in "ab"]
+    folders = [f"{tmp_path}/{name}/scorer" for name in "ab"]
+    runners = [RewardRunner([get_model_reward(one), get_routed_reward(one, values=["a"])]) for one in folders]
     before, same = map(models_of, runners)
     was, moved = (identity(**{**given, "rewards": runner}) for runner in runners)
     with pytest.raises(InputError, match="is of a run with another reward: scorer is"):
@@ -275,7 +300,9 @@ def test_a_reward_model_is_known_by_what_it_holds_wherever_it_is(tmp_path, given
     resume = resume_of(tmp_path, {**was, "reward models": before})
     refuse_another_run(resume, moved)
     refuse_other_models(resume, same)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b/scorer")
+    with pytest.raises(InputError, match="another reward model, by what it has of scorer: part; resume with that one"):
+        refuse_other_models(resume, models_of(RewardRunner([get_model_reward(folders[1], part="answer")])))
+    model = AutoModelForSequenceClassification.from_pretrained(folders[1])
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     change(model, tokenizer)
     other = models_of(RewardRunner([get_model_reward(model, tokenizer)]))

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from transformers import PreTrainedConfig
 
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs.sources import sources_used_by
 from lowmem_grpo.model.experts import packed_codes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.rewards.isolation.origin import OWN, origin_of_function
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of
 from lowmem_grpo.warn import warn
@@ -49,7 +48,6 @@ DIFFERS = {
 }
 MODELS = "reward models"
 SINCE = ("helpers", MODELS)  # which an older version's checkpoints lack
-MOST_ENTRIES = 1000  # of a list or a mapping that a user's reward uses; of a longer one the length is kept
 NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
 
 
@@ -95,6 +93,7 @@ def models_of(rewards: RewardRunner) -> dict[str, Any]:
         if scorer is not None:
             weights = {f"weights, {kind}": digest for kind, digest in _samples(scorer.named_parameters()).items()}
             parts = {**_of_the_model(scorer.config.to_dict()), **_of_the_tokenizer(scores.tokenizer), **weights}
+            parts["part"] = scores.part
         worn = {"": function.config} if isinstance(function, AdapterReward) else getattr(scorer, "peft_config", {})
         for adapter in worn.values():
             parts |= _of_the_adapter(adapter)
@@ -102,14 +101,12 @@ def models_of(rewards: RewardRunner) -> dict[str, Any]:
     return _as_json(found)
 
 
-def _wherever(rewards: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of rewards without the name or folder of a model, which is compared by what it holds."""
-    return {
-        name: {of: value for of, value in one.items() if of != "name"}
-        if isinstance(one, dict) and "scorer" in one
-        else one
-        for name, one in rewards.items()
-    }
+def _wherever(settings: Any) -> Any:
+    """Settings of a reward without the name or folder of a model, which is compared by what it holds."""
+    if isinstance(settings, list):  # a routed reward's
+        return [_wherever(one) for one in settings]
+    is_model = isinstance(settings, dict) and "scorer" in settings
+    return {of: value for of, value in settings.items() if of != "name"} if is_model else settings
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -137,7 +134,7 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
     for name in ("rewards", "model", "adapter"):
         now, before = identity.get(name, {}), saved.get(name, {})
         if name == "rewards" and MODELS in saved:
-            now, before = _wherever(now), _wherever(before)
+            now, before = ({one: _wherever(of) for one, of in each.items()} for each in (now, before))
         for changed in _changed(now, before, both=True):  # later versions of transformers and PEFT may know more
             raise InputError(
                 f"{resume} is of a run with another {name.removesuffix('s')}: {changed} is {now[changed]!s:.200}, "
@@ -310,41 +307,8 @@ def _of_the_users(function: Callable) -> str | None:
 
 
 def _helpers(function: Callable) -> str | None:
-    """SHA-256 of what of the user's own a reward function uses by name: sources of functions and classes, values.
-
-    None for a built-in one.
-    """
-    if _is_ours(function):
-        return None
-    found: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # of the user's own objects, or of source code that is not there
-        _add_used(_innermost(function), found)
-    return digest_of([found])
-
-
-def _add_used(one: Any, found: dict[str, Any]) -> None:
-    """Add by name what a function, or a class's functions, use of their modules, and what that uses in turn."""
-    owner = type(one.__self__) if inspect.ismethod(one) else one
-    functions = [owner] if inspect.isfunction(owner) else [*filter(inspect.isfunction, vars(owner).values())]
-    for function in functions:
-        names = [name for name in _names_in(function.__code__) if name in function.__globals__]
-        for name in names:
-            value = inspect.unwrap(function.__globals__[name])
-            if name in found or inspect.ismodule(value):
-                continue
-            if not callable(value):
-                is_long = isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > MOST_ENTRIES
-                found[name] = len(value) if is_long else _plain(value)
-            elif origin_of_function(value) == OWN:
-                value = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
-                found[name] = inspect.getsource(value)
-                _add_used(value, found)
-
-
-def _names_in(code: CodeType) -> list[str]:
-    """The global names that code has, and that of functions within it."""
-    within = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names_in(one)]
-    return [*code.co_names, *within]
+    """SHA-256 of the sources of what a user's reward function uses; None for a built-in one."""
+    return None if _is_ours(function) else digest_of(sources_used_by(inner_of(function)))
 
 
 def _is_ours(function: Callable) -> bool:

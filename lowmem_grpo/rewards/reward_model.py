@@ -66,7 +66,7 @@ def get_model_reward(
         return rewards
 
     reward.__name__ = Path(name).name or type(scorer).__name__
-    vars(reward).update(scorer=scorer, tokenizer=tokenizer)  # by which a resumed run knows them again
+    vars(reward).update(scorer=scorer, tokenizer=tokenizer, part=part)  # by which a resumed run knows them again
     return reward
 
 
