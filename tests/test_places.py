@@ -46,6 +46,7 @@ OTHERS = (
     "Qwen/Qwen3-1.7B", "data/sums.jsonl", "<think>a</think>/<answer>", "3/4 of tokens/s, and 1 / 2", "/no_think",
     "https://a.org/b/c and http://localhost:8000/v1/chat", "gsm8k?style=tags", ".../x", "a ~5/10", "don't /s or 'x'",
     "/no_think Answer with yes and/or no", "1/2", "</think>", "a // b, 7 //2/3 and // c", "what is in /tmp or /etc?",
+    r"\\quad\text{if } x \\mathbf\mathit{y} \\ab\end{cases}",
     r"get_regex_reward(pattern='\\d+\\.\\d+')", r"\d+\s/\s\d", r"\boxed{\frac{1}{2}} \\ \pi", "ftp://srv/share/x", "a//b/c",
     "get_regex_reward(pattern='/nothing')", "lowmem-grpo train --system_prompt 'a \"/x\" b' --stop_strings '</a>' /no_think",
 )  # fmt: skip

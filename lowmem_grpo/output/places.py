@@ -19,7 +19,8 @@ HOST = r"[A-Za-z][\w.-]+"
 PART = r"[^\s/\\'\"`,;:()\[\]{}<>|]+"
 URL = r"file://"
 # Backslashes are doubled in a text within a text, and so they are in a regular expression there: \\d\\w is none.
-SERVER = rf"(?://{HOST}/|\\\\{HOST}\\|\\\\\\\\{HOST}\\\\)(?=[^/\\])"
+# Nor is the end of a line in LaTeX with a command after it: \\quad\text{if}.
+SERVER = rf"(?://{HOST}/|\\\\{HOST}\\(?![A-Za-z]+{{)|\\\\\\\\{HOST}\\\\)(?=[^/\\])"
 BARE = (
     rf"(?<![\w.~/<>\\)\]}}-])(?:{URL}/?|(?:(?<!:){SERVER}|/{PART}[\\/]|(?:{ELSEWHERE})[\\/]))"  # no </a>, 3/4, http://a/b
     rf"{PART}(?:[\\/]+{PART})*[\\/]?"
