@@ -23,7 +23,7 @@ def sources_used_by(function: Any) -> list[str]:
     found: Sources = {}
     with contextlib.suppress(Exception):  # of the user's own objects
         _add(function, found)
-    return [*found.values()]
+    return sorted({*found.values()} - {""})  # by which the order does not count that objects come to be there in
 
 
 def _add(one: Any, found: Sources) -> None:
@@ -72,7 +72,7 @@ def _add_named(names: tuple[str, ...], space: dict[str, Any], text: str, found: 
                 if home is not None and origin_of(path) == OWN:
                     _add_named(origins, vars(home), _text_around(home), found)
                 continue
-            found[key] += ast.unparse(statement)
+            found[key] += ast.get_source_segment(text, statement) or ""
             read = tuple(node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id != name)
             _add_named(read, space, text, found)
 
