@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data import rows as reading
-from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.errors import InputError
 
 # What a reader that guesses takes for a date, a number, a truth value or nothing; and what a writer has to escape.
@@ -264,3 +266,22 @@ def test_objects_of_any_shape_stay_as_they_are(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert load(tmp_path / "rows.jsonl") == rows
     assert load_rows(rows, GRPOConfig()).to_list() == rows
+
+
+@pytest.mark.parametrize("other", [math.inf, 1e300, 2.5])
+def test_floats_that_are_no_whole_numbers_of_arrow_stay_as_they_are(other):
+    rows = Dataset.from_dict({"prompt": ["x"] * 3, "solution": [5.0, other, math.nan]})
+    assert load_rows(rows, GRPOConfig())["solution"][:2] == [5.0, other]
+
+
+def test_texts_to_imitate_are_read_as_they_are_written(tmp_path):
+    lines = [{"instruction": "Add.", "input": 3, "output": 7}, {"instruction": "Add.", "input": 4, "output": 2.5}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)).replace("2.5", "2.50"))
+    (tmp_path / "a.csv").write_text("instruction,input,output\nAdd.,3,7\nAdd.,4,2.5\n")
+    (tmp_path / "b.csv").write_text("prompt,output\nx,7\ny,\n")
+    (tmp_path / "c.jsonl").write_text('{"prompt": "x", "context": "a"}\n{"prompt": "y", "context": ["a"]}\n')
+    read = {path.name: read_rows(path, SFTConfig(use_cpu=True)) for path in tmp_path.iterdir()}
+    assert [read[name]["output"][:] for name in ("a.jsonl", "a.csv")] == [["7", "2.50"], ["7", "2.5"]]
+    assert read["a.csv"]["input"][:] == [3, 4]
+    assert read["b.csv"]["output"][:] == [7, None]
+    assert read["c.jsonl"]["context"][:] == ["a", ["a"]]

@@ -17,11 +17,10 @@ from lowmem_grpo.config.sections import ExampleFields
 from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, refuse_missing, with_system
 from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
 from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
-from lowmem_grpo.data.questions import INSTRUCTIONS, question_of
+from lowmem_grpo.data.questions import ANSWERS, INSTRUCTIONS, question_of
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import whole
 
-ANSWERS = ("output", "response")  # of instructions: Alpaca's, Dolly's and OpenOrca's columns
 FORMS = ("prompt", "completion"), ("messages",), ("conversations",), ("text",), *product(INSTRUCTIONS, ANSWERS)
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 MOST_WEIGHT = 1e6  # fp32 sums numbers that are as far apart as this and its inverse

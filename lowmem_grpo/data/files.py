@@ -19,10 +19,13 @@ from pyarrow.parquet import read_metadata
 
 from lowmem_grpo.config.fields import named_once
 from lowmem_grpo.data.gold import COLUMNS
+from lowmem_grpo.data.questions import AFTER, ANSWERS, BEFORE, INSTRUCTIONS
 from lowmem_grpo.errors import InputError, cause, printable, shown
 
-# The columns of which a text or a number reaches prompts and rewards as it is written.
-AS_WRITTEN = ("prompt", "question", "problem", "completion", "text", *COLUMNS)
+# The columns that are texts in a CSV, and of one kind in all rows; and all of which a text or a number is as it is
+# written, in prompts, texts that are learnt, and rewards.
+TEXTS = ("prompt", "question", "problem", "completion", "text", *COLUMNS)
+AS_WRITTEN = (*TEXTS, *INSTRUCTIONS[:1], *BEFORE, *AFTER, *ANSWERS, "chosen", "rejected")
 KINDS = {bool: "true or false", list: "a list", dict: "an object"}
 INT64 = range(-(2**63), 2**63)  # Arrow's whole numbers
 MOST_DIGITS = 4300  # of a whole number that Python reads
@@ -37,7 +40,7 @@ def read_files(paths: Sequence[Path], name: str, first: int | None = None, *, fo
     """The rows, or the first ones, of a JSONL, JSON or CSV file, or of several in their order.
 
     A number in a column of AS_WRITTEN stays one where all are, and are the same as numbers: 7, 12. Else it is its text:
-    7, 2.50. A CSV's cells there are texts. Its other columns are numbers where all of a column are.
+    7, 2.50. A CSV's cells of TEXTS are texts. Its other columns are numbers where all of a column are.
 
     Raises:
         InputError: a file cannot be read; the sentence has the number of the row, of which the first is 0.
@@ -47,10 +50,12 @@ def read_files(paths: Sequence[Path], name: str, first: int | None = None, *, fo
     rows = list(islice((row for path in paths for row in _rows(path, name)), first))
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     for key, values in columns.items():
-        if key in AS_WRITTEN:
-            columns[key] = values if is_csv else _as_written(values, f"the {key} of row {{}} of {where}")
+        if is_csv:
+            columns[key] = values if key in TEXTS else _numbers(values, of_one_type=key in AS_WRITTEN)
+        elif key in TEXTS or (key in AS_WRITTEN and len(_kinds(values)) == 1):
+            columns[key] = _as_written(values, f"the {key} of row {{}} of {where}")
         else:
-            columns[key] = _numbers(values) if is_csv else _plain(values)
+            columns[key] = _plain(values)
     return to_dataset(columns, where)
 
 
@@ -132,7 +137,7 @@ def _to_arrow(columns: dict[str, list]) -> Dataset:
         if {bytes, str} <= {*map(type, values)}:  # Arrow would make bytes of the texts
             raise TypeError("bytes and texts")
         try:  # a prompt or a gold answer is of one kind
-            is_nested = kinds == {True} or (len(kinds) == 2 and key not in AS_WRITTEN)
+            is_nested = kinds == {True} or (len(kinds) == 2 and key not in TEXTS)
             nested |= {key: [_as_json(value) for value in values]} if is_nested else {}
         except (TypeError, ValueError):  # of what JSON has not, such as bytes
             pass
@@ -264,15 +269,23 @@ def _as_written(values: list, where: str) -> list:
 
     `where` has a place for the number of a row.
     """
-    kinds = [None if value is None else KINDS.get(type(value), "a text or a number") for value in values]
-    first = next(filter(None, kinds), None)
-    for index, kind in enumerate(kinds):
-        if kind not in (None, first):
-            raise InputError(f"{where.format(index)} is {kind}, and that of a row before is {first}; make them alike")
+    kinds = _kinds(values)
+    if len(kinds) > 1:
+        (first, _), (kind, index) = list(kinds.items())[:2]
+        raise InputError(f"{where.format(index)} is {kind}, and that of a row before is {first}; make them alike")
     kept = [value.read() if isinstance(value, Number) else None for value in values if value is not None]
     if None in kept or len(set(map(type, kept))) > 1:  # in one column 7 beside 2.5 would become 7.0
         return [str(value) if isinstance(value, str) else _without_number(value) for value in values]
     return _plain(values)
+
+
+def _kinds(values: list) -> dict[str, int]:
+    """The kinds of a column's values, in words, and the first row of each."""
+    kinds: dict[str, int] = {}
+    for index, value in enumerate(values):
+        if value is not None:
+            kinds.setdefault(KINDS.get(type(value), "a text or a number"), index)
+    return kinds
 
 
 def _plain(values: list) -> list:
@@ -293,8 +306,9 @@ def _without_number(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def _numbers(cells: list[Any]) -> list:
+def _numbers(cells: list[Any], of_one_type: bool) -> list:
     """A CSV's column as numbers where each cell is one, with None for an empty cell; else the texts."""
     numbers = [Number(cell).read() if cell else None for cell in cells]
     is_text = any(cell and number is None for cell, number in zip(cells, numbers, strict=True))
+    is_text |= of_one_type and {int, float} <= {*map(type, numbers)}
     return cells if is_text or not any(cells) else numbers

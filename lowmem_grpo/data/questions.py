@@ -10,6 +10,7 @@ from lowmem_grpo.errors import InputError, shown
 
 ASKS = ("question", "problem")  # GSM8K's and MATH's column
 INSTRUCTIONS = ("instruction", *ASKS)  # Alpaca's, and of examples these, too
+ANSWERS = ("output", "response")  # of instructions: Alpaca's, Dolly's and OpenOrca's columns
 BEFORE, AFTER = ("context", "passage", "article"), ("input",)  # what a question is about, and what it is asked of
 CHOICES = ("choices", "options")
 KEY = "answerKey"  # the label of the right choice, as ARC has it

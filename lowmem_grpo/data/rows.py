@@ -21,7 +21,7 @@ from datasets import (
 
 from lowmem_grpo.config.sections import DataFields, RowFields
 from lowmem_grpo.data.chats import is_media
-from lowmem_grpo.data.files import AS_WRITTEN, read_files, read_parquet, to_dataset
+from lowmem_grpo.data.files import TEXTS, read_files, read_parquet, to_dataset
 from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
 from lowmem_grpo.data.guessed import guessed_by, with_whole_numbers
 from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
@@ -169,7 +169,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         if reader == "json" and not config.dataset_streaming:
             return _of_files(dataset, config, name, split) or rows
         if reader == "csv":
-            return load_dataset(*named, split=split, converters=dict.fromkeys(AS_WRITTEN, str), **options)
+            return load_dataset(*named, split=split, converters=dict.fromkeys(TEXTS, str), **options)
         return rows
     except InputError:
         raise
