@@ -84,7 +84,7 @@ EXAMPLES = {  # a row, and its text with what is learnt in brackets, or why it i
     "Alpaca renamed": ({"prompt": "Add.", "input": "3 and 4", "completion": "7"}, "Add.[[7</s>]]", "joined ['input']"),
     "Dolly": ({"instruction": "Who sings?", "context": "Ann sings.", "response": "Ann", "category": "x"}, "<user>Ann sings.\n\nWho sings?<assistant>[[Ann</s>]]"),
     "OpenOrca": ({"system_prompt": "Be kind.", "question": "Hi?", "response": "Yes"}, "<system>Be kind.<user>Hi?<assistant>[[Yes</s>]]"),
-    "OpenAssistant": ({"message_id": "x", "parent_id": None, "text": "Hi?", "role": "prompter", "lang": "en"}, "one message of a chat a row; make each chat a row"),
+    "OpenAssistant": ({"message_id": "x", "parent_id": None, "text": "Hi?", "role": "prompter", "lang": "en"}, "one message of a chat a row, by its column role; make"),
     "ShareGPT": ({"id": "x", "conversations": SHARE_GPT}, "<[[user>Hi?<assistant>Yes</s>]]"),
     "SlimOrca": ({"conversations": [turn("system", "Be kind.", weight=None), turn("human", "Hi?", weight=0.0), turn("gpt", "Yes", weight=1.0)]}, "<[[system>Be kind.<user>Hi?<assistant>Yes</s>]]"),
     "Tulu 3": ({"id": "x", "messages": HI, "source": "x"}, "<[[user>Hi?<assistant>Yes</s>]]"),
@@ -186,7 +186,16 @@ CHOICES = [  # choices and gold answers of rows, and these as they are read, or 
     (TWO, ["B", "so \\boxed{A}"], ["B", "A"]),
     ([["6", "7"], []], ["A", "9"], ["A", "9"]),
     ([["3", "1"], ["1", "0"]], ["1", "0"], "row 1 .* gold answer '0', which is one of its choices, and the place of an"),
-    (TWO, [1, 2], "row 1 of train_dataset has the gold answer 2, which is none of its choices: .*; make it a letter"),
+    (TWO, ["b", "A) 1"], ["B", "A"]),
+    ([["Paris", "Rome"]] * 2, ["rome.", "B"], ["B", "B"]),
+    (TWO, [7, 1], ["B", "A"]),
+    (TWO, [1.0, 0.0], ["B", "A"]),
+    ([["A) 6", "B) 7"]], ["7"], ["B"]),
+    ([{"a": "6", "b": "7"}], ["B"], ["b"]),
+    (["A. 6 B. 7"], ["B"], ["B"]),
+    (["['6', '7']"], ["7"], "row 0 of train_dataset has the choices .*; choices are a list of texts"),
+    ([["6", "6", "7"]], ["6"], "row 0 of train_dataset has the gold answer '6', which is two of its choices"),
+    ([["6", "7"]] * 2, [1, 2], "row 1 of train_dataset has the gold answer 2, which is none of its choices: .*; make it a letter"),
     (TWO, ["seven", "A"], "row 0 of train_dataset has the gold answer 'seven', which is none of its choices"),
     (TWO[:1], [True], "row 0 of train_dataset has no gold answer: .*'True', which is neither a text nor a number"),
     ([[["6"], ["7"]]], [0], "row 0 of train_dataset has the choices .*, which are not all texts"),
@@ -204,3 +213,37 @@ def test_a_gold_answer_is_the_letter_of_its_choice_or_refused(choices, golds, ex
             load_rows(rows, GRPOConfig())
         return
     assert [read_gold(row) for row in load_rows(rows, GRPOConfig())] == expected
+
+
+ASKED_FOR = [  # a row of a question, and its prompt
+    ({"question": "Which?\n(A) 6\n(B) 7", "options": ["6", "7"], "answer": "B"}, "Which?\n(A) 6\n(B) 7"),
+    ({"question": "Ann sings. Who?", "context": "Ann sings.", "answer": "Ann"}, "Ann sings. Who?"),
+    ({"question": SUM, "input": SUM, "answer": "7"}, SUM),
+    ({"question": "Spell the word.", "input": "word", "answer": "w-o-r-d"}, "Spell the word.\n\nword"),
+    ({"question": "Add 4.", "input": 3, "answer": "7"}, "Add 4.\n\n3"),
+    ({"question": "Which?", "choices": "A. 6 B. 7", "answer": "B"}, "Which?\n\nA. 6 B. 7"),
+    ({"question": {"id": 3}, "problem": SUM, "solution": "7"}, SUM),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), ASKED_FOR)
+def test_a_question_has_each_of_its_parts_once(row, expected):
+    assert load_rows([row], GRPOConfig())[0]["prompt"] == [say("user", expected)]
+
+
+def test_two_texts_that_begin_with_their_question_are_whole(tokenizer):
+    shown = {"question": "Hi", "chosen": "Human: Hi\nAssistant: Yes", "rejected": "Human: Hi\nAssistant: No"}
+    greeting = {"question": "Hi", "chosen": "Hi! Yes", "rejected": "Hi! No"}
+    other = {"question": "Oh?", "chosen": "Yes", "rejected": "No"}
+    read = [
+        [tokenizer.decode(pair.chosen) for pair in tokenize_pairs(read_rows(rows, config), tokenizer, config)[0]]
+        for config in [RewardConfig(use_cpu=True)]
+        for rows in ([shown], [greeting, other], [{**shown, "question": None}])
+    ]
+    whole = ["Human: Hi\nAssistant: Yes</s>"]
+    assert read == [whole, ["<user>Hi<assistant>Hi! Yes</s>", "<user>Oh?<assistant>Yes</s>"], whole]
+
+
+def test_chats_in_either_of_two_columns_are_not_empty():
+    rows = read_rows([{"messages": HI}, {"conversations": SHARE_GPT}], SFTConfig(use_cpu=True))
+    assert empty_texts(rows, form_of(rows.column_names)) == {}

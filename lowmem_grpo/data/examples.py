@@ -126,7 +126,8 @@ def _form(columns: list[str], config: ExampleFields, name: str) -> str:
         )
     if form == ("text",) and "role" in columns:
         raise InputError(
-            f"{name} has one message of a chat a row; make each chat a row, with a list of its messages as messages"
+            f"{name} has one message of a chat a row, by its column role; make each chat a row, with a list of its "
+            "messages as messages, or remove the column"
         )
     if len(form) == 1 and config.completion_only_loss:
         raise InputError(f"completion_only_loss is for rows with prompt and completion, and {name} has {form[0]}")

@@ -1,8 +1,8 @@
 """Pairs of a better and a worse text: rows to tokens, in the forms of TRL's RewardTrainer.
 
 A row has `chosen` and `rejected`, and optionally a `prompt` before both: texts or lists of messages. Chats may show the
-prompt themselves, and a `question` in its place makes chats of texts. An optional
-`margin` says by how much the one is better. Tools and template settings are a row's own as for prompts.
+prompt themselves, and a `question` in its place makes chats of texts that do not show it. An optional `margin` says by
+how much the one is better. Tools and template settings are a row's own as for prompts.
 """
 
 import math
@@ -55,8 +55,8 @@ def tokenize_pairs(
     """
     if not {"chosen", "rejected"} <= set(rows.column_names):
         raise InputError(f"{name} has no chosen and rejected, only {', '.join(rows.column_names)}; rename its columns")
-    reader = _Reader(tokenizer, config)
     given: list[Any] = list(rows)
+    reader = _Reader(tokenizer, config, asks=not all(map(_is_shown, given)))
     pairs = [reader.pair(row, f"row {index} of {name}") for index, row in enumerate(given)]
     short = [pair for pair in pairs if max(map(len, pair.texts)) <= (config.max_length or math.inf)]
     if not short:
@@ -71,8 +71,9 @@ def tokenize_pairs(
 class _Reader:
     """Reads rows with a tokenizer, each to a Pair."""
 
-    def __init__(self, tokenizer: Any, config: PairFields):
+    def __init__(self, tokenizer: Any, config: PairFields, asks: bool):
         self.tokenizer, self.config = tokenizer, config
+        self.asks = asks  # what stands in columns of ASK, since not all texts show it
         self.template = Template(tokenizer)
         self.end: str = tokenizer.eos_token or ""
 
@@ -89,8 +90,8 @@ class _Reader:
         are_chats = [isinstance(row[column], list) for column in ("chosen", "rejected")]
         if len(set(are_chats)) > 1 or (not are_chats[0] and isinstance(row.get("prompt"), list)):
             raise InputError(f"{where} has texts and lists of messages side by side; make all of them the same")
-        asks = next((column for column in ASK if column in row), None)
-        if asks is not None and "prompt" not in row:
+        asks = _ask_of(row)
+        if self.asks and asks is not None and "prompt" not in row:
             answers = [_as_answer(row[column], where) for column in ("chosen", "rejected")]
             if all(answers):
                 row = {**row, **dict(zip(("chosen", "rejected"), answers, strict=True))}
@@ -123,6 +124,18 @@ class _Reader:
 def _plain(value: Any, where: str) -> str:
     refuse_chat_as_text(str(value), where)
     return str(value)
+
+
+def _ask_of(row: dict) -> str | None:
+    """The column of a row's question, if it has one."""
+    return next((column for column in ASK if row.get(column) not in (None, "")), None)
+
+
+def _is_shown(row: dict) -> bool:
+    """Tell whether two texts show their row's question in what they begin with alike; of chats False."""
+    question = str(row.get(_ask_of(row) or "", ""))
+    before, found, _ = str(row["chosen"]).partition(question) if question else ("", "", "")
+    return not isinstance(row["chosen"], list) and str(row["rejected"]).startswith(before + found) and found == question
 
 
 def _as_answer(value: Any, where: str) -> list | None:

@@ -28,20 +28,37 @@ def question_of(row: Mapping[str, Any], column: str, where: str) -> str:
     if not is_text(row[column]):
         raise InputError(f"{where} has the {column} {shown(row[column])}; it has to be a text")
     refuse_chat_as_text(str(row[column]), where)
+    choices, question = choices_of(row, where), str(row[column])
     before, after = (
-        [row[one] for one in names if one != column and isinstance(row.get(one), str)] for names in (BEFORE, AFTER)
+        [str(row[one]) for one in names if one != column and is_text(row.get(one))]
+        for names in (BEFORE, (*AFTER, *CHOICES))
     )
-    choices = choices_of(row, where)
-    are_labelled = all(re.match(rf"\(?{re.escape(label)}[).:]", str(text)) for label, text in choices.items())  # A) 21
+    before = [text for text in before if text not in question]
+    after = [text for text in after if f"\n{text}\n" not in f"\n{question}\n"]  # a short one may be a word of it
+    are_labelled = all(_begins_with(label, text) for label, text in choices.items())  # A) 21
     lines = [str(text) if are_labelled else f"{label}. {text}" for label, text in choices.items()]
-    parts = [*before, str(row[column]), *after, "\n".join(lines)]
+    parts = [*before, question, *after, "" if _are_listed(choices, question) else "\n".join(lines)]
     return "\n\n".join(part for part in parts if part.strip())
+
+
+def _begins_with(label: str, text: Any) -> re.Match | None:
+    """The label that a choice's text begins with, as in `A) 21`."""
+    return re.match(rf"\s*\(?{re.escape(label)}[).:]+\s*", str(text))
+
+
+def _are_listed(choices: Mapping[str, Any], question: str) -> bool:
+    """Tell whether a question has its choices in it, each behind its label."""
+    return all(
+        str(text) in question if _begins_with(label, text) else
+        re.search(rf"\b{re.escape(label)}\b\W{{1,4}}{re.escape(str(text))}(?!\w)", question)
+        for label, text in choices.items()
+    )  # fmt: skip
 
 
 def choices_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The choices of a row by their labels, `{"A": "Paris", "B": "Rome"}`; none where it has none.
 
-    They are a list, an object of letters, or an object of the lists `label` and `text`.
+    They are a list, an object of letters, or an object of the lists `label` and `text`. A text is not looked into.
 
     Raises:
         InputError: they have no known form.
@@ -50,6 +67,8 @@ def choices_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if column is None:
         return {}
     given: Any = row[column]
+    if isinstance(given, str) and not given.lstrip().startswith(("[", "{")):  # which a CSV makes of lists
+        return {}
     if isinstance(given, Mapping) and {"label", "text"} <= set(given):
         labels, texts = given["label"] or [], given["text"] or []
         given = dict(zip(labels, texts, strict=False)) if len(set(labels)) == len(texts) else None
@@ -69,7 +88,8 @@ def choices_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def right_labels(rows: list[Mapping[str, Any]], name: str) -> list[str | None]:
     """The label of each row's right choice; None of a row without choices or gold answer.
 
-    A gold answer is a label, a choice, or a choice's place counted from 0: whichever it can be in every row.
+    A gold answer is a label, a choice, or a choice's place counted from 0: whichever it can be in every row. Where it
+    can be none in every row, each is a label or a choice, whatever its case and style.
 
     Raises:
         InputError: a row's gold answer is no choice, or may be either of two.
@@ -81,17 +101,23 @@ def right_labels(rows: list[Mapping[str, Any]], name: str) -> list[str | None]:
         if choices and gold is not None and not is_marked(gold):
             given[index] = gold, choices
     read = [{index: way(*pair) for index, pair in given.items()} for way in (_by_label, _by_choice, _by_place)]
-    whole = [labels for labels in read if None not in labels.values()]
-    fit = whole or [max(read, key=lambda labels: sum(map(bool, labels.values())))]
-    for index, (gold, choices) in given.items():
-        labels = {way[index] for way in fit}
-        if len(labels) > 1 or None in labels:
-            what = "one of its choices, and the place of another" if len(labels) > 1 else "none of its choices"
+    fit = [labels for labels in read if None not in labels.values()] or read[:2]
+    found = {
+        index: {labels[index] for labels in fit} - {None} or {_by_words(*pair)} - {None}
+        for index, pair in given.items()
+    }
+    # Rows that are read in no way come first: a place beyond the end tells more than one that might be one.
+    for index in sorted(given, key=lambda index: bool(found[index]) or read[2][index] is not None):
+        gold, choices = given[index]
+        if len(found[index]) != 1:
+            several = list(choices.values()).count(gold) > 1
+            what = "one of its choices, and the place of another" if found[index] else "none of its choices"
             raise InputError(
-                f"row {index} of {name} has the gold answer {shown(gold)}, which is {what}: "
-                f"{shown(list(choices.values()))}; make it a letter such as {next(iter(choices))}"
+                f"row {index} of {name} has the gold answer {shown(gold)}, which is "
+                f"{'two of its choices' if several else what}: {shown(list(choices.values()))}; make it a letter such "
+                f"as {next(iter(choices))}, or leave the row out"
             )
-    return [fit[0].get(index) for index in range(len(rows))]
+    return [next(iter(found.get(index, [None]))) for index in range(len(rows))]
 
 
 def _gold_of(row: Mapping[str, Any], where: str) -> Any:
@@ -113,5 +139,31 @@ def _by_choice(gold: Any, choices: dict[str, Any]) -> str | None:
 
 
 def _by_place(gold: Any, choices: dict[str, Any]) -> str | None:
-    is_place = str(gold).isdecimal() and int(gold) < len(choices)
-    return list(choices)[int(gold)] if is_place and not any(map(str.isdecimal, choices)) else None
+    place = _number(gold)
+    if place is None or place not in range(len(choices)) or any(map(str.isdecimal, choices)):
+        return None
+    return list(choices)[int(place)]
+
+
+def _by_words(gold: Any, choices: dict[str, Any]) -> str | None:
+    """The label that a gold answer has, or its choice, or both: `b`, `rome.`, `B) Rome`, and 7 of the text 7."""
+    found = []
+    for label, text in choices.items():
+        prefix = _begins_with(label, text)
+        bare = str(text)[prefix.end() :] if prefix else str(text)
+        if _plain(gold) in map(_plain, (label, bare, f"{label}. {bare}")):
+            found.append(label)
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(value: Any) -> str:
+    """A text without what its writings differ in most: case, white space, and marks behind words."""
+    number = _number(value)
+    return str(number) if number is not None else " ".join(re.sub(r"[().:](?!\d)", " ", str(value)).casefold().split())
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

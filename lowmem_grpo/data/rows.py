@@ -56,6 +56,8 @@ def load_rows(dataset: Any, config: DataFields, *, name: str = "train_dataset", 
     if "prompt" in columns:
         return rows
     ask = next((column for column in ASKS if column in columns), None)
+    if "problem" in columns and not {"answer", KEY} & set(columns):  # MATH's, whatever else is there
+        ask = "problem"
     if ask is None or not {"solution", "answer", KEY} & set(columns):
         raise InputError(f"{name} has no column named prompt, only {', '.join(columns)}; rename the one that asks")
     asked: list[Any] = list(rows.select_columns([one for one in (ask, *ASKED_WITH, *COLUMNS, KEY) if one in columns]))

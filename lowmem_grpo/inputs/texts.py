@@ -49,7 +49,7 @@ def empty_texts(rows: Dataset, columns: Iterable[str]) -> dict[str, int]:
 
 def _is_empty(value: Any, column: str) -> bool:
     if not isinstance(value, list):
-        return value is None or not str(value).strip()
+        return value is not None and not str(value).strip()  # of what may be missing, as a prompt before whole texts
     says = [any(map(_is_said, (one[key] for key in one if key not in NAMES))) for one in value]
     who = [one.get("role") or one.get("from") for one in value]
     answers = [said for said, role in zip(says, who, strict=True) if ROLES.get(str(role), role) == "assistant"]
