@@ -19,7 +19,7 @@ from lowmem_grpo.model.attention import layout_in_force
 
 # States of a mixer, by kind and number: ("conv", 0) is (B, channels, kernel), ("recurrent", 0) may be (B, heads, K, V).
 States = dict[tuple[str, int], Tensor]
-CACHES = ("cache_params", "past_key_values")  # transformers' names of a cache
+CACHES = ("cache", "cache_params", "past_key_values")  # transformers' names of a cache: the first, from 5.24 on
 Forward = Callable[[Tensor, "Call", Tensor | None], Tensor]  # a mixer's own, of rows, states and mask: see one_call
 
 

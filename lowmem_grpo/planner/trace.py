@@ -6,6 +6,7 @@ two or three layers of each kind that the model has; a whole model is these, by 
 
 import contextlib
 import copy
+import inspect
 import json
 import math
 import weakref
@@ -37,7 +38,7 @@ from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, la
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import LINEAR, equip, shared_weights
-from lowmem_grpo.model.mixing import mixers
+from lowmem_grpo.model.mixing import CACHES, mixers
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
 from lowmem_grpo.model.past_forward import read_past_forward
@@ -634,12 +635,14 @@ def run_generate(whole: PeftModel, config: TrainingConfig) -> Generated:
         mask = torch.ones(1, before + tokens, dtype=torch.long)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with policy.inference(), policy.autocast(), Live(policy.model) as live:
-            out = policy.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        layers = [[x for x in tree_leaves(vars(y)) if isinstance(x, Tensor)] for y in out.past_key_values.layers]
+            out = policy.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache})
+        layers = [[x for x in tree_leaves(vars(y)) if isinstance(x, Tensor)] for y in out[name].layers]
         sizes = [sum(x.nbytes for x in held) for held in layers]
-        return sum(sizes[chosen.index(kind)] for kind in kinds), live.peak - sum(sizes), out.past_key_values
+        return sum(sizes[chosen.index(kind)] for kind in kinds), live.peak - sum(sizes), out[name]
 
     with fake_policy(whole, chosen, config) as policy:
+        asked = inspect.signature(policy.decoder.forward).parameters
+        name = next((name for name in CACHES if name in asked), CACHES[-1])
         prompt_cache, prefill, _ = forward(prompt)
         tokens = prompt + config.max_completion_length - 1  # the last one's keys and values are never asked for
         cache, _, filled = forward(tokens)
