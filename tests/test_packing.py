@@ -197,12 +197,9 @@ def documented(
     return reference_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, scale, window, softcap or None)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 7])
-def test_flash_attn_is_called_as_its_documentation_has_it(window, softcap, monkeypatch):
+def test_flash_attn_is_called_as_its_documentation_has_it(window, monkeypatch):
     monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", documented)
-    if softcap is None:
-        monkeypatch.setattr(packed_attention, "varlen_attn", None)
     prompts, completions = random_sequences(0, 4, groups=4, longest_prompt=50)
     (batch,) = packed(prompts, completions, 10_000, num_generations=4, padding_free=True)
     real = int((batch.input_ids != 0).sum())
@@ -211,32 +208,26 @@ def test_flash_attn_is_called_as_its_documentation_has_it(window, softcap, monke
     q, k, v = inputs
     upstream, found = torch.randn(real, 4, 16), []
     for varlen in (False, True):
-        out = Packed(batch.packing, varlen).attend(q, k, v, Scoring(0, 0.3, window, softcap))[0, :real]
+        out = Packed(batch.packing, varlen).attend(q, k, v, Scoring(0, 0.3, window, 2.0))[0, :real]
         found.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
     for ours, truth in zip(*found, strict=True):
         assert (ours - truth).norm() / truth.norm() < 2e-6
 
 
 def test_a_varlen_attention_is_chosen_by_what_it_can_do(monkeypatch):
-    torchs, theirs = packed_attention.flash, packed_attention.flash_with_softcap
-    for has_torchs, has_theirs, chosen, with_softcap in (
-        (True, False, torchs, None), (True, True, torchs, theirs), (False, True, theirs, theirs), (False, False, None, None),
-    ):  # fmt: skip
-        monkeypatch.setattr(packed_attention, "varlen_attn", documented if has_torchs else None)
-        monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", documented if has_theirs else None)
-        with_sink = packed_attention.flash_with_sink if has_torchs else None
+    for installed, with_softcap in ((None, None), (documented, packed_attention.flash_with_softcap)):
+        monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", installed)
         for softcap, sink, expected in (
-            (None, None, chosen), (50.0, None, with_softcap), (None, torch.zeros(4), with_sink),
-            (50.0, torch.zeros(4), None),
+            (None, None, packed_attention.flash), (50.0, None, with_softcap),
+            (None, torch.zeros(4), packed_attention.flash_with_sink), (50.0, torch.zeros(4), None),
         ):  # fmt: skip
             found = packed_attention.varlen_attention(Scoring(0, 1.0, None, softcap, sink))
             assert getattr(found, "func", found) is expected
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 7])
-def test_flash_attn_attends_as_blocks_do(window, softcap):
+def test_flash_attn_attends_as_blocks_do(window):
     flash_attn = pytest.importorskip("flash_attn")
     parameters = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
     known = inspect.signature(documented).parameters
@@ -255,9 +246,9 @@ def test_flash_attn_attends_as_blocks_do(window, softcap):
     width, dtype = batch.input_ids.shape[1], torch.bfloat16
     inputs = [torch.randn(width, heads, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
     q, k, v = inputs
-    asked = Scoring(0, 0.125, window, softcap)
+    asked = Scoring(0, 0.125, window, 2.0)
     upstream, found = torch.randn(real, 4, 64, device="cuda"), []
-    flash = partial(packed_attention.flash_with_softcap, softcap=softcap)
+    flash = partial(packed_attention.flash_with_softcap, softcap=2.0)
     for attention in (
         lambda: by_blocks(q, k, v, batch.packing, asked),
         lambda: by_segments(q, k, v, batch.packing, asked, flash),

@@ -24,17 +24,13 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.model.experts import are_packed, experts_of, weight_names
-
-try:
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as as_peft_reads
-except ImportError:  # of PEFT 0.18, which reads a configuration as it is
-    as_peft_reads = None
 
 # Starts of LoRA that leave the base as it is: the others of PEFT's take from its weights what the adapter starts with.
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
@@ -361,9 +357,8 @@ def _leave_experts_out(peft_config: Any, model: nn.Module) -> None:
         return
     given, asked = set(peft_config.target_parameters or ()), peft_config.target_modules
     converted = copy.deepcopy(peft_config)
-    if as_peft_reads is not None:
-        with contextlib.suppress(Exception):  # of patterns that are none, which PEFT refuses later
-            as_peft_reads(converted, model, None)
+    with contextlib.suppress(Exception):  # of patterns that are none, which PEFT refuses later
+        convert_peft_config_for_transformers(converted, model, None)
     if asked == "all-linear" and not given and _of_experts(converted, model):
         peft_config.target_modules = sorted(converted.target_modules)
     else:

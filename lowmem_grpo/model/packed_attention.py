@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from lowmem_grpo.model.attention import Scoring, scores_of, shares_of, sink_column
 from lowmem_grpo.model.mixing import Call, Forward, States
@@ -24,14 +25,10 @@ ROOM = 8  # a sink's columns and keys beside those of the model, so that all siz
 TILE = 4096  # queries at a time, times the heads of a kv head: no mask is of the size (tokens, tokens) of a long tail
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-try:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]: the extra [flash]
 except ImportError:
     flash_attn_varlen_func = None
-_ASKS_FOR_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ def by_segments(
 
 def varlen_attention(asked: Scoring) -> Callable | None:
     """A varlen attention that knows a layer's softcap and sink, or None: torch's own, or an installed flash-attn's."""
-    if asked.softcap is None and varlen_attn is not None:
+    if asked.softcap is None:
         return flash if asked.sink is None else partial(flash_with_sink, sink=asked.sink)
     if flash_attn_varlen_func is None or asked.sink is not None:  # flash-attn's backward is not called with an lse
         return None
@@ -212,7 +209,6 @@ def varlen_attention(asked: Scoring) -> Callable | None:
 
 def flash(query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window) -> Tensor:
     """torch's varlen_attn; CUDA from sm_80 on, bf16 or fp16."""
-    assert varlen_attn is not None
     # Some releases take grouped queries as they come.
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _ASKS_FOR_GQA else {}
     out: Any = varlen_attn(  # a tensor, where nothing else is asked for
@@ -279,22 +275,17 @@ def _flash_backward(gradient, query, key, value, out, lse, segments, scaling, wi
 
 
 def flash_with_softcap(
-    query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window, softcap: float | None
+    query, key, value, query_starts, key_starts, longest_query, longest_key, scaling, window, softcap: float
 ) -> Tensor:
     """flash-attn's flash_attn_varlen_func; CUDA from sm_80 on, bf16 or fp16. Grouped queries are as they come."""
     assert flash_attn_varlen_func is not None
     return flash_attn_varlen_func(
         query, key, value, query_starts, key_starts, longest_query, longest_key, softmax_scale=scaling, causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
+        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap,
     )  # fmt: skip
 
 
 def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether a varlen attention may run on a device; it raises for head sizes that it does not know."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return (
-        (varlen_attn is not None or flash_attn_varlen_func is not None)
-        and half
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
