@@ -4,11 +4,13 @@ import copy
 import gc
 import json
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import DEMO_MODEL, SMALL, make_policy
@@ -158,6 +160,8 @@ def test_packed_experts_compute_what_the_models_own_do(name):
 )
 def test_experts_that_nobody_or_everybody_chooses_compute_as_their_own_form(chosen, rows, monkeypatch):
     monkeypatch.setattr(experts, "ROWS", rows)
+    if max(map(max, chosen)) == 4 and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("its own form asks that every choice is an expert")
     packed, eager = one_layer()
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     for found, truth in zip(*(run_experts(x, hidden, torch.tensor(chosen)) for x in (packed, eager)), strict=True):
@@ -303,7 +307,7 @@ def test_experts_and_checkpoints_are_known_as_transformers_before_5_21_has_them(
     monkeypatch.setattr(
         Bnb4BitHfQuantizer, "update_weight_conversions", lambda self, found: found + self.get_weight_conversions()
     )
-    monkeypatch.setattr(Quantizer, "update_weight_conversions", lambda self, found, model: ours(self, found))
+    monkeypatch.setattr(Quantizer, "update_weight_conversions", lambda self, found, *model: ours(self, found))
     loaded = load_policy(folder, TOKENIZER, GRPOConfig(**SETTINGS)).base
     in_place = stacks(load_policy(model, TOKENIZER, GRPOConfig(**SETTINGS)).base)
     assert in_place and stacks(loaded).keys() == in_place.keys()

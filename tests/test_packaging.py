@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 WANTED = {
@@ -77,11 +78,16 @@ def test_the_sdist_makes_the_same_wheel(source, wheel, tmp_path):
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.parametrize("package", ["torch", "triton"])
-def test_the_lowest_version_that_is_asked_for_has_a_job_of_its_own(package):
-    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (lowest,) = [match[1] for need in needs if (match := re.match(rf"{package}>=([\d.]+)", need))]
-    assert f" {package}=={lowest}.0 " in (ROOT / ".github/workflows/ci.yml").read_text()
+def test_a_job_installs_the_lowest_versions_and_the_pinned_set_meets_them():
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lowest = {
+        name: Version(least) for name, least in re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(needs), re.MULTILINE)
+    }
+    job = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8").split("<<'END'\n")[1].split("END\n")[0]
+    assert {name: Version(at) for name, at in re.findall(r"([\w-]+)==([\d.]+)", job)} == lowest
+    pins = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    pinned = {name.lower().replace("_", "-"): Version(at) for name, at in pins}
+    assert len(lowest) == len(needs) and all(pinned[name] >= least for name, least in lowest.items())
 
 
 def test_the_pinned_set_has_all_that_is_asked_for():
