@@ -77,7 +77,7 @@ def measured_peaks(shape: str, config: GRPOConfig, device: str = "cuda") -> dict
 
 
 def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """What is predicted, and on a GPU once more with what was measured, which takes longest."""
+    """The prediction, and on a GPU once more with what was measured, which takes longest."""
     found = planner.plan(make_config(shape, 0, 1), config)
     result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": planner.as_dict(found)}
     yield result

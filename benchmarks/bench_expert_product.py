@@ -138,7 +138,7 @@ def copy_speed(device: torch.device) -> float:
 
 @torch.no_grad()
 def bench(shape: str, rows: list[int], device: torch.device, repetitions: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """For each number of rows bytes of a pass, and by implementation failed, or seconds (Timing) and error."""
+    """Yield by rows the bytes of a pass, and by implementation failed, or seconds (Timing) and error."""
     stacks = make_stacks(shape, device)
     for count in rows:
         passes = make_passes(shape, stacks, count, device)

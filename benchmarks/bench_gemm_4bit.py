@@ -144,7 +144,7 @@ def bench(
 def choose(
     shape: str, rows: Sequence[int], device: torch.device, repetitions: int, warmups: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For each product of a step seconds (Timing) of `copies` by contender and rows, and the fastest's splits.
+    """Yield by product of a step seconds (Timing) of `copies` by contender and rows, and the fastest's splits.
 
     The fastest has the least product of medians over all rows. Splits None, "bitsandbytes" by name, is one product
     for each weight.

@@ -56,7 +56,7 @@ def test_the_table_has_three_hundred_pairs_and_every_side_equals_itself():
         ("10", r"we get $2^{10}$", 0.0), ("2", "so it is x_2", 0.0), ("1024", "we get 2^{10}", 1.0), ("10", "2^10", 0.0),
         ("5", "Therefore $x > 5$.", 0.0), (r"x \geq 5", "Therefore $x >= 5$ is the solution.", 1.0), ("5", "x > 5", 0.0),
         ("25", "The area is 25π.", 0.0), (r"25\pi", "The area is 25π.", 1.0), ("6", "It is 5 / 6.", 0.0),
-        ("5/6", "It is 5 / 6.", 1.0), ("2", "1÷2", 0.0), ("4", "It is 3 * 4", 0.0), ("12", "It is 3 * 4", 1.0),
+        ("5/6", "It is 5 / 6.", 1.0), ("2", "1÷2", 0.0), ("4", "It is 3 * 4", 0.0), ("12", "It is 3 * 4", 0.0),
         ("3", "The line is y = 2x + 3", 0.0), ("2x+3", "The line is y = 2x + 3.", 1.0), ("5", "It is 5x.", 0.0),
         ("3", "The point is (2, 3).", 0.0), ("(2,3)", "The point is (2, 3).", 1.0), ("5", "it is 5i", 0.0),
         ("5", "It is 3:5", 0.0), ("45", "at 3:45 PM", 0.0), ("5", "on 2024-01-05", 0.0), ("12", "It is 12_8.", 0.0),

@@ -3,7 +3,7 @@
 import re
 
 from lowmem_grpo.rewards.kinds import CLOCK, case_counts, same_of_a_kind
-from lowmem_grpo.rewards.number import Number, as_number, exact, same_number, with_decimal_comma
+from lowmem_grpo.rewards.number import Number, as_number, exact, is_left_to_do, same_number, with_decimal_comma
 from lowmem_grpo.rewards.units import conversion
 from lowmem_grpo.rewards.words import (
     MOST_CHARACTERS,
@@ -28,7 +28,7 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
         return gold == answer
     if "%" not in gold + answer and not gold.lstrip("-+$").startswith("0"):  # at once, as with most answers
         numbers = as_number(gold), as_number(answer)
-        if None not in numbers and (numbers[0] == numbers[1] or "/" not in gold + answer):
+        if None not in numbers and "/" not in gold + answer:
             return numbers[0] == numbers[1]
     own, given = reading(gold), reading(answer)
     if ("=" in own.written) != ("=" in given.written):
@@ -53,6 +53,11 @@ def compare(gold: str, answer: str) -> bool | tuple[str, str]:
     if own.value is None or given.value is None or begins_with_zero(gold):
         return own.text == given.text
     wanted, found = _numbers(own.value, given.value)
+    if wanted is not None:
+        sides = given.value.split("=")
+        left = [is_left_to_do(side, wanted) for side in sides]
+        if any(left) and not any(exact(side) and not undone for side, undone in zip(sides, left, strict=True)):
+            return False  # 88 + 49 is the question, and not its answer
     if wanted is not None and found is not None:
         unit = given.unit if wanted.is_percent else own.unit
         wanted = wanted._replace(value=wanted.value * factor)

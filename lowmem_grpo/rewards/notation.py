@@ -115,7 +115,8 @@ def _repeating(found: re.Match) -> str:
     whole, before, *period = found.groups()
     repeated = re.sub(r"\D", "", "".join(filter(None, period)))
     numerator = int(whole + before + repeated) - int("0" + whole + before)
-    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(before)}}}"
+    denominator = int("9" * len(repeated) + "0" * len(before))
+    return rf"\frac{{{numerator}}}{{{denominator}}}" if numerator % denominator else str(numerator // denominator)
 
 
 def _times_ten(found: re.Match) -> str:

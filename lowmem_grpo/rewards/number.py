@@ -7,6 +7,9 @@ from typing import NamedTuple
 PLAIN = re.compile(r"[-+]?(?=[\d.])(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 FRACTION = re.compile(r"([-+]?) *\\frac\{ *([-+]?\d+) *\}\{ *([-+]?\d+) *\}")
 MIXED = re.compile(r"([-+]?) *\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\)")
+# A computation of plain numbers: 88 + 49, 3 \cdot 4, (2)(3), 7/0.5. Powers, roots and 5! are values.
+ARITHMETIC = re.compile(r"(?:[\d.,()\[\]{} +*/$-]|\\(?:times|cdot|div|d?frac|left|right|[%$])(?![a-z]))+")
+SUM_OR_PRODUCT = re.compile(r"[\d.)\]}%] *(?:[-+*]|\\(?:times|cdot)(?![a-z]))|\d *[(\[]|[)\]] *[\d(\[]")
 TIMES_TEN = re.compile(r"(.*\d) \\times 10\^\{(-?\d{1,4})\}")
 # 3,75, 12,5\\% and 0,5; but 3,5 may be two numbers, and 3,500 is three thousand and five hundred.
 DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|[1-9]\d*,(?:\d\d|\d{4,})|[1-9]\d+,\d|[1-9]\d{3,},\d+)(?:\\?%)?")
@@ -61,6 +64,21 @@ def exact(text: str) -> Number | None:
 def with_decimal_comma(text: str) -> str:
     """A text such as 3,75 as 3.75; any other as it is."""
     return text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text.strip()) else text
+
+
+def is_left_to_do(text: str, gold: Number) -> bool:
+    """Tell whether a text is a computation of plain numbers, such as 88 + 49, where gold is what it may come to.
+
+    5/2 is a number, and 274/2, which is a whole one, a computation. Where gold is a fraction, computations of fractions
+    are taken for notations of it.
+    """
+    if gold.places is None or not ARITHMETIC.fullmatch(text):
+        return False
+    number = exact(text.replace(" ", "").replace(r"\div", "/"))
+    if number is not None:
+        return number.places is None and number.value.denominator == 1
+    is_quotient = gold.value.denominator == 1 and re.search(r"/|frac|div", text)
+    return bool(is_quotient or SUM_OR_PRODUCT.search(text))
 
 
 def same_number(gold: Number, answer: Number) -> bool:
