@@ -41,7 +41,7 @@ def chats(texts):
 
 THINKING = [
     r"<think>so \boxed{3}</think> \boxed{4}", r"<think>so</think> \boxed{3}", r"<think>so \boxed{3}", r"\boxed{3}",
-    r"<think>a</think> \boxed{4} </think> \boxed{3}", r"<think></think> \boxed{\frac{6}{2}}", "</think>", "",
+    r"<think>a</think> \boxed{4} </think> \boxed{3}", r"<think></think> \boxed{3.0}", "</think>", "",
     "<think>\na\n</think>\nb", "x<think>a</think>", "<think>a</think><think>b</think>", "<think>a</think>b</think>",
 ]  # fmt: skip
 

@@ -560,4 +560,4 @@ def test_the_example_for_a_real_model_is_a_pipeline_whose_sums_are_right_and_hel
             worked = f"<think>{a} + {b} = {a + b}</think>\\boxed{{{a + b}}}"
             assert row.get("solution", str(a + b)) == str(a + b)
             assert "completion" not in row or row["completion"][0]["content"] == worked
-    assert len(asked["held_out"]) == 64 and not asked["held_out"] & (asked["cold"] | asked["sums"] | asked["few_sums"])
+    assert len(asked["held_out"]) == 200 and not asked["held_out"] & (asked["cold"] | asked["sums"] | asked["few_sums"])
