@@ -24,7 +24,7 @@ from lowmem_grpo.model.product_4bit import dequantize_nf4, from_nf4
 
 NAME = "lowmem_grpo"  # by which transformers finds the function
 ROWS = 2048  # of an expert's tokens at once: what they take does not grow with how unevenly tokens are routed
-# What transformers tells of experts whose function it asks for; 5.0 does not, and its experts stay in 16 bits.
+# What transformers tells of experts whose function it asks for. Others stay in 16 bits.
 ASKED = {"has_gate", "has_bias", "is_transposed"}
 FEW = 4  # choices, by the number of experts: so many are dequantized in a step that the host does not wait for
 RAISES = 2  # torch.cuda's mode in which the host must not wait for the device
