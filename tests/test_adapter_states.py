@@ -14,6 +14,7 @@ from peft import (
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
+    inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
 from peft.tuners.lora import LoraLayer
@@ -240,9 +241,7 @@ def to_zero(model) -> None:
 
 
 def injected(tmp_path) -> Any:
-    model = base()
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
-    return model
+    return inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), base())
 
 
 def of_layers_that_differ(_) -> Any:

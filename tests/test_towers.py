@@ -440,10 +440,11 @@ def test_ends_are_those_that_any_part_of_the_configuration_names(folder_of, toke
 
 
 def test_a_decoder_with_an_attention_of_its_own_is_trained_on_padded_rows(tokenizer):
-    text = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    text = {"vocab_size": 128, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
+    text |= {"attention_types": [[["global"], 2]], "tie_word_embeddings": False}
     kind: Any = CONFIG_MAPPING["llava"]
     config = kind(
-        text_config={"model_type": "gptj", **text}, image_token_index=5,
+        text_config={"model_type": "gpt_neo", **text}, image_token_index=5,
         vision_config=dict(
             model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
             num_attention_heads=2, image_size=16, patch_size=8,

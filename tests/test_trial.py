@@ -107,7 +107,7 @@ def test_a_window_that_a_full_layer_has_and_does_not_use_is_no_reason_to_refuse(
     assert policy.packs and engine.refusal(policy, policy.dtype) is None
 
 
-OWN_ATTENTION = {"gptj": dict(rotary_dim=8), "mpt": {}}
+OWN_ATTENTION = {"bloom": {}, "mpt": {}}
 
 
 @pytest.mark.parametrize("kind", OWN_ATTENTION)
