@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from packaging import version
+from packaging.version import Version
 from tiny_models import SMALL
 from transformers import AutoConfig, PreTrainedConfig
 
+INSTALLED = Version(transformers.__version__)
 WINDOW = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 HEADS: dict[str, Any] = {"head_dim": 16}
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -28,6 +29,10 @@ MLA: dict[str, Any] = {
 DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+KDA: dict[str, Any] = {
+    "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": DELTA["layer_types"],
+    "mlp_layer_types": ["dense", "sparse"],
 }  # fmt: skip
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 CONV = {"layer_types": ["conv", "full_attention"]}
@@ -52,6 +57,7 @@ class Row:
     generates: str = ENGINE  # words of why transformers' generate samples from it
     refused: str = ""  # words of why it is refused at load
     dense: tuple[str, ...] = ()  # names of linear layers that stay in 16 bits: the model reads their weights itself
+    since: str = "5.17"  # the first transformers with which this holds
 
     @property
     def name(self) -> str:
@@ -68,11 +74,8 @@ def rows(*kinds: str, **expected: Any) -> list[Row]:
 
 
 MIXES = "mixes tokens in a way of its own"
-IN_PLACE = "is at version 1; expected version 0"  # a layer that writes into its states
 OWN = "attention cannot be replaced"
-OWN_BEFORE_5_24 = (
-    {} if version.parse(transformers.__version__) >= version.parse("5.24") else {"padded": OWN, "generates": OWN}
-)
+OWN_BEFORE_5_24 = {} if Version("5.24") <= INSTALLED else {"padded": OWN, "generates": OWN}
 FORGETS = "does not go on from its recurrent state"
 FAMILIES: dict[str, list[Row]] = {
     "Qwen 2, 2.5, 3": [Row("qwen2"), Row("qwen3", HEADS)],
@@ -94,10 +97,27 @@ FAMILIES: dict[str, list[Row]] = {
     "Mistral, Ministral": [
         Row("mistral", {"sliding_window": 24}), Row("ministral", {**HEADS, **WINDOW}), Row("ministral3", HEADS),
     ],
-    "Mixtral, PhiMoE, MiniMax M2": [
+    "Mixtral, PhiMoE, MiniMax M2, AFMoE, A.X K1, Aria, Beam, Cohere 2, Doge, FlexOLMo, Flint, Granite SWA, Hunyuan 3, "
+    "Kolibri, Laguna, Mellum, MiMo 2 Flash, Solar Open": [
         Row("mixtral", LOCAL),
         Row("phimoe", LOCAL | {"router_jitter_noise": 0.0}),
         Row("minimax_m2", {**HEADS, **LOCAL}),
+        Row("afmoe", {**HEADS, **MOE, "sliding_window": 24, "num_dense_layers": 1}),
+        Row("hy_v3", {**HEADS, **MOE, "mlp_layer_types": ["dense", "sparse"]}),
+        Row("axk1", {**MLA, **ROUTED}),
+        Row("aria_text", {**HEADS, "moe_num_experts": 4, "moe_topk": 2}),
+        Row("beam", {**HEADS, **MOE, **WINDOW, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]}),
+        Row("cohere2_moe", {**HEADS, **WINDOW, "num_experts": 4, "num_experts_per_tok": 2}),
+        Row("doge", {"num_experts": 4, "num_experts_per_tok": 2}),
+        Row("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+        Row("flint", {**HEADS, **SHARED, **WINDOW}),
+        Row("granitemoe_swa", {**WINDOW, **LOCAL, "shared_intermediate_size": 64}),
+        Row("kolibri1", {**HEADS, **SHARED, **WINDOW, "num_local_experts": 4}),
+        Row("laguna", {**HEADS, **SHARED, **WINDOW, "num_attention_heads_per_layer": [4, 2],
+                       "mlp_layer_types": ["dense", "sparse"]}),
+        Row("mellum", {**HEADS, **MOE, **WINDOW, "mlp_layer_types": ["sparse", "sparse"]}),
+        Row("solar_open", {**HEADS, **ROUTED}),
+        Row("mimo_v2_flash", {**HEADS, **ROUTED, **WINDOW, "v_head_dim": 8, "mlp_layer_types": ["dense", "sparse"]}),
     ],
     "Gemma 1, 2, 3": [
         Row("gemma", HEADS), Row("gemma2", {**HEADS, "sliding_window": 24, "final_logit_softcapping": 30.0}),
@@ -177,16 +197,19 @@ FAMILIES: dict[str, list[Row]] = {
         Row("hunyuan_v1_dense", HEADS),
         Row("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}, dense=("wg",)),
     ],
-    "Seed-OSS, Apertus, Helium, Nemotron, BitNet, StarCoder 2, StableLM, nanochat, AFMoE": [
+    "Seed-OSS, Apertus, Helium, Nemotron, BitNet, StarCoder 2, StableLM, nanochat, HyperCLOVA X, JAIS 2, IQuest-Coder, "
+    "CWM, Persimmon, Granite SWA": [
         Row("seed_oss", HEADS), *rows("apertus", "nemotron", "bitnet", "starcoder2", "stablelm"), Row("helium", HEADS),
         Row("nanochat", {"num_key_value_heads": 4}),
-        Row("afmoe", {**HEADS, **MOE, "sliding_window": 24, "num_dense_layers": 1}),
+        *rows("hyperclovax", "persimmon"), Row("jais2", HEADS), Row("iquestcoder", HEADS),
+        Row("cwm", {**HEADS, **WINDOW, "bos_token_id": 2}), Row("granite_swa", WINDOW),
     ],
-    "MiniMax 1, Kimi Linear": [
+    "Kimi Linear, Ling 3": [
+        Row("kimi_linear", {**MLA, **MOE, **KDA, "q_lora_rank": None, "num_local_experts": 4}, since="5.21"),
+        Row("bailing_hybrid", {**MLA, **ROUTED, **KDA}, since="5.21"),
+    ],
+    "MiniMax 1": [
         Row("minimax", {"layer_types": DELTA["layer_types"], "block_size": 16, **LOCAL}, padded=MIXES, generates=MIXES),
-        Row("kimi_linear", {**MLA, **MOE, "q_lora_rank": None, "layer_types": DELTA["layer_types"],
-                            "linear_head_dim": 16, "linear_num_heads": 4, "num_local_experts": 4,
-                            "mlp_layer_types": ["dense", "sparse"]}, padded=IN_PLACE, generates=IN_PLACE),
     ],
     "GPT-2, GPT-NeoX, OPT, BioGPT": [
         Row("gpt2", GPT), Row("gpt_bigcode", GPT), Row("gpt_neox"),

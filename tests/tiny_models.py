@@ -56,6 +56,11 @@ _EXPERTS = {
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _CONV = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
 _OF_MAMBA_2 = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 16}
+_KDA = {"linear_head_dim": 16, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"]}
+_LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
 # Families with layers that keep a state, by model_type.
 HYBRIDS = {
     "qwen3_5_text": {**SMALL, **_DELTA, **_LINEAR, "head_dim": 16},
@@ -68,6 +73,7 @@ HYBRIDS = {
     "granitemoehybrid": {
         **SMALL, **_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 96,
     },
+    "kimi_linear": {**SMALL, **_LINEAR, **_KDA, **_LATENT, **_EXPERTS, "num_local_experts": 4},
     "falcon_h1": {**SMALL, **_MAMBA, "mamba_d_ssm": 128, "head_dim": 16},
     "nemotron_h": {
         **SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,

@@ -40,14 +40,17 @@ class Call:
         """States where transformers before 5.21 looks for them: layers[layer_idx].conv_states[state_idx]."""
         return _At(
             lambda layer_idx: SimpleNamespace(
-                record_past=True,  # see is_recording_past
-                conv_states=_At(partial(self.get_conv_state, layer_idx)),
+                record_past=True,  # so a convolution of one token goes by update_conv_state
+                conv_states=_At(lambda _: None),
                 recurrent_states=_At(partial(self.get_recurrent_state, layer_idx)),
             )
         )
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.before.get(("conv", state_idx))
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Always None: so every convolution goes by `update_conv_state`, that of one token too.
+
+        A mixer that is told its inputs so far writes into them where the call is of one token (Kimi Linear).
+        """
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         state = self.before.get(("recurrent", state_idx))
@@ -74,10 +77,6 @@ class Call:
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         self.after["recurrent", state_idx] = recurrent_states
         return recurrent_states
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Always True: so the convolution of one token goes by `update_conv_state`, and not by writing in place."""
-        return True
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return bool(self.before)
