@@ -29,6 +29,7 @@ from lowmem_grpo.kernels import (
     expert_product,
     linear_logprobs,
     nf4_product,
+    overlap,
     policy_loss,
     sample_tokens,
 )
@@ -50,6 +51,9 @@ ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
 # A product and a sum in 16 bits as one operation, rounded once where torch rounds twice.
 UNROUNDED = re.compile(r"\bfma\.rn\.(?:bf16|f16)")
+WAIT, PREFETCH = "griddepcontrol.wait", "cp.async.bulk.prefetch.L2"
+# Whatever reads or writes global memory, and what would lead past a wait.
+EARLY = re.compile(r"\b(?:ld|st|atom|red)\.global|\bcp\.async\.c[ag]\b|\bbra\b|\bret\b|\bmbarrier\b")
 # sm_75 has no bf16; every other card is compiled with it.
 HALF = {75: "*fp16"}
 HALF_DTYPE = {75: tl.float16}
@@ -72,6 +76,7 @@ class Kernel(NamedTuple):
     oldest: int = 75  # the least compute capability that it is launched on
     fuses: bool = True  # products and sums into one
     num_stages: int = 3
+    prefetches: int = 0  # of one that can be in a chain
 
 
 def _start(name: str, **change) -> Kernel:
@@ -151,6 +156,7 @@ def _split(name: str, also_narrow: int, **change) -> Kernel:
         prefix_rows_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
         NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, SPLIT=decode_attention.SPLIT, HEADS=8,
         BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None, FACTOR=None,
+        OVERLAP=False,
     )  # fmt: skip
     return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow)
 
@@ -174,7 +180,7 @@ def _merge(name: str, narrow: int, **change) -> Kernel:
     # read in two layouts; nothing writes over them.
     arguments = dict(
         sums_ptr="*fp32", state_ptr="*fp32", sink_ptr=None, out_ptr="*half", splits="i32", H=28, D=128, BLOCK_D=128,
-        TILE=decode_attention.TILE,
+        TILE=decode_attention.TILE, OVERLAP=False,
     )  # fmt: skip
     return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
 
@@ -188,7 +194,7 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
     arguments |= dict(
         x_ptr="*half", code_ptr="*fp32", a_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", M="i32",
         N0=n0, N1=n1, N2=n2, R=R, NESTED=True, BLOCK_M=16, BLOCK_N=nf4_product.BLOCK_N, RANK=nf4_product.RANK,
-        STAGES=nf4_product.STAGES,
+        STAGES=nf4_product.STAGES, OVERLAP=False,
     )  # fmt: skip
     # Of each row of a weight one byte of absmax and four of its scale, some steps ahead; of a 7B's low a pair. sm_90
     # copies weights by 8 bytes.
@@ -240,7 +246,7 @@ def _residual(name: str, num_warps: int = 16, **change) -> Kernel:
         stream_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, after_ptr=None,
         before_ptr="*fp32", out_ptr="*half", M="i32", share=None, after_eps="fp32", before_eps="fp32", N=3584, R=16,
         STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED, SPLITS=16, AFTER_EARLY=True, BEFORE_EARLY=True,
-        BLOCK=4096,
+        BLOCK=4096, OVERLAP=False,
     )  # fmt: skip
     steps = ceil(change.get("R", 16) / decode_layer.STEP)  # a thread has one of an adapter's numbers of each
     return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=steps)
@@ -254,6 +260,7 @@ def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
         query_ptr="*half", own_ptr="*half", scales_ptr=None, addresses_ptr="*i64", query_eps="fp32", key_eps="fp32",
         D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=48, R=16, STEP=decode_layer.STEP,
         UNROLLED=decode_layer.UNROLLED, SPLITS=4, EARLY=True, WHOLE=False, HEADS=1, BLOCK_D=128,
+        OVERLAP=False,
     )  # fmt: skip
     # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale; and one of an
     # adapter's numbers.
@@ -264,7 +271,7 @@ def _gated(name: str, **change) -> Kernel:
     arguments = dict(
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, out_ptr="*half", M="i32", WIDTH=18944,
         LOW=32, R=16, STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED_BY_ROWS, SPLITS=2,
-        ACTIVATION="silu", ROWS=1, BLOCK=decode_layer.COLUMNS,
+        ACTIVATION="silu", ROWS=1, BLOCK=decode_layer.COLUMNS, OVERLAP=False,
     )  # fmt: skip
     # As above, of gate and of up.
     return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2)
@@ -393,6 +400,23 @@ KERNELS = [
     ),
     _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64, ROWS=4),
 ]  # fmt: skip
+_OVERLAPPING = {  # as they stand in a chain, and how many tensors they prefetch parts of
+    "decode_attention by tiles, 7 x 128, prefix, pages": 0,
+    "decode_attention merge, 128": 0,
+    "nf4_product, q, k, v 1.5B, 16 rows": 14,
+    "nf4_product, gate, up 7B, 64 rows": 10,
+    "decode_layer residual, 3584, rank 64, norm after, share": 3,
+    "decode_layer heads, 128, norms, int8": 4,
+    "decode_layer gated, 18944": 1,
+}
+KERNELS += [
+    kernel._replace(
+        name=f"{kernel.name}, overlapping", arguments=kernel.arguments | {"OVERLAP": True}, oldest=overlap.OLDEST,
+        prefetches=_OVERLAPPING[kernel.name], spill_bytes=8 if kernel.arguments.get("R") == 64 else 0,  # on sm_120
+    )
+    for kernel in KERNELS
+    if kernel.name in _OVERLAPPING
+]  # fmt: skip
 
 
 def compile_for(kernel: Kernel, capability: int) -> dict:
@@ -430,7 +454,16 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
         narrow_limit=kernel.narrow,
         unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
+        # Of a chain: waits, prefetches before the first, and how many they are to be; what else is before it.
+        chain=[compiled.asm["ptx"].count(WAIT), *early(compiled.asm["ptx"])],
+        chain_as_wanted=[1, kernel.prefetches, 0] if kernel.arguments.get("OVERLAP") else [0, 0, 0],
     )
+
+
+def early(ptx: str) -> tuple[int, int]:
+    """Numbers of prefetches, and of accesses and jumps, that a kernel does before it waits."""
+    before = ptx.partition(WAIT)[0] if WAIT in ptx else ""
+    return before.count(PREFETCH), len(EARLY.findall(before))
 
 
 def narrow_accesses(ttir: str, ptx: str) -> int:

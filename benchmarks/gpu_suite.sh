@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU programme: six calls, for a card that is lent for minutes.
+# The GPU programme: seven calls, for a card that is lent for minutes.
 #
 #   benchmarks/gpu_suite.sh tests     4 minutes: versions, every GPU test, whole steps of a 0.5B and a 1.5B model
 #   benchmarks/gpu_suite.sh speed     5 minutes: sampling and the head
@@ -7,6 +7,7 @@
 #   benchmarks/gpu_suite.sh critic    2 minutes: a step of PPO beside one of GRPO
 #   benchmarks/gpu_suite.sh families  5 minutes: tests that no GPU has run; sampling from a hybrid and two mixtures
 #   benchmarks/gpu_suite.sh fit       5 minutes: a step of each of those within a budget; choices of products
+#   benchmarks/gpu_suite.sh overlap   2 minutes: steps whose kernels overlap, and without; which is kept for the card
 #   DRY_RUN=1 ...                     the same commands with tiny sizes, on a CPU
 #
 # The most valuable comes first, each part has a time limit of its own (suite.py) and is saved as soon as it is there.
@@ -15,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:-}
-case $call in tests | speed | beside | critic | families | fit) shift ;; *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $call in tests | speed | beside | critic | families | fit | overlap) shift ;; *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s

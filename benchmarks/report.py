@@ -156,6 +156,12 @@ def _chosen(document: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {result['chosen']}" for name, result in document["results"].items())
 
 
+def _overlap(document: dict[str, Any]) -> str:
+    steps = {name: result["steps"] for name, result in document["results"].items() if "steps" in result}
+    shown = [f"{name}: {1e3 * step['without']:.2f} to {1e3 * step['with']:.2f} ms" for name, step in steps.items()]
+    return "; ".join([*shown, "chosen" if document["chosen"] else "not chosen"])
+
+
 def _delta_step(document: dict[str, Any]) -> str:
     results = next(entry["results"] for entry in document["slots"] if entry["slots"] == 64)
     return f"{1e6 * results['lowmem_grpo, Triton']['seconds']['median']:.0f} us"
@@ -185,6 +191,7 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peak of Qwen3-30B-A3B's shape in 24 GB": ("budget-qwen3-30b-a3b", _budget),
     "products of a 1.5B model's step by this package's kernel": ("choose-1.5b", _chosen),
     "a layer's gated delta rule for 64 rows, of Qwen3.5-4B's": ("delta_step", _delta_step),
+    "a step of a 1.5B model by rows, without and with overlapping kernels": ("overlap-1.5b", _overlap),
 }
 
 

@@ -97,8 +97,8 @@ _EVEN = "--prompts 8 --num_generations 8 --prompt_length 256"  # 64 rows
 _BOTH = f"{_EVEN} --longest 128 --repetitions 1 --only ours --only 'ours, without CUDA graphs'"
 _FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
-# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 300, 120, 300 and 300 s; what a part
-# had saved by then is kept.
+# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 300, 120, 300, 300 and 120 s; what a
+# part had saved by then is kept.
 PROGRAMME = {
     "tests": {
         "step-0.5b": Part(
@@ -163,6 +163,9 @@ PROGRAMME = {
         "choose-1.5b": Part("bench_gemm_4bit", "--shape qwen2.5-1.5b --choose --repetitions 3", 45),
         "delta_step": Part("bench_delta_step", "", 30),
     },
+    "overlap": {
+        "overlap-1.5b": Part("bench_overlap", "--shape qwen2.5-1.5b --choose", 110),
+    },
 }
 # Only whether everything runs: ours and TRL alone where each would be a process of its own.
 QUICK = {
@@ -191,6 +194,7 @@ TINY = {
     "bench_expert_product": "--quick",
     "bench_rollout": "--quick --warmups 0 --repetitions 1",
     "bench_decode": "--quick",
+    "bench_overlap": "--quick",
     "bench_update": "--quick --warmups 0",
     "bench_gemm_4bit": "--quick --warmups 0",
     "bench_step": "--quick",

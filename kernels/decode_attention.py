@@ -32,6 +32,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_grpo.kernels.overlap import launched
+
 try:
     import triton
     import triton.language as tl
@@ -49,6 +51,8 @@ LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
 TILE = 16  # splits that the second kernel merges at a time
 
 if triton is not None:
+    from lowmem_grpo.kernels.overlap import launch_next, wait_for_last
+
     IN_TRITON = {
         torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
     }  # fmt: skip
@@ -261,8 +265,12 @@ if triton is not None:
         STEP: tl.constexpr,
         TOKENS: tl.constexpr,  # of a tile for tensor cores, or None
         FACTOR: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per sequence, up to HEADS queries of a kv head, and split: the prefix's splits, then its own."""
+        if OVERLAP:
+            launch_next()
+            wait_for_last()
         row = tl.program_id(0).to(tl.int64)
         parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
         KV_HEADS: tl.constexpr = H // GROUP
@@ -348,8 +356,12 @@ if triton is not None:
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         TILE: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per sequence and head. The sums of an empty split were not written, and are not read."""
+        if OVERLAP:
+            launch_next()
+            wait_for_last()
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK_D)
         if sink_ptr is None:
@@ -608,9 +620,11 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
                 TOKENS=max(16, min(128, tile_numbers // block_d)) if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
-                num_warps=4, num_stages=STAGES if tiles else 3,
+                num_warps=4, num_stages=STAGES if tiles else 3, **launched(),
             )  # fmt: skip
-            _merge_kernel[(S * H,)](sums, state, sink, out, splits, H=H, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4)
+            _merge_kernel[(S * H,)](
+                sums, state, sink, out, splits, H=H, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4, **launched()
+            )
     return out
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowmem_grpo.kernels.overlap import launched
+
 try:
     import triton
     import triton.language as tl
@@ -41,6 +43,7 @@ COLUMNS = 512  # of gated in a program: 8 to each thread of 2 warps, 16 bytes of
 ROWS = 8  # of gated in a program at most: as many as b has times 16 columns, since each program reads b from L2
 
 if triton is not None:
+    from lowmem_grpo.kernels.overlap import launch_next, prefetch, wait_for_last
 
     @triton.jit
     def _rounded(x, dtype: tl.constexpr):
@@ -100,6 +103,14 @@ if triton is not None:
         return y
 
     @triton.jit
+    def _prefetch_finish(b_ptr, bias_ptr, N: tl.constexpr, R: tl.constexpr, part, PARTS: tl.constexpr):
+        """Ask for the part of what _finished reads that is no activation."""
+        if b_ptr is not None:
+            prefetch(b_ptr, R * N, part, PARTS)
+        if bias_ptr is not None:
+            prefetch(bias_ptr, N, part, PARTS)
+
+    @triton.jit
     def _normed(x, square_sum, gain_ptr, n, n_in, eps, count, EARLY: tl.constexpr, dtype: tl.constexpr):
         """The RMS norm of x, whose squares sum to square_sum over count columns; its gain is read at n."""
         y = x * tl.rsqrt(square_sum / count + eps)
@@ -155,10 +166,19 @@ if triton is not None:
         AFTER_EARLY: tl.constexpr,
         BEFORE_EARLY: tl.constexpr,
         BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program a row."""
         dtype: tl.constexpr = stream_ptr.dtype.element_ty
         row = tl.program_id(0)
+        if OVERLAP:
+            launch_next()
+            _prefetch_finish(b_ptr, bias_ptr, N, R, row, 1)
+            if after_ptr is not None:
+                prefetch(after_ptr, N, row, 1)
+            if before_ptr is not None:
+                prefetch(before_ptr, N, row, 1)
+            wait_for_last()
         n = tl.arange(0, BLOCK)
         n_in = n < N
         y = _finished(parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, N, R, R, STEP, UNROLLED, SPLITS, dtype)
@@ -217,11 +237,20 @@ if triton is not None:
         WHOLE: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per row and head: of queries, then keys, then values. WHOLE: per row and one of those three."""
         dtype: tl.constexpr = query_ptr.dtype.element_ty
         N: tl.constexpr = (H + 2 * H_KV) * D
         row, block = tl.program_id(0), tl.program_id(1)
+        if OVERLAP:
+            launch_next()
+            BLOCKS: tl.constexpr = 3 if WHOLE else H + 2 * H_KV
+            _prefetch_finish(b_ptr, bias_ptr, N, R, row * BLOCKS + block, BLOCKS)
+            if query_gain_ptr is not None:
+                prefetch(query_gain_ptr, H * D if WHOLE else D, row * BLOCKS + block, BLOCKS)
+                prefetch(key_gain_ptr, H_KV * D if WHOLE else D, row * BLOCKS + block, BLOCKS)
+            wait_for_last()
         if WHOLE:
             kind, head = block, tl.arange(0, HEADS)[:, None]
         else:
@@ -308,9 +337,15 @@ if triton is not None:
         ACTIVATION: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per ROWS rows and BLOCK columns."""
         dtype: tl.constexpr = out_ptr.dtype.element_ty
+        if OVERLAP:
+            launch_next()
+            BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+            _prefetch_finish(b_ptr, bias_ptr, 2 * WIDTH, R, tl.program_id(0) * BLOCKS + tl.program_id(1), BLOCKS)
+            wait_for_last()
         n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         n_in = n < WIDTH
         for i in range(ROWS):
@@ -451,7 +486,7 @@ def residual(
                     stream, parts, low, b, bias, after_gain, before_gain, out, S, None if share == 1 else share,
                     after_eps, before_eps, N=N, R=rank, STEP=STEP, UNROLLED=UNROLLED, SPLITS=splits,
                     AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block,
-                    num_warps=_num_warps(block, 8 if rank <= 32 else 16),
+                    num_warps=_num_warps(block, 8 if rank <= 32 else 16), **launched(),
                 )  # fmt: skip
         return out
     y = _after_norm(_summed(parts, low, b, bias, [N], stream.dtype), after)
@@ -483,7 +518,7 @@ def gated(
                 _gated_kernel[(triton.cdiv(S, rows), triton.cdiv(N // 2, COLUMNS))](
                     parts, low, b, bias, out, S, WIDTH=N // 2, LOW=0 if low is None else low.shape[2],
                     R=0 if b is None else len(b), STEP=STEP, UNROLLED=UNROLLED_BY_ROWS, SPLITS=splits,
-                    ACTIVATION=activation, ROWS=rows, BLOCK=COLUMNS, num_warps=2,
+                    ACTIVATION=activation, ROWS=rows, BLOCK=COLUMNS, num_warps=2, **launched(),
                 )  # fmt: skip
         return out
     gate, up = _summed(parts, low, b, bias, [parts.shape[2] // 2] * 2, dtype).chunk(2, 1)
@@ -519,6 +554,7 @@ def _launch_heads(
                 SPLITS=splits, EARLY=early, WHOLE=whole, HEADS=triton.next_power_of_2(H) if whole else 1,
                 BLOCK_D=triton.next_power_of_2(D), num_warps=8 if whole else 1,
                 enable_fp_fusion=False,  # a product in 16 bits and a sum would become one, rounded once
+                **launched(),
             )  # fmt: skip
     return query
 

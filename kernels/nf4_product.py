@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_grpo.kernels.overlap import launched
+
 try:
     import triton
     import triton.language as tl
@@ -67,6 +69,8 @@ def unpacking(dtype: torch.dtype, codes: Tensor = CODES) -> str:
 
 
 if triton is not None:
+    from lowmem_grpo.kernels.overlap import launch_next, prefetch, wait_for_last
+
     _UNPACK_BF16: Any = tl.constexpr(unpacking(torch.bfloat16))
     _UNPACK_FP16: Any = tl.constexpr(unpacking(torch.float16))
     _UNPACK_MXFP4_BF16: Any = tl.constexpr(unpacking(torch.bfloat16, MXFP4_CODES))
@@ -89,6 +93,16 @@ if triton is not None:
                 _UNPACK_MXFP4_FP16 if MXFP4 else _UNPACK_FP16, _REGISTERS, [q], (tl.float16, tl.float16),
                 is_pure=True, pack=4,
             )  # fmt: skip
+
+    @triton.jit
+    def _prefetch_weight(
+        w_ptr, absmax_ptr, outer_ptr, offset_ptr, BLOCKS: tl.constexpr, NESTED: tl.constexpr, part, PARTS: tl.constexpr
+    ):
+        prefetch(w_ptr, BLOCKS * 32, part, PARTS)
+        prefetch(absmax_ptr, BLOCKS, part, PARTS)
+        if NESTED:
+            prefetch(outer_ptr, (BLOCKS + 255) // 256, part, PARTS)
+            prefetch(offset_ptr, 1, part, PARTS)
 
     @triton.jit(do_not_specialize=["M"])  # one row, and 16, would be kernels of their own
     def _product_kernel(
@@ -122,6 +136,7 @@ if triton is not None:
         BLOCK_N: tl.constexpr,
         RANK: tl.constexpr,
         STAGES: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per BLOCK_N rows of a weight or RANK of A, split of K, and BLOCK_M rows of x.
 
@@ -135,6 +150,20 @@ if triton is not None:
         B0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
         B1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
         B2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
+        if OVERLAP:
+            launch_next()
+            PROGRAMS: tl.constexpr = (B0 + B1 + B2 + R // RANK) * SPLITS
+            program = tl.program_id(0) * SPLITS + tl.program_id(1) + tl.program_id(2) * PROGRAMS
+            _prefetch_weight(w0_ptr, absmax0_ptr, outer0_ptr, offset0_ptr, N0 * BLOCKS, NESTED, program, PROGRAMS)
+            if N1 > 0:
+                _prefetch_weight(w1_ptr, absmax1_ptr, outer1_ptr, offset1_ptr, N1 * BLOCKS, NESTED, program, PROGRAMS)
+            if N2 > 0:
+                _prefetch_weight(w2_ptr, absmax2_ptr, outer2_ptr, offset2_ptr, N2 * BLOCKS, NESTED, program, PROGRAMS)
+            if NESTED:
+                prefetch(code_ptr, 256, program, PROGRAMS)
+            if R > 0:
+                prefetch(a_ptr, R * K, program, PROGRAMS)
+            wait_for_last()
         block, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
         m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_in = m < M
@@ -326,6 +355,7 @@ def _launch(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int)
                 x, *packed, *absmax, *outer, *offset, weights[0].code, codes, a, parts, low, M,
                 K=K, N0=sizes[0], N1=sizes[1], N2=sizes[2], R=R, SPLITS=splits, NESTED=weights[0].code is not None,
                 BLOCK_M=block_m, BLOCK_N=BLOCK_N, RANK=RANK, STAGES=STAGES, num_warps=NUM_WARPS,
+                **launched(),
             )  # fmt: skip
     return parts, low
 

@@ -22,6 +22,7 @@ from lowmem_grpo.benchmarks import (
     bench_expert_product,
     bench_gemm_4bit,
     bench_learning,
+    bench_overlap,
     bench_ppo,
     bench_rollout,
     bench_scaling,
@@ -39,6 +40,8 @@ from lowmem_grpo.benchmarks import bench_linear_logprobs as bench
 from lowmem_grpo.benchmarks.measure import Failed, Timing
 from lowmem_grpo.benchmarks.random_model import made, make_config, make_random_model, vocabulary_of
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.kernels import overlap
 from lowmem_grpo.model.experts import Mxfp4Stack, Nf4Stack
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.run.meter import Meter
@@ -467,6 +470,43 @@ def test_a_step_of_decoding_is_the_difference_of_two_rollouts(tmp_path, capsys, 
     with pytest.raises(SystemExit):
         bench_decode.main(["--longest=1"])
     assert "has no half" in capsys.readouterr().err
+
+
+def test_kernels_overlap_from_now_on_where_steps_are_faster_and_the_same(tmp_path, capsys, monkeypatch):
+    """By a clock of its own; a CPU has nothing that overlaps, so that the rest is said by hand."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bench_overlap, "ROWS", (8,))
+    # Twice each without, with, and without again: uneven; of 4 tokens; of 2.
+    clock = iter([1.0] * 6 + [9.0, 9.0, 9.0, 8.0, 6.0, 8.0] + [9.0, 9.0, 9.0, 4.0, 3.0, 4.0])
+    monkeypatch.setattr(measure, "seconds_of", lambda run, turn, device: (run(turn), next(clock))[1])
+    overlap.table_path().parent.mkdir()
+    overlap.table_path().write_text('{"another card": true}')
+    output = tmp_path / "overlap.json"
+    bench_overlap.main(["--quick", "--choose", "--device=cpu", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert found["results"]["8"]["steps"] == {"without": 2.0, "with": 1.5, "without, again": 2.0}
+    assert found["results"]["8"]["differing"] == {"with": 0, "without, again": 0} and found["chosen"] is False
+    assert json.loads(overlap.table_path().read_text()) == {"another card": True, "cpu": False}
+    assert "| with, not done |" in capsys.readouterr().out and not list(suite.faults(found))
+
+    def chosen(where=lambda results: results, **change):
+        results = json.loads(output.read_text())["results"]
+        for run in (*results.values(), results["8"]["half"]):
+            run |= {"overlapped": True, "replayed": 9}
+        where(results).update(change)
+        return bench_overlap.is_faster(results)
+
+    assert chosen() and not chosen(failed={"failed": "out of memory"})
+    assert not chosen(lambda results: results["8"]["half"], overlapped=False)
+    assert not chosen(lambda results: results["64, uneven"]["differing"], **{"with": 1})
+    assert not chosen(lambda results: results["8"]["steps"], **{"with": 1.99}), "within noise"
+
+
+def test_completions_differ_by_a_token_or_a_log_probability():
+    one, other, third = (Completion([1, last], logprobs, logprobs, "length") for last, logprobs in (
+        (2, torch.tensor([-1.0, -2.0])), (2, torch.tensor([-1.0, -2.5])), (3, torch.tensor([-1.0, -2.0]))))  # fmt: skip
+    found = [bench_overlap.difference(one, x) for x in (one, other, third)]
+    assert found == [0.0, 0.5, 1000.0]
 
 
 @pytest.fixture(scope="module")

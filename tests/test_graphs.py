@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lowmem_grpo.generate import engine, graphs, sample, states, step, store
 from lowmem_grpo.generate.graphs import Captures, Graphs
 from lowmem_grpo.generate.shape import StoreShape, one_of_five
+from lowmem_grpo.kernels import overlap
 from lowmem_grpo.kernels.decode_attention import decode_attention
 from lowmem_grpo.kernels.decode_layer import heads
 from lowmem_grpo.out_of_memory import TokenBudget
@@ -235,6 +236,47 @@ def test_a_capture_that_fails_changes_nothing_and_is_given_up(capture, reason, t
         warnings.simplefilter("error", UserWarning)
         assert ids_of(sampler.run(repetition_penalty=1.3)) == ids_of(truth)
     assert len(tried) == tries
+
+
+def test_kernels_that_overlap_wrongly_are_given_up_before_graphs_are(captured_early, monkeypatch):
+    """A capture is compared with the step without overlap; a second one, without it too, is what is kept."""
+    sampler, ways = roomy(), []
+    truth = sampler.run()
+    sampler.captures.overlap = True
+    own = engine.Slots.step
+    monkeypatch.setattr(engine.Slots, "step", lambda *given: ways.append(overlap.launched()["OVERLAP"]) or own(*given))
+
+    def capture(step):
+        return (wrong if sampler.captures.overlap else recorder())(step)
+
+    monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
+    with pytest.warns(
+        UserWarning, match="without overlapping kernels, which is slower: a captured step chose otherwise"
+    ):
+        assert ids_of(sampler.run()) == ids_of(truth)
+    assert not sampler.captures.overlap and sampler.captures.refusal is None and sampler.captures.counts.replayed
+    # Two steps to warm up; of each of two tries the step that is compared, its capture and the step itself; then one.
+    assert ways[:8] == [True, True, False, True, True, False, True, False]
+    assert not any(ways[8:]) and overlap.launched() == {"OVERLAP": False}
+
+
+@pytest.mark.parametrize(
+    "text, chosen", [(None, False), ('{"H9": true, "H8": false}', True), ("[", False), ("3", False)]
+)
+def test_kernels_overlap_where_that_was_measured_on_the_card(text, chosen, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    if text is not None:
+        overlap.table_path().parent.mkdir()
+        overlap.table_path().write_text(text)
+    device = torch.device("cuda")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert overlap.pays(device) is chosen and not overlap.pays(torch.device("cpu"))
+    assert ["no kernels overlap" in str(one.message) for one in said] == ([True] if text in ("[", "3") else [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert not overlap.pays(device)
 
 
 def test_a_row_that_rounding_tipped_once_costs_no_graph(captured_early, monkeypatch):
@@ -639,6 +681,7 @@ class TestOnAGpu:
     )
     @pytest.mark.parametrize("kv", ["full", "int8"])
     def test_graphs_sample_what_steps_sample(self, family, kv, sampling):
+        """With kernels that overlap, where a card can have them, to the last bit as without."""
         policy = make_policy(family, use_cpu=False)
         longest = 100
         for shape in (
@@ -648,8 +691,16 @@ class TestOnAGpu:
             settings = dict(rollout_kv=kv, max_completion_length=longest)
             sampler = ShapedSampler(policy, shape, **settings)
             truth = ShapedSampler(policy, shape, rollout_cuda_graphs=False, **settings).run(**sampling)
-            assert ids_of(sampler.run(**sampling)) == ids_of(truth)
+            found = sampler.run(**sampling)
+            assert ids_of(found) == ids_of(truth)
             assert sampler.captures.refusal is None
+            if overlap.can_overlap(policy.device):
+                chained = ShapedSampler(policy, shape, **settings)
+                chained.captures.overlap = True
+                for _ in range(2):  # captured, and replayed from the first step on
+                    for one, other in zip(chained.run(**sampling), found, strict=True):
+                        assert one.ids == other.ids and torch.equal(one.logprobs, other.logprobs)
+                assert chained.captures.overlap and chained.captures.counts.replayed
 
     @pytest.mark.parametrize("family, kv", [("qwen2", "full"), ("qwen2", "int8"), ("granite_swa", "full")])
     def test_graphs_of_one_rollout_serve_the_later_ones(self, family, kv, monkeypatch):

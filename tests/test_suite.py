@@ -93,6 +93,7 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
         "step-beside": {**at, "results": {"lowmem_grpo": [run], "TRL": [{"failed": "not done in 35 s"}]}},
         "head-tiles": {**at, "shapes": [{"results": head}]},
         "budget-1.5b": {**at, "results": [{"plan": plan}]},
+        "overlap-1.5b": {**at, "chosen": True, "results": {"1": {"steps": {"without": 3e-3, "with": 2.5e-3}}, "u": {}}},
         "budget-7b": {**at, "results": [{"plan": plan, "measured": peaks}]},
     }
     (tmp_path / "nvidia-a.json").write_text(json.dumps({"parts": parts}))
@@ -101,6 +102,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     assert found["64 even completions of a 1.5B model, in steps"] == "21,234 tokens/s"
     assert found["64 completions of 100 tokens in the mean, at most 256, in all"] == "8,000 tokens/s"
     assert found["a step of 4 x 8 x 128 tokens, 1.5B"] == "2.00 s, 1,500 MiB"
+    overlapping = "a step of a 1.5B model by rows, without and with overlapping kernels"
+    assert found[overlapping] == "1: 3.00 to 2.50 ms; chosen"
     beside = "lowmem_grpo: 2.00 s, 1,500 MiB; TRL: not done in 35 s"
     assert found["a step of 4 x 8 x 32 tokens, 1.5B, beside others"] == beside
     assert found["the head, as last changed, over two bare products, D 1536"] == "1.50, forward alone 1.50"
@@ -342,7 +345,7 @@ def test_each_call_of_the_programme_ends_within_4_or_5_minutes():
     limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
     assert all(0 < limit <= 110 for call in limits.values() for limit in call)
     assert sum(limits["tests"]) + tests_s < 240 and sum(limits["families"]) + new_s < 300
-    assert sum(limits["fit"]) < 300
+    assert sum(limits["fit"]) < 300 and sum(limits["overlap"]) < 120
     assert sum(limits["speed"]) < 300 and sum(limits["beside"]) < 300 and sum(limits["critic"]) < 120
 
 
@@ -404,6 +407,7 @@ def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     run_dry(tmp_path, "families", [])
     assert "test_expert_product" in (out / "dry-run-gpu-tests-families.txt").read_text()
     run_dry(tmp_path, "fit", [])
+    run_dry(tmp_path, "overlap", [])
     assert len(list(out.iterdir())) <= 9
 
 

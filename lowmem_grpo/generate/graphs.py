@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.errors import in_a_line
+from lowmem_grpo.kernels.overlap import overlapping
 from lowmem_grpo.warn import warn
 
 # Steps of a number of rows before its first capture. They compile kernels and allocate workspaces.
@@ -72,6 +73,7 @@ class Captures:
 
     model: str  # its name, for the warning
     last: bool = True  # whether graphs and what they read are kept for later rollouts
+    overlap: bool = False  # whether kernels of a captured step are launched before the one before them has ended
     refusal: str | None = None  # why none is captured
     trusted: set[Hashable] = field(default_factory=set)  # kinds and rows of steps whose replay was compared, and right
     replays: dict[Hashable, Replay] = field(default_factory=dict)  # by kind and rows
@@ -84,6 +86,12 @@ class Captures:
     def refuse(self, reason: str) -> None:
         self.refusal = reason
         warn(f"{self.model} is sampled from without CUDA graphs, which is slower: {reason}")
+
+    def separate(self, reason: str) -> None:
+        """Capture steps without overlap from now on, those that were captured with it anew."""
+        self.overlap = False
+        self.replays.clear()
+        warn(f"{self.model} is sampled from without overlapping kernels, which is slower: {reason}")
 
     def drop_graphs(self) -> None:
         """Let the graphs and their memory go; the next steps are captured anew."""
@@ -105,9 +113,9 @@ class Graphs:
     """Runs step(num_rows) by replaying a recording, from its second run on; of a kind once trusted from the first.
 
     A capture is tried before it is trusted: the same step is run, captured and replayed from the same state, and the
-    two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning. Of a
-    kind of step that was trusted once, a recording that is gone is made anew at the first step: a capture takes 0.05 to
-    0.1 s on an H200, as long as a step by itself.
+    two results are compared. Where that fails, steps run one by one for the rest of the run, after one warning; where
+    kernels overlap, first a capture in which they do not is tried. Of a kind of step that was trusted once, a recording
+    that is gone is made anew at the first step: a capture takes 0.05 to 0.1 s on an H200, as long as a step by itself.
     """
 
     def __init__(
@@ -138,12 +146,16 @@ class Graphs:
         replay = captures.replays.get(key)
         captures.counts.steps += 1
         captures.counts.replayed += replay is not None
-        return self.step(num_rows) if replay is None else replay().clone()  # the next replay writes over it
+        return self._run(num_rows) if replay is None else replay().clone()  # the next replay writes over it
+
+    def _run(self, num_rows: int) -> Tensor:
+        with overlapping(self.captures.overlap):
+            return self.step(num_rows)
 
     def _capture(self, num_rows: int) -> Replay:
         started = time.perf_counter()
         try:
-            return self.captures.capture(partial(self.step, num_rows))  # type: ignore[misc] # there is one
+            return self.captures.capture(partial(self._run, num_rows))  # type: ignore[misc] # there is one
         finally:
             self.captures.counts.capture_s += time.perf_counter() - started
 
@@ -157,7 +169,7 @@ class Graphs:
         before, truth = [x.clone() for x in self.state], None
         try:
             with _never_waiting(self.state[0].device):
-                truth = self.step(num_rows)
+                truth = self.step(num_rows)  # without overlap
             self._go_back(before)
             replay = self._capture(num_rows)
             held = self.held()
@@ -174,6 +186,10 @@ class Graphs:
         self._go_back(before)
         # Rounding may tip one row into another token, though hardly twice: the next step tries again.
         if reason is None or self.doubts == 1:
+            return
+        if self.captures.overlap:
+            self.doubts = 0
+            self.captures.separate(reason)
             return
         self.captures.drop_graphs()
         self.captures.refuse(reason)

@@ -21,6 +21,7 @@ from lowmem_grpo.generate.states import StateShapes, state_bytes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
+from lowmem_grpo.kernels import overlap
 from lowmem_grpo.kernels.decode_attention import goes_by_addresses
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import warn
@@ -60,7 +61,9 @@ class Sampler:
         self.kv_dtype = torch.int8 if config.rollout_kv == "int8" else policy.dtype
         self.fitting_tokens: int | None = None
         self.samples_dense: bool | None = None
-        self.captures = Captures(type(policy.base).__name__, last=config.rollout_graphs_last)
+        self.captures = Captures(
+            type(policy.base).__name__, last=config.rollout_graphs_last, overlap=overlap.pays(policy.device)
+        )
         self.fast_steps: dict[tuple[str, ...], FastStep | None] = {}
 
     def complete(
