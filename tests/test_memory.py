@@ -339,9 +339,9 @@ def test_a_few_layers_of_each_kind_tell_what_running_all_of_them_shows(name):
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     config = replace(config, padding_free=name not in PADDED)
     with trace.fake_policy(whole, tuple(range(model.num_hidden_layers)), config) as policy:
-        ran = trace.run_few(policy, config, trace.largest_steps(config)[0]).ran
+        ran = trace.run_few(policy, config)[0].ran
         layers = {} if name in PADDED else policy.layer_shapes
-    assert trace.run_layers(whole, config, layers) == ran
+    assert trace.run_layers(whole, config, trace._few_of_each(trace._kinds(whole), layers)) == ran
 
 
 def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places():
@@ -350,9 +350,8 @@ def test_layers_that_look_themselves_up_by_their_number_are_run_at_other_places(
     model, config = AutoConfig.for_model("zamba2", **{**HYBRIDS["zamba2"], **mixed}), GRPOConfig(**TASK)
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     assert trace._kinds(whole) == [0, 1, 0, 3, 0]
-    assert trace._why_padded(whole, config.compute_dtype) is None
-    layers, states, choices = trace._shapes(whole, config.compute_dtype)
-    assert layers.keys() == {1, 3} and states.held > 0 and choices == 0
+    padded, layers, states, choices = trace._shapes(whole, config.compute_dtype)
+    assert padded is None and layers.keys() == {1, 3} and states.held > 0 and choices == 0
 
 
 def test_layers_that_share_their_weights_are_counted_once_in_16_bits():
@@ -375,9 +374,9 @@ def test_a_layer_without_keys_and_values_of_its_own_is_counted_after_one_that_ha
     model, config = AutoConfig.for_model(kind, **{**settings, **few}), GRPOConfig(**TASK, **RUNGS["padded"])
     whole = trace.skeleton(trace.Key(model, lora_config(config)), config.compute_dtype, False, True)
     with trace.fake_policy(whole, tuple(range(5)), config) as policy:
-        ran, layers = trace.run_few(policy, config, trace.largest_steps(config)[0]).ran, policy.layer_shapes
+        ran, layers = trace.run_few(policy, config)[0].ran, policy.layer_shapes
     assert [layer.source for layer in layers.values()] == [0, 1, 2, 2, 2]
-    assert trace.run_layers(whole, config, layers) == ran
+    assert trace.run_layers(whole, config, trace._few_of_each(trace._kinds(whole), layers)) == ran
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -892,11 +891,11 @@ def test_a_trace_depends_on_no_setting_but_those_that_it_read(padded):
 def test_a_known_run_that_does_not_serve_adds_nothing_to_what_a_trace_depends_on(monkeypatch):
     config, ran, whole = GRPOConfig(**TASK, beta=0.1), [], object()
     monkeypatch.setattr(trace, "fake_policy", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(trace, "run_few", lambda policy, watched, lengths: ran.append(watched.beta) or "found")
-    trace._runs_of(whole)[(1,)] = [({"learning_rate": -1.0}, None)]
+    monkeypatch.setattr(trace, "run_few", lambda policy, watched: ran.append(watched.beta) or "found")
+    trace._runs_of(whole).append(({"learning_rate": -1.0}, None))
     for _ in ("anew", "known"):
         read = set()
-        assert trace._run_few(whole, trace.Watched(config, read), [1], ()) == "found"
+        assert trace._run_few(whole, trace.Watched(config, read), ()) == "found"
         assert read == {"beta"} and ran == [0.1]
 
 

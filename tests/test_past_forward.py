@@ -33,7 +33,7 @@ def test_a_layer_whose_weight_the_model_multiplies_by_itself_is_not_put_in_4_bit
     model.save_pretrained(tmp_path)
     settings = GRPOConfig(use_cpu=True, bf16=False)
     whole = trace.skeleton(trace.Key(config, lora_config(settings)), "float32", False, True)
-    resident = trace._resident(whole, settings)[0]
+    resident = trace._resident(whole, settings, trace._few_of_each(trace._kinds(whole), {}))[0]
     for given in (model, str(tmp_path)):
         policy = make_policy(given)  # which tries a backward
         assert in_16_bits(policy.base) == READ[kind]

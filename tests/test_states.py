@@ -204,7 +204,7 @@ def test_the_planner_counts_the_copies_that_a_step_makes_of_states(kind):
     policy = make_policy(model, bf16=False, load_in_4bit=False)
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "float32", False, False)
-    found, kept, rows = trace._shapes(whole, "float32")[1], state_shapes(policy), 12
+    found, kept, rows = trace._shapes(whole, "float32")[2], state_shapes(policy), 12
     for planned, where in ((found.step, None), (found.captured_step, Kept())):
         states, mixer = States(kept, StoreShape(rows, 1, 0, 0), CPU, where), mixers(policy.decoder)[0]
         step = partial(states.advance, mixer, mixer.forward.one_call, torch.randn(rows, 1, 64))
@@ -215,9 +215,8 @@ def test_the_planner_counts_the_copies_that_a_step_makes_of_states(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "bamba"])
-def test_the_planner_counts_what_states_take(kind, monkeypatch):
+def test_the_planner_counts_what_states_take(kind):
     """On a GPU, where captured steps last, those of completions stay between rollouts."""
-    monkeypatch.setattr(trace, "_why_padded", lambda *_: None)
     key = AutoConfig.for_model(kind, **HYBRIDS[kind])
     config = GRPOConfig(
         output_dir="unused", use_cpu=True, bf16=True, num_generations=4, prompts_per_step=2, max_prompt_length=40,

@@ -34,7 +34,7 @@ def read_past_forward(model: Any) -> list[str]:
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and "lora_" not in name]
     files = {type(module).__module__ for module in model.modules()}
     named = {name for file in files if not file.startswith("torch.") for name in _weights_named(file)}
-    kinds = {name: _kind(model, name) for name in linears}
+    kinds = {name: kind_of(model, name) for name in linears}
     if not any(child in named for _, child in kinds.values()):
         return []
     read: set[Kind] = set()
@@ -59,7 +59,8 @@ def _weights_named(file: str) -> frozenset[str]:
     return frozenset(re.findall(r"\.(\w+)\.weight\b", source))
 
 
-def _kind(model: nn.Module, name: str) -> Kind:
+def kind_of(model: nn.Module, name: str) -> Kind:
+    """The class of the module that a layer is in, and the layer's name there."""
     parent, _, child = name.removesuffix(".base_layer").rpartition(".")  # PEFT's, which has an adapter around it
     return type(model.get_submodule(parent)), child
 

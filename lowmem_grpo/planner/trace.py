@@ -21,7 +21,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, masking_utils
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -41,7 +41,7 @@ from lowmem_grpo.model.load import LINEAR, equip, shared_weights
 from lowmem_grpo.model.mixing import CACHES, mixers
 from lowmem_grpo.model.offload import token_embeddings
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, fills_one, pack
-from lowmem_grpo.model.past_forward import read_past_forward
+from lowmem_grpo.model.past_forward import kind_of, read_past_forward
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.quantizer import lay_out_4bit
 from lowmem_grpo.model.teacher import FoundTeacher
@@ -176,13 +176,13 @@ def _trace(key: Key, config: TrainingConfig, read: set[str]) -> Traced:
     watched = cast(TrainingConfig, Watched(config, read))
     try:
         whole = skeleton(key, watched.compute_dtype, watched.trust_remote_code, watched.load_in_4bit)
-        padded = _why_padded(whole, watched.compute_dtype)
+        padded, layers, states, choices = _shapes(whole, watched.compute_dtype)
         if padded:
             watched = cast(TrainingConfig, Watched(replace(config, padding_free=False), read))
         generated = run_generate(whole, watched) if padded and watched.samples else None
-        layers, states, choices = ({}, StateBytes(), 0) if padded else _shapes(whole, watched.compute_dtype)
-        ran = run_layers(whole, watched, layers)
-        return Traced(*_resident(whole, watched), ran, layers, states, choices, padded, generated)
+        chosen = _few_of_each(_kinds(whole), layers)
+        ran = run_layers(whole, watched, chosen)
+        return Traced(*_resident(whole, watched, chosen), ran, layers, states, choices, padded, generated)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever foreign code raises where its tensors have no memory
@@ -209,33 +209,30 @@ def skeleton(key: Key, compute_dtype: str, trust_remote_code: bool, load_in_4bit
 
 
 @lru_cache(maxsize=4)
-def _why_padded(whole: PeftModel, compute_dtype: str) -> str | None:
-    """The reason why a model can neither be packed nor sampled by the engine, as far as shapes show it."""
-    reason = refusal(whole.get_base_model())
-    if reason is not None:
-        return reason
-    with fake_policy(whole, tuple(sorted(set(_kinds(whole)))), _computing(compute_dtype)) as policy:
-        reason = by_itself(policy)
-        if reason is None:
-            try:
-                run_in_parts(policy, "")
-                _ = policy.layer_shapes, state_shapes(policy)
-            except (Differs, UnknownAttention) as error:
-                reason = in_a_line(error)
-        return reason
+def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[str | None, dict[int, LayerShape], StateBytes, int]:
+    """The LayerShape of each layer that attends, bytes of states, and a token's choices, from one of each kind.
 
-
-@lru_cache(maxsize=4)
-def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape], StateBytes, int]:
-    """The LayerShape of each layer that attends, bytes of states, and a token's choices, from one of each kind."""
+    Before them stands why a model can neither be packed nor sampled by the engine, as far as shapes show it, or None.
+    """
     kinds = _kinds(whole)
-    distinct = sorted(set(kinds))
+    distinct, reason = sorted(set(kinds)), refusal(whole.get_base_model())
+    if reason is not None:
+        return reason, {}, StateBytes(), 0
     for mixer in mixers(whole):
         with steps_in_place(mixer, None):  # which compares numbers, once of a family; below there are none
             pass
     with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy, _assumed_routes() as choices:
-        of_kind = {distinct[place]: shape for place, shape in policy.layer_shapes.items()}
-        shapes = state_shapes(policy)
+        try:
+            reason = by_itself(policy)
+            if reason is None and mixers(policy.decoder):
+                run_in_parts(policy, "")
+            if reason is None:
+                of_kind, shapes = policy.layer_shapes, state_shapes(policy)
+        except (Differs, UnknownAttention) as error:
+            reason = in_a_line(error)
+        if reason is not None:
+            return reason, {}, StateBytes(), 0
+        of_kind = {distinct[place]: shape for place, shape in of_kind.items()}
         states = {distinct[place]: state_bytes({place: named}) for place, named in shapes.items()}
         step, captured_step = (_step_bytes(policy, shapes, captured) for captured in (False, True))
     held = sum(states.get(kind, 0) for kind in kinds)
@@ -246,7 +243,7 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[dict[int, LayerShape]
             source = distinct[of_kind[kind].source]  # the kind of the layer whose keys and values it has
             last = number if source == kind else max(earlier for earlier in range(number) if kinds[earlier] == source)
             layers[number] = of_kind[kind]._replace(source=last)
-    return layers, StateBytes(held, step, captured_step, start), max(choices, default=0)
+    return None, layers, StateBytes(held, step, captured_step, start), max(choices, default=0)
 
 
 class _Step:
@@ -313,14 +310,13 @@ def _computing(compute_dtype: str) -> ModelFields:
     return ModelFields(bf16=compute_dtype == "bfloat16", fp16=compute_dtype == "float16", gradient_checkpointing=False)
 
 
-def run_layers(whole: PeftModel, config: TrainingConfig, layers: dict[int, LayerShape]) -> Ran:
+def run_layers(whole: PeftModel, config: TrainingConfig, chosen: tuple[int, ...]) -> Ran:
     """Bytes that all layers take in the largest of a training step's micro-batches."""
-    sources = frozenset(layer.source for number, layer in layers.items() if layer.source != number)
-    found = [_run_layers(whole, config, lengths, sources) for lengths in largest_steps(config)]
+    found = [_of_all_layers(few, _kinds(whole), chosen, config) for few in _run_few(whole, config, chosen)]
     return Ran(**{field.name: max(getattr(ran, field.name) for ran in found) for field in fields(Ran)})
 
 
-def _few_of_each(kinds: list[int], sources: frozenset[int]) -> tuple[int, ...]:
+def _few_of_each(kinds: list[int], layers: dict[int, LayerShape]) -> tuple[int, ...]:
     """Numbers of each kind's first and last layer, of the model's last, and of those that others read.
 
     For 24 of one kind 0, 22 and 23: layer 0 makes what is there once, 22 is as all others are, and beside the backward
@@ -328,18 +324,15 @@ def _few_of_each(kinds: list[int], sources: frozenset[int]) -> tuple[int, ...]:
     values of others.
     """
     last = len(kinds) - 1
-    found = {last, *sources}
+    found = {last, *(layer.source for number, layer in layers.items() if layer.source != number)}
     for kind in set(kinds):
         of_kind = [number for number in range(last) if kinds[number] == kind]
         found |= {*of_kind[:1], *of_kind[-1:]}
     return tuple(sorted(found))
 
 
-def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], sources: frozenset[int]) -> Ran:
+def _of_all_layers(few: Few, kinds: list[int], chosen: tuple[int, ...], config: TrainingConfig) -> Ran:
     """Bytes that all layers take, from a run in which the last of each kind stands for the others."""
-    kinds = _kinds(whole)
-    chosen = _few_of_each(kinds, sources)
-    few = _run_few(whole, config, lengths, chosen)
     like = {kinds[number]: place for place, number in enumerate(chosen) if number < len(kinds) - 1}
     if config.activation_offloading and len(kinds) > 2:  # the inputs of two layers are on the device at a time
         like.setdefault(kinds[-1], len(chosen) - 1)
@@ -354,17 +347,17 @@ def _run_layers(whole: PeftModel, config: TrainingConfig, lengths: list[int], so
     return replace(few.ran, kept=waiting, peak=peak)
 
 
-def _run_few(whole: PeftModel, config: TrainingConfig, lengths: list[int], chosen: tuple[int, ...]) -> Few:
-    """Memory of a few layers, from a known run where settings are equal."""
-    known = _runs_of(whole).setdefault(tuple(lengths), [])
+def _run_few(whole: PeftModel, config: TrainingConfig, chosen: tuple[int, ...]) -> list[Few]:
+    """Memory of a few layers in each of largest_steps(), from a known run where settings are equal."""
     own = config._config if isinstance(config, Watched) else config
+    known = _runs_of(whole).setdefault(type(own), [])
     # Compared unwatched: what a run that does not serve has read is nothing that this one depends on.
     found = next((run for run in known if all(getattr(own, name) == value for name, value in run[0].items())), None)
     if found is None:
         read: set[str] = set()
         watched = cast(TrainingConfig, Watched(own, read))
         with fake_policy(whole, chosen, watched) as policy:
-            few = run_few(policy, watched, lengths)
+            few = run_few(policy, watched)
         found = {name: getattr(own, name) for name in read}, few
         known.append(found)
     settings, few = found
@@ -374,8 +367,8 @@ def _run_few(whole: PeftModel, config: TrainingConfig, lengths: list[int], chose
 
 
 @lru_cache(maxsize=4)
-def _runs_of(whole: PeftModel) -> dict[tuple[int, ...], list[tuple[dict[str, Any], Few]]]:
-    """Known runs of a few of a model's layers, by lengths of completions, each with the settings that were read."""
+def _runs_of(whole: PeftModel) -> dict[type, list[tuple[dict[str, Any], list[Few]]]]:
+    """Known runs of a few of a model's layers, by the kind of training, each with the settings that were read."""
     return {}
 
 
@@ -500,19 +493,24 @@ def _with_layers(whole: PeftModel, chosen: tuple[int, ...]) -> PeftModel:
     return adapted
 
 
-def run_few(policy: Policy, config: TrainingConfig, lengths: list[int]) -> Few:
-    """The memory of the first micro-batch of a step whose completions have these lengths."""
-    prompt = prompt_tokens(config)
-    batch = _first_micro_batch(config, lengths, policy.device)
-    few = _activations(policy, batch, config.has_entropy_bonus)
-    if not config.samples:
-        return replace(few, ran=replace(few.ran, inference=_inference(policy, batch)))
-    sampling = cast(GRPOConfig, config)
-    runs_without = sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
-    inference = _inference(policy, batch) if runs_without else 0
-    count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
-    prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
-    return replace(few, ran=replace(few.ran, inference=inference, prefill=prefill))
+def run_few(policy: Policy, config: TrainingConfig) -> list[Few]:
+    """The memory of the first micro-batch of each of largest_steps()."""
+    prefill = 0
+    if config.samples:
+        prompt = prompt_tokens(config)
+        count = max(1, min(config.token_budget // prompt, config.prompts_per_step))
+        prefill = _inference(policy, _prompts(policy, prompt, count, config.padding_free))
+    found = []
+    for lengths in largest_steps(config):
+        batch = _first_micro_batch(config, lengths, policy.device)
+        few = _activations(policy, batch, config.has_entropy_bonus)
+        sampling = cast(GRPOConfig, config)
+        runs_without = not config.samples or (
+            sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
+        )
+        inference = _inference(policy, batch) if runs_without else 0
+        found.append(replace(few, ran=replace(few.ran, inference=inference, prefill=prefill)))
+    return found
 
 
 def _prompts(policy: Policy, tokens: int, count: int, padding_free: bool) -> MicroBatch:
@@ -661,9 +659,17 @@ class Live(TorchDispatchMode):
         for tensor in [*given, *(p.grad for p in given if p.grad is not None)]:
             self._know(tensor, 0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # which guards each call against a compiler that none of these meets
+        return False
+
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.prim.device.default:
+            return arguments[0].fake_device
         out = function(*arguments, **(keywords or {}))
-        tree_map_only(Tensor, self._see, out)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
         return out
 
     def take_peak(self) -> int:
@@ -686,13 +692,17 @@ class Live(TorchDispatchMode):
         self.now -= self.known.pop(key)[0]
 
 
-def _resident(whole: PeftModel, config: ModelFields) -> tuple[dict[str, int], tuple[int, ...], int, int]:
+def _resident(
+    whole: PeftModel, config: ModelFields, chosen: tuple[int, ...]
+) -> tuple[dict[str, int], tuple[int, ...], int, int]:
     """Bytes of the weights by kind, and the sizes of trained parameters and of 4-bit layers."""
     base: Any = whole.get_base_model()
     size = getattr(torch, config.compute_dtype).itemsize
     quantized, counted = [], set()
     head = base.get_output_embeddings()
-    dense = {id(base.get_submodule(name)) for name in read_past_forward(base)} | {id(head)}
+    few = _with_layers(whole, chosen).get_base_model()
+    read = {kind_of(few, name) for name in read_past_forward(few)}
+    dense = {id(module) for name, module in base.named_modules() if kind_of(base, name) in read} | {id(head)}
     shared = shared_weights(base)
     for name, module in base.named_modules():
         if f"{name.removesuffix('.base_layer')}.weight" in shared:
