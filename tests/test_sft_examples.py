@@ -51,6 +51,10 @@ def marked(rows, template=PLAIN, **settings):
 
 
 TURNS = [say("user", "1+1="), say("assistant", "2"), say("user", "2+2="), say("assistant", "4")]
+SLIM = [
+    {"from": "system", "value": "Add.", "weight": None}, {"from": "human", "value": "1+1=", "weight": 0},
+    {"from": "gpt", "value": "2", "weight": 1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,12 @@ TURNS = [say("user", "1+1="), say("assistant", "2"), say("user", "2+2="), say("a
          "<|user|>1+1=<|assistant|>so [2<|end|>\n]"),
         ({"messages": TURNS[:2]}, {"assistant_only_loss": True, "system_prompt": "Add."},
          "<|system|>Add.<|user|>1+1=<|assistant|>[2<|end|>]\n"),
+        ({"conversations": SLIM}, {}, "<[|system|>Add.]<|user|>1+1=[<|assistant|>2<|end|>\n]"),
+        ({"conversations": SLIM}, {"assistant_only_loss": True}, "<|system|>Add.<|user|>1+1=<|assistant|>[2<|end|>]\n"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]}, {"assistant_only_loss": True},
+         "<|user|>1+1=<|assistant|>2<|end|>\n<|user|>2+2=<|assistant|>[4<|end|>]\n"),
+        ({"prompt": TURNS[:1], "completion": [TURNS[1], TURNS[2], {**TURNS[3], "weight": 0.0}]}, {},
+         "<|user|>1+1=<|assistant|>[2<|end|>\n<|user|>2+2=]<|assistant|>4<|end|>\n"),
     ],
 )  # fmt: skip
 def test_what_is_learnt_is_worked_out_by_hand(row, settings, learnt):
@@ -100,6 +110,7 @@ def test_what_is_too_long_is_dropped_whole_and_counted():
 
 
 def test_without_a_template_a_chat_is_a_transcript_with_an_end():
+    assert marked([{"conversations": SLIM}], None) == "S[ystem: Add.]\n\nUser: 1+1=[\n\nAssistant: 2<|end|>]"
     assert marked([{"prompt": TURNS[:1], "completion": TURNS[1:2]}], None).endswith("Assistant:[ 2<|end|>]")
 
 
@@ -123,6 +134,8 @@ def test_without_a_template_a_chat_is_a_transcript_with_an_end():
         ([{"conversations": [{"from": ["human"], "value": "1"}]}], {}, "row 0 of train_dataset has the conversations"),
         ([{"messages": TURNS, "tools": [{"type": "function"}]}], {}, "has tools, which the chat template leaves out"),
         ([{"prompt": "1", "completion": TURNS[1:2]}], {}, "has a text and a list of messages side by side"),
+        ([{"messages": [{**one, "weight": 0} for one in TURNS]}], {}, "row 0 of train_dataset has no token to learn"),
+        ([{"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}], {}, "has a message of weight 0.5; it has to be 1, or 0"),
         ([{"prompt": TURNS[:1], "completion": []}], {}, "row 0 of train_dataset has the completion '\\[\\]'; a chat is a"),
     ],
 )  # fmt: skip
@@ -135,4 +148,6 @@ def test_a_template_that_forgets_thoughts_is_refused_where_turns_cannot_be_told(
     turns = [say("user", "1+1="), say("assistant", "<think>1</think>2"), *TURNS[2:]]
     with pytest.raises(InputError, match=r"rendered otherwise as it grows.*generation"):
         marked([{"messages": turns}], FORGETFUL, assistant_only_loss=True)
+    with pytest.raises(InputError, match="rendered otherwise as it grows, so that turn 1, of weight 0, cannot be"):
+        marked([{"messages": [turns[0], {**turns[1], "weight": 0}, *turns[2:]]}], FORGETFUL)
     assert marked([{"prompt": turns[:3], "completion": turns[3:]}], FORGETFUL).endswith("2+2=<|assistant|>[4<|end|>]")

@@ -34,6 +34,7 @@ OURS = {
     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text")
+OPENING = "\n\nAssistant:"  # of an answer to a transcript
 MARKER = "\ue000"  # stands for an assistant's words where a template is tried
 # A list of messages, or a lone one, as JSON or as Python prints it; and ShareGPT's lists.
 CHAT_AS_TEXT = re.compile(
@@ -302,7 +303,7 @@ def closing_of(said: str) -> str:
 def transcript(messages: list[dict]) -> str:
     """A chat as `Role: text` paragraphs, for a base model without a chat template; the assistant goes on at its end."""
     turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-    return "\n\n".join(turns if messages[-1]["role"] == "assistant" else [*turns, "Assistant:"])
+    return "\n\n".join(turns) + ("" if messages[-1]["role"] == "assistant" else OPENING)
 
 
 def _refuse_more_than_texts(messages: list[dict], settings: dict[str, Any], where: str) -> None:

@@ -2,11 +2,11 @@
 
 A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `messages` or, with from and value, as
 `conversations`; or a `text`; or, as Alpaca has them, an instruction and an output. Tools and template settings are a
-row's own as for prompts.
+row's own as for prompts. A message of weight 0, as in SlimOrca and OpenAI's files, is read and not learnt.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Generic, TypeVar
@@ -14,7 +14,15 @@ from typing import Any, Generic, TypeVar
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import ExampleFields
-from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, refuse_missing, with_system
+from lowmem_grpo.data.chats import (
+    OPENING,
+    Template,
+    is_text,
+    read_chat,
+    refuse_chat_as_text,
+    refuse_missing,
+    with_system,
+)
 from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
 from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
 from lowmem_grpo.data.questions import ANSWERS, INSTRUCTIONS, question_of
@@ -26,6 +34,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 MOST_WEIGHT = 1e6  # fp32 sums numbers that are as far apart as this and its inverse
 T = TypeVar("T")  # an example, or a pair
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # what a template marks an assistant's words with
+REMEDY = "mark the assistant's words in the chat template with {% generation %}"
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,8 @@ class _Reader:
             messages = [*prompt[:-1], {**completion[0], "content": words}, *completion[1:]]
         else:
             messages = [*prompt, *completion]
+        skipped = [place for place, message in enumerate(messages) if _has_weight_0(message, where)]
+        prompt, messages = ([_without_weight(one) for one in several] for several in (prompt, messages))
         whole = self.template.whole(messages, settings, where)
         whole = whole if self.tokenizer.chat_template is not None else self._ended(whole)
         ids = self._ids(whole)
@@ -210,11 +221,20 @@ class _Reader:
         if self.config.assistant_only_loss:
             said = self._said(messages, settings, whole, ids, where)
             counted = [a and b for a, b in zip(counted, said, strict=True)]
+            skipped = [place for place in skipped if messages[place]["role"] == "assistant"]
+        if any(counted) and skipped:
+            left_out = self._within(self._whole_turns(skipped, messages, settings, whole, where), whole, ids, where)
+            counted = [a and not b for a, b in zip(counted, left_out, strict=True)]
         return ids, counted
 
     def _opened(self, prompt: list[dict], settings: dict, where: str) -> str:
         """A prompt as training by rewards gives it, from which an answer goes on."""
         return self.template.render(prompt, settings, where)[0]
+
+    def _closed(self, messages: list[dict], settings: dict, where: str) -> str:
+        """A chat's beginning, without the opening of an answer that a transcript ends with."""
+        text = self.template.whole(messages, settings, where)
+        return text.removesuffix(OPENING) if self.tokenizer.chat_template is None else text
 
     def _ids(self, rendered: str) -> list[int]:
         """Ids of a chat as it is rendered: a template writes its own special tokens."""
@@ -253,16 +273,20 @@ class _Reader:
             )
             if found["input_ids"] == ids:
                 return [bool(value) for value in found["assistant_masks"]]
-        said = [False] * len(ids)
-        for start, end in self._turns(messages, settings, whole, where):
-            bounds = [self._ids(whole[:place]) for place in (start, end)]
+        return self._within(self._turns(messages, settings, whole, where), whole, ids, where)
+
+    def _within(self, parts: Iterable[tuple[int, int]], whole: str, ids: list[int], where: str) -> list[bool]:
+        """Whether each token of a rendered chat is within one of its parts, given by where they begin and end."""
+        within = [False] * len(ids)
+        for part in parts:
+            bounds = [self._ids(whole[:place]) for place in part]
             if any(ids[: len(bound)] != bound for bound in bounds):
                 raise InputError(
-                    f"{where} has a turn whose bounds are within a token, so that assistant_only_loss cannot tell it; "
-                    "mark the assistant's words in the chat template with {% generation %}"
+                    f"{where} has a turn whose bounds are within a token, so that it cannot be learnt, or left out, by "
+                    f"itself; {REMEDY}"
                 )
-            said[len(bounds[0]) : len(bounds[1])] = [True] * (len(bounds[1]) - len(bounds[0]))
-        return said
+            within[len(bounds[0]) : len(bounds[1])] = [True] * (len(bounds[1]) - len(bounds[0]))
+        return within
 
     def _turns(self, messages: list[dict], settings: dict, whole: str, where: str) -> Iterator[tuple[int, int]]:
         """Find where each turn of the assistant begins and ends in the rendered chat, less the white space after it."""
@@ -274,9 +298,22 @@ class _Reader:
             if not (whole.startswith(after) and after.startswith(before)):
                 raise InputError(
                     f"{where} is rendered otherwise as it grows, so that assistant_only_loss cannot tell turn {place}; "
-                    "mark the assistant's words in the chat template with {% generation %}"
+                    f"{REMEDY}"
                 )
             yield len(before), len(after.rstrip())
+
+    def _whole_turns(
+        self, places: list[int], messages: list[dict], settings: dict, whole: str, where: str
+    ) -> Iterator[tuple[int, int]]:
+        """Find where turns begin and end in the rendered chat, with what the template puts around them."""
+        for place in places:
+            before, after = (self._closed(messages[:end], settings, where) if end else "" for end in (place, place + 1))
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise InputError(
+                    f"{where} is rendered otherwise as it grows, so that turn {place}, of weight 0, cannot be left "
+                    "out; remove the weights, or leave the row out"
+                )
+            yield len(before), len(after)
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -293,7 +330,23 @@ def _from_share_gpt(value: Any) -> Any:
         isinstance(one, dict) and isinstance(one.get("from"), str) and "value" in one for one in value
     ):
         return value
-    return [{"role": ROLES.get(one["from"], one["from"]), "content": one["value"]} for one in value]
+    return [
+        {"role": ROLES.get(one["from"], one["from"]), "content": one["value"], "weight": one.get("weight")}
+        for one in value
+    ]
+
+
+def _has_weight_0(message: dict, where: str) -> bool:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise InputError(
+            f"{where} has a message of weight {weight!r:.60}; it has to be 1, or 0 for one that is read and not learnt"
+        )
+    return weight == 0
+
+
+def _without_weight(message: dict) -> dict:
+    return {name: value for name, value in message.items() if name != "weight"}
 
 
 def _weight(row: dict, where: str) -> float:
