@@ -134,6 +134,18 @@ def test_retries_have_an_end():
     assert len(server.requests) == 3
 
 
+def test_that_there_is_no_server_is_said_once_before_it_is_asked_again(monkeypatch, caplog):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.05)
+    with Server(lambda given: Answer("hi")) as server:
+        asked = Endpoint(server.base_url, "m", max_retries=3)
+    began = time.time()
+    found = replies(asked, [HELLO] * 4)
+    (said,) = caplog.records
+    assert said.getMessage().endswith(" refused; it is asked again for about 0 s; start the server, or mend base_url")
+    assert said.created - began < (time.time() - began) / 2
+    assert all(str(error).endswith("Connection refused (asked 4 times)") for error in found)
+
+
 def test_a_server_says_how_long_to_wait_in_seconds_or_by_a_date_and_not_for_ever(monkeypatch):
     for header, waited in (("0.3", 0.3), (email.utils.formatdate(time.time() + 60, usegmt=True), 0.2), ("9999", 0.2)):
         monkeypatch.setattr(endpoint, "LONGEST_WAIT_S", 0.3 if header == "0.3" else 0.2)

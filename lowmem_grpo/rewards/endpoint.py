@@ -8,6 +8,7 @@ import asyncio
 import email.utils
 import http.client
 import json
+import logging
 import os
 import random
 import threading
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lowmem_grpo.errors import InputError, in_a_line, printable, shown
+
+log = logging.getLogger(__name__)
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0  # before a retry; each wait is twice the one before
 MOST_BYTES = 2**26  # of a reply
@@ -44,6 +47,10 @@ class _Passing(EndpointError):
     def __init__(self, sentence: str, wait_s: float | None = None):
         super().__init__(sentence)
         self.wait_s = wait_s  # what the server asks for
+
+
+class _Unreached(_Passing):
+    """A connection that nobody took."""
 
 
 class Reply(NamedTuple):
@@ -82,6 +89,7 @@ class Endpoint:
     max_retries: int = 5  # of a request that met a busy or failing server, or none
     api_key_variable: str | None = None  # the name of an environment variable; None sends no key
     fields: Mapping[str, Any] = field(default_factory=dict)  # of each request; None leaves one out
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # sentences, each said once
 
     def __post_init__(self) -> None:
         refuse_address(self.base_url)
@@ -149,9 +157,19 @@ class Endpoint:
                     times = "" if attempt == 0 else f" (asked {attempt + 1} times)"
                     raise EndpointError(f"{error}{times}") from error
                 # Requests that failed together come back apart; Python's own generator is the run's.
+                if isinstance(error, _Unreached):
+                    self._tell(str(error))
                 own = FIRST_WAIT_S * 2**attempt * random.Random().uniform(0.75, 1.25)
                 stop.wait(min(own if error.wait_s is None else error.wait_s, LONGEST_WAIT_S))
         raise AssertionError("unreachable")
+
+    def _tell(self, why: str) -> None:
+        """Say once, and at once, that there is no server, which may be starting or may be looked for elsewhere."""
+        if why in self._told:
+            return
+        self._told.add(why)
+        seconds = sum(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S) for attempt in range(self.max_retries))
+        log.warning(f"{why}; it is asked again for about {seconds:.0f} s; start the server, or mend base_url")
 
     def _ask_once(self, conversation: Messages) -> Reply:
         body = {"model": self.model, "messages": conversation, **self.fields}
@@ -175,7 +193,7 @@ class Endpoint:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise _Passing(f"{url} gave no reply within {self.timeout:g} s") from error
-            raise _Passing(f"{url} cannot be reached: {printable(str(error.reason))}") from error
+            raise _Unreached(f"{url} cannot be reached: {printable(str(error.reason))}") from error
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(f"{url} broke off: {_without(key, in_a_line(error))}") from error
         return read_reply(found, url, key)
