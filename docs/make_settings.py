@@ -22,6 +22,9 @@ but for [stated differences](coming-from-trl.md). This page is made by `python d
 
 In a file a number is decimal (`010` is ten, `1e-5` is a number), a truth value is `true` or `false`, and anything else
 is a text: `1:30`, `0x10`, `yes`, `2024-01-01`. A name stands there once.
+
+A path may have `~` or `$NAME`, of a model, a data set or a folder alike. A relative one begins at the current folder,
+also where a file in another folder has it.
 """
 OF_EXAMPLES = """\
 ## SFTConfig

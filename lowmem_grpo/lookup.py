@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem_grpo.errors import InputError, in_a_line, shown
 from lowmem_grpo.output.folder import refuse_pointer
+from lowmem_grpo.paths import expanded
 
 TEXT_FILES = (".jsonl", ".json", ".csv")  # of data, by the ends of their names
 DATA_FILES = (*TEXT_FILES, ".parquet")
@@ -79,7 +80,7 @@ def look_up_dataset(dataset: str, name: str) -> None:
     """Raise InputError where neither a file or folder nor a dataset of the hub has a name."""
     if not dataset.strip():
         raise InputError(f"{name} is {dataset!r}, which names nothing; give a hub id, a file or a task")
-    path = Path(os.path.expanduser(dataset))
+    path = Path(expanded(dataset))
     if path.suffix.lower() in DATA_FILES:
         if os.path.isdir(path):
             raise InputError(f"{name} {dataset!r} is a folder; name a file in it, or rename the folder")
@@ -199,7 +200,7 @@ def _near(name: str) -> str:
     address = re.match(r"https?://[^/]+/(?:datasets/)?([^/]+/[^/?#]+)", name)
     if address:
         return f"did you mean {address[1]!r}?"
-    path = Path(os.path.expanduser(name))
+    path = Path(expanded(name))
     try:
         there = [entry.name for entry in os.scandir(path.parent)][:NEAREST_OF]
     except (OSError, ValueError):

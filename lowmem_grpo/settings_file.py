@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lowmem_grpo.errors import InputError, in_a_line, shown
+from lowmem_grpo.paths import expanded
 
 MOST_CHARACTERS = 2**20  # of a file
 MOST_VALUES = 10_000  # those of an anchor counted wherever it is named
@@ -32,7 +33,7 @@ def read_settings_file(path: str) -> dict[str, Any]:
         InputError: a file that cannot be read, or says something twice, or holds something else.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(expanded(path), encoding="utf-8-sig") as file:
             text = file.read(MOST_CHARACTERS + 1)
         if len(text) > MOST_CHARACTERS:
             raise InputError(f"it has more than {MOST_CHARACTERS} characters")

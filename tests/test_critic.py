@@ -344,18 +344,29 @@ def saved_critic(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_critic_may_start_as_a_reward_adapter_which_a_resumed_run_does_without(tmp_path):
+def test_a_critic_may_start_as_a_reward_adapter_which_a_resumed_run_does_without(tmp_path, monkeypatch):
     policy = make_policy(named_model())
     policy.add(CRITIC, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]))
     policy.add_score_head(CRITIC, seed=3)
     wake(policy, CRITIC)
     folder = tmp_path / "reward"
     policy.save(folder, CRITIC)
-    given = dict(**SHORT, critic_init=str(folder), critic_learning_rate=0.0)
-    run(tmp_path, model=named_model(), **given, max_steps=1)
+    given: dict[str, Any] = dict(**SHORT, critic_learning_rate=0.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(tmp_path, model=named_model(), **given, critic_init="~/reward", max_steps=1)
     saved = load_file(folder / "adapter_model.safetensors")
-    shutil.rmtree(folder)
-    result = run(tmp_path, model=named_model(), **given, max_steps=2, resume_from_checkpoint=True)
+    again: dict[str, Any] = dict(**given, max_steps=2, resume_from_checkpoint=True)
+    for other, sentence in (
+        (saved_critic(tmp_path / "other"), "is of a run with another critic_init, of other weights; resume with that"),
+        ("policy", "is of a run with another critic_init"),
+        ("~/none", "critic_init='~/none' is no adapter with a score head"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            run(tmp_path, model=named_model(), **again, critic_init=other)
+    shutil.copytree(tmp_path / "out", tmp_path / "again/out")
+    folder.rename(tmp_path / "moved")
+    run(tmp_path / "again", model=named_model(), **again, critic_init="$HOME/moved/")
+    result = run(tmp_path, model=named_model(), **again, critic_init="~/reward")
     assert "base_model.model.score.weight" in result.policy.parameters_of(CRITIC) and len(result.history) == 2
     now = result.policy.adapter_state(CRITIC)
     assert {*now} == {*saved} and all(torch.equal(value, saved[name]) for name, value in now.items())

@@ -282,8 +282,14 @@ def test_another_teacher_is_refused_on_resume(tmp_path, folders):
     settings = {"model": model, "teacher": adapter, "max_steps": 1}
     run(tmp_path / "out", **settings)
     again = {**settings, "max_steps": 2, "resume_from_checkpoint": True}
-    with pytest.raises(InputError, match="teacher"):
-        run(tmp_path / "out", **{**again, "teacher": str(tmp_path / "out/adapter")})
+    for other in (str(tmp_path / "out/adapter"), str(DEMO_MODEL)):
+        with pytest.raises(InputError, match="is of a run with another teacher, of other weights; resume with that"):
+            run(tmp_path / "out", **{**again, "teacher": other})
+    with pytest.raises(InputError, match="teacher is None, and was "):
+        run(tmp_path / "out", task.tag_format_reward, **{**again, "teacher": None})
+    moved = str(Path(adapter).rename(tmp_path / "moved"))
+    run(tmp_path / "out", **{**again, "teacher": moved})
+    again, adapter = {**again, "max_steps": 3, "teacher": moved}, moved
     settings_of = Path(adapter) / "adapter_config.json"
     text = settings_of.read_text(encoding="utf-8")
     settings_of.write_text(json.dumps({**json.loads(text), "lora_alpha": 1}), encoding="utf-8")

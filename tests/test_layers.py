@@ -37,7 +37,7 @@ FLOORS = (
     "model objective data out_of_memory distributed",
     "lookup",
     "config output settings_file terminal",
-    "errors warn progress_bars torchrun kernels",
+    "errors paths warn progress_bars torchrun kernels",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -1,13 +1,13 @@
 """The command that makes a model of a trained adapter: export."""
 
 import argparse
-import os
 from typing import Any
 
 from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.cli.settings import count_of
 from lowmem_grpo.errors import InputError, printable, shown
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.terminal import show
 
 EXAMPLE = """\
@@ -60,7 +60,7 @@ def run_export(given: dict[str, Any]) -> int:
 
     names = ("onto", "dtype", "gguf", "llama_cpp", "push", "private")
     outputs_of(model, merge_to, num_texts=num_texts, **{name: given.get(name) for name in names})
-    look_up_model(os.path.expanduser(model))
+    look_up_model(expanded(model))
     # After that, since the import of what computes takes seconds.
     from lowmem_grpo.exporting.export import export
 

@@ -1,7 +1,6 @@
 """The commands that look at models and data: eval, data and plan."""
 
 import json
-import os
 import sys
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from lowmem_grpo.cli.settings import INPUTS, PLANNED, WITHOUT_EVAL_DATASET, coun
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.terminal import columns_of, show
 
 EVAL_EXAMPLE = """\
@@ -137,7 +137,7 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
     if PLANNED[training] is not planned:
         raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
-    model, config = inputs["model"], planned(**fields)
+    model, config = expanded(inputs["model"]), planned(**fields)
     if not 1 <= ranks <= config.prompts_per_step or (ranks > 1 and planned is SampleConfig):
         raise InputError(
             f"--ranks {ranks} is none: a training has 1 to {config.prompts_per_step}, as many as a step has things to "
@@ -149,7 +149,7 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         config = config.for_sampler()
     from lowmem_grpo.lookup import look_up_model
 
-    look_up_model(os.path.expanduser(model), config.model_init_kwargs)
+    look_up_model(model, config.model_init_kwargs)
     from lowmem_grpo.inputs.rewards import worn_by
     from lowmem_grpo.model.find import adapter_config, find_model, read_config
     from lowmem_grpo.model.load import run_device

@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.errors import NotSavedError, in_a_line, printable
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.terminal import show
 
 
@@ -38,8 +39,8 @@ def add(commands: Commands) -> None:
 def run_report(given: dict[str, Any]) -> int:
     from lowmem_grpo.report.report import NAME, write_report
 
-    folder = Path(given["folder"]).expanduser()
-    output = folder / NAME if given.get("output") is None else Path(given["output"]).expanduser()
+    folder = Path(expanded(given["folder"]))
+    output = folder / NAME if given.get("output") is None else Path(expanded(given["output"]))
     try:
         path = write_report(folder, output)
     except OSError as error:
@@ -54,5 +55,5 @@ def run_watch(given: dict[str, Any]) -> int:
     from lowmem_grpo.watch.watch import watch
 
     with writing_output():
-        watch(Path(given["folder"]).expanduser(), once=given.get("once", False), wait=given.get("wait", False))
+        watch(Path(expanded(given["folder"])), once=given.get("once", False), wait=given.get("wait", False))
     return 0

@@ -27,17 +27,19 @@ BOUNDS = {
 
 def option(
     default: Any, help: str, *, common: bool = False, may_change: bool = False, may_be_empty: bool = False,
-    **bounds: float,
+    by_content: bool = False, **bounds: float,
 ) -> Any:  # fmt: skip
     """A dataclass field with a help text, and the bounds of its numbers by BOUNDS' names: `above=0, at_most=1`.
 
     A whole number is at most MOST, where no other end is given. --help shows the `common` fields, and --help_all every
     field. What has `may_change`, a resumed run may change: where and how long it runs, what it reports, and how it fits
-    into memory. An empty text is refused, unless it `may_be_empty`.
+    into memory; of a model's folder that is `by_content`, only where it is, which is left to whoever can read it. An
+    empty text is refused, unless it `may_be_empty`.
     """
     assert bounds.keys() <= BOUNDS.keys()
     metadata = {
-        "help": help, "common": common, "may_change": may_change, "may_be_empty": may_be_empty, "bounds": bounds,
+        "help": help, "common": common, "may_change": may_change, "may_be_empty": may_be_empty,
+        "by_content": by_content, "bounds": bounds,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -225,7 +227,8 @@ def refuse_changes(
     changed = []
     for field in dataclasses.fields(config):
         value, before = now[field.name], saved[field.name]
-        if value != before and not field.metadata.get("may_change"):
+        is_moved = field.metadata.get("by_content") and None not in (value, before)
+        if value != before and not is_moved and not field.metadata.get("may_change"):
             raise InputError(
                 f"{field.name} is {value!r}, and was {before!r} in the run to resume; set it back, or {otherwise}"
             )

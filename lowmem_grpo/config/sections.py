@@ -380,7 +380,7 @@ class CriticFields(Checked):
     critic_learning_rate: float = option(1e-4, "peak learning rate of the critic", at_least=0)
     critic_warmup: int = option(0, "first steps, in which the critic learns and the policy does not", at_least=0)
     critic_init: str = option(
-        "policy", "what the critic's adapter starts from: policy, or the folder of a reward adapter"
+        "policy", "what the critic's adapter starts from: policy, or the folder of a reward adapter", by_content=True
     )
 
 
@@ -393,7 +393,7 @@ class DistillationFields(Checked):
 
     teacher: str | None = option(
         None, "model of the same vocabulary, adapter of the same base (at no memory), or base, to learn from by token",
-        common=True,
+        common=True, by_content=True,
     )  # fmt: skip
     teacher_coef: float = option(1.0, "weight of the teacher's advantages beside those of the rewards", above=0)
     teacher_system_prompt: str | None = option(

@@ -27,6 +27,7 @@ from lowmem_grpo.data.guessed import guessed_by, with_whole_numbers
 from lowmem_grpo.data.questions import ASKED_WITH, ASKS, CHOICES, KEY, question_of, right_labels
 from lowmem_grpo.errors import InputError, cause, shown
 from lowmem_grpo.lookup import DATA_FILES, NO_DATASET, TEXT_FILES, look_up_dataset
+from lowmem_grpo.paths import expanded
 
 # Hub datasets that need a configuration name, so that nobody has to look it up.
 DEFAULT_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
@@ -94,7 +95,7 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
     Raises:
         InputError: it cannot be found or read, is empty, or has media; one sentence with the remedy.
     """
-    dataset = str(dataset) if isinstance(dataset, Path) else dataset
+    dataset = expanded(dataset)
     on_hub = isinstance(dataset, str) and Path(dataset).suffix.lower() not in DATA_FILES
     if (
         name == "train_dataset"
@@ -142,7 +143,7 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
                 f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
             )
         return dataset
-    path = Path(os.path.expanduser(dataset))
+    path = Path(dataset)
     look_up_dataset(dataset, name)
     options: dict[str, Any] = {"streaming": True} if config.dataset_streaming else {}
     if path.suffix.lower() in TEXT_FILES:

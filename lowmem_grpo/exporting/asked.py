@@ -8,6 +8,7 @@ from typing import NamedTuple
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.exporting.gguf import OF_ADAPTER, OF_MODEL, find_converter
 from lowmem_grpo.output.hub import check_upload
+from lowmem_grpo.paths import expanded
 
 ONTO = ("original", "nf4")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -67,7 +68,7 @@ def _refuse_one_place(out: Path, file: Path) -> None:
 
 def new_path(name: str) -> Path:
     """A path that is not there yet, and that can be made, as it is given. Raise InputError otherwise."""
-    path = Path(os.path.normpath(os.path.expanduser(name)))
+    path = Path(os.path.normpath(expanded(name)))
     if not name.strip() or os.path.lexists(path):
         raise InputError(f"{name!r} is there already; name another" if name.strip() else f"{name!r} names nothing")
     there = next(one for one in path.absolute().parents if os.path.lexists(one))

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from lowmem_grpo.output.hub import upload
 from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.run.card import card_of
 from lowmem_grpo.run.interruption import Interruption
@@ -107,7 +107,7 @@ def export(
         model, merge_to, onto=onto, dtype=dtype, num_texts=num_texts, gguf=gguf, llama_cpp=llama_cpp, push=push,
         private=private,
     )  # fmt: skip
-    model = os.path.expanduser(model)
+    model = expanded(model)
     saved = _settings_of(_run_of(model))
     config = _as_trained(saved, use_cpu, trust_remote_code)
     _refuse_model(model, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowmem_grpo.errors import InputError, NotSavedError, in_a_line, printable
 from lowmem_grpo.output.folder import BEING_WRITTEN
+from lowmem_grpo.paths import expanded
 
 OF_MODEL, OF_ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 
@@ -25,7 +26,7 @@ def find_converter(llama_cpp: str | None, name: str, gguf: str, source: str) -> 
     )
     if llama_cpp is None:
         raise InputError(f"gguf needs llama_cpp, the folder of a llama.cpp checkout; or run the two commands {by_hand}")
-    script = Path(os.path.expanduser(llama_cpp)) / name
+    script = Path(expanded(llama_cpp)) / name
     if not script.is_file():
         raise InputError(f"llama_cpp is {llama_cpp!r}, which has no {name}; name a whole checkout, or run {by_hand}")
     return script

@@ -1,7 +1,7 @@
 """The identity of a run, as a checkpoint keeps it: model, adapter, tokenizer, data and rewards.
 
 Models are known by what they hold, and not by their names. No large file is read for that: of a loaded model a few
-numbers of each weight are hashed, of a teacher, before it is loaded, some blocks of each file.
+numbers of each weight are hashed, of a teacher and what a critic starts from some blocks of each file.
 """
 
 import contextlib
@@ -20,11 +20,15 @@ from bitsandbytes.nn.modules import Params4bit
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
+from lowmem_grpo.config.sections import OWN_BASE
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.sources import sources_used_by
+from lowmem_grpo.lookup import is_adapter
+from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.experts import packed_codes
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.teacher import FoundTeacher
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
@@ -49,6 +53,7 @@ DIFFERS = {
 MODELS = "reward models"
 SINCE = ("helpers", MODELS)  # which an older version's checkpoints lack
 NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
+BLOCKS, BLOCK_BYTES = 64, 4096  # of a file of weights, from its beginning to its end
 
 
 def identity_of(
@@ -109,6 +114,32 @@ def _wherever(settings: Any) -> Any:
     return {of: value for of, value in settings.items() if of != "name"} if is_model else settings
 
 
+def files_of_teacher(found: FoundTeacher) -> dict[str, str]:
+    """SHA-256 of a teacher's weights by files_of(), and of an own base's below an adapter."""
+    revision = str(getattr(found.model, "_commit_hash", None))
+    names = {"weights": "" if found.name == OWN_BASE else found.name}
+    if found.model is not None and is_adapter(found.name):
+        names["weights of its base"] = str(read_adapter_config(found.name).base_model_name_or_path)
+    return {what: files_of(name, revision) for what, name in names.items()}
+
+
+def files_of(name: str, revision: str = "") -> str:
+    """SHA-256 of a model's or an adapter's folder: names, sizes and some blocks of each file of weights or settings.
+
+    Of a model on the hub it is the revision's name.
+    """
+    digest, folder = hashlib.sha256(revision.encode()), Path(name)
+    for path in sorted(folder.iterdir()) if name and folder.is_dir() else ():
+        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for place in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
+                    file.seek(place)
+                    digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The prompts' ids and all of their columns, each row by row."""
     names = sorted({name for prompt in prompts for name in prompt.columns})
@@ -142,11 +173,12 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             )
     for changed in _changed(identity["tokenizer"], saved["tokenizer"]):
         raise InputError(f"{resume} is of a run with another tokenizer: its {changed} differs; resume with that one")
-    for changed in _changed(identity.get("teacher", {}), saved.get("teacher", {}), both=True):
-        raise InputError(
-            f"{resume} is of a run with another teacher, of other {changed}; resume with that one, or start a new run "
-            "from the adapter"
-        )
+    for whose in ("teacher", "critic_init"):
+        for changed in _changed(identity.get(whose, {}), saved.get(whose, {}), both=True):
+            raise InputError(
+                f"{resume} is of a run with another {whose}, of other {changed}; resume with that one, or start a new "
+                "run from the adapter"
+            )
     others = _changed(identity["data"], saved["data"])
     if others:
         differ = "prompts" if "prompt" in others else f"values in {' and '.join(others)}"

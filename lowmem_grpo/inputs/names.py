@@ -1,6 +1,5 @@
 """A run's inputs, looked up by name before anything is imported that computes, which takes seconds."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from lowmem_grpo.lookup import has_score_head, look_up_dataset, look_up_model
 from lowmem_grpo.output.folder import checkpoints, find_checkpoint, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.output.results import refuse_results
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES
 from lowmem_grpo.rewards.names import look_up_rewards
 from lowmem_grpo.tasks import look_up_task, refuse_missing_rewards
@@ -36,7 +36,7 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
         refuse_without_evaluation(config)
     model = inputs.get("model")
     if isinstance(model, str) and getattr(config, "base_url", None) is None and not _goes_on(config):
-        look_up_model(os.path.expanduser(model), config.model_init_kwargs)
+        look_up_model(expanded(model), config.model_init_kwargs)
     for which in ("dataset", "eval_dataset"):
         given = inputs.get(which)
         for one in given if isinstance(given, list) else [given]:
@@ -51,11 +51,11 @@ def look_up_training(inputs: Mapping[str, Any], config: TrainingConfig, *, needs
     """
     look_up_inputs(inputs, config, needs_rewards=needs_rewards)
     if isinstance(config, GRPOConfig) and config.teacher not in (None, OWN_BASE):
-        look_up_model(os.path.expanduser(config.teacher), what="teacher")
+        look_up_model(expanded(config.teacher), what="teacher")
     if config.push_to_hub:
         from lowmem_grpo.output.hub import check_upload, repository
 
-        check_upload(repository(config.hub_model_id, Path(config.output_dir)))
+        check_upload(repository(config.hub_model_id, Path(expanded(config.output_dir))))
     resume, folder = config.resume_from_checkpoint, writable_folder(config.output_dir)
     if isinstance(config, GRPOConfig) and not _goes_on(config):
         refuse_critic_init(config)
@@ -68,7 +68,7 @@ def look_up_training(inputs: Mapping[str, Any], config: TrainingConfig, *, needs
 def _goes_on(config: Any) -> bool:
     """Tell whether a run goes on from a checkpoint. That has what is still read of an adapter that it began from."""
     resume = getattr(config, "resume_from_checkpoint", None)
-    return bool(resume) and (resume != "auto" or bool(checkpoints(Path(os.path.expanduser(config.output_dir)))))
+    return bool(resume) and (resume != "auto" or bool(checkpoints(Path(expanded(config.output_dir)))))
 
 
 def refuse_other_number(config: RewardFields, number: int) -> None:
@@ -79,7 +79,7 @@ def refuse_other_number(config: RewardFields, number: int) -> None:
 
 def refuse_critic_init(config: CriticFields) -> None:
     """Raise InputError where critic_init is neither the policy nor a folder with a reward adapter."""
-    if config.critic_init != "policy" and not has_score_head(config.critic_init):
+    if config.critic_init != "policy" and not has_score_head(expanded(config.critic_init)):
         raise InputError(
             f"critic_init={shown(config.critic_init)} is no adapter with a score head, as `lowmem-grpo reward` writes "
             "one; give such a folder, or leave critic_init out"

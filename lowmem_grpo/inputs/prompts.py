@@ -21,6 +21,8 @@ from lowmem_grpo.inputs.identity import (
     MODELS,
     columns_of,
     digest_of,
+    files_of,
+    files_of_teacher,
     identity_of_data,
     models_of,
     refuse_other_models,
@@ -40,7 +42,6 @@ from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
     evaluation_rows,
-    expanded,
     left_out,
     name_of,
     refuse_other_config,
@@ -53,8 +54,10 @@ from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.teacher import FoundTeacher, Teacher, files_of, find_teacher, load_teacher, refuse_other_tokens
+from lowmem_grpo.model.teacher import FoundTeacher, Teacher, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
+from lowmem_grpo.output.folder import read_state
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.route import inner_of
@@ -147,10 +150,10 @@ def read_training_inputs(
         read_by = model if teacher.model is None else teacher.name
         check_prompts(read_by, theirs, config, whose="for the teacher, ")
         asked = digest_of(prompt.ids for prompt in theirs)
-        more["teacher"] = {**files_of(teacher), "prompts": asked}
+        more["teacher"] = {**files_of_teacher(teacher), "prompts": asked}
     run.notes.extend(_left_out(dropped, eval_dropped, config))
-    if config.critic_init != "policy" and saved_config(run.resume) is None:
-        _refuse_critic(read_config(model, config), config)
+    if config.has_critic:
+        more["critic_init"] = _files_of_critic(run, read_config(model, config))
     read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
     longest = max(len(prompt.ids) for prompt in read)
     known = set().union(*map(parameters_of, rewards.functions))  # by rewards, as a judge may need a context
@@ -181,13 +184,31 @@ def _refuse_continued_base(model: Any, config: GRPOConfig) -> None:
         )
 
 
+def _files_of_critic(run: RunInputs, base: PreTrainedConfig) -> dict[str, str]:
+    """SHA-256 of what a critic starts from; of a folder that a resumed run does without, nothing.
+
+    Raises:
+        InputError: critic_init is no folder with a reward adapter.
+    """
+    name, config = run.config.critic_init, run.config
+    if name == "policy":
+        return {"weights": name}
+    if run.resume is None or saved_config(run.resume) is None:
+        _refuse_critic(base, config)
+    elif name != read_state(run.resume)["config"]["critic_init"]:
+        refuse_critic_init(config)
+    elif not os.path.isdir(expanded(name)):
+        return {}
+    return {"weights": files_of(expanded(name))}
+
+
 def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
     """Raise InputError where critic_init is no folder with a reward adapter.
 
     One of another base, by its name, is told: as a reward it would be scored with that base, and a critic has none.
     """
     refuse_critic_init(config)
-    trained_on = str(read_adapter_config(config.critic_init).base_model_name_or_path)
+    trained_on = str(read_adapter_config(expanded(config.critic_init)).base_model_name_or_path)
     if os.path.realpath(trained_on) != os.path.realpath(base._name_or_path):
         warn(
             f"critic_init={shown(config.critic_init)} is an adapter of {shown(trained_on)}, and is put on "

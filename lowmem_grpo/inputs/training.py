@@ -32,6 +32,7 @@ from lowmem_grpo.output.lock import lock_folder
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.output.trackers import tracker_names
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import RewardRunner
 
@@ -142,7 +143,7 @@ def _folder(config: TrainingConfig) -> tuple[Path, Path | None, list[str]]:
         )
     tracker_names(config.trackers)
     if config.push_to_hub:
-        check_upload(repository(config.hub_model_id, Path(config.output_dir)))
+        check_upload(repository(config.hub_model_id, Path(expanded(config.output_dir))))
     output_dir = writable_folder(config.output_dir)
     if is_main():
         lock_folder(output_dir)
@@ -219,6 +220,7 @@ def settled(
 
 def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
     """The tokenizer that is given or named, or the model's. Raise InputError for what is none."""
+    tokenizer = expanded(tokenizer)
     if tokenizer is None or isinstance(tokenizer, str):
         if tokenizer and not os.path.isdir(tokenizer):
             look_up_model(tokenizer, what="tokenizer")
@@ -240,9 +242,3 @@ def name_of(given: Any) -> Any:
     if isinstance(given, (list, tuple)) and not all(isinstance(one, Mapping) for one in given):
         return [name_of(one) for one in given]
     return f"{len(given)} rows in memory" if isinstance(given, Sized) else f"{type(given).__name__} in memory"
-
-
-def expanded(model: Any) -> Any:
-    """A path as a text without ~; anything else unchanged."""
-    is_path = isinstance(model, Path) or (isinstance(model, str) and model.startswith("~"))
-    return os.path.expanduser(model) if is_path else model

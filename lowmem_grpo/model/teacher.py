@@ -1,11 +1,9 @@
 """A run's teacher: found before any weights are read, and worn on the policy's base or loaded beside it."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model, re
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.warn import warn
 
 ADAPTER = "teacher"  # the name that a teacher's adapter has on the policy's base
-BLOCKS, BLOCK_BYTES = 64, 4096  # of a file of weights, from its beginning to its end, that tell it from another
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def find_teacher(model: Any, config: GRPOConfig, *, needs_weights: bool = True) 
     """
     if config.teacher is None:
         return None
-    name = os.path.expanduser(config.teacher)
+    name = expanded(config.teacher)
     if name == OWN_BASE:
         if config.teacher_system_prompt is None:
             raise InputError(
@@ -135,31 +133,6 @@ def _ends(model: Any, tokenizer: Any, config: GRPOConfig) -> set[int]:
     ends = {one for one in {*ends_of_model(model, config), tokenizer.eos_token_id} if isinstance(one, int)}
     of_turn = turn_end(tokenizer, ends)
     return ends if of_turn is None or of_turn.token_id is None else {*ends, of_turn.token_id}
-
-
-def files_of(found: FoundTeacher) -> dict[str, str]:
-    """SHA-256 of a teacher's weights as its files have them, and of an own base's below an adapter.
-
-    They are names, sizes and some blocks of each file, and settings; of a model on the hub the revision's name.
-    """
-    revision = str(getattr(found.model, "_commit_hash", None))
-    names = {"weights": "" if found.name == OWN_BASE else found.name}
-    if found.model is not None and is_adapter(found.name):
-        names["weights of its base"] = str(read_adapter_config(found.name).base_model_name_or_path)
-    return {what: _files_of(name, revision) for what, name in names.items()}
-
-
-def _files_of(name: str, revision: str) -> str:
-    digest, folder = hashlib.sha256(revision.encode()), Path(name)
-    for path in sorted(folder.iterdir()) if name and folder.is_dir() else ():
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "adapter_config.json"):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for place in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
-                    file.seek(place)
-                    digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 class Teacher:

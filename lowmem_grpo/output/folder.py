@@ -12,6 +12,7 @@ from typing import Any
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output import manifest
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.warn import warn
 
 NAME = re.compile(r"checkpoint-([0-9]+)")
@@ -38,7 +39,7 @@ def writable_folder(output_dir: str) -> Path:
     """Make output_dir. Raise InputError if nothing can be written there, or it is the empty text."""
     if not output_dir.strip():
         raise InputError(f"output_dir is {output_dir!r}, which names no folder; give one, or leave it out")
-    folder = Path(os.path.expanduser(output_dir))  # Path's own raises for a user who is not there
+    folder = Path(expanded(output_dir))  # Path's own raises for a user who is not there
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -159,7 +160,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | bool | None)
             )
         return None
     if resume_from_checkpoint not in (True, "auto"):
-        return _named(Path(os.path.expanduser(str(resume_from_checkpoint))), output_dir)
+        return _named(Path(expanded(str(resume_from_checkpoint))), output_dir)
     newest, damaged = _newest(output_dir)
     if newest is None and resume_from_checkpoint is True:
         reasons = "".join(f"; {path.name} cannot be resumed from, since {why}" for path, why in damaged.items())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.errors import InputError, did_you_mean, shown
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.settings_file import read_settings_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -77,7 +78,7 @@ def _with_underscores(settings: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def pipeline_file(name: str) -> Path:
     """The file of a path, or of a recipe's name. Raise InputError where it is neither."""
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
     if name not in recipes():

@@ -10,6 +10,7 @@ from typing import NamedTuple, TextIO
 from lowmem_grpo.data.chats import SETTINGS, transcript
 from lowmem_grpo.errors import InputError, NotSavedError, printable_text
 from lowmem_grpo.output.lock import lock_file, releasing_locks
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.sampled import Row
 from lowmem_grpo.pipeline.select import BY_REWARDS, grouped, text_of
 
@@ -74,7 +75,7 @@ def label(rows: Sequence[Row], output: str | Path, seed: int, answers: TextIO, s
         InputError: the file is none of this, or no prompt has two different completions.
         NotSavedError: the disk refused a decision.
     """
-    path = Path(os.path.expanduser(output))
+    path = Path(expanded(output))
     done = _decided(path)
     asked = list(_to_ask(rows, seed))
     if not asked:

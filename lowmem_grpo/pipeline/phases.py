@@ -23,6 +23,7 @@ from lowmem_grpo.errors import (
 )
 from lowmem_grpo.inputs.names import look_up_inputs
 from lowmem_grpo.lookup import is_adapter
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
 
@@ -119,7 +120,7 @@ def resolve(
         raise InputError(f"model is {shown(model)}; give a hub id or a folder, since each phase loads it anew")
     if not isinstance(output_dir, (str, Path)) or not str(output_dir).strip():
         raise InputError(f"output_dir is {shown(output_dir)}; give a folder, in which each phase has its own")
-    name, folder, common = str(Path(model).expanduser()), Path(output_dir).expanduser(), dict(common or {})
+    name, folder, common = str(Path(expanded(model))), Path(expanded(output_dir)), dict(common or {})
     _refuse_names(phases)
     _refuse_unused(common, phases, evaluation)
     runs: list[PhaseRun] = []

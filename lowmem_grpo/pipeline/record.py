@@ -13,6 +13,7 @@ from datasets import Dataset
 from lowmem_grpo.errors import InputError, NotSavedError, shown
 from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.output.folder import write_file
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import BASE, DONE, PhaseRun, Pipeline
 from lowmem_grpo.report.reading import PIPELINE
@@ -24,6 +25,7 @@ OF_THE_RESULT = (
     "max_steps", "num_train_epochs", "load_best_model_at_end", "metric_for_best_model", "num_generations_eval",
 )  # fmt: skip
 WEIGHTS_AND_SETTINGS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # of a model's folder
+MODELS = ("teacher",)  # of the settings, those that are inputs
 OF_THE_CARD = ("vram_budget",)
 MEASURED = ("time/", "memory/", "tokens_per_s/", "step_time")  # of metrics
 SAMPLE = 2**20  # bytes, of a model's file: its first and its last ones
@@ -35,6 +37,7 @@ def fingerprint(pipeline: Pipeline, run: PhaseRun) -> dict[str, Any]:
     inputs: dict[str, Any] = {"model": content(pipeline.model_of(run))} if run.kind.has_model else {}
     for name, value in run.inputs.items():
         inputs[name] = [_content(pipeline, run, one) for one in entries(value)]
+    inputs |= {name: content(settings.pop(name)) for name in MODELS if settings.get(name) is not None}
     return json.loads(json.dumps({"kind": run.kind.name, "settings": settings, "inputs": inputs}, default=str))
 
 
@@ -57,8 +60,8 @@ def content(value: Any) -> Any:
     """The identity of an input: SHA-256 of a file or of rows; else a function's name, or the text."""
     if isinstance(value, (str, Path)):
         is_task = is_task_name(str(value))  # which a folder may be named, too
-        there = not is_task and os.path.exists(os.path.expanduser(value))
-        return _of_path(Path(value).expanduser()) if there else str(value)
+        there = not is_task and os.path.exists(expanded(value))
+        return _of_path(Path(expanded(value))) if there else str(value)
     if isinstance(value, (list, tuple, Dataset)):
         digest = hashlib.sha256()
         for row in value:

@@ -28,6 +28,7 @@ from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.output.lock import lock_file
+from lowmem_grpo.paths import expanded
 
 FORMAT = 1  # of NAME.run; to be raised where the lines change their shape
 Row = dict[str, Any]
@@ -43,7 +44,7 @@ class SampledFile:
     """
 
     def __init__(self, output: str, num_generations: int, in_order: bool = True):
-        self.path = Path(os.path.expanduser(output))
+        self.path = Path(expanded(output))
         self.settings_path = self.path.with_name(f"{self.path.name}.run")
         self.num_generations, self.in_order = num_generations, in_order
         self.done: list[int] = []
@@ -210,7 +211,7 @@ def read_sampled(path: str | Path) -> list[Row]:
     Raises:
         InputError: it is not there, has no row, or has a line that is none.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(expanded(path))
     try:
         *lines, end = path.read_bytes().split(b"\n")
     except OSError as error:

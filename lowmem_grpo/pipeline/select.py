@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.sampled import Row
 
 NGRAM = 3  # words
@@ -246,8 +247,8 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     Raises:
         InputError: it is one of the inputs, a file that is sampled into or of a person's labels, or cannot be written.
     """
-    path = Path(os.path.expanduser(path))
-    if any(os.path.realpath(path) == os.path.realpath(os.path.expanduser(one)) for one in inputs):
+    path = Path(expanded(path))
+    if any(os.path.realpath(path) == os.path.realpath(expanded(one)) for one in inputs):
         raise InputError(f"output {str(path)!r} is what is read, and would be lost; choose another one")
     if path.with_name(f"{path.name}.run").exists():
         raise InputError(f"output {str(path)!r} was sampled by a model, and would be lost; choose another one")

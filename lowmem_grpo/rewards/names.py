@@ -13,6 +13,7 @@ from typing import Any
 
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.lookup import has_score_head, look_up_model
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
 from lowmem_grpo.rewards.route import inner_of
 
@@ -82,7 +83,7 @@ def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str
             f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
             "with names for its arguments"
         )
-    folder = os.path.expanduser(reward)
+    folder = expanded(reward)
     module, _, function = reward.partition(":")
     if (function.isidentifier() or module.endswith(".py")) and not os.path.isdir(folder):
         module = module.removesuffix(".py").lstrip("./").replace("/", ".")
@@ -186,7 +187,7 @@ def reward_adapters(reward_funcs: Any) -> list[Callable]:
     from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
 
     name = get_adapter_reward.__name__
-    known = [one for one in names if one.startswith(f"{name}(") or has_score_head(os.path.expanduser(one))]
+    known = [one for one in names if one.startswith(f"{name}(") or has_score_head(expanded(one))]
     return [_resolve(one, {}, {name: get_adapter_reward}) for one in known]
 
 

@@ -17,6 +17,7 @@ from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.score_head import RANGE, config_without_head, read_range, without_head
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.reward_model import get_model_reward, ids_as_in_a_pair
 from lowmem_grpo.rewards.rows import of_each
 
@@ -58,7 +59,7 @@ def get_adapter_reward(
         raise InputError(f"missing_eos_penalty={shown(missing_eos_penalty)} is no number of 0 or more, such as 1.0")
     if type(token_budget) is not int or token_budget < 1:
         raise InputError(f"token_budget={shown(token_budget)} is no whole number of tokens; leave it at 16384")
-    folder = os.path.expanduser(adapter)
+    folder = expanded(adapter)
     return AdapterReward(folder, normalize, reward_range, missing_eos_penalty, part, token_budget)
 
 

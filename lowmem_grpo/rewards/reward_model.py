@@ -14,6 +14,7 @@ from lowmem_grpo.data.prompts import text_ids
 from lowmem_grpo.data.text import part_of, refuse_part
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.lookup import has_score_head, is_adapter, look_up_model
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.rows import of_each
 
 
@@ -31,6 +32,7 @@ def get_model_reward(
         InputError: no such model, one without a trained head, or one of several labels.
     """
     refuse_part(part)
+    model, tokenizer = expanded(model), expanded(tokenizer)
     name = model if isinstance(model, str) else model.config._name_or_path
     scorer: Any = _load(model) if isinstance(model, str) else model
     if device or isinstance(model, str):

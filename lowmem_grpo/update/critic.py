@@ -22,6 +22,7 @@ from lowmem_grpo.objective.gae import gae, token_rewards, whiten
 from lowmem_grpo.objective.value import explained_variance, value_losses
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import read_state
+from lowmem_grpo.paths import expanded
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.optimizer import Learner
 from lowmem_grpo.update.passes import at_work, micro_batches, zero_gradients
@@ -51,7 +52,7 @@ class Critic:
                 # Values of 0, with which the first advantages are REINFORCE's. Random ones would be noise in them.
                 policy.score_heads[CRITIC].load(torch.zeros_like(policy.score_heads[CRITIC].weight))
             else:
-                policy.add_from(CRITIC, config.critic_init)
+                policy.add_from(CRITIC, expanded(config.critic_init))
         self.policy = policy
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.fp16)
         self.learner = Learner(
