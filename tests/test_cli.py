@@ -13,6 +13,7 @@ from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import GRPOConfig, __version__, cli
 from lowmem_grpo.cli import settings, trainings
+from lowmem_grpo.cli.output import open_closed
 from lowmem_grpo.cli.parser import with_underscores
 from lowmem_grpo.config.grpo import EVAL_FIELDS
 from lowmem_grpo.demo import task
@@ -437,6 +438,12 @@ def test_choosing_of_what_was_sampled_needs_no_torch(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / f"{name}.jsonl").read_text() for name in ("sft", "pairs", "labels"))
+
+
+def test_an_input_that_is_closed_before_a_command_has_nothing_to_read(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    open_closed()
+    assert sys.stdin is not None and sys.stdin.readline() == ""
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])

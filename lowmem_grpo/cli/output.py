@@ -37,10 +37,10 @@ def speaks() -> bool:
 
 
 def open_closed() -> None:
-    """Send nowhere what is written to a standard stream that was closed before the command began, as by `>&-`."""
-    for name in ("stdout", "stderr"):
+    """Have a standard stream that was closed before the command began, as by `>&-`, read and write nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def drop_output() -> None:

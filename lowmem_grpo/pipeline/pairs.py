@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from lowmem_grpo.data.chats import SETTINGS, transcript
+from lowmem_grpo.data.chats import OPENING, SETTINGS, transcript
 from lowmem_grpo.errors import InputError, NotSavedError, printable_text
 from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.paths import expanded
@@ -174,7 +174,7 @@ def _as_text(one: Row, other: Row, where: str) -> str:
 def transcript_of(messages: list[dict]) -> str:
     """A chat as paragraphs of `Role: text`, whatever its messages have besides."""
     texts = [{"role": str(one.get("role")), "content": str(one.get("content") or "")} for one in messages]
-    return transcript(texts).removesuffix("\n\nAssistant:")
+    return transcript(texts).removesuffix(OPENING)
 
 
 def _choice(answers: TextIO, screen: TextIO) -> str:
