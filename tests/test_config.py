@@ -8,6 +8,7 @@ import pytest
 from lowmem_grpo.config.fields import field_types, from_text
 from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
 from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED
 from lowmem_grpo.errors import InputError
@@ -403,3 +404,9 @@ def test_a_subclass_has_fields_of_its_own():
         Mine(extra="x")
     with pytest.raises(TypeError, match="no field 'extr'; did you mean extra"):
         Mine(**{"extr": 4})
+
+
+def test_a_sampled_files_name_leaves_room_for_that_of_its_settings():
+    SampleConfig(output="x" * 237)  # and .run.being-written
+    with pytest.raises(InputError, match="output=.* has a name longer than 237 bytes; shorten it"):
+        SampleConfig(output="a/" + "x" * 238)

@@ -53,7 +53,7 @@ class OutputFields(MachineFields):
     )  # fmt: skip
 
     def check(self) -> None:
-        _refuse_long_names("output", self.output)
+        _refuse_long_names("output", self.output, beside=".run.being-written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -636,10 +636,11 @@ class ReportingFields(Checked):
         return [] if names == ["none"] else [*dict.fromkeys(names)]
 
 
-def _refuse_long_names(field: str, path: Any) -> None:
-    """Raise InputError for a path with a name that no disk takes."""
-    if isinstance(path, str) and any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
-        raise InputError(f"{field}={shown(path)} has a name longer than {LONGEST_NAME} bytes; shorten it")
+def _refuse_long_names(field: str, path: Any, beside: str = "") -> None:
+    """Raise InputError for a path with a name that no disk takes, or not with the end of a file beside it."""
+    most = LONGEST_NAME - len(beside)
+    if isinstance(path, str) and any(len(part.encode()) > most for part in path.split("/")):
+        raise InputError(f"{field}={shown(path)} has a name longer than {most} bytes; shorten it")
 
 
 def _bytes(text: str) -> int:
