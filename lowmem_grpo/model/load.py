@@ -227,7 +227,7 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     except Exception as error:  # of safetensors, torch's unpickling, or a family's own code
         raise InputError(f"model {name!r} cannot be loaded: {in_a_line(error)}") from error
     model, report = loaded
-    mismatched = [*report["mismatched_keys"], *_quantized_to_other_shapes(model)]
+    mismatched = [*report["mismatched_keys"], *_of_other_shapes(model)]
     if mismatched:
         weight, *shapes = min(mismatched)
         found, wanted = (" x ".join(map(str, shape)) for shape in shapes)
@@ -248,14 +248,21 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     return model
 
 
-def _quantized_to_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Name, shape and shape by the configuration of 4-bit weights of which the two differ; transformers takes them."""
+def _of_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Name, shape and shape by the configuration of weights of which the two differ.
+
+    transformers takes those in 4 bits, and beside them, before 5.23, an embedding.
+    """
     for path, layer in model.named_modules():
-        weight: Any = layer.weight if isinstance(layer, Linear4bit) else None
-        if isinstance(weight, Params4bit) and weight.quant_state is not None:
-            by_config = (layer.out_features, layer.in_features)
-            if weight.quant_state.shape != by_config:
-                yield f"{path}.weight", weight.quant_state.shape, by_config
+        weight: Any = getattr(layer, "weight", None)
+        if isinstance(layer, nn.Embedding):
+            shape, by_config = weight.shape, (layer.num_embeddings, layer.embedding_dim)
+        elif isinstance(layer, Linear4bit) and isinstance(weight, Params4bit) and weight.quant_state is not None:
+            shape, by_config = weight.quant_state.shape, (layer.out_features, layer.in_features)
+        else:
+            continue
+        if shape != by_config:
+            yield f"{path}.weight", shape, by_config
 
 
 def quantize_linears(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
