@@ -637,7 +637,7 @@ class ReportingFields(Checked):
 
 
 def _refuse_long_names(field: str, path: Any, beside: str = "") -> None:
-    """Raise InputError for a path with a name that no disk takes, or not with the end of a file beside it."""
+    """Raise InputError for a path with a name that, with `beside` at its end, no disk takes."""
     most = LONGEST_NAME - len(beside)
     if isinstance(path, str) and any(len(part.encode()) > most for part in path.split("/")):
         raise InputError(f"{field}={shown(path)} has a name longer than {most} bytes; shorten it")
