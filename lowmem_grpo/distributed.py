@@ -456,7 +456,13 @@ def lost_rank(error: BaseException) -> LostRankError | None:
 def _lost(who: str) -> LostRankError:
     lost = LostRankError(f"{who}, and this one cannot go on alone")
     lost.was_told = True  # type: ignore[attr-defined] # there is nobody to tell
+    lost.speaks = _is_first_left()
     return lost
+
+
+def _is_first_left() -> bool:
+    """True in the first rank of those that live, which speaks where rank 0 is gone."""
+    return rank() == next((number for number, process in enumerate(_processes) if _is_alive(process)), 0)
 
 
 def _who_is_gone() -> str:

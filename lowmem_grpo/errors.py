@@ -37,7 +37,13 @@ class NotUploadedError(RuntimeError):
 
 
 class LostRankError(RuntimeError):
-    """Another process of the run that has ended, in a sentence. A command prints it and exits with 1."""
+    """Another process of the run that has ended, in a sentence. A command prints it and exits with 1.
+
+    Attributes:
+        speaks: True in the one process that is to say so.
+    """
+
+    speaks = False
 
 
 class UnhealthyRunError(RuntimeError):

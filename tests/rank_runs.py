@@ -62,14 +62,15 @@ def _run(rank: int, size: int, port: int, pipe: Any, work: Callable, given: tupl
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    said, error = io.StringIO(), None
+    said, error, speaks = io.StringIO(), None, False
     with contextlib.redirect_stderr(said):
         try:
             found = work(*given)
         except BaseException as raised:
             found, error = None, f"{type(raised).__name__}: {raised}"
+            speaks = getattr(raised, "speaks", False)
             said.write(traceback.format_exc() if isinstance(raised, AssertionError) else "")
-    pipe.send({"found": found, "error": error, "said": said.getvalue()})
+    pipe.send({"found": found, "error": error, "said": said.getvalue(), "speaks": speaks})
 
 
 def examples() -> list[dict[str, Any]]:
@@ -156,13 +157,13 @@ def stop_rank_1(step, metrics, policy) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def kill_rank_1(step, metrics, policy) -> None:
+def kill_rank_1(step, metrics, policy, killed: int = 1) -> None:
     """Kill rank 1, and then end rank 0 as torchrun does, before it waits for rank 1."""
     if step != 2:
         return
-    if rank() == 1:
+    if rank() == killed:
         os.kill(os.getpid(), signal.SIGKILL)
-    while distributed._is_alive(distributed._processes[1]):
+    while distributed._is_alive(distributed._processes[killed]):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
 

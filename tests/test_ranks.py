@@ -95,6 +95,17 @@ def test_a_killed_rank_ends_the_other_which_saves_what_is_whole(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["ended"]["why"].startswith("rank 1 (process")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_where_rank_0_is_killed_another_says_what_is_left(tmp_path, save_steps):
+    learn = partial(rank_runs.learn_examples, save_steps=save_steps)
+    (status, _), (_, second) = each_of(2, learn, str(tmp_path), partial(rank_runs.kill_rank_1, killed=0))
+    left = f"the last whole checkpoint is {tmp_path / 'checkpoint-1'}" if save_steps == 1 else "there is no checkpoint"
+    assert status == -9 and second["error"].startswith("LostRankError: rank 0 (process")
+    assert f"is gone, and this one cannot go on alone; {left}" in second["error"] and second["speaks"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"] * (save_steps == 1)
+
+
 def test_a_signal_ends_a_run_whose_other_rank_hangs_in_an_update(tmp_path):
     learn = partial(rank_runs.learn_examples, save_steps=100)
     (_, first), (status, _) = each_of(2, learn, str(tmp_path), rank_runs.hang_on_rank_1)

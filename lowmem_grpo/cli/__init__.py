@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
                 sys.stdout.flush()
     except SENTENCES as error:
         command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
-        if speaks():
+        if speaks() or getattr(error, "speaks", False):
             with contextlib.suppress(OSError):  # a full disk
                 show(f"{command}: {printable(str(error))}", sys.stderr)
         else:

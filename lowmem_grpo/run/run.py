@@ -198,18 +198,16 @@ class Run:
             self.interruption.hold()
             signalled, error = error, lost_rank(error) or error
             is_lost = isinstance(error, LostRankError)
-            if self.step and self.is_whole and not isinstance(error, NotSavedError):
+            if is_lost and error.speaks and not is_main():  # rank 0 is gone, which alone saves and has the log
+                error.args = (f"{error}; {self._what_is_left()}",)
+            elif self.step and self.is_whole and not isinstance(error, NotSavedError):
                 try:
                     self.publisher.say(f"stopped; {self._save()} has everything up to step {self.step}")
                 except (NotFiniteError, NotSavedError) as refused:
                     self.publisher.say(f"stopped; {refused}")
             elif is_lost or self.interruption.error is not None:
-                good = self._last_good()
-                nothing = "there is no checkpoint yet" if self.step else "there is nothing to save"
-                self.publisher.say(
-                    f"stopped {'at once' if self.step else 'before the end of the first step'}; "
-                    f"{f'the last whole checkpoint is {good}' if good else nothing}"
-                )
+                when = "at once" if self.step else "before the end of the first step"
+                self.publisher.say(f"stopped {when}; {self._what_is_left()}")
             how = "stopped" if about.is_stop(error) else "failed"
             self.publisher.end(self.step, how, about.reason(error), self.best.folder)
             if isinstance(error, NotFiniteError):
@@ -453,6 +451,12 @@ class Run:
     def _last_good(self) -> Path | None:
         """The newest checkpoint of this run, or the one that it goes on from."""
         return next(reversed(checkpoints(self.folder)), self.inputs.resume)
+
+    def _what_is_left(self) -> str:
+        """Words on the checkpoint that is left where a run ends without saving."""
+        good = self._last_good()
+        nothing = "there is no checkpoint yet" if self.step else "there is nothing to save"
+        return f"the last whole checkpoint is {good}" if good else nothing
 
     def _save(self) -> Path:
         """Write, on rank 0, the checkpoint of the last whole step. Raise NotSavedError where the disk refuses."""
