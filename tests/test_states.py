@@ -12,7 +12,7 @@ from test_checkpoint import Stop, comparable, stop_at
 from test_generate import PROMPTS, ShapedSampler, ids_of, own_logprobs, paged_shapes, run, shapes, slow
 from test_train import ROWS, adapters, text_reward
 from test_train import run as train_tiny
-from tiny_models import DEMO_MODEL, HYBRIDS, make_model, make_policy
+from tiny_models import DEMO_MODEL, HYBRIDS, OutOfMemory, make_model, make_policy
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -86,7 +86,9 @@ def test_states_are_in_the_plan_and_in_what_is_reported(kind, monkeypatch):
 
     monkeypatch.setattr(States, "__init__", init)
     sampler = ShapedSampler(policy, max_completion_length=4, rollout_token_budget=250)
-    size, token = state_bytes(sampler.state_shapes), token_bytes(policy.layer_shapes, policy.dtype)
+    with OutOfMemory(nth=1):  # of the one token that tells the shapes, which is run anew
+        size = state_bytes(sampler.state_shapes)
+    token = token_bytes(policy.layer_shapes, policy.dtype)
     sampled = sampler.sampled(4)
     shape = sampler.store_shape(PROMPTS, 4, 250)
     assert shape.state_tokens == state_tokens(size, token) and sampled.metrics["rollout/slots"] == shape.slots < 12

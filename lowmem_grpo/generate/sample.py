@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -24,6 +24,7 @@ from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.kernels import overlap
 from lowmem_grpo.kernels.decode_attention import goes_by_addresses
 from lowmem_grpo.model.policy import Policy
+from lowmem_grpo.model.trial import once_more
 from lowmem_grpo.warn import warn
 
 # Devices whose steps are FastSteps. On a CPU, which has no launches to save, one takes 1.07 times as long as the
@@ -118,7 +119,7 @@ class Sampler:
     @cached_property
     def state_shapes(self) -> StateShapes:
         """The shapes of the states that a completion has, of layers that keep one."""
-        return state_shapes(self.policy)
+        return once_more(partial(state_shapes, self.policy))
 
     @cached_property
     def copy_bytes(self) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
-from lowmem_grpo.model.trial import difference_in_parts, difference_when_packed, refused
+from lowmem_grpo.model.trial import difference_in_parts, difference_when_packed, once_more, refused
 from lowmem_grpo.model.turn_end import named_ends, turn_end
 from lowmem_grpo.warn import warn
 
@@ -193,7 +193,7 @@ class Policy:
     @cached_property
     def layer_shapes(self) -> dict[int, LayerShape]:
         """Sizes of what each layer that attends calls attention with, by its number. Tried once, on one token."""
-        return layer_shapes(self)
+        return once_more(partial(layer_shapes, self))
 
     @cached_property
     def packs(self) -> bool:
