@@ -283,8 +283,8 @@ def test_without_values_and_with_lam_of_1_a_step_is_reinforces(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param(dict(critic_warmup=2, fp16=True, lora_dropout=0.1), marks=pytest.mark.slow),
+        # Of two updates in step 3 fp16's loss scale may skip the first.
+        pytest.param(dict(critic_warmup=2, fp16=True, lora_dropout=0.1, num_iterations=2), marks=pytest.mark.slow),
         dict(num_iterations=2, steps_per_generation=2, optim="adamw_8bit", beta=0.1, kl_in_reward=True, kl_target=0.1),
     ],
     ids=str,
@@ -298,6 +298,7 @@ def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
     with pytest.raises(Stop):
         run(tmp_path / "cut", callbacks=[stop_at(2)], **given)
     resumed = run(tmp_path / "cut", resume_from_checkpoint=True, **given)
+    assert whole.history[-1]["grad_norm"] > 0, "the policy learns at last"
     assert comparable(resumed.history) == comparable(whole.history)
     for name in ("adapter_model", "critic", "optimizer"):
         one, other = (
@@ -422,15 +423,6 @@ def test_one_completion_a_prompt_is_enough_for_estimators_that_look_beyond_a_gro
 def test_a_warm_up_longer_than_the_run_is_refused_where_epochs_say_how_long_it_is(tmp_path):
     with pytest.raises(InputError, match="critic_warmup=5 leaves the policy none of the run's 5 steps"):
         run(tmp_path, **PPO, critic_warmup=5, max_steps=-1, num_train_epochs=1.0, rows=ROWS[:20])
-
-
-@pytest.mark.slow
-def test_length_is_learned_with_one_completion_a_prompt(tmp_path):
-    """With seeds 0, 1 and 42 the last three steps earned 3.5, 2.1 and 3.4 times what the first three did."""
-    settings = {**PPO, "prompts_per_step": 8, "learning_rate": 3e-3, "critic_learning_rate": 1e-3}
-    result = run(tmp_path, rewards=text_reward, **settings, max_steps=12)
-    rewards = [line["reward"] for line in result.history]
-    assert sum(rewards[-3:]) > 1.3 * sum(rewards[:3])
 
 
 @pytest.mark.slow
