@@ -22,6 +22,7 @@ test-slow: $(INSTALLED)
 
 test-kill: $(INSTALLED)
 	$(PYTHON) tests/kills.py --kills $(KILLS) --interruptions $(INTERRUPTIONS) --seed $(SEED)
+	$(PYTHON) tests/pipeline_kills.py --kills 12 --seed $(SEED)
 
 test-gpu: $(INSTALLED)
 	$(PYTHON) -m pytest -q -m gpu

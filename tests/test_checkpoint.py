@@ -65,8 +65,6 @@ def stop_at(step):
     [
         CONTROLLED,
         {"fp16": True, "lora_dropout": 0.1},
-        pytest.param({"fp16": True, "lora_dropout": 0.1, "num_iterations": 2}, marks=pytest.mark.slow),
-        pytest.param({}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
@@ -88,17 +86,13 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, changes):
         assert torch.equal(value, adapters(whole)[name]), name
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"fp16": True, "optim": "adamw_8bit", "num_iterations": 2}, pytest.param({}, marks=pytest.mark.slow)],
-)
 @pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step")
-def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil, changes):
+def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil):
     """Stopped after step 2, up to which nothing has been learned."""
-    updates = changes.get("num_iterations", 1)
-    changes = {
+    updates = 2
+    changes: dict = {
         "max_steps": 5, "loss_type": "spoiled", "lr_scheduler_type": "cosine", "rewards": noisy_reward,
-        "max_completion_length": 4, **changes,
+        "max_completion_length": 4, "num_iterations": updates, "fp16": True, "optim": "adamw_8bit",
     }  # fmt: skip
     spoil("gradient", lambda call: (call - 1) // updates + 1 in (1, 2, 4))
     whole = run(tmp_path / "whole", **changes)

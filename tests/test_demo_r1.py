@@ -103,25 +103,6 @@ def rewards_by_phase(result, name):
     return {row["phase"]: row[f"eval_rewards/{name}_reward/mean"] for row in result.evaluations}
 
 
-def written(folder):
-    """The recipe with few rows, and the trainings in it with few steps."""
-    recipe = write_recipe(folder, seed=0)
-    for name, rows in {"cold": 16, "general": 4, "greetings": 4, "mixed": 16, "held-out": 4}.items():
-        path = recipe.parent / f"data/{name}.jsonl"
-        lines = read_lines(path)
-        path.write_text("".join(lines[:rows] + lines[-1:]), encoding="utf-8")
-    shorter = {
-        "max_steps: 40": "max_steps: 2", "dataset_take: 400": "dataset_take: 12", "reward_of: all": "reward_of: first",
-        "num_train_epochs: 6": "num_train_epochs: 1",
-    }  # fmt: skip
-    text = recipe.read_text(encoding="utf-8")
-    for old, new in shorter.items():
-        assert old in text
-        text = text.replace(old, new)
-    recipe.write_text(text, encoding="utf-8")
-    return recipe
-
-
 def test_every_setting_of_the_recipe_is_one(tmp_path):
     settings = read_pipeline_file(str(write_recipe(tmp_path / "a folder: 1", seed=0)))
     pipeline = resolve(
@@ -133,10 +114,19 @@ def test_every_setting_of_the_recipe_is_one(tmp_path):
 
 
 def test_the_first_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys):
-    recipe = written(tmp_path)
+    recipe = write_recipe(tmp_path, seed=0)
+    for name, rows in {"cold": 16, "held-out": 4}.items():
+        path = tmp_path / f"data/{name}.jsonl"
+        lines = read_lines(path)
+        path.write_text("".join(lines[:rows] + lines[-1:]), encoding="utf-8")
     text = recipe.read_text(encoding="utf-8").partition("  - name: sampling")[0]
-    text = text.replace("max_completion_length: 40", "max_completion_length: 8").replace("max_steps: 2", "max_steps: 1")
-    recipe.write_text(text.replace("num_generations_eval: 4", "num_generations_eval: 1"), encoding="utf-8")
+    for old, new in {
+        "max_steps: 40": "max_steps: 1", "num_train_epochs: 6": "num_train_epochs: 1",
+        "max_completion_length: 40": "max_completion_length: 8", "num_generations_eval: 4": "num_generations_eval: 1",
+    }.items():  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text, encoding="utf-8")
     result = run_recipe(recipe)
     assert [row["phase"] for row in result.evaluations] == ["base", "cold-start", "reasoning-rl"]
     shown = capsys.readouterr().out
@@ -145,12 +135,6 @@ def test_the_first_phases_run_and_a_second_call_finds_them_done(tmp_path, capsys
     trained = adapter.stat()
     assert run_recipe(recipe).evaluations == result.evaluations
     assert adapter.stat() == trained
-
-
-@pytest.mark.slow
-def test_all_phases_run_in_small(tmp_path):
-    phases = [row["phase"] for row in run_recipe(written(tmp_path)).evaluations]
-    assert phases == ["base", "cold-start", "reasoning-rl", "sft", "last-rl"]
 
 
 def test_a_folder_of_another_seed_or_with_a_file_in_the_way_is_refused_and_left_as_it_is(tmp_path):

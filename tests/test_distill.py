@@ -12,7 +12,7 @@ from datasets import Dataset
 from tiny_models import DEMO_MODEL, compute_in_fp64, make_model, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo import GRPOConfig, SFTConfig, sft, train
+from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.cli import main
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import recipe
@@ -400,24 +400,6 @@ def test_a_teacher_is_planned_and_named_on_the_command_line(tmp_path, capsys):
     for name in ("4-bit linear layers", "embedding, head and the rest"):
         assert planned["resident"][f"the teacher's {name}"] == planned["resident"][name]
     assert planned["phases"]["teacher"]["activations"] > 0
-
-
-@pytest.mark.slow
-def test_a_student_comes_near_its_teacher(tmp_path):
-    """A small form of the slow test: a cold start of four steps teaches the base in six."""
-    rows = [{"prompt": r["prompt"], "completion": [{"role": "assistant", "content": task.worked(p)}]} for r, p in zip(ROWS, task.splits()[0], strict=False)]  # fmt: skip
-    given = {"use_cpu": True, "gradient_checkpointing": False, "learning_rate": 1e-3}
-    sft(
-        str(DEMO_MODEL),
-        rows,
-        config=SFTConfig(output_dir=str(tmp_path / "cold"), max_steps=4, examples_per_step=8, **given),
-    )
-    result = run(
-        tmp_path / "out", teacher=str(tmp_path / "cold/adapter"), max_steps=6, prompts_per_step=4, num_generations=4,
-        max_completion_length=32, learning_rate=2e-3,
-    )  # fmt: skip
-    kl = [line["teacher_kl"] for line in result.history]
-    assert sum(kl[-2:]) < 0.5 * sum(kl[:2])
 
 
 @pytest.mark.slow

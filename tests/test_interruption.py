@@ -105,7 +105,11 @@ POINTS = {
     [
         ("evaluation", signal.SIGHUP),
         ("callback", signal.SIGINT),
-        *(pytest.param(point, signal.SIGTERM, marks=pytest.mark.slow) for point in POINTS),
+        *(
+            pytest.param(point, signal.SIGTERM, marks=pytest.mark.slow)
+            for point in POINTS
+            if point not in ("evaluation", "callback")
+        ),
     ],
 )
 def test_a_step_that_a_signal_cuts_off_is_completed_by_the_resumed_run(tmp_path, undisturbed, point, number):
@@ -251,7 +255,7 @@ def swallows(step, awaited):
     return later if awaited else at_once
 
 
-@pytest.mark.parametrize(("step", "awaited"), [(0, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)])
+@pytest.mark.parametrize(("step", "awaited"), [(0, False), (2, True)])
 def test_a_signal_that_a_reward_swallows_ends_the_run(tmp_path, capsys, step, awaited):
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, rewards=swallows(step, awaited), max_completion_length=2, max_steps=4)

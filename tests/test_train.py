@@ -169,7 +169,7 @@ def test_every_sampling_setting_reaches_the_engine(tmp_path, monkeypatch):
     assert request.dense is False and request.captures is None
 
 
-OF_THE_UPDATE = [
+OF_THE_UPDATE = [  # but those that show in the metrics of other tests' runs
     {"weight_decay": 10.0}, {"max_grad_norm": 1e-4, "adam_epsilon": 1.0}, {"warmup_steps": 2}, {"adam_beta1": 0.5},
     {"adam_beta2": 0.5}, {"adam_epsilon": 1e-2}, {"lora_alpha": 64}, {"reward_weights": [1.0, 0.0]},
     {"scale_rewards": "none", "max_grad_norm": 1e9, "adam_epsilon": 1.0}, {"scale_rewards": "batch"},
@@ -177,18 +177,9 @@ OF_THE_UPDATE = [
     {"lora_dropout": 0.5}, {"multi_objective_aggregation": "normalize_then_sum"}, {"adv_estimator": "rloo"},
     {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.3},
 ]  # fmt: skip
-SEEN_ELSEWHERE_TOO = [  # in the metrics of other tests' runs
-    {"beta": 0.5}, {"num_iterations": 2}, {"temperature": 0.5}, {"prompts_per_step": 3}, {"steps_per_generation": 2},
-    {"repetition_penalty": 1.2}, {"kl_in_reward": True, "beta": 0.5, "kl_estimator": "k1"}, {"loss_type": "sapo"},
-    {"loss_type": "gmpo"},
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [*OF_THE_UPDATE, *(pytest.param(change, marks=pytest.mark.slow) for change in SEEN_ELSEWHERE_TOO)],
-    ids=lambda change: next(iter(change)),
-)
+@pytest.mark.parametrize("change", OF_THE_UPDATE, ids=lambda change: next(iter(change)))
 def test_every_setting_of_the_update_changes_the_result(tmp_path, change, base_result):
     result = run_for_settings(tmp_path, **change)
     assert any(not torch.equal(value, base_result[name]) for name, value in adapters(result).items())
@@ -603,10 +594,9 @@ def test_a_kl_in_the_reward_lowers_the_reward_of_what_has_drifted(tmp_path):
     assert line["kl"] != 0 and line["grad_norm"] > 0, "the rewards are all alike; what differs is their KL"
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("sapo", marks=pytest.mark.slow)])
-def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path, loss_type):
+def test_a_kl_in_the_reward_is_not_in_the_loss(tmp_path):
     """With the default estimator; other advantages than with the same beta in the loss, and a kl that is logged."""
-    settings = dict(rewards=text_reward, beta=0.5, bf16=False, loss_type=loss_type, max_steps=3, learning_rate=1e-2)
+    settings = dict(rewards=text_reward, beta=0.5, bf16=False, max_steps=3, learning_rate=1e-2)
     found = [run(tmp_path / str(on), kl_in_reward=on, **settings) for on in (True, False)]
     for line in found[0].history[1:]:
         assert line["kl"] > 0 and line["grad_norm"] > 0
