@@ -200,7 +200,8 @@ def test_ligers_kernels_compute_what_the_model_does(liger_family, liger_interpre
     expected = run(policy, length=6, prompt=3)
     use_liger_kernels(policy.base)
     found = run(policy, length=6, prompt=3)
-    assert not torch.equal(found[0], expected[0]), "Liger's kernels ran"
+    equal = [torch.equal(gradient, expected[1][name]) for name, gradient in found[1].items()]
+    assert not all(equal), "Liger's kernels ran, which round otherwise"
     assert_same(found, expected)
 
 
