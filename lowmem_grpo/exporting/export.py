@@ -300,7 +300,7 @@ def _by_policy(
     """Texts, and the log-probabilities of their completions by the trained policy and by its base."""
     if not num_texts:
         return [], torch.empty(0), torch.empty(0)
-    policy = load_policy(model, load_tokenizer(model, config), config)
+    policy = load_policy(model, load_tokenizer(model, config), config, is_found=True)
     texts = texts_of(policy, _run_of(model), config, num_texts)
     found = texts, by_policy(policy, texts), by_policy(policy, texts, as_base=True)
     del policy

@@ -82,7 +82,7 @@ class RunInputs:
         """The policy, its adapters drawn by the configuration's seed."""
         set_seed(self.config.seed)
         with limit_memory(self.plan, self.device):
-            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config)
+            policy = load_policy(self.model, self.tokenizer, self.config, self.peft_config, is_found=True)
         take_from_main([*policy.parameters_of(policy.adapter).values()])  # a loaded model's may be random
         return policy
 

@@ -48,16 +48,20 @@ LINEAR = (nn.Linear, Conv1D)  # what bitsandbytes' loader puts in 4 bits, and no
 ONLY_ON_GPU = ("vram_budget", "activation_offloading", "offload_embedding", "use_liger_kernel")
 
 
-def load_policy(model, tokenizer, config: TrainingConfig, peft_config: LoraConfig | None = None) -> Policy:
+def load_policy(
+    model, tokenizer, config: TrainingConfig, peft_config: LoraConfig | None = None, *, is_found: bool = False
+) -> Policy:
     """A Policy from a hub id, a model folder, a 4-bit checkpoint, an adapter folder, or a loaded model.
 
     A loaded model is changed in place: its linear layers become 4-bit if config says so, it gets adapters, and what it
-    has beside its decoder of texts, such as a vision tower, is taken out.
+    has beside its decoder of texts, such as a vision tower, is taken out. With is_found, find_model() has passed all
+    this already.
 
     Raises:
         InputError: the model cannot be found, or cannot be trained here; the message has the remedy.
     """
-    find_model(model, config, peft_config)
+    if not is_found:
+        find_model(model, config, peft_config)
     device = run_device(config)
     dtype = getattr(torch, config.compute_dtype)
     if device.type == "cpu":

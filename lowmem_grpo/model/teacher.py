@@ -161,7 +161,7 @@ def load_teacher(found: FoundTeacher, policy: Policy, config: GRPOConfig) -> Tea
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         if found.model is not None:
-            own = load_policy(found.name, policy.tokenizer, as_teacher(found.name, config))
+            own = load_policy(found.name, policy.tokenizer, as_teacher(found.name, config), is_found=True)
             own.model.requires_grad_(False)
             return Teacher(own, own.adapter if is_adapter(found.name) else None)
         if found.adapter is not None:

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,13 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "lowmem_grpo": lowmem_grpo.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            found[name] = _version(name)
         except PackageNotFoundError:  # bitsandbytes, where a system has none
             continue
     return found
+
+
+_version = cache(version)  # each is read from a file of its own
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
