@@ -11,6 +11,8 @@ from lowmem_grpo.demo import task
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.update.optimizer import clip_gradients, loss_scale_overflows, make_optimizer, step, total_norm
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 ON_A_CPU = ["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
 
 
@@ -37,6 +39,8 @@ def test_every_optimizer_is_adamw(optim):
     for parameter, old in zip(made, before, strict=True):
         expected = old * (1 - 0.01 * 0.5) - 0.01 * parameter.grad.sign()
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
+    (group,) = make_optimizer(made, replace(config, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-2)).param_groups
+    assert tuple(group["betas"]) == (0.5, 0.6) and group["eps"] == 1e-2
 
 
 def test_the_state_of_8_bits_takes_what_the_docstring_says():
@@ -132,15 +136,18 @@ def test_a_resumed_run_goes_on_with_the_optimizers_state(tmp_path, optim):
     def run(folder, **changes):
         config = GRPOConfig(
             output_dir=str(tmp_path / folder), use_cpu=True, prompts_per_step=2, num_generations=4, save_steps=1,
-            max_completion_length=16, gradient_checkpointing=False, learning_rate=1e-3, optim=optim, bf16=False,
-            rollout_weights="4bit", lr_scheduler_type="constant", **changes,
+            max_completion_length=8, gradient_checkpointing=False, learning_rate=1e-3, optim=optim, bf16=False,
+            rollout_weights="4bit", max_steps=2, **changes,
         )  # fmt: skip
         rows = task.rows(task.splits()[0][:8])
-        return train(str(DEMO_MODEL), task.tag_format_reward, rows, config=config)
+        return train(str(DEMO_MODEL), by_place, rows, config=config)
 
-    whole = run("whole", max_steps=3)
-    run("parts", max_steps=2)
-    resumed = run("parts", max_steps=3, resume_from_checkpoint=True)
+    def by_place(completions, **_):
+        return [float(place % 4) for place in range(len(completions))]
+
+    whole = run("whole")
+    assert all(line["grad_norm"] > 0 for line in whole.history)
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole/checkpoint-1"))
     for (name, a), b in zip(
         whole.policy.parameters_of(whole.policy.adapter).items(),
         resumed.policy.parameters_of(resumed.policy.adapter).values(),

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import make_policy
+from test_generate import in_turn
+from tiny_models import FAMILIES, make_policy
 from transformers import MambaConfig, MambaForCausalLM
 
 from lowmem_grpo.model import packed_attention
@@ -300,7 +301,7 @@ def trained_on(policy):
         policy.model.zero_grad()
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "gradient_checkpointing"), in_turn(FAMILIES, False, True))
 def test_packed_rows_give_what_separate_rows_give(family, gradient_checkpointing):
     """Log-probabilities within 1e-5, gradients of every adapter within 4e-6, whatever the budget."""
     policy = make_policy(family, gradient_checkpointing=gradient_checkpointing)
