@@ -20,16 +20,27 @@ interpreted = pytest.param(
     marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
 )
 gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-every_backend = pytest.mark.parametrize(
-    "place",
-    [pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu],
-)  # fmt: skip
+backends = [
+    pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu,
+]  # fmt: skip
+every_backend = pytest.mark.parametrize("place", backends)
 the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Of a norm: sums in another order in fp32; now and then another rounding in 16 bits. The interpreter rounds bf16 towards
 # zero, everywhere.
 BOUND = {torch.float32: 5e-7, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 PAGE = 16
+
+
+def in_every_dtype(names):
+    """Each of names by each backend in each dtype; in the interpreter, whose bf16 says less than fp16, one in bf16."""
+    cases, (first, *_) = [], names
+    for name in names:
+        for dtype in DTYPES:
+            some = [x for x in backends if x is not interpreted or dtype != torch.bfloat16 or name == first]
+            cases += [pytest.param(name, dtype, *x.values, id=f"{name}-{dtype}-{x.id}", marks=x.marks) for x in some]
+    return pytest.mark.parametrize("name, dtype, place", cases)
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +171,7 @@ def added(case, dtype, place):
     return (moved, h), (expected, expected if before is None else normed(expected, before, dtype))
 
 
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("name", RESIDUALS)
+@in_every_dtype(RESIDUALS)
 def test_the_stream_gets_a_share_of_what_a_product_left_and_is_normed(name, dtype, place):
     found, expected = added(RESIDUALS[name], dtype, place)
     for one, other in zip(found, expected, strict=True):
@@ -192,10 +201,10 @@ def headed(name, dtype, place, *, int8=False, rows=None, far=False):
     rotary = D if case["rotary"] is None else case["rotary"]
     sizes = [H * D, kv_heads * D, kv_heads * D]
     some = {key: case[key] for key in ("rank", "splits", "bias") if key in case}
-    positions, prefilled = torch.tensor([40, 7, 22, 30, 31]), torch.tensor([12, 5, 22, 30, 0])
+    positions, prefilled = torch.tensor([40, 22, 31]), torch.tensor([12, 22, 0])
     prefilled = prefilled if case["shared"] else None
-    product = product_of(5, sum(sizes), case["linears"], dtype=dtype, **some)
-    table = torch.tensor([[1, 2, 8], [3, 10**6, 10**6], [4, 6, 10**6], [9, 7, 10**6], [0, 5, 10**6]])
+    product = product_of(3, sum(sizes), case["linears"], dtype=dtype, **some)
+    table = torch.tensor([[1, 2, 8], [4, 6, 10**6], [0, 5, 10**6]])
     angle = torch.rand(64, max(rotary, 2) // 2, generator=torch.Generator().manual_seed(3)) * 6
     angle = angle.repeat_interleave(2, 1) if case["paired"] else torch.cat([angle, angle], 1)
     cos, sin = (angle.cos().to(case["angles"]), angle.sin().to(case["angles"])) if rotary else (None, None)
@@ -276,18 +285,14 @@ def check_store(found, expected, dtype, place):
     )
 
 
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("name", HEADS)
+@in_every_dtype(HEADS)
 def test_queries_keys_and_values_are_finished_normed_rotated_and_stored(name, dtype, place):
     (query, own), (expected_query, expected) = headed(name, dtype, place)
     close(query, expected_query, dtype, place)
     check_store(own, expected, dtype, place)
 
 
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("name", ["qwen2", "phi3", "olmo2, odd"])
+@in_every_dtype(["qwen2", "phi3", "olmo2, odd"])
 def test_int8_keys_and_values_are_rounded_as_the_store_rounds_them(name, dtype, place):
     (_, own), (_, expected) = headed(name, dtype, place, int8=True)
     check_store(own, expected, dtype, place)
@@ -327,8 +332,10 @@ def test_a_key_that_is_not_finite_has_a_scale_that_is_not(place):
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows, size, linears, splits", [(1, 40, 2, 2), (9, 24, 1, 1), (2, 600, 2, 1)])
+@pytest.mark.parametrize(
+    "rows, size, linears, splits, activation",
+    [(1, 40, 2, 2, "silu"), (2, 600, 2, 1, "silu"), *((9, 24, 1, 1, activation) for activation in ACTIVATIONS)],
+)
 def test_an_activation_of_the_gate_multiplies_up(rows, size, linears, splits, activation, dtype, place):
     product = product_of(rows, 2 * size, linears, splits=splits, bias=rows == 1, dtype=dtype)
     found = gated(*on(place, *product), activation=activation, dtype=dtype, backend=place[0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from test_generate import in_turn, slow
+from test_generate import in_turn, one_layer, slow
 from tiny_models import FAMILIES, SMALL, make_model, make_policy
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from transformers.models.qwen2 import modeling_qwen2
@@ -196,7 +196,7 @@ def liger_interpreted(monkeypatch):
     [name if name in ("gemma3", "phi3", "qwen2") else slow(name) for name in LIGERS_FAMILIES],
 )
 def test_ligers_kernels_compute_what_the_model_does(liger_family, liger_interpreted):
-    policy = make_policy(liger_family, gradient_checkpointing=True)
+    policy = make_policy(one_layer(liger_family), gradient_checkpointing=True)
     expected = run(policy, length=6, prompt=3)
     use_liger_kernels(policy.base)
     found = run(policy, length=6, prompt=3)
@@ -242,7 +242,7 @@ def test_a_rotary_embedding_is_ligers_while_the_model_attends_and_then_transform
 
 def test_the_fast_step_knows_a_model_with_ligers_kernels(liger_interpreted):
     """It asks transformers' rotary embedding for q and k that are one tensor, in which Liger's would rotate twice."""
-    policy = make_policy("qwen3", load_in_4bit=False)
+    policy = make_policy(one_layer("qwen3"), load_in_4bit=False)
     use_liger_kernels(policy.base)
     assert known_step(policy, 40) is not None
 
