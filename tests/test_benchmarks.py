@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import pickle
 import socket
 import sys
 from functools import partial
@@ -56,6 +57,17 @@ def children_that_start_at_once():
     if Path("/proc/self/clear_refs").exists():
         modules = (bench, bench_gemm_4bit, bench_rollout, bench_scaling, bench_update)
         measure.preload(*(module.__name__ for module in modules))  # else each child imports its own, in 4 CPU-seconds
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What children would measure is called here, where the model is made already; children have tests of their own."""
+
+    def here(build, device):
+        pickle.loads(pickle.dumps(build))(small=False)()
+        return 1
+
+    monkeypatch.setattr(measure, "peak_above_inputs", here)
 
 
 def take(large: int, mib: int, small: bool):
@@ -179,8 +191,7 @@ def test_an_unknown_name_is_answered_with_those_there_are():
         bench.main(["--only=our"])
 
 
-@LINUX
-def test_updates_in_every_layout_have_one_gradient(tmp_path):
+def test_updates_in_every_layout_have_one_gradient(tmp_path, in_this_process):
     output = tmp_path / "result.json"
     bench_update.main(["--quick", "--warmups=0", f"--output={output}"])
     results = json.loads(output.read_text())["results"]
@@ -342,7 +353,7 @@ def test_a_step_whose_peaks_a_gpu_would_measure_runs(shape):
 
 
 def test_the_error_of_sampling_is_rounding_in_fp32_and_larger_in_int8(capsys):
-    sampling_error.main(["--prompts", "4", "--num_generations", "2"])
+    sampling_error.main(["--prompts", "2", "--num_generations", "2"])
     lines = [line.strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| fl", "| bf"))]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     means = {(dtype, weights, kv): float(mean) for dtype, weights, kv, mean, _ in cells}
@@ -437,8 +448,7 @@ def test_a_saved_random_model_made_layer_by_layer_is_loaded_as_it_was(tmp_path):
         assert torch.equal(model(torch.arange(4)[None]).logits, loaded(torch.arange(4)[None]).logits)
 
 
-@LINUX
-def test_ways_to_sample_are_measured(tmp_path):
+def test_ways_to_sample_are_measured(tmp_path, in_this_process):
     output = tmp_path / "rollout.json"
     names = ["ours, int8 keys and values", "generate_batch"]
     bench_rollout.main(
@@ -451,7 +461,7 @@ def test_ways_to_sample_are_measured(tmp_path):
     for name in ("ours", "ours, dense weights", "generate, static cache"):
         assert bench_rollout.build(name, demo, first=True, small=True)()
     assert all(result["tokens_per_s"] > 0 for result in found["results"].values())
-    assert all(result["first_peak_bytes"] > 0 for result in found["results"].values())
+    assert all(result["peak_bytes"] == result["first_peak_bytes"] == 1 for result in found["results"].values())
 
 
 def test_a_step_of_decoding_is_the_difference_of_two_rollouts(tmp_path, capsys, monkeypatch):

@@ -129,9 +129,10 @@ def captured_early(monkeypatch):
 def test_replayed_steps_sample_what_steps_sample(family, kv, sampling, captured_early, monkeypatch):
     """Over refills, shrinking buckets, pages that grow, and preemption; no Python number of the captured step counts."""
     policy = make_policy(family)
-    room, short = next(paged_shapes(PROMPTS, 3, 12, 4)), list(paged_shapes(PROMPTS, 3, 12, 9))[1]
+    room, short = next(paged_shapes(PROMPTS, 3, 9, 4)), list(paged_shapes(PROMPTS, 3, 9, 9))[1]
+    settings = dict(rollout_kv=kv, rollout_weights="4bit", max_completion_length=9)
     for shape in (room, short):
-        sampled = partial(ShapedSampler(policy, shape, rollout_kv=kv, rollout_weights="4bit").run, **sampling)
+        sampled = partial(ShapedSampler(policy, shape, **settings).run, **sampling)
         truth, waits = sampled(), []
         monkeypatch.setitem(engine.CAPTURE, "cpu", partial(recorder, waits))
         with warnings.catch_warnings():
@@ -449,8 +450,8 @@ def assert_same(found, truth):
 )
 def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captured, monkeypatch):
     """In stores elsewhere and of other sizes, with fewer pages, shorter prompts and moved adapters, bit for bit."""
-    policy = make_policy(family)
-    lasting, plain = in_4bit(policy, rollout_kv=kv), stepping(policy, rollout_kv=kv)
+    policy, settings = make_policy(family), dict(rollout_kv=kv, max_completion_length=8)
+    lasting, plain = in_4bit(policy, **settings), stepping(policy, **settings)
     more, fewer = replace(ROOM, pages=ROOM.pages + 7, prefix_tokens=200), replace(ROOM, pages=8)
     small = replace(ROOM, prefix_tokens=20)
     rollouts = [(ROOM, PROMPTS), (more, PROMPTS), (fewer, PROMPTS), (small, [*PROMPTS[:2], [11]]), (ROOM, PROMPTS)]
@@ -482,9 +483,9 @@ def test_graphs_of_one_rollout_serve_the_later_ones(family, kv, sampling, captur
 )  # fmt: skip
 def test_graphs_of_a_fast_step_serve_the_later_rollouts(family, kv, sampling, captured, fast_on_a_cpu):
     """Bit for bit: with stores elsewhere and of other sizes, moved adapters, and others worn in between."""
-    policy = policy_of(family)
+    policy, settings = policy_of(family), dict(rollout_kv=kv, max_completion_length=9)
     policy.add("other")
-    lasting, plain = in_4bit(policy, rollout_kv=kv), stepping(policy, rollout_kv=kv)
+    lasting, plain = in_4bit(policy, **settings), stepping(policy, **settings)
     update = []
     for number, shape in enumerate((ROOM, replace(ROOM, pages=8, prefix_tokens=200), ROOM)):
         lasting.given = plain.given = shape
@@ -572,7 +573,7 @@ def test_a_store_that_was_given_back_is_not_read(captured):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(params=dict(temperature=0)), dict(params=dict(top_k=3)), dict(params=dict(max_completion_length=9)),
+        dict(params=dict(temperature=0)), dict(params=dict(top_k=3)), dict(params=dict(max_completion_length=4)),
         dict(shape=replace(ROOM, page_tokens=6)), dict(shape=replace(ROOM, slot_tokens=20, pages=60)),
         dict(shape=replace(ROOM, prefix_tokens=300)), dict(shape=StoreShape(5, 12, 3, 79, 28, 4)),
     ],
@@ -581,7 +582,7 @@ def test_a_store_that_was_given_back_is_not_read(captured):
 def test_what_a_graph_fixed_is_in_its_key(change, captured):
     """A rollout that needs other numbers in a kernel's arguments is captured for itself; the first kind's graphs stay."""
     policy = make_policy()
-    sampler, plain = in_4bit(policy, ROOM), stepping(policy)
+    sampler, plain = in_4bit(policy, ROOM, max_completion_length=6), stepping(policy, max_completion_length=6)
     truth = sampler.run()
     num_graphs = len(captured)
     sampler.given = plain.given = change.get("shape", ROOM)
@@ -597,8 +598,8 @@ def test_what_a_graph_fixed_is_in_its_key(change, captured):
 
 def test_an_evaluation_of_more_prompts_moves_what_is_kept_once(captured):
     policy = make_policy()
-    sampler = in_4bit(policy, ROOM)
-    plain = stepping(policy, StoreShape(24, 12, 24, 79, 100, 4))
+    sampler = in_4bit(policy, ROOM, max_completion_length=5)
+    plain = stepping(policy, StoreShape(24, 12, 24, 79, 100, 4), max_completion_length=5)
     truth = sampler.run()
     for turn in range(3):
         sampler.given = plain.given

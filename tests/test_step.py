@@ -39,7 +39,7 @@ FAMILIES = {
     "olmo3": dict(sliding_window=8), "exaone4": dict(sliding_window=8), "glm": dict(head_dim=32),
     "glm4": dict(head_dim=32, partial_rotary_factor=0.5), "ernie4_5": dict(head_dim=32), "granite_swa": dict(sliding_window=8, layer_types=LAYERS),
 }  # fmt: skip
-TEXTS = [list(range(20, 33)), [40, 41, 42, 43, 44]]  # of more tokens than a window, and of fewer
+TEXTS = [list(range(20, 33)), list(range(40, 47))]  # of more tokens than a window, and of as many after one step
 
 
 def model_of(name, **changes):
@@ -95,7 +95,7 @@ def test_a_fast_step_gives_what_the_models_own_layers_give(name, monkeypatch):
     monkeypatch.setattr(step, "splits_of", lambda *_: 2)
     policy = policy_of(name)
     fast = known_step(policy, 40)
-    for ours, general, own in steps(policy, fast, 5):
+    for ours, general, own in steps(policy, fast, 3):
         assert own.std() > 0.1
         for theirs in (own, general):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
@@ -170,10 +170,10 @@ def fast_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "glm4", "exaone4"])
 def test_greedy_completions_are_those_of_generate(name, fast_on_a_cpu):
     policy = policy_of(name)
-    params = SamplingParams(max_completion_length=20, temperature=0)
+    params = SamplingParams(max_completion_length=10, temperature=0)
     theirs, _ = hf.sample(policy, PROMPTS, 1, params, 10_000)
-    shape = next(paged_shapes(PROMPTS, 1, 20, 3))
-    sampler = ShapedSampler(policy, shape, rollout_weights="4bit", max_completion_length=20)
+    shape = next(paged_shapes(PROMPTS, 1, 10, 3))
+    sampler = ShapedSampler(policy, shape, rollout_weights="4bit", max_completion_length=10)
     assert ids_of(sampler.run(1, temperature=0)) == ids_of(theirs)
     assert sampler.fast_step(99) is not None
 
@@ -181,8 +181,7 @@ def test_greedy_completions_are_those_of_generate(name, fast_on_a_cpu):
 @pytest.mark.parametrize(
     "weights, params",
     [
-        ("4bit", {}), ("dense", {"top_p": 0.9, "top_k": 30}), ("dense", {"repetition_penalty": 1.3}),
-        ("dense", {"temperature": 0}),
+        ("4bit", {}), ("dense", {"top_p": 0.9, "top_k": 30, "repetition_penalty": 1.3}), ("dense", {"temperature": 0}),
     ],
 )  # fmt: skip
 def test_a_rollout_samples_what_it_samples_by_the_models_own_layers(weights, params, fast_on_a_cpu, monkeypatch):

@@ -160,10 +160,11 @@ def deep(request):
     return policy
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("part", ["self_attn", "mlp"])
-def test_one_layer_of_thirty_that_mixes_a_little_along_the_row_is_refused(name, part, deep):
-    """In bf16, too, in which its own rounding is more."""
+@pytest.mark.parametrize("place, name", enumerate(MIXERS))
+def test_one_layer_of_thirty_that_mixes_a_little_along_the_row_is_refused(place, name, deep, monkeypatch):
+    """In bf16, too, in which its own rounding is more; by each of the texts, of which one that passes is enough."""
+    part = ("self_attn", "mlp")[place % 2]
+    monkeypatch.setattr(trial, "TEXTS", (trial.TEXTS[place % 3],))
 
     def mix(module, arguments, output):
         x = output[0] if isinstance(output, tuple) else output
