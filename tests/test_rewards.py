@@ -94,6 +94,8 @@ def test_anything_else_is_no_plain_number(text):
         (None, "72", None),
         ("-5", "it is \u22125", 1.0),
         ("5", "1" * 5000, 0.0),
+        ("5", "1" * 5000 + " million", 0.0),
+        ("Paris", "1" * 5000 + " million", 0.0),
         ("5", r"\boxed{" + "1" * 5000 + "}", 0.0),
         ("x", r"\boxed{" + "1" * 900 + "x}", 0.0),
     ],

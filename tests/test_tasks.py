@@ -73,7 +73,7 @@ def test_malformed_completions_of_every_kind_have_an_answer_or_none(malformed):
     for text in malformed:
         answer = extract_answer(text)
         assert gold_answer(text) is not None
-        if answer is not None and len(answer) <= 1000 and as_number(answer) is not None:
+        if answer is not None and as_number(answer) is not None:
             assert math_equal([("72", answer)]) == [as_number(answer) == 72]
 
 

@@ -3,10 +3,17 @@
 import re
 
 from lowmem_grpo.rewards.kinds import CLOCK, case_counts, same_of_a_kind
-from lowmem_grpo.rewards.number import Number, as_number, exact, is_left_to_do, same_number, with_decimal_comma
+from lowmem_grpo.rewards.number import (
+    MOST_CHARACTERS,
+    Number,
+    as_number,
+    exact,
+    is_left_to_do,
+    same_number,
+    with_decimal_comma,
+)
 from lowmem_grpo.rewards.units import conversion
 from lowmem_grpo.rewards.words import (
-    MOST_CHARACTERS,
     Reading,
     begins_with_zero,
     reading,

@@ -6,10 +6,10 @@ import re
 from lowmem_grpo.data.text import tagged_answer
 from lowmem_grpo.rewards.compare import compare
 from lowmem_grpo.rewards.notation import ROUGHLY_EQUAL
-from lowmem_grpo.rewards.number import as_number, is_number
+from lowmem_grpo.rewards.number import MOST_CHARACTERS, as_number, is_number
 from lowmem_grpo.rewards.number_words import COMPARED, MAGNITUDE, OTHER_BEHIND, OTHER_NUMBERS, PLACES
 from lowmem_grpo.rewards.units import CURRENCY, NATIONAL, conversion, is_known, unit_name
-from lowmem_grpo.rewards.words import ANSWER_IS, MOST_CHARACTERS, has_words, reading
+from lowmem_grpo.rewards.words import ANSWER_IS, has_words, reading
 
 # 1,234.5 or 1 234.5, 12,34,567, 2,74, 3 1/2, 1.5e3 and -.5; not the 2 of AZYUK2A or of x_2, and not the - of 3-4.
 NUMBER = re.compile(
@@ -124,14 +124,14 @@ def extract_answer(text: str, gold: str | None = None) -> str | None:
     See accuracy_reward for what the gold answer changes.
     """
     marked = marked_answer(text)
-    wants_number = gold is not None and _is_number(gold)
+    wants_number = gold is not None and is_number(gold)
     if marked is not None and _is_heading(text, marked) and (gold is None or wants_number):
         marked = None
     if marked is None:
         marked = _unmarked_answer(text, gold) if wants_number or gold is None else _words_or_formula(text, gold)
-        if marked is None or gold is None or _is_number(marked):
+        if marked is None or gold is None or is_number(marked):
             return marked
-    if wants_number and _is_number(marked):
+    if wants_number and is_number(marked):
         return marked
     is_short = len(marked) <= MOST_CHARACTERS
     if wants_number and is_short and _has_another_unit(marked, str(gold)):
@@ -226,13 +226,9 @@ def _plain_words(text: str) -> list[str] | None:
     return words
 
 
-def _is_number(text: str) -> bool:
-    return len(text) <= MOST_CHARACTERS and is_number(text)
-
-
 def _is_heading(text: str, marked: str) -> bool:
     """Tell whether a mark is a Markdown heading's: it has no number, or words, and a number comes later."""
-    if _boxed(text)[0] is not None or tagged_answer(text) is not None or _is_number(marked.strip(EMPHASIS)):
+    if _boxed(text)[0] is not None or tagged_answer(text) is not None or is_number(marked.strip(EMPHASIS)):
         return False
     after = text.rsplit("####", 1)[-1].lstrip()[len(marked) :]
     return not NUMBER.search(marked) or NUMBER.search(after) is not None
@@ -252,7 +248,7 @@ def _unmarked_answer(text: str, gold: str | None) -> str | None:
     """
     if BOX in text and _boxed(text)[0] is None:
         return None  # cut off in its box
-    wants_number = gold is None or _is_number(gold)
+    wants_number = gold is None or is_number(gold)
     text = SUM.sub("", TAG.sub(" ", text))
     groups, numbers = _formula_groups(text, 0), list(NUMBER.finditer(text))
     formulas = groups[-1] if groups else []

@@ -4,6 +4,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+MOST_CHARACTERS = 1000  # of an answer; Python refuses to read a whole number of more than 4,300 digits
 PLAIN = re.compile(r"[-+]?(?=[\d.])(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.\d+)?(?:/[1-9]\d*)?")
 FRACTION = re.compile(r"([-+]?) *\\frac\{ *([-+]?\d+) *\}\{ *([-+]?\d+) *\}")
 MIXED = re.compile(r"([-+]?) *\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\)")
@@ -23,7 +24,10 @@ class Number(NamedTuple):
 
 
 def as_number(text: str) -> Fraction | None:
-    """A plain number, with thousands separators, a dollar or percent sign, or a full stop at its end; else None."""
+    """A plain number, with thousands separators, a dollar or percent sign, or a full stop at its end; else None.
+
+    A text of more than MOST_CHARACTERS is none.
+    """
     number = _plain(text)
     return None if number is None else Fraction(number)
 
@@ -33,6 +37,8 @@ def is_number(text: str) -> bool:
 
 
 def _plain(text: str) -> str | None:
+    if len(text) > MOST_CHARACTERS:
+        return None
     text = text.strip().replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "")
     text = text.removesuffix(".").removesuffix("%").strip()
     if not PLAIN.fullmatch(text) or not text[-1:].isdigit() or ("/" in text and "." in text):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lowmem_grpo.rewards.amounts import amount, amount_in_parts
 from lowmem_grpo.rewards.letters import END, SEGMENT, WORD, is_formula, with_words_marked, without_style
 from lowmem_grpo.rewards.notation import plain
-from lowmem_grpo.rewards.number import as_number
+from lowmem_grpo.rewards.number import MOST_CHARACTERS, as_number
 from lowmem_grpo.rewards.units import CURRENCY, unit_name
 
 # Of LaTeX, what says nothing.
@@ -34,7 +34,6 @@ BRACKETS = re.compile(r"(?<!\\)\\\(|(?<!\\)\\\)|^\\\[|\\\]$")
 ANSWER_IS = re.compile(
     r"^\s*(?:the )?(?:(?:final |correct )?answer(?: is|:)|(?:option|choice)s?(?= \(?[A-Z]\b))\s*(?=\S)", re.IGNORECASE
 )
-MOST_CHARACTERS = 1000  # no answer is longer, and Python refuses to read an integer of more than 4,300 digits
 PRODUCT = re.compile(r"[A-Za-z]{2,4}|[A-Za-z](?: *(?:\\cdot|\\times|\*) *[A-Za-z](?![A-Za-z])| [A-Za-z](?![A-Za-z]))+")
 CURRENCY_IN_TYPE = re.compile(rf"\\(?:text\w*|math(?:rm|bf)|mbox) *\{{ *({CURRENCY}) *\}}")
 LETTER_BEHIND = re.compile(r"(-?[\d.,]+)([msghlL](?:\^\{[23]\})?)")  # 540m, 30m²
