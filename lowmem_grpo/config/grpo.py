@@ -6,7 +6,7 @@ Standard library only. docs/coming-from-trl.md lists each deliberate difference 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sections import (
@@ -25,7 +25,6 @@ from lowmem_grpo.config.sections import (
     SamplingFields,
     UpdateFields,
 )
-from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, did_you_mean, shown
 
 # The fields that an evaluation reads: a test watches one read its configuration.
@@ -67,10 +66,6 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     samples: ClassVar[bool] = True  # completions, as supervised training does not
     learns: ClassVar[bool] = True  # from them, as what samples into a file does not
     measured: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_pass@1")  # by an evaluation, foremost first
-
-    def __new__(cls, **given: Any):
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)
 
     def check(self) -> None:
         """Refuse an option that nothing reads, and settings that contradict each other."""

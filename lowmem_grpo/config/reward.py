@@ -4,7 +4,7 @@ Standard library only. docs/coming-from-trl.md lists each deliberate difference 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lowmem_grpo.config.fields import option
 from lowmem_grpo.config.sections import (
@@ -19,7 +19,6 @@ from lowmem_grpo.config.sections import (
     UpdateFields,
 )
 from lowmem_grpo.config.sft import ASSUMED_LENGTH
-from lowmem_grpo.config.trl import refuse_unknown_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,3 @@ class RewardConfig(  # from the last to the first: the fields of the last base c
     def max_completion_length(self) -> int:
         """Most tokens of a text after its first, with one that is packed after its last."""
         return self.max_length or ASSUMED_LENGTH
-
-    def __new__(cls, **given: Any):
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)

@@ -5,7 +5,7 @@ Standard library only. Names and defaults are those of GRPOConfig, whose section
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lowmem_grpo.config.fields import option
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -18,7 +18,6 @@ from lowmem_grpo.config.sections import (
     PromptFields,
     ScoreFields,
 )
-from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError
 
 # Of the settings of sampling, those that have a meaning for a model behind an endpoint.
@@ -74,10 +73,6 @@ class SampleConfig(  # from the last to the first: the fields of the last base c
                 raise InputError(f"{name} is about a model on this machine, and not behind base_url; leave {name} out")
         if "seed" in (self.extra_body or {}):
             raise InputError("extra_body has 'seed', with which a prompt's completions would be alike; leave it out")
-
-    def __new__(cls, **given: Any):
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)
 
     def for_sampler(self) -> SamplerConfig:
         """The settings in the form that loading, sampling, scoring and planning read."""

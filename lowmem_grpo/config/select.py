@@ -4,11 +4,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 from lowmem_grpo.config.fields import option
 from lowmem_grpo.config.sections import TITLES, Checked
-from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, shown
 
 FINISHES = ("eos", "stop", "length")
@@ -63,10 +62,6 @@ class SelectConfig(Checked):
     )
     max_rows: int | None = option(None, "most completions of all, drawn at random", above=0)
     seed: int = option(42, "seed of what is random", at_least=0, at_most=2**32 - 1)
-
-    def __new__(cls, **given: Any):
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)
 
     def check(self) -> None:
         unknown = [one for one in self.finish or [] if one not in FINISHES]

@@ -4,7 +4,7 @@ Standard library only. docs/coming-from-trl.md lists each deliberate difference 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lowmem_grpo.config.fields import option
 from lowmem_grpo.config.sections import (
@@ -18,7 +18,6 @@ from lowmem_grpo.config.sections import (
     SavingFields,
     UpdateFields,
 )
-from lowmem_grpo.config.trl import refuse_unknown_fields
 
 ASSUMED_LENGTH = 1024  # of an example, by a plan that knows none, where max_length is none
 
@@ -65,7 +64,3 @@ class SFTConfig(  # from the last to the first: the fields of the last base come
     def max_completion_length(self) -> int:
         """Most tokens of an example that are learnt."""
         return (self.max_length or ASSUMED_LENGTH) - 1
-
-    def __new__(cls, **given: Any):
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)

@@ -106,10 +106,6 @@ _DISTILLATION_FIELDS = {
     "the policy learns from what it samples itself, which TRL calls lmbda=1; remove it, or let the teacher write "
     "examples for `lowmem-grpo sft`": "lmbda seq_kd",
 }
-UNSUPPORTED = {name: remedy for remedy, names in _TRL_FIELDS.items() for name in names.split()}
-UNSUPPORTED_GRPO = UNSUPPORTED | {
-    name: remedy for remedy, names in (_PPO_FIELDS | _DISTILLATION_FIELDS).items() for name in names.split()
-}
 # Of SFTConfig alone.
 _PACKED = "examples are always packed, and none is cut or mixed with another; remove it"
 _SFT_FIELDS = {
@@ -135,7 +131,6 @@ _SFT_FIELDS = {
         "dataset_name model dataset train_dataset eval_dataset peft_config tokenizer processing_class callbacks",
     "set max_length": "max_seq_length max_prompt_length max_completion_length",
 }  # fmt: skip
-UNSUPPORTED_SFT = UNSUPPORTED | {name: remedy for remedy, names in _SFT_FIELDS.items() for name in names.split()}
 # Of RewardConfig alone.
 _REWARD_FIELDS = {
     "pairs are packed without padding; remove it": "pad_to_multiple_of",
@@ -146,11 +141,21 @@ _REWARD_FIELDS = {
         "per_device_train_batch_size gradient_accumulation_steps",
     "set max_length": "max_prompt_length max_completion_length",
 }  # fmt: skip
-UNSUPPORTED_REWARD = UNSUPPORTED | {name: remedy for remedy, names in _REWARD_FIELDS.items() for name in names.split()}
+
+
+def _by_name(fields: dict[str, str]) -> dict[str, str]:
+    return {name: remedy for remedy, names in fields.items() for name in names.split()}
+
+
+UNSUPPORTED = _by_name(_TRL_FIELDS)
+UNSUPPORTED_GRPO = UNSUPPORTED | _by_name(_PPO_FIELDS) | _by_name(_DISTILLATION_FIELDS)
+UNSUPPORTED_SFT = UNSUPPORTED | _by_name(_SFT_FIELDS)
+UNSUPPORTED_REWARD = UNSUPPORTED | _by_name(_REWARD_FIELDS)
 # By the name of a configuration: what it lacks, and the command that it is of.
 _OF_CONFIG = {
     "SFTConfig": (UNSUPPORTED_SFT, "sft"), "RewardConfig": (UNSUPPORTED_REWARD, "reward"),
     "SampleConfig": (UNSUPPORTED_GRPO, "sample"), "SelectConfig": ({}, "select"),
+    "PairsConfig": ({}, "pairs"),
 }  # fmt: skip
 
 
