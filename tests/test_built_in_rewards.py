@@ -162,17 +162,17 @@ def test_a_language_may_be_given():
 
 
 def test_factories_are_called_by_name():
-    functions = resolve_reward_funcs(list(MADE), BUILT_IN, BUILT_IN_FACTORIES)
+    functions = resolve_reward_funcs(list(MADE))
     assert RewardRunner(functions).names == list(MADE.values())
     assert {call.split("(")[0] for call in MADE} <= set(BUILT_IN_FACTORIES)
-    cosine = resolve_reward_funcs("get_cosine_scaled_reward(max_len=4)", BUILT_IN, BUILT_IN_FACTORIES)[0]
+    cosine = resolve_reward_funcs("get_cosine_scaled_reward(max_len=4)")[0]
     value = cosine(completions=["3"], completion_ids=[[1]], answer=["3"])[0]
     assert value == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi / 4)))
 
 
 @pytest.mark.parametrize("call", [*MADE, "get_code_reward()"])
 def test_what_a_factory_makes_can_be_pickled(call):
-    made = resolve_reward_funcs(call, BUILT_IN, BUILT_IN_FACTORIES)[0]
+    made = resolve_reward_funcs(call)[0]
     assert pickle.loads(pickle.dumps(made)).__name__ == made.__name__
 
 
@@ -210,7 +210,7 @@ def test_a_pickled_cosine_reward_takes_trls_order_of_arguments_and_no_column_for
 )
 def test_a_call_that_cannot_be_made_is_explained(name, message):
     with pytest.raises(ValueError, match=message) as caught:
-        resolve_reward_funcs(name, BUILT_IN, BUILT_IN_FACTORIES)
+        resolve_reward_funcs(name)
     assert "\n" not in str(caught.value)
 
 
@@ -229,9 +229,7 @@ def test_no_completion_however_malformed_makes_a_built_in_fail():
     ]
     completions = ["".join(numbers.choices(pieces, k=numbers.randrange(40))) for _ in range(500)]
     functions = [f for name, f in BUILT_IN.items() if "accuracy" not in name and name != "code_reward"]
-    functions += resolve_reward_funcs(
-        [call for call in MADE if "processes" not in call and "cosine" not in call], BUILT_IN, BUILT_IN_FACTORIES
-    )
+    functions += resolve_reward_funcs([call for call in MADE if "processes" not in call and "cosine" not in call])
     ids = [list(map(ord, completion)) for completion in completions]
     scores = RewardRunner(functions, 60)(completions, completions, ids, {"solution": ["3"] * 500}, 1)
     assert not any(value for name, value in scores.metrics.items() if name.endswith("/failures"))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
+from lowmem_grpo.rewards import BUILT_IN, resolve_reward_funcs
 from lowmem_grpo.tasks.countdown import countdown_reward
 
 LENGTH = 100_000
@@ -46,7 +46,7 @@ def slowest(function, gold, several):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_built_in_reward_is_linear_in_a_hostile_text(call):
-    reward = resolve_reward_funcs(call, BUILT_IN, BUILT_IN_FACTORIES)[0]
+    reward = resolve_reward_funcs(call)[0]
     several = list(texts())[:: 8 if "accuracy" in call or "language" in call else 1]  # the slower ones; see below
     assert slowest(reward, "5", several)[0] < MOST_S, slowest(reward, "5", several)
 

@@ -16,7 +16,7 @@ from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import AWAITED, check, with_datasets
 from lowmem_grpo.pipeline.file import RECIPES, read_pipeline_file, recipes
 from lowmem_grpo.pipeline.phases import resolve
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
+from lowmem_grpo.rewards import resolve_reward_funcs
 from lowmem_grpo.rewards.route import RoutedReward
 
 pytestmark = pytest.mark.usefixtures("known_trials")
@@ -329,7 +329,7 @@ def test_the_recipes_have_the_rewards_of_r1_added_up_and_a_judge_of_the_answer_a
     r1 = {phase.name: phase for phase in read_pipeline_file("r1")["phases"]}
     assert r1["reasoning-rl"].settings["reward_funcs"] == [*zero["reward_funcs"], "language_consistency_reward"]
     assert r1["sft"].from_ == "base" and r1["sft"].settings["dataset"] == ["rejection", "general.jsonl"]
-    functions = resolve_reward_funcs(r1["diverse-rl"].settings["reward_funcs"], BUILT_IN, BUILT_IN_FACTORIES)
+    functions = resolve_reward_funcs(r1["diverse-rl"].settings["reward_funcs"])
     rows = [{"dataset": "gsm8k"}, {"dataset": "chat.jsonl"}]
     routed = [one for one in functions if isinstance(one, RoutedReward)]
     assert [[one.applies(row) for row in rows] for one in routed] == [[True, False], [False, True]]
@@ -536,7 +536,7 @@ def test_rewards_and_critics_may_be_phases_before(files):
     assert pipeline.filled(rl, "taste", lambda run: "there") == "there" and pipeline.named(rl, "tasteful") == []
     facts = check(pipeline, rl, pipeline.runs, planned=False).facts
     assert facts[0] == "8 rows, 1 steps" and "reward_funcs is still to be made by taste" in facts
-    assert resolve_reward_funcs(AWAITED, BUILT_IN)[0](completions=["a", "b"]) == [0.0, 0.0]
+    assert resolve_reward_funcs(AWAITED)[0](completions=["a", "b"]) == [0.0, 0.0]
 
 
 @pytest.mark.slow

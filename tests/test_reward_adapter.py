@@ -90,7 +90,7 @@ def test_an_adapter_without_a_score_head_is_no_reward(tmp_path):
     """transformers would draw it a head at random, and say so in a report that nobody reads."""
     make_policy().save(tmp_path)
     with pytest.raises(InputError, match="writes texts and scores none; give one that `lowmem-grpo reward` has"):
-        resolve_reward_funcs(str(tmp_path), {})
+        resolve_reward_funcs(str(tmp_path))
 
 
 def test_a_base_that_is_gone_is_said_before_weights_are_read(adapter, tmp_path):

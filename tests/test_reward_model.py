@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, get_model_reward, resolve_reward_funcs
+from lowmem_grpo.rewards import RewardRunner, get_model_reward, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_model import _batches
 
 PROMPTS = ["1+2=", "a much longer question, what is 7 + 8?", "3"]
@@ -72,7 +72,7 @@ def test_a_folder_or_a_loaded_model_is_a_reward_function(tmp_path, tokenizer):
         loaded,
         f"get_model_reward(model={str(tmp_path / 'scorer')!r}, token_budget=64)",
     ):
-        functions = resolve_reward_funcs([given, "think_format_reward"], BUILT_IN, BUILT_IN_FACTORIES)
+        functions = resolve_reward_funcs([given, "think_format_reward"])
         runner = RewardRunner(functions, 60)
         runner.try_out(["p"], {})
         assert runner.names == ["scorer", "think_format_reward"]
@@ -113,10 +113,10 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         ("empty", "no reward model that loads"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
-            resolve_reward_funcs(str(tmp_path / folder), BUILT_IN, BUILT_IN_FACTORIES)
+            resolve_reward_funcs(str(tmp_path / folder))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="neither a model folder nor a model the hub gives"):
-        resolve_reward_funcs("nobody/has-this-model", BUILT_IN, BUILT_IN_FACTORIES)
+        resolve_reward_funcs("nobody/has-this-model")
     with pytest.raises(ValueError, match="has 2 labels"):
         get_model_reward(Qwen2ForSequenceClassification(Qwen2Config(**{**SMALL, "num_labels": 2})))
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs
+from lowmem_grpo.rewards import resolve_reward_funcs
 from lowmem_grpo.rewards.isolation.origin import INSTALLED, OWN, PYTHON, origin_of
 
 MODULE = """
@@ -55,7 +55,7 @@ def own(tmp_path, monkeypatch):
 
 
 def resolve(name):
-    return resolve_reward_funcs(name, BUILT_IN, BUILT_IN_FACTORIES)[0]
+    return resolve_reward_funcs(name)[0]
 
 
 @pytest.mark.parametrize(

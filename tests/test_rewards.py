@@ -636,7 +636,7 @@ def test_names_become_functions(tmp_path, monkeypatch):
         "def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
-    functions = resolve_reward_funcs(["accuracy_reward", "my_rewards_for_a_test.one", len], BUILT_IN)
+    functions = resolve_reward_funcs(["accuracy_reward", "my_rewards_for_a_test.one", len])
     assert [function.__name__ for function in functions] == ["accuracy_reward", "one", "len"]
     sys.path.remove(str(tmp_path))
 
@@ -654,4 +654,4 @@ def test_names_become_functions(tmp_path, monkeypatch):
 )
 def test_what_is_no_reward_is_refused_by_name(name, message):
     with pytest.raises(ValueError, match=message):
-        resolve_reward_funcs(name, BUILT_IN)
+        resolve_reward_funcs(name)

@@ -15,7 +15,7 @@ from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.inputs.identity import _of_the_users as source_of
 from lowmem_grpo.inputs.identity import _settings as settings_of
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards import RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.judge import get_judge_reward
 from lowmem_grpo.rewards.route import get_routed_reward, kinds_of_rows
 
@@ -82,7 +82,7 @@ def test_routes_of_one_function_have_names_of_their_own():
 def test_a_command_names_a_route_and_what_is_within():
     text = """get_routed_reward(reward="get_judge_reward(criterion='Is it kind?', part='answer')", values=['chat'])"""
     accuracy = "get_routed_reward(reward='accuracy_reward', column='kind', values=[1])"
-    judge, right = resolve_reward_funcs([text, accuracy], BUILT_IN, BUILT_IN_FACTORIES)
+    judge, right = resolve_reward_funcs([text, accuracy])
     assert judge.__name__ == "judge_reward_chat" and right.__name__ == "accuracy_reward_1"
     assert reads_gold(right) and not reads_gold(judge) and not reads_gold(get_routed_reward(lengths, values=["a"]))
 

@@ -14,7 +14,6 @@ from lowmem_grpo.output.folder import checkpoints, find_checkpoint, writable_fol
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES
 from lowmem_grpo.rewards.names import look_up_rewards
 from lowmem_grpo.tasks import look_up_task, refuse_missing_rewards
 from lowmem_grpo.torchrun import num_started
@@ -28,7 +27,7 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
     rewards, dataset = inputs.get("reward_funcs"), inputs.get("dataset", inputs.get("eval_dataset"))
     task = isinstance(dataset, str) and look_up_task(dataset)
     if rewards is not None:
-        look_up_rewards(rewards, BUILT_IN, BUILT_IN_FACTORIES)
+        look_up_rewards(rewards)
         refuse_other_number(config, len(rewards) if isinstance(rewards, list) else 1)
     elif needs_rewards and not task and getattr(config, "teacher", None) is None:
         refuse_missing_rewards(dataset)

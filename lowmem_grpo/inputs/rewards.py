@@ -14,7 +14,7 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.names import refuse_other_number
 from lowmem_grpo.model.find import find_base_of, read_config
-from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, RewardRunner, reads_gold, resolve_reward_funcs
+from lowmem_grpo.rewards import RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
 
@@ -68,8 +68,7 @@ def runner_of(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
     """
     if config.teacher is not None and reward_funcs == []:
         return RewardRunner([])
-    functions: list[Callable] = resolve_reward_funcs(reward_funcs, BUILT_IN, BUILT_IN_FACTORIES)
-    rewards = RewardRunner(functions, config.reward_timeout)
+    rewards = RewardRunner(resolve_reward_funcs(reward_funcs), config.reward_timeout)
     refuse_other_number(config, len(rewards.names))
     return rewards
 

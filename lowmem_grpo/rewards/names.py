@@ -14,13 +14,12 @@ from typing import Any
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.lookup import has_score_head, look_up_model
 from lowmem_grpo.paths import expanded
+from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES
 from lowmem_grpo.rewards.isolation.origin import OWN, PYTHON, origin_of, origin_of_function
 from lowmem_grpo.rewards.route import inner_of
 
 
-def resolve_reward_funcs(
-    reward_funcs: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable] | None = None
-) -> list[Callable]:
+def resolve_reward_funcs(reward_funcs: Any) -> list[Callable]:
     """Functions from one or several functions, names or reward models.
 
     A name is a built-in's, or `module.function` on the Python path; either may be a call with keyword arguments that
@@ -33,26 +32,26 @@ def resolve_reward_funcs(
     Raises:
         InputError: no function, an unknown name, wrong arguments, or something that cannot be called.
     """
-    return [_resolve(reward, built_in, factories or {}) for reward in _several(reward_funcs, built_in)]
+    return [_resolve(reward) for reward in _several(reward_funcs)]
 
 
-def look_up_rewards(reward_funcs: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> None:
+def look_up_rewards(reward_funcs: Any) -> None:
     """Raise InputError for a name that resolve_reward_funcs() would refuse, without making any reward."""
-    for reward in _several(reward_funcs, built_in):
+    for reward in _several(reward_funcs):
         if isinstance(reward, str):
-            _found(reward.strip(), built_in, factories)
+            _found(reward.strip())
 
 
-def _several(reward_funcs: Any, built_in: Mapping[str, Callable]) -> list[Any]:
+def _several(reward_funcs: Any) -> list[Any]:
     several = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not several:
-        raise InputError(f"reward_funcs is empty; give a function or one of {', '.join(built_in)}")
+        raise InputError(f"reward_funcs is empty; give a function or one of {', '.join(BUILT_IN)}")
     return several
 
 
-def _resolve(reward: Any, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable:
+def _resolve(reward: Any) -> Callable:
     if isinstance(reward, str):
-        reward = _found(reward.strip(), built_in, factories)()
+        reward = _found(reward.strip())()
     elif _is_loaded_model(reward):
         from lowmem_grpo.rewards.reward_model import get_model_reward
 
@@ -62,25 +61,25 @@ def _resolve(reward: Any, built_in: Mapping[str, Callable], factories: Mapping[s
     return reward
 
 
-def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str, Callable]) -> Callable[[], Any]:
+def _found(reward: str) -> Callable[[], Any]:
     """The maker of a name's reward, which is found, and not called yet."""
     if reward.endswith(")"):
         name, arguments = _read_call(reward)
-        if name in built_in:
+        if name in BUILT_IN:
             raise InputError(f"{name} is a reward function itself, and takes no arguments here; write {name}")
-        factory = _find(name, factories, "function makes a reward and")
-        if factories.get(name.rpartition(".")[2]) is not factory and origin_of_function(factory) != OWN:
+        factory = _find(name, BUILT_IN_FACTORIES, "function makes a reward and")
+        if BUILT_IN_FACTORIES.get(name.rpartition(".")[2]) is not factory and origin_of_function(factory) != OWN:
             raise InputError(
                 f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
-                f"call {', '.join(factories)}, or a function that you write in a module of your own"
+                f"call {', '.join(BUILT_IN_FACTORIES)}, or a function that you write in a module of your own"
             )
         with _naming(name, factory), contextlib.suppress(ValueError):  # of a class that tells no signature
             # Not of what a decorator wraps, since a decorator may add arguments.
             inspect.signature(factory, follow_wrapped=False).bind(**arguments)
         return partial(_make, name, factory, arguments)
-    if reward in factories:
+    if reward in BUILT_IN_FACTORIES:
         raise InputError(
-            f"{reward} makes a reward function; call it: {reward}{_signature(factories[reward])}, "
+            f"{reward} makes a reward function; call it: {reward}{_signature(BUILT_IN_FACTORIES[reward])}, "
             "with names for its arguments"
         )
     folder = expanded(reward)
@@ -91,10 +90,10 @@ def _found(reward: str, built_in: Mapping[str, Callable], factories: Mapping[str
             f"reward function {reward!r} is named by a file; name it as Python imports it: "
             f"{module}.{function or 'function'}"
         )
-    if reward not in built_in and ("/" in reward or os.path.isdir(folder)):
+    if reward not in BUILT_IN and ("/" in reward or os.path.isdir(folder)):
         look_up_model(folder, what="reward model")
         return partial(_of_model, folder)
-    function = _find(reward, built_in, "reward function")
+    function = _find(reward, BUILT_IN, "reward function")
     return lambda: function
 
 
@@ -184,11 +183,7 @@ def reward_adapters(reward_funcs: Any) -> list[Callable]:
     """The reward adapters among reward functions as a run is given them, which alone are read."""
     several = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     names = [name.strip() for name in several if isinstance(name, str)]
-    from lowmem_grpo.rewards.reward_adapter import get_adapter_reward
-
-    name = get_adapter_reward.__name__
-    known = [one for one in names if one.startswith(f"{name}(") or has_score_head(expanded(one))]
-    return [_resolve(one, {}, {name: get_adapter_reward}) for one in known]
+    return [_resolve(one) for one in names if one.startswith("get_adapter_reward(") or has_score_head(expanded(one))]
 
 
 def reads_gold(function: Callable) -> bool:

@@ -28,14 +28,14 @@ def get_routed_reward(
     Raises:
         InputError: there is no value, or no such function.
     """
-    from lowmem_grpo.rewards import BUILT_IN, BUILT_IN_FACTORIES, resolve_reward_funcs  # which know this factory
+    from lowmem_grpo.rewards.names import resolve_reward_funcs  # which knows this factory
 
     given = [values] if isinstance(values, str | int | float) else [*(values or ())]
     if not given:
         raise InputError("get_routed_reward needs values: those of the column that the reward is for, such as ['math']")
     if not isinstance(column, str) or not column:
         raise InputError(f"get_routed_reward: column={shown(column)} is no name of a column")
-    (inner,) = resolve_reward_funcs([reward], BUILT_IN, BUILT_IN_FACTORIES)
+    (inner,) = resolve_reward_funcs(reward)
     inner_name = getattr(inner, "__name__", type(inner).__name__)
     return RoutedReward(inner, column, given, name or "_".join([inner_name, *map(str, given)]))
 
