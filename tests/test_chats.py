@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.chats import OURS, closing_of, said_at_end
-from lowmem_grpo.data.prompts import text_ids, tokenize_prompts
+from lowmem_grpo.data.prompts import tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
+from lowmem_grpo.data.text import text_ids
 from lowmem_grpo.errors import InputError
 
 CHATML = (

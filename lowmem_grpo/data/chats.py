@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from lowmem_grpo.errors import InputError, cause, did_you_mean
+from lowmem_grpo.data.text import text_ids
+from lowmem_grpo.errors import InputError, cause, did_you_mean, shown
 
 # Columns that a chat template gets, what they hold, and that in words.
 SETTINGS = {
@@ -61,6 +62,19 @@ def refuse_missing(value: Any, column: str, where: str) -> None:
     """Raise InputError for a null, and for NaN, which is one to pandas."""
     if value is None or value != value:
         raise InputError(f"{where} has no {column}; fill it, or leave the row out")
+
+
+def read_text(value: Any, column: str, where: str) -> str:
+    """A column's text, or the number that is written as one.
+
+    Raises:
+        InputError: it is missing, something else, or a chat written as a text.
+    """
+    refuse_missing(value, column, where)
+    if not is_text(value):
+        raise InputError(f"{where} has the {column} {shown(value)}; it has to be a text")
+    refuse_chat_as_text(str(value), where)
+    return str(value)
 
 
 def refuse_chat_as_text(text: str, where: str) -> None:
@@ -146,6 +160,12 @@ class Template:
         given = tokenizer.chat_template or ""
         self.source = given if isinstance(given, str) else "\n".join(given.values())  # of templates by name
         self.openings: dict[str, str] = {}  # ends of prompts, as `<|im_start|>assistant<think>`, to what is said there
+
+    def ids(self, rendered: str) -> list[int]:
+        """Ids of a rendered chat, in which a template has written its own special tokens."""
+        if self.tokenizer.chat_template is None:
+            return text_ids(self.tokenizer, rendered)
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def render(self, messages: list[dict], settings: dict[str, Any], where: str) -> tuple[str, str]:
         """A chat as the text that a completion continues, and what the assistant has said at its end.

@@ -14,18 +14,11 @@ from typing import Any, Generic, TypeVar
 from datasets import Dataset
 
 from lowmem_grpo.config.sections import ExampleFields
-from lowmem_grpo.data.chats import (
-    OPENING,
-    Template,
-    is_text,
-    read_chat,
-    refuse_chat_as_text,
-    refuse_missing,
-    with_system,
-)
+from lowmem_grpo.data.chats import OPENING, Template, read_chat, read_text, with_system
 from lowmem_grpo.data.order import Order, index_at, mixed_index_at, shares_of
-from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
+from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings
 from lowmem_grpo.data.questions import ANSWERS, INSTRUCTIONS, question_of
+from lowmem_grpo.data.text import ended, text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import whole
 
@@ -151,12 +144,11 @@ class _Reader:
     def __init__(self, tokenizer: Any, config: ExampleFields):
         self.tokenizer, self.config = tokenizer, config
         self.template = Template(tokenizer)
-        self.end: str = tokenizer.eos_token or ""
 
     def text(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """A text, of which every token is learnt, its end too."""
         refuse_settings_of_text(row, where)
-        ids = text_ids(self.tokenizer, self._ended(_text(row["text"], "text", where)))
+        ids = text_ids(self.tokenizer, ended(self.tokenizer, read_text(row["text"], "text", where)))
         return ids, [True] * len(ids)
 
     def pair(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
@@ -169,17 +161,17 @@ class _Reader:
         if self.config.assistant_only_loss:
             raise InputError(f"{where} has texts, and assistant_only_loss is for chats; leave it out")
         refuse_settings_of_text(row, where)
-        prompt, completion = _text(prompt, "prompt", where), _text(completion, "completion", where)
+        prompt, completion = read_text(prompt, "prompt", where), read_text(completion, "completion", where)
         before = text_ids(self.tokenizer, prompt)
-        ids = text_ids(self.tokenizer, prompt + self._ended(completion))
-        ids = self._continued(before, ids, self._ended(completion), where)
+        ids = text_ids(self.tokenizer, prompt + ended(self.tokenizer, completion))
+        ids = self._continued(before, ids, ended(self.tokenizer, completion), where)
         return ids, self._after(len(before), len(ids))
 
     def answer(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
         """An instruction, with its input, and what answers it, as a chat."""
         ask, answer = (next(one for one in columns if one in row) for columns in (INSTRUCTIONS, ANSWERS))
         prompt = [{"role": "user", "content": question_of(row, ask, where)}]
-        completion = [{"role": "assistant", "content": _text(row[answer], answer, where)}]
+        completion = [{"role": "assistant", "content": read_text(row[answer], answer, where)}]
         return self._chat(prompt, completion, row, where)
 
     def chat(self, row: dict, where: str) -> tuple[list[int], list[bool]]:
@@ -203,8 +195,8 @@ class _Reader:
         skipped = [place for place, message in enumerate(messages) if _has_weight_0(message, where)]
         prompt, messages = ([_without_weight(one) for one in several] for several in (prompt, messages))
         whole = self.template.whole(messages, settings, where)
-        whole = whole if self.tokenizer.chat_template is not None else self._ended(whole)
-        ids = self._ids(whole)
+        whole = whole if self.tokenizer.chat_template is not None else ended(self.tokenizer, whole)
+        ids = self.template.ids(whole)
         counted = [True] * len(ids)
         if prompt:
             is_closed = prompt[-1]["role"] == "assistant" and not is_open
@@ -215,7 +207,7 @@ class _Reader:
                     f"{where} has a prompt that the chat template ends with {text[-40:]!r}, which its completion does "
                     "not go on from; give the template one way to begin an answer"
                 )
-            before = self._ids(text)
+            before = self.template.ids(text)
             ids = self._continued(before, ids, whole[len(text) :], where)
             counted = self._after(len(before), len(ids))
         if self.config.assistant_only_loss:
@@ -235,15 +227,6 @@ class _Reader:
         """A chat's beginning, without the opening of an answer that a transcript ends with."""
         text = self.template.whole(messages, settings, where)
         return text.removesuffix(OPENING) if self.tokenizer.chat_template is None else text
-
-    def _ids(self, rendered: str) -> list[int]:
-        """Ids of a chat as it is rendered: a template writes its own special tokens."""
-        if self.tokenizer.chat_template is None:
-            return text_ids(self.tokenizer, rendered)
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-    def _ended(self, text: str) -> str:
-        return text if text.endswith(self.end) else text + self.end
 
     def _after(self, start: int, count: int) -> list[bool]:
         """Learn the tokens from `start` on, or all with completion_only_loss=False."""
@@ -279,7 +262,7 @@ class _Reader:
         """Whether each token of a rendered chat is within one of its parts, given by where they begin and end."""
         within = [False] * len(ids)
         for part in parts:
-            bounds = [self._ids(whole[:place]) for place in part]
+            bounds = [self.template.ids(whole[:place]) for place in part]
             if any(ids[: len(bound)] != bound for bound in bounds):
                 raise InputError(
                     f"{where} has a turn whose bounds are within a token, so that it cannot be learnt, or left out, by "
@@ -314,14 +297,6 @@ class _Reader:
                     "out; remove the weights, or leave the row out"
                 )
             yield len(before), len(after)
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    refuse_missing(value, column, where)
-    if not is_text(value):
-        raise InputError(f"{where} has the {column} {str(value)[:60]!r}; it has to be a text")
-    refuse_chat_as_text(str(value), where)
-    return str(value)
 
 
 def _from_share_gpt(value: Any) -> Any:

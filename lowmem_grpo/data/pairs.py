@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from lowmem_grpo.config.sections import PairFields
 from lowmem_grpo.data.chats import Template, is_text, read_chat, refuse_chat_as_text, with_system
-from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings, text_ids
+from lowmem_grpo.data.prompts import refuse_settings_of_text, template_settings
 from lowmem_grpo.data.questions import INSTRUCTIONS, question_of
+from lowmem_grpo.data.text import ended, text_ids
 from lowmem_grpo.errors import InputError
 
 ASK = (*INSTRUCTIONS, "input")  # what stands before two texts where there is no prompt, as in Orca's pairs
@@ -75,7 +76,6 @@ class _Reader:
         self.tokenizer, self.config = tokenizer, config
         self.asks = asks  # what stands in columns of ASK, since not all texts show it
         self.template = Template(tokenizer)
-        self.end: str = tokenizer.eos_token or ""
 
     def pair(self, row: dict, where: str) -> Pair:
         """A row's pair."""
@@ -102,23 +102,20 @@ class _Reader:
     def _text(self, row: dict, column: str, where: str) -> list[int]:
         text, before = _plain(row[column], where), "" if row.get("prompt") is None else _plain(row["prompt"], where)
         refuse_settings_of_text(row, where)
-        text = text if text.endswith(self.end) else text + self.end
-        return self._not_empty(text_ids(self.tokenizer, before + text), column, where)
+        return _not_empty(text_ids(self.tokenizer, before + ended(self.tokenizer, text)), column, where)
 
     def _chat(self, row: dict, column: str, where: str) -> list[int]:
         messages = _joined(row.get("prompt"), read_chat(row[column], where, column), where)
         messages = with_system(messages, row, self.config.system_prompt)
         whole = self.template.whole(messages, template_settings(row, self.template, self.config, where), where)
-        if self.tokenizer.chat_template is None:
-            ids = text_ids(self.tokenizer, whole if whole.endswith(self.end) else whole + self.end)
-        else:  # which writes its own special tokens
-            ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
-        return self._not_empty(ids, column, where)
+        whole = whole if self.tokenizer.chat_template is not None else ended(self.tokenizer, whole)
+        return _not_empty(self.template.ids(whole), column, where)
 
-    def _not_empty(self, ids: list[int], column: str, where: str) -> list[int]:
-        if not ids:
-            raise InputError(f"{where} has a {column} without a single token; leave the row out")
-        return ids
+
+def _not_empty(ids: list[int], column: str, where: str) -> list[int]:
+    if not ids:
+        raise InputError(f"{where} has a {column} without a single token; leave the row out")
+    return ids
 
 
 def _plain(value: Any, where: str) -> str:

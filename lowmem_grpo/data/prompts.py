@@ -17,6 +17,7 @@ from lowmem_grpo.data.chats import (
     with_system,
     without_nulls,
 )
+from lowmem_grpo.data.text import text_ids
 from lowmem_grpo.errors import InputError
 
 
@@ -124,23 +125,10 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str, system
     else:
         messages = with_system(messages, row, config.system_prompt)
     rendered, said = template.render(messages, template_settings(row, template, config, where), where)
-    if template.tokenizer.chat_template is None:
-        ids = text_ids(template.tokenizer, rendered)
-    else:  # which writes its own special tokens
-        ids = template.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids = template.ids(rendered)
     asked = messages[:-1] if said and messages[-1]["role"] == "assistant" else messages
     words = [str(value) for message in messages for key, value in message.items() if key != "role"]
     return Prompt(asked, _not_empty(ids, words, where), columns, said)
-
-
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text to go on from: with the tokenizer's own beginning, once, and without its own end.
-
-    A text that was rendered beforehand has its BOS already, and after an EOS nothing is said.
-    """
-    ids, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
-    start = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), 0)
-    return bare if bare[:start] == ids[:start] else ids[: start + len(bare)]
 
 
 def template_settings(row: Any, template: Template, config: RowFields, where: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem_grpo.data.chats import is_text, refuse_chat_as_text, refuse_missing
+from lowmem_grpo.data.chats import is_text, read_text
 from lowmem_grpo.data.gold import COLUMNS, gold_of, is_marked
 from lowmem_grpo.errors import InputError, shown
 
@@ -24,11 +24,7 @@ def question_of(row: Mapping[str, Any], column: str, where: str) -> str:
     Raises:
         InputError: the column that asks has no text, or the choices have no known form.
     """
-    refuse_missing(row[column], column, where)
-    if not is_text(row[column]):
-        raise InputError(f"{where} has the {column} {shown(row[column])}; it has to be a text")
-    refuse_chat_as_text(str(row[column]), where)
-    choices, question = choices_of(row, where), str(row[column])
+    question, choices = read_text(row[column], column, where), choices_of(row, where)
     before, after = (
         [str(row[one]) for one in names if one != column and is_text(row.get(one))]
         for names in (BEFORE, (*AFTER, *CHOICES))

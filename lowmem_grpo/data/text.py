@@ -1,4 +1,6 @@
-"""The text of prompts and completions, whether strings or chats."""
+"""The text of prompts and completions, whether strings or chats, and its token ids."""
+
+from typing import Any
 
 from lowmem_grpo.errors import InputError, shown
 
@@ -41,6 +43,22 @@ def _last_content(chat: list[dict], what: str) -> str:
     if not isinstance(content, str):
         raise InputError(f"a {what} is {str(chat)[:60]!r}; give a text, or a list of messages whose contents are texts")
     return content
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text to go on from: with the tokenizer's own beginning, once, and without its own end.
+
+    A text that was rendered beforehand has its BOS already, and after an EOS nothing is said.
+    """
+    ids, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), 0)
+    return bare if bare[:start] == ids[:start] else ids[: start + len(bare)]
+
+
+def ended(tokenizer: Any, text: str) -> str:
+    """A text with the end-of-sequence token behind it, once."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
 
 
 def tagged_answer(text: str) -> str | None:

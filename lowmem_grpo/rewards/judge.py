@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo.data.prompts import text_ids
-from lowmem_grpo.data.text import completion_text, part_of, refuse_part
+from lowmem_grpo.data.text import completion_text, part_of, refuse_part, text_ids
 from lowmem_grpo.errors import InputError, printable, shown
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply, refuse_fields

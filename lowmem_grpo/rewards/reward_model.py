@@ -10,8 +10,7 @@ from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from lowmem_grpo.data.prompts import text_ids
-from lowmem_grpo.data.text import part_of, refuse_part
+from lowmem_grpo.data.text import ended, part_of, refuse_part, text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.lookup import has_score_head, is_adapter, look_up_model
 from lowmem_grpo.paths import expanded
@@ -123,10 +122,9 @@ def whole_text(tokenizer: Any, prompt: str | list[dict], completion: str | list[
 def ids_as_in_a_pair(tokenizer: Any, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
     """Ids of a prompt with its completion, as a reward adapter learns a pair's texts: a text with its end."""
     text = whole_text(tokenizer, prompt, completion)
-    if not isinstance(prompt, str):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token or ""
-    return text_ids(tokenizer, text if text.endswith(end) else text + end)
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, ended(tokenizer, text))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _batches(lengths: list[int], token_budget: int) -> list[list[int]]:
