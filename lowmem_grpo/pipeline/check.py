@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.data.rows import load_rows, read_rows
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.load import run_device
 from lowmem_grpo.output.lock import releasing_locks
 from lowmem_grpo.pipeline.kinds import SCORER, Outlook, entries
-from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline
+from lowmem_grpo.pipeline.phases import Evaluation, PhaseRun, Pipeline, naming
 from lowmem_grpo.planner.plan import plan, plan_to_fit
 from lowmem_grpo.tasks import find_task, held_out, is_task_name
 
@@ -128,15 +129,14 @@ def _joined(run: PhaseRun, name: str, datasets: list[Any]) -> list[dict[str, Any
         if task is not None:
             dataset = held_out(task) if name == "eval_dataset" else task.whole or task.rows
         split = "test" if name == "eval_dataset" else None
-        found = run.kind.read(dataset, run.config, name=name, split=split)
+        read = load_rows if run.kind.has_prompts else read_rows
+        found = read(dataset, run.config, name=name, split=split)
         rows += [{SOURCE: label, **row} for row in found.to_list()]
     return rows
 
 
 def check_evaluation(pipeline: Pipeline, evaluation: Evaluation) -> Outlook:
     """Check what is evaluated on before any weights are read. Raise InputError for bad input."""
-    try:
+    with naming("eval"):
         found = read_evaluation_inputs(pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config)
-    except InputError as error:
-        raise InputError(f"eval: {error}") from error
     return Outlook([f"{len(found.eval_prompts)} prompts", *found.notes])

@@ -23,22 +23,8 @@ from lowmem_grpo.pipeline.select import as_text, select, write_rows
 from lowmem_grpo.terminal import show
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lowmem_grpo.inputs.training import RunInputs
     from lowmem_grpo.planner.plan import Plan
-
-
-def _load_rows(*args: Any, **kwargs: Any) -> "Dataset":
-    from lowmem_grpo.data.rows import load_rows
-
-    return load_rows(*args, **kwargs)
-
-
-def _read_rows(*args: Any, **kwargs: Any) -> "Dataset":
-    from lowmem_grpo.data.rows import read_rows
-
-    return read_rows(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Kind:
     trains_policy: bool = False  # True where later phases go on with its adapter
     has_model: bool = True  # False where it works on rows alone
     joined: tuple[str, ...] = ("dataset", "eval_dataset")  # those of `inputs` of which it reads one dataset alone
-    read: Callable[..., "Dataset"] = _load_rows  # the rows of one dataset, as the phase reads them
+    has_prompts: bool = True  # False where its rows are examples or pairs
     check: Callable[..., Outlook]  # of (model, config, **inputs), before any weights are read
     run: Callable[..., dict[str, Any]]  # of (model, config, output, **inputs); the metrics of its last step
 
@@ -185,7 +171,7 @@ KINDS = {
         Kind(
             name="sft", config=SFTConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
             makes=POLICY, reads={"dataset": (COMPLETIONS,), "eval_dataset": (COMPLETIONS,)}, trains_policy=True,
-            joined=("eval_dataset",), read=_read_rows, check=_check_sft, run=_run_sft,
+            joined=("eval_dataset",), has_prompts=False, check=_check_sft, run=_run_sft,
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
@@ -195,7 +181,7 @@ KINDS = {
         ),
         Kind(
             name="reward", config=RewardConfig, places=_of_a_run, inputs=("dataset", "eval_dataset"), output="adapter",
-            makes=SCORER, reads={"dataset": (PREFERENCES,), "eval_dataset": (PREFERENCES,)}, read=_read_rows,
+            makes=SCORER, reads={"dataset": (PREFERENCES,), "eval_dataset": (PREFERENCES,)}, has_prompts=False,
             check=_check_reward, run=_run_reward,
         ),
         Kind(

@@ -11,7 +11,7 @@ from lowmem_grpo.data.chats import OPENING, SETTINGS, transcript
 from lowmem_grpo.errors import InputError, NotSavedError, printable_text
 from lowmem_grpo.output.lock import lock_file, releasing_locks
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.pipeline.sampled import Row
+from lowmem_grpo.pipeline.sampled import Row, is_json, settings_path
 from lowmem_grpo.pipeline.select import BY_REWARDS, grouped, text_of
 
 LINE = "-" * 72
@@ -113,7 +113,7 @@ def _key(row: Row) -> str:
 
 def _decided(path: Path) -> set[str]:
     """The prompts that a file of labels has; what a kill left of a line is removed, and nothing else."""
-    if path.with_name(f"{path.name}.run").exists():
+    if settings_path(path).exists():
         raise InputError(f"output {str(path)!r} was sampled by a model, and is no file of pairs; choose another one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,13 +134,7 @@ def _decided(path: Path) -> set[str]:
 
 def _is_cut(line: bytes) -> bool:
     """Tell whether a line without an end is nothing, or the beginning of one that label() wrote."""
-    if not line.startswith(BEGINNING):
-        return BEGINNING.startswith(line)
-    try:
-        json.loads(line)
-    except ValueError:
-        return True
-    return False
+    return not is_json(line) if line.startswith(BEGINNING) else BEGINNING.startswith(line)
 
 
 def _read_label(line: bytes, path: Path) -> Row:

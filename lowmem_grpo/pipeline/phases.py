@@ -99,12 +99,12 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def naming(phase: str) -> Iterator[None]:
-    """Have an error of ours within begin with a phase's name."""
+def naming(whose: str) -> Iterator[None]:
+    """Have an error of ours within begin with what it is about, as `phase sft`."""
     try:
         yield
     except NAMED as error:
-        raise type(error)(f"phase {phase}: {error}") from error
+        raise type(error)(f"{whose}: {error}") from error
 
 
 def resolve(
@@ -125,7 +125,7 @@ def resolve(
     _refuse_unused(common, phases, evaluation)
     runs: list[PhaseRun] = []
     for number, phase in enumerate(phases, 1):
-        with naming(phase.name):
+        with naming(f"phase {phase.name}"):
             runs.append(_resolved(phase, folder / f"{number:02}-{phase.name}", runs, common, is_adapter(name)))
     return Pipeline(name, folder, runs, _evaluation(evaluation, common))
 
@@ -172,14 +172,12 @@ def look_up(pipeline: Pipeline, model: str, until: str | None, begin_at: str | N
                 given = [one for one in given if not pipeline.named(run, one)]
                 inputs[name] = given[0] if len(given) == 1 else given
         if run.kind.has_model:
-            with naming(run.name):
+            with naming(f"phase {run.name}"):
                 look_up_inputs(inputs, run.config, needs_rewards=run.kind.config is GRPOConfig)
     if pipeline.evaluation is not None and to_do:
         named = {"eval_dataset": pipeline.evaluation.dataset, "reward_funcs": pipeline.evaluation.reward_funcs}
-        try:
+        with naming("eval"):
             look_up_inputs(named, pipeline.evaluation.config, needs_rewards=True)
-        except InputError as error:
-            raise InputError(f"eval: {error}") from error
 
 
 def _resolved(

@@ -100,7 +100,7 @@ def run_pipeline(
             _say(console, "\n".join(["evaluation, before the first phase and after each", *_lines(outlook)]))
     for run in wanted:
         if run in to_do:
-            with naming(run.name):
+            with naming(f"phase {run.name}"):
                 outlook = check(pipeline, run, to_do, planned=dry_run)
         if dry_run:
             state = "is done" if run in done else _begins(run, is_anew=run in anew)
@@ -120,7 +120,7 @@ def run_pipeline(
             rows.append(row_of(BASE, None, _evaluated(console, BASE, folder, pipeline.model, pipeline.evaluation)))
             write_table(pipeline.output_dir, [*rows, *later])
         for run in wanted:
-            with naming(run.name):
+            with naming(f"phase {run.name}"):
                 _say(console, f"phase {_place(pipeline, run)}: {'is done' if run in done else _begins(run)}")
                 if run not in done:
                     made_of = fingerprint(pipeline, run)
@@ -197,7 +197,7 @@ def _done(pipeline: Pipeline, wanted: list[PhaseRun], anew: list[PhaseRun]) -> l
     for run in wanted:
         if run in anew or not is_done(run):
             continue
-        with naming(run.name):
+        with naming(f"phase {run.name}"):
             for other in pipeline.needed(run):
                 if other not in done:
                     raise InputError(

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from lowmem_grpo.errors import InputError, NotSavedError, shown
+from lowmem_grpo.inputs.identity import digest_of
 from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.paths import expanded
@@ -63,10 +64,7 @@ def content(value: Any) -> Any:
         there = not is_task and os.path.exists(expanded(value))
         return _of_path(Path(expanded(value))) if there else str(value)
     if isinstance(value, (list, tuple, Dataset)):
-        digest = hashlib.sha256()
-        for row in value:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-        return digest.hexdigest()
+        return digest_of(value)
     return getattr(value, "__name__", type(value).__name__)
 
 

@@ -125,8 +125,8 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
         texts, ids = [one.text for one in drawn], [one.ids for one in drawn]
         asked = [prompt.text for prompt in prompts]
         scored = rewards(asked, texts, ids, columns, batch.step, [prompt.ids for prompt in prompts]).rewards
-        scores = [dict(zip(rewards.names, map(_or_none, row), strict=True)) for row in scored.tolist()]
-        sums = [_or_none(value) for value in weighted_rewards(scored, inputs.config.reward_weights).tolist()]
+        scores = [dict(zip(rewards.names, row, strict=True)) for row in as_json(scored.tolist())]
+        sums = as_json(weighted_rewards(scored, inputs.config.reward_weights).tolist())
     rows = iter(
         {
             "prompt": as_json(prompt.text),
@@ -137,7 +137,7 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
             "reward": reward,
             "finish": one.finish,
             "tokens": one.num_tokens,
-            "logprob_mean": None if one.logprob_mean is None else _or_none(round(one.logprob_mean, 6)),
+            "logprob_mean": None if one.logprob_mean is None else as_json(round(one.logprob_mean, 6)),
         }
         for prompt, one, of_functions, reward in zip(prompts, drawn, scores, sums, strict=True)
     )
@@ -148,10 +148,6 @@ def rows_of(batch: Batch, inputs: Inputs, model: str) -> list[list[Row]]:
         ]
         for group in batch.groups
     ]
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def summary(file: SampledFile) -> SampleResult:

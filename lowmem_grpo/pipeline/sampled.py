@@ -27,6 +27,7 @@ from lowmem_grpo.config.fields import LARGEST, refuse_changes
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.lock import lock_file
 from lowmem_grpo.paths import expanded
 
@@ -45,7 +46,7 @@ class SampledFile:
 
     def __init__(self, output: str, num_generations: int, in_order: bool = True):
         self.path = Path(expanded(output))
-        self.settings_path = self.path.with_name(f"{self.path.name}.run")
+        self.settings_path = settings_path(self.path)
         self.num_generations, self.in_order = num_generations, in_order
         self.done: list[int] = []
         self.saved: Row | None = None
@@ -110,12 +111,7 @@ class SampledFile:
         if self.saved is not None:
             return
         self.saved = {"format": FORMAT, "config": config, "identity": identity, "sampler": sampler}
-        temporary = self.settings_path.with_name(f"{self.settings_path.name}.being-written")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.saved, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.settings_path)
+        write_file(self.settings_path, json.dumps(self.saved, indent=1))
 
     def append(self, groups: list[list[Row]]) -> None:
         """Write whole groups, one after the other, and have them on the disk."""
@@ -143,6 +139,11 @@ class SampledFile:
         if not all(isinstance(saved.get(name), dict) for name in ("config", "identity", "sampler")):
             raise InputError(f"{self.settings_path} is damaged; {remedy}")
         return saved
+
+
+def settings_path(path: Path) -> Path:
+    """The file beside a sampled one that says what its lines were sampled by."""
+    return path.with_name(f"{path.name}.run")
 
 
 def as_json(value: Any) -> Any:
@@ -216,14 +217,15 @@ def read_sampled(path: str | Path) -> list[Row]:
         *lines, end = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read: {error.strerror}; give a sampled file") from error
-    if end.rstrip().endswith(b"}") and _is_json(end):  # an editor left out its end
+    if end.rstrip().endswith(b"}") and is_json(end):  # an editor left out its end
         lines.append(end)
     if not lines:
         raise InputError(f"{str(path)!r} has no line; sample into it first, with `lowmem-grpo sample`")
     return [read_row(line, f"line {place + 1} of {path}") for place, line in enumerate(lines)]
 
 
-def _is_json(line: bytes) -> bool:
+def is_json(line: bytes) -> bool:
+    """Tell whether a line is JSON, as one that a kill cut short is not."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.pipeline.sampled import Row
+from lowmem_grpo.pipeline.sampled import Row, settings_path
 
 NGRAM = 3  # words
 BY_REWARDS = "reward_chosen"  # a column of pairs that no person chose
@@ -250,18 +251,13 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     path = Path(expanded(path))
     if any(os.path.realpath(path) == os.path.realpath(expanded(one)) for one in inputs):
         raise InputError(f"output {str(path)!r} is what is read, and would be lost; choose another one")
-    if path.with_name(f"{path.name}.run").exists():
+    if settings_path(path).exists():
         raise InputError(f"output {str(path)!r} was sampled by a model, and would be lost; choose another one")
     if _has_labels(path):
         raise InputError(f"output {str(path)!r} has a person's labels, which would be lost; choose another one")
-    temporary = path.with_name(f"{path.name}.being-written")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise InputError(f"output {str(path)!r} cannot be written: {error.strerror}; choose another one") from error
     return path

@@ -21,6 +21,7 @@ from lowmem_grpo.model.find import adapter_config, read_config
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
+from lowmem_grpo.pipeline.sampled import as_json
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.terminal import fitted, table
 
@@ -76,8 +77,7 @@ def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
         config = dataclasses.replace(config, rollout_token_budget=for_evaluation(found, config).rollout_token_budget)
     with limit_memory(found, inputs.device):
         measured = measure(Sampler(inputs.load_policy(), config), inputs.eval_prompts, inputs.rewards, config, step=0)
-    values = {name: [_plain(value) for value in of] for name, of in measured.values.items()}
-    return {"metrics": {name: _plain(value) for name, value in measured.metrics.items()}, "values": values}
+    return as_json({"metrics": measured.metrics, "values": measured.values})
 
 
 def let_go() -> None:
@@ -85,11 +85,6 @@ def let_go() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _plain(value: float) -> float | None:
-    """The value, or None in place of a NaN, which JSON has not."""
-    return None if math.isnan(value) else value
 
 
 def with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -101,8 +96,7 @@ def with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
         changed = {}
         if before is not None:
             changed = differences(_with_nan(before.values), _with_nan(row.values))
-        metrics = {**row.metrics, **{name: _plain(value) for name, value in changed.items()}}
-        found.append({"phase": row.phase, "from": row.origin, **metrics})
+        found.append({"phase": row.phase, "from": row.origin, **row.metrics, **as_json(changed)})
     return found
 
 
