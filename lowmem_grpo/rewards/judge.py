@@ -12,7 +12,7 @@ from lowmem_grpo.data.text import completion_text, part_of, refuse_part, text_id
 from lowmem_grpo.errors import InputError, printable, shown
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Messages, Reply, refuse_fields
-from lowmem_grpo.rewards.rows import of_each
+from lowmem_grpo.rewards.rows import in_place, of_each, sound
 
 QUESTION = """\
 Here is a question and an answer to it.
@@ -104,23 +104,21 @@ class JudgeReward:
     def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | Exception | None]:
         if self.policy is None:  # tried out before there is a model
             return [None] * len(completions)
-        rewards = of_each(self._question, prompts, completions)
-        asked = {index: ids for index, ids in enumerate(rewards) if not isinstance(ids, Exception)}
+        questions = of_each(self._question, prompts, completions)
+        asked = sound(questions)
         if not asked:
-            return rewards
+            return questions
         verdicts = [verdict[:1] for verdict in self._verdicts()]
         logprobs = torch.zeros(2 * len(asked), device=self.policy.device)
         batches = pack(
-            [*asked.values()], verdicts * len(asked), token_budget=self.token_budget,
+            asked, verdicts * len(asked), token_budget=self.token_budget,
             pad_token_id=self.policy.pad_token_id, device=self.policy.device, num_generations=2,
             padding_free=self.policy.packs,
         )  # fmt: skip
         with self.policy.as_base():
             for batch in batches:
                 logprobs[batch.token_index] = self.policy.logprobs(batch, 1.0)
-        for index, value in zip(asked, logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist(), strict=True):
-            rewards[index] = value
-        return rewards
+        return in_place(logprobs.view(-1, 2).softmax(dim=1)[:, 0].tolist(), questions)
 
     def _question(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
         text = _question(prompt, part_of(completion, self.part), self.criterion, YES_OR_NO)
@@ -153,12 +151,9 @@ class EndpointJudge:
         self.endpoint = endpoint
 
     async def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | BaseException]:
-        rewards = of_each(self._messages, prompts, completions)
-        asked = {index: messages for index, messages in enumerate(rewards) if not isinstance(messages, Exception)}
-        replies = await self.endpoint.replies([*asked.values()])
-        for index, reply in zip(asked, replies, strict=True):
-            rewards[index] = reply if isinstance(reply, BaseException) else self._verdict(reply)
-        return rewards
+        asked = of_each(self._messages, prompts, completions)
+        replies = await self.endpoint.replies(sound(asked))
+        return in_place((one if isinstance(one, BaseException) else self._verdict(one) for one in replies), asked)
 
     def _messages(self, prompt: str | list[dict], completion: str | list[dict]) -> Messages:
         form = SCORES[self.score].form

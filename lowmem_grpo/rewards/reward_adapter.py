@@ -19,7 +19,7 @@ from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.reward_model import get_model_reward, ids_as_in_a_pair
-from lowmem_grpo.rewards.rows import of_each
+from lowmem_grpo.rewards.rows import in_place, of_each, sound
 
 OF_A_RUN = ("adapter", "best")  # folders in a run's output_dir, which has the better name
 
@@ -154,11 +154,9 @@ class AdapterReward:
             texts = [ids if isinstance(prompt, str) else self._with_end(ids) for prompt, ids in both]
             scores = self._scores(prompt_ids, texts).tolist()
         else:
-            scores = of_each(self._rendered, prompts, completions)
-            known = [index for index, ids in enumerate(scores) if not isinstance(ids, Exception)]
-            values = self._scores([scores[index][:1] for index in known], [scores[index][1:] for index in known])
-            for index, value in zip(known, values.tolist(), strict=True):
-                scores[index] = value
+            rendered = of_each(self._rendered, prompts, completions)
+            known = sound(rendered)
+            scores = in_place(self._scores([ids[:1] for ids in known], [ids[1:] for ids in known]).tolist(), rendered)
         if "log_metric" in kwargs:
             self._log_length_correlation(scores, completion_ids, kwargs["log_metric"])
         ends = set(self.policy.eos_token_ids)

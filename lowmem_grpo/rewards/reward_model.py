@@ -14,7 +14,7 @@ from lowmem_grpo.data.text import ended, part_of, refuse_part, text_ids
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.lookup import has_score_head, is_adapter, look_up_model
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.rewards.rows import of_each
+from lowmem_grpo.rewards.rows import in_place, of_each, sound
 
 
 def get_model_reward(
@@ -58,13 +58,13 @@ def get_model_reward(
     def reward(prompts: list, completions: list, **kwargs) -> list[float | Exception]:
         if not tokenizer.chat_template and not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"reward model {name!r} has no chat template, and prompts are chats; give them as texts")
-        rewards = of_each(ids_of, prompts, completions)
-        rows = [(index, ids) for index, ids in enumerate(rewards) if not isinstance(ids, Exception)]
-        for batch in _batches([len(ids) for _, ids in rows], token_budget):
-            values = _logits(scorer, [rows[place][1] for place in batch]).tolist()
-            for place, value in zip(batch, values, strict=True):
-                rewards[rows[place][0]] = value
-        return rewards
+        texts = of_each(ids_of, prompts, completions)
+        rows = sound(texts)
+        scores = [0.0] * len(rows)
+        for batch in _batches([*map(len, rows)], token_budget):
+            for place, score in zip(batch, _logits(scorer, [rows[place] for place in batch]).tolist(), strict=True):
+                scores[place] = score
+        return in_place(scores, texts)
 
     reward.__name__ = Path(name).name or type(scorer).__name__
     vars(reward).update(scorer=scorer, tokenizer=tokenizer, part=part)  # by which a resumed run knows them again

@@ -1,4 +1,4 @@
-"""Task, the value that describes a task, and the ways its answers are marked."""
+"""Task, the value that describes a task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
