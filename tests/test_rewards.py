@@ -167,7 +167,7 @@ def math_pool_of(monkeypatch, tmp_path):
         program.write_text(
             "import os, runpy, signal\n"
             f"if os.path.exists({str(mark)!r}):\n{forget}{textwrap.indent(lines, '    ')}\n"
-            f"runpy.run_path({str(math_pool.POOL.program)!r}, run_name='__main__')\n"
+            f"reply = runpy.run_path({str(math_pool.POOL.program)!r})['reply']\n"
         )
         pools.append(WorkerPool(program, workers=1))
         monkeypatch.setattr(math_pool, "POOL", pools[0])

@@ -1,13 +1,16 @@
-"""The program that a worker process starts as: it dies with the trainer, and becomes the worker's own program.
+"""The program of a worker process: it dies with the trainer, and answers requests by another program's reply().
 
-`python -P worker.py CONNECTION PARENT PROGRAM`, of which PROGRAM gets the first argument. Standard library only.
+`python -P worker.py CONNECTION PARENT PROGRAM`. Standard library only.
 """
 
 import ctypes
+import importlib.util
 import os
-import runpy
 import signal
 import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
@@ -23,8 +26,29 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def reply_of(path: str) -> Callable[[Any], Any]:
+    """The function reply() of a program."""
+    spec = importlib.util.spec_from_file_location("program", path)
+    assert spec and spec.loader
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program.reply
+
+
+def serve(trainer: Connection, reply: Callable[[Any], Any]) -> None:
+    """Send the reply to each request, or a RuntimeError that says what reply() raised or why it cannot be sent."""
+    while True:
+        try:
+            request = trainer.recv()
+        except EOFError:  # the trainer is gone
+            return
+        try:
+            trainer.send(reply(request))
+        except Exception as error:
+            trainer.send(RuntimeError(f"{type(error).__name__}: {error}"[:1000]))  # not all others can be pickled
+
+
 if __name__ == "__main__":
-    die_with(int(sys.argv[2]))
-    program = sys.argv[3]
-    del sys.argv[2:]
-    runpy.run_path(program, run_name="__main__")
+    connection, parent, path = sys.argv[1:]
+    die_with(int(parent))
+    serve(Connection(int(connection)), reply_of(path))

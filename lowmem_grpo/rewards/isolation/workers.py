@@ -23,7 +23,7 @@ LOOK_EVERY_S = 0.5
 
 
 class WorkerPool:
-    """Workers that each run one program, which talks over a connection whose file number is its argument."""
+    """Workers that each answer requests by the function reply() of one program."""
 
     def __init__(self, program: Path, workers: int = WORKERS, environment: Callable[[], dict[str, str]] | None = None):
         self.program, self.workers, self.environment = program, workers, environment  # None: this process's own
