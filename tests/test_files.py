@@ -58,7 +58,7 @@ def load(path, **settings):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(rows=ROWS)
 def test_a_thousand_rows_of_texts_come_back_as_pythons_writers_wrote_them(name, rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / name

@@ -10,7 +10,7 @@ def of_each(function: Callable, *columns: list) -> list[Any]:
 
 
 def sound(rows: list[Any]) -> list[Any]:
-    """Those of the rows that are no exceptions."""
+    """The rows that are no exceptions."""
     return [row for row in rows if not isinstance(row, Exception)]
 
 
