@@ -203,7 +203,6 @@ class Sampler:
                     f"{name}={value!r} needs the engine, which does not know this model: {self.engine_refusal}; leave "
                     "it out"
                 )
-        device = self.policy.device
         completions: list[Completion] = []
         prompts = prompts[share.start : share.stop]
         if len(draws) == 1:
@@ -211,7 +210,7 @@ class Sampler:
         else:
             draws = draws[share.start : share.stop]
         size = len(prompts) // len(draws)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.policy.fork_rng():
             for place, draw in enumerate(draws):
                 torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
                 drawn = prompts[place * size : (place + 1) * size]

@@ -54,6 +54,10 @@ class Policy:
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention
 
+    def fork_rng(self) -> contextlib.AbstractContextManager[None]:
+        """torch's fork_rng(): after the `with` the generators of the CPU and of the policy's device are as before."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The trained parameters of an adapter, in the model's order and by its names, and last its score head."""
         head = self.score_heads.get(name)
@@ -86,7 +90,7 @@ class Policy:
         """
         weights, score = without_head(self.names.from_file(read_weights(folder)))
         config: Any = config_without_head(read_adapter_config(folder))
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # values come from the file
+        with self.fork_rng():  # values come from the file
             self.add(name, config)
         own = {path: values.shape for path, values in self.adapter_state(name).items()}
         if own != {path: values.shape for path, values in weights.items()}:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -158,8 +157,7 @@ def load_teacher(found: FoundTeacher, policy: Policy, config: GRPOConfig) -> Tea
 
     What is drawn on the way changes no later random number.
     """
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with policy.fork_rng():
         if found.model is not None:
             own = load_policy(found.name, policy.tokenizer, as_teacher(found.name, config), is_found=True)
             own.model.requires_grad_(False)

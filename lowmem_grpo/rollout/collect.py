@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.sections import ObjectiveFields
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampler
@@ -120,17 +121,17 @@ def _flat(values: list[Tensor | None], device: torch.device) -> Tensor | None:
     return torch.cat(known).to(device) if known else None
 
 
+def token_kl(rollout: Rollout, config: ObjectiveFields) -> Tensor:
+    """The estimate of each token's KL to the reference before the update, (M,) on the CPU."""
+    assert rollout.ref_logprobs is not None
+    return kl_estimate(rollout.own_logprobs, rollout.ref_logprobs, estimator=config.kl_estimator).cpu()
+
+
 def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
     """The rollout with advantages of its rewards less beta times each completion's KL to the reference."""
-    assert rollout.ref_logprobs is not None
-    own = rollout.sampling_logprobs if rollout.old_logprobs is None else rollout.old_logprobs
-    assert own is not None
-    estimates = kl_estimate(own, rollout.ref_logprobs, estimator=config.kl_estimator).cpu()
-    lengths = rollout.offsets.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    kl = torch.zeros(len(lengths)).index_add_(0, owner, estimates) * rollout.completion_mask
+    kl = rollout.by_completion(token_kl(rollout, config)) * rollout.completion_mask
     compared = compare_rewards(rollout.rewards, config, beta * kl)
-    counted = int((lengths * rollout.completion_mask).sum())
+    counted = int((rollout.offsets.diff() * rollout.completion_mask).sum())
     return replace(
         rollout,
         advantages=compared.advantages,

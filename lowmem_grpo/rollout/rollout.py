@@ -58,10 +58,14 @@ class Rollout:
         """(B,) bool: whether the completion's advantage, or that of one of its tokens, is not 0."""
         if self.token_advantages is None:
             return self.advantages != 0
-        lengths = self.offsets.diff()
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        with_any = (self.token_advantages.cpu() != 0).long()
-        return torch.zeros_like(lengths).index_add_(0, owner, with_any) > 0
+        return self.by_completion((self.token_advantages != 0).long()) > 0
+
+    @property
+    def own_logprobs(self) -> Tensor:
+        """(M,) of the policy before the update: as training computes them where a pass did, else the sampler's."""
+        known = self.sampling_logprobs if self.old_logprobs is None else self.old_logprobs
+        assert known is not None  # needs_old_pass() sees to it
+        return known
 
     @property
     def lengths(self) -> list[int]:
@@ -84,6 +88,15 @@ class Rollout:
             metrics={},
             table={},
         )
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """Values (B,) of completions on the CPU, at each of their tokens, (M,)."""
+        return values.repeat_interleave(self.offsets.diff())
+
+    def by_completion(self, values: Tensor) -> Tensor:
+        """The sum of values (M,) over each completion's tokens, (B,) on the CPU."""
+        values, owners = values.cpu(), self.by_token(torch.arange(len(self.completions)))
+        return values.new_zeros(len(self.completions)).index_add_(0, owners, values)
 
     def lengths_of(self, chosen: list[bool]) -> list[int]:
         """Tokens of each chosen completion with its prompt; `chosen` has a truth value for each of the B."""

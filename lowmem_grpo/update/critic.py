@@ -17,15 +17,15 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.distributed import summed
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import weighted_rewards
-from lowmem_grpo.objective.formulas import kl_estimate
 from lowmem_grpo.objective.gae import gae, token_rewards, whiten
 from lowmem_grpo.objective.value import explained_variance, value_losses
 from lowmem_grpo.out_of_memory import TokenBudget
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.paths import expanded
+from lowmem_grpo.rollout.collect import token_kl
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.optimizer import Learner
-from lowmem_grpo.update.passes import at_work, micro_batches, zero_gradients
+from lowmem_grpo.update.passes import at_work, first_not_finite, micro_batches, zero_gradients
 
 CRITIC = "critic"  # the name of its adapter, and of its part of a checkpoint
 CONFIG = "adapter_config"  # the name of the adapter's configuration in that part
@@ -42,7 +42,7 @@ class Critic:
         Raises:
             InputError: the policy's adapter has the critic's name, or critic_init is no adapter of this base.
         """
-        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):  # a new adapter draws
+        with policy.fork_rng():  # a new adapter draws
             if saved is not None:
                 policy.add(CRITIC, saved)
                 policy.add_score_head(CRITIC, config.seed)
@@ -105,11 +105,11 @@ def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
     device, offsets = rollout.values.device, rollout.offsets
     scores = weighted_rewards(rollout.rewards, config.reward_weights)
     mask = rollout.completion_mask & ~scores.isnan()
-    penalty = _kl(rollout, config).cpu() if config.kl_in_reward else None
+    penalty = token_kl(rollout, config) if config.kl_in_reward else None
     rewards = token_rewards(scores, offsets, None if penalty is None else beta * penalty)
     values = rollout.values.cpu()
     advantages, returns = gae(rewards, values, offsets, gamma=config.gamma, lam=config.lam)
-    counted = mask.repeat_interleave(offsets.diff())
+    counted = rollout.by_token(mask)
     if config.whiten_advantages:
         advantages = whiten(advantages, counted)
     advantages, returns = torch.where(counted, advantages, 0), torch.where(counted, returns, 0)
@@ -129,13 +129,6 @@ def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
         metrics={**rollout.metrics, **metrics},
         table={**rollout.table, "advantage": means},
     )
-
-
-def _kl(rollout: Rollout, config: GRPOConfig) -> Tensor:
-    """The estimate (M,) of each token's KL to the reference, before the update."""
-    own = rollout.sampling_logprobs if rollout.old_logprobs is None else rollout.old_logprobs
-    assert own is not None and rollout.ref_logprobs is not None
-    return kl_estimate(own, rollout.ref_logprobs, estimator=config.kl_estimator)
 
 
 def backward(
@@ -172,17 +165,10 @@ def lengths_with_value(rollout: Rollout) -> list[int]:
 
 def why_not_finite(rollout: Rollout, config: GRPOConfig, clipped: Tensor, loss: float, overflowed: bool) -> str:
     """The likely cause of a value loss, or its gradient, that is not finite."""
-    if overflowed:
-        return (
-            "the critic's gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
-        )
     overflow = f"activations overflow {config.compute_dtype}"
     found = [
         ("the returns are", rollout.returns, "a reward, its weight or its KL is too large"),
         ("the critic's values are", rollout.values, f"critic_learning_rate is too high, or {overflow}"),
         ("the value loss is", torch.tensor(loss), f"critic_learning_rate is too high, or {overflow}"),
     ]
-    for what, values, cause in found:
-        if values is not None and not values.isfinite().all():
-            return f"{what} not finite (likely cause: {cause})"
-    return f"the critic's gradient is not finite, though its loss is (likely cause: {overflow})"
+    return first_not_finite(found, "the critic's gradient", overflow, overflowed)

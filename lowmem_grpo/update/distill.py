@@ -26,16 +26,13 @@ def with_teacher(teacher: Teacher, rollout: Rollout, config: GRPOConfig, budget:
     """
     with teacher.at_work():
         logprobs = logprobs_of(teacher.policy, as_asked(rollout), config, budget)
-    own = rollout.sampling_logprobs if rollout.old_logprobs is None else rollout.old_logprobs
-    assert own is not None  # needs_old_pass() sees to it
-    lengths = rollout.offsets.diff()
-    counts = rollout.completion_mask.repeat_interleave(lengths).to(own.device)
+    own = rollout.own_logprobs
+    counts = rollout.by_token(rollout.completion_mask).to(own.device)
     distance = torch.where(counts, own - logprobs, 0.0)
     of_completions = rollout.token_advantages
     if of_completions is None:
-        of_completions = rollout.advantages.repeat_interleave(lengths).to(own.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    by_completion = torch.zeros(len(lengths)).index_add_(0, owner, distance.cpu()) / lengths
+        of_completions = rollout.by_token(rollout.advantages).to(own.device)
+    by_completion = rollout.by_completion(distance) / rollout.offsets.diff()
     return replace(
         rollout,
         token_advantages=of_completions - config.teacher_coef * distance,

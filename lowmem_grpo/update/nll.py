@@ -5,7 +5,6 @@
 over the tokens that are learnt of all a step's examples, however they are packed; w_t is the example's weight.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from lowmem_grpo.data.examples import Example
 from lowmem_grpo.model.packing import MicroBatch, filling_lengths, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.update.passes import at_work, zero_gradients
+from lowmem_grpo.update.passes import at_work, first_not_finite, on_trial, zero_gradients
 
 
 class Means(NamedTuple):
@@ -100,12 +99,9 @@ def micro_batches(
 
 def why_not_finite(config: SFTConfig, means: Means, loss: float, overflowed: bool) -> str:
     """The likely cause of a loss or gradient that is not finite."""
-    if overflowed:
-        return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
     cause = f"learning_rate is too high, or activations overflow {config.compute_dtype}"
-    if not math.isfinite(loss) or not means.entropy.isfinite():
-        return f"the examples' log-probabilities are not finite (likely cause: {cause})"
-    return f"the gradient is not finite, though the loss is (likely cause: {cause})"
+    values = torch.tensor([loss, means.entropy])
+    return first_not_finite([("the examples' log-probabilities are", values, cause)], "the gradient", cause, overflowed)
 
 
 def try_largest_update(
@@ -113,17 +109,10 @@ def try_largest_update(
 ) -> None:
     """Try the gradient of a full micro-batch of the longest example, the last one cut; budget shrinks if it must.
 
-    Otherwise a run dies when such a step comes. `reserved` bytes are held meanwhile, for what comes later. The weights
-    and the random numbers stay as they are.
+    Otherwise a run dies when such a step comes. `reserved` bytes are for what comes later.
     """
-    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
     ids = max((one.ids for one in examples), key=len)
     lengths = filling_lengths(len(ids), config.examples_per_step, budget.num_tokens)
     tried = [Example(ids[:length], [False] + [True] * (length - 1)) for length in lengths]
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with on_trial(policy, reserved) as scaler:
         budget.fit(partial(backward, policy, tried, range(len(tried)), scaler, config), lengths)
-    for parameter in policy.parameters_of(policy.adapter).values():
-        parameter.grad = None
-    del held

@@ -5,7 +5,6 @@
 A text's score is that of its last token's hidden state. What both texts of a pair begin with is computed once for both.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -20,7 +19,7 @@ from lowmem_grpo.model.packing import SHARE_FROM, MicroBatch, pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.formulas import pair_losses
 from lowmem_grpo.out_of_memory import TokenBudget
-from lowmem_grpo.update.passes import at_work, zero_gradients
+from lowmem_grpo.update.passes import at_work, first_not_finite, on_trial, zero_gradients
 
 
 def backward(
@@ -48,7 +47,7 @@ def backward(
                 loss = mean_loss(found, part, config) * (len(part) / len(pairs))
                 scaler.scale(loss).backward()
         else:  # the loss of a pair needs both of its scores before either has a gradient
-            with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):  # one lora_dropout
+            with policy.fork_rng():  # one lora_dropout
                 found = _scores(policy, batches, len(part)).requires_grad_()
             loss = mean_loss(found, part, config) * (len(part) / len(pairs))
             (pull,) = torch.autograd.grad(loss, found)
@@ -146,12 +145,9 @@ def _width(pair: Pair) -> int:
 
 def why_not_finite(config: RewardConfig, scores: Tensor, loss: float, overflowed: bool) -> str:
     """The likely cause of a loss or gradient that is not finite."""
-    if overflowed:
-        return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
     cause = f"learning_rate is too high, or activations overflow {config.compute_dtype}"
-    if not math.isfinite(loss) or not scores.isfinite().all():
-        return f"the pairs' scores are not finite (likely cause: {cause})"
-    return f"the gradient is not finite, though the loss is (likely cause: {cause})"
+    found = [("the pairs' scores are", values, cause) for values in (scores, torch.tensor(loss))]
+    return first_not_finite(found, "the gradient", cause, overflowed)
 
 
 def try_largest_update(
@@ -159,18 +155,11 @@ def try_largest_update(
 ) -> None:
     """Try the gradient of as many of the longest pair as fill a micro-batch; budget shrinks if it must.
 
-    Otherwise a run dies when such a step comes. `reserved` bytes are held meanwhile, for what comes later. The weights
-    and the random numbers stay as they are.
+    Otherwise a run dies when such a step comes. `reserved` bytes are for what comes later.
     """
-    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
     size = partial(_num_tokens, packed=config.padding_free and policy.packs)
     longest = max(pairs, key=lambda pair: size([pair]))
     lengths = [len(text) + 1 for text in longest.texts]
     count = min(config.pairs_per_step, max(1, budget.num_tokens // size([longest])))
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=False)
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with on_trial(policy, reserved) as scaler:
         budget.fit(partial(backward, policy, [longest] * count, range(count), scaler, config), lengths * count)
-    for parameter in policy.parameters_of(policy.adapter).values():
-        parameter.grad = None
-    del held

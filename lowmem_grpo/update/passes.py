@@ -1,7 +1,7 @@
 """The passes of an update: log-probabilities of reference and policy, and the loss's gradient."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -102,9 +102,7 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
 
 def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor:
     """The share `quantile` of the tokens that count, (M,) bool, where entropy is highest (arXiv:2506.01939)."""
-    counted = rollout.completion_mask.to(entropies.device).repeat_interleave(
-        rollout.offsets.diff().to(entropies.device)
-    )
+    counted = rollout.by_token(rollout.completion_mask).to(entropies.device)
     if not counted.any():
         return counted
     return counted & (entropies >= torch.quantile(entropies[counted], 1 - quantile))
@@ -217,21 +215,45 @@ def why_not_finite(
     overflowed: bool,  # whether fp16's loss scale may be all that was wrong
 ) -> str:
     """The first of an optimizer step's numbers that is not finite, with the likely cause."""
-    if overflowed:
-        return "the gradient overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
     overflow = f"activations overflow {config.compute_dtype}"
+    objective = f"loss_type={config.loss_type!r}, or too large a beta or entropy_coef"
     found = [
         ("the advantages are", rollout.advantages, "a reward, its weight or its KL is too large"),
         ("the tokens' advantages are", rollout.token_advantages, "a reward, its weight or its KL is too large"),
         ("the reference's log-probabilities are", rollout.ref_logprobs, overflow),
         ("the policy's log-probabilities are", rollout.old_logprobs, f"learning_rate is too high, or {overflow}"),
         ("the policy's log-probabilities are", logprobs, f"learning_rate is too high, or {overflow}"),
-        ("the loss is", torch.tensor(loss), f"loss_type={config.loss_type!r}, or too large a beta or entropy_coef"),
+        ("the loss is", torch.tensor(loss), objective),
     ]
-    for what, values, cause in found:
-        if values is not None and not values.isfinite().all():
-            return f"{what} not finite (likely cause: {cause})"
-    return f"the gradient is not finite, though the loss is (likely cause: {cause})"
+    return first_not_finite(found, "the gradient", objective, overflowed)
+
+
+def first_not_finite(
+    found: Sequence[tuple[str, Tensor | None, str]],  # "the loss is", its values, and the likely cause
+    gradient: str,  # "the gradient", as a sentence calls it
+    cause: str,  # of a gradient that is not finite, where all of these are
+    overflowed: bool,
+) -> str:
+    """The first of an optimizer step's numbers that is not finite, or else its gradient, in a sentence."""
+    if overflowed:
+        return f"{gradient} overflows float16, and its loss scale is halved, as at the start of most fp16 runs"
+    broken = (one for one in found if one[1] is not None and not one[1].isfinite().all())
+    what, _, why = next(broken, (f"{gradient}, though not the loss, is", None, cause))
+    return f"{what} not finite (likely cause: {why})"
+
+
+@contextlib.contextmanager
+def on_trial(policy: Policy, reserved: int) -> Iterator[torch.amp.GradScaler]:
+    """Undo a trial's gradients and random numbers after the `with`, which gets a loss scale that is off.
+
+    Meanwhile `reserved` bytes are held, for what comes later.
+    """
+    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
+    with policy.fork_rng():
+        yield torch.amp.GradScaler(policy.device.type, enabled=False)
+    for parameter in policy.parameters_of(policy.adapter).values():
+        parameter.grad = None
+    del held
 
 
 def try_largest_update(
@@ -239,25 +261,19 @@ def try_largest_update(
 ) -> None:
     """Try the gradient of the longest sequences and of a full micro-batch; budget shrinks if it must.
 
-    Otherwise a run dies when its completions have grown long. `reserved` bytes are held meanwhile, for what comes
-    later. The weights and the random numbers stay as they are.
+    Otherwise a run dies when its completions have grown long. `reserved` bytes are for what comes later.
     """
-    held = torch.empty(reserved, dtype=torch.uint8, device=policy.device)
     count = max(1, budget.num_tokens // (len(prompt) + config.max_completion_length))
-    _try(policy, prompt, count, config.max_completion_length, budget, config)
-    filling = budget.num_tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
-    if filling > 0:
-        _try(policy, prompt, count + 1, filling, budget, config)
-    del held
-
-
-def _try(policy: Policy, prompt: list[int], count: int, length: int, budget: TokenBudget, config: GRPOConfig) -> None:
-    # Each prompt a group of its own, so that none is shared.
-    rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
-    scaler, token_meter = torch.amp.GradScaler(policy.device.type, enabled=False), TokenMeter(rollout, policy.device)
     coefficients = Coefficients(0.0, config.entropy_coef_max if config.has_entropy_bonus else 0.0)
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), alone():
+
+    def fit(count: int, length: int) -> None:
+        # Each prompt a group of its own, so that none is shared.
+        rollout = Rollout.bare([prompt] * count, [prompt[-1:] * length] * count, torch.ones(count))
+        token_meter = TokenMeter(rollout, policy.device)
         budget.fit(partial(backward, policy, rollout, token_meter, coefficients, scaler, config), rollout.lengths)
-    for parameter in policy.parameters_of(policy.adapter).values():
-        parameter.grad = None
+
+    with on_trial(policy, reserved) as scaler, alone():
+        fit(count, config.max_completion_length)
+        filling = budget.num_tokens // (count + 1) - len(prompt)  # one sequence more, each shorter, leave no room
+        if filling > 0:
+            fit(count + 1, filling)

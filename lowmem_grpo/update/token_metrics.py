@@ -90,10 +90,5 @@ class TokenMeter:
 
     def _completion_means(self, values: Tensor) -> Tensor:
         """Means (B',) over the tokens of each completion that was computed."""
-        lengths = self.rollout.offsets.diff().to(values.device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-        sums, counts = (
-            torch.zeros(len(lengths), device=values.device).index_add_(0, owner, x)
-            for x in (values, self.seen.to(values.dtype))
-        )
+        sums, counts = (self.rollout.by_completion(x) for x in (values, self.seen.float()))
         return sums[counts > 0] / counts[counts > 0]
