@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -73,10 +73,6 @@ class Look:
             return ""
 
 
-Situation = Callable[[Look], str | None]
-SITUATIONS: list[Situation] = []
-
-
 def doctor_of(inputs: Inputs, of_preview: Sequence[Finding] = ()) -> Doctor:
     """The doctor of a run that samples, who has looked at its inputs and knows what the preview found.
 
@@ -91,19 +87,12 @@ def findings(inputs: Inputs) -> list[Finding]:
     return [*seen(SITUATIONS, Look(inputs)), *seen(OF_ANY, inputs)]
 
 
-def _situation(function: Situation) -> Situation:
-    SITUATIONS.append(function)
-    return function
-
-
-@_situation
 def evaluated_on_training_prompts(look: Look) -> str | None:
     """Say how many evaluation prompts are trained on."""
     measured = [tuple(prompt.ids) for prompt in look.inputs.eval_prompts]
     return learnt_by_heart("prompts", (tuple(prompt.ids) for prompt in look.prompts), measured)
 
 
-@_situation
 def one_prompt(look: Look) -> str | None:
     """Say that every step has one prompt alone."""
     if len(set(look.keys)) > 1:
@@ -111,7 +100,6 @@ def one_prompt(look: Look) -> str | None:
     return "there is only one prompt, which every step repeats: the policy learns its answer by heart; give it more"
 
 
-@_situation
 def repeated_prompts(look: Look) -> str | None:
     """Say how many prompts have come before."""
     prompts, different = len(look.prompts), len(set(look.keys))
@@ -123,7 +111,6 @@ def repeated_prompts(look: Look) -> str | None:
     )
 
 
-@_situation
 def contradicting_golds(look: Look) -> str | None:
     """Say for how many prompts the rows have several gold answers."""
     golds = defaultdict(dict)  # one of each way to write them
@@ -143,7 +130,6 @@ def contradicting_golds(look: Look) -> str | None:
     )
 
 
-@_situation
 def same_gold(look: Look) -> str | None:
     """Say that all rows have one gold answer."""
     golds = {key: _plain(gold) for key, gold in zip(look.keys, look.golds, strict=True) if gold is not None}
@@ -155,7 +141,6 @@ def same_gold(look: Look) -> str | None:
     )
 
 
-@_situation
 def golds_begin_with_zero(look: Look) -> str | None:
     """Say how many gold answers are digits behind a zero, which are compared as they are written."""
     found = [gold for gold in look.golds if gold is not None and re.fullmatch(r"0\d+", gold)]
@@ -167,7 +152,6 @@ def golds_begin_with_zero(look: Look) -> str | None:
     )
 
 
-@_situation
 def gold_is_an_index(look: Look) -> str | None:
     """Say that gold answers are places in a row's list of choices, as MMLU has them."""
     of_rows = zip(look.prompts, look.golds, strict=True)
@@ -188,7 +172,6 @@ def _is_a_place(prompt: Prompt, gold: str) -> bool:
     return gold not in map(str, choices) and not re.search(r"\b0[.):]", str(prompt.text))
 
 
-@_situation
 def answer_in_prompt(look: Look) -> str | None:
     """Say how many prompts hold their own answer, marked as one."""
     given = 0
@@ -203,7 +186,6 @@ def answer_in_prompt(look: Look) -> str | None:
     )
 
 
-@_situation
 def fewer_prompts_than_a_step(look: Look) -> str | None:
     """Say that a step takes a prompt more than once."""
     prompts, wanted = len(look.prompts), look.config.prompts_per_step
@@ -215,20 +197,17 @@ def fewer_prompts_than_a_step(look: Look) -> str | None:
     )
 
 
-@_situation
 def most_prompts_dropped(look: Look) -> str | None:
     """Say that most of the data is too long for max_prompt_length."""
     return mostly_dropped(look.inputs, "prompts", "max_prompt_length")
 
 
-@_situation
 def beyond_the_context(look: Look) -> str | None:
     """Say that a prompt and its completion may go beyond the positions that the model was made for."""
     longest = max(len(prompt.ids) for prompt in look.prompts + look.inputs.eval_prompts)
     return beyond_context(look.inputs.model, look.config, longest + look.config.max_completion_length)
 
 
-@_situation
 def odd_end_of_sequence(look: Look) -> str | None:
     """Say that completions end with no token that the model was taught to end with."""
     named, of_model = look.tokenizer.eos_token_id, look.ends_of_model
@@ -248,7 +227,6 @@ def odd_end_of_sequence(look: Look) -> str | None:
     )
 
 
-@_situation
 def unseen_end_of_turn(look: Look) -> str | None:
     """Say that sampling does not stop where the chat template ends a turn."""
     if not look.has_chats:
@@ -256,7 +234,6 @@ def unseen_end_of_turn(look: Look) -> str | None:
     return unseen_turn_end(look.tokenizer, look.ends, look.config.stop_strings or [])
 
 
-@_situation
 def no_chat_template(look: Look) -> str | None:
     """Say that chats are written as a transcript."""
     if look.tokenizer.chat_template is not None or not look.has_chats:
@@ -267,7 +244,6 @@ def no_chat_template(look: Look) -> str | None:
     )
 
 
-@_situation
 def no_generation_prompt(look: Look) -> str | None:
     """Say that the chat template does not begin the assistant's turn."""
     if look.tokenizer.chat_template is None or not look.has_chats or look.chat[-1]["role"] == "assistant":
@@ -283,7 +259,6 @@ def no_generation_prompt(look: Look) -> str | None:
     )
 
 
-@_situation
 def template_drops_messages(look: Look) -> str | None:
     """Say which roles' words the chat template leaves out."""
     if look.tokenizer.chat_template is None or not look.has_chats:
@@ -298,7 +273,6 @@ def template_drops_messages(look: Look) -> str | None:
     )
 
 
-@_situation
 def implausible_temperature(look: Look) -> str | None:
     """Say that completions will be all the same, or noise."""
     temperature, (low, high) = look.config.temperature, TEMPERATURES
@@ -308,7 +282,6 @@ def implausible_temperature(look: Look) -> str | None:
     return f"at temperature={temperature:g} {what}, and there is little to learn from; set it near 1"
 
 
-@_situation
 def reward_without_weight(look: Look) -> str | None:
     """Say which reward functions count for nothing."""
     weights = look.config.reward_weights or []
@@ -318,7 +291,6 @@ def reward_without_weight(look: Look) -> str | None:
     return f"reward_weights gives {' and '.join(idle)} no weight: logged alone, and nothing is learnt from it"
 
 
-@_situation
 def answers_do_not_fit(look: Look) -> str | None:
     """Say that gold answers have more tokens than a completion may have."""
     limit = look.config.max_completion_length
@@ -336,3 +308,11 @@ def answers_do_not_fit(look: Look) -> str | None:
 def _plain(gold: str) -> str:
     """A gold answer without what two writings of one answer differ in most: white space, case, commas, dollar signs."""
     return re.sub(r"[\s,$]|\\[!,;]", "", gold).lower()
+
+
+SITUATIONS = (
+    evaluated_on_training_prompts, one_prompt, repeated_prompts, contradicting_golds, same_gold,
+    golds_begin_with_zero, gold_is_an_index, answer_in_prompt, fewer_prompts_than_a_step, most_prompts_dropped,
+    beyond_the_context, odd_end_of_sequence, unseen_end_of_turn, no_chat_template, no_generation_prompt,
+    template_drops_messages, implausible_temperature, reward_without_weight, answers_do_not_fit,
+)  # fmt: skip

@@ -3,12 +3,11 @@
 import argparse
 from typing import Any
 
-from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.output import tell
 from lowmem_grpo.cli.parser import Commands, Once
 from lowmem_grpo.cli.settings import count_of
-from lowmem_grpo.errors import InputError, printable, shown
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.terminal import show
 
 EXAMPLE = """\
 example:
@@ -64,13 +63,8 @@ def run_export(given: dict[str, Any]) -> int:
     # After that, since the import of what computes takes seconds.
     from lowmem_grpo.exporting.export import export
 
-    export(model, merge_to, num_texts=num_texts, say=_print, **given)
+    export(model, merge_to, num_texts=num_texts, say=tell, **given)
     return 0
-
-
-def _print(line: str) -> None:
-    with writing_output():
-        show(printable(line))
 
 
 def _is_on(name: str, value: str) -> bool:

@@ -69,9 +69,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "training", nargs="?", choices=tuple(PLANNED), default="train", help="what to plan (default train)"
     )
-    names = (
-        ("model", "reward_funcs") if commands.planned is GRPOConfig else ("model",)
-    )  # of rewards, the reward adapters count
+    # Of rewards, the reward adapters count.
+    names = ("model", "reward_funcs") if commands.planned is GRPOConfig else ("model",)
     of_plan = add_inputs(parser, "what to plan", [one for one in INPUTS if one[0] in names])
     of_plan.add_argument("--json", action="store_true", help="print JSON, in bytes")
     of_plan.add_argument(
@@ -122,12 +121,8 @@ def run_data(given: dict[str, Any]) -> int:
         found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
         previews = make_previews(found, count)
     with writing_output():
-        for text in [
-            as_text(found, previews),
-            *found.notes,
-            *(fault.text for fault in faults(found.rewards, previews)),
-        ]:
-            show(text)
+        told = [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]
+        show("\n".join(told))
     return 0
 
 

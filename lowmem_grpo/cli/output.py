@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lowmem_grpo.errors import NotSavedError, printable_text
-from lowmem_grpo.terminal import columns_of, fitted
+from lowmem_grpo.errors import NotSavedError, printable, printable_text
+from lowmem_grpo.terminal import columns_of, fitted, show
 from lowmem_grpo.torchrun import num_started
 
 
@@ -29,6 +29,12 @@ def writing_output() -> Iterator[None]:
     except OSError as error:
         drop_output()
         raise NotSavedError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def tell(line: str) -> None:
+    """Write a line to standard output, in which nothing foreign moves a terminal's cursor."""
+    with writing_output():
+        show(printable(line))
 
 
 def speaks() -> bool:

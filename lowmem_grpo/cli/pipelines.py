@@ -3,10 +3,9 @@
 import argparse
 from typing import Any
 
-from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.output import tell, writing_output
 from lowmem_grpo.cli.parser import Commands, Once
-from lowmem_grpo.errors import InputError, printable
-from lowmem_grpo.terminal import show
+from lowmem_grpo.errors import InputError
 
 PIPELINE_EXAMPLE = """\
 example:
@@ -71,6 +70,5 @@ def run_phases(given: dict[str, Any]) -> int:
         until=until, begin_at=begin_at, dry_run=given.get("dry_run", False),
     )  # fmt: skip
     if result.adapter is not None:
-        with writing_output():
-            show(printable(f"adapter: {result.adapter}"))
+        tell(f"adapter: {result.adapter}")
     return 0

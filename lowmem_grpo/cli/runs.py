@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.output import tell, writing_output
 from lowmem_grpo.cli.parser import Commands, Once
-from lowmem_grpo.errors import NotSavedError, in_a_line, printable
+from lowmem_grpo.errors import NotSavedError, in_a_line
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.terminal import show
 
 
 def add(commands: Commands) -> None:
@@ -46,8 +45,7 @@ def run_report(given: dict[str, Any]) -> int:
     except OSError as error:
         why = error.strerror or in_a_line(error)
         raise NotSavedError(f"{output} cannot be written ({why}); choose another --output") from error
-    with writing_output():
-        show(printable(f"report: {path}"))
+    tell(f"report: {path}")
     return 0
 
 

@@ -4,13 +4,13 @@ import io
 import sys
 from typing import Any
 
-from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.output import tell, writing_output
 from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_files, add_inputs
 from lowmem_grpo.cli.settings import WITHOUT_EVAL_DATASET, as_list, output_of, read_settings
 from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
-from lowmem_grpo.errors import InputError, printable, shown
+from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.terminal import show
 
 SAMPLE_EXAMPLE = """\
@@ -89,10 +89,9 @@ def run_sample(given: dict[str, Any]) -> int:
     from lowmem_grpo.rollout.metrics import in_words
 
     result = sample(inputs["model"], inputs["dataset"], inputs.get("reward_funcs"), config)
-    with writing_output():
-        show(printable(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts"))
-        for name, value in result.metrics.items():
-            show(printable(f"  {name:<40} {in_words(value, '.3f')}"))
+    tell(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts")
+    for name, value in result.metrics.items():
+        tell(f"  {name:<40} {in_words(value, '.3f')}")
     return 0
 
 
@@ -122,8 +121,7 @@ def run_pairs(given: dict[str, Any]) -> int:
 
     found = pairs(rows, min_margin)
     path = write_rows(output, found, sampled)
-    with writing_output():
-        show(printable(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts"))
+    tell(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts")
     return 0
 
 
@@ -137,7 +135,7 @@ def run_label(given: dict[str, Any]) -> int:
         sys.stdin.reconfigure(errors="replace")  # what is no text is no answer
     with writing_output():
         found = label(rows, output, seed, sys.stdin, sys.stdout)
-        show(printable(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left"))
+    tell(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left")
     return 0
 
 

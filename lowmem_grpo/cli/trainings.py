@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from lowmem_grpo.cli.output import writing_output
+from lowmem_grpo.cli.output import tell
 from lowmem_grpo.cli.parser import Commands, add_config_flags, add_inputs
-from lowmem_grpo.cli.settings import OF_EXAMPLES, OF_PAIRS, read_settings
-from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.cli.settings import OF_EXAMPLES, OF_PAIRS, TRAININGS, read_settings
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.errors import InputError, printable
-from lowmem_grpo.terminal import show
+from lowmem_grpo.errors import InputError
 
 TRAIN_EXAMPLE = """\
 example:
@@ -59,52 +57,41 @@ def add(commands: Commands) -> None:
 
 
 def run_train(given: dict[str, Any]) -> int:
-    inputs, fields = read_settings(given)
-    config = GRPOConfig(**fields)
-    from lowmem_grpo.inputs.names import look_up_training
-
-    look_up_training(inputs, config, needs_rewards=True)
+    inputs, config = _read(given, "train")
     from lowmem_grpo.loops.grpo import train
 
-    result = train(
-        inputs["model"],
-        inputs.get("reward_funcs"),
-        inputs["dataset"],
-        eval_dataset=inputs.get("eval_dataset"),
-        config=config,
+    return _told(
+        train(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], inputs.get("eval_dataset"), config)
     )
-    with writing_output():
-        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
-    return 0
 
 
 def run_sft(given: dict[str, Any]) -> int:
-    inputs, fields = read_settings(given, command="sft", config=SFTConfig)
-    if "reward_funcs" in inputs:
-        raise InputError("reward_funcs is for `lowmem-grpo train`; sft imitates examples and has no rewards")
-    config = SFTConfig(**fields)
-    from lowmem_grpo.inputs.names import look_up_training
-
-    look_up_training(inputs, config)
+    inputs, config = _read(given, "sft", "sft imitates examples and has no rewards")
     from lowmem_grpo.loops.sft import sft
 
-    result = sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
-    with writing_output():
-        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
-    return 0
+    return _told(sft(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config))
 
 
 def run_reward(given: dict[str, Any]) -> int:
-    inputs, fields = read_settings(given, command="reward", config=RewardConfig)
-    if "reward_funcs" in inputs:
-        raise InputError("reward_funcs is for `lowmem-grpo train`; reward learns from pairs, and makes one")
-    config = RewardConfig(**fields)
-    from lowmem_grpo.inputs.names import look_up_training
-
-    look_up_training(inputs, config)
+    inputs, config = _read(given, "reward", "reward learns from pairs, and makes one")
     from lowmem_grpo.loops.reward import train_reward_model
 
-    result = train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config)
-    with writing_output():
-        show(printable(f"adapter: {Path(result.output_dir) / 'adapter'}"))
+    return _told(train_reward_model(inputs["model"], inputs["dataset"], inputs.get("eval_dataset"), config))
+
+
+def _read(given: dict[str, Any], command: str, without_rewards: str = "") -> tuple[dict[str, Any], Any]:
+    """The inputs and the configuration of a training, looked up; `without_rewards` says why it takes none."""
+    inputs, fields = read_settings(given, command=command, config=TRAININGS[command])
+    if without_rewards and "reward_funcs" in inputs:
+        raise InputError(f"reward_funcs is for `lowmem-grpo train`; {without_rewards}")
+    config = TRAININGS[command](**fields)
+    from lowmem_grpo.inputs.names import look_up_training
+
+    look_up_training(inputs, config, needs_rewards=not without_rewards)
+    return inputs, config
+
+
+def _told(result: Any) -> int:
+    """Say where the adapter of a TrainResult is; the exit status."""
+    tell(f"adapter: {Path(result.output_dir) / 'adapter'}")
     return 0

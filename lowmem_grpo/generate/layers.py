@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, rms, rotated
 from lowmem_grpo.kernels.nf4_product import Weight
-from lowmem_grpo.model.attention import Scoring, attending, laid_out
+from lowmem_grpo.model.attention import Scoring, Silent, attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.mixing import mixers
@@ -110,18 +110,18 @@ class Call(NamedTuple):
     asked: Scoring
 
 
-class Listening:
-    """A layout that keeps what each layer calls attention with, and answers with zeros."""
+class Listening(Silent):
+    """A layout that keeps what each layer calls attention with."""
 
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        """Keep the call; (B, T, H, D) of zeros."""
+        """Zeros (B, T, H, D); the call is kept."""
         if asked.layer in self.calls:
             raise Unknown("a layer of its attends twice")
         self.calls[asked.layer] = Call(query, key, value, asked._replace(scaling=float(asked.scaling)))
-        return torch.zeros_like(query).transpose(1, 2)
+        return super().attend(query, key, value, asked)
 
 
 def read(policy: Policy) -> Outline:

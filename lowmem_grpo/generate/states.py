@@ -17,7 +17,7 @@ from torch import Tensor
 from lowmem_grpo.generate.delta_rule import steps_in_place
 from lowmem_grpo.generate.graphs import Kept
 from lowmem_grpo.generate.shape import StoreShape
-from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, laid_out
+from lowmem_grpo.model.attention import Silent, UnknownAttention, attending, laid_out
 from lowmem_grpo.model.mixing import Call, mixers
 from lowmem_grpo.model.policy import Policy
 
@@ -38,15 +38,11 @@ StateShapes = Mapping[int, Mapping[Name, StateShape]]  # by layer
 Tables = dict[int, dict[Name, Tensor]]  # by layer: (rows, ...)
 
 
-class _Seen:
+class _Seen(Silent):
     """A layout in which layers show the states that they keep."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, dict[Name, StateShape]] = {}
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        """Zeros (B, T, H, D): what attention gives says nothing about a state's shape."""
-        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
         if mixer.layer_idx in self.shapes:

@@ -24,7 +24,7 @@ from lowmem_grpo.generate.store import Store
 from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces
+from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces, softened
 
 # How far off a result may be, relative to its norm. In fp32 tiny models of 19 families are 4e-7 off, and with a share,
 # scale or gain that is 1 % wrong 1e-3 or more. In 16 bits they are 0.02 off, so that only structure is held there; the
@@ -120,7 +120,7 @@ def _of_results(fast: FastStep) -> Iterator[tuple[str, float]]:
 
 
 class Soft:
-    """A Decode whose scores are small: attention that picks one key tells its rounding, and little of the others.
+    """A Decode whose scores are softened().
 
     Attributes:
         scalings: what the scores of each layer were multiplied by.
@@ -131,10 +131,9 @@ class Soft:
         self.scalings: dict[int, float] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        """Attention by the Decode, with scores of about 4 at most."""
-        sizes = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
-        self.scalings[asked.layer] = scaling = min(asked.scaling, 4 / max(sizes.item(), 1e-30))
-        return self.now.attend(query, key, value, asked._replace(scaling=scaling))
+        soft = softened(query, key, asked)
+        self.scalings[asked.layer] = soft.scaling
+        return self.now.attend(query, key, value, soft)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

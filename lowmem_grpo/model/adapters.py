@@ -121,10 +121,7 @@ class Adapters:
         refuse_config(config)
         if self._asks_for_the_head(config):
             raise InputError("the head is shared by all adapters; leave lm_head out of target_modules, modules_to_save")
-        config = copy.deepcopy(config)  # the caller's is left as it is
-        _leave_experts_out(config, self.model.get_base_model())
-        config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
-        _exclude_unfit(self.model.get_base_model(), config)
+        config = _fitted(config, self.model.get_base_model())
         worn = self.worn
         try:
             with expected_warnings_off():
@@ -276,10 +273,7 @@ def refuse_fields(config: AdapterFields, base: nn.Module) -> None:
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """The model with an adapter of a configuration, which is left as it is. Raise InputError where PEFT refuses."""
-    peft_config = copy.deepcopy(peft_config)  # PEFT writes into its patterns
-    _leave_experts_out(peft_config, model)
-    peft_config.task_type, peft_config.inference_mode = peft_config.task_type or "CAUSAL_LM", False
-    _exclude_unfit(model, peft_config)
+    peft_config = _fitted(peft_config, model)
     refuse_whole_in_4bit(model, peft_config)
     with expected_warnings_off():
         try:
@@ -287,6 +281,15 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         except Exception as error:  # whatever PEFT raises on patterns that are none, modules that are numbers
             what = in_a_line(error).rstrip("(. ")  # of a module, PEFT writes out all that is in it
             raise InputError(f"no adapter could be added: {what}; name linear layers as the target modules") from error
+
+
+def _fitted(config: Any, model: nn.Module) -> Any:
+    """A copy of an adapter's configuration, since PEFT writes into it, without the layers that it cannot be on."""
+    config = copy.deepcopy(config)
+    _leave_experts_out(config, model)
+    config.task_type, config.inference_mode = config.task_type or "CAUSAL_LM", False
+    _exclude_unfit(model, config)
+    return config
 
 
 def is_trained_whole(name: str, config: Any) -> bool:

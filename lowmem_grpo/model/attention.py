@@ -40,6 +40,14 @@ class Layout(Protocol):
         ...
 
 
+class Silent:
+    """A layout that computes nothing, for what a model's layers call it with."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
+        """Zeros (B, T, H, D) in place of attention."""
+        return torch.zeros_like(query).transpose(1, 2)
+
+
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 

@@ -207,22 +207,24 @@ def lay_out(model: nn.Module, mxfp4: bool) -> None:
             install(experts, name, stack)
 
 
+def _stacks(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Nf4Stack | Mxfp4Stack)]
+
+
 def are_packed(model: nn.Module) -> bool:
     """Whether any experts of a model are in 4 bits."""
-    return any(isinstance(module, Nf4Stack | Mxfp4Stack) for module in model.modules())
+    return bool(_stacks(model))
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the experts of a model that are in 4 bits."""
-    stacks = [module for module in model.modules() if isinstance(module, Nf4Stack | Mxfp4Stack)]
-    return sum(buffer.nbytes for stack in stacks for buffer in stack.buffers())
+    return sum(buffer.nbytes for _, stack in _stacks(model) for buffer in stack.buffers())
 
 
 def packed_codes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Path and bytes of the codes of all experts that are in 4 bits, their scales left out."""
-    for path, module in model.named_modules():
-        if isinstance(module, Nf4Stack | Mxfp4Stack):
-            yield path, module.codes if isinstance(module, Nf4Stack) else module.blocks
+    for path, stack in _stacks(model):
+        yield path, stack.codes if isinstance(stack, Nf4Stack) else stack.blocks
 
 
 class Expert(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, laid_out
+from lowmem_grpo.model.attention import Scoring, Silent, UnknownAttention, attending, laid_out
 
 
 class LayerShape(NamedTuple):
@@ -33,18 +33,17 @@ def layer_shapes(policy: Any) -> dict[int, LayerShape]:
     return recorder.shapes
 
 
-class _Recorder:
-    """A layout that notes what each layer calls attention with, and answers with zeros."""
+class _Recorder(Silent):
+    """A layout that notes the sizes of what each layer calls attention with."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.given: dict[int, tuple[Tensor, Tensor]] = {}  # held, so that no other tensor takes their place in memory
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        """Note the call; (B, T, H, D) of zeros."""
         if asked.layer in self.shapes:
             raise UnknownAttention("a layer of its attends more than once")
         source = next((first for first, (k, v) in self.given.items() if k is key and v is value), asked.layer)
         self.given[asked.layer] = key, value
         self.shapes[asked.layer] = LayerShape(query.shape[1], key.shape[1], key.shape[3], source)
-        return torch.zeros_like(query).transpose(1, 2)
+        return super().attend(query, key, value, asked)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from lowmem_grpo.model.attention import Scoring, attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.attention import Silent, attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.experts import experts_of
 from lowmem_grpo.model.mixing import install
 
@@ -99,16 +99,9 @@ def _run(model: Any) -> None:
     with contextlib.ExitStack() as stack:
         if refusal(model) is None:
             stack.enter_context(attending(configs_of(model)))
-            stack.enter_context(laid_out(_Unheard()))
+            stack.enter_context(laid_out(Silent()))
         model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
 
 
 def _same(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden
-
-
-class _Unheard:
-    """A layout in which attention is zeros."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3])

@@ -50,10 +50,9 @@ def quantized_by(found: PreTrainedConfig) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else saved.to_dict()
 
 
-def lay_out_4bit(model: Any, found: PreTrainedConfig) -> Any:
-    """A model without weights, its experts in the 4 bits that a checkpoint with the configuration `found` has."""
+def lay_out_4bit(model: Any, found: PreTrainedConfig) -> None:
+    """Give a model without weights experts in the 4 bits that a checkpoint with the configuration `found` has."""
     lay_out(model, mxfp4=quantized_by(found).get("quant_method") == MXFP4)
-    return model
 
 
 class FourBits(BitsAndBytesConfig):

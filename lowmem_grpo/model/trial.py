@@ -19,7 +19,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from lowmem_grpo.errors import InputError, in_a_line
-from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, configs_of, laid_out, refusal
+from lowmem_grpo.model.attention import Scoring, Silent, UnknownAttention, attending, configs_of, laid_out, refusal
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.mixing import Call, Forward
 from lowmem_grpo.model.packed_attention import Packed
@@ -241,15 +241,15 @@ def refused(policy: Any, trial: Callable[[Any, str], str | None], *, in_a_layout
     return reason
 
 
-class _Heard:
-    """A layout that computes nothing, and knows the numbers of the layers that called it."""
+class _Heard(Silent):
+    """A layout that knows the numbers of the layers that called it."""
 
     def __init__(self) -> None:
         self.layers: set[int] = set()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         self.layers.add(asked.layer)
-        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3])
+        return super().attend(query, key, value, asked)
 
     def mix(self, mixer: Any, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         self.layers.add(mixer.layer_idx)
@@ -311,6 +311,15 @@ def difference_when_packed(policy: Any, text: str) -> str | None:
     return None
 
 
+def softened(query: Tensor, key: Tensor, asked: Scoring) -> Scoring:
+    """The settings of a layer's attention with a scaling by which scores are about 4 at most.
+
+    Attention that picks one key says little of the others, and its gradient is little but rounding.
+    """
+    lengths = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
+    return asked._replace(scaling=min(asked.scaling, 4 / max(lengths.item(), 1e-30)))
+
+
 @dataclass(frozen=True)
 class InBothPrecisions:
     """A layout that raises Differs where attention or its gradient in 16 bits is far from fp32."""
@@ -319,9 +328,7 @@ class InBothPrecisions:
     predictors: Tensor  # (N,) int64: the tokens whose results count; those of padding are any
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        # Softened: attention that picks one key says little of the others, and its gradient is little but rounding.
-        lengths = query.float().norm(dim=-1).mean() * key.float().norm(dim=-1).mean()
-        soft = asked._replace(scaling=min(asked.scaling, 4 / max(lengths.item(), 1e-30)))
+        soft = softened(query, key, asked)
 
         def run(packed: Packed, dtype: torch.dtype, upstream: Tensor | None = None) -> list[Tensor]:
             """Fp32 results (N, H, D), and gradients of query, key and value under upstream, or under the results."""
