@@ -52,9 +52,9 @@ def test_a_name_alone_is_among_the_users_own_and_an_upload_again_replaces_files(
 
 
 def test_a_revision_is_a_branch_that_is_made(hub, folder):
-    upload(folder, "me/model", revision="trial", token="hf_another")
+    upload(folder, "me/model", revision="trial")
     assert set(hub.files["me/model@trial"]) == {"README.md", "adapter_model.safetensors", "more/a b.txt"}
-    assert hub.files["me/model@main"] == {} and hub.tokens >= {"Bearer hf_another"}
+    assert hub.files["me/model@main"] == {}
 
 
 def test_a_server_that_is_out_for_a_moment_is_asked_again(hub, folder):
@@ -100,5 +100,4 @@ def test_what_cannot_be_uploaded_is_refused_before_without_asking_the_hub(hub, m
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(InputError, match="run `hf auth login`"):
         check_upload("me/model")
-    check_upload("me/model", token="hf_given")
     assert not hub.requests

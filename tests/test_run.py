@@ -18,6 +18,7 @@ from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.output.folder import find_checkpoint, read_state
 from lowmem_grpo.rewards import RewardRunner
+from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.run import Run
 from lowmem_grpo.update.optimizer import Learner
 
@@ -66,7 +67,7 @@ def fit(folder, stop_in=None, spoiled=(), callbacks=(), **settings):
     )  # fmt: skip
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(policy.parameters_of(policy.adapter).values(), config, scaler, inputs.total_steps)
-    with Run(inputs, policy, learner, {"examples": examples}, doctor_of(inputs)) as run:
+    with Run(inputs, policy, learner, {"examples": examples}, doctor_of(inputs), Evaluations(None, [])) as run:
         for step in run.steps():
             with step.phase("update"):
                 work = partial(backward, policy, examples.draw(), step.number in spoiled)

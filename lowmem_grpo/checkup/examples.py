@@ -77,6 +77,4 @@ def most_examples_dropped(inputs: ExampleInputs) -> str | None:
     return mostly_dropped(inputs, "examples", "max_length")
 
 
-SITUATIONS = (
-    evaluated_on_training_examples, examples_without_an_end, most_examples_dropped, dataset_seen_too_often,
-)  # fmt: skip
+SITUATIONS = (evaluated_on_training_examples, examples_without_an_end, most_examples_dropped, dataset_seen_too_often)

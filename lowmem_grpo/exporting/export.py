@@ -201,9 +201,7 @@ def _settings_of(run: Path) -> dict[str, Any]:
 def _as_trained(saved: Mapping[str, Any], use_cpu: bool, trust_remote_code: bool) -> GRPOConfig:
     """The settings that load an adapter's base as in its run, which has saved its own."""
     fields = {name: saved[name] for name in AS_TRAINED if name in saved}
-    return GRPOConfig(
-        use_cpu=use_cpu, trust_remote_code=trust_remote_code, gradient_checkpointing=False, **fields
-    )  # fmt: skip
+    return GRPOConfig(use_cpu=use_cpu, trust_remote_code=trust_remote_code, gradient_checkpointing=False, **fields)
 
 
 def _refuse_model(model: str, config: GRPOConfig) -> None:

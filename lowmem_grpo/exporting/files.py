@@ -22,16 +22,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Ends of files that hold weights, in any of the forms that a model's folder may have them in.
 OF_WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".onnx",
-)
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".onnx",
+)  # fmt: skip
 NEEDED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*"]  # of a model
 # What trainings leave beside a model, which may name folders of the machine.
 OF_TRAININGS = [*FILES_OF_A_RUN, "plan.json", "trainer_state.json", "*_results.json", ".*"]

@@ -153,9 +153,7 @@ def find_places(names: list[str], config: PreTrainedConfig, dtype: torch.dtype, 
     quantizer = Quantizer(in_4bit(config, dtype)["quantization_config"])
     quantizer.preprocess_model(model, device_map={"": "cpu"})
     quantized = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear4bit)}
-    return Places(
-        of, frozenset(quantized), frozenset(transposed), frozenset(experts), parts, frozenset(shared)
-    )  # fmt: skip
+    return Places(of, frozenset(quantized), frozenset(transposed), frozenset(experts), parts, frozenset(shared))
 
 
 def _parts_of(name: str, pattern: str | None, converters: list[WeightConverter]) -> list[str]:

@@ -18,7 +18,7 @@ PAUSES_S = (2.0, 8.0)  # before the second try and the third
 PASSING = (408, 425, 429, *range(500, 600))  # HTTP statuses that another try may not meet
 
 
-def check_upload(repo_id: str, token: str | None = None) -> None:
+def check_upload(repo_id: str) -> None:
     """Refuse an upload that cannot succeed, without asking the hub.
 
     Raises:
@@ -32,7 +32,7 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
         ) from error
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, and an upload needs the hub; unset it, or upload later by `hf upload`")
-    if not (token or get_token()):
+    if not get_token():
         raise InputError(
             "an upload to the hub needs a token, and none is there; run `hf auth login`, or set the environment "
             "variable HF_TOKEN"
@@ -40,8 +40,8 @@ def check_upload(repo_id: str, token: str | None = None) -> None:
 
 
 def upload(
-    folder: Path, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None,
-    beside: Mapping[str, str] | None = None, message: str = "Upload by lowmem_grpo",
+    folder: Path, repo_id: str, *, private: bool | None = None, revision: str | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
     """Upload a folder's files to a model repository, in one commit; returns the repository's address.
 
@@ -49,7 +49,6 @@ def upload(
         folder: its files, and those in its folders, keep their names; configurations lose paths of this machine.
         repo_id: user/name, or a name among those of the token's user. A repository is made where there is none.
         private: of one that is made; None leaves it to the hub.
-        token: in place of the one that `hf auth login` stored, or of HF_TOKEN.
         revision: a branch, which is made where there is none; main by default.
         beside: texts by the names of further files.
 
@@ -65,7 +64,7 @@ def upload(
     try:
         for pause in (*PAUSES_S, None):
             try:
-                return _upload_once(files, repo_id, private, token, revision, message)
+                return _upload_once(files, repo_id, private, revision)
             except Exception as error:  # of the hub's client, which raises its own, those of httpx and Python's
                 if pause is None or not _may_pass(error):
                     raise NotUploadedError(
@@ -88,21 +87,14 @@ def command(folder: Path, repo_id: str) -> str:
     return f"hf upload {shlex.quote(repo_id)} {shlex.quote(str(folder))}"
 
 
-def _upload_once(
-    files: Mapping[str, Path | bytes],
-    repo_id: str,
-    private: bool | None,
-    token: str | None,
-    revision: str | None,
-    message: str,
-) -> str:
-    hub = HfApi(token=token)
+def _upload_once(files: Mapping[str, Path | bytes], repo_id: str, private: bool | None, revision: str | None) -> str:
+    hub = HfApi()
     address = hub.create_repo(repo_id, private=private, exist_ok=True)
     full = address.repo_id
     if revision is not None:
         hub.create_branch(full, branch=revision, exist_ok=True)
     added = [CommitOperationAdd(name, path) for name, path in files.items()]
-    hub.create_commit(full, added, commit_message=message, revision=revision)
+    hub.create_commit(full, added, commit_message="Upload by lowmem_grpo", revision=revision)
     return str(address)
 
 

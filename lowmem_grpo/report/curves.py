@@ -1,7 +1,5 @@
 """The charts of a run: which metrics stand in one picture, in the order of the page."""
 
-from collections.abc import Sequence
-
 from lowmem_grpo.report.chart import Chart, Dot, Series, chart
 from lowmem_grpo.report.reading import RunFiles, number
 
@@ -22,7 +20,7 @@ def charts_of(run: RunFiles) -> list[Chart]:
         with_held_out(run, "Margin between the scores of a pair", "margin"),
         several(run, "Scores", SCORES),
         lengths(run),
-        several(run, "Shares", SHARES),
+        several(run, "Shares", SHARES, from_zero=True),
         one(run, "KL to the reference", "kl", unit="nats a token"),
         one(run, "KL to the teacher", "teacher_kl", unit="nats a token"),
         one(run, "Entropy", "entropy", unit="nats a token"),
@@ -60,15 +58,15 @@ def with_held_out(run: RunFiles, title: str, name: str) -> Chart | None:
     return chart(title, [Series("training", run.values(name))], dots=dots[::-every][::-1], dots_label="held-out")
 
 
-def several(run: RunFiles, title: str, labels: dict[str, str]) -> Chart | None:
+def several(run: RunFiles, title: str, labels: dict[str, str], *, from_zero: bool = False) -> Chart | None:
     """The picture of several metrics, by name what each is called."""
     lines = [Series(label, run.values(name)) for name, label in labels.items()]
-    return chart(title, lines, from_zero=labels is SHARES)
+    return chart(title, lines, from_zero=from_zero)
 
 
 def parts_of_reward(run: RunFiles) -> Chart | None:
     """The picture of the rewards by function; none where there is one alone."""
-    names: Sequence[str] = run.names("rewards/.+/mean")
+    names = run.names("rewards/.+/mean")
     labels = {name: name.split("/", 1)[1].removesuffix("/mean")[:80] for name in names[:MOST_LINES]}
     return several(run, "Parts of the reward", labels) if len(names) > 1 else None
 

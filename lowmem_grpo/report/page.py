@@ -49,7 +49,7 @@ def page_of(run: RunFiles) -> dict[str, Any]:
         "history": history_of(run), "samples": pairs_of(before, after), "num_damaged": run.num_damaged,
         "best": best_of(run), "held_out": UNITS[run.kind],
         "has_intervals": any(name.endswith("/ci_low") for name in run.evaluations[-1]) if run.evaluations else False,
-        "sampled_at": [when_of(run, one) for one in (before, after) if one],
+        "sampled_at": [when_of(one) for one in (before, after) if one],
         "settings": [(name, as_value(value), as_value(default)) for name, value, default in changed_settings(run)],
         "has_settings": bool(run.settings), "changes": changes_of(run), "about": about_of(run),
     }  # fmt: skip
@@ -282,7 +282,7 @@ def samples_of(run: RunFiles) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return (at[0] if at else []), (at[1] if len(at) > 1 else [])
 
 
-def when_of(run: RunFiles, samples: list[dict[str, Any]]) -> str:
+def when_of(samples: list[dict[str, Any]]) -> str:
     """When samples were taken: "before training", or "after step 60"."""
     return f"after step {samples[0]['step']}" if samples[0]["step"] else "before training"
 

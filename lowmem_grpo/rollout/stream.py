@@ -54,9 +54,8 @@ class Stream:
 
     replay: ReplayBuffer
     position: int = 0  # of the next prompt
-    dull_prompts: set[int] = field(
-        default_factory=set
-    )  # by index, those whose last group had no difference; kept with curriculum_skip alone
+    # By index, those whose last group had no difference; kept with curriculum_skip alone.
+    dull_prompts: set[int] = field(default_factory=set)
 
     def state(self) -> dict[str, Any]:
         """The position, and the indices of the dull prompts."""

@@ -79,7 +79,7 @@ class TrainResult:
 class Run:
     """A training run around an algorithm's loop: folder, log, checkpoints, evaluations, interruption.
 
-        with Run(inputs, policy, learner, parts, doctor_of(inputs)) as run:
+        with Run(inputs, policy, learner, parts, doctor_of(inputs), losses_of(inputs, policy)) as run:
             for step in run.steps():
                 with step.phase("update"):
                     loss, _ = run.update(step, backward, lengths, why_not_finite)
@@ -97,7 +97,7 @@ class Run:
         learner: Learner,
         parts: Mapping[str, Part],  # what the algorithm wants in a checkpoint, by the name of its file
         doctor: Doctor,  # who has looked at the inputs
-        evaluations: Evaluations | None = None,
+        evaluations: Evaluations,
         critic: Critic | None = None,  # which learns beside the policy
     ):
         assert inputs.output_dir is not None
@@ -110,8 +110,7 @@ class Run:
         self.doctor = doctor
         self.rest = Rest()
         self.parts: dict[str, Part] = {
-            **parts, "doctor": self.doctor, "rest": self.rest,
-            **({"first_evaluation": evaluations} if evaluations else {}),
+            **parts, "doctor": self.doctor, "rest": self.rest, "first_evaluation": evaluations,
         }  # fmt: skip
         self.step, self.num_tokens = 0, 0
         self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
@@ -123,7 +122,7 @@ class Run:
         self.budget = TokenBudget(self.config.token_budget)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
         given = {
-            **self.identity, "eval_dataset": evaluations.data if evaluations else None,
+            **self.identity, "eval_dataset": evaluations.data,
             "resume_from_checkpoint": inputs.resume and (inputs.resume / manifest.NAME).read_text(encoding="utf-8"),
         }  # fmt: skip
         for name in ("sources", "helpers"):  # in which a user's object may name its address
@@ -145,8 +144,7 @@ class Run:
         set_damaged_aside(self.folder, self.step, self.inputs.resume)
         log = MetricsLog(self.folder, self.step)
         # The run has evaluated, and its best adapter was left behind where the checkpoint was copied from.
-        has_evaluated = self.evaluations is not None and bool(self.evaluations.first)
-        self.is_best_missing = has_evaluated and not lexists(self.folder / "best")
+        self.is_best_missing = bool(self.evaluations.first) and not lexists(self.folder / "best")
         settings = json.dumps(asdict(self.inputs.given), indent=1)
         (self.folder / f"{self.config.kind}_config.json").write_text(settings, encoding="utf-8")
         about.write_about(self.inputs, self.step)
@@ -396,7 +394,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Evaluate once a step; a resumed run finds in the log the evaluations before it stopped."""
-        if self.evaluations is None or self.evaluations.are_off or self.log.evaluation(self.step):
+        if self.evaluations.are_off or self.log.evaluation(self.step):
             return
         with same_randomness():  # a run is the same, however often it is evaluated
             metrics = self.evaluations.at(self.step, self.shown)
@@ -520,7 +518,7 @@ class Run:
                 f"{self.folder} has no best/ of the run so far: put it there before a resume, or the next evaluation "
                 "is the best"
             )
-        if self.evaluations is not None and self.evaluations.have_changed:
+        if self.evaluations.have_changed:
             self.publisher.say(
                 "eval_dataset or num_generations_eval has changed, so there is no difference from the start"
             )
