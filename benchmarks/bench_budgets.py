@@ -8,7 +8,6 @@ weights of the real shape. On a GPU torch may allocate the budget less the CUDA 
 result. Without one, only the prediction is made, for which neither weights nor a GPU are needed.
 """
 
-import argparse
 import dataclasses
 import gc
 import re
@@ -116,7 +115,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", action="append", choices=NAMES, help="may be given more than once; all real ones")
     parser.add_argument("--vram_budget", action="append", help="may be given more than once")
     parser.add_argument("--max_completion_length", type=measure.positive, default=1024)
@@ -124,7 +123,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts_per_step", type=measure.positive, default=8)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
     parser.add_argument("--predict_only", action="store_true", help="measure nothing even where there is a GPU")
-    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and not arguments.predict_only
     device = torch.device("cuda" if on_gpu else "cpu")

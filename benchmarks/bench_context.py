@@ -6,7 +6,6 @@ Steps of 8 prompts of 512 tokens x 8 completions at GRPOConfig's defaults, and w
 save memory, as for a card that is too small. What the prediction was tested against is in the README's status.
 """
 
-import argparse
 from typing import Any
 
 import torch
@@ -37,10 +36,9 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen2.5-1.5b", "qwen2.5-7b"])
     parser.add_argument("--max_completion_length", type=measure.positive, nargs="+", default=list(LENGTHS))
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     predicted = {
         shape: {

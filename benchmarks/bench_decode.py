@@ -8,7 +8,6 @@ numbers, is steps alone: prefill and whatever a rollout begins with cancel. What
 one is what lasts from then on. The model is random, in 4-bit, with LoRA adapters.
 """
 
-import argparse
 import math
 import statistics
 import warnings
@@ -119,7 +118,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=NAMES, default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=8)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
@@ -129,8 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=measure.positive, default=2)
     parser.add_argument("--profile", action="store_true", help="on a GPU also by kernel, of the first implementation")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
+    measure.add_device(parser)
     given = parser.parse_args(argv)
     if given.longest < 2:
         parser.error(f"--longest {given.longest} has no half; give at least 2")

@@ -7,7 +7,6 @@ each slot, from bf16 query, key and value to the output and the state after it w
 is the peak above the inputs. The state's error is the largest, against fp64.
 """
 
-import argparse
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -144,9 +143,8 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="2 slots alone, twice")
-    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     slots, repeats = ((2,), 2) if arguments.quick else (SLOTS, REPEATS)

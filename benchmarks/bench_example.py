@@ -5,7 +5,6 @@
 Each seed has a process of its own. What is shown is what the example prints and logs, nothing measured anew.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -66,10 +65,9 @@ def _with_interval(value: float, low: float, high: float, sign: str = "") -> str
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of a real model, SmolLM2-135M-Instruct for one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     if not EXAMPLE.is_file():
         parser.error(f"{EXAMPLE} is in a clone alone, not in an installed package")

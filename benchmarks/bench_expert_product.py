@@ -9,7 +9,6 @@ they chose. Bytes are those of the chosen experts in 4 bits, each read once, and
 reads and writes in that time. The error is relative to fp64. Weights are random, rows bf16.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -190,14 +189,13 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     tiny = [f"tiny-{name}" for name in MIXTURES]
     choices = [name for name in [*FAMILIES, *tiny] if name.removeprefix("tiny-") in MIXTURES]
     parser.add_argument("--shape", action="append", choices=choices, help="may be given more than once")
     parser.add_argument("--rows", type=measure.positive, nargs="+", default=ROWS)
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--quick", action="store_true", help="few rows of tiny experts: does everything run?")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes, rows, repetitions = given.shape or MIXTURES, given.rows, given.repetitions

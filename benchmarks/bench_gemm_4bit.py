@@ -12,7 +12,6 @@ kernels/nf4_product.py with some numbers of splits, and keeps the fastest over a
 kernel's splits_of finds it.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -244,18 +243,17 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--rows", type=measure.positive, nargs="+", default=ROWS)
     parser.add_argument("--only", action="append", choices=IMPLEMENTATIONS, help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="few rows of a tiny layer: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--warmups", type=measure.natural, default=1)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    measure.add_device(parser)
     parser.add_argument(
         "--choose", action="store_true", help="time each product of a step, and keep the fastest for this card"
     )
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     skipped = () if given.device == "cuda" else ("fused",)

@@ -7,7 +7,6 @@ own, and the implementations take turns; what is measured is in trainers.py. Acc
 everyone, on held-out sums, every 5 steps.
 """
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -89,13 +88,12 @@ def _each(values: list[float | None], form: str = ".0f") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=measure.positive, default=60)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
     parser.add_argument("--quick", action="store_true", help="two steps of one seed: does everything run?")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     if given.quick:
         given.seeds, given.steps = given.seeds[:1], 2

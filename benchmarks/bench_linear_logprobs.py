@@ -366,7 +366,7 @@ def _ratios(results: dict[str, dict]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,D,V", help="may be given more than once")
     parser.add_argument("--quick", action="store_true", help="a tiny shape: does everything run?")
     parser.add_argument(
@@ -384,7 +384,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--threads", type=measure.positive, help="on a CPU; with 1, CPU time holds no waiting for other threads"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
     return parser.parse_args(argv)
 
 

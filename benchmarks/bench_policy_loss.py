@@ -8,7 +8,6 @@ the device. Liger's is the loss that its fused linear GRPO compiles and runs; it
 (N, vocabulary), and so has no place here. The gradient's error is the largest, against fp64, over its largest entry.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -156,9 +155,8 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"N = {SIZES[0]} alone")
-    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = [{"N": tokens, "results": bench(tokens, device)} for tokens in SIZES[: 1 if arguments.quick else None]]

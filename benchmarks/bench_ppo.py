@@ -116,7 +116,7 @@ def _phases(runs: list[dict[str, Any]], what: str, scale: float) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=[DEMO, *SHAPES], default=DEMO)
     parser.add_argument("--model", help="folder of the random model, made where it is not there yet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the demo; others have one run")
@@ -128,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--one", choices=METHODS, help="run this alone, here, and print its result")
     parser.add_argument("--limit_s", type=measure.positive, help="seconds after which one of them is given up")
     parser.add_argument("--quick", action="store_true", help="two steps of one seed: does everything run?")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     if given.completions % GROUP:
         parser.error(f"--completions {given.completions} is no multiple of {GROUP}; change it")

@@ -7,7 +7,6 @@ Processes share the cores of one machine, so that the clock on the wall says not
 the CPU time of the slowest does. Bytes are counted where they are handed to torch.
 """
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -126,10 +125,9 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--ranks", nargs="+", type=measure.positive, default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--steps", type=measure.positive, default=3, help="that are measured, after one that is not")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     results = []
     for ranks in given.ranks:

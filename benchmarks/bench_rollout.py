@@ -9,7 +9,6 @@ its own completions, and a rate is its tokens over its time. Peak memory is abov
 a CPU also of a first one, which makes kernels, one for each shape of a product, that stay.
 """
 
-import argparse
 from dataclasses import replace
 from functools import cache, partial
 from math import ceil
@@ -206,7 +205,7 @@ def _table(work: Work, results: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=[*NAMES, DEMO], default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=4)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
@@ -228,8 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--warmups", type=measure.natural, default=1)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
+    measure.add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.shape == DEMO and (arguments.prompt_length or arguments.mean_length):
         parser.error(

@@ -10,7 +10,6 @@ the loaded model. Each size is one call, after a small one: the fitted slopes, a
 size that is out of memory ends its row.
 """
 
-import argparse
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -231,15 +230,14 @@ def _table(sweep: dict[str, Any], key: str, unit: float, title: str, form: str) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--longest", type=measure.positive, default=16384, help="no completion is longer")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, help="(default: all that differ here)")
     parser.add_argument("--memory_limit", type=float, help="GB that one call may take on a CPU; 60 %% of what is free")
     parser.add_argument("--quick", action="store_true", help="a tiny model and sizes: does everything run?")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
+    measure.add_device(parser)
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     if given.longest < SWEEPS["max_completion_length"][0][0]:

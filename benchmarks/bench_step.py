@@ -72,7 +72,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny-large-vocabulary")
     parser.add_argument("--model", help="folder of the model, made by random_model where it is not there yet")
     parser.add_argument("--prompts", type=measure.positive, default=4)
@@ -87,7 +87,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--one", choices=IMPLEMENTATIONS, help="run this alone, here, and print its result")
     parser.add_argument("--limit_s", type=measure.positive, help="seconds after which one of them is given up")
     parser.add_argument("--quick", action="store_true", help="a tiny model and lengths: does everything run?")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     if given.steps < 2:
         parser.error(f"--steps {given.steps} leaves none to count; give at least 2")

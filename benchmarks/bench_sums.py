@@ -137,14 +137,13 @@ def _with_interval(share: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of a real model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=measure.positive, default=40)
     parser.add_argument("--every", type=measure.positive, default=20, help="steps from evaluation to evaluation")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=[OURS, SHUFFLED, "TRL, no checkpointing"])
     parser.add_argument("--one", choices=NAMES, help="run this alone, here, and print its result")
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     if not (Path(given.model) / "config.json").is_file():
         parser.error(f"--model {given.model} is no model folder")

@@ -12,7 +12,6 @@ All compute the same gradient of the same random 4-bit model's LoRA adapters; th
 are. Peak memory is above the loaded model.
 """
 
-import argparse
 import contextlib
 import time
 from collections.abc import Iterator
@@ -293,7 +292,7 @@ def _updates(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--prompts", type=measure.positive, default=1)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
@@ -307,8 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
     parser.add_argument("--repetitions", type=measure.positive, default=5)
     parser.add_argument("--warmups", type=measure.natural, default=1)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
+    measure.add_device(parser)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if arguments.device == "cpu":

@@ -90,9 +90,16 @@ def natural(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add the option --output."""
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A benchmark's parser, described by the first line of its docstring, with --output."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--output", type=_new_file, metavar="FILE", help="JSON, with machine, versions and commit")
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, by default a GPU where there is one."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _new_file(text: str) -> Path:

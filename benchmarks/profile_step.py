@@ -5,7 +5,6 @@
 By torch's profiler, whose own time counts too: a small operation looks a few microseconds longer than it is.
 """
 
-import argparse
 import contextlib
 import io
 import tempfile
@@ -90,10 +89,9 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--steps", type=measure.positive, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    measure.add_output(parser)
     given = parser.parse_args(argv)
     spent = run(given.steps, given.seed)
     found = measure.document("profile_step", argv, torch.device("cpu"), milliseconds=spent)

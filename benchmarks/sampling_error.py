@@ -7,7 +7,6 @@ Nats a token, mean and maximum of |sampling - training| over completions of the 
 CPU. Adapters that are zero, as a new model's are, become random.
 """
 
-import argparse
 from typing import Any
 
 import torch
@@ -49,11 +48,10 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--model", default=str(MODEL), help="a model or adapter folder with the demo's tokenizer")
     parser.add_argument("--prompts", type=measure.positive, default=32)
     parser.add_argument("--num_generations", type=measure.positive, default=8)
-    measure.add_output(parser)
     arguments = parser.parse_args(argv)
     errors = []
     for bf16 in (False, True):
