@@ -301,9 +301,9 @@ def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
     assert whole.history[-1]["grad_norm"] > 0, "the policy learns at last"
     assert comparable(resumed.history) == comparable(whole.history)
     for name in ("adapter_model", "critic", "optimizer"):
-        one, other = (
-            load_file(tmp_path / f"{folder}/out/checkpoint-3/{name}.safetensors") for folder in ("whole", "cut")
-        )
+        files = [tmp_path / f"{folder}/out/checkpoint-3/{name}.safetensors" for folder in ("whole", "cut")]
+        # The only step of the optimizer may have overflowed float16, and then it has no state.
+        one, other = ({} if changes.get("fp16") and not file.is_file() else load_file(file) for file in files)
         assert {*one} == {*other} and all(torch.equal(value, other[path]) for path, value in one.items()), name
 
 
