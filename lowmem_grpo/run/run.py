@@ -109,9 +109,7 @@ class Run:
         self.evaluations = evaluations
         self.doctor = doctor
         self.rest = Rest()
-        self.parts: dict[str, Part] = {
-            **parts, "doctor": self.doctor, "rest": self.rest, "first_evaluation": evaluations,
-        }  # fmt: skip
+        self.parts: dict[str, Part] = {**parts, "doctor": doctor, "rest": self.rest, "first_evaluation": evaluations}
         self.step, self.num_tokens = 0, 0
         self.is_whole = True  # False while the weights are not those that a checkpoint may have: within an update
         self.updates_a_step: int | None = None
