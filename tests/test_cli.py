@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_on_standard_error(arguments, message, tmp_pat
     "bug", [ValueError("too many values to unpack"), TypeError("no"), FloatingPointError("underflow")]
 )
 def test_a_bug_is_no_bad_input_and_keeps_its_traceback(bug, monkeypatch):
-    def read_settings(given):
+    def read_settings(given, **_):
         raise bug
 
     monkeypatch.setattr(trainings, "read_settings", read_settings)
