@@ -429,34 +429,8 @@ def difference_line(capsys) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("difference")]
 
 
-def test_the_evaluation_before_training_outlives_a_resume_without_any(tmp_path):
-    changes = dict(learning_rate=0.05, lr_scheduler_type="constant")
-    whole = run(tmp_path / "whole", by_length, max_steps=3, eval_dataset=ROWS[:6], **changes)
-    run(tmp_path / "out", by_length, max_steps=1, eval_dataset=ROWS[:6], **changes)
-    run(tmp_path / "out", by_length, max_steps=2, resume_from_checkpoint=True, **changes)
-    last = run(tmp_path / "out", by_length, max_steps=3, eval_dataset=ROWS[:6], resume_from_checkpoint=True, **changes)
-    assert "eval_reward/difference" in last.eval_history[-1]
-    assert last.eval_history[-1] == whole.eval_history[-1]
-
-
-def test_a_resumed_run_still_knows_the_evaluation_before_training(tmp_path, capsys):
-    changes = dict(eval_dataset=ROWS[:6], learning_rate=0.05, lr_scheduler_type="constant", num_generations_eval=2)
-    whole = run(tmp_path / "whole", by_length, max_steps=2, **changes)
-    said = difference_line(capsys)
-    run(tmp_path / "out", by_length, max_steps=1, **changes)
-    again = dict(resume_from_checkpoint=True, metric_for_best_model="reward")
-    resumed = run(tmp_path / "out", by_length, max_steps=2, **changes, **again)
-    assert resumed.eval_history[-1] == whole.eval_history[-1]
-    assert difference_line(capsys)[1:] == said
-    run(tmp_path / "out", by_length, max_steps=2, **changes, **again)
-    assert difference_line(capsys) == said, "and where nothing is left to train"
-    moved = str(tmp_path / "out/checkpoint-1")
-    (tmp_path / "elsewhere").mkdir()
-    run(tmp_path / "elsewhere", by_length, max_steps=2, **changes, resume_from_checkpoint=moved)
-    assert difference_line(capsys) == said, "the checkpoint has it, not the folder"
-
-
-EVALUATED = dict(eval_dataset=ROWS[:6], learning_rate=0.05)
+LEARNING = dict(learning_rate=0.05, lr_scheduler_type="constant")
+EVALUATED = dict(LEARNING, eval_dataset=ROWS[:6], num_generations_eval=2)
 
 
 @pytest.fixture(scope="module")
@@ -467,16 +441,36 @@ def evaluated(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("change", [{"eval_dataset": ROWS[1:7]}, {"num_generations_eval": 2}])
-def test_evaluations_of_other_prompts_are_not_compared(change, tmp_path, capsys, evaluated):
-    shutil.copytree(evaluated, tmp_path / "out")
-    changes: dict[str, Any] = dict(EVALUATED)
-    changes |= {"resume_from_checkpoint": True}
-    result = run(tmp_path / "out", by_length, **{**changes, **change, "max_steps": 2})
+@pytest.fixture
+def begun(tmp_path, evaluated):
+    """A copy of that output, to go on with."""
+    return shutil.copytree(evaluated, tmp_path / "out")
+
+
+def test_the_evaluation_before_training_outlives_resumes_with_and_without_any(tmp_path, capsys, begun):
+    whole = run(tmp_path / "whole", by_length, max_steps=3, **EVALUATED)
+    (said,) = difference_line(capsys)
+    run(begun, by_length, max_steps=2, **LEARNING, resume_from_checkpoint=True)
+    again = dict(EVALUATED, max_steps=3, metric_for_best_model="reward")
+    last = run(begun, by_length, **again, resume_from_checkpoint=True)
+    assert "eval_reward/difference" in last.eval_history[-1]
+    assert last.eval_history[-1] == whole.eval_history[-1]
+    assert difference_line(capsys) == [said]
+    run(begun, by_length, **again, resume_from_checkpoint=True)
+    assert difference_line(capsys) == [said], "and where nothing is left to train"
+    (tmp_path / "elsewhere").mkdir()
+    run(tmp_path / "elsewhere", by_length, **again, resume_from_checkpoint=str(begun / "checkpoint-1"))
+    assert difference_line(capsys) == [said], "the checkpoint has it, not the folder"
+
+
+@pytest.mark.parametrize("change", [{"eval_dataset": ROWS[1:7]}, {"num_generations_eval": 3}])
+def test_evaluations_of_other_prompts_are_not_compared(change, capsys, begun):
+    changes: dict[str, Any] = dict(EVALUATED, resume_from_checkpoint=True)
+    result = run(begun, by_length, **{**changes, **change, "max_steps": 2})
     said = capsys.readouterr().err
     assert "eval_dataset or num_generations_eval has changed" in said and "difference (" not in said
     assert "eval_reward/difference" not in result.eval_history[-1]
-    run(tmp_path / "out", by_length, max_steps=3, **changes)
+    run(begun, by_length, max_steps=3, **changes)
     assert len(difference_line(capsys)) == 1, "the first one's values are kept through it all"
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import DEMO_MODEL, make_model
+from tiny_models import DEMO_MODEL, make_model, make_policy
 from transformers import AutoConfig, AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, sample, select, sft
@@ -79,7 +79,7 @@ def test_the_result_has_the_means_of_the_whole_file(whole):
     assert result.metrics["completions/mean_length"] == pytest.approx(sum(row["tokens"] for row in rows) / 18)
 
 
-@pytest.mark.parametrize("num_lines, more", [(0, 0), (3, 0), (5, 0), (7, 40), (12, 1)])
+@pytest.mark.parametrize("num_lines, more", [(0, 0), (5, 0), (12, 1)])
 def test_a_file_that_was_cut_short_becomes_the_undisturbed_one(whole, tmp_path, num_lines, more):
     lines = whole.read_bytes().splitlines(keepends=True)
     path = cut(whole, tmp_path, sum(map(len, lines[:num_lines])) + more)
@@ -94,7 +94,7 @@ def test_a_whole_file_is_not_sampled_again_and_no_weights_are_read(whole, tmp_pa
     assert whole.read_bytes() == before
 
 
-@pytest.mark.parametrize("size", [1, 4, 6])
+@pytest.mark.parametrize("size", [1, 4])
 def test_what_is_sampled_of_a_prompt_does_not_depend_on_how_many_are_sampled_at_a_time(whole, tmp_path, size):
     run(tmp_path / "sampled.jsonl", prompts_per_step=size)
     assert (tmp_path / "sampled.jsonl").read_bytes() == whole.read_bytes()
@@ -205,20 +205,18 @@ def test_texts_and_settings_of_the_chat_template_are_in_the_file_as_supervised_t
 
 
 def test_an_adapter_is_sampled_from_and_another_one_is_refused(tmp_path):
-    rows = [{"prompt": row["prompt"], "completion": [{"role": "assistant", "content": "7"}]} for row in ROWS]
-    for steps in (1, 2):
-        config = SFTConfig(
-            output_dir=str(tmp_path / f"{steps}"), use_cpu=True, max_steps=steps, examples_per_step=2, doctor="off",
-            learning_rate=1e-2,
-        )  # fmt: skip
-        sft(str(DEMO_MODEL), rows, None, config)
+    policy = make_policy(str(DEMO_MODEL))
+    policy.save(tmp_path / "one")
+    with torch.no_grad():
+        next(iter(policy.parameters_of(policy.adapter).values())).add_(0.1)
+    policy.save(tmp_path / "other")
     settings = SampleConfig(output=str(tmp_path / "a.jsonl"), use_cpu=True, num_generations=1, max_completion_length=4)
-    sample(str(tmp_path / "1/adapter"), ROWS, REWARDS, settings)
+    sample(str(tmp_path / "one"), ROWS, REWARDS, settings)
     path = tmp_path / "a.jsonl"
-    assert read_sampled(path)[0]["model"] == str(tmp_path / "1/adapter")
+    assert read_sampled(path)[0]["model"] == str(tmp_path / "one")
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(InputError, match=r"was sampled with other adapter weights"):
-        sample(str(tmp_path / "2/adapter"), ROWS, REWARDS, settings)
+        sample(str(tmp_path / "other"), ROWS, REWARDS, settings)
 
 
 PROGRAM = """\

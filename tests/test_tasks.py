@@ -268,8 +268,9 @@ def test_a_random_expression_has_the_value_that_is_said():
         ("reasoning_gym:needle_haystack?size=0", "size=0 must be"),
     ],
 )
-def test_a_task_that_cannot_be_made_is_refused_in_one_sentence(name, message):
+def test_a_task_that_cannot_be_made_is_refused_in_one_sentence(name, message, monkeypatch):
     pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr("lowmem_grpo.tasks.countdown.MOST_IN_VAIN", 200)
     with pytest.raises(ValueError, match=message) as caught:
         find_task(name)
     assert "\n" not in str(caught.value)
