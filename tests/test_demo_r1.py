@@ -14,6 +14,8 @@ from lowmem_grpo.rewards.accuracy import accuracy_reward
 from lowmem_grpo.rewards.format import think_format_reward
 from lowmem_grpo.rewards.language import language_consistency_reward
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 GOOD = task.Habits(worked=1, careful=1, consistent=1, tagged=1, kind=1)
 
 

@@ -9,6 +9,8 @@ import test_reward_model as reward_model
 from tiny_models import DEMO_MODEL, make_model
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = [
     "--model",
