@@ -22,6 +22,8 @@ from lowmem_grpo.run.evaluations import Evaluations
 from lowmem_grpo.run.run import Run
 from lowmem_grpo.update.optimizer import Learner
 
+pytestmark = pytest.mark.usefixtures("known_trials")
+
 PROMPTS = [Prompt(str(i), [5 + i, 9, 20], {}) for i in range(5)]
 
 
