@@ -8,7 +8,6 @@ one token in 100 of the vocabulary ends. --choose keeps for this card whether ke
 differed and steps were 2 % faster in the geometric mean. The model is random, in 4-bit, with LoRA adapters.
 """
 
-import argparse
 import json
 import math
 import os
@@ -132,15 +131,14 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.parser_of(__doc__)
     parser.add_argument("--shape", choices=NAMES, default="tiny")
     parser.add_argument("--prompt_length", type=measure.positive, default=256)
     parser.add_argument("--longest", type=measure.positive, default=256, help="tokens of a completion, 2 at least")
     parser.add_argument("--turns", type=measure.positive, default=3, help="rollouts of a kind, after a first one")
     parser.add_argument("--choose", action="store_true", help="keep for this card whether kernels overlap from now on")
     parser.add_argument("--quick", action="store_true", help="tiny lengths: does everything run?")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    measure.add_output(parser)
+    measure.add_device(parser)
     given = parser.parse_args(argv)
     if given.longest < 2:
         parser.error(f"--longest {given.longest} has no half; give at least 2")

@@ -892,7 +892,7 @@ def test_a_known_run_that_does_not_serve_adds_nothing_to_what_a_trace_depends_on
     config, ran, whole = GRPOConfig(**TASK, beta=0.1), [], object()
     monkeypatch.setattr(trace, "fake_policy", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(trace, "run_few", lambda policy, watched: ran.append(watched.beta) or "found")
-    trace._runs_of(whole).append(({"learning_rate": -1.0}, None))
+    trace._runs_of(whole)[GRPOConfig] = [({"learning_rate": -1.0}, None)]
     for _ in ("anew", "known"):
         read = set()
         assert trace._run_few(whole, trace.Watched(config, read), ()) == "found"

@@ -31,7 +31,7 @@ TAKES: dict[str, Any] = {  # by what it is: what is done with a path below the h
     "model": lambda home: look_up_inputs({"model": f"{home}/model/", "dataset": f"{home}/rows.jsonl"}, CONFIG),
     "tokenizer": lambda home: tokenizer_of(f"{home}/model", None, CONFIG),
     "dataset": lambda home: read_rows(f"{home}/rows.jsonl", CONFIG)[0]["prompt"] == "a" or 1 / 0,
-    "reward model": lambda home: look_up_rewards([f"{home}/model"], {}, {}),
+    "reward model": lambda home: look_up_rewards([f"{home}/model"]),
     "teacher": lambda home: find_teacher("a/model", GRPOConfig(teacher=f"{home}/model", use_cpu=True)),
     "critic_init": lambda home: refuse_critic_init(GRPOConfig(adv_estimator="gae", critic_init=f"{home}/scores")),
     "output_dir": lambda home: (writable_folder(f"{home}/out") / "here").touch(),

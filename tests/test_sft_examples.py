@@ -78,12 +78,12 @@ SLIM = [
          "<|user|>1+1=<|assistant|>so [2<|end|>\n]"),
         ({"messages": TURNS[:2]}, {"assistant_only_loss": True, "system_prompt": "Add."},
          "<|system|>Add.<|user|>1+1=<|assistant|>[2<|end|>]\n"),
-        ({"conversations": SLIM}, {}, "<[|system|>Add.]<|user|>1+1=[<|assistant|>2<|end|>\n]"),
+        ({"conversations": SLIM}, {}, "<|system|>Add.<|user|>1+1=[<|assistant|>2<|end|>\n]"),
         ({"conversations": SLIM}, {"assistant_only_loss": True}, "<|system|>Add.<|user|>1+1=<|assistant|>[2<|end|>]\n"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]}, {"assistant_only_loss": True},
          "<|user|>1+1=<|assistant|>2<|end|>\n<|user|>2+2=<|assistant|>[4<|end|>]\n"),
         ({"prompt": TURNS[:1], "completion": [TURNS[1], TURNS[2], {**TURNS[3], "weight": 0.0}]}, {},
-         "<|user|>1+1=<|assistant|>[2<|end|>\n<|user|>2+2=]<|assistant|>4<|end|>\n"),
+         "<|user|>1+1=<|assistant|>[2<|end|>\n]<|user|>2+2=<|assistant|>4<|end|>\n"),
     ],
 )  # fmt: skip
 def test_what_is_learnt_is_worked_out_by_hand(row, settings, learnt):
@@ -110,7 +110,7 @@ def test_what_is_too_long_is_dropped_whole_and_counted():
 
 
 def test_without_a_template_a_chat_is_a_transcript_with_an_end():
-    assert marked([{"conversations": SLIM}], None) == "S[ystem: Add.]\n\nUser: 1+1=[\n\nAssistant: 2<|end|>]"
+    assert marked([{"conversations": SLIM}], None) == "System: Add.\n\nUser: 1+1=[\n\nAssistant: 2<|end|>]"
     assert marked([{"prompt": TURNS[:1], "completion": TURNS[1:2]}], None).endswith("Assistant:[ 2<|end|>]")
 
 

@@ -86,7 +86,7 @@ EXAMPLES = {  # a row, and its text with what is learnt in brackets, or why it i
     "OpenOrca": ({"system_prompt": "Be kind.", "question": "Hi?", "response": "Yes"}, "<system>Be kind.<user>Hi?<assistant>[[Yes</s>]]"),
     "OpenAssistant": ({"message_id": "x", "parent_id": None, "text": "Hi?", "role": "prompter", "lang": "en"}, "one message of a chat a row, by its column role; make"),
     "ShareGPT": ({"id": "x", "conversations": SHARE_GPT}, "<[[user>Hi?<assistant>Yes</s>]]"),
-    "SlimOrca": ({"conversations": [turn("system", "Be kind.", weight=None), turn("human", "Hi?", weight=0.0), turn("gpt", "Yes", weight=1.0)]}, "<[[system>Be kind.<user>Hi?<assistant>Yes</s>]]"),
+    "SlimOrca": ({"conversations": [turn("system", "Be kind.", weight=None), turn("human", "Hi?", weight=0.0), turn("gpt", "Yes", weight=1.0)]}, "<system>Be kind.<user>Hi?[[<assistant>Yes</s>]]"),
     "Tulu 3": ({"id": "x", "messages": HI, "source": "x"}, "<[[user>Hi?<assistant>Yes</s>]]"),
     "no_robots": ({"prompt": "Hi?", "prompt_id": "x", "messages": HI, "category": "x"}, "<[[user>Hi?<assistant>Yes</s>]]"),
     "Capybara": ({"source": "x", "conversation": [{"input": "Hi?", "output": "Yes"}]}, NO_FORM),

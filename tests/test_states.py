@@ -196,7 +196,7 @@ def test_the_planner_reads_the_bytes_of_states_off_tensors_without_memory(kind):
     policy = make_policy(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), bf16=True)
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=True)
     whole = trace.skeleton(trace.Key(policy.base.config, lora_config(config)), "bfloat16", False, True)
-    assert trace._shapes(whole, config.compute_dtype)[1].held == state_bytes(state_shapes(policy)) > 0
+    assert trace._shapes(whole, config.compute_dtype)[2].held == state_bytes(state_shapes(policy)) > 0
 
 
 @pytest.mark.parametrize("kind", ["bamba", slow("zamba2")])

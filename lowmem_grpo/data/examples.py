@@ -2,7 +2,8 @@
 
 A row has `prompt` and `completion`, texts or lists of messages; or a chat, as `messages` or, with from and value, as
 `conversations`; or a `text`; or, as Alpaca has them, an instruction and an output. Tools and template settings are a
-row's own as for prompts. A message of weight 0, as in SlimOrca and OpenAI's files, is read and not learnt.
+row's own as for prompts. A message of weight 0, as in SlimOrca and OpenAI's files, is read and not learnt; so is, where
+messages of a chat have weights, one without that is not the assistant's.
 """
 
 import re
@@ -192,7 +193,7 @@ class _Reader:
             messages = [*prompt[:-1], {**completion[0], "content": words}, *completion[1:]]
         else:
             messages = [*prompt, *completion]
-        skipped = [place for place, message in enumerate(messages) if _has_weight_0(message, where)]
+        skipped = _not_learnt(messages, where)
         prompt, messages = ([_without_weight(one) for one in several] for several in (prompt, messages))
         whole = self.template.whole(messages, settings, where)
         whole = whole if self.tokenizer.chat_template is not None else ended(self.tokenizer, whole)
@@ -311,13 +312,19 @@ def _from_share_gpt(value: Any) -> Any:
     ]
 
 
-def _has_weight_0(message: dict, where: str) -> bool:
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise InputError(
-            f"{where} has a message of weight {weight!r:.60}; it has to be 1, or 0 for one that is read and not learnt"
-        )
-    return weight == 0
+def _not_learnt(messages: list[dict], where: str) -> list[int]:
+    """Places of messages of weight 0, and in a chat with any weights of those without that are not the assistant's."""
+    weights = [message.get("weight") for message in messages]
+    for weight in weights:
+        if weight not in (None, 0, 1):
+            raise InputError(
+                f"{where} has a message of weight {weight!r:.60}; it has to be 1, or 0 for one that is read and not "
+                "learnt"
+            )
+    if all(weight is None for weight in weights):
+        return []
+    own = [int(message["role"] == "assistant") for message in messages]
+    return [i for i, weight in enumerate(weights) if not (own[i] if weight is None else weight)]
 
 
 def _without_weight(message: dict) -> dict:

@@ -368,7 +368,7 @@ def _run_few(whole: PeftModel, config: TrainingConfig, chosen: tuple[int, ...]) 
 
 @lru_cache(maxsize=4)
 def _runs_of(whole: PeftModel) -> dict[type, list[tuple[dict[str, Any], list[Few]]]]:
-    """Known runs of a few of a model's layers, by the kind of training, each with the settings that were read."""
+    """Known runs of a few of a model's layers, by kind of training, each with the settings that it read."""
     return {}
 
 

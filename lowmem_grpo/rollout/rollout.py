@@ -62,7 +62,7 @@ class Rollout:
 
     @property
     def own_logprobs(self) -> Tensor:
-        """(M,) of the policy before the update: as training computes them where a pass did, else the sampler's."""
+        """The policy's (M,) before the update: as training computes them where a pass did, else the sampler's."""
         known = self.sampling_logprobs if self.old_logprobs is None else self.old_logprobs
         assert known is not None  # needs_old_pass() sees to it
         return known
