@@ -245,7 +245,7 @@ if triton is not None:
         row, block = tl.program_id(0), tl.program_id(1)
         if OVERLAP:
             launch_next()
-            BLOCKS: tl.constexpr = 3 if WHOLE else H + 2 * H_KV
+            BLOCKS: tl.constexpr = 3 if WHOLE else H + 2 * H_KV  # pyright: ignore[reportAssignmentType]
             _prefetch_finish(b_ptr, bias_ptr, N, R, row * BLOCKS + block, BLOCKS)
             if query_gain_ptr is not None:
                 prefetch(query_gain_ptr, H * D if WHOLE else D, row * BLOCKS + block, BLOCKS)
