@@ -176,8 +176,13 @@ def test_the_commands_write_files_of_pairs(tmp_path, capsys, monkeypatch):
     [
         (["pairs", "s.jsonl"], "--output is missing; see `lowmem-grpo pairs --help`"),
         (["pairs", "s.jsonl", "--output", "s.jsonl"], "is what is read, and would be lost"),
-        (["pairs", "s.jsonl", "--output", "a", "--min_margin", "x"], "--min_margin takes a number, such as 0.5, and"),
-        (["pairs", "s.jsonl", "--output", "a", "--beta", "1"], "--beta 1 is not understood"),
+        (["pairs", "s.jsonl", "--output", "a", "--min_margin", "x"], "min_margin: 'x' is not a number"),
+        (
+            ["pairs", "s.jsonl", "--output", "a", "--beta", "1"],
+            "PairsConfig has no field 'beta'; see `lowmem-grpo pairs",
+        ),
+        (["pairs", "s.jsonl", "--output", "a", "--min_marign", "1"], "did you mean min_margin?"),
+        (["label", "s.jsonl", "--output", "a", "--sed", "1"], "--sed 1 is not understood; see `lowmem-grpo label"),
         (["label", "s.jsonl", "--output", "a", "--seed", "x"], "seed: 'x' is not a whole number"),
         (["label", "s.jsonl", "--output", "s.jsonl"], "is no file of pairs"),
     ],

@@ -12,6 +12,7 @@ from lowmem_grpo.cli.output import drop_output, open_closed, say_safely, speaks,
 from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
 from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.errors import SENTENCES, InputError, printable
 from lowmem_grpo.terminal import show
@@ -65,7 +66,7 @@ def run_command(arguments: list[str]) -> int:
         )
     if arguments[:1] == ["bench"]:  # has its own options
         return run_bench(arguments[1:])
-    configs = {**PLANNED, "select": SelectConfig}
+    configs = {**PLANNED, "select": SelectConfig, "pairs": PairsConfig}
     trains = next((configs[word] for word in arguments[:2] if word in configs), GRPOConfig)  # `sft`, `plan sft`
     parser = make_parser(every_setting="--help_all" in arguments, planned=trains)
     if not arguments:

@@ -1,5 +1,6 @@
 """The commands that sample into files, and make something of those: sample, select, pairs and label."""
 
+import argparse
 import io
 import sys
 from typing import Any
@@ -8,9 +9,9 @@ from lowmem_grpo.cli.output import tell, writing_output
 from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_files, add_inputs
 from lowmem_grpo.cli.settings import WITHOUT_EVAL_DATASET, as_list, output_of, read_settings
 from lowmem_grpo.config.fields import from_text
+from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
-from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.terminal import show
 
 SAMPLE_EXAMPLE = """\
@@ -62,15 +63,14 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.set_defaults(run=run_pairs)
     add_files(parser)
-    parser.add_argument(
-        "--min_margin", action=Once, metavar="X", help="least difference of their rewards (default: any)"
-    )
+    add_config_flags(parser, commands.every_setting, config=PairsConfig)
 
-    parser = commands.add(
-        "label", LABEL_EXAMPLE, help="let a person choose between completions",
+    parser = commands.plain(
+        "label", help="let a person choose between completions",
         description="Show two completions of each prompt of sampled files, and ask which one is the better. Each "
         "decision is written at once, in TRL's preference format; the same command again goes on.",
         usage="lowmem-grpo label SAMPLED [SAMPLED ...] --output FILE [--seed N]",
+        epilog=LABEL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.set_defaults(run=run_label)
     add_files(parser)
@@ -97,7 +97,7 @@ def run_sample(given: dict[str, Any]) -> int:
 
 def run_select(given: dict[str, Any]) -> int:
     sampled, output = given.pop("sampled"), output_of(given, "select")
-    config = SelectConfig(**{name: from_text(SelectConfig, name, as_list(value)) for name, value in given.items()})
+    config = _settings(SelectConfig, given)
     rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.select import as_text, select, write_rows
 
@@ -110,11 +110,7 @@ def run_select(given: dict[str, Any]) -> int:
 
 def run_pairs(given: dict[str, Any]) -> int:
     sampled, output = given.pop("sampled"), output_of(given, "pairs")
-    text = given.pop("min_margin", "0")
-    try:
-        min_margin = float(text)
-    except ValueError as error:
-        raise InputError(f"--min_margin takes a number, such as 0.5, and not {shown(text)}") from error
+    min_margin = _settings(PairsConfig, given).min_margin
     rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.pairs import pairs
     from lowmem_grpo.pipeline.select import grouped, write_rows
@@ -127,7 +123,7 @@ def run_pairs(given: dict[str, Any]) -> int:
 
 def run_label(given: dict[str, Any]) -> int:
     sampled, output = given.pop("sampled"), output_of(given, "label")
-    seed = SelectConfig(**{name: from_text(SelectConfig, name, value) for name, value in given.items()}).seed
+    seed = _settings(SelectConfig, given).seed
     rows = _rows_of(sampled)
     from lowmem_grpo.pipeline.pairs import label
 
@@ -137,6 +133,11 @@ def run_label(given: dict[str, Any]) -> int:
         found = label(rows, output, seed, sys.stdin, sys.stdout)
     tell(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left")
     return 0
+
+
+def _settings(config: type, given: dict[str, Any]) -> Any:
+    """A configuration of what its flags give."""
+    return config(**{name: from_text(config, name, as_list(value)) for name, value in given.items()})
 
 
 def _rows_of(paths: list[str]) -> list[dict[str, Any]]:
