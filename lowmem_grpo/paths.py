@@ -8,6 +8,9 @@ def expanded(path: Any) -> Any:
     """A path as a text, with ~ and $NAME as a shell reads them; what is no path unchanged.
 
     No shell does that in a file of settings, or behind the = of a flag. One of a user or a variable that is not there
-    stays as it is written. A relative path is one from the current folder, wherever it was written.
+    stays as it is written, and so does a $ in the name of what is there: a run's folder may be given back. A relative
+    path is one from the current folder, wherever it was written.
     """
-    return os.path.expanduser(os.path.expandvars(path)) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(path, str | os.PathLike):
+        return path
+    return os.path.expanduser(path if os.path.lexists(path) else os.path.expandvars(path))

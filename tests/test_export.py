@@ -432,6 +432,7 @@ def run(tmp_path_factory) -> Path:
     [
         ({}, "nothing is asked for; give merge"),
         ({"gguf": "m.gguf"}, "gguf needs llama_cpp, .* `git clone .*convert_lora_to_gguf.py .* --outfile m.gguf`"),
+        ({"gguf": "~/m n.gguf"}, r"--outfile '/\S*/m n.gguf'`"),  # in quotes no shell reads a ~
         ({"merge_to": "out", "gguf": "m.gguf", "llama_cpp": "nowhere"}, "has no convert_hf_to_gguf.py"),
         ({"merge_to": "out", "llama_cpp": "nowhere"}, "llama_cpp has no effect without gguf"),
         ({"merge_to": "there"}, "'there' is there already; name another"),

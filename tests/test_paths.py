@@ -72,6 +72,13 @@ def test_a_path_may_begin_with_the_home_folder_or_a_variable(what, written, home
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]  # nothing of the name itself
 
 
+def test_a_name_with_a_dollar_sign_is_itself_where_it_is_there(home):
+    written = f"{home}/of $OF_TEST"  # as a run that was begun in such a folder names its adapter
+    assert expanded(written) == f"{home}/of {home}"
+    Path(written).mkdir()
+    assert expanded(written) == written
+
+
 def test_a_reward_models_own_arguments_are_paths_like_others(home):
     with pytest.raises(ValueError, match=re.escape(f"adapter '{home / 'none'}'") + "|no trained reward head"):
         get_model_reward("~/model")

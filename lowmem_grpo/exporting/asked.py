@@ -54,8 +54,8 @@ def outputs_of(
         if llama_cpp is not None:
             raise InputError("llama_cpp has no effect without gguf; give that, or leave both out")
         return Outputs(out, None, None)
-    name, source = (OF_ADAPTER, model) if merge_to is None else (OF_MODEL, merge_to)
-    return Outputs(out, file, find_converter(llama_cpp, name, gguf, source))
+    name, source = (OF_ADAPTER, expanded(model)) if out is None else (OF_MODEL, str(out))
+    return Outputs(out, file, find_converter(llama_cpp, name, str(file), source))
 
 
 def _refuse_one_place(out: Path, file: Path) -> None:
