@@ -285,6 +285,8 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         GRPOConfig(learning_rat=1e-5)  # pyright: ignore[reportCallIssue]: no such field
     with pytest.raises(TypeError, match="see `lowmem-grpo train --help_all`"):
         GRPOConfig(xyzzy=1)  # pyright: ignore[reportCallIssue]: no such field
+    with pytest.raises(TypeError, match=r"GRPOConfig.__init__\(\) takes 1 positional"):  # Python's words, of this class
+        GRPOConfig("out")  # pyright: ignore[reportCallIssue]: none has a place
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Checked:
         InputError: a value out of its range, or one that contradicts another.
     """
 
-    def __new__(cls, **given: Any):
+    def __new__(cls, *unnamed: Any, **given: Any):  # __init__ refuses those without a name
         refuse_unknown_fields(given, cls)
         return object.__new__(cls)
 
