@@ -87,7 +87,7 @@ def look_up_dataset(dataset: str, name: str) -> None:
         if not os.path.isfile(path):  # which, unlike Path's, takes any text
             raise InputError(f"{name} {dataset!r} is not a file on this machine{_or(_near(dataset))}")
         if path.stat().st_size == 0:
-            raise InputError(f"{name} {dataset!r} is empty; it needs at least one row with a prompt")
+            raise InputError(f"{name} {dataset!r} is empty; it needs at least one row")
         refuse_pointer(path)
     elif os.path.isfile(path):
         raise InputError(

@@ -141,7 +141,7 @@ def test_that_there_is_no_server_is_said_once_before_it_is_asked_again(monkeypat
     began = time.time()
     found = replies(asked, [HELLO] * 4)
     (said,) = caplog.records
-    assert said.getMessage().endswith(" refused; it is asked again for about 0 s; start the server, or mend base_url")
+    assert said.getMessage().endswith(" refused; it is asked again for about 1 s; start the server, or mend base_url")
     assert said.created - began < (time.time() - began) / 2
     assert all(str(error).endswith("Connection refused (asked 4 times)") for error in found)
 

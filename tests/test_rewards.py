@@ -321,6 +321,11 @@ def test_what_is_no_reward_stops_the_run_at_its_start(returned, message, failure
         RewardRunner([broken]).try_out(["p", "p"], {})
 
 
+def test_one_that_does_not_take_every_column_is_told_how():
+    with pytest.raises(ValueError, match=r"unexpected keyword argument '\w+'; let it take \*\*kwargs, since"):
+        RewardRunner([lambda completions: [1.0]]).try_out(["p"], {"solution": ["2"]})
+
+
 def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():
     RewardRunner([lambda **_: np.array([np.nan, 1.0])]).try_out(["p", "p"], {})
 

@@ -90,7 +90,7 @@ def read_parquet(path: Path, name: str, **streaming: bool) -> Dataset | Iterable
     except Exception as error:
         raise InputError(f"{name} {str(path)!r} cannot be read as parquet: {cause(error)}") from error
     if twice is None:
-        raise InputError(f"{name} {str(path)!r} is empty; it needs at least one row with a prompt")
+        raise InputError(f"{name} {str(path)!r} is empty; it needs at least one row")
     raise InputError(f"{name} {str(path)!r} has two columns named {twice!r}; rename one")
 
 

@@ -145,7 +145,7 @@ class FromEndpoint:
                 if isinstance(completions, EndpointError):
                     num_failed, in_a_row, why = num_failed + 1, in_a_row + 1, str(completions)
                     if num_failed.bit_count() == 1:  # the first, the second, the fourth ...
-                        log.warning(f"prompt {index} has no whole group: {why} ({num_failed} such prompts so far)")
+                        log.warning(f"prompt {index} has no whole group: {why} ({num_failed} so far)")
                     if in_a_row == MOST_FAILED:
                         raise self._unanswered(f"{in_a_row} prompts in a row failed, so that no more are asked", why)
                 else:

@@ -9,6 +9,7 @@ import email.utils
 import http.client
 import json
 import logging
+import math
 import os
 import random
 import threading
@@ -169,7 +170,7 @@ class Endpoint:
             return
         self._told.add(why)
         seconds = sum(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S) for attempt in range(self.max_retries))
-        log.warning(f"{why}; it is asked again for about {seconds:.0f} s; start the server, or mend base_url")
+        log.warning(f"{why}; it is asked again for about {math.ceil(seconds)} s; start the server, or mend base_url")
 
     def _ask_once(self, conversation: Messages) -> Reply:
         body = {"model": self.model, "messages": conversation, **self.fields}

@@ -82,7 +82,7 @@ class RewardRunner:
                 what = "every reward function failed on every completion"
                 what = what if failed else "every reward function returned None for every completion"
                 log.warning(
-                    f"step {step}: {what}, so there is nothing to learn from ({self.empty_steps} such steps so far); "
+                    f"step {step}: {what}, so there is nothing to learn from (such steps so far: {self.empty_steps}); "
                     f"stop the run and mend {', '.join(self.names)}{'' if failed else ' or the columns that they read'}"
                 )
         rewards = torch.tensor([call.rewards for call in calls]).view(len(calls), len(completions)).T.contiguous()
@@ -128,6 +128,8 @@ class RewardRunner:
             for failure in call.failures:
                 if failure.kind != "NaN":
                     remedy = "; raise reward_timeout, or load what it needs earlier" if failure.kind == "time" else ""
+                    if failure.kind == "TypeError" and "unexpected keyword argument" in failure.message:
+                        remedy = "; let it take **kwargs, since it is called with each column of the data"
                     raise InputError(
                         f"{failure.message}{remedy} (on made-up completions, which every reward is tried on first)"
                     )
