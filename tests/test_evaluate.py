@@ -547,9 +547,10 @@ def test_texts_of_all_languages_stay_as_they_are():
         assert "\n".join(map(printable, text.split("\n"))) == text
 
 
-def test_a_model_is_measured_with_what_it_wrote():
-    config = GRPOConfig(use_cpu=True, max_completion_length=8)
-    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)
-    (shown,) = examples(found, 1)
+def test_a_model_is_measured_with_what_it_wrote_on_the_rows_that_are_asked_for():
+    config = GRPOConfig(use_cpu=True, max_completion_length=8, dataset_take=4)
+    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:6], config)
+    shown, *others = examples(found, 6)
+    assert len(others) == 3
     assert shown["prompt"] == ROWS[0]["prompt"] and shown["gold"] == ROWS[0]["solution"]
     assert shown["model"]["completion"] and shown["model"]["rewards"]["tag_format_reward"] in (0.0, 1.0)

@@ -163,7 +163,9 @@ class ReadFields(Checked):
     dataset_config: str | None = option(None, "configuration name of a hub dataset")
     dataset_split: str = option("train", "split of a hub dataset to train on")
     dataset_streaming: bool = option(False, "read hub datasets and files only as far as dataset_take")
-    dataset_take: int | None = option(None, "train on the first so many rows; a streaming dataset needs this", above=0)
+    dataset_take: int | None = option(
+        None, "train (in eval: measure) on the first so many rows; a streaming dataset needs this", above=0
+    )
     system_prompt: str | None = option(
         None, "system message for chat prompts that have none", common=True, may_be_empty=True
     )

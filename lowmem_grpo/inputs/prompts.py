@@ -227,6 +227,8 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     model, task = expanded(model), find_task(dataset)
     _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
+    if config.dataset_take is not None:  # which is of what is trained on, where something is
+        rows = rows.take(min(config.dataset_take, len(rows)))
     rewards = runner_of(reward_funcs, config)
     if not rewards.names:
         raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
