@@ -141,6 +141,13 @@ def test_an_identity_that_lacks_something_is_one_sentence(tmp_path, given, saved
         refuse_another_run(resume_of(tmp_path, saved), identity(**given))
 
 
+def test_what_older_versions_did_not_write_down_is_not_compared(tmp_path, given):
+    older = identity(**given)
+    refuse_another_run(
+        resume_of(tmp_path, older), {**older, "teacher": {"weights": "1"}, "critic_init": {"weights": "2"}}
+    )
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -51,7 +51,7 @@ DIFFERS = {
     "tokenizer": "settings of the tokenizer",
 }
 MODELS = "reward models"
-SINCE = ("helpers", MODELS)  # which an older version's checkpoints lack
+ALWAYS = ("model", "adapter", "tokenizer", "data", "rewards", "sources")  # what else there is, older checkpoints lack
 NUM_SAMPLES = 64  # numbers of each weight of the base, from its beginning to its end
 BLOCKS, BLOCK_BYTES = 64, 4096  # of a file of weights, from its beginning to its end
 
@@ -154,7 +154,7 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         InputError: model, adapter, tokenizer, data or rewards are others, in a sentence that names what differs.
     """
     saved = read_state(resume)["identity"]
-    for name in [one for one in identity if one not in SINCE]:
+    for name in [one for one in ALWAYS if one in identity]:
         if not isinstance(saved.get(name), dict):
             raise InputError(f"{resume} does not say of which {name} it is; resume from an older checkpoint")
     if list(saved["rewards"]) != list(identity["rewards"]):
@@ -225,7 +225,7 @@ def first_difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str |
     """Name the first difference of two identities, as `settings of the model (vocab_size)`, or None."""
     for name in now:
         # Later versions of transformers and PEFT may know more of a model or an adapter.
-        found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter", *SINCE))
+        found = _changed(now[name], before.get(name) or {}, both=name in ("model", "adapter") or name not in ALWAYS)
         if found:
             return f"{DIFFERS.get(name, name)} ({', '.join(found)})"
     return None
