@@ -16,6 +16,7 @@ from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import AWAITED, check, with_datasets
 from lowmem_grpo.pipeline.file import RECIPES, read_pipeline_file, recipes
 from lowmem_grpo.pipeline.phases import resolve
+from lowmem_grpo.pipeline.record import fingerprint, refuse_changed, write_record
 from lowmem_grpo.rewards import resolve_reward_funcs
 from lowmem_grpo.rewards.route import RoutedReward
 
@@ -173,6 +174,23 @@ def test_a_setting_that_does_not_decide_the_result_may_change(copy):
 def test_a_phase_that_is_done_and_has_changed_is_refused(copy, changes, words):
     with pytest.raises(InputError, match=words):
         run(**changes)
+
+
+def test_an_older_version_had_a_teacher_among_the_settings(tmp_path):
+    teachers = [shutil.copytree(DEMO_MODEL, tmp_path / name) for name in ("one", "other")]
+    (teachers[1] / "config.json").write_text("{}", encoding="utf-8")
+    made_of = []
+    for teacher in teachers:
+        pipeline = resolve(str(DEMO_MODEL), [Phase("rl", "grpo", **RL, teacher=str(teacher))], tmp_path / "out", None)
+        made_of.append(fingerprint(pipeline, pipeline.runs[0]))
+    done = pipeline.runs[0]
+    done.output.mkdir(parents=True)
+    inputs = {name: value for name, value in made_of[0]["inputs"].items() if name != "teacher"}
+    older = {**made_of[0], "settings": {**made_of[0]["settings"], "teacher": str(teachers[0])}, "inputs": inputs}
+    write_record(done, older, {})
+    refuse_changed(done, made_of[0])
+    with pytest.raises(InputError, match="it is done, with another teacher"):
+        refuse_changed(done, made_of[1])
 
 
 def test_other_data_another_adapter_and_one_that_is_gone_are_refused(copy):

@@ -38,8 +38,13 @@ def fingerprint(pipeline: Pipeline, run: PhaseRun) -> dict[str, Any]:
     inputs: dict[str, Any] = {"model": content(pipeline.model_of(run))} if run.kind.has_model else {}
     for name, value in run.inputs.items():
         inputs[name] = [_content(pipeline, run, one) for one in entries(value)]
-    inputs |= {name: content(settings.pop(name)) for name in MODELS if settings.get(name) is not None}
+    _take_models(settings, inputs)
     return json.loads(json.dumps({"kind": run.kind.name, "settings": settings, "inputs": inputs}, default=str))
+
+
+def _take_models(settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Make inputs of the settings that name a model, in the record of an older version, too."""
+    inputs |= {name: content(settings.pop(name)) for name in MODELS if settings.get(name) is not None}
 
 
 def settings_of_the_result(config: Any) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def refuse_changed(run: PhaseRun, made_of: Mapping[str, Any]) -> None:
     Settings that only one of two versions knows are not compared.
     """
     saved = read_record(run)
+    _take_models(saved["settings"], saved["inputs"])
     now, before = made_of["settings"], saved["settings"]
     changed = [
         f"{name} {shown(before[name])}, which is {shown(now[name])} now"
