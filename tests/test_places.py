@@ -12,6 +12,10 @@ SAMPLES = {
     "/Users/Al Smith/my models/smol lm": "./smol lm",
     "~/models/smollm2/": "./smollm2",
     "~al/models": "./models",
+    "$HOME/al/models": "./models",
+    "${SCRATCH}/$USER/Al Smith/rows.jsonl": "./rows.jsonl",
+    "lowmem-grpo train --model '$HOME/al/m' '--dataset=${DATA}/al/a.jsonl'": "lowmem-grpo train --model ./m --dataset=./a.jsonl",
+    "get_adapter_reward(adapter='$RUNS/Al Smith/rm'), or $RUNS/al/rm.": "get_adapter_reward(adapter='./rm'), or ./rm.",
     "../al/models": "./models",
     "C:\\Users\\al\\models": "./models",
     "file:///Users/al/rows.json": "./rows.json",
@@ -48,6 +52,7 @@ OTHERS = (
     "/no_think Answer with yes and/or no", "1/2", "</think>", "a // b, 7 //2/3 and // c", "what is in /tmp or /etc?",
     r"\\quad\text{if } x \\mathbf\mathit{y} \\ab\end{cases}",
     r"get_regex_reward(pattern='\\d+\\.\\d+')", r"\d+\s/\s\d", r"\boxed{\frac{1}{2}} \\ \pi", "ftp://srv/share/x", "a//b/c",
+    "$a/b$ of $AB/CD$, in '$AB/CD = 2$'", "$a/b$", "at $5/month", "$HOME",
     "get_regex_reward(pattern='/nothing')", "lowmem-grpo train --system_prompt 'a \"/x\" b' --stop_strings '</a>' /no_think",
 )  # fmt: skip
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# A path that says where it begins: /a/b, ~/a, ../a or C:\a, on a server //a/b or \\a\b, or a URL file:///a. One such as
-# data/a.jsonl is a user's own word for it.
-ELSEWHERE = r"~(?:[A-Za-z_][\w.-]*)?|\.\.|[A-Za-z]:"
+# A path that says where it begins: /a/b, ~/a, $A/b, ../a or C:\a, on a server //a/b or \\a\b, or a URL file:///a. One
+# such as data/a.jsonl is a user's own word for it, and $a/b$ a formula.
+VARIABLE = r"\$(?:[A-Za-z_]\w*|\{\w+\})(?![^\n]*\$(?![A-Za-z_{]))"
+ELSEWHERE = rf"~(?:[A-Za-z_][\w.-]*)?|{VARIABLE}|\.\.|[A-Za-z]:"
 HOST = r"[A-Za-z][\w.-]+"
 PART = r"[^\s/\\'\"`,;:()\[\]{}<>|]+"
 URL = r"file://"
@@ -44,7 +45,7 @@ def public_name(name: str) -> str:
     other name as it is.
     """
     if _is_place(name) or os.path.isabs(name):
-        parts = [part for part in re.split(r"[\\/]+", name) if part not in ("", ".", "..") and part[0] != "~"]
+        parts = [part for part in re.split(r"[\\/]+", name) if part not in ("", ".", "..") and part[0] not in "~$"]
         cached = next((found[1] for part in parts if (found := CACHED.fullmatch(part))), None)
         if cached is not None:
             return cached.replace("--", "/")
