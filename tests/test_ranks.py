@@ -10,7 +10,7 @@ import rank_runs
 from rank_runs import each_of
 from safetensors.torch import load_file
 
-from lowmem_grpo import cli, run_pipeline, sample
+from lowmem_grpo import cli, distributed, run_pipeline, sample
 from lowmem_grpo.cli.output import PrintableFormatter
 from lowmem_grpo.errors import InputError
 
@@ -104,6 +104,17 @@ def test_where_rank_0_is_killed_another_says_what_is_left(tmp_path, save_steps):
     assert status == -9 and second["error"].startswith("LostRankError: rank 0 (process")
     assert f"is gone, and this one cannot go on alone; {left}" in second["error"] and second["speaks"]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"] * (save_steps == 1)
+
+
+@pytest.mark.parametrize("gone, speaks", [(10, 1), (11, 0), (12, 0)])
+def test_of_three_ranks_one_says_that_another_is_gone(gone, speaks, monkeypatch):
+    monkeypatch.setattr(distributed, "_processes", [10, 11, 12])
+    monkeypatch.setattr(distributed, "_is_alive", lambda process: process != gone)
+    said = []
+    for number in {0, 1, 2} - {gone - 10}:
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        said += [number] if distributed._lost("one").speaks else []
+    assert said == [speaks]
 
 
 def test_a_signal_ends_a_run_whose_other_rank_hangs_in_an_update(tmp_path):
