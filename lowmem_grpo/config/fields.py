@@ -33,8 +33,8 @@ def option(
 
     A whole number is at most MOST, where no other end is given. --help shows the `common` fields, and --help_all every
     field. What has `may_change`, a resumed run may change: where and how long it runs, what it reports, and how it fits
-    into memory; of a model's folder that is `by_content`, only where it is, which is left to whoever can read it. An
-    empty text is refused, unless it `may_be_empty`.
+    into memory. A model that is `by_content` may have another name there, and what it holds is compared as it is found.
+    An empty text is refused, unless it `may_be_empty`.
     """
     assert bounds.keys() <= BOUNDS.keys()
     metadata = {
