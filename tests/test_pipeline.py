@@ -142,6 +142,17 @@ def test_the_table_keeps_the_rows_of_phases_after_the_last_that_is_to_run(copy):
     assert run(until="cold-start").evaluations == table[:2], "what was measured on other prompts is not beside these"
 
 
+def test_a_phases_teacher_is_known_by_what_it_holds_wherever_it_is(files):
+    made = {}
+    for name, weights in {"one": "1", "moved": "1", "other": "2"}.items():
+        (files / name).mkdir()
+        (files / name / "config.json").write_text("{}")
+        (files / name / "model.safetensors").write_text(weights)
+        pipeline = resolve("some/model", phases(rl={"teacher": name}), "out")
+        made[name] = fingerprint(pipeline, pipeline.runs[1])
+    assert made["one"] == made["moved"] != made["other"]
+
+
 def test_a_pipeline_writes_where_it_begins_what_is_to_come(files, monkeypatch):
     monkeypatch.setattr("lowmem_grpo.pipeline.pipeline.fingerprint", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
