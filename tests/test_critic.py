@@ -30,6 +30,7 @@ from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.critic import CRITIC, Critic, backward, with_gae, with_values
 
@@ -368,6 +369,8 @@ def test_a_critic_may_start_as_a_reward_adapter_which_a_resumed_run_does_without
     folder.rename(tmp_path / "moved")
     run(tmp_path / "again", model=named_model(), **again, critic_init="$HOME/moved/")
     result = run(tmp_path, model=named_model(), **again, critic_init="~/reward")
+    known = [read_state(tmp_path / f"out/checkpoint-{step}")["identity"]["critic_init"] for step in (1, 2)]
+    assert known[0] == known[1] != {}
     assert "base_model.model.score.weight" in result.policy.parameters_of(CRITIC) and len(result.history) == 2
     now = result.policy.adapter_state(CRITIC)
     assert {*now} == {*saved} and all(torch.equal(value, saved[name]) for name, value in now.items())

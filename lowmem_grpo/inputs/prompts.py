@@ -185,7 +185,7 @@ def _refuse_continued_base(model: Any, config: GRPOConfig) -> None:
 
 
 def _files_of_critic(run: RunInputs, base: PreTrainedConfig) -> dict[str, str]:
-    """SHA-256 of what a critic starts from; of a folder that a resumed run does without, nothing.
+    """SHA-256 of what a critic starts from, or where that is gone, what the checkpoint has of it.
 
     Raises:
         InputError: critic_init is no folder with a reward adapter.
@@ -195,10 +195,12 @@ def _files_of_critic(run: RunInputs, base: PreTrainedConfig) -> dict[str, str]:
         return {"weights": name}
     if run.resume is None or saved_config(run.resume) is None:
         _refuse_critic(base, config)
-    elif name != read_state(run.resume)["config"]["critic_init"]:
-        refuse_critic_init(config)
-    elif not os.path.isdir(expanded(name)):
-        return {}
+    else:
+        saved = read_state(run.resume)
+        if name != saved["config"]["critic_init"]:
+            refuse_critic_init(config)
+        elif not os.path.isdir(expanded(name)):
+            return saved["identity"].get("critic_init", {})
     return {"weights": files_of(expanded(name))}
 
 
