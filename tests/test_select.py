@@ -233,3 +233,9 @@ def test_what_no_row_can_answer_is_refused():
     assert SelectConfig(language=["cyrillic", "prompt"]).language == ["cyrillic", "prompt"]
     with pytest.raises(InputError, match="scripts has 'KLINGON'"):
         get_language_consistency_reward(["klingon"])
+
+
+@pytest.mark.parametrize("row", [{"a": 1}, "text", None])
+def test_what_is_no_row_of_a_sampled_file_is_refused_in_python_too(row):
+    with pytest.raises(InputError, match="row 1 has no prompt as `lowmem-grpo sample` writes it"):
+        select([FILE[0], row])

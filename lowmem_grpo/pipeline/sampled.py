@@ -165,12 +165,17 @@ def read_row(line: bytes, where: str) -> Row:
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no JSON; give a file that `lowmem-grpo sample` wrote") from error
+    refuse_row(row, where)
+    return row
+
+
+def refuse_row(row: Any, where: str) -> None:
+    """Raise InputError for what is no row of a sampled file."""
     wrong = next((name for name, fits in FIELDS.items() if not _fits(row, name, fits)), None)
     if wrong is not None:
         raise InputError(
             f"{where} has no {wrong} as `lowmem-grpo sample` writes it: {shown(row)}; give a file that it wrote"
         )
-    return row
 
 
 def _fits(row: Any, name: str, fits: Callable[[Any], bool]) -> bool:

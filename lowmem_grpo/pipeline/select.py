@@ -13,7 +13,7 @@ from lowmem_grpo.data.text import completion_text
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.paths import expanded
-from lowmem_grpo.pipeline.sampled import Row, settings_path
+from lowmem_grpo.pipeline.sampled import Row, refuse_row, settings_path
 
 NGRAM = 3  # words
 BY_REWARDS = "reward_chosen"  # a column of pairs that no person chose
@@ -47,9 +47,11 @@ def select(rows: Sequence[Row], config: SelectConfig | None = None) -> Selection
     where per_prompt takes some, those come first that `choice` prefers.
 
     Raises:
-        InputError: a rule leaves nothing, or there is no reward that a rule needs.
+        InputError: a row is none of a sampled file, a rule leaves nothing, or there is no reward that a rule needs.
     """
     config = SelectConfig() if config is None else config
+    for place, row in enumerate(rows):
+        refuse_row(row, f"row {place}")
     _refuse_without_rewards(rows, config)
     _refuse_without_tokens(rows, config)
     draw = random.Random(config.seed)

@@ -34,7 +34,7 @@ from lowmem_grpo.generate.shape import StoreShape
 from lowmem_grpo.generate.states import States, StateShapes, state_bytes, state_shapes
 from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
-from lowmem_grpo.model.attention import Scoring, UnknownAttention, attending, laid_out, refusal
+from lowmem_grpo.model.attention import Silent, UnknownAttention, attending, laid_out, refusal
 from lowmem_grpo.model.find import without_weights
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import LINEAR, equip, shared_weights
@@ -246,14 +246,11 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[str | None, dict[int,
     return None, layers, StateBytes(held, step, captured_step, start), max(choices, default=0)
 
 
-class _Step:
+class _Step(Silent):
     """A layout of a decoding step, which sees the bytes that layers with a state take at their peak."""
 
     def __init__(self, states: States, live: "Live"):
         self.states, self.live, self.peak = states, live, 0
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
         self.live.take_peak()
