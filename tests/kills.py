@@ -38,14 +38,13 @@ import psutil
 import torch
 
 import lowmem_grpo
-import lowmem_grpo.preview.prompts
 from lowmem_grpo import GRPOConfig, RewardConfig, SFTConfig, sft, train, train_reward_model
 from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import MODEL
 from lowmem_grpo.output.folder import checkpoints
+from lowmem_grpo.preview import prompts
 
 LIMIT_S = 300  # a run takes 2 s; one that takes this long hangs
-lowmem_grpo.preview.prompts.SLOW_S = LIMIT_S  # so that a preview has the same words, however busy the machine is
 EVERY_RUN: dict[str, Any] = dict(
     output_dir="out", use_cpu=True, max_steps=6, save_steps=2, eval_steps=3, prompts_per_step=2, num_generations=4,
     max_completion_length=8, learning_rate=1e-3, beta=0.02, lr_scheduler_type="cosine", log_completions=True,
@@ -351,6 +350,7 @@ def start(
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        prompts.SLOW_S = LIMIT_S  # so that a preview has the same words, however busy the machine is
         tracer = Tracer(strike, lambda: os.write(writing, b"!"))
         if count or (strike and strike.point):
             tracer.begin()
