@@ -2,8 +2,9 @@
 
     python -m lowmem_grpo.benchmarks.compile_kernels [--targets 80 90] [--json]
 
-registers per thread / bytes of stack per thread (spills) / bytes of shared memory per block, by `cuobjdump`, which
-Triton brings along. The arguments are as the launches in kernels/ would specialize them.
+registers per thread / bytes of stack per thread (spills) / bytes of shared memory per block / waits for memory, one
+after another, by `cuobjdump`, which Triton brings along. The arguments are as the launches in kernels/ would specialize
+them.
 """
 
 import argparse
@@ -22,6 +23,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lowmem_grpo.benchmarks.machine_code import (
+    UNROUNDED,
+    WAIT,
+    early,
+    longest_loop,
+    narrow_accesses,
+    waits_in_turn,
+)
 from lowmem_grpo.kernels import (
     decode_attention,
     decode_layer,
@@ -45,15 +54,6 @@ SHARED_MEMORY = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
-# Of PTX: ld.global.v4.b32, st.global.L1::evict_last.b16, ...
-ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
-# cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3;   the third operand is a number of bytes
-COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
-# A product and a sum in 16 bits as one operation, rounded once where torch rounds twice.
-UNROUNDED = re.compile(r"\bfma\.rn\.(?:bf16|f16)")
-WAIT, PREFETCH = "griddepcontrol.wait", "cp.async.bulk.prefetch.L2"
-# Whatever reads or writes global memory, and what would lead past a wait.
-EARLY = re.compile(r"\b(?:ld|st|atom|red)\.global|\bcp\.async\.c[ag]\b|\bbra\b|\bret\b|\bmbarrier\b")
 # sm_75 has no bf16; every other card is compiled with it.
 HALF = {75: "*fp16"}
 HALF_DTYPE = {75: tl.float16}
@@ -72,6 +72,7 @@ class Kernel(NamedTuple):
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
+    waits: int = 10  # accepted, one after another
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
     fuses: bool = True  # products and sums into one
@@ -163,7 +164,7 @@ def _split(name: str, also_narrow: int, **change) -> Kernel:
 
 def _tiles(name: str, also_narrow: int, **change) -> Kernel:
     arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16) | change
-    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES)
+    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES, waits=31)
 
 
 def _write(name: str, narrow: int = 0, **change) -> Kernel:
@@ -204,6 +205,7 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
         arguments | change,
         nf4_product.NUM_WARPS,
         narrow=22,
+        waits=11,
         oldest=nf4_product.OLDEST,
     )
 
@@ -249,7 +251,7 @@ def _residual(name: str, num_warps: int = 16, **change) -> Kernel:
         BLOCK=4096, OVERLAP=False,
     )  # fmt: skip
     steps = ceil(change.get("R", 16) / decode_layer.STEP)  # a thread has one of an adapter's numbers of each
-    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=steps)
+    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=steps, waits=94)
 
 
 def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
@@ -264,7 +266,7 @@ def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
     )  # fmt: skip
     # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale; and one of an
     # adapter's numbers.
-    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=23, fuses=False)
+    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=23, waits=19, fuses=False)
 
 
 def _gated(name: str, **change) -> Kernel:
@@ -274,7 +276,7 @@ def _gated(name: str, **change) -> Kernel:
         ACTIVATION="silu", ROWS=1, BLOCK=decode_layer.COLUMNS, OVERLAP=False,
     )  # fmt: skip
     # As above, of gate and of up.
-    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2)
+    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2, waits=20)
 
 
 def _delta(name: str, narrow: int, **change) -> Kernel:
@@ -438,7 +440,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
     return dict(
@@ -453,6 +455,9 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         loads=[compiled.asm["ttir"].count("tt.load") + kernel.read_again, compiled.asm["ttgir"].count("tt.load")],
         narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
         narrow_limit=kernel.narrow,
+        waits=waits_in_turn(usage),
+        waits_limit=kernel.waits,
+        longest_loop=longest_loop(usage),
         unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
         # Of a chain: waits, prefetches before the first, and how many they are to be; what else is before it.
         chain=[compiled.asm["ptx"].count(WAIT), *early(compiled.asm["ptx"])],
@@ -460,33 +465,15 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     )
 
 
-def early(ptx: str) -> tuple[int, int]:
-    """Numbers of prefetches, and of accesses and jumps, that a kernel does before it waits."""
-    before = ptx.partition(WAIT)[0] if WAIT in ptx else ""
-    return before.count(PREFETCH), len(EARLY.findall(before))
-
-
-def narrow_accesses(ttir: str, ptx: str) -> int:
-    """Number of instructions that access global memory by less than 16 bytes, beside those of single numbers.
-
-    A single one in a loop over a row makes it several times slower: a bound without a known multiple is enough for
-    that.
-    """
-    widths = [int(vector or 1) * int(bits) for vector, bits in ACCESS.findall(ptx)]
-    widths += [8 * int(size, 0) for size in COPY.findall(ptx)]
-    single = len(re.findall(r"^(?!.*tensor<).*tt\.(?:load|store) ", ttir, re.MULTILINE))
-    return sum(width < 128 for width in widths) - single
-
-
 def table(results: list[dict]) -> str:
     targets = sorted({result["target"] for result in results})
     cells = {
         (result["kernel"], result["target"]): (
-            f"{result['registers']} / {result['spill_bytes']} / {result['shared_bytes']}"
+            f"{result['registers']} / {result['spill_bytes']} / {result['shared_bytes']} / {result['waits']}"
         )
         for result in results
     }
-    lines = ["| registers / spill B / shared B | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
+    lines = ["| registers / spill B / shared B / waits | " + " | ".join(f"sm_{target}" for target in targets) + " |"]
     lines.append("|---" * (len(targets) + 1) + "|")
     for name in dict.fromkeys(result["kernel"] for result in results):
         lines.append(f"| {name} | " + " | ".join(cells.get((name, target), "-") for target in targets) + " |")

@@ -1,0 +1,69 @@
+"""Readings of a kernel's PTX and machine code (SASS): widths of accesses, waits for memory, lengths of loops."""
+
+import re
+
+# Of PTX: ld.global.v4.b32, st.global.L1::evict_last.b16, ...
+ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
+# cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r3;   the third operand is a number of bytes
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
+# A product and a sum in 16 bits as one operation, rounded once where torch rounds twice.
+UNROUNDED = re.compile(r"\bfma\.rn\.(?:bf16|f16)")
+WAIT, PREFETCH = "griddepcontrol.wait", "cp.async.bulk.prefetch.L2"
+# Whatever reads or writes global memory, and what would lead past a wait.
+EARLY = re.compile(r"\b(?:ld|st|atom|red)\.global|\bcp\.async\.c[ag]\b|\bbra\b|\bret\b|\bmbarrier\b")
+# Of SASS: /*0610*/  @!P1 LDG.E.128 R16, desc[UR12][R20.64+0x10] ;
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\w+)*) ?(.*?) ?;")
+REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
+
+
+def narrow_accesses(ttir: str, ptx: str) -> int:
+    """Number of instructions that access global memory by less than 16 bytes, beside those of single numbers.
+
+    A single one in a loop over a row makes it several times slower: a bound without a known multiple is enough for
+    that.
+    """
+    widths = [int(vector or 1) * int(bits) for vector, bits in ACCESS.findall(ptx)]
+    widths += [8 * int(size, 0) for size in COPY.findall(ptx)]
+    single = len(re.findall(r"^(?!.*tensor<).*tt\.(?:load|store) ", ttir, re.MULTILINE))
+    return sum(width < 128 for width in widths) - single
+
+
+def early(ptx: str) -> tuple[int, int]:
+    """Numbers of prefetches, and of accesses and jumps, that a kernel does before it waits."""
+    before = ptx.partition(WAIT)[0] if WAIT in ptx else ""
+    return before.count(PREFETCH), len(EARLY.findall(before))
+
+
+def waits_in_turn(sass: str) -> int:
+    """Number of times that a thread waits for global memory, one after another, from the first line to the last.
+
+    A number that was loaded is waited for where it is first used, and with it all that were asked for before. A body of
+    a loop counts once. A wait costs 0.2 to 0.5 us where the numbers are in the L2 cache.
+    """
+    waits, copies, pending = 0, False, set()
+    for _, name, suffixes, operands in INSTRUCTION.findall(sass):
+        copies |= name == "LDGSTS"
+        arrived = copies and name == "DEPBAR"
+        target, _, sources = operands.partition(",") if name == "LDG" else ("", "", operands)
+        width = 4 if ".128" in suffixes else 2 if ".64" in suffixes else 1
+        if name in ("HMMA", "IMMA"):
+            width = 4
+        wide = width if name.startswith(("ST", "HMMA", "IMMA", "RED")) else 1
+        used = set()
+        for number, pair in REGISTER.findall(sources):
+            used |= set(range(int(number), int(number) + (2 if pair else wide)))
+        if arrived or used & pending:
+            waits, copies, pending = waits + 1, False, set()
+        if name == "LDG" and (register := REGISTER.search(target)):
+            pending |= set(range(int(register[1]), int(register[1]) + width))
+    return waits
+
+
+def longest_loop(sass: str) -> int:
+    """Number of instructions of the longest loop's body, 0 without one."""
+    longest = 0
+    for address, name, _, operands in INSTRUCTION.findall(sass):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name == "BRA" and target and int(target[1], 16) < int(address, 16):
+            longest = max(longest, (int(address, 16) - int(target[1], 16)) // 16 + 1)
+    return longest
