@@ -2,12 +2,12 @@
 # The GPU programme: seven calls, for a card that is lent for minutes.
 #
 #   benchmarks/gpu_suite.sh tests     4 minutes: versions, every GPU test, whole steps of a 0.5B and a 1.5B model
-#   benchmarks/gpu_suite.sh speed     5 minutes: sampling and the head
+#   benchmarks/gpu_suite.sh decode    5 minutes: tests of sampling's kernels; steps by kernel, overlapping, and uneven
+#   benchmarks/gpu_suite.sh speed     3 minutes: sampling from a 7B, and the head
 #   benchmarks/gpu_suite.sh beside    5 minutes: budgets, and a step beside the peers'
 #   benchmarks/gpu_suite.sh critic    2 minutes: a step of PPO beside one of GRPO
 #   benchmarks/gpu_suite.sh families  5 minutes: tests that no GPU has run; sampling from a hybrid and two mixtures
 #   benchmarks/gpu_suite.sh fit       5 minutes: a step of each of those within a budget; choices of products
-#   benchmarks/gpu_suite.sh overlap   2 minutes: steps whose kernels overlap, and without; which is kept for the card
 #   DRY_RUN=1 ...                     the same commands with tiny sizes, on a CPU
 #
 # The most valuable comes first, each part has a time limit of its own (suite.py) and is saved as soon as it is there.
@@ -16,10 +16,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:-}
-case $call in tests | speed | beside | critic | families | fit | overlap) shift ;; *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $call in tests | decode | speed | beside | critic | families | fit) shift ;; *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s
+decode_s=60
+decode="tests/test_decode_layer.py tests/test_nf4_product.py tests/test_decode_attention.py tests/test_sample_tokens.py"
 new_s=60
 new="tests/test_gpu_runs.py::test_a_run_that_goes_on_is_the_run_that_was_not_stopped
 tests/test_gpu_runs.py::test_a_run_whose_completions_share_prompts_goes_on
@@ -43,6 +45,7 @@ run_tests() { # seconds, name of the file, how xdist hands out tests, and words 
 }
 if [ $# -eq 0 ]; then
     [ "$call" != tests ] || run_tests $tests_s gpu-tests loadfile
+    [ "$call" != decode ] || run_tests $decode_s gpu-tests-decode load $decode
     # Most of these compile kernels, and four are whole runs in one file.
     [ "$call" != families ] || run_tests $new_s gpu-tests-families load $new
 fi
