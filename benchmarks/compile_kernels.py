@@ -149,22 +149,22 @@ def _next(name: str, function: Any, narrow: int, **change) -> Kernel:
     return Kernel(name, function, arguments | change, num_warps=8, narrow=narrow)
 
 
-def _split(name: str, also_narrow: int, **change) -> Kernel:
-    narrow = 8 + also_narrow  # the peak and the total of each query, with tokens and without, of prefix and own
+def _split(name: str, also_narrow: int, waits: int = 4, **change) -> Kernel:
+    narrow = 2 + also_narrow  # the peak and the total of each query
     arguments = {argument: "i32" for argument in decode_attention._split_kernel.arg_names}
     arguments |= dict(
         query_ptr="*half", addresses_ptr="*i64", table_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64",
         prefix_rows_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
-        NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, SPLIT=decode_attention.SPLIT, HEADS=8,
-        BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None, FACTOR=None,
-        OVERLAP=False,
+        NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, HALVES=True,
+        SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None,
+        FACTOR=None, OVERLAP=False,
     )  # fmt: skip
-    return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow)
+    return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow, waits=waits)
 
 
-def _tiles(name: str, also_narrow: int, **change) -> Kernel:
-    arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16) | change
-    return _split(name, also_narrow, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES, waits=31)
+def _tiles(name: str, also_narrow: int, waits: int, **change) -> Kernel:
+    arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16, PAGED=True) | change
+    return _split(name, also_narrow, waits, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES)
 
 
 def _write(name: str, narrow: int = 0, **change) -> Kernel:
@@ -176,14 +176,12 @@ def _write(name: str, narrow: int = 0, **change) -> Kernel:
     return Kernel(name, decode_attention._write_kernel, arguments | change, num_warps=1, narrow=narrow)
 
 
-def _merge(name: str, narrow: int, **change) -> Kernel:
-    # Peak and total of each split, one number for all of a row's columns, and a column a thread of the result. They are
-    # read in two layouts; nothing writes over them.
+def _merge(name: str, narrow: int, waits: int, **change) -> Kernel:
     arguments = dict(
         sums_ptr="*fp32", state_ptr="*fp32", sink_ptr=None, out_ptr="*half", splits="i32", H=28, D=128, BLOCK_D=128,
         TILE=decode_attention.TILE, OVERLAP=False,
     )  # fmt: skip
-    return Kernel(name, decode_attention._merge_kernel, arguments | change, narrow=narrow, read_again=2)
+    return Kernel(name, decode_attention._merge_kernel, arguments | change, num_warps=1, narrow=narrow, waits=waits)
 
 
 def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
@@ -330,44 +328,44 @@ KERNELS = [
         token_ids_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64", out_ptr="*fp64", uniforms_stride="i32",
         tokens="i32", CHUNKS=64,
     ),
-    _split("decode_attention, 7 x 128, prefix", 0, H=28),
-    _split("decode_attention, 7 x 64, prefix", 1, D=64, BLOCK_D=64, ROWS=16),
+    # Also narrow: without tiles, the peak and the total of a split of nothing.
+    _split("decode_attention, 7 x 128, prefix", 2, H=28),
+    _split("decode_attention, 7 x 64, prefix", 3, D=64, BLOCK_D=64, ROWS=16),
     _split(
-        "decode_attention, 8 x 256, fp32, pages, prefix, softcap, window", 16,  # each token's page
+        "decode_attention, 8 x 256, fp32, short pages, prefix, softcap, window", 10, 5,  # each token's page
         query_ptr="*fp32", NUMBERS=tl.float32, window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4, H=16, GROUP=8,
-        T=16, PAGED=True,
+        T=16, PAGED=True, HALVES=False,
     ),
     _split(
-        "decode_attention, 1 x 80, pages", 14,  # likewise; and a query and its sums, 80 numbers for 128 threads
-        prefilled_ptr=None, prefix_rows_ptr=None, D=80, H=8, GROUP=1, HEADS=1, T=16, PAGED=True,
+        "decode_attention, 1 x 80, short pages", 12, 5,  # and a query and its sums, 80 numbers for 128 threads
+        prefilled_ptr=None, prefix_rows_ptr=None, D=80, H=8, GROUP=1, HEADS=1, T=16, PAGED=True, HALVES=False,
     ),
     _split(
-        "decode_attention, 7 x 128, int8, pages, prefix", 44,  # likewise; 32 scales of a token, 4 times 8 bytes of it
+        "decode_attention, 7 x 128, int8, pages, prefix", 20,  # 16 scales of a token, twice 8 bytes of it
         NUMBERS=tl.int8, PAGED=True,
     ),
-    # Also narrow: the page of each token, and in int8 its scales.
-    _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 12, PAGED=True),
-    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 34, NUMBERS=tl.int8, PAGED=True, TOKENS=32),
+    _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 0, 3),
+    _tiles("decode_attention by tiles, 7 x 128, prefix, short pages", 16, 16, T=16, HALVES=False),  # likewise
+    _tiles("decode_attention by tiles, 7 x 128, int8, prefix, pages", 24, 5, NUMBERS=tl.int8),  # a token's scales
     _tiles(
-        "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 12,
-        window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32, PAGED=True,
+        "decode_attention by tiles, 2 x 256, softcap, window, prefix, pages", 0, 3,
+        window="i32", softcap="fp32", H=16, GROUP=2, D=256, BLOCK_D=256, ROWS=4, TOKENS=32,
     ),
     _tiles(  # 512: Gemma 4's full layers
-        "decode_attention by tiles, 8 x 512, prefix, pages", 12, H=8, GROUP=8, D=512, BLOCK_D=512, ROWS=2, TOKENS=16,
-        PAGED=True,
+        "decode_attention by tiles, 8 x 512, prefix, pages", 0, 3, H=8, GROUP=8, D=512, BLOCK_D=512, ROWS=2, TOKENS=16,
     ),
     _tiles(
-        "decode_attention by tiles, 8 x 512, int8, prefix, pages", 62, NUMBERS=tl.int8, H=8, GROUP=8, D=512,
-        BLOCK_D=512, ROWS=2, TOKENS=16, PAGED=True,
+        "decode_attention by tiles, 8 x 512, int8, prefix, pages", 20, 6, NUMBERS=tl.int8, H=8, GROUP=8, D=512,
+        BLOCK_D=512, ROWS=2, TOKENS=16,
     ),
     _write("write_token, 2 x 128"),
     _write("write_token, 8 x 256, fp32, without prefixes", key_ptr="*fp32", value_ptr="*fp32", prefilled_ptr=None,
            NUMBERS=tl.float32, KV_HEADS=8, BLOCK_HEADS=8, D=256, BLOCK_D=256),
     _write("write_token, 8 x 128, int8", 1, NUMBERS=tl.int8, KV_HEADS=8, BLOCK_HEADS=8),  # 8 numbers of a byte a thread
-    _merge("decode_attention merge, 128", 35),
-    _merge("decode_attention merge, 64, sinks", 19, sink_ptr="*half", H=64, D=64, BLOCK_D=64),
-    _merge("decode_attention merge, 256", 67, D=256, BLOCK_D=256),
-    _merge("decode_attention merge, 512", 131, D=512, BLOCK_D=512),
+    # Narrow: a thread's columns of the result; of 64 columns its two of each split's sums, too.
+    _merge("decode_attention merge, 128", 1, 1),
+    _merge("decode_attention merge, 64, sinks", 5, 2, sink_ptr="*half", H=64, D=64, BLOCK_D=64),
+    _merge("decode_attention merge, 512", 1, 1, D=512),
     _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
     _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),
     _product("nf4_product, down 7B, 64 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=64),

@@ -17,7 +17,7 @@ right with a later one, wherever that lies and however many pages and prefix row
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
 peak and sums in fp32, and a second kernel merges them. Tensor cores multiply 16-bit queries with keys and values of 16
 or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: about S H
-splits (D + 2) fp32 numbers, splits = ceil(T_p / SPLIT) + ceil(max_pages T / SPLIT); a table no wider than the longest
+splits (D + 2) fp32 numbers, splits = prefix_splits(T_p) + ceil(max_pages T / SPLIT); a table no wider than the longest
 sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from the L2
 cache.
 
@@ -27,6 +27,7 @@ not. Positions, pages and prefix rows are read on the device alone: CUDA graphs 
 """
 
 import os
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,14 +42,14 @@ except ImportError:  # Windows, macOS
     triton: Any = None
 
 # Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
-SPLIT = 256
+SPLIT = 128
 STEP = 1  # tokens that a thread has in hand at a time; with 2 an H200 takes 1.5 to 1.6 times as long, 4 spill
-TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, twice for the next
-STAGES = 2  # of those tiles; of int8 they are half as large, or spill on sm_80 and sm_100
+TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, taken over by the next
+STAGES = 2  # with 3 a tile has memory of its own: twice as much for a split that is 8 % shorter, as estimated for sm_90
 HEADS = 8  # queries of one kv head that a program handles at most; more are shared out among programs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_SCALE = 2.0**-24  # fp16's least, of int8 numbers that are all 0
-TILE = 16  # splits that the second kernel merges at a time
+TILE = 4  # splits that the second kernel merges at a time
 
 if triton is not None:
     from lowmem_grpo.kernels.overlap import launch_next, wait_for_last
@@ -75,14 +76,38 @@ if triton is not None:
         return tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(DTYPE)), 16)  # type: ignore[arg-type]
 
     @triton.jit
+    def _place(
+        start,  # the first token of a tile
+        token,  # of each of a tile's tokens, how far behind that it stands
+        seen,  # of each: whether it is attended to
+        where,
+        tokens,  # of a page, T or T_p
+        PAGE_ROWS: tl.constexpr,  # L 2 H_kv
+        T: tl.constexpr,
+        PAGED: tl.constexpr,
+        HALVES: tl.constexpr,
+    ):
+        """Rows of D numbers before a tile's keys: one number for all tokens, and one for each to add.
+
+        `where` is what a split has for it: rows before its token 0 if all tokens were in the page of its first half,
+        rows by that of its second half, which begins at `middle`, its table, whether it is a prefix's, and its key_row.
+        """
+        first_row, second_row, middle, table_ptr, in_prefix, key_row = where
+        if HALVES:
+            return tl.where(start < middle, first_row, second_row) + start, token
+        else:
+            at = start + token
+            index = tl.where(in_prefix, 0, at // T) if PAGED else 0
+            page = tl.load(table_ptr + index, mask=seen, other=0)
+            return key_row * tokens, page * PAGE_ROWS * tokens - index * T + at
+
+    @triton.jit
     def _attend(
         query,  # (1, 1, HEADS, BLOCK_D) fp32, times scaling
         base_ptr,  # (pages, L, 2, H_kv, T, D)
         scale_base_ptr,  # (pages, L, 2, H_kv, T), or None
-        key_row,  # of (L 2 H_kv): the layer's and kv head's
-        tokens,  # T
-        table_ptr,  # of the sequence
-        first,  # tokens first ... stop - 1 are attended to
+        first,  # tokens first ... stop - 1 are attended to, those before first_seen excepted
+        first_seen,  # or None
         stop,
         sums_ptr,  # (HEADS, D) fp32, written
         state_ptr,  # (HEADS, 2) fp32, written: peak and total
@@ -90,10 +115,14 @@ if triton is not None:
         state_stride,
         known,  # (HEADS,) bool
         softcap,
+        where,  # as in _place
+        tokens,  # of a page, T or T_p
         LAYERS: tl.constexpr,
         KV_HEADS: tl.constexpr,
+        T: tl.constexpr,
+        PAGED: tl.constexpr,
+        HALVES: tl.constexpr,
         D: tl.constexpr,
-        PAGE: tl.constexpr,  # tokens of a page; None where the table has one page per sequence
         HEADS: tl.constexpr,
         BLOCK_D: tl.constexpr,
         ROWS: tl.constexpr,
@@ -112,30 +141,26 @@ if triton is not None:
             peak = tl.full((ROWS, HEADS), LOWEST, tl.float32)
             total = tl.zeros((ROWS, HEADS), tl.float32)
             sums = tl.zeros((ROWS, HEADS, BLOCK_D), tl.float32)
-            if PAGE is None:
-                page = tl.load(table_ptr).to(tl.int64)
             for start in range(first, stop, STEP * ROWS):
-                at = start + token
-                seen = at < stop
-                if PAGE is None:
-                    inside = at.to(tl.int64)
-                else:
-                    page = tl.load(table_ptr + at // PAGE, mask=seen, other=0).to(tl.int64)
-                    inside = (at % PAGE).to(tl.int64)
+                seen = token < stop - start
+                counts = beside < stop - start
+                if first_seen is not None:
+                    seen &= token >= first_seen - start
+                    counts &= beside >= first_seen - start
                 read = seen & (column < D)
-                # Of a token's key; its value is H_kv rows of T tokens further.
-                token_at = (page * (LAYERS * 2 * KV_HEADS) + key_row) * tokens + inside
-                key_at = base_ptr + token_at * D + column
+                row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, PAGED, HALVES)
+                # A value is H_kv rows of T tokens behind its key.
+                key_at = base_ptr + row * D + (rest * D + column)
                 key = tl.load(key_at, mask=read, other=0).to(tl.float32)
                 value = tl.load(key_at + KV_HEADS * tokens * D, mask=read, other=0).to(tl.float32)
                 if scale_base_ptr is not None:
-                    scale_at = scale_base_ptr + token_at
+                    scale_at = scale_base_ptr + row + rest
                     key *= tl.load(scale_at, mask=seen, other=0.0).to(tl.float32)
                     value *= tl.load(scale_at + KV_HEADS * tokens, mask=seen, other=0.0).to(tl.float32)
                 score = tl.sum(query * key, 3)  # (STEP, ROWS, HEADS)
                 if softcap is not None:
                     score = _softcap(score, softcap)
-                score = tl.where(start + beside < stop, score, float("-inf"))
+                score = tl.where(counts, score, float("-inf"))
                 higher = tl.maximum(peak, tl.max(score, 0))
                 share = tl.exp(score - higher[None])
                 fade = tl.exp(peak - higher)
@@ -159,10 +184,8 @@ if triton is not None:
         query,  # (HEADS, BLOCK_D), as given
         base_ptr,  # (pages, L, 2, H_kv, T, D)
         scale_base_ptr,  # (pages, L, 2, H_kv, T), or None
-        key_row,  # of (L 2 H_kv): the layer's and kv head's
-        tokens,  # T
-        table_ptr,  # of the sequence
-        first,  # tokens first ... stop - 1 are attended to
+        first,  # tokens first ... stop - 1 are attended to, those before first_seen excepted
+        first_seen,  # or None
         stop,
         sums_ptr,  # (HEADS, D) fp32, written
         state_ptr,  # (HEADS, 2) fp32, written: peak and total
@@ -171,10 +194,14 @@ if triton is not None:
         known,  # (HEADS,) bool
         scaling,
         softcap,
+        where,  # as in _place
+        tokens,  # of a page, T or T_p
         LAYERS: tl.constexpr,
         KV_HEADS: tl.constexpr,
+        T: tl.constexpr,
+        PAGED: tl.constexpr,
+        HALVES: tl.constexpr,
         D: tl.constexpr,
-        PAGE: tl.constexpr,  # tokens of a page; None where the table has one page per sequence
         HEADS: tl.constexpr,
         BLOCK_D: tl.constexpr,
         TOKENS: tl.constexpr,
@@ -187,45 +214,44 @@ if triton is not None:
         """
         heads = tl.arange(0, HEADS)
         d = tl.arange(0, BLOCK_D)[None, :]
+        token = tl.arange(0, TOKENS)
         peak = tl.full((HEADS,), LOWEST, tl.float32)
-        total = tl.zeros((HEADS,), tl.float32)
+        total = tl.zeros((HEADS, TOKENS), tl.float32)  # of every TOKENS-th token
         sums = tl.zeros((HEADS, BLOCK_D), tl.float32)
-        if PAGE is None:
-            page = tl.load(table_ptr).to(tl.int64)
         for start in range(first, stop, TOKENS):
-            at = start + tl.arange(0, TOKENS)
-            seen = at < stop
-            if PAGE is None:
-                inside = at.to(tl.int64)
-            else:
-                page = tl.load(table_ptr + at // PAGE, mask=seen, other=0).to(tl.int64)
-                inside = (at % PAGE).to(tl.int64)
-            # Of a token's key; its value is H_kv rows of T tokens further.
-            token_at = (page * (LAYERS * 2 * KV_HEADS) + key_row) * tokens + inside
-            key_at = base_ptr + token_at[:, None] * D + d
+            seen = token < stop - start
+            if first_seen is not None:
+                seen &= token >= first_seen - start
             read = seen[:, None] & (d < D)
-            key = tl.load(key_at, mask=read, other=0).to(FACTOR)
-            value = tl.load(key_at + KV_HEADS * tokens * D, mask=read, other=0).to(FACTOR)
-            score = tl.dot(query.to(FACTOR), tl.trans(key), input_precision="ieee") * scaling  # (HEADS, TOKENS)
+            row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, PAGED, HALVES)
+            # A value is H_kv rows of T tokens behind its key.
+            key_at = base_ptr + row * D + (rest[:, None] * D + d)
+            key = tl.load(key_at, mask=read, other=0)
+            value = tl.load(key_at + KV_HEADS * tokens * D, mask=read, other=0)
             if scale_base_ptr is not None:
-                score *= tl.load(scale_base_ptr + token_at, mask=seen, other=0.0).to(tl.float32)[None, :]
+                scale_at = scale_base_ptr + row + rest
+                key_scale = tl.load(scale_at, mask=seen, other=0.0)
+                value_scale = tl.load(scale_at + KV_HEADS * tokens, mask=seen, other=0.0)
+            score = tl.dot(query.to(FACTOR), tl.trans(key.to(FACTOR)), input_precision="ieee") * scaling
+            if scale_base_ptr is not None:
+                score *= key_scale.to(tl.float32)[None, :]  # (HEADS, TOKENS)
             if softcap is not None:
                 score = _softcap(score, softcap)
             score = tl.where(seen[None, :], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, 1))
             share = tl.exp(score - higher[:, None])
             fade = tl.exp(peak - higher)
-            total = total * fade + tl.sum(share, 1)
+            total = total * fade[:, None] + share
             if scale_base_ptr is not None:
-                scale = tl.load(scale_base_ptr + token_at + KV_HEADS * tokens, mask=seen, other=0.0)
-                share *= scale.to(tl.float32)[None, :]
+                share *= value_scale.to(tl.float32)[None, :]
             most = share.to(FACTOR)
-            rest = (share - most.to(tl.float32)).to(FACTOR)
-            sums = tl.dot(rest, value, sums * fade[:, None], input_precision="ieee")
+            rest_of_share = (share - most.to(tl.float32)).to(FACTOR)
+            value = value.to(FACTOR)
+            sums = tl.dot(rest_of_share, value, sums * fade[:, None], input_precision="ieee")
             sums = tl.dot(most, value, sums, input_precision="ieee")
             peak = higher
         tl.store(state_ptr + heads * state_stride, peak, mask=known)
-        tl.store(state_ptr + heads * state_stride + 1, total, mask=known)
+        tl.store(state_ptr + heads * state_stride + 1, tl.sum(total, 1), mask=known)
         if first < stop:
             tl.store(sums_ptr + heads[:, None] * sums_stride + d, sums, mask=known[:, None] & (d < D))
 
@@ -258,6 +284,7 @@ if triton is not None:
         T: tl.constexpr,  # tokens of a page
         D: tl.constexpr,
         PAGED: tl.constexpr,  # False where the table has one page per sequence
+        HALVES: tl.constexpr,  # whether a split's first half lies in one page, and its second
         SPLIT: tl.constexpr,
         HEADS: tl.constexpr,
         BLOCK_D: tl.constexpr,
@@ -280,70 +307,71 @@ if triton is not None:
         head = kv_head * GROUP + part * HEADS
         left = GROUP - part * HEADS
 
+        # All that can be is loaded before anything is computed of it, so that keys are one wait for memory away.
+        in_prefix = split < prefix_splits
+        begin = (split - tl.where(in_prefix, 0, prefix_splits)) * SPLIT
+        middle = begin + SPLIT // 2
+        table_ptr += row * table_stride
+        length = tl.load(positions_ptr + row)
+        if prefilled_ptr is not None:
+            prefilled = tl.load(prefilled_ptr + row)
+            prefix_tokens = tl.load(addresses_ptr + 4)
+            table_ptr = tl.where(in_prefix, prefix_rows_ptr + row, table_ptr)
+        address_ptr = addresses_ptr + tl.where(in_prefix, 2, 0)
+        base_ptr = _pointer(address_ptr, NUMBERS)
+        scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(address_ptr + 1, tl.float16)
+        if HALVES:
+            first_index = tl.where(in_prefix, 0, begin // T) if PAGED else 0
+            second_index = tl.where(in_prefix | (middle >= own_tokens), 0, middle // T) if PAGED else 0
+            first_page, second_page = tl.load(table_ptr + first_index), tl.load(table_ptr + second_index)
         query_ptr += row * query_row_stride + head * query_head_stride
         if TOKENS is None:
             heads = tl.arange(0, HEADS)[None, None, :, None]
             column = tl.arange(0, BLOCK_D)[None, None, None, :]
-            there = (heads < left) & (column < D)
-            query = tl.load(query_ptr + heads * query_head_stride + column, mask=there, other=0.0)
-            query = query.to(tl.float32) * scaling
         else:
             heads = tl.arange(0, HEADS)[:, None]
             column = tl.arange(0, BLOCK_D)[None, :]
-            there = (heads < left) & (column < D)
-            query = tl.load(query_ptr + heads * query_head_stride + column, mask=there, other=0.0)
+        there = (heads < left) & (column < D)
+        query = tl.load(query_ptr + heads * query_head_stride + column, mask=there, other=0.0)
+
         known = tl.arange(0, HEADS) < left
         sums_stride, state_stride = splits * D, splits * 2  # from head to head; by products, whose D shows
         sums_ptr += (row * H + head) * sums_stride + split * D
         state_ptr += (row * H + head) * state_stride + split * 2
-
-        length = tl.load(positions_ptr + row).to(tl.int32) + 1
-        prefix_length = 0
-        if prefilled_ptr is not None:
-            prefix_length = tl.load(prefilled_ptr + row).to(tl.int32)
-            length -= prefix_length
         key_row = layer.to(tl.int64) * (2 * KV_HEADS) + kv_head
-        own_split = split - prefix_splits
+        length = length.to(tl.int32) + 1
+        capacity = own_tokens
+        tokens = T
+        first_seen = None if window is None else length - window
         if prefilled_ptr is not None:
-            prefix_tokens = tl.load(addresses_ptr + 4)
-            if own_split < 0:
-                base_ptr = _pointer(addresses_ptr + 2, NUMBERS)
-                scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 3, tl.float16)
-                first = split * SPLIT
-                stop = tl.minimum(tl.minimum(first + SPLIT, prefix_length), prefix_tokens.to(tl.int32))
-                if window is not None:
-                    first = tl.maximum(first, prefix_length + length - window)
-                if TOKENS is None:
-                    _attend(
-                        query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
-                        sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D, None,
-                        HEADS, BLOCK_D, ROWS, STEP,
-                    )  # fmt: skip
-                else:
-                    _attend_by_tiles(
-                        query, base_ptr, scale_base_ptr, key_row, prefix_tokens, prefix_rows_ptr + row, first, stop,
-                        sums_ptr, state_ptr, sums_stride, state_stride, known, scaling, softcap, LAYERS, KV_HEADS, D,
-                        None, HEADS, BLOCK_D, TOKENS, FACTOR,
-                    )  # fmt: skip
-        if own_split >= 0:
-            base_ptr = _pointer(addresses_ptr, NUMBERS)
-            scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(addresses_ptr + 1, tl.float16)
-            first = own_split * SPLIT
-            stop = tl.minimum(tl.minimum(first + SPLIT, length), own_tokens)
+            prefilled = prefilled.to(tl.int32)
+            length = tl.where(in_prefix, prefilled, length - prefilled)
+            capacity = tl.where(in_prefix, prefix_tokens.to(tl.int32), own_tokens)
+            tokens = tl.where(in_prefix, prefix_tokens, T)
             if window is not None:
-                first = tl.maximum(first, length - window)
-            if TOKENS is None:
-                _attend(
-                    query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
-                    sums_ptr, state_ptr, sums_stride, state_stride, known, softcap, LAYERS, KV_HEADS, D,
-                    T if PAGED else None, HEADS, BLOCK_D, ROWS, STEP,
-                )  # fmt: skip
-            else:
-                _attend_by_tiles(
-                    query, base_ptr, scale_base_ptr, key_row, T, table_ptr + row * table_stride, first, stop,
-                    sums_ptr, state_ptr, sums_stride, state_stride, known, scaling, softcap, LAYERS, KV_HEADS, D,
-                    T if PAGED else None, HEADS, BLOCK_D, TOKENS, FACTOR,
-                )  # fmt: skip
+                first_seen -= tl.where(in_prefix, 0, prefilled)
+        stop = tl.minimum(tl.minimum(begin + SPLIT, length), capacity)
+        if window is not None:
+            TILE: tl.constexpr = STEP * ROWS if TOKENS is None else TOKENS
+            begin += tl.maximum(first_seen - begin, 0) // TILE * TILE  # by whole tiles, which do not straddle pages
+        PAGE_ROWS: tl.constexpr = LAYERS * 2 * KV_HEADS
+        first_row, second_row = key_row, key_row
+        if HALVES:
+            first_row = (first_page * PAGE_ROWS + key_row) * tokens - first_index * T
+            second_row = (second_page * PAGE_ROWS + key_row) * tokens - second_index * T
+        where = (first_row, second_row, middle, table_ptr, in_prefix, key_row)
+        if TOKENS is None:
+            _attend(
+                query.to(tl.float32) * scaling, base_ptr, scale_base_ptr, begin, first_seen, stop, sums_ptr, state_ptr,
+                sums_stride, state_stride, known, softcap, where, tokens, LAYERS, KV_HEADS, T, PAGED, HALVES, D, HEADS,
+                BLOCK_D, ROWS, STEP,
+            )  # fmt: skip
+        else:
+            _attend_by_tiles(
+                query, base_ptr, scale_base_ptr, begin, first_seen, stop, sums_ptr, state_ptr, sums_stride,
+                state_stride, known, scaling, softcap, where, tokens, LAYERS, KV_HEADS, T, PAGED, HALVES, D, HEADS,
+                BLOCK_D, TOKENS, FACTOR,
+            )  # fmt: skip
 
     @triton.jit(do_not_specialize=["splits"])
     def _merge_kernel(
@@ -358,32 +386,40 @@ if triton is not None:
         TILE: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One program per sequence and head. The sums of an empty split were not written, and are not read."""
+        """One program per sequence and head, and BLOCK_D columns. Whatever is in an empty split's sums is left out.
+
+        Splits are merged in order, TILE at a time whatever their number is: empty ones at the end change nothing.
+        """
         if OVERLAP:
             launch_next()
             wait_for_last()
         row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK_D)
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         if sink_ptr is None:
-            peak = tl.full((1,), LOWEST, tl.float32)
-            total = tl.zeros((1,), tl.float32)
+            peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
         else:
-            peak = tl.zeros((1,), tl.float32) + tl.load(sink_ptr + row % H).to(tl.float32)
-            total = tl.full((1,), 1.0, tl.float32)
+            peak, total = tl.load(sink_ptr + row % H).to(tl.float32), tl.full((), 1.0, tl.float32)
         sums = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, splits, TILE):
-            split = start + tl.arange(0, TILE)[:, None]
-            # One number for all columns: with one for each, the sums' mask would let them be read one at a time alone.
-            state_at = state_ptr + (row * splits + split) * 2
-            peaks = tl.load(state_at, mask=split < splits, other=LOWEST)
-            totals = tl.load(state_at + 1, mask=split < splits, other=0.0)
-            read = (totals != 0) & (column < D)[None, :]
-            part = tl.load(sums_ptr + (row * splits + split) * D + column[None, :], mask=read, other=0.0)
-            higher = tl.maximum(peak, tl.max(peaks, 0))
-            weight = tl.exp(peaks - higher[None, :])
+            loaded = ()  # before the first is looked at, so that all are on their way at once
+            for split in tl.static_range(TILE):
+                at = row * splits + start + split
+                there = start + split < splits
+                its_peak = tl.load(state_ptr + at * 2, mask=there, other=LOWEST)
+                its_total = tl.load(state_ptr + at * 2 + 1, mask=there, other=0.0)
+                part = tl.load(sums_ptr + at * D + column, mask=(column < D) & there, other=0.0)
+                loaded += ((its_peak, its_total, part),)
+            higher = peak
+            for split in tl.static_range(TILE):
+                higher = tl.maximum(higher, loaded[split][0])
             fade = tl.exp(peak - higher)
-            total = total * fade + tl.sum(totals * weight, 0)
-            sums = sums * fade + tl.sum(part * weight, 0)
+            total *= fade
+            sums *= fade
+            for split in tl.static_range(TILE):
+                its_peak, its_total, part = loaded[split]
+                weight = tl.exp(its_peak - higher)
+                total += its_total * weight
+                sums += tl.where(its_total != 0, part, 0.0) * weight
             peak = higher
         tl.store(out_ptr + row * D + column, (sums / total).to(out_ptr.dtype.element_ty), mask=column < D)
 
@@ -587,6 +623,11 @@ def _gathered(
     return keys, values, place < lengths[:, None], text[:, None] - place
 
 
+def prefix_splits(prefix_tokens: int) -> int:
+    """Number of splits of a prefix row of so many tokens, by twos: a captured step is of one number."""
+    return 2 * ceil(prefix_tokens / (2 * SPLIT))
+
+
 def has_tiles(query: Tensor, numbers: torch.dtype) -> bool:
     """Whether tensor cores multiply a query with keys and values: both of 16 bits, or those of 8, from sm_80 on."""
     if query.dtype == torch.float32 or numbers not in (query.dtype, torch.int8):
@@ -599,13 +640,14 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
     layers, _, _, kv_heads, tokens, _ = store.own.shape
     own_tokens = table.shape[1] * tokens
     # By capacity: what the positions are stays on the device.
-    prefix_splits = 0 if prefilled is None else triton.cdiv(store.prefix.shape[4], SPLIT)
-    splits = prefix_splits + triton.cdiv(own_tokens, SPLIT)
+    before = 0 if prefilled is None else prefix_splits(store.prefix.shape[4])
+    splits = before + triton.cdiv(own_tokens, SPLIT)
     tiles = has_tiles(query, store.own.dtype)
-    tile_numbers = TILE_NUMBERS // 2 if store.own.dtype == torch.int8 else TILE_NUMBERS
     heads = 16 if tiles else min(HEADS, triton.next_power_of_2(H // kv_heads))
     block_d = max(16, triton.next_power_of_2(D))
     rows = 1024 // block_d  # 8 elements of a token to each thread of 4 warps
+    tile = max(16, min(64, TILE_NUMBERS // block_d)) if tiles else STEP * rows
+    halves = table.shape[1] == 1 or (SPLIT % (2 * tile) == 0 and tokens % (SPLIT // 2) == 0)
     out = torch.empty(S, H, D, dtype=query.dtype, device=query.device)
     sums = torch.empty(S, H, splits, D, dtype=torch.float32, device=query.device)
     state = torch.empty(S, H, splits, 2, dtype=torch.float32, device=query.device)
@@ -614,16 +656,17 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
         with torch.cuda.device_of(query):
             _split_kernel[(S, kv_heads * triton.cdiv(H // kv_heads, heads), splits)](
                 query, store.addresses, table, positions, prefilled, prefix_rows, sums, state, *query.stride()[:2],
-                table.stride(0), layer, splits, prefix_splits, own_tokens,
+                table.stride(0), layer, splits, before, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
-                PAGED=table.shape[1] > 1, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
-                TOKENS=max(16, min(128, tile_numbers // block_d)) if tiles else None,
+                PAGED=table.shape[1] > 1, HALVES=halves, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows,
+                STEP=STEP, TOKENS=tile if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
                 num_warps=4, num_stages=STAGES if tiles else 3, **launched(),
             )  # fmt: skip
-            _merge_kernel[(S * H,)](
-                sums, state, sink, out, splits, H=H, D=D, BLOCK_D=block_d, TILE=TILE, num_warps=4, **launched()
+            columns = min(128, block_d)  # 16 bytes of sums to each thread of a warp
+            _merge_kernel[(S * H, triton.cdiv(D, columns))](
+                sums, state, sink, out, splits, H=H, D=D, BLOCK_D=columns, TILE=TILE, num_warps=1, **launched()
             )
     return out
 

@@ -304,6 +304,16 @@ def test_one_split_and_many_agree(place, monkeypatch):
 
 
 @every_backend
+def test_pages_of_half_a_split_are_as_the_engine_has_them(place, monkeypatch):
+    """Both halves' pages are looked up before the loop, and a window begins inside of a tile."""
+    monkeypatch.setattr(module, "SPLIT", 128)
+    monkeypatch.setitem(globals(), "PAGE", 64)
+    given = case([65, 200, 1], [0, 3, 200], heads=3, dtype=torch.bfloat16)
+    assert_exact(given, place)
+    assert_exact(rounded(given) | dict(window=70), place)
+
+
+@every_backend
 def test_a_store_of_one_row_a_slot_is_read_where_it_is(place):
     """As the rollout has it without pages, and queries of which no stride is 1."""
     own = torch.randn(2, 5, 2, 40, 16, generator=torch.Generator().manual_seed(0))

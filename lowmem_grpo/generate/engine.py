@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from lowmem_grpo.generate.states import OWN, States, StateShapes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store, can_outlive, goes_by_table
 from lowmem_grpo.generate.weights import fast_linears
-from lowmem_grpo.kernels.decode_attention import SPLIT
+from lowmem_grpo.kernels.decode_attention import prefix_splits
 from lowmem_grpo.model.attention import attending
 from lowmem_grpo.model.attention import refusal as attention_refusal
 from lowmem_grpo.model.packing import pack
@@ -220,7 +219,7 @@ def _run(
         assert slots.table is not None
         kind = (  # all that a recorded step holds besides its number of rows and what is in memory
             params, kv_dtype, store.own.num_tokens, slots.table.shape[1], shape.shared,
-            ceil(shape.prefix_tokens / SPLIT), request.dense, policy.adapters.worn,
+            prefix_splits(shape.prefix_tokens), request.dense, policy.adapters.worn,
             request.fast and request.fast.num_positions,
         )  # fmt: skip
         step = Graphs(captures, slots.step, slots.state(), slots.held, kind, None if states is None else states.commit)
