@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from math import ceil
 from typing import Any, NamedTuple
 
 import triton
@@ -238,43 +237,50 @@ def _start_layer(name: str, **change) -> Kernel:
         token_ids_ptr="*i64", embedding_ptr="*half", stream_ptr="*half", gain_ptr="*fp32", out_ptr="*half",
         scale="fp32", eps="fp32", N=3584, EARLY=True, BLOCK=4096,
     )  # fmt: skip
-    return Kernel(name, decode_layer._start_kernel, arguments | change, num_warps=8)
+    return Kernel(name, decode_layer._start_kernel, arguments | change, decode_layer.row_warps(3584), waits=3)
 
 
-def _residual(name: str, num_warps: int = 16, **change) -> Kernel:
+def _residual(name: str, waits: int, N: int = 3584, R: int = 16, SPLITS: int = 16, **change) -> Kernel:
+    block = triton.next_power_of_2(N)
+    num_warps = decode_layer.row_warps(N)
+    hand, step = decode_layer.row_hand(SPLITS, R, N, num_warps, 2)
     arguments = dict(
         stream_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, after_ptr=None,
-        before_ptr="*fp32", out_ptr="*half", M="i32", share=None, after_eps="fp32", before_eps="fp32", N=3584, R=16,
-        STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED, SPLITS=16, AFTER_EARLY=True, BEFORE_EARLY=True,
-        BLOCK=4096, OVERLAP=False,
+        before_ptr="*fp32", out_ptr="*half", M="i32", share=None, after_eps="fp32", before_eps="fp32", N=N, R=R,
+        SPLITS=SPLITS, HAND=hand, STEP=step, AFTER_EARLY=True, BEFORE_EARLY=True, BLOCK=block,
+        OVERLAP=False,
     )  # fmt: skip
-    steps = ceil(change.get("R", 16) / decode_layer.STEP)  # a thread has one of an adapter's numbers of each
-    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=steps, waits=94)
+    # Narrow: low, fewer numbers than there are threads.
+    return Kernel(name, decode_layer._residual_kernel, arguments | change, num_warps, narrow=1, waits=waits)
 
 
-def _heads(name: str, num_warps: int = 1, **change) -> Kernel:
+def _heads(name: str, narrow: int, waits: int, num_warps: int = 1, R: int = 16, SPLITS: int = 8, **change) -> Kernel:
+    hand, step = decode_layer.row_hand(SPLITS, R, change.get("HEADS", 1) * 128, num_warps, 2)
     arguments: dict[str, Any] = {argument: "i32" for argument in decode_layer._heads_kernel.arg_names}
     arguments |= dict(
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr="*half", query_gain_ptr=None, key_gain_ptr=None,
         cos_ptr="*half", sin_ptr="*half", positions_ptr="*i64", prefilled_ptr="*i64", table_ptr="*i64",
         query_ptr="*half", own_ptr="*half", scales_ptr=None, addresses_ptr="*i64", query_eps="fp32", key_eps="fp32",
-        D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=48, R=16, STEP=decode_layer.STEP,
-        UNROLLED=decode_layer.UNROLLED, SPLITS=4, EARLY=True, WHOLE=False, HEADS=1, BLOCK_D=128,
-        OVERLAP=False,
+        D=128, H=28, H_KV=4, ROTARY=128, PAIRED=False, LOW=3 * R, R=R, SPLITS=SPLITS, HAND=hand,
+        STEP=step, EARLY=True, WHOLE=False, HEADS=1, BLOCK_D=128, OVERLAP=False,
     )  # fmt: skip
-    # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits, 4 of int8 and one scale; and one of an
-    # adapter's numbers.
-    return Kernel(name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=23, waits=19, fuses=False)
+    # A thread of one warp has 4 of 128 columns: 8 bytes of all that has 16 bits but b, 4 of int8 and one scale.
+    return Kernel(
+        name, decode_layer._heads_kernel, arguments | change, num_warps, narrow=narrow, waits=waits, fuses=False
+    )
 
 
-def _gated(name: str, **change) -> Kernel:
+def _gated(name: str, waits: int, R: int = 16, SPLITS: int = 2, tensor_cores: bool = True, **change) -> Kernel:
+    hand, step = decode_layer.tile_hand(SPLITS, R, 2, tensor_cores)
     arguments = dict(
         parts_ptr="*fp32", low_ptr="*fp32", b_ptr="*half", bias_ptr=None, out_ptr="*half", M="i32", WIDTH=18944,
-        LOW=32, R=16, STEP=decode_layer.STEP, UNROLLED=decode_layer.UNROLLED_BY_ROWS, SPLITS=2,
-        ACTIVATION="silu", ROWS=1, BLOCK=decode_layer.COLUMNS, OVERLAP=False,
+        LOW=2 * R, R=R, SPLITS=SPLITS, HAND=hand, STEP=step, ACTIVATION="silu",
+        INTERPRETED=False, BLOCK_M=decode_layer.BLOCK_M, BLOCK_N=decode_layer.BLOCK_N, OVERLAP=False,
     )  # fmt: skip
-    # As above, of gate and of up.
-    return Kernel(name, decode_layer._gated_kernel, arguments | change, num_warps=2, narrow=2, waits=20)
+    narrow = 2 if SPLITS == 1 else 0  # low of gate and of up, a pair of numbers to a thread
+    return Kernel(
+        name, decode_layer._gated_kernel, arguments | change, decode_layer.NUM_WARPS, narrow=narrow, waits=waits
+    )
 
 
 def _delta(name: str, narrow: int, **change) -> Kernel:
@@ -378,19 +384,27 @@ KERNELS = [
         K=2880, N=2880, SHARED=1, BLOCK=32, BLOCK_M=32, outer_ptr=None, offsets_ptr=None, table_ptr=None,
     ),
     _start_layer("decode_layer start, 3584"),
-    _residual("decode_layer residual, 3584"),
-    _residual("decode_layer residual, 3584, rank 64, norm after, share", 8, R=64, after_ptr="*fp32", share="fp32"),
-    _residual("decode_layer residual, 8192", 16, N=8192, BLOCK=8192, SPLITS=4),
-    _heads("decode_layer heads, 128"),
+    _residual("decode_layer residual, 1536, 8 splits", 3, N=1536, SPLITS=8),
+    _residual("decode_layer residual, 1536, 16 splits", 3, N=1536),
+    _residual("decode_layer residual, 1536, rank 64", 3, N=1536, R=64),
+    _residual("decode_layer residual, 3584", 3),
+    _residual("decode_layer residual, 3584, rank 64, norm after, share", 3, R=64, after_ptr="*fp32", share="fp32"),
+    _residual("decode_layer residual, 8192", 3, N=8192, SPLITS=4),
+    _heads("decode_layer heads, 128", 5, 2),
+    _heads("decode_layer heads, 128, rank 64, 16 splits", 5, 3, R=64, SPLITS=16),
     _heads(
-        "decode_layer heads, 128, norms, int8", query_gain_ptr="*fp32", key_gain_ptr="*fp32", own_ptr="*i8",
+        "decode_layer heads, 128, norms, int8", 6, 3, query_gain_ptr="*fp32", key_gain_ptr="*fp32", own_ptr="*i8",
         scales_ptr="*fp16",
     ),
     _heads(
-        "decode_layer heads, 32 x 128, norms over all", 8, query_gain_ptr="*fp32", key_gain_ptr="*fp32", H=32, H_KV=32,
-        WHOLE=True, HEADS=32, cos_ptr="*fp32", sin_ptr="*fp32", bias_ptr=None,
+        "decode_layer heads, 32 x 128, norms over all", 1, 5, 8, query_gain_ptr="*fp32", key_gain_ptr="*fp32", H=32,
+        H_KV=32, WHOLE=True, HEADS=32, cos_ptr="*fp32", sin_ptr="*fp32", bias_ptr=None,
     ),
-    _gated("decode_layer gated, 18944"),
+    _gated("decode_layer gated, 8960", 1, WIDTH=8960),
+    _gated("decode_layer gated, 18944", 1, SPLITS=1),
+    _gated("decode_layer gated, 18944, rank 64, gelu", 6, R=64, ACTIVATION="gelu")._replace(oldest=80),
+    _gated("decode_layer gated, 18944, rank 64, without tensor cores", 5, R=64, SPLITS=1, tensor_cores=False),
+    _gated("decode_layer gated, 1536, 3 splits", 2, SPLITS=3, WIDTH=1536),
     # Narrow: query, key, value and out, whose 128 numbers are one for each of 128 threads.
     _delta("delta_step, 2 x 128 x 128", 4),
     _delta(
@@ -398,7 +412,6 @@ KERNELS = [
         query_stride=5, key_stride=5, value_stride=5, strength_ptr="*fp32", out_ptr="*fp32", commit_ptr=None, K=96,
         V=192, GROUP=1,
     ),
-    _gated("decode_layer gated, 18944, rank 64, gelu", ACTIVATION="gelu", LOW=128, R=64, ROWS=4),
 ]  # fmt: skip
 _OVERLAPPING = {  # as they stand in a chain, and how many tensors they prefetch parts of
     "decode_attention by tiles, 7 x 128, prefix, pages": 0,
@@ -412,7 +425,7 @@ _OVERLAPPING = {  # as they stand in a chain, and how many tensors they prefetch
 KERNELS += [
     kernel._replace(
         name=f"{kernel.name}, overlapping", arguments=kernel.arguments | {"OVERLAP": True}, oldest=overlap.OLDEST,
-        prefetches=_OVERLAPPING[kernel.name], spill_bytes=8 if kernel.arguments.get("R") == 64 else 0,  # on sm_120
+        prefetches=_OVERLAPPING[kernel.name],
     )
     for kernel in KERNELS
     if kernel.name in _OVERLAPPING

@@ -12,6 +12,9 @@ them; each of these kernels begins by finishing them. low has R columns for each
 in N, or R for all of them; b (R, N) is the adapter's other factor with its scale in it, R a multiple of 16.
 Rounding is where a training forward rounds: after a product and its bias, after what the adapter adds, in the norm,
 after the share, after the sum of the stream.
+
+What a kernel takes is the time until its numbers come from memory, over and over: so each asks for all that fits into
+its registers before it waits for the first.
 """
 
 import os
@@ -35,12 +38,9 @@ Norm = tuple[Tensor, float, bool]
 Backend = Literal["auto", "triton", "torch"]
 NO_NORM = (None, 0.0, False)
 RANK = 16  # an adapter's rank is a multiple of it, by zeros
-STEP = 16  # of its columns that are in hand at a time
-# Ranks up to this are taken without a loop. More would take a minute to compile, and of gated, which loops over rows,
-# all of b into registers.
-UNROLLED, UNROLLED_BY_ROWS = 64, 16
-COLUMNS = 512  # of gated in a program: 8 to each thread of 2 warps, 16 bytes of b
-ROWS = 8  # of gated in a program at most: as many as b has times 16 columns, since each program reads b from L2
+COLUMNS = 8  # of a row side by side in a thread: 16 bytes of b
+# Of gated; a program has 8 numbers of gate and of up in a thread. 16 rows are the fewest that tensor cores multiply.
+BLOCK_M, BLOCK_N, NUM_WARPS = 16, 64, 4
 
 if triton is not None:
     from lowmem_grpo.kernels.overlap import launch_next, prefetch, wait_for_last
@@ -50,20 +50,16 @@ if triton is not None:
         return x.to(dtype).to(tl.float32)
 
     @triton.jit
-    def _raised(
-        low_ptr, b_ptr, row, M, n, n_in, low_column, first, N: tl.constexpr, LOW: tl.constexpr, STEP: tl.constexpr,
-        SPLITS: tl.constexpr, dtype: tl.constexpr,
-    ):  # fmt: skip
-        """The share of STEP columns of an adapter in a row at columns n: rounded sums of low times b."""
-        PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
-        part, r = tl.arange(0, PARTS)[:, None], tl.arange(0, STEP)
-        at = low_ptr + (part * M + row) * LOW + low_column + first + r[None, :]
-        low = _rounded(tl.sum(tl.load(at, mask=part < SPLITS, other=0.0), 0), dtype)  # (STEP,), by one load
-        high = tl.zeros(n.shape, tl.float32)
-        for column in tl.static_range(STEP):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
-            b = tl.load(b_ptr + (first + column) * N + n, mask=n_in, other=0.0).to(tl.float32)
-            high += tl.sum(tl.where(r == column, low, 0.0), 0) * b
-        return high
+    def _asked(ptr, at, stride, inside, first, end, COUNT: tl.constexpr):
+        """COUNT tensors, `stride` apart, from `first` on, and zeros from `end` on.
+
+        In a tuple all are on their way at once: added up one by one, each is waited for before the next is asked for.
+        """
+        numbers = ()
+        for i in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
+            number = tl.load(ptr + (first + i) * stride + at, mask=inside & (first + i < end), other=0.0)
+            numbers = numbers + (number,)  # noqa: RUF005, Triton unpacks no tuple
+        return numbers
 
     @triton.jit
     def _finished(
@@ -73,32 +69,43 @@ if triton is not None:
         bias_ptr,  # (N,), or None
         row,
         M,
-        n,  # (...) int32 columns of N
-        n_in,  # (...) bool
+        n,  # (B,) int32 columns of N
+        n_in,  # (B,) bool
         low_column,  # the first of this linear's R columns of LOW
         N: tl.constexpr,
         LOW: tl.constexpr,
         R: tl.constexpr,
-        STEP: tl.constexpr,
-        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
+        HAND: tl.constexpr,
+        STEP: tl.constexpr,
         dtype: tl.constexpr,
     ):
-        """y of a row at columns n, fp32 numbers that are rounded to dtype. Columns of b are read wide, along n."""
-        y = tl.zeros(n.shape, tl.float32)
-        for split in tl.static_range(SPLITS):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
-            y += tl.load(parts_ptr + (split * M + row) * N + n, mask=n_in, other=0.0)
+        """y (B,) of a row at columns n, fp32 numbers that are rounded to dtype.
+
+        A round asks for HAND splits and STEP rows of b at once, before it waits for any of them.
+        """
+        ROUNDS: tl.constexpr = max((SPLITS + HAND - 1) // HAND, R // STEP)
+        PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
+        y, high = tl.zeros(n.shape, tl.float32), tl.zeros(n.shape, tl.float32)
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + n, mask=n_in, other=0.0)
+        for i in range(ROUNDS):
+            if low_ptr is not None:
+                part, r = tl.arange(0, PARTS)[:, None], i * STEP + tl.arange(0, STEP)
+                known = i * STEP < R
+                at = low_ptr + (part * M + row) * LOW + low_column + r[None, :]
+                low = tl.load(at, mask=(part < SPLITS) & known, other=0.0)
+                b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=n_in[None, :] & known, other=0.0)
+            parts = _asked(parts_ptr, row * N + n, M * N, n_in, i * HAND, SPLITS, HAND)
+            if low_ptr is not None:
+                low = _rounded(tl.sum(low, 0), dtype)
+                high += tl.sum(low[:, None] * b.to(tl.float32), 0)
+            for j in tl.static_range(HAND):  # pyright: ignore[reportGeneralTypeIssues]: likewise
+                y += parts[j]
+        if bias_ptr is not None:
+            y += bias.to(tl.float32)
         y = _rounded(y, dtype)
         if low_ptr is not None:
-            high = tl.zeros(n.shape, tl.float32)
-            if R <= UNROLLED:  # in a loop the addresses of b take so many registers that they spill
-                for first in tl.static_range(0, R, STEP):  # pyright: ignore[reportGeneralTypeIssues]: likewise
-                    high += _raised(low_ptr, b_ptr, row, M, n, n_in, low_column, first, N, LOW, STEP, SPLITS, dtype)
-            else:
-                for first in range(0, R, STEP):
-                    high += _raised(low_ptr, b_ptr, row, M, n, n_in, low_column, first, N, LOW, STEP, SPLITS, dtype)
             y = _rounded(y + high, dtype)
         return y
 
@@ -111,12 +118,12 @@ if triton is not None:
             prefetch(bias_ptr, N, part, PARTS)
 
     @triton.jit
-    def _normed(x, square_sum, gain_ptr, n, n_in, eps, count, EARLY: tl.constexpr, dtype: tl.constexpr):
-        """The RMS norm of x, whose squares sum to square_sum over count columns; its gain is read at n."""
+    def _normed(x, square_sum, gain, eps, count, EARLY: tl.constexpr, dtype: tl.constexpr):
+        """The RMS norm of x, whose squares sum to square_sum over count columns."""
         y = x * tl.rsqrt(square_sum / count + eps)
         if EARLY:
             y = _rounded(y, dtype)
-        return _rounded(y * tl.load(gain_ptr + n, mask=n_in, other=0.0).to(tl.float32), dtype)
+        return _rounded(y * gain.to(tl.float32), dtype)
 
     @triton.jit
     def _start_kernel(
@@ -137,11 +144,13 @@ if triton is not None:
         n = tl.arange(0, BLOCK)
         n_in = n < N
         token = tl.load(token_ids_ptr + row).to(tl.int64)
+        if gain_ptr is not None:
+            gain = tl.load(gain_ptr + n, mask=n_in, other=0.0)
         x = tl.load(embedding_ptr + token * N + n, mask=n_in, other=0.0).to(dtype).to(tl.float32)
         x = _rounded(x * scale, dtype)
         tl.store(stream_ptr + row * N + n, x.to(dtype), mask=n_in)
         if gain_ptr is not None:
-            y = _normed(x, tl.sum(x * x, 0), gain_ptr, n, n_in, eps, N, EARLY, dtype)
+            y = _normed(x, tl.sum(x * x, 0), gain, eps, N, EARLY, dtype)
             tl.store(out_ptr + row * N + n, y.to(dtype), mask=n_in)
 
     @triton.jit(do_not_specialize=["M"])
@@ -160,9 +169,9 @@ if triton is not None:
         before_eps,
         N: tl.constexpr,
         R: tl.constexpr,
-        STEP: tl.constexpr,
-        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
+        HAND: tl.constexpr,
+        STEP: tl.constexpr,
         AFTER_EARLY: tl.constexpr,
         BEFORE_EARLY: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -181,16 +190,20 @@ if triton is not None:
             wait_for_last()
         n = tl.arange(0, BLOCK)
         n_in = n < N
-        y = _finished(parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, N, R, R, STEP, UNROLLED, SPLITS, dtype)
+        at = stream_ptr + row * N + n
+        stream = tl.load(at, mask=n_in, other=0.0)
+        y = _finished(parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, N, R, R, SPLITS, HAND, STEP, dtype)
+        if before_ptr is not None:
+            before = tl.load(before_ptr + n, mask=n_in, other=0.0)
         if after_ptr is not None:
-            y = _normed(y, tl.sum(y * y, 0), after_ptr, n, n_in, after_eps, N, AFTER_EARLY, dtype)
+            after = tl.load(after_ptr + n, mask=n_in, other=0.0)
+            y = _normed(y, tl.sum(y * y, 0), after, after_eps, N, AFTER_EARLY, dtype)
         if share is not None:
             y = _rounded(y * share, dtype)
-        at = stream_ptr + row * N + n
-        y = _rounded(y + tl.load(at, mask=n_in, other=0.0).to(tl.float32), dtype)
+        y = _rounded(y + stream.to(tl.float32), dtype)
         tl.store(at, y.to(dtype), mask=n_in)
         if before_ptr is not None:
-            y = _normed(y, tl.sum(y * y, 0), before_ptr, n, n_in, before_eps, N, BEFORE_EARLY, dtype)
+            y = _normed(y, tl.sum(y * y, 0), before, before_eps, N, BEFORE_EARLY, dtype)
             tl.store(out_ptr + row * N + n, y.to(dtype), mask=n_in)
 
     @triton.jit(do_not_specialize=["M", "table_stride", "page_tokens"])
@@ -230,9 +243,9 @@ if triton is not None:
         PAIRED: tl.constexpr,
         LOW: tl.constexpr,
         R: tl.constexpr,
-        STEP: tl.constexpr,
-        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
+        HAND: tl.constexpr,
+        STEP: tl.constexpr,
         EARLY: tl.constexpr,
         WHOLE: tl.constexpr,
         HEADS: tl.constexpr,
@@ -251,32 +264,48 @@ if triton is not None:
                 prefetch(query_gain_ptr, H * D if WHOLE else D, row * BLOCKS + block, BLOCKS)
                 prefetch(key_gain_ptr, H_KV * D if WHOLE else D, row * BLOCKS + block, BLOCKS)
             wait_for_last()
-        if WHOLE:
-            kind, head = block, tl.arange(0, HEADS)[:, None]
-        else:
-            kind = tl.where(block < H, 0, tl.where(block < H + H_KV, 1, 2))
-            head = tl.arange(0, 1)[:, None] + block - tl.where(kind == 0, 0, tl.where(kind == 1, H, H + H_KV))
-        begin = tl.where(kind == 0, 0, tl.where(kind == 1, H, H + H_KV)) * D
-        d = tl.arange(0, BLOCK_D)[None, :]
-        inside = (d < D) & (head < tl.where(kind == 0, H, H_KV))
-        y = _finished(
-            parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, begin + head * D + d, inside, kind * ((LOW - R) // 2), N, LOW,
-            R, STEP, UNROLLED, SPLITS, dtype,
-        )  # fmt: skip
         position = tl.load(positions_ptr + row)
+        column = position.to(tl.int32)
+        if prefilled_ptr is not None:
+            column -= tl.load(prefilled_ptr + row).to(tl.int32)
+        numbers_ptr, first_ptr = own_ptr, scales_ptr
+        if addresses_ptr is not None:
+            numbers_ptr = tl.load(addresses_ptr).to(tl.pointer_type(own_ptr.dtype.element_ty))
+            numbers_ptr = tl.multiple_of(numbers_ptr, 16)  # else one number at a time is stored
+            if scales_ptr is not None:
+                first_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(tl.float16))
+        kind = block if WHOLE else tl.where(block < H, 0, tl.where(block < H + H_KV, 1, 2))
+        begin = tl.where(kind == 0, 0, tl.where(kind == 1, H, H + H_KV))  # the first head of the kind
+        first = 0 if WHOLE else block - begin
+        head, d = first + tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+        inside = (d < D) & (head < tl.where(kind == 0, H, H_KV))
+        if query_gain_ptr is not None:
+            gain_ptr = tl.where(kind == 0, query_gain_ptr, key_gain_ptr) + (head * D + d if WHOLE else d)
+            gain = tl.load(gain_ptr, mask=inside & (kind < 2), other=0.0)
+        if cos_ptr is not None:
+            turns = (d < ROTARY) & (kind < 2)
+            cos = tl.load(cos_ptr + position * ROTARY + d, mask=turns, other=1.0).to(tl.float32)
+            sin = tl.load(sin_ptr + position * ROTARY + d, mask=turns, other=0.0).to(tl.float32)
+        page = tl.load(table_ptr + row * table_stride + column // page_tokens).to(tl.int64)
+        column %= page_tokens
+        i = tl.arange(0, HEADS * BLOCK_D)
+        n = (begin + first + i // BLOCK_D) * D + i % BLOCK_D
+        n_in = (i % BLOCK_D < D) & (first + i // BLOCK_D < tl.where(kind == 0, H, H_KV))
+        low_column = kind * ((LOW - R) // 2)
+        y = _finished(
+            parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, low_column, N, LOW, R, SPLITS, HAND, STEP, dtype
+        )
+        y = tl.reshape(y, (HEADS, BLOCK_D))
         if kind < 2:
             if query_gain_ptr is not None:
-                gain_ptr = tl.where(kind == 0, query_gain_ptr, key_gain_ptr)
                 eps = tl.where(kind == 0, query_eps, key_eps)
                 square_sum = tl.sum(y * y, 1)[:, None]
+                count = D
                 if WHOLE:
                     square_sum = tl.sum(square_sum, 0)[None, :]
                     count = tl.where(kind == 0, H * D, H_KV * D)
-                    y = _normed(y, square_sum, gain_ptr, head * D + d, inside, eps, count, EARLY, dtype)
-                else:
-                    y = _normed(y, square_sum, gain_ptr, d, inside, eps, D, EARLY, dtype)
+                y = _normed(y, square_sum, gain, eps, count, EARLY, dtype)
             if cos_ptr is not None:
-                turns = d < ROTARY
                 if PAIRED:
                     second, partner = d % 2 == 1, d ^ 1
                 else:
@@ -284,30 +313,16 @@ if triton is not None:
                 partner = tl.broadcast_to(tl.where(turns, partner, d), (HEADS, BLOCK_D))
                 other = tl.gather(y, partner, 1)
                 other = tl.where(second, other, -other)
-                cos = tl.load(cos_ptr + position * ROTARY + d, mask=turns, other=1.0).to(tl.float32)
-                sin = tl.load(sin_ptr + position * ROTARY + d, mask=turns, other=0.0).to(tl.float32)
                 angles: tl.constexpr = cos_ptr.dtype.element_ty
                 y = _rounded(_rounded(y * cos, angles) + _rounded(other * sin, angles), dtype)
         if kind == 0:
             tl.store(query_ptr + (row * H + head) * D + d, y.to(dtype), mask=inside)
         else:
-            column = position.to(tl.int32)
-            if prefilled_ptr is not None:
-                column -= tl.load(prefilled_ptr + row).to(tl.int32)
-            page = tl.load(table_ptr + row * table_stride + column // page_tokens).to(tl.int64)
-            column %= page_tokens
-            numbers_ptr = own_ptr
-            if addresses_ptr is not None:
-                numbers_ptr = tl.load(addresses_ptr).to(tl.pointer_type(own_ptr.dtype.element_ty))
-                numbers_ptr = tl.multiple_of(numbers_ptr, 16)  # else one number at a time is stored
             numbers_ptr += own_layer + (kind - 1) * own_kind_stride + page * own_page_stride + column * D
             at = numbers_ptr + head * own_head_stride + d
             if scales_ptr is None:
                 tl.store(at, y.to(own_ptr.dtype.element_ty), mask=inside)
             else:
-                first_ptr = scales_ptr
-                if addresses_ptr is not None:
-                    first_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(tl.float16))
                 first_ptr += scales_layer + (kind - 1) * scales_kind_stride + page * scales_page_stride + column
                 # The largest magnitude; what is added is nothing, or a NaN, which a maximum would pass over.
                 peak = tl.max(tl.abs(y), 1)[:, None] + tl.sum(y * 0.0, 1)[:, None]
@@ -331,42 +346,76 @@ if triton is not None:
         WIDTH: tl.constexpr,
         LOW: tl.constexpr,
         R: tl.constexpr,
-        STEP: tl.constexpr,
-        UNROLLED: tl.constexpr,
         SPLITS: tl.constexpr,
+        HAND: tl.constexpr,
+        STEP: tl.constexpr,
         ACTIVATION: tl.constexpr,
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
+        INTERPRETED: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One program per ROWS rows and BLOCK columns."""
+        """One program per BLOCK_M rows and BLOCK_N columns of WIDTH."""
         dtype: tl.constexpr = out_ptr.dtype.element_ty
+        # Interpreted, there are no dots of bf16.
+        factor: tl.constexpr = tl.float32 if INTERPRETED else dtype  # pyright: ignore[reportAssignmentType]
+        N: tl.constexpr = 2 * WIDTH
         if OVERLAP:
             launch_next()
-            BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-            _prefetch_finish(b_ptr, bias_ptr, 2 * WIDTH, R, tl.program_id(0) * BLOCKS + tl.program_id(1), BLOCKS)
+            BLOCKS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+            _prefetch_finish(b_ptr, bias_ptr, N, R, tl.program_id(0) * BLOCKS + tl.program_id(1), BLOCKS)
             wait_for_last()
-        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        n_in = n < WIDTH
-        for i in range(ROWS):
-            row = tl.program_id(0) * ROWS + i
-            if row < M:
-                gate = _finished(
-                    parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n, n_in, 0, 2 * WIDTH, LOW, R, STEP, UNROLLED, SPLITS,
-                    dtype,
-                )  # fmt: skip
-                up = _finished(
-                    parts_ptr, low_ptr, b_ptr, bias_ptr, row, M, n + WIDTH, n_in, LOW - R, 2 * WIDTH, LOW, R, STEP,
-                    UNROLLED, SPLITS, dtype,
-                )  # fmt: skip
-                if ACTIVATION == "silu":
-                    y = gate / (1.0 + tl.exp(-gate))
-                elif ACTIVATION == "gelu":
-                    y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-                else:  # z / (1 + exp(-2 t)) is z / 2 (1 + tanh t)
-                    t = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-                    y = gate / (1.0 + tl.exp(-2.0 * t))
-                tl.store(out_ptr + row * WIDTH + n, (_rounded(y, dtype) * up).to(dtype), mask=n_in)
+        ROUNDS: tl.constexpr = max((SPLITS + HAND - 1) // HAND, R // STEP)
+        PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
+        # What is finished is a vector, in which a thread's numbers lie side by side; factors of dots are matrices.
+        i = tl.arange(0, BLOCK_M * BLOCK_N)
+        m, n = tl.program_id(0) * BLOCK_M + i // BLOCK_N, tl.program_id(1) * BLOCK_N + i % BLOCK_N
+        inside = (m < M) & (n < WIDTH)
+        gate, up = tl.zeros(i.shape, tl.float32), tl.zeros(i.shape, tl.float32)
+        if bias_ptr is not None:
+            gate_bias = tl.load(bias_ptr + n, mask=inside, other=0.0)
+            up_bias = tl.load(bias_ptr + WIDTH + n, mask=inside, other=0.0)
+        if low_ptr is not None:
+            high_gate, high_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            part = tl.arange(0, PARTS)[None, None, :]
+            rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+            columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        for j in range(ROUNDS):
+            if low_ptr is not None:
+                r = j * STEP + tl.arange(0, STEP)
+                low_at = low_ptr + (part * M + rows) * LOW + r[None, :, None]
+                low_in = (part < SPLITS) & (rows < M) & (j * STEP < R)
+                low_gate = tl.load(low_at, mask=low_in, other=0.0)
+                low_up = tl.load(low_at + (LOW - R), mask=low_in, other=0.0)
+            gates = _asked(parts_ptr, m * N + n, M * N, inside, j * HAND, SPLITS, HAND)
+            ups = _asked(parts_ptr + WIDTH, m * N + n, M * N, inside, j * HAND, SPLITS, HAND)
+            tl.debug_barrier()  # else the compiler moves loads behind the first wait, which saves registers
+            if low_ptr is not None:
+                b_at, b_in = b_ptr + r[:, None] * N + columns, (columns < WIDTH) & (j * STEP < R)
+                b_gate = tl.load(b_at, mask=b_in, other=0.0).to(factor)
+                b_up = tl.load(b_at + WIDTH, mask=b_in, other=0.0).to(factor)
+                low_gate = tl.sum(low_gate, 2).to(dtype).to(factor)
+                low_up = tl.sum(low_up, 2).to(dtype).to(factor)
+                high_gate = tl.dot(low_gate, b_gate, high_gate, input_precision="ieee")
+                high_up = tl.dot(low_up, b_up, high_up, input_precision="ieee")
+            for part_of in tl.static_range(HAND):  # pyright: ignore[reportGeneralTypeIssues]: Triton unrolls it
+                gate += gates[part_of]
+                up += ups[part_of]
+        if bias_ptr is not None:
+            gate += gate_bias.to(tl.float32)
+            up += up_bias.to(tl.float32)
+        gate, up = _rounded(gate, dtype), _rounded(up, dtype)
+        if low_ptr is not None:
+            gate = _rounded(gate + tl.reshape(high_gate, i.shape), dtype)
+            up = _rounded(up + tl.reshape(high_up, i.shape), dtype)
+        if ACTIVATION == "silu":
+            y = gate / (1.0 + tl.exp(-gate))
+        elif ACTIVATION == "gelu":
+            y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        else:  # z / (1 + exp(-2 t)) is z / 2 (1 + tanh t)
+            t = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            y = gate / (1.0 + tl.exp(-2.0 * t))
+        tl.store(out_ptr + m * WIDTH + n, (_rounded(y, dtype) * up).to(dtype), mask=inside)
 
 
 @torch.no_grad()
@@ -390,7 +439,7 @@ def start(
                 block = triton.next_power_of_2(N)
                 _start_kernel[(S,)](
                     token_ids, embedding, stream, gain, out, scale, eps, N=N, EARLY=early, BLOCK=block,
-                    num_warps=_num_warps(block),
+                    num_warps=row_warps(N),
                 )  # fmt: skip
         return stream, out
     stream = (embedding[token_ids].to(dtype).float() * scale).to(dtype)
@@ -482,11 +531,12 @@ def residual(
                 after_gain, after_eps, after_early = after or NO_NORM
                 before_gain, before_eps, before_early = before or NO_NORM
                 block, rank = triton.next_power_of_2(N), 0 if b is None else len(b)
+                num_warps = row_warps(N)
+                hand, step = row_hand(splits, rank, N, num_warps, stream.element_size())
                 _residual_kernel[(S,)](
                     stream, parts, low, b, bias, after_gain, before_gain, out, S, None if share == 1 else share,
-                    after_eps, before_eps, N=N, R=rank, STEP=STEP, UNROLLED=UNROLLED, SPLITS=splits,
-                    AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block,
-                    num_warps=_num_warps(block, 8 if rank <= 32 else 16), **launched(),
+                    after_eps, before_eps, N=N, R=rank, SPLITS=splits, HAND=hand, STEP=step,
+                    AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block, num_warps=num_warps, **launched(),
                 )  # fmt: skip
         return out
     y = _after_norm(_summed(parts, low, b, bias, [N], stream.dtype), after)
@@ -514,11 +564,14 @@ def gated(
         out = torch.empty(S, N // 2, dtype=dtype, device=parts.device)
         if S:
             with torch.cuda.device_of(parts):
-                rows = 1 if b is None else min(ROWS, len(b) // RANK)
-                _gated_kernel[(triton.cdiv(S, rows), triton.cdiv(N // 2, COLUMNS))](
-                    parts, low, b, bias, out, S, WIDTH=N // 2, LOW=0 if low is None else low.shape[2],
-                    R=0 if b is None else len(b), STEP=STEP, UNROLLED=UNROLLED_BY_ROWS, SPLITS=splits,
-                    ACTIVATION=activation, ROWS=rows, BLOCK=COLUMNS, num_warps=2, **launched(),
+                rank = 0 if b is None else len(b)
+                tensor_cores = not parts.is_cuda or torch.cuda.get_device_capability(parts.device) >= (8, 0)
+                hand, step = tile_hand(splits, rank, dtype.itemsize, tensor_cores)
+                _gated_kernel[(triton.cdiv(S, BLOCK_M), triton.cdiv(N // 2, BLOCK_N))](
+                    parts, low, b, bias, out, S, WIDTH=N // 2, LOW=0 if low is None else low.shape[2], R=rank,
+                    SPLITS=splits, HAND=hand, STEP=step, ACTIVATION=activation,
+                    INTERPRETED=triton.knobs.runtime.interpret, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                    **launched(),
                 )  # fmt: skip
         return out
     gate, up = _summed(parts, low, b, bias, [parts.shape[2] // 2] * 2, dtype).chunk(2, 1)
@@ -540,6 +593,10 @@ def _launch_heads(
     if (query_norm is None) != (key_norm is None) or early != key_early:
         raise ValueError("queries and keys both have a norm that rounds at one place, or neither has one")
     whole = query_gain is not None and len(query_gain) != D
+    heads_at_once, block = triton.next_power_of_2(H) if whole else 1, triton.next_power_of_2(D)
+    rank = 0 if b is None else len(b)
+    num_warps = 8 if whole else 1
+    hand, step = row_hand(splits, rank, heads_at_once * block, num_warps, dtype.itemsize)
     query = torch.empty(S, H, D, dtype=dtype, device=parts.device)
     table = table if table.stride(1) == 1 else table.contiguous()
     if S:
@@ -550,18 +607,49 @@ def _launch_heads(
                 layer * own.stride(0), *own.stride()[1:4],
                 *((0, 0, 0, 0) if scales is None else (layer * scales.stride(0), *scales.stride()[1:4])),
                 D=D, H=H, H_KV=kv_heads, ROTARY=0 if cos is None else cos.shape[1], PAIRED=paired,
-                LOW=0 if low is None else low.shape[2], R=0 if b is None else len(b), STEP=STEP, UNROLLED=UNROLLED,
-                SPLITS=splits, EARLY=early, WHOLE=whole, HEADS=triton.next_power_of_2(H) if whole else 1,
-                BLOCK_D=triton.next_power_of_2(D), num_warps=8 if whole else 1,
+                LOW=0 if low is None else low.shape[2], R=rank, SPLITS=splits, HAND=hand, STEP=step, EARLY=early,
+                WHOLE=whole, HEADS=heads_at_once, BLOCK_D=block, num_warps=num_warps,
                 enable_fp_fusion=False,  # a product in 16 bits and a sum would become one, rounded once
                 **launched(),
             )  # fmt: skip
     return query
 
 
-def _num_warps(block: int, columns: int = 16) -> int:
-    """Warps for a row of `block` columns: so many columns to each thread, where that is possible."""
-    return min(16, max(1, block // (32 * columns)))
+def row_warps(columns: int) -> int:
+    """Warps of a program for a row: COLUMNS to each thread, more where 8 warps have not enough."""
+    return min(8, max(1, triton.next_power_of_2(columns) // (32 * COLUMNS)))
+
+
+def row_hand(splits: int, rank: int, columns: int, num_warps: int, width: int) -> tuple[int, int]:
+    """HAND and STEP of a program that finishes a row's columns; a number of b has `width` bytes."""
+    threads = 32 * num_warps
+    whole = triton.cdiv(columns, threads * COLUMNS) * COLUMNS
+    of_a_thread = max(1, min(triton.next_power_of_2(columns) // threads, whole))
+    others = 24 + 3.5 * of_a_thread  # registers: more than they were in machine code for seven cards
+    return _in_hand(splits, rank, of_a_thread, of_a_thread * width / 4, 1 / threads, 4, 255 - others)
+
+
+def tile_hand(splits: int, rank: int, width: int, tensor_cores: bool) -> tuple[int, int]:
+    """HAND and STEP of a program of gated; a number of b has `width` bytes."""
+    columns, threads = 2 * BLOCK_N, 32 * NUM_WARPS
+    factors = columns * width / 4 / threads if tensor_cores and width == 2 else 4  # FMA has factors in registers
+    return _in_hand(splits, rank, BLOCK_M * columns / threads, factors, 2 * BLOCK_M / threads, 16, 112)
+
+
+def _in_hand(
+    splits: int, rank: int, part: float, factors: float, low: float, least: int, registers: float
+) -> tuple[int, int]:
+    """Splits, and rows of b, at least `least`, that fit at once into a thread's registers, in the fewest rounds.
+
+    A split takes `part` registers, a row of b `factors`, and a number of low `low`.
+    """
+    rounds = 1
+    while True:
+        hand, step = -(-splits // rounds), max(least, triton.next_power_of_2(-(-rank // rounds)))
+        taken = part * hand + (step * (factors + low * triton.next_power_of_2(splits)) if rank else 0)
+        if (taken <= registers and rank % step == 0) or rounds >= max(splits, rank):
+            return hand, step
+        rounds *= 2
 
 
 def _summed(

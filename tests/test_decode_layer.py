@@ -1,5 +1,6 @@
 """Start, heads, residual and gated, kernel and twin, against fp64 and against transformers' own layers."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -149,6 +150,8 @@ RESIDUALS = {
     "olmo": dict(rows=2, size=64, after=True),
     "no adapter": dict(rows=33, size=72, rank=0, splits=3, bias=False, before=True),
     "many": dict(rows=64, size=64, rank=16, splits=1, before=True),
+    "rounds of b": dict(rows=2, size=130, rank=128, splits=3, before=True),
+    "rounds of parts": dict(rows=2, size=270, rank=0, splits=33, before=True, after=True),
 }
 
 
@@ -184,12 +187,12 @@ def test_the_stream_gets_a_share_of_what_a_product_left_and_is_normed(name, dtyp
 HEADS = {  # heads, kv heads, columns of each
     "qwen2": dict(sizes=(4, 2, 32)),
     "qwen3": dict(sizes=(2, 1, 32), norms="head", bias=False),
-    "gemma3": dict(sizes=(2, 1, 48), norms="head", early=False),
+    "gemma3": dict(sizes=(2, 1, 48), norms="head", early=False, rank=48, splits=16),
     "phi3": dict(sizes=(2, 1, 80), rotary=40, linears=1, splits=3),
     "glm": dict(sizes=(2, 2, 32), rotary=16, paired=True),
     "smollm3, nowhere rotated": dict(sizes=(3, 1, 16), rotary=0, rank=0),
     "olmo2": dict(sizes=(4, 2, 32), norms="all", angles=torch.float32),
-    "olmo2, odd": dict(sizes=(3, 3, 24), norms="all"),
+    "olmo2, odd": dict(sizes=(3, 3, 24), norms="all", rank=64, splits=5),
     "own pages alone": dict(sizes=(2, 1, 32), shared=False),
 }
 
@@ -333,11 +336,18 @@ def test_a_key_that_is_not_finite_has_a_scale_that_is_not(place):
 @every_backend
 @every_dtype
 @pytest.mark.parametrize(
-    "rows, size, linears, splits, activation",
-    [(1, 40, 2, 2, "silu"), (2, 600, 2, 1, "silu"), *((9, 24, 1, 1, activation) for activation in ACTIVATIONS)],
+    "rows, size, linears, rank, splits, activation",
+    [
+        (1, 40, 2, 16, 2, "silu"),
+        (2, 600, 2, 16, 1, "silu"),
+        (17, 72, 2, 48, 16, "silu"),
+        (3, 40, 2, 128, 1, "silu"),
+        (2, 72, 2, 0, 7, "silu"),
+        *((9, 24, 1, 16, 1, activation) for activation in ACTIVATIONS),
+    ],
 )
-def test_an_activation_of_the_gate_multiplies_up(rows, size, linears, splits, activation, dtype, place):
-    product = product_of(rows, 2 * size, linears, splits=splits, bias=rows == 1, dtype=dtype)
+def test_an_activation_of_the_gate_multiplies_up(rows, size, linears, rank, splits, activation, dtype, place):
+    product = product_of(rows, 2 * size, linears, rank=rank, splits=splits, bias=rows == 1, dtype=dtype)
     found = gated(*on(place, *product), activation=activation, dtype=dtype, backend=place[0])
     gate, up = finished(product, [size, size], dtype).double().chunk(2, 1)
     definition = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
@@ -348,12 +358,12 @@ def test_an_activation_of_the_gate_multiplies_up(rows, size, linears, splits, ac
 
 
 @every_backend
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 17])
 def test_a_row_depends_neither_on_the_others_nor_on_their_number(rows, place):
     """Bit for bit by the kernels. A GEMM of another number of rows, in a twin, may sum otherwise."""
     same = {"triton": torch.equal, "torch": lambda a, b: torch.allclose(a, b, rtol=0, atol=2e-6)}[place[0]]
-    parts, low, b, bias = on(place, *product_of(9, 64, 2))
-    stream = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(place[1])
+    parts, low, b, bias = on(place, *product_of(18, 64, 2))
+    stream = torch.randn(18, 64, generator=torch.Generator().manual_seed(1)).to(place[1])
     norm = on(place, norm_of(64))[0]
 
     def of(parts, low, stream):
@@ -371,6 +381,21 @@ def test_a_row_depends_neither_on_the_others_nor_on_their_number(rows, place):
         assert all(same(one[:rows], other[:rows]) for one, other in zip(found, whole, strict=True))
     query, alone = (headed("qwen3", torch.float32, place, rows=n)[0][0] for n in (None, 2))
     assert same(query[:2], alone)
+
+
+@pytest.mark.skipif(module.triton is None, reason="without Triton nothing is launched")
+def test_rounds_ask_for_every_split_and_every_row_of_b_in_as_few_registers_as_there_are():
+    for splits, rank in itertools.product(range(1, 17), range(16, 144, 16)):
+        for columns, num_warps in ((64, 1), (576, 2), (1536, 8), (8192, 8)):
+            hand, step = module.row_hand(splits, rank, columns, num_warps, 2)
+            assert 0 < hand <= splits and rank % step == 0
+            assert max(1, columns // (32 * num_warps)) * (hand + step / 2) < 255
+        for tensor_cores in (True, False):
+            hand, step = module.tile_hand(splits, rank, 2, tensor_cores)
+            assert 0 < hand <= splits and rank % step == 0 and step >= 16
+            assert 16 * hand <= 112 and (tensor_cores or step == 16)
+    assert module.row_hand(16, 16, 1536, 8, 2) == module.row_hand(16, 16, 576, 4, 2) == (16, 16)  # in one round
+    assert module.tile_hand(2, 64, 2, True) == (2, 64)
 
 
 @pytest.mark.gpu
