@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import triton
@@ -61,8 +62,9 @@ HALF_DTYPE = {75: tl.float16}
 class Kernel(NamedTuple):
     """A kernel to compile: an argument is a Triton type ("*half" is the card's 16-bit one), or a constexpr's value.
 
-    Pointers and "i32" are taken as divisible by 16, as torch's allocations and the strides of a model are, but for
-    arguments that the kernel does not specialize. A pointer that is not used is None.
+    A value may be a function of the compute capability. Pointers and "i32" are taken as divisible by 16, as torch's
+    allocations and the strides of a model are, but for arguments that the kernel does not specialize. A pointer that is
+    not used is None.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Kernel(NamedTuple):
     spill_bytes: int = 0  # the most that is accepted
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
     waits: int = 10  # accepted, one after another
+    loop: int | None = None  # accepted instructions of the longest loop, of a kernel that their number bounds
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
     fuses: bool = True  # products and sums into one
@@ -183,7 +186,7 @@ def _merge(name: str, narrow: int, waits: int, **change) -> Kernel:
     return Kernel(name, decode_attention._merge_kernel, arguments | change, num_warps=1, narrow=narrow, waits=waits)
 
 
-def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
+def _product(name: str, sizes: list[int], R: int, waits: int, loop: int, **change) -> Kernel:
     arguments: dict[str, Any] = {argument: None for argument in nf4_product._product_kernel.arg_names}
     for index in range(len(sizes)):
         arguments |= {f"w{index}_ptr": "*u8", f"absmax{index}_ptr": "*u8", f"outer{index}_ptr": "*fp32"}
@@ -192,17 +195,18 @@ def _product(name: str, sizes: list[int], R: int, **change) -> Kernel:
     arguments |= dict(
         x_ptr="*half", code_ptr="*fp32", a_ptr="*half", parts_ptr="*fp32", low_ptr="*fp32", M="i32",
         N0=n0, N1=n1, N2=n2, R=R, NESTED=True, BLOCK_M=16, BLOCK_N=nf4_product.BLOCK_N, RANK=nf4_product.RANK,
-        STAGES=nf4_product.STAGES, OVERLAP=False,
+        WARPS=nf4_product.NUM_WARPS, STAGES=nf4_product.STAGES, WGMMA=nf4_product.has_wgmma, OVERLAP=False,
     )  # fmt: skip
-    # Of each row of a weight one byte of absmax and four of its scale, some steps ahead; of a 7B's low a pair. sm_90
-    # copies weights by 8 bytes.
+    # Of each row of a weight 8 bytes a thread, one of absmax and four of its scale, two steps in a loop and two before
+    # it; of a 7B's low a pair.
     return Kernel(
         name,
         nf4_product._product_kernel,
         arguments | change,
         nf4_product.NUM_WARPS,
-        narrow=22,
-        waits=11,
+        narrow=34,
+        waits=waits,
+        loop=loop,
         oldest=nf4_product.OLDEST,
     )
 
@@ -213,21 +217,25 @@ def _group(name: str, **change) -> Kernel:
     return Kernel(name, expert_product._group_kernel, arguments | change, narrow=64, oldest=nf4_product.OLDEST)
 
 
-def _experts(name: str, **change) -> Kernel:
+def _experts(name: str, loop: int, **change) -> Kernel:
     arguments = dict(
         x_ptr="*half", chosen_ptr="*i64", order_ptr="*i32", begins_ptr="*i32", codes_ptr="*u8", scales_ptr="*u8",
         outer_ptr="*fp32", offsets_ptr="*fp32", table_ptr="*fp32", values_ptr=None, out_ptr="*half", E="i32",
         SHARED=8, BY_PLACE=False, BLOCK=64, BLOCK_M=16, BLOCK_N=expert_product.BLOCK_N,
-        STAGES=expert_product.STAGES,
+        WARPS=expert_product.NUM_WARPS, WGMMA=nf4_product.has_wgmma,
     )  # fmt: skip
-    # Of each row of a weight one byte of its scale and, in NF4, four of that one's, some steps ahead; and the places of
-    # choices.
+    # Of each row of a weight 8 bytes a thread, 4 in MXFP4, one of its scale and, in NF4, four of that one's, two steps
+    # in a loop and two before it; and the places of choices, which are read in two layouts. Nothing writes over them.
     return Kernel(
         name,
         expert_product._product_kernel,
         arguments | change,
         expert_product.NUM_WARPS,
-        narrow=13,
+        spill_bytes=8,  # sm_100 by Triton 3.7, sm_120 by 3.6
+        narrow=24,
+        waits=8,
+        loop=loop,
+        read_again=1,
         oldest=nf4_product.OLDEST,
     )
 
@@ -372,15 +380,16 @@ KERNELS = [
     _merge("decode_attention merge, 128", 1, 1),
     _merge("decode_attention merge, 64, sinks", 5, 2, sink_ptr="*half", H=64, D=64, BLOCK_D=64),
     _merge("decode_attention merge, 512", 1, 1, D=512),
-    _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, K=1536, SPLITS=8),
-    _product("nf4_product, down 7B, 32 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=32),
-    _product("nf4_product, down 7B, 64 rows", [3584], 16, K=18944, SPLITS=8, BLOCK_M=64),
-    _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, K=3584, SPLITS=1, BLOCK_M=64),
+    _product("nf4_product, q, k, v 1.5B, 16 rows", [1536, 256, 256], 48, 8, 0, K=1536, SPLITS=8),
+    _product("nf4_product, gate, up 1.5B, 16 rows", [8960, 8960], 32, 17, 345, K=1536, SPLITS=2),
+    _product("nf4_product, down 7B, 32 rows", [3584], 16, 11, 395, K=18944, SPLITS=8, BLOCK_M=32),
+    _product("nf4_product, down 7B, 64 rows", [3584], 16, 8, 520, K=18944, SPLITS=8, BLOCK_M=64),
+    _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, 6, 535, K=3584, SPLITS=1, BLOCK_M=64),
     _group("expert_product group, 4096 choices"),
-    _experts("expert_product, gate and up of 30B-A3B, one row", K=2048, N=1536, BY_PLACE=True),
-    _experts("expert_product, gate and up of Mixtral, 64 rows", K=4096, N=28672, SHARED=2, BLOCK_M=32),
+    _experts("expert_product, gate and up of 30B-A3B, one row", 400, K=2048, N=1536, BY_PLACE=True),
+    _experts("expert_product, gate and up of Mixtral, 64 rows", 520, K=4096, N=28672, SHARED=2, BLOCK_M=32),
     _experts(
-        "expert_product, MXFP4, down of gpt-oss, 256 rows",
+        "expert_product, MXFP4, down of gpt-oss, 256 rows", 320,
         K=2880, N=2880, SHARED=1, BLOCK=32, BLOCK_M=32, outer_ptr=None, offsets_ptr=None, table_ptr=None,
     ),
     _start_layer("decode_layer start, 3584"),
@@ -439,6 +448,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         value = kernel.arguments[parameter.name]
         if parameter.is_constexpr or not isinstance(value, str):
             value = HALF_DTYPE.get(capability, value) if value is tl.bfloat16 else value
+            value = value(capability) if isinstance(value, FunctionType) else value
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
         signature[parameter.name] = value.replace("*half", HALF.get(capability, "*bf16"))
@@ -469,6 +479,7 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         waits=waits_in_turn(usage),
         waits_limit=kernel.waits,
         longest_loop=longest_loop(usage),
+        loop_limit=kernel.loop,
         unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
         # Of a chain: waits, prefetches before the first, and how many they are to be; what else is before it.
         chain=[compiled.asm["ptx"].count(WAIT), *early(compiled.asm["ptx"])],

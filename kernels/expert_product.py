@@ -19,19 +19,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_grpo.kernels.nf4_product import CODES, MXFP4_CODES, OLDEST, Weight, dequantized
+from lowmem_grpo.kernels.nf4_product import CODES, MXFP4_CODES, OLDEST, Weight, capability_of, dequantized, has_wgmma
 
 try:
     import triton
     import triton.language as tl
 
-    from lowmem_grpo.kernels.nf4_product import _unpacked
+    from lowmem_grpo.kernels.nf4_product import _part, _rows
 except ImportError:  # Windows, macOS
     triton: Any = None
 
 MOST = 4096  # choices of a call: each program of the grouping reads them all
-# With 4 warps sm_90 copies weights by 4 bytes, for a product that it has for 4 alone; with 2 every card does by 16.
-NUM_WARPS, STAGES, BLOCK_N = 2, 3, 64
+NUM_WARPS, BLOCK_N = 4, 64
 TAKEN = (torch.bfloat16, torch.float16, torch.int64)  # by the kernels: rows, and choices
 
 if triton is not None:
@@ -76,7 +75,8 @@ if triton is not None:
         BLOCK: tl.constexpr,  # numbers with one scale
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        STAGES: tl.constexpr,
+        WARPS: tl.constexpr,
+        WGMMA: tl.constexpr,
     ):
         """One program per expert, or BY_PLACE in `order` where that is less, and BLOCK_N rows of its weight."""
         BLOCKS: tl.constexpr = K // BLOCK
@@ -92,29 +92,41 @@ if triton is not None:
             begin = tl.load(begins_ptr + expert)
             end = tl.load(begins_ptr + expert + 1)
         at = expert.to(tl.int64)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        WORDS: tl.constexpr = BLOCK // 8  # of 4 bytes
+        place = tl.program_id(1) * BLOCK_N
+        n = place + tl.arange(0, BLOCK_N)
         n_in = n < N
-        w_at = codes_ptr + at * (N * K // 2) + n[:, None] * (K // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        # Rows beyond the last one are the last one again, and are not stored; so are choices beyond an expert's.
+        rows = tl.minimum(place + _rows(BLOCK_N, WARPS), N - 1)
+        w_at = (codes_ptr + at * (N * K // 2)).to(tl.pointer_type(tl.int32)) + rows[:, None] * (K // 8)
+        w_at = tl.multiple_of(w_at + tl.arange(0, WORDS)[None, :], [WORDS, WORDS])  # bytes a thread, as in _part
+        scale_at = tl.minimum(n, N - 1) * BLOCKS
         scales_ptr += at * (N * BLOCKS)
+        if outer_ptr is not None:
+            outer_ptr += at * OUTER
+            offset = tl.load(offsets_ptr + at)
         for first in range(begin, end, BLOCK_M):
             m = first + tl.arange(0, BLOCK_M)
             m_in = m < end
             choice = tl.load(order_ptr + m, mask=m_in, other=0)
             x_at = x_ptr + (choice // SHARED)[:, None] * K + tl.arange(0, BLOCK)[None, :]
+            words, x, scale = tl.load(w_at), tl.load(x_at), tl.load(scales_ptr + scale_at)
+            next_words = tl.load(w_at + WORDS, mask=BLOCKS > 1)
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for step in tl.range(0, BLOCKS, num_stages=STAGES):
-                q = tl.load(w_at + step * (BLOCK // 2), mask=n_in[:, None], other=0)
-                x = tl.load(x_at + step * BLOCK, mask=m_in[:, None], other=0.0)
-                scale = tl.load(scales_ptr + n * BLOCKS + step, mask=n_in, other=0).to(tl.int32)
-                high, low = _unpacked(q, values_ptr, x_ptr.dtype.element_ty, outer_ptr is None)
+            for step in tl.range(0, BLOCKS, num_stages=1, loop_unroll_factor=2):
+                next_in = step + 1 < BLOCKS
                 if outer_ptr is None:  # the exponent's bits, but for 2^-127, which has none
-                    w = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK))
-                    scale = tl.where(scale > 0, scale << 23, 1 << 22).to(tl.float32, bitcast=True)
+                    bits = scale.to(tl.int32)
+                    factor = tl.where(bits > 0, bits << 23, 1 << 22).to(tl.float32, bitcast=True)
                 else:
-                    w = tl.reshape(tl.join(high, low), (BLOCK_N, BLOCK))
-                    outer = tl.load(outer_ptr + at * OUTER + (n * BLOCKS + step) // 256, mask=n_in, other=0.0)
-                    scale = tl.load(table_ptr + scale) * outer + tl.load(offsets_ptr + at)
-                sums += tl.dot(w, tl.trans(x.to(w.dtype))) * scale[:, None]
+                    outer = tl.load(outer_ptr + (scale_at + step) // 256)
+                    factor = tl.load(table_ptr + scale.to(tl.int32)) * outer + offset
+                scale = tl.load(scales_ptr + scale_at + step + 1, mask=next_in)
+                w, x_now = words, x
+                words = next_words
+                next_words = tl.load(w_at + (step + 2) * WORDS, mask=step + 2 < BLOCKS)
+                x = tl.load(x_at + (step + 1) * BLOCK, mask=next_in)
+                sums += _part(w, x_now, values_ptr, outer_ptr is None, WARPS, WGMMA) * factor[:, None]
             out_at = out_ptr + choice[:, None] * N + n[None, :]
             tl.store(out_at, tl.trans(sums).to(out_ptr.dtype.element_ty), mask=m_in[:, None] & n_in[None, :])
 
@@ -211,7 +223,8 @@ def expert_product(
     with torch.cuda.device_of(x):
         _product_kernel[(C if by_place else E, triton.cdiv(N, BLOCK_N))](
             x, groups.chosen, groups.order, groups.begins, *stack, values, out, E, K=K, N=N, SHARED=share,
-            BY_PLACE=by_place, BLOCK=block, BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=NUM_WARPS,
+            BY_PLACE=by_place, BLOCK=block, BLOCK_M=block_m, BLOCK_N=BLOCK_N, WARPS=NUM_WARPS,
+            WGMMA=has_wgmma(capability_of(x.device)), num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
 

@@ -45,27 +45,45 @@ OLDEST = 80  # compute capability: below it Triton multiplies without tensor cor
 RANK = 16  # rows of A in a program, which take as many bytes as 64 rows of a weight
 
 
-def unpacking(dtype: torch.dtype, codes: Tensor = CODES) -> str:
-    """PTX that turns 4 packed bytes, $4, into their 16-bit codes: of the high four bits in $0 and $1, else in $2, $3.
+def unpacking(dtype: torch.dtype, codes: Tensor = CODES, low_first: bool = False) -> str:
+    """PTX that turns a word of 4 packed bytes, $8, into its 8 codes of 16 bits, $0 to $7, in the order of columns.
 
     `prmt` takes 4 selectors of 4 bits as they lie in two bytes: their low 3 bits choose among 8 bytes of a table, once
-    in its lower and once in its upper half, and their fourth bit chooses between both; so for the codes' low bytes and
-    for their high bytes. Two more put low and high bytes together.
+    in its lower and once in its upper half, and their fourth bit, spread over a byte, chooses between both; so for the
+    codes' low bytes and for their high bytes. Two more put low and high bytes together. Each table's first 4 bytes are
+    operands, $9 to $12 (first_words).
     """
-    both = codes.to(dtype).view(torch.uint8).view(-1, 2)
-    low, high = (both[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1))
-    low, high = ([f"{word & 0xFFFFFFFF:#x}" for word in words] for words in (low, high))
+    _, low, _, high = ([f"{word & 0xFFFFFFFF:#x}" for word in words] for words in _tables(dtype, codes))
+    pairs = ("0x5140", "0x7362") if low_first else ("0x4051", "0x6273")
 
-    def two_bytes(source: str, of_high: str, of_low: str) -> str:
+    def two_bytes(selectors: str, signs: str, first: int) -> str:
+        joined = "".join(
+            f"prmt.b32 b, a, c, {pair}; mov.b32 {{${first + 2 * byte}, ${first + 2 * byte + 1}}}, b;"
+            for byte, pair in enumerate(pairs)
+        )
         return f"""
-        and.b32 s, {source}, 0x7777; shr.u32 t, {source}, 3; and.b32 t, t, 0x1111; prmt.b32 m, 0x0000ff00, 0, t;
-        prmt.b32 a, {low[0]}, {low[1]}, s; prmt.b32 b, {low[2]}, {low[3]}, s; lop3.b32 a, m, b, a, 0xCA;
-        prmt.b32 c, {high[0]}, {high[1]}, s; prmt.b32 d, {high[2]}, {high[3]}, s; lop3.b32 c, m, d, c, 0xCA;
-        prmt.b32 {of_high}, a, c, 0x7351; prmt.b32 {of_low}, a, c, 0x6240;"""
+        prmt.b32 m, $8, u, {signs};
+        prmt.b32 a, $9, {low[0]}, {selectors}; prmt.b32 b, $10, {low[1]}, {selectors}; lop3.b32 a, m, b, a, 0xCA;
+        prmt.b32 c, $11, {high[0]}, {selectors}; prmt.b32 d, $12, {high[1]}, {selectors}; lop3.b32 c, m, d, c, 0xCA;
+        {joined}"""
 
-    # $4 is read for the last time before $0 is written: both may be one register.
-    upper = "{ .reg .b32 s, t, m, a, b, c, d, w; shr.u32 w, $4, 16;"
-    return upper + two_bytes("$4", "$0", "$2") + two_bytes("w", "$1", "$3") + " }"
+    # A selector's fourth bit spreads the sign of a byte: of the word's bytes for high four bits, of u's for low ones.
+    # What is written has 16 bits, what is read 32, so that no register is both.
+    begin = "{ .reg .b32 s, t, u, m, a, b, c, d; and.b32 s, $8, 0x77777777; shl.b32 u, $8, 4; shr.u32 t, s, 16;"
+    return begin + two_bytes("s", "0x9d8c", 0) + two_bytes("t", "0xbfae", 4) + " }"
+
+
+def first_words(dtype: torch.dtype, codes: Tensor = CODES) -> list[int]:
+    """The first 4 bytes of each table of unpacking: low bytes of codes 0 to 3 and 8 to 11, and their high bytes."""
+    low, _, high, _ = _tables(dtype, codes)
+    return [*low, *high]
+
+
+def _tables(dtype: torch.dtype, codes: Tensor) -> list[list[int]]:
+    """Words of the codes' low bytes, codes 0 to 3 and 8 to 11, then 4 to 7 and 12 to 15, and so of their high bytes."""
+    both = codes.to(dtype).view(torch.uint8).view(-1, 2)
+    words = [both[:, byte].contiguous().view(torch.int32).tolist() for byte in (0, 1)]
+    return [of_byte[half::2] for of_byte in words for half in (0, 1)]
 
 
 if triton is not None:
@@ -73,26 +91,74 @@ if triton is not None:
 
     _UNPACK_BF16: Any = tl.constexpr(unpacking(torch.bfloat16))
     _UNPACK_FP16: Any = tl.constexpr(unpacking(torch.float16))
-    _UNPACK_MXFP4_BF16: Any = tl.constexpr(unpacking(torch.bfloat16, MXFP4_CODES))
-    _UNPACK_MXFP4_FP16: Any = tl.constexpr(unpacking(torch.float16, MXFP4_CODES))
-    _REGISTERS: Any = tl.constexpr("=r,=r,=r,=r,r")
+    _UNPACK_MXFP4_BF16: Any = tl.constexpr(unpacking(torch.bfloat16, MXFP4_CODES, low_first=True))
+    _UNPACK_MXFP4_FP16: Any = tl.constexpr(unpacking(torch.float16, MXFP4_CODES, low_first=True))
+    _WORDS_BF16: Any = tl.constexpr(first_words(torch.bfloat16))
+    _WORDS_FP16: Any = tl.constexpr(first_words(torch.float16))
+    _WORDS_MXFP4_BF16: Any = tl.constexpr(first_words(torch.bfloat16, MXFP4_CODES))
+    _WORDS_MXFP4_FP16: Any = tl.constexpr(first_words(torch.float16, MXFP4_CODES))
+    _BF16: Any = tl.constexpr((tl.bfloat16,) * 8)
+    _FP16: Any = tl.constexpr((tl.float16,) * 8)
+    _REGISTERS: Any = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r")
+    # Bit 31 of the lanes below a thread's, which no lane is below: nothing that ptxas could know.
+    _ZERO: Any = tl.constexpr("{ .reg .b32 t; mov.u32 t, %lanemask_lt; shr.u32 $0, t, 31; }")
 
     @triton.jit
-    def _unpacked(q, codes_ptr, dtype: tl.constexpr, MXFP4: tl.constexpr):
-        """Codes of the high and of the low four bits of bytes, in dtype; interpreted in fp32."""
+    def _unpacked(words, codes_ptr, dtype: tl.constexpr, MXFP4: tl.constexpr):
+        """Codes (N, W, 2, 2, 2) of words (N, W) of 4 bytes in the order of columns, in dtype; interpreted in fp32."""
         if codes_ptr is not None:
-            q = q.to(tl.int32)
-            return tl.load(codes_ptr + (q >> 4)).to(tl.float32), tl.load(codes_ptr + (q & 15)).to(tl.float32)
-        elif dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                _UNPACK_MXFP4_BF16 if MXFP4 else _UNPACK_BF16, _REGISTERS, [q], (tl.bfloat16, tl.bfloat16),
-                is_pure=True, pack=4,
+            column = tl.arange(0, 8)
+            shift = column // 2 * 8 + (column + 1 - MXFP4) % 2 * 4
+            codes = tl.load(codes_ptr + (words[:, :, None] >> shift[None, None, :] & 15)).to(tl.float32)
+            return tl.reshape(codes, (words.shape[0], words.shape[1], 2, 2, 2))
+        # A number that ptxas knows it moves from a uniform register at every use, 32 times in a step of 200 others.
+        zero = tl.inline_asm_elementwise(_ZERO, "=r", [], tl.int32, is_pure=True, pack=1)
+        if dtype == tl.bfloat16:
+            WORDS: tl.constexpr = _WORDS_MXFP4_BF16 if MXFP4 else _WORDS_BF16
+            c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+                _UNPACK_MXFP4_BF16 if MXFP4 else _UNPACK_BF16, _REGISTERS,
+                [words, zero ^ WORDS[0], zero ^ WORDS[1], zero ^ WORDS[2], zero ^ WORDS[3]], _BF16,
+                is_pure=True, pack=1,
             )  # fmt: skip
         else:
-            return tl.inline_asm_elementwise(
-                _UNPACK_MXFP4_FP16 if MXFP4 else _UNPACK_FP16, _REGISTERS, [q], (tl.float16, tl.float16),
-                is_pure=True, pack=4,
+            WORDS: tl.constexpr = _WORDS_MXFP4_FP16 if MXFP4 else _WORDS_FP16
+            c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+                _UNPACK_MXFP4_FP16 if MXFP4 else _UNPACK_FP16, _REGISTERS,
+                [words, zero ^ WORDS[0], zero ^ WORDS[1], zero ^ WORDS[2], zero ^ WORDS[3]], _FP16,
+                is_pure=True, pack=1,
             )  # fmt: skip
+        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+        return tl.join(even, tl.join(tl.join(c1, c5), tl.join(c3, c7)))
+
+    @triton.jit
+    def _rows(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+        """The row that stands at each place of a tile of words, for _part."""
+        place = tl.arange(0, BLOCK_N)
+        return place // 8 % WARPS * (BLOCK_N // WARPS) + place // (8 * WARPS) * 8 + place % 8
+
+    @triton.jit
+    def _part(words, x, codes_ptr, MXFP4: tl.constexpr, WARPS: tl.constexpr, WGMMA: tl.constexpr):
+        """Product (N, M), fp32, of codes in words (N, W), whose rows are in the order of _rows, with x (M, 8 W).
+
+        A tensor core wants of each 16 columns four from a thread, two and two. They may be any columns, if of x they
+        are the same: so a thread unpacks what it loaded, W / 4 words side by side, and no layout is changed on the way.
+        wgmma has two and two next to each other in its order, and for mma Triton has them in fours. mma of a batch, a
+        part of the rows to each warp, since otherwise two warps would unpack the same rows for half of x each.
+        """
+        N: tl.constexpr = words.shape[0]
+        W: tl.constexpr = words.shape[1]
+        M: tl.constexpr = x.shape[0]
+        w = _unpacked(words, codes_ptr, x.dtype, MXFP4)
+        w = tl.reshape(w, (N // 8 // WARPS, WARPS, 8, 4, W // 4, 2, 2, 2))
+        x = tl.reshape(x.to(w.dtype), (M, 4, W // 4, 2, 2, 2))
+        if WGMMA:
+            w = tl.reshape(tl.permute(w, (1, 0, 2, 4, 5, 6, 3, 7)), (N, 8 * W))
+            part = tl.dot(w, tl.trans(tl.reshape(tl.permute(x, (0, 2, 3, 4, 1, 5)), (M, 8 * W))))
+        else:
+            w = tl.reshape(tl.permute(w, (1, 0, 2, 4, 6, 3, 5, 7)), (WARPS, N // WARPS, 8 * W))
+            x = tl.reshape(tl.permute(x, (0, 2, 4, 1, 3, 5)), (M, 8 * W))[None, :, :]
+            part = tl.reshape(tl.dot(w, tl.permute(tl.broadcast_to(x, (WARPS, M, 8 * W)), (0, 2, 1))), (N, M))
+        return part
 
     @triton.jit
     def _prefetch_weight(
@@ -135,14 +201,14 @@ if triton is not None:
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         RANK: tl.constexpr,
-        STAGES: tl.constexpr,
+        WARPS: tl.constexpr,
+        STAGES: tl.constexpr,  # of the loop over A
+        WGMMA: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
         """One program per BLOCK_N rows of a weight or RANK of A, split of K, and BLOCK_M rows of x.
 
-        Rows of a weight are the product's first side, so that each warp unpacks its own. Even and odd columns come from
-        one byte, and lie side by side in a thread before they are joined. With x split into even and odd columns in
-        their place, its way to the tensor cores led through registers, and an H200 took 1.5 to 1.8 times as long.
+        Rows of a weight are the product's first side, so that each warp unpacks its own.
         """
         N: tl.constexpr = N0 + N1 + N2
         BLOCKS: tl.constexpr = K // 64
@@ -187,28 +253,44 @@ if triton is not None:
                 if NESTED:
                     outer_ptr = tl.where(two, outer2_ptr, outer_ptr)
                     offset_ptr = tl.where(two, offset2_ptr, offset_ptr)
-            n = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+            place = (block - first_block) * BLOCK_N
+            n = place + tl.arange(0, BLOCK_N)
             n_in = n < size
-            pair = tl.arange(0, 32)
-            w_at = w_ptr + n[:, None] * (K // 2) + pair[None, :]
-            x_at = x_ptr + m[:, None] * K + tl.arange(0, 64)[None, :]
-            absmax_at = n * BLOCKS
+            # Rows beyond the last one are the last one again, and are not stored.
+            rows = tl.minimum(place + _rows(BLOCK_N, WARPS), size - 1)
+            w_at = w_ptr.to(tl.pointer_type(tl.int32)) + rows[:, None] * (K // 8) + first * 8
+            w_at = tl.multiple_of(w_at + tl.arange(0, 8)[None, :], [8, 8])  # bytes a thread, as in _part
+            x_at = x_ptr + tl.minimum(m, M - 1)[:, None] * K + first * 64 + tl.arange(0, 64)[None, :]
+            absmax_at = tl.minimum(n, size - 1) * BLOCKS + first
+            # K may not be a whole number of splits.
+            steps = tl.maximum(tl.minimum(STEPS, BLOCKS - first), 0) if BLOCKS % SPLITS else STEPS
+            # A thread has weights of two steps ahead, of which it needs 4 registers, and x of the next one.
+            some, more = steps > 0, steps > 1
+            scale = tl.load(absmax_ptr + absmax_at, mask=some)
+            words = tl.load(w_at, mask=some)
+            x = tl.load(x_at, mask=some)
+            next_absmax = tl.load(absmax_ptr + absmax_at + 1, mask=more)
+            next_words = tl.load(w_at + 8, mask=more)
             if NESTED:
                 offset = tl.load(offset_ptr)
+                outer = tl.load(outer_ptr + absmax_at // 256, mask=some)
+                scale = tl.load(code_ptr + scale.to(tl.int32), mask=some) * outer + offset
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for step in tl.range(0, STEPS, num_stages=STAGES):
-                k = first + step
-                inside = k < BLOCKS  # K may not be a whole number of splits
-                q = tl.load(w_at + k * 32, mask=n_in[:, None] & inside, other=0)
-                x = tl.load(x_at + k * 64, mask=m_in[:, None] & inside, other=0.0)
-                absmax = tl.load(absmax_ptr + absmax_at + k, mask=n_in & inside, other=0)
+            for step in tl.range(0, steps, num_stages=1, loop_unroll_factor=2):
+                next_in, after_in = step + 1 < steps, step + 2 < steps
+                next_scale = next_absmax
                 if NESTED:
-                    outer = tl.load(outer_ptr + (absmax_at + k) // 256, mask=n_in & inside, other=0.0)
-                    absmax = tl.load(code_ptr + absmax.to(tl.int32)) * outer + offset
-                w_even, w_odd = _unpacked(q, codes_ptr, x_ptr.dtype.element_ty, False)
-                w = tl.reshape(tl.join(w_even, w_odd), (BLOCK_N, 64))
-                part = tl.dot(w, tl.trans(x.to(w.dtype)))
-                sums += part * absmax[:, None]
+                    next_scale = tl.load(code_ptr + next_absmax.to(tl.int32), mask=next_in)
+                    outer = tl.load(outer_ptr + (absmax_at + step + 1) // 256, mask=next_in)
+                next_absmax = tl.load(absmax_ptr + absmax_at + step + 2, mask=after_in)
+                w, x_now = words, x
+                words = next_words
+                next_words = tl.load(w_at + (step + 2) * 8, mask=after_in)
+                x = tl.load(x_at + (step + 1) * 64, mask=next_in)
+                sums += _part(w, x_now, codes_ptr, False, WARPS, WGMMA) * scale[:, None]
+                scale = next_scale
+                if NESTED:
+                    scale = next_scale * outer + offset
             parts_at = parts_ptr + split * M * N + m[None, :] * N + (begin + n)[:, None]
             tl.store(parts_at, sums, mask=m_in[None, :] & n_in[:, None])
         elif R > 0:
@@ -298,6 +380,20 @@ def splits_on(card: str, capability: int, processors: int, sizes: Sequence[int],
     return default_splits(sizes, K, processors) if capability >= OLDEST else None
 
 
+def has_wgmma(capability: int) -> bool:
+    """Whether Triton multiplies by wgmma on a card of such a compute capability: on Hopper alone."""
+    return capability // 10 == 9
+
+
+@cache
+def capability_of(device: torch.device) -> int:
+    """A device's compute capability, 90 for 9.0, and 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def default_splits(sizes: Sequence[int], K: int, processors: int) -> int:
     """Splits of K by arithmetic: programs enough for all processors, three blocks of K or more to each."""
     blocks = sum(-(-size // BLOCK_N) for size in sizes)
@@ -354,8 +450,8 @@ def _launch(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int)
             _product_kernel[(blocks, splits, triton.cdiv(M, block_m))](
                 x, *packed, *absmax, *outer, *offset, weights[0].code, codes, a, parts, low, M,
                 K=K, N0=sizes[0], N1=sizes[1], N2=sizes[2], R=R, SPLITS=splits, NESTED=weights[0].code is not None,
-                BLOCK_M=block_m, BLOCK_N=BLOCK_N, RANK=RANK, STAGES=STAGES, num_warps=NUM_WARPS,
-                **launched(),
+                BLOCK_M=block_m, BLOCK_N=BLOCK_N, RANK=RANK, WARPS=NUM_WARPS, STAGES=STAGES,
+                WGMMA=has_wgmma(capability_of(x.device)), num_warps=NUM_WARPS, **launched(),
             )  # fmt: skip
     return parts, low
 

@@ -88,9 +88,10 @@ def test_a_product_is_no_further_from_the_truth_than_one_with_weights_of_16_bits
 
 @the_kernel
 @both_kinds
-@pytest.mark.parametrize("rows, each", SHAPES[1:])
-def test_the_kernel_is_its_twin_in_bf16(rows, each, kind, place):
+@pytest.mark.parametrize("rows, each, wgmma", [(*SHAPES[1], False), (*SHAPES[2], True)])
+def test_the_kernel_is_its_twin_in_bf16(rows, each, wgmma, kind, place, monkeypatch):
     """The interpreter cuts bf16 off, where a GPU rounds."""
+    monkeypatch.setattr(module, "has_wgmma", lambda capability: wgmma)
     _, stack = stack_of(kind)
     chosen = choices(rows, each)
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).bfloat16()

@@ -15,6 +15,8 @@ from lowmem_grpo.kernels.nf4_product import (
     Weight,
     default_splits,
     dequantized,
+    first_words,
+    has_wgmma,
     product,
     splits_of,
     splits_on,
@@ -146,9 +148,11 @@ def test_a_row_depends_neither_on_the_others_nor_on_their_number(rows, place):
 
 
 @every_backend
+@pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_each_of_256_bytes_is_two_codes(dtype, place):
-    """x is the identity and every absmax 1, so that the parts are the codes themselves."""
+def test_each_of_256_bytes_is_two_codes(dtype, wgmma, place, monkeypatch):
+    """x is the identity and every absmax 1, so that the parts are the codes themselves, each in its row and column."""
+    monkeypatch.setattr(module, "has_wgmma", lambda capability: wgmma)
     packed = torch.arange(256, dtype=torch.uint8).view(8, 32)
     weights = [Weight(packed, torch.ones(8))]
     parts, _ = multiplied(torch.eye(64, dtype=dtype), weights, None, 1, place)
@@ -164,14 +168,15 @@ def test_a_weight_is_what_bitsandbytes_makes_of_it(nested):
         assert torch.equal(dequantized(weight, 320, torch.float32), expected)
 
 
-def ran(ptx, word):
-    """Registers $0 to $3 after a program of and, shr, prmt and lop3, of 32-bit words (int64 tensors), with $4 = word."""
-    registers = {"$4": word}
+def ran(ptx, operands):
+    """Registers $0 to $7 after a program of and, shifts, prmt, lop3 and mov, of 32-bit words (int64 tensors)."""
+    registers = dict(operands)
 
     def value(name):
-        return registers[name] if name in registers else torch.full_like(word, int(name, 0))  # else a number
+        return registers[name] if name in registers else torch.tensor(int(name, 0))  # else a number
 
     def prmt(a, b, selector):
+        a, b, selector = torch.broadcast_tensors(a, b, selector)
         table = [a >> 8 * byte & 255 for byte in range(4)] + [b >> 8 * byte & 255 for byte in range(4)]
         made = torch.zeros_like(a)
         for byte in range(4):
@@ -189,31 +194,32 @@ def ran(ptx, word):
         return made
 
     operations = {
-        "and.b32": lambda a, b: a & b, "shr.u32": lambda a, n: a >> n, "prmt.b32": prmt, "lop3.b32": lop3
+        "and.b32": lambda a, b: a & b, "shr.u32": lambda a, n: a >> n, "shl.b32": lambda a, n: a << n & 0xFFFFFFFF,
+        "prmt.b32": prmt, "lop3.b32": lop3,
     }  # fmt: skip
-    for operation, operands in re.findall(r"(and\.b32|shr\.u32|prmt\.b32|lop3\.b32) ([^;]+);", ptx):
-        target, *sources = re.split(r",\s*", operands)
-        registers[target] = operations[operation](*map(value, sources))
-        if target == "$0":
-            registers.pop("$4")  # may be the register of $0
-    return [registers[f"${index}"] for index in range(4)]
+    steps = re.findall(r"(and\.b32|shr\.u32|shl\.b32|prmt\.b32|lop3\.b32|mov\.b32) ([^;]+);", ptx)
+    assert len(steps) == ptx.count(";") - 1, "but for the registers"
+    for operation, arguments in steps:
+        *targets, last = re.findall(r"[$\w]+", arguments)
+        if operation == "mov.b32":
+            registers[targets[0]], registers[targets[1]] = value(last) & 0xFFFF, value(last) >> 16
+        else:
+            registers[targets[0]] = operations[operation](*map(value, [*targets[1:], last]))
+    return [registers[f"${index}"] for index in range(8)]
 
 
-@pytest.mark.parametrize("codes", [CODES, MXFP4_CODES], ids=["nf4", "mxfp4"])
+@pytest.mark.parametrize("codes, low_first", [(CODES, False), (MXFP4_CODES, True)], ids=["nf4", "mxfp4"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_ptx_turns_every_two_bytes_into_their_four_codes(dtype, codes):
+def test_the_ptx_turns_every_four_bytes_into_their_eight_codes(dtype, codes, low_first):
     """Run here instruction by instruction: all 65,536 pairs in the lower half of a word, others in the upper one."""
     pairs = torch.arange(65536)
-    other = pairs.flip(0)
-    even, even_above, odd, odd_above = ran(unpacking(dtype, codes), pairs | other << 16)
+    word = pairs | pairs.flip(0) << 16
+    tables = {f"${9 + i}": torch.tensor(first & 0xFFFFFFFF) for i, first in enumerate(first_words(dtype, codes))}
+    found = ran(unpacking(dtype, codes, low_first), {"$8": word} | tables)
     codes = codes.to(dtype).view(torch.int16).long() & 0xFFFF
-
-    def expected(pairs, shift):
-        first, second = (codes[pairs >> shift + 8 * byte & 15] for byte in (0, 1))
-        return first | second << 16
-
-    for found, given, shift in ((even, pairs, 4), (odd, pairs, 0), (even_above, other, 4), (odd_above, other, 0)):
-        assert torch.equal(found, expected(given, shift))
+    for column, made in enumerate(found):
+        shift = column // 2 * 8 + 4 * (column % 2 == int(low_first))
+        assert torch.equal(made, codes[word >> shift & 15]), column
 
 
 @pytest.mark.gpu
@@ -252,6 +258,10 @@ def test_what_was_measured_on_a_card_decides_and_else_its_age(monkeypatch, tmp_p
     assert [splits(*card, [3584], 18944) for card in (("T4", 75), ("A100", 80), ("H100", 90))] == [4, 9, None]
     assert splits("H100", 90, [1536, 256, 256], 1536) == 2
     assert splits("H100", 90, [1536], 1536) == 8, "not measured"
+
+
+def test_hopper_alone_multiplies_by_wgmma():
+    assert [has_wgmma(card) for card in (80, 89, 90, 100, 120)] == [False, False, True, False, False]
 
 
 def test_on_a_cpu_nothing_is_split():
