@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
-    waits: int = 10  # accepted, one after another
+    waits: int | None = None  # accepted, one after another; None: machine code is not read, which takes 0.4 s
     loop: int | None = None  # accepted instructions of the longest loop, of a kernel that their number bounds
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
@@ -461,9 +461,10 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
+        sass = [] if kernel.waits is None else ["--dump-sass"]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", *sass, cubin.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", dump)[0]) for what in ("REG", "STACK"))
     return dict(
         kernel=kernel.name,
         target=capability,
@@ -476,9 +477,9 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         loads=[compiled.asm["ttir"].count("tt.load") + kernel.read_again, compiled.asm["ttgir"].count("tt.load")],
         narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
         narrow_limit=kernel.narrow,
-        waits=waits_in_turn(usage),
+        waits=waits_in_turn(dump) if sass else None,
         waits_limit=kernel.waits,
-        longest_loop=longest_loop(usage),
+        longest_loop=longest_loop(dump) if sass else None,
         loop_limit=kernel.loop,
         unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
         # Of a chain: waits, prefetches before the first, and how many they are to be; what else is before it.
@@ -489,9 +490,10 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
 
 def table(results: list[dict]) -> str:
     targets = sorted({result["target"] for result in results})
+    columns = "registers", "spill_bytes", "shared_bytes", "waits"
     cells = {
-        (result["kernel"], result["target"]): (
-            f"{result['registers']} / {result['spill_bytes']} / {result['shared_bytes']} / {result['waits']}"
+        (result["kernel"], result["target"]): " / ".join(
+            "-" if result[column] is None else str(result[column]) for column in columns
         )
         for result in results
     }
