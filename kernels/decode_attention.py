@@ -22,8 +22,9 @@ sequence keeps it small. A prefix comes from memory once and then, for the rest 
 cache.
 
 A row's result depends neither on S nor on the other rows nor, by the kernel, on how much wider the table is than the
-row: the splits are the same tokens, merged in the same order. What a row does not attend to never reaches it, NaN or
-not. Positions, pages and prefix rows are read on the device alone: CUDA graphs can capture the calls.
+row, or T_p than its prefix: the splits are the same tokens, merged in the same order. What a row does not attend to
+never reaches it, NaN or not. Positions, pages and prefix rows are read on the device alone: CUDA graphs can capture the
+calls.
 """
 
 import os
@@ -41,7 +42,7 @@ try:
 except ImportError:  # Windows, macOS
     triton: Any = None
 
-# Tokens of one program: the sums it leaves are 5 % of the bytes it reads, at 7 queries per kv head and bf16.
+# Tokens of one program: the sums it leaves are 6 % of the bytes it reads, at 7 queries per kv head and bf16.
 SPLIT = 128
 STEP = 1  # tokens that a thread has in hand at a time; with 2 an H200 takes 1.5 to 1.6 times as long, 4 spill
 TILE_NUMBERS = 8192  # keys of a tile for tensor cores, and as many values: 32 KiB in 16 bits, taken over by the next
@@ -388,7 +389,8 @@ if triton is not None:
     ):
         """One program per sequence and head, and BLOCK_D columns. Whatever is in an empty split's sums is left out.
 
-        Splits are merged in order, TILE at a time whatever their number is: empty ones at the end change nothing.
+        Splits are merged one after another, so that empty ones change nothing, wherever they are; TILE are loaded at a
+        time.
         """
         if OVERLAP:
             launch_next()
@@ -409,18 +411,13 @@ if triton is not None:
                 its_total = tl.load(state_ptr + at * 2 + 1, mask=there, other=0.0)
                 part = tl.load(sums_ptr + at * D + column, mask=(column < D) & there, other=0.0)
                 loaded += ((its_peak, its_total, part),)
-            higher = peak
-            for split in tl.static_range(TILE):
-                higher = tl.maximum(higher, loaded[split][0])
-            fade = tl.exp(peak - higher)
-            total *= fade
-            sums *= fade
             for split in tl.static_range(TILE):
                 its_peak, its_total, part = loaded[split]
-                weight = tl.exp(its_peak - higher)
-                total += its_total * weight
-                sums += tl.where(its_total != 0, part, 0.0) * weight
-            peak = higher
+                higher = tl.maximum(peak, its_peak)
+                fade, weight = tl.exp(peak - higher), tl.exp(its_peak - higher)
+                total = total * fade + its_total * weight
+                sums = sums * fade + tl.where(its_total != 0, part, 0.0) * weight
+                peak = higher
         tl.store(out_ptr + row * D + column, (sums / total).to(out_ptr.dtype.element_ty), mask=column < D)
 
     @triton.jit(do_not_specialize=["layer", "table_stride"])

@@ -295,6 +295,16 @@ def test_a_row_does_not_depend_on_the_width_of_the_table(place):
 
 
 @the_kernel
+def test_a_row_does_not_depend_on_how_long_another_prefix_may_be(place):
+    given = case([3, 37, 50], [30, 18, 0], heads=6)
+    longer = {
+        k: torch.cat([given[k], given[k].new_full((4, 1, 33, 16), torch.nan)], 2)
+        for k in ("prefix_keys", "prefix_values")
+    }
+    assert torch.equal(attended(given | longer, place), attended(given, place))
+
+
+@the_kernel
 def test_one_split_and_many_agree(place, monkeypatch):
     given = case([3, 150, 97], [30, 18, 0], heads=6)
     many = attended(given, place)  # 11 and 3
