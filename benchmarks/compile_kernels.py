@@ -157,15 +157,14 @@ def _split(name: str, also_narrow: int, waits: int = 4, **change) -> Kernel:
     arguments |= dict(
         query_ptr="*half", addresses_ptr="*i64", table_ptr="*i64", positions_ptr="*i64", prefilled_ptr="*i64",
         prefix_rows_ptr="*i64", sums_ptr="*fp32", state_ptr="*fp32", window=None, scaling="fp32", softcap=None,
-        NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, PAGED=False, HALVES=True,
-        SPLIT=decode_attention.SPLIT, HEADS=8, BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None,
-        FACTOR=None, OVERLAP=False,
+        NUMBERS=tl.bfloat16, LAYERS=28, H=14, GROUP=7, T=64, D=128, HALVES=True, SPLIT=decode_attention.SPLIT, HEADS=8,
+        BLOCK_D=128, ROWS=8, STEP=decode_attention.STEP, TOKENS=None, FACTOR=None, OVERLAP=False,
     )  # fmt: skip
     return Kernel(name, decode_attention._split_kernel, arguments | change, narrow=narrow, waits=waits)
 
 
 def _tiles(name: str, also_narrow: int, waits: int, **change) -> Kernel:
-    arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16, PAGED=True) | change
+    arguments: dict[str, Any] = dict(HEADS=16, TOKENS=64, FACTOR=tl.bfloat16) | change
     return _split(name, also_narrow, waits, **arguments)._replace(oldest=80, num_stages=decode_attention.STAGES)
 
 
@@ -348,15 +347,15 @@ KERNELS = [
     _split(
         "decode_attention, 8 x 256, fp32, short pages, prefix, softcap, window", 10, 5,  # each token's page
         query_ptr="*fp32", NUMBERS=tl.float32, window="i32", softcap="fp32", D=256, BLOCK_D=256, ROWS=4, H=16, GROUP=8,
-        T=16, PAGED=True, HALVES=False,
+        T=16, HALVES=False,
     ),
     _split(
         "decode_attention, 1 x 80, short pages", 12, 5,  # and a query and its sums, 80 numbers for 128 threads
-        prefilled_ptr=None, prefix_rows_ptr=None, D=80, H=8, GROUP=1, HEADS=1, T=16, PAGED=True, HALVES=False,
+        prefilled_ptr=None, prefix_rows_ptr=None, D=80, H=8, GROUP=1, HEADS=1, T=16, HALVES=False,
     ),
     _split(
         "decode_attention, 7 x 128, int8, pages, prefix", 20,  # 16 scales of a token, twice 8 bytes of it
-        NUMBERS=tl.int8, PAGED=True,
+        NUMBERS=tl.int8,
     ),
     _tiles("decode_attention by tiles, 7 x 128, prefix, pages", 0, 3),
     _tiles("decode_attention by tiles, 7 x 128, prefix, short pages", 16, 16, T=16, HALVES=False),  # likewise

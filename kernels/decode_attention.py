@@ -85,7 +85,6 @@ if triton is not None:
         tokens,  # of a page, T or T_p
         PAGE_ROWS: tl.constexpr,  # L 2 H_kv
         T: tl.constexpr,
-        PAGED: tl.constexpr,
         HALVES: tl.constexpr,
     ):
         """Rows of D numbers before a tile's keys: one number for all tokens, and one for each to add.
@@ -98,7 +97,7 @@ if triton is not None:
             return tl.where(start < middle, first_row, second_row) + start, token
         else:
             at = start + token
-            index = tl.where(in_prefix, 0, at // T) if PAGED else 0
+            index = tl.where(in_prefix, 0, at // T)
             page = tl.load(table_ptr + index, mask=seen, other=0)
             return key_row * tokens, page * PAGE_ROWS * tokens - index * T + at
 
@@ -121,7 +120,6 @@ if triton is not None:
         LAYERS: tl.constexpr,
         KV_HEADS: tl.constexpr,
         T: tl.constexpr,
-        PAGED: tl.constexpr,
         HALVES: tl.constexpr,
         D: tl.constexpr,
         HEADS: tl.constexpr,
@@ -149,7 +147,7 @@ if triton is not None:
                     seen &= token >= first_seen - start
                     counts &= beside >= first_seen - start
                 read = seen & (column < D)
-                row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, PAGED, HALVES)
+                row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, HALVES)
                 # A value is H_kv rows of T tokens behind its key.
                 key_at = base_ptr + row * D + (rest * D + column)
                 key = tl.load(key_at, mask=read, other=0).to(tl.float32)
@@ -200,7 +198,6 @@ if triton is not None:
         LAYERS: tl.constexpr,
         KV_HEADS: tl.constexpr,
         T: tl.constexpr,
-        PAGED: tl.constexpr,
         HALVES: tl.constexpr,
         D: tl.constexpr,
         HEADS: tl.constexpr,
@@ -224,7 +221,7 @@ if triton is not None:
             if first_seen is not None:
                 seen &= token >= first_seen - start
             read = seen[:, None] & (d < D)
-            row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, PAGED, HALVES)
+            row, rest = _place(start, token, seen, where, tokens, LAYERS * 2 * KV_HEADS, T, HALVES)
             # A value is H_kv rows of T tokens behind its key.
             key_at = base_ptr + row * D + (rest[:, None] * D + d)
             key = tl.load(key_at, mask=read, other=0)
@@ -284,7 +281,6 @@ if triton is not None:
         GROUP: tl.constexpr,  # H / H_kv
         T: tl.constexpr,  # tokens of a page
         D: tl.constexpr,
-        PAGED: tl.constexpr,  # False where the table has one page per sequence
         HALVES: tl.constexpr,  # whether a split's first half lies in one page, and its second
         SPLIT: tl.constexpr,
         HEADS: tl.constexpr,
@@ -322,8 +318,8 @@ if triton is not None:
         base_ptr = _pointer(address_ptr, NUMBERS)
         scale_base_ptr = None if tl.int8 != NUMBERS else _pointer(address_ptr + 1, tl.float16)
         if HALVES:
-            first_index = tl.where(in_prefix, 0, begin // T) if PAGED else 0
-            second_index = tl.where(in_prefix | (middle >= own_tokens), 0, middle // T) if PAGED else 0
+            first_index = tl.where(in_prefix, 0, begin // T)
+            second_index = tl.where(in_prefix | (middle >= own_tokens), 0, middle // T)
             first_page, second_page = tl.load(table_ptr + first_index), tl.load(table_ptr + second_index)
         query_ptr += row * query_row_stride + head * query_head_stride
         if TOKENS is None:
@@ -364,13 +360,13 @@ if triton is not None:
         if TOKENS is None:
             _attend(
                 query.to(tl.float32) * scaling, base_ptr, scale_base_ptr, begin, first_seen, stop, sums_ptr, state_ptr,
-                sums_stride, state_stride, known, softcap, where, tokens, LAYERS, KV_HEADS, T, PAGED, HALVES, D, HEADS,
+                sums_stride, state_stride, known, softcap, where, tokens, LAYERS, KV_HEADS, T, HALVES, D, HEADS,
                 BLOCK_D, ROWS, STEP,
             )  # fmt: skip
         else:
             _attend_by_tiles(
                 query, base_ptr, scale_base_ptr, begin, first_seen, stop, sums_ptr, state_ptr, sums_stride,
-                state_stride, known, scaling, softcap, where, tokens, LAYERS, KV_HEADS, T, PAGED, HALVES, D, HEADS,
+                state_stride, known, scaling, softcap, where, tokens, LAYERS, KV_HEADS, T, HALVES, D, HEADS,
                 BLOCK_D, TOKENS, FACTOR,
             )  # fmt: skip
 
@@ -656,8 +652,8 @@ def _launch(query, store, layer, table, positions, prefilled, prefix_rows, scali
                 table.stride(0), layer, splits, before, own_tokens,
                 window if window is None else min(window, 2**30), scaling, softcap,
                 NUMBERS=IN_TRITON[store.own.dtype], LAYERS=layers, H=H, GROUP=H // kv_heads, T=tokens, D=D,
-                PAGED=table.shape[1] > 1, HALVES=halves, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows,
-                STEP=STEP, TOKENS=tile if tiles else None,
+                HALVES=halves, SPLIT=SPLIT, HEADS=heads, BLOCK_D=block_d, ROWS=rows, STEP=STEP,
+                TOKENS=tile if tiles else None,
                 FACTOR=tl.float32 if triton.knobs.runtime.interpret else IN_TRITON[query.dtype],
                 num_warps=4, num_stages=STAGES if tiles else 3, **launched(),
             )  # fmt: skip
