@@ -39,6 +39,14 @@ def test_what_is_overwritten_by_a_load_and_what_nobody_uses_are_none():
     assert waits_in_turn(sass("LDG.E R4, desc[UR4][R2.64]", "LDG.E R6, desc[UR4][R2.64]", "FADD R9, RZ, R8")) == 0
 
 
+def test_a_tensor_core_takes_four_registers_of_a_factor_and_two_of_the_other():
+    load = "LDG.E R7, desc[UR4][R2.64]"
+    assert waits_in_turn(sass(load, "HMMA.16816.F32.BF16 R20, R4, R12, R20")) == 1
+    assert waits_in_turn(sass(load, "HMMA.16816.F32.BF16 R20, R12, R6, R20")) == 1
+    assert waits_in_turn(sass(load, "HMMA.16816.F32.BF16 R20, R12.reuse, R5, RZ")) == 0
+    assert waits_in_turn(sass(load, "HMMA.16816.F32.BF16 R20, R12, R16, R4")) == 1
+
+
 def test_a_copy_to_shared_memory_is_waited_for_once():
     copies = sass(
         "LDGSTS.E.BYPASS.128 [R5], desc[UR12][R22.64], P3", "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", "DEPBAR.LE SB0, 0x0"
