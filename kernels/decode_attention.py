@@ -16,7 +16,7 @@ right with a later one, wherever that lies and however many pages and prefix row
 
 Flash-decoding (https://pytorch.org/blog/flash-decoding): one program per sequence, kv head and SPLIT tokens writes its
 peak and sums in fp32, and a second kernel merges them. Tensor cores multiply 16-bit queries with keys and values of 16
-or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: about S H
+or 8 bits, from sm_80 on; elsewhere it is one fp32 multiplication per query of a kv head and element. Scratch: S H
 splits (D + 2) fp32 numbers, splits = prefix_splits(T_p) + ceil(max_pages T / SPLIT); a table no wider than the longest
 sequence keeps it small. A prefix comes from memory once and then, for the rest of its sequences, mostly from the L2
 cache.
@@ -619,6 +619,11 @@ def _gathered(
 def prefix_splits(prefix_tokens: int) -> int:
     """Number of splits of a prefix row of so many tokens, by twos: a captured step is of one number."""
     return 2 * ceil(prefix_tokens / (2 * SPLIT))
+
+
+def scratch_bytes(prefix_tokens: int, own_tokens: int, heads: int, head_dim: int) -> int:
+    """Bytes of the fp32 sums, peaks and totals of a row's splits; prefix_tokens are T_p, own_tokens max_pages T."""
+    return 4 * (prefix_splits(prefix_tokens) + ceil(own_tokens / SPLIT)) * heads * (head_dim + 2)
 
 
 def has_tiles(query: Tensor, numbers: torch.dtype) -> bool:

@@ -305,6 +305,21 @@ def test_a_row_does_not_depend_on_how_long_another_prefix_may_be(place):
 
 
 @the_kernel
+def test_scratch_is_what_the_planner_counts(place, monkeypatch):
+    made, empty = [], torch.empty
+
+    def noted(*args, **kwargs):
+        made.append(empty(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", noted)
+    given = case([3, 37], [30, 18], heads=6, dtype=torch.bfloat16)
+    attended(given, place)
+    taken = sum(x.nbytes for x in made if x.dtype == torch.float32)
+    assert taken == 2 * module.scratch_bytes(35, given["table"].shape[1] * PAGE, 6, 16)
+
+
+@the_kernel
 def test_one_split_and_many_agree(place, monkeypatch):
     given = case([3, 150, 97], [30, 18, 0], heads=6)
     many = attended(given, place)  # 11 and 3

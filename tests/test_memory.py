@@ -503,9 +503,13 @@ def test_captured_steps_have_memory_of_their_own():
         prompt_tokens=40, num_prompts=2, num_generations=4, max_completion_length=24, budget_tokens=200, paged=True
     ).slots
     largest = SHAPES["qwen2"].hidden_size * SHAPES["qwen2"].intermediate_size  # a linear layer, in 16 bits
-    many = planner.forecast(SHAPES["qwen2"], replace(config, prompts_per_step=8, rollout_token_budget=10_000))
-    per_slot = 4 * (SHAPES["qwen2"].vocab_size + 2 * SHAPES["qwen2"].intermediate_size)  # of gate and up the fp32 parts
-    assert many.resident["captured steps"] == 32 * per_slot
+    many, llama = replace(config, prompts_per_step=8, rollout_token_budget=100_000), SHAPES["llama, 5 layers"]
+    for length, at_work in (
+        (24, 4 * 2 * llama.intermediate_size),  # the fp32 parts of gate and up
+        (1000, 4 * 8 * (16 + 2) * (2 + 8)),  # of 8 heads the fp32 sums of a prompt's 2 splits and 8 others
+    ):
+        found = planner.forecast(llama, replace(many, max_completion_length=length))
+        assert found.resident["captured steps"] == 32 * (4 * llama.vocab_size + at_work)
     lasting = planner.forecast(SHAPES["qwen2"], config)
     assert lasting.resident["captured steps"] == 4 * slots * SHAPES["qwen2"].vocab_size + 2 * largest
     again = planner.forecast(SHAPES["qwen2"], replace(config, rollout_graphs_last=False))

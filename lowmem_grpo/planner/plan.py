@@ -19,8 +19,9 @@ from lowmem_grpo.config.sft import ASSUMED_LENGTH
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.distributed import alone, world_size
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.generate.shape import state_tokens, store_shape, token_bytes
+from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.step import POSITIONS, RANK
+from lowmem_grpo.kernels.decode_attention import scratch_bytes
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
@@ -410,10 +411,12 @@ def _engine_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> d
     copies = (7 if _truncates(config) else 1) + (0 if config.repetition_penalty == 1 else 3)
     logits = 4 * shape.slots * text.vocab_size * copies
     # What a step takes, in a pool of its own: logits, beside a dequantized layer, the parts of the largest product, the
-    # experts of a layer, or the copies that one makes of states.
+    # sums of attention, the experts of a layer, or the copies that one makes of states.
     parts, states = 4 * shape.slots * _parts(text, traced.layers), traced.states
+    sums = shape.slots * _sums_bytes(shape, traced.layers)
     step = shape.slots * (states.captured_step if config.has_cuda_graphs else states.step)
-    captured = {"captured steps": logits + max(layer, parts, step, _experts_bytes(key, config, traced, shape.slots))}
+    experts = _experts_bytes(key, config, traced, shape.slots)
+    captured = {"captured steps": logits + max(layer, parts, sums, step, experts)}
     most = max(shape.slots, prompt_tokens(config) * config.prompts_per_step)
     return {
         "keys and values": shape.num_tokens() * token_bytes(traced.layers, dtype),
@@ -446,6 +449,16 @@ def _parts(text: PreTrainedConfig, layers: dict[int, LayerShape]) -> int:
         queries, keys = heads * head_dim, kv_heads * head_dim
         products += [([queries, keys, keys], hidden), ([hidden], queries)]
     return max((default_splits(sizes, K, PROCESSORS) * sum(sizes) for sizes, K in products if sum(sizes)), default=0)
+
+
+def _sums_bytes(shape: StoreShape, layers: dict[int, LayerShape]) -> int:
+    """Bytes of the attention kernel's scratch for a row, in the layer where it is largest."""
+    page = shape.page_tokens or shape.slot_tokens
+    own_tokens = math.ceil(shape.slot_tokens / page) * page
+    return max(
+        (scratch_bytes(shape.prefix_tokens, own_tokens, layer.heads, layer.head_dim) for layer in layers.values()),
+        default=0,
+    )
 
 
 def _generate_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> dict[str, int]:
