@@ -91,7 +91,7 @@ if triton is not None:
         else:
             begin = tl.load(begins_ptr + expert)
             end = tl.load(begins_ptr + expert + 1)
-        at = expert.to(tl.int64)
+        at = tl.minimum(expert, E - 1).to(tl.int64)  # of no expert nothing is multiplied; what is loaded must exist
         WORDS: tl.constexpr = BLOCK // 8  # of 4 bytes
         place = tl.program_id(1) * BLOCK_N
         n = place + tl.arange(0, BLOCK_N)
@@ -202,7 +202,7 @@ def expert_product(
     what it would on a GPU.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes that do not belong together, or codes in a place that the kernel cannot read.
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(x, stack, groups)
@@ -217,6 +217,8 @@ def expert_product(
             if expert < E:
                 out[choice] = dense(stack, expert, K, x.dtype) @ x[choice // share].float()
         return out
+    if stack.codes.data_ptr() % (block // 8):
+        raise ValueError(f"codes must begin at a multiple of {block // 8} bytes, of which the kernel makes one load")
     values = (MXFP4_CODES if stack.table is None else CODES).to(x.dtype) if triton.knobs.runtime.interpret else None
     block_m = 16 if C <= 8 * E else 32  # few experts have more than twice the mean; 64 rows would spill
     by_place = C < E

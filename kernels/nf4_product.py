@@ -333,7 +333,7 @@ def product(
     The kernel takes bf16 and fp16.
 
     Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        ValueError: shapes or dtypes that do not belong together, or packed in a place that the kernel cannot read.
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(x, weights, a, splits)
@@ -435,6 +435,8 @@ def dequantized(weight: Weight, K: int, dtype: torch.dtype) -> Tensor:
 
 
 def _launch(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int) -> tuple[Tensor, Tensor | None]:
+    if any(weight.packed.data_ptr() % 8 for weight in weights):
+        raise ValueError("packed must begin at a multiple of 8 bytes, of which the kernel makes one load")
     M, K = x.shape
     R = 0 if a is None else len(a)
     absent = 3 - len(weights)
@@ -467,11 +469,14 @@ def _check(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int |
             raise ValueError(f"packed must be uint8 of whole rows of {K // 2}, not {tuple(weight.packed.shape)}")
         if weight.absmax.numel() * 32 != weight.packed.numel():
             raise ValueError(f"absmax must be one of 64 numbers, not {tuple(weight.absmax.shape)}")
-        if 2 * weight.packed.numel() // K * max(len(x), K // 2) >= 2**31:
-            raise ValueError("a weight of 2 GiB, or its product, is beyond the kernel's 32-bit offsets")
         nested = weight.absmax.dtype == torch.uint8
         if any((x is not None) != nested for x in (weight.outer, weight.offset, weight.code)):
             raise ValueError("outer, offset and code go with an absmax of uint8, and with no other")
+    packed = [weight.packed.numel() for weight in weights]
+    if max(*packed, len(x) * max(K, 2 * sum(packed) // K)) >= 2**31:
+        raise ValueError(
+            "a weight of 2 GiB, or 2**31 numbers of x or of a part, are beyond the kernel's 32-bit offsets"
+        )
     if a is not None and (a.shape[1:] != (K,) or len(a) % RANK or a.dtype != x.dtype or not a.is_contiguous()):
         raise ValueError(f"a must be contiguous (R, {K}) {x.dtype}, R a multiple of {RANK}, not {tuple(a.shape)}")
     if splits is not None and splits < 1:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreted import poison_masked_loads
 
 from lowmem_grpo.kernels import expert_product as module
 from lowmem_grpo.kernels.expert_product import MOST, Stack, dense, expert_product, grouped, serves
@@ -25,13 +26,14 @@ SHAPES = [(1, 2), (4, 3), (14, 3)]
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What is allocated and not written is NaN."""
+    """What is allocated and not written is NaN, and so is what a load leaves that is masked without `other`."""
 
     def poisoned(*args, make=torch.empty, **kwargs):
         made = make(*args, **kwargs)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    poison_masked_loads(monkeypatch)
 
 
 def stack_of(kind, experts=EXPERTS, rows=N, columns=K):
@@ -114,6 +116,34 @@ def test_a_choice_depends_on_no_other(kind, place):
     )  # fmt: skip
     assert torch.equal(whole[:8], others[:8]) and whole.isfinite().all() and others[8:].isnan().all()
     torch.testing.assert_close(whole[:8], alone, rtol=0, atol=0 if place[1] == "cuda" else 1e-3)
+
+
+@pytest.mark.parametrize("place", [interpreted])
+@both_kinds
+def test_where_a_choice_is_of_no_expert_nothing_beyond_the_last_one_is_read(kind, place, monkeypatch):
+    _, stack = stack_of(kind)
+    longer = [None if part is None else torch.cat([part, part[-1:]]) for part in stack]
+    stack = Stack(*(None if part is None else part[:-1] for part in longer))
+    read = []
+    poison_masked_loads(monkeypatch, read)
+    multiplied(torch.ones(2, K).half(), stack, torch.tensor([EXPERTS, 0]), place)
+    for part, whole in zip(stack[:4], longer[:4], strict=True):  # a table is of all experts
+        if part is not None:
+            begin, size = whole.data_ptr() + part.nbytes, whole.nbytes - part.nbytes
+            assert not any(((at >= begin) & (at < begin + size)).any() for at in read)
+
+
+@the_kernel
+@both_kinds
+def test_codes_that_the_kernel_cannot_read_are_refused(kind, place):
+    """A view of a larger tensor may begin anywhere; on a GPU such a load is an illegal address."""
+    _, stack = stack_of(kind)
+    shifted = torch.cat([torch.zeros(2, dtype=torch.uint8), stack.codes.flatten()])
+    device = place[1]
+    stack = Stack(shifted.to(device)[2:], *(None if part is None else part.to(device) for part in stack[1:]))
+    groups = grouped(torch.tensor([0, 1], device=device), EXPERTS, backend="triton")
+    with pytest.raises(ValueError, match=r"codes must begin at a multiple of [48] bytes"):
+        expert_product(torch.ones(2, K, device=device).half(), stack, groups, backend="triton")
 
 
 @every_backend

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from interpreted import poison_masked_loads
 
 from lowmem_grpo.kernels import nf4_product as module
 from lowmem_grpo.kernels.nf4_product import (
@@ -37,18 +38,19 @@ every_backend = pytest.mark.parametrize(
 )  # fmt: skip
 the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
 # Rows of x, columns, rows of each weight, splits: more than a block of each, multiples of nothing, and a split of none.
-SHAPES = [(1, 256, [128, 64, 64], 2), (5, 320, [96, 40], 3), (33, 192, [200], 1), (70, 128, [64], 3)]
+SHAPES = [(1, 256, [128, 64, 64], 2), (5, 320, [65, 40, 1], 3), (33, 192, [200], 1), (70, 128, [64], 3)]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What is allocated and not written is NaN."""
+    """What is allocated and not written is NaN, and so is what a load leaves that is masked without `other`."""
 
     def poisoned(*args, make=torch.empty, **kwargs):
         made = make(*args, **kwargs)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    poison_masked_loads(monkeypatch)
 
 
 def weights_of(sizes, K, nested, seed=0):
@@ -220,6 +222,22 @@ def test_the_ptx_turns_every_four_bytes_into_their_eight_codes(dtype, codes, low
     for column, made in enumerate(found):
         shift = column // 2 * 8 + 4 * (column % 2 == int(low_first))
         assert torch.equal(made, codes[word >> shift & 15]), column
+
+
+@the_kernel
+def test_a_weight_that_the_kernel_cannot_read_is_refused(place):
+    """A view of a larger tensor may begin anywhere; on a GPU such a load is an illegal address."""
+    x, _ = inputs(3, 128, torch.float16)
+    packed = torch.zeros(4 + 64 * 64, dtype=torch.uint8, device=place[1])[4:]
+    with pytest.raises(ValueError, match="packed must begin at a multiple of 8 bytes"):
+        product(x.to(place[1]), [Weight(packed, torch.ones(128, device=place[1]))], backend="triton")
+
+
+def test_a_part_of_all_weights_together_is_beyond_offsets_of_32_bits():
+    x = torch.empty(2**15, 64, device="meta")
+    weight = Weight(torch.empty(2**15 * 32, dtype=torch.uint8, device="meta"), torch.empty(2**15, device="meta"))
+    with pytest.raises(ValueError, match=r"2\*\*31 numbers of x or of a part"):
+        product(x, [weight, weight])
 
 
 @pytest.mark.gpu
