@@ -402,7 +402,7 @@ if triton is not None:
             loaded = ()  # before the first is looked at, so that all are on their way at once
             for split in tl.static_range(TILE):
                 at = row * splits + start + split
-                there = start + split < splits
+                there = True & (start + split < splits)  # True &: as in nf4_product
                 its_peak = tl.load(state_ptr + at * 2, mask=there, other=LOWEST)
                 its_total = tl.load(state_ptr + at * 2 + 1, mask=there, other=0.0)
                 part = tl.load(sums_ptr + at * D + column, mask=(column < D) & there, other=0.0)

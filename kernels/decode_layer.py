@@ -277,13 +277,14 @@ if triton is not None:
         kind = block if WHOLE else tl.where(block < H, 0, tl.where(block < H + H_KV, 1, 2))
         begin = tl.where(kind == 0, 0, tl.where(kind == 1, H, H + H_KV))  # the first head of the kind
         first = 0 if WHOLE else block - begin
+        query_or_key = True & (kind < 2)  # True &: as in nf4_product
         head, d = first + tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
         inside = (d < D) & (head < tl.where(kind == 0, H, H_KV))
         if query_gain_ptr is not None:
             gain_ptr = tl.where(kind == 0, query_gain_ptr, key_gain_ptr) + (head * D + d if WHOLE else d)
-            gain = tl.load(gain_ptr, mask=inside & (kind < 2), other=0.0)
+            gain = tl.load(gain_ptr, mask=inside & query_or_key, other=0.0)
         if cos_ptr is not None:
-            turns = (d < ROTARY) & (kind < 2)
+            turns = (d < ROTARY) & query_or_key
             cos = tl.load(cos_ptr + position * ROTARY + d, mask=turns, other=1.0).to(tl.float32)
             sin = tl.load(sin_ptr + position * ROTARY + d, mask=turns, other=0.0).to(tl.float32)
         page = tl.load(table_ptr + row * table_stride + column // page_tokens).to(tl.int64)

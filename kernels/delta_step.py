@@ -84,7 +84,7 @@ if triton is not None:
         change = strength * (value - tl.sum(state * key[:, None], 0))
         state += key[:, None] * change[None, :]
         if commit_ptr is not None:
-            there &= tl.load(commit_ptr) != 0
+            there &= True & (tl.load(commit_ptr) != 0)  # True &: as in nf4_product
         tl.store(state_ptr, state, mask=there)
         out = tl.sum(state * query[:, None], 0)
         out_ptr += (row * heads + head) * V + v

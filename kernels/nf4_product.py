@@ -265,7 +265,8 @@ if triton is not None:
             # K may not be a whole number of splits.
             steps = tl.maximum(tl.minimum(STEPS, BLOCKS - first), 0) if BLOCKS % SPLITS else STEPS
             # A thread has weights of two steps ahead, of which it needs 4 registers, and x of the next one.
-            some, more = steps > 0, steps > 1
+            # True & compiles to nothing: in Triton 3.9's interpreter scalars compared are int32, which is no mask.
+            some, more = True & (steps > 0), True & (steps > 1)  # pyright: ignore[reportOperatorIssue]
             scale = tl.load(absmax_ptr + absmax_at, mask=some)
             words = tl.load(w_at, mask=some)
             x = tl.load(x_at, mask=some)
@@ -277,7 +278,7 @@ if triton is not None:
                 scale = tl.load(code_ptr + scale.to(tl.int32), mask=some) * outer + offset
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for step in tl.range(0, steps, num_stages=1, loop_unroll_factor=2):
-                next_in, after_in = step + 1 < steps, step + 2 < steps
+                next_in, after_in = True & (step + 1 < steps), True & (step + 2 < steps)
                 next_scale = next_absmax
                 if NESTED:
                     next_scale = tl.load(code_ptr + next_absmax.to(tl.int32), mask=next_in)
@@ -299,7 +300,7 @@ if triton is not None:
             low = tl.zeros((RANK, BLOCK_M), tl.float32)
             for step in tl.range(0, STEPS, num_stages=STAGES):
                 at = (first + step) * 64 + column[None, :]
-                inside = first + step < BLOCKS
+                inside = True & (first + step < BLOCKS)
                 a = tl.load(a_ptr + r[:, None] * K + at, mask=(r < R)[:, None] & inside, other=0.0)
                 x = tl.load(x_ptr + m[:, None] * K + at, mask=m_in[:, None] & inside, other=0.0)
                 if codes_ptr is not None:
