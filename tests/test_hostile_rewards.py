@@ -331,10 +331,14 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize("what", ENDLESS)
 def test_a_function_that_catches_every_exception_is_ended_and_named(what, impatient, caplog):
     trace = sys.gettrace()
-    scores = score(named(lambda **_: ENDLESS[what](**_)), sound)
-    assert scores.rewards[:, 0].isnan().all() and scores.rewards[:, 1].tolist() == [1.0, 2.0]
-    assert "reward function hostile took longer than reward_timeout=0.3 s" in caplog.text
-    assert what in ("computes", "returns a number instead") or "reward function hostile does not stop" in caplog.text
+    told = what in ("computes", "returns a number instead")
+    for _ in range(3):  # a strike may hit between two lines that catch it, which ends the function before it is named
+        scores = score(named(lambda **_: ENDLESS[what](**_)), sound)
+        assert scores.rewards[:, 0].isnan().all() and scores.rewards[:, 1].tolist() == [1.0, 2.0]
+        assert "reward function hostile took longer than reward_timeout=0.3 s" in caplog.text
+        if told := told or "reward function hostile does not stop" in caplog.text:
+            break
+    assert told
     assert sys.gettrace() is trace
 
 
