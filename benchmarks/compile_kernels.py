@@ -386,7 +386,7 @@ KERNELS = [
     _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, 6, 535, K=3584, SPLITS=1, BLOCK_M=64),
     _group("expert_product group, 4096 choices"),
     _experts("expert_product, gate and up of 30B-A3B, one row", 400, K=2048, N=1536, BY_PLACE=True),
-    _experts("expert_product, gate and up of Mixtral, 64 rows", 520, K=4096, N=28672, SHARED=2, BLOCK_M=32),
+    _experts("expert_product, gate and up of Mixtral, 64 rows", 530, K=4096, N=28672, SHARED=2, BLOCK_M=32),
     _experts(
         "expert_product, MXFP4, down of gpt-oss, 256 rows", 320,
         K=2880, N=2880, SHARED=1, BLOCK=32, BLOCK_M=32, outer_ptr=None, offsets_ptr=None, table_ptr=None,
