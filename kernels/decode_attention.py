@@ -27,13 +27,13 @@ never reaches it, NaN or not. Positions, pages and prefix rows are read on the d
 calls.
 """
 
-import os
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 from lowmem_grpo.kernels.overlap import launched
 
 try:
@@ -504,7 +504,7 @@ def addressed(
 
 def goes_by_addresses(device: torch.device) -> bool:
     """Whether calls with tensors on a device take a store's addresses for it, as the kernels do, or its tensors."""
-    return _runs_by_triton("auto", device.type)
+    return runs_by_triton("auto", device.type)
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -523,7 +523,7 @@ def write_token(
     table: Tensor,  # (S, max_pages) int64: each sequence's pages in order
     positions: Tensor,  # (S,) int64: where the token stands in its text
     prefilled: Tensor | None = None,  # (S,) int64: how many tokens of the text stand in its prefix, before own's first
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> None:
     """Store each sequence's newest key and value in column positions - prefilled of its pages; int8 ones rounded.
 
@@ -537,7 +537,7 @@ def write_token(
         if x.shape != expected or x.dtype not in DTYPES:
             raise ValueError(f"{name} must be {expected} fp32, bf16 or fp16, not {tuple(x.shape)} {x.dtype}")
     _check_sequences(len(positions), table, positions, prefilled, layer, own)
-    if _runs_by_triton(backend, key.device.type):
+    if runs_by_triton(backend, key.device.type):
         return _launch_write(key, value, store, layer, table, positions, prefilled)
     tokens = own.shape[4]
     columns = positions if prefilled is None else positions - prefilled
@@ -563,7 +563,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,  # only the last that many tokens of [prefix ; own] are seen
     sink: Tensor | None = None,  # (H,) fp32, bf16 or fp16: the score of one more key, without a value
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention of each sequence's newest token, (S, H, D) in query's dtype; scores and sums are fp32. No gradient.
 
@@ -576,7 +576,7 @@ def decode_attention(
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(query, store, layer, table, positions, prefilled, prefix_rows, softcap, window, sink)
-    if _runs_by_triton(backend, query.device.type):
+    if runs_by_triton(backend, query.device.type):
         return _launch(query, store, layer, table, positions, prefilled, prefix_rows, scaling, softcap, window, sink)
     lengths = positions + 1 if prefilled is None else positions + 1 - prefilled
     keys, values, seen, back = _gathered(store.own[layer], store.own_scales, layer, table, lengths, lengths)
@@ -754,17 +754,3 @@ def _check_devices(*given: Tensor | None) -> None:
 def _check_rows(name: str, given: Tensor, S: int) -> None:
     if given.shape != (S,) or given.dtype != torch.int64 or not given.is_contiguous():
         raise ValueError(f"{name} must be ({S},) torch.int64, contiguous, not {tuple(given.shape)} {given.dtype}")
-
-
-def _runs_by_triton(backend: str, device_type: str) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
-            "imported, or use backend='torch'"
-        )
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)

@@ -17,13 +17,13 @@ What a kernel takes is the time until its numbers come from memory, over and ove
 its registers before it waits for the first.
 """
 
-import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 from lowmem_grpo.kernels.overlap import launched
 
 try:
@@ -35,7 +35,6 @@ except ImportError:  # Windows, macOS
 # An RMS norm, x / sqrt(mean x^2 + eps) times gain: the gain, eps, and whether x / sqrt(...) is rounded before the gain
 # (Llama) or only after it (Gemma).
 Norm = tuple[Tensor, float, bool]
-Backend = Literal["auto", "triton", "torch"]
 NO_NORM = (None, 0.0, False)
 RANK = 16  # an adapter's rank is a multiple of it, by zeros
 COLUMNS = 8  # of a row side by side in a thread: 16 bytes of b
@@ -431,7 +430,7 @@ def start(
 ) -> tuple[Tensor, Tensor]:
     """The residual stream (S, N) of tokens in `dtype`, and its norm; without one the stream itself."""
     S, N = len(token_ids), embedding.shape[1]
-    if _runs_by_triton(backend, embedding.device.type):
+    if runs_by_triton(backend, embedding.device.type):
         stream = torch.empty(S, N, dtype=dtype, device=embedding.device)
         out = stream if before is None else torch.empty_like(stream)
         if S:
@@ -481,7 +480,7 @@ def heads(
         raise ValueError(f"own must be (L, 2, pages, H_kv, page_tokens, D), a token's D side by side, not {own.shape}")
     if (own.dtype == torch.int8) != (scales is not None):
         raise ValueError("scales go with int8 keys and values, and with no others")
-    if _runs_by_triton(backend, parts.device.type):
+    if runs_by_triton(backend, parts.device.type):
         return _launch_heads(
             parts, low, b, bias, own, scales, layer, table, positions, prefilled, query_norm, key_norm, cos, sin,
             paired, dtype, addresses,
@@ -525,7 +524,7 @@ def residual(
     splits, S, N = parts.shape
     if stream.shape != (S, N) or not stream.is_contiguous():
         raise ValueError(f"stream must be contiguous {(S, N)}, not {tuple(stream.shape)}")
-    if _runs_by_triton(backend, stream.device.type):
+    if runs_by_triton(backend, stream.device.type):
         out = stream if before is None else torch.empty_like(stream)
         if S:
             with torch.cuda.device_of(stream):
@@ -560,7 +559,7 @@ def gated(
     _check(parts, low, b, bias, 2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    if _runs_by_triton(backend, parts.device.type):
+    if runs_by_triton(backend, parts.device.type):
         splits, S, N = parts.shape
         out = torch.empty(S, N // 2, dtype=dtype, device=parts.device)
         if S:
@@ -712,17 +711,3 @@ def _check(parts: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | N
         raise ValueError(f"low must be ({splits}, {S}, {R} or {linears * R}) fp32, not {tuple(low.shape)} {low.dtype}")
     if not low.is_contiguous():
         raise ValueError("low must be contiguous")
-
-
-def _runs_by_triton(backend: str, device_type: str) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
-            "imported, or use backend='torch'"
-        )
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)

@@ -10,11 +10,12 @@ elementwise products, as transformers has them, pass about 12 times over the sta
 of 32 heads of 128 x 128. The rule: Gated Delta Networks (https://arxiv.org/abs/2412.06464).
 """
 
-import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 
 try:
     import triton
@@ -102,7 +103,7 @@ def delta_step(
     *,
     normalize: bool,
     commit: Tensor | None,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Move each row's state on by one token, and return what its query reads there: (S, H_v, V), query's dtype.
 
@@ -114,7 +115,7 @@ def delta_step(
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(query, key, value, log_decay, strength, state, commit)
-    if not _runs_by_triton(backend, query.device.type):
+    if not runs_by_triton(backend, query.device.type):
         with torch.autocast(query.device.type, enabled=False):  # which would have its products in 16 bits
             return _by_products(query, key, value, log_decay, strength, state, normalize, commit)
     S, H_v, K, V = state.shape
@@ -172,17 +173,3 @@ def _check(query, key, value, log_decay, strength, state, commit) -> None:
         )
     if commit is not None and (commit.shape != () or commit.dtype != torch.bool):
         raise ValueError(f"commit must be () torch.bool, not {tuple(commit.shape)} {commit.dtype}")
-
-
-def _runs_by_triton(backend: str, device_type: str) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
-            "imported, or use backend='torch'"
-        )
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)

@@ -13,12 +13,12 @@ code, which 16 bits hold, times its block's scale, which multiplies the block's 
 on no other choice. Grouping tokens by expert: MegaBlocks (https://arxiv.org/abs/2211.15841).
 """
 
-import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 from lowmem_grpo.kernels.nf4_product import CODES, MXFP4_CODES, OLDEST, Weight, capability_of, dequantized, has_wgmma
 
 try:
@@ -166,7 +166,7 @@ def block_of(stack: Stack) -> int:
 
 
 @torch.no_grad()
-def grouped(chosen: Tensor, num_experts: int, *, backend: Literal["auto", "triton", "torch"] = "auto") -> Groups:
+def grouped(chosen: Tensor, num_experts: int, *, backend: Backend = "auto") -> Groups:
     """Group choices (C,) int64 of num_experts experts; the host reads none of them.
 
     Raises:
@@ -194,7 +194,7 @@ def expert_product(
     stack: Stack,
     groups: Groups,
     *,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Multiply rows by the experts they chose: (C, N) in x's dtype. No gradient.
 
@@ -256,21 +256,14 @@ def _check(x: Tensor, stack: Stack, groups: Groups) -> None:
 
 
 def _runs_by_triton(backend: str, x: Tensor) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and not x.is_cuda and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {x.device.type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it "
-            "is imported, or use backend='torch'"
-        )
-    if backend == "triton" and x.dtype not in TAKEN:
+    if backend == "auto":
+        return _suits(x.dtype, x.device)
+    by_triton = runs_by_triton(backend, x.device.type)
+    if by_triton and x.dtype not in TAKEN:
         raise ValueError(f"backend='triton' multiplies bf16 or fp16, not {x.dtype}")
-    return backend == "triton" or (backend == "auto" and _suits(x.dtype, x.device))
+    return by_triton
 
 
 def _suits(dtype: torch.dtype, device: torch.device) -> bool:
     """Tell whether the kernels are for tensors of a dtype on a device."""
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return triton is not None and wanted and dtype in TAKEN and device.type in ("cuda", "meta")
+    return dtype in TAKEN and device.type in ("cuda", "meta") and runs_by_triton("auto", "cuda")

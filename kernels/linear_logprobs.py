@@ -32,12 +32,13 @@ kernel has a plain-PyTorch twin at the end of the file, which is what runs on a 
 """
 
 import math
-import os
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 
 try:
     import triton
@@ -614,7 +615,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     entropy_grad: bool = False,
     return_top: bool = False,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
     chunks: tuple[int, int] | None = None,
     tile_dtype: torch.dtype = torch.float32,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -648,7 +649,7 @@ def linear_logprobs(
     _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap)
     if entropy_grad and not return_entropy:
         raise ValueError("entropy_grad=True is the gradient of the entropy: it needs return_entropy=True")
-    by_triton = _runs_by_triton(backend, hidden_states.device.type)
+    by_triton = runs_by_triton(backend, hidden_states.device.type)
     if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
         raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
     if chunks is None:
@@ -704,20 +705,6 @@ def even_chunks(n: int, most: int) -> int:
 def default_chunks(kind: str, gib: float, d: int) -> tuple[int, int]:
     """The tile (C, Vb) of a kind of device, "cuda" or "cpu", with so much memory, which need not be there."""
     return next(sizes for which, memory, most, sizes in CHUNKS if which == kind and gib >= memory and d <= most)
-
-
-def _runs_by_triton(backend: str, device_type: str) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
-            "imported, or use backend='torch'"
-        )
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)
 
 
 def _check(hidden_states, weight, labels, bias, weight_scale, temperature, softcap) -> None:

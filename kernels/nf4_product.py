@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 from lowmem_grpo.kernels.overlap import launched
 
 try:
@@ -327,7 +328,7 @@ def product(
     a: Tensor | None = None,  # (R, K) in x's dtype, contiguous, R a multiple of 16
     *,
     splits: int | None = None,  # of K; None: those of splits_of, or 1
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Parts (splits, S, N) and low (splits, S, R), both fp32, of x with weights and with A. No gradient.
 
@@ -485,17 +486,7 @@ def _check(x: Tensor, weights: Sequence[Weight], a: Tensor | None, splits: int |
 
 
 def _runs_by_triton(backend: str, x: Tensor) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and not x.is_cuda and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {x.device.type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it "
-            "is imported, or use backend='torch'"
-        )
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    by_triton, narrow = runs_by_triton(backend, x.device.type), x.dtype in (torch.bfloat16, torch.float16)
     if backend == "triton" and not narrow:
         raise ValueError(f"backend='triton' multiplies bf16 or fp16, not {x.dtype}")
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and x.is_cuda and narrow and triton is not None and wanted)
+    return by_triton and narrow

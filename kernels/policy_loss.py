@@ -16,11 +16,12 @@ Autograd of the formula says the same, except where r A and the bound times A on
 halves the gradient between its arguments, and here the ratios decide, not the products.
 """
 
-import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 
 try:
     import triton
@@ -165,7 +166,7 @@ def policy_loss(
     delta: float | None,
     beta: float,
     use_bias_correction_kl: bool,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, TokenStats]:
     """The loss, a scalar weighted sum over tokens, and the TokenStats of each.
 
@@ -175,7 +176,8 @@ def policy_loss(
 
     Raises:
         ValueError: beta is not 0 and there are no reference log-probabilities, shapes, devices or dtypes that do not
-            belong together, or backend="triton" where the kernel cannot run.
+            belong together.
+        RuntimeError: backend="triton" where it cannot run.
     """
     if beta != 0 and ref_logprobs is None:
         raise ValueError(f"beta={beta} needs ref_logprobs")
@@ -189,7 +191,7 @@ def policy_loss(
         },
     )
     settings = _Settings(1 - epsilon_low, 1 + epsilon_high, delta, beta, use_bias_correction_kl)
-    forward = _triton_forward if _use_triton(backend, logprobs) else _torch_forward
+    forward = _triton_forward if _runs_by_triton(backend, logprobs) else _torch_forward
     inputs = (logprobs, old_logprobs, ref_logprobs, advantages, loss_weights, settings)
     if logprobs.requires_grad and torch.is_grad_enabled():
         loss, *stats = _PolicyLoss.apply(*inputs, forward)
@@ -261,24 +263,11 @@ def _torch_kl(gap: Tensor, ratio: Tensor, bias_correction: bool) -> tuple[Tensor
     return growth - gap, -growth
 
 
-def _use_triton(backend: str, logprobs: Tensor) -> bool:
-    if backend == "auto":
-        wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-        return triton is not None and logprobs.is_cuda and logprobs.dtype == torch.float32 and wanted
-    if backend == "torch":
-        return False
-    if backend != "triton":
-        raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
-    if triton is None:
-        raise ValueError("backend='triton', but triton cannot be imported; install it, or use backend='torch'")
-    if not logprobs.is_cuda and isinstance(_policy_loss_kernel, triton.JITFunction):
-        raise ValueError(
-            f"backend='triton' cannot run on {logprobs.device.type}; use backend='auto', or set TRITON_INTERPRET=1 "
-            "before triton is imported"
-        )
-    if logprobs.dtype != torch.float32:
+def _runs_by_triton(backend: str, logprobs: Tensor) -> bool:
+    by_triton, in_fp32 = runs_by_triton(backend, logprobs.device.type), logprobs.dtype == torch.float32
+    if backend == "triton" and not in_fp32:
         raise ValueError(f"backend='triton' computes in float32; {logprobs.dtype} is for backend='torch'")
-    return True
+    return by_triton and in_fp32
 
 
 def _check(logprobs: Tensor, others: dict[str, Tensor | None]) -> None:

@@ -10,11 +10,12 @@ call. A logit of -inf is never drawn. PyTorch's own way (log_softmax, exp, cumsu
 more (S, V) fp32 tensors, 117 MiB at 64 x 151,936, in seven launches.
 """
 
-import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 
 try:
     import triton
@@ -164,7 +165,7 @@ def sample_tokens(
     uniforms: Tensor,  # (S,) fp32 in [0, 1)
     *,
     temperature: float,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(tokens (S,) int64 drawn by inverse CDF, their log-probabilities (S,) fp32). No gradient.
 
@@ -175,7 +176,7 @@ def sample_tokens(
         RuntimeError: backend="triton" where it cannot run.
     """
     _check(logits, uniforms, torch.float32, temperature, "uniforms")
-    if _runs_by_triton(backend, logits.device.type):
+    if runs_by_triton(backend, logits.device.type):
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         return tokens, _launch(logits, uniforms, tokens, temperature)
     tokens, logprobs = (
@@ -202,7 +203,7 @@ def selective_logprobs(
     tokens: Tensor,  # (S,) int64 in [0, V)
     *,
     temperature: float,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Log-probability of one token of each row, (S,) fp32: log_softmax and gather without the log_softmax. No gradient.
 
@@ -211,7 +212,7 @@ def selective_logprobs(
     Raises: as sample_tokens.
     """
     _check(logits, tokens, torch.int64, temperature, "tokens")
-    if _runs_by_triton(backend, logits.device.type):
+    if runs_by_triton(backend, logits.device.type):
         return _launch(logits, None, tokens.contiguous(), temperature)
     parts = [_logprobs(_scores(logits[rows], temperature), tokens[rows]) for rows in _parts(logits)]
     return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float32)
@@ -229,7 +230,7 @@ def sample_next(
     temperature: float,
     scale: float = 1.0,
     softcap: float | None = None,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Draw each row's next token and move the row on: (3, S) fp64 of token, log-probability and once more that.
 
@@ -243,7 +244,7 @@ def sample_next(
     """
     _check_next(logits, uniforms, temperature, completions, token_ids, positions, prefilled)
     S, V = logits.shape
-    if _runs_by_triton(backend, logits.device.type):
+    if runs_by_triton(backend, logits.device.type):
         chunks = triton.cdiv(V, BLOCK)
         state = torch.empty(S, chunks, 2, dtype=torch.float32, device=logits.device)
         out = torch.empty(3, S, dtype=torch.float64, device=logits.device)
@@ -319,17 +320,3 @@ def _check_next(logits: Tensor, uniforms: Tensor, temperature: float, *rows: Ten
             raise ValueError(f"{name} must be contiguous ({len(logits)},) torch.int64, not {tuple(given.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}; the greedy token is logits.argmax(-1)")
-
-
-def _runs_by_triton(backend: str, device_type: str) -> bool:
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' needs Triton installed; backend='torch' does without")
-    if backend == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"backend='triton' on {device_type} runs only in Triton's interpreter: set TRITON_INTERPRET=1 before it is "
-            "imported, or use backend='torch'"
-        )
-    wanted = os.environ.get("LOWMEM_GRPO_TRITON") != "0"  # the way out, where a card or a driver does not suit it
-    return backend == "triton" or (backend == "auto" and device_type == "cuda" and triton is not None and wanted)

@@ -1,13 +1,11 @@
 """One query per sequence over [prefix ; own], kernel and twin, against fp64 attention; unread memory is NaN throughout."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lowmem_grpo.kernels import decode_attention as module
-from lowmem_grpo.kernels import linear_logprobs, policy_loss, sample_tokens
 from lowmem_grpo.kernels.decode_attention import addressed, decode_attention, quantized, write_token
 
 CUDA = torch.cuda.is_available()
@@ -372,18 +370,6 @@ def test_no_rows_are_no_rows_and_a_row_of_nothing_is_nan_or_with_a_sink_0(place)
     assert with_sinks[0].isfinite().all() and with_sinks[1].count_nonzero() == 0
     none = {k: given[k][:0] for k in ("query", "table", "lengths")}
     assert attended(given | none, place).shape == (0, 2, 16)
-
-
-@pytest.mark.skipif(module.triton is None, reason="needs Triton")
-def test_a_gpu_takes_triton_unless_the_environment_forbids_it(monkeypatch):
-    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    for value, taken in ((None, True), ("1", True), ("0", False)):
-        monkeypatch.delenv("LOWMEM_GRPO_TRITON", raising=False)
-        if value is not None:
-            monkeypatch.setenv("LOWMEM_GRPO_TRITON", value)
-        for kernel in (module, linear_logprobs, sample_tokens):
-            assert kernel._runs_by_triton("auto", "cuda") == taken and not kernel._runs_by_triton("auto", "cpu")
-        assert policy_loss._use_triton("auto", on_a_gpu) == taken
 
 
 @every_backend

@@ -1,8 +1,5 @@
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -508,36 +505,6 @@ def test_a_label_outside_of_the_vocabulary_is_nan_where_it_is_not_looked_at(int8
         bad = [False, True, True, False, False]
         assert logp.isnan().tolist() == gradient.isnan().all(1).tolist() == bad
         assert entropy is None or entropy.isnan().tolist() == bad
-
-
-def python(program: str, **environment: str) -> str:
-    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False
-    )
-    return ran.stdout + ran.stderr
-
-
-CALL = """
-import torch
-from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
-hidden = torch.ones(2, 4, requires_grad=True)
-def call(backend):
-    logp = linear_logprobs(hidden, torch.zeros(8, 4), torch.tensor([0, 7]), backend=backend)
-    logp.sum().backward()
-    return logp
-"""
-
-
-def test_without_triton_the_twin_runs_and_the_kernels_are_refused():
-    said = python("import sys; sys.modules['triton'] = None" + CALL + "print(call('auto').exp()); call('triton')")
-    assert "tensor([0.1250, 0.1250]" in said
-    assert "needs Triton installed" in said
-
-
-@pytest.mark.skipif(module.triton is None, reason="needs Triton")
-def test_kernels_on_a_cpu_want_the_interpreter():
-    assert "set TRITON_INTERPRET=1" in python(CALL + "call('triton')")
 
 
 class LargestTensor(TorchDispatchMode):

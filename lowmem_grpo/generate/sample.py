@@ -1,7 +1,6 @@
 """Sampler: completions of prompts from the resident policy, as a configuration says."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.kernels import overlap
+from lowmem_grpo.kernels.backend import switched_off
 from lowmem_grpo.kernels.decode_attention import goes_by_addresses
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import once_more
@@ -129,7 +129,7 @@ class Sampler:
     def fast_step(self, num_positions: int) -> FastStep | None:
         """A step that decodes with the adapters that are worn, or None. Tried once of them, with a warning."""
         device = self.policy.device
-        if device.type not in FAST or os.environ.get("LOWMEM_GRPO_TRITON") == "0":
+        if device.type not in FAST or switched_off():
             return None
         if device.type == "cuda" and not goes_by_addresses(device):  # no Triton: the twins would be slower
             return None

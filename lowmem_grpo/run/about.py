@@ -19,6 +19,7 @@ from lowmem_grpo.distributed import world_size
 from lowmem_grpo.errors import in_a_line
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.training import RunInputs, name_of
+from lowmem_grpo.kernels.backend import switched_off
 from lowmem_grpo.output.folder import remove, write_file
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.output.secrets import command_without_secrets, without_secrets
@@ -104,7 +105,7 @@ _version = cache(version)  # each is read from a file of its own
 
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Versions, device, number of processes and kernels: by them a run is rounded, and no setting says them."""
-    kernels = "off" if os.environ.get("LOWMEM_GRPO_TRITON") == "0" else "on"
+    kernels = "off" if switched_off() else "on"
     return {**versions(), "device": device_name(device), "processes": world_size(), "Triton kernels": kernels}
 
 
