@@ -17,13 +17,14 @@ What a kernel takes is the time until its numbers come from memory, over and ove
 its registers before it waits for the first.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowmem_grpo.kernels.backend import Backend, runs_by_triton
+from lowmem_grpo.kernels.decode_attention import quantized
 from lowmem_grpo.kernels.overlap import launched
 
 try:
@@ -32,9 +33,7 @@ try:
 except ImportError:  # Windows, macOS
     triton: Any = None
 
-# An RMS norm, x / sqrt(mean x^2 + eps) times gain: the gain, eps, and whether x / sqrt(...) is rounded before the gain
-# (Llama) or only after it (Gemma).
-Norm = tuple[Tensor, float, bool]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 NO_NORM = (None, 0.0, False)
 RANK = 16  # an adapter's rank is a multiple of it, by zeros
 COLUMNS = 8  # of a row side by side in a thread: 16 bytes of b
@@ -418,6 +417,14 @@ if triton is not None:
         tl.store(out_ptr + m * WIDTH + n, (_rounded(y, dtype) * up).to(dtype), mask=inside)
 
 
+class Norm(NamedTuple):
+    """An RMS norm x / sqrt(mean x^2 + eps) gain."""
+
+    gain: Tensor  # (N,)
+    eps: float
+    early: bool  # x / sqrt(...) is rounded to 16 bits before the gain (Llama), or only the result is (Gemma)
+
+
 @torch.no_grad()
 def start(
     token_ids: Tensor,  # (S,) int64
@@ -443,7 +450,7 @@ def start(
                 )  # fmt: skip
         return stream, out
     stream = (embedding[token_ids].to(dtype).float() * scale).to(dtype)
-    return stream, _after_norm(stream, before)
+    return stream, normed(stream, before)
 
 
 @torch.no_grad()
@@ -502,7 +509,7 @@ def heads(
         if scales is None:
             own[at] = x
         else:
-            own[at], scales[at] = _in_int8(x)
+            own[at], scales[at] = quantized(x)
     return turned[0]
 
 
@@ -539,9 +546,9 @@ def residual(
                     AFTER_EARLY=after_early, BEFORE_EARLY=before_early, BLOCK=block, num_warps=num_warps, **launched(),
                 )  # fmt: skip
         return out
-    y = _after_norm(_summed(parts, low, b, bias, [N], stream.dtype), after)
+    y = normed(_summed(parts, low, b, bias, [N], stream.dtype), after)
     stream += y if share == 1 else y * share
-    return _after_norm(stream, before)
+    return normed(stream, before)
 
 
 @torch.no_grad()
@@ -551,7 +558,7 @@ def gated(
     b: Tensor | None,  # (R, 2 I)
     bias: Tensor | None,  # (2 I,)
     *,
-    activation: Literal["silu", "gelu", "gelu_tanh"],
+    activation: Activation,
     dtype: torch.dtype,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -667,13 +674,15 @@ def _summed(
 
 
 def rms(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x (..., N), in x's dtype."""
     gain, eps, early = norm
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return ((wide.to(x.dtype).float() if early else wide) * gain.float()).to(x.dtype)
 
 
-def _after_norm(x: Tensor, norm: Norm | None) -> Tensor:
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """The norm of x (..., N), or x where there is none."""
     return x if norm is None else rms(x, norm)
 
 
@@ -686,12 +695,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, paired: bool) -> Tensor:
         first, second = front.chunk(2, -1)
         other = torch.cat([-second, first], -1)
     return torch.cat([(front * cos + other * sin).to(x.dtype), rest], -1)
-
-
-def _in_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 numbers (S, H, D) and fp16 scales (S, H) of x."""
-    scales = (x.float().abs().amax(-1) / 127).half().clamp(min=2**-24)  # fp16's least, where all is 0
-    return (x / scales[..., None].float()).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def _check(parts: Tensor, low: Tensor | None, b: Tensor | None, bias: Tensor | None, linears: int) -> None:

@@ -2,20 +2,20 @@
 
 Names say only which module stands where. Numbers are read off what the model does: what its layers call attention with,
 which cosines they are given, what a norm, a rotation or an activation makes of probes. What is left unexplained is
-Unknown. Whether all of it together is the model is for step.py to try.
+Unknown. Whether all of it together is the model is for step_trial.py to try.
 """
 
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, rms, rotated
+from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, Activation, Norm, rms, rotated
 from lowmem_grpo.kernels.nf4_product import Weight
 from lowmem_grpo.model.attention import Scoring, Silent, attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
@@ -24,7 +24,6 @@ from lowmem_grpo.model.mixing import mixers
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, pieces
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
 # Which norms stand before, and which after, attention and MLP: by a name that only layers of the kind have.
 NORMS = {
     "post_self_attn_layernorm": (  # GLM 4
@@ -42,14 +41,6 @@ NORMS = {
 
 class Unknown(ValueError):
     """A model whose layers are not understood, and the message says what of them."""
-
-
-class Norm(NamedTuple):
-    """An RMS norm x / sqrt(mean x^2 + eps) gain."""
-
-    gain: Tensor  # (N,) fp32
-    eps: float
-    early: bool  # x / sqrt(...) is rounded to 16 bits before the gain (Llama), or only the result is (Gemma)
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Layer:
     out: Product
     gate_up: Product
     down: Product
-    before: tuple[Norm | None, Norm | None]  # of attention's and of the MLP's input
+    before: tuple[Norm | None, Norm | None]  # of attention's and of the MLP's input; gains are fp32
     after: tuple[Norm | None, Norm | None]  # of their results, before these are added
     query_norm: Norm | None  # of each head, or with a gain of all heads' size over all of them
     key_norm: Norm | None
@@ -329,7 +320,7 @@ def _norm(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
     with torch.autocast(weight.device.type, enabled=False):
         theirs = module(x).float()
         for gain in (weight.float(), 1 + weight.float()):
-            if torch.allclose(rms(x, (gain, eps, False)), theirs, rtol=1e-5, atol=1e-6):
+            if torch.allclose(rms(x, Norm(gain, eps, False)), theirs, rtol=1e-5, atol=1e-6):
                 break
         else:
             raise unknown
@@ -337,13 +328,8 @@ def _norm(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
             return Norm(gain, eps, False)
         x = x.to(dtype)
         theirs = module(x)
-        early = min((True, False), key=lambda early: (rms(x, (gain, eps, early)) != theirs).sum().item())
+        early = min((True, False), key=lambda early: (rms(x, Norm(gain, eps, early)) != theirs).sum().item())
     return Norm(gain, eps, early)
-
-
-def normed(x: Tensor, norm: Norm | None) -> Tensor:
-    """The norm of x (..., N), or x where there is none."""
-    return x if norm is None else rms(x, norm)
 
 
 def _moves(key: Tensor) -> bool:

@@ -236,8 +236,8 @@ def _heads(
     store = _at(addresses)
     return heads(
         parts, low, b, bias, own=store.own, scales=store.own_scales, layer=layer, table=table, positions=positions,
-        prefilled=prefilled, query_norm=None if query_gain is None else (query_gain, query_eps, query_early),
-        key_norm=None if key_gain is None else (key_gain, key_eps, key_early), cos=cos, sin=sin, paired=paired,
+        prefilled=prefilled, query_norm=None if query_gain is None else Norm(query_gain, query_eps, query_early),
+        key_norm=None if key_gain is None else Norm(key_gain, key_eps, key_early), cos=cos, sin=sin, paired=paired,
         dtype=dtype,
     )  # fmt: skip
 
