@@ -92,6 +92,20 @@ def spoil():
     del LOSS_TYPES["spoiled"], LOSSES["spoiled"]
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """What torch.empty hands out is NaN, or True, until somebody writes it."""
+    for name, make in (("empty", torch.empty), ("empty_like", torch.empty_like)):
+
+        def poisoned(*args, make=make, **kwargs):
+            made = make(*args, **kwargs)
+            if made.is_floating_point():
+                return made.fill_(torch.nan)
+            return made.fill_(True) if made.dtype == torch.bool else made
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
 PASSED: set[str] = set()  # trials, by all that they read
 READ_TO_FIND = [field.name for section in (ModelFields, AdapterFields) for field in fields(section)]
 

@@ -44,20 +44,8 @@ def in_every_dtype(names):
     return pytest.mark.parametrize("name, dtype, place", cases)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What is allocated and not written is NaN."""
-
-    def poisoned(*args, make=torch.empty, **kwargs):
-        made = make(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    def poisoned_like(*args, make=torch.empty_like, **kwargs):
-        made = make(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", poisoned_like)
+# What is allocated and not written is NaN.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def product_of(rows, size, linears, *, rank=16, splits=2, bias=True, dtype=torch.float32, seed=0):

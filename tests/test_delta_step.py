@@ -36,14 +36,8 @@ SHAPES = [  # rows, key heads, value heads, K, V
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What is allocated and not written is NaN."""
-
-    def poisoned(*args, make=torch.empty, **kwargs):
-        return make(*args, **kwargs).fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+# What is allocated and not written is NaN.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def case(rows, key_heads, value_heads, K, V, dtype=torch.float32, seed=0) -> dict[str, Any]:

@@ -25,14 +25,8 @@ SHAPES = [(1, 2), (4, 3), (14, 3)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
+def poisoned_loads(poisoned_memory, monkeypatch):
     """What is allocated and not written is NaN, and so is what a load leaves that is masked without `other`."""
-
-    def poisoned(*args, make=torch.empty, **kwargs):
-        made = make(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
     poison_masked_loads(monkeypatch)
 
 

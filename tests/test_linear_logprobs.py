@@ -18,16 +18,8 @@ both = pytest.mark.parametrize("backend", ["torch", "triton"] if module.triton e
 BF16 = {"torch": 1.2e-2, "triton": 4e-2}  # of a row of the gradient; 0.0035 and 0.011 were measured
 
 
-@pytest.fixture(autouse=True)
-def memory_that_nobody_wrote_is_nan(monkeypatch):
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-
-        def poisoned(*args, make=make, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, poisoned)
+# What is allocated and not written is NaN.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def exact(hidden, weight, labels, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, upstream=(1.0, 0.0)):

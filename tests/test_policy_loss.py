@@ -31,17 +31,8 @@ every_backend = pytest.mark.parametrize(
 SETTINGS = dict(epsilon_low=0.2, epsilon_high=0.28, delta=None, beta=0.0, use_bias_correction_kl=False)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What torch.empty hands out is NaN or True until somebody writes it."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-
-        def poisoned(*args, make=make, **kwargs):
-            values = make(*args, **kwargs)
-            return values.fill_(math.nan) if values.is_floating_point() else values.fill_(True)
-
-        monkeypatch.setattr(torch, name, poisoned)
+# What is allocated and not written is NaN.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def tokens(n, seed=0):
