@@ -28,7 +28,7 @@ from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.run.step import Step
-from lowmem_grpo.update.critic import Critic, lengths_with_value, saved_config, with_gae, with_values
+from lowmem_grpo.update.critic import Critic, saved_config, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.critic import why_not_finite as why_no_value
 from lowmem_grpo.update.distill import as_asked, with_teacher
@@ -178,7 +178,7 @@ def teach(critic: Critic, run: Run, step: Step, rollout: Rollout, config: GRPOCo
         for mini_batch in rollout.mini_batches(config.steps_per_generation):
             work = partial(value_backward, critic.policy, mini_batch, critic.scaler, config)
             why = partial(why_no_value, mini_batch, config)
-            done.append(run.update(step, work, lengths_with_value(mini_batch), why, critic.learner))
+            done.append(run.update(step, work, mini_batch.counted_lengths, why, critic.learner))
     return {
         "value_loss": sum(loss for loss, _ in done) / len(done),
         "value/clip_ratio": sum(clipped.item() for _, clipped in done) / len(done),
@@ -190,10 +190,10 @@ def tokens_by_phase(collected: Collected, rollout: Rollout, config: GRPOConfig, 
 
     The policy's update went `iterations` times through the rollout: not at all while a critic warms up.
     """
-    counted = sum(rollout.lengths_of(rollout.completion_mask.tolist()))
+    counted = sum(rollout.counted_lengths)
     return {
         "rollout": collected.num_new_tokens, "reference": counted if config.beta else 0, "old": counted,
-        "teacher": sum(as_asked(rollout).lengths_of(rollout.completion_mask.tolist())),
+        "teacher": sum(as_asked(rollout).counted_lengths),
         "update": iterations * sum(lengths_with_gradient(rollout, config)),
         "values": counted, "critic": config.num_iterations * counted,
     }  # fmt: skip

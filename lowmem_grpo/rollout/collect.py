@@ -131,10 +131,9 @@ def with_kl_in_reward(rollout: Rollout, beta: float, config: GRPOConfig) -> Roll
     """The rollout with advantages of its rewards less beta times each completion's KL to the reference."""
     kl = rollout.by_completion(token_kl(rollout, config)) * rollout.completion_mask
     compared = compare_rewards(rollout.rewards, config, beta * kl)
-    counted = int((rollout.offsets.diff() * rollout.completion_mask).sum())
     return replace(
         rollout,
         advantages=compared.advantages,
-        metrics={**rollout.metrics, "kl": (kl.sum() / counted).item()},  # NaN where none counts
+        metrics={**rollout.metrics, "kl": (kl.sum() / rollout.num_counted_tokens).item()},  # NaN where none counts
         table={**rollout.table, "advantage": compared.advantages.tolist()},
     )

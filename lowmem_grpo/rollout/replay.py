@@ -8,6 +8,7 @@ from torch import Tensor
 from lowmem_grpo.generate.completion import Completion
 
 FINISHES = ("eos", "stop", "length")
+_LOGPROBS = ("logprobs", "proposal_logprobs")  # of a Completion
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,3 @@ class ReplayBuffer:
             Group(position, completions[g * size : (g + 1) * size], tensors["rewards"][g])
             for g, position in enumerate(tensors["positions"].tolist())
         ]
-
-
-_LOGPROBS = ("logprobs", "proposal_logprobs")

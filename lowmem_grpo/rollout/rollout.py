@@ -47,11 +47,14 @@ class Rollout:
         return int(self.offsets[-1])
 
     @property
-    def num_learning_tokens(self) -> int:
-        """The number of tokens in completions that count, or of those that top_entropy_quantile leaves."""
-        if self.learn_mask is not None:
-            return int(self.learn_mask.sum())
+    def num_counted_tokens(self) -> int:
+        """The number of tokens in completions that count."""
         return int((self.offsets.diff() * self.completion_mask).sum())
+
+    @property
+    def num_learning_tokens(self) -> int:
+        """The number of tokens that count, or of those that top_entropy_quantile leaves."""
+        return self.num_counted_tokens if self.learn_mask is None else int(self.learn_mask.sum())
 
     @property
     def has_advantage(self) -> Tensor:
@@ -71,6 +74,11 @@ class Rollout:
     def lengths(self) -> list[int]:
         """Tokens of every completion with its prompt, B of them."""
         return [len(self.prompt_of(b).ids) + len(c.ids) for b, c in enumerate(self.completions)]
+
+    @property
+    def counted_lengths(self) -> list[int]:
+        """Tokens of each completion that counts, with its prompt."""
+        return self.lengths_of(self.completion_mask.tolist())
 
     @classmethod
     def bare(cls, prompts: list[list[int]], completions: list[list[int]], advantages: Tensor) -> "Rollout":

@@ -14,7 +14,6 @@ from peft import PeftConfig
 from torch import Tensor
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.distributed import summed
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.objective.gae import gae, token_rewards, whiten
@@ -25,7 +24,7 @@ from lowmem_grpo.paths import expanded
 from lowmem_grpo.rollout.collect import token_kl
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.update.optimizer import Learner
-from lowmem_grpo.update.passes import at_work, first_not_finite, micro_batches, zero_gradients
+from lowmem_grpo.update.passes import at_work, first_not_finite, micro_batches, of_each_token, zero_gradients
 
 CRITIC = "critic"  # the name of its adapter, and of its part of a checkpoint
 CONFIG = "adapter_config"  # the name of the adapter's configuration in that part
@@ -83,17 +82,9 @@ def saved_config(resume: Path | None) -> PeftConfig | None:
 
 def with_values(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
     """The rollout with the critic's values, each of what it expects before the token is drawn."""
-    counted = rollout.completion_mask.tolist()
-
-    def compute(token_budget: int) -> Tensor:
-        values = torch.zeros(rollout.num_tokens, device=policy.device)
-        with policy.inference(), policy.wearing(CRITIC):
-            for batch in micro_batches(policy, rollout, config, token_budget, counted):
-                with at_work(batch):
-                    values[batch.token_index] = policy.scores(batch)
-        return values
-
-    return replace(rollout, values=summed(budget.fit(compute, rollout.lengths_of(counted))))
+    with policy.inference(), policy.wearing(CRITIC):
+        (values,) = of_each_token(policy, rollout, config, budget, lambda batch: [policy.scores(batch)])
+    return replace(rollout, values=values)
 
 
 def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
@@ -140,7 +131,7 @@ def backward(
     rank's part of the step's, which is their sum, and so is the gradient.
     """
     assert rollout.values is not None and rollout.returns is not None
-    num_tokens = max(1, int((rollout.offsets.diff() * rollout.completion_mask).sum()))
+    num_tokens = max(1, rollout.num_counted_tokens)
     zero_gradients(policy, CRITIC)
     clipped = torch.zeros((), device=policy.device)
     total = scaler.scale(torch.zeros_like(clipped)) * 0
@@ -156,11 +147,6 @@ def backward(
                 total += loss.detach()
                 clipped += decided.sum() / num_tokens
     return total, clipped
-
-
-def lengths_with_value(rollout: Rollout) -> list[int]:
-    """Number of tokens of each completion that the critic learns from, with its prompt."""
-    return rollout.lengths_of(rollout.completion_mask.tolist())
 
 
 def why_not_finite(rollout: Rollout, config: GRPOConfig, clipped: Tensor, loss: float, overflowed: bool) -> str:

@@ -1,7 +1,7 @@
 """The passes of an update: log-probabilities of reference and policy, and the loss's gradient."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -59,16 +59,31 @@ def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget:
 
 def logprobs_of(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Tensor:
     """The policy's log-probability of each token, (M,) fp32, as it computes now; 0 where none counts."""
-    counted = rollout.completion_mask.tolist()
+    (logprobs,) = of_each_token(
+        policy, rollout, config, budget, lambda batch: [policy.logprobs(batch, config.temperature)]
+    )
+    return logprobs
 
-    def compute(token_budget: int) -> Tensor:
-        logprobs = torch.zeros(rollout.num_tokens, device=policy.device)
-        for batch in micro_batches(policy, rollout, config, token_budget, counted):
+
+def of_each_token(
+    policy: Policy,
+    rollout: Rollout,
+    config: UpdateFields,
+    budget: TokenBudget,
+    compute: Callable[[MicroBatch], Sequence[Tensor]],  # (N,) each
+    count: int = 1,  # of what it returns
+) -> Tensor:
+    """The results of compute() at each of the rollout's tokens, (count, M) fp32; 0 where none counts."""
+
+    def attempt(token_budget: int) -> Tensor:
+        found = torch.zeros(count, rollout.num_tokens, device=policy.device)
+        for batch in micro_batches(policy, rollout, config, token_budget, rollout.completion_mask.tolist()):
             with at_work(batch):
-                logprobs[batch.token_index] = policy.logprobs(batch, config.temperature)
-        return logprobs
+                for known, values in zip(found, compute(batch), strict=True):
+                    known[batch.token_index] = values
+        return found
 
-    return summed(budget.fit(compute, rollout.lengths_of(counted)))
+    return summed(budget.fit(attempt, rollout.counted_lengths))
 
 
 def needs_old_pass(rollout: Rollout, config: GRPOConfig) -> bool:
@@ -81,18 +96,10 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
 
     Call where needs_old_pass(): each is set only if the update could not make it as it goes.
     """
-    counted = rollout.completion_mask.tolist()
-
-    def compute(token_budget: int) -> Tensor:
-        logprobs, entropies = found = torch.zeros(2, rollout.num_tokens, device=policy.device)
-        with policy.inference():
-            for batch in micro_batches(policy, rollout, config, token_budget, counted):
-                with at_work(batch):
-                    both = policy.logprobs_and_entropy(batch, config.temperature)
-                    logprobs[batch.token_index], entropies[batch.token_index] = both
-        return found
-
-    old_logprobs, entropies = summed(budget.fit(compute, rollout.lengths_of(counted)))
+    with policy.inference():
+        old_logprobs, entropies = of_each_token(
+            policy, rollout, config, budget, lambda batch: policy.logprobs_and_entropy(batch, config.temperature), 2
+        )
     if config.top_entropy_quantile < 1:
         rollout = replace(rollout, learn_mask=high_entropy(entropies, rollout, config.top_entropy_quantile))
     if config.steps_per_generation > 1 or config.reads_own_logprobs:
