@@ -248,11 +248,6 @@ def from_main(value: T) -> T:
     return gathered(value if is_main() else None)[0]  # type: ignore[return-value] # rank 0's
 
 
-def any_of(said: bool) -> bool:
-    """True on every rank where one of them said so."""
-    return any(gathered(said))
-
-
 def in_order(lists: Sequence[list[T]]) -> list[T]:
     """The ranks' lists as one."""
     return list(chain.from_iterable(lists))

@@ -212,7 +212,7 @@ def together() -> dict[str, Any]:
     return {
         "rank": (rank, distributed.world_size()), "alone": alone, "own draw": own, "shared draw": torch.rand(()).item(),
         "gathered": distributed.gathered(f"rank {rank}"), "from main": distributed.from_main(f"rank {rank}"),
-        "any of": (distributed.any_of(rank == 1), distributed.any_of(False)), "sum": values, "of bf16": of_bf16,
+        "sum": values, "of bf16": of_bf16,
         "of main": of_main, "error": repr(_raised(lambda: distributed.each(lambda: _fail(1, ValueError("of rank 1"))))),
         "without pickle": str(_raised(lambda: distributed.each(lambda: _fail(1, Unsendable("a", "b"))))),
         "different": str(_raised(lambda: distributed.refuse_differences("settings", {"seed": rank, "beta": 0}))), "same": True,

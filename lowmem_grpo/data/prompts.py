@@ -82,7 +82,7 @@ def tokenize_prompts(
     return short, len(prompts) - len(short)
 
 
-def chat_prompts(rows: Dataset, config: ReadFields, *, name: str = "train_dataset") -> list[Prompt]:
+def chat_prompts(rows: Dataset, config: ReadFields) -> list[Prompt]:
     """The rows' prompts for a server that tokenizes them itself: chats, without ids. A text is what a user says.
 
     Raises:
@@ -91,7 +91,7 @@ def chat_prompts(rows: Dataset, config: ReadFields, *, name: str = "train_datase
     prompts = []
     for index, given_row in enumerate(rows):
         row: Any = given_row
-        where, given = f"row {index} of {name}", row["prompt"]
+        where, given = f"row {index} of train_dataset", row["prompt"]
         if is_text(given):
             refuse_chat_as_text(str(given), where)
             given = [{"role": "user", "content": str(given)}]

@@ -92,7 +92,7 @@ class Outline:
     norm: Norm
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """Arguments that a layer calls attention with."""
 
     query: Tensor  # (B, H, T, D)
@@ -105,13 +105,13 @@ class Listening(Silent):
     """A layout that keeps what each layer calls attention with."""
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}
+        self.calls: dict[int, AttentionCall] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         """Zeros (B, T, H, D); the call is kept."""
         if asked.layer in self.calls:
             raise Unknown("a layer of its attends twice")
-        self.calls[asked.layer] = Call(query, key, value, asked._replace(scaling=float(asked.scaling)))
+        self.calls[asked.layer] = AttentionCall(query, key, value, asked._replace(scaling=float(asked.scaling)))
         return super().attend(query, key, value, asked)
 
 
@@ -194,7 +194,7 @@ def _embedding_scale(policy: Policy) -> float:
     return scale
 
 
-def _calls(policy: Policy) -> dict[int, Call]:
+def _calls(policy: Policy) -> dict[int, AttentionCall]:
     """Each layer's call of attention, for one token twice, 40 positions apart."""
     listening = Listening()
     ids = pieces(policy, TEXTS[0], (64,))[0]
@@ -206,7 +206,7 @@ def _calls(policy: Policy) -> dict[int, Call]:
     return listening.calls
 
 
-def _layer(layer: Any, call: Call, kind: int, dtype: torch.dtype) -> Layer:
+def _layer(layer: Any, call: AttentionCall, kind: int, dtype: torch.dtype) -> Layer:
     attention, mlp = (_part(layer, name) for name in ("self_attn", "mlp"))
     before, after = next(
         (names for name, names in NORMS.items() if hasattr(layer, name)), NORMS["post_attention_layernorm"]

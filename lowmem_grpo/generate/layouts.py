@@ -46,7 +46,22 @@ class Prefill:
     masks: dict = field(default_factory=dict)  # of attention with sinks, made by the first layer that asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        return _prefill(self, query, key, value, asked)
+        layer, scaling, window, softcap, sink = asked
+        tokens = key.shape[2]
+        at = (self.targets, slice(None), slice(tokens))
+        key, value = self.store.write(layer, at, key, value, self.sources)
+        if sink is not None:
+            return causal_attention((query, key, value), self.masks, asked)
+        if softcap is None and (window is None or window >= tokens):
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+            return out.transpose(1, 2)
+        place = torch.arange(tokens, device=query.device)
+        back = place[:, None] - place
+        mask = (back >= 0) & (back < (window or tokens + 1))
+        batch, heads, _, size = query.shape
+        grouped = query.view(batch, key.shape[1], -1, tokens, size)
+        out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, asked)
+        return out.view(batch, heads, tokens, size).transpose(1, 2)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
         """The output of a layer with a state for prompts (R, T, D), which it is handed padded on the left.
@@ -82,7 +97,24 @@ class Decode:
     states: States | None = None  # where layers keep one
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        return _decode(self, query, key, value, asked)
+        if self.table is not None:
+            return _paged_attention(self, query, key, value, asked)
+        slots, heads, _, size = query.shape
+        kv_heads = key.shape[1]
+        at = (torch.arange(slots, device=query.device), slice(None), self.columns)
+        self.store.own.write(asked.layer, at, key[:, :, 0], value[:, :, 0])
+        keys, values = self.store.own.read(asked.layer, slots, self.span, query.dtype)
+        query = query.view(slots, kv_heads, heads // kv_heads, size)
+        mask = self.mask(asked.window)
+        if self.members is not None:
+            store = self.store.prefix
+            prefix = store.read(asked.layer, len(self.members), store.num_tokens, query.dtype)
+            out = _shared_attention(query, keys, values, prefix, self.members, self.places, mask, asked)
+        elif asked.softcap is None and asked.sink is None:
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=asked.scaling)
+        else:
+            out = softmax_attention(query, keys, values, mask, asked)
+        return out.view(slots, 1, heads, size)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
         """The output of a layer with a state for one token of each slot, (S, 1, D)."""
@@ -106,46 +138,6 @@ class Decode:
 def _along(values: Tensor, places: Tensor) -> Tensor:
     """Tokens (R, T, D) of each row, in the order of places (R, T)."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def _prefill(now: Prefill, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-    layer, scaling, window, softcap, sink = asked
-    tokens = key.shape[2]
-    at = (now.targets, slice(None), slice(tokens))
-    key, value = now.store.write(layer, at, key, value, now.sources)
-    if sink is not None:
-        return causal_attention((query, key, value), now.masks, asked)
-    if softcap is None and (window is None or window >= tokens):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
-    place = torch.arange(tokens, device=query.device)
-    back = place[:, None] - place
-    mask = (back >= 0) & (back < (window or tokens + 1))
-    batch, heads, _, size = query.shape
-    grouped = query.view(batch, key.shape[1], -1, tokens, size)
-    out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, asked)
-    return out.view(batch, heads, tokens, size).transpose(1, 2)
-
-
-def _decode(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-    if now.table is not None:
-        return _paged_attention(now, query, key, value, asked)
-    slots, heads, _, size = query.shape
-    kv_heads = key.shape[1]
-    at = (torch.arange(slots, device=query.device), slice(None), now.columns)
-    now.store.own.write(asked.layer, at, key[:, :, 0], value[:, :, 0])
-    keys, values = now.store.own.read(asked.layer, slots, now.span, query.dtype)
-    query = query.view(slots, kv_heads, heads // kv_heads, size)
-    mask = now.mask(asked.window)
-    if now.members is not None:
-        store = now.store.prefix
-        prefix = store.read(asked.layer, len(now.members), store.num_tokens, query.dtype)
-        out = _shared_attention(query, keys, values, prefix, now.members, now.places, mask, asked)
-    elif asked.softcap is None and asked.sink is None:
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=asked.scaling)
-    else:
-        out = softmax_attention(query, keys, values, mask, asked)
-    return out.view(slots, 1, heads, size)
 
 
 def _paged_attention(now: Decode, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:

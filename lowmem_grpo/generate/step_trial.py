@@ -25,7 +25,7 @@ from lowmem_grpo.kernels.decode_layer import normed
 from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.trial import TEXTS, WINDOW, narrow_windows, pieces, softened
+from lowmem_grpo.model.trial import TEXTS, WINDOW, distance, narrow_windows, pieces, softened
 
 # How far off a result may be, relative to its norm. In fp32 tiny models of 19 families are 4e-7 off, and with a share,
 # scale or gain that is 1 % wrong 1e-3 or more. In 16 bits they are 0.02 off, so that only structure is held there; the
@@ -80,7 +80,7 @@ def _of_calls(fast: FastStep) -> Iterator[tuple[str, float]]:
         query = fast.heads(index, h, store, layer=index, table=table, positions=positions, prefilled=positions)
         key, value = store.own.groups[0].numbers[0, :, :, :, 0]
         for name, ours, theirs in (("query", query, call.query), ("key", key, call.key), ("value", value, call.value)):
-            yield f"the {name} of layer {index}", _distance(ours, theirs[0].transpose(0, 1))
+            yield f"the {name} of layer {index}", distance(ours, theirs[0].transpose(0, 1))
 
 
 def _of_results(fast: FastStep) -> Iterator[tuple[str, float]]:
@@ -111,13 +111,13 @@ def _of_results(fast: FastStep) -> Iterator[tuple[str, float]]:
             for index, layer in enumerate(fast.outline.layers)
         ],
     )
-    yield "its embedding", _distance(fast.begin(slots.token_ids)[0], seen[0][0][:, 0])
+    yield "its embedding", distance(fast.begin(slots.token_ids)[0], seen[0][0][:, 0])
     for index, layer in enumerate(near.outline.layers):
         given, theirs = (x[:, 0] for x in seen[index])
         stream = given.clone(memory_format=torch.contiguous_format)
         near.layer(index, stream, normed(stream, layer.before[0]), None, now)
-        yield f"what layer {index} adds", _distance(stream.float() - given.float(), theirs.float() - given.float())
-    yield "its last hidden state", _distance(normed(seen[-1][1][:, 0], fast.outline.norm), last)
+        yield f"what layer {index} adds", distance(stream.float() - given.float(), theirs.float() - given.float())
+    yield "its last hidden state", distance(normed(seen[-1][1][:, 0], fast.outline.norm), last)
 
 
 class Soft:
@@ -135,10 +135,6 @@ class Soft:
         soft = softened(query, key, asked)
         self.scalings[asked.layer] = soft.scaling
         return self.now.attend(query, key, value, soft)
-
-
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30)).item()
 
 
 @contextlib.contextmanager

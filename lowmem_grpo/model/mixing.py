@@ -1,8 +1,8 @@
 """Layers that keep a state (Gated DeltaNet, Mamba 2, short convolutions), called by the layout in force.
 
 Such a layer reads and writes its states through a cache, by one protocol for all families (`update_conv_state`,
-`update_recurrent_state` in transformers/cache_utils.py). Here that cache is a `Call`: states go in and come out,
-nothing is written in place, and a gradient flows through. So one text can begin with the states of another.
+`update_recurrent_state` in transformers/cache_utils.py). Here that cache is a `Call`: states go in and come out, and a
+gradient flows through. So one text can begin with the states of another.
 """
 
 import inspect

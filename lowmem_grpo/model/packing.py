@@ -277,20 +277,20 @@ def _packed(pieces, completions, offsets, token_budget, pad_token_id, device, la
         prompt = range(0)
         if piece.prompt:
             prompt = segment(piece.prompt, range(0))
-            alike.setdefault((0, 1, _width(0, len(prompt))), []).append((range(0), [prompt]))
-        widths: dict[int, list[range]] = {}
+            alike.setdefault((0, 1, _length_class(0, len(prompt))), []).append((range(0), [prompt]))
+        classes: dict[int, list[range]] = {}
         for b, tail in zip(piece.rows, piece.tails, strict=True):
             places = segment(tail, prompt) if tail else range(0)
             if tail:
-                widths.setdefault(_width(len(prompt), len(tail)), []).append(places)
+                classes.setdefault(_length_class(len(prompt), len(tail)), []).append(places)
             # The completion's first token is predicted by its prompt's last, and each other by the one before it.
             count = 1 if last_only else len(completions[b])
             predictors += [*prompt, *places][-count:]
             labels += completions[b][-count:]
             token_index += range(offsets[b + 1] - count, offsets[b + 1])
             sequences += [b] * count
-        for width, tails in widths.items():
-            alike.setdefault((len(prompt), len(tails), width), []).append((prompt, tails))
+        for length_class, tails in classes.items():
+            alike.setdefault((len(prompt), len(tails), length_class), []).append((prompt, tails))
     padding = _rounded_up(len(ids), token_budget, device) - len(ids)
     if padding:
         segment([pad_token_id] * padding, range(0))
@@ -328,7 +328,7 @@ def _runs(segments: Sequence[Segment], like: Tensor) -> Runs:
     gone_on_from = {segment.prompt for segment in segments}
     kinds: dict[tuple[bool, bool, int], list[Segment]] = {}
     for segment in segments:
-        kind = segment.places not in gone_on_from, bool(segment.prompt), _width(1, len(segment.places))
+        kind = segment.places not in gone_on_from, bool(segment.prompt), _length_class(1, len(segment.places))
         kinds.setdefault(kind, []).append(segment)
     number: dict[range, int] = {}  # of each prompt
     found: dict[bool, list[Run]] = {False: [], True: []}
@@ -361,7 +361,7 @@ def _longest(starts: list[int]) -> int:
     return max(b - a for a, b in pairwise(starts))
 
 
-def _width(prompt: int, length: int) -> int:
+def _length_class(prompt: int, length: int) -> int:
     """The class of tails that are padded to one length: 0 for up to 31 tokens, 1 for 32 to 63.
 
     From 64 tokens on, tails after a prompt have classes that double (64 to 127, 128 to 255), lone sequences and prompts

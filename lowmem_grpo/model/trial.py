@@ -188,6 +188,11 @@ def outputs(
     return found
 
 
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference of two tensors, relative to that of the second."""
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30)).item()
+
+
 def distances(ours: Outputs, theirs: Outputs) -> dict[str, float]:
     """The root mean square error of each output over its tokens, by name, each relative to a size.
 
@@ -343,7 +348,7 @@ class InBothPrecisions:
         found = run(self.packed, query.dtype, exact[0])
         names = ("result", "query's gradient", "key's gradient", "value's gradient")
         for name, rounded, truth in zip(names, found, exact, strict=True):
-            error = ((rounded - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+            error = distance(rounded, truth)
             if not error < ROUGH:
                 raise Differs(f"its attention's {name} in {query.dtype} is {error:.1g} away from that in fp32")
         return self.packed.attend(query, key, value, asked)
@@ -426,7 +431,7 @@ class InParts:
             raise Differs(f"{name} is {error:.1g} away in a text that goes on from its states from what it is in one")
         ours, theirs = (torch.cat([tokens[PROMPT - TOKENS : -1] for tokens in texts]) for texts in (parted, whole))
         found, truth = (_gradient(tail, text, theirs)[:, :PROMPT] for tail in (ours, theirs))
-        error = ((found - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+        error = distance(found, truth)
         if not error <= self.most_of_gradient:
             raise Differs(f"{name} has a gradient through its states that is {error:.1g} away from that within a text")
 

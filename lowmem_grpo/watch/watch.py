@@ -71,7 +71,7 @@ class Watched:
         return [*above, *view.of_run(self.run, None if height is None else max(3, height - len(above)))][:height]
 
 
-def watch(folder: Path, *, once: bool = False, wait: bool = False, console: Console | None = None) -> None:
+def watch(folder: Path, *, once: bool = False, wait: bool = False) -> None:
     """Show a run until it ends, or once where that is asked or the output is no terminal.
 
     With `wait`, a folder that holds no run yet is looked at until it does.
@@ -79,7 +79,7 @@ def watch(folder: Path, *, once: bool = False, wait: bool = False, console: Cons
     Raises:
         InputError: the folder holds no run, or cannot be read.
     """
-    console = console or Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     watched = Watched(folder)
     _first_look(watched, console, wait=wait)
     if not once and console.is_terminal and not console.is_dumb_terminal and not watched.is_over:
