@@ -80,6 +80,11 @@ def shown(value: Any) -> str:
         return f"a value of {type(value).__name__}"
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A count and its words: "1 row", "2 rows"; of "row has" and "rows have" those that fit."""
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
+
+
 def in_a_line(error: BaseException) -> str:
     """An error of foreign code, as a reason within a sentence."""
     words = str(error).strip()

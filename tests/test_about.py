@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -60,9 +61,8 @@ def test_a_run_says_what_it_is_and_how_it_ended(folder):
     assert found["rewards"] == ["answer_reward", "tag_format_reward"] and found["rows"] == {"train": 10, "eval": 9}
     assert found["datasets"] == {"train": "10 rows in memory", "eval": "9 rows in memory"}
     assert found["command"] == "train() in Python" and found["device"].startswith("cpu, ")
-    assert (
-        found["versions"]["torch"] == torch.__version__ and found["versions"]["lowmem_grpo"] == lowmem_grpo.__version__
-    )
+    assert found["versions"]["torch"] == version("torch")  # torch.__version__ may end in +cu130
+    assert found["versions"]["lowmem_grpo"] == lowmem_grpo.__version__
     assert found["ended"] == {"at": found["ended"]["at"], "step": 2, "how": "finished", "why": ""}
     assert not (folder / "plan.json").exists()
 
@@ -164,7 +164,7 @@ def test_what_others_read_of_a_run_has_no_token_of_its_users(tmp_path):
 
 def test_inputs_have_the_names_that_their_user_gave_them(tmp_path):
     assert name_of("gsm8k") == "gsm8k" and name_of(tmp_path) == str(tmp_path) and name_of(None) is None
-    assert name_of(["a.jsonl", [{"prompt": "p"}]]) == ["a.jsonl", "1 rows in memory"]
+    assert name_of(["a.jsonl", [{"prompt": "p"}]]) == ["a.jsonl", "1 row in memory"]
     assert name_of(torch.nn.Linear(1, 1)) == "Linear in memory"
 
 

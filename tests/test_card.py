@@ -161,11 +161,11 @@ def test_nothing_that_a_name_holds_reaches_markdown_or_metadata(folder):
 
 def test_a_card_tells_of_intervals_where_there_are_some_and_of_a_short_time_in_seconds(folder):
     text = card_of(folder).text
-    assert "In brackets" not in text and "1 steps took 1 min 0 s, without" in text
+    assert "In brackets" not in text and "1 step took 1 min 0 s, without" in text
     lines = [{"step": 4, "loss": 0.0, "step_time": 1.5}, {"step": 4, "eval_reward": 0.5, "eval_reward/ci_low": 0.4}]
     (folder.parent / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     text = card_of(folder).text
-    assert "In brackets are 95 % intervals" in text and "1 steps took 1.5 s, without" in text
+    assert "In brackets are 95 % intervals" in text and "1 step took 1.5 s, without" in text
 
 
 def test_the_licence_is_that_of_the_bases_own_card(folder, tmp_path, monkeypatch, caplog):

@@ -173,7 +173,7 @@ def test_what_the_doctor_says_of_a_model_is_no_warning_besides(tmp_path, recwarn
 def test_the_sentences_name_numbers_and_remedies(tmp_path):
     (found,) = look(tmp_path, **SICK["evaluated_on_training_prompts"])
     assert found.text == (
-        "2 of 8 evaluation prompts are training prompts too, so that the evaluation measures what was learnt by heart; "
+        "the training data have 2 of 8 evaluation prompts too, so that the evaluation measures what was learnt by heart; "
         "take them out of one of the two"
     )
     (found,) = look(tmp_path, **SICK["no_generation_prompt"])

@@ -6,7 +6,7 @@ import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lowmem_grpo import GRPOConfig
-from lowmem_grpo.errors import MOST_CHARACTERS, InputError, cause, in_a_line
+from lowmem_grpo.errors import MOST_CHARACTERS, InputError, cause, counted, in_a_line
 from lowmem_grpo.model.load import find_model, load_policy
 
 
@@ -23,6 +23,11 @@ from lowmem_grpo.model.load import find_model, load_policy
 )
 def test_the_first_sentences_of_an_error_make_one_line(words, text, line):
     assert words(ValueError(text)).replace("('')", "") == line
+
+
+def test_a_count_has_the_words_that_fit_it():
+    assert [counted(count, "row") for count in (0, 1, 2, 1234)] == ["0 rows", "1 row", "2 rows", "1,234 rows"]
+    assert [counted(count, "row has", "rows have") for count in (1, 2)] == ["1 row has", "2 rows have"]
 
 
 def test_a_model_of_another_kind_is_one_line_and_no_list_of_classes(tmp_path):

@@ -159,7 +159,9 @@ def test_data_without_a_gold_answer_in_any_row_is_refused_at_the_start(gold, rew
 def test_rows_without_a_gold_answer_are_counted_and_one_of_another_form_is_named(tmp_path):
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": None}, {"prompt": "1+3=", "answer": "4"}]
     notes = read(rows, output_dir=str(tmp_path / "out")).notes
-    assert notes == ["1 of 3 rows of train_dataset have no gold answer, for which accuracy_reward gives no reward"]
+    assert notes == [
+        "accuracy_reward finds no gold answer in 1 of 3 rows of train_dataset, and gives no reward for them"
+    ]
     with pytest.raises(
         ValueError, match="row 2 of train_dataset has no gold answer for accuracy_reward: the column answer"
     ):

@@ -50,7 +50,7 @@ MISTAKES = [
     ((*TRAIN, "--reward_funcs", "accuracy_reward()"), "is a reward function itself"),
     ((*TRAIN, "--reward_funcs", "own.plain(scale=1)"), "missing a required argument: 'completions'"),
     ((*TRAIN, "--reward_funcs", "./rm"), "reward model './rm' is not a folder"),
-    ((*TRAIN, *REWARD, "--reward_weights", "1", "2"), "has 2 entries for 1 reward functions"),
+    ((*TRAIN, *REWARD, "--reward_weights", "1", "2"), "has 2 numbers for 1 reward function; give one for each"),
     (
         ("train", *MODEL, "--dataset", "rowss.jsonl", *REWARD),
         "is not a file on this machine; did you mean 'rows.jsonl'?",

@@ -164,11 +164,11 @@ def test_a_full_disk_ends_a_sitting_in_a_sentence_and_loses_one_decision(tmp_pat
 def test_the_commands_write_files_of_pairs(tmp_path, capsys, monkeypatch):
     sampled, output = write(tmp_path / "sampled.jsonl"), tmp_path / "pairs.jsonl"
     assert cli.main(["pairs", str(sampled), "--output", str(output), "--min_margin", "1.5"]) == 0
-    assert f"{output}: 1 pairs of 3 prompts" in capsys.readouterr().out
+    assert f"{output}: 1 pair of 3 prompts" in capsys.readouterr().out
     assert [one["prompt"] for one in labels(output)] == ["question B"]
     monkeypatch.setattr("sys.stdin", io.StringIO("1\nq\n"))
     assert cli.main(["label", str(sampled), "--output", str(tmp_path / "mine.jsonl"), "--seed", "3"]) == 0
-    assert f"{tmp_path / 'mine.jsonl'}: 1 pairs, 2 prompts left" in capsys.readouterr().out
+    assert f"{tmp_path / 'mine.jsonl'}: 1 pair, 2 prompts left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -516,7 +516,7 @@ def test_several_datasets_to_imitate_are_mixed_though_one_is_still_to_be_made(fi
     assert check(pipeline, pipeline.runs[1], pipeline.runs, planned=False).facts == ["dataset is still to be made by s"]
     mixed.settings["dataset_weights"] = [1.0]
     pipeline = resolve(str(DEMO_MODEL), [sampling, mixed], "out", {"use_cpu": True})
-    with pytest.raises(InputError, match="dataset_weights has 1 weights for 2 datasets"):
+    with pytest.raises(InputError, match="dataset_weights has 1 weight for 2 datasets"):
         check(pipeline, pipeline.runs[1], pipeline.runs, planned=False)
 
 
@@ -564,7 +564,7 @@ def test_rewards_and_critics_may_be_phases_before(files):
     )
     assert pipeline.filled(rl, "taste", lambda run: "there") == "there" and pipeline.named(rl, "tasteful") == []
     facts = check(pipeline, rl, pipeline.runs, planned=False).facts
-    assert facts[0] == "8 rows, 1 steps" and "reward_funcs is still to be made by taste" in facts
+    assert facts[0] == "8 rows, 1 step" and "reward_funcs is still to be made by taste" in facts
     assert resolve_reward_funcs(AWAITED)[0](completions=["a", "b"]) == [0.0, 0.0]
 
 

@@ -196,7 +196,7 @@ def test_a_prompt_that_is_a_whole_chat_with_its_answer_is_warned_of(tmp_path):
     inputs, previews = look([{"prompt": chat, "answer": "2"}], ["accuracy_reward"])
     ((situation, fault),) = faults(inputs.rewards, previews)
     assert situation == "nothing_paid/accuracy_reward"
-    assert "gives an empty completion the most, in 1 of the first 1 rows: the prompt ends with the answer" in fault
+    assert "gives an empty completion the most, in its only row: the prompt ends with the answer" in fault
     assert show_preview(replace(inputs, output_dir=tmp_path)) == [(situation, fault)]
     begun = [chat[0], {"role": "assistant", "content": "It is \\boxed{"}]
     inputs, previews = look([{"prompt": begun, "answer": "2"}], ["accuracy_reward"])
@@ -277,7 +277,7 @@ def test_a_command_shows_several_rows_without_weights(tmp_path, capsys, monkeypa
     shown = capsys.readouterr().out
     assert "prompt 1 of 5" in shown and "prompt 2 of 5" in shown and "prompt 3 of 5" not in shown
     assert shown.count("accuracy_reward: 1.000 for the gold answer, 0.000") == 2
-    assert "1 prompts have more than 512 tokens and are left out" in shown
+    assert "1 prompt is left out, with more than 512 tokens" in shown
     assert cli.main(given) == 0
     assert "prompt 3 of 5" in capsys.readouterr().out
     assert list(tmp_path.glob("grpo-output")) == []

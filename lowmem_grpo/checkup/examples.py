@@ -47,8 +47,8 @@ def examples_without_an_end(inputs: ExampleInputs) -> str | None:
     if not missing:
         return None
     return (
-        f"{missing} of {len(inputs.examples.all)} examples teach no end-of-sequence token, so that the model may not "
-        "know when to stop; end them with it, or mend tokenizer.chat_template"
+        f"no end-of-sequence token is learnt from {missing} of {len(inputs.examples.all)} examples, so that the model "
+        "may not know when to stop; end them with it, or mend tokenizer.chat_template"
     )
 
 

@@ -4,6 +4,7 @@ from lowmem_grpo.checkup.training import OF_ANY, OF_TEXTS, having_looked, learnt
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
+from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.pairs import PairInputs
 
 MOST_LONGER = 0.9  # of the pairs; in UltraFeedback and HH-RLHF the better text is the longer one in 55 to 65 %
@@ -34,7 +35,7 @@ def pairs_of_one_text(inputs: PairInputs) -> str | None:
     """Say how many pairs have the same text as better and as worse, which teaches nothing."""
     pairs = inputs.pairs.all
     same = sum(pair.chosen == pair.rejected for pair in pairs)
-    return f"{same} of {len(pairs)} pairs have one text as chosen and as rejected; leave them out" if same else None
+    return f"chosen and rejected are one text in {same} of {len(pairs)} pairs; leave these out" if same else None
 
 
 def pairs_in_both_orders(inputs: PairInputs) -> str | None:
@@ -43,7 +44,8 @@ def pairs_in_both_orders(inputs: PairInputs) -> str | None:
     both = sum((rejected, chosen) in known for chosen, rejected in known) // 2
     if not both:
         return None
-    return f"{both} pairs are there in both orders, so that neither text is the better one; keep one of each"
+    pairs = counted(both, "pair is", "pairs are")
+    return f"{pairs} there in both orders, so that neither text is the better one; keep one of each"
 
 
 def length_tells_the_better(inputs: PairInputs) -> str | None:

@@ -10,6 +10,7 @@ from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart,
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.doctor.doctor import Doctor, Finding
+from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.model.find import beyond_context, ends_of_model
@@ -125,7 +126,7 @@ def contradicting_golds(look: Look) -> str | None:
     if not several:
         return None
     return (
-        f"{several} {'prompt comes' if several == 1 else 'prompts come'} several times, with gold answers that differ: "
+        f"{counted(several, 'prompt comes', 'prompts come')} several times, with gold answers that differ: "
         "what is right once is wrong the next time; keep one row of each"
     )
 
@@ -147,8 +148,8 @@ def golds_begin_with_zero(look: Look) -> str | None:
     if not found or not any(reads_gold(function) for function in look.inputs.rewards.functions):
         return None
     return (
-        f"{len(found)} gold answers begin with a zero, such as {found[0]!r}, and the number without it is not paid; "
-        "leave the zeros out, unless they are a part of it, as in a binary number"
+        f"{counted(len(found), 'gold answer begins', 'gold answers begin')} with a zero, such as {found[0]!r}, and the "
+        "number without it is not paid; leave the zeros out, unless they are a part of it, as in a binary number"
     )
 
 
@@ -300,8 +301,8 @@ def answers_do_not_fit(look: Look) -> str | None:
     if not long:
         return None
     return (
-        f"{long} of the first {len(golds)} gold answers have more tokens than max_completion_length={limit}, and can "
-        "never be given; raise it"
+        f"max_completion_length={limit} has no room for {long} of the first {len(golds)} gold answers, which can never "
+        "be given; raise it"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import Course, symptoms
+from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.training import RunInputs
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.run.checkpoint import load_part
@@ -52,8 +53,8 @@ def learnt_by_heart(what: str, trained: Iterable[Hashable], measured: Sequence[H
     if not shared:
         return None
     return (
-        f"{shared} of {len(measured)} evaluation {what} are training {what} too, so that the evaluation measures what "
-        "was learnt by heart; take them out of one of the two"
+        f"the training data have {shared} of {len(measured)} evaluation {what} too, so that the evaluation measures "
+        "what was learnt by heart; take them out of one of the two"
     )
 
 
@@ -112,8 +113,8 @@ def warmup_beyond_the_end(inputs: RunInputs) -> str | None:
     if not warmup or warmup < steps:
         return None
     return (
-        f"warmup_steps={warmup} are not over when the run ends, after {steps} steps, so that the learning rate never "
-        "gets to its peak; lower warmup_steps"
+        f"warmup_steps={warmup} are not over when the run ends, after {counted(steps, 'step')}, so that the learning "
+        "rate never gets to its peak; lower warmup_steps"
     )
 
 

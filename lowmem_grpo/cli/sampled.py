@@ -12,6 +12,7 @@ from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
+from lowmem_grpo.errors import counted
 from lowmem_grpo.terminal import show
 
 SAMPLE_EXAMPLE = """\
@@ -89,7 +90,7 @@ def run_sample(given: dict[str, Any]) -> int:
     from lowmem_grpo.rollout.metrics import in_words
 
     result = sample(inputs["model"], inputs["dataset"], inputs.get("reward_funcs"), config)
-    tell(f"{result.output}: {result.num_completions} completions of {result.num_prompts} prompts")
+    tell(f"{result.output}: {counted(result.num_completions, 'completion')} of {counted(result.num_prompts, 'prompt')}")
     for name, value in result.metrics.items():
         tell(f"  {name:<40} {in_words(value, '.3f')}")
     return 0
@@ -104,7 +105,7 @@ def run_select(given: dict[str, Any]) -> int:
     found = select(rows, config)
     path = write_rows(output, found.rows, sampled)
     with writing_output():
-        show(f"{as_text(found.funnel)}\n{path}: {len(found.rows)} rows")
+        show(f"{as_text(found.funnel)}\n{path}: {counted(len(found.rows), 'row')}")
     return 0
 
 
@@ -117,7 +118,7 @@ def run_pairs(given: dict[str, Any]) -> int:
 
     found = pairs(rows, min_margin)
     path = write_rows(output, found, sampled)
-    tell(f"{path}: {len(found)} pairs of {len(grouped(rows))} prompts")
+    tell(f"{path}: {counted(len(found), 'pair')} of {counted(len(grouped(rows)), 'prompt')}")
     return 0
 
 
@@ -131,7 +132,7 @@ def run_label(given: dict[str, Any]) -> int:
         sys.stdin.reconfigure(errors="replace")  # what is no text is no answer
     with writing_output():
         found = label(rows, output, seed, sys.stdin, sys.stdout)
-    tell(f"{output}: {found.num_labels} pairs, {found.num_left} prompts left")
+    tell(f"{output}: {counted(found.num_labels, 'pair')}, {counted(found.num_left, 'prompt')} left")
     return 0
 
 

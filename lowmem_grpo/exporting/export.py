@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
+from lowmem_grpo.errors import InputError, NotSavedError, counted, in_a_line
 from lowmem_grpo.exporting.asked import new_path, outputs_of
 from lowmem_grpo.exporting.check import Difference, Share, Text, by_model, by_policy, texts_of
 from lowmem_grpo.exporting.files import model_folder
@@ -166,8 +166,8 @@ def as_text(result: ExportResult) -> list[str]:
     if result.checked is not None:
         found = result.checked
         lines += [
-            f"log-probabilities of {found.num_tokens} tokens of {found.num_texts} completions, against the trained "
-            "policy's:",
+            f"log-probabilities of {counted(found.num_tokens, 'token')} of {counted(found.num_texts, 'completion')}, "
+            "against the trained policy's:",
             f"  {'':<28}{'mean |d|':>10}{'largest':>10}{'KL':>10}",
         ]
         for name, of in (("merged, by transformers", found.merged), ("base without the adapter", found.base)):

@@ -12,7 +12,7 @@ from lowmem_grpo.data.examples import Example, Examples, form_of, tokenize_examp
 from lowmem_grpo.data.order import shares_of
 from lowmem_grpo.data.rows import read_rows
 from lowmem_grpo.distributed import main_first
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.inputs.callbacks import callbacks_of
 from lowmem_grpo.inputs.texts import empty_texts, run_together, unseen_columns
 from lowmem_grpo.inputs.training import (
@@ -79,7 +79,7 @@ def read_example_inputs(
     run.notes.extend(
         filter(None, [too_long(run.model, all_ids, config, "the longest example has", "lower max_length")])
     )
-    run.notes.extend(left_out(dropped, eval_dropped, "examples", f"more than {config.max_length} tokens"))
+    run.notes.extend(left_out(dropped, eval_dropped, "example", f"more than {config.max_length} tokens"))
     data = {"rows": [list(asdict(one).values()) for one in examples]} | ({"sizes": sizes} if len(sizes) > 1 else {})
     empty = Counter()
     for rows in datasets.values():
@@ -106,7 +106,8 @@ def read_datasets(given: Any, config: SFTConfig) -> dict[str, Dataset]:
     num_weights = len(config.dataset_weights or [])
     if num_weights and num_weights != (len(given) if several else 1):
         raise InputError(
-            f"dataset_weights has {num_weights} weights for {len(given) if several else 1} datasets; give one for each"
+            f"dataset_weights has {counted(num_weights, 'weight')} for "
+            f"{counted(len(given) if several else 1, 'dataset')}; give one for each"
         )
     if not several:
         return {"train_dataset": read_rows(given, config)}

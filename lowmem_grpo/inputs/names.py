@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import OWN_BASE, CriticFields, RewardFields, SampledEvaluationFields
 from lowmem_grpo.config.training import TrainingConfig
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.lookup import has_score_head, look_up_dataset, look_up_model
 from lowmem_grpo.output.folder import checkpoints, find_checkpoint, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
@@ -73,7 +73,8 @@ def _goes_on(config: Any) -> bool:
 def refuse_other_number(config: RewardFields, number: int) -> None:
     """Raise InputError where reward_weights are not as many as the reward functions."""
     if config.reward_weights is not None and len(config.reward_weights) != number:
-        raise InputError(f"reward_weights has {len(config.reward_weights)} entries for {number} reward functions")
+        weights, functions = counted(len(config.reward_weights), "number"), counted(number, "reward function")
+        raise InputError(f"reward_weights has {weights} for {functions}; give one for each")
 
 
 def refuse_critic_init(config: CriticFields) -> None:

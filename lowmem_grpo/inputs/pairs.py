@@ -71,7 +71,7 @@ def read_pair_inputs(
     texts = [text for pair in pairs + eval_pairs for text in pair.texts]
     has = "the longest text and the token that is packed after it have"
     run.notes.extend(filter(None, [too_long(run.model, texts, config, has, "lower max_length", added=1)]))
-    run.notes.extend(left_out(dropped, eval_dropped, "pairs", f"a text of more than {config.max_length} tokens"))
+    run.notes.extend(left_out(dropped, eval_dropped, "pair", f"a text of more than {config.max_length} tokens"))
     data = {"pairs": [list(asdict(pair).values()) for pair in pairs]}
     columns = [column for column in ("prompt", "chosen", "rejected") if column in rows.column_names]
     run = replace(

@@ -15,7 +15,7 @@ from lowmem_grpo.data.chats import is_text
 from lowmem_grpo.data.prompts import Prompt, chat_prompts, tokenize_prompts
 from lowmem_grpo.data.rows import load_rows
 from lowmem_grpo.distributed import main_first
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.inputs.callbacks import callbacks_of
 from lowmem_grpo.inputs.identity import (
     MODELS,
@@ -308,7 +308,8 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
     if num_texts:
         columns = {name: list(rows[name]) for name in rows.column_names}
         rows = Dataset.from_dict({**columns, "prompt": [prompt.text for prompt in prompts]})
-        notes = [f"{num_texts} prompts are texts, which the endpoint is given as what a user says"]
+        texts = counted(num_texts, "prompt is a text", "prompts are texts")
+        notes = [f"{texts}, which the endpoint is given as what a user says"]
     notes += try_out(rewards, rows, "train_dataset")
     data = {**columns_of(prompts), "prompt": [prompt.text for prompt in prompts]}
     identity = {"endpoint": {"model": model}, **identity_of_data(data, rewards)}
@@ -328,7 +329,7 @@ def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tu
 
 
 def _left_out(dropped: int, eval_dropped: int, config: DataFields) -> list[str]:
-    return left_out(dropped, eval_dropped, "prompts", f"more than {config.max_prompt_length} tokens")
+    return left_out(dropped, eval_dropped, "prompt", f"more than {config.max_prompt_length} tokens")
 
 
 def _open_ends(model: Any, tokenizer: Any, prompts: list[Prompt], config: GRPOConfig) -> list[str]:

@@ -128,7 +128,7 @@ def _golds_of(reader: str, function: Callable, rows: Dataset, name: str) -> list
             f"no row of {name} has a gold answer in solution or answer, so that {reader} would give no completion "
             "a reward; fill one of the two columns, or leave the reward out"
         )
-    told = f"{missing} of {len(own)} rows of {name} have no gold answer, for which {reader} gives no reward"
+    told = f"{reader} finds no gold answer in {missing} of {len(own)} rows of {name}, and gives no reward for them"
     return [told] if missing else []
 
 
@@ -140,7 +140,7 @@ def _routes(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
             told.append(f"{one} is for no row of {name}: none has {function.column} in {shown(function.values)}")
     without = kinds_of_rows(rewards.names, rewards.functions, rows)[()]
     if rewards.functions and without:
-        told.append(f"{without} of {len(rows)} rows of {name} have no reward, and teach nothing")
+        told.append(f"no reward is for {without} of {len(rows)} rows of {name}, from which nothing is learnt")
     return told
 
 

@@ -16,7 +16,7 @@ from lowmem_grpo.config.fields import refuse_changes
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.distributed import is_main, take_from_main, world_size
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
 from lowmem_grpo.inputs.names import refuse_without_evaluation
 from lowmem_grpo.inputs.rewards import worn_by
@@ -167,10 +167,11 @@ def evaluation_rows(given: Any, config: TrainingConfig, read: Callable[..., Data
     return None
 
 
-def left_out(dropped: int, eval_dropped: int, what: str, are: str) -> list[str]:
-    """Sentences that say how many rows are too long: "3 prompts have more than 512 tokens and are left out"."""
+def left_out(dropped: int, eval_dropped: int, what: str, size: str) -> list[str]:
+    """Sentences that say how many rows are too long: "3 prompts are left out, with more than 512 tokens"."""
     counts = {what: dropped, f"evaluation {what}": eval_dropped}
-    return [f"{count} {which} have {are} and are left out" for which, count in counts.items() if count]
+    told = [counted(count, f"{which} is", f"{which}s are") for which, count in counts.items() if count]
+    return [f"{words} left out, with {size}" for words in told]
 
 
 def too_long(
@@ -241,4 +242,5 @@ def name_of(given: Any) -> Any:
         return f"{type(given).__name__} in memory{f', of {base}' if base else ''}"
     if isinstance(given, (list, tuple)) and not all(isinstance(one, Mapping) for one in given):
         return [name_of(one) for one in given]
-    return f"{len(given)} rows in memory" if isinstance(given, Sized) else f"{type(given).__name__} in memory"
+    held = counted(len(given), "row") if isinstance(given, Sized) else type(given).__name__
+    return f"{held} in memory"

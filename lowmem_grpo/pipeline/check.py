@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.data.rows import load_rows, read_rows
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, find_model, read_config
 from lowmem_grpo.model.load import run_device
@@ -54,7 +54,10 @@ def check(pipeline: Pipeline, run: PhaseRun, to_do: list[PhaseRun], *, planned: 
             inputs[name] = kept if len(kept) > 1 else kept[0]
     weights, several = getattr(config, "dataset_weights", None), entries(run.inputs["dataset"])
     if weights is not None and len(weights) != len(several):
-        raise InputError(f"dataset_weights has {len(weights)} weights for {len(several)} datasets; give one for each")
+        raise InputError(
+            f"dataset_weights has {counted(len(weights), 'weight')} for {counted(len(several), 'dataset')}; "
+            "give one for each"
+        )
     if weights is not None and awaited:
         config = dataclasses.replace(config, dataset_weights=None)  # they are for all of the datasets
     with tempfile.TemporaryDirectory() as folder, releasing_locks():
@@ -139,4 +142,4 @@ def check_evaluation(pipeline: Pipeline, evaluation: Evaluation) -> Outlook:
     """Check what is evaluated on before any weights are read. Raise InputError for bad input."""
     with naming("eval"):
         found = read_evaluation_inputs(pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config)
-    return Outlook([f"{len(found.eval_prompts)} prompts", *found.notes])
+    return Outlook([counted(len(found.eval_prompts), "prompt"), *found.notes])

@@ -16,7 +16,7 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.pipeline.pairs import pairs
 from lowmem_grpo.pipeline.sampled import Row, read_sampled
 from lowmem_grpo.pipeline.select import as_text, select, write_rows
@@ -65,7 +65,8 @@ def _of_a_run(folder: Path) -> dict[str, Any]:
 
 
 def _outlook(found: "RunInputs") -> Outlook:
-    return Outlook([f"{found.num_rows} rows, {found.total_steps} steps", *found.notes], found.plan)
+    sizes = f"{counted(found.num_rows, 'row')}, {counted(found.total_steps, 'step')}"
+    return Outlook([sizes, *found.notes], found.plan)
 
 
 def _check_sft(model: Any, config: SFTConfig, dataset: Any, eval_dataset: Any = None) -> Outlook:
@@ -122,7 +123,8 @@ def _check_sample(model: Any, config: SampleConfig, dataset: Any, reward_funcs: 
     from lowmem_grpo.pipeline.sample import read_inputs
 
     found = read_inputs(model, dataset, reward_funcs, config)
-    return Outlook([f"{len(found.prompts)} prompts, {config.num_generations} completions of each", *found.notes])
+    completions = counted(config.num_generations, "completion")
+    return Outlook([f"{counted(len(found.prompts), 'prompt')}, {completions} of each", *found.notes])
 
 
 def _run_sample(
@@ -145,7 +147,7 @@ def _run_select(model: Any, config: SelectConfig, output: Path, dataset: Any) ->
 
 
 def _check_pairs(model: Any, config: PairsConfig, dataset: Any) -> Outlook:
-    return Outlook([f"{len(pairs(_sampled(dataset), config.min_margin))} pairs"])
+    return Outlook([counted(len(pairs(_sampled(dataset), config.min_margin)), "pair")])
 
 
 def _run_pairs(model: Any, config: PairsConfig, output: Path, dataset: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.data.chats import SETTINGS
 from lowmem_grpo.distributed import refuse_several
-from lowmem_grpo.errors import NotSavedError
+from lowmem_grpo.errors import NotSavedError, counted
 from lowmem_grpo.inputs.prompts import Inputs, read_endpoint_inputs, read_sampling_inputs
 from lowmem_grpo.inputs.training import refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
@@ -104,8 +104,8 @@ def sample_the_rest(inputs: Inputs, file: SampledFile, config: SampleConfig, pro
                 file.append([group for group in groups if group[0]["prompt_index"] not in done])
             except OSError as error:
                 raise NotSavedError(
-                    f"{file.path} cannot be written ({error.strerror}) after {file.num_groups} prompts; make room and "
-                    "run the same again, which goes on there"
+                    f"{file.path} cannot be written ({error.strerror}) after {counted(file.num_groups, 'prompt')}; "
+                    "make room and run the same again, which goes on there"
                 ) from error
             means = metrics_of([row for group in groups for row in group])
             metrics = {name: math.nan if value is None else value for name, value in means.items()}

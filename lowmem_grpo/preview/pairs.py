@@ -4,6 +4,7 @@ from typing import Any
 
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.distributed import by_main
+from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.pairs import PairInputs
 from lowmem_grpo.preview.show import show_and_write
 
@@ -17,7 +18,7 @@ def show_pair(inputs: PairInputs) -> None:
 def as_text(pair: Pair, count: int, tokenizer: Any) -> str:
     """A pair for a person: what both texts begin with, and how each goes on."""
     parts = {
-        f"both begin with {pair.num_shared} tokens": pair.chosen[: pair.num_shared],
+        f"both begin with {counted(pair.num_shared, 'token')}": pair.chosen[: pair.num_shared],
         f"chosen goes on with {len(pair.chosen) - pair.num_shared}": pair.chosen[pair.num_shared :],
         f"rejected goes on with {len(pair.rejected) - pair.num_shared}": pair.rejected[pair.num_shared :],
     }

@@ -19,7 +19,7 @@ from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.distributed import by_main
 from lowmem_grpo.doctor.doctor import Finding
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, counted, printable
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.preview.show import MOST_CHARACTERS, cut, show_and_write
@@ -188,8 +188,9 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
             continue
         for_nothing = [one for one in shown if reads_gold(function) and one.rewards[name][1] >= 1]
         if for_nothing:
+            of = "its only row" if len(shown) == 1 else f"{len(for_nothing)} of the first {len(shown)} rows"
             text = (
-                f"{name} gives an empty completion the most, in {len(for_nothing)} of the first {len(shown)} rows: the "
+                f"{name} gives an empty completion the most, in {of}: the "
                 f"prompt ends with the answer, {for_nothing[0].prompt[-40:]!r}; leave out the assistant's last message"
             )
             found.append(Finding(f"nothing_paid/{name}", text))
@@ -218,7 +219,8 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
     lines = []
     for number, one in enumerate(previews, 1):
         lines.append(
-            f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, {one.num_tokens} tokens"
+            f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, "
+            f"{counted(one.num_tokens, 'token')}"
         )
         lines += _indented(cut(one.prompt, most_characters))
         if one.of_teacher is not None:
@@ -226,11 +228,14 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
         lines += (
             ["  gold answer: none that the built-in rewards read"]
             if one.gold is None
-            else ["  gold answer, as it is read", *_indented(one.gold)]
+            else ["  gold answer, as it is read", *_indented(cut(one.gold, most_characters))]
         )
         if one.answer is not None:
             form = "that the prompt asks for" if one.is_asked_for else "that earns most, since the prompt asks for none"
-            lines += [f"  a completion that is the gold answer, in the form {form}", *_indented(one.answer)]
+            lines += [
+                f"  a completion that is the gold answer, in the form {form}",
+                *_indented(cut(one.answer, most_characters)),
+            ]
         for function, name in zip(inputs.rewards.functions, inputs.rewards.names, strict=True):
             reason = why_not_tried(function, inputs.rewards)
             if reason:

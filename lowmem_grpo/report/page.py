@@ -87,7 +87,7 @@ def state_of(run: RunFiles) -> dict[str, str]:
     resume = "; it can be resumed" if any(run.folder.glob("checkpoint-*")) else ", before its first checkpoint"
     word = standing_of(run.about, is_running=run.is_running)
     sentences = {
-        "finished": f"All {last_step(run):,} steps are done.",
+        "finished": "The one step is done." if last_step(run) == 1 else f"All {last_step(run):,} steps are done.",
         "stopped": f"The run was stopped {done}{resume}.",
         "failed": f"The run failed {done}: {ended.get('why') or ''}",
         "running": f"The run goes on {done}.",

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lowmem_grpo.errors import in_a_line, printable
+from lowmem_grpo.errors import counted, in_a_line, printable
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.output.markdown import block, code, points, table
@@ -177,9 +177,10 @@ def _data(facts: Facts) -> list[str]:
         ("trained on", facts.train_names, number(rows.get("train"))),
         ("evaluated on", facts.eval_names, number(rows.get("eval"))),
     ):
-        counted = count is not None and not any("in memory" in name for name in given)
+        in_file = count is not None and not any("in memory" in name for name in given)
         if given:
-            lines.append(f"{words} {', '.join(map(_dataset_name, given))}{f', {count:.0f} rows' if counted else ''}")
+            rows_of = f", {counted(int(count), 'row')}" if in_file else ""
+            lines.append(f"{words} {', '.join(map(_dataset_name, given))}{rows_of}")
     rewards = texts(facts.run.about.get("rewards"))
     weights = texts(facts.settings.get("reward_weights")) or ["1.0"] * len(rewards)
     lines += [f"reward {code(one)}, weight {code(weight)}" for one, weight in zip(rewards, weights, strict=False)]
@@ -257,7 +258,7 @@ def _reproduce(facts: Facts) -> str:
         lines.append(f"versions: {code(', '.join(f'{name} {of}' for name, of in versions.items()))}")
     times = [took for _, took in facts.run.values("step_time")]
     if times:
-        lines.append(f"{len(times)} steps took {duration(sum(times))}, without evaluations and saving")
+        lines.append(f"{counted(len(times), 'step')} took {duration(sum(times))}, without evaluations and saving")
     return "\n\n".join(filter(None, [block(command, "sh") if command else "", points(lines)]))
 
 

@@ -66,8 +66,8 @@ class MetricsLog:
         if num_damaged or self.path.is_dir():  # which stands in the way of a fresh run, too
             aside = set_aside(self.path, "damaged")
             warn(
-                f"{num_damaged} of {num_damaged + len(kept)} lines of {self.path} cannot be read and are left out; the "
-                f"file as it was is {aside.name}"
+                f"{num_damaged} of {num_damaged + len(kept)} lines of {self.path} cannot be read; the run goes on "
+                f"without them, and the file as it was is {aside.name}"
             )
         temporary = self.path.with_name(f"{self.path.name}{BEING_WRITTEN}")
         lines = (json.dumps(line) + "\n" for line in kept if line["step"] <= first_step)

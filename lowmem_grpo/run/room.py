@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_grpo.config.sections import SavingFields
-from lowmem_grpo.errors import InputError, NotSavedError, in_a_line
+from lowmem_grpo.errors import InputError, NotSavedError, counted, in_a_line
 from lowmem_grpo.output.folder import checkpoints
 from lowmem_grpo.run.checkpoint import State
 from lowmem_grpo.run.meter import MIB
@@ -55,8 +55,9 @@ def look_for_room(
     if free >= wanted:
         return None
     return (
-        f"{folder} has {in_mib(free)} free, and what the run saves takes {in_mib(wanted)} ({num_new} checkpoints of "
-        f"{in_mib(of_checkpoint)}); make room, raise save_steps or lower save_total_limit"
+        f"{folder} has {in_mib(free)} free, and what the run saves takes {in_mib(wanted)} "
+        f"({counted(num_new, 'checkpoint')} of {in_mib(of_checkpoint)}); make room, raise save_steps or lower "
+        "save_total_limit"
     )
 
 

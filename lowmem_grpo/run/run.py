@@ -26,7 +26,7 @@ from lowmem_grpo.distributed import (
     world_size,
 )
 from lowmem_grpo.doctor.doctor import Doctor
-from lowmem_grpo.errors import InputError, LostRankError, NotFiniteError, NotSavedError
+from lowmem_grpo.errors import InputError, LostRankError, NotFiniteError, NotSavedError, counted
 from lowmem_grpo.evaluation.show import as_line
 from lowmem_grpo.inputs.identity import refuse_other_ends, refuse_other_weights, weights_of
 from lowmem_grpo.inputs.training import RunInputs
@@ -403,7 +403,7 @@ class Run:
         )
         self._log({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
-        when = f"after {self.step} steps" if self.step == self.total_steps else when
+        when = f"after {counted(self.step, 'step')}" if self.step == self.total_steps else when
         self.publisher.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
 
     def _remember(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem_grpo.errors import counted
 from lowmem_grpo.output.lock import NAME as LOCK
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import LAST_STEP, read_lines
@@ -97,7 +98,7 @@ class WatchedRun:
             return State(word, f"after step {self.step}: killed, or on another machine", is_over=True)
         if not word:  # of an earlier version, or one that did not begin
             return State("not running", f"after step {self.step}" if self.step else "and not begun", is_over=True)
-        done = f"after {self.step} steps" if word == "finished" else f"after step {self.step}"
+        done = f"after {counted(self.step, 'step')}" if word == "finished" else f"after step {self.step}"
         return State(word, f"{done}: {why}" if why else done, is_over=True)
 
     def _is_before_the_lock(self, ended: dict[str, Any]) -> bool:
