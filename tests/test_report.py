@@ -296,6 +296,11 @@ def test_the_command_writes_where_it_is_told(run, tmp_path, capsys):
         capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"
         and (tmp_path / "page.html").stat().st_size > 50_000
     )
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0  # a page is replaced by another
+    (tmp_path / "rows.jsonl").write_text("mine")
+    assert main(["report", str(run), "--output", str(tmp_path / "rows.jsonl")]) == 2
+    assert "is there, and is no page of a report; give another file" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text() == "mine"
     assert main(["report", str(run), "--output", str(tmp_path / "no/page.html")]) == 1
     assert f"{tmp_path / 'no/page.html'} cannot be written (No such file or directory); " in capsys.readouterr().err
     for folder in ("", ".", "/", str(tmp_path)):

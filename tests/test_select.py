@@ -207,6 +207,11 @@ def test_the_command_writes_rows_that_sft_trains_on(tmp_path, capsys):
         (["sampled.jsonl"], "--output is missing; see `lowmem-grpo select --help`"),
         (["sampled.jsonl", "--output", "sampled.jsonl"], "is what is read, and would be lost; choose another one"),
         (["sampled.jsonl", "--output", "other.jsonl"], "was sampled by a model, and would be lost"),
+        (["sampled.jsonl", "--output", "mine.py"], "is there, is no file of `select` or `pairs`, and would be lost"),
+        (
+            ["sampled.jsonl", "--output", "foreign.jsonl"],
+            "is there, is no file of `select` or `pairs`, and would be lost",
+        ),
         (["missing.jsonl", "--output", "a.jsonl"], "'missing.jsonl' cannot be read: No such file"),
         (["empty.jsonl", "--output", "a.jsonl"], "has no line; sample into it first"),
         (["foreign.jsonl", "--output", "a.jsonl"], "line 1 of foreign.jsonl has no completion as"),
@@ -219,6 +224,7 @@ def test_the_command_refuses_in_a_sentence(tmp_path, monkeypatch, capsys, argume
     write(tmp_path / "sampled.jsonl")
     (tmp_path / "other.jsonl.run").write_text("{}")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "mine.py").write_text("work of days\n")
     (tmp_path / "foreign.jsonl").write_text('{"prompt": "x"}\n')
     assert cli.main(["select", *arguments]) == 2
     assert words in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.data.text import completion_text
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.sampled import Row, refuse_row, settings_path
@@ -231,8 +231,8 @@ def _refuse_without_tokens(rows: Sequence[Row], config: SelectConfig) -> None:
 def _refuse_nothing(funnel: list[Left]) -> None:
     if funnel[-1].num_completions == 0:
         raise InputError(
-            f"{funnel[-1].rule} leaves nothing of {funnel[-2].num_completions} completions; loosen it, or sample more "
-            f"(so far: {', '.join(f'{left.rule}: {left.num_completions}' for left in funnel)})"
+            f"{funnel[-1].rule} leaves nothing of {counted(funnel[-2].num_completions, 'completion')}; loosen it, or "
+            f"sample more (so far: {', '.join(f'{left.rule}: {left.num_completions}' for left in funnel)})"
         )
 
 
@@ -248,15 +248,12 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     """Write a JSONL file, whole or not at all. Returns its path.
 
     Raises:
-        InputError: it is one of the inputs, a file that is sampled into or of a person's labels, or cannot be written.
+        InputError: it is one of the inputs or any file but one of such rows, which would be lost, or cannot be written.
     """
     path = Path(expanded(path))
     if any(os.path.realpath(path) == os.path.realpath(expanded(one)) for one in inputs):
         raise InputError(f"output {str(path)!r} is what is read, and would be lost; choose another one")
-    if settings_path(path).exists():
-        raise InputError(f"output {str(path)!r} was sampled by a model, and would be lost; choose another one")
-    if _has_labels(path):
-        raise InputError(f"output {str(path)!r} has a person's labels, which would be lost; choose another one")
+    _refuse_to_replace(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -265,11 +262,22 @@ def write_rows(path: str | Path, rows: Sequence[Row], inputs: Sequence[str | Pat
     return path
 
 
-def _has_labels(path: Path) -> bool:
-    """Tell whether a file begins with a pair that is not there by its rewards."""
+def _refuse_to_replace(path: Path) -> None:
+    """Raise InputError for a file that is no result of a selection or of pairs(), by its first line."""
+    if settings_path(path).exists():
+        raise InputError(f"output {str(path)!r} was sampled by a model, and would be lost; choose another one")
     try:
         with path.open("rb") as file:
-            row = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and "chosen" in row and BY_REWARDS not in row
+            line = file.readline()
+    except OSError:
+        return
+    try:
+        row = json.loads(line or "{}")
+        if line and not (isinstance(row, dict) and "chosen" in row):
+            refuse_row(row, "its first line")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"output {str(path)!r} is there, is no file of `select` or `pairs`, and would be lost; choose another one"
+        ) from error
+    if "chosen" in row and BY_REWARDS not in row:
+        raise InputError(f"output {str(path)!r} has a person's labels, which would be lost; choose another one")

@@ -15,13 +15,14 @@ from lowmem_grpo.report.pipeline import pipeline_page_of
 from lowmem_grpo.report.reading import for_others, phases_of, read_run, readable
 
 NAME = "report.html"
+BEGINNING = b"<!doctype html>"  # of every page
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page of a run or of a pipeline, by default into its folder. Returns its path.
 
     Raises:
-        InputError: there is no run in the folder, or it cannot be read, or `output` is a folder.
+        InputError: there is no run in the folder, or it cannot be read, or `output` is a folder or another file.
         OSError: the disk refused, and what was there before still is.
     """
     path = folder / NAME if output is None else output
@@ -31,6 +32,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         text = _text_of(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({in_a_line(error)}); give a folder that you may read") from error
+    if path != folder / NAME and path.is_file() and not path.read_bytes().startswith(BEGINNING):
+        raise InputError(f"{path} is there, and is no page of a report; give another file")
     write_file(path, text)
     return path
 
