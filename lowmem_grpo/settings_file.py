@@ -98,4 +98,6 @@ def _words(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
         return f"line {mark.line + 1}: {in_a_line(Exception(error.problem))}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return in_a_line(error)

@@ -177,7 +177,7 @@ def test_run_as_a_module_the_errors_are_the_same():
     command = [sys.executable, "-m", "lowmem_grpo.cli", "train", "--config", "/no/such.yaml"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("lowmem-grpo train: config file '/no/such.yaml' cannot be read")
+    assert done.stderr.startswith("lowmem-grpo train: config file '/no/such.yaml' cannot be read: No such file")
 
 
 HELP = """

@@ -132,7 +132,7 @@ def test_chats_of_a_file_are_chats(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": }\n', "row 1 of train_dataset .* cannot be read as json"),
+        ("rows.jsonl", '{"prompt": "x"}\n{"prompt": }\n', "row 1 of train_dataset .* cannot be read as json: Expecting value at its character 12; mend it"),
         ("rows.jsonl", '{"prompt": "x"}\n\n[1]\n', "row 1 of train_dataset .* is no object"),
         ("rows.jsonl", '{"prompt": "x", "answer": "\\ud800"}\n', "row 0 of train_dataset .* UTF-8"),
         ("rows.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}\n', "row 1 of train_dataset .* UTF-8"),
@@ -141,7 +141,7 @@ def test_chats_of_a_file_are_chats(tmp_path):
         ("rows.json", '[{"prompt": "x"}, 7]', "row 1 of train_dataset .* is no object"),
         ("rows.json", '[{"prompt": "x"}', "cannot be read as json"),
         ("rows.csv", "prompt,answer\nx,7\ny,1,000\n", "row 1 of train_dataset .* has 3 cells for 2 columns"),
-        ("rows.csv", "prompt,answer\nx\n", "row 0 of train_dataset .* has 1 cells for 2 columns"),
+        ("rows.csv", "prompt,answer\nx\n", "row 0 of train_dataset .* has 1 cell for 2 columns"),
         ("rows.csv", 'prompt,answer\nx,7\n"y"z,8\n', "row 1 of train_dataset .* cannot be read as csv"),
         ("rows.csv", 'prompt,answer\nx,"7\n', "row 0 of train_dataset .* cannot be read as csv"),
         ("rows.csv", b"prompt,answer\nx,7\ny,\xbd\n", "row 1 of train_dataset .* UTF-8"),

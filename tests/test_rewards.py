@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.objective.advantages import compare, nanstd
 from lowmem_grpo.rewards import (
     BUILT_IN,
@@ -285,7 +286,7 @@ def test_a_reward_may_be_async():
 
 
 BROKEN = [
-    ([1.0], "returned 1 values for 2 completions", 2),
+    ([1.0], "returned 1 value for 2 completions", 2),
     (None, "returned NoneType", 2),
     (["x", 1.0], "returned 'x'", 1),
     ([1e300, 1.0], "returned 1e", 1),
@@ -309,7 +310,7 @@ def test_what_is_no_reward_is_left_out_and_counted_and_the_run_goes_on(returned,
     assert scores.rewards[:, 1].tolist() == [0.5, 0.25]
     assert scores.metrics["rewards/broken/failures"] == failures and scores.metrics["rewards/sound/failures"] == 0
     assert f"reward function broken {message}" in caplog.text
-    assert f"{failures} of 2 completions go without this reward" in caplog.text
+    assert f"no such reward for {failures} of 2 completions" in caplog.text
 
 
 @pytest.mark.parametrize(("returned", "message", "failures"), BROKEN)
@@ -324,6 +325,20 @@ def test_what_is_no_reward_stops_the_run_at_its_start(returned, message, failure
 def test_one_that_does_not_take_every_column_is_told_how():
     with pytest.raises(ValueError, match=r"unexpected keyword argument '\w+'; let it take \*\*kwargs, since"):
         RewardRunner([lambda completions: [1.0]]).try_out(["p"], {"solution": ["2"]})
+
+
+@pytest.mark.parametrize(
+    ("function", "prompt", "remedy"),
+    [
+        (lambda completions, **_: [one[0]["content"] for one in completions], "p", "; each completion is a text, since"),
+        (lambda completions, **_: [one.strip() for one in completions], [{}], '; each completion is a list as [{"role"'),
+        (lambda answer, **_: [1.0], "p", "missing 1 required positional argument: 'answer'; the data's columns, which "
+         "it is called with, are prompts, solution (on made-up"),
+    ],
+)  # fmt: skip
+def test_one_that_takes_completions_or_columns_for_others_is_told_what_they_are(function, prompt, remedy):
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        RewardRunner([function]).try_out([prompt], {"solution": ["2"]})
 
 
 def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():
@@ -544,7 +559,7 @@ def test_a_slow_reward_is_reported_once_and_again_when_twice_as_slow(caplog, mon
     runner = RewardRunner([slow])
     for step in range(3):
         runner(["p"], ["c"], [[1]], {}, step)
-    assert caplog.text.count("s for 1 completions") == 2
+    assert caplog.text.count("s for 1 completion") == 2
 
 
 def test_what_a_failed_call_logged_does_not_count():
@@ -651,7 +666,8 @@ def test_names_become_functions(tmp_path, monkeypatch):
     [
         ("acuracy_reward", "did you mean accuracy_reward"),
         ("zzz", "the built-in ones are accuracy_reward, .*think_format_reward"),
-        ("no_such_module.f", "cannot be imported"),
+        ("no_such_module.f", r"'no_such_module'; no_such_module.py is looked for in the current folder and on PYTHON"),
+        ("answers.ANSWERS", "answers.ANSWERS is .*, which is no reward function; name a function of answers"),
         ("math.no_such_function", "is of Python's own"),
         (3, "cannot be called"),
         ([], "reward_funcs is empty"),

@@ -176,7 +176,7 @@ def test_data_without_the_column_is_refused_and_a_route_without_rows_is_told(tmp
           config=config(tmp_path, max_steps=1))  # fmt: skip
     told = capsys.readouterr().err
     assert "code_reward_code is for no row of train_dataset: none has task in ['code']" in told
-    assert "8 of 16 rows of train_dataset have no reward, and teach nothing" in told
+    assert "no reward is for 8 of 16 rows of train_dataset, from which nothing is learnt" in told
 
 
 def test_gold_answers_are_looked_for_in_the_rows_of_a_route_alone(tmp_path):

@@ -20,7 +20,7 @@ from pyarrow.parquet import read_metadata
 from lowmem_grpo.config.fields import named_once
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.data.questions import AFTER, ANSWERS, BEFORE, INSTRUCTIONS
-from lowmem_grpo.errors import InputError, cause, printable, shown
+from lowmem_grpo.errors import InputError, cause, counted, printable, shown
 
 # The columns that are texts in a CSV, and of one kind in all rows; and all of which a text or a number is as it is
 # written, in prompts, texts that are learnt, and rewards.
@@ -208,7 +208,10 @@ def _json(text: str, where: str) -> Any:
         )
     except (ValueError, RecursionError) as error:
         _check_characters(text, where)
-        raise InputError(f"{where} cannot be read as json: {error}") from error
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError) and "\n" not in text.strip():  # a line of many
+            why = f"{error.msg} at its character {error.colno}"
+        raise InputError(f"{where} cannot be read as json: {why}; mend it") from error
 
 
 def _json_row(row: Any, where: str) -> dict:
@@ -235,7 +238,8 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[dict]:
                 return
             _check_characters("".join(cells), at)
             if names and len(cells) != len(names):
-                raise InputError(f"{at} has {len(cells)} cells for {len(names)} columns; quote a cell with commas")
+                sizes = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')}"
+                raise InputError(f"{at} has {sizes}; quote a cell with commas")
             if not names:
                 _refuse_names(cells, at)
             if names:

@@ -167,7 +167,12 @@ def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
     try:
         found = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # of a module of the user's, which may do anything
-        raise InputError(f"reward function {shown(name)} cannot be imported: {in_a_line(error)}") from error
+        root = module_name.partition(".")[0]
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == root
+        where = f"; {root}.py is looked for in the current folder and on PYTHONPATH" if is_missing else ""
+        raise InputError(f"reward function {shown(name)} cannot be imported: {in_a_line(error)}{where}") from error
+    if not callable(found):
+        raise InputError(f"{name} is {shown(found)}, which is no reward function; name a function of {module_name}")
     if origin_of_function(found) == PYTHON:
         raise _is_pythons(name, known)
     return found

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Any, NamedTuple
 
-from lowmem_grpo.errors import InputError, printable
+from lowmem_grpo.errors import InputError, counted, printable
 from lowmem_grpo.rewards.isolation.limit import OutOfTime
 
 LARGEST = 1e16  # weighted tenfold and squared, thousands of them must add up in fp32, which ends at 3.4e38
@@ -62,8 +62,8 @@ def _raised(name: str, error: BaseException) -> Failure:
 def _values(name: str, count: int, returned: Any) -> "list[float | Failure] | Failure":
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else _kind(values)
-        wanted = f"returned {got} for {count} completions; return a list, one value each"
+        got = counted(len(values), "value") if isinstance(values, (list, tuple)) else _kind(values)
+        wanted = f"returned {got} for {counted(count, 'completion')}; return a list, one value each"
         return Failure("length", f"reward function {name} {wanted}")
     return [_reward(name, value) for _, value in zip(range(count), islice(values, count), strict=True)]
 
@@ -127,7 +127,9 @@ class Logs:
         if not isinstance(column, str):
             raise InputError(f"log_extra({column!r}) needs a text as the column's name")
         if len(values) != self.count:
-            raise InputError(f"log_extra({column!r}) got {len(values)} values for {self.count} completions")
+            raise InputError(
+                f"log_extra({column!r}) got {counted(len(values), 'value')} for {counted(self.count, 'completion')}"
+            )
         self.columns[column] = list(values)
 
     def functions(self) -> dict[str, Callable]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +84,8 @@ class RoutedReward:
             if not isinstance(values, list | tuple):
                 return values  # which the runner refuses in words of its own
             if len(values) != len(own):  # as many as all rows have would be taken for theirs
-                raise ValueError(f"{len(values)} values for its {len(own)} completions; return a list, one value each")
+                got, wanted = counted(len(values), "value"), counted(len(own), "completion")
+                raise ValueError(f"{got} for its {wanted}; return a list, one value each")
             return _spread(values, own, len(completions))
 
         def log_extra(column: str, values: list) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_grpo.errors import InputError
+from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
 from lowmem_grpo.rewards.protocol import Failure, Logs, read, read_awaited
@@ -127,9 +127,7 @@ class RewardRunner:
         for call in calls:
             for failure in call.failures:
                 if failure.kind != "NaN":
-                    remedy = "; raise reward_timeout, or load what it needs earlier" if failure.kind == "time" else ""
-                    if failure.kind == "TypeError" and "unexpected keyword argument" in failure.message:
-                        remedy = "; let it take **kwargs, since it is called with each column of the data"
+                    remedy = _remedy(failure, prompts, columns)
                     raise InputError(
                         f"{failure.message}{remedy} (on made-up completions, which every reward is tried on first)"
                     )
@@ -185,12 +183,27 @@ class RewardRunner:
             if _is_power_of_two(times):
                 message = next(failure.message for failure in call.failures if failure.kind == kind)
                 log.warning(
-                    f"{message}; {several} of {count} completions go without this reward "
-                    f"({times} {'call' if times == 1 else 'calls'} failed like this so far)"
+                    f"{message}; no such reward for {several} of {counted(count, 'completion')} "
+                    f"({counted(times, 'call')} failed like this so far)"
                 )
         if call.seconds > self.slow_s[name]:
             self.slow_s[name] = 2 * call.seconds
-            log.warning(f"reward function {name} took {call.seconds:.1f} s for {count} completions")
+            log.warning(f"reward function {name} took {call.seconds:.1f} s for {counted(count, 'completion')}")
+
+
+def _remedy(failure: Failure, prompts: list, columns: dict[str, list]) -> str:
+    """The end of a sentence about a function that failed on made-up completions, or nothing where none is known."""
+    if failure.kind == "time":
+        return "; raise reward_timeout, or load what it needs earlier"
+    if failure.kind == "TypeError" and "unexpected keyword argument" in failure.message:
+        return "; let it take **kwargs, since it is called with each column of the data"
+    if failure.kind == "TypeError" and " missing " in failure.message:
+        return f"; the data's columns, which it is called with, are {', '.join(['prompts', *columns])}"
+    if failure.kind in ("TypeError", "AttributeError", "KeyError"):  # as where a text is taken for a list of messages
+        if isinstance(prompts[0], str):
+            return "; each completion is a text, since the prompts are"
+        return '; each completion is a list as [{"role": "assistant", "content": "..."}], since the prompts are chats'
+    return ""
 
 
 def _timed(timeout_s: float | None, work: Callable[[], Any], say: Callable[[str], Any]) -> Outcome:
