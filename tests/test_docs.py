@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ def test_the_page_of_settings_is_made_from_the_configuration():
 
 
 def test_the_page_of_models_has_what_their_tests_expect():
+    pinned = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    if pinned is None or version("transformers") != pinned[1]:
+        pytest.skip("how a model is served may be otherwise in another transformers than constraints.txt's")
     made = runpy.run_path(str(ROOT / "docs/make_models.py"))["page"]()
     assert (ROOT / "docs/models.md").read_text(encoding="utf-8") == made, "run python docs/make_models.py"
 
