@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -85,9 +86,12 @@ class Recorder(TorchDispatchMode):
 
 
 def recorder(waits=None):
-    """In place of cuda_capture."""
+    """In place of cuda_capture. Like torch's, a pool of memory whose graphs are all gone serves no more."""
+    used, there = [], weakref.WeakSet()
 
     def capture(step):
+        assert there or not used, "use_count > 0 INTERNAL ASSERT FAILED"
+        used.append(0)
         with Recorder() as recorded:
             out = step()
         for tensor, values in reversed(recorded.before):
@@ -101,6 +105,7 @@ def recorder(waits=None):
             recorded.replay()
             return out
 
+        there.add(replay)
         return replay
 
     return capture
@@ -247,10 +252,16 @@ def test_kernels_that_overlap_wrongly_are_given_up_before_graphs_are(captured_ea
     own = engine.Slots.step
     monkeypatch.setattr(engine.Slots, "step", lambda *given: ways.append(overlap.launched()["OVERLAP"]) or own(*given))
 
-    def capture(step):
-        return (wrong if sampler.captures.overlap else recorder())(step)
+    def in_new_pool():
+        capture = recorder()
 
-    monkeypatch.setitem(engine.CAPTURE, "cpu", lambda: capture)
+        def wrong_with_overlap(step):
+            replay, overlaps = capture(step), sampler.captures.overlap
+            return lambda: replay() + 7 * overlaps
+
+        return wrong_with_overlap
+
+    monkeypatch.setitem(engine.CAPTURE, "cpu", in_new_pool)
     with pytest.warns(
         UserWarning, match="without overlapping kernels, which is slower: a captured step chose otherwise"
     ):
@@ -281,12 +292,24 @@ def test_kernels_overlap_where_that_was_measured_on_the_card(text, chosen, monke
 
 
 def test_a_row_that_rounding_tipped_once_costs_no_graph(captured_early, monkeypatch):
+    """Nor is it the end of the pool of memory of a graph that was alone in it."""
     sampler, tried = roomy(), []
     truth = sampler.run()
-    monkeypatch.setitem(
-        engine.CAPTURE, "cpu", lambda: lambda step: (recorder(), tried.append(0), wrong)[2 * (len(tried) == 1)](step)
-    )
-    assert ids_of(sampler.run()) == ids_of(truth)
+
+    def in_new_pool():
+        capture = recorder()
+
+        def wrong_at_first(step):
+            replay, first = capture(step), not tried
+            tried.append(0)
+            return lambda: replay() + 7 * first
+
+        return wrong_at_first
+
+    monkeypatch.setitem(engine.CAPTURE, "cpu", in_new_pool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert ids_of(sampler.run()) == ids_of(truth)
     assert len(tried) > 1 and sampler.captures.refusal is None
 
 
@@ -328,7 +351,7 @@ def test_switched_off_nothing_is_captured(captured_early, monkeypatch):
 
 def test_a_number_of_rows_is_captured_once_and_only_if_it_lasts():
     captures, made = Captures("a model"), []
-    captures.capture = lambda step: made.append(0) or recorder()(step)
+    captures.in_new_pool = lambda: lambda step: made.append(0) or recorder()(step)
     state = torch.zeros(1)
 
     def step(rows):

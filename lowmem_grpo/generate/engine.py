@@ -215,7 +215,7 @@ def _run(
     slots = Slots(policy, store, shape, scheduler, params, request.uniforms, lasting, request.fast, states)
     step: Callable[[int], Tensor] = slots.step
     if captures is not None:
-        captures.capture = captures.capture or CAPTURE[policy.device.type]()
+        captures.in_new_pool = CAPTURE[policy.device.type]
         assert slots.table is not None
         kind = (  # all that a recorded step holds besides its number of rows and what is in memory
             params, kv_dtype, store.own.num_tokens, slots.table.shape[1], shape.shared,

@@ -25,6 +25,7 @@ from lowmem_grpo.warn import warn
 EAGER = 1
 
 Replay = Callable[[], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Replay]
 
 
 class Kept:
@@ -77,7 +78,8 @@ class Captures:
     refusal: str | None = None  # why none is captured
     trusted: set[Hashable] = field(default_factory=set)  # kinds and rows of steps whose replay was compared, and right
     replays: dict[Hashable, Replay] = field(default_factory=dict)  # by kind and rows
-    capture: Callable[[Callable[[], Tensor]], Replay] | None = None  # in the pool of memory of all of them
+    in_new_pool: Callable[[], Capture] | None = None  # makes what captures steps in one pool of memory
+    capture: Capture | None = None  # in the pool of all that are there
     counts: Counts = field(default_factory=Counts)  # of the last rollout
 
     def __post_init__(self) -> None:
@@ -90,13 +92,12 @@ class Captures:
     def separate(self, reason: str) -> None:
         """Capture steps without overlap from now on, those that were captured with it anew."""
         self.overlap = False
-        self.replays.clear()
+        self.drop_graphs()
         warn(f"{self.model} is sampled from without overlapping kernels, which is slower: {reason}")
 
     def drop_graphs(self) -> None:
         """Let the graphs and their memory go; the next steps are captured anew."""
         self.replays.clear()
-        self.capture = None
 
     def release(self) -> None:
         """Let the graphs go, and the tensors that they read; not within a rollout, which goes on with those."""
@@ -128,7 +129,6 @@ class Graphs:
         number of rows that a recording fixes: which kernels a step runs, and the numbers that Python hands to them.
         commit () bool is what a step reads of whether to write what else it would change, as layers' states.
         """
-        assert captures.capture is not None
         self.captures, self.step, self.state, self.held = captures, step, state, held
         self.kind, self.commit = kind, commit
         self.doubts = 0  # captures whose first replay was another step
@@ -153,11 +153,14 @@ class Graphs:
             return self.step(num_rows)
 
     def _capture(self, num_rows: int) -> Replay:
-        started = time.perf_counter()
+        started, captures = time.perf_counter(), self.captures
         try:
-            return self.captures.capture(partial(self._run, num_rows))  # type: ignore[misc] # there is one
+            if captures.capture is None or not captures.replays:  # torch refuses a pool whose graphs are all gone
+                assert captures.in_new_pool is not None
+                captures.capture = captures.in_new_pool()
+            return captures.capture(partial(self._run, num_rows))
         finally:
-            self.captures.counts.capture_s += time.perf_counter() - started
+            captures.counts.capture_s += time.perf_counter() - started
 
     def _capture_trusted(self, num_rows: int) -> None:
         try:
@@ -234,7 +237,7 @@ def _never_waiting(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def cuda_capture() -> Callable[[Callable[[], Tensor]], Replay]:
+def cuda_capture() -> Capture:
     """A function that captures steps in one pool of memory: a replay's output holds until the next replay."""
     pool = torch.cuda.graph_pool_handle()
 
