@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
@@ -178,8 +180,28 @@ def test_a_model_that_is_quantized_on_its_way_to_the_device_is_4_bit_there_whate
     model.model.embed_tokens.to("meta")  # stands for the memory that the model came in
     with pytest.raises(NotImplementedError, match="meta tensor"):  # that it is moved, and not refused
         _placed(model, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="4-bit on cpu, and the run is on cuda; load it there, or set use_cpu"):
-        refuse_4bit_elsewhere(model, torch.device("cuda"))
+    with pytest.raises(ValueError, match="4-bit on cpu, and the run is on cuda:0; load it there, or set use_cpu"):
+        refuse_4bit_elsewhere(model, torch.device("cuda", 0))
+
+
+def test_a_4_bit_model_on_another_gpu_is_refused():
+    class Elsewhere(Params4bit):
+        device = torch.device("cuda", 1)
+
+    model = torch.nn.Module()
+    model.weight = Elsewhere(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    refuse_4bit_elsewhere(model, torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="4-bit on cuda:1, and the run is on cuda:0; load it there$"):
+        refuse_4bit_elsewhere(model, torch.device("cuda", 0))
+
+
+def test_a_loaded_model_that_is_spread_over_gpus_is_refused():
+    model: Any = make_model("qwen2")
+    model.hf_device_map = {"model": 0, "lm_head": 0}
+    find_model(model, GRPOConfig(use_cpu=True))
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match="spread over devices 0 and 1; load the whole model into the memory of one"):
+        find_model(model, GRPOConfig(use_cpu=True))
 
 
 @pytest.mark.gpu

@@ -265,6 +265,11 @@ def _refuse_loaded(model: PreTrainedModel | PeftModel) -> None:
             f"the model has no values for {away}, which is offloaded or was never loaded; load the whole model into "
             "the memory of one device"
         )
+    spread = sorted({str(place) for place in (getattr(base, "hf_device_map", None) or {}).values()})
+    if len(spread) > 1:  # accelerate sends what layers are given from one to the next
+        raise InputError(
+            f"the model is spread over devices {' and '.join(spread)}; load the whole model into the memory of one"
+        )
 
 
 def _refuse_adapters_beside(base: Any) -> None:

@@ -312,11 +312,11 @@ def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
-    """Raise InputError if any weight in 4-bit lies on another kind of device."""
-    found = {p.device.type for p in model.parameters() if isinstance(p, Params4bit)} - {device.type}
+    """Raise InputError if any weight in 4-bit lies on another device, whose memory kernels would read by address."""
+    found = {str(p.device) for p in model.parameters() if isinstance(p, Params4bit)} - {str(device)}
     if found:
         raise InputError(
-            f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device.type}; load it there"
+            f"the model is 4-bit on {' and '.join(sorted(found))}, and the run is on {device}; load it there"
             + (", or set use_cpu" if found == {"cpu"} else "")
         )
 
