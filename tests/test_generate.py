@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_model, make_policy
 from tokenizers import Tokenizer, decoders, models
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import (
     MinPLogitsWarper,
     PreTrainedTokenizerFast,
@@ -30,6 +32,8 @@ from lowmem_grpo.generate.shape import StoreShape, bucket, store_shape, token_by
 from lowmem_grpo.generate.store import Store, dequantized, quantized
 from lowmem_grpo.generate.weights import dense_bytes, fast_linears
 from lowmem_grpo.kernels.decode_attention import decode_attention, write_token
+from lowmem_grpo.model import packed_attention
+from lowmem_grpo.model.attention import Scoring
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.packing import pack
@@ -1141,3 +1145,40 @@ def test_a_share_of_the_prompts_is_completed_as_among_all():
     sampler.engine_refusal = "a test"
     first, second = ids(range(1)), ids(range(1, 2))
     assert len(first) == len(second) == 2 and first == ids(range(1))
+
+
+def test_prompts_are_prefilled_where_attention_knows_no_grouped_queries(family, monkeypatch):
+    """As on a GPU without flash attention."""
+    policy = make_policy(family)
+    truth = run(policy)
+    monkeypatch.setattr(layouts, "takes_groups", lambda query, key: False)
+    monkeypatch.setattr(packed_attention, "takes_groups", lambda query, key: False)
+    for found, stepped in zip(run(policy), truth, strict=True):
+        assert found.ids == stepped.ids
+        torch.testing.assert_close(found.logprobs, stepped.logprobs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flash", "heads", "size", "grouped"),
+    [(False, 4, 128, False), (True, 4, 128, True), (True, 4, 512, False), (False, 28, 128, True)],
+)
+def test_a_gpu_never_has_all_scores_of_prompts_in_memory(flash, heads, size, grouped, monkeypatch):
+    """Its kernels but flash's leave grouped queries to plain products: 4 x 28 x 2048 x 2048 numbers, here."""
+    monkeypatch.setattr(packed_attention, "flash_serves", lambda device, dtype: flash)
+    shape, calls = (4, heads, 2048, size), []
+    query, key, value = (torch.empty(4, n, *shape[2:], dtype=torch.half, device="meta") for n in (28, heads, heads))
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                calls.append(args[0].shape[1] != args[1].shape[1])
+            return func(*args, **kwargs or {})
+
+    kv = {0: LayerShape(28, heads, size, 0)}
+    rows = Store(kv, StoreShape(4, 2048, 0, 0), torch.half, torch.device("meta")).own
+    each = torch.arange(4, device="meta")
+    with Watching():
+        out = layouts.Prefill(rows, each, each).attend(query, key, value, Scoring(0, 0.1, None, None))
+        alone = packed_attention.causal_attention((query, key, value), {}, Scoring(0, 0.1, None, None))
+    assert out.shape == alone.shape == (4, 2048, 28, size)
+    assert any(calls) == (grouped and heads < 28)

@@ -11,7 +11,7 @@ from lowmem_grpo.generate.states import States, Tables
 from lowmem_grpo.generate.store import Rows, Store
 from lowmem_grpo.model.attention import Scoring, shares_of, sink_column, soften, softmax_attention
 from lowmem_grpo.model.mixing import Call
-from lowmem_grpo.model.packed_attention import causal_attention
+from lowmem_grpo.model.packed_attention import causal_attention, takes_groups
 
 SPAN = 32  # own columns are read in multiples of this, so that shapes change rarely
 
@@ -43,25 +43,18 @@ class Prefill:
     targets: Tensor  # (R',) int64: the row of the store that gets it
     states: Tables | None = None  # the states' own or their prefix; None where no layer keeps one
     shifts: Shifts | None = None  # None where no layer keeps a state, or no row has padding
-    masks: dict = field(default_factory=dict)  # of attention with sinks, made by the first layer that asks
+    masks: dict = field(default_factory=dict)  # of causal_attention, made by the first layer that asks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
         layer, scaling, window, softcap, sink = asked
         tokens = key.shape[2]
         at = (self.targets, slice(None), slice(tokens))
         key, value = self.store.write(layer, at, key, value, self.sources)
-        if sink is not None:
-            return causal_attention((query, key, value), self.masks, asked)
-        if softcap is None and (window is None or window >= tokens):
+        plain = softcap is None and sink is None and (window is None or window >= tokens)
+        if plain and takes_groups(query, key):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
             return out.transpose(1, 2)
-        place = torch.arange(tokens, device=query.device)
-        back = place[:, None] - place
-        mask = (back >= 0) & (back < (window or tokens + 1))
-        batch, heads, _, size = query.shape
-        grouped = query.view(batch, key.shape[1], -1, tokens, size)
-        out = softmax_attention(grouped, key[:, :, None], value[:, :, None], mask, asked)
-        return out.view(batch, heads, tokens, size).transpose(1, 2)
+        return causal_attention((query, key, value), self.masks, asked)
 
     def mix(self, mixer: Any, forward: Any, hidden: Tensor) -> Tensor:
         """The output of a layer with a state for prompts (R, T, D), which it is handed padded on the left.

@@ -117,9 +117,7 @@ def causal_attention(inputs: Inputs, masks: dict, asked: Scoring) -> Tensor:
     few = query.device.type == "cpu" and query.element_size() == 2 and key.shape[2] <= 256
     plain = asked.softcap is not None or few
     whole = queries == key.shape[2] and (window is None or window >= queries) and asked.sink is None
-    # A GPU's other kernels than flash know no grouped queries: all scores would be in memory at once.
-    grouped_is_known = query.device.type == "cpu" or heads == key.shape[1] or flash_serves(query.device, query.dtype)
-    if not plain and grouped_is_known and whole:
+    if not plain and whole and takes_groups(query, key):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=asked.scaling, enable_gqa=True)
         return out.transpose(1, 2)
     most = max(8, TILE * key.shape[1] // heads // 8 * 8)
@@ -148,6 +146,16 @@ def causal_attention(inputs: Inputs, masks: dict, asked: Scoring) -> Tensor:
         mask = _mask(masks, grouped, key.shape[2], window, room=ROOM)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=asked.scaling)[..., :size]
     return out.view(grouped.shape).transpose(1, 2).reshape(batch, queries, heads, size)
+
+
+def takes_groups(query: Tensor, key: Tensor) -> bool:
+    """Whether scaled_dot_product_attention takes grouped queries without all scores in memory at once.
+
+    On a GPU flash alone does, for heads of up to 256 numbers.
+    """
+    if query.device.type == "cpu" or query.shape[1] == key.shape[1]:
+        return True
+    return flash_serves(query.device, query.dtype) and query.shape[3] <= 256
 
 
 def _with_sink(query: Tensor, key: Tensor, value: Tensor, product: Tensor) -> Inputs:
