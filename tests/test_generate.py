@@ -715,6 +715,8 @@ def test_a_store_shape_is_what_is_allocated_and_keeps_to_its_budget(monkeypatch)
             one = asked["prompt_tokens"] + asked["max_completion_length"]  # check_prompts refuses a smaller budget
             assert bytes_ <= max(budget, one) * full
             assert not paged or shape.slots >= store_shape(**asked, budget_tokens=budget, paged=False).slots
+            # A captured step is of one length of slots, also where each prompt has one completion.
+            assert not paged or asked["prompt_tokens"] == 1 or shape.slot_tokens == asked["max_completion_length"]
             more = store_shape(**asked, budget_tokens=10**9, paged=paged)
             assert 1 <= shape.slots <= more.slots == asked["num_prompts"] * asked["num_generations"]
 

@@ -105,13 +105,15 @@ def store_shape(
     keys and values take more than its states.
 
     paged, if a completion takes more than a page and not all fit at full length: prompts are shared, and there are
-    slots for completions of half the maximum. paged, a group of several always shares its prompt, so that slots have
-    one length whatever the prompts': captured steps serve that alone.
+    slots for completions of half the maximum. paged, prompts always stand in prefixes, so that slots have one length
+    whatever the prompts': captured steps serve that alone. But that of a single completion stands in its slot where
+    layers keep states, which a prefix would have twice.
     """
     prefilled = prompt_tokens - 1
     share = num_generations > 1 and (paged or prefilled >= SHARE_FROM)
+    share = share or (paged and prefilled > 0 and not state_tokens)
     every = num_prompts * num_generations
-    most_prefixes = 2 if prefilled >= state_tokens else 1  # a group
+    most_prefixes = 2 if num_generations > 1 and prefilled >= state_tokens else 1  # a group
     dense = _largest(
         every, prefilled, num_prompts, num_generations, max_completion_length, budget_tokens, share, most_prefixes,
         state_tokens,
