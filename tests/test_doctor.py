@@ -44,7 +44,7 @@ def failing(completions, **kwargs):
 
 
 def worse(completions, trainer_state, **kwargs):
-    return varied(completions) if trainer_state.global_step <= 5 else zero(completions)
+    return varied(completions) if trainer_state.global_step < 5 else zero(completions)
 
 
 def run(folder, rewards, callbacks=(), **settings):

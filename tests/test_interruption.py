@@ -236,7 +236,7 @@ def test_a_signal_while_an_error_is_saved_is_raised_afterwards(tmp_path, monkeyp
 
 
 def swallows(step, awaited):
-    """A reward that swallows what a signal raises in it, at a step of training or, at 0, on made-up completions."""
+    """A reward that swallows what a signal raises in it after some steps, of which made-up completions follow 0."""
 
     def swallow():
         try:
@@ -255,7 +255,7 @@ def swallows(step, awaited):
     return later if awaited else at_once
 
 
-@pytest.mark.parametrize(("step", "awaited"), [(0, False), (2, True)])
+@pytest.mark.parametrize(("step", "awaited"), [(0, False), (1, True)])
 def test_a_signal_that_a_reward_swallows_ends_the_run(tmp_path, capsys, step, awaited):
     with pytest.raises(SystemExit) as caught:
         run(tmp_path, rewards=swallows(step, awaited), max_completion_length=2, max_steps=4)
@@ -303,7 +303,7 @@ SCRIPT = """
     from lowmem_grpo.demo import task
 
     def slow_reward(completions, trainer_state, **kwargs):
-        if trainer_state.global_step == 3:
+        if trainer_state.global_step == 2:
             print("third step", flush=True)
             time.sleep(600)
         return [float(len(c[0]["content"])) for c in completions]
@@ -325,7 +325,7 @@ def ended_at_its_third_step(folder, number) -> Any:
     """Let a run get a signal from outside while a reward of its third step sleeps; returns what it then raised."""
 
     def slow_reward(completions, trainer_state, **kwargs):
-        if trainer_state.global_step == 3:
+        if trainer_state.global_step == 2:
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
             time.sleep(600)
         return reward(completions)

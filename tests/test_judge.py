@@ -130,7 +130,7 @@ def test_one_failed_call_costs_that_completion_alone_and_a_malformed_row_too():
 def test_a_judge_that_is_too_slow_is_cut_off_with_the_others_time(caplog):
     with Server(lambda given: time.sleep(1) or Answer("5")) as server:
         started = time.monotonic()
-        scores = RewardRunner([endpoint_judge(server)], timeout_s=0.2)(["a"], ["b"], [[0]], {}, step=1)
+        scores = RewardRunner([endpoint_judge(server)], timeout_s=0.2)(["a"], ["b"], [[0]], {}, 1)
     assert scores.rewards.isnan().all() and time.monotonic() - started < 1
     assert "took longer than reward_timeout=0.2 s" in caplog.text
 

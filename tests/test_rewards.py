@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,6 +260,7 @@ def test_a_reward_gets_everything_by_keyword():
     given = {}
 
     def reward(*, prompts, completions, completion_ids, difficulty, trainer_state, log_extra, log_metric):
+        assert trainer_state.max_steps == 1, "there is no run"
         given.update(prompts=prompts, ids=completion_ids, difficulty=difficulty, step=trainer_state.global_step)
         log_extra("length", [len(c) for c in completions])
         log_metric("mine", 1)
@@ -640,10 +642,30 @@ def test_rewards_of_one_name_are_numbered_in_their_order():
     names = ("rm", "rm", "rm_2", "rm")
     runner = RewardRunner([Scored(name, float(value)) for value, name in enumerate(names)])
     assert runner.names == ["rm", "rm_2", "rm_2_2", "rm_3"]
-    scores = runner(["p"], ["c"], [[1]], {}, step=1)
+    scores = runner(["p"], ["c"], [[1]], {}, 1)
     assert scores.rewards.tolist() == [[0.0, 1.0, 2.0, 3.0]]
     assert [scores.metrics[f"{name}/length"] for name in runner.names] == [0.0, 1.0, 2.0, 3.0]
     assert {f"time/reward/{name}_s" for name in runner.names} <= scores.metrics.keys()
+
+
+def test_a_rewards_name_is_trls():
+    trl = pytest.importorskip("trl.trainer.utils")
+
+    class Scored:
+        def __call__(self, completions, **kwargs):
+            return [1.0]
+
+    functions = [Scored(), partial(think_format_reward), partial(partial(score, 1), completions="a"), lambda **_: [1.0]]
+    assert RewardRunner(functions).names == [*map(trl.get_callable_name, functions)]
+
+
+def test_what_a_trainer_state_lacks_is_said():
+    def curious(trainer_state, **kwargs):
+        assert getattr(trainer_state, "log_history", None) is None
+        return [trainer_state.epoch]
+
+    with pytest.raises(ValueError, match="trainer_state has global_step and max_steps here, and no epoch"):
+        RewardRunner([curious]).try_out(["p"], {})
 
 
 def test_a_reward_that_is_given_twice_is_refused():

@@ -168,6 +168,7 @@ def read_training_inputs(
             f"critic_warmup={config.critic_warmup} leaves the policy none of the run's {inputs.total_steps} steps to "
             "learn in; lower critic_warmup"
         )
+    rewards.max_steps = inputs.total_steps
     return inputs
 
 

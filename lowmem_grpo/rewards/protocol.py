@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,6 +22,17 @@ RESERVED = {
     "entropy_coef", "last_entropy", "learning_rate", "grad_norm", "num_tokens", "step_time", "frac_tokens_skipped",
     "cispo_clip_ratio", "skipped_steps", "doctor",
 }  # fmt: skip
+
+
+@dataclass
+class TrainerState:
+    """How far a run is, as reward functions are told it in `trainer_state`, under transformers' names."""
+
+    global_step: int  # steps done, so that the first one's completions have 0
+    max_steps: int
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"trainer_state has {' and '.join(vars(self))} here, and no {name}")
 
 
 class Failure(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowmem_grpo.errors import InputError, counted, shown
+from lowmem_grpo.rewards.made import name_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +37,7 @@ def get_routed_reward(
     if not isinstance(column, str) or not column:
         raise InputError(f"get_routed_reward: column={shown(column)} is no name of a column")
     (inner,) = resolve_reward_funcs(reward)
-    inner_name = getattr(inner, "__name__", type(inner).__name__)
-    return RoutedReward(inner, column, given, name or "_".join([inner_name, *map(str, given)]))
+    return RoutedReward(inner, column, given, name or "_".join([name_of(inner), *map(str, given)]))
 
 
 class RoutedReward:

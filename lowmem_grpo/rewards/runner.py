@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
-from lowmem_grpo.rewards.protocol import Failure, Logs, read, read_awaited
+from lowmem_grpo.rewards.made import name_of
+from lowmem_grpo.rewards.protocol import Failure, Logs, TrainerState, read, read_awaited
 from lowmem_grpo.rewards.route import inner_of
 
 SLOW_S = 10.0  # a call that takes longer is reported, and then one of more than twice the last reported time
@@ -49,24 +49,26 @@ class RewardRunner:
         self.names = _names_of(self.functions)
         self.failed_calls: Counter = Counter()  # by name and kind
         self.slow_s = dict.fromkeys(self.names, SLOW_S)
+        self.max_steps = 1  # of the run, where there is one: a function may divide by it
         self.trial_s: dict[str, float] = {}  # what a function took for the made-up completions, by name
         self.empty_steps = 0
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int,
-        prompt_ids: list[list[int]] | None = None,
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],
+        global_step: int, prompt_ids: list[list[int]] | None = None,
     ) -> Scores:  # fmt: skip
         """Rewards of B completions; prompts, completions, ids and every column have B entries.
 
+        global_step is the number of steps that the policy has taken before it sampled them.
         prompt_ids are for the functions with an attribute reads_prompt_ids; these give no reward without.
 
         No function's error is raised: the run goes on without its reward.
         """
-        calls = self._call_all(prompts, completions, completion_ids, columns, step, prompt_ids)
+        calls = self._call_all(prompts, completions, completion_ids, columns, global_step, prompt_ids)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
         for name, function, call in zip(self.names, self.functions, calls, strict=True):
-            own = f"{_name_of(function)}/"  # which begins the names of a reward adapter's metrics
+            own = f"{name_of(function)}/"  # which begins the names of a reward adapter's metrics
             for metric, values in call.metrics.items():
                 numbered = f"{name}/{metric.removeprefix(own)}" if metric.startswith(own) else metric
                 metrics.setdefault(numbered, []).extend(values)
@@ -82,7 +84,8 @@ class RewardRunner:
                 what = "every reward function failed on every completion"
                 what = what if failed else "every reward function returned None for every completion"
                 log.warning(
-                    f"step {step}: {what}, so there is nothing to learn from (such steps so far: {self.empty_steps}); "
+                    f"after {global_step} steps {what}, so there is nothing to learn from "
+                    f"(such steps so far: {self.empty_steps}); "
                     f"stop the run and mend {', '.join(self.names)}{'' if failed else ' or the columns that they read'}"
                 )
         rewards = torch.tensor([call.rewards for call in calls]).view(len(calls), len(completions)).T.contiguous()
@@ -92,7 +95,7 @@ class RewardRunner:
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list]
     ) -> list[list[float]]:
         """The B rewards of each function, NaN where there is none, without a word in log and metrics."""
-        return [call.rewards for call in self._call_all(prompts, completions, completion_ids, columns, step=0)]
+        return [call.rewards for call in self._call_all(prompts, completions, completion_ids, columns, global_step=0)]
 
     def bind(self, policy: Any) -> list[str]:
         """Give the policy to the functions that judge with it; returns what they say of that."""
@@ -122,7 +125,7 @@ class RewardRunner:
         """
         trial = "<think>trial</think> <answer>0</answer>"
         completions = [trial if isinstance(p, str) else [{"role": "assistant", "content": trial}] for p in prompts]
-        calls = self._call_all(prompts, completions, [[0]] * len(prompts), columns, step=0)
+        calls = self._call_all(prompts, completions, [[0]] * len(prompts), columns, global_step=0)
         self.trial_s = {name: call.seconds for name, call in zip(self.names, calls, strict=True)}
         for call in calls:
             for failure in call.failures:
@@ -133,12 +136,12 @@ class RewardRunner:
                     )
 
     def _call_all(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list], step: int,
-        prompt_ids: list[list[int]] | None = None,
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],
+        global_step: int, prompt_ids: list[list[int]] | None = None,
     ) -> list[Call]:  # fmt: skip
         """Call each function in turn, then await concurrently all that the async ones returned."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        state = SimpleNamespace(global_step=step)
+        state = TrainerState(global_step, self.max_steps)
         logs, count = [Logs(len(completions)) for _ in self.functions], len(completions)
         outcomes = []
         for name, function, own in zip(self.names, self.functions, logs, strict=True):
@@ -225,7 +228,7 @@ def _names_of(functions: Sequence[Callable]) -> list[str]:
     """
     names: list[str] = []
     for index, function in enumerate(functions):
-        name = own = _name_of(function)
+        name = own = name_of(function)
         if any(function is other for other in functions[:index]):
             raise InputError(f"the reward function {name} is given twice; give it once, with another of reward_weights")
         number = 1
@@ -234,16 +237,6 @@ def _names_of(functions: Sequence[Callable]) -> list[str]:
             name = f"{own}_{number}"
         names.append(name)
     return names
-
-
-def _name_of(function: Callable) -> str:
-    try:
-        name = getattr(function, "__name__", type(function).__name__)
-    except Exception:  # of an object that makes its attributes up
-        name = type(function).__name__
-    if not isinstance(name, str) or not name or not name.isprintable():
-        raise InputError(f"a reward function is named {name!a}; give it a __name__ of printable characters")
-    return name
 
 
 def _say(name: str, words: str) -> None:

@@ -67,7 +67,7 @@ def sample_and_score(
     """Completions of the prompts at these positions of the stream, and the rewards' verdicts on them."""
     drawn = prompts_at(prompts, positions, config)
     sample = partial(sampler.complete, drawn, config.num_generations)
-    judged = complete_and_score(sampler.policy, drawn, sample, rewards, step)
+    judged = complete_and_score(sampler.policy, drawn, sample, rewards, global_step=step - 1)
     asked = [prompt.text for prompt in drawn for _ in range(config.num_generations)]
     table = {**judged.scores.extra_columns, "prompt": asked, "completion": judged.texts}
     return Scored([*positions], drawn, judged.completions, judged.scores.rewards, judged.metrics, table)

@@ -26,22 +26,24 @@ class Judged(NamedTuple):
 
 
 def complete_and_score(
-    policy: Policy, prompts: list[Prompt], sample: Callable[[range], Sampled], rewards: RewardRunner, step: int
+    policy: Policy, prompts: list[Prompt], sample: Callable[[range], Sampled], rewards: RewardRunner, global_step: int
 ) -> Judged:
     """Completions of all prompts, where sample(share) returns those of a share of them, and the rewards' verdicts.
+
+    global_step is how many steps the policy has taken so far.
 
     Reward functions see the completions of this rank's share alone, which has whole groups.
     """
     own = share([1] * len(prompts))
 
     def work() -> Judged:
-        judged = _judged(policy, prompts[own.start : own.stop], sample(own), rewards, step)
+        judged = _judged(policy, prompts[own.start : own.stop], sample(own), rewards, global_step)
         return judged if world_size() == 1 else _as_sent(judged)
 
     return _joined(each(work))
 
 
-def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: RewardRunner, step: int) -> Judged:
+def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: RewardRunner, global_step: int) -> Judged:
     completions, metrics = sampled
     if not prompts:
         return Judged([], [], Scores(torch.zeros(0, len(rewards.names)), {}, {}), {})
@@ -50,7 +52,7 @@ def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: Re
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
     columns = {key: [prompt.columns.get(key) for prompt in asked] for key in asked[0].columns}
     ids = [prompt.ids for prompt in asked]
-    scores = rewards([prompt.text for prompt in asked], texts, [c.ids for c in completions], columns, step, ids)
+    scores = rewards([prompt.text for prompt in asked], texts, [c.ids for c in completions], columns, global_step, ids)
     return Judged(completions, texts, scores, {**metrics, **scores.metrics})
 
 
