@@ -1,3 +1,5 @@
+import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -231,6 +233,23 @@ def test_a_4_bit_checkpoint_is_loaded_as_it_is(tmp_path, tokenizer):
     assert layer.compute_dtype == torch.float32, "the run's compute dtype wins over the checkpoint's"
 
 
+def test_the_tokenizer_is_of_the_models_revision(tmp_path, tokenizer):
+    repository = tmp_path / "models--me--m"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit, end in (("main", 40 * "a", "="), ("v2", 40 * "b", "+")):
+        (repository / "refs" / branch).write_text(commit)
+        other = copy.deepcopy(tokenizer)
+        other.eos_token = end
+        other.save_pretrained(repository / "snapshots" / commit)
+        shutil.copy(DEMO_MODEL / "config.json", repository / "snapshots" / commit)
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    ends = [
+        load_tokenizer("me/m", GRPOConfig(model_init_kwargs={**where, **revision})).eos_token
+        for revision in ({}, {"revision": "v2"})
+    ]
+    assert ends == ["=", "+"]
+
+
 def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
     make_model("qwen2").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -245,9 +264,15 @@ def test_an_adapter_folder_continues_that_adapter(tmp_path, tokenizer):
         load_policy(adapter, tokenizer, config, LoraConfig())
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype", "device_map", "quantization_config"])
-def test_what_the_config_decides_cannot_be_passed_beside_it(name):
-    with pytest.raises(ValueError, match=f"model_init_kwargs has {name}, which follows from"):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("dtype", "set fp16=True, or bf16=False"), ("torch_dtype", "set fp16=True"), ("device_map", "remove it"),
+        ("quantization_config", "set load_in_4bit"), ("trust_remote_code", "set trust_remote_code itself"),
+    ],
+)  # fmt: skip
+def test_what_the_config_decides_cannot_be_passed_beside_it(name, remedy):
+    with pytest.raises(ValueError, match=f"model_init_kwargs has {name}: .*{remedy}"):
         find_model(str(DEMO_MODEL), GRPOConfig(model_init_kwargs={name: "x"}))
 
 

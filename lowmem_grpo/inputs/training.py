@@ -225,7 +225,9 @@ def tokenizer_of(tokenizer: Any, model: Any, config: ModelFields) -> Any:
     if tokenizer is None or isinstance(tokenizer, str):
         if tokenizer and not os.path.isdir(tokenizer):
             look_up_model(tokenizer, what="tokenizer")
-        return load_tokenizer(tokenizer or model, config)
+        if tokenizer:
+            return load_tokenizer(tokenizer, replace(config, model_init_kwargs=None))  # which are of the model
+        return load_tokenizer(model, config)
     if not hasattr(tokenizer, "chat_template"):
         raise InputError(
             f"tokenizer is a {type(tokenizer).__name__}; pass one that transformers loads, or its hub id or folder"

@@ -21,10 +21,10 @@ IN_PARTS = (
 )
 
 
-def template_of_processor(name: str) -> str | None:
+def template_of_processor(name: str, **loading: Any) -> str | None:
     """The chat template that a processor's file in a folder or on the hub holds, or None."""
     with contextlib.suppress(Exception):  # of no such file, or of no network
-        found = cached_file(name, FILE)
+        found = cached_file(name, FILE, **loading)
         return None if found is None else json.loads(Path(found).read_bytes())["chat_template"]
     return None
 

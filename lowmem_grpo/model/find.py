@@ -52,13 +52,22 @@ from lowmem_grpo.model.towers import (
 from lowmem_grpo.model.turn_end import named_ends
 from lowmem_grpo.warn import warn
 
-OURS_TO_PASS = ("dtype", "torch_dtype", "device_map", "quantization_config", "trust_remote_code")
+# Of model_init_kwargs: what settings of a run's own say, and what to do instead.
+_COMPUTE_DTYPE = "the compute dtype is bfloat16 by default; set fp16=True, or bf16=False for float32"
+OURS_TO_PASS = {
+    "dtype": _COMPUTE_DTYPE, "torch_dtype": _COMPUTE_DTYPE,
+    "device_map": "the model is on one device, the CPU with use_cpu=True; remove it",
+    "quantization_config": "the base is in NF4 by default; set load_in_4bit",
+    "trust_remote_code": "set trust_remote_code itself",
+}  # fmt: skip
 # Of model_init_kwargs: what from_pretrained reads; anything else is a setting of the model's configuration.
 LOADING = (
     "attn_implementation", "cache_dir", "code_revision", "experts_implementation", "force_download", "gguf_file",
     "key_mapping", "local_files_only", "proxies", "revision", "subfolder", "token", "use_kernels", "use_safetensors",
     "variant", "weights_only",
 )  # fmt: skip
+# Of model_init_kwargs: which files of the hub are read, a tokenizer's too.
+OF_THE_HUB = ("cache_dir", "local_files_only", "revision", "token")
 # Of model_init_kwargs: with one of these, the weights are not in the files that a folder has by default.
 OTHER_FILES = ("subfolder", "variant", "gguf_file")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -90,7 +99,7 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
     given = config.model_init_kwargs or {}
     taken = [name for name in OURS_TO_PASS if name in given]
     if taken:
-        raise InputError(f"model_init_kwargs has {taken[0]}, which follows from bf16, fp16, use_cpu and load_in_4bit")
+        raise InputError(f"model_init_kwargs has {taken[0]}: {OURS_TO_PASS[taken[0]]}")
     if given.get("attn_implementation") == "flex_attention":
         raise InputError("flex_attention is compiled anew for each length, for minutes each; use sdpa or eager")
     if isinstance(model, PreTrainedModel | PeftModel):
@@ -160,8 +169,13 @@ def ends_of_model(model: Any, config: ModelFields) -> set[int]:
         settings.append(model.generation_config)
     else:
         with contextlib.suppress(Exception):  # most models have no such file
-            settings.append(GenerationConfig.from_pretrained(base_of(model)))
+            settings.append(GenerationConfig.from_pretrained(base_of(model), **of_the_hub(config)))
     return named_ends(*settings)
+
+
+def of_the_hub(config: ModelFields) -> dict[str, Any]:
+    """The part of model_init_kwargs that says which files of the hub are read."""
+    return {name: value for name, value in (config.model_init_kwargs or {}).items() if name in OF_THE_HUB}
 
 
 def base_of(model: str) -> str:

@@ -33,7 +33,16 @@ from lowmem_grpo.model.attention import Recomputation
 from lowmem_grpo.model.chat_template import reading_texts, template_of_processor
 from lowmem_grpo.model.checkpointing import checkpoint_layers
 from lowmem_grpo.model.experts import name_in_file, pack_experts
-from lowmem_grpo.model.find import LOADING, adapter_config, base_of, find_model, is_4bit, read_config, without_weights
+from lowmem_grpo.model.find import (
+    LOADING,
+    adapter_config,
+    base_of,
+    find_model,
+    is_4bit,
+    of_the_hub,
+    read_config,
+    without_weights,
+)
 from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
@@ -322,14 +331,18 @@ def refuse_4bit_elsewhere(model: nn.Module, device: torch.device) -> None:
 
 
 def load_tokenizer(model, config: ModelFields):
-    """The tokenizer of a model, by its name or where it was loaded from; of an adapter, its base's."""
+    """The tokenizer of a model, by its name or where it was loaded from; of an adapter, its base's.
+
+    One on the hub is of the revision that model_init_kwargs names.
+    """
+    loading = of_the_hub(config)
     name = model if isinstance(model, str) else model.name_or_path
     if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **loading)
     except Exception as error:  # also a plain Exception, of a file that is no tokenizer's
         raise InputError(f"no tokenizer comes with {name!r} ({in_a_line(error)}); pass one as tokenizer=") from error
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = template_of_processor(str(name))
+        tokenizer.chat_template = template_of_processor(str(name), **loading)
     return reading_texts(tokenizer)
