@@ -152,7 +152,8 @@ def trl_script_fields():
     trl = pytest.importorskip("trl")
     from trl.scripts.grpo import GRPOScriptArguments
 
-    return {field.name for kind in (trl.ModelConfig, GRPOScriptArguments) for field in dataclasses.fields(kind)}
+    kinds = (trl.ModelConfig, GRPOScriptArguments, trl.DatasetMixtureConfig)
+    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
 
 
 def trl_defaults():
@@ -169,7 +170,7 @@ def test_every_field_is_trls_or_known_to_be_ours():
     assert set(FIELDS) - set(theirs) == OURS
     assert set(theirs) - set(FIELDS) <= set(UNSUPPORTED)
     arguments = [name for name, remedy in UNSUPPORTED.items() if remedy == TO_TRAIN]
-    others = {"torch_dtype", "gradient_checkpointing_use_reentrant", *arguments}
+    others = {"torch_dtype", "gradient_checkpointing_use_reentrant", "env", *arguments}
     assert len(set(UNSUPPORTED) - set(theirs) - trl_script_fields() - others) < 15, (
         "of other transformers versions alone"
     )
@@ -184,7 +185,7 @@ def test_every_field_of_trls_models_and_scripts_is_known():
     ("name", "remedy"),
     [
         ("use_peft", "remove it"), ("load_in_8bit", "4-bit"), ("torch_dtype", "set fp16=True"), ("dtype", "set fp16=True"),
-        ("attn_implementation", "set model_init_kwargs"), ("model_revision", "hf download --revision"), ("use_dora", "peft_config"),
+        ("attn_implementation", "set model_init_kwargs"), ("model_revision", "set model_init_kwargs"), ("streaming", "dataset_take"), ("env", "remove it"), ("use_dora", "peft_config"),
         ("dataset_train_split", "set dataset_split"), ("bnb_4bit_quant_type", "NF4"), ("model_name_or_path", "argument of train"),
         ("reward_funcs", "argument of train"), ("reward_model_name_or_path", "reward_funcs"),
         ("teacher_model_name_or_path", "set teacher"), ("teacher_model_revision", "hf download --revision"),

@@ -14,8 +14,8 @@ TO_TRAIN = "it is no setting but an argument of train(), or a flag of the comman
 _LATER = "it is not supported yet; remove it"
 
 # TRL 1.16's fields that this package does not have, by remedy; those of the TrainingArguments that it inherits too, in
-# transformers 5.0 to 5.23, and those of the ModelConfig and ScriptArguments of its commands. A test compares the list
-# with TRL's own classes.
+# transformers 5.0 to 5.24, and those of the ModelConfig, ScriptArguments and DatasetMixtureConfig of its commands. A
+# test compares the list with TRL's own classes.
 _TRL_FIELDS = {
     _STEP: "per_device_train_batch_size gradient_accumulation_steps generation_batch_size "
     "auto_find_batch_size per_device_eval_batch_size eval_accumulation_steps",
@@ -63,9 +63,13 @@ _TRL_FIELDS = {
     "use_bnb_nested_quant bnb_4bit_quant_storage",
     "the compute dtype is bfloat16 by default; set fp16=True, or bf16=False for float32": "dtype torch_dtype",
     "set model_init_kwargs={'attn_implementation': ...}": "attn_implementation",
-    "download that revision with `hf download --revision`, and give its folder as the model": "model_revision",
+    "set model_init_kwargs={'revision': ...}": "model_revision",
     "pass a LoraConfig that has it, as peft_config": "use_rslora use_dora lora_modules_to_save lora_target_parameters",
     "set dataset_split": "dataset_train_split",
+    "make one of them, by datasets' concatenate_datasets, and give that": "datasets",
+    "set dataset_streaming and dataset_take": "streaming",
+    "give the held-out rows as eval_dataset": "test_split_size",
+    "set variables of the environment where the command is started; remove it": "env",
     "of an eval_dataset on the hub the test split is read; pass another one as a loaded Dataset": "dataset_test_split",
     "name it among the reward_funcs": "reward_model_name_or_path",
     "checkpointing is never reentrant here; remove it": "gradient_checkpointing_use_reentrant",
