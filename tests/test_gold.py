@@ -197,5 +197,5 @@ def test_a_run_whose_rewards_all_say_none_is_told_so(tmp_path, caplog):
 def test_a_function_that_says_none_for_a_few_is_no_trouble(caplog):
     runner = RewardRunner([lambda completions, **kwargs: [None, 1.0]])
     with caplog.at_level(logging.WARNING):
-        runner(["p"] * 2, ["a", "b"], [[1], [2]], {}, step=1)
+        runner(["p"] * 2, ["a", "b"], [[1], [2]], {}, 1)
     assert not caplog.records

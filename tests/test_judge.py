@@ -122,7 +122,7 @@ def test_one_failed_call_costs_that_completion_alone_and_a_malformed_row_too():
 
     with Server(answer) as server:
         runner = RewardRunner([endpoint_judge(server)])
-        scores = runner([*PROMPTS, "6"], [*COMPLETIONS, [{"content": 5}]], [[0]] * 4, {}, step=1)
+        scores = runner([*PROMPTS, "6"], [*COMPLETIONS, [{"content": 5}]], [[0]] * 4, {}, 1)
     assert scores.rewards.isnan().flatten().tolist() == [False, True, False, True]
     assert scores.metrics["rewards/judge_reward/failures"] == 2
 

@@ -40,7 +40,7 @@ def run(*functions, kinds=KINDS):
     count = len(kinds)
     texts = ["x" * (index + 1) for index in range(count)]
     prompts = [f"p{index}" for index in range(count)]
-    return RewardRunner(functions)(prompts, texts, [[1]] * count, {"task": kinds}, step=1)
+    return RewardRunner(functions)(prompts, texts, [[1]] * count, {"task": kinds}, 1)
 
 
 def test_the_inner_function_gets_its_rows_alone_and_the_others_have_no_reward():
