@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import DEMO_MODEL, OutOfMemory, make_model, make_policy
 from transformers import AutoTokenizer
@@ -92,6 +93,54 @@ def test_a_run_reports_every_step_under_trls_names(tmp_path):
     assert result.history[0]["learning_rate"] == 1e-3
     assert result.history[2]["learning_rate"] == pytest.approx(1e-3 / 3)
     assert result.history[-1]["epoch"] == 3 * 2 / 40
+
+
+def test_on_the_same_completions_metrics_are_trls(tmp_path):
+    """Two steps of a continued adapter, of which TRL's trainer gets the completions that were sampled here."""
+    trl, sampled = pytest.importorskip("trl", minversion="1.16"), []
+
+    def recorder(completion_ids, **kwargs):
+        sampled.append(completion_ids)
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    def partial_reward(completion_ids, **kwargs):
+        return [None if sum(ids) % 2 else float(len(ids)) for ids in completion_ids]
+
+    base = make_model("qwen2")
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "adapter")
+    same = dict(
+        num_generations=4, max_completion_length=8, max_steps=2, learning_rate=1e-3, gradient_checkpointing=False,
+        shuffle_dataset=False, bf16=False, use_cpu=True, beta=0.1, reward_weights=[1.0, 0.5],
+    )  # fmt: skip
+    rewards = [recorder, partial_reward]
+    ours = run(tmp_path, str(tmp_path / "adapter"), rewards, load_in_4bit=False, reference="initial", **same).history
+
+    calls = iter([ids for ids in sampled if len(ids) == 8])
+
+    class Trainer(trl.GRPOTrainer):
+        def _generate_single_turn(self, *given, **more):
+            return next(calls), None
+
+    args = trl.GRPOConfig(
+        str(tmp_path / "trl"), per_device_train_batch_size=8, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        report_to="none", **same,
+    )  # fmt: skip
+    trainer = Trainer(
+        adapted, rewards, args, Dataset.from_list(ROWS), processing_class=AutoTokenizer.from_pretrained(DEMO_MODEL)
+    )
+    trainer.train()
+    theirs = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(ours) == len(theirs) == 2
+    for own, line in zip(ours, theirs, strict=True):
+        del line["step_time"]
+        assert line.keys() > TRL_METRICS - {"step_time", "rewards/answer_reward/mean", "rewards/answer_reward/std"}
+        for name, value in line.items():
+            ended = "terminated" in name and own["completions/clipped_ratio"] == 1  # which is 0 there
+            assert ended or own[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_nothing_changes_at_a_learning_rate_of_zero(tmp_path):
@@ -316,13 +365,13 @@ def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
     def sometimes(completions, trainer_state, **kwargs):
         values: list = text_reward(completions)
         match trainer_state.global_step:
-            case 1:
+            case 0 if len(completions) > 2:  # which the made-up ones are
                 raise OSError("the judge is gone")
-            case 2:
+            case 1:
                 return values[:-1]
-            case 3:
+            case 2:
                 return [float("nan"), 1e300, *values[2:]]
-            case 4:
+            case 3:
                 time.sleep(60)
         return values
 
@@ -492,7 +541,7 @@ def test_groups_without_a_difference_are_replaced_by_those_of_the_next_prompts(t
     seen = []
 
     def reward(prompts, completions, good, trainer_state, **kwargs):
-        seen.extend(good[::4] if trainer_state.global_step else [])
+        seen.extend(good[::4] if trainer_state.max_steps == 2 else [])  # of made-up completions it is 1
         return [float(place % 4) if g else 0.5 for place, g in enumerate(good)]
 
     settings = dict(
@@ -549,7 +598,7 @@ def test_prompts_that_taught_nothing_come_up_less_often(tmp_path):
     seen = []
 
     def reward(good, trainer_state, **kwargs):
-        seen.extend(good[::4] if trainer_state.global_step else [])
+        seen.extend(good[::4] if trainer_state.max_steps == 10 else [])  # of made-up completions it is 1
         return reward_by_column(good=good, **kwargs)
 
     run(tmp_path, rewards=reward, rows=rows, curriculum_skip=0.9, max_completion_length=1, max_steps=10)
@@ -620,7 +669,7 @@ def test_a_step_that_is_replayed_altogether_goes_on(tmp_path):
     """Rewards vary for two steps and then no more: the buffer's four groups fill two steps, then nothing is left."""
 
     def reward(completions, trainer_state, **kwargs):
-        return [float(place % 4) if trainer_state.global_step <= 2 else 0.5 for place in range(len(completions))]
+        return [float(place % 4) if trainer_state.global_step < 2 else 0.5 for place in range(len(completions))]
 
     lines = run(
         tmp_path, rewards=reward, replay_buffer_size=8, max_steps=6, max_completion_length=2, save_steps=1
