@@ -17,7 +17,7 @@ def made(function: Callable, *settings, name: str | None = None) -> Callable:
 
 
 def name_of(function: Callable) -> str:
-    """The name of a reward function: of a partial without one that of what it calls, of an object its class's.
+    """The name of a reward function; that of what a partial calls, or of an object's class.
 
     Raises:
         InputError: it has no name that can be printed.
