@@ -50,8 +50,10 @@ def definition(
     logprobs = logprobs.detach().double().requires_grad_()
     old = logprobs.detach() if old is None else old.double()
     ratio = torch.exp(logprobs - old)
-    first = ratio if delta is None else torch.clamp(ratio, max=delta)
-    second = torch.clamp(ratio, 1 - epsilon_low, 1 + epsilon_high)
+    # Not by clamp, whose gradient at a bound is 1 up to torch 2.13, and 0 from 2.14 on.
+    first = ratio if delta is None else torch.where(ratio > delta, delta, ratio)
+    second = torch.where(ratio < 1 - epsilon_low, 1 - epsilon_low, ratio)
+    second = torch.where(ratio > 1 + epsilon_high, 1 + epsilon_high, second)
     losses, kl = -torch.min(first * advantages.double(), second * advantages.double()), None
     if ref is not None:
         kl = torch.exp(ref.double() - logprobs) - (ref.double() - logprobs) - 1

@@ -16,6 +16,11 @@ LOWEST = math.log(1e-8)  # VESPO's bounds on a log-ratio, as in TRL
 HIGHEST = 20.0
 
 
+def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Numbers within [low, high], with the gradient of x at a bound, too: torch's clamp has none there from 2.14 on."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))
+
+
 def token_weights(
     lengths: Tensor,  # (B,) int64, tokens of each completion of the step
     completion_mask: Tensor,  # (B,) bool, which of them count
@@ -97,8 +102,8 @@ def clipped_loss(
 
     delta is the dual clip (https://arxiv.org/abs/1912.09729): with A < 0 the loss is at most -delta A.
     """
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    clipped = clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
+    bounded = ratio if delta is None else clip(ratio, -math.inf, delta)
     return -torch.min(bounded * advantages, clipped * advantages)
 
 
@@ -155,7 +160,7 @@ def gmpo_loss(
 
     Ratios are clipped to [exp(-epsilon_low), exp(epsilon_high)] (https://arxiv.org/abs/2507.20673).
     """
-    bounded = log_ratio.clamp(-epsilon_low, epsilon_high)
+    bounded = clip(log_ratio, -epsilon_low, epsilon_high)
     chosen = torch.where(advantages > 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
     counted = torch.ones_like(chosen) if learn_mask is None else learn_mask.to(chosen.dtype)
     count = sequence_sum(counted, sequences, num_completions).clamp(min=1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lowmem_grpo.objective.formulas import clip
+
 
 def value_losses(
     values: Tensor,  # (N,) of the critic now; carries the gradient
@@ -20,7 +22,7 @@ def value_losses(
     errors = (values - returns).square()
     if cliprange is None:
         return 0.5 * errors, torch.zeros_like(errors, dtype=torch.bool)
-    clipped = values.clamp(old_values - cliprange, old_values + cliprange)
+    clipped = clip(values, old_values - cliprange, old_values + cliprange)
     bounded = (clipped - returns).square()
     return 0.5 * torch.max(errors, bounded), bounded > errors
 
