@@ -572,8 +572,9 @@ def a_step_is_one_place_further(policy, monkeypatch):
 
 def attention_changed(name, change):
     def changed(policy, monkeypatch):
-        own = getattr(layouts, name)
-        monkeypatch.setattr(layouts, name, lambda *given: own(*given[:-1], given[-1]._replace(**change(given[-1]))))
+        layout = getattr(layouts, name)
+        own = layout.attend
+        monkeypatch.setattr(layout, "attend", lambda *given: own(*given[:-1], given[-1]._replace(**change(given[-1]))))
 
     return changed
 
@@ -581,10 +582,10 @@ def attention_changed(name, change):
 STEPS = {
     "a weak layer": one_token_is_a_thousandth_off,
     "a position": a_step_is_one_place_further,
-    "a prompt's window": attention_changed("_prefill", lambda asked: {"window": asked.window and asked.window + 1}),
-    "a step's window": attention_changed("_decode", lambda asked: {"window": asked.window and asked.window + 1}),
-    "no window": attention_changed("_decode", lambda asked: {"window": None}),
-    "a scale": attention_changed("_decode", lambda asked: {"scaling": asked.scaling * 1.01}),
+    "a prompt's window": attention_changed("Prefill", lambda asked: {"window": asked.window and asked.window + 1}),
+    "a step's window": attention_changed("Decode", lambda asked: {"window": asked.window and asked.window + 1}),
+    "no window": attention_changed("Decode", lambda asked: {"window": None}),
+    "a scale": attention_changed("Decode", lambda asked: {"scaling": asked.scaling * 1.01}),
 }
 
 

@@ -191,7 +191,7 @@ def test_a_run_whose_rewards_all_say_none_is_told_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(str(DEMO_MODEL), own, [{"prompt": "1+1="}], config=config)
     told = [record.message for record in caplog.records if "returned None for every completion" in record.message]
-    assert len(told) == 2 and "step 1: " in told[0] and "mend own" in told[0]
+    assert len(told) == 2 and "after 0 steps: " in told[0] and "mend own" in told[0]
 
 
 def test_a_function_that_says_none_for_a_few_is_no_trouble(caplog):

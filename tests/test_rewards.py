@@ -625,7 +625,7 @@ def test_a_reward_that_raises_is_named(caplog):
         raise KeyError("gold")
 
     assert score(broken).rewards.isnan().all()
-    assert "reward function broken raised KeyError: 'gold'; 2 of 2 completions" in caplog.text
+    assert "reward function broken raised KeyError: 'gold'; no such reward for 2 of 2 completions" in caplog.text
 
 
 def test_rewards_of_one_name_are_numbered_in_their_order():
@@ -688,7 +688,10 @@ def test_names_become_functions(tmp_path, monkeypatch):
     [
         ("acuracy_reward", "did you mean accuracy_reward"),
         ("zzz", "the built-in ones are accuracy_reward, .*think_format_reward"),
-        ("no_such_module.f", r"'no_such_module'; no_such_module.py is looked for in the current folder and on PYTHON"),
+        (
+            "no_such_module.f",
+            r"'no_such_module'; 'no_such_module.py' is looked for in the current folder and on PYTHON",
+        ),
         ("answers.ANSWERS", "answers.ANSWERS is .*, which is no reward function; name a function of answers"),
         ("math.no_such_function", "is of Python's own"),
         (3, "cannot be called"),

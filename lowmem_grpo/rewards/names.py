@@ -169,7 +169,7 @@ def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
     except (Exception, SystemExit) as error:  # of a module of the user's, which may do anything
         root = module_name.partition(".")[0]
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == root
-        where = f"; {root}.py is looked for in the current folder and on PYTHONPATH" if is_missing else ""
+        where = f"; {shown(f'{root}.py')} is looked for in the current folder and on PYTHONPATH" if is_missing else ""
         raise InputError(f"reward function {shown(name)} cannot be imported: {in_a_line(error)}{where}") from error
     if not callable(found):
         raise InputError(f"{name} is {shown(found)}, which is no reward function; name a function of {module_name}")

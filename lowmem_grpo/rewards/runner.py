@@ -84,7 +84,7 @@ class RewardRunner:
                 what = "every reward function failed on every completion"
                 what = what if failed else "every reward function returned None for every completion"
                 log.warning(
-                    f"after {global_step} steps {what}, so there is nothing to learn from "
+                    f"after {counted(global_step, 'step')}: {what}, so there is nothing to learn from "
                     f"(such steps so far: {self.empty_steps}); "
                     f"stop the run and mend {', '.join(self.names)}{'' if failed else ' or the columns that they read'}"
                 )

@@ -177,9 +177,9 @@ def _data(facts: Facts) -> list[str]:
         ("trained on", facts.train_names, number(rows.get("train"))),
         ("evaluated on", facts.eval_names, number(rows.get("eval"))),
     ):
-        in_file = count is not None and not any("in memory" in name for name in given)
         if given:
-            rows_of = f", {counted(int(count), 'row')}" if in_file else ""
+            in_memory = any("in memory" in name for name in given)
+            rows_of = "" if count is None or in_memory else f", {counted(int(count), 'row')}"
             lines.append(f"{words} {', '.join(map(_dataset_name, given))}{rows_of}")
     rewards = texts(facts.run.about.get("rewards"))
     weights = texts(facts.settings.get("reward_weights")) or ["1.0"] * len(rewards)
