@@ -36,6 +36,7 @@ from lowmem_grpo.kernels import (
     decode_layer,
     delta_step,
     expert_product,
+    layer_pass,
     linear_logprobs,
     nf4_product,
     overlap,
@@ -301,6 +302,36 @@ def _delta(name: str, narrow: int, **change) -> Kernel:
     return Kernel(name, delta_step._step_kernel, arguments | change, narrow=narrow)
 
 
+def _row_pass(name: str, function: Any, N: int, **change) -> Kernel:
+    arguments: dict[str, Any] = {argument: "i32" for argument in function.arg_names}
+    arguments |= dict(
+        x_ptr="*half", result_ptr="*half", grad_ptr="*half", onto_ptr="*half", gain_ptr="*fp32", after_ptr="*half",
+        before_ptr="*fp32", sum_ptr="*half", out_ptr="*half", share="fp32", eps="fp32", after_eps="fp32",
+        before_eps="fp32", N=N, EARLY=True, AFTER_EARLY=True, BEFORE_EARLY=True, BLOCK=triton.next_power_of_2(N),
+    )  # fmt: skip
+    fuses = function is not layer_pass._added_kernel
+    return Kernel(name, function, arguments | change, decode_layer.row_warps(N), fuses=fuses)
+
+
+def _heads_pass(name: str, function: Any, H: int, D: int, narrow: int = 0, **change) -> Kernel:
+    whole = change.get("WHOLE", False)
+    heads_at_once, num_warps = layer_pass.heads_tile(H, D, whole)
+    arguments: dict[str, Any] = {argument: "i32" for argument in function.arg_names}
+    arguments |= dict(
+        grad_ptr="*half", x_ptr="*half", gain_ptr="*fp32", cos_ptr="*half", sin_ptr="*half", out_ptr="*half",
+        eps="fp32", D=D, H=H, ROTARY=D, PAIRED=False, EARLY=True, WHOLE=whole, HEADS=heads_at_once,
+    )  # fmt: skip
+    fuses = function is not layer_pass._heads_kernel
+    return Kernel(name, function, arguments | change, num_warps, narrow=narrow, fuses=fuses)
+
+
+def _gate_pass(name: str, function: Any, **change) -> Kernel:
+    arguments: dict[str, Any] = {argument: "i32" for argument in function.arg_names}
+    arguments |= {argument: "*half" for argument in function.arg_names if argument.endswith("_ptr")}
+    arguments |= dict(WIDTH=18944, ACTIVATION="silu", BLOCK=layer_pass.BLOCK)
+    return Kernel(name, function, arguments | change, layer_pass.NUM_WARPS)
+
+
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
     _start("linear_logprobs start"),
@@ -420,6 +451,36 @@ KERNELS = [
         query_stride=5, key_stride=5, value_stride=5, strength_ptr="*fp32", out_ptr="*fp32", commit_ptr=None, K=96,
         V=192, GROUP=1,
     ),
+    _row_pass("layer_pass normed, 8192", layer_pass._normed_kernel, 8192),
+    _row_pass("layer_pass added, 576", layer_pass._added_kernel, 576, after_ptr=None, share=None),
+    _row_pass("layer_pass added, 8192, norm after, share", layer_pass._added_kernel, 8192),
+    _row_pass("layer_pass normed backward, 8192", layer_pass._normed_backward_kernel, 8192),
+    _row_pass(
+        "layer_pass normed backward, 3584, fp32", layer_pass._normed_backward_kernel, 3584,
+        x_ptr="*fp32", grad_ptr="*fp32", onto_ptr=None, out_ptr="*fp32",
+    ),
+    # Narrow: of 8 heads 32 columns are two for each of 128 threads.
+    _heads_pass("layer_pass heads, 9 x 64, norm", layer_pass._heads_kernel, 9, 64),
+    _heads_pass("layer_pass heads, 16 x 256, norm, 64 rotated", layer_pass._heads_kernel, 16, 256, 10, ROTARY=64),
+    _heads_pass(
+        "layer_pass heads, 32 x 128, 64 rotated in pairs", layer_pass._heads_kernel, 32, 128, gain_ptr=None, ROTARY=64,
+        PAIRED=True,
+    ),
+    _heads_pass("layer_pass heads, 64 x 128, norm over all", layer_pass._heads_kernel, 64, 128, WHOLE=True),
+    _heads_pass(
+        "layer_pass heads backward, 28 x 128", layer_pass._heads_backward_kernel, 28, 128, x_ptr=None, gain_ptr=None
+    ),
+    _heads_pass(
+        "layer_pass heads backward, 16 x 256, norm, 64 rotated", layer_pass._heads_backward_kernel, 16, 256, 12,
+        ROTARY=64,
+    ),
+    _heads_pass(
+        "layer_pass heads backward, 64 x 128, norm over all, fp32 angles", layer_pass._heads_backward_kernel, 64, 128,
+        WHOLE=True, cos_ptr="*fp32", sin_ptr="*fp32",
+    ),
+    _gate_pass("layer_pass gated, 18944", layer_pass._gated_kernel),
+    _gate_pass("layer_pass gated backward, 8960", layer_pass._gated_backward_kernel, WIDTH=8960),
+    _gate_pass("layer_pass gated backward, 18944, gelu", layer_pass._gated_backward_kernel, ACTIVATION="gelu"),
 ]  # fmt: skip
 _OVERLAPPING = {  # as they stand in a chain, and how many tensors they prefetch parts of
     "decode_attention by tiles, 7 x 128, prefix, pages": 0,
