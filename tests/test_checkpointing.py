@@ -17,6 +17,12 @@ from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.policy import Policy
 
 
+@pytest.fixture(autouse=True)
+def own_layers(monkeypatch):
+    """Layers compute by themselves, not by their outlines, which have tests of their own."""
+    monkeypatch.setattr(Policy, "_outlined_layers", lambda self: None)
+
+
 def batch_of(policy: Policy):
     (batch,) = pack(
         [[5] * 20], [[7, 8, 9] * 10, [9, 7] * 4], token_budget=1000, pad_token_id=0, device=policy.device,

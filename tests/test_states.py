@@ -21,12 +21,12 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.generate import engine, hf
 from lowmem_grpo.generate.graphs import Kept
-from lowmem_grpo.generate.layers import Unknown, read
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.states import States, clear, state_bytes, state_shapes
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.mixing import mixers
+from lowmem_grpo.model.outline import Unknown, read
 from lowmem_grpo.model.trial import refused
 from lowmem_grpo.pipeline.sample import sample
 from lowmem_grpo.planner import plan as planner

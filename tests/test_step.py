@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lowmem_grpo.generate import hf, sample, slots, step, store
 from lowmem_grpo.generate.graphs import Kept
-from lowmem_grpo.generate.layers import Unknown, read
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import StoreShape
@@ -24,6 +23,7 @@ from lowmem_grpo.generate.step_trial import difference, known_step
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import fast_linears
 from lowmem_grpo.model.attention import attending
+from lowmem_grpo.model.outline import Unknown, read
 
 SIZES = dict(
     num_hidden_layers=3, hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2,

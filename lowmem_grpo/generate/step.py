@@ -22,12 +22,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lowmem_grpo.generate.graphs import Kept
-from lowmem_grpo.generate.layers import Outline, Product, rotations
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.kernels.decode_layer import Norm, gated, residual, start
 from lowmem_grpo.kernels.nf4_product import product, splits_of
 from lowmem_grpo.model.lora import worn_by
+from lowmem_grpo.model.outline import Outline, Product, rotations
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 

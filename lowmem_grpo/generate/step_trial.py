@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_grpo.generate.layers import Listening, Unknown, read
 from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import PAGE, StoreShape
@@ -24,6 +23,7 @@ from lowmem_grpo.generate.store import Store
 from lowmem_grpo.kernels.decode_layer import normed
 from lowmem_grpo.model.attention import Scoring, attending, laid_out
 from lowmem_grpo.model.layer_shapes import LayerShape
+from lowmem_grpo.model.outline import Listening, Unknown, read
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, WINDOW, distance, narrow_windows, pieces, softened
 

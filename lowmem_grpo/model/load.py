@@ -47,6 +47,7 @@ from lowmem_grpo.model.head import probe_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
 from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
+from lowmem_grpo.model.outlined import take_out
 from lowmem_grpo.model.past_forward import read_past_forward
 from lowmem_grpo.model.policy import Policy, not_finite
 from lowmem_grpo.model.quantizer import in_4bit, reading_as_before
@@ -120,6 +121,7 @@ def equip(policy: Policy, config: ModelFields) -> None:
     """Make a policy ready to train: fp32 adapters, no dropout of the base, the ways to save memory."""
     model, base = policy.model, policy.base
     undo(base)  # what an earlier load of it asked for
+    take_out(policy.decoder)
     _switch_off_base_dropout(model)
     for given in policy.configs:  # transformers 5.17's sdpa leaves a softcap out, without a word
         if given._attn_implementation == "sdpa" and getattr(given, "attn_logit_softcapping", None) is not None:

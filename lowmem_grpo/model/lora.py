@@ -67,8 +67,8 @@ class _Forward:
         if ours and layer.disable_adapters and given is x and not (torch.is_grad_enabled() and x.requires_grad):
             return self._product()(x)
         names = worn_by(layer)
-        ours = ours and not layer.disable_adapters and len(names) == 1 and _is_plain(layer, names[0])
-        if not ours or _drops(layer.lora_dropout[names[0]]):
+        ours = ours and not layer.disable_adapters and len(names) == 1 and is_plain(layer, names[0])
+        if not ours or drops(layer.lora_dropout[names[0]]):
             return type(layer).forward(layer, x, *arguments, **keywords)
         a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
         rows = given.flatten(0, -2)
@@ -90,13 +90,19 @@ def _computes_in(base: Any) -> torch.dtype | None:
     return base.weight.dtype if type(base) is nn.Linear else None
 
 
-def _drops(dropout: nn.Module) -> bool:
+def drops(dropout: nn.Module) -> bool:
+    """Whether a layer's dropout does something now."""
     return dropout.training and not isinstance(dropout, nn.Identity)
+
+
+def computes_as_its_class(module: nn.Module) -> bool:
+    """Whether a module has no forward of its own but that of keep_one_input()."""
+    return isinstance(vars(module).get("forward"), _Forward | None)
 
 
 def plain_lora_layers(model: nn.Module) -> list[Any]:
     """Linear layers that wear plain LoRA, or nothing. DoRA, 8-bit weights and the like are left to PEFT."""
-    return [layer for layer in _linear_lora_layers(model) if all(_is_plain(layer, name) for name in worn_by(layer))]
+    return [layer for layer in _linear_lora_layers(model) if all(is_plain(layer, name) for name in worn_by(layer))]
 
 
 def worn_by(layer: Any) -> list[str]:
@@ -104,7 +110,8 @@ def worn_by(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _is_plain(layer: Any, name: str) -> bool:
+def is_plain(layer: Any, name: str) -> bool:
+    """Whether an adapter of a layer is LoRA's two factors and nothing else."""
     return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 

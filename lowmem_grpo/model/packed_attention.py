@@ -39,14 +39,15 @@ class Packed:
     varlen: bool  # by flash attention over segments, else by blocks
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, asked: Scoring) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or H_kv, D)
+        # (T, H or H_kv, D). A squeeze is one in the backward, too, where an index is zeros and a copy into them.
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         attention = varlen_attention(asked) if self.varlen else None
         if attention is not None:
             return by_segments(query, key, value, self.packing, asked, attention)[None]
         return by_blocks(query, key, value, self.packing, asked)[None]
 
     def mix(self, mixer: Any, forward: Forward, hidden: Tensor) -> Tensor:
-        return by_runs(forward, hidden[0], self.packing.runs)[None]
+        return by_runs(forward, hidden.squeeze(0), self.packing.runs)[None]
 
 
 def by_runs(forward: Forward, hidden: Tensor, runs: Runs) -> Tensor:

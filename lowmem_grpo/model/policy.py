@@ -22,6 +22,9 @@ from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.layer_shapes import LayerShape, layer_shapes
 from lowmem_grpo.model.lora import every_module, keep_one_input
 from lowmem_grpo.model.mixing import mixers
+from lowmem_grpo.model.outline import Unknown
+from lowmem_grpo.model.outlined import OutlinedLayers, may_go_by_outline, take_out
+from lowmem_grpo.model.outlined_trial import outlined_layers
 from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
@@ -53,6 +56,7 @@ class Policy:
         self.saved_activations: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.reference: dict[str, Tensor] | None = None  # the adapters of the reference; None: the base without any
         self.varlen = False  # whether packed rows go through flash attention
+        self.outlined: OutlinedLayers | None = None  # what computes its layers on packed rows in their place
 
     def fork_rng(self) -> contextlib.AbstractContextManager[None]:
         """torch's fork_rng(): after the `with` the generators of the CPU and of the policy's device are as before."""
@@ -79,6 +83,9 @@ class Policy:
             peft_config.init_lora_weights = True
         self.adapters.add(name, peft_config)
         keep_one_input(self.model)
+        if self.outlined is not None:  # of linear layers as they were
+            take_out(self.decoder)
+            self.outlined = self._outlined_layers()
         if copy_of is not None:
             self.adapters.copy(name, copy_of)
 
@@ -174,7 +181,10 @@ class Policy:
         if batch.packing is None:
             yield
             return
-        with attending(self.configs), laid_out(Packed(batch.packing, self.varlen)):
+        by_outline: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.outlined is not None:
+            by_outline = self.outlined.a_pass(batch.packing.longest_key)
+        with attending(self.configs), laid_out(Packed(batch.packing, self.varlen)), by_outline:
             yield
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -213,7 +223,19 @@ class Policy:
             reason = refused(self, difference_when_packed)
         if reason:
             warn(f"{name} is trained on padded rows, which takes more memory: {reason}")
+        else:
+            self.outlined = self._outlined_layers()
         return not reason
+
+    def _outlined_layers(self) -> OutlinedLayers | None:
+        """Checkpointed layers by their outlines, or None. Tried on a few tokens, with a warning."""
+        if not may_go_by_outline(self.decoder):
+            return None
+        try:
+            return outlined_layers(self)
+        except Unknown as error:
+            warn(f"{type(self.base).__name__} is trained by its own layers, which is slower: {error}")
+            return None
 
     @cached_property
     def state_refusal(self) -> str | None:

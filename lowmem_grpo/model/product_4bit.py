@@ -34,10 +34,20 @@ def product_of(layer: Any) -> Callable[[Tensor], Tensor]:
 
 def dequantized(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) of a layer, rounded once to dtype, whatever it was quantized from."""
+    return weight_4bit(layer)(dtype)
+
+
+def weight_4bit(layer: Linear4bit) -> Callable[[torch.dtype], Tensor]:
+    """dequantized() of a layer as a function of the dtype.
+
+    It reads the codes where they lay when it was made.
+    """
     codes, (shape, scales, blocksize, kind), double = _unpacked(layer)
-    if double:
-        scales = _scales(scales, *double)
-    return _dequantize(codes, scales, blocksize, kind, shape, dtype)
+
+    def weight(dtype: torch.dtype) -> Tensor:
+        return _dequantize(codes, _scales(scales, *double) if double else scales, blocksize, kind, shape, dtype)
+
+    return weight
 
 
 def dequantize_nf4(

@@ -87,7 +87,8 @@ def in_fp32(policy: Any) -> Iterator[Any]:
     """
     exact = copy.copy(policy)
     exact.dtype, exact.varlen = torch.float32, False
-    quantized = [(layer, layer.compute_dtype) for layer in policy.base.modules() if isinstance(layer, Linear4bit)]
+    quantized: list[Any] = [layer for layer in policy.base.modules() if isinstance(layer, Linear4bit)]
+    dtypes = [(layer.compute_dtype, layer.weight.quant_state.dtype) for layer in quantized]
     given: list[tuple[Tensor, Tensor]] = []
     backends: Any = torch.backends
     products = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
@@ -116,15 +117,15 @@ def in_fp32(policy: Any) -> Iterator[Any]:
     try:
         for product in products:  # and not in TF32, or in bf16
             product.fp32_precision = "ieee"
-        for layer, _ in quantized:
-            layer.compute_dtype = torch.float32
+        for layer in quantized:  # which rounds its weight to quant_state's for a backward of its own
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
         yield exact
     finally:
         give_back()
         for product, precision in zip(products, before, strict=True):
             product.fp32_precision = precision
-        for layer, dtype in quantized:
-            layer.compute_dtype = dtype
+        for layer, (compute_dtype, dtype) in zip(quantized, dtypes, strict=True):
+            layer.compute_dtype, layer.weight.quant_state.dtype = compute_dtype, dtype
         for hook in hooks:
             hook.remove()
 

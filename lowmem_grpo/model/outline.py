@@ -8,6 +8,7 @@ Unknown. Whether all of it together is the model is for step_trial.py to try.
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -15,13 +16,13 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lowmem_grpo.errors import in_a_line
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, Activation, Norm, rms, rotated
 from lowmem_grpo.kernels.nf4_product import Weight
 from lowmem_grpo.model.attention import Scoring, Silent, attending, laid_out
 from lowmem_grpo.model.head import forward_replaced
 from lowmem_grpo.model.lora import plain_lora_layers
 from lowmem_grpo.model.mixing import mixers
-from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.trial import TEXTS, pieces
 
 # Which norms stand before, and which after, attention and MLP: by a name that only layers of the kind have.
@@ -50,7 +51,7 @@ class Product:
     linears: list[Any]  # as they stand in the model: an adapted one in PEFT's wrapper
     sizes: list[int]  # outputs of each
     bias: Tensor | None  # (sum of sizes,) in the compute dtype
-    weights: list[Weight] | None  # of 4 bits; None where the linears are nn.Linear
+    weights: list[Weight] | None  # of 4 bits; None where the linears are nn.Linear, or are not to decode
 
     @property
     def bases(self) -> list[Any]:
@@ -115,30 +116,48 @@ class Listening(Silent):
         return super().attend(query, key, value, asked)
 
 
-def read(policy: Policy) -> Outline:
+def read(policy: Any) -> Outline:
     """The outline of a policy's decoder.
 
     Raises:
         Unknown: a parameter that nothing accounts for, or a part that answers a probe as no known one does.
     """
-    decoder, dtype = policy.decoder, policy.dtype
-    if mixers(decoder):
-        raise Unknown("it has layers that keep a state")
-    for name in ("embed_tokens", "layers", "norm"):
-        if not hasattr(decoder, name):
-            raise Unknown(f"its decoder has no {name}")
+    decoder = policy.decoder
     with policy.inference(), policy.autocast():
+        layers = read_layers(policy, decodes=True)
+        for name in ("embed_tokens", "norm"):
+            if not hasattr(decoder, name):
+                raise Unknown(f"its decoder has no {name}")
         embedding_scale = _embedding_scale(policy)
-        _, kinds = rotations(policy, 1)
-        calls = _calls(policy)
-        layers = [_layer(layer, calls[i], kinds[i], dtype) for i, layer in enumerate(decoder.layers)]
-        norm = _norm(decoder, "norm", dtype)
+        norm = _norm(decoder, "norm", policy.dtype)
     assert norm is not None
     _all_claimed(decoder, [decoder.embed_tokens, decoder.norm, *decoder.layers])
     return Outline(decoder.embed_tokens, embedding_scale, layers, norm)
 
 
-def rotations(policy: Policy, num_positions: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+def read_layers(policy: Any, *, decodes: bool = False, by_shape: bool = False) -> list[Layer]:
+    """The outlines of a decoder's layers, inside of inference() and autocast().
+
+    decodes: with 4-bit weights as decoding's kernel has them.
+    by_shape: of tensors without numbers. Norms, rotations and activations are taken to be Llama's; shapes are right.
+
+    Raises:
+        Unknown: as read() does.
+    """
+    if mixers(policy.decoder):
+        raise Unknown("it has layers that keep a state")
+    layers = _part(policy.decoder, "layers")
+    try:
+        kinds = [0] * len(layers) if by_shape else rotations(policy, 1)[1]
+        calls = _calls(policy, by_shape)
+        return [_layer(layer, calls[i], kinds[i], policy.dtype, decodes, by_shape) for i, layer in enumerate(layers)]
+    except (Unknown, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever foreign code raises where it is asked in our way
+        raise Unknown(in_a_line(error)) from error
+
+
+def rotations(policy: Any, num_positions: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
     """Cosines and sines of each position, (T, rotary) each, for each kind of layer; and the kind of each layer."""
     tables: list[tuple[Tensor, Tensor]] = []
     kinds: list[int] = []
@@ -150,14 +169,19 @@ def rotations(policy: Policy, num_positions: int) -> tuple[list[tuple[Tensor, Te
         if id(cos_sin[0]) not in kind_of:
             kind_of[id(cos_sin[0])] = len(tables)
             cos, sin = (x[0] for x in cos_sin)
-            if _paired(layer.self_attn):  # its rotation takes the first half, and each of that twice
-                cos, sin = (x[:, : x.shape[1] // 2].repeat_interleave(2, 1) for x in (cos, sin))
+            if _paired(layer.self_attn):
+                cos, sin = as_paired(cos), as_paired(sin)
             tables.append((cos.contiguous(), sin.contiguous()))
         kinds.append(kind_of[id(cos_sin[0])])
     return tables, kinds
 
 
-def _inputs(policy: Policy, ids: list[int]) -> list[tuple[Tensor, Any]]:
+def as_paired(table: Tensor) -> Tensor:
+    """Cosines or sines (T, rotary) of a rotation of pairs: it takes the first half, and each of that twice."""
+    return table[:, : table.shape[1] // 2].repeat_interleave(2, 1)
+
+
+def _inputs(policy: Any, ids: list[int]) -> list[tuple[Tensor, Any]]:
     """Stream, cosines and sines that each layer is given for a text, when none of them does anything."""
     given: list[tuple[Tensor, Any]] = []
 
@@ -172,14 +196,14 @@ def _inputs(policy: Policy, ids: list[int]) -> list[tuple[Tensor, Any]]:
     return given
 
 
-def _forward(policy: Policy, ids: list[int], positions: list[int]) -> None:
+def _forward(policy: Any, ids: list[int], positions: list[int]) -> None:
     """Run the decoder on one text."""
     token_ids, position_ids = torch.tensor([[ids], [positions]], device=policy.device)
     with attending(policy.configs):
         policy.decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
 
 
-def _embedding_scale(policy: Policy) -> float:
+def _embedding_scale(policy: Any) -> float:
     """The number that the first layer's input is, times the embedding's rows."""
     ids = pieces(policy, TEXTS[0], (64,))[0]
     hidden = _inputs(policy, ids)[0][0][0]
@@ -194,11 +218,13 @@ def _embedding_scale(policy: Policy) -> float:
     return scale
 
 
-def _calls(policy: Policy) -> dict[int, AttentionCall]:
+def _calls(policy: Any, by_shape: bool) -> dict[int, AttentionCall]:
     """Each layer's call of attention, for one token twice, 40 positions apart."""
-    listening = Listening()
-    ids = pieces(policy, TEXTS[0], (64,))[0]
-    longest = ids[policy.decoder.embed_tokens.weight[ids].float().norm(dim=1).argmax()]  # a row of zeros shows nothing
+    listening, longest = Listening(), 0
+    if not by_shape:
+        ids = pieces(policy, TEXTS[0], (64,))[0]
+        rows = policy.decoder.embed_tokens.weight[ids].float()
+        longest = ids[rows.norm(dim=1).argmax()]  # a row of zeros shows nothing
     with laid_out(listening):
         _forward(policy, [longest, longest], [0, 40])
     if sorted(listening.calls) != list(range(len(policy.decoder.layers))):
@@ -206,7 +232,7 @@ def _calls(policy: Policy) -> dict[int, AttentionCall]:
     return listening.calls
 
 
-def _layer(layer: Any, call: AttentionCall, kind: int, dtype: torch.dtype) -> Layer:
+def _layer(layer: Any, call: AttentionCall, kind: int, dtype: torch.dtype, decodes: bool, by_shape: bool) -> Layer:
     attention, mlp = (_part(layer, name) for name in ("self_attn", "mlp"))
     before, after = next(
         (names for name, names in NORMS.items() if hasattr(layer, name)), NORMS["post_attention_layernorm"]
@@ -223,18 +249,20 @@ def _layer(layer: Any, call: AttentionCall, kind: int, dtype: torch.dtype) -> La
     _all_claimed(layer, [*norms, *qkv, out, *gate_up, down], call.asked.sink)
     _, heads, _, head_dim = call.query.shape
     kv_heads = call.key.shape[1]
+    norm, product = (
+        partial(_norm_by_shape if by_shape else _norm, dtype=dtype),
+        partial(_product, dtype=dtype, decodes=decodes),
+    )
     outline = Layer(
-        qkv=_product(qkv, dtype), out=_product([out], dtype),
-        gate_up=_product(gate_up, dtype), down=_product([down], dtype),
-        before=(_norm(layer, before[0], dtype), _norm(layer, before[1], dtype)),
-        after=(_norm(layer, after[0], dtype), _norm(layer, after[1], dtype)),
-        query_norm=_norm(attention, query_norm, dtype), key_norm=_norm(attention, key_norm, dtype),
+        qkv=product(qkv), out=product([out]), gate_up=product(gate_up), down=product([down]),
+        before=(norm(layer, before[0]), norm(layer, before[1])), after=(norm(layer, after[0]), norm(layer, after[1])),
+        query_norm=norm(attention, query_norm), key_norm=norm(attention, key_norm),
         kv_heads=kv_heads, head_dim=head_dim,
-        table=kind if _moves(call.key) else None, paired=_paired(attention),
+        table=kind if by_shape or _moves(call.key) else None, paired=not by_shape and _paired(attention),
         scaling=call.asked.scaling, window=call.asked.window, softcap=call.asked.softcap,
         sink=call.asked.sink,
         share=float(getattr(layer, "residual_multiplier", 1.0)),
-        activation=_activation(mlp),
+        activation="silu" if by_shape else _activation(mlp),
     )  # fmt: skip
     if sum(outline.qkv.sizes) != (heads + 2 * kv_heads) * head_dim or sum(outline.gate_up.sizes) % 2:
         raise Unknown("its linear layers are of other sizes than its heads")
@@ -267,7 +295,7 @@ def base_of(linear: Any) -> Any:
     return linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
 
 
-def _product(linears: list[Any], dtype: torch.dtype) -> Product:
+def _product(linears: list[Any], dtype: torch.dtype, decodes: bool) -> Product:
     for linear in linears:
         if base_of(linear) is not linear and (linear.merged or not plain_lora_layers(linear)):
             raise Unknown("an adapter of its is merged, or not plain LoRA")
@@ -275,8 +303,8 @@ def _product(linears: list[Any], dtype: torch.dtype) -> Product:
     kinds = {type(base) for base in bases}
     if len(kinds) > 1 or not kinds <= {nn.Linear, Linear4bit}:
         raise Unknown(f"it has a {kinds.pop().__name__} among its linear layers")
-    weights = [_weight(base) for base in bases] if kinds == {Linear4bit} else None
-    if weights is None and any(base.weight.dtype != dtype for base in bases):
+    weights = [_weight(base) for base in bases] if kinds == {Linear4bit} and decodes else None
+    if kinds == {nn.Linear} and any(base.weight.dtype != dtype for base in bases):
         raise Unknown(f"its linear layers are not in {dtype}")
     sizes = [base.out_features for base in bases]
     bias = None
@@ -330,6 +358,14 @@ def _norm(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
         theirs = module(x)
         early = min((True, False), key=lambda early: (rms(x, Norm(gain, eps, early)) != theirs).sum().item())
     return Norm(gain, eps, early)
+
+
+def _norm_by_shape(owner: Any, name: str | None, dtype: torch.dtype) -> Norm | None:
+    """A norm of as many numbers as a module's."""
+    weight = None if name is None else getattr(_part(owner, name), "weight", None)
+    if name is not None and (weight is None or weight.dim() != 1):
+        raise Unknown(f"its {name} is not an RMS norm")
+    return None if weight is None else Norm(weight.float(), 1e-6, dtype != torch.float32)
 
 
 def _moves(key: Tensor) -> bool:

@@ -1,0 +1,437 @@
+"""Checkpointed layers by their outline: a forward that keeps its input alone, and a backward without autograd.
+
+By a model's own layers a small update on a GPU is the host's time: casts, views and launches, a few hundred a layer.
+The outline (outline.py) says what they compute. Here it takes under half of the launches (bench_update --host), is
+computed again up to the last product alone, which no gradient needs, and is differentiated by hand. Attention is left
+to autograd, inside the layer's backward. Adapters are cast to the compute dtype once a pass.
+
+A layer that is not understood, or that a trial finds to be computed otherwise, is the model's own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lowmem_grpo.kernels import layer_pass
+from lowmem_grpo.kernels.backend import switched_off
+from lowmem_grpo.model.attention import Scoring, layout_in_force
+from lowmem_grpo.model.lora import computes_as_its_class, drops, every_module, is_plain, worn_by
+from lowmem_grpo.model.outline import Layer, Product, Unknown, as_paired
+from lowmem_grpo.model.packed_attention import Packed
+from lowmem_grpo.model.product_4bit import product_of, weight_4bit
+
+# torch's own optimizers call these, and no public name does.
+foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
+foreach_mul: Any = getattr(torch, "_foreach_mul")  # noqa: B009
+foreach_mul_: Any = getattr(torch, "_foreach_mul_")  # noqa: B009
+
+Tables = dict[int, tuple[Tensor, Tensor]]  # of cosines and sines, (T, rotary) each
+
+
+class Worn(NamedTuple):
+    """An adapter of one linear layer."""
+
+    a: Tensor  # (r, K) fp32
+    b: Tensor  # (N, r) fp32
+    scale: float
+
+
+class Factors(NamedTuple):
+    """The adapters of linear layers that share their input, as they are during a pass, in the compute dtype."""
+
+    worn: list[Worn]  # of those that wear one
+    ranks: list[int]  # of each, 0 where it wears none
+    a: Tensor  # (R, K), the first factors one below the other
+    b: list[Tensor | None]  # (r, N) of each, with its scale in it
+
+
+class Linears:
+    """Linear layers that share their input, with the adapters that they wear."""
+
+    def __init__(self, product: Product):
+        self.linears, self.bases = product.linears, product.bases
+        self.read_weights()
+
+    def read_weights(self) -> None:
+        """Have products and weights be of the bases' weights as they are now; a merge makes another of one."""
+        self.held = [base.weight for base in self.bases]
+        self.products = [product_of(base) for base in self.bases]
+        self.weights = [
+            weight_4bit(base) if type(base) is Linear4bit else lambda _, base=base: base.weight for base in self.bases
+        ]
+
+    def worn(self) -> list[Worn | None]:
+        """The adapter that each wears, or None.
+
+        Raises:
+            Unknown: one wears several, or one that drops numbers or is merged.
+        """
+        if any(base.weight is not weight for base, weight in zip(self.bases, self.held, strict=True)):
+            self.read_weights()
+        return [_worn(linear) for linear in self.linears]
+
+    def __call__(self, x: Tensor, factors: Factors | None) -> tuple[list[Tensor], Tensor | None]:
+        """Products (T, N_i) of rows x (T, K), and what the adapters' first factors make of them, (T, R)."""
+        outs = [product(x) for product in self.products]
+        if factors is None:
+            return outs, None
+        low = x @ factors.a.t()
+        for out, b, own in zip(outs, factors.b, low.split_with_sizes(factors.ranks, 1), strict=True):
+            if b is not None:
+                out.addmm_(own, b)
+        return outs, low
+
+    def of_factors(
+        self, grads: list[Tensor], x: Tensor, low: Tensor | None, factors: Factors | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of low, and in fp32 those of the adapters' factors, from those (T, N_i) of the products."""
+        if factors is None or low is None:
+            return None, []
+        of_low, of_b = torch.empty_like(low), []
+        lows, of_lows = (of.split_with_sizes(factors.ranks, 1) for of in (low, of_low))
+        for grad, b, own, of_own in zip(grads, factors.b, lows, of_lows, strict=True):
+            if b is not None:
+                torch.mm(grad, b.t(), out=of_own)
+                of_b.append(_in_fp32(grad.t(), own))
+        foreach_mul_(of_b, [one.scale for one in factors.worn])
+        of_a = _in_fp32(of_low.t(), x).split_with_sizes([rank for rank in factors.ranks if rank])
+        return of_low, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
+
+    def of_input(self, grads: list[Tensor], of_low: Tensor | None, factors: Factors | None) -> Tensor:
+        """The gradient of x (T, K). One weight at a time is dequantized."""
+        of_x = None if factors is None or of_low is None else of_low @ factors.a
+        for grad, weight in zip(grads, self.weights, strict=True):
+            of_x = grad @ weight(grad.dtype) if of_x is None else of_x.addmm_(grad, weight(grad.dtype))
+        assert of_x is not None
+        return of_x
+
+    def backward(
+        self, grads: list[Tensor], x: Tensor, low: Tensor | None, factors: Factors | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of x, and in fp32 those of the adapters' factors."""
+        of_low, of_factors = self.of_factors(grads, x, low, factors)
+        return self.of_input(grads, of_low, factors), of_factors
+
+
+def _worn(linear: Any) -> Worn | None:
+    if not isinstance(linear, LoraLayer):
+        return None
+    if linear.merged:
+        raise Unknown("an adapter of its is merged")
+    names = [] if linear.disable_adapters else worn_by(linear)
+    if not names:
+        return None
+    (name,) = names if len(names) == 1 else (None,)
+    if name is None or not is_plain(linear, name) or drops(linear.lora_dropout[name]):
+        raise Unknown("it wears several adapters at once, one that is not plain LoRA, or drops numbers of one")
+    a: Any = linear.lora_A[name].weight
+    b: Any = linear.lora_B[name].weight
+    return Worn(a, b, linear.scaling[name])
+
+
+def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32; a CPU rounds it to their dtype before."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+class Pass(NamedTuple):
+    """Adapters, positions and layout that a layer computes with in a pass."""
+
+    qkv: Factors | None
+    out: Factors | None
+    gate_up: Factors | None
+    down: Factors | None
+    cos_sin: tuple[Tensor, Tensor] | None  # (T, rotary) each
+    layout: Packed
+    autocast: dict[str, Any]  # of attention
+
+
+class Attention(NamedTuple):
+    """Tensors that the backward of a layer's attention needs."""
+
+    query: Tensor | None  # (T, H D), before its norm, where it has one
+    key: Tensor | None  # (T, H_kv D)
+    leaves: tuple[Tensor, ...]  # query, key and value (T, heads, D) that attention was called with
+    attended: Tensor  # (T, H D), of the leaves' graph
+    low_qkv: Tensor | None
+    result: Tensor  # (T, hidden), of the product of what was attended
+    low_out: Tensor | None
+
+
+class OutlinedLayer:
+    """The forward of a layer in a model, by its outline where a pass is on, and else its own."""
+
+    def __init__(self, layer: Any, index: int, outline: Layer):
+        self.own, self.outline = layer, outline
+        self.asked = Scoring(index, outline.scaling, outline.window, outline.softcap, outline.sink)
+        products = (outline.qkv, outline.out, outline.gate_up, outline.down)
+        self.qkv, self.out, self.gate_up, self.down = self.linears = [Linears(product) for product in products]
+        # In a pass; tables by the identity of the cosines that they were made of.
+        self.factors: list[Factors | None] | None = None
+        self.tables: Tables = {}
+
+    @property
+    def serves(self) -> bool:
+        """Whether a call now goes by the outline."""
+        return self.factors is not None and isinstance(layout_in_force(), Packed)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the adapters that a pass has copied for the layer."""
+        return sum(x.nbytes for of in self.factors or () if of is not None for x in (of.a, *of.b) if x is not None)
+
+    def __call__(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if not self.serves:
+            return type(self.own).forward(self.own, hidden, *arguments, **keywords)
+        return self.forward(hidden, keywords.get("position_embeddings"))
+
+    def forward(self, hidden: Tensor, cos_sin: Any) -> Tensor:
+        """The layer's output (1, T, hidden), with its gradient where one is computed; inside a pass."""
+        layout, device = layout_in_force(), hidden.device.type
+        assert self.factors is not None and isinstance(layout, Packed)
+        autocast = dict(
+            device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )  # fmt: skip
+        cos_sin = None if self.outline.table is None else self._table(cos_sin)
+        qkv, out, gate_up, down = self.factors
+        now = Pass(qkv, out, gate_up, down, cos_sin, layout, autocast)
+        if not torch.is_grad_enabled():
+            return self.compute(hidden[0], now)[None]
+        return _Node.apply(hidden, self, now, *self.parameters_of(self.factors))
+
+    def _table(self, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, rotary) as kernels take them, from (1, T, rotary) as the layer is given them."""
+        if not self.outline.paired:
+            return cos_sin[0][0], cos_sin[1][0]
+        if id(cos_sin[0]) not in self.tables:
+            self.tables[id(cos_sin[0])] = as_paired(cos_sin[0][0]), as_paired(cos_sin[1][0])
+        return self.tables[id(cos_sin[0])]
+
+    @staticmethod
+    def parameters_of(factors: list[Factors | None]) -> list[Tensor]:
+        """First and second factor of each adapter that a layer wears."""
+        return [factor for of in factors if of is not None for one in of.worn for factor in one[:2]]
+
+    @contextlib.contextmanager
+    def computing_with(self, factors: list[Factors | None], tables: Tables | None = None) -> Iterator[None]:
+        """Be in a pass inside the `with`, of which all layers share the tables."""
+        self.factors, self.tables = factors, {} if tables is None else tables
+        try:
+            yield
+        finally:
+            self.factors, self.tables = None, {}
+
+    def compute(self, x: Tensor, now: Pass) -> Tensor:
+        """The stream (T, hidden) after the layer, from that before it."""
+        outline = self.outline
+        with torch.autocast(x.device.type, enabled=False):
+            result = self._attend(x, now, keep=False).result
+            stream, h = layer_pass.added(x, result, outline.after[0], outline.share, outline.before[1])
+            del result
+            gate_up, _ = self.gate_up(h, now.gate_up)
+            inner = layer_pass.gated(gate_up, outline.activation)
+            del h, gate_up
+            (result,), _ = self.down(inner, now.down)
+            return layer_pass.added(stream, result, outline.after[1], outline.share, None)[0]
+
+    def backward(self, grad: Tensor, x: Tensor, now: Pass, needs_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of x (T, hidden), and of the adapters' factors, from that of compute(x)."""
+        with torch.autocast(x.device.type, enabled=False):
+            kept = self._attend(x, now, keep=True)
+            grad, of_mlp = self._through_mlp(grad, x, kept.result, now)
+            of_x, of_attention = self._through_attention(grad, x, kept, now, needs_x)
+        return of_x, [*of_attention, *of_mlp]
+
+    def _attend(self, x: Tensor, now: Pass, *, keep: bool) -> Attention:
+        outline = self.outline
+        outs, low_qkv = self.qkv(_normed(x, outline.before[0]), now.qkv)
+        kv = outline.kv_heads * outline.head_dim
+        query, key, value = outs if len(outs) == 3 else outs[0].split([outs[0].shape[1] - 2 * kv, kv, kv], 1)
+        del outs
+        leaves: tuple[Tensor, ...] = (
+            layer_pass.heads(query, outline.query_norm, now.cos_sin, outline.head_dim, outline.paired),
+            layer_pass.heads(key, outline.key_norm, now.cos_sin, outline.head_dim, outline.paired),
+            value.unflatten(1, (-1, outline.head_dim)),
+        )
+        query = query if keep and outline.query_norm is not None else None
+        key = key if keep and outline.key_norm is not None else None
+        with torch.set_grad_enabled(keep), torch.autocast(**now.autocast):
+            if keep:
+                leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+            of_query, of_key, of_value = (leaf.transpose(0, 1)[None] for leaf in leaves)
+            attended = now.layout.attend(of_query, of_key, of_value, self.asked).squeeze(0).flatten(1)
+        (result,), low_out = self.out(attended.detach(), now.out)
+        return Attention(query, key, leaves, attended, low_qkv, result, low_out)
+
+    def _through_mlp(self, grad: Tensor, x: Tensor, result: Tensor, now: Pass) -> tuple[Tensor, list[Tensor]]:
+        outline = self.outline
+        stream, h = layer_pass.added(x, result, outline.after[0], outline.share, outline.before[1])
+        gate_up, low = self.gate_up(h, now.gate_up)
+        inner = layer_pass.gated(gate_up, outline.activation)
+        of_result = grad if outline.share == 1 else grad * outline.share
+        if outline.after[1] is not None:
+            (result,), _ = self.down(inner, now.down)
+            of_result = layer_pass.normed_backward(of_result, result, outline.after[1])
+        low_down = None if now.down is None else inner @ now.down.a.t()
+        of_inner, of_down = self.down.backward([of_result], inner, low_down, now.down)
+        del inner, of_result
+        of_gate_up = layer_pass.gated_backward(of_inner, gate_up, outline.activation)
+        del of_inner, gate_up
+        of_h, of_factors = self.gate_up.backward(of_gate_up, h, low, now.gate_up)
+        return _normed_backward(of_h, stream, outline.before[1], grad), [*of_factors, *of_down]
+
+    def _through_attention(
+        self, grad: Tensor, x: Tensor, kept: Attention, now: Pass, needs_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        outline = self.outline
+        of_result = grad if outline.share == 1 else grad * outline.share
+        if outline.after[0] is not None:
+            of_result = layer_pass.normed_backward(of_result, kept.result, outline.after[0])
+        of_attended, of_out = self.out.backward([of_result], kept.attended.detach(), kept.low_out, now.out)
+        with torch.autocast(**now.autocast):
+            of_query, of_key, of_value = torch.autograd.grad(kept.attended, kept.leaves, of_attended)
+        grads = [
+            layer_pass.heads_backward(of_query, kept.query, outline.query_norm, now.cos_sin, outline.paired),
+            layer_pass.heads_backward(of_key, kept.key, outline.key_norm, now.cos_sin, outline.paired),
+            of_value.flatten(1),
+        ]
+        if len(outline.qkv.sizes) == 1:
+            grads = [torch.cat(grads, 1)]
+        of_low, of_qkv = self.qkv.of_factors(grads, _normed(x, outline.before[0]), kept.low_qkv, now.qkv)
+        of_x = None
+        if needs_x:
+            of_x = _normed_backward(self.qkv.of_input(grads, of_low, now.qkv), x, outline.before[0], grad)
+        return of_x, [*of_qkv, *of_out]
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return x if norm is None else layer_pass.normed(x, norm)
+
+
+def _normed_backward(grad: Tensor, x: Tensor, norm: Any, onto: Tensor) -> Tensor:
+    return grad.add_(onto) if norm is None else layer_pass.normed_backward(grad, x, norm, onto)
+
+
+class _Node(torch.autograd.Function):
+    """An OutlinedLayer's output from hidden (1, T, hidden), which alone is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: OutlinedLayer, now: Pass, *parameters: Tensor) -> Tensor:
+        ctx.layer, ctx.now = layer, now
+        ctx.save_for_backward(hidden)
+        return layer.compute(hidden[0], now)[None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("a checkpointed layer has no second gradient; set gradient_checkpointing=False")
+        (hidden,) = ctx.saved_tensors
+        of_x, of_factors = ctx.layer.backward(grad[0], hidden[0], ctx.now, ctx.needs_input_grad[0])
+        return None if of_x is None else of_x[None], None, None, *of_factors
+
+
+def may_go_by_outline(decoder: Any) -> bool:
+    """Whether a decoder's layers are checkpointed, and none has a part that was replaced, as by tiled_mlp.
+
+    On a GPU, LOWMEM_GRPO_TRITON=0 has the model's own layers compute.
+    """
+    layers = list(getattr(decoder, "layers", ()))
+    if not layers or (switched_off() and next(decoder.parameters()).is_cuda):
+        return False
+    return all(
+        getattr(layer, "gradient_checkpointing", False) and all(map(computes_as_its_class, every_module(layer)))
+        for layer in layers
+    )
+
+
+def take_out(decoder: Any) -> None:
+    """Give a decoder's layers their own forward back, whichever policy of it put an OutlinedLayer there."""
+    for layer in getattr(decoder, "layers", ()):
+        if isinstance(vars(layer).get("forward"), OutlinedLayer):
+            del layer.forward
+
+
+class OutlinedLayers:
+    """The layers of a decoder, each with its OutlinedLayer as its forward."""
+
+    def __init__(self, decoder: Any, outlines: list[Layer], dtype: torch.dtype):
+        """Put them in place.
+
+        Raises:
+            Unknown: something besides linear layers' adapters is trained.
+        """
+        self.dtype, self.modules = dtype, [module for layer in decoder.layers for module in layer.modules()]
+        self.reach: int | None = None  # tokens of the longest text; None: however long
+        self.layers = [
+            OutlinedLayer(layer, index, outline)
+            for index, (layer, outline) in enumerate(zip(decoder.layers, outlines, strict=True))
+        ]
+        factors = {
+            id(p)
+            for layer in self.layers for linears in layer.linears for linear in linears.linears
+            if isinstance(linear, LoraLayer) for held in (linear.lora_A, linear.lora_B) for p in held.parameters()
+        }  # fmt: skip
+        for name, parameter in decoder.layers.named_parameters():
+            if parameter.requires_grad and id(parameter) not in factors:
+                raise Unknown(f"its {name} is trained, too")
+        for layer in self.layers:
+            vars(layer.own)["forward"] = layer
+
+    @contextlib.contextmanager
+    def a_pass(self, longest: int) -> Iterator[None]:
+        """Have the layers go by their outlines inside the `with`, with the adapters that they wear as they are now.
+
+        Nothing changes where the longest text is beyond their reach, or where a layer drops numbers, wears several
+        adapters or one that is not plain, or has a part that is hooked. A backward may come after the `with`.
+        """
+        hooked = any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in self.modules
+        )
+        try:
+            found = None if hooked or (self.reach is not None and longest > self.reach) else self.factors()
+        except Unknown:
+            found = None
+        tables: Tables = {}
+        with contextlib.ExitStack() as passing:
+            for layer, factors in zip(self.layers, found or (), strict=found is not None):
+                passing.enter_context(layer.computing_with(factors, tables))
+            yield
+
+    @torch.no_grad()
+    def factors(self) -> list[list[Factors | None]]:
+        """The factors of each layer's qkv, out, gate_up and down, copied by two calls: each costs the host."""
+        worn = [[linears.worn() for linears in layer.linears] for layer in self.layers]
+        every = [one for layer in worn for group in layer for one in group if one is not None]
+        if not every:
+            return [[None] * len(layer) for layer in worn]
+        sizes = [one.a.numel() for one in every] + [one.b.numel() for one in every]
+        room = every[0].a.new_empty(sum(sizes), dtype=self.dtype)
+        parts = room.split_with_sizes(sizes)
+        b = [part.view(one.b.shape[1], -1) for one, part in zip(every, parts[len(every) :], strict=True)]
+        a = [part.view(one.a.shape) for one, part in zip(every, parts, strict=False)]
+        foreach_copy(a, [one.a for one in every])
+        foreach_copy(b, foreach_mul([one.b.t() for one in every], [one.scale for one in every]))
+        rest, at = iter(b), 0
+        found: list[list[Factors | None]] = []
+        for layer in worn:
+            found.append([])
+            for group in layer:
+                own = [one for one in group if one is not None]
+                ranks = [0 if one is None else one.a.shape[0] for one in group]
+                if not own:
+                    found[-1].append(None)
+                    continue
+                inputs = own[0].a.shape[1]
+                stacked = room.narrow(0, at, sum(ranks) * inputs).view(-1, inputs)
+                at += stacked.numel()
+                found[-1].append(Factors(own, ranks, stacked, [next(rest) if rank else None for rank in ranks]))
+        return found
