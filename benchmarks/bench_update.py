@@ -4,9 +4,10 @@
         [--prompt_length 512] [--completion_length 128] [--uneven] [--rungs] [--host] [--output FILE]
 
 With --rungs, packed rows with each of the settings that `lowmem-grpo plan` chooses from (but for sampling's, which
-bench_rollout has), and the optimizers' steps. With --host, the host's time alone of an update and a reference pass: 28
-layers of tiny widths on a CPU, 4-bit products left out. MFU at 16,384 tokens a micro-batch: --prompts 4
---prompt_length 512 --completion_length 448 --checkpointing, on a card of PEAKS.
+bench_rollout has), and the optimizers' steps. With --host, the host's time alone of an update and a reference pass, by
+outlines and by the model's own layers: 28 layers of tiny widths on a CPU, with 4-bit products, attention and this
+package's kernels left out; and their launches, of which each of those is one. MFU at 16,384 tokens a micro-batch:
+--prompts 4 --prompt_length 512 --completion_length 448 --checkpointing, on a card of PEAKS.
 
 All compute the same gradient of the same random 4-bit model's LoRA adapters; the last column says how far apart they
 are. Peak memory is above the loaded model.
@@ -14,20 +15,24 @@ are. Peak memory is above the loaded model.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.kernels import layer_pass
 from lowmem_grpo.model.load import ONLY_ON_GPU
 from lowmem_grpo.model.lora import plain_lora_layers
+from lowmem_grpo.model.packed_attention import Packed
+from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.objective.coefficients import Coefficients
 from lowmem_grpo.rollout.rollout import Rollout
@@ -43,6 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
 PEFTS, LIGERS = "adapters as PEFT has them", "gradient_checkpointing, use_liger_kernel"
+OWN = "packed, by the model's own layers"
 RUNGS: dict[str, dict[str, Any]] = {
     "half of token_budget": {"token_budget": 0.5},
     "tiled_mlp": {"tiled_mlp": True},
@@ -55,7 +61,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     PEFTS: {},
     "none of these": {},
 }
-IMPLEMENTATIONS = LAYOUTS | RUNGS
+IMPLEMENTATIONS = LAYOUTS | RUNGS | {OWN: {}}
 # Dense 16-bit FLOP/s of tensor cores with fp32 sums, by a part of the card's name, by NVIDIA's data sheets.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -84,6 +90,8 @@ def make_policy(shape: str, device: str, name: str, **settings: bool) -> Policy:
     if name == PEFTS:
         for layer in plain_lora_layers(policy.base):
             del layer.forward
+    if name == OWN:
+        policy.outlined = None
     return policy
 
 
@@ -115,7 +123,7 @@ def gradient(work: Work, name: str) -> Tensor:
     """The update's gradient, flat."""
     settings = {"gradient_checkpointing": work.checkpointing, **IMPLEMENTATIONS[name]}
     share, padding_free = settings.pop("token_budget", None), settings.pop("padding_free", True)
-    policy = make_policy(work.shape, work.device, name if name == PEFTS else "", **settings)
+    policy = make_policy(work.shape, work.device, name if name in (PEFTS, OWN) else "", **settings)
     rollout = make_rollout(work)
     texts = work.prompts * (work.prompt_length + work.num_generations * work.completion_length)  # at most
     budget = 10**9 if share is None else max(1, ceil(share * texts))
@@ -181,8 +189,56 @@ def mfu(work: Work, seconds: float, card: str) -> float | None:
     return None if peak is None else flops(work) / seconds / peak
 
 
+class _Attention(torch.autograd.Function):
+    """One launch for attention, and one for its gradient, which compute nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        return torch.zeros_like(query)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = ctx.saved_tensors
+        both = torch.zeros_like(query)
+        return both, both[:, : key.shape[1]], both[:, : value.shape[1]]
+
+
+def _attend(self: Packed, query: Tensor, key: Tensor, value: Tensor, asked: Any) -> Tensor:
+    return _Attention.apply(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)))[None]
+
+
+# Kernels of a layer's pass as one launch each, which compute nothing.
+STAND_INS: dict[str, Callable] = {
+    "normed": lambda x, norm: torch.zeros_like(x),
+    "added": lambda x, result, after, share, before: (total := torch.zeros_like(x), total),
+    "normed_backward": lambda grad, x, norm, onto=None: torch.zeros_like(x),
+    "heads": lambda x, norm, cos_sin, head_dim, paired: x.new_zeros(len(x), x.shape[1] // head_dim, head_dim),
+    "heads_backward": lambda grad, x, norm, cos_sin, paired: grad.new_zeros(len(grad), grad.shape[1] * grad.shape[2]),
+    "gated": lambda gate_up, activation: torch.zeros_like(gate_up[0]),
+    "gated_backward": lambda grad, gate_up, activation: [*gate_up[:-1], gate_up[-1].zero_()],
+}
+
+
 @contextlib.contextmanager
-def without_products() -> Iterator[None]:
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside the `with`, 4-bit products, attention and this package's kernels are a launch each and compute nothing."""
+    own = {name: getattr(layer_pass, name) for name in STAND_INS}
+    attend = Packed.attend
+    for name, stand_in in STAND_INS.items():
+        setattr(layer_pass, name, stand_in)
+    Packed.attend = _attend
+    try:
+        with _without_products():
+            yield
+    finally:
+        Packed.attend = attend
+        for name, kernel in own.items():
+            setattr(layer_pass, name, kernel)
+
+
+@contextlib.contextmanager
+def _without_products() -> Iterator[None]:
     """Have bitsandbytes' 4-bit product on a CPU return zeros at once inside the `with`, through all of its calls."""
     library = torch.library.Library("bitsandbytes", "IMPL")
 
@@ -196,34 +252,65 @@ def without_products() -> Iterator[None]:
         library._destroy()
 
 
-def bench_host(repetitions: int, warmups: int) -> dict[str, measure.Timing]:
-    """Seconds of this thread in an update and in a reference pass of 28 layers, on 28 tokens and in fp32.
+NO_LAUNCH = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided",
+    "expand", "is_same_size", "lift_fresh", "new_empty", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
 
-    So small are the tensors that the time is the host's. In fp32, since a CPU's products of few rows in 16 bits take 7
-    times as long.
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are a launch on a GPU: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in NO_LAUNCH
+        return function(*arguments, **(keywords or {}))
+
+
+def bench_host(repetitions: int, warmups: int) -> dict[str, dict]:
+    """Seconds of this thread, and launches a layer, of updates and reference passes of 28 layers on 28 tokens.
+
+    So small are the tensors that the time is the host's. It is in fp32, since a CPU's products of few rows in 16 bits
+    take 7 times as long; launches are those of bf16, with its casts.
     """
-    policy = make_policy("28-tiny-layers", "cpu", "", gradient_checkpointing=True, bf16=False)
-    work = Work("28-tiny-layers", 1, 3, 7, 7, uneven=False, checkpointing=True, device="cpu")
-    rollout, config = make_rollout(work), GRPOConfig(token_budget=10**9, bf16=False)
-    (batch,) = micro_batches(policy, rollout, config, config.token_budget, [True] * 3)
+    found: dict[str, dict] = {}
+    for bf16 in (False, True):
+        policy = make_policy("28-tiny-layers", "cpu", "", gradient_checkpointing=True, bf16=bf16)
+        work = Work("28-tiny-layers", 1, 3, 7, 7, uneven=False, checkpointing=True, device="cpu")
+        rollout, config = make_rollout(work), GRPOConfig(token_budget=10**9, bf16=bf16)
+        (batch,) = micro_batches(policy, rollout, config, config.token_budget, [True] * 3)
+        outlined = policy.outlined
 
-    def update() -> None:
-        policy.logprobs(batch, 1.0).sum().backward()
+        def update(policy: Policy, batch: MicroBatch) -> None:
+            policy.logprobs(batch, 1.0).sum().backward()
 
-    def reference() -> None:
-        with policy.as_base():
-            policy.logprobs(batch, 1.0)
+        def reference(policy: Policy, batch: MicroBatch) -> None:
+            with policy.as_base():
+                policy.logprobs(batch, 1.0)
 
-    found = {}
-    with without_products():
-        for name, run in (("update", update), ("reference", reference)):
-            spent = []
-            for _ in range(warmups + repetitions):
-                start = time.thread_time()
-                run()
-                spent.append(time.thread_time() - start)
-            spent = sorted(spent[warmups:])
-            found[name] = measure.Timing(spent[len(spent) // 2], spent[0], spent[-1], repetitions)
+        with as_on_a_gpu():
+            for name, run in (("update", update), ("reference", reference)):
+                for policy.outlined in (outlined, None):
+                    way = "by outline" if policy.outlined else "by the model's own layers"
+                    result = found.setdefault(f"{name}, {way}", {})
+                    run(policy, batch)
+                    if bf16:
+                        with Launches() as launches:
+                            run(policy, batch)
+                        result["launches"] = launches.count / 28
+                        continue
+                    spent = []
+                    for _ in range(warmups + repetitions):
+                        start = time.thread_time()
+                        run(policy, batch)
+                        spent.append(time.thread_time() - start)
+                    spent = sorted(spent[warmups:])
+                    result["seconds"] = measure.Timing(spent[len(spent) // 2], spent[0], spent[-1], repetitions)
+        policy.outlined = outlined
     return found
 
 
@@ -253,8 +340,11 @@ def tables(found: dict[str, Any]) -> str:
     """The document as tables for people."""
     made = [_updates(found)] if found["results"] else []
     if "host" in found:
-        rows = [[name, measure.spread(spent, 1e3)] for name, spent in found["host"].items()]
-        made.append(measure.markdown_table(["28 tiny layers, 4-bit products left out", "CPU ms"], rows))
+        rows = [
+            [name, measure.spread(result["seconds"], 1e3), f"{result['launches']:.0f}"]
+            for name, result in found["host"].items()
+        ]
+        made.append(measure.markdown_table(["28 tiny layers", "CPU ms", "launches a layer"], rows))
     if "optimizers" in found:
         made.append(_optimizers(found))
     return "\n\n".join(made)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The GPU programme: seven calls, for a card that is lent for minutes.
+# The GPU programme: eight calls, for a card that is lent for minutes.
 #
 #   benchmarks/gpu_suite.sh tests     4 minutes: versions, every GPU test, whole steps of a 0.5B and a 1.5B model
 #   benchmarks/gpu_suite.sh decode    5 minutes: tests of sampling's kernels; steps by kernel, overlapping, and uneven
+#   benchmarks/gpu_suite.sh update    4 minutes: tests of a layer's pass; updates by outlines and by the model's own layers
 #   benchmarks/gpu_suite.sh speed     3 minutes: sampling from a 7B, and the head
 #   benchmarks/gpu_suite.sh beside    5 minutes: budgets, and a step beside the peers'
 #   benchmarks/gpu_suite.sh critic    2 minutes: a step of PPO beside one of GRPO
@@ -16,12 +17,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:-}
-case $call in tests | decode | speed | beside | critic | families | fit) shift ;; *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $call in tests | decode | update | speed | beside | critic | families | fit) shift ;; *) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s
 decode_s=70 # 487 of them
 decode="tests/test_decode_layer.py tests/test_nf4_product.py tests/test_decode_attention.py tests/test_sample_tokens.py"
+update_s=60
+update="tests/test_layer_pass.py tests/test_outlined.py"
 new_s=60
 new="tests/test_gpu_runs.py::test_a_run_that_goes_on_is_the_run_that_was_not_stopped
 tests/test_gpu_runs.py::test_a_run_whose_completions_share_prompts_goes_on
@@ -46,6 +49,7 @@ run_tests() { # seconds, name of the file, how xdist hands out tests, and words 
 if [ $# -eq 0 ]; then
     [ "$call" != tests ] || run_tests $tests_s gpu-tests loadfile
     [ "$call" != decode ] || run_tests $decode_s gpu-tests-decode load $decode
+    [ "$call" != update ] || run_tests $update_s gpu-tests-update load $update
     # Most of these compile kernels, and four are whole runs in one file.
     [ "$call" != families ] || run_tests $new_s gpu-tests-families load $new
 fi

@@ -132,6 +132,16 @@ def _steps(document: dict[str, Any]) -> str:
     return "; ".join(shown)
 
 
+def _ways(document: dict[str, Any]) -> str:
+    results = document["results"]
+    if len(results) < 2:  # from before there were outlines
+        return NOT_YET
+    return "; ".join(
+        result.get("failed") or f"{result['seconds']['median']:.2f} s, {result['peak_bytes'] / 2**20:,.0f} MiB"
+        for result in results.values()
+    )
+
+
 def _head(shape: int, document: dict[str, Any]) -> str:
     results = document["shapes"][shape]["results"]
     ours, floor = results["ours"], results["two bare GEMMs"]
@@ -176,6 +186,9 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "a step of 4 x 8 x 128 tokens, 0.5B": ("step-0.5b", _steps),
     "a step of 4 x 8 x 128 tokens, 1.5B": ("step-1.5b", _steps),
     "a step of 4 x 8 x 32 tokens, 1.5B, beside others": ("step-beside", _steps),
+    "an update of 5,120 tokens of a 1.5B model, by outlines and by its own layers": ("update-short-1.5b", _ways),
+    "an update of 16,384 tokens of a 1.5B model, likewise": ("update-1.5b", _ways),
+    "an update of 16,384 tokens of a 7B model, likewise": ("update-7b", _ways),
     "the head, as last changed, over two bare products, D 1536": ("head-tiles", partial(_head, 0)),
     "the head, as last changed, over two bare products, D 3584": ("head-tiles", partial(_head, 1)),
     "a step of 64 completions of 128 tokens, 1.5B, of GRPO and PPO": ("ppo-1.5b", _steps),

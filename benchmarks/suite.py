@@ -95,6 +95,9 @@ CUDA = {
 }
 _EVEN = "--prompts 8 --num_generations 8 --prompt_length 256"  # 64 rows
 _BOTH = f"{_EVEN} --longest 128 --repetitions 1 --only ours --only 'ours, without CUDA graphs'"
+_SHORT = "--prompts 4 --prompt_length 256 --completion_length 128 --checkpointing"  # 5,120 tokens
+_LONG = "--prompts 4 --prompt_length 512 --completion_length 448 --checkpointing"  # 16,384
+_WAYS = """--only 'packed, prompt shared' --only "packed, by the model's own layers" """.strip()
 _FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
 # into compiling kernels for a shape. With the tests' own they keep to 240, 300, 180, 300, 120, 300 and 300 s; what a
@@ -117,6 +120,11 @@ PROGRAMME = {
             "--only ours --only 'ours, int8 keys and values'",
             70,
         ),
+    },
+    "update": {
+        "update-short-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_SHORT} {_WAYS} --repetitions 5", 45),
+        "update-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_LONG} {_WAYS} --repetitions 3", 50),
+        "update-7b": Part("bench_update", f"--shape qwen2.5-7b {_LONG} {_WAYS} --repetitions 3", 80),
     },
     "speed": {
         "decode-7b": Part("bench_decode", f"--shape qwen2.5-7b {_EVEN} --only ours", 70),

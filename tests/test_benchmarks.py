@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,7 +174,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch
     assert all(line.count("|") == lines[0].count("|") for line in lines[:7])
 
     document = json.loads(output.read_text())
-    assert document["versions"]["torch"] == torch.__version__ and document["machine"]["threads"] > 0
+    assert document["versions"]["torch"] == version("torch") and document["machine"]["threads"] > 0
     assert socket.gethostname() not in output.read_text() and str(tmp_path) not in output.read_text()
     ours = document["shapes"][0]["results"]["ours"]
     assert ours["train_s"]["repetitions"] == 1 and ours["errors"]["logprob_max"] < 1e-4
@@ -214,13 +215,20 @@ def test_the_hosts_time_is_measured_alone_and_products_come_back(tmp_path, capsy
     output = tmp_path / "result.json"
     bench_update.main(["--host", "--repetitions=1", "--warmups=0", "--device=cpu", f"--output={output}"])
     found = json.loads(output.read_text())
-    assert found["host"]["update"]["median"] > found["host"]["reference"]["median"] > 0
+    by_outline, own = (
+        {name: found["host"][f"{name}, by {way}"] for name in ("update", "reference")}
+        for way in ("outline", "the model's own layers")
+    )
+    for way in (by_outline, own):
+        assert way["update"]["seconds"]["median"] > way["reference"]["seconds"]["median"] > 0
+    assert by_outline["update"]["launches"] < own["update"]["launches"] / 2
+    assert by_outline["reference"]["launches"] < own["reference"]["launches"] / 2
     assert "28 tiny layers" in capsys.readouterr().out
     policy = bench_update.make_policy("28-tiny-layers", "cpu", "", gradient_checkpointing=True, bf16=False)
     layer = policy.decoder.layers[0].mlp.up_proj.base_layer
     with torch.no_grad():
         assert layer(torch.ones(1, 64)).any()
-        with bench_update.without_products():
+        with bench_update.as_on_a_gpu():
             assert not layer(torch.ones(1, 64)).any()
         assert layer(torch.ones(1, 64)).any()
 

@@ -83,6 +83,7 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     run = {"step_s": 2.0, "peak_mib": 1500.0}
     times = {"train_s": {"median": 3.0}, "score_s": {"median": 1.5}}
     head = {"ours": times, "two bare GEMMs": {"train_s": {"median": 2.0}, "score_s": {"median": 1.0}}}
+    update = {"seconds": {"median": 0.5}, "peak_bytes": 2**31}
     plan = {"fits": True, "peak": 7.6e9, "changes": []}
     peaks = {"memory/update/peak_mib": 6000.0, "memory/out_of_memory": 0, "rollout/out_of_memory": 0}
     parts = {
@@ -92,6 +93,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
         "step-1.5b": {**at, "results": {"lowmem_grpo": [run]}},
         "step-beside": {**at, "results": {"lowmem_grpo": [run], "TRL": [{"failed": "not done in 35 s"}]}},
         "head-tiles": {**at, "shapes": [{"results": head}]},
+        "update-1.5b": {**at, "results": {"packed": update, "own": {"failed": "out of memory"}}},
+        "update-7b": {**at, "results": {"packed": update}},
         "budget-1.5b": {**at, "results": [{"plan": plan}]},
         "overlap-1.5b": {**at, "chosen": True, "results": {"1": {"steps": {"without": 3e-3, "with": 2.5e-3}}, "u": {}}},
         "budget-7b": {**at, "results": [{"plan": plan, "measured": peaks}]},
@@ -108,6 +111,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     assert found["a step of 4 x 8 x 32 tokens, 1.5B, beside others"] == beside
     assert found["the head, as last changed, over two bare products, D 1536"] == "1.50, forward alone 1.50"
     assert found["the head, as last changed, over two bare products, D 3584"] == report.NOT_YET, "stopped before it"
+    assert found["an update of 16,384 tokens of a 1.5B model, likewise"] == "0.50 s, 2,048 MiB; out of memory"
+    assert found["an update of 16,384 tokens of a 7B model, likewise"] == report.NOT_YET, "measured before outlines"
     assert found["64 even completions of a 7B model, in steps"] == report.NOT_YET
     assert found["peak of a 1.5B model in 4 GB"] == report.NOT_YET, "predicted alone"
     assert found["peak of a 7B model in 8 GB"] == "7.6; measured 6.8 GB"
@@ -340,14 +345,16 @@ def test_every_part_of_a_gpu_has_a_tiny_form():
 def test_each_call_of_the_programme_ends_within_4_or_5_minutes():
     """By the limits of their parts, which run_all() passes on; the tests' own stands in the script."""
     script = (ROOT / "benchmarks/gpu_suite.sh").read_text()
-    tests_s, decode_s, new_s = (
-        int(*re.findall(rf"^{name}_s=(\d+)", script, re.MULTILINE)) for name in ("tests", "decode", "new")
+    tests_s, decode_s, update_s, new_s = (
+        int(*re.findall(rf"^{name}_s=(\d+)", script, re.MULTILINE)) for name in ("tests", "decode", "update", "new")
     )
-    for words in ("$tests_s gpu-tests", "$decode_s gpu-tests-decode", "$new_s gpu-tests-families"):
+    of_calls = "$tests_s gpu-tests", "$decode_s gpu-tests-decode", "$update_s gpu-tests-update"
+    for words in (*of_calls, "$new_s gpu-tests-families"):
         assert f"run_tests {words} " in script
     limits = {call: [part.limit_s or 0.0 for part in parts.values()] for call, parts in suite.PROGRAMME.items()}
     assert all(0 < limit <= 110 for call in limits.values() for limit in call)
     assert sum(limits["tests"]) + tests_s < 240 and sum(limits["families"]) + new_s < 300
+    assert sum(limits["update"]) + update_s < 240
     assert sum(limits["fit"]) < 300 and sum(limits["decode"]) + decode_s < 300
     assert sum(limits["speed"]) < 180 and sum(limits["beside"]) < 300 and sum(limits["critic"]) < 120
 
@@ -393,7 +400,7 @@ def files_of(name: str) -> list[str]:
     return words.split()
 
 
-@pytest.mark.parametrize("place", [*files_of("decode"), *files_of("new")])
+@pytest.mark.parametrize("place", [*files_of("decode"), *files_of("update"), *files_of("new")])
 def test_the_tests_that_a_gpu_runs_first_are_there(place):
     file, _, name = place.partition("::")
     text = (ROOT / file).read_text()
@@ -405,13 +412,14 @@ def test_the_whole_programme_of_a_gpu_runs_dry(tmp_path):
     out = run_dry(tmp_path, "tests", [])
     assert "collected" in (out / "dry-run-gpu-tests.txt").read_text()
     run_dry(tmp_path, "decode", [])
+    run_dry(tmp_path, "update", [])
     run_dry(tmp_path, "speed", [])
     run_dry(tmp_path, "beside", [])
     run_dry(tmp_path, "critic", [])
     run_dry(tmp_path, "families", [])
     assert "test_expert_product" in (out / "dry-run-gpu-tests-families.txt").read_text()
     run_dry(tmp_path, "fit", [])
-    assert len(list(out.iterdir())) <= 10
+    assert len(list(out.iterdir())) <= 11
 
 
 def run_dry(out: Path, call: str, names: list[str]) -> Path:
