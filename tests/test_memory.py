@@ -249,9 +249,9 @@ def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monk
         hidden = policy.hidden_states(batch)
         hidden.backward(torch.ones_like(hidden))
 
-    @torch.no_grad()
     def reference():
-        policy.hidden_states(batch)
+        with policy.as_reference():
+            policy.hidden_states(batch)
 
     update()  # the masks, which stay with the batch
     kept = sum(mask.nbytes for mask in batch.packing.masks.values())

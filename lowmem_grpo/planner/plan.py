@@ -287,6 +287,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         resident["score head"] = 8 * text.hidden_size + state_bytes(config.optim, [text.hidden_size])
     layer = dtype.itemsize * traced.largest_linear if config.load_in_4bit else 0  # bitsandbytes dequantizes a whole one
     without_gradient = {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer}
+    worn = {**without_gradient, "activations": traced.ran.worn}  # with an adapter
     update = {
         "activations kept": traced.ran.kept,
         "one layer at work": traced.ran.peak - traced.ran.kept,
@@ -294,8 +295,9 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         "one dequantized layer": layer,
     }
     if not isinstance(config, GRPOConfig):
-        return Forecast(resident, {"update": update, "evaluation": without_gradient}, traced.padded)
-    if config.reference == "initial" or config.sync_ref_model:
+        return Forecast(resident, {"update": update, "evaluation": worn}, traced.padded)
+    of_adapter = config.reference == "initial" or config.sync_ref_model
+    if of_adapter:
         resident["the reference's adapter"] = 4 * traced.adapter_numbers
     rollout, lasting = _rollout_bytes(key, config, traced, layer)
     resident |= lasting
@@ -303,16 +305,16 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
     if not config.learns:
         del resident["gradients"], resident["optimizer state"]
         return Forecast(resident, {"rollout": rollout}, traced.padded, worth)
-    phases = {"rollout": rollout, "reference": without_gradient, "update": update}
+    phases = {"rollout": rollout, "reference": worn if of_adapter else without_gradient, "update": update}
     if config.has_old_pass:
-        phases["old"] = without_gradient
+        phases["old"] = worn
     if config.beta == 0:
         del phases["reference"]
     if key.rewards:
         resident["reward adapters"] = sum(
             4 * (numbers + text.hidden_size) for numbers in _numbers_of_rewards(key, config)
         )
-        scored = trace(key, replace(config, beta=1.0)).ran.inference  # a pass over the completions, as a reference's
+        scored = trace(key, replace(config, beta=1.0)).ran.worn  # a pass over the completions, as an old one's
         phases["reward"] = {"activations": scored, "one dequantized layer": layer}
     if config.has_critic:
         numbers = traced.adapter_numbers + text.hidden_size  # with a score head
@@ -322,7 +324,7 @@ def _forecast(key: Key, config: TrainingConfig) -> Forecast:
         phases["values"] = {**values, "one dequantized layer": layer}
         phases["critic"] = {**update, "one dequantized layer": layer, "the critic's gradients": 4 * numbers}
     if key.teacher is not None:
-        held, phases["teacher"] = _teacher_bytes(key, config, without_gradient)
+        held, phases["teacher"] = _teacher_bytes(key, config, worn)
         resident |= held
     return Forecast(resident, phases, traced.padded, worth)
 
@@ -366,15 +368,13 @@ def _head_bytes(text: PreTrainedConfig, config: TrainingConfig) -> int:
     return 4 * tokens * (entries + text.hidden_size)
 
 
-def _teacher_bytes(
-    key: Key, config: GRPOConfig, without_gradient: dict[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
+def _teacher_bytes(key: Key, config: GRPOConfig, worn: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a teacher holds throughout, and those that its pass adds, by name."""
     teacher = key.teacher
     assert teacher is not None
     if teacher.model is None:
         numbers = 0 if teacher.adapter is None else trace(Key(key.model, teacher.adapter), config).adapter_numbers
-        return ({"the teacher's adapter": 4 * numbers} if numbers else {}), without_gradient
+        return ({"the teacher's adapter": 4 * numbers} if numbers else {}), worn
     adapter, own = teacher.adapter, as_teacher(teacher.name, config)
     assert adapter is not None
     traced = trace(Key(teacher.model, adapter), own)
@@ -393,7 +393,7 @@ def _critic_bytes(ran: Ran, dtype: torch.dtype, has_entropy_bonus: bool) -> tupl
     in_fp32 = 4 * ran.rows // dtype.itemsize
     kept = ran.kept - (2 if has_entropy_bonus else 1) * ran.rows  # less the gradients that the policy's head makes
     at_work = ran.peak - ran.kept - ran.rows  # of a layer, less the hidden states that the policy's passes hold
-    values = {"activations": max(ran.inference, ran.rows + in_fp32)}
+    values = {"activations": max(ran.worn, ran.rows + in_fp32)}
     return values, {"activations kept": kept, "a layer or the score head": max(at_work, 2 * in_fp32)}
 
 

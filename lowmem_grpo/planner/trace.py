@@ -84,7 +84,8 @@ class Ran:
 
     kept: int  # what the backward of the largest micro-batch waits with
     peak: int  # at the peak of its forward and backward
-    inference: int  # at the peak of its forward without a backward
+    inference: int  # at the peak of its forward without a backward, as the base
+    worn: int  # the same with its adapters
     prefill: int  # the same for a batch of prompts
     rows: int  # of the head's input, whose gradient is as large
 
@@ -335,17 +336,18 @@ def _of_all_layers(few: Few, kinds: list[int], chosen: tuple[int, ...], config: 
     """Bytes that all layers take, from a run in which the last of each kind stands for the others."""
     like = {kinds[number]: place for place, number in enumerate(chosen) if number < len(kinds) - 1}
     others = sum(few.copies[like[kind]] for number, kind in enumerate(kinds) if number not in chosen)
+    worn = others + few.ran.worn
     if config.activation_offloading and len(kinds) > 2:  # the inputs of two layers are on the device at a time
         like.setdefault(kinds[-1], len(chosen) - 1)
         common = others + few.ran.kept - sum(few.keeps[like[kinds[number]]] for number in chosen)
         kept = common + 2 * max(few.keeps[place] for place in like.values())
-        return replace(few.ran, kept=kept, peak=kept + max(few.works))
+        return replace(few.ran, kept=kept, peak=kept + max(few.works), worn=worn)
     waiting, peak = few.before + others, 0
     for number, kind in enumerate(kinds):
         place = chosen.index(number) if number in chosen else like[kind]
         waiting += few.keeps[place]
         peak = max(peak, waiting + few.works[place])  # while a layer is at work in the backward, those below it wait
-    return replace(few.ran, kept=waiting, peak=peak)
+    return replace(few.ran, kept=waiting, peak=peak, worn=worn)
 
 
 def _run_few(whole: PeftModel, config: TrainingConfig, chosen: tuple[int, ...]) -> list[Few]:
@@ -514,7 +516,8 @@ def run_few(policy: Policy, config: TrainingConfig) -> list[Few]:
             sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
         )
         inference = _inference(policy, batch) if runs_without else 0
-        found.append(replace(few, ran=replace(few.ran, inference=inference, prefill=prefill)))
+        worn = _inference(policy, batch, worn=True) if runs_without else 0
+        found.append(replace(few, ran=replace(few.ran, inference=inference, worn=worn, prefill=prefill)))
     return found
 
 
@@ -600,7 +603,9 @@ def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> Few:
     peaks = [max(forward[place + 1], backward.get(place, rest)) for place in range(len(layers))]
     works = tuple(peak - kept for peak, kept in zip(peaks, after, strict=True))
     keeps = tuple(end - start for start, end in zip(entered, after, strict=True))
-    return Few(Ran(kept, max(peaks), inference=0, prefill=0, rows=size), entered[0], keeps, works, tuple(copies))
+    return Few(
+        Ran(kept, max(peaks), inference=0, worn=0, prefill=0, rows=size), entered[0], keeps, works, tuple(copies)
+    )
 
 
 @contextlib.contextmanager
@@ -624,8 +629,8 @@ def _entering(layers: nn.ModuleList, enter: Callable[[Tensor], None]) -> Iterato
             layer.__class__ = kind
 
 
-def _inference(policy: Policy, batch: MicroBatch) -> int:
-    with policy.as_reference(), Live(policy.model) as live:
+def _inference(policy: Policy, batch: MicroBatch, *, worn: bool = False) -> int:
+    with policy.inference() if worn else policy.as_base(), Live(policy.model) as live:
         policy.hidden_states(batch)
     return live.peak
 
