@@ -231,7 +231,8 @@ def test_a_signal_while_an_error_is_saved_is_raised_afterwards(tmp_path, monkeyp
 
     with pytest.raises(raised) as caught:
         run(tmp_path, callbacks=callback, max_completion_length=2)
-    assert "callback is broken" in str(caught.value.__context__ or caught.value)
+    errors = caught.value, caught.value.__context__  # whose own may be of a reward that another test has cut off
+    assert any("callback is broken" in str(error) for error in errors)
     assert getattr(caught.value, "code", 143) == 143 and (tmp_path / "out/checkpoint-1").is_dir()
 
 
