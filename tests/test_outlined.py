@@ -286,6 +286,20 @@ def test_a_norm_that_is_trained_too_is_refused():
         outlined_trial.outlined_layers(made)
 
 
+def test_adapters_are_copied_to_their_own_strides(monkeypatch):
+    """A GPU has a launch for many of them only there, and a slower one for each elsewhere."""
+    made = policy_of("llama", bf16=True)
+    assert made.packs
+    strides = []
+    monkeypatch.setattr(
+        outlined,
+        "foreach_copy",
+        lambda to, of: strides.extend((x.stride(), y.stride()) for x, y in zip(to, of, strict=True)),
+    )
+    made.outlined.factors()
+    assert len(strides) == 2 * 3 * 7 and all(to == of for to, of in strides)
+
+
 def test_no_second_gradient():
     made = policy_of("llama")
     hidden = made.hidden_states(batch_of(made))

@@ -47,7 +47,7 @@ class Factors(NamedTuple):
     worn: list[Worn]  # of those that wear one
     ranks: list[int]  # of each, 0 where it wears none
     a: Tensor  # (R, K), the first factors one below the other
-    b: list[Tensor | None]  # (r, N) of each, with its scale in it
+    b: list[Tensor | None]  # (r, N) of each, with its scale in it; transposed
 
 
 class Linears:
@@ -408,7 +408,10 @@ class OutlinedLayers:
 
     @torch.no_grad()
     def factors(self) -> list[list[Factors | None]]:
-        """The factors of each layer's qkv, out, gate_up and down, copied by two calls: each costs the host."""
+        """The factors of each layer's qkv, out, gate_up and down, copied by two calls: each costs the host.
+
+        One to other strides would be a launch a factor on a GPU.
+        """
         worn = [[linears.worn() for linears in layer.linears] for layer in self.layers]
         every = [one for layer in worn for group in layer for one in group if one is not None]
         if not every:
@@ -416,11 +419,11 @@ class OutlinedLayers:
         sizes = [one.a.numel() for one in every] + [one.b.numel() for one in every]
         room = every[0].a.new_empty(sum(sizes), dtype=self.dtype)
         parts = room.split_with_sizes(sizes)
-        b = [part.view(one.b.shape[1], -1) for one, part in zip(every, parts[len(every) :], strict=True)]
+        b = [part.view(one.b.shape) for one, part in zip(every, parts[len(every) :], strict=True)]
         a = [part.view(one.a.shape) for one, part in zip(every, parts, strict=False)]
         foreach_copy(a, [one.a for one in every])
-        foreach_copy(b, foreach_mul([one.b.t() for one in every], [one.scale for one in every]))
-        rest, at = iter(b), 0
+        foreach_copy(b, foreach_mul([one.b for one in every], [one.scale for one in every]))
+        rest, at = (part.t() for part in b), 0
         found: list[list[Factors | None]] = []
         for layer in worn:
             found.append([])
