@@ -26,7 +26,7 @@ from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.layer_shapes import LayerShape
-from lowmem_grpo.model.offload import token_embeddings
+from lowmem_grpo.model.offload import TILE_TOKENS, token_embeddings
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
 from lowmem_grpo.planner.trace import PROMPT_TOKENS, Key, Ran, Traced, few_tokens_bytes, prompt_tokens, skeleton, trace
 from lowmem_grpo.update.optimizer import state_bytes
@@ -112,7 +112,7 @@ def plan(
         set_to = "none" if given is None else planned
         assumptions.append(f"The longest {what} is assumed to have {planned} tokens: {name} is {set_to}.")
     if budget is not None and not _fits(found, budget):
-        remedy = _remedy(key, chosen, found, budget)
+        remedy = _remedy(key, chosen, found, budget, asks_for_tiles=config.tiled_mlp)
     chosen = replace(chosen, **{name: given, of_step: whole})
     return Plan(chosen, found, budget, changes, planned, assumptions, remedy, ranks)
 
@@ -197,7 +197,7 @@ def _changes(key: Key, config: TrainingConfig, found: Forecast) -> Iterator[Chan
         yield Change("gradient_checkpointing", True, "activations are computed again, a third more work in the update")
     if config.optim in ("adamw_torch", "adamw_torch_fused") and "optimizer state" in found.resident:
         yield Change("optim", "adamw_8bit", "a quarter of the optimizer's state")
-    if phase != "rollout" and not config.tiled_mlp and longest > 1024:
+    if phase != "rollout" and not config.tiled_mlp and longest > TILE_TOKENS:
         yield Change("tiled_mlp", True, "MLPs a tile at a time, computed once more in the update")
     if learns and config.gradient_checkpointing and not config.activation_offloading:
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
@@ -224,19 +224,20 @@ def _changes_of_sampling(config: GRPOConfig, found: Forecast) -> Iterator[Change
         yield Change("rollout_token_budget", halved, "fewer completions are sampled at once")
 
 
-def _remedy(key: Key, config: TrainingConfig, found: Forecast, budget: int) -> str:
+def _remedy(key: Key, config: TrainingConfig, found: Forecast, budget: int, *, asks_for_tiles: bool) -> str:
     """The smallest change of the task that would fit: shorter completions, else shorter prompts, or examples."""
     resident = sum(found.resident.values())
     if resident > budget:
         return f"the model and CUDA alone take {resident / 10**9:.2f} GB: choose a smaller model"
 
     def with_everything(**lengths: int) -> Forecast:
-        """The forecast with every change that a plan could choose."""
+        """The forecast with every change that a plan could choose, which of short texts tiles are not."""
         changed = replace(config, **lengths)
         budgets = {
             name: _longest(changed) for name in ("token_budget", "rollout_token_budget") if hasattr(config, name)
         }
-        return _forecast(key, replace(changed, **budgets))
+        tiles = asks_for_tiles or (changed.tiled_mlp and _longest(changed) > TILE_TOKENS)
+        return _forecast(key, replace(changed, tiled_mlp=tiles, **budgets))
 
     if config.samples:
         short = {"max_completion_length": min(64, config.max_completion_length)}
