@@ -235,7 +235,7 @@ def own_jail(tmp_path, monkeypatch) -> str:
 )
 def test_nothing_outlives_its_limit(code, own_jail):
     started = time.monotonic()
-    assert attempt(code, seconds=1.0) is None
+    assert attempt(code, seconds=2.0) is None  # of which a busy machine takes some to start
     assert time.monotonic() - started < 60  # of 600
     assert not processes_with(own_jail)
 
