@@ -353,8 +353,8 @@ def test_a_position_far_from_the_first_and_a_factor_in_a_wrong_row_are_found_out
     assert "of layer 0 is" in difference(fast)
 
     fast = known_step(policy, 40)
-    worn = step._worn
-    monkeypatch.setattr(step, "_worn", lambda linear: [(a.roll(1, 0), b, scale) for a, b, scale in worn(linear)])
+    worn = step.adapters_of
+    monkeypatch.setattr(step, "adapters_of", lambda linear: [(a.roll(1, 0), b, scale) for a, b, scale in worn(linear)])
     assert "of layer 0 is" in difference(fast)
 
 

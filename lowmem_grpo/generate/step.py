@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lowmem_grpo.generate.graphs import Kept
@@ -26,14 +25,11 @@ from lowmem_grpo.generate.layouts import Decode
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.kernels.decode_layer import Norm, gated, residual, start
 from lowmem_grpo.kernels.nf4_product import product, splits_of
-from lowmem_grpo.model.lora import worn_by
+from lowmem_grpo.model.lora import adapters_of, foreach_copy, foreach_mul, matmul_in_fp32
 from lowmem_grpo.model.outline import Outline, Product, rotations
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.product_4bit import dequantized, product_4bit
 
-# torch's own optimizers call these, and no public name does.
-foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
-foreach_mul: Any = getattr(torch, "_foreach_mul")  # noqa: B009
 POSITIONS = 1024  # the tables of cosines and sines grow by so many: 0.5 MiB for heads of 128 in 16 bits
 RANK = 16  # an adapter's rank is filled up with zeros to a multiple of it
 
@@ -59,7 +55,7 @@ class Linears:
         if device.type == "cuda" and dtype == torch.float32:  # which the kernel does not take
             self.splits = None
         self.by_bitsandbytes = [product_4bit(base) for base in product.bases] if product.weights else []
-        rank = max(sum(len(a) for a, _, _ in _worn(linear)) for linear in product.linears)
+        rank = max(sum(len(a) for a, _, _ in adapters_of(linear)) for linear in product.linears)
         self.rank = -(-rank // RANK) * RANK
 
     def wear(self, kept: Kept, copies: "Copies") -> dict[Any, tuple[Tensor, Tensor]]:
@@ -74,7 +70,7 @@ class Linears:
         views = {}
         for linear, its_a, its_b in zip(linears, self.a.split(self.rank), self.b.split(sizes, 1), strict=True):
             at = 0
-            for a, b, scale in _worn(linear):
+            for a, b, scale in adapters_of(linear):
                 copies.plain.append((its_a[at : at + len(a)], a))
                 copies.scaled.append((its_b[at : at + len(a)], b.t(), scale))
                 at += len(a)
@@ -112,9 +108,9 @@ class Linears:
         if self.matrices is None:
             wholes, bias = [by(x).float() for by in self.by_bitsandbytes], None  # it adds the bias itself
         else:
-            wholes = [_in_fp32(x, matrix) for matrix in self.matrices]
+            wholes = [matmul_in_fp32(x, matrix.t()) for matrix in self.matrices]
         parts = wholes[0] if len(wholes) == 1 else torch.cat(wholes, 1)
-        return parts[None], None if self.a is None else _in_fp32(x, self.a)[None], self.b, bias
+        return parts[None], None if self.a is None else matmul_in_fp32(x, self.a.t())[None], self.b, bias
 
 
 class Copies(NamedTuple):
@@ -139,20 +135,6 @@ class Shared:
 
     matrices: dict[Any, Tensor]  # (N_i, K) by 4-bit layer, where dense
     factors: dict[Any, tuple[Tensor, Tensor]]  # (K, R) and (R, N_i), its scale in it, by adapted layer
-
-
-def _worn(linear: Any) -> list[tuple[Any, Any, float]]:
-    """Factors (r, K) and (N, r) and scale of each adapter that a linear layer wears."""
-    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
-        return []
-    return [(linear.lora_A[n].weight, linear.lora_B[n].weight, linear.scaling[n]) for n in worn_by(linear)]
-
-
-def _in_fp32(x: Tensor, matrix: Tensor) -> Tensor:
-    """The product x matrix^T, (S, N) fp32; a CPU rounds it to 16 bits before."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, matrix.t(), out_dtype=torch.float32)
-    return (x @ matrix.t()).float()
 
 
 class FastStep:

@@ -6,7 +6,7 @@ input, once for all that share it (q, k and v; gate and up), and r numbers a tok
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
@@ -14,6 +14,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowmem_grpo.model.product_4bit import dequantized, product_of
+
+# torch's own optimizers call these, and no public name does.
+foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
+foreach_mul: Any = getattr(torch, "_foreach_mul")  # noqa: B009
+foreach_mul_: Any = getattr(torch, "_foreach_mul_")  # noqa: B009
+
+
+class Worn(NamedTuple):
+    """An adapter of one linear layer."""
+
+    a: Tensor  # (r, K) fp32
+    b: Tensor  # (N, r) fp32
+    scale: float
 
 
 class _Adapted(torch.autograd.Function):
@@ -108,6 +121,21 @@ def plain_lora_layers(model: nn.Module) -> list[Any]:
 def worn_by(layer: Any) -> list[str]:
     """The names of the adapters that a layer computes with; it may lack one that other layers wear."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def adapters_of(linear: Any) -> list[Worn]:
+    """The adapters that a linear layer wears; none where it is not PEFT's."""
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
+        return []
+    layer: Any = linear
+    return [Worn(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in worn_by(layer)]
+
+
+def matmul_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32; a CPU rounds it to their dtype before."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def is_plain(layer: Any, name: str) -> bool:

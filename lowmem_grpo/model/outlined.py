@@ -20,25 +20,24 @@ from torch import Tensor
 from lowmem_grpo.kernels import layer_pass
 from lowmem_grpo.kernels.backend import switched_off
 from lowmem_grpo.model.attention import Scoring, layout_in_force
-from lowmem_grpo.model.lora import computes_as_its_class, drops, every_module, is_plain, worn_by
+from lowmem_grpo.model.lora import (
+    Worn,
+    adapters_of,
+    computes_as_its_class,
+    drops,
+    every_module,
+    foreach_copy,
+    foreach_mul,
+    foreach_mul_,
+    is_plain,
+    matmul_in_fp32,
+    worn_by,
+)
 from lowmem_grpo.model.outline import Layer, Product, Unknown, as_paired
 from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.product_4bit import product_of, weight_4bit
 
-# torch's own optimizers call these, and no public name does.
-foreach_copy: Any = getattr(torch, "_foreach_copy_")  # noqa: B009
-foreach_mul: Any = getattr(torch, "_foreach_mul")  # noqa: B009
-foreach_mul_: Any = getattr(torch, "_foreach_mul_")  # noqa: B009
-
 Tables = dict[int, tuple[Tensor, Tensor]]  # of cosines and sines, (T, rotary) each
-
-
-class Worn(NamedTuple):
-    """An adapter of one linear layer."""
-
-    a: Tensor  # (r, K) fp32
-    b: Tensor  # (N, r) fp32
-    scale: float
 
 
 class Factors(NamedTuple):
@@ -97,9 +96,9 @@ class Linears:
         for grad, b, own, of_own in zip(grads, factors.b, lows, of_lows, strict=True):
             if b is not None:
                 torch.mm(grad, b.t(), out=of_own)
-                of_b.append(_in_fp32(grad.t(), own))
+                of_b.append(matmul_in_fp32(grad.t(), own))
         foreach_mul_(of_b, [one.scale for one in factors.worn])
-        of_a = _in_fp32(of_low.t(), x).split_with_sizes([rank for rank in factors.ranks if rank])
+        of_a = matmul_in_fp32(of_low.t(), x).split_with_sizes([rank for rank in factors.ranks if rank])
         return of_low, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
     def of_input(self, grads: list[Tensor], of_low: Tensor | None, factors: Factors | None) -> Tensor:
@@ -123,22 +122,13 @@ def _worn(linear: Any) -> Worn | None:
         return None
     if linear.merged:
         raise Unknown("an adapter of its is merged")
-    names = [] if linear.disable_adapters else worn_by(linear)
-    if not names:
+    adapters = adapters_of(linear)
+    if not adapters:
         return None
-    (name,) = names if len(names) == 1 else (None,)
-    if name is None or not is_plain(linear, name) or drops(linear.lora_dropout[name]):
+    name = worn_by(linear)[0]
+    if len(adapters) > 1 or not is_plain(linear, name) or drops(linear.lora_dropout[name]):
         raise Unknown("it wears several adapters at once, one that is not plain LoRA, or drops numbers of one")
-    a: Any = linear.lora_A[name].weight
-    b: Any = linear.lora_B[name].weight
-    return Worn(a, b, linear.scaling[name])
-
-
-def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32; a CPU rounds it to their dtype before."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return adapters[0]
 
 
 class Pass(NamedTuple):
