@@ -38,7 +38,7 @@ def _tried(policy: Any) -> OutlinedLayers:
         stream = _given(policy, _batch(policy))[0][0]
         if stream.dtype != policy.dtype:
             raise Unknown(f"its residual stream is in {stream.dtype}, not in {policy.dtype}")
-        layers = OutlinedLayers(policy.decoder, read_layers(policy), policy.dtype)
+        layers = OutlinedLayers(policy.decoder, read_layers(policy))
     try:
         with policy.inference(), policy.autocast():
             layers.reach = _reach(policy)
@@ -79,8 +79,7 @@ def _batch(policy: Any) -> MicroBatch:
 
 def _distances(policy: Any, layers: OutlinedLayers) -> Iterator[tuple[str, float]]:
     """Distances of what each layer adds to the first one's input and of its gradients, by name."""
-    batch, exact = _batch(policy), copy.copy(layers)
-    exact.dtype = torch.float32
+    batch = _batch(policy)
     assert batch.packing is not None
     layout = _Heard(batch.packing, varlen=False)
     with in_fp32(policy) as in_full, policy.inference():
@@ -88,14 +87,14 @@ def _distances(policy: Any, layers: OutlinedLayers) -> Iterator[tuple[str, float
         hidden = given[0][0]
         upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
         with torch.enable_grad(), attending(policy.configs), laid_out(layout):
-            for index, (layer, factors) in enumerate(zip(layers.layers, exact.factors(), strict=True)):
+            for index, (layer, worn) in enumerate(zip(layers.layers, layers.worn(), strict=True)):
                 stream, keywords = hidden.clone().requires_grad_(), given[index][1]
                 theirs = layer.own(stream, **keywords)  # by itself, for which its weights become fp32
                 if layout.asked[index] != layer.asked:
                     yield f"the scaling, window, softcap or sinks of layer {index}", torch.inf
-                with layer.computing_with(factors):
+                with layer.computing_with(worn):
                     ours = layer.forward(stream, keywords["position_embeddings"])
-                asked = [stream, *layer.parameters_of(factors)]
+                asked = [stream, *layer.parameters_of(worn)]
                 found = [_results(out, asked, hidden, upstream) for out in (ours, theirs)]
                 for name, own, other in zip(NAMES, *found, strict=True):
                     yield f"{name} layer {index} adds", distance(own, other)

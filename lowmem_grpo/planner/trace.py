@@ -98,7 +98,6 @@ class Few:
     before: int  # kept besides what layers keep
     keeps: tuple[int, ...]
     works: tuple[int, ...]  # beside what it and those below it keep, in its forward or backward, whichever is more
-    copies: tuple[int, ...]  # of its adapters, which a pass makes of all layers' at once, before the first
 
 
 @dataclass(frozen=True)
@@ -335,19 +334,17 @@ def _few_of_each(kinds: list[int], layers: dict[int, LayerShape]) -> tuple[int, 
 def _of_all_layers(few: Few, kinds: list[int], chosen: tuple[int, ...], config: TrainingConfig) -> Ran:
     """Bytes that all layers take, from a run in which the last of each kind stands for the others."""
     like = {kinds[number]: place for place, number in enumerate(chosen) if number < len(kinds) - 1}
-    others = sum(few.copies[like[kind]] for number, kind in enumerate(kinds) if number not in chosen)
-    worn = others + few.ran.worn
     if config.activation_offloading and len(kinds) > 2:  # the inputs of two layers are on the device at a time
         like.setdefault(kinds[-1], len(chosen) - 1)
-        common = others + few.ran.kept - sum(few.keeps[like[kinds[number]]] for number in chosen)
+        common = few.ran.kept - sum(few.keeps[like[kinds[number]]] for number in chosen)
         kept = common + 2 * max(few.keeps[place] for place in like.values())
-        return replace(few.ran, kept=kept, peak=kept + max(few.works), worn=worn)
-    waiting, peak = few.before + others, 0
+        return replace(few.ran, kept=kept, peak=kept + max(few.works))
+    waiting, peak = few.before, 0
     for number, kind in enumerate(kinds):
         place = chosen.index(number) if number in chosen else like[kind]
         waiting += few.keeps[place]
         peak = max(peak, waiting + few.works[place])  # while a layer is at work in the backward, those below it wait
-    return replace(few.ran, kept=waiting, peak=peak, worn=worn)
+    return replace(few.ran, kept=waiting, peak=peak)
 
 
 def _run_few(whole: PeftModel, config: TrainingConfig, chosen: tuple[int, ...]) -> list[Few]:
@@ -433,7 +430,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
         if may_go_by_outline(policy.decoder):
             with contextlib.suppress(Unknown), policy.inference(), policy.autocast():
                 outlines = read_layers(policy, by_shape=True)
-                policy.outlined = OutlinedLayers(policy.decoder, outlines, policy.dtype)
+                policy.outlined = OutlinedLayers(policy.decoder, outlines)
         yield policy
 
 
@@ -576,12 +573,10 @@ def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> Few:
         parameter.grad = torch.zeros_like(parameter)
     layers = _layers(policy.model)
     entered, forward, backward = [], [], {}  # bytes alive as each is entered, and at the peak of each
-    copies = []
 
     def enter(hidden: Tensor) -> None:
         place = len(entered)
         entered.append(live.now)
-        copies.append(getattr(vars(layers[place]).get("forward"), "copied", 0))
         forward.append(live.take_peak())
         if hidden.requires_grad:
 
@@ -603,9 +598,7 @@ def _activations(policy: Policy, batch: MicroBatch, entropy_bonus: bool) -> Few:
     peaks = [max(forward[place + 1], backward.get(place, rest)) for place in range(len(layers))]
     works = tuple(peak - kept for peak, kept in zip(peaks, after, strict=True))
     keeps = tuple(end - start for start, end in zip(entered, after, strict=True))
-    return Few(
-        Ran(kept, max(peaks), inference=0, worn=0, prefill=0, rows=size), entered[0], keeps, works, tuple(copies)
-    )
+    return Few(Ran(kept, max(peaks), inference=0, worn=0, prefill=0, rows=size), entered[0], keeps, works)
 
 
 @contextlib.contextmanager
