@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -181,6 +182,22 @@ def test_a_backward_computes_with_the_adapters_of_its_forward():
             loss.backward()
 
     torch.testing.assert_close(results(made, backward=elsewhere)[1], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("by_outlines", [True, False])
+def test_a_backward_may_run_in_another_thread(by_outlines):
+    """As torch has it for a GPU, where nothing of the forward's thread is in force."""
+    made = policy_of("gemma2")
+    assert made.packs and made.outlined
+    if not by_outlines:
+        made.outlined = None
+    expected = results(made)[1]
+
+    def elsewhere(loss):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
+
+    assert expected.any() and torch.equal(results(made, backward=elsewhere)[1], expected)
 
 
 def test_a_trial_in_16_bits_takes_linears_without_adapters():
