@@ -36,6 +36,7 @@ from lowmem_grpo.kernels import (
     decode_layer,
     delta_step,
     expert_product,
+    int8_product,
     layer_pass,
     linear_logprobs,
     nf4_product,
@@ -240,6 +241,26 @@ def _experts(name: str, loop: int, **change) -> Kernel:
     )
 
 
+def _head_product(name: str, block_m: int, loop: int, **change) -> Kernel:
+    arguments = dict(
+        x_ptr="*half", weight_ptr="*i8", scale_ptr="*fp32", out_ptr="*fp32", M="i32",
+        PERMUTED=nf4_product.has_wgmma, INTERPRETED=False, BLOCK_M=block_m, BLOCK_N=int8_product.BLOCK_N,
+        BLOCK_K=int8_product.block_k(block_m), STAGES=int8_product.STAGES,
+    )  # fmt: skip
+    # Narrow: a scale for each of 128 threads.
+    return Kernel(
+        name,
+        int8_product._product_kernel,
+        arguments | change,
+        int8_product.NUM_WARPS,
+        narrow=1,
+        waits=3,
+        loop=loop,
+        oldest=nf4_product.OLDEST,
+        num_stages=int8_product.STAGES,
+    )
+
+
 def _start_layer(name: str, **change) -> Kernel:
     arguments = dict(
         token_ids_ptr="*i64", embedding_ptr="*half", stream_ptr="*half", gain_ptr="*fp32", out_ptr="*half",
@@ -415,6 +436,9 @@ KERNELS = [
     _product("nf4_product, down 7B, 32 rows", [3584], 16, 11, 395, K=18944, SPLITS=8, BLOCK_M=32),
     _product("nf4_product, down 7B, 64 rows", [3584], 16, 8, 520, K=18944, SPLITS=8, BLOCK_M=64),
     _product("nf4_product, gate, up 7B, 64 rows", [18944, 18944], 32, 6, 535, K=3584, SPLITS=1, BLOCK_M=64),
+    _head_product("int8_product, 152064 x 3584, 16 rows", 16, 660, N=152064, K=3584),
+    _head_product("int8_product, 49152 x 576, 32 rows", 32, 790, N=49152, K=576),
+    _head_product("int8_product, 128256 x 4096, 64 rows", 64, 710, N=128256, K=4096),
     _group("expert_product group, 4096 choices"),
     _experts("expert_product, gate and up of 30B-A3B, one row", 400, K=2048, N=1536, BY_PLACE=True),
     _experts("expert_product, gate and up of Mixtral, 64 rows", 530, K=4096, N=28672, SHARED=2, BLOCK_M=32),
