@@ -37,7 +37,7 @@ REAL = [shape for shape in SHAPES if not shape.startswith("tiny")]
 LETTERS = {
     "token_budget": "t", "rollout_token_budget": "r", "optim": "8", "tiled_mlp": "m", "activation_offloading": "o",
     "offload_embedding": "e", "rollout_kv": "k", "rollout_graphs_last": "a", "rollout_cuda_graphs": "c",
-    "gradient_checkpointing": "g",
+    "gradient_checkpointing": "g", "load_head_in_8bit": "h",
 }  # fmt: skip
 
 

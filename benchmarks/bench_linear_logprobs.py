@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
-from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.kernels.linear_logprobs import linear_logprobs, quantize_head
 
 SHAPES = {
     "cpu": [(1024, 896, 151936)],
@@ -48,10 +48,10 @@ class Inputs(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    logprobs: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # hidden, weight, labels, temperature -> (N,)
+    logprobs: Callable[[Tensor, Any, Tensor, float], Tensor]  # hidden, what head gave, labels, temperature -> (N,)
     calls: str  # what exactly is measured
     module: str | None = None  # the library's module that it imports
-    head: Callable[[Tensor], Tensor] = lambda weight: weight  # done once beforehand, neither timed nor counted
+    head: Callable[[Tensor], Any] = lambda weight: weight  # done once beforehand, neither timed nor counted
     setting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     is_exact: bool = True  # False where the result is not a log-probability
 
@@ -83,6 +83,9 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
     """All implementations to compare on a device; a library that is missing shows when it is called."""
     on_cuda = device.type == "cuda"
     found = {f"ours{suffix}": _ours(**options) for suffix, options in _our_options(on_cuda, sweep_chunks).items()}
+    found["ours int8 head"] = Implementation(
+        _int8_head, "linear_logprobs(weight_scale=...), as with load_head_in_8bit", head=quantize_head
+    )
     found |= {
         "TRL": Implementation(_trl, "ChunkedLogProbFunction with log_probs and entropy, as GRPOTrainer does", TRL),
         "TRL no entropy": Implementation(
@@ -146,6 +149,10 @@ def _ours(**options) -> Implementation:
 
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
     return Implementation(logprobs, f"linear_logprobs({shown})")
+
+
+def _int8_head(hidden: Tensor, weight: tuple[Tensor, Tensor], labels: Tensor, temperature: float) -> Tensor:
+    return linear_logprobs(hidden, weight[0], labels, weight_scale=weight[1], temperature=temperature)
 
 
 def _trl(hidden, weight, labels, temperature, outputs=("log_probs", "entropy")) -> Tensor:

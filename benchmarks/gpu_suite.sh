@@ -6,7 +6,7 @@
 #   benchmarks/gpu_suite.sh update    4 minutes: tests of a layer's pass; updates by outlines and by the model's own layers
 #   benchmarks/gpu_suite.sh speed     3 minutes: sampling from a 7B, and the head
 #   benchmarks/gpu_suite.sh beside    5 minutes: budgets, and a step beside the peers'
-#   benchmarks/gpu_suite.sh critic    2 minutes: a step of PPO beside one of GRPO
+#   benchmarks/gpu_suite.sh critic    4 minutes: a step of PPO beside one of GRPO; a 7B in 6 GB
 #   benchmarks/gpu_suite.sh families  5 minutes: tests that no GPU has run; sampling from a hybrid and two mixtures
 #   benchmarks/gpu_suite.sh fit       5 minutes: a step of each of those within a budget; choices of products
 #   DRY_RUN=1 ...                     the same commands with tiny sizes, on a CPU
@@ -22,7 +22,8 @@ python=${PYTHON:-python}
 results=${OUT:-${RESULTS:-benchmarks/results}}
 tests_s=120 # most goes into compiling kernels: 790 tests took an H200's 16 cores 106 s
 decode_s=70 # 487 of them
-decode="tests/test_decode_layer.py tests/test_nf4_product.py tests/test_decode_attention.py tests/test_sample_tokens.py"
+decode="tests/test_decode_layer.py tests/test_nf4_product.py tests/test_decode_attention.py tests/test_sample_tokens.py
+tests/test_int8_product.py tests/test_head_8bit.py"
 update_s=60
 update="tests/test_layer_pass.py tests/test_outlined.py"
 new_s=60

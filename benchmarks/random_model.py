@@ -8,6 +8,7 @@ Memory and speed do not depend on what the weights are, so such a model measures
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,17 +117,22 @@ def random_policy(shape: str, device: str, ends: int = 1, **settings: Any) -> Po
     torch.manual_seed(0)
     config = make_config(shape, list(range(ends)), vocabulary_of(shape) - 1)
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    model = made(config, where, in_4bit=True)
+    asked = GRPOConfig(use_cpu=device == "cpu", **settings)
+    on_cpu = [name for name in ("offload_embedding", "load_head_in_8bit") if getattr(asked, name)]
+    model = made(config, where, in_4bit=True, on_cpu=on_cpu)
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=config.pad_token_id)
-    policy = load_policy(model, tokenizer, GRPOConfig(use_cpu=device == "cpu", **settings))
+    policy = load_policy(model, tokenizer, asked)
     with torch.no_grad():
         for parameter in policy.parameters_of(policy.adapter).values():
             parameter.normal_(std=0.02)
     return policy
 
 
-def made(config: PreTrainedConfig, device: torch.device, in_4bit: bool) -> Any:
-    """A random model, made on the device layer by layer: a 7B in 4-bit takes seconds and one dense layer."""
+def made(config: PreTrainedConfig, device: torch.device, in_4bit: bool, on_cpu: Sequence[str] = ()) -> Any:
+    """A random model, made on the device layer by layer: a 7B in 4-bit takes seconds and one dense layer.
+
+    on_cpu: "offload_embedding", "load_head_in_8bit": what these settings are about is made on the CPU.
+    """
     as_saved, config = quantized_by(config).get("quant_method"), copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # what is loaded is no checkpoint any more
     with torch.device("meta"):
@@ -139,8 +145,9 @@ def made(config: PreTrainedConfig, device: torch.device, in_4bit: bool) -> Any:
         if in_4bit:
             quantize_linears(layer, device, torch.bfloat16)
             pack_experts(layer, device, torch.bfloat16)
-    for module in (decoder.embed_tokens, decoder.norm, model.get_output_embeddings()):
-        _fill(module.to_empty(device=device))
+    rest = {"offload_embedding": decoder.embed_tokens, "norm": decoder.norm}
+    for name, module in {**rest, "load_head_in_8bit": model.get_output_embeddings()}.items():
+        _fill(module.to_empty(device="cpu" if name in on_cpu else device))
     model.tie_weights()
     with device:
         decoder.rotary_emb = type(decoder.rotary_emb)(config)

@@ -100,8 +100,8 @@ _LONG = "--prompts 4 --prompt_length 512 --completion_length 448 --checkpointing
 _WAYS = """--only 'packed, prompt shared' --only "packed, by the model's own layers" """.strip()
 _FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
-# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 180, 300, 120, 300 and 300 s; what a
-# part had saved by then is kept.
+# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 240, 180, 300, 240, 300 and 300 s; what
+# a part had saved by then is kept.
 PROGRAMME = {
     "tests": {
         "step-0.5b": Part(
@@ -160,6 +160,7 @@ PROGRAMME = {
             "--shape qwen2.5-1.5b --steps 3 --only 'GRPO, groups of 8' 'PPO, one a prompt' --limit_s 50",
             110,
         ),
+        "budget-7b-6gb": Part("bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB", 110),
     },
     "families": {
         "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 65),

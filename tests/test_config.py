@@ -18,7 +18,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
 DIFFERENT = {"output_dir", "learning_rate", "save_steps", "steps_per_generation"}
 # Fields that TRL's GRPOConfig does not have; lora_* are TRL's ModelConfig's.
 OURS = {
-    "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
+    "load_in_4bit", "load_head_in_8bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dataset_config", "dataset_split",
     "system_prompt", "max_prompt_length", "prompts_per_step", "stop_strings", "rollout_token_budget", "rollout_weights",
     "rollout_kv", "rollout_paged", "rollout_cuda_graphs", "rollout_graphs_last", "dynamic_sampling_rounds", "replay_buffer_size", "curriculum_skip", "adv_estimator", "kl_estimator", "kl_in_reward", "kl_target", "kl_horizon", "reference",
     "importance_sampling_correction", "importance_sampling_mode", "importance_sampling_clip_max",
@@ -31,7 +31,7 @@ OURS = {
 TEXTS = {  # a text as it is typed, and what it means, for every field
     "output_dir": ("out", "out"), "resume_from_checkpoint": ("true", True), "seed": ("7", 7), "use_cpu": ("true", True), "doctor": ("stop", "stop"),
     "model_init_kwargs": ('{"attn_implementation": "eager"}', {"attn_implementation": "eager"}),
-    "trust_remote_code": ("true", True), "load_in_4bit": ("false", False), "vram_budget": ("8GB", "8GB"), "bf16": ("none", None), "fp16": ("True", True),
+    "trust_remote_code": ("true", True), "load_in_4bit": ("false", False), "load_head_in_8bit": ("true", True), "vram_budget": ("8GB", "8GB"), "bf16": ("none", None), "fp16": ("True", True),
     "gradient_checkpointing": ("false", False), "activation_offloading": ("true", True), "tiled_mlp": ("true", True),
     "offload_embedding": ("true", True), "use_liger_kernel": ("true", True), "optim": ("adamw_8bit", "adamw_8bit"), "lora_r": ("8", 8), "lora_alpha": ("16", 16),
     "lora_dropout": ("0.1", 0.1), "lora_target_modules": (["q_proj", "v_proj"], ["q_proj", "v_proj"]),

@@ -102,7 +102,7 @@ def test_a_head_that_lacks_something_the_model_does_is_refused(dropped):
 def test_a_head_that_does_something_unknown_is_refused():
     model = make_model("llama").requires_grad_(False)
     own = model.lm_head.forward
-    probe_head(model, Head(model.lm_head.weight, None, 1.0, None))
+    probe_head(model, Head(model.lm_head.weight, None, 1.0, None, torch.float32))
     assert model.lm_head.forward == own, "the probe leaves the model as it was"
 
     original = type(model).forward

@@ -29,11 +29,11 @@ from lowmem_grpo.errors import InputError, did_you_mean, shown
 
 # The fields that an evaluation reads: a test watches one read its configuration.
 EVAL_FIELDS = {
-    "seed", "use_cpu", "model_init_kwargs", "trust_remote_code", "load_in_4bit", "bf16", "fp16", "tiled_mlp",
-    "offload_embedding", "use_liger_kernel", "dataset_config", "dataset_streaming", "dataset_take", "system_prompt",
-    "chat_template_kwargs", "max_prompt_length", "max_completion_length", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "stop_strings", "rollout_token_budget", "rollout_weights", "rollout_kv", "rollout_paged",
-    "rollout_cuda_graphs", "rollout_graphs_last", "reward_weights", "reward_timeout", "token_budget",
+    "seed", "use_cpu", "model_init_kwargs", "trust_remote_code", "load_in_4bit", "load_head_in_8bit", "bf16", "fp16",
+    "tiled_mlp", "offload_embedding", "use_liger_kernel", "dataset_config", "dataset_streaming", "dataset_take",
+    "system_prompt", "chat_template_kwargs", "max_prompt_length", "max_completion_length", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "stop_strings", "rollout_token_budget", "rollout_weights", "rollout_kv",
+    "rollout_paged", "rollout_cuda_graphs", "rollout_graphs_last", "reward_weights", "reward_timeout", "token_budget",
     "num_generations_eval",
 }  # fmt: skip
 

@@ -99,6 +99,9 @@ class LoadFields(Checked):
     )
     trust_remote_code: bool = option(False, "run modelling code that comes with the model")
     load_in_4bit: bool = option(True, "hold the frozen base in NF4 with double quantization, experts included")
+    load_head_in_8bit: bool = option(
+        False, "hold the head in int8 with a scale for each of its rows, where it is not the embedding too"
+    )
     bf16: bool | None = option(None, "compute in bfloat16; on by default, unless fp16 is on")
     fp16: bool = option(False, "compute in float16 with loss scaling, for GPUs without bfloat16")
     tiled_mlp: bool = option(False, "compute each MLP a tile of tokens at a time, in less memory", may_change=True)

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from lowmem_grpo.config.sections import AdapterFields
 from lowmem_grpo.errors import InputError, did_you_mean, in_a_line, shown
 from lowmem_grpo.model.experts import are_packed, experts_of, weight_names
+from lowmem_grpo.model.head_8bit import head_path
 
 # Starts of LoRA that leave the base as it is: the others of PEFT's take from its weights what the adapter starts with.
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")
@@ -132,8 +133,7 @@ class Adapters:
             self._settle(worn)
 
     def _asks_for_the_head(self, config: LoraConfig) -> bool:
-        base: Any = self.model.get_base_model()
-        head = next(path for path, module in base.named_modules() if module is base.get_output_embeddings())
+        head = head_path(self.model.get_base_model())
         matched = config.target_modules not in (None, "all-linear") and check_target_module_exists(config, head)
         return bool(matched) or head.endswith(tuple(config.modules_to_save or ()))
 

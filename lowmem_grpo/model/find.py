@@ -40,6 +40,7 @@ from lowmem_grpo.model.adapters import (
 )
 from lowmem_grpo.model.experts import are_packed
 from lowmem_grpo.model.head import output_embeddings, read_head
+from lowmem_grpo.model.head_8bit import refuse_8bit
 from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, lay_out_4bit, quantized_by
 from lowmem_grpo.model.towers import (
     auto_class,
@@ -106,6 +107,8 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         if config.model_init_kwargs:
             raise InputError("model_init_kwargs has no effect on a model that is already loaded; leave it out")
         _refuse_loaded(model)
+        if config.load_head_in_8bit:
+            refuse_8bit(model.get_base_model() if isinstance(model, PeftModel) else model)
         if not config.load_in_4bit and is_4bit(model):
             raise InputError("the model was loaded in 4-bit; leave load_in_4bit at True")
         if isinstance(model, PeftModel) and config.load_in_4bit:
@@ -119,6 +122,8 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
             settings = read_config(model, config)
             base = without_weights(settings, config.trust_remote_code)
             decoder_path(base)
+            if config.load_head_in_8bit:
+                refuse_8bit(base)
             if config.load_in_4bit:
                 lay_out_4bit(base, settings)
                 if are_packed(base) and "experts_implementation" in given:

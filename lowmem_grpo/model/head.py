@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
+from lowmem_grpo.model.head_8bit import Head8bit
 
 TRAINED = (
     "the head is trained or has an adapter, which is not supported yet; "
@@ -27,6 +28,15 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    dtype: torch.dtype  # of h and W
+    scale: Tensor | None = None  # (V,) fp32: the weight is int8, and W's rows are its times these
+
+    def inputs(self) -> dict[str, Any]:
+        """The keywords that say it to linear_logprobs."""
+        return dict(
+            weight=self.weight, weight_scale=self.scale, bias=self.bias, logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )  # fmt: skip
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module:
@@ -46,19 +56,21 @@ def output_embeddings(model: PreTrainedModel) -> nn.Module:
 
 def read_head(model: PreTrainedModel) -> Head:
     """The head of a model, with its scale and softcap. Raise InputError if it is trained or adapted."""
-    weight = getattr(output_embeddings(model), "weight", None)
+    output: Any = output_embeddings(model)
+    weight, in_8bit = getattr(output, "weight", None), isinstance(output, Head8bit)
     if weight is None or weight.requires_grad:
         raise InputError(TRAINED)
-    if not weight.is_floating_point():
+    if not (weight.is_floating_point() or in_8bit):
         raise InputError("the head is quantized; load the model with lm_head left out of the quantization")
     config = model.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
     logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(
         weight,
-        getattr(model.get_output_embeddings(), "bias", None),
+        getattr(output, "bias", None),
         logit_scale,
         getattr(config, "final_logit_softcapping", None),
+        *((output.dtype, output.scale) if in_8bit else (weight.dtype,)),
     )
 
 
@@ -70,9 +82,9 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
     """
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, head.weight.shape[1], generator=draw).to(head.weight.device)
-    largest = _head_in_fp32(head.weight, head.bias, hidden).abs().max() * head.logit_scale
+    largest = _head_in_fp32(head, hidden).abs().max() * head.logit_scale
     hidden *= 2 * (head.softcap or 15.0) / largest
-    hidden = hidden.to(head.weight.dtype).float()  # Mamba casts them to the head's dtype itself
+    hidden = hidden.to(head.dtype).float()  # Mamba casts them to the head's dtype itself
     hidden[0] = 0
     try:
         theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
@@ -82,9 +94,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
         raise InputError(f"{type(model).__name__} has no logits for a text alone: {in_a_line(error)}") from error
     labels = torch.stack([theirs[0].argmin(), theirs[1].argmax(), theirs[2].argmin(), theirs[3].argmax()])
     with torch.no_grad():
-        ours = linear_logprobs(
-            hidden, head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
-        )
+        ours = linear_logprobs(hidden, labels=labels, **head.inputs())
     gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
     if math.isnan(gap):
         raise InputError(
@@ -109,11 +119,11 @@ def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The model's own fp32 logits (R, V) for given last hidden states (R, D)."""
     output = model.get_output_embeddings()
     assert output is not None
-    given = _LastHiddenState(last_hidden_state=hidden[None])
+    given, head = _LastHiddenState(last_hidden_state=hidden[None]), read_head(model)
     with (
         torch.no_grad(),
         forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
-        forward_replaced(output, lambda states: _head_in_fp32(output.weight, output.bias, states)),
+        forward_replaced(output, lambda states: _head_in_fp32(head, states)),
     ):
         return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
 
@@ -131,7 +141,9 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def _head_in_fp32(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+def _head_in_fp32(head: Head, hidden: Tensor) -> Tensor:
     """hidden W^T + b in fp32, without an fp32 copy of the whole weight."""
-    logits = torch.cat([F.linear(hidden.float(), rows.float()) for rows in weight.split(4096)], dim=-1)
-    return logits if bias is None else logits + bias.float()
+    parts = [F.linear(hidden.float(), rows.float()) for rows in head.weight.split(4096)]
+    logits = torch.cat(parts, dim=-1)
+    logits = logits if head.scale is None else logits * head.scale
+    return logits if head.bias is None else logits + head.bias.float()

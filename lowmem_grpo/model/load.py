@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.pytorch_utils import Conv1D
 
 from lowmem_grpo.config.sections import ModelFields
@@ -44,9 +44,17 @@ from lowmem_grpo.model.find import (
     without_weights,
 )
 from lowmem_grpo.model.head import probe_head
+from lowmem_grpo.model.head_8bit import head_path, settle_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
-from lowmem_grpo.model.offload import Offloading, offload_embedding, tile_mlps, undo, use_liger_kernels
+from lowmem_grpo.model.offload import (
+    Offloading,
+    offload_embedding,
+    tile_mlps,
+    token_embeddings,
+    undo,
+    use_liger_kernels,
+)
 from lowmem_grpo.model.outlined import take_out
 from lowmem_grpo.model.past_forward import read_past_forward
 from lowmem_grpo.model.policy import Policy, not_finite
@@ -191,19 +199,21 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
         model.requires_grad_(False)
     else:
         base = _load_base(base_of(model), config, device, dtype)
+    settle_head(base, device, dtype, in_8bit=config.load_head_in_8bit)
     saved = read_config(model, config) if isinstance(model, str) else saved_config(base)
     names = names_of(base, saved)
     if isinstance(model, PeftModel):
         if config.load_in_4bit:
             pack_experts(base, device, dtype)
         model.set_requires_grad(list(model.peft_config))  # also of those that are not worn, which stay fp32 so
-        adapted = _placed(model, device, dtype)
+        adapted = _placed(model, device, dtype, offloads=config.offload_embedding)
     elif isinstance(model, PreTrainedModel):
         if config.load_in_4bit:
             if not is_4bit(model):
                 quantize_linears(model, device, dtype)
             pack_experts(model, device, dtype)
-        adapted = add_adapter(_placed(model, device, dtype), peft_config or lora_config(config))
+        placed = _placed(model, device, dtype, offloads=config.offload_embedding)
+        adapted = add_adapter(placed, peft_config or lora_config(config))
     elif is_adapter(model):
         refuse_changed_base(model, base, names)
         refuse_whole_in_4bit(base, read_adapter_config(model))
@@ -216,11 +226,12 @@ def _load_model(model, config: TrainingConfig, peft_config, device, dtype) -> tu
 
 
 def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel:
+    settings = read_config(name, config)
+    places = _places(settings, config, device)
     arguments = {
-        "dtype": dtype, "device_map": {"": device}, "trust_remote_code": config.trust_remote_code,
+        "dtype": dtype, "device_map": places, "trust_remote_code": config.trust_remote_code,
         "ignore_mismatched_sizes": True,  # they are refused below, where they are named
     }  # fmt: skip
-    settings = read_config(name, config)
     given = config.model_init_kwargs or {}
     if config.load_in_4bit:
         arguments |= in_4bit(settings, dtype)
@@ -230,7 +241,7 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
     if settings.get_text_config() is not settings:
         only_text = made_without_towers(type(without_weights(settings, config.trust_remote_code)))
     try:
-        with only_text, reading_as_before():
+        with only_text, reading_as_before(), _left_apart() if len(places) > 1 else contextlib.nullcontext():
             loaded: Any = auto_class(settings).from_pretrained(name, **arguments, **given, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
@@ -261,6 +272,32 @@ def _load_base(name: str, config: ModelFields, device, dtype) -> PreTrainedModel
             )
         raise InputError(f"{what}; name a whole model")
     return model
+
+
+def _places(settings: PreTrainedConfig, config: ModelFields, device: torch.device) -> dict[str, torch.device]:
+    """Devices to which from_pretrained brings a model's parts, by their names; "" is all others.
+
+    What is not on the GPU in the end, or not in 16 bits, is never there.
+    """
+    away: list[str] = []
+    if device.type != "cpu" and (config.offload_embedding or config.load_head_in_8bit):
+        whole: Any = without_weights(settings, config.trust_remote_code).requires_grad_(False)
+        tables = token_embeddings(whole) if config.offload_embedding else []
+        away += [path for path, module in whole.named_modules() if any(module is table for table in tables)]
+        away += [head_path(whole)] if config.load_head_in_8bit else []
+    return {"": device, **dict.fromkeys(away, torch.device("cpu"))}
+
+
+@contextlib.contextmanager
+def _left_apart() -> Iterator[None]:
+    """Have no hooks on a model's parts that are on several devices: each lookup here says itself where it goes."""
+    loading: Any = modeling_utils
+    own = loading.accelerate_dispatch
+    loading.accelerate_dispatch = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        loading.accelerate_dispatch = own
 
 
 def _of_other_shapes(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -310,13 +347,19 @@ def shared_weights(model: nn.Module) -> set[str]:
     return {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
 
 
-def _placed(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with parameters and buffers on the device; frozen ones get the dtype too."""
+def _placed(model: Any, device: torch.device, dtype: torch.dtype, *, offloads: bool = False) -> Any:
+    """The model with parameters and buffers on the device; frozen ones get the dtype too.
+
+    With offloads, embeddings of token ids stay where they are: they will be in CPU memory.
+    """
     refuse_4bit_elsewhere(model, device)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    tables = {id(table.weight) for table in token_embeddings(base)} if offloads else set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
-                parameter.data = parameter.data.to(device, parameter.dtype if parameter.requires_grad else dtype)
+                to = parameter.device if id(parameter) in tables else device
+                parameter.data = parameter.data.to(to, parameter.dtype if parameter.requires_grad else dtype)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model

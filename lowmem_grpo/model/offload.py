@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.model.checkpointing import Contexts, by_torch
 from lowmem_grpo.model.experts import dense_weights, experts_of
+from lowmem_grpo.model.head_8bit import are_one
 
 TILE_TOKENS = 1024  # 6 x 2 x F bytes each in a bf16 MLP of width F: 222 MiB at 18,944, and 130 MiB for its weight
 LEAST_BYTES = 2**20  # what is smaller stays: a copy takes longer than it is worth
@@ -71,7 +72,7 @@ def offload_embedding(model: Any) -> None:
     if not moved:
         raise InputError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
     for table in moved:
-        _move_to_cpu(table)
+        _move_to_cpu(table, model.get_output_embeddings().weight.device)
 
 
 def token_embeddings(model: Any) -> list[nn.Embedding]:
@@ -85,17 +86,12 @@ def token_embeddings(model: Any) -> list[nn.Embedding]:
     return [
         table
         for table in tables
-        if table.num_embeddings >= least and not table.weight.requires_grad and not _are_one(table.weight, head)
+        if table.num_embeddings >= least and not table.weight.requires_grad and not are_one(table.weight, head)
     ]
 
 
-def _are_one(weight: Tensor, other: Tensor | None) -> bool:
-    return other is not None and (weight is other or (not weight.is_meta and weight.data_ptr() == other.data_ptr()))
-
-
-def _move_to_cpu(table: nn.Embedding) -> None:
-    """Compute a lookup on the CPU, whatever it does besides; its result comes to where the table was."""
-    device = table.weight.device
+def _move_to_cpu(table: nn.Embedding, device: torch.device) -> None:
+    """Compute a lookup on the CPU, whatever it does besides; its result comes to a device."""
     rows = table.weight.data.cpu()
     table.weight.data = rows.pin_memory() if device.type == "cuda" else rows
     _move_buffers(table, torch.device("cpu"))  # such as a scale, which multiplies the rows where they are

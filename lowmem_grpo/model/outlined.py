@@ -136,7 +136,7 @@ def _worn(linear: Any) -> Worn | None:
 
 
 class Copies(NamedTuple):
-    """Of the adapters of a layer's linears."""
+    """The adapters of a layer's linears, copied."""
 
     qkv: Factors | None
     out: Factors | None

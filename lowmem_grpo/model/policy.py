@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_grpo.errors import InputError, NotFiniteError
+from lowmem_grpo.kernels.int8_product import product_int8
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs
 from lowmem_grpo.model.adapter_folder import read_adapter_config, read_weights
 from lowmem_grpo.model.adapter_names import AdapterNames
@@ -167,12 +168,11 @@ class Policy:
         with self.autocast(), self._laid_out(batch), self.saved_activations():
             places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
             hidden = self.decoder(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state  # (R, T, D)
-        return hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.weight.dtype)
+        return hidden.flatten(0, 1).index_select(0, batch.predictors).to(self.head.dtype)
 
     def _head_inputs(self, batch: MicroBatch, temperature: float) -> dict[str, Any]:
         return dict(
-            hidden_states=self.hidden_states(batch), weight=self.head.weight, labels=batch.labels, bias=self.head.bias,
-            temperature=temperature, logit_scale=self.head.logit_scale, softcap=self.head.softcap,
+            hidden_states=self.hidden_states(batch), labels=batch.labels, temperature=temperature, **self.head.inputs()
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -189,16 +189,18 @@ class Policy:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The next token's logits (S, V) of last hidden states (S, D), on a GPU in fp32. For sampling alone."""
-        logits, (_, _, logit_scale, softcap) = self.bare_logits(hidden_states), self.head
-        logits = logits if logit_scale == 1 else logits * logit_scale
+        logits, softcap = self.bare_logits(hidden_states), self.head.softcap
+        logits = logits if self.head.logit_scale == 1 else logits * self.head.logit_scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def bare_logits(self, hidden_states: Tensor) -> Tensor:
         """The head's product and bias, (S, V), before its scale and softcap."""
-        weight, bias = self.head.weight, self.head.bias
-        rows = hidden_states.to(weight.dtype)
+        weight, scale, bias = self.head.weight, self.head.scale, self.head.bias
+        rows = hidden_states.to(self.head.dtype)
         with torch.autocast(self.device.type, enabled=False):
-            if rows.is_cuda and rows.dtype != torch.float32:
+            if scale is not None:
+                logits = product_int8(rows, weight, scale)
+            elif rows.is_cuda and rows.dtype != torch.float32:
                 logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
             else:
                 logits = rows @ weight.t()

@@ -76,7 +76,10 @@ def as_teacher(name: str, config: GRPOConfig) -> GRPOConfig:
     adapter: dict[str, Any] = {field.name: field.default for field in fields(AdapterFields)}
     if not is_adapter(name):
         adapter |= {"lora_r": 1, "lora_alpha": 1}
-    return replace(config, **adapter, model_init_kwargs=None, activation_offloading=False, offload_embedding=False)
+    return replace(
+        config, **adapter, model_init_kwargs=None, activation_offloading=False, offload_embedding=False,
+        load_head_in_8bit=False,
+    )  # fmt: skip
 
 
 def _base_of(model: Any) -> str:

@@ -25,6 +25,7 @@ from lowmem_grpo.kernels.decode_attention import scratch_bytes
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
 from lowmem_grpo.kernels.nf4_product import default_splits
 from lowmem_grpo.model.adapters import lora_config
+from lowmem_grpo.model.head_8bit import has_untied_head
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.offload import TILE_TOKENS, token_embeddings
 from lowmem_grpo.model.teacher import FoundTeacher, as_teacher
@@ -203,10 +204,11 @@ def _changes(key: Key, config: TrainingConfig, found: Forecast) -> Iterator[Chan
         yield Change("activation_offloading", True, "checkpoints go to CPU memory and back")
     if phase == "rollout" and isinstance(config, GRPOConfig) and config.rollout_kv == "full" and not found.padded:
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
-    if not config.offload_embedding:
-        whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
-        if token_embeddings(whole.get_base_model()):
-            yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+    base = _skeleton(key, config).get_base_model()
+    if not config.offload_embedding and token_embeddings(base):
+        yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+    if not config.load_head_in_8bit and has_untied_head(base):
+        yield Change("load_head_in_8bit", True, "the head in half the memory, rounded")
 
 
 def _changes_of_sampling(config: GRPOConfig, found: Forecast) -> Iterator[Change]:
@@ -358,15 +360,24 @@ def _rollout_bytes(key: Key, config: GRPOConfig, traced: Traced, layer: int) -> 
 def _numbers_of_rewards(key: Key, config: GRPOConfig) -> Iterator[int]:
     """How many numbers each reward adapter has, its score head apart."""
     for reward in key.rewards:
-        whole = skeleton(Key(key.model, reward), config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
+        whole = _skeleton(Key(key.model, reward), config)
         yield sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
+
+
+def _skeleton(key: Key, config: TrainingConfig) -> Any:
+    return skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
 
 
 def _head_bytes(text: PreTrainedConfig, config: TrainingConfig) -> int:
     """Bytes of the head's scores and pull, in tiles as of a card of the budget's size."""
     kind = "cpu" if config.use_cpu else "cuda"
     tokens, entries = default_chunks(kind, (config.vram_budget_bytes or 0) / 2**30, text.hidden_size)
-    return 4 * tokens * (entries + text.hidden_size)
+    scratch = 4 * tokens * (entries + text.hidden_size)
+    if not config.load_head_in_8bit:
+        return scratch
+    # A tile of the head and the labels' rows, rounded to 16 bits, the latter from int8 by way of fp32.
+    size = getattr(torch, config.compute_dtype).itemsize
+    return scratch + text.hidden_size * (size * entries + (size + 5) * tokens)
 
 
 def _teacher_bytes(key: Key, config: GRPOConfig, worn: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -437,7 +448,7 @@ def _experts_bytes(key: Key, config: GRPOConfig, traced: Traced, num_tokens: int
     """Bytes at the peak of a layer's experts for few tokens, as decoding steps and short prompts have."""
     if config.use_cpu or not traced.choices:
         return 0
-    whole = skeleton(key, config.compute_dtype, config.trust_remote_code, config.load_in_4bit)
+    whole = _skeleton(key, config)
     return few_tokens_bytes(whole, num_tokens, traced.choices, getattr(torch, config.compute_dtype))
 
 

@@ -36,6 +36,7 @@ from lowmem_grpo.model import experts
 from lowmem_grpo.model.adapters import add_adapter
 from lowmem_grpo.model.attention import Silent, UnknownAttention, attending, laid_out, refusal
 from lowmem_grpo.model.find import without_weights
+from lowmem_grpo.model.head_8bit import has_untied_head
 from lowmem_grpo.model.layer_shapes import LayerShape
 from lowmem_grpo.model.load import LINEAR, equip, shared_weights
 from lowmem_grpo.model.mixing import CACHES, mixers
@@ -719,6 +720,8 @@ def _resident(
     counted |= {id(p) for p in adapters}
     counted |= {id(table.weight) for table in token_embeddings(base)} if config.offload_embedding else set()
     others = {id(p): size * p.numel() for p in whole.parameters() if id(p) not in counted}
+    if config.load_head_in_8bit and has_untied_head(base):
+        others[id(head.weight)] = head.weight.numel() + 4 * len(head.weight)
     packed = experts.packed_bytes(base)
     resident = {
         "4-bit linear layers": sum(map(nf4_bytes, quantized)),
