@@ -3,8 +3,8 @@
     python -m lowmem_grpo.benchmarks.compile_kernels [--targets 80 90] [--json]
 
 registers per thread / bytes of stack per thread (spills) / bytes of shared memory per block / waits for memory, one
-after another, by `cuobjdump`, which Triton brings along. The arguments are as the launches in kernels/ would specialize
-them.
+after another, by `cuobjdump` and `nvdisasm`, which Triton brings along. The arguments are as the launches in kernels/
+would specialize them.
 """
 
 import argparse
@@ -26,7 +26,9 @@ from triton.compiler import ASTSource
 from lowmem_grpo.benchmarks.machine_code import (
     UNROUNDED,
     WAIT,
+    code_of,
     early,
+    in_turn,
     longest_loop,
     narrow_accesses,
     waits_in_turn,
@@ -75,7 +77,7 @@ class Kernel(NamedTuple):
     num_warps: int = 4
     spill_bytes: int = 0  # the most that is accepted
     narrow: int = 0  # accepted instructions that access a tensor by less than 16 bytes a thread
-    waits: int | None = None  # accepted, one after another; None: machine code is not read, which takes 0.4 s
+    waits: int | None = None  # accepted, one after another; None: machine code is not read
     loop: int | None = None  # accepted instructions of the longest loop, of a kernel that their number bounds
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
@@ -525,8 +527,32 @@ KERNELS += [
 ]  # fmt: skip
 
 
-def compile_for(kernel: Kernel, capability: int) -> dict:
-    """A kernel's resources on a card; entries with `limit`, and the first of `loads`, also what is accepted."""
+def compile_all(capability: int) -> list[dict]:
+    """The resources of every kernel that is launched on a card, and what its machine code tells."""
+    kernels = [kernel for kernel in KERNELS if capability >= kernel.oldest]
+    results, codes = zip(*(compile_for(kernel, capability) for kernel in kernels), strict=True)
+    read = [place for place, kernel in enumerate(kernels) if kernel.waits is not None]
+    for place, sass in zip(read, disassembled([codes[place] for place in read], capability), strict=True):
+        results[place].update(waits=waits_in_turn(sass), longest_loop=longest_loop(sass))
+    return list(results)
+
+
+def disassembled(codes: list[bytes], capability: int) -> list[str]:
+    """Each kernel's SASS. All are one image, since nvdisasm takes 0.2 s to start, and 0.01 s for a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as image:
+        image.write(b"".join(codes))
+        image.flush()
+        card = f"SM{capability}{'a' if capability >= 90 else ''}"
+        command = [knobs.nvidia.nvdisasm.path, "-b", card, image.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return in_turn(dump, [len(code) for code in codes])
+
+
+def compile_for(kernel: Kernel, capability: int) -> tuple[dict, bytes]:
+    """A kernel's resources on a card, and its machine code, which is still to be read.
+
+    Entries with `limit`, and the first of `loads`, are what is accepted.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.function.params):
         value = kernel.arguments[parameter.name]
@@ -545,11 +571,10 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        sass = [] if kernel.waits is None else ["--dump-sass"]
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", *sass, cubin.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.findall(rf"{what}:(\d+)", dump)[0]) for what in ("REG", "STACK"))
-    return dict(
+    resources = dict(
         kernel=kernel.name,
         target=capability,
         registers=registers,
@@ -561,15 +586,16 @@ def compile_for(kernel: Kernel, capability: int) -> dict:
         loads=[compiled.asm["ttir"].count("tt.load") + kernel.read_again, compiled.asm["ttgir"].count("tt.load")],
         narrow=narrow_accesses(compiled.asm["ttir"], compiled.asm["ptx"]),
         narrow_limit=kernel.narrow,
-        waits=waits_in_turn(dump) if sass else None,
+        waits=None,
         waits_limit=kernel.waits,
-        longest_loop=longest_loop(dump) if sass else None,
+        longest_loop=None,
         loop_limit=kernel.loop,
         unrounded=len(UNROUNDED.findall(compiled.asm["ptx"])),
         # Of a chain: waits, prefetches before the first, and how many they are to be; what else is before it.
         chain=[compiled.asm["ptx"].count(WAIT), *early(compiled.asm["ptx"])],
         chain_as_wanted=[1, kernel.prefetches, 0] if kernel.arguments.get("OVERLAP") else [0, 0, 0],
     )
+    return resources, code_of(compiled.asm["cubin"])
 
 
 def table(results: list[dict]) -> str:
@@ -595,9 +621,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
-    results = [
-        compile_for(kernel, target) for kernel in KERNELS for target in arguments.targets if target >= kernel.oldest
-    ]
+    results = [result for target in arguments.targets for result in compile_all(target)]
     print(json.dumps(results) if arguments.json else table(results))
 
 

@@ -1,6 +1,8 @@
 """Readings of a kernel's PTX and machine code (SASS): widths of accesses, waits for memory, lengths of loops."""
 
 import re
+import struct
+from itertools import accumulate
 
 # Of PTX: ld.global.v4.b32, st.global.L1::evict_last.b16, ...
 ACCESS = re.compile(r"\b(?:ld|st)\.global(?:\.[a-z]\w*::\w+)*(?:\.v(\d))?\.b(\d+)")
@@ -33,6 +35,28 @@ def early(ptx: str) -> tuple[int, int]:
     """Numbers of prefetches, and of accesses and jumps, that a kernel does before it waits."""
     before = ptx.partition(WAIT)[0] if WAIT in ptx else ""
     return before.count(PREFETCH), len(EARLY.findall(before))
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The machine code of a cubin's one kernel: the section .text.NAME of an ELF file in 64 bits."""
+    (start,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    # Of each section: where its name begins, and its own offset and size.
+    sections = [struct.unpack_from("<I20xQQ", cubin, start + size * number) for number in range(count)]
+    first = sections[names][1]
+    (code,) = (section for section in sections if cubin.startswith(b".text.", first + section[0]))
+    return cubin[code[1] : code[1] + code[2]]
+
+
+def in_turn(sass: str, sizes: list[int]) -> list[str]:
+    """The SASS of each kernel of an image in which they follow one another, from their sizes in bytes."""
+    lines: list[list[str]] = [[] for _ in sizes]
+    ends, place = list(accumulate(sizes)), 0
+    for line in sass.splitlines():
+        if instruction := INSTRUCTION.search(line):
+            while int(instruction[1], 16) >= ends[place]:
+                place += 1
+            lines[place].append(line)
+    return ["\n".join(of_kernel) for of_kernel in lines]
 
 
 def waits_in_turn(sass: str) -> int:
