@@ -1,6 +1,7 @@
 """Adapters as people have them: each is trained for a step, saved and loaded back equal, or refused in one sentence."""
 
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -158,6 +159,20 @@ def logprobs(policy) -> torch.Tensor:
         return torch.cat([policy.logprobs(batch, 1.0) for batch in batches])
 
 
+def load_in_fp32(model):
+    return load_policy(model, tokenizer(), GRPOConfig(use_cpu=True, gradient_checkpointing=False, **IN_FP32))
+
+
+def logprobs_of(model) -> torch.Tensor:
+    """Of a model without adapters; load_policy adds one that starts without an effect."""
+    return logprobs(load_in_fp32(model))
+
+
+@cache
+def logprobs_of_the_base() -> torch.Tensor:
+    return logprobs_of(base())
+
+
 CONTAINED = [  # in others, of the same branches: of many ranks, of two, in 16 bits, loaded
     "of another task", "prepared for training in 4-bit", "of another name", "the first of two",
     "left when the active one was deleted", "loaded to be trained", "frozen", "with every weight trainable",
@@ -172,8 +187,7 @@ CONTAINED = [  # in others, of the same branches: of many ranks, of two, in 16 b
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_is_trained_from_its_base_and_what_is_saved_is_the_policy(state, tmp_path):
     model = TRAINED[state](tmp_path)
-    unmerged = base() if "merged into" not in state else awake(adapted()).merge_and_unload()
-    expected = load_policy(unmerged, tokenizer(), GRPOConfig(use_cpu=True, gradient_checkpointing=False, **IN_FP32))
+    expected = logprobs_of(awake(adapted()).merge_and_unload()) if "merged into" in state else logprobs_of_the_base()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     policy = run(
         tmp_path, model, varied_reward, max_steps=1, beta=0.1, max_completion_length=2, doctor="off", **IN_FP32
@@ -182,16 +196,18 @@ def test_an_adapter_is_trained_from_its_base_and_what_is_saved_is_the_policy(sta
     moved = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert moved and moved <= {*policy.parameters_of(policy.adapter)}
     with policy.as_reference():
-        torch.testing.assert_close(logprobs(policy), logprobs(expected), atol=2e-5, rtol=0)
-    assert (logprobs(policy) - logprobs(expected)).abs().max() > 1e-4
-    for saved in ("adapter", "checkpoint-1"):
-        if "merged into" in state:  # whose base is in no folder
-            break
-        config = GRPOConfig(use_cpu=True, gradient_checkpointing=False, **IN_FP32)
-        again = load_policy(str(tmp_path / "out" / saved), tokenizer(), config)
-        torch.testing.assert_close(logprobs(again), logprobs(policy), atol=2e-5, rtol=0)
-        for name, values in policy.parameters_of(policy.adapter).items():
-            assert torch.equal(again.parameters_of("default")[renamed(name, policy.adapter)], values), name
+        torch.testing.assert_close(logprobs(policy), expected, atol=2e-5, rtol=0)
+    trained = logprobs(policy)
+    assert (trained - expected).abs().max() > 1e-4
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        saved = (tmp_path / "out" / folder / name for folder in ("adapter", "checkpoint-1"))
+        assert len({path.read_bytes() for path in saved}) == 1
+    if "merged into" in state:  # whose base is in no folder
+        return
+    again = load_in_fp32(str(tmp_path / "out/adapter"))
+    torch.testing.assert_close(logprobs(again), trained, atol=2e-5, rtol=0)
+    for name, values in policy.parameters_of(policy.adapter).items():
+        assert torch.equal(again.parameters_of("default")[renamed(name, policy.adapter)], values), name
 
 
 def merged() -> Any:
