@@ -109,8 +109,13 @@ def test_hugging_faces_kernels_wins_over_the_folder(tmp_path):
     """Run from the root, as `python -m` does, with a regular package of that name installed."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("CUDAProperties = 'theirs'\n")
-    program = "import sys; sys.path.append(sys.argv[1]); from kernels import CUDAProperties; import lowmem_grpo.kernels.policy_loss"
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True)
+    program = (
+        "import importlib.util, sys; sys.path.append(sys.argv[1]); from kernels import CUDAProperties; "
+        "print(importlib.util.find_spec('lowmem_grpo.kernels.policy_loss').origin)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert Path(found.strip()).samefile(ROOT / "kernels/policy_loss.py")
 
 
 def test_no_tracked_text_names_a_place_of_this_machine():
