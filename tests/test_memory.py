@@ -225,7 +225,7 @@ def some_of(*quick, names=SHAPES, rungs=RUNGS):
     ("qwen3, untied", "tiled"), ("gemma2", "padded"),
 )  # fmt: skip
 def test_activations_are_as_predicted(name, rung, monkeypatch):
-    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 32)
+    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 96)
     config = GRPOConfig(**TASK, **RUNGS[rung])
     predicted = planner.forecast(SHAPES[name], config).phases["update"]["activations kept"]
     policy = make_policy(name, config)
@@ -237,7 +237,7 @@ def test_activations_are_as_predicted(name, rung, monkeypatch):
 @some_of(("qwen2", "none"), ("gemma2", "both"), rungs=["none", "checkpointing", "both"])
 def test_peaks_of_layers_at_work_are_those_of_torchs_own_record(name, rung, monkeypatch):
     """Of a backward and of a pass without one, up to the head, by the allocator's events, over the activations kept."""
-    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 64)
+    monkeypatch.setattr("lowmem_grpo.model.offload.TILE_TOKENS", 96)
     random_numbers = torch.get_rng_state()  # 5,056 bytes for each checkpoint, in a CPU's memory also on a GPU
     monkeypatch.setattr(torch, "get_rng_state", lambda: random_numbers)
     config = GRPOConfig(**TASK, **RUNGS[rung], load_in_4bit=False, beta=0.1)
@@ -711,9 +711,10 @@ def test_a_run_is_planned_for_its_longest_prompt(limit):
     assert shorter == planner.forecast(model, replace(config, max_prompt_length=30)) != found.forecast
 
 
-def test_a_setting_that_a_model_does_not_know_is_not_chosen():
+def test_a_setting_that_a_model_does_not_know_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(planner, "TILE_TOKENS", 150)  # of which a text has more
     model = MIXED["two layers"]
-    config = GRPOConfig(**{**TASK, "max_completion_length": 1000}, token_budget=1040, optim="adamw_8bit")
+    config = GRPOConfig(**{**TASK, "max_completion_length": 120}, token_budget=160, optim="adamw_8bit")
     config = replace(config, vram_budget=f"{planner.forecast(model, config).peak() / 10**9 - 0.001:.4f}GB")
     with pytest.raises(ValueError, match="tiled_mlp does not know the MLP of Qwen3MoeDecoderLayer"):
         planner.forecast(model, replace(config, tiled_mlp=True))
@@ -839,7 +840,8 @@ def test_what_an_objective_needs_besides_is_planned():
 def test_plans_of_two_kinds_of_training_of_one_model_are_apart(monkeypatch):
     """Each is traced by settings that the other has not."""
     model = FAMILIES["qwen2"]()
-    trainings = [SFTConfig(use_cpu=True), GRPOConfig(use_cpu=True), SFTConfig(use_cpu=True, max_length=64)]
+    trainings = [SFTConfig(use_cpu=True, max_length=length) for length in (96, 64)]
+    trainings.insert(1, GRPOConfig(**TASK))
     alone = []
     for config in trainings:
         monkeypatch.setattr(trace, "_TRACED", {})

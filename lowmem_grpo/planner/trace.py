@@ -510,11 +510,11 @@ def run_few(policy: Policy, config: TrainingConfig) -> list[Few]:
         batch = _first_micro_batch(config, lengths, policy.device)
         few = _activations(policy, batch, config.has_entropy_bonus)
         sampling = cast(GRPOConfig, config)
-        runs_without = not config.samples or (
+        runs_without = config.samples and (
             sampling.beta or sampling.has_old_pass or sampling.has_critic or sampling.teacher
         )
         inference = _inference(policy, batch) if runs_without else 0
-        worn = _inference(policy, batch, worn=True) if runs_without else 0
+        worn = _inference(policy, batch, worn=True) if runs_without or not config.samples else 0  # of an evaluation
         found.append(replace(few, ran=replace(few.ran, inference=inference, worn=worn, prefill=prefill)))
     return found
 
