@@ -26,9 +26,9 @@ from triton.compiler import ASTSource
 from lowmem_grpo.benchmarks.machine_code import (
     UNROUNDED,
     WAIT,
+    by_kernel,
     code_of,
     early,
-    in_turn,
     longest_loop,
     narrow_accesses,
     waits_in_turn,
@@ -545,7 +545,7 @@ def disassembled(codes: list[bytes], capability: int) -> list[str]:
         card = f"SM{capability}{'a' if capability >= 90 else ''}"
         command = [knobs.nvidia.nvdisasm.path, "-b", card, image.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return in_turn(dump, [len(code) for code in codes])
+    return by_kernel(dump, [len(code) for code in codes])
 
 
 def compile_for(kernel: Kernel, capability: int) -> tuple[dict, bytes]:

@@ -47,7 +47,7 @@ def code_of(cubin: bytes) -> bytes:
     return cubin[code[1] : code[1] + code[2]]
 
 
-def in_turn(sass: str, sizes: list[int]) -> list[str]:
+def by_kernel(sass: str, sizes: list[int]) -> list[str]:
     """The SASS of each kernel of an image in which they follow one another, from their sizes in bytes."""
     lines: list[list[str]] = [[] for _ in sizes]
     ends, place = list(accumulate(sizes)), 0

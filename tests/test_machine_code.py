@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem_grpo.benchmarks.machine_code import in_turn, longest_loop, waits_in_turn
+from lowmem_grpo.benchmarks.machine_code import by_kernel, longest_loop, waits_in_turn
 
 
 def sass(*lines: str) -> str:
@@ -62,7 +62,7 @@ def test_a_loop_is_as_long_as_its_jump_goes_back():
 def test_an_image_of_several_kernels_is_read_as_each_of_them_alone():
     kernels = ["NOP", "EXIT"], ["FADD R1, R1, R2", "@P0 BRA 0x20", "EXIT"], ["NOP"]
     image = sass(*(line for lines in kernels for line in lines))
-    read = in_turn(f"\t.headerflags @SM90\n{image}\n", [16 * len(lines) for lines in kernels])
+    read = by_kernel(f"\t.headerflags @SM90\n{image}\n", [16 * len(lines) for lines in kernels])
     for lines, own in zip(kernels, read, strict=True):
         assert [line.split("*/")[1].strip(" ;") for line in own.splitlines()] == lines
     assert [longest_loop(own) for own in read] == [0, 2, 0]

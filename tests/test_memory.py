@@ -840,8 +840,7 @@ def test_what_an_objective_needs_besides_is_planned():
 def test_plans_of_two_kinds_of_training_of_one_model_are_apart(monkeypatch):
     """Each is traced by settings that the other has not."""
     model = FAMILIES["qwen2"]()
-    trainings = [SFTConfig(use_cpu=True, max_length=length) for length in (96, 64)]
-    trainings.insert(1, GRPOConfig(**TASK))
+    trainings = [SFTConfig(use_cpu=True, max_length=96), GRPOConfig(**TASK), SFTConfig(use_cpu=True, max_length=64)]
     alone = []
     for config in trainings:
         monkeypatch.setattr(trace, "_TRACED", {})
