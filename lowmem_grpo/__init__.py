@@ -57,12 +57,23 @@ _HOMES = {
     "PipelineResult": "lowmem_grpo.pipeline.pipeline",
 }  # fmt: skip
 
+# What TRL and Unsloth have in the place of functions.
+_ELSEWHERE = {
+    "GRPOTrainer": "call train(model, reward_funcs, train_dataset, eval_dataset, config), which is trainer and train()",
+    "PPOTrainer": "call train() with GRPOConfig(adv_estimator='gae')",
+    "SFTTrainer": "call sft(model, train_dataset, eval_dataset, config)",
+    "RewardTrainer": "call train_reward_model(model, train_dataset, eval_dataset, config)",
+    "FastLanguageModel": "give train() the model's name, and it is loaded in 4 bits and gets its adapters",
+}
+
 # bitsandbytes warns at import that an inference kernel for AVX512-BF16 CPUs is missing, which is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):
     """Import torch and transformers (seconds) only for what needs them, which `--help` and GRPOConfig do not."""
+    if name in _ELSEWHERE:  # an AttributeError's words are lost in `from lowmem_grpo import`
+        raise ImportError(f"lowmem_grpo has no {name}: {_ELSEWHERE[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lowmem_grpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -113,6 +113,8 @@ def test_a_list_may_be_written_as_json(written):
         (["--num_generations", "1"], "a group needs at least 2"),
         (["--learning_rate", "fast"], "learning_rate: 'fast' is not a number"),
         (["--seed", "1", "stray"], "stray is not understood"),
+        (["--seed", "1", "max_steps=5"], "'max_steps=5' is not understood; write --max_steps '5'"),
+        (["--seed", "1", "data.train_batch_size=5"], "has no data.train_batch_size: set prompts_per_step"),
         (["--config", "/no/such.yaml"], "cannot be read"),
         (["--reward_funcs", "broken_rewards.f"], "cannot be imported"),
         (["--dataset", "no_gold.jsonl"], "accuracy_reward needs the gold answers"),

@@ -10,7 +10,7 @@ from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
-from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED
+from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED, UNSUPPORTED_GRPO
 from lowmem_grpo.errors import InputError
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
@@ -189,13 +189,30 @@ def test_every_field_of_trls_models_and_scripts_is_known():
         ("dataset_train_split", "set dataset_split"), ("bnb_4bit_quant_type", "NF4"), ("model_name_or_path", "argument of train"),
         ("reward_funcs", "argument of train"), ("reward_model_name_or_path", "reward_funcs"),
         ("teacher_model_name_or_path", "set teacher"), ("teacher_model_revision", "hf download --revision"),
-        ("lmbda", "lowmem-grpo sft"), ("discount", "set gamma"),
+        ("lmbda", "lowmem-grpo sft"), ("discount", "set gamma"), ("max_seq_length", "set max_prompt_length and"),
+        ("random_state", "set seed"), ("fast_inference", "no second engine"), ("n_samples_per_prompt", "num_generations"),
+        ("actor_learning_rate", "set learning_rate"), ("loss_agg_mode", "dapo for token-mean"), ("trainer", "sections"),
+        ("actor_rollout_ref.rollout.n", "set num_generations"), ("actor_rollout_ref.actor.optim.lr", "set learning_rate"),
+        ("critic.optim.lr", "set critic_learning_rate"), ("algorithm.adv_estimator", "write adv_estimator alone"),
     ],
 )  # fmt: skip
-def test_a_name_of_trls_models_and_scripts_gets_a_remedy_and_no_guess(name, remedy):
+def test_a_name_of_another_trainers_settings_gets_a_remedy_and_no_guess(name, remedy):
     with pytest.raises(TypeError, match=f"^GRPOConfig has no {name}: .*{re.escape(remedy)}") as caught:
         GRPOConfig(**{name: True})
     assert "did you mean" not in str(caught.value)
+
+
+def test_what_a_remedy_says_to_set_is_a_setting_and_what_it_is_said_of_is_none():
+    assert not set(FIELDS) & set(UNSUPPORTED_GRPO)
+    said = {
+        name for remedy in UNSUPPORTED_GRPO.values() for name in re.findall(r"\bset (?:\w+, and )?(\w+_\w+)", remedy)
+    }
+    assert len(said) > 30 and said <= set(FIELDS)
+
+
+def test_a_name_of_trls_or_unsloths_that_is_imported_says_what_to_call():
+    with pytest.raises(ImportError, match="^lowmem_grpo has no GRPOTrainer: call train"):
+        from lowmem_grpo import GRPOTrainer  # type: ignore[attr-defined]  # noqa: F401
 
 
 def test_defaults_are_trls_but_for_the_stated_ones():

@@ -9,7 +9,7 @@ import lowmem_grpo
 from lowmem_grpo.cli import demos, exports, looks, pipelines, runs, sampled, trainings
 from lowmem_grpo.cli.demos import run_bench
 from lowmem_grpo.cli.output import drop_output, open_closed, say_safely, speaks, writing_output
-from lowmem_grpo.cli.parser import Commands, Parser, refuse_unknown_flags, with_underscores
+from lowmem_grpo.cli.parser import Commands, Parser, refuse_overrides, refuse_unknown_flags, with_underscores
 from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.pairs import PairsConfig
@@ -77,6 +77,7 @@ def run_command(arguments: list[str]) -> int:
         refuse_unknown_flags(arguments[0], arguments[1:], parser.commands[arguments[0]], trains)
     options, rest = parser.parse_known_args(arguments)
     if rest:
+        refuse_overrides(rest, parser.commands[arguments[0]], trains)
         raise InputError(f"{printable(' '.join(rest)):.200} is not understood; see `lowmem-grpo {arguments[0]} --help`")
     given = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     return options.run(given)

@@ -140,3 +140,12 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--{name} is no flag of a pipeline; write the settings of its phases into its file")
     if "--help_all" in known:  # else it has no configuration
         refuse_unknown_fields(unknown, config)
+
+
+def refuse_overrides(words: list[str], parser: argparse.ArgumentParser, config: type) -> None:
+    """Raise InputError for a setting without hyphens, as Hydra's and verl's `max_steps=5`: how it is written here."""
+    for name, equals, value in (word.lstrip("+").partition("=") for word in words):
+        if equals and f"--{name}" in parser._option_string_actions:
+            raise InputError(f"{shown(f'{name}={value}')} is not understood; write --{name} {shown(value)}")
+        if equals and name.replace(".", "").isidentifier() and "--help_all" in parser._option_string_actions:
+            refuse_unknown_fields([name], config)

@@ -1,4 +1,7 @@
-"""TRL's fields that this package does not have, each with what to do instead. Standard library only."""
+"""Fields of TRL and of other trainers that this package does not have, each with what to do instead.
+
+Standard library only.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -110,6 +113,68 @@ _DISTILLATION_FIELDS = {
     "the policy learns from what it samples itself, which TRL calls lmbda=1; remove it, or let the teacher write "
     "examples for `lowmem-grpo sft`": "lmbda seq_kd",
 }
+# Unsloth's, of its models and their LoRA.
+_UNSLOTH_FIELDS = {
+    "set max_prompt_length and max_completion_length": "max_seq_length",
+    "set lora_r": "max_lora_rank lora_rank r",
+    "set lora_target_modules": "target_modules",
+    "set gradient_checkpointing": "use_gradient_checkpointing",
+    "set seed": "random_state",
+    "LoRA adapters are always what is trained; remove it": "full_finetuning",
+    _RESIDENT: "fast_inference gpu_memory_utilization",
+}
+# verl's, by the last of its names alone where that is enough, and OpenRLHF's and others' habits.
+_VERL_FIELDS = {
+    "settings have no sections here; write each by its own name, as num_generations":
+        "actor_rollout_ref actor rollout ref critic data algorithm trainer custom_reward_function",
+    TO_TRAIN: "train_files model.path",
+    "give the held-out rows as eval_dataset": "val_files",
+    "rename the column to prompt": "prompt_key input_key",
+    "every reward function gets the column data_source; get_routed_reward asks one for the rows of a kind alone":
+        "reward_fn_key",
+    "name it among the reward_funcs, as module.function": "custom_reward_function.path custom_reward_function.name",
+    "name it among the reward_funcs": "reward_model reward_model.path reward_pretrain",
+    "the reference is the policy without its adapters; remove it": "ref_model ref_model_path",
+    "set num_generations": "n n_samples_per_prompt rollout_n group_size num_return_sequences num_samples",
+    "set prompts_per_step": "train_batch_size gen_batch_size rollout_batch_size",
+    "set steps_per_generation, into how many optimizer steps a rollout is split": "mini_batch_size",
+    _STEP: "batch_size micro_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu micro_train_batch_size "
+        "micro_rollout_batch_size log_prob_micro_batch_size log_prob_micro_batch_size_per_gpu val_batch_size",
+    "set token_budget": "ppo_max_token_len_per_gpu log_prob_max_token_len_per_gpu",
+    "micro-batches are always made by their tokens; remove it": "use_dynamic_bsz",
+    "set padding_free, which is on by default": "use_remove_padding packing_samples",
+    "set max_prompt_length": "prompt_max_len",
+    "set max_completion_length": "max_response_length max_new_tokens max_tokens",
+    "training samples and an evaluation is greedy, unless num_generations_eval is set; remove it": "do_sample",
+    "set adv_estimator": "advantage_estimator",
+    "set scale_rewards": "norm_adv_by_std_in_grpo",
+    "set loss_type: dapo for token-mean, grpo for seq-mean-token-mean, dr_grpo for seq-mean-token-sum-norm":
+        "loss_agg_mode",
+    "set loss_type, and for GSPO importance_sampling_level='sequence'": "loss_mode policy_loss",
+    "set epsilon": "clip_ratio_low epsilon_low eps_clip_low",
+    "set epsilon_high": "clip_ratio_high eps_clip_high",
+    "set delta": "clip_ratio_c",
+    "set beta": "kl_coeff kl_beta",
+    "set beta, and kl_estimator: k3 for low_var_kl, k1 for kl, k2 for mse": "kl_loss_type kl_penalty",
+    "set beta, and kl_in_reward=True": "use_kl_in_reward",
+    "set dynamic_sampling_rounds": "filter_groups filter_groups.enable dynamic_filtering",
+    "name get_soft_overlong_punishment(...) among the reward_funcs": "overlong_buffer overlong_buffer_cfg",
+    "set learning_rate": "lr actor_learning_rate",
+    "set critic_learning_rate": "critic.optim.lr",
+    "set warmup_steps": "lr_warmup_steps lr_warmup_steps_ratio lr_warmup_ratio",
+    "set max_grad_norm": "grad_clip gradient_clipping max_norm",
+    "set num_train_epochs": "epochs num_epochs total_epochs num_episodes",
+    "set max_steps": "steps total_training_steps",
+    "set save_steps": "save_freq",
+    "evaluation runs before and after training whenever there is an eval_dataset; set eval_steps for more":
+        "test_freq val_before_train eval_every evaluation_strategy",
+    _ONE_GPU: "n_gpus_per_node nnodes tensor_model_parallel_size",
+    _RESIDENT: "enable_chunked_prefill enforce_eager free_cache_engine rollout.name",
+    "set report_to": "logger use_wandb",
+    "set output_dir": "default_local_dir save_path",
+    "set resume_from_checkpoint": "resume_mode",
+    "the GPU is used where torch sees one; set use_cpu to do without": "device",
+}  # fmt: skip
 # Of SFTConfig alone.
 _PACKED = "examples are always packed, and none is cut or mixed with another; remove it"
 _SFT_FIELDS = {
@@ -152,9 +217,10 @@ def _by_name(fields: dict[str, str]) -> dict[str, str]:
 
 
 UNSUPPORTED = _by_name(_TRL_FIELDS)
-UNSUPPORTED_GRPO = UNSUPPORTED | _by_name(_PPO_FIELDS) | _by_name(_DISTILLATION_FIELDS)
-UNSUPPORTED_SFT = UNSUPPORTED | _by_name(_SFT_FIELDS)
-UNSUPPORTED_REWARD = UNSUPPORTED | _by_name(_REWARD_FIELDS)
+_OF_OTHERS = _by_name(_PPO_FIELDS) | _by_name(_DISTILLATION_FIELDS) | _by_name(_VERL_FIELDS) | _by_name(_UNSLOTH_FIELDS)
+UNSUPPORTED_GRPO = _OF_OTHERS | UNSUPPORTED
+UNSUPPORTED_SFT = _by_name(_UNSLOTH_FIELDS) | UNSUPPORTED | _by_name(_SFT_FIELDS)
+UNSUPPORTED_REWARD = _by_name(_UNSLOTH_FIELDS) | UNSUPPORTED | _by_name(_REWARD_FIELDS)
 # By the name of a configuration: what it lacks, and the command that it is of.
 _OF_CONFIG = {
     "SFTConfig": (UNSUPPORTED_SFT, "sft"), "RewardConfig": (UNSUPPORTED_REWARD, "reward"),
@@ -164,12 +230,19 @@ _OF_CONFIG = {
 
 
 def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
-    """Raise UnknownNameError for the first name that is no field: with the remedy for TRL's, else the nearest name."""
+    """Raise UnknownNameError for the first name that is no field: with the remedy, else the nearest name.
+
+    Of a name with dots, as verl's `actor_rollout_ref.rollout.n`, the longest end that is known counts.
+    """
     known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
     remedies, command = _OF_CONFIG.get(kind, (UNSUPPORTED_GRPO, "train"))
     for name in given:
-        if name not in known and name in remedies:
-            raise UnknownNameError(f"{kind} has no {name}: {remedies[name]}")
-        if name not in known:
-            hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
-            raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")
+        if name in known:
+            continue
+        parts = name.split(".")
+        ends = [".".join(parts[place:]) for place in range(len(parts))]
+        remedy = next((remedies.get(end) or f"write {end} alone" for end in ends if end in {*remedies, *known}), None)
+        if remedy:
+            raise UnknownNameError(f"{kind} has no {name}: {remedy}")
+        hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
+        raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")
