@@ -19,7 +19,7 @@ from lowmem_grpo.rewards import accuracy_reward
 from lowmem_grpo.rewards.accuracy import extract_answer, gold_answer
 from lowmem_grpo.rewards.math_pool import math_equal
 from lowmem_grpo.rewards.number import as_number
-from lowmem_grpo.tasks import find_task, held_out, with_tasks
+from lowmem_grpo.tasks import Task, find_task, held_out, with_tasks
 from lowmem_grpo.tasks import reasoning_gym as gym
 from lowmem_grpo.tasks.countdown import countdown_reward, random_expression, solves
 
@@ -305,7 +305,7 @@ def test_an_evaluation_of_the_same_name_is_of_what_is_held_out():
     inputs = with_tasks(name, name, None, GRPOConfig())
     assert inputs.eval_dataset == find_task(name).eval_rows == with_tasks(name, None, None, GRPOConfig()).eval_dataset
     assert with_tasks("countdown?size=30&eval_size=0", None, None, GRPOConfig()).eval_dataset is None
-    with pytest.raises(ValueError, match="give it another seed"):
+    with pytest.raises(ValueError, match="by another seed"):
         with_tasks(name, "countdown?size=30&eval_size=0", None, GRPOConfig())
 
 
@@ -494,3 +494,11 @@ def test_the_last_answer_tag_is_found_in_linear_time():
     assert tagged_answer("<answer>1</answer> <answer> 2 </answer> <answer>") == "2"
     assert tagged_answer("<answer>" * 200_000) is None
     assert tagged_answer("<answer>" * 200_000 + "3</answer>") == "3"
+
+
+def test_a_task_of_ones_own_brings_rows_verifier_and_what_is_held_out():
+    task = Task(rows=[{"prompt": "1+1="}], reward=lambda completions, **_: [1.0], eval_rows=[{"prompt": "2+2="}])
+    rows, eval_rows, reward, config = with_tasks(task, None, None, GRPOConfig())
+    assert (rows, eval_rows, reward, config) == (task.rows, task.eval_rows, task.reward, GRPOConfig())
+    assert with_tasks(task, task, accuracy_reward, GRPOConfig()).reward_funcs is accuracy_reward
+    assert held_out(task) == task.eval_rows

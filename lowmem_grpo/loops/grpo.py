@@ -69,7 +69,7 @@ def train(
             made-up completions before the model is loaded. None for a task, which has its own, or where config names a
             teacher, which says what to learn.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
-            task's name, such as "countdown".
+            task: its name, such as "countdown", or a Task of your own.
         eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.
             By default what a generated task holds out.
         config: every setting; GRPOConfig() by default.

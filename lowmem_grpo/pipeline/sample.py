@@ -51,7 +51,7 @@ def sample(
     Args:
         model: hub id, model folder, 4-bit checkpoint, adapter folder, or a loaded model, which is changed in place;
             with config.base_url, the name of a model there.
-        dataset: in any form that train() takes, with prompts; or a task's name, which brings its verifier.
+        dataset: in any form that train() takes, with prompts; or a task, which brings its verifier.
         reward_funcs: as train() takes them; without any and without a task, nothing is scored.
         config: every setting; SampleConfig() by default.
         tokenizer: in place of the one that comes with the model; loaded, or its hub id or folder.

@@ -1,6 +1,6 @@
-"""Tasks by name: rows, and the verifier that knows when they are solved.
+"""Tasks: rows, and the verifier that knows when they are solved.
 
-A name is `gsm8k`, `countdown` or `reasoning_gym:<one of its tasks>`, with options as in an address:
+One of your own is a Task, given as the dataset; the others go by name. A name is `gsm8k`, `countdown` or `reasoning_gym:<one of its tasks>`, with options as in an address:
 `countdown?size=5000&seed=1`. What a task may be given is what its function here takes.
 """
 
@@ -61,7 +61,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
     if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
         eval_dataset = without_prompts_of(train_dataset, eval_dataset)
         if not eval_dataset:
-            raise InputError("every row of eval_dataset is one of train_dataset's; give it another seed")
+            raise InputError("every row of eval_dataset is one of train_dataset's; give it others, by another seed say")
     return Inputs(train_dataset, eval_dataset, reward_funcs, config)
 
 
@@ -78,9 +78,11 @@ def is_task_name(name: str) -> bool:
     return head in TASKS or head.partition(":")[0] == REASONING_GYM
 
 
-def find_task(name: Any) -> Task | None:
-    """The task of a name, or None for anything else: a hub id, a file, a Dataset."""
-    make = _maker(name) if isinstance(name, str) else None
+def find_task(given: Any) -> Task | None:
+    """A Task itself, or the one of a name; None for anything else: a hub id, a file, a Dataset."""
+    if isinstance(given, Task):
+        return given
+    make = _maker(given) if isinstance(given, str) else None
     return None if make is None else make()
 
 
