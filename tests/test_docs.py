@@ -57,6 +57,14 @@ def test_the_page_of_settings_is_made_from_the_configuration():
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == made, "run python docs/make_settings.py"
 
 
+def test_the_settings_of_papers_are_a_configuration_each():
+    page = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`(\w+=[^`]+)`", line) for line in page.splitlines() if line.startswith("| [")]
+    assert len(rows) == 8
+    for settings in rows:
+        eval(f"lowmem_grpo.GRPOConfig({', '.join(settings)})")
+
+
 def test_the_page_of_models_has_what_their_tests_expect():
     pinned = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     if pinned is None or version("transformers") != pinned[1]:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from trl_reference import padded, trl_loss
 
+from lowmem_grpo import train
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.objective.coefficients import (
     Coefficients,
     Controllers,
@@ -21,6 +23,7 @@ from lowmem_grpo.objective.loss import (
     loss_weights,
     micro_batch_loss,
     register_objective,
+    try_out,
 )
 
 LEVELS = ("token", "sequence")
@@ -276,6 +279,43 @@ def test_a_registered_objective_is_trained_like_any_other():
             one(config, new=[0.5], old=[0.5], advantage=2.0)
     finally:
         del LOSS_TYPES["reinforce"], LOSSES["reinforce"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda tokens, config: tokens.advantages, "returned losses without a gradient; compute them from tokens.log"),
+        (lambda tokens, config: None, "returned NoneType; return a loss for each of the 5 tokens"),
+        (lambda tokens, config: tokens.logprobs.mean(), "returned \\(\\); return a loss for each of the 5 tokens"),
+    ],
+)
+def test_an_objective_that_cannot_work_is_refused_before_a_model_is_loaded(objective, message):
+    register_objective("useless")(objective)
+    try:
+        with pytest.raises(InputError, match=f"loss_type 'useless' {message}"):
+            train("/no/such/model", [lambda completions, **_: [0.0] * len(completions)], [{"prompt": "1"}],
+                  config=GRPOConfig(loss_type="useless"))  # fmt: skip
+    finally:
+        del LOSS_TYPES["useless"], LOSSES["useless"]
+
+
+def test_an_objective_is_tried_with_all_that_a_run_gives_it_and_draws_nothing_of_the_runs():
+    given: dict[str, Any] = dict(beta=0.1, entropy_coef=0.1, top_entropy_quantile=0.5, off_policy_mask_threshold=1.0)
+    seen = []
+
+    @register_objective("whole")
+    def whole(tokens, config):
+        torch.rand(1)
+        seen.append({name for name, value in vars(tokens).items() if value is None})
+        return -tokens.advantages * tokens.logprobs
+
+    try:
+        before = torch.get_rng_state()
+        for config in (GRPOConfig(loss_type="whole", **given), GRPOConfig(loss_type="whole"), GRPOConfig()):
+            try_out(config)
+        assert seen == [set(), {"ref_logprobs", "learn_mask"}] and torch.equal(torch.get_rng_state(), before)
+    finally:
+        del LOSS_TYPES["whole"], LOSSES["whole"]
 
 
 def test_the_entropy_controller_follows_its_target():

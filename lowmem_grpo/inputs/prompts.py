@@ -56,6 +56,7 @@ from lowmem_grpo.model.load import load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher, Teacher, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.model.turn_end import unseen_turn_end
+from lowmem_grpo.objective.loss import try_out as try_out_objective
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.planner.plan import limit_memory
@@ -125,6 +126,7 @@ def read_training_inputs(
     if eval_dataset is not None and datasets["eval"] is None:
         datasets["eval"] = f"held out by {datasets['train']}"
     rewards = runner_of(reward_funcs, config)
+    try_out_objective(config)
     run = begin(model, config, peft_config, tokenizer, callbacks, datasets)
     model, tokenizer = run.model, run.tokenizer
     rows, eval_rows = load_rows(train_dataset, config), evaluation_rows(eval_dataset, config, load_rows)

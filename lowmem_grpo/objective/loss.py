@@ -141,7 +141,8 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     """Make a function the loss_type `name`: it gets Tokens and the config, and returns token losses (N,).
 
     They are weighted as `aggregation` says ("dapo", "grpo", "dr_grpo" or "luspo", see formulas.token_weights), and
-    importance weights, masks, KL and entropy bonus are added as for every other loss_type.
+    importance weights, masks, KL and entropy bonus are added as for every other loss_type. A run tries the function
+    once on made-up tokens before the model is loaded.
 
     Raises:
         InputError: the name is taken, or the aggregation is none.
@@ -159,6 +160,33 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
         return function
 
     return register
+
+
+def try_out(config: GRPOConfig) -> None:
+    """Call a registered objective once, on five made-up tokens of two completions.
+
+    Raises:
+        InputError: it returned no loss for each token, or losses without a gradient.
+    """
+    if config.loss_type in _BUILT_IN:
+        return
+    with torch.random.fork_rng(devices=[]):
+        logprobs = torch.full((5,), -1.0, requires_grad=True)
+        old, sequences = torch.full((5,), -1.1), torch.tensor([0, 0, 0, 1, 1])
+        tokens = Tokens(
+            logprobs=logprobs, old_logprobs=old, ref_logprobs=old if config.beta and not config.kl_in_reward else None,
+            entropy=torch.full((5,), 0.5, requires_grad=config.has_entropy_bonus),
+            advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
+            loss_weights=loss_weights(torch.tensor([3, 2]), torch.tensor([True, True]), config)[sequences],
+            sequences=sequences, num_completions=2, sampling_logprobs=old,
+            learn_mask=sequences == 0 if config.top_entropy_quantile < 1 else None,
+            importance_weights=importance_weights(old, old, sequences, 2, config),
+        )  # fmt: skip
+        loss, _ = micro_batch_loss(tokens, 0.2, Coefficients(config.beta, config.entropy_coef), config)
+    if not loss.requires_grad:
+        raise InputError(
+            f"loss_type {config.loss_type!r} returned losses without a gradient; compute them from tokens.logprobs"
+        )
 
 
 def loss_weights(lengths: Tensor, completion_mask: Tensor, config: GRPOConfig) -> Tensor:
@@ -245,10 +273,12 @@ def _fused(tokens: Tokens, beta: float, config: ObjectiveFields) -> tuple[Tensor
 def _composed(tokens: Tokens, beta: float, config: GRPOConfig) -> tuple[Tensor, TokenStats]:
     loss = LOSSES[config.loss_type]
     losses = loss.token_losses(tokens, config)
-    if losses.shape != tokens.logprobs.shape:
+    shape = getattr(losses, "shape", None)
+    if shape != tokens.logprobs.shape:
+        returned = type(losses).__name__ if shape is None else tuple(shape)
         raise InputError(
-            f"loss_type {config.loss_type!r} returned {tuple(losses.shape)}; return a loss for each of the "
-            f"{len(tokens.logprobs)} tokens"
+            f"loss_type {config.loss_type!r} returned {returned}; return a loss for each of the {len(tokens.logprobs)} "
+            "tokens, as a tensor"
         )
     ratios, kl = _ratios(tokens, config), None
     if tokens.ref_logprobs is not None:

@@ -1,7 +1,8 @@
 """Tasks: rows, and the verifier that knows when they are solved.
 
-One of your own is a Task, given as the dataset; the others go by name. A name is `gsm8k`, `countdown` or `reasoning_gym:<one of its tasks>`, with options as in an address:
-`countdown?size=5000&seed=1`. What a task may be given is what its function here takes.
+One of your own is a Task, given as the dataset; the others go by name. A name is `gsm8k`, `countdown` or
+`reasoning_gym:<one of its tasks>`, with options as in an address: `countdown?size=5000&seed=1`. What a task may be
+given is what its function here takes.
 """
 
 import dataclasses
