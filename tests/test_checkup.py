@@ -85,6 +85,7 @@ SICK = {
     "implausible_learning_rate": dict(learning_rate=1e-2),
     "warmup_beyond_the_end": dict(warmup_steps=6),
     "implausible_temperature": dict(temperature=0.01),
+    "one_token_to_choose": dict(top_k=1),
     "reward_without_weight": dict(rewards=["accuracy_reward", "think_format_reward"], reward_weights=[1.0, 0.0]),
     "answers_do_not_fit": dict(max_completion_length=2),
 }  # fmt: skip
@@ -119,6 +120,7 @@ def test_every_situation_is_provoked():
         ("implausible_learning_rate", dict(learning_rate=1.0)),
         ("implausible_learning_rate", dict(learning_rate=1e-9)),
         ("implausible_temperature", dict(temperature=10.0)),
+        ("one_token_to_choose", dict(min_p=1.0)),
         ("template_drops_messages", dict(tokenizer=with_template(
             "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}" + TAIL
         ), system_prompt="Add.")),

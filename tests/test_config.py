@@ -311,6 +311,10 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
     ("change", "message"),
     [
         ({"num_generations": 1}, "a group needs at least 2 completions"),
+        (
+            {"adv_estimator": "reinforce_plus_plus", "num_generations": 1, "prompts_per_step": 1},
+            "compares the completions of a step, and .* makes one; raise either",
+        ),
         ({"learning_rate": "1e-5"}, "learning_rate='1e-5' is not a number"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0, not -1.0; the default is 1e-05"),
         ({"seed": 2**32}, "seed must be at most 4294967295, not 4294967296"),

@@ -696,6 +696,7 @@ def test_names_become_functions(tmp_path, monkeypatch):
         ("answers.ANSWERS", "answers.ANSWERS is .*, which is no reward function; name a function of answers"),
         ("math.no_such_function", "is of Python's own"),
         (3, "cannot be called"),
+        (threading.Thread, r"reward function Thread is a class; give what it makes, Thread\(\.\.\.\)"),
         ([], "reward_funcs is empty"),
     ],
 )

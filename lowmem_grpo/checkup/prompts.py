@@ -283,6 +283,18 @@ def implausible_temperature(look: Look) -> str | None:
     return f"at temperature={temperature:g} {what}, and there is little to learn from; set it near 1"
 
 
+def one_token_to_choose(look: Look) -> str | None:
+    """Say that truncation leaves the likeliest token alone, whatever the temperature."""
+    given = {"top_k": look.config.top_k, "min_p": look.config.min_p}
+    found = next((f"{name}={value:g}" for name, value in given.items() if value == 1), None)
+    if found is None:
+        return None
+    return (
+        f"{found} leaves one token to choose, so that all completions of a prompt are the same, and there is little to "
+        "learn from; leave it out"
+    )
+
+
 def reward_without_weight(look: Look) -> str | None:
     """Say which reward functions count for nothing."""
     weights = look.config.reward_weights or []
@@ -315,5 +327,5 @@ SITUATIONS = (
     evaluated_on_training_prompts, one_prompt, repeated_prompts, contradicting_golds, same_gold,
     golds_begin_with_zero, gold_is_an_index, answer_in_prompt, fewer_prompts_than_a_step, most_prompts_dropped,
     beyond_the_context, odd_end_of_sequence, unseen_end_of_turn, no_chat_template, no_generation_prompt,
-    template_drops_messages, implausible_temperature, reward_without_weight, answers_do_not_fit,
+    template_drops_messages, implausible_temperature, one_token_to_choose, reward_without_weight, answers_do_not_fit,
 )  # fmt: skip

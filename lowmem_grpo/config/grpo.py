@@ -91,6 +91,11 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
                 "compares a completion with the others of its prompt, but for adv_estimator='reinforce_plus_plus' "
                 "and 'gae'"
             )
+        elif self.compares and self.prompts_per_step * self.num_generations < 2:
+            raise InputError(
+                f"adv_estimator={self.adv_estimator!r} compares the completions of a step, and prompts_per_step=1 with "
+                "num_generations=1 makes one; raise either"
+            )
         if 0 < self.max_steps <= self.critic_warmup:
             raise InputError(
                 f"critic_warmup={self.critic_warmup} leaves the policy none of max_steps={self.max_steps} to learn "

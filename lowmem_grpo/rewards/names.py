@@ -56,6 +56,8 @@ def _resolve(reward: Any) -> Callable:
         from lowmem_grpo.rewards.reward_model import get_model_reward
 
         reward = get_model_reward(reward)
+    if isinstance(reward, type):  # whose call makes one of it, and scores nothing
+        raise InputError(f"reward function {reward.__name__} is a class; give what it makes, {reward.__name__}(...)")
     if not callable(reward):
         raise InputError(f"reward function {shown(reward)} cannot be called; give a function or a name")
     return reward
