@@ -157,3 +157,35 @@ def test_the_callback_that_spoils_a_weight_is_named_at_once(tmp_path):
     with pytest.raises(FloatingPointError, match="callback spoil left a weight that is not finite at step 1"):
         run(tmp_path, [harmless, spoil])
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_callback_ends_the_run_as_its_last_step_would(tmp_path, capsys):
+    """The others are called, and the end is measured, saved and written; resumed, the run goes on to its own end."""
+    called = []
+
+    def enough(step, metrics, policy):
+        raise StopIteration
+
+    def measured(callbacks, **changes):
+        return train(
+            str(DEMO_MODEL), alternate, ROWS, ROWS[:1], settings(tmp_path, **changes), callbacks=callbacks
+        ).eval_history
+
+    lines = measured([enough, lambda step, metrics, policy: called.append(step)])
+    assert [line["step"] for line in lines] == [0, 1] and called == [1]
+    assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "adapter").is_dir()
+    said = capsys.readouterr().err
+    assert "callback enough ends the run after 1 step" in said and "evaluation after 1 step" in said
+    assert [line["step"] for line in measured([], resume_from_checkpoint="auto")] == [0, 1, 2]
+
+
+def test_a_run_that_is_cut_off_right_after_a_callback_ended_it_ends_when_it_is_resumed(tmp_path):
+    def enough(step, metrics, policy):
+        raise StopIteration
+
+    def killed(step, metrics, policy):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [enough, killed])
+    assert len(run(tmp_path, [enough, killed], resume_from_checkpoint=True).history) == 1

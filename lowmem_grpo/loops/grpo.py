@@ -75,8 +75,8 @@ def train(
         config: every setting; GRPOConfig() by default.
         peft_config: a LoraConfig in place of the config's lora fields.
         tokenizer: in place of the one that comes with the model; loaded, or its hub id or folder.
-        callbacks: one function or several, called with (step, metrics, policy) after every step; a metric that is the
-            mean of nothing is NaN, and None in TrainResult's history.
+        callbacks: one function or several, called with (step, metrics, policy) after every step, which a StopIteration
+            of theirs makes the last one; a metric that is the mean of nothing is NaN, and None in the result's history.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.

@@ -54,7 +54,8 @@ def train_reward_model(
         config: every setting; RewardConfig() by default.
         peft_config: a LoraConfig in place of the config's lora fields.
         tokenizer: in place of the one that comes with the model; loaded, or its hub id or folder.
-        callbacks: one function or several, called with (step, metrics, policy) after every step.
+        callbacks: one function or several, called with (step, metrics, policy) after every step, which a StopIteration
+            of theirs makes the last one.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.

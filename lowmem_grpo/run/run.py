@@ -153,8 +153,8 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """True where no step is left."""
-        return self.step >= self.total_steps
+        """True where no step is left, or a callback has ended the run."""
+        return self.rest.is_last or self.step >= self.total_steps
 
     @property
     def is_here(self) -> bool:
@@ -377,14 +377,19 @@ class Run:
                 self.publisher.say(f"{refused}; the run goes on")
 
     def _call(self, callback: Callback, metrics: dict[str, float]) -> None:
-        """Call a callback with a copy of the metrics, which it may change.
+        """Call a callback with a copy of the metrics, which it may change; StopIteration makes the step the last one.
 
         Raises:
             InputError: it returned something to await, which nobody does.
             NotFiniteError: it left a weight that is not finite.
         """
         name = getattr(callback, "__name__", type(callback).__name__)
-        returned: Any = callback(self.step, dict(metrics), self.policy)
+        returned: Any = None
+        try:
+            returned = callback(self.step, dict(metrics), self.policy)
+        except StopIteration:
+            self.rest.is_last = True
+            self.publisher.say(f"callback {name} ends the run after {counted(self.step, 'step')}")
         if inspect.isawaitable(returned):
             raise InputError(f"callback {name} returned something to await; have it return when all is done")
         if not self.learner.weights_norm(self.budget.note).isfinite():
@@ -403,7 +408,7 @@ class Run:
         )
         self._log({"step": self.step, **metrics})
         when = f"at step {self.step}" if self.step else "before training"
-        when = f"after {counted(self.step, 'step')}" if self.step == self.total_steps else when
+        when = f"after {counted(self.step, 'step')}" if self.is_over else when
         self.publisher.say(f"evaluation {when}: {as_line(metrics, self.shown)}")
 
     def _remember(self) -> None:
