@@ -17,6 +17,7 @@ from test_train import ROWS, run, text_reward
 from tiny_models import DEMO_MODEL, make_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo.task import answer_reward
 from lowmem_grpo.errors import InputError
@@ -28,8 +29,10 @@ from lowmem_grpo.inputs.identity import (
     refuse_other_ends,
     refuse_other_models,
     refuse_other_weights,
+    source_of_objective,
     weights_of,
 )
+from lowmem_grpo.objective.loss import LOSSES, register_objective
 from lowmem_grpo.rewards import (
     RewardRunner,
     get_code_reward,
@@ -173,6 +176,27 @@ def test_a_reward_whose_source_code_changed_is_said(tmp_path, given):
     resume = resume_of(tmp_path, identity(**{**given, "rewards": RewardRunner([text_reward])}))
     with pytest.warns(UserWarning, match="the reward text_reward has other source code or settings than in"):
         refuse_another_run(resume, identity(**{**given, "rewards": RewardRunner([mended])}))
+
+
+def test_an_objective_whose_source_code_changed_is_said(tmp_path, given):
+    def steep(tokens, config):
+        return -2 * tokens.advantages * tokens.logprobs
+
+    def flat(tokens, config):
+        return -tokens.advantages * tokens.logprobs
+
+    def by(objective):
+        register_objective("own")(objective)
+        return {**identity(**given), "objective": source_of_objective("own")}
+
+    try:
+        resume = resume_of(tmp_path, by(steep))
+        refuse_another_run(resume, by(steep))
+        with pytest.warns(UserWarning, match="the objective own has other source code than in"):
+            refuse_another_run(resume, by(flat))
+    finally:
+        del LOSSES["own"], LOSS_TYPES["own"]
+    assert source_of_objective("dapo") == {}
 
 
 class Scaled:

@@ -29,6 +29,7 @@ from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.experts import packed_codes
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher
+from lowmem_grpo.objective.loss import LOSSES
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
@@ -82,6 +83,12 @@ def identity_of_data(data: Mapping[str, Iterable[Any]], rewards: RewardRunner | 
         "helpers": {name: _helpers(function) for name, function in functions.items()},
     }
     return _as_json(identity)
+
+
+def source_of_objective(name: str) -> dict[str, Any]:
+    """SHA-256 of the sources of a registered objective, by the name of its loss_type; nothing for a built-in one."""
+    function = LOSSES[name].token_losses
+    return {} if _is_ours(function) else {name: [_of_the_users(function), _helpers(function)]}
 
 
 def models_of(rewards: RewardRunner) -> dict[str, Any]:
@@ -189,6 +196,10 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         warn(
             f"the reward {changed} has other source code or settings than in {resume}; start a new run if its values "
             "are others"
+        )
+    for changed in _changed(identity.get("objective", {}), saved.get("objective", {}), both=True):
+        warn(
+            f"the objective {changed} has other source code than in {resume}; start a new run if its losses are others"
         )
 
 
@@ -327,7 +338,7 @@ def _plain(value: Any) -> Any:
 
 
 def _of_the_users(function: Callable) -> str | None:
-    """SHA-256 of the source code and of the settings of a user's reward function; None for a built-in one."""
+    """SHA-256 of the source code and of the settings of a user's function; None for a built-in one."""
     if _is_ours(function):
         return None
     source = settings = None
@@ -339,7 +350,7 @@ def _of_the_users(function: Callable) -> str | None:
 
 
 def _helpers(function: Callable) -> str | None:
-    """SHA-256 of the sources of what a user's reward function uses; None for a built-in one."""
+    """SHA-256 of the sources of what a user's function uses; None for a built-in one."""
     return None if _is_ours(function) else digest_of(sources_used_by(inner_of(function)))
 
 

@@ -26,6 +26,7 @@ from lowmem_grpo.inputs.identity import (
     identity_of_data,
     models_of,
     refuse_other_models,
+    source_of_objective,
 )
 from lowmem_grpo.inputs.names import refuse_critic_init
 from lowmem_grpo.inputs.rewards import (
@@ -146,7 +147,7 @@ def read_training_inputs(
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
     check_prompts(model, prompts + eval_prompts, config)
-    more = {}
+    more = {"objective": source_of_objective(config.loss_type)}
     if teacher is not None:
         theirs = [prompt.for_teacher for prompt in prompts]
         read_by = model if teacher.model is None else teacher.name

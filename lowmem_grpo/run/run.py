@@ -123,7 +123,7 @@ class Run:
             **self.identity, "eval_dataset": evaluations.data,
             "resume_from_checkpoint": inputs.resume and (inputs.resume / manifest.NAME).read_text(encoding="utf-8"),
         }  # fmt: skip
-        for name in ("sources", "helpers"):  # in which a user's object may name its address
+        for name in ("sources", "helpers", "objective"):  # in which a user's object may name its address
             given.pop(name, None)
         refuse_differences("inputs", given)
         with writing_to(self.folder):
