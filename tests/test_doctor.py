@@ -8,6 +8,7 @@ from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.cli import main
+from lowmem_grpo.config.losses import LOSS_TYPES
 from lowmem_grpo.demo import task
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import OF_A_REWARD, SYMPTOMS
@@ -66,7 +67,8 @@ def objectives():
     register_objective("flat")(lambda tokens, config: tokens.logprobs * 0)
     register_objective("broken")(lambda tokens, config: tokens.logprobs * math.nan)
     yield
-    del LOSSES["flat"], LOSSES["broken"]
+    for name in ("flat", "broken"):
+        del LOSSES[name], LOSS_TYPES[name]
 
 
 SITUATIONS = [
@@ -301,8 +303,11 @@ def test_no_difference_takes_more_than_one_step_that_has_a_reward():
     assert "no_difference" not in {line["doctor"] for line in doctor.found}
 
 
-def test_a_gradient_of_0_is_not_laid_at_the_door_of_a_built_in_loss():
-    assert "may be the same" in always(grad_norm=0.0)["no_gradient"]
+@pytest.mark.usefixtures("objectives")
+def test_a_gradient_of_0_is_laid_at_the_door_of_a_registered_loss_and_of_no_other():
+    still = {"grad_norm": 0.0}
+    assert "may be the same" in said_of(still, still)["no_gradient"]
+    assert "loss_type='flat' does not depend" in said_of(still, still, loss_type="flat")["no_gradient"]
 
 
 def test_lengths_that_shrink_by_ten_are_a_finding_unless_the_reward_rises():

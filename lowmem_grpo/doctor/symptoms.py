@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.config.losses import LOSS_TYPES
+from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
 
 Metrics = Mapping[str, float | None]  # of a step, what is not finite as None
 
@@ -374,7 +374,7 @@ def no_gradient(course: Course) -> str | None:
     if not course.each("grad_norm", lambda norm: norm == 0) or len(differ) < 3:
         return None
     cause = f"loss_type={course.config.loss_type!r} does not depend on the log-probabilities; mend it"
-    if course.config.loss_type in LOSS_TYPES:
+    if LOSS_TYPES[course.config.loss_type] is not OWN_LOSS:
         cause = (
             "completions that differ in reward may be the same, of a token or two; look at them with log_completions, "
             "and raise max_completion_length"
