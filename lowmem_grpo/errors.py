@@ -109,6 +109,7 @@ def _shortened(line: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of a refusal: the known name nearest to a wrong one, or other words where none is near."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {nearest[0]}?" if nearest else otherwise
+    """The end of a refusal: the known name nearest to a wrong one, in whatever case, or other words."""
+    spelt = {one.lower(): one for one in known}
+    nearest = difflib.get_close_matches(name.lower(), spelt, n=1)
+    return f"did you mean {spelt[nearest[0]]}?" if nearest else otherwise

@@ -7,7 +7,7 @@ import pytest
 
 from lowmem_grpo.config.fields import field_types, from_text
 from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
-from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.config.losses import LOSS_TYPES, METHODS, OWN_LOSS
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
 from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED, UNSUPPORTED_GRPO
@@ -210,6 +210,13 @@ def test_what_a_remedy_says_to_set_is_a_setting_and_what_it_is_said_of_is_none()
     assert len(said) > 30 and said <= set(FIELDS)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_no_loss_type_is_named_by_settings_that_make_one(name):
+    with pytest.raises(InputError, match=f"loss_type={name!r} is not known; set ") as caught:
+        GRPOConfig(loss_type=name)
+    eval(f"GRPOConfig({', '.join(re.findall('[a-z_]+=.[a-z_]+.', str(caught.value))[1:])})")
+
+
 def test_a_name_of_trls_or_unsloths_that_is_imported_says_what_to_call():
     with pytest.raises(ImportError, match="^lowmem_grpo has no GRPOTrainer: call train"):
         from lowmem_grpo import GRPOTrainer  # type: ignore[attr-defined]  # noqa: F401
@@ -320,7 +327,9 @@ def test_a_misspelt_field_is_refused_with_the_nearest():
         ({"seed": 2**32}, "seed must be at most 4294967295, not 4294967296"),
         ({"learning_rate": float("inf")}, "is not a number"),
         ({"seed": True}, "seed=True is not a whole number"),
-        ({"loss_type": "ppo"}, "loss_type='ppo' is not known; the objectives are dapo, grpo"),
+        ({"loss_type": "reinforce"}, "loss_type='reinforce' is not known; the objectives are dapo, grpo"),
+        ({"loss_type": "DAPO"}, "loss_type='DAPO' is not known; did you mean dapo"),
+        ({"loss_type": "gspo"}, "set loss_type='grpo' and importance_sampling_level='sequence'"),
         ({"temperature": 0.0}, "temperature must be at least 1e-06, not 0.0"),
         ({"top_p": 0.0}, "top_p must be greater than 0"),
         ({"top_p": 1.1}, "top_p must be at most 1, not 1.1; the default is 1.0"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowmem_grpo.config.losses import LOSS_TYPES, OWN_LOSS
+from lowmem_grpo.config.losses import LOSS_TYPES, METHODS, OWN_LOSS
 from lowmem_grpo.config.sections import (
     AdapterFields,
     CompletionSavingFields,
@@ -70,7 +70,8 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     def check(self) -> None:
         """Refuse an option that nothing reads, and settings that contradict each other."""
         if self.loss_type not in LOSS_TYPES:
-            hint = did_you_mean(self.loss_type, LOSS_TYPES, f"the objectives are {', '.join(LOSS_TYPES)}")
+            all_of_them = f"the objectives are {', '.join(LOSS_TYPES)}"
+            hint = METHODS.get(self.loss_type.lower()) or did_you_mean(self.loss_type, LOSS_TYPES, all_of_them)
             raise InputError(
                 f"loss_type={shown(self.loss_type)} is not known; {hint} (register_objective adds your own)"
             )

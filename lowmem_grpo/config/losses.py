@@ -25,5 +25,12 @@ LOSS_TYPES = {
     # The bounds are of log-ratios; fp32's largest number is exp(88.7).
     "gmpo": LossSettings(("epsilon", "epsilon_high"), highest_epsilon=80, highest_epsilon_high=80, by_token=False),
 }
+# Methods that are no loss_type by themselves, and the settings that make them.
+METHODS = {
+    "gspo": "set loss_type='grpo' and importance_sampling_level='sequence'",
+    "ppo": "set adv_estimator='gae'",
+    **{name: f"set adv_estimator={name!r}" for name in ("rloo", "reinforce_plus_plus", "gae")},
+    "gdpo": "set multi_objective_aggregation='normalize_then_sum'",
+}
 # The row of a registered loss, which may read all of them.
 OWN_LOSS = LossSettings(tuple(dict.fromkeys(name for loss in LOSS_TYPES.values() for name in loss.reads)))
