@@ -12,7 +12,7 @@ from lowmem_grpo.objective.advantages import (
     reinforce_plus_plus_advantages,
     rloo_advantages,
 )
-from lowmem_grpo.objective.formulas import token_weights
+from lowmem_grpo.objective.formulas import kl_estimate, token_weights
 
 NAN = math.nan
 
@@ -188,3 +188,24 @@ def test_equal_rewards_are_no_difference_however_they_round(estimator):
             found = compare(rewards, num_generations=size, reward_weights=None, **settings)
             assert (found.advantages == 0).all() and found.zero_std.all()
             assert nanstd(rewards, dim=0) == 0
+
+
+def test_which_estimate_has_the_gradient_of_the_kl_and_which_that_of_the_kl_the_other_way_around():
+    """Summed over all six tokens that a policy may say, times their probability, as in the mean over samples."""
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 6, dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    logprobs, ref_logprobs = logits.log_softmax(0), reference.log_softmax(0)
+    probabilities, ratio = logprobs.exp().detach(), (logprobs - logprobs.detach()).exp()
+
+    def slope(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    of_kl = slope((logprobs.exp() * (logprobs - ref_logprobs)).sum())
+    of_the_other = slope((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
+    corrected = {"k1": of_kl, "k3": of_kl}
+    as_it_is = {"k1": torch.zeros_like(of_kl), "k2": of_kl, "k3": of_the_other}
+    for factor, expected in ((ratio, corrected), (1, as_it_is)):
+        for estimator, gradient in expected.items():
+            estimate = kl_estimate(logprobs, ref_logprobs, estimator=estimator)
+            torch.testing.assert_close(slope((probabilities * factor * estimate).sum()), gradient, rtol=0, atol=1e-12)

@@ -427,7 +427,8 @@ class ObjectiveFields(Checked):
         "k3", "estimate of the KL from a token's log-probabilities under policy and reference"
     )
     use_bias_correction_kl: bool = option(
-        True, "multiply the KL by the ratio of new to old policy, which makes its gradient unbiased"
+        True,
+        "multiply the KL by the ratio of new to old policy, which makes k3's and k1's gradient unbiased; not for k2",
     )
     kl_in_reward: bool = option(
         False, "subtract beta times a completion's KL from its reward, instead of adding it to the loss"

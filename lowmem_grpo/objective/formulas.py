@@ -170,8 +170,9 @@ def gmpo_loss(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
     """An estimate of KL(policy, reference) from each sampled token, (N,) (http://joschu.net/blog/kl-approx.html).
 
-    With d = logp - ref: k1 is d, whose gradient is 0 in the mean: for rewards; k2 is d^2 / 2; k3 is exp(-d) - 1 + d,
-    unbiased and never negative; abs is |d|.
+    With d = logp - ref: k1 is d; k2 is d^2 / 2; k3 is exp(-d) - 1 + d, unbiased and never negative; abs is |d|. In a
+    loss over tokens of the policy, the gradient is in the mean that of the KL for k2, 0 for k1, and that of
+    KL(reference, policy) for k3; with the estimate times the ratio it is that of the KL for k1 and k3.
     """
     if estimator not in KL_ESTIMATES:
         raise ValueError(f"kl_estimator {estimator!r} is not one of {', '.join(KL_ESTIMATES)}")
