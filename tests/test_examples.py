@@ -90,9 +90,12 @@ def test_countdown_from_a_base_model(tmp_path, monkeypatch, capsys):
 def test_ppo_beside_grpo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n' * 4, encoding="utf-8")
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "1+2=", "solution": "3"}\n', encoding="utf-8")
     small = ["--dataset", "rows.jsonl", "--max_steps", "1", "--critic_warmup", "0", "--output_dir", "out"]
-    main_of("ppo_vs_grpo")([*SMALL, *small])
-    grpo, ppo = (line for line in capsys.readouterr().out.splitlines() if "peak in MiB" in line)
+    main_of("ppo_vs_grpo")([*SMALL, *small, "--eval_dataset", "held_out.jsonl"])
+    printed = capsys.readouterr().out
+    assert printed.count("held out, at step 0: 0.000 (0.000 to ") == 2 == printed.count("held out, at step 1: ")
+    grpo, ppo = (line for line in printed.splitlines() if "peak in MiB" in line)
     assert grpo.startswith("grpo: ") and "critic" not in grpo
     assert ppo.startswith("ppo: ") and all(f"{phase} " in ppo for phase in ("rollout", "values", "update", "critic"))
 
