@@ -15,9 +15,10 @@ def value_losses(
 ) -> tuple[Tensor, Tensor]:
     """PPO's pessimistic loss of each token's value, (N,), and whether the clipped value decided it, (N,) bool.
 
-        0.5 max((v - R)^2, (clip(v, V - c, V + c) - R)^2)          (https://arxiv.org/abs/1707.06347)
+        0.5 max((v - R)^2, (clip(v, V - c, V + c) - R)^2)
 
-    Without a cliprange, half of the squared error.
+    The clip is of PPO's first code and not of its paper, which has the squared error alone, as there is without a
+    cliprange (https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details).
     """
     errors = (values - returns).square()
     if cliprange is None:
