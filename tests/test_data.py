@@ -95,6 +95,7 @@ def bad_files(tmp_path_factory):
         ([{"prompt": "a", "x": ENDLESS}], "the x of row 0 of train_dataset is .*more than 100 lists or objects"),
         ({"prompt": ["a", "b"]}, "train_dataset is a dict of no splits; pass a list of rows"),
         (DatasetDict(), "train_dataset is a DatasetDict of no splits"),
+        (Dataset.from_list(CHAT).with_transform(dict), "train_dataset has a transform of its own, .* with map\\(\\)"),
         ("", "train_dataset is '', which names nothing"),
         ("x" * 5000 + ".jsonl", "is not a file on this machine"),
         ("~nobody-here/x.jsonl", "is not a file on this machine"),

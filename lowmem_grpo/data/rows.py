@@ -119,6 +119,8 @@ def read_rows(dataset: Any, config: RowFields, *, name: str = "train_dataset", s
     if len(rows) == 0:
         where = f"{name} {dataset!r}" if isinstance(dataset, str) else name
         raise InputError(f"{where} is empty; it needs at least one row")
+    if rows.format["type"] == "custom":  # which may draw other values each time
+        raise InputError(f"{name} has a transform of its own, which would be lost; make its rows with map()")
     rows = rows.with_format(None)  # plain Python values, whatever the caller looks at
     if not (isinstance(dataset, list) or (isinstance(dataset, str) and Path(dataset).suffix.lower() in TEXT_FILES)):
         rows = with_whole_numbers(rows)
