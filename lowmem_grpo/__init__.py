@@ -11,6 +11,7 @@ from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 
 if TYPE_CHECKING:
+    from lowmem_grpo.evaluation.evaluate import evaluate
     from lowmem_grpo.exporting.export import ExportResult, export
     from lowmem_grpo.loops.grpo import train
     from lowmem_grpo.loops.reward import train_reward_model
@@ -36,6 +37,7 @@ __all__ = [
     "SampleResult",
     "SelectConfig",
     "TrainResult",
+    "evaluate",
     "export",
     "register_objective",
     "run_pipeline",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "evaluate": "lowmem_grpo.evaluation.evaluate",
     "export": "lowmem_grpo.exporting.export", "ExportResult": "lowmem_grpo.exporting.export",
     "train_reward_model": "lowmem_grpo.loops.reward",
     "train": "lowmem_grpo.loops.grpo", "sft": "lowmem_grpo.loops.sft", "TrainResult": "lowmem_grpo.run.run",

@@ -11,13 +11,12 @@ from test_config import TEXTS
 from test_terminal import in_a_terminal
 from tiny_models import DEMO_MODEL
 
-from lowmem_grpo import GRPOConfig, __version__, cli
+from lowmem_grpo import GRPOConfig, __version__, cli, evaluate
 from lowmem_grpo.cli import settings, trainings
 from lowmem_grpo.cli.output import open_closed
 from lowmem_grpo.cli.parser import with_underscores
 from lowmem_grpo.config.grpo import EVAL_FIELDS
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.evaluation.show import as_table
 from lowmem_grpo.run.progress import Progress
 
@@ -487,7 +486,7 @@ def test_an_evaluation_reads_the_fields_that_its_help_has():
     for k in (None, 2):
         config = Watched(use_cpu=True, max_completion_length=2, num_generations_eval=k)
         watches = True
-        measure_model(str(DEMO_MODEL), task.answer_reward, task.rows(task.splits()[1][:1]), config)
+        evaluate(str(DEMO_MODEL), task.answer_reward, task.rows(task.splits()[1][:1]), config)
         watches = False
     # These are read, and what comes of an evaluation does not depend on them.
     in_vain = {

@@ -101,6 +101,7 @@ def bad_files(tmp_path_factory):
         ("~nobody-here/x.jsonl", "is not a file on this machine"),
         ([{"text": "x"}], "has no column named prompt, only text"),
         (7, "train_dataset is a int; pass a hub id"),
+        (None, "train_dataset is missing; pass a hub id"),
         ("FOLDER/gzip.jsonl", "gzip.jsonl' is a gzip file by what it begins with; unpack it"),
         ("FOLDER/excel.csv", "excel.csv' is a zip or Excel file"),
         ("FOLDER/parquet.jsonl", "parquet.jsonl' is a Parquet file"),

@@ -18,7 +18,7 @@ from lowmem_grpo.demo import task
 from lowmem_grpo.demo.run import recipe
 from lowmem_grpo.demo.run import run as demo
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.evaluation.evaluate import measure_model
+from lowmem_grpo.evaluation.evaluate import evaluate
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.model.teacher import Teacher, find_teacher, load_teacher, refuse_other_tokens
 from lowmem_grpo.objective.coefficients import Coefficients
@@ -335,7 +335,7 @@ def test_evaluations_and_texts_that_a_teacher_cannot_read_are_refused(tmp_path):
     ):
         run(tmp_path, rows=texts, teacher="base", teacher_system_prompt="Sum up.")
     with pytest.raises(InputError, match="an evaluation needs reward_funcs, and a teacher is none"):
-        measure_model(str(DEMO_MODEL), None, ROWS[:4], GRPOConfig(teacher=str(DEMO_MODEL), use_cpu=True))
+        evaluate(str(DEMO_MODEL), None, ROWS[:4], GRPOConfig(teacher=str(DEMO_MODEL), use_cpu=True))
 
 
 def test_a_teacher_that_is_the_policys_own_base_is_told(tmp_path, recwarn):

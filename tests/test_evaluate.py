@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny_models import DEMO_MODEL, make_policy
 from transformers import AutoTokenizer
 
-from lowmem_grpo import GRPOConfig
+from lowmem_grpo import GRPOConfig, evaluate
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import printable
-from lowmem_grpo.evaluation.evaluate import Evaluation, measure, measure_model
+from lowmem_grpo.evaluation.evaluate import Evaluation, measure
 from lowmem_grpo.evaluation.show import examples, examples_as_text
 from lowmem_grpo.evaluation.statistics import (
     confidence_interval,
@@ -360,7 +360,7 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
     result = run(tmp_path / "out", [task.tag_format_reward, length_reward], **changes)
     config = settings(tmp_path / "unused", num_generations_eval=2)
     rewards = [task.tag_format_reward, length_reward]
-    measured = measure_model(str(tmp_path / "out/adapter"), rewards, ROWS[:6], config)
+    measured = evaluate(str(tmp_path / "out/adapter"), rewards, ROWS[:6], config)
     found = {who: evaluation.metrics for who, evaluation in measured.items()}
     for who, line in (("base", result.eval_history[0]), ("adapter", result.eval_history[-1])):
         for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_completions/mean_length"):
@@ -371,14 +371,14 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path):
     assert found["adapter"][name] == pytest.approx(result.eval_history[-1][name]), "as training found"
     assert found["adapter"][f"{name}/ci_low"] < found["adapter"][name] < found["adapter"][f"{name}/ci_high"]
     assert not any("difference" in name for name in found["base"])
-    assert list(measure_model(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
+    assert list(evaluate(str(DEMO_MODEL), length_reward, ROWS[:2], config)) == ["model"]
 
 
 def test_one_greedy_completion_is_what_training_without_sampling_measures():
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert tokenizer.chat_template
     config = GRPOConfig(use_cpu=True, max_completion_length=8)
-    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"].metrics
+    found = evaluate(str(DEMO_MODEL), task.tag_format_reward, ROWS[:4], config)["model"].metrics
     assert "eval_mean@1" not in found and "eval_maj@1" not in found
     assert found["eval_pass@1"] == found["eval_rewards/tag_format_reward/mean"]
 
@@ -549,7 +549,7 @@ def test_texts_of_all_languages_stay_as_they_are():
 
 def test_a_model_is_measured_with_what_it_wrote_on_the_rows_that_are_asked_for():
     config = GRPOConfig(use_cpu=True, max_completion_length=8, dataset_take=4)
-    found = measure_model(str(DEMO_MODEL), task.tag_format_reward, ROWS[:6], config)
+    found = evaluate(str(DEMO_MODEL), task.tag_format_reward, ROWS[:6], config)
     shown, *others = examples(found, 6)
     assert len(others) == 3
     assert shown["prompt"] == ROWS[0]["prompt"] and shown["gold"] == ROWS[0]["solution"]

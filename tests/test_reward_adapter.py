@@ -19,7 +19,7 @@ from lowmem_grpo import GRPOConfig, cli, train, train_reward_model
 from lowmem_grpo.data.pairs import tokenize_pairs
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.evaluation.evaluate import measure_model
+from lowmem_grpo.evaluation.evaluate import evaluate
 from lowmem_grpo.inputs.identity import _settings
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.turn_end import after_the_end
@@ -122,7 +122,7 @@ def test_learning_from_a_reward_adapter_raises_its_score(adapter, tmp_path, capf
     assert result.history[0]["rm/length_correlation"] > 0, "a worked answer is longer than a lazy one"
     assert "rm is worn on the policy's own base: no second model is in memory" in capfd.readouterr().err
     assert [*result.policy.model.peft_config] == [result.policy.adapter, "reward0"]
-    found = measure_model(
+    found = evaluate(
         str(tmp_path / "adapter"), adapter, task.rows(TRAIN[:4]), GRPOConfig(use_cpu=True, max_completion_length=40)
     )
     assert found["adapter"].metrics["eval_reward"] > found["base"].metrics["eval_reward"]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lowmem_grpo import GRPOConfig, SampleConfig, SelectConfig, SFTConfig, cli, sample, select, sft
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.evaluation.evaluate import measure_model
+from lowmem_grpo.evaluation.evaluate import evaluate
 from lowmem_grpo.pipeline.sampled import SampledFile, read_sampled
 from lowmem_grpo.pipeline.sources import seed_of
 from lowmem_grpo.planner.plan import forecast, plan
@@ -337,6 +337,6 @@ def test_right_answers_teach_more_than_as_many_of_any(tmp_path, seed):
         )  # fmt: skip
         sft(str(DEMO_MODEL), chosen, None, config)
         of_eval = GRPOConfig(use_cpu=True, max_completion_length=40)
-        found = measure_model(str(tmp_path / name / "adapter"), REWARDS, task.rows(EVAL), of_eval)
+        found = evaluate(str(tmp_path / name / "adapter"), REWARDS, task.rows(EVAL), of_eval)
         accuracy[name] = found["adapter"].metrics["eval_rewards/answer_reward/mean"]
     assert accuracy["right"] > 0.7 > 0.5 > accuracy["any"], accuracy

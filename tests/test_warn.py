@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import DEMO_MODEL, make_policy
 
+from lowmem_grpo import evaluate
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.demo import task
-from lowmem_grpo.evaluation.evaluate import measure_model
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.warn import OURS, warn
@@ -96,7 +96,7 @@ def test_sampling_by_generate_names_the_call(monkeypatch, tmp_path):
     monkeypatch.setattr("lowmem_grpo.generate.engine.refusal", lambda policy, dtype: "looked for")
     config = settings(tmp_path)
     line = here() + 1
-    assert warned(lambda: measure_model(str(DEMO_MODEL), length_reward, ROWS, config)) == (__file__, line)
+    assert warned(lambda: evaluate(str(DEMO_MODEL), length_reward, ROWS, config)) == (__file__, line)
 
 
 def test_a_property_read_by_the_user_names_that_line(packing_refused):

@@ -87,10 +87,10 @@ def run_eval(given: dict[str, Any]) -> int:
     from lowmem_grpo.inputs.names import look_up_inputs
 
     look_up_inputs({"model": model, "eval_dataset": dataset, "reward_funcs": rewards}, config, needs_rewards=True)
-    from lowmem_grpo.evaluation.evaluate import measure_model
+    from lowmem_grpo.evaluation.evaluate import evaluate
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
-    found = measure_model(model, rewards, dataset, config)
+    found = evaluate(model, rewards, dataset, config)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if as_json:
         with writing_output():

@@ -141,9 +141,8 @@ def _load(dataset: Any, config: RowFields, name: str, split: str) -> Any:
         return to_dataset({key: [row.get(key) for row in dataset] for key in names}, name)
     if not isinstance(dataset, str):
         if not isinstance(dataset, (Dataset, DatasetDict, IterableDataset, dict)):
-            raise InputError(
-                f"{name} is a {type(dataset).__name__}; pass a hub id, a file, a Dataset or a list of rows"
-            )
+            what = "missing" if dataset is None else f"a {type(dataset).__name__}"
+            raise InputError(f"{name} is {what}; pass a hub id, a file, a Dataset or a list of rows")
         return dataset
     path = Path(dataset)
     look_up_dataset(dataset, name)

@@ -125,16 +125,23 @@ def _sampled(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig, share:
 
 
 @without_progress_bars
-def measure_model(model: str, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> dict[str, Evaluation]:
+def evaluate(
+    model: str, reward_funcs: Any = None, dataset: Any = None, config: GRPOConfig | None = None
+) -> dict[str, Evaluation]:
     """The evaluation of a model, {"model": ...}, or of an adapter folder, {"base": ..., "adapter": ...}.
 
-    The base is the same model with the adapter switched off; the adapter's metrics have their differences from it. A
-    task's held-out rows are what it is measured on, and a hub dataset's `test` split.
+    The base is the same model with the adapter switched off; the adapter's metrics have their differences from it.
+
+    Args:
+        model: hub id, model folder, adapter folder, or a loaded model, which is changed in place.
+        reward_funcs: in any form that train() takes; None for a task, which has its own.
+        dataset: in any form that train() takes; of a hub dataset the `test` split, and of a task what it holds out.
+        config: settings, of which those of sampling and loading are read; GRPOConfig() by default.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any weights are read.
     """
-    inputs = read_evaluation_inputs(model, reward_funcs, dataset, config)
+    inputs = read_evaluation_inputs(model, reward_funcs, dataset, GRPOConfig() if config is None else config)
     for note in inputs.notes:
         log.warning(note)
     prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()
