@@ -128,12 +128,15 @@ _VERL_FIELDS = {
     "settings have no sections here; write each by its own name, as num_generations":
         "actor_rollout_ref actor rollout ref critic data algorithm trainer custom_reward_function",
     TO_TRAIN: "train_files model.path",
+    "set critic_init": "critic.model.path",
+    "set num_generations_eval": "val_kwargs.n",
     "give the held-out rows as eval_dataset": "val_files",
     "rename the column to prompt": "prompt_key input_key",
     "every reward function gets the column data_source; get_routed_reward asks one for the rows of a kind alone":
         "reward_fn_key",
     "name it among the reward_funcs, as module.function": "custom_reward_function.path custom_reward_function.name",
-    "name it among the reward_funcs": "reward_model reward_model.path reward_pretrain",
+    "name it among the reward_funcs":
+        "reward_model reward_model.path reward_model.model.path reward_pretrain reward_manager",
     "the reference is the policy without its adapters; remove it": "ref_model ref_model_path",
     "set num_generations": "n n_samples_per_prompt rollout_n group_size num_return_sequences num_samples",
     "set prompts_per_step": "train_batch_size gen_batch_size rollout_batch_size",
@@ -143,7 +146,10 @@ _VERL_FIELDS = {
     "set token_budget": "ppo_max_token_len_per_gpu log_prob_max_token_len_per_gpu",
     "micro-batches are always made by their tokens; remove it": "use_dynamic_bsz",
     "set padding_free, which is on by default": "use_remove_padding packing_samples",
-    "set max_prompt_length": "prompt_max_len",
+    "set max_prompt_length; longer prompts are dropped and counted":
+        "prompt_max_len filter_overlong_prompts truncation",
+    "the base is frozen and in 4 bits, and vram_budget chooses what else is offloaded; remove it":
+        "param_offload optimizer_offload adam_offload",
     "set max_completion_length": "max_response_length max_new_tokens max_tokens",
     "training samples and an evaluation is greedy, unless num_generations_eval is set; remove it": "do_sample",
     "set adv_estimator": "advantage_estimator",
@@ -161,6 +167,9 @@ _VERL_FIELDS = {
     "name get_soft_overlong_punishment(...) among the reward_funcs": "overlong_buffer overlong_buffer_cfg",
     "set learning_rate": "lr actor_learning_rate",
     "set critic_learning_rate": "critic.optim.lr",
+    "set gradient_checkpointing": "enable_gradient_checkpointing",
+    "set project": "project_name",
+    "set run_name": "experiment_name",
     "set warmup_steps": "lr_warmup_steps lr_warmup_steps_ratio lr_warmup_ratio",
     "set max_grad_norm": "grad_clip gradient_clipping max_norm",
     "set num_train_epochs": "epochs num_epochs total_epochs num_episodes",
@@ -244,5 +253,5 @@ def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
         remedy = next((remedies.get(end) or f"write {end} alone" for end in ends if end in {*remedies, *known}), None)
         if remedy:
             raise UnknownNameError(f"{kind} has no {name}: {remedy}")
-        hint = did_you_mean(name, known, f"see `lowmem-grpo {command} --help_all` for the fields")
+        hint = did_you_mean(parts[-1], known, f"see `lowmem-grpo {command} --help_all` for the fields")
         raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")
