@@ -105,7 +105,8 @@ def test_a_run_that_skips_steps_resumes_to_the_same_end(tmp_path, spoil):
     assert comparable(resumed.history) == comparable(whole.history)
     assert all(torch.equal(value, adapters(whole)[name]) for name, value in adapters(resumed).items())
     states = [read_state(tmp_path / f"{folder}/out/checkpoint-5") for folder in ("whole", "cut")]
-    del states[0]["config"], states[1]["config"]
+    for state in states:
+        del state["config"], state["identity"]["objective"]  # which counts its calls anew
     assert states[0] == states[1]
 
 
