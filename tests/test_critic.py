@@ -284,13 +284,15 @@ def test_without_values_and_with_lam_of_1_a_step_is_reinforces(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "changes",
     [
-        # Of two updates in step 3 fp16's loss scale may skip the first.
-        pytest.param(dict(critic_warmup=2, fp16=True, lora_dropout=0.1, num_iterations=2), marks=pytest.mark.slow),
+        pytest.param(dict(critic_warmup=2, fp16=True, lora_dropout=0.1), marks=pytest.mark.slow),
         dict(num_iterations=2, steps_per_generation=2, optim="adamw_8bit", beta=0.1, kl_in_reward=True, kl_target=0.1),
     ],
     ids=str,
 )
-def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
+def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, monkeypatch, changes):
+    # fp16's own 65,536 overflows in the policy's only step, which is then skipped; it does not from 32,768 down. Doubled
+    # with each step taken, the two loss scales differ, and a resumed run has to know both.
+    monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=1))
     given = {
         **SHORT, "rewards": noisy_reward, "max_steps": 3, "save_steps": 9, "lr_scheduler_type": "cosine",
         "critic_learning_rate": 1e-3, **changes,
@@ -303,9 +305,12 @@ def test_a_resumed_run_has_the_critic_that_it_had(tmp_path, changes):
     assert comparable(resumed.history) == comparable(whole.history)
     for name in ("adapter_model", "critic", "optimizer"):
         files = [tmp_path / f"{folder}/out/checkpoint-3/{name}.safetensors" for folder in ("whole", "cut")]
-        # The only step of the optimizer may have overflowed float16, and then it has no state.
-        one, other = ({} if changes.get("fp16") and not file.is_file() else load_file(file) for file in files)
+        one, other = map(load_file, files)
         assert {*one} == {*other} and all(torch.equal(value, other[path]) for path, value in one.items()), name
+    one, other = (read_state(tmp_path / f"{folder}/out/checkpoint-3")["parts"] for folder in ("whole", "cut"))
+    assert one == other
+    if changes.get("fp16"):
+        assert (one["optimizer"]["scaler"]["scale"], one[CRITIC]["scaler"]["scale"]) == (2 * 256, 8 * 256)
 
 
 @pytest.mark.parametrize("whose", ["the policy's", "the critic's"])
