@@ -225,7 +225,7 @@ OF_THE_UPDATE = [  # but those that show in the metrics of other tests' runs
     {"top_entropy_quantile": 0.3},
 ]  # fmt: skip
 SEEN_ELSEWHERE_TOO = [  # in what other tests' runs log or save, or as arguments of the optimizer
-    {"loss_type": "grpo"}, {"warmup_steps": 2}, {"lr_scheduler_type": "cosine"}, {"adam_beta1": 0.5},
+    {"loss_type": "grpo"}, {"warmup_steps": 2}, {"lr_scheduler_type": "constant"}, {"adam_beta1": 0.5},
     {"adam_beta2": 0.5}, {"adam_epsilon": 1e-2}, {"scale_rewards": "batch"},
 ]  # fmt: skip
 
