@@ -160,7 +160,7 @@ def deep(request):
     return policy
 
 
-@pytest.mark.parametrize("place, name", enumerate(MIXERS))
+@pytest.mark.parametrize("place, name", [*enumerate(MIXERS)])
 def test_one_layer_of_thirty_that_mixes_a_little_along_the_row_is_refused(place, name, deep, monkeypatch):
     """In bf16, too, in which its own rounding is more; by each of the texts, of which one that passes is enough."""
     part = ("self_attn", "mlp")[place % 2]
