@@ -47,7 +47,8 @@ def each_of(size: int, work: Callable, *given: Any) -> list[tuple[int, Any]]:
     for ours, theirs in pipes:
         theirs.close()
         with contextlib.suppress(EOFError):
-            found.append(ours.recv() if ours.poll(WAIT_S) else "does not answer")
+            assert ours.poll(WAIT_S), "a process does not answer"
+            found.append(ours.recv())
             continue
         found.append(None)  # it was killed
     for process in started:

@@ -18,7 +18,8 @@ import torch
 
 from lowmem_grpo import distributed
 
-WAIT_S = 60.0  # for an answer; a rank whose error is its own leaves the others waiting
+# For an answer: a rank whose error is its own leaves the others waiting, and a busy machine takes over 60 s for 3 of CPU.
+WAIT_S = 300.0
 
 
 @cache
