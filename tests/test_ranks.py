@@ -65,6 +65,14 @@ def test_a_stop_of_one_is_a_stop_of_all_with_one_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_a_callback_of_one_ends_is_over_for_all(tmp_path):
+    found = each_of(2, rank_runs.learn_examples, str(tmp_path), rank_runs.enough_for_rank_1)
+    assert [of["error"] for _, of in found] == [None, None]
+    assert [len(of["found"]["history"]) for _, of in found] == [1, 1]
+    assert (tmp_path / "adapter").is_dir()
+
+
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_bit_for_bit_by_as_many_processes(tmp_path):
     """With lora_dropout, whose masks are each rank's own."""
     (_, first), (_, second) = each_of(2, rank_runs.sample_and_learn, str(tmp_path / "whole"))

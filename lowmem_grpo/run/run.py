@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lowmem_grpo.distributed import (
     by_main,
     from_main,
+    gathered,
     is_main,
     lost_rank,
     own_randomness,
@@ -368,6 +369,7 @@ class Run:
                     self.rest.num_called += 1
                     self._remember_rest()
             self.interruption.check()
+        self.rest.is_last = any(gathered(self.rest.is_last))  # what one process ends, as by its clock, all do
         self.rest.metrics = None
         self._remember_rest()
         if self.is_over or self.step % self.config.save_steps == 0:
