@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_offload import assert_same, run
 from test_step import model_of
-from tiny_models import DEMO_MODEL, make_policy
+from tiny_models import DEMO_MODEL, HYBRIDS, make_policy
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
@@ -16,7 +16,8 @@ from lowmem_grpo.errors import InputError
 from lowmem_grpo.model import load
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.find import find_model, read_config
-from lowmem_grpo.model.head_8bit import Head8bit
+from lowmem_grpo.model.head import probe_head, read_head
+from lowmem_grpo.model.head_8bit import Head8bit, settle_head
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.planner import plan as planner
 
@@ -51,6 +52,15 @@ def test_policy_and_gradient_are_those_of_a_head_that_is_rounded_so(name):
     assert (error <= scale[:, None] * 0.501).all() and error.any()
     rounded.lm_head.weight.data = weight * scale[:, None]
     assert_same(run(ours), run(make_policy(rounded)))
+
+
+def test_a_model_may_ask_the_weight_of_its_head_for_a_dtype():
+    config = AutoConfig.for_model("mamba2", **HYBRIDS["mamba2"], tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    settle_head(model, model.device, torch.float32, in_8bit=True)
+    probe_head(model, read_head(model))
+    settle_head(model, model.device, torch.bfloat16, in_8bit=True)
+    assert read_head(model).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16": None, "fp16": True}], ids=["fp32", "bf16", "fp16"])
@@ -147,7 +157,7 @@ def test_a_plan_counts_it_as_it_is():
         base = make_policy(model, **settings).base
         sizes.append(sum(x.nbytes for x in (*base.parameters(), *base.buffers()) if x.dtype != torch.uint8))
     kind = "embedding, head and the rest"
-    vocabulary, width = model.lm_head.weight.shape
+    vocabulary, width = model.lm_head.rows.shape
     saved = forecasts[0].resident[kind] - forecasts[1].resident[kind]
     assert saved == sizes[0] - sizes[1] == vocabulary * (width - 4)
     more = [phase["head"] for phase in (forecast.phases["update"] for forecast in forecasts)]
@@ -172,6 +182,6 @@ def test_a_run_on_a_gpu(folder, tmp_path):
     problems, _ = task.splits()
     result = train(folder, variety, task.rows(problems[:8]), config=config)
     base = result.policy.base
-    assert base.lm_head.weight.is_cuda and base.lm_head.weight.dtype == torch.int8
+    assert base.lm_head.rows.is_cuda
     assert not base.model.embed_tokens.weight.is_cuda
     assert result.history[-1]["sampling/sampling_logp_difference/mean"] < 0.05

@@ -57,21 +57,17 @@ def output_embeddings(model: PreTrainedModel) -> nn.Module:
 def read_head(model: PreTrainedModel) -> Head:
     """The head of a model, with its scale and softcap. Raise InputError if it is trained or adapted."""
     output: Any = output_embeddings(model)
-    weight, in_8bit = getattr(output, "weight", None), isinstance(output, Head8bit)
+    weight = getattr(output, "weight", None)
     if weight is None or weight.requires_grad:
         raise InputError(TRAINED)
-    if not (weight.is_floating_point() or in_8bit):
+    if not weight.is_floating_point():
         raise InputError("the head is quantized; load the model with lm_head left out of the quantization")
     config = model.config.get_text_config()
     # Granite divides its logits, Cohere multiplies them.
     logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        weight,
-        getattr(output, "bias", None),
-        logit_scale,
-        getattr(config, "final_logit_softcapping", None),
-        *((output.dtype, output.scale) if in_8bit else (weight.dtype,)),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    rows, scale = (output.rows, output.scale) if isinstance(output, Head8bit) else (weight, None)
+    return Head(rows, getattr(output, "bias", None), logit_scale, softcap, weight.dtype, scale)
 
 
 def probe_head(model: PreTrainedModel, head: Head) -> None:

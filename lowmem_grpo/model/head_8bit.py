@@ -15,23 +15,26 @@ from lowmem_grpo.kernels.linear_logprobs import quantize_head
 
 
 class Head8bit(nn.Module):
-    """A linear layer (V, D) without a gradient: an int8 weight, times the scale of each row, rounded to a dtype."""
+    """A linear layer (V, D) without a gradient: rows in int8, each times its scale, rounded to a dtype."""
 
-    weight: Tensor  # (V, D) int8
+    rows: Tensor  # (V, D) int8
     scale: Tensor  # (V,) fp32
+    weight: Tensor  # (0, D) of the dtype, which such as Mamba ask a head's weight for
 
     def __init__(self, linear: nn.Linear, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        weight, scale = quantize_head(linear.weight, device)
-        self.register_buffer("weight", weight)
+        rows, scale = quantize_head(linear.weight, device)
+        self.register_buffer("rows", rows)
         self.register_buffer("scale", scale)
-        self.bias, self.dtype = linear.bias, dtype
+        self.register_buffer("weight", scale.new_empty(0, rows.shape[1], dtype=dtype))
+        self.bias = linear.bias
         if linear.bias is not None:
             linear.bias.data = linear.bias.data.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D), in the head's dtype."""
-        logits = product_int8(x.to(self.dtype).flatten(0, -2), self.weight, self.scale).to(self.dtype)
+        dtype = self.weight.dtype
+        logits = product_int8(x.to(dtype).flatten(0, -2), self.rows, self.scale).to(dtype)
         return (logits if self.bias is None else logits + self.bias).view(*x.shape[:-1], -1)
 
 
@@ -42,7 +45,7 @@ def settle_head(model: Any, device: torch.device, dtype: torch.dtype, *, in_8bit
     """
     head = model.get_output_embeddings()
     if isinstance(head, Head8bit):
-        head.dtype = dtype
+        head.weight = head.weight.to(dtype)
     elif in_8bit:
         refuse_8bit(model)
         parent, _, name = head_path(model).rpartition(".")
