@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from test_step import FAMILIES, SPOILED, model_of, swapped
 from tiny_models import make_policy
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.kernels import layer_pass
@@ -42,6 +43,18 @@ def results(made, batch=None, backward=lambda loss: loss.backward()):
     found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     made.model.zero_grad()
     return logprobs.detach(), found
+
+
+def test_switched_off_layers_on_a_gpu_compute_by_themselves(monkeypatch):
+    """Also where the embedding, whose weight is the first, is on the CPU."""
+    decoder = policy_of().decoder
+    monkeypatch.setenv("LOWMEM_GRPO_TRITON", "0")
+    assert outlined.may_go_by_outline(decoder)
+    path, weight = next(decoder.layers[0].named_parameters())
+    parent, _, name = path.rpartition(".")
+    on_gpu = FakeTensor(FakeTensorMode(), torch.empty(weight.shape, device="meta"), torch.device("cuda"))
+    setattr(decoder.layers[0].get_submodule(parent), name, torch.nn.Parameter(on_gpu))
+    assert decoder.embed_tokens.weight.is_cpu and not outlined.may_go_by_outline(decoder)
 
 
 def by_own_layers(made, work):

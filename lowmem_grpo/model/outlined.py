@@ -375,7 +375,7 @@ def may_go_by_outline(decoder: Any) -> bool:
     On a GPU, LOWMEM_GRPO_TRITON=0 has the model's own layers compute.
     """
     layers = list(getattr(decoder, "layers", ()))
-    if not layers or (switched_off() and next(decoder.parameters()).is_cuda):
+    if not layers or (switched_off() and next(layers[0].parameters()).is_cuda):  # an embedding may be elsewhere
         return False
     return all(
         getattr(layer, "gradient_checkpointing", False) and all(map(computes_as_its_class, every_module(layer)))
