@@ -1,5 +1,6 @@
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +8,17 @@ import pytest
 import torch
 import triton.language as tl
 from test_generate import in_turn, one_layer, slow
-from tiny_models import FAMILIES, SMALL, make_model, make_policy
+from tiny_models import DEMO_MODEL, FAMILIES, SMALL, make_model, make_policy
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from transformers.models.qwen2 import modeling_qwen2
 from triton.runtime import interpreter
 
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.step_trial import known_step
 from lowmem_grpo.model import offload
+from lowmem_grpo.model.adapters import add_adapter, lora_config
+from lowmem_grpo.model.find import find_model
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.offload import (
     Offloading,
@@ -160,8 +164,23 @@ def test_a_table_with_a_vector_for_each_layer_is_looked_up_on_the_cpu(monkeypatc
 
 
 def test_an_embedding_that_is_the_head_stays():
-    with pytest.raises(ValueError, match="is its head too, which stays on the GPU"):
+    message = "is its head too, which stays on the GPU; leave offload_embedding out"
+    with pytest.raises(InputError, match=message):
         offload_embedding(make_model("gemma2"))
+    with pytest.raises(InputError, match=message):
+        find_model(str(DEMO_MODEL), GRPOConfig(offload_embedding=True))
+
+
+def test_an_embedding_with_an_adapter_stays(tmp_path):
+    """Which is refused before any weights are read, and is not chosen by a plan."""
+    config = GRPOConfig(lora_target_modules=["embed_tokens", "q_proj"])
+    model = LlamaConfig(**SMALL)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((DEMO_MODEL / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"does not know peft.*\.Embedding; leave offload_embedding out"):
+        find_model(str(tmp_path), replace(config, offload_embedding=True))
+    adapted = add_adapter(AutoModelForCausalLM.from_config(model).requires_grad_(False), lora_config(config))
+    assert not token_embeddings(adapted.get_base_model())
 
 
 def test_liger_is_asked_only_for_what_it_knows():

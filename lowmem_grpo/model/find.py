@@ -41,6 +41,7 @@ from lowmem_grpo.model.adapters import (
 from lowmem_grpo.model.experts import are_packed
 from lowmem_grpo.model.head import output_embeddings, read_head
 from lowmem_grpo.model.head_8bit import refuse_8bit
+from lowmem_grpo.model.offload import refuse_offload
 from lowmem_grpo.model.quantizer import BITSANDBYTES, MXFP4, lay_out_4bit, quantized_by
 from lowmem_grpo.model.towers import (
     auto_class,
@@ -120,7 +121,7 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
         _find_by_name(model, config, needs_weights)
         with torch.random.fork_rng([]):  # what is made at random here must not change the run
             settings = read_config(model, config)
-            base = without_weights(settings, config.trust_remote_code)
+            base: Any = without_weights(settings, config.trust_remote_code).requires_grad_(False)
             decoder_path(base)
             if config.load_head_in_8bit:
                 refuse_8bit(base)
@@ -136,8 +137,10 @@ def find_model(model: Any, config: TrainingConfig, peft_config: Any = None, *, n
             else:
                 _refuse_targets(base, config, peft_config)
                 set_aside(base)
-                add_adapter(base.requires_grad_(False), peft_config or lora_config(config))
+                add_adapter(base, peft_config or lora_config(config))
                 read_head(base)
+            if config.offload_embedding:
+                refuse_offload(base)
     else:
         raise InputError(f"model is a {type(model).__name__}; pass a hub id, a folder or a loaded transformers model")
 

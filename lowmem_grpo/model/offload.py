@@ -63,24 +63,36 @@ def offload_embedding(model: Any) -> None:
     Each lookup waits for the ids to come to the CPU, also in every step of sampling.
 
     Raises:
-        InputError: the model's only one is its head too, or its input embedding is not one that is known.
+        InputError: as refuse_offload() does.
     """
+    refuse_offload(model)
+    for table in token_embeddings(model):
+        _move_to_cpu(table, model.get_output_embeddings().weight.device)
+
+
+def refuse_offload(model: Any) -> None:
+    """Raise InputError where a model's only embedding is its head too, or not a plain one, as with an adapter."""
     embedding: Any = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise InputError(f"offload_embedding does not know {type(embedding).__name__}; leave offload_embedding out")
-    moved = token_embeddings(model)
-    if not moved:
-        raise InputError("offload_embedding: the embedding of this model is its head too, which stays on the GPU")
-    for table in moved:
-        _move_to_cpu(table, model.get_output_embeddings().weight.device)
+        kind = f"{type(embedding).__module__}.{type(embedding).__name__}"
+        raise InputError(f"offload_embedding does not know {kind}; leave offload_embedding out")
+    if not token_embeddings(model):
+        raise InputError(
+            "offload_embedding: the embedding of this model is its head too, which stays on the GPU; leave "
+            "offload_embedding out"
+        )
 
 
 def token_embeddings(model: Any) -> list[nn.Embedding]:
     """The frozen embeddings with a row for about each token, but for one that is the head too.
 
-    They are the input's, and such as Gemma 4 E's, which gives each token a vector for each layer.
+    They are the input's, and such as Gemma 4 E's, which gives each token a vector for each layer. There are none where
+    the input's is not a plain one, as with an adapter.
     """
-    least = model.get_input_embeddings().weight.shape[0] / 2  # positions are fewer
+    embedding: Any = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return []
+    least = embedding.num_embeddings / 2  # positions are fewer
     head = getattr(model.get_output_embeddings(), "weight", None)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return [
