@@ -986,6 +986,8 @@ def test_a_teachers_weights_and_its_pass_are_as_predicted():
     teacher = make_policy("qwen3, untied", own)
     held = sum(size for name, size in predicted.resident.items() if name.startswith("the teacher's"))
     assert_near(held, storages([*teacher.model.parameters(), *teacher.model.buffers()]))
+    rounded = planner.forecast(SHAPES["qwen2"], replace(config, load_head_in_8bit=True), teacher=found)
+    assert rounded.phases["teacher"] == predicted.phases["teacher"], "the teacher's head stays"
     batch = next(micro_batches(teacher, config))
 
     def rate():

@@ -38,13 +38,8 @@ OF_RUNS = ("grpo_config.json", "sft_config.json")  # where a run's folder has it
 # A merged model is refused where its log-probabilities differ by more than this share of what training changed, and by
 # more than two computations of one model in 16 bits do; so is one that is nearer to the base, by two standard errors.
 SHARE, NOISE = 0.25, 0.05
-AS_TRAINED = (
-    "load_in_4bit",
-    "load_head_in_8bit",
-    "bf16",
-    "fp16",
-    "model_init_kwargs",
-)  # of those: what says which numbers the base had
+# Of those settings: what says which numbers the base had.
+AS_TRAINED = ("load_in_4bit", "load_head_in_8bit", "bf16", "fp16", "model_init_kwargs")
 
 
 @dataclass(frozen=True)

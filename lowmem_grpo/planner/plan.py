@@ -391,7 +391,7 @@ def _teacher_bytes(key: Key, config: GRPOConfig, worn: dict[str, int]) -> tuple[
     assert adapter is not None
     traced = trace(Key(teacher.model, adapter), own)
     layer = getattr(torch, config.compute_dtype).itemsize * traced.largest_linear if config.load_in_4bit else 0
-    head = _head_bytes(teacher.model.get_text_config(), config)
+    head = _head_bytes(teacher.model.get_text_config(), own)
     held = {f"the teacher's {name}": size for name, size in traced.resident.items()}
     return held, {"activations": traced.ran.inference, "head": head, "one dequantized layer": layer}
 
