@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lowmem_grpo import GRPOConfig, train
 from lowmem_grpo.demo import task
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs import training
 from lowmem_grpo.model import load
 from lowmem_grpo.model.adapters import lora_config
 from lowmem_grpo.model.find import find_model, read_config
@@ -171,6 +172,28 @@ def test_a_plan_chooses_it_last_and_where_it_saves_anything(tied):
     names = [change.name for change in found.changes]
     assert found.remedy is not None
     assert ("load_head_in_8bit" in names) is not tied and (tied or names[-1] == "load_head_in_8bit")
+
+
+def test_a_resumed_run_keeps_the_head_that_its_plan_chose(folder, tmp_path, monkeypatch):
+    config = GRPOConfig(vram_budget="6GB", output_dir=str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begun = training.RunInputs(
+        model=folder, peft_config=None, tokenizer=tokenizer, given=config, config=config, device=torch.device("cpu"),
+        notes=[], output_dir=tmp_path, resume=None, callbacks=[], datasets={},
+    )  # fmt: skip
+
+    def settled(in_8bit, resume=None):
+        chosen = replace(config, load_head_in_8bit=in_8bit)
+        plan = planner.Plan(chosen, planner.Forecast({}, {}, None), None, [], 8, [])
+        monkeypatch.setattr(training, "plan_to_fit", lambda *_: plan)
+        return training.settled(replace(begun, resume=resume), {"prompt": ["2+3"]}, 8)
+
+    state = {"identity": settled(True).identity}
+    monkeypatch.setattr(training, "read_state", lambda _: state)
+    monkeypatch.setattr(training, "refuse_another_run", lambda *_: None)
+    assert settled(True, tmp_path).config.load_head_in_8bit
+    with pytest.raises(InputError, match="load_head_in_8bit=False, and that of the run to resume had not"):
+        settled(False, tmp_path)
 
 
 @pytest.mark.gpu

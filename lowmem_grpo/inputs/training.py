@@ -37,6 +37,7 @@ from lowmem_grpo.planner.plan import STEP_SIZES, Plan, limit_memory, plan_to_fit
 from lowmem_grpo.rewards import RewardRunner
 
 T = TypeVar("T", bound="RunInputs")
+HEAD = "load_head_in_8bit"  # of what a plan chooses, this alone makes another model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +217,13 @@ def settled(
     plan = plan_to_fit(base, run.config, adapter, longest, [one.config for one in worn], teacher)
     for one in worn:
         one.budget.num_tokens = min(one.budget.num_tokens, plan.config.token_budget)
+    identity[HEAD] = plan.config.load_head_in_8bit
+    if run.resume is not None and read_state(run.resume)["identity"].get(HEAD, identity[HEAD]) != identity[HEAD]:
+        raise InputError(
+            f"the plan for vram_budget={run.config.vram_budget} has {HEAD}={identity[HEAD]}, and that of the run to "
+            "resume had not; resume with as many processes and the settings of memory that it had, or start a new run "
+            "from the adapter"
+        )
     return replace(run, identity=identity, plan=plan, config=plan.config)
 
 
