@@ -194,7 +194,8 @@ def test_every_field_of_trls_models_and_scripts_is_known():
         ("actor_learning_rate", "set learning_rate"), ("loss_agg_mode", "dapo for token-mean"), ("trainer", "sections"),
         ("actor_rollout_ref.rollout.n", "set num_generations"), ("actor_rollout_ref.actor.optim.lr", "set learning_rate"),
         ("critic.optim.lr", "set critic_learning_rate"), ("critic.model.path", "set critic_init"),
-        ("actor_rollout_ref.rollout.val_kwargs.n", "set num_generations_eval"), ("reward_model.model.path", "reward_funcs"), ("algorithm.adv_estimator", "write adv_estimator alone"),
+        ("actor_rollout_ref.rollout.val_kwargs.n", "set num_generations_eval"), ("rollout.val_kwargs.top_p", "samples as training does"),
+        ("reward_model.overlong_buffer.len", "get_soft_overlong_punishment"), ("filter_groups.metric", "dynamic_sampling_rounds"), ("reward_model.model.path", "reward_funcs"), ("algorithm.adv_estimator", "write adv_estimator alone"),
     ],
 )  # fmt: skip
 def test_a_name_of_another_trainers_settings_gets_a_remedy_and_no_guess(name, remedy):

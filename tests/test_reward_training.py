@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trl.trainer.reward_config import RewardConfig as TheirConfig
 
 from lowmem_grpo import RewardConfig, cli, sft, train_reward_model
 from lowmem_grpo.checkup.pairs import findings
+from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import UNSUPPORTED_REWARD
 from lowmem_grpo.data.pairs import tokenize_pairs
@@ -161,6 +163,9 @@ def test_every_field_of_trls_config_is_a_field_or_has_a_remedy():
     theirs = {field.name for field in dataclasses.fields(TheirConfig)}
     ours = {field.name for field in dataclasses.fields(RewardConfig)}
     assert theirs - ours <= set(UNSUPPORTED_REWARD)
+    of_grpo = {field.name for field in dataclasses.fields(GRPOConfig)} - ours
+    for name in {"max_seq_length", *theirs} - ours:
+        assert not of_grpo & set(re.findall(r"\w+", UNSUPPORTED_REWARD[name])), name
 
 
 @pytest.mark.parametrize(

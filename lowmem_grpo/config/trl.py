@@ -152,6 +152,8 @@ _VERL_FIELDS = {
         "param_offload optimizer_offload adam_offload",
     "set max_completion_length": "max_response_length max_new_tokens max_tokens",
     "training samples and an evaluation is greedy, unless num_generations_eval is set; remove it": "do_sample",
+    "with num_generations_eval an evaluation samples as training does, else greedily; remove it":
+        "val_kwargs.temperature val_kwargs.top_p val_kwargs.top_k",
     "set adv_estimator": "advantage_estimator",
     "set scale_rewards": "norm_adv_by_std_in_grpo",
     "set loss_type: dapo for token-mean, grpo for seq-mean-token-mean, dr_grpo for seq-mean-token-sum-norm":
@@ -163,8 +165,10 @@ _VERL_FIELDS = {
     "set beta": "kl_coeff kl_beta",
     "set beta, and kl_estimator: k3 for low_var_kl, k1 for kl, k2 for mse": "kl_loss_type kl_penalty",
     "set beta, and kl_in_reward=True": "use_kl_in_reward",
-    "set dynamic_sampling_rounds": "filter_groups filter_groups.enable dynamic_filtering",
-    "name get_soft_overlong_punishment(...) among the reward_funcs": "overlong_buffer overlong_buffer_cfg",
+    "set dynamic_sampling_rounds": "filter_groups filter_groups.enable filter_groups.metric "
+        "filter_groups.max_num_gen_batches dynamic_filtering",
+    "name get_soft_overlong_punishment(...) among the reward_funcs": "overlong_buffer overlong_buffer_cfg "
+        "overlong_buffer.enable overlong_buffer.len overlong_buffer.penalty_factor",
     "set learning_rate": "lr actor_learning_rate",
     "set critic_learning_rate": "critic.optim.lr",
     "set gradient_checkpointing": "enable_gradient_checkpointing",
@@ -216,8 +220,9 @@ _REWARD_FIELDS = {
     "pass a tokenizer that has it": "chat_template_path",
     "rows are tokenized once, in this process; remove it": "dataset_num_proc",
     "a step holds pairs_per_step pairs and token_budget bounds a micro-batch; use those":
-        "per_device_train_batch_size gradient_accumulation_steps",
-    "set max_length": "max_prompt_length max_completion_length",
+        "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size per_device_eval_batch_size "
+        "eval_accumulation_steps",
+    "set max_length": "max_seq_length max_prompt_length max_completion_length",
 }  # fmt: skip
 
 
