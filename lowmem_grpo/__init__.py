@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -75,8 +76,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def __getattr__(name: str):
     """Import torch and transformers (seconds) only for what needs them, which `--help` and GRPOConfig do not."""
-    if name in _ELSEWHERE:  # an AttributeError's words are lost in `from lowmem_grpo import`
-        raise ImportError(f"lowmem_grpo has no {name}: {_ELSEWHERE[name]}")
+    if name in _ELSEWHERE:
+        # `from lowmem_grpo import` loses an AttributeError's words; hasattr() knows no other error.
+        is_imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
+        raise (ImportError if is_imported else AttributeError)(f"lowmem_grpo has no {name}: {_ELSEWHERE[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lowmem_grpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import lowmem_grpo
 from lowmem_grpo.config.fields import field_types, from_text
 from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, METHODS, OWN_LOSS
@@ -222,6 +223,11 @@ def test_a_method_that_is_no_loss_type_is_named_by_settings_that_make_one(name):
 def test_a_name_of_trls_or_unsloths_that_is_imported_says_what_to_call():
     with pytest.raises(ImportError, match="^lowmem_grpo has no GRPOTrainer: call train"):
         from lowmem_grpo import GRPOTrainer  # type: ignore[attr-defined]  # noqa: F401
+    assert not hasattr(lowmem_grpo, "GRPOTrainer")
+
+
+def test_a_public_name_is_listed_before_it_is_loaded():
+    assert set(lowmem_grpo.__all__) <= set(dir(lowmem_grpo))
 
 
 def test_defaults_are_trls_but_for_the_stated_ones():
