@@ -45,6 +45,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         InputError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
     """
     task, other = find_task(train_dataset), find_task(eval_dataset)
+    is_generated = other is not None and not isinstance(eval_dataset, Task)  # of one's own every row is measured on
     if other is not None:
         eval_dataset = held_out(other)
     if task is not None:
@@ -59,7 +60,7 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
         reward_funcs = []  # the teacher says what to learn
     if reward_funcs is None:
         refuse_missing_rewards(train_dataset)
-    if other is not None and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
+    if is_generated and isinstance(train_dataset, list) and isinstance(eval_dataset, list):
         eval_dataset = without_prompts_of(train_dataset, eval_dataset)
         if not eval_dataset:
             raise InputError("every row of eval_dataset is one of train_dataset's; give it others, by another seed say")
