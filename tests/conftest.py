@@ -80,7 +80,7 @@ SPOILED = {  # token losses (N,) by what is not finite
 @pytest.fixture
 def spoil(monkeypatch):
     """spoil(what, when): make loss_type "spoiled", which is spoiled in those optimizer steps; returns its count."""
-    monkeypatch.setattr("lowmem_grpo.inputs.prompts.try_out_objective", lambda config: None)  # which would count
+    monkeypatch.setattr("lowmem_grpo.inputs.prompts.try_out_objective", lambda *_: None)  # which would count
 
     def register(what: str, when) -> list[int]:
         calls = [0]

@@ -307,12 +307,15 @@ def test_an_objective_is_tried_with_all_that_a_run_gives_it_and_draws_nothing_of
     def whole(tokens, config):
         torch.rand(1)
         seen.append({name for name, value in vars(tokens).items() if value is None})
+        on = tokens.logprobs.new_zeros(tokens.num_completions)
+        of_groups = on.index_add(0, tokens.sequences, tokens.logprobs).view(-1, config.num_generations)
+        assert (of_groups.device.type, len(of_groups)) == ("meta", config.prompts_per_step)
         return -tokens.advantages * tokens.logprobs
 
     try:
         before = torch.get_rng_state()
         for config in (GRPOConfig(loss_type="whole", **given), GRPOConfig(loss_type="whole"), GRPOConfig()):
-            try_out(config)
+            try_out(config, torch.device("meta"))
         assert seen == [set(), {"ref_logprobs", "learn_mask"}] and torch.equal(torch.get_rng_state(), before)
     finally:
         del LOSS_TYPES["whole"], LOSSES["whole"]

@@ -127,7 +127,7 @@ def read_training_inputs(
     if eval_dataset is not None and datasets["eval"] is None:
         datasets["eval"] = f"held out by {datasets['train']}"
     rewards = runner_of(reward_funcs, config)
-    try_out_objective(config)
+    try_out_objective(config, run_device(config))
     run = begin(model, config, peft_config, tokenizer, callbacks, datasets)
     model, tokenizer = run.model, run.tokenizer
     rows, eval_rows = load_rows(train_dataset, config), evaluation_rows(eval_dataset, config, load_rows)

@@ -162,25 +162,27 @@ def register_objective(name: str, *, aggregation: str = "dapo") -> Callable[[Obj
     return register
 
 
-def try_out(config: GRPOConfig) -> None:
-    """Call a registered objective once, on five made-up tokens of two completions.
+def try_out(config: GRPOConfig, device: torch.device) -> None:
+    """Call a registered objective once, on five made-up tokens of a step's first two completions.
 
     Raises:
         InputError: it returned no loss for each token, or losses without a gradient.
     """
     if config.loss_type in _BUILT_IN:
         return
-    with torch.random.fork_rng(devices=[]):
-        logprobs = torch.full((5,), -1.0, requires_grad=True)
-        old, sequences = torch.full((5,), -1.1), torch.tensor([0, 0, 0, 1, 1])
+    num_completions = max(2, config.num_generations * (config.prompts_per_step // config.steps_per_generation))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        logprobs = torch.full((5,), -1.0, device=device, requires_grad=True)
+        old, sequences = torch.full_like(logprobs, -1.1), torch.tensor([0, 0, 0, 1, 1], device=device)
+        lengths = torch.tensor([3, 2], device=device)
         tokens = Tokens(
             logprobs=logprobs, old_logprobs=old, ref_logprobs=old if config.beta and not config.kl_in_reward else None,
-            entropy=torch.full((5,), 0.5, requires_grad=config.has_entropy_bonus),
-            advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
-            loss_weights=loss_weights(torch.tensor([3, 2]), torch.tensor([True, True]), config)[sequences],
-            sequences=sequences, num_completions=2, sampling_logprobs=old,
+            entropy=torch.full_like(old, 0.5, requires_grad=config.has_entropy_bonus),
+            advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0], device=device),
+            loss_weights=loss_weights(lengths, lengths > 0, config)[sequences],
+            sequences=sequences, num_completions=num_completions, sampling_logprobs=old,
             learn_mask=sequences == 0 if config.top_entropy_quantile < 1 else None,
-            importance_weights=importance_weights(old, old, sequences, 2, config),
+            importance_weights=importance_weights(old, old, sequences, num_completions, config),
         )  # fmt: skip
         loss, _ = micro_batch_loss(tokens, 0.2, Coefficients(config.beta, config.entropy_coef), config)
     if not loss.requires_grad:
