@@ -192,7 +192,7 @@ def test_an_objective_whose_source_code_changed_is_said(tmp_path, given):
     try:
         resume = resume_of(tmp_path, by(steep))
         refuse_another_run(resume, by(steep))
-        with pytest.warns(UserWarning, match="the objective own has other source code than in"):
+        with pytest.warns(UserWarning, match="the objective own has other source code or settings than in"):
             refuse_another_run(resume, by(flat))
     finally:
         del LOSSES["own"], LOSS_TYPES["own"]

@@ -199,7 +199,8 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
         )
     for changed in _changed(identity.get("objective", {}), saved.get("objective", {}), both=True):
         warn(
-            f"the objective {changed} has other source code than in {resume}; start a new run if its losses are others"
+            f"the objective {changed} has other source code or settings than in {resume}; start a new run if its "
+            "losses are others"
         )
 
 
