@@ -174,6 +174,7 @@ def test_a_callback_ends_the_run_as_its_last_step_would(tmp_path, capsys):
     lines = measured([enough, lambda step, metrics, policy: called.append(step)])
     assert [line["step"] for line in lines] == [0, 1] and called == [1]
     assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "adapter").is_dir()
+    assert "A callback ended the run after step 1 of 2." in (tmp_path / "report.html").read_text(encoding="utf-8")
     said = capsys.readouterr().err
     assert "callback enough ends the run after 1 step" in said and "evaluation after 1 step" in said
     assert [line["step"] for line in measured([], resume_from_checkpoint="auto")] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -86,8 +87,10 @@ def state_of(run: RunFiles) -> dict[str, str]:
     done = f"after step {last_step(run):,}{'' if total is None else f' of {total:,.0f}'}"
     resume = "; it can be resumed" if any(run.folder.glob("checkpoint-*")) else ", before its first checkpoint"
     word = standing_of(run.about, is_running=run.is_running)
+    all_done = "The one step is done." if last_step(run) == 1 else f"All {last_step(run):,} steps are done."
+    is_early = (number(ended.get("step")) or math.inf) < (total or 0)
     sentences = {
-        "finished": "The one step is done." if last_step(run) == 1 else f"All {last_step(run):,} steps are done.",
+        "finished": f"A callback ended the run {done}." if is_early else all_done,
         "stopped": f"The run was stopped {done}{resume}.",
         "failed": f"The run failed {done}: {ended.get('why') or ''}",
         "running": f"The run goes on {done}.",
