@@ -27,6 +27,7 @@ from transformers import (
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.model import load
 from lowmem_grpo.model.attention import soften
+from lowmem_grpo.model.head import read_head
 from lowmem_grpo.model.policy import Policy
 
 DEMO_MODEL = Path(__file__).parents[1] / "lowmem_grpo" / "demo" / "model"
@@ -273,6 +274,7 @@ def compute_in_fp64(policy: Policy) -> None:
     stay fp32. The head's kernel takes no fp64: see head_by_definition.
     """
     policy.model.double()
+    policy.head = read_head(policy.base)  # of which it knows the dtype
     for module in policy.model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
@@ -286,9 +288,10 @@ def _rms_norm(module, epsilon: float, offset: float, x: torch.Tensor) -> torch.T
 
 def head_by_definition(
     hidden_states, weight, labels, bias=None, temperature=1.0, logit_scale=1.0, softcap=None, return_entropy=False,
-    entropy_grad=False, return_top=False,
+    entropy_grad=False, return_top=False, weight_scale=None,
 ):  # fmt: skip
-    """linear_logprobs from full logits, in any dtype."""
+    """linear_logprobs from full logits, in any dtype, of a head that is not in int8."""
+    assert weight_scale is None
     logits = hidden_states @ weight.T + (0 if bias is None else bias)
     scores = soften(logits * logit_scale, softcap) / temperature
     log_p = scores.log_softmax(-1)
