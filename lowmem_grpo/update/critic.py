@@ -61,7 +61,7 @@ class Critic:
 
     def state(self) -> dict[str, Any]:
         """The critic's weights as they are now, its optimizer, and its adapter's configuration as JSON has it."""
-        config = json.loads(json.dumps(self.policy.adapters.config_of(CRITIC).to_dict(), default=list))  # of sets
+        config = json.loads(json.dumps(self.policy.adapters.config_of(CRITIC).to_dict(), default=sorted))  # of sets
         return {**self.policy.adapter_state(CRITIC), **self.learner.state(), CONFIG: config}
 
     def load(self, state: dict[str, Any]) -> None:
