@@ -502,7 +502,5 @@ def test_a_task_of_ones_own_brings_rows_verifier_and_what_is_held_out():
     assert (rows, eval_rows, reward, config) == (task.rows, task.eval_rows, task.reward, GRPOConfig())
     assert with_tasks(task, task, accuracy_reward, GRPOConfig()).reward_funcs is accuracy_reward
     assert held_out(task) == task.eval_rows
-    asked = Task(
-        rows=[{"question": "1+1=", "answer": "2"}], reward=accuracy_reward
-    )  # nor is any row of its own left out
-    assert with_tasks(asked.rows, asked, accuracy_reward, GRPOConfig()).eval_dataset == asked.rows
+    asked = Task(rows=[{"question": "1+1=", "answer": "2"}], reward=accuracy_reward)
+    assert with_tasks(asked.rows, asked, accuracy_reward, GRPOConfig()).eval_dataset == asked.rows, "all of it"

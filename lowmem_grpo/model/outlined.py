@@ -37,6 +37,7 @@ from lowmem_grpo.model.packed_attention import Packed
 from lowmem_grpo.model.product_4bit import product_of, weight_4bit
 
 Tables = dict[int, tuple[Tensor, Tensor]]  # of cosines and sines, (T, rotary) each
+WornByALayer = list[list[Worn | None]]  # by the linears of its qkv, out, gate_up and down
 
 
 class Factors(NamedTuple):
@@ -144,7 +145,7 @@ class Copies(NamedTuple):
     down: Factors | None
 
 
-def copies_of(groups: list[list[Worn | None]], dtype: torch.dtype) -> Copies:
+def copies_of(groups: WornByALayer, dtype: torch.dtype) -> Copies:
     """Copies of the adapters that a layer wears, made by one call, as each costs the host.
 
     A copy to other strides would be a launch a factor on a GPU.
@@ -175,7 +176,7 @@ def copies_of(groups: list[list[Worn | None]], dtype: torch.dtype) -> Copies:
 class Pass(NamedTuple):
     """Adapters, positions and layout that a layer computes with in a pass."""
 
-    worn: list[list[Worn | None]]  # by qkv, out, gate_up and down
+    worn: WornByALayer
     cos_sin: tuple[Tensor, Tensor] | None  # (T, rotary) each
     layout: Packed
     autocast: dict[str, Any]  # of attention
@@ -202,7 +203,7 @@ class OutlinedLayer:
         products = (outline.qkv, outline.out, outline.gate_up, outline.down)
         self.qkv, self.out, self.gate_up, self.down = self.linears = [Linears(product) for product in products]
         # In a pass; tables by the identity of the cosines that they were made of.
-        self.in_pass: list[list[Worn | None]] | None = None
+        self.in_pass: WornByALayer | None = None
         self.tables: Tables = {}
 
     @property
@@ -210,8 +211,8 @@ class OutlinedLayer:
         """Whether a call now goes by the outline."""
         return self.in_pass is not None and isinstance(layout_in_force(), Packed)
 
-    def worn(self) -> list[list[Worn | None]]:
-        """The adapters that its linears wear now, by qkv, out, gate_up and down.
+    def worn(self) -> WornByALayer:
+        """The adapters that its linears wear now.
 
         Raises:
             Unknown: one wears several, or one that drops numbers or is merged.
@@ -246,12 +247,12 @@ class OutlinedLayer:
         return self.tables[id(cos_sin[0])]
 
     @staticmethod
-    def parameters_of(worn: list[list[Worn | None]]) -> list[Tensor]:
+    def parameters_of(worn: WornByALayer) -> list[Tensor]:
         """First and second factor of each adapter that a layer wears."""
         return [factor for group in worn for one in group if one is not None for factor in (one.a, one.b)]
 
     @contextlib.contextmanager
-    def computing_with(self, worn: list[list[Worn | None]], tables: Tables | None = None) -> Iterator[None]:
+    def computing_with(self, worn: WornByALayer, tables: Tables | None = None) -> Iterator[None]:
         """Be in a pass inside the `with`, of which all layers share the tables."""
         self.in_pass, self.tables = worn, {} if tables is None else tables
         try:
@@ -437,7 +438,7 @@ class OutlinedLayers:
                 passing.enter_context(layer.computing_with(own, tables))
             yield
 
-    def worn(self) -> list[list[list[Worn | None]]]:
+    def worn(self) -> list[WornByALayer]:
         """The adapters that each layer wears now.
 
         Raises:
