@@ -1,5 +1,6 @@
 """CUDA graphs without a GPU: a recorder with a capture's semantics takes their place, and below are tests for a GPU."""
 
+import gc
 import inspect
 import warnings
 import weakref
@@ -198,6 +199,25 @@ def test_what_a_capture_fixed_would_be_seen(captured_early, monkeypatch):
 
 def broken(step):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(captured_early, monkeypatch):
+    """With which an earlier sampler's graphs may go, and the capture with them; a capture that fails ends it, too."""
+    seen = []
+
+    def watched(then):
+        def capture(step):
+            seen.append(gc.isenabled())
+            return then(step)
+
+        return lambda: capture
+
+    for then in (recorder(), broken):
+        monkeypatch.setitem(engine.CAPTURE, "cpu", watched(then))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            roomy().run()
+        assert seen and not any(seen) and gc.isenabled()
 
 
 def wrong(step):

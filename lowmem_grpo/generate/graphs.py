@@ -6,6 +6,7 @@ weights move: in this rollout, and where graphs last in all later ones.
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections import Counter
@@ -158,7 +159,8 @@ class Graphs:
             if captures.capture is None or not captures.replays:  # torch refuses a pool whose graphs are all gone
                 assert captures.in_new_pool is not None
                 captures.capture = captures.in_new_pool()
-            return captures.capture(partial(self._run, num_rows))
+            with _no_garbage_collected():
+                return captures.capture(partial(self._run, num_rows))
         finally:
             captures.counts.capture_s += time.perf_counter() - started
 
@@ -219,6 +221,18 @@ def _difference(found: Tensor, truth: Tensor) -> str | None:
     near = (found[0] == truth[0]) & ((found[1:] - truth[1:]).abs() < 0.1).all(0)
     wrong = int((~near).sum())
     return f"a captured step chose otherwise in {wrong} of {len(near)} rows" if 8 * wrong > len(near) else None
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Have Python collect no cycles inside the `with`: a graph that dies with one breaks the capture in progress."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager
