@@ -38,7 +38,7 @@ def results(made, batch=None, backward=lambda loss: loss.backward()):
     """Log-probabilities, and the gradients of the adapter that is worn, flat."""
     batch = batch_of(made) if batch is None else batch
     logprobs = made.logprobs(batch, 1.0)
-    backward((logprobs * torch.linspace(-1, 1, len(logprobs))).sum())
+    backward((logprobs * torch.linspace(-1, 1, len(logprobs), device=made.device)).sum())
     parameters = made.parameters_of(made.adapters.worn[0]).values()
     found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     made.model.zero_grad()

@@ -27,8 +27,8 @@ def random_sequences(seed, num_generations=1, groups=13, longest_prompt=20):
     return prompts, completions
 
 
-def packed(prompts, completions, token_budget, **settings):
-    return list(pack(prompts, completions, token_budget=token_budget, pad_token_id=0, device=CPU, **settings))
+def packed(prompts, completions, token_budget, device=CPU, **settings):
+    return list(pack(prompts, completions, token_budget=token_budget, pad_token_id=0, device=device, **settings))
 
 
 def what_it_sees(batch, place):

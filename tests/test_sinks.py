@@ -173,14 +173,16 @@ def test_torchs_flash_attention_with_a_sink_attends_as_blocks_do(window):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["gpt_oss", "granite_swa"])
 def test_on_a_gpu_models_with_sinks_sample_by_the_kernel_and_pack_by_flash_attention(name):
-    """In bf16, in which a rounding may send a token of gpt-oss to other experts."""
+    """As near to separate rows as blocks are in bf16, in which a rounding may send a token to other experts."""
     policy = make_policy(name, use_cpu=False, bf16=True)
     assert engine.refusal(policy, policy.dtype) is None
     assert engine.refusal(policy, torch.int8) is None
     assert policy.packs and policy.varlen
     (separate, truth), *others = trained_on(policy)
-    for flat, gradients in others:
-        assert (flat - separate).abs().mean() < 0.02
+    policy.varlen = False
+    _, *by_blocks = trained_on(policy)
+    for (flat, gradients), (near, _) in zip(others, by_blocks, strict=True):
+        assert 0 < (flat - separate).abs().mean() < 1.5 * (near - separate).abs().mean() < 0.06
         for key, gradient in gradients.items() if name == "granite_swa" else ():
             assert (gradient - truth[key]).norm() / truth[key].norm() < 0.1, key
 
