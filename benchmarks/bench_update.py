@@ -28,6 +28,7 @@ from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config.grpo import GRPOConfig
+from lowmem_grpo.determinism import deterministic
 from lowmem_grpo.kernels import layer_pass
 from lowmem_grpo.model.load import ONLY_ON_GPU
 from lowmem_grpo.model.lora import plain_lora_layers
@@ -48,7 +49,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
 PEFTS, LIGERS = "adapters as PEFT has them", "gradient_checkpointing, use_liger_kernel"
-OWN = "packed, by the model's own layers"
+OWN, ONE_ORDER = "packed, by the model's own layers", "packed, full_determinism"
 RUNGS: dict[str, dict[str, Any]] = {
     "half of token_budget": {"token_budget": 0.5},
     "tiled_mlp": {"tiled_mlp": True},
@@ -61,7 +62,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     PEFTS: {},
     "none of these": {},
 }
-IMPLEMENTATIONS = LAYOUTS | RUNGS | {OWN: {}}
+IMPLEMENTATIONS = LAYOUTS | RUNGS | {ONE_ORDER: {}, OWN: {}}
 # Dense 16-bit FLOP/s of tensor cores with fp32 sums, by a part of the card's name, by NVIDIA's data sheets.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -129,7 +130,8 @@ def gradient(work: Work, name: str) -> Tensor:
     budget = 10**9 if share is None else max(1, ceil(share * texts))
     config = GRPOConfig(token_budget=budget, padding_free=padding_free)
     scaler, tokens = torch.amp.GradScaler(work.device, enabled=False), TokenMeter(rollout, policy.device)
-    backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
+    with deterministic(name == ONE_ORDER and work.device == "cuda"):
+        backward(policy, rollout, tokens, Coefficients(0.0, 0.0), scaler, config, config.token_budget)
     return torch.cat([p.grad.flatten() for p in policy.parameters_of(policy.adapter).values() if p.grad is not None])
 
 

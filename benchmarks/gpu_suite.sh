@@ -28,7 +28,6 @@ update_s=60
 update="tests/test_layer_pass.py tests/test_outlined.py"
 new_s=60
 new="tests/test_gpu_runs.py::test_a_run_that_goes_on_is_the_run_that_was_not_stopped
-tests/test_gpu_runs.py::test_a_run_whose_completions_share_prompts_goes_on
 tests/test_expert_product.py tests/test_delta_step.py tests/test_sinks.py tests/test_experts.py"
 mkdir -p "$results"
 [ -z "${OUT:-}" ] || cp benchmarks/results/nvidia-*.json "$results" 2>/dev/null

@@ -97,7 +97,7 @@ _EVEN = "--prompts 8 --num_generations 8 --prompt_length 256"  # 64 rows
 _BOTH = f"{_EVEN} --longest 128 --repetitions 1 --only ours --only 'ours, without CUDA graphs'"
 _SHORT = "--prompts 4 --prompt_length 256 --completion_length 128 --checkpointing"  # 5,120 tokens
 _LONG = "--prompts 4 --prompt_length 512 --completion_length 448 --checkpointing"  # 16,384
-_WAYS = """--only 'packed, prompt shared' --only "packed, by the model's own layers" """.strip()
+_WAYS = "--only 'packed, prompt shared' --only 'packed, full_determinism' --only \"packed, by the model's own layers\""
 _FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
 # What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
 # into compiling kernels for a shape. With the tests' own they keep to 240, 300, 240, 180, 300, 240, 300 and 300 s; what

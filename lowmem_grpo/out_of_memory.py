@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from lowmem_grpo.determinism import deterministic
+
 T = TypeVar("T")
 
 
@@ -47,12 +49,14 @@ def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError]
 class TokenBudget:
     """The most tokens of a micro-batch: token_budget at first, and less after an out-of-memory.
 
+    With `deterministic`, what is fitted computes in one order, to the last bit; see there.
+
     Attributes:
         give_way: lets go what is kept for other phases; called before anything is tried again.
     """
 
-    def __init__(self, num_tokens: int):
-        self.num_tokens = num_tokens
+    def __init__(self, num_tokens: int, deterministic: bool = False):
+        self.num_tokens, self.deterministic = num_tokens, deterministic
         self.give_way: Callable[[], None] = lambda: None
         self.out_of_memory = 0  # how often
 
@@ -79,7 +83,8 @@ class TokenBudget:
             if drawn[1] is not None:
                 torch.cuda.set_rng_state(drawn[1])
 
-        return tried_again(lambda: work(self.num_tokens), failed)
+        with deterministic(self.deterministic):
+            return tried_again(lambda: work(self.num_tokens), failed)
 
     def note(self) -> None:
         """Count an out-of-memory, also of something without micro-batches, and let other phases' memory go."""

@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def stopped_and_resumed(training, folder):
     return comparable(training(folder, bf16=True, resume_from_checkpoint="auto"))
 
 
-@pytest.mark.parametrize("training", [imitate, judge])
+@pytest.mark.parametrize("training", [grpo, with_critic, imitate, judge])
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(training, tmp_path):
+    training = partial(training, full_determinism=True)
     whole, resumed = (
         comparable(training(tmp_path / "whole", bf16=True)),
         stopped_and_resumed(training, tmp_path / "cut"),
@@ -135,15 +137,6 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(training, tmp_path):
     assert not differing, differing[:6]
     expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize("training", [grpo, with_critic])
-def test_a_run_whose_completions_share_prompts_goes_on(training, tmp_path):
-    """Not to the last bit, which two runs of one seed were not on an H200."""
-    resumed = stopped_and_resumed(training, tmp_path)
-    assert [line["step"] for line in resumed] == [1, 2, 3, 4]
-    assert all(math.isfinite(line["grad_norm"]) for line in resumed)
-    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
 
 
 def test_a_reward_that_seeds_the_gpu_changes_no_sample(tmp_path):

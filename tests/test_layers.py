@@ -35,7 +35,7 @@ FLOORS = (
     "rollout tasks",
     "generate rewards",
     "model objective data out_of_memory distributed",
-    "lookup",
+    "lookup determinism",
     "config output settings_file terminal",
     "errors paths warn progress_bars torchrun kernels",
 )

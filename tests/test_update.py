@@ -418,6 +418,20 @@ def test_the_longest_sequences_are_tried_before_the_first_step():
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
+def test_a_deterministic_budget_has_torch_sum_in_one_order_or_refuse():
+    """Within its passes alone, whatever ends them."""
+    mode = torch.get_deterministic_debug_mode
+    assert TokenBudget(100).fit(lambda _: mode(), [10]) == 0
+    budget = TokenBudget(100, deterministic=True)
+    assert budget.fit(lambda _: mode(), [10]) == 2 and mode() == 0
+    at = torch.tensor([0])
+    with pytest.raises(InputError, match="full_determinism cannot be had with this model, for whose put_ .* leave it"):
+        budget.fit(lambda _: torch.zeros(3).put_(at, torch.ones(1)), [10])
+    with pytest.raises(RuntimeError, match="^other$"):
+        budget.fit(lambda _: (_ for _ in ()).throw(RuntimeError("other")), [10])
+    assert mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
     """The longest completion is masked, as truncated ones are: the others still fit in halves."""
     policy, rollout = make_policy("qwen3"), fixed_rollout(num_generations=4)

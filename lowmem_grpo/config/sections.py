@@ -523,6 +523,10 @@ class UpdateFields(BudgetFields):
     padding_free: bool = option(
         True, "micro-batches without padding, a prompt once for its group where that pays", may_change=True
     )
+    full_determinism: bool = option(
+        False, "have a GPU sum gradients in one order, so that two runs are equal to the last bit; slower",
+        may_change=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

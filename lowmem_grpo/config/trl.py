@@ -79,7 +79,7 @@ _TRL_FIELDS = {
     _LATER: "lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor bf16_full_eval "
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "
-    "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object full_determinism debug "
+    "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object debug "
     "router_aux_loss_coef pad_to_multiple_of max_tool_calling_iterations",
 }
 # Of PPO's configurations: TRL's, which 1.16 no longer has, and verl's and OpenRLHF's in flat names.

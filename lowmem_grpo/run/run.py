@@ -118,7 +118,8 @@ class Run:
         self.circumstances = about.circumstances(inputs.device)
         self.changed_circumstances: list[str] = []  # since the checkpoint that is resumed, in words
         self.is_best_missing = False  # True where a resumed run's best adapter is not in the folder
-        self.budget = TokenBudget(self.config.token_budget)
+        on_gpu = inputs.device.type == "cuda"
+        self.budget = TokenBudget(self.config.token_budget, self.config.full_determinism and on_gpu)
         self.identity = {**inputs.identity, "weights": weights_of(policy), "ends": policy.eos_token_ids}
         given = {
             **self.identity, "eval_dataset": evaluations.data,
