@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
+from lowmem_grpo.kernels import head_shares
 from lowmem_grpo.kernels.linear_logprobs import linear_logprobs, quantize_head
 
 SHAPES = {
@@ -100,6 +101,7 @@ def implementations(device: torch.device, sweep_chunks: bool = False) -> dict[st
     }
     if on_cuda:
         found |= {
+            "ours, product and fold apart": _ours()._replace(setting=_apart),
             "Liger TF32": Implementation(_liger, "the same with TF32 for fp32 operands", LIGER, setting=_tf32),
             "CCE": Implementation(_cce, "linear_cross_entropy(reduction='none'), its gradient filter on", CCE),
             "CCE unfiltered": Implementation(partial(_cce, filter_eps=None), "the same with filter_eps=None", CCE),
@@ -171,6 +173,16 @@ def _liger(hidden, weight, labels, temperature) -> Tensor:
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     return LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, labels[None], temperature=temperature)[0]
+
+
+@contextlib.contextmanager
+def _apart():
+    """As where no kernel does both: a library's product into fp32 scores, which another kernel folds."""
+    own, head_shares.serves = head_shares.serves, lambda hidden, weight: False
+    try:
+        yield
+    finally:
+        head_shares.serves = own
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from lowmem_grpo.kernels import (
     decode_layer,
     delta_step,
     expert_product,
+    head_shares,
     int8_product,
     layer_pass,
     linear_logprobs,
@@ -81,6 +82,7 @@ class Kernel(NamedTuple):
     loop: int | None = None  # accepted instructions of the longest loop, of a kernel that their number bounds
     read_again: int = 0  # loads that the compiler may do twice
     oldest: int = 75  # the least compute capability that it is launched on
+    newest: int = 120  # and the greatest
     fuses: bool = True  # products and sums into one
     num_stages: int = 3
     prefetches: int = 0  # of one that can be in a chain
@@ -125,6 +127,39 @@ def _scale(name: str, **change) -> Kernel:
         D=1536, BLOCK_D=1024, ENTROPY_GRADIENT=False,
     )  # fmt: skip
     return Kernel(name, linear_logprobs._scale_kernel, arguments | change)
+
+
+def _head_shares(name: str, narrow: int, **change) -> Kernel:
+    block_m, block_n, block_k = head_shares.BLOCK_M, head_shares.BLOCK_N, head_shares.BLOCK_K
+    arguments = dict(
+        hidden=f"tensordesc<bf16[{block_m}, {block_k}]>", weight=f"tensordesc<bf16[{block_n}, {block_k}]>",
+        shares=f"tensordesc<bf16[{block_m}, {block_n // 2}]>", label_ptr="*i64", state_ptr="*fp32", parts_ptr="*fp32",
+        rows="i32", width="i32", label_start="i32", state_stride="i32", inner="fp32", D=1536,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=head_shares.GROUP, WHOLE=True, SHARES=True,
+        ENTROPY=False, TOP=False,
+    )  # fmt: skip
+    # Narrow: of each row a label, a reference and the sums.
+    return Kernel(
+        name, head_shares._shares_kernel, arguments | change, head_shares.NUM_WARPS, narrow=narrow, oldest=90,
+        newest=90, num_stages=head_shares.NUM_STAGES,
+    )  # fmt: skip
+
+
+def _head_sum(name: str, **change) -> Kernel:
+    arguments = dict(
+        parts_ptr="*fp32", state_ptr="*fp32", rows="i32", count="i32", state_stride="i32", BLOCK=64,
+        PARTS=head_shares.PARTS, ENTROPY=False, TOP=False,
+    )  # fmt: skip
+    return Kernel(name, head_shares._sum_kernel, arguments | change, narrow=99, oldest=90, newest=90)
+
+
+def _rescue(name: str, **change) -> Kernel:
+    arguments = dict(
+        hidden_ptr="*bf16", weight_ptr="*bf16", label_ptr="*i64", state_ptr="*fp32", pull_ptr="*fp32",
+        hidden_stride="i32", weight_stride="i32", pull_stride="i32", vocabulary="i32", state_stride="i32",
+        inner="fp32", limit="fp32", D=1536, BLOCK_D=2048, BLOCK_V=4, PULL=True,
+    )  # fmt: skip
+    return Kernel(name, head_shares._rescue_kernel, arguments | change, num_warps=8, oldest=90, newest=90)
 
 
 def _policy_loss(name: str, narrow: int, **change) -> Kernel:
@@ -357,6 +392,14 @@ def _gate_pass(name: str, function: Any, **change) -> Kernel:
 
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
+    _head_shares("head_shares", 99),
+    _head_shares("head_shares, entropy", 99, ENTROPY=True),
+    _head_shares("head_shares, the last slice, entropy, top", 99, WHOLE=False, ENTROPY=True, TOP=True),
+    _head_shares("head_shares, no gradient, entropy", 99, SHARES=False, ENTROPY=True, D=3584),
+    _head_shares("head_shares, no gradient, the last slice", 99, SHARES=False, WHOLE=False),
+    _head_sum("head_shares sum", ENTROPY=True, TOP=True),
+    _rescue("head_shares rescue"),
+    _rescue("head_shares rescue, 8192", D=8192, BLOCK_D=8192, BLOCK_V=1),
     _start("linear_logprobs start"),
     _start("linear_logprobs start, bias, softcap", bias_ptr="*half", BIAS=True, SOFTCAP=True),
     _start("linear_logprobs start, top", FROM_LABEL=False, TOP=True),
@@ -529,7 +572,7 @@ KERNELS += [
 
 def compile_all(capability: int) -> list[dict]:
     """The resources of every kernel that is launched on a card, and what its machine code tells."""
-    kernels = [kernel for kernel in KERNELS if capability >= kernel.oldest]
+    kernels = [kernel for kernel in KERNELS if kernel.oldest <= capability <= kernel.newest]
     results, codes = zip(*(compile_for(kernel, capability) for kernel in kernels), strict=True)
     read = [place for place, kernel in enumerate(kernels) if kernel.waits is not None]
     for place, sass in zip(read, disassembled([codes[place] for place in read], capability), strict=True):

@@ -194,7 +194,7 @@ SUMMARY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "a step of 64 completions of 128 tokens, 1.5B, of GRPO and PPO": ("ppo-1.5b", _steps),
     "peak of a 1.5B model in 4 GB": ("budget-1.5b", _budget),
     "peak of a 7B model in 8 GB": ("budget-7b", _budget),
-    "peak of a 7B model in 6 GB, 8 x 8 x (512 + 1,024) tokens": ("budget-7b-6gb", _budget),
+    "peak of a 7B model in 6 GB, 1 x 4 x (512 + 1,024) tokens": ("budget-7b-6gb", _budget),
     "64 even completions of Qwen3.5-4B's shape, in steps": ("decode-qwen3.5-4b", _in_steps),
     "64 even completions of gpt-oss-20b's shape, in steps": ("decode-gpt-oss-20b", _in_steps),
     "64 even completions of Qwen3-30B-A3B's shape, in steps": ("decode-qwen3-30b-a3b", _in_steps),

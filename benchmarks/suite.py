@@ -131,7 +131,7 @@ PROGRAMME = {
         "head-tiles": Part(
             "bench_linear_logprobs",
             "--shape 8192,1536,151936 --shape 8192,3584,152064 --repetitions 5 --sweep_chunks "
-            "--only TRL --only Liger --only CCE",
+            "--only 'ours with entropy' --only 'ours, product and fold apart' --only TRL --only Liger --only CCE",
             100,
         ),
     },
@@ -160,7 +160,9 @@ PROGRAMME = {
             "--shape qwen2.5-1.5b --steps 3 --only 'GRPO, groups of 8' 'PPO, one a prompt' --limit_s 50",
             110,
         ),
-        "budget-7b-6gb": Part("bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB", 110),
+        "budget-7b-6gb": Part(
+            "bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB --prompts_per_step 1 --num_generations 4", 110
+        ),
     },
     "families": {
         "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 65),

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowmem_grpo.kernels import head_shares
 from lowmem_grpo.kernels.backend import Backend, runs_by_triton
 
 try:
@@ -286,8 +287,8 @@ if triton is not None:
         some = tl.where(rest == 0, 1.0, rest)
         # x beyond 1e6 is cut there, where log1p(x) is log(x) and q is 1: the exponential may be out of fp32's range.
         # By tl.where: tl.minimum would drop a NaN, which must show in the results.
-        x = rest * tl.exp(tl.where(gap > 40.0, 40.0, gap))
-        x = tl.where(x > 1e6, 1e6, x)
+        whole_x = rest * tl.exp(tl.where(gap > 40.0, 40.0, gap))
+        x = tl.where(whole_x > 1e6, 1e6, whole_x)
         # log1p as log(1 + x) x / ((1 + x) - 1), which is exact where 1 + x rounds; Triton itself has none.
         one_more = 1.0 + x
         step = one_more - 1.0
@@ -301,7 +302,9 @@ if triton is not None:
             mean = tl.load(state_ptr + 4 * state_stride + row) / some
             # Two forms of log l - (moment + p~ d_y) / l. The second is exact for p_y near 1, the first for p_y near 0.
             below = tl.log(some + tl.exp(-tl.maximum(gap, 0.0))) - q * mean + p * gap
-            entropy = tl.where(gap > 0, below, -logprob - q * (mean + gap))
+            # Where the label is the reference though others are far above it, mean is large, and q is to be exact.
+            exact_q = tl.where(whole_x > 1e30, 1.0, whole_x / (1.0 + whole_x))
+            entropy = tl.where(gap > 0, below, -logprob - exact_q * (mean + gap))
             tl.store(entropy_ptr + row, tl.where(rest == 0, 0.0, entropy))
         if GRADIENT:
             tl.store(factor_ptr + row, q * slope_scale)
@@ -371,6 +374,12 @@ class _Settings(NamedTuple):
     def outer(self) -> float:
         """tanh times this is the score."""
         return (self.softcap or 1.0) / self.temperature
+
+    @property
+    def suits_one_kernel(self) -> bool:
+        """Whether head_shares.py has all that is asked for, and its reference may stay."""
+        plain = self.softcap is None and not self.entropy_gradient
+        return self.by_triton and plain and 0 < self.inner <= head_shares.MOST_INNER
 
     @property
     def slope_scale(self) -> float:
@@ -454,12 +463,18 @@ def _forward(
 
     # The scratch of the whole call: every chunk and tile reuses it.
     wide_vb = -(-vb // WIDE) * WIDE
-    scores = buffer(c, wide_vb, dtype=settings.tile_dtype)
-    shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
+    in_one = bias is None and settings.suits_one_kernel and head_shares.serves(hidden_states, weight)
+    if in_one:
+        rule, vb = FROM_LABEL, vb if gradient else v
+        scores, shares = None, buffer(c, wide_vb, dtype=share) if gradient else None
+        parts = buffer(3 * head_shares.num_parts(vb) * c)
+    else:
+        scores, parts = buffer(c, wide_vb, dtype=settings.tile_dtype), None
+        shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
     drifts = buffer(c, wide_vb, dtype=share) if leans else None
     if bias is not None and settings.by_triton:
         bias = F.pad(bias, (0, WIDE))
-    tiles = () if settings.by_triton else _torch_tiles(scores, shares, settings)
+    tiles = () if settings.by_triton or scores is None else _torch_tiles(scores, shares, settings)
     head = buffer(vb, d, dtype=operand) if weight.dtype != operand else None
     wide = buffer(c, d, dtype=operand) if hidden_states.dtype != operand else None
     state = buffer(6 if settings.top else 5, c)
@@ -493,18 +508,25 @@ def _forward(
             for first, tile_head in zip(range(0, v, vb), heads, strict=True):
                 if len(tile_head) != width:  # of a chunk's first tile and of its last: each view costs the host
                     width = len(tile_head)
-                    tile = scores[:rows, :width]
-                    tile_shares, tile_drifts = (x if x is None else x[:rows, :width] for x in (shares, drifts))
+                    tile, tile_shares, tile_drifts = (
+                        x if x is None else x[:rows, :width] for x in (scores, shares, drifts)
+                    )
                 if head is not None and weight_scale is not None:
                     scale = weight_scale[first : first + width]
                     tile_head = _dequantize(tile_head, scale, hidden_states.dtype, out=head[:width])
                 elif head is not None:
                     tile_head = head[:width].copy_(tile_head)
-                _multiply(chunk.hidden, tile_head.t(), tile)
-                fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
+                if in_one:
+                    _fold_in_one(chunk, tile_head, parts, tile_shares, first, settings)
+                else:
+                    assert tile is not None
+                    _multiply(chunk.hidden, tile_head.t(), tile)
+                    fold(chunk, tile, tile_shares, tile_drifts, tiles, bias, first, settings, rule)
                 for total, a in ((chunk.pull, tile_shares), (chunk.spread, tile_drifts)):
                     if total is not None and a is not None:
                         _accumulate(total, a, tile_head, product)
+            if in_one:
+                head_shares.rescue(chunk.hidden, weight, chunk.labels, chunk.state, chunk.pull, settings.inner)
             outputs = [x if x is None else x[here] for x in (logprobs, entropy, top, factor, direction, lean)]
             finish(chunk, *outputs, settings=settings)
     return logprobs, entropy, top, factor, direction, lean
@@ -535,6 +557,14 @@ def _dequantize(rows: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | N
         return (rows * scale[:, None]).to(dtype)
     torch.mul(rows, scale[:, None], out=out)
     return out if out.dtype == dtype else out.copy_(out.to(dtype))
+
+
+def _fold_in_one(chunk: _Chunk, head: Tensor, parts, shares, first: int, settings: _Settings) -> None:
+    """Product and fold by one kernel, where head_shares.py serves."""
+    head_shares.fold(
+        chunk.hidden, head, chunk.labels, chunk.state, parts, shares, first, settings.inner, settings.entropy,
+        settings.top,
+    )  # fmt: skip
 
 
 def _blocks(d: int, num_warps: int = 4) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -591,6 +592,112 @@ def test_the_size_test_sees_full_logits():
     assert largest.elements == 70 * 1000
 
 
+@pytest.fixture
+def in_one(monkeypatch):
+    """Product and fold by one kernel, in Triton's interpreter, and how often; in fp32, since it cuts bf16 otherwise."""
+    calls, own = [], module.head_shares.fold
+    monkeypatch.setattr(module.head_shares, "serves", lambda hidden, weight: True)
+    monkeypatch.setattr(module.head_shares, "fold", lambda *given: (calls.append(given), own(*given)))
+    return calls
+
+
+@pytest.mark.skipif(module.triton is None, reason="needs Triton")
+class TestInOneKernel:
+    @pytest.mark.parametrize(
+        "case",
+        [
+            dict(n=1, d=8, v=17, chunks=(1, 17)), dict(n=150, d=72, v=700, chunks=(100, 512)),
+            dict(n=129, d=64, v=513, chunks=(129, 256)), dict(n=5, d=136, v=300, chunks=(2, 4096)),
+            dict(n=9, d=64, v=300, chunks=(4, 64), scale=6, logit_scale=0.25, temperature=0.5),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("entropy", [False, True])
+    def test_it_gives_the_definition(self, case, entropy, in_one):
+        options = {key: case[key] for key in ("logit_scale", "temperature") if key in case}
+        given = inputs(case["n"], case["d"], case["v"], scale=case.get("scale", 3.0))
+        found = run(*given, entropy=entropy, backend="triton", chunks=case["chunks"], **options)
+        truth = exact(*given, **options)
+        assert in_one
+        torch.testing.assert_close(found[0].double(), truth[0], atol=4e-6, rtol=1e-6)
+        assert row_error(found[2], truth[2]) < 3e-6
+        if entropy:
+            torch.testing.assert_close(found[1].double(), truth[1], atol=8e-6, rtol=0)
+
+    def test_whether_the_label_is_the_top_is_told(self, in_one):
+        hidden, weight, labels, _ = inputs(60, 64, 700, scale=6)
+        scores = hidden.double() @ weight.double().T
+        labels[::2] = scores[::2].argmax(-1)
+        asked = dict(return_entropy=True, backend="triton", chunks=(50, 512))
+        *values, top = linear_logprobs(hidden, weight, labels, return_top=True, **asked)
+        assert torch.equal(top, scores.argmax(-1) == labels) and 30 <= top.sum() < 60 and in_one
+        assert all(map(torch.equal, values, linear_logprobs(hidden, weight, labels, **asked)))
+
+    @pytest.mark.parametrize("entropy", [False, True])
+    def test_labels_far_below_or_above_the_rest_stay_exact(self, entropy, in_one):
+        """Also where the sums over the others are beyond fp32; rows beside them keep their bits."""
+        hidden, weight, labels, _ = inputs(40, 64, 700, scale=3)
+        calm = run(hidden, weight, labels, entropy=entropy, backend="triton", chunks=(40, 512))
+        lead = torch.tensor([-300.0, -100.0, -70.0, -40.0, 10.0, 20.0]).repeat_interleave(2)
+        rows = torch.arange(0, 36, 3)
+        own = weight[labels[rows]]
+        hidden[rows] += lead[:, None] * own / own.square().sum(1, keepdim=True)
+        found = run(hidden, weight, labels, entropy=entropy, backend="triton", chunks=(40, 512))
+        truth = exact(hidden, weight, labels)
+        torch.testing.assert_close(found[0].double(), truth[0], atol=1e-5, rtol=1e-6)
+        assert row_error(found[2], truth[2]) < 1e-5
+        if entropy:
+            torch.testing.assert_close(found[1].double(), truth[1], atol=2e-5, rtol=0)
+        others = torch.ones(40, dtype=torch.bool).index_fill_(0, rows, False)
+        for ours, before in zip(found, calm, strict=True):
+            assert ours is None or torch.equal(ours[others], before[others])
+
+    def test_a_nan_shows_and_stays_in_its_rows(self, in_one):
+        hidden, weight, labels, _ = inputs(9, 64, 300)
+        truth = run(hidden, weight, labels, backend="triton", chunks=(9, 300))
+        hidden[4, 3] = torch.nan
+        for found, before in zip(run(hidden, weight, labels, backend="triton", chunks=(9, 300)), truth, strict=True):
+            assert found[4].isnan().all() and torch.equal(
+                found[[*range(4), *range(5, 9)]], before[[*range(4), *range(5, 9)]]
+            )
+
+    def test_a_pass_without_gradient_and_slices_give_the_same_bits(self, in_one):
+        hidden, weight, labels, _ = inputs(20, 64, 9000, scale=4)
+        asked = dict(return_entropy=True, return_top=True, backend="triton")
+        whole = linear_logprobs(hidden, weight, labels, chunks=(20, 4096), **asked)
+        assert len(in_one) == 1
+        sliced = linear_logprobs(hidden.requires_grad_(), weight, labels, chunks=(20, 4096), **asked)
+        assert len(in_one) == 4 and all(map(torch.equal, whole, sliced))
+
+    @pytest.mark.parametrize(
+        "change",
+        [dict(softcap=30.0), dict(temperature=0.4), dict(bias=torch.zeros(300)), dict(return_entropy=True, entropy_grad=True)],
+        ids=str,
+    )  # fmt: skip
+    def test_what_it_does_not_know_goes_as_ever(self, change, in_one):
+        hidden, weight, labels, _ = inputs(3, 64, 300)
+        found = linear_logprobs(hidden.requires_grad_(), weight, labels, backend="triton", chunks=(3, 128), **change)
+        assert (found[0] if isinstance(found, tuple) else found).isfinite().all() and not in_one
+
+    def test_it_is_for_bf16_on_a_hopper_and_rows_that_tma_reads(self, monkeypatch):
+        serves = module.head_shares.serves
+        card = [(9, 0)]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card[0])
+
+        def of(dtype=torch.bfloat16, d=64, device="cuda"):
+            with FakeTensorMode():
+                return serves(*(torch.empty(7, d, dtype=dtype, device=device) for _ in range(2)))
+
+        monkeypatch.setattr(module.head_shares, "can_be_described", lambda rows: rows.shape[1] % 8 == 0)
+        assert of() and not of(torch.float16) and not of(torch.float32) and not of(d=60) and not of(device="cpu")
+        for card[0] in ((8, 9), (10, 0), (12, 0)):
+            assert not of()
+        monkeypatch.undo()
+        described = module.head_shares.can_be_described
+        rows = torch.zeros(6, 72, dtype=torch.bfloat16)
+        assert described(rows) and described(rows[:, :60]) and described(rows[2:])
+        assert not described(rows[:, 1:]) and not described(rows.t()) and not described(torch.zeros(6, 60).bfloat16())
+
+
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 GPU_BOUND = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
@@ -667,6 +774,30 @@ class TestOnAGpu:
         given = [x if x is None else x.cuda() for x in inputs(1000, 512, 20011, dtype=torch.bfloat16, scale=8)]
         first, second = (run(*given, upstream=(1.0, 0.5), backend=backend, chunks=(256, 4096)) for _ in range(2))
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("d, v, chunks", [(1536, 20011, (1000, 4096)), (3584, 4096, (128, 512)), (72, 700, None)])
+    def test_product_and_fold_in_one_kernel_give_the_definition(self, d, v, chunks):
+        """And rows whose label is far below all others are computed anew; a pass without gradient has the same bits."""
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("for a Hopper")
+        hidden, weight, labels, _ = inputs(1001, d, v, dtype=torch.bfloat16, scale=4)
+        far = torch.arange(0, 1001, 300)
+        hidden[far] -= 100 * weight[labels[far]] / weight[labels[far]].square().sum(1, keepdim=True)
+        hidden, weight, labels = hidden.cuda(), weight.cuda(), labels.cuda()
+        assert module.head_shares.serves(hidden, weight)
+        truth = exact(hidden, weight, labels)
+        for entropy in (True, False):
+            found = run(hidden, weight, labels, entropy=entropy, chunks=chunks)
+            torch.testing.assert_close(found[0].double(), truth[0], atol=5e-5, rtol=2e-6)
+            assert row_error(found[2], truth[2]) < GPU_BOUND[torch.bfloat16]
+            if entropy:
+                torch.testing.assert_close(found[1].double(), truth[1], atol=5e-5, rtol=0)
+        if chunks != (128, 512):
+            whole = linear_logprobs(hidden, weight, labels, chunks=chunks, return_entropy=True, return_top=True)
+            asked = dict(chunks=chunks, return_entropy=True, return_top=True)
+            again = linear_logprobs(hidden.requires_grad_(), weight, labels, **asked)
+            assert all(map(torch.equal, whole, again))
+            assert torch.equal(again[2], (hidden.double() @ weight.double().T).argmax(1) == labels)
 
     @pytest.mark.parametrize("with_gradient", [True, False])
     def test_peak_memory_is_the_formulas(self, with_gradient):
