@@ -15,9 +15,11 @@ m stays, since nobody knows the largest score before the last tile. bf16 and fp3
 exceeds exp(60), as of a label that a model gives less than 1e-26, is computed anew by a program that follows the
 largest score (_rescue_kernel). No token that was sampled is such a row.
 
-For Hopper, whose tensor cores read tiles that TMA brings. Other cards compute as linear_logprobs.py says.
+For Hopper, whose tensor cores read tiles that TMA brings, after a trial of a few tiles. Other cards compute as
+linear_logprobs.py says.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -209,16 +211,53 @@ if triton is not None:
                 tl.store(pull_ptr + row * pull_stride + at, pull, mask=at < D)
 
 
+_works: dict[tuple[torch.device, int], bool] = {}  # by device and D, as far as tried
+
+
 def serves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels serve hidden states (N, D) and a head (V, D): bf16, on a Hopper."""
-    if triton is None or not hidden.is_cuda or torch.version.hip or hidden.dtype != weight.dtype:
+    """Whether the kernels serve hidden states (N, D) and a head (V, D): bf16, on a Hopper where a trial went well."""
+    if triton is None or not hidden.is_cuda or torch.version.hip or not hidden.dtype == weight.dtype == torch.bfloat16:
         return False
-    return (
-        weight.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(hidden.device) == (9, 0)
-        and can_be_described(hidden)
-        and can_be_described(weight)
+    if torch.cuda.get_device_capability(hidden.device) != (9, 0) or not all(map(can_be_described, (hidden, weight))):
+        return False
+    key = hidden.device, hidden.shape[1]
+    if key not in _works:
+        reason = trial(hidden.device, hidden.shape[1], hidden.dtype)
+        _works[key] = reason is None
+        if reason is not None:
+            warnings.warn(f"the head is multiplied by a library, which is slower: {reason}", stacklevel=2)
+    return _works[key]
+
+
+def trial(device: torch.device, d: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels are not to be used, or None: a few tiles, compared with the same in fp32."""
+    rows, width = BLOCK_M + 8, BLOCK_N + 40
+    draw = torch.Generator(device).manual_seed(0)
+    hidden, weight = (
+        (torch.randn(size, d, generator=draw, device=device) / d**0.25).to(dtype) for size in (rows, width)
     )
+    labels = torch.arange(rows, device=device)
+    state, shares = (
+        torch.zeros(6, rows, device=device),
+        torch.empty(rows, width + -width % 16, device=device, dtype=dtype),
+    )
+    state[BEST] = -torch.inf
+    parts = torch.empty(3 * num_parts(width) * rows, device=device)
+    try:
+        fold(hidden, weight, labels, state, parts, shares[:, :width], 0, 1.0, entropy=True, top=True)
+        scores = hidden.double() @ weight.double().t()
+        scores[labels, labels] = -torch.inf
+        expected = scores.exp()
+        moment = (expected * scores.clamp(min=-1e3)).sum(1)
+        for found, truth in (
+            (state[REST], expected.sum(1)), (state[MOMENT], moment), (state[BEST], scores.amax(1)),
+            (shares[:, :width], expected),
+        ):  # fmt: skip
+            if not (found - truth).norm() <= 1e-2 * truth.norm():  # nor where it is NaN
+                return "a trial of its kernel gave something else"
+    except Exception as error:  # whatever a compiler or a driver has against it
+        return f"a trial of its kernel failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return None
 
 
 def can_be_described(rows: Tensor) -> bool:

@@ -597,7 +597,7 @@ def in_one(monkeypatch):
     """Product and fold by one kernel, in Triton's interpreter, and how often; in fp32, since it cuts bf16 otherwise."""
     calls, own = [], module.head_shares.fold
     monkeypatch.setattr(module.head_shares, "serves", lambda hidden, weight: True)
-    monkeypatch.setattr(module.head_shares, "fold", lambda *given: (calls.append(given), own(*given)))
+    monkeypatch.setattr(module.head_shares, "fold", lambda *given, **more: (calls.append(given), own(*given, **more)))
     return calls
 
 
@@ -678,8 +678,30 @@ class TestInOneKernel:
         found = linear_logprobs(hidden.requires_grad_(), weight, labels, backend="triton", chunks=(3, 128), **change)
         assert (found[0] if isinstance(found, tuple) else found).isfinite().all() and not in_one
 
+    def test_a_trial_finds_a_kernel_that_is_wrong_or_fails(self, in_one, monkeypatch):
+        trial = functools.partial(module.head_shares.trial, torch.device("cpu"), 72, torch.float32)
+        drawn = torch.get_rng_state()
+        assert trial() is None and torch.equal(torch.get_rng_state(), drawn)
+        fold = module.head_shares.fold
+        for row in (module.REST, module.MOMENT, module.BEST):
+
+            def off(*given, row=row, **options):
+                fold(*given, **options)
+                given[3][row, 5:60] *= 1.1
+
+            monkeypatch.setattr(module.head_shares, "fold", off)
+            assert "gave something else" in trial()
+        monkeypatch.setattr(module.head_shares, "fold", lambda *given, **options: None)
+        assert "gave something else" in trial()
+        monkeypatch.setattr(
+            module.head_shares, "fold", lambda *given, **options: (_ for _ in ()).throw(OSError("no\nmore"))
+        )
+        assert trial() == "a trial of its kernel failed (OSError: no)"
+
     def test_it_is_for_bf16_on_a_hopper_and_rows_that_tma_reads(self, monkeypatch):
-        serves = module.head_shares.serves
+        serves, tried = module.head_shares.serves, []
+        monkeypatch.setattr(module.head_shares, "_works", {})
+        monkeypatch.setattr(module.head_shares, "trial", lambda *given: tried.append(given))
         card = [(9, 0)]
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card[0])
 
@@ -689,8 +711,14 @@ class TestInOneKernel:
 
         monkeypatch.setattr(module.head_shares, "can_be_described", lambda rows: rows.shape[1] % 8 == 0)
         assert of() and not of(torch.float16) and not of(torch.float32) and not of(d=60) and not of(device="cpu")
+        assert len(tried) == 1
         for card[0] in ((8, 9), (10, 0), (12, 0)):
             assert not of()
+        card[0] = (9, 0)
+        monkeypatch.setattr(module.head_shares, "trial", lambda *given: "made up")
+        with pytest.warns(UserWarning, match="multiplied by a library, which is slower: made up"):
+            assert of() and not of(d=72)
+        assert not of(d=72), "and is said once"
         monkeypatch.undo()
         described = module.head_shares.can_be_described
         rows = torch.zeros(6, 72, dtype=torch.bfloat16)
