@@ -109,8 +109,8 @@ def test_the_summary_has_a_row_for_every_part_of_the_programme(tmp_path):
     assert found[overlapping] == "1: 3.00 to 2.50 ms; chosen"
     beside = "lowmem_grpo: 2.00 s, 1,500 MiB; TRL: not done in 35 s"
     assert found["a step of 4 x 8 x 32 tokens, 1.5B, beside others"] == beside
-    assert found["the head, as last changed, over two bare products, D 1536"] == "1.50, forward alone 1.50"
-    assert found["the head, as last changed, over two bare products, D 3584"] == report.NOT_YET, "stopped before it"
+    assert found["the head over two bare products, D 1536"] == "1.50, forward alone 1.50"
+    assert found["the head over two bare products, D 3584"] == report.NOT_YET, "stopped before it"
     assert found["an update of 16,384 tokens of a 1.5B model, likewise"] == "0.50 s, 2,048 MiB; out of memory"
     assert found["an update of 16,384 tokens of a 7B model, likewise"] == report.NOT_YET, "measured before outlines"
     assert found["64 even completions of a 7B model, in steps"] == report.NOT_YET
