@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -39,7 +41,7 @@ from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.data.examples import Example
 from lowmem_grpo.data.pairs import Pair
 from lowmem_grpo.generate.graphs import Kept
-from lowmem_grpo.generate.shape import store_shape
+from lowmem_grpo.generate.shape import PAGE, store_shape
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store
 from lowmem_grpo.generate.weights import dense_bytes
@@ -592,10 +594,26 @@ def test_a_plan_fits_its_budget_with_the_cheapest_settings():
         peaks.append((found.forecast.peak(), len(found.changes)))
     assert peaks == sorted(peaks, key=lambda pair: -pair[0]), "a smaller budget, a smaller peak"
     assert [count for _, count in peaks] == sorted(count for _, count in peaks), "and no fewer changes"
-    last = found.changes[-1]
-    before = replace(found.config, **{last.name: getattr(LARGE, last.name)})
-    one_less = planner.forecast(large_shape(), before)
-    assert not planner._fits(one_less, found.budget), "without the last change it would not fit"
+
+
+def test_a_plan_lets_go_of_what_later_savings_made_needless(monkeypatch):
+    """Without any of what it changed, or with more of what it lowered, it would not fit."""
+    assert set(planner.COSTLIEST_FIRST) == set(re.findall(r'Change\(\s*"(\w+)"', inspect.getsource(planner)))
+    lowered = {"token_budget": lambda value: 2 * value, "rollout_token_budget": lambda value: value + PAGE}
+    asked, plans = replace(LARGE, max_prompt_length=512), []
+    for budget in ("9GB", "7.5GB", "6GB"):
+        found = planner.plan(large_shape(), replace(asked, vram_budget=budget))
+        for name, value in ((change.name, change.value) for change in found.changes):
+            changed = lowered[name](value) if name in lowered else getattr(asked, name)
+            more = planner.forecast(large_shape(), replace(found.config, **{name: changed}))
+            assert not planner._fits(more, found.budget), name
+        plans.append({change.name: change.value for change in found.changes})
+    monkeypatch.setattr(planner, "_eased", lambda key, asked, config, found, changes: (config, found))
+    for budget, plan in zip(("9GB", "7.5GB", "6GB"), plans, strict=True):
+        found = planner.plan(large_shape(), replace(asked, vram_budget=budget))
+        one_by_one = {change.name: change.value for change in found.changes}
+        assert plan.keys() <= one_by_one.keys() and plan["rollout_token_budget"] > one_by_one["rollout_token_budget"]
+    assert one_by_one.keys() - plan.keys() >= {"rollout_cuda_graphs", "optim", "activation_offloading"}
 
 
 def test_where_the_critic_takes_the_most_a_plan_computes_layers_again_and_moves_checkpoints():

@@ -19,7 +19,7 @@ from lowmem_grpo.config.sft import ASSUMED_LENGTH
 from lowmem_grpo.config.training import TrainingConfig
 from lowmem_grpo.distributed import alone, world_size
 from lowmem_grpo.errors import InputError
-from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, token_bytes
+from lowmem_grpo.generate.shape import PAGE, StoreShape, state_tokens, store_shape, token_bytes
 from lowmem_grpo.generate.step import POSITIONS, RANK
 from lowmem_grpo.kernels.decode_attention import scratch_bytes
 from lowmem_grpo.kernels.linear_logprobs import default_chunks
@@ -36,6 +36,12 @@ CONTEXT_BYTES = 512 * 2**20  # of CUDA, its libraries and their workspaces: an e
 PROCESSORS = 192  # more than a card has: with more of them a product has more parts
 OF_SLOTS, OF_PROMPTS = "states of completions", "states of prompts"  # of layers that keep one
 STEP_SIZES = {"sft": "examples_per_step", "reward": "pairs_per_step"}  # by kind; of others prompts_per_step
+# What a plan may change, as it lets go of it again: as _changes() has it from its end, but graphs before more slots.
+COSTLIEST_FIRST = (
+    "load_head_in_8bit", "offload_embedding", "rollout_kv", "activation_offloading", "tiled_mlp", "optim",
+    "gradient_checkpointing", "token_budget", "rollout_cuda_graphs", "rollout_token_budget", "rollout_weights",
+    "rollout_graphs_last",
+)  # fmt: skip
 SPARE = 0.03  # of a budget, for what torch's allocator holds beyond what is allocated: an estimate
 
 
@@ -165,7 +171,7 @@ def for_evaluation(found: Plan | None, config: GRPOConfig) -> GRPOConfig:
 
 
 def _fit(key: Key, config: Any) -> tuple[Any, Forecast, list[Change]]:
-    budget, changes = config.vram_budget_bytes, {}
+    budget, changes, asked = config.vram_budget_bytes, {}, config
     found = _forecast(key, config)
     while not _fits(found, budget):
         for change in _changes(key, config, found):
@@ -177,8 +183,45 @@ def _fit(key: Key, config: Any) -> tuple[Any, Forecast, list[Change]]:
             config, changes[change.name] = changed, change
             break
         else:
-            break
+            return config, found, list(changes.values())
+    if changes:
+        config, found = _eased(key, asked, config, found, changes)
     return config, found, list(changes.values())
+
+
+def _eased(key: Key, asked: Any, config: Any, found: Forecast, changes: dict[str, Change]) -> tuple[Any, Forecast]:
+    """Let go of what later savings have made needless, the costliest first, and raise what was lowered too far.
+
+    Each was chosen while the largest phase was too large, before there was room for it by other means.
+    """
+    budget = config.vram_budget_bytes
+
+    def try_(name: str, value: Any) -> bool:
+        nonlocal config, found
+        try:
+            tried = replace(config, **{name: value})
+            forecast = _forecast(key, tried)
+        except InputError:  # not beside what else was chosen
+            return False
+        if not _fits(forecast, budget):
+            return False
+        config, found = tried, forecast
+        return True
+
+    for name in [name for name in COSTLIEST_FIRST if name in changes]:
+        if try_(name, getattr(asked, name)):
+            del changes[name]
+            continue
+        if name == "token_budget":  # each trial runs layers anew
+            while try_(name, 2 * config.token_budget):
+                pass
+        elif name == "rollout_token_budget":
+            low, high = config.rollout_token_budget // PAGE, asked.rollout_token_budget // PAGE + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if try_(name, middle * PAGE) else (low, middle)
+        changes[name] = replace(changes[name], value=getattr(config, name))
+    return config, found
 
 
 def _fits(found: Forecast, budget: int | None) -> bool:
