@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks import forked, measure
 from lowmem_grpo.benchmarks.bench_learning import TARGET, accuracy, steps_to
 from lowmem_grpo.benchmarks.bench_step import id_reward
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:  # one model for all
         model = Path(given.model or folder + "/model")
         if given.shape != DEMO and not model.exists():  # in none of the processes that are measured
-            make_random_model(given.shape, None, model)
+            forked.aside(make_random_model, given.shape, None, model)
         same = [*(f"--{name}={value}" for name, value in work.items()), f"--model={model}"]
         results = in_turns(
             "lowmem_grpo.benchmarks.bench_ppo", given.only, [[*same, "--seeds", str(seed)] for seed in given.seeds],

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo.benchmarks import measure, trainers
+from lowmem_grpo.benchmarks import forked, measure, trainers
 from lowmem_grpo.benchmarks.random_model import SHAPES, make_random_model
 from lowmem_grpo.benchmarks.trainers import UNSLOTH, Job, Results, in_turns, train_with
 from lowmem_grpo.config.grpo import GRPOConfig
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:  # one model for all
         model = Path(given.model or folder + "/model")
         if not model.exists():  # in none of the processes that are measured
-            make_random_model(given.shape, None, model)
+            forked.aside(make_random_model, given.shape, None, model)
         arguments = [*(f"--{name}={value}" for name, value in work.items()), f"--model={model}"]
         results = in_turns(
             "lowmem_grpo.benchmarks.bench_step", given.only, [arguments],

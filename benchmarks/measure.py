@@ -37,6 +37,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from rich.cells import cell_len
 
+from lowmem_grpo.benchmarks import forked
 from lowmem_grpo.terminal import columns_of, fitted, table
 
 OUT_OF_MEMORY = "out of memory"
@@ -297,7 +298,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
+        card = forked.card()
         found |= {
             "gpu": card.name,
             "gpu_memory_gib": round(card.total_memory / 2**30, 1),

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lowmem_grpo.benchmarks import forked
 
 
 class Part(NamedTuple):
@@ -28,6 +30,7 @@ class Part(NamedTuple):
     module: str
     arguments: str = ""
     limit_s: float | None = None  # after which it is stopped
+    memory: bool = False  # it measures memory alone, which other work on the GPU does not change
 
 
 CPU = {
@@ -99,84 +102,92 @@ _SHORT = "--prompts 4 --prompt_length 256 --completion_length 128 --checkpointin
 _LONG = "--prompts 4 --prompt_length 512 --completion_length 448 --checkpointing"  # 16,384
 _WAYS = "--only 'packed, prompt shared' --only 'packed, full_determinism' --only \"packed, by the model's own layers\""
 _FIT = "--prompts_per_step 4 --max_prompt_length 256 --max_completion_length 128"
-# What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: 15 to 30 s go
-# into compiling kernels for a shape. With the tests' own they keep to 240, 300, 240, 180, 300, 240, 300 and 300 s; what
-# a part had saved by then is kept.
+# What gpu_suite.sh runs in each of its calls, the most valuable first, with limits for an H100 or H200: a part is a
+# fork of what has imported everything, and most of its kernels were compiled beside the tests.
 PROGRAMME = {
-    "tests": {
-        "step-0.5b": Part(
-            "bench_step", "--shape qwen2.5-0.5b --max_completion_length 128 --steps 3 --only lowmem_grpo", 50
-        ),
-        "step-1.5b": Part(
-            "bench_step", "--shape qwen2.5-1.5b --max_completion_length 128 --steps 4 --only lowmem_grpo", 60
-        ),
-    },
-    "decode": {
-        "decode-1.5b": Part("bench_decode", f"--shape qwen2.5-1.5b {_EVEN} --profile --only ours", 45),
-        "overlap-1.5b": Part("bench_overlap", "--shape qwen2.5-1.5b --choose", 110),
-        "rollout-1.5b": Part(
-            "bench_rollout",
-            f"--shape qwen2.5-1.5b {_EVEN} --max_completion_length 256 --repetitions 2 "
-            "--only ours --only 'ours, int8 keys and values'",
-            70,
-        ),
-    },
     "update": {
-        "update-short-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_SHORT} {_WAYS} --repetitions 5", 45),
-        "update-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_LONG} {_WAYS} --repetitions 3", 50),
-        "update-7b": Part("bench_update", f"--shape qwen2.5-7b {_LONG} {_WAYS} --repetitions 3", 80),
-    },
-    "speed": {
-        "decode-7b": Part("bench_decode", f"--shape qwen2.5-7b {_EVEN} --only ours", 70),
+        "update-short-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_SHORT} {_WAYS} --repetitions 5", 20),
+        "update-1.5b": Part("bench_update", f"--shape qwen2.5-1.5b {_LONG} {_WAYS} --repetitions 3", 25),
         "head-tiles": Part(
             "bench_linear_logprobs",
             "--shape 8192,1536,151936 --shape 8192,3584,152064 --repetitions 5 --sweep_chunks "
             "--only 'ours with entropy' --only 'ours, product and fold apart' --only TRL --only Liger --only CCE",
-            100,
+            50,
+        ),
+        "step-0.5b": Part(
+            "bench_step", "--shape qwen2.5-0.5b --max_completion_length 128 --steps 3 --only lowmem_grpo", 20
+        ),
+        "step-1.5b": Part(
+            "bench_step", "--shape qwen2.5-1.5b --max_completion_length 128 --steps 4 --only lowmem_grpo", 30
+        ),
+        "update-7b": Part("bench_update", f"--shape qwen2.5-7b {_LONG} {_WAYS} --repetitions 3", 50),
+        "budget-7b-6gb": Part(
+            "bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB --prompts_per_step 1 --num_generations 4", 70, True
         ),
     },
-    "beside": {
+    "critic": {
+        "ppo-1.5b": Part(
+            "bench_ppo",
+            "--shape qwen2.5-1.5b --steps 3 --only 'GRPO, groups of 8' 'PPO, one a prompt' --limit_s 35",
+            75,
+        ),
+        "overlap-1.5b": Part("bench_overlap", "--shape qwen2.5-1.5b --choose", 70),
+        "expert_product": Part("bench_expert_product", "--rows 64 16 4 1", 25),
+        "delta_step": Part("bench_delta_step", "", 20),
+        "budget-qwen3.5-4b": Part("bench_budgets", f"--shape qwen3.5-4b --vram_budget 12GB {_FIT}", 75, True),
+        "budget-gpt-oss-20b": Part("bench_budgets", f"--shape gpt-oss-20b --vram_budget 16GB {_FIT}", 75, True),
+        "budget-qwen3-30b-a3b": Part("bench_budgets", f"--shape qwen3-30b-a3b --vram_budget 24GB {_FIT}", 75, True),
+    },
+    "families": {
+        "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 40),
+        "decode-gpt-oss-20b": Part("bench_decode", f"--shape gpt-oss-20b {_BOTH}", 40),
+        "decode-qwen3-30b-a3b": Part("bench_decode", f"--shape qwen3-30b-a3b {_BOTH}", 45),
+        "choose-1.5b": Part("bench_gemm_4bit", "--shape qwen2.5-1.5b --choose --repetitions 3", 40),
+        "decode-1.5b": Part("bench_decode", f"--shape qwen2.5-1.5b {_EVEN} --profile --only ours", 30),
+    },
+    "tests": {
+        "rollout-1.5b": Part(
+            "bench_rollout",
+            f"--shape qwen2.5-1.5b {_EVEN} --max_completion_length 256 --repetitions 2 "
+            "--only ours --only 'ours, int8 keys and values'",
+            50,
+        ),
         "budget-1.5b": Part(
             "bench_budgets",
             "--shape qwen2.5-1.5b --vram_budget 4GB --prompts_per_step 4 --max_prompt_length 256 "
             "--max_completion_length 256",
             90,
-        ),
-        "step-beside": Part(
-            "bench_step",
-            "--shape qwen2.5-1.5b --max_completion_length 32 --steps 2 --only lowmem_grpo TRL Unsloth --limit_s 45",
-            110,
+            True,
         ),
         "budget-7b": Part(
             "bench_budgets",
             "--shape qwen2.5-7b --vram_budget 8GB --prompts_per_step 4 --max_prompt_length 256 "
             "--max_completion_length 128",
             95,
+            True,
         ),
     },
-    "critic": {
-        "ppo-1.5b": Part(
-            "bench_ppo",
-            "--shape qwen2.5-1.5b --steps 3 --only 'GRPO, groups of 8' 'PPO, one a prompt' --limit_s 50",
+    "beside": {
+        "step-beside": Part(
+            "bench_step",
+            "--shape qwen2.5-1.5b --max_completion_length 32 --steps 2 --only lowmem_grpo TRL Unsloth --limit_s 45",
             110,
         ),
-        "budget-7b-6gb": Part(
-            "bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB --prompts_per_step 1 --num_generations 4", 110
-        ),
+        "decode-7b": Part("bench_decode", f"--shape qwen2.5-7b {_EVEN} --only ours", 45),
     },
-    "families": {
-        "decode-qwen3.5-4b": Part("bench_decode", f"--shape qwen3.5-4b {_BOTH}", 65),
-        "decode-gpt-oss-20b": Part("bench_decode", f"--shape gpt-oss-20b {_BOTH}", 60),
-        "decode-qwen3-30b-a3b": Part("bench_decode", f"--shape qwen3-30b-a3b {_BOTH}", 65),
-        "expert_product": Part("bench_expert_product", "--rows 64 16 4 1", 40),
-    },
-    "fit": {
-        "budget-qwen3.5-4b": Part("bench_budgets", f"--shape qwen3.5-4b --vram_budget 12GB {_FIT}", 80),
-        "budget-gpt-oss-20b": Part("bench_budgets", f"--shape gpt-oss-20b --vram_budget 16GB {_FIT}", 70),
-        "budget-qwen3-30b-a3b": Part("bench_budgets", f"--shape qwen3-30b-a3b --vram_budget 24GB {_FIT}", 70),
-        "choose-1.5b": Part("bench_gemm_4bit", "--shape qwen2.5-1.5b --choose --repetitions 3", 45),
-        "delta_step": Part("bench_delta_step", "", 30),
-    },
+}
+# What makes a command short that is run for its kernels alone; what it would choose or profile is left out.
+AHEAD = {
+    "bench_update": "--repetitions 1 --warmups 0",
+    "bench_linear_logprobs": "--repetitions 1 --warmups 0",
+    "bench_step": "--steps 2",
+    "bench_ppo": "--steps 2",
+    "bench_decode": "--repetitions 1",
+    "bench_overlap": "--turns 1",
+    "bench_rollout": "--repetitions 1 --warmups 0",
+    "bench_expert_product": "--repetitions 1",
+    "bench_gemm_4bit": "--repetitions 1 --warmups 0",
+    "bench_delta_step": "",
 }
 # Only whether everything runs: ours and TRL alone where each would be a process of its own.
 QUICK = {
@@ -217,6 +228,7 @@ TINY = {
     "sampling_error": "--prompts 2 --num_generations 2",
 }
 OUT_OF_TIME, INTERRUPTED = "out of time", "interrupted"
+AT_ONCE = 4  # parts beside the tests
 LEAST_S = 60  # a part is not begun with less time than this
 TIMES = ("seconds", "train_s", "score_s", "step_s")
 FARTHEST = 1000.0  # two implementations of the same work whose times are farther apart than this did not do the same
@@ -239,8 +251,8 @@ def dry(part: Part) -> Part:
 
     arguments = re.sub(r"--shape \d\S+", "--shape 50,32,500", part.arguments)
     arguments = re.sub(r"--shape ([a-z]\S+)", tiny, arguments)
-    arguments = arguments.replace("--only CCE", "")  # which no CPU has
-    return Part(part.module, f"{arguments} {TINY[part.module]}".strip())
+    arguments = re.sub("--only (CCE|'ours, product and fold apart')", "", arguments)  # which no CPU has
+    return Part(part.module, f"{arguments} {TINY[part.module]}".strip(), memory=part.memory)
 
 
 def file_name() -> str:
@@ -255,24 +267,81 @@ def file_name() -> str:
     return "-".join([*words, time.strftime("%Y-%m-%d")]) + ".json"
 
 
-def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any] | None, str]:
-    """(what it wrote, what went wrong or nothing), its tables printed meanwhile; Ctrl-C and SIGTERM go wrong, too."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "result.json")
+class Running:
+    """A part that has begun, in a process and a group of its own. It prints its tables meanwhile, unless quiet."""
+
+    def __init__(self, part: Part, allowed_s: float | None, quiet: bool = False):
+        self.folder, self.allowed_s = tempfile.TemporaryDirectory(), allowed_s
+        self.output = Path(self.folder.name, "result.json")
         command = [sys.executable, "-m", f"lowmem_grpo.benchmarks.{part.module}", *shlex.split(part.arguments)]
-        process = subprocess.Popen([*command, f"--output={output}"], start_new_session=True)
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            status = process.wait(allowed_s)
-            wrong = f"exit status {status}" if status else ""
-        except BaseException as error:  # Ctrl-C too: its own processes, which measure, end with it
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            late = isinstance(error, subprocess.TimeoutExpired)
-            wrong = f"{OUT_OF_TIME} after {allowed_s:.0f} s" if late else INTERRUPTED
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return json.loads(output.read_text()) if output.exists() else None, wrong
+        with open(os.devnull, "w") as nowhere:
+            files = [nowhere, nowhere] if quiet else []
+            self.process = forked.start([*command, f"--output={self.output}"], files, own_group=True)
+        self.begun = time.monotonic()
+
+    def has_ended(self) -> bool:
+        late = self.allowed_s is not None and time.monotonic() - self.begun > self.allowed_s
+        return late or self.process.exitcode is not None
+
+    def end(self, is_late: bool = True) -> tuple[dict[str, Any] | None, str]:
+        """(what it wrote, what went wrong or nothing), and where it runs still, stop it: it is late or interrupted."""
+        status = self.process.exitcode
+        wrong = f"exit status {status}" if status else ""
+        if status is None:
+            wrong = f"{OUT_OF_TIME} after {self.allowed_s or 0:.0f} s" if is_late else INTERRUPTED
+            forked.kill_group(self.process)  # its own processes, which measure, end with it
+        found = json.loads(self.output.read_text()) if self.output.exists() else None
+        self.folder.cleanup()
+        return found, wrong
+
+
+def run_part(part: Part, allowed_s: float | None = None) -> tuple[dict[str, Any] | None, str]:
+    """(what it wrote, what went wrong or nothing); Ctrl-C and SIGTERM go wrong, too."""
+    running = Running(part, allowed_s)
+    try:
+        forked.wait(running.process, allowed_s)
+    except BaseException:
+        return running.end(is_late=False)
+    return running.end()
+
+
+def ahead(part: Part) -> Part:
+    """A part that has the same kernels compiled, and little more."""
+    arguments = re.sub(r" --(choose|profile)\b", "", f" {part.arguments}")
+    return part._replace(arguments=f"{arguments} {AHEAD[part.module]}".strip())
+
+
+def run_beside(command: str, names: list[str], known: dict[str, Part], keep: Callable[..., object]) -> None:
+    """Run parts of memory alone while a shell's command has the GPU, and the others ahead of their time.
+
+    What the others find goes nowhere, and ends with the command.
+    """
+    memory = [name for name in names if known[name].memory]
+    queue = memory + [name for name in names if not known[name].memory]
+    running: dict[str, Running] = {}
+    tests = subprocess.Popen(["bash", "-c", command], start_new_session=True)
+    try:
+        while tests.poll() is None or any(known[name].memory for name in [*queue, *running]):
+            while queue and len(running) < AT_ONCE:
+                name = queue.pop(0)
+                part = known[name] if known[name].memory else ahead(known[name])
+                print(f"\n# {'' if part.memory else 'ahead: '}{name}: {part.module} {part.arguments}", flush=True)
+                running[name] = Running(part, part.limit_s, quiet=not part.memory)
+            for name in [name for name, one in running.items() if one.has_ended()]:
+                one = running.pop(name)
+                print(f"{name} took {time.monotonic() - one.begun:.0f} s", flush=True)
+                found = one.end()
+                if known[name].memory:
+                    keep(name, *found)
+            time.sleep(0.05)
+    finally:
+        if tests.poll() is None:
+            os.killpg(tests.pid, signal.SIGKILL)
+            tests.wait()
+        for name, one in running.items():
+            found = one.end(is_late=False)
+            if known[name].memory:
+                keep(name, *found)
 
 
 def faults(document: Any, where: str = "") -> Iterator[str]:
@@ -313,35 +382,47 @@ def is_done(document: dict[str, Any] | None, allowed_s: float | None) -> bool:
     return allowed_s is not None and allowed_s <= document.get("had_s", -10.0) + 10
 
 
-def run_all(names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None) -> list[str]:
-    """Runs the parts and saves after each; returns what went wrong."""
+def run_all(
+    names: list[str], known: dict[str, Part], path: Path, allowed_s: float | None, beside: str | None = None
+) -> list[str]:
+    """Runs the parts and saves after each, those of memory alone beside a command; returns what went wrong."""
     from lowmem_grpo.benchmarks import measure
 
     begun, wrong = time.monotonic(), []
-    for count, name in enumerate(names):
-        left = None if allowed_s is None else allowed_s - (time.monotonic() - begun)
-        if left is not None and count and left < LEAST_S:
-            print(f"\ntime is up, {', '.join(names[count:])} left: call again", flush=True)
-            break
-        left = sooner(left, known[name].limit_s)
-        print(f"\n# {name}: {known[name].module} {known[name].arguments}".rstrip(), flush=True)
-        part_begun = time.monotonic()
-        document, failed = run_part(known[name], left)
-        print(f"{name} took {time.monotonic() - part_begun:.0f} s", flush=True)
-        wrong += [f"{name}: {failed}"] if failed else []
-        wrong += [f"{name}{fault}" for fault in faults(document)]
+
+    def keep(name: str, document: dict[str, Any] | None, failed: str, had_s: float | None = None) -> None:
+        wrong.extend([f"{name}: {failed}"] if failed else [])
+        wrong.extend(f"{name}{fault}" for fault in faults(document))
         if failed or document is None:
-            had_s = left if OUT_OF_TIME in failed else -10.0  # none
+            had_s = sooner(had_s, known[name].limit_s) if OUT_OF_TIME in failed else -10.0  # none
             document = {**(document or {}), "incomplete": failed or "no result", "had_s": had_s}
         found = read(path)  # anew: another suite may have written to it meanwhile
         found["parts"][name] = document
         measure.save(found, path)
-        if failed == INTERRUPTED:
-            print(f"\nwhat {name} had is in {path}; the same command begins it anew, and then the rest", flush=True)
-            sys.exit(130)
-    else:
-        lost = [name for name, document in read(path)["parts"].items() if "incomplete" in document]
-        print("\nall done" + (f", but incomplete: {', '.join(lost)}" if lost else ""), flush=True)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if beside:
+            run_beside(beside, names, known, keep)
+            names = [name for name in names if not known[name].memory]
+        for count, name in enumerate(names):
+            left = None if allowed_s is None else allowed_s - (time.monotonic() - begun)
+            if left is not None and count and left < LEAST_S:
+                print(f"\ntime is up, {', '.join(names[count:])} left: call again", flush=True)
+                return wrong
+            left = sooner(left, known[name].limit_s)
+            print(f"\n# {name}: {known[name].module} {known[name].arguments}".rstrip(), flush=True)
+            part_begun = time.monotonic()
+            document, failed = run_part(known[name], left)
+            print(f"{name} took {time.monotonic() - part_begun:.0f} s", flush=True)
+            keep(name, document, failed, left)
+            if failed == INTERRUPTED:
+                print(f"\nwhat {name} had is in {path}; the same command begins it anew, and then the rest", flush=True)
+                sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    lost = [name for name, document in read(path)["parts"].items() if "incomplete" in document]
+    print("\nall done" + (f", but incomplete: {', '.join(lost)}" if lost else ""), flush=True)
     return wrong
 
 
@@ -392,6 +473,7 @@ def check_writable(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 where a part failed or found what cannot be, 2 for bad input."""
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="lowmem-grpo bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts to run; all by default, see --list")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, minutes: does everything run?")
@@ -401,12 +483,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--file", help="name of the JSON file; by default that of machine and date")
     parser.add_argument("--again", action="store_true", help="run parts that the file has already, too")
     parser.add_argument("--allowed_s", type=float, help="seconds after which no part is begun, and one is stopped")
+    parser.add_argument("--beside", metavar="COMMAND", help="of bash; while it runs, so do parts of memory alone")
     parser.add_argument("--list", action="store_true", help="print the parts for this machine, and which are done")
     given = parser.parse_args(argv)
     if given.quick + bool(given.dry_run or given.call) > 1:
         parser.error("--quick and --dry_run or --call are two things; choose one")
     if given.allowed_s is not None and given.allowed_s <= 0:
         parser.error(f"--allowed_s {given.allowed_s:g} is not above 0")
+    # Else torch would ask the driver whether there is a GPU, after which no fork of this process has one.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     known = parts(given.quick, given.dry_run, given.call)
     try:
         asked = [part for name in given.names for part in of_name(name, known)] or list(known)
@@ -425,7 +510,12 @@ def main(argv: list[str] | None = None) -> int:
     again = given.again or given.quick
     if not again and set(asked) & set(done):
         print(f"in {path} already, --again runs them again: {', '.join(name for name in asked if name in done)}")
-    wrong = run_all([name for name in asked if again or name not in done], known, path, given.allowed_s)
+    todo = [name for name in asked if again or name not in done]
+    modules = {f"lowmem_grpo.benchmarks.{known[name].module}" for name in todo}
+    forked.preload(*sorted(modules))
+    then = "parts are forks of this process" if forked.serves() else "parts import it anew"
+    print(f"imported everything in {time.monotonic() - begun:.0f} s; {then}", flush=True)
+    wrong = run_all(todo, known, path, given.allowed_s, given.beside)
     from lowmem_grpo.benchmarks import report
 
     pictures = report.draw_all(read(path), path.with_suffix(""))

@@ -12,8 +12,8 @@ import importlib
 import json
 import math
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lowmem_grpo.benchmarks import measure
+from lowmem_grpo.benchmarks import forked, measure
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.loops.grpo import train
 from lowmem_grpo.model.load import load_policy
@@ -301,7 +301,7 @@ def in_turns(
     save: Callable[[Results], None],
     limit_s: float | None = None,
 ) -> Results:
-    """Each implementation's results, one a turn, each by `python -m module --one NAME arguments` in a fresh process.
+    """Each implementation's results, one a turn, each by `python -m module --one NAME ...` in a process of its own.
 
     The order rotates from turn to turn. What there is goes to save() after each. limit_s is of one process.
     """
@@ -322,15 +322,23 @@ def in_turns(
 
 def _in_a_process(command: list[str], limit_s: float | None = None) -> dict[str, Any]:
     """The last line of a program's output, as JSON, or the last line of its error."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"{measure.NOT_DONE} {limit_s:.0f} s"}
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
-        if done.returncode < 0:
-            return {"failed": measure.ended_by(done.returncode, "bad_alloc" in done.stderr)}
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = forked.start(command, files=(output, errors))
+        try:
+            status = forked.wait(process, limit_s)
+        finally:
+            process.kill()
+            process.join()
+        for file in (output, errors):
+            file.seek(0)
+        said, wrong = output.read(), errors.read()
+    if status is None:
+        return {"failed": f"{measure.NOT_DONE} {limit_s or 0:.0f} s"}
+    if status:
+        print(wrong[-2000:], file=sys.stderr)
+        if status < 0:
+            return {"failed": measure.ended_by(status, "bad_alloc" in wrong)}
+        last = (wrong.strip().splitlines() or ["no message"])[-1]
         memory = "can't allocate memory" in last or "out of memory" in last
         return {"failed": measure.OUT_OF_MEMORY if memory else last}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(said.splitlines()[-1])
