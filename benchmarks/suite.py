@@ -120,7 +120,7 @@ PROGRAMME = {
         "step-1.5b": Part(
             "bench_step", "--shape qwen2.5-1.5b --max_completion_length 128 --steps 4 --only lowmem_grpo", 30
         ),
-        "update-7b": Part("bench_update", f"--shape qwen2.5-7b {_LONG} {_WAYS} --repetitions 3", 50),
+        "update-7b": Part("bench_update", f"--shape qwen2.5-7b {_LONG} {_WAYS} --repetitions 2", 50),
         "budget-7b-6gb": Part(
             "bench_budgets", "--shape qwen2.5-7b --vram_budget 6GB --prompts_per_step 1 --num_generations 4", 70, True
         ),
@@ -326,7 +326,7 @@ def run_beside(command: str, names: list[str], known: dict[str, Part], keep: Cal
                 name = queue.pop(0)
                 part = known[name] if known[name].memory else ahead(known[name])
                 print(f"\n# {'' if part.memory else 'ahead: '}{name}: {part.module} {part.arguments}", flush=True)
-                running[name] = Running(part, part.limit_s, quiet=not part.memory)
+                running[name] = Running(part, part.limit_s if part.memory else None, quiet=not part.memory)
             for name in [name for name, one in running.items() if one.has_ended()]:
                 one = running.pop(name)
                 print(f"{name} took {time.monotonic() - one.begun:.0f} s", flush=True)

@@ -411,12 +411,21 @@ def test_memory_is_measured_beside_the_tests_and_kernels_are_compiled_for_the_re
         write(argv, {"memory": True})
         note("memory")
 
+    class Noted(suite.Running):
+        def __init__(self, part, allowed_s, quiet=False):
+            limits.append((part.module, allowed_s, quiet))
+            super().__init__(part, allowed_s, quiet)
+
+    limits = []
+    monkeypatch.setattr(suite, "Running", Noted)
     known = {"timed": part_of(bench_overlap, "--choose", limit_s=9), "memory": part_of(bench_budgets, memory=True)}
     monkeypatch.setattr(suite, "parts", lambda *_: known)
     tests = f"until grep -q may {log}; do sleep 0.02; done; echo tests ended >> {log}"
     assert suite.main([f"--output_dir={tmp_path}", "--file=x.json", f"--beside={tests}"]) == 0
     lines = ["overlap --turns 1", "tests may end", "tests ended", "memory", "overlap --choose"]
     assert log.read_text().splitlines() == lines
+    ahead = ("bench_overlap", None, True)
+    assert ahead in limits and ("bench_overlap", 9, False) in limits, "compiling may take the tests' whole time"
     assert json.loads((tmp_path / "x.json").read_text())["parts"] == {
         "memory": {"memory": True}, "timed": {"timed": True},
     }  # fmt: skip
