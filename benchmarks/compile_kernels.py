@@ -138,28 +138,31 @@ def _head_shares(name: str, narrow: int, **change) -> Kernel:
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=head_shares.GROUP, WHOLE=True, SHARES=True,
         ENTROPY=False, TOP=False,
     )  # fmt: skip
-    # Narrow: of each row a label, a reference and the sums.
+    # Narrow: of two rows a thread each label and reference, and of one the sums.
     return Kernel(
         name, head_shares._shares_kernel, arguments | change, head_shares.NUM_WARPS, narrow=narrow, oldest=90,
         newest=90, num_stages=head_shares.NUM_STAGES,
     )  # fmt: skip
 
 
-def _head_sum(name: str, **change) -> Kernel:
+def _head_sum(name: str, narrow: int, **change) -> Kernel:
     arguments = dict(
-        parts_ptr="*fp32", state_ptr="*fp32", rows="i32", count="i32", state_stride="i32", BLOCK=64,
+        parts_ptr="*fp32", state_ptr="*fp32", rows="i32", count="i32", state_stride="i32", BLOCK=head_shares.SUMMED,
         PARTS=head_shares.PARTS, ENTROPY=False, TOP=False,
     )  # fmt: skip
-    return Kernel(name, head_shares._sum_kernel, arguments | change, narrow=99, oldest=90, newest=90)
+    # Narrow: all of them, a row to each of 32 threads; of each sum 16 parts at a time, which are unrolled to 32.
+    return Kernel(name, head_shares._sum_kernel, arguments | change, 1, narrow=narrow, oldest=90, newest=90)
 
 
-def _rescue(name: str, **change) -> Kernel:
+def _rescue(name: str, narrow: int, d: int) -> Kernel:
     arguments = dict(
         hidden_ptr="*bf16", weight_ptr="*bf16", label_ptr="*i64", state_ptr="*fp32", pull_ptr="*fp32",
-        hidden_stride="i32", weight_stride="i32", pull_stride="i32", vocabulary="i32", state_stride="i32",
-        inner="fp32", limit="fp32", D=1536, BLOCK_D=2048, BLOCK_V=4, PULL=True,
+        hidden_stride="i32", weight_stride="i32", pull_stride="i32", rows="i32", vocabulary="i32", state_stride="i32",
+        inner="fp32", limit="fp32", PULL=True, **head_shares.rescue_blocks(d),
     )  # fmt: skip
-    return Kernel(name, head_shares._rescue_kernel, arguments | change, num_warps=8, oldest=90, newest=90)
+    num_warps = arguments.pop("num_warps")
+    # Narrow: the sums of the rows that are looked through; of 2,048 hidden numbers 4 for each of 512 threads.
+    return Kernel(name, head_shares._rescue_kernel, arguments, num_warps, narrow=narrow, oldest=90, newest=90)
 
 
 def _policy_loss(name: str, narrow: int, **change) -> Kernel:
@@ -392,14 +395,21 @@ def _gate_pass(name: str, function: Any, **change) -> Kernel:
 
 _SPREAD: dict[str, Any] = dict(drift_ptr="*half", spread_ptr="*fp32", ENTROPY=True, ENTROPY_GRADIENT=True)
 KERNELS = [
-    _head_shares("head_shares", 99),
-    _head_shares("head_shares, entropy", 99, ENTROPY=True),
-    _head_shares("head_shares, the last slice, entropy, top", 99, WHOLE=False, ENTROPY=True, TOP=True),
-    _head_shares("head_shares, no gradient, entropy", 99, SHARES=False, ENTROPY=True, D=3584),
-    _head_shares("head_shares, no gradient, the last slice", 99, SHARES=False, WHOLE=False),
-    _head_sum("head_shares sum", ENTROPY=True, TOP=True),
-    _rescue("head_shares rescue"),
-    _rescue("head_shares rescue, 8192", D=8192, BLOCK_D=8192, BLOCK_V=1),
+    _head_shares("head_shares", 5),
+    _head_shares("head_shares, entropy", 6, ENTROPY=True),
+    _head_shares("head_shares, entropy, top", 7, ENTROPY=True, TOP=True),
+    _head_shares("head_shares, the last slice, entropy, top", 7, WHOLE=False, ENTROPY=True, TOP=True),
+    _head_shares("head_shares, no gradient, entropy", 6, shares=None, SHARES=False, ENTROPY=True, D=3584),
+    _head_shares(
+        "head_shares, no gradient, the last slice, entropy, top", 7,
+        shares=None, SHARES=False, WHOLE=False, ENTROPY=True, TOP=True,
+    ),
+    _head_shares("head_shares, no gradient, the last slice", 5, shares=None, SHARES=False, WHOLE=False),
+    _head_sum("head_shares sum", 50),
+    _head_sum("head_shares sum, entropy, top", 150, ENTROPY=True, TOP=True),
+    _rescue("head_shares rescue, 1536", 2, 1536),
+    _rescue("head_shares rescue, 3584", 1, 3584),
+    _rescue("head_shares rescue, 8192", 1, 8192),
     _start("linear_logprobs start"),
     _start("linear_logprobs start, bias, softcap", bias_ptr="*half", BIAS=True, SOFTCAP=True),
     _start("linear_logprobs start, top", FROM_LABEL=False, TOP=True),

@@ -19,6 +19,8 @@ For Hopper, whose tensor cores read tiles that TMA brings, after a trial of a fe
 linear_logprobs.py says.
 """
 
+import functools
+import math
 import warnings
 from typing import Any
 
@@ -37,18 +39,21 @@ BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64  # a program's tile of scores, and how 
 GROUP = 16  # tiles of rows side by side, which share entries of the head in the L2 cache
 NUM_WARPS, NUM_STAGES = 8, 3
 PARTS = 16  # of a row's sums that are added up at a time: 4,096 entries of the vocabulary
+SUMMED = 32  # rows of a program that does so, one a thread
 MOST_INNER = 2.0  # scores farther apart than a model's are, as at a temperature below a half, need another m
 LIMIT = 1e26  # of rest, from which on a row is computed anew
+WATCHED = 32  # rows that a program looks through for such, of which there is hardly ever one
 # Rows of the state, as in linear_logprobs.py.
 LABEL_SCORE, LABEL_SLOPE, REFERENCE, REST, MOMENT, BEST = range(6)
 
 if triton is not None:
+    _LOG2E, _LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
     @triton.jit(do_not_specialize=["rows", "width", "label_start", "state_stride"])
     def _shares_kernel(
         hidden,  # (rows, D), described
         weight,  # (width, D), described
-        shares,  # (rows, width), described, written
+        shares,  # (rows, width), described, written; None without SHARES
         label_ptr,  # (rows,) int64
         state_ptr,  # (5 or 6, C) fp32
         parts_ptr,  # (3, column tiles, rows) fp32, written: rest, moment and best of each tile
@@ -85,7 +90,7 @@ if triton is not None:
                 product = tl.dot(x, w.T, product)
 
             row = row_start + tl.arange(0, BLOCK_M)
-            reference = tl.load(state_ptr + 2 * state_stride + row, mask=row < rows, other=0.0)
+            reference = tl.load(state_ptr + 2 * state_stride + row, mask=row < rows, other=0.0) * _LOG2E
             label = (tl.load(label_ptr + row, mask=row < rows, other=-1) - label_start).to(tl.int32)
             rest = tl.zeros((BLOCK_M,), tl.float32)
             moment = tl.zeros((BLOCK_M,), tl.float32)
@@ -95,14 +100,18 @@ if triton is not None:
             for half in tl.static_range(2):
                 half_start = column_start + half * (BLOCK_N // 2)
                 column = half_start + tl.arange(0, BLOCK_N // 2)
-                score = halves[half] * inner
                 others = column[None, :] != label[:, None]
                 if not WHOLE:
                     others = others & (column < width)[None, :]
+                score = halves[half]
                 if TOP:
-                    best = tl.maximum(best, tl.max(tl.where(others, score, float("-inf")), 1))
-                drop = score - reference[:, None]
-                share = tl.where(others, tl.exp(drop), 0.0)
+                    score = tl.where(others, score, -1e30)  # not -inf: the moment would have 0 times it
+                    best = tl.maximum(best, tl.max(score, 1))
+                # In powers of two: exp would be four instructions more, one factor and three for what is not normal.
+                drop = score * (inner * _LOG2E) - reference[:, None]
+                share = tl.exp2(drop)
+                if not TOP:  # one selection is enough; after the power it needs the fewest instructions
+                    share = tl.where(others, share, 0.0)
                 if SHARES:
                     shares.store([row_start, half_start], share.to(shares.dtype))
                 rest += tl.sum(share, 1)
@@ -111,9 +120,9 @@ if triton is not None:
             part_at = parts_ptr + column_tile.to(tl.int64) * rows + row
             tl.store(part_at, rest, mask=row < rows)
             if ENTROPY:
-                tl.store(part_at + column_tiles.to(tl.int64) * rows, moment, mask=row < rows)
+                tl.store(part_at + column_tiles.to(tl.int64) * rows, moment * _LN2, mask=row < rows)
             if TOP:
-                tl.store(part_at + 2 * column_tiles.to(tl.int64) * rows, best, mask=row < rows)
+                tl.store(part_at + 2 * column_tiles.to(tl.int64) * rows, best * inner, mask=row < rows)
 
     @triton.jit(do_not_specialize=["rows", "count", "state_stride"])
     def _sum_kernel(
@@ -133,7 +142,6 @@ if triton is not None:
         """
         row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         own = row < rows
-        part = tl.arange(0, PARTS)
         rest_at = state_ptr + 3 * state_stride + row
         rest = tl.load(rest_at, mask=own, other=0.0)
         moment = tl.zeros((BLOCK,), tl.float32)
@@ -142,22 +150,28 @@ if triton is not None:
             moment = tl.load(rest_at + state_stride, mask=own, other=0.0)
         if TOP:
             best = tl.load(rest_at + 2 * state_stride, mask=own, other=0.0)
-        for start in range(0, count, PARTS):
-            known = (start + part < count)[:, None] & own[None, :]
-            at = parts_ptr + (start + part).to(tl.int64)[:, None] * rows + row[None, :]
-            rest += tl.sum(tl.load(at, mask=known, other=0.0), 0)
+        step = rows.to(tl.int64)
+        for start in tl.range(0, count, PARTS, loop_unroll_factor=2):  # whose loads are under way together
+            more_rest = tl.zeros((BLOCK,), tl.float32)
+            more_moment = tl.zeros((BLOCK,), tl.float32)
+            for part in tl.static_range(PARTS):
+                at = parts_ptr + (start + part) * step + row
+                known = own & (start + part < count)
+                more_rest += tl.load(at, mask=known, other=0.0)
+                if ENTROPY:
+                    more_moment += tl.load(at + count * step, mask=known, other=0.0)
+                if TOP:
+                    best = tl.maximum(best, tl.load(at + 2 * count * step, mask=known, other=float("-inf")))
+            rest += more_rest
             if ENTROPY:
-                moment += tl.sum(tl.load(at + count.to(tl.int64) * rows, mask=known, other=0.0), 0)
-            if TOP:
-                found = tl.load(at + 2 * count.to(tl.int64) * rows, mask=known, other=float("-inf"))
-                best = tl.maximum(best, tl.max(found, 0))
+                moment += more_moment
         tl.store(rest_at, rest, mask=own)
         if ENTROPY:
             tl.store(rest_at + state_stride, moment, mask=own)
         if TOP:
             tl.store(rest_at + 2 * state_stride, best, mask=own)
 
-    @triton.jit(do_not_specialize=["vocabulary", "state_stride"])
+    @triton.jit(do_not_specialize=["rows", "vocabulary", "state_stride"])
     def _rescue_kernel(
         hidden_ptr,  # (rows, D)
         weight_ptr,  # (V, D)
@@ -167,6 +181,7 @@ if triton is not None:
         hidden_stride,
         weight_stride,
         pull_stride,
+        rows,
         vocabulary,
         state_stride,
         inner,
@@ -174,41 +189,51 @@ if triton is not None:
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_V: tl.constexpr,
+        WATCHED: tl.constexpr,
         PULL: tl.constexpr,
     ):
-        """A row whose rest is beyond `limit`, anew, from its largest score; any other as it is. One program per row."""
-        row = tl.program_id(0).to(tl.int64)
-        if tl.load(state_ptr + 3 * state_stride + row) > limit:  # not where it is NaN
-            at = tl.arange(0, BLOCK_D)
-            hidden = tl.load(hidden_ptr + row * hidden_stride + at, mask=at < D, other=0.0).to(tl.float32)
-            label = tl.load(label_ptr + row)
-            reference = -1e30
-            rest = 0.0
-            moment = 0.0
-            pull = tl.zeros((BLOCK_D,), tl.float32)
-            for start in range(0, vocabulary, BLOCK_V):
-                column = start + tl.arange(0, BLOCK_V).to(tl.int64)
-                weight = tl.load(
-                    weight_ptr + column[:, None] * weight_stride + at[None, :],
-                    mask=(column < vocabulary)[:, None] & (at < D)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                score = tl.sum(weight * hidden[None, :], 1) * inner
-                score = tl.where((column < vocabulary) & (column != label), score, float("-inf"))
-                raised = tl.maximum(reference, tl.max(score, 0))
-                shift = reference - raised
-                shrink = tl.exp(shift)
-                moment = shrink * (moment + rest * tl.where(rest > 0, shift, 0.0))
-                drop = score - raised
-                share = tl.exp(drop)
-                rest = shrink * rest + tl.sum(share, 0)
-                moment += tl.sum(share * tl.where(share > 0, drop, 0.0), 0)
-                pull = shrink * pull + tl.sum(share[:, None] * weight, 0)
-                reference = raised
-            tl.store(state_ptr + 2 * state_stride + row, reference)
-            tl.store(state_ptr + 3 * state_stride + row, rest)
-            tl.store(state_ptr + 4 * state_stride + row, moment)
-            if PULL:
-                tl.store(pull_ptr + row * pull_stride + at, pull, mask=at < D)
+        """Rows whose rest is beyond `limit`, anew, from their largest score; any other as it is.
+
+        One program per WATCHED rows, as far apart as can be: those that are computed anew are often neighbours.
+        """
+        rest_ptr = state_ptr + 3 * state_stride
+        first = tl.program_id(0).to(tl.int64)
+        watched = first + tl.num_programs(0) * tl.arange(0, WATCHED)
+        seen = tl.load(rest_ptr + watched, mask=watched < rows, other=0.0)
+        if tl.max((seen > limit).to(tl.int32), 0) > 0:  # not where it is NaN
+            for place in range(WATCHED):
+                row = first + place * tl.num_programs(0)
+                if tl.load(rest_ptr + row, mask=row < rows, other=0.0) > limit:
+                    at = tl.arange(0, BLOCK_D)
+                    hidden = tl.load(hidden_ptr + row * hidden_stride + at, mask=at < D, other=0.0).to(tl.float32)
+                    label = tl.load(label_ptr + row)
+                    reference = -1e30
+                    rest = 0.0
+                    moment = 0.0
+                    pull = tl.zeros((BLOCK_D,), tl.float32)
+                    for start in range(0, vocabulary, BLOCK_V):
+                        column = start + tl.arange(0, BLOCK_V).to(tl.int64)
+                        weight = tl.load(
+                            weight_ptr + column[:, None] * weight_stride + at[None, :],
+                            mask=(column < vocabulary)[:, None] & (at < D)[None, :], other=0.0,
+                        ).to(tl.float32)  # fmt: skip
+                        score = tl.sum(weight * hidden[None, :], 1) * inner
+                        score = tl.where((column < vocabulary) & (column != label), score, float("-inf"))
+                        raised = tl.maximum(reference, tl.max(score, 0))
+                        shift = reference - raised
+                        shrink = tl.exp(shift)
+                        moment = shrink * (moment + rest * tl.where(rest > 0, shift, 0.0))
+                        drop = score - raised
+                        share = tl.exp(drop)
+                        rest = shrink * rest + tl.sum(share, 0)
+                        moment += tl.sum(share * tl.where(share > 0, drop, 0.0), 0)
+                        pull = shrink * pull + tl.sum(share[:, None] * weight, 0)
+                        reference = raised
+                    tl.store(state_ptr + 2 * state_stride + row, reference)
+                    tl.store(rest_ptr + row, rest)
+                    tl.store(state_ptr + 4 * state_stride + row, moment)
+                    if PULL:
+                        tl.store(pull_ptr + row * pull_stride + at, pull, mask=at < D)
 
 
 _works: dict[tuple[torch.device, int], bool] = {}  # by device and D, as far as tried
@@ -222,7 +247,8 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
         return False
     key = hidden.device, hidden.shape[1]
     if key not in _works:
-        reason = trial(hidden.device, hidden.shape[1], hidden.dtype)
+        with torch.cuda.device_of(hidden):  # on which a kernel is launched; it may not be the current one
+            reason = trial(hidden.device, hidden.shape[1], hidden.dtype)
         _works[key] = reason is None
         if reason is not None:
             warnings.warn(f"the head is multiplied by a library, which is slower: {reason}", stacklevel=2)
@@ -230,44 +256,54 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def trial(device: torch.device, d: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not to be used, or None: a few tiles, compared with the same in fp32."""
-    rows, width = BLOCK_M + 8, BLOCK_N + 40
+    """Why the kernels are not to be used, or None: a few tiles, compared with the same in fp64."""
+    rows = BLOCK_M + 8
     draw = torch.Generator(device).manual_seed(0)
-    hidden, weight = (
-        (torch.randn(size, d, generator=draw, device=device) / d**0.25).to(dtype) for size in (rows, width)
-    )
-    labels = torch.arange(rows, device=device)
-    state, shares = (
-        torch.zeros(6, rows, device=device),
-        torch.empty(rows, width + -width % 16, device=device, dtype=dtype),
-    )
-    state[BEST] = -torch.inf
-    parts = torch.empty(3 * num_parts(width) * rows, device=device)
     try:
-        fold(hidden, weight, labels, state, parts, shares[:, :width], 0, 1.0, entropy=True, top=True)
-        scores = hidden.double() @ weight.double().t()
-        scores[labels, labels] = -torch.inf
-        expected = scores.exp()
-        moment = (expected * scores.clamp(min=-1e3)).sum(1)
-        for found, truth in (
-            (state[REST], expected.sum(1)), (state[MOMENT], moment), (state[BEST], scores.amax(1)),
-            (shares[:, :width], expected),
-        ):  # fmt: skip
-            if not (found - truth).norm() <= 1e-2 * truth.norm():  # nor where it is NaN
-                return "a trial of its kernel gave something else"
+        # With all that a pass with a gradient asks for and with nothing; all tiles by one program.
+        for width, all_of_it in ((BLOCK_N + 40, True), (2 * BLOCK_N, False)):
+            hidden, weight = (
+                (torch.randn(size, d, generator=draw, device=device, dtype=torch.float32) / d**0.25).to(dtype)
+                for size in (rows, width)
+            )
+            labels = torch.arange(rows, device=device)
+            state = torch.zeros(6, rows, device=device, dtype=torch.float32)
+            state[BEST] = -torch.inf
+            parts = torch.empty(3 * num_parts(width) * rows, device=device, dtype=torch.float32)
+            room = torch.empty(rows, width + -width % 16, device=device, dtype=dtype)
+            shares = room[:, :width] if all_of_it else None
+            fold(hidden, weight, labels, state, parts, shares, 0, 1.0, entropy=all_of_it, top=all_of_it, programs=1)
+            scores = hidden.double() @ weight.double().t()
+            scores[labels, labels] = -torch.inf
+            expected = scores.exp()
+            compared = [(state[REST], expected.sum(1), 1e-3)]
+            if shares is not None:
+                moment = (expected * scores.clamp(min=-1e3)).sum(1)
+                compared += [(state[MOMENT], moment, 1e-3), (state[BEST], scores.amax(1), 1e-3)]
+                compared += [(shares, expected, 1e-2)]  # rounded to 8 bits
+            for found, truth, bound in compared:
+                if not (found - truth).norm() <= bound * truth.norm():  # nor where it is NaN
+                    return "a trial of its kernel gave something else"
     except Exception as error:  # whatever a compiler or a driver has against it
         return f"a trial of its kernel failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return None
 
 
 def can_be_described(rows: Tensor) -> bool:
-    """Whether TMA reads a matrix (*, D): rows in one piece, which begin at multiples of 16 bytes."""
-    return rows.stride(1) == 1 and not (rows.data_ptr() % 16 or rows.stride(0) * rows.element_size() % 16)
+    """Whether TMA reads a matrix (*, D): rows in one piece, apart, which begin at multiples of 16 bytes."""
+    apart = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]  # not of one row that is expanded
+    return apart and not (rows.data_ptr() % 16 or rows.stride(0) * rows.element_size() % 16)
 
 
 def num_parts(width: int) -> int:
     """Number of sums that a row has for so many entries of the vocabulary."""
     return -(-width // BLOCK_N)
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """One program for each multiprocessor, whose registers it fills."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def fold(
@@ -281,34 +317,38 @@ def fold(
     inner: float,
     entropy: bool,
     top: bool,
+    programs: int | None = None,  # that share the tiles, one a multiprocessor; a trial has one
 ) -> None:
     """Add a slice's sums to the state, and write its shares."""
     rows, width = len(hidden), len(weight)
-    tile = hidden.new_empty(BLOCK_M, BLOCK_N // 2) if shares is None else shares  # of some kind there has to be one
     described = (
         TensorDescriptor.from_tensor(hidden, [BLOCK_M, BLOCK_K]),
         TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
-        TensorDescriptor.from_tensor(tile, [BLOCK_M, BLOCK_N // 2]),
+        None if shares is None else TensorDescriptor.from_tensor(shares, [BLOCK_M, BLOCK_N // 2]),
     )
     tiles = -(-rows // BLOCK_M) * num_parts(width)
-    programs = min(
-        tiles, torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 2
-    )
-    _shares_kernel[(programs,)](
+    _shares_kernel[(min(tiles, programs or num_programs(hidden.device)),)](
         *described, labels, state, parts, rows, width, first, state.stride(0), inner,
         D=hidden.shape[1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP, WHOLE=width % BLOCK_N == 0,
         SHARES=shares is not None, ENTROPY=entropy, TOP=top, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
-    _sum_kernel[(-(-rows // 64),)](
-        parts, state, rows, num_parts(width), state.stride(0), BLOCK=64, PARTS=PARTS, ENTROPY=entropy, TOP=top
-    )
+    _sum_kernel[(-(-rows // SUMMED),)](
+        parts, state, rows, num_parts(width), state.stride(0), BLOCK=SUMMED, PARTS=PARTS, ENTROPY=entropy, TOP=top,
+        num_warps=1,
+    )  # fmt: skip
 
 
 def rescue(hidden: Tensor, weight: Tensor, labels: Tensor, state: Tensor, pull: Tensor | None, inner: float) -> None:
     """Compute rows anew whose sums are beyond what fp32 adds up well, by the whole head (V, D)."""
-    block = triton.next_power_of_2(hidden.shape[1])
-    _rescue_kernel[(len(hidden),)](
+    rows, (vocabulary, d) = len(hidden), weight.shape
+    _rescue_kernel[(-(-rows // WATCHED),)](
         hidden, weight, labels, state, pull, hidden.stride(0), weight.stride(0),
-        0 if pull is None else pull.stride(0), len(weight), state.stride(0), inner, LIMIT,
-        D=hidden.shape[1], BLOCK_D=block, BLOCK_V=max(1, 8192 // block), PULL=pull is not None, num_warps=8,
+        0 if pull is None else pull.stride(0), rows, vocabulary, state.stride(0), inner, LIMIT,
+        **rescue_blocks(d), PULL=pull is not None,
     )  # fmt: skip
+
+
+def rescue_blocks(d: int) -> dict[str, int]:
+    """What a program that computes a row anew has in hand: the more of the head, the less often it waits for it."""
+    block = triton.next_power_of_2(d)
+    return dict(D=d, BLOCK_D=block, BLOCK_V=max(1, 32768 // block), WATCHED=WATCHED, num_warps=16)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -702,8 +703,9 @@ class TestInOneKernel:
         serves, tried = module.head_shares.serves, []
         monkeypatch.setattr(module.head_shares, "_works", {})
         monkeypatch.setattr(module.head_shares, "trial", lambda *given: tried.append(given))
-        card = [(9, 0)]
+        card, on = [(9, 0)], []
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card[0])
+        monkeypatch.setattr(torch.cuda, "device_of", lambda x: on.append(x) or contextlib.nullcontext())
 
         def of(dtype=torch.bfloat16, d=64, device="cuda"):
             with FakeTensorMode():
@@ -711,7 +713,7 @@ class TestInOneKernel:
 
         monkeypatch.setattr(module.head_shares, "can_be_described", lambda rows: rows.shape[1] % 8 == 0)
         assert of() and not of(torch.float16) and not of(torch.float32) and not of(d=60) and not of(device="cpu")
-        assert len(tried) == 1
+        assert len(tried) == len(on) == 1, "and on that card, which may not be the current one"
         for card[0] in ((8, 9), (10, 0), (12, 0)):
             assert not of()
         card[0] = (9, 0)
@@ -722,7 +724,8 @@ class TestInOneKernel:
         monkeypatch.undo()
         described = module.head_shares.can_be_described
         rows = torch.zeros(6, 72, dtype=torch.bfloat16)
-        assert described(rows) and described(rows[:, :60]) and described(rows[2:])
+        assert described(rows) and described(rows[:, :60]) and described(rows[2:]) and described(rows[::2])
+        assert not described(rows[:1].expand(6, 72)), "TMA wants rows apart"
         assert not described(rows[:, 1:]) and not described(rows.t()) and not described(torch.zeros(6, 60).bfloat16())
 
 
