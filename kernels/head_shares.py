@@ -40,6 +40,7 @@ GROUP = 16  # tiles of rows side by side, which share entries of the head in the
 NUM_WARPS, NUM_STAGES = 8, 3
 PARTS = 16  # of a row's sums that are added up at a time: 4,096 entries of the vocabulary
 SUMMED = 32  # rows of a program that does so, one a thread
+WIDEST = 32768  # entries of a slice of the vocabulary, whose shares a second product sums over
 MOST_INNER = 2.0  # scores farther apart than a model's are, as at a temperature below a half, need another m
 LIMIT = 1e26  # of rest, from which on a row is computed anew
 WATCHED = 32  # rows that a program looks through for such, of which there is hardly ever one
@@ -304,6 +305,16 @@ def num_parts(width: int) -> int:
 def num_programs(device: torch.device) -> int:
     """One program for each multiprocessor, whose registers it fills."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def slice_width(tokens: int, width: int, room: int) -> int:
+    """Entries of a slice for so few tokens that `room` numbers hold more than `width` of each.
+
+    At 256 tokens a slice of 8,192 occupies a GPU for less time than its launches take the host. In steps that leave the
+    sums' bits as they are, and not beyond WIDEST: the longer a product's sum, the more a tensor core cuts off.
+    """
+    step = PARTS * BLOCK_N
+    return max(width, min(room // tokens, WIDEST) // step * step)
 
 
 def fold(

@@ -364,6 +364,7 @@ class _Settings(NamedTuple):
     top: bool
     tile_dtype: torch.dtype
     by_triton: bool
+    room: int  # numbers of a tile, also where there are fewer tokens than it could have
 
     @property
     def inner(self) -> float:
@@ -462,16 +463,16 @@ def _forward(
     rule = THE_LARGEST if settings.entropy_gradient else rule
 
     # The scratch of the whole call: every chunk and tile reuses it.
-    wide_vb = -(-vb // WIDE) * WIDE
     in_one = bias is None and settings.suits_one_kernel and head_shares.serves(hidden_states, weight)
     if in_one:
-        rule, vb = FROM_LABEL, vb if gradient else v
-        scores, shares = None, buffer(c, wide_vb, dtype=share) if gradient else None
+        rule, vb = FROM_LABEL, min(head_shares.slice_width(c, vb, settings.room), v) if gradient else v
+        scores, shares = None, buffer(c, vb + -vb % WIDE, dtype=share) if gradient else None
         parts = buffer(3 * head_shares.num_parts(vb) * c)
     else:
+        wide_vb = -(-vb // WIDE) * WIDE
         scores, parts = buffer(c, wide_vb, dtype=settings.tile_dtype), None
         shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
-    drifts = buffer(c, wide_vb, dtype=share) if leans else None
+    drifts = buffer(c, -(-vb // WIDE) * WIDE, dtype=share) if leans else None
     if bias is not None and settings.by_triton:
         bias = F.pad(bias, (0, WIDE))
     tiles = () if settings.by_triton or scores is None else _torch_tiles(scores, shares, settings)
@@ -682,13 +683,15 @@ def linear_logprobs(
     by_triton = runs_by_triton(backend, hidden_states.device.type)
     if tile_dtype != torch.float32 and (tile_dtype != torch.bfloat16 or by_triton or hidden_states.is_cuda):
         raise ValueError("tile_dtype must be float32, or on a CPU with backend='torch' bfloat16")
-    if chunks is None:
-        chunks = chunk_sizes(hidden_states.device, *hidden_states.shape)
-    if len(chunks) != 2 or min(chunks) < 1:
+    most = largest_chunks(hidden_states.device, hidden_states.shape[1]) if chunks is None else chunks
+    if len(most) != 2 or min(most) < 1:
         raise ValueError(f"chunks must be (C, Vb), both at least 1, or None for the table's; not {chunks}")
+    if chunks is None:  # on a GPU all chunks of tokens are alike
+        chunks = even_chunks(len(hidden_states), most[0]) if hidden_states.is_cuda else most[0], most[1]
     settings = _Settings(
-        temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, return_top, tile_dtype, by_triton
-    )
+        temperature, logit_scale, softcap, chunks, return_entropy, entropy_grad, return_top, tile_dtype, by_triton,
+        math.prod(most),
+    )  # fmt: skip
     labels, bias = labels.contiguous(), None if bias is None else bias.contiguous()
     inputs = (hidden_states, weight, labels, bias, weight_scale, settings)
     if hidden_states.requires_grad and torch.is_grad_enabled():
@@ -715,14 +718,13 @@ def quantize_head(weight: Tensor, device: torch.device | None = None) -> tuple[T
     return quantized, scale
 
 
-def chunk_sizes(device: torch.device, n: int, d: int) -> tuple[int, int]:
-    """The tile (C, Vb) for N tokens, from the table CHUNKS; on a GPU all chunks of tokens are alike."""
+def largest_chunks(device: torch.device, d: int) -> tuple[int, int]:
+    """The tile (C, Vb) for any number of tokens, from the table CHUNKS."""
     if device.type != "cuda":
         return default_chunks("cpu", 0, d)
     total = torch.cuda.get_device_properties(device).total_memory
     # A large card that is limited to a small one's memory counts as one.
-    tokens, entries = default_chunks("cuda", total * torch.cuda.get_per_process_memory_fraction(device) / 2**30, d)
-    return even_chunks(n, tokens), entries
+    return default_chunks("cuda", total * torch.cuda.get_per_process_memory_fraction(device) / 2**30, d)
 
 
 def even_chunks(n: int, most: int) -> int:

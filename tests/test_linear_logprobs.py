@@ -669,6 +669,21 @@ class TestInOneKernel:
         sliced = linear_logprobs(hidden.requires_grad_(), weight, labels, chunks=(20, 4096), **asked)
         assert len(in_one) == 4 and all(map(torch.equal, whole, sliced))
 
+    def test_few_tokens_have_wide_slices_in_the_same_room_and_the_same_bits(self, in_one):
+        hidden, weight, labels, _ = inputs(3, 8, 9000, scale=4)
+        asked = dict(return_entropy=True, return_top=True, backend="triton")
+        whole = linear_logprobs(hidden, weight, labels, chunks=(3, 4096), **asked)
+        wide = linear_logprobs(hidden.requires_grad_(), weight, labels, chunks=(6, 4096), **asked)
+        assert [len(given[1]) for given in in_one] == [9000, 8192, 808]
+        assert all(map(torch.equal, whole, wide))
+        (wide[0].sum() + wide[1].sum() * 0).backward()
+        found = run(hidden.detach(), weight, labels, backend="torch")
+        assert row_error(hidden.grad, found[2]) < 3e-6
+        width = module.head_shares.slice_width
+        room = 4096 * 8192
+        assert [width(n, 8192, room) for n in (256, 2048, 2560, 4096, 8192)] == [32768, 16384, 12288, 8192, 8192]
+        assert width(2, 512, 2 * 4095) == 512 and width(2, 512, 2 * 4097) == 4096
+
     @pytest.mark.parametrize(
         "change",
         [dict(softcap=30.0), dict(temperature=0.4), dict(bias=torch.zeros(300)), dict(return_entropy=True, entropy_grad=True)],
