@@ -27,8 +27,10 @@ The gradient of the entropy takes a third product, spread = sum exp(d_v) d_v j_v
     d entropy / dh = -q logit_scale / temperature * ((spread - mean pull) / rest + p_y (d_y - mean) direction)
 
 Per tile of (C, Vb): the library multiplies into fp32 scores; one kernel folds them into the sums and writes
-exp(d_v) j_v over them, in the dtype of the second product's operands; the library accumulates the pull in fp32. Each
-kernel has a plain-PyTorch twin at the end of the file, which is what runs on a CPU and where Triton is not installed.
+exp(d_v) j_v over them, in the dtype of the second product's operands; the library accumulates the pull in fp32. On a
+Hopper, in bf16 and where nothing bends the scores, one kernel multiplies and folds (head_shares.py), and a pass without
+gradient has the whole vocabulary in one tile. Each kernel has a plain-PyTorch twin at the end of the file, which is
+what runs on a CPU and where Triton is not installed.
 """
 
 import math
@@ -666,8 +668,10 @@ def linear_logprobs(
     Scratch: scores 4 C Vb bytes and, for a gradient, the pull 4 C D bytes. On top, C D operands where hidden_states is
     widened, Vb D where weight is widened or dequantized, 4 C D and C Vb operands for entropy_grad, and in the twin one
     or two (ROWS, Vb) fp32 for 16-bit tiles, entropy or softcap. The twin and an int8 head also gather the labels' rows,
-    for a moment one to three (C, D) fp32. A pass that will be differentiated keeps (N, D) in the
-    dtype of hidden_states; its backward overwrites it, so a second backward through the same result raises.
+    for a moment one to three (C, D) fp32. Where one kernel multiplies and folds there are no scores: shares, 2 C Vb
+    bytes, with fewer than C tokens as many numbers of more columns, and sums, C Vb / 21 bytes; without a gradient only
+    sums, of all V columns. A pass that will be differentiated keeps (N, D) in the dtype of hidden_states; its backward
+    overwrites it, so a second backward through the same result raises.
 
     Labels outside of [0, V) are refused on a CPU; on a GPU, where to look at them would wait for it, the kernels make
     their rows NaN.

@@ -597,6 +597,7 @@ def test_the_size_test_sees_full_logits():
 def in_one(monkeypatch):
     """Product and fold by one kernel, in Triton's interpreter, and how often; in fp32, since it cuts bf16 otherwise."""
     calls, own = [], module.head_shares.fold
+    monkeypatch.setattr(module.head_shares, "GROUP", 2)  # of three tiles of rows two are side by side, as of many 16
     monkeypatch.setattr(module.head_shares, "serves", lambda hidden, weight: True)
     monkeypatch.setattr(module.head_shares, "fold", lambda *given, **more: (calls.append(given), own(*given, **more)))
     return calls
@@ -608,7 +609,7 @@ class TestInOneKernel:
         "case",
         [
             dict(n=1, d=8, v=17, chunks=(1, 17)), dict(n=150, d=72, v=700, chunks=(100, 512)),
-            dict(n=129, d=64, v=513, chunks=(129, 256)), dict(n=5, d=136, v=300, chunks=(2, 4096)),
+            dict(n=257, d=8, v=300, chunks=(257, 300)), dict(n=5, d=136, v=300, chunks=(2, 4096)),
             dict(n=9, d=64, v=300, chunks=(4, 64), scale=6, logit_scale=0.25, temperature=0.5),
         ],
     )  # fmt: skip
@@ -695,9 +696,13 @@ class TestInOneKernel:
         assert (found[0] if isinstance(found, tuple) else found).isfinite().all() and not in_one
 
     def test_a_trial_finds_a_kernel_that_is_wrong_or_fails(self, in_one, monkeypatch):
-        trial = functools.partial(module.head_shares.trial, torch.device("cpu"), 72, torch.float32)
+        trial = functools.partial(module.head_shares.trial, torch.device("cpu"), 24, torch.float32)
         drawn = torch.get_rng_state()
-        assert trial() is None and torch.equal(torch.get_rng_state(), drawn)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert trial() is None and torch.equal(torch.get_rng_state(), drawn)
+        finally:
+            torch.set_default_dtype(torch.float32)
         fold = module.head_shares.fold
         for row in (module.REST, module.MOMENT, module.BEST):
 
@@ -707,6 +712,15 @@ class TestInOneKernel:
 
             monkeypatch.setattr(module.head_shares, "fold", off)
             assert "gave something else" in trial()
+
+        def wrong_without_shares(*given, programs, **options):
+            fold(*given, **options)
+            if given[5] is None:
+                given[3][module.REST, 7] *= 1.1
+            assert programs == 1, "one program takes a tile after the other, as in a real call"
+
+        monkeypatch.setattr(module.head_shares, "fold", wrong_without_shares)
+        assert trial() == "a trial of its kernel gave something else"
         monkeypatch.setattr(module.head_shares, "fold", lambda *given, **options: None)
         assert "gave something else" in trial()
         monkeypatch.setattr(
@@ -834,10 +848,11 @@ class TestOnAGpu:
         truth = exact(hidden, weight, labels)
         for entropy in (True, False):
             found = run(hidden, weight, labels, entropy=entropy, chunks=chunks)
-            torch.testing.assert_close(found[0].double(), truth[0], atol=5e-5, rtol=2e-6)
+            # A tensor core cuts its sum off 96 times at D 1536, 224 at 3584: by 3.5e-5 and 8.5e-5 here, if simulated.
+            torch.testing.assert_close(found[0].double(), truth[0], atol=5e-5 + 3e-8 * d, rtol=2e-6)
             assert row_error(found[2], truth[2]) < GPU_BOUND[torch.bfloat16]
             if entropy:
-                torch.testing.assert_close(found[1].double(), truth[1], atol=5e-5, rtol=0)
+                torch.testing.assert_close(found[1].double(), truth[1], atol=5e-5 + 3e-8 * d, rtol=0)
         if chunks != (128, 512):
             whole = linear_logprobs(hidden, weight, labels, chunks=chunks, return_entropy=True, return_top=True)
             asked = dict(chunks=chunks, return_entropy=True, return_top=True)
