@@ -155,7 +155,7 @@ def _head_sum(name: str, narrow: int, **change) -> Kernel:
 
 
 def _rescue(name: str, narrow: int, d: int) -> Kernel:
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         hidden_ptr="*bf16", weight_ptr="*bf16", label_ptr="*i64", state_ptr="*fp32", pull_ptr="*fp32",
         hidden_stride="i32", weight_stride="i32", pull_stride="i32", rows="i32", vocabulary="i32", state_stride="i32",
         inner="fp32", limit="fp32", PULL=True, **head_shares.rescue_blocks(d),
