@@ -177,7 +177,7 @@ def _liger(hidden, weight, labels, temperature) -> Tensor:
 
 @contextlib.contextmanager
 def _apart():
-    """As where no kernel does both: a library's product into fp32 scores, which another kernel folds."""
+    """Keep product and fold apart: a library's product into fp32 scores, which another kernel folds."""
     own, head_shares.serves = head_shares.serves, lambda hidden, weight: False
     try:
         yield

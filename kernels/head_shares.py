@@ -364,6 +364,6 @@ def rescue(hidden: Tensor, weight: Tensor, labels: Tensor, state: Tensor, pull: 
 
 
 def rescue_blocks(d: int) -> dict[str, int]:
-    """What a program that computes a row anew has in hand: the more of the head, the less often it waits for it."""
+    """Sizes for a program that computes a row anew: the more of the head at a time, the fewer waits."""
     block = triton.next_power_of_2(d)
     return dict(D=d, BLOCK_D=block, BLOCK_V=max(1, 32768 // block), WATCHED=WATCHED, num_warps=16)
