@@ -629,7 +629,7 @@ class TestInOneKernel:
         hidden, weight, labels, _ = inputs(60, 64, 700, scale=6)
         scores = hidden.double() @ weight.double().T
         labels[::2] = scores[::2].argmax(-1)
-        asked = dict(return_entropy=True, backend="triton", chunks=(50, 512))
+        asked = dict(return_entropy=True, backend="triton", chunks=(50, 512), logit_scale=0.5)
         *values, top = linear_logprobs(hidden, weight, labels, return_top=True, **asked)
         assert torch.equal(top, scores.argmax(-1) == labels) and 30 <= top.sum() < 60 and in_one
         assert all(map(torch.equal, values, linear_logprobs(hidden, weight, labels, **asked)))
@@ -640,7 +640,7 @@ class TestInOneKernel:
         hidden, weight, labels, _ = inputs(40, 64, 700, scale=3)
         calm = run(hidden, weight, labels, entropy=entropy, backend="triton", chunks=(40, 512))
         lead = torch.tensor([-300.0, -100.0, -70.0, -40.0, 10.0, 20.0]).repeat_interleave(2)
-        rows = torch.arange(0, 36, 3)
+        rows = torch.arange(1, 25, 2)  # all of them looked through by the second program
         own = weight[labels[rows]]
         hidden[rows] += lead[:, None] * own / own.square().sum(1, keepdim=True)
         found = run(hidden, weight, labels, entropy=entropy, backend="triton", chunks=(40, 512))
