@@ -15,7 +15,8 @@ def deterministic(on: bool) -> Iterator[None]:
     """Have torch choose algorithms inside the `with` that sum in one order, if `on`.
 
     Else attention's backward and the gradients of a prompt that completions share are summed as blocks of a kernel
-    happen to end. This package's kernels and bitsandbytes' have one order without it.
+    happen to end. This package's kernels and bitsandbytes' have one order without it, and flash-attn is asked for one;
+    torch knows nothing of what other packages' kernels do, as fla's.
 
     Raises:
         InputError: the model computes something of which torch knows no such algorithm.

@@ -291,6 +291,7 @@ def flash_with_softcap(
     return flash_attn_varlen_func(
         query, key, value, query_starts, key_starts, longest_query, longest_key, softmax_scale=scaling, causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # which a package of its own does not ask
     )  # fmt: skip
 
 
