@@ -3,11 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils import deterministic as torchs
+from torch.utils import deterministic as settings_of_torch
 
 from lowmem_grpo.errors import InputError
+
+torchs: Any = settings_of_torch  # a module of another class, whose properties a type checker does not see
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from tiny_models import OutOfMemory, make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_by_sequence
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.determinism import torchs
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.model.packing import pack
@@ -429,7 +430,7 @@ def test_a_deterministic_budget_has_torch_sum_in_one_order_or_refuse():
         budget.fit(lambda _: torch.zeros(3).put_(at, torch.ones(1)), [10])
     with pytest.raises(RuntimeError, match="^other$"):
         budget.fit(lambda _: (_ for _ in ()).throw(RuntimeError("other")), [10])
-    assert mode() == 0 and torch.utils.deterministic.fill_uninitialized_memory
+    assert mode() == 0 and torchs.fill_uninitialized_memory
 
 
 def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():
