@@ -169,22 +169,42 @@ def test_torchs_flash_attention_with_a_sink_attends_as_blocks_do(window):
     )  # fmt: skip
 
 
+def assert_as_exact_as_separate_rows(policy, name):
+    """Log-probabilities and gradients of packed rows in bf16, which differ from those in fp32 as separate rows' do.
+
+    Not compared with separate rows in bf16, to which blocks, rounded alike, are nearer than flash attention; and a
+    rounding may send a token to other experts.
+    """
+    rounded = make_model(name).bfloat16().float()
+    exact, exact_gradients = next(trained_on(make_policy(rounded, use_cpu=policy.device.type == "cpu")))
+
+    def errors(flat, gradients):
+        whole, truth = (torch.cat([x.flatten() for x in found.values()]) for found in (gradients, exact_gradients))
+        return (flat - exact).abs().mean(), (whole - truth).norm() / truth.norm()
+
+    (separate, separate_gradient), *packed_ones = (errors(*found) for found in trained_on(policy))
+    assert 0 < separate < 0.05 and 0 < separate_gradient < 0.5
+    for found, gradient in packed_ones:
+        assert found < 1.3 * separate and gradient < 1.5 * separate_gradient
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granite_swa"])
+def test_models_with_sinks_pack_by_flash_attention_as_exactly_as_separate_rows(name, flash):
+    policy = make_policy(name, bf16=True)
+    assert policy.packs and not policy.varlen
+    policy.varlen = True
+    assert_as_exact_as_separate_rows(policy, name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["gpt_oss", "granite_swa"])
 def test_on_a_gpu_models_with_sinks_sample_by_the_kernel_and_pack_by_flash_attention(name):
-    """As near to separate rows as blocks are in bf16, in which a rounding may send a token to other experts."""
     policy = make_policy(name, use_cpu=False, bf16=True)
     assert engine.refusal(policy, policy.dtype) is None
     assert engine.refusal(policy, torch.int8) is None
     assert policy.packs and policy.varlen
-    (separate, truth), *others = trained_on(policy)
-    policy.varlen = False
-    _, *by_blocks = trained_on(policy)
-    for (flat, gradients), (near, _) in zip(others, by_blocks, strict=True):
-        assert 0 < (flat - separate).abs().mean() < 1.5 * (near - separate).abs().mean() < 0.06
-        for key, gradient in gradients.items() if name == "granite_swa" else ():
-            assert (gradient - truth[key]).norm() / truth[key].norm() < 0.1, key
+    assert_as_exact_as_separate_rows(policy, name)
 
 
 precisions = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
