@@ -608,12 +608,34 @@ def test_a_plan_lets_go_of_what_later_savings_made_needless(monkeypatch):
             more = planner.forecast(large_shape(), replace(found.config, **{name: changed}))
             assert not planner._fits(more, found.budget), name
         plans.append({change.name: change.value for change in found.changes})
+    text = planner.as_text(found)
+    assert "offload_embedding=True: the embedding is looked up in CPU memory, and no decoding step is captured" in text
     monkeypatch.setattr(planner, "_eased", lambda key, asked, config, found, changes: (config, found))
     for budget, plan in zip(("9GB", "7.5GB", "6GB"), plans, strict=True):
         found = planner.plan(large_shape(), replace(asked, vram_budget=budget))
         one_by_one = {change.name: change.value for change in found.changes}
         assert plan.keys() <= one_by_one.keys() and plan["rollout_token_budget"] > one_by_one["rollout_token_budget"]
     assert one_by_one.keys() - plan.keys() >= {"rollout_cuda_graphs", "optim", "activation_offloading"}
+
+
+def test_a_plan_raises_no_budget_of_tokens_to_more_than_was_asked_for(monkeypatch):
+    """Even where the forecast of more tokens were less memory."""
+    tried = []
+
+    def forecast(key, config):
+        tried.append((config.token_budget, config.rollout_token_budget))
+        return planner.Forecast({}, {"update": {"all": 2 * ((2000 in tried[-1]) or max(tried[-1]) > 10**6)}})
+
+    monkeypatch.setattr(planner, "_forecast", forecast)
+    monkeypatch.setattr(planner, "_fits", lambda found, budget: found.peak() < 2)
+    asked = replace(LARGE, token_budget=2000, rollout_token_budget=2000, vram_budget="6GB")
+    changes = {name: planner.Change(name, 1536, "") for name in ("token_budget", "rollout_token_budget")}
+    config, _ = planner._eased(None, asked, replace(asked, token_budget=1536, rollout_token_budget=1536), None, changes)
+    assert (config.token_budget, config.rollout_token_budget) == (1536, 1984)
+    assert {name: change.value for name, change in changes.items()} == {
+        "token_budget": 1536, "rollout_token_budget": 1984,
+    }  # fmt: skip
+    assert max(map(max, tried)) == 2000
 
 
 def test_where_the_critic_takes_the_most_a_plan_computes_layers_again_and_moves_checkpoints():

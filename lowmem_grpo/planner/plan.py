@@ -213,7 +213,7 @@ def _eased(key: Key, asked: Any, config: Any, found: Forecast, changes: dict[str
             del changes[name]
             continue
         if name == "token_budget":  # each trial runs layers anew
-            while try_(name, 2 * config.token_budget):
+            while 2 * config.token_budget < asked.token_budget and try_(name, 2 * config.token_budget):
                 pass
         elif name == "rollout_token_budget":
             low, high = config.rollout_token_budget // PAGE, asked.rollout_token_budget // PAGE + 1
@@ -249,7 +249,8 @@ def _changes(key: Key, config: TrainingConfig, found: Forecast) -> Iterator[Chan
         yield Change("rollout_kv", "int8", "keys and values in half the memory, rounded")
     base = _skeleton(key, config).get_base_model()
     if not config.offload_embedding and token_embeddings(base):
-        yield Change("offload_embedding", True, "the embedding is looked up in CPU memory")
+        uncaptured = ", and no decoding step is captured" if config.samples else ""
+        yield Change("offload_embedding", True, f"the embedding is looked up in CPU memory{uncaptured}")
     if not config.load_head_in_8bit and has_untied_head(base):
         yield Change("load_head_in_8bit", True, "the head in half the memory, rounded")
 
