@@ -28,7 +28,7 @@ from lowmem_grpo.benchmarks import measure
 from lowmem_grpo.benchmarks.measure import Failed
 from lowmem_grpo.benchmarks.random_model import SHAPES, random_policy
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.determinism import deterministic
+from lowmem_grpo.determinism import deterministic, prepare
 from lowmem_grpo.kernels import layer_pass
 from lowmem_grpo.model.load import ONLY_ON_GPU
 from lowmem_grpo.model.lora import plain_lora_layers
@@ -409,6 +409,8 @@ def main(argv: list[str] | None = None) -> None:
         arguments.checkpointing, arguments.device,
     )  # fmt: skip
     names = arguments.only or [name for name in (RUNGS if arguments.rungs else LAYOUTS) if serves(work, name)]
+    if ONE_ORDER in names and arguments.device == "cuda":
+        prepare(device)
     repetitions = 1 if arguments.quick else arguments.repetitions
     results: dict[str, Any] = {"results": {}}
     if arguments.host:

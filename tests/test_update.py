@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ from tiny_models import OutOfMemory, make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_by_sequence
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.determinism import torchs
+from lowmem_grpo.determinism import prepare, torchs
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.model.packing import pack
@@ -431,6 +432,19 @@ def test_a_deterministic_budget_has_torch_sum_in_one_order_or_refuse():
     with pytest.raises(RuntimeError, match="^other$"):
         budget.fit(lambda _: (_ for _ in ()).throw(RuntimeError("other")), [10])
     assert mode() == 0 and torchs.fill_uninitialized_memory
+
+
+def test_what_torch_asks_of_the_environment_is_set_before_anything_is_computed(monkeypatch):
+    """And where a product came before, the error says what to do."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    prepare(torch.device("cpu"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    def refused(_):
+        raise RuntimeError("this operation is not deterministic because it uses CuBLAS; set CUBLAS_WORKSPACE_CONFIG=..")
+
+    with pytest.raises(InputError, match="needs CUBLAS_WORKSPACE_CONFIG=:4096:8 .* before Python starts, or leave"):
+        TokenBudget(100, deterministic=True).fit(refused, [10])
 
 
 def test_what_is_not_computed_is_no_bound_on_the_size_of_a_micro_batch():

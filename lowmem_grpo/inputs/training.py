@@ -15,6 +15,7 @@ from transformers import set_seed
 from lowmem_grpo.config.fields import refuse_changes
 from lowmem_grpo.config.sections import ModelFields
 from lowmem_grpo.config.training import TrainingConfig
+from lowmem_grpo.determinism import prepare
 from lowmem_grpo.distributed import is_main, take_from_main, world_size
 from lowmem_grpo.errors import InputError, counted
 from lowmem_grpo.inputs.identity import identity_of, refuse_another_run
@@ -117,9 +118,12 @@ def begin(
             f"{error}; if it was the adapter that the run began from, give {resume} as the model, which has all that "
             "is still read of it"
         ) from error
+    device = run_device(config)
+    if config.full_determinism and device.type == "cuda":
+        prepare(device)
     return RunInputs(
         model=model, peft_config=peft_config, tokenizer=tokenizer_of(tokenizer, model, config), given=config,
-        config=config, device=run_device(config), notes=notes, output_dir=output_dir, resume=resume,
+        config=config, device=device, notes=notes, output_dir=output_dir, resume=resume,
         callbacks=callbacks, datasets=datasets,
     )  # fmt: skip
 
