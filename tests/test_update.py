@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import OutOfMemory, make_policy
+from tiny_models import DEMO_MODEL, OutOfMemory, make_policy
 
 from lowmem_grpo.config.grpo import GRPOConfig, refuse_by_sequence
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.determinism import prepare, torchs
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate.completion import Completion
+from lowmem_grpo.inputs import training
 from lowmem_grpo.model.packing import pack
 from lowmem_grpo.objective.coefficients import Coefficients
 from lowmem_grpo.out_of_memory import TokenBudget
@@ -434,11 +435,20 @@ def test_a_deterministic_budget_has_torch_sum_in_one_order_or_refuse():
     assert mode() == 0 and torchs.fill_uninitialized_memory
 
 
-def test_what_torch_asks_of_the_environment_is_set_before_anything_is_computed(monkeypatch):
+def test_what_torch_asks_of_the_environment_is_set_before_anything_is_computed(monkeypatch, tmp_path):
     """And where a product came before, the error says what to do."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     prepare(torch.device("cpu"))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    def prepared(device):
+        raise InputError(f"before a model is loaded on {device}")
+
+    monkeypatch.setattr(training, "run_device", lambda config: torch.device("cuda:0"))
+    monkeypatch.setattr(training, "prepare", prepared)
+    config = GRPOConfig(output_dir=str(tmp_path), full_determinism=True)
+    with pytest.raises(InputError, match="^before a model is loaded on cuda:0$"):
+        training.begin(str(DEMO_MODEL), config, None, None, (), {})
 
     def refused(_):
         raise RuntimeError("this operation is not deterministic because it uses CuBLAS; set CUBLAS_WORKSPACE_CONFIG=..")
