@@ -61,7 +61,7 @@ TEXTS = {  # a text as it is typed, and what it means, for every field
     "off_policy_mask_threshold": ("0.5", 0.5), "top_entropy_quantile": ("0.2", 0.2), "entropy_coef": ("0.01", 0.01),
     "use_adaptive_entropy": ("true", True), "entropy_coef_min": ("0.1", 0.1), "entropy_coef_max": ("0.5", 0.5),
     "entropy_coef_delta": ("0.01", 0.01), "entropy_target": ("0.5", 0.5),
-    "token_budget": ("2048", 2048), "padding_free": ("false", False), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
+    "token_budget": ("2048", 2048), "padding_free": ("false", False), "full_determinism": ("true", True), "learning_rate": ("1e-4", 1e-4), "lr_scheduler_type": ("cosine", "cosine"),
     "warmup_steps": ("3", 3), "weight_decay": ("0.1", 0.1), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6), "max_grad_norm": ("0.1", 0.1), "max_nonfinite_steps": ("0", 0), "eval_steps": ("5", 5),
     "dataset_streaming": ("true", True), "dataset_take": ("500", 500), "num_generations_eval": ("8", 8),
