@@ -468,13 +468,14 @@ def _forward(
     in_one = bias is None and settings.suits_one_kernel and head_shares.serves(hidden_states, weight)
     if in_one:
         rule, vb = FROM_LABEL, min(head_shares.slice_width(c, vb, settings.room), v) if gradient else v
-        scores, shares = None, buffer(c, vb + -vb % WIDE, dtype=share) if gradient else None
+    wide_vb = -(-vb // WIDE) * WIDE
+    if in_one:
+        scores, shares = None, buffer(c, wide_vb, dtype=share) if gradient else None
         parts = buffer(3 * head_shares.num_parts(vb) * c)
     else:
-        wide_vb = -(-vb // WIDE) * WIDE
         scores, parts = buffer(c, wide_vb, dtype=settings.tile_dtype), None
         shares = scores.view(share)[:, :wide_vb] if gradient else None  # over the scores, whose row stride it keeps
-    drifts = buffer(c, -(-vb // WIDE) * WIDE, dtype=share) if leans else None
+    drifts = buffer(c, wide_vb, dtype=share) if leans else None
     if bias is not None and settings.by_triton:
         bias = F.pad(bias, (0, WIDE))
     tiles = () if settings.by_triton or scores is None else _torch_tiles(scores, shares, settings)
@@ -520,7 +521,11 @@ def _forward(
                 elif head is not None:
                     tile_head = head[:width].copy_(tile_head)
                 if in_one:
-                    _fold_in_one(chunk, tile_head, parts, tile_shares, first, settings)
+                    assert parts is not None
+                    head_shares.fold(
+                        chunk.hidden, tile_head, chunk.labels, chunk.state, parts, tile_shares, first, settings.inner,
+                        settings.entropy, settings.top,
+                    )  # fmt: skip
                 else:
                     assert tile is not None
                     _multiply(chunk.hidden, tile_head.t(), tile)
@@ -560,14 +565,6 @@ def _dequantize(rows: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | N
         return (rows * scale[:, None]).to(dtype)
     torch.mul(rows, scale[:, None], out=out)
     return out if out.dtype == dtype else out.copy_(out.to(dtype))
-
-
-def _fold_in_one(chunk: _Chunk, head: Tensor, parts, shares, first: int, settings: _Settings) -> None:
-    """Product and fold by one kernel, where head_shares.py serves."""
-    head_shares.fold(
-        chunk.hidden, head, chunk.labels, chunk.state, parts, shares, first, settings.inner, settings.entropy,
-        settings.top,
-    )  # fmt: skip
 
 
 def _blocks(d: int, num_warps: int = 4) -> dict:
