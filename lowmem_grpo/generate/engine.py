@@ -6,7 +6,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,6 +115,7 @@ class Request:
     captures: Captures | None  # None: no step is captured as a CUDA graph
     fast: FastStep | None  # None: the model's own layers decode
     states: StateShapes = field(default_factory=dict)  # of its layers that keep one
+    limits: Sequence[int] | None = None  # the most tokens of each completion, B; None: of each max_completion_length
 
 
 class Ran(NamedTuple):
@@ -225,13 +226,14 @@ def _run(
         step = Graphs(captures, slots.step, slots.state(), slots.held, kind, None if states is None else states.commit)
     finish_of = ending(policy, params)
     block = ASK_EVERY[policy.device.type]
+    limits = request.limits or [params.max_completion_length] * len(request.uniforms)
     texts: dict[int, tuple[list[int], list[Tensor]]] = {}  # token ids, and (block, 2) log-probabilities of each
     while scheduler.waiting or scheduler.running:
         for slot in slots.admit(request.prompts, request.prefill_tokens, block):
             texts.setdefault(scheduler.slots[slot], ([], []))  # type: ignore[arg-type] # a new slot holds one
         slots.reserve(block)
         slots.shrink(captured=captures is not None)
-        left = params.max_completion_length - min(len(texts[c][0]) for c in scheduler.slots if c is not None)
+        left = max(limits[c] - len(texts[c][0]) for c in scheduler.slots if c is not None)
         made = torch.stack([slots.advance(step) for _ in range(min(block, left))]).cpu()  # one copy to the host
         token_ids, logprobs = made[:, 0].long().t().tolist(), made[:, 1:].float().unbind(2)
         for slot, completion in enumerate(scheduler.slots):
@@ -241,7 +243,7 @@ def _run(
             known.append(logprobs[slot])
             for token_id in token_ids[slot]:
                 ids.append(token_id)
-                finish = finish_of(ids)
+                finish = finish_of(ids) or ("length" if len(ids) == limits[completion] else None)
                 if finish is not None:
                     own, proposal = (values.clone() for values in torch.cat(known)[: len(ids)].unbind(1))
                     done[completion] = Completion(ids, own, proposal, finish)

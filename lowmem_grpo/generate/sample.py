@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -150,14 +151,16 @@ class Sampler:
             warn(f"{name} is sampled from by its own layers, which is slower: {in_a_line(error)}")
             return None
 
-    def store_shape(self, prompts: list[list[int]], num_generations: int, num_tokens: int) -> StoreShape:
-        """The shape of a store with at most num_tokens tokens, or with room for one completion.
+    def store_shape(
+        self, prompts: list[list[int]], num_generations: int, num_tokens: int, longest: int | None = None
+    ) -> StoreShape:
+        """The shape of a store with at most num_tokens tokens, or with room for one completion of the longest.
 
         A benchmark or test that wants another store overrides this.
         """
         return store_shape(
             prompt_tokens=max(map(len, prompts)), num_prompts=len(prompts), num_generations=num_generations,
-            max_completion_length=self.config.max_completion_length, budget_tokens=num_tokens,
+            max_completion_length=longest or self.config.max_completion_length, budget_tokens=num_tokens,
             paged=self.config.rollout_paged and self.policy.device.type == "cuda",
             state_tokens=self._state_tokens,
         )  # fmt: skip
@@ -169,8 +172,12 @@ class Sampler:
 
     def _sample(
         self, prompts: list[list[int]], num_generations: int, params: SamplingParams, share: range | None = None,
-        at_most: int | None = None, seeds: Sequence[int] | None = None,
+        at_most: int | None = None, seeds: Sequence[int] | None = None, limits: Sequence[int] | None = None,
     ) -> Sampled:  # fmt: skip
+        """Completions as complete() draws them. With limits, one a prompt, they have at most so many tokens each.
+
+        Each prompt has a seed of its own then.
+        """
         if not prompts:
             return Sampled([], {})
         if not all(prompts):
@@ -183,10 +190,10 @@ class Sampler:
         if not share:
             return Sampled([], {})
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
-        num_tokens = min(limit for limit in limits if limit is not None)
+        budgets = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
+        num_tokens = min(budget for budget in budgets if budget is not None)
         by = self._by_generate if self.engine_refusal else self._by_engine
-        return by(prompts, num_generations, params, draws, share, num_tokens)
+        return by(prompts, num_generations, params, draws, share, num_tokens, limits)
 
     def _by_generate(
         self,
@@ -196,6 +203,7 @@ class Sampler:
         draws: list[torch.Generator],  # one, or one a prompt
         share: range,  # of the prompts
         num_tokens: int,
+        limits: Sequence[int] | None,  # one a prompt
     ) -> Sampled:
         for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
             if getattr(self.config, name) == value:
@@ -214,9 +222,11 @@ class Sampler:
             for place, draw in enumerate(draws):
                 torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
                 drawn = prompts[place * size : (place + 1) * size]
+                if limits is not None:
+                    params = replace(params, max_completion_length=limits[share.start + place])
                 sampled, fitting = hf.sample(self.policy, drawn, num_generations, params, num_tokens)
                 completions += sampled
-                self.fitting_tokens = fitting or self.fitting_tokens
+                self.fitting_tokens = (None if limits else fitting) or self.fitting_tokens
         return Sampled(completions, {})
 
     def _by_engine(
@@ -227,13 +237,21 @@ class Sampler:
         draws: list[torch.Generator],  # one, or one a prompt
         share: range,  # of the prompts
         num_tokens: int,
+        limits: Sequence[int] | None,  # one a prompt
     ) -> Sampled:
         config, policy = self.config, self.policy
         rows, length = len(prompts) * num_generations // len(draws), params.max_completion_length
         uniforms = torch.cat([torch.rand(rows, length, generator=draw) for draw in draws])
         uniforms = uniforms[share.start * num_generations : share.stop * num_generations]
         prompts = prompts[share.start : share.stop]
-        shape = self.store_shape(prompts, num_generations, num_tokens).at_most(len(prompts) * num_generations)
+        shape = self.store_shape(prompts, num_generations, num_tokens)
+        if limits is not None:
+            limits = [limit for limit in limits[share.start : share.stop] for _ in range(num_generations)]
+            if shape.cost() > num_tokens:  # else steps that were captured for the whole length serve again
+                params = replace(params, max_completion_length=max(limits))
+                shape = self.store_shape(prompts, num_generations, num_tokens, max(limits))
+                uniforms = uniforms[:, : max(limits)]
+        shape = shape.at_most(len(prompts) * num_generations)
         copy_bytes = self.copy_bytes
         if config.rollout_weights == "auto" and self.samples_dense is None:
             self.samples_dense = policy.device.type == "cpu" and 8 * copy_bytes <= psutil.virtual_memory().available
@@ -243,14 +261,15 @@ class Sampler:
                 policy, prompts, num_generations, params, uniforms.to(policy.device),
                 prefill_tokens=config.token_budget, kv_dtype=self.kv_dtype, dense=dense,
                 captures=self.captures if config.has_cuda_graphs else None,
-                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens), states=self.state_shapes,
+                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens), states=self.state_shapes, limits=limits,
             ),
             shape,
         )  # fmt: skip
-        if not any(completion.is_finite for completion in ran.completions):
-            raise NotFiniteError(NOT_FINITE)
-        if ran.shape != shape:
-            self.fitting_tokens = ran.shape.cost()
+        if limits is None:  # else it is a turn of a few that are left, which tells nothing of a whole rollout
+            if not any(completion.is_finite for completion in ran.completions):
+                raise NotFiniteError(NOT_FINITE)
+            if ran.shape != shape:
+                self.fitting_tokens = ran.shape.cost()
         kv_bytes = ran.shape.num_tokens() * token_bytes(policy.layer_shapes, self.kv_dtype)
         kv_bytes += ran.shape.num_states * state_bytes(self.state_shapes)
         return Sampled(
