@@ -38,7 +38,9 @@ def test_a_run_and_a_pipeline_that_are_struck_end_as_those_that_are_not(tmp_path
 
 @pytest.mark.slow
 def test_a_pipeline_that_is_killed_in_every_phase_ends_as_one_that_is_not():
-    assert "1 of 1 killed pipelines are equal" in said_by("pipeline_kills.py")
+    said = said_by("pipeline_kills.py")
+    assert "1 of 1 killed pipelines are equal" in said
+    assert said.count(": struck") == len(pipeline_kills.POINTS), said
 
 
 def test_a_place_to_strike_is_one_that_is_there():
