@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import text_reward
 from tiny_models import DEMO_MODEL
 
 from lowmem_grpo.config.fields import MOST, from_text
@@ -223,22 +224,33 @@ EXTREME = [
     {"loss_type": "cispo", "epsilon_high": 3e38}, {"beta": 0.1, "kl_target": 1.2e-38, "kl_horizon": 1}, {"beta": 0.1, "kl_target": 3e38, "kl_horizon": 10**9},
     {"beta": 1e6, "kl_in_reward": True}, {"use_adaptive_entropy": True, "entropy_coef_max": 3e38, "entropy_coef_delta": 3e38, "entropy_target": 3e38},
     {"stop_strings": ["x" * 10**5, "\x1b"]}, {"system_prompt": "\x1b[2J"}, {"output_dir": "a\n\x1b[2J"},
+    {"scale_rewards": "none", "reward_weights": [1e6]}, {"loss_type": "vespo", "vespo_lambda_pos": 3e38, "vespo_k_neg": 3e38},
+    {"teacher": str(DEMO_MODEL), "teacher_coef": 3e38}, *({"adv_estimator": "gae", **of_ppo} for of_ppo in (
+        {"critic_learning_rate": 3e38}, {"cliprange_value": 1.2e-38}, {"cliprange_value": 3e38}, {"gamma": 0.0, "lam": 0.0},
+        {"reward_weights": [1e6]}, {"beta": 3e38}, {"lora_alpha": 10**6}, {"max_grad_norm": 1.2e-38},
+    )),
 ]  # fmt: skip
 
 
 def run_extreme(given, tmp_path):
-    """Two steps of the demo end with a finite adapter, or in a sentence."""
+    """Two steps of the demo end with a finite adapter, or in a sentence; returns their metrics, or None."""
     rows = task.rows(task.splits()[0][:4])
     settings = {
         "use_cpu": True, "bf16": False, "load_in_4bit": False, "gradient_checkpointing": False, "max_completion_length": 4, "prompts_per_step": 2,
         "num_generations": 2, "max_steps": 2, "learning_rate": 1e-3, **given, "output_dir": str(tmp_path / given.get("output_dir", "out")),
     }  # fmt: skip
     try:
-        policy = train(str(DEMO_MODEL), task.answer_reward, rows, config=GRPOConfig(**settings)).policy
+        result = train(str(DEMO_MODEL), text_reward, rows, config=GRPOConfig(**settings))
     except (InputError, NotFiniteError) as error:
         assert "\n" not in str(error) and len(str(error)) < 500
-    else:
-        assert all(parameter.isfinite().all() for parameter in policy.parameters_of(policy.adapter).values())
+        return None
+    policy = result.policy
+    assert all(parameter.isfinite().all() for parameter in policy.parameters_of(policy.adapter).values())
+    return result.history
+
+
+def test_the_run_that_extreme_settings_are_tried_in_learns_in_each_step(tmp_path):
+    assert [line["grad_norm"] > 0 for line in run_extreme({}, tmp_path)] == [True, True]
 
 
 @pytest.mark.parametrize("given", EXTREME[:3], ids=str)
