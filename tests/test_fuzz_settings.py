@@ -237,7 +237,7 @@ def run_extreme(given, tmp_path):
     rows = task.rows(task.splits()[0][:4])
     settings = {
         "use_cpu": True, "bf16": False, "load_in_4bit": False, "gradient_checkpointing": False, "max_completion_length": 4, "prompts_per_step": 2,
-        "num_generations": 2, "max_steps": 2, "learning_rate": 1e-3, **given, "output_dir": str(tmp_path / given.get("output_dir", "out")),
+        "num_generations": 2, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-3, **given, "output_dir": str(tmp_path / given.get("output_dir", "out")),
     }  # fmt: skip
     try:
         result = train(str(DEMO_MODEL), text_reward, rows, config=GRPOConfig(**settings))
@@ -249,8 +249,9 @@ def run_extreme(given, tmp_path):
     return result.history
 
 
-def test_the_run_that_extreme_settings_are_tried_in_learns_in_each_step(tmp_path):
-    assert [line["grad_norm"] > 0 for line in run_extreme({}, tmp_path)] == [True, True]
+def test_the_run_that_extreme_settings_are_tried_in_learns_and_reaches_the_bounds_of_ratios(tmp_path):
+    lines = run_extreme({"epsilon": 0.0, "epsilon_high": 0.0}, tmp_path)
+    assert all(line["grad_norm"] > 0 and line["clip_ratio/region_mean"] > 0 for line in lines) and len(lines) == 2
 
 
 @pytest.mark.parametrize("given", EXTREME[:3], ids=str)
