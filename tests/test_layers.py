@@ -32,7 +32,7 @@ FLOORS = (
     "inputs",
     "doctor planner",
     "update",
-    "rollout tasks",
+    "rollout tasks tools",
     "generate rewards",
     "model objective data out_of_memory distributed",
     "lookup determinism",

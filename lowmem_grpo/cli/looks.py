@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem_grpo.cli.output import finite, writing_output
 from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_inputs
-from lowmem_grpo.cli.settings import INPUTS, PLANNED, WITHOUT_EVAL_DATASET, count_of, read_settings
+from lowmem_grpo.cli.settings import INPUTS, OF_EVALUATION, PLANNED, count_of, read_settings
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError
@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
         "[--show N] [--json]",
     )  # fmt: skip
     parser.set_defaults(run=run_eval)
-    of_eval = add_inputs(parser, "what to evaluate, on what, by what", WITHOUT_EVAL_DATASET)
+    of_eval = add_inputs(parser, "what to evaluate, on what, by what", OF_EVALUATION)
     of_eval.add_argument(
         "--show", action=Once, metavar="N", help="print N completions with their prompts and rewards (default 0)"
     )
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
         usage="lowmem-grpo data --model M --dataset D [--reward_funcs F [F ...]] [--rows N] [options]",
     )  # fmt: skip
     parser.set_defaults(run=run_data)
-    of_data = add_inputs(parser, "what to look at", WITHOUT_EVAL_DATASET)
+    of_data = add_inputs(parser, "what to look at", OF_EVALUATION)
     of_data.add_argument("--rows", action=Once, metavar="N", help="show the first N prompts (default 3)")
     add_config_flags(parser, commands.every_setting)
 
@@ -83,14 +83,15 @@ def run_eval(given: dict[str, Any]) -> int:
     as_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
-    model, dataset, rewards = inputs["model"], inputs["dataset"], inputs.get("reward_funcs")
+    model, dataset, rewards, tools = (inputs.get(name) for name in ("model", "dataset", "reward_funcs", "tools"))
     from lowmem_grpo.inputs.names import look_up_inputs
 
-    look_up_inputs({"model": model, "eval_dataset": dataset, "reward_funcs": rewards}, config, needs_rewards=True)
+    named = {"model": model, "eval_dataset": dataset, "reward_funcs": rewards, "tools": tools}
+    look_up_inputs(named, config, needs_rewards=True)
     from lowmem_grpo.evaluation.evaluate import evaluate
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
-    found = evaluate(model, rewards, dataset, config)
+    found = evaluate(str(model), rewards, dataset, config, tools)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if as_json:
         with writing_output():
@@ -118,7 +119,9 @@ def run_data(given: dict[str, Any]) -> int:
     from lowmem_grpo.progress_bars import no_progress_bars
 
     with no_progress_bars():
-        found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config)
+        found = read_data_inputs(
+            inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config, tools=inputs.get("tools")
+        )
         previews = make_previews(found, count)
     with writing_output():
         told = [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]

@@ -82,7 +82,7 @@ def add_inputs(parser: argparse.ArgumentParser, title: str, inputs: Any = INPUTS
     """Add flags for the inputs and for --config, and return their group."""
     group = parser.add_argument_group(title)
     for name, aliases, text in inputs:
-        many = "+" if name == "reward_funcs" or (inputs is OF_EXAMPLES and name == "dataset") else None
+        many = "+" if name in ("reward_funcs", "tools") or (inputs is OF_EXAMPLES and name == "dataset") else None
         shape = {"metavar": name.split("_")[-1].upper(), "nargs": many}
         group.add_argument(f"--{name}", *aliases, action=Once, dest=name, help=text, **shape)
     group.add_argument(
@@ -134,6 +134,8 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
         if command == "sample" and name in field_types(GRPOConfig) and name not in field_types(SampleConfig):
             raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
+        if name == "tools":
+            raise InputError("--tools is for `lowmem-grpo train`, `eval` and `data`; leave it out")
         if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
         if command in ("pipeline", "r1"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem_grpo.cli.output import tell, writing_output
 from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_files, add_inputs
-from lowmem_grpo.cli.settings import WITHOUT_EVAL_DATASET, as_list, output_of, read_settings
+from lowmem_grpo.cli.settings import OF_SAMPLING, as_list, output_of, read_settings
 from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.sample import SampleConfig
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
         usage="lowmem-grpo sample --model M --dataset D [--reward_funcs F [F ...]] [--output FILE] [options]",
     )  # fmt: skip
     parser.set_defaults(run=run_sample)
-    add_inputs(parser, "what to sample from, what to ask, and what scores it", WITHOUT_EVAL_DATASET)
+    add_inputs(parser, "what to sample from, what to ask, and what scores it", OF_SAMPLING)
     add_config_flags(parser, commands.every_setting, config=SampleConfig)
 
     parser = commands.add(

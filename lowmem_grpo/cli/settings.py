@@ -32,6 +32,7 @@ INPUTS = (
         (),
         "one or more: accuracy_reward, get_regex_reward(pattern='...'), my_module.function; by default the task's own",
     ),
+    ("tools", (), "one or more that the model may call: python (programs in a sandbox), my_module.function"),
 )
 
 OF_EXAMPLES = (
@@ -50,7 +51,8 @@ OF_PAIRS = (
     ("eval_dataset", (), "hub id (its test split is read) or file of pairs to measure the accuracy on"),
 )
 
-WITHOUT_EVAL_DATASET = [one for one in INPUTS if one[0] != "eval_dataset"]
+OF_EVALUATION = [one for one in INPUTS if one[0] != "eval_dataset"]
+OF_SAMPLING = [one for one in OF_EVALUATION if one[0] != "tools"]
 
 
 def read_settings(
@@ -73,6 +75,8 @@ def read_settings(
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     if "eval_dataset" in inputs and command in ("eval", "sample"):
         raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
+    if "tools" in inputs and command == "sample":
+        raise InputError("tools is for `lowmem-grpo train`, `eval` and `data`; sampling into a file has none")
     refuse_unknown_fields(settings, config)
     return inputs, {name: from_text(config, name, value) for name, value in settings.items()}
 

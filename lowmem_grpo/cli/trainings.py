@@ -60,9 +60,8 @@ def run_train(given: dict[str, Any]) -> int:
     inputs, config = _read(given, "train")
     from lowmem_grpo.loops.grpo import train
 
-    return _told(
-        train(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], inputs.get("eval_dataset"), config)
-    )
+    model, rewards, dataset, held_out = (inputs.get(n) for n in ("model", "reward_funcs", "dataset", "eval_dataset"))
+    return _told(train(model, rewards, dataset, held_out, config, tools=inputs.get("tools")))
 
 
 def run_sft(given: dict[str, Any]) -> int:
@@ -84,6 +83,8 @@ def _read(given: dict[str, Any], command: str, without_rewards: str = "") -> tup
     inputs, fields = read_settings(given, command=command, config=TRAININGS[command])
     if without_rewards and "reward_funcs" in inputs:
         raise InputError(f"reward_funcs is for `lowmem-grpo train`; {without_rewards}")
+    if without_rewards and "tools" in inputs:
+        raise InputError("tools is for `lowmem-grpo train`, where the model writes; leave it out")
     config = TRAININGS[command](**fields)
     from lowmem_grpo.inputs.names import look_up_training
 

@@ -23,6 +23,7 @@ from lowmem_grpo.config.sections import (
     RunFields,
     SampledEvaluationFields,
     SamplingFields,
+    ToolFields,
     UpdateFields,
 )
 from lowmem_grpo.errors import InputError, did_you_mean, shown
@@ -34,7 +35,7 @@ EVAL_FIELDS = {
     "system_prompt", "chat_template_kwargs", "max_prompt_length", "max_completion_length", "temperature", "top_p",
     "top_k", "min_p", "repetition_penalty", "stop_strings", "rollout_token_budget", "rollout_weights", "rollout_kv",
     "rollout_paged", "rollout_cuda_graphs", "rollout_graphs_last", "reward_weights", "reward_timeout", "token_budget",
-    "num_generations_eval",
+    "num_generations_eval", "max_tool_calling_iterations", "tool_timeout",
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class GRPOConfig(  # from the last to the first: the fields of the last base com
     DistillationFields,
     CriticFields,
     RewardFields,
+    ToolFields,
     SamplingFields,
     DataFields,
     AdapterFields,

@@ -342,6 +342,18 @@ class SamplingFields(CompletionFields):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolFields(Checked):
+    """How often a completion may call tools, and how long one may take."""
+
+    max_tool_calling_iterations: int | None = option(
+        None, "turns of a completion after which calls of tools are no longer answered; none is never", at_least=0
+    )
+    tool_timeout: float | None = option(
+        60.0, "seconds after which a call of a tool is stopped; none is never", may_change=True, above=0, at_most=10**8
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreFields(Checked):
     """How rewards are weighed, and how long their functions may take."""
 
@@ -675,8 +687,8 @@ TITLES: dict[type, str] = {
     OutputFields: "run", RunFields: "run", LoadFields: "model", ModelFields: "model", AdapterFields: "adapters",
     PromptFields: "data", DataFields: "data", ExampleFields: "data", PairFields: "data",
     EndpointFields: "endpoint",
-    CompletionFields: "sampling", SamplingFields: "sampling", ScoreFields: "rewards and advantages",
-    RewardFields: "rewards and advantages", CriticFields: "critic",
+    CompletionFields: "sampling", SamplingFields: "sampling", ToolFields: "tools",
+    ScoreFields: "rewards and advantages", RewardFields: "rewards and advantages", CriticFields: "critic",
     DistillationFields: "distillation", ObjectiveFields: "objective", BudgetFields: "update", UpdateFields: "update",
     OptimizerFields: "optimizer", EvaluationFields: "evaluation", SampledEvaluationFields: "evaluation",
     SavingFields: "saving", CompletionSavingFields: "saving",

@@ -59,7 +59,7 @@ _TRL_FIELDS = {
     "set importance_sampling_clip_max": "vllm_importance_sampling_cap",
     "set warmup_steps": "warmup_ratio",
     TO_TRAIN: "model_name_or_path dataset_name model dataset train_dataset eval_dataset reward_funcs peft_config "
-    "tokenizer processing_class callbacks",
+    "tokenizer processing_class callbacks tools",
     "LoRA adapters are always what is trained; remove it": "use_peft lora_task_type",
     "the base is held in 4-bit, or with load_in_4bit=False in the compute dtype; remove it": "load_in_8bit",
     "4-bit is NF4 with double quantization; remove it, or give a 4-bit checkpoint": "bnb_4bit_quant_type "
@@ -80,7 +80,7 @@ _TRL_FIELDS = {
     "fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode liger_kernel_config neftune_noise_alpha "
     "torch_empty_cache_steps prediction_loss_only eval_do_concat_batches eval_use_gather_object debug "
-    "router_aux_loss_coef pad_to_multiple_of max_tool_calling_iterations",
+    "router_aux_loss_coef pad_to_multiple_of",
 }
 # Of PPO's configurations: TRL's, which 1.16 no longer has, and verl's and OpenRLHF's in flat names.
 _PPO_FIELDS = {

@@ -1,6 +1,7 @@
 """Rows of a dataset to tokenized Prompts."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,14 +39,15 @@ class Prompt:
 
 
 def tokenize_prompts(
-    rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset", teachers: str | None = None
-) -> tuple[list[Prompt], int]:
+    rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset", teachers: str | None = None,
+    tools: Sequence[dict] = (),
+) -> tuple[list[Prompt], int]:  # fmt: skip
     """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
 
     A string is tokenized as it is; a chat goes through the chat template with the row's `tools` and
     `chat_template_kwargs`, or, where the tokenizer has none, becomes a transcript that ends in `Assistant:`. A chat
     that ends with the assistant's words is one that the completion continues. `teachers` is a system message that a
-    teacher reads in place of the policy's.
+    teacher reads in place of the policy's, and `tools` what a run describes its tools by.
 
     Raises:
         InputError: a prompt is neither, or none is left.
@@ -67,9 +69,9 @@ def tokenize_prompts(
     template.refuse_unread(config.chat_template_kwargs or {}, "chat_template_kwargs")
     prompts = []
     for index, row in enumerate(rows):
-        prompt = _prompt(row, template, config, f"row {index} of {name}")
+        prompt = _prompt(row, template, config, f"row {index} of {name}", tools=tools)
         if teachers is not None:
-            theirs = _prompt(row, template, config, f"row {index} of {name}, for the teacher,", teachers)
+            theirs = _prompt(row, template, config, f"row {index} of {name}, for the teacher,", teachers, tools)
             prompt = replace(prompt, teacher_ids=theirs.ids)
         prompts.append(prompt)
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
@@ -108,7 +110,9 @@ def chat_prompts(rows: Dataset, config: ReadFields) -> list[Prompt]:
     return prompts
 
 
-def _prompt(row: Any, template: Template, config: DataFields, where: str, system: str | None = None) -> Prompt:
+def _prompt(
+    row: Any, template: Template, config: DataFields, where: str, system: str | None = None, tools: Sequence[dict] = ()
+) -> Prompt:
     """A row's prompt; with `system` that is its system message, whatever the row or the configuration has."""
     given = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
@@ -116,6 +120,8 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str, system
         text = str(given)
         refuse_chat_as_text(text, where)
         refuse_settings_of_text(row, where)
+        if tools:
+            raise InputError(f"{where} is a text, and tools are shown by a chat template; make it a list of messages")
         ids = _not_empty(text_ids(template.tokenizer, text), [text], where)
         said = said_at_end(text)
         return Prompt(text.removesuffix(said), ids, columns, said)
@@ -124,7 +130,10 @@ def _prompt(row: Any, template: Template, config: DataFields, where: str, system
         messages = [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
     else:
         messages = with_system(messages, row, config.system_prompt)
-    rendered, said = template.render(messages, template_settings(row, template, config, where), where)
+    settings = template_settings(row, template, config, where)
+    if tools and "tools" in settings:
+        raise InputError(f"{where} has tools of its own, which nothing calls beside the run's; remove the column")
+    rendered, said = template.render(messages, {**settings, **({"tools": tools} if tools else {})}, where)
     ids = template.ids(rendered)
     asked = messages[:-1] if said and messages[-1]["role"] == "assistant" else messages
     words = [str(value) for message in messages for key, value in message.items() if key != "role"]

@@ -1,5 +1,7 @@
 """The text of prompts and completions, whether strings or chats, and its token ids."""
 
+import contextlib
+import json
 from typing import Any
 
 from lowmem_grpo.errors import InputError, shown
@@ -10,6 +12,42 @@ PARTS = ("all", "answer")  # of a completion: with its thoughts, and what follow
 def completion_text(completion: str | list[dict]) -> str:
     """A completion's text: the string, or the last message of a chat."""
     return completion if isinstance(completion, str) else _last_content(completion, "completion")
+
+
+def as_logged(messages: Any) -> Any:
+    """Messages whose calls have their arguments in JSON, since a table has one type for those of all tools."""
+    if not isinstance(messages, list):
+        return messages
+
+    def logged(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+            return call
+        with contextlib.suppress(TypeError, ValueError, RecursionError):  # of a data set's own, which may be anything
+            return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), default=str)}}
+        return call
+
+    return [
+        {**one, "tool_calls": [logged(call) for call in one["tool_calls"]]}
+        if isinstance(one, dict) and isinstance(one.get("tool_calls"), list)
+        else one
+        for one in messages
+    ]
+
+
+def as_read(completion: str | list[dict]) -> str:
+    """A completion for a reader: of a conversation all that is said, with calls of tools and results in brackets."""
+    if isinstance(completion, str) or len(completion) == 1:
+        return completion_text(completion)
+    lines = []
+    for message in completion:
+        content = message.get("content") or ""
+        lines += [f"[{message.get('name')}: {content}]" if message["role"] == "tool" else content]
+        for call in message.get("tool_calls") or []:
+            name, given = call["function"]["name"], call["function"]["arguments"]
+            given = json.loads(given) if isinstance(given, str) else given
+            lines.append(f"[{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})]")
+    return "\n".join(filter(None, lines))
 
 
 def prompt_text(prompt: str | list[dict]) -> str:

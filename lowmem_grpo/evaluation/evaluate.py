@@ -18,7 +18,7 @@ import torch
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.data.text import completion_text
+from lowmem_grpo.data.text import as_read, completion_text
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampled, Sampler
@@ -28,8 +28,9 @@ from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.final_answer import extract_answer
-from lowmem_grpo.rollout.metrics import length_metrics
+from lowmem_grpo.rollout.metrics import length_metrics, tool_metrics
 from lowmem_grpo.rollout.scoring import complete_and_score
+from lowmem_grpo.tools.conversation import sampler_of
 
 log = logging.getLogger(__name__)
 TOTAL = "total"  # among an evaluation's rewards, the weighted sum
@@ -55,7 +56,7 @@ class Evaluation:
         return [
             {
                 "prompt": chat_as_text(prompt.text),
-                "completion": completion_text(self.texts[place]),
+                "completion": as_read(self.texts[place]),
                 "reward": total[place],
                 "rewards": {name: values[place] for name, values in rewards.items()},
                 "cut_off": self.completions[place].finish == "length",
@@ -86,11 +87,12 @@ def measure(
         metrics |= {name: mean, f"{name}/ci_low": low, f"{name}/ci_high": high}
     metrics["reward"] = total.nanmean().item()  # over completions, as in training; the interval is over prompts
     means = dict(zip(rewards.names, scores.rewards.nanmean(dim=0).tolist(), strict=True))
-    metrics |= {f"rewards/{name}/mean": mean for name, mean in means.items()} | length_metrics(completions)
+    metrics |= {f"rewards/{name}/mean": mean for name, mean in means.items()}
+    metrics |= length_metrics(completions) | tool_metrics(completions)
     of_rewards = dict(zip(rewards.names, scores.rewards.T, strict=True))
     of_completions = {
         **{f"rewards/{name}/mean": of for name, of in of_rewards.items()},
-        "completions/mean_length": torch.tensor([float(len(c.ids)) for c in completions]),
+        "completions/mean_length": torch.tensor([float(c.num_sampled) for c in completions]),
         "completions/clipped_ratio": torch.tensor([float(c.finish == "length") for c in completions]),
     }
     values |= {name: of.view(-1, k).nanmean(dim=1).tolist() for name, of in of_completions.items()}
@@ -126,7 +128,7 @@ def _sampled(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig, share:
 
 @without_progress_bars
 def evaluate(
-    model: str, reward_funcs: Any = None, dataset: Any = None, config: GRPOConfig | None = None
+    model: str, reward_funcs: Any = None, dataset: Any = None, config: GRPOConfig | None = None, tools: Any = None
 ) -> dict[str, Evaluation]:
     """The evaluation of a model, {"model": ...}, or of an adapter folder, {"base": ..., "adapter": ...}.
 
@@ -137,15 +139,16 @@ def evaluate(
         reward_funcs: in any form that train() takes; None for a task, which has its own.
         dataset: in any form that train() takes; of a hub dataset the `test` split, and of a task what it holds out.
         config: settings, of which those of sampling and loading are read; GRPOConfig() by default.
+        tools: in any form that train() takes.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any weights are read.
     """
-    inputs = read_evaluation_inputs(model, reward_funcs, dataset, GRPOConfig() if config is None else config)
+    inputs = read_evaluation_inputs(model, reward_funcs, dataset, GRPOConfig() if config is None else config, tools)
     for note in inputs.notes:
         log.warning(note)
     prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()
-    sampler = Sampler(policy, config)
+    sampler = sampler_of(policy, config, inputs.toolbox)
     if not is_adapter(inputs.model):
         return {"model": measure(sampler, prompts, rewards, config, step=0)}
     with policy.as_reference():

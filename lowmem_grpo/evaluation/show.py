@@ -5,7 +5,7 @@ from typing import Any
 
 from lowmem_grpo.data.gold import gold_of
 from lowmem_grpo.data.prompts import Prompt
-from lowmem_grpo.data.text import completion_text
+from lowmem_grpo.data.text import as_read
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.rollout.metrics import in_words
@@ -53,7 +53,7 @@ def examples(found: dict[str, Evaluation], count: int) -> list[dict[str, Any]]:
             "gold": _gold(first.prompts[place // k]),
             **{
                 who: {
-                    "completion": completion_text(one.texts[place]),
+                    "completion": as_read(one.texts[place]),
                     "cut_off": one.completions[place].finish == "length",
                     "rewards": {name: values[place] for name, values in one.rewards.items()},
                 }

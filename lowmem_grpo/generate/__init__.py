@@ -10,13 +10,23 @@ from lowmem_grpo.model.policy import Policy
 def as_text(policy: Policy, prompt: Prompt, completion: Completion) -> str | list[dict]:
     """A completion as reward functions get it: a string, or one chat message where the prompt is a chat.
 
-    It begins with what the prompt says for it, a `<think>` or the beginning of an answer. Of what was sampled only the
-    token that ended it and padding are left out, since think tags are special tokens of some tokenizers.
+    With tools there are several: what the policy said, and what the tools did.
+    """
+    if completion.conversation is not None:
+        return completion.conversation.messages
+    text = words_of(policy, prompt, completion)
+    return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+
+
+def words_of(policy: Policy, prompt: Prompt, completion: Completion) -> str:
+    """The words of a completion, which may begin within the prompt, as by a `<think>` that opens each answer.
+
+    Of what was sampled only the token that ended it and padding are left out, since think tags are special tokens of
+    some tokenizers.
     """
     sampled = completion.ids[:-1] if completion.finish == "eos" else completion.ids
     ids = [token_id for token_id in sampled if token_id != policy.pad_token_id]
-    text = prompt.said + _continuation(policy.tokenizer, prompt.ids[-1:] if prompt.said else [], ids)
-    return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+    return prompt.said + _continuation(policy.tokenizer, prompt.ids[-1:] if prompt.said else [], ids)
 
 
 def _continuation(tokenizer: Any, before: list[int], ids: list[int]) -> str:

@@ -34,6 +34,7 @@ from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of
+from lowmem_grpo.tools.toolbox import Toolbox
 from lowmem_grpo.warn import warn
 
 # Of a model's configuration, what says how it is stored or run. So do names that begin with _ or speak of dropout,
@@ -89,6 +90,16 @@ def source_of_objective(name: str) -> dict[str, Any]:
     """SHA-256 of the sources of a registered objective, by the name of its loss_type; nothing for a built-in one."""
     function = LOSSES[name].token_losses
     return {} if _is_ours(function) else {name: [_of_the_users(function), _helpers(function)]}
+
+
+def identity_of_tools(toolbox: Toolbox | None) -> dict[str, Any]:
+    """Descriptions and sources of tools, as SHA-256 by their names."""
+    if toolbox is None:
+        return {}
+    return {
+        "tools": {schema["function"]["name"]: digest_of([schema]) for schema in toolbox.schemas},
+        "tool_sources": {name: [_of_the_users(one), _helpers(one)] for name, one in toolbox.functions.items()},
+    }
 
 
 def models_of(rewards: RewardRunner) -> dict[str, Any]:
@@ -186,6 +197,11 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
                 f"{resume} is of a run with another {whose}, of other {changed}; resume with that one, or start a new "
                 "run from the adapter"
             )
+    for changed in _changed(identity.get("tools", {}), saved.get("tools", {})):
+        raise InputError(
+            f"{resume} is of a run with other tools: {changed} is not in both, or is described otherwise; resume with "
+            "the same ones, or start a new run from the adapter"
+        )
     others = _changed(identity["data"], saved["data"])
     if others:
         differ = "prompts" if "prompt" in others else f"values in {' and '.join(others)}"
@@ -197,6 +213,8 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             f"the reward {changed} has other source code or settings than in {resume}; start a new run if its values "
             "are others"
         )
+    for changed in _changed(identity.get("tool_sources", {}), saved.get("tool_sources", {}), both=True):
+        warn(f"the tool {changed} has other source code than in {resume}; start a new run if its results are others")
     for changed in _changed(identity.get("objective", {}), saved.get("objective", {}), both=True):
         warn(
             f"the objective {changed} has other source code or settings than in {resume}; start a new run if its "

@@ -16,6 +16,7 @@ from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.names import look_up_rewards
 from lowmem_grpo.tasks import look_up_task, refuse_missing_rewards
+from lowmem_grpo.tools.names import find_tools
 from lowmem_grpo.torchrun import num_started
 
 
@@ -33,6 +34,8 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
         refuse_missing_rewards(dataset)
     if needs_rewards and not task and "eval_dataset" not in inputs:
         refuse_without_evaluation(config)
+    if inputs.get("tools") is not None:
+        find_tools(inputs["tools"])
     model = inputs.get("model")
     if isinstance(model, str) and getattr(config, "base_url", None) is None and not _goes_on(config):
         look_up_model(expanded(model), config.model_init_kwargs)

@@ -24,6 +24,7 @@ from lowmem_grpo.inputs.identity import (
     files_of,
     files_of_teacher,
     identity_of_data,
+    identity_of_tools,
     models_of,
     refuse_other_models,
     source_of_objective,
@@ -39,6 +40,7 @@ from lowmem_grpo.inputs.rewards import (
     try_out,
 )
 from lowmem_grpo.inputs.texts import unseen_columns
+from lowmem_grpo.inputs.tools import schemas_of, toolbox_of
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
@@ -64,6 +66,7 @@ from lowmem_grpo.planner.plan import limit_memory
 from lowmem_grpo.rewards import RewardRunner
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.tasks import find_task, held_out, with_tasks
+from lowmem_grpo.tools.toolbox import Toolbox
 from lowmem_grpo.update.critic import saved_config
 from lowmem_grpo.warn import warn
 
@@ -78,6 +81,7 @@ class Inputs(RunInputs):
     eval_prompts: list[Prompt]  # empty where nothing is evaluated
     rewards: RewardRunner
     teacher: FoundTeacher | None = None
+    toolbox: Toolbox | None = None  # what the policy may call
 
     @property
     def num_rows(self) -> int:
@@ -113,7 +117,7 @@ class Inputs(RunInputs):
 @main_first
 def read_training_inputs(
     model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
-    tokenizer: Any = None, callbacks: Any = (),
+    tokenizer: Any = None, callbacks: Any = (), tools: Any = None,
 ) -> Inputs:  # fmt: skip
     """The inputs of train(), which documents them.
 
@@ -127,6 +131,7 @@ def read_training_inputs(
     if eval_dataset is not None and datasets["eval"] is None:
         datasets["eval"] = f"held out by {datasets['train']}"
     rewards = runner_of(reward_funcs, config)
+    toolbox = toolbox_of(tools, config)
     try_out_objective(config, run_device(config))
     run = begin(model, config, peft_config, tokenizer, callbacks, datasets)
     model, tokenizer = run.model, run.tokenizer
@@ -142,12 +147,15 @@ def read_training_inputs(
     if eval_rows is not None:
         rewards.check_rows(eval_rows, "eval_dataset")
         run.notes.extend(missing_golds(rewards, eval_rows, "eval_dataset"))
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
+    described = schemas_of(toolbox, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described)
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
-        eval_prompts, eval_dropped = tokenize_prompts(eval_rows, tokenizer, config, name="eval_dataset")
+        eval_prompts, eval_dropped = tokenize_prompts(
+            eval_rows, tokenizer, config, name="eval_dataset", tools=described
+        )
     check_prompts(model, prompts + eval_prompts, config)
-    more = {"objective": source_of_objective(config.loss_type)}
+    more = {"objective": source_of_objective(config.loss_type), **identity_of_tools(toolbox)}
     if teacher is not None:
         theirs = [prompt.for_teacher for prompt in prompts]
         read_by = model if teacher.model is None else teacher.name
@@ -164,7 +172,7 @@ def read_training_inputs(
     run = settled(run, columns_of(prompts), longest, rewards, teacher, more)
     run = replace(run, num_dropped=dropped, unseen=unseen)
     inputs = Inputs(
-        **vars(run), prompts=prompts, eval_prompts=eval_prompts, rewards=rewards, teacher=teacher,
+        **vars(run), prompts=prompts, eval_prompts=eval_prompts, rewards=rewards, teacher=teacher, toolbox=toolbox,
     )  # fmt: skip
     if inputs.total_steps <= config.critic_warmup:
         raise InputError(
@@ -222,7 +230,9 @@ def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
         )
 
 
-def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig) -> Inputs:
+def read_evaluation_inputs(
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tools: Any = None
+) -> Inputs:
     """The inputs of an evaluation: a task's held-out rows, or a hub dataset's `test` split.
 
     Raises:
@@ -236,17 +246,19 @@ def read_evaluation_inputs(model: Any, reward_funcs: Any, dataset: Any, config: 
     if config.dataset_take is not None:  # which is of what is trained on, where something is
         rows = rows.take(min(config.dataset_take, len(rows)))
     rewards = runner_of(reward_funcs, config)
+    toolbox = toolbox_of(tools, config)
     if not rewards.names:
         raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
     find_model(model, config)
     refuse_lost_bases(rewards, model, config)
     notes = try_out(rewards, rows, "eval_dataset")
     tokenizer = load_tokenizer(model, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset")
+    described = schemas_of(toolbox, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset", tools=described)
     notes += [*_open_ends(model, tokenizer, prompts, config), *_left_out(0, dropped, config)]
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=[], eval_prompts=prompts, rewards=rewards, given=config,
-        config=config, device=run_device(config), notes=notes,
+        config=config, device=run_device(config), notes=notes, toolbox=toolbox,
     )  # fmt: skip
 
 
@@ -267,7 +279,7 @@ def read_sampling_inputs(
 
 def read_data_inputs(
     model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None, *,
-    needs_weights: bool = False,
+    needs_weights: bool = False, tools: Any = None,
 ) -> Inputs:  # fmt: skip
     """The inputs of a look at training data: prompts and rewards, without folder and weights.
 
@@ -280,8 +292,9 @@ def read_data_inputs(
     if needs_weights:
         refuse_lost_bases(rewards, model, config)
     notes = try_out(rewards, rows, "train_dataset")
-    tokenizer = tokenizer_of(tokenizer, model, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt)
+    tokenizer, toolbox = tokenizer_of(tokenizer, model, config), toolbox_of(tools, config)
+    described = schemas_of(toolbox, tokenizer, config)
+    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described)
     notes += _left_out(dropped, 0, config)
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowmem_grpo.checkup.prompts import doctor_of
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs.prompts import read_training_inputs
 from lowmem_grpo.objective.coefficients import Controllers
 from lowmem_grpo.output.lock import releasing_locks
@@ -28,6 +27,7 @@ from lowmem_grpo.run.interruption import interruptible
 from lowmem_grpo.run.ranks import across_ranks
 from lowmem_grpo.run.run import Callback, Run, TrainResult
 from lowmem_grpo.run.step import Step
+from lowmem_grpo.tools.conversation import sampler_of
 from lowmem_grpo.update.critic import Critic, saved_config, with_gae, with_values
 from lowmem_grpo.update.critic import backward as value_backward
 from lowmem_grpo.update.critic import why_not_finite as why_no_value
@@ -58,6 +58,7 @@ def train(
     peft_config: Any = None,
     tokenizer: Any = None,
     callbacks: Callback | Sequence[Callback] = (),
+    tools: Any = None,
 ) -> TrainResult:
     """Train LoRA adapters on a frozen 4-bit model with GRPO (https://arxiv.org/abs/2402.03300).
 
@@ -77,6 +78,8 @@ def train(
         tokenizer: in place of the one that comes with the model; loaded, or its hub id or folder.
         callbacks: one function or several, called with (step, metrics, policy) after every step, which a StopIteration
             of theirs makes the last one; a metric that is the mean of nothing is NaN, and None in the result's history.
+        tools: one function or several, or names ("python", `module.function`), which the policy calls while it writes:
+            each with a type hint for every parameter, and with a docstring that says what it and they are.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.
@@ -86,7 +89,7 @@ def train(
     """
     inputs = read_training_inputs(
         model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,
-        tokenizer, callbacks,
+        tokenizer, callbacks, tools,
     )  # fmt: skip
     doctor = doctor_of(inputs, show_preview(inputs))  # before any long work
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()
@@ -97,7 +100,7 @@ def train(
     if config.has_critic:  # as PPO has one
         critic = Critic(policy, config, inputs.total_steps, saved_config(inputs.resume))
     teacher = inputs.load_teacher(policy)
-    sampler = Sampler(policy, config)
+    sampler = sampler_of(policy, config, inputs.toolbox)
     stream = Stream(ReplayBuffer(config.replay_buffer_size))
     controllers = Controllers(config)
     if config.reference == "initial" or config.sync_ref_model:

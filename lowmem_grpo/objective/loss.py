@@ -19,7 +19,7 @@ from lowmem_grpo.objective.coefficients import Coefficients
 
 @dataclass(frozen=True)
 class Tokens:
-    """N tokens of whole completions, as an objective gets them; (N,) fp32 where nothing else is said."""
+    """N tokens, all that the policy drew of some completions, as an objective gets them; (N,) fp32 or as is said."""
 
     logprobs: Tensor  # of the policy, under temperature; carries the gradient
     old_logprobs: Tensor  # of the policy that sampled, as training computes them

@@ -141,5 +141,7 @@ def _joined(run: PhaseRun, name: str, datasets: list[Any]) -> list[dict[str, Any
 def check_evaluation(pipeline: Pipeline, evaluation: Evaluation) -> Outlook:
     """Check what is evaluated on before any weights are read. Raise InputError for bad input."""
     with naming("eval"):
-        found = read_evaluation_inputs(pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config)
+        found = read_evaluation_inputs(
+            pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, evaluation.tools
+        )
     return Outlook([counted(len(found.eval_prompts), "prompt"), *found.notes])

@@ -83,21 +83,22 @@ def _run_sft(model: Any, config: SFTConfig, output: Path, dataset: Any, eval_dat
 
 def _check_grpo(
     model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
-    critic_init: Any = None,
+    critic_init: Any = None, tools: Any = None,
 ) -> Outlook:  # fmt: skip
     from lowmem_grpo.inputs.prompts import read_training_inputs
 
     config = _with_critic(config, critic_init)
-    return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config))
+    return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config, tools=tools))
 
 
 def _run_grpo(
     model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
-    critic_init: Any = None,
+    critic_init: Any = None, tools: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     from lowmem_grpo.loops.grpo import train
 
-    return train(model, reward_funcs, dataset, eval_dataset, _with_critic(config, critic_init)).history[-1]
+    config = _with_critic(config, critic_init)
+    return train(model, reward_funcs, dataset, eval_dataset, config, tools=tools).history[-1]
 
 
 def _with_critic(config: GRPOConfig, critic_init: Any) -> GRPOConfig:
@@ -177,8 +178,11 @@ KINDS = {
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
-            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init"), output="adapter", makes=POLICY,
-            reads={"dataset": PROMPTS, "eval_dataset": PROMPTS, "reward_funcs": (SCORER,), "critic_init": (SCORER,)},
+            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init", "tools"), output="adapter", makes=POLICY,
+            reads={
+                "dataset": PROMPTS, "eval_dataset": PROMPTS, "reward_funcs": (SCORER,), "critic_init": (SCORER,),
+                "tools": ("tools",),  # as no phase does
+            },
             trains_policy=True, check=_check_grpo, run=_run_grpo,
         ),
         Kind(

@@ -61,6 +61,7 @@ class Evaluation:
 
     dataset: Any
     reward_funcs: Any
+    tools: Any
     config: GRPOConfig
     vram_budget: str | None  # of the common settings
 
@@ -175,7 +176,8 @@ def look_up(pipeline: Pipeline, model: str, until: str | None, begin_at: str | N
             with naming(f"phase {run.name}"):
                 look_up_inputs(inputs, run.config, needs_rewards=run.kind.config is GRPOConfig)
     if pipeline.evaluation is not None and to_do:
-        named = {"eval_dataset": pipeline.evaluation.dataset, "reward_funcs": pipeline.evaluation.reward_funcs}
+        of = pipeline.evaluation
+        named = {"eval_dataset": of.dataset, "reward_funcs": of.reward_funcs, "tools": of.tools}
         with naming("eval"):
             look_up_inputs(named, pipeline.evaluation.config, needs_rewards=True)
 
@@ -276,7 +278,7 @@ def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> E
     if given is None:
         return None
     settings = dict(given)
-    dataset, rewards = settings.pop("dataset", None), settings.pop("reward_funcs", None)
+    dataset, rewards, tools = (settings.pop(name, None) for name in ("dataset", "reward_funcs", "tools"))
     if dataset is None:
         raise InputError("eval has no dataset; name what to evaluate on, or leave eval out")
     for name in settings:
@@ -285,4 +287,4 @@ def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> E
             raise InputError(f"eval has {shown(name)}, which no evaluation reads; {hint}")
     settings = {**{name: value for name, value in common.items() if name in EVAL_FIELDS}, **settings}
     config = GRPOConfig(**{name: from_text(GRPOConfig, name, value) for name, value in settings.items()})
-    return Evaluation(dataset, rewards, config, common.get("vram_budget"))
+    return Evaluation(dataset, rewards, tools, config, common.get("vram_budget"))

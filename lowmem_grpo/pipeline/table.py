@@ -15,7 +15,6 @@ from lowmem_grpo.errors import printable
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.evaluation.statistics import differences
-from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
 from lowmem_grpo.pipeline.kinds import entries
@@ -24,6 +23,7 @@ from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_j
 from lowmem_grpo.pipeline.sampled import as_json
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.terminal import fitted, table
+from lowmem_grpo.tools.conversation import sampler_of
 
 NAME = "evaluation.json"  # in a phase's folder
 ACCURACY, REWARD = "eval_pass@1", "eval_reward"
@@ -64,11 +64,15 @@ def _identity(model: str, evaluation: Evaluation) -> dict[str, Any]:
         "dataset": content(evaluation.dataset),
         "reward_funcs": [content(one) for one in entries(evaluation.reward_funcs)],
     }
+    if evaluation.tools is not None:  # a key that evaluations of earlier versions lack
+        of["tools"] = [content(one) for one in entries(evaluation.tools)]
     return json.loads(json.dumps(of, default=str))
 
 
 def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
-    inputs = read_evaluation_inputs(model, evaluation.reward_funcs, evaluation.dataset, evaluation.config)
+    inputs = read_evaluation_inputs(
+        model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, evaluation.tools
+    )
     config, found = inputs.config, None
     if evaluation.vram_budget is not None:
         planned = dataclasses.replace(config, vram_budget=evaluation.vram_budget)
@@ -76,7 +80,8 @@ def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
         found = plan_to_fit(read_config(model, config), planned, adapter_config(model, config), longest)
         config = dataclasses.replace(config, rollout_token_budget=for_evaluation(found, config).rollout_token_budget)
     with limit_memory(found, inputs.device):
-        measured = measure(Sampler(inputs.load_policy(), config), inputs.eval_prompts, inputs.rewards, config, step=0)
+        sampler = sampler_of(inputs.load_policy(), config, inputs.toolbox)
+        measured = measure(sampler, inputs.eval_prompts, inputs.rewards, config, step=0)
     return as_json({"metrics": measured.metrics, "values": measured.values})
 
 

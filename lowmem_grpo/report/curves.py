@@ -6,6 +6,7 @@ from lowmem_grpo.report.reading import RunFiles, number
 MOST_LINES = 6  # in a picture
 MOST_DOTS = 60
 SHARES = {"completions/clipped_ratio": "cut off", "frac_reward_zero_std": "groups without a difference"}
+TOOLS = {"tools/call_frequency": "calls for each completion", "tools/failure_frequency": "share of them that failed"}
 SCORES = {"min_reward": "least", "mean_reward": "mean", "max_reward": "greatest"}
 
 
@@ -21,6 +22,7 @@ def charts_of(run: RunFiles) -> list[Chart]:
         several(run, "Scores", SCORES),
         lengths(run),
         several(run, "Shares", SHARES, from_zero=True),
+        several(run, "Calls of tools", TOOLS, from_zero=True),
         one(run, "KL to the reference", "kl", unit="nats a token"),
         one(run, "KL to the teacher", "teacher_kl", unit="nats a token"),
         one(run, "Entropy", "entropy", unit="nats a token"),

@@ -69,7 +69,7 @@ def _found(reward: str) -> Callable[[], Any]:
         name, arguments = _read_call(reward)
         if name in BUILT_IN:
             raise InputError(f"{name} is a reward function itself, and takes no arguments here; write {name}")
-        factory = _find(name, BUILT_IN_FACTORIES, "function makes a reward and")
+        factory = find_function(name, BUILT_IN_FACTORIES, "function makes a reward and")
         if BUILT_IN_FACTORIES.get(name.rpartition(".")[2]) is not factory and origin_of_function(factory) != OWN:
             raise InputError(
                 f"reward function {reward!r} is not called, since no module of your own defines {name}; a name may "
@@ -95,7 +95,7 @@ def _found(reward: str) -> Callable[[], Any]:
     if reward not in BUILT_IN and ("/" in reward or os.path.isdir(folder)):
         look_up_model(folder, what="reward model")
         return partial(_of_model, folder)
-    function = _find(reward, BUILT_IN, "reward function")
+    function = find_function(reward, BUILT_IN)
     return lambda: function
 
 
@@ -152,8 +152,12 @@ def _signature(factory: Callable) -> str:
         return "(...)"
 
 
-def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
-    """The function of a known name or of an import path."""
+def find_function(name: str, known: Mapping[str, Callable], none: str = "", *, kind: str = "reward function") -> Any:
+    """The function of a known name or of an import path: one that is of a `kind`, as errors say.
+
+    Raises:
+        InputError: there is none (in place of `no kind`, the sentence says `none`), or it is of Python's own.
+    """
     if name in known:
         return known[name]
     module_name, _, function_name = name.rpartition(".")
@@ -161,28 +165,28 @@ def _find(name: str, known: Mapping[str, Callable], what: str) -> Any:
         otherwise = f"the built-in ones are {', '.join(known)}"
         several = len(re.split(r"[\s,]+", name)) > 1
         hint = "give each of several by itself" if several else did_you_mean(name, known, otherwise)
-        raise InputError(f"no {what} is named {name!r}; {hint} (one of your own is module.function)")
+        raise InputError(f"no {none or kind} is named {name!r}; {hint} (one of your own is module.function)")
     if os.getcwd() not in sys.path:  # an installed command does not look in the current folder by itself
         sys.path.insert(0, os.getcwd())
     if origin_of(module_name) == PYTHON:
-        raise _is_pythons(name, known)
+        raise _is_pythons(name, known, kind)
     try:
         found = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # of a module of the user's, which may do anything
         root = module_name.partition(".")[0]
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == root
         where = f"; {shown(f'{root}.py')} is looked for in the current folder and on PYTHONPATH" if is_missing else ""
-        raise InputError(f"reward function {shown(name)} cannot be imported: {in_a_line(error)}{where}") from error
+        raise InputError(f"{kind} {shown(name)} cannot be imported: {in_a_line(error)}{where}") from error
     if not callable(found):
-        raise InputError(f"{name} is {shown(found)}, which is no reward function; name a function of {module_name}")
+        raise InputError(f"{name} is {shown(found)}, which is no {kind}; name a function of {module_name}")
     if origin_of_function(found) == PYTHON:
-        raise _is_pythons(name, known)
+        raise _is_pythons(name, known, kind)
     return found
 
 
-def _is_pythons(name: str, known: Mapping[str, Callable]) -> InputError:
+def _is_pythons(name: str, known: Mapping[str, Callable], kind: str) -> InputError:
     return InputError(
-        f"{name} is of Python's own and no reward function; give {', '.join(known)}, or module.function of your own"
+        f"{name} is of Python's own and no {kind}; give {', '.join(known)}, or module.function of your own"
     )
 
 

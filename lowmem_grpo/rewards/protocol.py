@@ -15,7 +15,7 @@ MOST_CHARACTERS = 500  # of an error's text
 # What the trainer measures, acts upon, and tells lines of metrics.jsonl apart by.
 RESERVED_PREFIXES = (
     "eval_", "rewards/", "completions/", "rollout/", "dynamic_sampling/", "replay/", "sampling/", "ratio/",
-    "clip_ratio/", "vespo/", "time/", "memory/", "tokens_per_s/",
+    "clip_ratio/", "vespo/", "time/", "memory/", "tokens_per_s/", "tools/",
 )  # fmt: skip
 RESERVED = {
     "step", "epoch", "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "teacher_kl", "entropy", "beta",

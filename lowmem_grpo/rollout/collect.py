@@ -16,7 +16,7 @@ from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.objective.advantages import Advantages, compare
 from lowmem_grpo.objective.formulas import kl_estimate
 from lowmem_grpo.rewards import RewardRunner
-from lowmem_grpo.rollout.metrics import length_metrics, reward_metrics
+from lowmem_grpo.rollout.metrics import length_metrics, reward_metrics, tool_metrics
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.rollout.scoring import complete_and_score
 from lowmem_grpo.rollout.stream import Stream, prompts_at
@@ -41,7 +41,7 @@ def collect(
     metrics = scored_metrics(scored, compared, rewards.names)
     rollout = as_rollout(scored, compared, metrics, rewards.names, sampler.policy.device, config)
     stream.position = positions.stop
-    return Collected(rollout, sum(rollout.lengths), rollout.num_tokens)
+    return Collected(rollout, sum(rollout.lengths), int(rollout.num_sampled.sum()))
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def scored_metrics(scored: Scored, compared: Advantages, names: list[str]) -> di
     return {
         **scored.metrics,
         **length_metrics(scored.completions),
+        **tool_metrics(scored.completions),
         **reward_metrics(names, scored.rewards, compared),
     }
 
@@ -113,6 +114,7 @@ def as_rollout(
         completion_mask=finished if config.mask_truncated_completions else torch.ones_like(finished),
         metrics=metrics,
         table={**scored.table, **columns, "advantage": compared.advantages.tolist()},
+        sampled=_flat([c.conversation and c.conversation.sampled for c in scored.completions], device),
     )
 
 

@@ -11,8 +11,8 @@ from lowmem_grpo.rollout.rollout import Rollout
 
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
-    """Mean, least and greatest length, of all completions and of those that ended; NaN where none did."""
-    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.float32)
+    """Mean, least and greatest number of sampled tokens, of all completions and of those that ended; or NaN."""
+    lengths = torch.tensor([c.num_sampled for c in completions], dtype=torch.float32)
     ended = torch.tensor([c.finish != "length" for c in completions])
     terminated = lengths[ended] if ended.any() else torch.full((1,), torch.nan)
     return {
@@ -23,6 +23,18 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
         "completions/mean_terminated_length": terminated.mean().item(),
         "completions/min_terminated_length": terminated.min().item(),
         "completions/max_terminated_length": terminated.max().item(),
+    }
+
+
+def tool_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Calls of tools for each completion, and the share of them that failed: 0 without any. Nothing without tools."""
+    talks = [completion.conversation for completion in completions if completion.conversation is not None]
+    if not talks:
+        return {}
+    num_calls = sum(talk.num_calls for talk in talks)
+    return {
+        "tools/call_frequency": num_calls / len(talks),
+        "tools/failure_frequency": sum(talk.num_failures for talk in talks) / max(1, num_calls),
     }
 
 

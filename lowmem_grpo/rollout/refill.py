@@ -63,12 +63,13 @@ def refill(
     learned = _joined([fresh, _replayed(sampler.policy, prompts, replayed, config)])
     compared = compare_rewards(learned.rewards, config)
     rollout = as_rollout(learned, compared, metrics, rewards.names, sampler.policy.device, config)
-    num_new_tokens = sum(len(completion.ids) for completion in every.completions)
-    num_prompt_tokens = config.num_generations * sum(len(prompt.ids) for prompt in every.prompts)
+    num_new_tokens = sum(completion.num_sampled for completion in every.completions)
+    num_tokens = sum(len(completion.ids) for completion in every.completions)
+    num_tokens += config.num_generations * sum(len(prompt.ids) for prompt in every.prompts)
     num_replayed_tokens = sum(len(completion.ids) for group in replayed for completion in group.completions)
     return Collected(
         replace(rollout, num_replayed_tokens=num_replayed_tokens),
-        num_tokens=num_new_tokens + num_prompt_tokens,
+        num_tokens=num_tokens,
         num_new_tokens=num_new_tokens,
     )
 

@@ -61,9 +61,7 @@ class ReplayBuffer:
         lengths, size = tensors["lengths"].tolist(), tensors["rewards"].shape[1]
         pieces = {name: tensors[name].split(lengths) for name in ("ids", *_LOGPROBS)}
         completions = [
-            Completion(
-                ids=pieces["ids"][b].tolist(), finish=FINISHES[finish], **{name: pieces[name][b] for name in _LOGPROBS}
-            )
+            Completion(pieces["ids"][b].tolist(), *(pieces[name][b] for name in _LOGPROBS), finish=FINISHES[finish])
             for b, finish in enumerate(tensors["finishes"].tolist())
         ]
         self.groups = [

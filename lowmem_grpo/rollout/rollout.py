@@ -34,6 +34,7 @@ class Rollout:
     token_advantages: Tensor | None = None  # (M,) fp32, in place of advantages where each token has its own
     values: Tensor | None = None  # (M,) fp32, the critic's before the update, where there is one
     returns: Tensor | None = None  # (M,) fp32, what the critic learns to expect
+    sampled: Tensor | None = None  # (M,) bool, the tokens that the policy drew, without tools' results; None: all
     num_replayed_tokens: int = 0  # the last ones of the whole rollout, which the policy of an earlier step sampled
     first_token_index: int = 0  # where these tokens stand in the rollout that this one is a part of
 
@@ -47,9 +48,20 @@ class Rollout:
         return int(self.offsets[-1])
 
     @property
+    def num_sampled(self) -> Tensor:
+        """(B,) int64 on the CPU: the number of tokens that the policy drew in each completion."""
+        return self.offsets.diff() if self.sampled is None else self.by_completion(self.sampled.long())
+
+    @property
     def num_counted_tokens(self) -> int:
-        """The number of tokens in completions that count."""
-        return int((self.offsets.diff() * self.completion_mask).sum())
+        """The number of sampled tokens in completions that count."""
+        return int((self.num_sampled * self.completion_mask).sum())
+
+    @property
+    def counted(self) -> Tensor:
+        """(M,) bool on the CPU: the sampled tokens of completions that count."""
+        counted = self.by_token(self.completion_mask)
+        return counted if self.sampled is None else counted & self.sampled.cpu()
 
     @property
     def num_learning_tokens(self) -> int:
@@ -125,7 +137,7 @@ class Rollout:
         begin, end = self.offsets[[first, last]].tolist()
         over_tokens = (
             "sampling_logprobs", "proposal_logprobs", "old_logprobs", "ref_logprobs", "learn_mask", "token_advantages",
-            "values", "returns",
+            "values", "returns", "sampled",
         )  # fmt: skip
         known = {name: getattr(self, name) for name in over_tokens}
         return replace(

@@ -52,7 +52,8 @@ def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: Re
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
     columns = {key: [prompt.columns.get(key) for prompt in asked] for key in asked[0].columns}
     ids = [prompt.ids for prompt in asked]
-    scores = rewards([prompt.text for prompt in asked], texts, [c.ids for c in completions], columns, global_step, ids)
+    drawn = [completion.sampled_ids for completion in completions]
+    scores = rewards([prompt.text for prompt in asked], texts, drawn, columns, global_step, ids)
     return Judged(completions, texts, scores, {**metrics, **scores.metrics})
 
 

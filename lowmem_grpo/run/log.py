@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from lowmem_grpo.data.text import as_logged
 from lowmem_grpo.output.folder import BEING_WRITTEN, set_aside
 from lowmem_grpo.output.saved import is_evaluation, read_lines
 from lowmem_grpo.warn import warn
@@ -24,7 +25,8 @@ def write_completions(output_dir: Path, step: int, table: dict[str, list]) -> No
     path = output_dir / "completions" / f"completions_{step:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}{BEING_WRITTEN}")
-    columns = {"step": [step] * len(table["completion"]), **table}
+    chats = {name: [*map(as_logged, values)] for name, values in table.items() if name in ("prompt", "completion")}
+    columns = {"step": [step] * len(table["completion"]), **table, **chats}
     try:
         Dataset.from_dict(columns).to_parquet(temporary)
     except OSError:

@@ -54,7 +54,8 @@ class Progress:
         shown = [
             aim, ("length", "completions/mean_length", in_words, ".1f"), ("accuracy", "accuracy", format, ".3f"),
             ("accuracy", "mean_token_accuracy", format, ".3f"), ("entropy", "entropy", words, ".3f"),
-            ("kl", "kl", words, ".4f"), ("teacher kl", "teacher_kl", in_words, ".4f"),
+            ("calls", "tools/call_frequency", format, ".2f"), ("kl", "kl", words, ".4f"),
+            ("teacher kl", "teacher_kl", in_words, ".4f"),
         ]  # fmt: skip
         parts = [
             f"step {metrics['step']:.0f}/{self.total_steps}",

@@ -93,18 +93,21 @@ def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
     With kl_in_reward each token pays beta times its own KL. A completion without a reward does not count.
     """
     assert rollout.values is not None
-    device, offsets = rollout.values.device, rollout.offsets
+    device, lengths = rollout.values.device, rollout.num_sampled
+    # One sampled token follows another, whatever tools said between them.
+    own = torch.ones(rollout.num_tokens, dtype=torch.bool) if rollout.sampled is None else rollout.sampled.cpu()
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     scores = weighted_rewards(rollout.rewards, config.reward_weights)
     mask = rollout.completion_mask & ~scores.isnan()
-    penalty = token_kl(rollout, config) if config.kl_in_reward else None
+    penalty = token_kl(rollout, config)[own] if config.kl_in_reward else None
     rewards = token_rewards(scores, offsets, None if penalty is None else beta * penalty)
-    values = rollout.values.cpu()
+    values = rollout.values.cpu()[own]
     advantages, returns = gae(rewards, values, offsets, gamma=config.gamma, lam=config.lam)
-    counted = rollout.by_token(mask)
+    counted = mask.repeat_interleave(lengths)
     if config.whiten_advantages:
         advantages = whiten(advantages, counted)
     advantages, returns = torch.where(counted, advantages, 0), torch.where(counted, returns, 0)
-    means = [part.mean().item() for part in advantages.split(offsets.diff().tolist())]
+    means = [part.mean().item() for part in advantages.split(lengths.tolist())]
     metrics = {
         "value/mean": values[counted].mean().item(),
         "returns/mean": returns[counted].mean().item(),
@@ -114,8 +117,8 @@ def with_gae(rollout: Rollout, beta: float, config: GRPOConfig) -> Rollout:
         metrics["kl"] = penalty[counted].mean().item()
     return replace(
         rollout,
-        token_advantages=advantages.to(device),
-        returns=returns.to(device),
+        token_advantages=advantages.new_zeros(len(own)).masked_scatter(own, advantages).to(device),
+        returns=returns.new_zeros(len(own)).masked_scatter(own, returns).to(device),
         completion_mask=mask,
         metrics={**rollout.metrics, **metrics},
         table={**rollout.table, "advantage": means},

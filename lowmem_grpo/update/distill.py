@@ -27,12 +27,12 @@ def with_teacher(teacher: Teacher, rollout: Rollout, config: GRPOConfig, budget:
     with teacher.at_work():
         logprobs = logprobs_of(teacher.policy, as_asked(rollout), config, budget)
     own = rollout.own_logprobs
-    counts = rollout.by_token(rollout.completion_mask).to(own.device)
+    counts = rollout.counted.to(own.device)
     distance = torch.where(counts, own - logprobs, 0.0)
     of_completions = rollout.token_advantages
     if of_completions is None:
         of_completions = rollout.by_token(rollout.advantages).to(own.device)
-    by_completion = rollout.by_completion(distance) / rollout.offsets.diff()
+    by_completion = rollout.by_completion(distance) / rollout.num_sampled
     return replace(
         rollout,
         token_advantages=of_completions - config.teacher_coef * distance,

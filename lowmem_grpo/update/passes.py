@@ -35,9 +35,9 @@ def at_work(batch: MicroBatch) -> Iterator[None]:
 def micro_batches(
     policy: Policy, rollout: Rollout, config: UpdateFields, token_budget: int, chosen: list[bool]
 ) -> Iterator[MicroBatch]:
-    """This rank's share of the rollout's chosen completions, packed under token_budget."""
+    """This rank's share of the rollout's chosen completions, packed under token_budget; sampled tokens alone count."""
     own = share([length if is_chosen else 0 for length, is_chosen in zip(rollout.lengths, chosen, strict=True)])
-    return pack(
+    batches = pack(
         [prompt.ids for prompt in rollout.prompts],
         [completion.ids for completion in rollout.completions],
         token_budget=token_budget,
@@ -47,6 +47,10 @@ def micro_batches(
         num_generations=rollout.num_generations,
         padding_free=config.padding_free and policy.packs,
     )
+    if rollout.sampled is None:
+        return batches
+    sampled = rollout.sampled.to(policy.device)
+    return (batch.only(sampled[batch.token_index]) for batch in batches)
 
 
 def with_reference(policy: Policy, rollout: Rollout, config: GRPOConfig, budget: TokenBudget) -> Rollout:
@@ -109,7 +113,7 @@ def with_old_logprobs(policy: Policy, rollout: Rollout, config: GRPOConfig, budg
 
 def high_entropy(entropies: Tensor, rollout: Rollout, quantile: float) -> Tensor:
     """The share `quantile` of the tokens that count, (M,) bool, where entropy is highest (arXiv:2506.01939)."""
-    counted = rollout.by_token(rollout.completion_mask).to(entropies.device)
+    counted = rollout.counted.to(entropies.device)
     if not counted.any():
         return counted
     return counted & (entropies >= torch.quantile(entropies[counted], 1 - quantile))
@@ -147,7 +151,7 @@ def backward(
     the tokens that have a gradient, 0 elsewhere. With several ranks, loss, log-probabilities and gradient are of this
     rank's share, and the step's are their sums.
     """
-    completion_weights = loss_weights(rollout.offsets.diff(), rollout.completion_mask, config).to(policy.device)
+    completion_weights = loss_weights(rollout.num_sampled, rollout.completion_mask, config).to(policy.device)
     advantages = rollout.advantages.to(policy.device)
     entropy_weight = 1 / max(1, rollout.num_learning_tokens)
     zero_gradients(policy)

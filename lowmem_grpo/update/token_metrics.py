@@ -58,12 +58,13 @@ class TokenMeter:
         return whole
 
     def _metrics(self) -> dict[str, float]:
+        sampled = self.rollout.sampled
         count, zeros = self.seen.sum(), self._zeros()  # a sum of nothing, 0, divided by 0 is NaN
         clipped_low, clipped_high = (self.values.get(name, zeros) for name in ("clipped_low", "clipped_high"))
         low, high = (self._completion_means(x) for x in (clipped_low, clipped_high))
         nothing = zeros.sum() / 0
         values = {
-            "frac_tokens_skipped": 1 - self.seen.float().mean(),
+            "frac_tokens_skipped": 1 - (self.seen if sampled is None else self.seen[sampled]).float().mean(),
             "entropy": self.values.get("entropy", zeros).sum() / count,
             "clip_ratio/low_mean": clipped_low.sum() / count,
             "clip_ratio/low_min": low.min() if len(low) else nothing,

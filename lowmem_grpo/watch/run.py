@@ -1,5 +1,6 @@
 """A run as its folder tells it while it goes on, and a pipeline's phases."""
 
+import contextlib
 import datetime
 import os
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowmem_grpo.data.text import as_read
 from lowmem_grpo.errors import counted
 from lowmem_grpo.output.lock import NAME as LOCK
 from lowmem_grpo.output.lock import is_in_use
@@ -180,6 +182,8 @@ def _first_rows(path: Path) -> list[dict[str, Any]]:
 def as_text(value: Any) -> str:
     """A prompt or a completion to be read: the text, or what is said in the messages of a chat."""
     if isinstance(value, list):
+        with contextlib.suppress(Exception):  # of a damaged file, which may hold anything
+            return as_read(value)
         said = [str(mapping(message).get("content") or "") for message in value]
         return "\n".join(said)
     return "" if value is None else str(value)

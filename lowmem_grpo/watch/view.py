@@ -24,7 +24,7 @@ CHARTS = {
     "grpo": {
         "reward": "reward", "completions/mean_length": "tokens a completion", "kl": "KL to the reference",
         "teacher_kl": "KL to the teacher", "entropy": "entropy", "completions/clipped_ratio": "share cut off",
-        "value_loss": "the critic's loss",
+        "tools/call_frequency": "calls of tools", "value_loss": "the critic's loss",
     },
     "sft": {"loss": "loss", "mean_token_accuracy": "accuracy of tokens", "entropy": "entropy"},
     "reward": {"accuracy": "accuracy", "loss": "loss", "margin": "margin"},

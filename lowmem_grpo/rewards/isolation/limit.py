@@ -256,7 +256,7 @@ def await_within(
     if thread.is_alive():
         _stop(thread, lambda: None)
     elif ended_by:
-        late = RuntimeError(f"an async reward ended the event loop: {type(ended_by[0]).__name__}")
+        late = RuntimeError(f"an async function ended the event loop: {type(ended_by[0]).__name__}")
     unfinished = Outcome(None, late, time.perf_counter() - started)
     return [outcomes.get(index, unfinished) for index in range(len(awaitables))]
 

@@ -1,0 +1,1 @@
+"""Tools that a policy calls while it writes: functions of the user's, or Python in a sandbox."""

@@ -1,0 +1,142 @@
+"""The tools of a run, described to the model and called."""
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from lowmem_grpo.errors import InputError, in_a_line
+from lowmem_grpo.rewards.isolation.kept import process_kept
+from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
+from lowmem_grpo.rewards.isolation.workers import WORKERS
+from lowmem_grpo.tools import program
+from lowmem_grpo.tools.call_forms import Call
+
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class Result(NamedTuple):
+    """The answer of a tool, as the model reads it."""
+
+    content: str
+    failed: bool  # it raised, took too long, or is not there; the content says so
+
+
+class Toolbox:
+    """Tools by name. Calls them as a model asks; one that fails tells the model, and the run goes on.
+
+    Attributes:
+        functions: the tools by name.
+        schemas: what a chat template is given of each, in OpenAI's form.
+    """
+
+    def __init__(self, functions: Sequence[Callable], timeout_s: float | None):
+        """Describe functions, each by its name, type hints and docstring.
+
+        Raises:
+            InputError: one cannot be described, two have one name, or the system cannot isolate programs.
+        """
+        self.functions: dict[str, Callable] = {}
+        self.schemas, self.timeout_s = [], timeout_s
+        for function in functions:
+            schema = _described(function)
+            name = schema["function"]["name"]
+            if name in self.functions:
+                raise InputError(f"two tools are named {name}; rename one")
+            self.functions[name] = function
+            self.schemas.append(schema)
+        reason = program.why_not() if program.python in self.functions.values() else None
+        if reason:
+            raise InputError(f"the tool python cannot isolate programs here: {reason}; use another machine or tool")
+
+    def __call__(self, calls: Sequence[Call]) -> list[Result]:
+        """The results of all calls: programs side by side, other tools one after another, async ones together."""
+        results: dict[int, Any] = {}
+        with process_kept(), ThreadPoolExecutor(WORKERS, thread_name_prefix="tools") as pool:
+            programs = [at for at, call in enumerate(calls) if self.functions.get(call.name) is program.python]
+            started = {at: pool.submit(self._called, calls[at]) for at in programs}
+            results |= {at: self._called(call) for at, call in enumerate(calls) if at not in started}
+            results |= {at: future.result() for at, future in started.items()}
+            waiting = [at for at, result in results.items() if not isinstance(result, Result)]
+            if waiting:
+                awaited = await_within(self.timeout_s, [results[at] for at in waiting])
+                for at, one in zip(waiting, awaited, strict=True):
+                    results[at] = self._result(lambda one=one: Result(_as_text(_value(one)), False))
+        return [results[at] for at in range(len(calls))]
+
+    def _called(self, call: Call) -> Any:
+        """The result of a call, or what is to be awaited for it."""
+        function = self.functions.get(call.name)
+        if function is None:
+            return _failure(f"Tool {call.name} not found.")
+
+        def work() -> Any:
+            given = copy.deepcopy(call.arguments)  # which a tool may change, and rewards are told
+            return call_within(self.timeout_s, partial(function, **given))
+
+        return self._result(work)
+
+    def _result(self, work: Callable[[], Any]) -> Any:
+        try:
+            value = work()
+            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_text(value), False)
+        except OutOfTime:
+            return _failure(f"The tool took longer than {self.timeout_s:g} s.")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of foreign code, which may raise anything, or return what cannot be written
+            return _failure(_in_words(error))
+
+
+def _described(function: Callable) -> dict[str, Any]:
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        unnamed = [one.name for one in inspect.signature(function).parameters.values() if one.kind not in BY_NAME]
+        schema = get_json_schema(function)
+    except Exception as error:
+        raise InputError(
+            f"the tool {name} cannot be described to the model: {in_a_line(error)} (a tool has a docstring, and a type "
+            "hint and a line under `Args:` for each of its parameters)"
+        ) from error
+    if unnamed:
+        raise InputError(f"the tool {name} has {unnamed[0]}, which cannot be given by name; make it a plain parameter")
+    return schema
+
+
+def _value(outcome: Outcome) -> Any:
+    """The value that an awaited call returned. Raise what it raised."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
+def _as_text(value: Any) -> str:
+    """A returned value as a message's content; what UTF-8 lacks is written as a question mark."""
+    text = value
+    if not isinstance(value, str):
+        try:
+            text = json.dumps(value, ensure_ascii=False, default=_as_json)
+        except (TypeError, ValueError, RecursionError):  # of keys that are no texts, say
+            text = str(value)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _as_json(value: Any) -> Any:
+    """The lists and numbers of an array, and of anything else the text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _in_words(error: BaseException) -> str:
+    try:
+        return in_a_line(error)
+    except BaseException:  # of its own __str__
+        return type(error).__name__
+
+
+def _failure(words: str) -> Result:
+    return Result(_as_text({"error": words}), True)
