@@ -44,7 +44,7 @@ def lines(folder):
 def test_every_example_is_tested_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "gsm8k", "countdown", "reasoning_gym_task", "custom_reward", "reward_model", "cold_start",
-        "rejection_sampling", "rlhf", "ppo_vs_grpo", "distill", "sums", "gsm8k_qwen3",
+        "rejection_sampling", "rlhf", "ppo_vs_grpo", "distill", "sums", "gsm8k_qwen3", "calculator",
     }  # fmt: skip
 
 
@@ -133,6 +133,19 @@ def test_sums_share_no_problem_with_those_that_are_held_out(tmp_path, monkeypatc
     shown = capsys.readouterr().out
     assert "step 0: right of 4 held-out sums" in shown and "step 1: right of 4 held-out sums" in shown
     assert "CPU-seconds, peak resident memory" in shown
+
+
+def test_a_calculator(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = example("calculator")
+    drawn = module.pairs(5000)
+    assert len(set(drawn)) == 5000 and all(100 <= a < 1000 and 100 <= b < 1000 for a, b in drawn)
+    talks = [[{"content": ""}, {"content": text}] for text in (" 391\n", "391.", "")]
+    assert module.right_reward(talks, ["391"] * 3) == [1, 0, 0]
+    few = ["--num_examples", "3", "--max_steps", "1", "--held_out", "2", "--max_completion_length", "8"]
+    module.main(["--model", str(DEMO_MODEL), "--output_dir", "out", *few])
+    shown = capsys.readouterr().out
+    assert "step 0: right of 2 held-out products 0.00" in shown and "calls for each 0.00" in shown
 
 
 @pytest.mark.parametrize("family, thinking", [("qwen3", False), ("qwen3_5_text", True)])
