@@ -344,6 +344,17 @@ def test_asserts_are_counted_one_by_one(code, passed):
     assert run_tests(code, TESTS, Limits(2.0)) == passed
 
 
+def test_the_time_of_the_code_begins_as_the_code_does(tmp_path, monkeypatch):
+    """And not as Python does, which takes its time where many processes start."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"import runpy, time\ntime.sleep(1)\nrunpy.run_path({str(sandbox.JAIL)!r}, run_name='__main__')\n")
+    monkeypatch.setattr(sandbox, "JAIL", slow)
+    assert run_tests("", ["pass", "while True: pass"], Limits(0.5)) == [True, False]
+    monkeypatch.setattr(sandbox, "START_LIMIT_S", 0.3)
+    with pytest.raises(sandbox.SandboxError, match="^a process did not come to the code within 0.3 s"):
+        run_tests("", ["pass"], Limits(10.0))
+
+
 def block(code: str) -> str:
     return f"Here it is:\n```python\n{code}\n```\nDone."
 

@@ -17,6 +17,7 @@ from typing import Any
 
 JAIL = Path(__file__).with_name("jail.py")
 LOOK_EVERY_S = 0.02
+START_LIMIT_S = 30.0  # for a process to come to the code
 MOST_BYTES, MOST_FILES, MOST_THREADS = 32 << 20, 256, 64  # in its folder, and at once
 LARGEST_FILE = 8 << 20  # as jail.py has it
 LARGEST_OUTPUT = 1 << 20  # longer output is no answer
@@ -85,7 +86,7 @@ def _run(job: dict[str, Any], given: str, limits: Limits) -> tuple[int | None, s
         try:
             files = (job_file, results, stdin, stdout)
             own = {(status.st_dev, status.st_ino) for status in (os.fstat(file.fileno()) for file in files)}
-            ended = _watch(process.pid, os.path.realpath(folder), own, limits.seconds)
+            ended = _watch(process.pid, os.path.realpath(folder), own, results.fileno(), limits.seconds)
         finally:
             _kill(process)
         results.seek(0)
@@ -93,16 +94,23 @@ def _run(job: dict[str, Any], given: str, limits: Limits) -> tuple[int | None, s
         said = results.read(1 << 20).decode(errors="replace").splitlines()
         lines = [line.removeprefix(nonce + " ") for line in said if line.startswith(nonce + " ")]
         if "ready" not in lines:
-            raise SandboxError(next(iter(lines), "failed to start in time").removeprefix("failed "))
+            reasons = (line.removeprefix("failed ") for line in lines)
+            raise SandboxError(next(reasons, f"a process did not come to the code within {START_LIMIT_S:g} s"))
         output = stdout.read(LARGEST_OUTPUT + 1).decode(errors="replace")
         whole = len(output) <= LARGEST_OUTPUT
         return process.returncode if ended and whole else None, output, lines
 
 
-def _watch(pid: int, folder: str, own: set[tuple[int, int]], limit_s: float) -> bool:
-    """Wait for the process's end without reaping it, so that its id stays its own; False past a limit."""
-    deadline = time.monotonic() + limit_s
+def _watch(pid: int, folder: str, own: set[tuple[int, int]], results: int, limit_s: float) -> bool:
+    """Wait for the process's end without reaping it, so that its id stays its own; False past a limit.
+
+    The time of the code begins as the jail says in the file `results` that it does. Where many processes start, Python
+    alone may take seconds.
+    """
+    deadline, has_begun = time.monotonic() + START_LIMIT_S, False
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if not has_begun and os.fstat(results).st_size:
+            deadline, has_begun = time.monotonic() + limit_s, True
         if time.monotonic() > deadline or _threads(pid) > MOST_THREADS or _is_over_full(folder, pid, own):
             return False
         time.sleep(LOOK_EVERY_S)
