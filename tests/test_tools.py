@@ -928,6 +928,9 @@ def test_the_command_line_names_tools(tmp_path, monkeypatch, capsys):
     ):
         assert cli.main([command, "--model", "model", "--dataset", "rows.jsonl", "--config", "tools.yaml"]) == 2
         assert message in capsys.readouterr().err
+    for command, message in (("sft", "--tools is for `lowmem-grpo train`"), ("pipeline", "--tools is no flag of a")):
+        assert cli.main([command, "--config", "tools.yaml", "--tools", "python"]) == 2
+        assert message in capsys.readouterr().err
     assert cli.main(["eval", *given, "--tools", "pythn"]) == 2
 
 

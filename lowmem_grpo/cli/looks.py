@@ -83,7 +83,8 @@ def run_eval(given: dict[str, Any]) -> int:
     as_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
-    model, dataset, rewards, tools = (inputs.get(name) for name in ("model", "dataset", "reward_funcs", "tools"))
+    model, dataset = inputs["model"], inputs["dataset"]
+    rewards, tools = inputs.get("reward_funcs"), inputs.get("tools")
     from lowmem_grpo.inputs.names import look_up_inputs
 
     named = {"model": model, "eval_dataset": dataset, "reward_funcs": rewards, "tools": tools}
@@ -91,7 +92,7 @@ def run_eval(given: dict[str, Any]) -> int:
     from lowmem_grpo.evaluation.evaluate import evaluate
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
-    found = evaluate(str(model), rewards, dataset, config, tools)
+    found = evaluate(model, rewards, dataset, config, tools)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if as_json:
         with writing_output():

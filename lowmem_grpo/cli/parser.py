@@ -134,12 +134,12 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--{name} is about training, and an evaluation does not read it; leave it out")
         if command == "sample" and name in field_types(GRPOConfig) and name not in field_types(SampleConfig):
             raise InputError(f"--{name} is about training, and sampling into a file does not read it; leave it out")
-        if name == "tools":
-            raise InputError("--tools is for `lowmem-grpo train`, `eval` and `data`; leave it out")
         if name == "eval_dataset" and command in ONLY_DATASET:
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
         if command in ("pipeline", "r1"):
             raise InputError(f"--{name} is no flag of a pipeline; write the settings of its phases into its file")
+        if name == "tools":
+            raise InputError("--tools is for `lowmem-grpo train`, `eval` and `data`; leave it out")
     if "--help_all" in known:  # else it has no configuration
         refuse_unknown_fields(unknown, config)
 

@@ -165,6 +165,11 @@ class Sampler:
             state_tokens=self._state_tokens,
         )  # fmt: skip
 
+    def token_budget(self, at_most: int | None = None) -> int:
+        """The most tokens whose keys and values are in memory at once: as configured, asked for, and known to fit."""
+        limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
+        return min(limit for limit in limits if limit is not None)
+
     @property
     def _state_tokens(self) -> int:
         token = token_bytes(self.policy.layer_shapes, self.kv_dtype)
@@ -190,8 +195,7 @@ class Sampler:
         if not share:
             return Sampled([], {})
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        budgets = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
-        num_tokens = min(budget for budget in budgets if budget is not None)
+        num_tokens = self.token_budget(at_most)
         by = self._by_generate if self.engine_refusal else self._by_engine
         return by(prompts, num_generations, params, draws, share, num_tokens, limits)
 

@@ -112,8 +112,7 @@ class ToolSampler(Sampler):
 
         Else such of like lengths, since the longest has the least to come.
         """
-        budgets = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
-        budget = min(one for one in budgets if one is not None)
+        budget = self.token_budget(at_most)
         waves: list[list[int]] = []
         for at in sorted(going_on, key=lambda at: len(talks[at].all_ids), reverse=True):
             longest = len(talks[waves[-1][0]].all_ids) if waves else 0

@@ -40,14 +40,15 @@ ASK = {"role": "user", "content": "a made-up question"}
 NAME, OTHER = "made_up_tool_1", "made_up_tool_2"
 TYPES = {name: {FIRST: {"type": "string"}, SECOND: {"type": "object"}} for name in (NAME, OTHER)}
 # Of thoughts, Gemma 4's too.
-OPENS = re.compile(rf"\s*(?:{OPENS_THOUGHTS.pattern}|<\|channel>thought)", re.IGNORECASE)
+OPENS = re.compile(rf"{OPENS_THOUGHTS.pattern}|<\|channel>thought", re.IGNORECASE)
 CLOSES = re.compile(rf"{CLOSES_THOUGHTS.pattern}|<channel\|>", re.IGNORECASE)
 TRIED = (
     Call(NAME, {FIRST: 'a "b" {c}\n  d', SECOND: {"x": [1, "y"], "z": True}}),
     Call(OTHER, {FIRST: WORDS}),
     Call(NAME, {}),
 )
-DEEPEST, PATIENCE = 32, 100
+DEEPEST = 32  # values within one another in an argument
+PATIENCE = 100  # marks of a text that open no call, after which no more are looked at
 REMEDY = "give a tokenizer whose template does, or leave tools out"
 
 
@@ -144,7 +145,7 @@ class ToolForm:
 
     def _end_of_thoughts(self, text: str) -> int:
         """The place where what a model thought ends, which a prompt may have begun: 0 where it did not think."""
-        opened, closed = OPENS.match(text), CLOSES.search(text)
+        opened, closed = OPENS.match(text, len(text) - len(text.lstrip())), CLOSES.search(text)
         if opened is not None:
             return closed.end() if closed else len(text)
         call = self.opening.search(text) if self.is_marked else None
