@@ -15,12 +15,14 @@ m stays, since nobody knows the largest score before the last tile. bf16 and fp3
 exceeds exp(60), as of a label that a model gives less than 1e-26, is computed anew by a program that follows the
 largest score (_rescue_kernel). No token that was sampled is such a row.
 
-A tensor core cuts off what fp32 would round, and m is exact: log-probabilities come out about 1e-5 too large at D 1536
-and 2.4e-5 at 3584, in proportion to scores, here of a deviation of 2.5 (simulated; the largest errors of a prototype on
-an H200 were 1.8e-5 and 4.3e-5).
+A tensor core cuts off what fp32 would round, 16 products at a time: scores fall short, nearly in proportion to
+themselves, while m is exact. Uncorrected, log-probabilities came out too large on an H200, in a prototype by at most
+1.8e-5 at D 1536 and 4.3e-5 at 3584. So a trial of a few tiles measures the share that is lost, about 2e-6, and scores
+are scaled up by it, at no cost. With a tensor core made up in Triton's interpreter that leaves less than a quarter of
+the error (tests/test_linear_logprobs.py); not run on a GPU yet.
 
-For Hopper, whose tensor cores read tiles that TMA brings, after a trial of a few tiles. Other cards compute as
-linear_logprobs.py says.
+For Hopper, whose tensor cores read tiles that TMA brings, after that trial. Other cards compute as linear_logprobs.py
+says.
 """
 
 import functools
@@ -241,7 +243,8 @@ if triton is not None:
                         tl.store(pull_ptr + row * pull_stride + at, pull, mask=at < D)
 
 
-_works: dict[tuple[torch.device, int], bool] = {}  # by device and D, as far as tried
+# By device and D, as far as tried: the share that scores are short of, or None where the kernels are not to be used.
+_lost: dict[tuple[torch.device, int], float | None] = {}
 
 
 def serves(hidden: Tensor, weight: Tensor) -> bool:
@@ -251,18 +254,18 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
     if torch.cuda.get_device_capability(hidden.device) != (9, 0) or not all(map(can_be_described, (hidden, weight))):
         return False
     key = hidden.device, hidden.shape[1]
-    if key not in _works:
+    if key not in _lost:
         with torch.cuda.device_of(hidden):  # on which a kernel is launched; it may not be the current one
-            reason = trial(hidden.device, hidden.shape[1], hidden.dtype)
-        _works[key] = reason is None
-        if reason is not None:
-            warnings.warn(f"the head is multiplied by a library, which is slower: {reason}", stacklevel=2)
-    return _works[key]
+            found = trial(hidden.device, hidden.shape[1], hidden.dtype)
+        _lost[key] = None if isinstance(found, str) else found
+        if isinstance(found, str):
+            warnings.warn(f"the head is multiplied by a library, which is slower: {found}", stacklevel=2)
+    return _lost[key] is not None
 
 
-def trial(device: torch.device, d: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not to be used, or None: a few tiles, compared with the same in fp64."""
-    rows = BLOCK_M + 8
+def trial(device: torch.device, d: int, dtype: torch.dtype) -> str | float:
+    """The share that scores fall short by, or why not to use the kernels: a few tiles, compared with fp64."""
+    rows, lost = BLOCK_M + 8, 0.0
     draw = torch.Generator(device).manual_seed(0)
     try:
         # With all that a pass with a gradient asks for and with nothing; all tiles by one program.
@@ -286,12 +289,13 @@ def trial(device: torch.device, d: int, dtype: torch.dtype) -> str | None:
                 moment = (expected * scores.clamp(min=-1e3)).sum(1)
                 compared += [(state[MOMENT], moment, 1e-3), (state[BEST], scores.amax(1), 1e-3)]
                 compared += [(shares, expected, 1e-2)]  # rounded to 8 bits
+                lost = 1 - (state[BEST] / scores.amax(1)).mean().item()
             for found, truth, bound in compared:
                 if not (found - truth).norm() <= bound * truth.norm():  # nor where it is NaN
                     return "a trial of its kernel gave something else"
     except Exception as error:  # whatever a compiler or a driver has against it
         return f"a trial of its kernel failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    return None
+    return lost
 
 
 def can_be_described(rows: Tensor) -> bool:
@@ -336,6 +340,7 @@ def fold(
 ) -> None:
     """Add a slice's sums to the state, and write its shares."""
     rows, width = len(hidden), len(weight)
+    inner *= 1 + (_lost.get((hidden.device, hidden.shape[1])) or 0.0)
     described = (
         TensorDescriptor.from_tensor(hidden, [BLOCK_M, BLOCK_K]),
         TensorDescriptor.from_tensor(weight, [BLOCK_N, BLOCK_K]),
