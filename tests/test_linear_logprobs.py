@@ -878,8 +878,9 @@ class TestOnAGpu:
         truth = exact(hidden, weight, labels)
         for entropy in (True, False):
             found = run(hidden, weight, labels, entropy=entropy, chunks=chunks)
-            # A tensor core cuts its sum off 96 times at D 1536, 224 at 3584: by 3.5e-5 and 8.5e-5 here, if simulated.
-            torch.testing.assert_close(found[0].double(), truth[0], atol=5e-5 + 3e-8 * d, rtol=2e-6)
+            # A tensor core cuts its sum off 96 times at D 1536, 224 at 3584: by 4.3e-5 and 9.0e-5 here, and 0.9e-5 and
+            # 2.8e-5 with what the trial measures made up for (simulated).
+            torch.testing.assert_close(found[0].double(), truth[0], atol=2e-5 + 1e-8 * d, rtol=3e-7)
             assert row_error(found[2], truth[2]) < GPU_BOUND[torch.bfloat16]
             if entropy:
                 torch.testing.assert_close(found[1].double(), truth[1], atol=5e-5 + 3e-8 * d, rtol=0)
