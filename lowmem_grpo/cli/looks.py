@@ -5,12 +5,13 @@ import sys
 from functools import partial
 from typing import Any
 
-from lowmem_grpo.cli.output import finite, writing_output
+from lowmem_grpo.cli.output import writing_output
 from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_inputs
 from lowmem_grpo.cli.settings import INPUTS, OF_EVALUATION, PLANNED, count_of, read_settings
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.output.saved import as_json
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.terminal import columns_of, show
 
@@ -80,7 +81,7 @@ def add(commands: Commands) -> None:
 
 
 def run_eval(given: dict[str, Any]) -> int:
-    as_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
+    in_json, num_shown = given.pop("json", False), count_of(given, "show", "completions", 0)
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
     model, dataset = inputs["model"], inputs["dataset"]
@@ -94,9 +95,9 @@ def run_eval(given: dict[str, Any]) -> int:
 
     found = evaluate(model, rewards, dataset, config, tools)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
-    if as_json:
+    if in_json:
         with writing_output():
-            print(json.dumps(finite({**metrics, "shown": chosen} if chosen else metrics), indent=1, default=str))
+            print(json.dumps(as_json({**metrics, "shown": chosen} if chosen else metrics), indent=1))
     else:
         width = columns_of(sys.stdout)
         with writing_output():
@@ -132,7 +133,7 @@ def run_data(given: dict[str, Any]) -> int:
 
 def run_plan(planned: type, given: dict[str, Any]) -> int:
     """Print the plan of a training, by the type of its configuration; exit status 0 where everything fits, else 1."""
-    as_json, training, ranks = given.pop("json", False), given.pop("training"), count_of(given, "ranks", "processes", 1)
+    in_json, training, ranks = given.pop("json", False), given.pop("training"), count_of(given, "ranks", "processes", 1)
     if PLANNED[training] is not planned:
         raise InputError(f"what is planned comes first; write `lowmem-grpo plan {training}` and then the settings")
     inputs, fields = read_settings(given, ("model",), "plan", planned)  # of a file for training, too
@@ -167,7 +168,7 @@ def run_plan(planned: type, given: dict[str, Any]) -> int:
         rewards = [one.config for one in worn]
         found = planner.plan(base, config, adapter_config(model, config), rewards=rewards, teacher=teacher, ranks=ranks)
     with writing_output():
-        if as_json:
+        if in_json:
             print(json.dumps(planner.as_dict(found), indent=1))
         else:
             show(planner.as_text(found))

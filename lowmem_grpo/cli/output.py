@@ -78,12 +78,3 @@ def as_sentence(others: Callable[..., str], message: Warning | str, category: An
 
 def _for_stderr(text: str) -> str:
     return fitted(printable_text(text), columns_of(sys.stderr))
-
-
-def finite(value: Any) -> Any:
-    """The value with null, which JSON has, in place of each NaN, however deep."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and value != value else value

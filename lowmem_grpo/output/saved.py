@@ -1,12 +1,24 @@
-"""JSON that a run has saved, tested as it is read. A file may be damaged, or written by hand."""
+"""JSON that a run saves, and tests as it reads it again. A file may be damaged, or written by hand."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 COUNTS = ("step", "skipped_steps")  # of a line, which are read again
 LAST_STEP = 10**9  # that a file may name
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON holds it: a date as a text, and None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(name): as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def whole(value: Any, name: str) -> int:

@@ -16,7 +16,8 @@ from lowmem_grpo.inputs.prompts import Inputs, read_endpoint_inputs, read_sampli
 from lowmem_grpo.inputs.training import refuse_other_config
 from lowmem_grpo.objective.advantages import weighted_rewards
 from lowmem_grpo.output.lock import releasing_locks
-from lowmem_grpo.pipeline.sampled import Row, SampledFile, as_json, read_sampled
+from lowmem_grpo.output.saved import as_json
+from lowmem_grpo.pipeline.sampled import Row, SampledFile, read_sampled
 from lowmem_grpo.pipeline.sources import Batch, FromEndpoint, FromModel, endpoint_of, num_steps
 from lowmem_grpo.planner.plan import as_text as as_text_of_plan
 from lowmem_grpo.planner.plan import limit_memory

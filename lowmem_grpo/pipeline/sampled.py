@@ -17,7 +17,6 @@ NAME.run, beside NAME, has the settings and the identity of the model, the data 
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,17 +143,6 @@ class SampledFile:
 def settings_path(path: Path) -> Path:
     """The file beside a sampled one that says what its lines were sampled by."""
     return path.with_name(f"{path.name}.run")
-
-
-def as_json(value: Any) -> Any:
-    """A value as JSON holds it: a date as a text, and None for a number that is not finite."""
-    if isinstance(value, dict):
-        return {str(name): as_json(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(one) for one in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def read_row(line: bytes, where: str) -> Row:

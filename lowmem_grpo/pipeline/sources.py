@@ -24,7 +24,8 @@ from lowmem_grpo.inputs.identity import adapter_weights_of, weights_of
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.pipeline.sampled import SampledFile, as_json
+from lowmem_grpo.output.saved import as_json
+from lowmem_grpo.pipeline.sampled import SampledFile
 from lowmem_grpo.rewards.endpoint import Endpoint, EndpointError, Reply
 
 LARGEST_SEED = 2**53  # which every reader of JSON keeps

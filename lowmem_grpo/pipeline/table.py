@@ -17,10 +17,10 @@ from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.evaluation.statistics import differences
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
+from lowmem_grpo.output.saved import as_json
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
-from lowmem_grpo.pipeline.sampled import as_json
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.terminal import fitted, table
 from lowmem_grpo.tools.conversation import sampler_of

@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from datasets import Dataset
 
 from lowmem_grpo.data.text import as_logged
 from lowmem_grpo.output.folder import BEING_WRITTEN, set_aside
-from lowmem_grpo.output.saved import is_evaluation, read_lines
+from lowmem_grpo.output.saved import as_json, is_evaluation, read_lines
 from lowmem_grpo.warn import warn
 
 
@@ -91,7 +90,7 @@ class MetricsLog:
         Raises:
             OSError: the disk refused. The line waits for the next one, and nothing of it is in the file.
         """
-        self.waiting.append(_in_json(line))
+        self.waiting.append(as_json(line))
         text = "".join(json.dumps(one) + "\n" for one in self.waiting).encode()
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -116,9 +115,4 @@ class HeardLog(MetricsLog):
 
     def write(self, line: Mapping[str, float | str]) -> None:
         """Remember one line; what is not finite becomes None, as it does in the file."""
-        self.heard.append(_in_json(line))
-
-
-def _in_json(line: Mapping[str, float | str]) -> dict[str, Any]:
-    """A line with None, JSON's null, in place of what is not finite."""
-    return {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in line.items()}
+        self.heard.append(as_json(line))

@@ -1,13 +1,12 @@
 """samples.jsonl: completions of a few held-out prompts, at the first evaluation of a run and at its last."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lowmem_grpo.output.folder import write_file
-from lowmem_grpo.output.saved import read_lines
+from lowmem_grpo.output.saved import as_json, read_lines
 
 NAME = "samples.jsonl"
 
@@ -23,12 +22,5 @@ def write_samples(folder: Path, step: int, samples: Sequence[dict[str, Any]]) ->
     earlier = [line for line in read_lines(folder / NAME)[0] if line["step"] < step]
     first = min((line["step"] for line in earlier), default=step)
     lines = [line for line in earlier if line["step"] == first]
-    lines += [{"step": step, **_finite(sample)} for sample in samples]
-    write_file(folder / NAME, "".join(json.dumps(line, default=str) + "\n" for line in lines))
-
-
-def _finite(value: Any) -> Any:
-    """The value with null, which JSON has, in place of what is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    lines += [{"step": step, **as_json(sample)} for sample in samples]
+    write_file(folder / NAME, "".join(json.dumps(line) + "\n" for line in lines))
