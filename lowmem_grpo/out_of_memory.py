@@ -41,9 +41,14 @@ def tried_again(work: Callable[[], T], failed: Callable[[torch.OutOfMemoryError]
                 return work()
         except torch.OutOfMemoryError as error:
             failed(error)
-        gc.collect()  # only here is the error gone, and with it the frames that held what did not fit
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        let_go()  # only here is the error gone, and with it the frames that held what did not fit
+
+
+def let_go() -> None:
+    """Give back the memory of what nobody uses any more, and of tensors that were in reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class TokenBudget:

@@ -1,7 +1,6 @@
 """export(): a trained adapter as a model that others load: merged, checked, in GGUF, on the hub."""
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import OTHER_FILES, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer, run_device
 from lowmem_grpo.model.quantizer import BITSANDBYTES, quantized_by
+from lowmem_grpo.out_of_memory import let_go
 from lowmem_grpo.output.folder import write_file, write_folder
 from lowmem_grpo.output.hub import upload
 from lowmem_grpo.output.lock import lock_file, releasing_locks
@@ -303,9 +303,7 @@ def _by_policy(
     texts = texts_of(policy, _run_of(model), config, num_texts)
     found = texts, by_policy(policy, texts), by_policy(policy, texts, as_base=True)
     del policy
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
     return found
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from lowmem_grpo.distributed import refuse_several
 from lowmem_grpo.errors import InputError, in_a_line, printable_text
 from lowmem_grpo.evaluation.show import as_line
+from lowmem_grpo.out_of_memory import let_go
 from lowmem_grpo.output.folder import checkpoints, set_aside, writable_folder
 from lowmem_grpo.output.lock import lock_folder, releasing_locks
 from lowmem_grpo.pipeline.check import check, check_evaluation, with_datasets
@@ -28,10 +29,11 @@ from lowmem_grpo.pipeline.record import (
     write_phases,
     write_record,
 )  # fmt: skip
-from lowmem_grpo.pipeline.table import ACCURACY, REWARD, Row, as_table, evaluated, known, let_go, row_of, write_table
 from lowmem_grpo.pipeline.table import NAME as EVALUATION
+from lowmem_grpo.pipeline.table import Row, as_table, evaluated, known, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
+from lowmem_grpo.report.pipeline import ACCURACY, REWARD
 from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
 from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.card import write_card

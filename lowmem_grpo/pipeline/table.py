@@ -1,7 +1,6 @@
 """The evaluations of a pipeline: before the first phase and after each that trains the policy, in one table."""
 
 import dataclasses
-import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,25 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowmem_grpo.errors import printable
 from lowmem_grpo.evaluation.evaluate import measure
 from lowmem_grpo.evaluation.show import with_interval
 from lowmem_grpo.evaluation.statistics import differences
 from lowmem_grpo.inputs.prompts import read_evaluation_inputs
 from lowmem_grpo.model.find import adapter_config, read_config
+from lowmem_grpo.output import markdown
 from lowmem_grpo.output.saved import as_json
 from lowmem_grpo.pipeline.kinds import entries
 from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
+from lowmem_grpo.report.pipeline import LENGTH, foremost_of
 from lowmem_grpo.terminal import fitted, table
 from lowmem_grpo.tools.conversation import sampler_of
 
 NAME = "evaluation.json"  # in a phase's folder
-ACCURACY, REWARD = "eval_pass@1", "eval_reward"
-LENGTH = "eval_completions/mean_length"
 
 
 @dataclass(frozen=True)
@@ -85,13 +82,6 @@ def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
     return as_json({"metrics": measured.metrics, "values": measured.values})
 
 
-def let_go() -> None:
-    """Give back the memory of models that nobody uses any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def with_changes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The table's rows as JSON: their metrics, and the differences from the row that each phase went on from."""
     by_name = {row.phase: row for row in rows}
@@ -110,9 +100,8 @@ def _with_nan(values: Mapping[str, Sequence[float | None]]) -> dict[str, list[fl
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The cells of the table, by heading: accuracy is foremost, or the reward where none is 1, as of a judge."""
-    is_graded = any(row.get(REWARD) for row in rows) and not any(row.get(ACCURACY) for row in rows)
-    title, foremost = ("reward", REWARD) if is_graded else ("accuracy", ACCURACY)
+    """The cells of the table, by heading."""
+    title, foremost = foremost_of(rows)
     rewards = [name for name in rows[0] if name.startswith("eval_rewards/") and name.count("/") == 2]
     shown = {title: (foremost, ".3f"), "change": (f"{foremost}/difference", "+.3f")}
     shown |= {name.split("/")[1]: (name, ".3f") for name in rewards if name.endswith("/mean")}
@@ -136,9 +125,8 @@ def as_table(rows: Sequence[Mapping[str, Any]], width: int | None) -> str:
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown."""
     columns = _columns(rows)
-    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
-    escaped = [[printable(cell).replace("|", r"\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    lines = [[*map(printable, line)] for line in (columns, *zip(*columns.values(), strict=True))]
+    return f"{markdown.table(lines[0], lines[1:])}\n"
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -20,8 +20,7 @@ ACCURACY, REWARD, LENGTH = "eval_pass@1", "eval_reward", "eval_completions/mean_
 def pipeline_page_of(folder: Path, phases: Sequence[Path]) -> dict[str, Any]:
     """All that the template pipeline.html shows of a pipeline, by the names that it has there."""
     table = _table(folder)
-    is_graded = any(number(row.get(REWARD)) for row in table) and not any(number(row.get(ACCURACY)) for row in table)
-    foremost = REWARD if is_graded else ACCURACY
+    measure, foremost = foremost_of(table)
     planned = phases_to_come(folder)
     rows = [_row(path, table, foremost, planned.get(path, {})) for path in phases]
     rows = [row for row in rows if row["kind"] or row["after"]]
@@ -31,13 +30,19 @@ def pipeline_page_of(folder: Path, phases: Sequence[Path]) -> dict[str, Any]:
     base = next((row for row in rows if row["number"] == 0 and row["value"] is not None), None)
     measured = [row for row in rows if row["value"] is not None]
     return {
-        "name": folder.resolve().name, "rows": rows, "measure": "reward" if is_graded else "accuracy",
+        "name": folder.resolve().name, "rows": rows, "measure": measure,
         "headline": [row["after"].partition(" ") for row in (base, measured[-1])] if base and len(measured) > 1 else [],
         "last": measured[-1]["name"] if measured else "",
         "has_evaluations": bool(measured), "num_phases": sum(row["number"] > 0 for row in rows),
         "are_all_known": bool(planned),
         "num_done": sum(row["state"] == "finished" for row in rows if row["number"] > 0),
     }  # fmt: skip
+
+
+def foremost_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The foremost metric, its word and its name: accuracy, or the reward where none is 1, as of a judge."""
+    is_graded = any(number(row.get(REWARD)) for row in rows) and not any(number(row.get(ACCURACY)) for row in rows)
+    return ("reward", REWARD) if is_graded else ("accuracy", ACCURACY)
 
 
 def _table(folder: Path) -> list[dict[str, Any]]:
