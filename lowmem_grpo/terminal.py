@@ -54,6 +54,11 @@ def _fitted(line: str, width: int) -> Iterator[str]:
     yield from flowed(WORD.findall(line), width, indent if len(indent) < width // 2 else "")
 
 
+def indented(text: str) -> list[str]:
+    """The lines of a text that stands below its heading, in which nothing foreign moves a terminal's cursor."""
+    return [f"    {line}" for line in printable_text(text).split("\n")]
+
+
 def flowed(parts: Sequence[str], width: int | None, indent: str = "") -> Iterator[str]:
     """Lines of whole parts one after another, of which all but the first begin with an indent."""
     line = ""

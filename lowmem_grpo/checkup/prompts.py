@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_grpo.checkup.training import OF_ANY, having_looked, learnt_by_heart, mostly_dropped, seen
 from lowmem_grpo.data.gold import COLUMNS
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.data.questions import CHOICES
 from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.prompts import Inputs
@@ -167,7 +168,7 @@ def gold_is_an_index(look: Look) -> str | None:
 
 def _is_a_place(prompt: Prompt, gold: str) -> bool:
     """True where a gold answer counts a row's choices from 0, none is that number, and no prompt numbers them so."""
-    choices = next((prompt.columns[name] for name in ("choices", "options") if prompt.columns.get(name)), None)
+    choices = next((prompt.columns[name] for name in CHOICES if prompt.columns.get(name)), None)
     if not isinstance(choices, list) or not gold.isdecimal() or int(gold) >= len(choices):
         return False
     return gold not in map(str, choices) and not re.search(r"\b0[.):]", str(prompt.text))

@@ -9,7 +9,7 @@ from lowmem_grpo.data.text import as_read
 from lowmem_grpo.errors import InputError, printable
 from lowmem_grpo.evaluation.evaluate import Evaluation
 from lowmem_grpo.rollout.metrics import in_words
-from lowmem_grpo.terminal import table
+from lowmem_grpo.terminal import indented, table
 
 
 def as_table(found: dict[str, dict[str, float]], width: int | None) -> str:
@@ -78,17 +78,13 @@ def examples_as_text(shown: list[dict[str, Any]]) -> str:
     for number, example in enumerate(shown, 1):
         prompt = example["prompt"]
         chat = [f"{m['role']}: {m.get('content', '')}" for m in prompt] if isinstance(prompt, list) else [prompt]
-        lines += [f"{number} of {len(shown)}", "  prompt", *_indented("\n".join(chat))]
+        lines += [f"{number} of {len(shown)}", "  prompt", *indented("\n".join(chat))]
         if example["gold"] is not None:
-            lines += ["  gold answer", *_indented(str(example["gold"]))]
+            lines += ["  gold answer", *indented(str(example["gold"]))]
         for who in [key for key in example if key not in ("prompt", "gold")]:
             of = example[who]
             facts = [f"{printable(name)} {in_words(value, '.3f')}" for name, value in of["rewards"].items()]
             facts += ["cut off"] if of["cut_off"] else []
-            lines += [f"  {who}: {', '.join(facts)}", *_indented(of["completion"])]
+            lines += [f"  {who}: {', '.join(facts)}", *indented(of["completion"])]
         lines.append("")
     return "\n".join(lines)
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {printable(line)}" for line in text.split("\n")]

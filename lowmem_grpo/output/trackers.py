@@ -58,7 +58,6 @@ class Kind:
     module: str  # to import
     arguments: Callable[[Place], dict[str, Any]]  # of accelerate's class; `run_name` is what it calls the project
     id_of: Callable[[Any], str] = lambda tracker: "-"  # of a started one, which a resumed run goes on with
-    package: str | None = None  # to install, where its name is another
     reads_text: bool = False
     plain_names: bool = False  # of metrics: letters, digits, spaces and _-./
     purges: bool = False  # what it holds of steps that a resumed run takes again
@@ -150,8 +149,8 @@ def tracker_names(names: Sequence[str]) -> list[str]:
         kind = KINDS.get(name)
         if kind is not None and find_spec(kind.module) is None:
             raise InputError(
-                f"report_to={name!r} needs {kind.module}, which is not installed; `pip install "
-                f"{kind.package or kind.module}`, or leave it out"
+                f"report_to={name!r} needs {kind.module}, which is not installed; `pip install {kind.module}`, or "
+                "leave it out"
             )
     return [*names]
 

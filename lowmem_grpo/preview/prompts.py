@@ -28,6 +28,7 @@ from lowmem_grpo.rewards.accuracy import gold_answer
 from lowmem_grpo.rewards.route import inner_of
 from lowmem_grpo.rollout.metrics import in_words
 from lowmem_grpo.run.randomness import same_randomness
+from lowmem_grpo.terminal import indented
 
 NUM_ROWS = 4  # that are looked at; a run shows the first
 SLOW_S = 0.1  # for two completions, of a function of the user's
@@ -222,19 +223,19 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
             f"data preview: prompt {number} of {len(inputs.prompts)} as the model gets it, "
             f"{counted(one.num_tokens, 'token')}"
         )
-        lines += _indented(cut(one.prompt, most_characters))
+        lines += indented(cut(one.prompt, most_characters))
         if one.of_teacher is not None:
-            lines += ["  as the teacher reads it", *_indented(cut(one.of_teacher, most_characters))]
+            lines += ["  as the teacher reads it", *indented(cut(one.of_teacher, most_characters))]
         lines += (
             ["  gold answer: none that the built-in rewards read"]
             if one.gold is None
-            else ["  gold answer, as it is read", *_indented(cut(one.gold, most_characters))]
+            else ["  gold answer, as it is read", *indented(cut(one.gold, most_characters))]
         )
         if one.answer is not None:
             form = "that the prompt asks for" if one.is_asked_for else "that earns most, since the prompt asks for none"
             lines += [
                 f"  a completion that is the gold answer, in the form {form}",
-                *_indented(cut(one.answer, most_characters)),
+                *indented(cut(one.answer, most_characters)),
             ]
         for function, name in zip(inputs.rewards.functions, inputs.rewards.names, strict=True):
             reason = why_not_tried(function, inputs.rewards)
@@ -245,7 +246,3 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
             gold = "" if one.answer is None else f"{of_gold} for the gold answer, "
             lines.append(f"  {printable(name)}: {gold}{of_nothing} for an empty completion")
     return "\n".join(lines)
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {printable(line)}" for line in text.split("\n")]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem_grpo.config.select import FINISHES
 from lowmem_grpo.generate.completion import Completion
 
-FINISHES = ("eos", "stop", "length")
 _LOGPROBS = ("logprobs", "proposal_logprobs")  # of a Completion
 
 

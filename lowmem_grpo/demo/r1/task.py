@@ -123,7 +123,7 @@ def kind_reward(completions: list, **kwargs) -> list[float]:
     return [float(answer.startswith("hello")) for answer in answers]
 
 
-def write_data(folder: Path, seed: int = 0) -> None:
+def write_data(folder: Path) -> None:
     """Write the files that the phases read, as JSONL.
 
     cold.jsonl      NUM_COLD sums with completions in tags, and otherwise as the base makes them
@@ -134,7 +134,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
     held-out.jsonl  NUM_EVAL sums and a greeting of each held-out name
     """
     train, held_out, cold = splits()
-    draw = random.Random(seed)
+    draw = random.Random(0)
     greetings = greeting_rows(TRAIN_NAMES)
     rows = {
         "cold": [
