@@ -61,6 +61,21 @@ def test_a_step_is_refilled_where_a_setting_asks_for_it_and_nowhere_else():
     assert needs_refill(GRPOConfig(curriculum_skip=0.5))
 
 
+def test_a_metric_of_rounds_is_the_mean_over_all_their_completions():
+    def all_but_prompt_2(prompts, completion_ids, log_metric, **_):
+        log_metric("asked", sum(map(int, prompts)) / len(prompts))
+        even = number_of_even_ids(completion_ids)
+        return [1.0 if prompt == "2" else value for prompt, value in zip(prompts, even, strict=True)]
+
+    settings = {**SETTINGS, "prompts_per_step": 3, "dynamic_sampling_rounds": 1, "shuffle_dataset": False}
+    config = GRPOConfig(**settings)
+    torch.manual_seed(3)
+    sampler, rewards = Sampler(make_policy("qwen3"), config), RewardRunner([all_but_prompt_2], None)
+    metrics = refill(sampler, PROMPTS, Stream(ReplayBuffer(0)), rewards, config, 1).rollout.metrics
+    assert metrics["dynamic_sampling/rounds"] == 1 and metrics["dynamic_sampling/dropped_groups"] == 1
+    assert metrics["asked"] == (0 + 1 + 2 + 3) / 4, "three prompts, and then one"
+
+
 def test_what_differs_is_kept_for_replay_and_what_is_dull_is_remembered():
     def only_prompt_0(prompts, completion_ids, **_):
         even = number_of_even_ids(completion_ids)

@@ -22,6 +22,7 @@ from lowmem_grpo.rollout.collect import (
     scored_metrics,
 )
 from lowmem_grpo.rollout.replay import Group
+from lowmem_grpo.rollout.scoring import joined_metrics
 from lowmem_grpo.rollout.stream import Stream, index_at, next_positions, prompts_at
 
 
@@ -51,9 +52,8 @@ def refill(
     last.chosen = sorted(last.chosen + others[: missing - len(replayed)])
     fresh = _joined([_chosen(each.scored, each.chosen, config) for each in rounds])
     stream.replay.add(_to_replay(fresh, config))
-    every = replace(
-        _joined([each.scored for each in rounds]), metrics=_joined_metrics([each.scored.metrics for each in rounds])
-    )
+    parts = [(each.scored.metrics, len(each.scored.completions)) for each in rounds]
+    every = replace(_joined([each.scored for each in rounds]), metrics=joined_metrics(parts, time_of=sum))
     metrics = scored_metrics(every, compare_rewards(every.rewards, config), rewards.names)
     if config.dynamic_sampling_rounds:
         metrics["dynamic_sampling/rounds"] = len(rounds) - 1
@@ -177,17 +177,3 @@ def _joined(parts: list[Scored]) -> Scored:
         metrics={},
         table={name: [value for part in parts for value in part.table[name]] for name in names},
     )
-
-
-def _joined_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of several rounds as one."""
-    values: dict[str, list[float]] = {}
-    for each in metrics:
-        for name, value in each.items():
-            values.setdefault(name, []).append(value)
-    return {name: _of_rounds(name, each) for name, each in values.items()}
-
-
-def _of_rounds(name: str, values: list[float]) -> float:
-    """A metric of several rounds: times and failures add up, everything else is a mean."""
-    return sum(values) if name.startswith("time/") or name.endswith("/failures") else sum(values) / len(values)

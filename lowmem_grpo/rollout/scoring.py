@@ -1,7 +1,7 @@
 """Completions of prompts, sampled and scored: each rank its share of the prompts, and all of them by every rank."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -80,14 +80,14 @@ def _joined(parts: list[Judged]) -> Judged:
     columns = dict.fromkeys(name for part in parts for name in part.scores.extra_columns)
     scores = Scores(
         torch.cat([part.scores.rewards for part in parts]),
-        _joined_metrics([(part.scores.metrics, len(part.completions)) for part in parts]),
+        joined_metrics([(part.scores.metrics, len(part.completions)) for part in parts], time_of=max),
         {name: in_order([_column(part, name) for part in parts]) for name in columns},
     )
     return Judged(
         in_order([part.completions for part in parts]),
         in_order([part.texts for part in parts]),
         scores,
-        _joined_metrics([(part.metrics, len(part.completions)) for part in parts]),
+        joined_metrics([(part.metrics, len(part.completions)) for part in parts], time_of=max),
     )
 
 
@@ -96,16 +96,19 @@ def _column(part: Judged, name: str) -> list:
     return part.scores.extra_columns.get(name, [None] * len(part.completions))
 
 
-def _joined_metrics(parts: list[tuple[dict[str, float], int]]) -> dict[str, float]:
-    """Metrics of the ranks as one, each given with its number of completions.
+def joined_metrics(
+    parts: list[tuple[dict[str, float], int]], time_of: Callable[[Iterable[float]], float]
+) -> dict[str, float]:
+    """Metrics of several samplings as one, each given with its number of completions.
 
-    The slowest rank's times, all failures, and of everything else the mean over completions.
+    Times are joined by time_of: max of ranks, which work at once, and sum of rounds. Failures add up, and of everything
+    else it is the mean over completions.
     """
     joined = {}
     for name in dict.fromkeys(name for metrics, _ in parts for name in metrics):
         values, counts = zip(*((metrics[name], count) for metrics, count in parts if name in metrics), strict=True)
         if name.startswith("time/"):
-            joined[name] = max(values)
+            joined[name] = time_of(values)
         elif name.endswith("/failures"):
             joined[name] = sum(values)
         else:
