@@ -26,9 +26,9 @@ from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.file import Phase
 from lowmem_grpo.pipeline.kinds import KINDS, Kind, entries
+from lowmem_grpo.report.reading import DONE
 
 STAND_IN = "accuracy_reward"  # for a reward that an earlier phase is to make
-DONE = "done.json"  # in a phase's folder, once it has come to its end
 BASE = "base"  # in the place of a phase's name: the model that the pipeline is given
 QUOTED = re.compile(r"(['\"])(.*?)\1")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

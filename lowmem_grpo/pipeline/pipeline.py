@@ -29,12 +29,11 @@ from lowmem_grpo.pipeline.record import (
     write_phases,
     write_record,
 )  # fmt: skip
-from lowmem_grpo.pipeline.table import NAME as EVALUATION
 from lowmem_grpo.pipeline.table import Row, as_table, evaluated, known, row_of, write_table
 from lowmem_grpo.planner.plan import as_text
 from lowmem_grpo.progress_bars import without_progress_bars
 from lowmem_grpo.report.pipeline import ACCURACY, REWARD
-from lowmem_grpo.report.reading import OF_A_PHASE, phases_of
+from lowmem_grpo.report.reading import EVALUATION, OF_A_PHASE, OF_THE_BASE, phases_of
 from lowmem_grpo.report.report import NAME, write_report
 from lowmem_grpo.run.card import write_card
 from lowmem_grpo.run.interruption import interruptible
@@ -118,7 +117,7 @@ def run_pipeline(
     later = _rows_of_later(pipeline, wanted, anew)
     try:
         if pipeline.evaluation is not None:
-            folder = pipeline.output_dir / f"00-{BASE}"
+            folder = pipeline.output_dir / OF_THE_BASE
             rows.append(row_of(BASE, None, _evaluated(console, BASE, folder, pipeline.model, pipeline.evaluation)))
             write_table(pipeline.output_dir, [*rows, *later])
         for run in wanted:
@@ -179,7 +178,7 @@ def _report(pipeline: Pipeline, console: Console) -> None:
 
 def _refuse_other_phases(pipeline: Pipeline) -> None:
     """Raise InputError where the folder has a phase that is not one of these, or is one of another number."""
-    known = {run.folder.name for run in pipeline.runs} | {f"00-{BASE}"}
+    known = {run.folder.name for run in pipeline.runs} | {OF_THE_BASE}
     there = sorted(pipeline.output_dir.iterdir()) if pipeline.output_dir.is_dir() else []
     for path in there:
         if path.is_dir() and OF_A_PHASE.fullmatch(path.name) and path.name not in known:

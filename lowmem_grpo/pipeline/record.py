@@ -16,8 +16,8 @@ from lowmem_grpo.lookup import is_adapter
 from lowmem_grpo.output.folder import write_file
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.pipeline.kinds import entries
-from lowmem_grpo.pipeline.phases import BASE, DONE, PhaseRun, Pipeline
-from lowmem_grpo.report.reading import PIPELINE
+from lowmem_grpo.pipeline.phases import BASE, PhaseRun, Pipeline
+from lowmem_grpo.report.reading import DONE, PIPELINE
 from lowmem_grpo.tasks import is_task_name
 
 FORMAT = 1

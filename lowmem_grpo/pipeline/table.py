@@ -21,10 +21,9 @@ from lowmem_grpo.pipeline.phases import Evaluation
 from lowmem_grpo.pipeline.record import content, settings_of_the_result, write_json, write_whole
 from lowmem_grpo.planner.plan import for_evaluation, limit_memory, plan_to_fit
 from lowmem_grpo.report.pipeline import LENGTH, foremost_of
+from lowmem_grpo.report.reading import EVALUATION
 from lowmem_grpo.terminal import fitted, table
 from lowmem_grpo.tools.conversation import sampler_of
-
-NAME = "evaluation.json"  # in a phase's folder
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ def evaluated(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any
     """Metrics and values of a model's evaluation, measured and written into the folder."""
     found = {"of": _identity(model, evaluation), **_measured(model, evaluation)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NAME, found)
+    write_json(folder / EVALUATION, found)
     return found
 
 
 def known(folder: Path, model: str, evaluation: Evaluation) -> dict[str, Any] | None:
     """The content of folder/evaluation.json; None without one of this model, on these prompts and by these rewards."""
     try:
-        found = json.loads((folder / NAME).read_bytes())
+        found = json.loads((folder / EVALUATION).read_bytes())
         return found if found["of"] == _identity(model, evaluation) else None
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         return None

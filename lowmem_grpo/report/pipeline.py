@@ -9,7 +9,7 @@ from typing import Any
 from lowmem_grpo.output.saved import read_object
 from lowmem_grpo.report.chart import in_words
 from lowmem_grpo.report.page import METHODS, dot_of, duration, headline_of, method_of, shortened, state_of, when
-from lowmem_grpo.report.reading import OF_A_PHASE, is_run, mapping, number, phases_to_come, read_run, texts
+from lowmem_grpo.report.reading import DONE, OF_A_PHASE, is_run, mapping, number, phases_to_come, read_run, texts
 
 OF_A_KIND = {"sample": "Sampling", "select": "Selection", "pairs": "Pairs"}
 MOST_METRICS = 8
@@ -58,7 +58,7 @@ def _row(path: Path, table: Sequence[dict[str, Any]], foremost: str, planned: Ma
     """A phase; of one that has not begun what was written of it where the pipeline began."""
     match = OF_A_PHASE.fullmatch(path.name)
     assert match is not None
-    name, done = match[2], read_object(path / "done.json")
+    name, done = match[2], read_object(path / DONE)
     line = next((row for row in table if row.get("phase") == name), {})
     kind = str(done.get("kind") or planned.get("kind"))
     row: dict[str, Any] = {

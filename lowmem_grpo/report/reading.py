@@ -21,6 +21,9 @@ OF_A_PHASE = re.compile(r"(\d\d+)-([A-Za-z0-9_-]+)")  # the name of a phase's fo
 UNSAID = ("output_dir", "resume_from_checkpoint")  # settings that say nothing of a run
 JOINER = "\u200d"  # within an emoji of several: the only invisible character that is kept
 PIPELINE = "pipeline.json"  # the phases that a pipeline is to have, in its folder
+OF_THE_BASE = "00-base"  # the folder, beside those of the phases, of the model that a pipeline is given
+DONE = "done.json"  # in a phase's folder, once it has come to its end
+EVALUATION = "evaluation.json"  # in a phase's folder
 FILES_OF_A_RUN = ("metrics.jsonl", "run.json", *(f"{kind}_config.json" for kind in CONFIGS))
 
 

@@ -17,7 +17,7 @@ from lowmem_grpo.output.folder import NAME as CHECKPOINT
 from lowmem_grpo.output.folder import step_of
 from lowmem_grpo.output.places import public_name
 from lowmem_grpo.output.saved import read_object
-from lowmem_grpo.report.reading import RunFiles, for_others, is_run, mapping, number, read_run, texts
+from lowmem_grpo.report.reading import EVALUATION, RunFiles, for_others, is_run, mapping, number, read_run, texts
 from lowmem_grpo.run.methods import Method, methods_of
 from lowmem_grpo.tasks import is_task_name
 from lowmem_grpo.tasks.gsm8k import ON_HUB as GSM8K
@@ -78,7 +78,7 @@ class Facts:
     @cached_property
     def of_pipeline(self) -> dict[str, Any]:
         """The evaluation of the last step's adapter by the pipeline that the run is a phase of."""
-        return read_object(self.run.folder / "evaluation.json") if self.folder.name == "adapter" else {}
+        return read_object(self.run.folder / EVALUATION) if self.folder.name == "adapter" else {}
 
     @property
     def num_generations_eval(self) -> Any:

@@ -13,7 +13,17 @@ from lowmem_grpo.errors import counted
 from lowmem_grpo.output.lock import NAME as LOCK
 from lowmem_grpo.output.lock import is_in_use
 from lowmem_grpo.output.saved import LAST_STEP, read_lines
-from lowmem_grpo.report.reading import CONFIGS, kind_of, mapping, number, phases_of, standing_of, texts
+from lowmem_grpo.report.reading import (
+    CONFIGS,
+    DONE,
+    OF_THE_BASE,
+    kind_of,
+    mapping,
+    number,
+    phases_of,
+    standing_of,
+    texts,
+)
 from lowmem_grpo.watch.log import Log, SavedObject
 
 MOST_ROWS = 64  # of a step's table of completions that are looked at
@@ -191,7 +201,7 @@ def as_text(value: Any) -> str:
 
 def active_phase(folder: Path) -> Path | None:
     """The phase of a pipeline that goes on, or else the last one there. None where no phase has begun."""
-    phases = [path for path in phases_of(folder) if path.is_dir() and not path.name.startswith("00-")]
+    phases = [path for path in phases_of(folder) if path.is_dir() and path.name != OF_THE_BASE]
     going = [path for path in phases if is_in_use(path)]
-    undone = [path for path in phases if not (path / "done.json").is_file()]
+    undone = [path for path in phases if not (path / DONE).is_file()]
     return next(iter([*going, *undone, *reversed(phases)]), None)

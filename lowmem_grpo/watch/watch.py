@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lowmem_grpo.errors import InputError, in_a_line, printable
 from lowmem_grpo.output.lock import is_in_use
-from lowmem_grpo.report.reading import is_run, mapping, phases_of
+from lowmem_grpo.report.reading import DONE, EVALUATION, OF_THE_BASE, is_run, mapping, phases_of
 from lowmem_grpo.terminal import columns_of
 from lowmem_grpo.terminal import is_ascii as has_only_ascii
 from lowmem_grpo.watch.log import SavedObject
@@ -18,7 +18,6 @@ from lowmem_grpo.watch.run import WatchedRun, active_phase
 from lowmem_grpo.watch.view import STYLES, View
 
 EVERY = 1.0  # s between two looks
-BASE, EVALUATION = "00-base", "evaluation.json"  # of a pipeline, which imports torch
 
 
 class Watched:
@@ -58,8 +57,8 @@ class Watched:
         state = ("running", STYLES["running"]) if is_in_use(self.folder) else ("not running", "dim")
         above = [view.line((self.folder.resolve().name, "bold"), ("  a pipeline  ", "dim"), state)] if phases else []
         for phase in phases:
-            word = "done" if (phase / "done.json").is_file() else "running" if is_in_use(phase) else "begun"
-            word = "" if phase.name == BASE else word if phase.is_dir() else "not begun"
+            word = "done" if (phase / DONE).is_file() else "running" if is_in_use(phase) else "begun"
+            word = "" if phase.name == OF_THE_BASE else word if phase.is_dir() else "not begun"
             mark = "> " if phase == self.run.folder else "  "
             found = self.evaluations.setdefault(phase, SavedObject(phase / EVALUATION)).read().get("metrics")
             measured = view.measured(mapping(found))
