@@ -4,23 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends import CUDA, every_place, the_kernel
 
 from lowmem_grpo.kernels import decode_attention as module
 from lowmem_grpo.kernels.decode_attention import addressed, decode_attention, quantized, write_token
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-interpreted = pytest.param(
-    ("triton", "cpu"),
-    id="interpreter",
-    marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-)
-gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-every_backend = pytest.mark.parametrize(
-    "place",
-    [pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu],
-)  # fmt: skip
-the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
 PAGE = 8
 GARBAGE = 10**6  # in the table, past a sequence's pages
 
@@ -150,7 +138,7 @@ def assert_exact(given, place, scale=1.0):
 SIZES = [(2, 2, 16), (6, 1, 80), (14, 2, 128), (20, 2, 16), (3, 1, 256), (2, 1, 512)]
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize(
     "heads, kv_heads, size, dtype",
     [
@@ -163,7 +151,7 @@ def test_attention_is_that_of_fp64(heads, kv_heads, size, dtype, place):
     assert_exact(given, place)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize(
     "heads, kv_heads, size, dtype",
     [
@@ -178,19 +166,19 @@ def test_int8_keys_and_values_are_read_with_their_scales(heads, kv_heads, size, 
     assert_exact(given | dict(window=25, softcap=30.0), place)
 
 
-@every_backend
+@every_place
 def test_lengths_at_the_edges_of_pages_and_splits(place):
     assert_exact(case([1, PAGE - 1, PAGE, PAGE + 1, 15, 16, 17, 31, 32, 33, 48]), place)
 
 
-@every_backend
+@every_place
 def test_a_table_that_is_full_is_read_to_its_end(place):
     given = case([48, 41, 3])
     given["table"] = given["table"][:, :6]
     assert_exact(given, place)
 
 
-@every_backend
+@every_place
 def test_sequences_share_prefixes_in_any_order(place):
     given = case([5, 20, 1, 9, 16], [33, 0, 33, 7, 16], [2, 0, 2, 3, 1])
     assert_exact(given, place)
@@ -198,21 +186,21 @@ def test_sequences_share_prefixes_in_any_order(place):
     assert torch.equal(attended(given | unused, place), attended(given, place))
 
 
-@every_backend
+@every_place
 def test_a_prefix_that_is_full_is_read_to_its_end(place):
     given = case([5, 20], [32, 11])
     given |= {name: given[name][:, :, :32] for name in ("prefix_keys", "prefix_values")}
     assert_exact(given, place)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("scaling", [0.02, 0.5, 40.0])
 def test_scores_are_softened_by_the_cap(scaling, place):
     given = case([5, 40], [33, 2], heads=4) | dict(softcap=30.0, scaling=scaling)
     assert_exact(given, place, scale=1 if scaling < 1 else 10)  # scores of hundreds in fp32
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "heads, kv_heads, size", [(4, 2, 16), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((6, 1, 80), (20, 2, 64)))]
@@ -227,7 +215,7 @@ def test_a_sink_is_one_more_key_without_a_value(heads, kv_heads, size, dtype, pl
     assert_exact(one_split | dict(sink=given["sink"]), place)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("window", [1, 5, 16, 20, 40, 10**12])
 def test_a_window_shows_the_last_tokens_of_the_text(window, place):
     """Smaller than what a sequence has of its own, than the text with its prefix, and larger than all."""
@@ -235,7 +223,7 @@ def test_a_window_shows_the_last_tokens_of_the_text(window, place):
     assert_exact(case([3, 37, 16, 20]) | dict(window=window), place)
 
 
-@every_backend
+@every_place
 def test_large_scores_neither_overflow_nor_vanish(place):
     for shift in (-3e4, 3e4):
         given = case([5, 40], [33, 2])
@@ -247,7 +235,7 @@ def test_large_scores_neither_overflow_nor_vanish(place):
         assert_exact(given, place)
 
 
-@every_backend
+@every_place
 def test_what_is_not_attended_to_is_not_read(place):
     """Every case here has NaN there; other garbage gives the same, bit for bit."""
     given: dict[str, Any] = case([3, 37, 16], [30, 18, 0]) | dict(window=25)
@@ -262,7 +250,7 @@ def test_what_is_not_attended_to_is_not_read(place):
         assert torch.equal(attended(other, place), expected)
 
 
-@every_backend
+@every_place
 def test_what_is_attended_to_is_read(place):
     for name in ("own_keys", "own_values", "prefix_keys", "prefix_values"):
         given = case([3, 17], [20, 18])
@@ -271,7 +259,7 @@ def test_what_is_attended_to_is_read(place):
         assert attended(given, place).isnan().flatten(1).any(1).tolist() == [False, True]
 
 
-@every_backend
+@every_place
 def test_a_row_does_not_depend_on_its_neighbours(place):
     given = case([3, 37, 16, 20, 50], [30, 18, 0, 32, 30], [1, 0, 2, 3, 1], heads=14, kv_heads=2, dtype=torch.float16)
     expected = attended(given, place)
@@ -321,7 +309,7 @@ def test_one_split_and_many_agree(place, monkeypatch):
         torch.testing.assert_close(attended(given, place), many, rtol=0, atol=1e-6)
 
 
-@every_backend
+@every_place
 def test_pages_of_half_a_split_are_as_the_engine_has_them(place, monkeypatch):
     """Both halves' pages are looked up before the loop, and a window begins inside of a tile."""
     monkeypatch.setattr(module, "SPLIT", 128)
@@ -331,7 +319,7 @@ def test_pages_of_half_a_split_are_as_the_engine_has_them(place, monkeypatch):
     assert_exact(rounded(given) | dict(window=70), place)
 
 
-@every_backend
+@every_place
 def test_a_store_of_one_row_a_slot_is_read_where_it_is(place):
     """As the rollout has it without pages, and queries of which no stride is 1."""
     own = torch.randn(2, 5, 2, 40, 16, generator=torch.Generator().manual_seed(0))
@@ -346,7 +334,7 @@ def test_a_store_of_one_row_a_slot_is_read_where_it_is(place):
     assert_exact(given | prefix, place)
 
 
-@every_backend
+@every_place
 def test_lengths_past_the_memory_read_none_beyond_it(place):
     given = case([48, 40], [20, 20])
     given["table"], given["prefix_keys"] = given["table"][:, :5], given["prefix_keys"][:, :, :20]
@@ -356,7 +344,7 @@ def test_lengths_past_the_memory_read_none_beyond_it(place):
     assert torch.equal(attended(given | longer, place), expected)
 
 
-@every_backend
+@every_place
 def test_no_rows_are_no_rows_and_a_row_of_nothing_is_nan_or_with_a_sink_0(place):
     given = case([3, 9])
     given["lengths"][1] = 0
@@ -367,7 +355,7 @@ def test_no_rows_are_no_rows_and_a_row_of_nothing_is_nan_or_with_a_sink_0(place)
     assert attended(given | none, place).shape == (0, 2, 16)
 
 
-@every_backend
+@every_place
 def test_no_gradient_is_kept(place):
     given = case([3, 9])
     given["query"].requires_grad_()
@@ -504,7 +492,7 @@ def written(key, value, place, int8=False, prefilled=None):
     return store.own.cpu(), None if store.own_scales is None else store.own_scales.cpu(), ([1, 5, 2], [5, 7, 0])
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads, size", [(1, 16), (3, 80), (2, 128)])
 def test_a_token_goes_to_its_column_and_nowhere_else(kv_heads, size, dtype, place):
@@ -518,7 +506,7 @@ def test_a_token_goes_to_its_column_and_nowhere_else(kv_heads, size, dtype, plac
     assert torch.equal(found, expected)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_int8_tokens_are_rounded_as_prompts_are(dtype, place):
     """Bit for bit, with values of all magnitudes, zeros, and a NaN and an infinity, which stay to be seen."""

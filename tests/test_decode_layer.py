@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import CUDA, PLACES, every_place, interpreted, the_kernel
 from torch.nn import functional as F
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
@@ -13,19 +14,6 @@ from lowmem_grpo.generate.store import Group, Place, Rows
 from lowmem_grpo.kernels import decode_layer as module
 from lowmem_grpo.kernels.decode_layer import ACTIVATIONS, gated, heads, residual, start
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-interpreted = pytest.param(
-    ("triton", "cpu"),
-    id="interpreter",
-    marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-)
-gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-backends = [
-    pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu,
-]  # fmt: skip
-every_backend = pytest.mark.parametrize("place", backends)
-the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Of a norm: sums in another order in fp32; now and then another rounding in 16 bits. The interpreter rounds bf16 towards
@@ -39,7 +27,7 @@ def in_every_dtype(names):
     cases, (first, *_) = [], names
     for name in names:
         for dtype in DTYPES:
-            some = [x for x in backends if x is not interpreted or dtype != torch.bfloat16 or name == first]
+            some = [x for x in PLACES if x is not interpreted or dtype != torch.bfloat16 or name == first]
             cases += [pytest.param(name, dtype, *x.values, id=f"{name}-{dtype}-{x.id}", marks=x.marks) for x in some]
     return pytest.mark.parametrize("name, dtype, place", cases)
 
@@ -104,7 +92,7 @@ def close(found, expected, dtype, place):
 # Start.
 
 
-@every_backend
+@every_place
 @every_dtype
 def test_the_stream_starts_as_the_scaled_embedding_and_its_norm(dtype, place):
     embedding = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -321,7 +309,7 @@ def test_a_key_that_is_not_finite_has_a_scale_that_is_not(place):
 # Gated.
 
 
-@every_backend
+@every_place
 @every_dtype
 @pytest.mark.parametrize(
     "rows, size, linears, rank, splits, activation",
@@ -345,7 +333,7 @@ def test_an_activation_of_the_gate_multiplies_up(rows, size, linears, rank, spli
 # All of them.
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("rows", [1, 17])
 def test_a_row_depends_neither_on_the_others_nor_on_their_number(rows, place):
     """Bit for bit by the kernels. A GEMM of another number of rows, in a twin, may sum otherwise."""

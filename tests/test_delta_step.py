@@ -5,28 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from backends import every_place
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from lowmem_grpo.kernels import delta_step as module
 from lowmem_grpo.kernels.delta_step import delta_step
 
 EAGER: Any = inspect.unwrap(torch_recurrent_gated_delta_rule)  # transformers' own, where fla would have its place
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-every_backend = pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(("torch", "cpu"), id="twin"),
-        pytest.param(
-            ("triton", "cpu"),
-            id="interpreter",
-            marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-        ),
-        pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu),
-        pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
-    ],
-)
 SHAPES = [  # rows, key heads, value heads, K, V
     (9, 1, 1, 1, 3),
     (3, 2, 2, 16, 16),
@@ -97,7 +82,7 @@ def error(found, exact):
     return (found.double() - exact).norm().item()
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -112,7 +97,7 @@ def test_a_step_is_no_further_from_the_truth_than_twice_transformers_own(shape, 
         assert error(ours, truth) <= 2 * cut * error(other, truth) + 6e-8 * truth.norm()
 
 
-@every_backend
+@every_place
 def test_many_steps_drift_no_further_than_transformers_own(place):
     given = case(2, 1, 2, 32, 16)
     ours = eager = exact = given["state"]
@@ -124,7 +109,7 @@ def test_many_steps_drift_no_further_than_transformers_own(place):
     assert error(ours, exact) <= 2 * error(eager, exact)
 
 
-@every_backend
+@every_place
 def test_without_commit_every_state_stays_and_what_is_read_is_as_with_it(place):
     given = case(3, 1, 2, 24, 40)
     out, after = step(given, place)
@@ -135,14 +120,14 @@ def test_without_commit_every_state_stays_and_what_is_read_is_as_with_it(place):
     assert not torch.equal(after, given["state"])
 
 
-@every_backend
+@every_place
 def test_a_try_with_numbers_that_are_not_finite_leaves_the_states_too(place):
     given = case(2, 1, 2, 8, 8)
     given["key"][0], given["value"][1], given["log_decay"][0] = torch.nan, torch.inf, torch.nan
     assert torch.equal(step(given, place, commit=False)[1], given["state"])
 
 
-@every_backend
+@every_place
 def test_a_row_is_that_of_its_row_alone(place):
     given = case(4, 2, 4, 24, 40)
     spoiled = {name: tensor.clone() for name, tensor in given.items()}
@@ -155,7 +140,7 @@ def test_a_row_is_that_of_its_row_alone(place):
         assert torch.equal(all_rows[:2], two) and torch.equal(beside_nan[:2], two)
 
 
-@every_backend
+@every_place
 def test_numbers_are_read_where_they_stand_and_rows_beyond_are_not_touched(place):
     """As a layer cuts them from the end of a convolution, and slots from a table with more of them."""
     backend, device = place
@@ -175,7 +160,7 @@ def test_numbers_are_read_where_they_stand_and_rows_beyond_are_not_touched(place
     assert table.isfinite().sum() == state.numel()
 
 
-@every_backend
+@every_place
 def test_autocast_changes_nothing(place):
     given = case(2, 1, 2, 24, 40)
     with torch.autocast(place[1], dtype=torch.bfloat16):
@@ -183,7 +168,7 @@ def test_autocast_changes_nothing(place):
     assert all(torch.equal(a, b) for a, b in zip(cast, step(given, place), strict=True))
 
 
-@every_backend
+@every_place
 def test_no_rows_are_no_work(place):
     out, after = step(case(0, 1, 2, 8, 4), place)
     assert out.shape == (0, 2, 4) and after.shape == (0, 2, 8, 4)

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
+from backends import CUDA, gpu, interpreted, the_kernel, twin
 from interpreted import poison_masked_loads
 
 from lowmem_grpo.kernels import expert_product as module
 from lowmem_grpo.kernels.expert_product import MOST, Stack, dense, expert_product, grouped, serves
 from lowmem_grpo.model.experts import Mxfp4Stack, Nf4Stack
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-interpreted = pytest.param(
-    ("triton", "cpu"),
-    id="interpreter",
-    marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-)
-gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-every_backend = pytest.mark.parametrize("place", [pytest.param(("torch", "cpu"), id="twin"), interpreted, gpu])
-the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
+every_backend = pytest.mark.parametrize("place", [twin, interpreted, gpu])
 both_kinds = pytest.mark.parametrize("kind", ["nf4", "mxfp4"])
 EXPERTS, N, K = 5, 80, 128  # more than a block of each, multiples of nothing
 # Rows and choices of each: fewer than experts; more, some of no expert; so many that a program has 32 of an expert.

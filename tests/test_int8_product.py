@@ -4,25 +4,13 @@ import re
 
 import pytest
 import torch
+from backends import CUDA, every_place, the_kernel
 from interpreted import poison_masked_loads
 
 from lowmem_grpo.kernels import int8_product as module
 from lowmem_grpo.kernels.int8_product import WIDEN, permuted, product_int8
 from lowmem_grpo.kernels.linear_logprobs import _dequantize, quantize_head
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-interpreted = pytest.param(
-    ("triton", "cpu"),
-    id="interpreter",
-    marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-)
-gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-every_backend = pytest.mark.parametrize(
-    "place",
-    [pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu],
-)  # fmt: skip
-the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
 every_order = pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
 # Rows of x, columns, rows of the weight: more than a block of each, multiples of nothing, and no rows.
 SHAPES = [(0, 64, 40), (1, 192, 301), (5, 200, 129), (33, 32, 7), (70, 136, 257)]
@@ -62,7 +50,7 @@ def assert_is_the_product(found, x, weight, scale, place):
     assert ((found.double() - x.double() @ head.T).abs() <= 1e-6 * magnitude).all()
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows, K, N", SHAPES)
 def test_it_is_the_product_with_the_head_that_is_trained_with(rows, K, N, dtype, place):
@@ -74,7 +62,7 @@ def test_it_is_the_product_with_the_head_that_is_trained_with(rows, K, N, dtype,
     assert_is_the_product(multiplied(x, weight, scale, place), x, weight, scale, place)
 
 
-@every_backend
+@every_place
 @every_order
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_each_weight_is_to_the_last_bit_the_head_that_is_trained_with(dtype, wgmma, place, monkeypatch):
@@ -107,7 +95,7 @@ def test_autocast_narrows_nothing():
         assert_is_the_product(found, given, weight, scale, ("torch", "cpu"))
 
 
-@every_backend
+@every_place
 def test_x_may_be_rows_of_another_tensor(place):
     x, weight, scale = inputs(6, 128, 70, torch.bfloat16)
     assert torch.equal(

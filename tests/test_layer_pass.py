@@ -2,21 +2,11 @@
 
 import pytest
 import torch
+from backends import every_place
 from torch.nn import functional as F
 
-from lowmem_grpo.kernels import layer_pass as module
 from lowmem_grpo.kernels.layer_pass import added, gated, gated_backward, heads, heads_backward, normed, normed_backward
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-no_interpreter = pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all")
-PLACES = [
-    pytest.param(("torch", "cpu"), id="twin"),
-    pytest.param(("triton", "cpu"), id="interpreter", marks=no_interpreter),
-    pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu),
-    pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
-]
-every_place = pytest.mark.parametrize("place", PLACES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 # Sums in another order in fp32, two roundings in 16 bits. The interpreter rounds bf16 towards zero, everywhere.
 BOUND = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from backends import CUDA, every_place, the_kernel
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from interpreted import poison_masked_loads
 
@@ -24,19 +25,6 @@ from lowmem_grpo.kernels.nf4_product import (
     unpacking,
 )
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-interpreted = pytest.param(
-    ("triton", "cpu"),
-    id="interpreter",
-    marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-)
-gpu = pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu)
-every_backend = pytest.mark.parametrize(
-    "place",
-    [pytest.param(("torch", "cpu"), id="twin"), interpreted, pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu), gpu],
-)  # fmt: skip
-the_kernel = pytest.mark.parametrize("place", [interpreted, gpu])
 # Rows of x, columns, rows of each weight, splits: more than a block of each, multiples of nothing, and a split of none.
 SHAPES = [(1, 256, [128, 64, 64], 2), (5, 320, [65, 40, 1], 3), (33, 192, [200], 1), (70, 128, [64], 3)]
 
@@ -79,7 +67,7 @@ def error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("rows, K, sizes, splits", SHAPES)
@@ -118,7 +106,7 @@ def test_without_an_adapter_there_is_no_low(place):
     assert low is None and torch.equal(parts.isfinite().all(), torch.tensor(True))
 
 
-@every_backend
+@every_place
 def test_fp32_is_the_twins_and_the_kernel_says_so(place):
     x, a = inputs(4, 128, torch.float32)
     weights, dense = weights_of([64], 128, True)
@@ -143,7 +131,7 @@ def test_a_row_depends_neither_on_the_others_nor_on_their_number(rows, place):
         torch.testing.assert_close(one[:, :rows], three, rtol=0, atol=0 if place[1] == "cuda" else 2e-6)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("wgmma", [False, True], ids=["mma", "wgmma"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_each_of_256_bytes_is_two_codes(dtype, wgmma, place, monkeypatch):

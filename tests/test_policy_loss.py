@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from backends import CUDA, every_place
 from trl_reference import padded, trl_loss
 
 from lowmem_grpo.benchmarks import bench_policy_loss
@@ -13,21 +14,6 @@ from lowmem_grpo.kernels.policy_loss import BLOCK, policy_loss
 from lowmem_grpo.objective.formulas import token_weights
 from lowmem_grpo.objective.loss import LOSSES
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-every_backend = pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(("torch", "cpu"), id="twin"),
-        pytest.param(
-            ("triton", "cpu"),
-            id="interpreter",
-            marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-        ),
-        pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu),
-        pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
-    ],
-)
 SETTINGS = dict(epsilon_low=0.2, epsilon_high=0.28, delta=None, beta=0.0, use_bias_correction_kl=False)
 
 
@@ -101,7 +87,7 @@ COMBINATIONS = [
 ]
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("case", COMBINATIONS, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_every_combination_is_autograd_of_the_definition(place, case):
     case = dict(case)
@@ -110,7 +96,7 @@ def test_every_combination_is_autograd_of_the_definition(place, case):
     assert_true(place, inputs, **case)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("n", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
 def test_any_number_of_tokens(place, n):
     assert_true(place, tokens(n, seed=n), delta=1.5, beta=0.1)
@@ -133,7 +119,7 @@ def close(place, value):
     return pytest.approx(value, rel=1e-12 if place[0] == "torch" else 1e-6, abs=0)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
     [
@@ -154,13 +140,13 @@ def test_one_token_by_hand(place, ratio, advantage, loss, gradient):
     assert bool(stats.clipped_high) == (ratio > 1.3 and advantage > 0)
 
 
-@every_backend
+@every_place
 def test_delta_bounds_the_ratio_of_a_bad_answer(place):
     assert loss_of(place, 5.0, -1.0, delta=2.0)[:2] == (close(place, 2.0), 0.0)
     assert loss_of(place, 5.0, 1.0, delta=2.0)[0] == close(place, -1.3)
 
 
-@every_backend
+@every_place
 def test_the_kl_by_hand(place):
     gap = 0.5  # ref - logp
     k3 = math.exp(gap) - gap - 1
@@ -170,7 +156,7 @@ def test_the_kl_by_hand(place):
     assert stats.kl.item() == pytest.approx(k3)
 
 
-@every_backend
+@every_place
 def test_bias_correction_multiplies_the_kl_by_the_ratio_and_its_gradient(place):
     gap, ratio = 0.5, 1.1
     k3 = math.exp(gap) - gap - 1
@@ -180,7 +166,7 @@ def test_bias_correction_multiplies_the_kl_by_the_ratio_and_its_gradient(place):
     assert stats.kl.item() == pytest.approx(ratio * k3)
 
 
-@every_backend
+@every_place
 def test_zero_advantages_leave_the_kl_alone(place):
     logprobs, old, ref, advantages, weights = tokens(BLOCK + 1)
     zero = torch.zeros_like(advantages)
@@ -190,7 +176,7 @@ def test_zero_advantages_leave_the_kl_alone(place):
     assert_true(place, (logprobs, old, ref, zero, weights), beta=0.1)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("use_bias_correction_kl", [False, True])
 def test_the_kl_keeps_its_precision_next_to_the_reference(place, use_bias_correction_kl):
     """exp(gap) - gap - 1 in fp32 would lose all digits of a gap of 1e-4, and 1 - exp(gap) four of seven."""
@@ -206,7 +192,7 @@ def test_the_kl_keeps_its_precision_next_to_the_reference(place, use_bias_correc
     torch.testing.assert_close(stats.kl.double(), kl, rtol=2e-6, atol=0 if place[0] == "triton" else 1e-7)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "bound"), [(0.2, 1.0, "epsilon_high"), (-0.2, -1.0, "epsilon_low"), (0.6, -1.0, "delta")]
 )
@@ -235,7 +221,7 @@ def test_a_ratio_exactly_at_a_bound_counts_as_inside(place, log_ratio, advantage
     assert bool(stats.clipped_high) == (bound == "epsilon_high") and bool(stats.clipped_low) == (bound == "epsilon_low")
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("delta", [None, 1.0])
 def test_an_interval_of_no_width_agrees_with_autograd_at_its_only_point(place, advantage, delta):
@@ -245,7 +231,7 @@ def test_an_interval_of_no_width_agrees_with_autograd_at_its_only_point(place, a
     assert evaluate(place, *inputs, epsilon_low=0.0, epsilon_high=0.0, delta=delta)[1] == -advantage
 
 
-@every_backend
+@every_place
 def test_what_stands_in_a_token_of_weight_0_reaches_nothing(place):
     live = torch.rand(2 * BLOCK + 5, generator=torch.Generator().manual_seed(1)) < 0.6
     whole = tokens(len(live))
@@ -262,7 +248,7 @@ def test_what_stands_in_a_token_of_weight_0_reaches_nothing(place):
     assert not (stats.clipped_low | stats.clipped_high)[~live].any()
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("which", range(5))
 def test_a_nan_in_a_token_that_counts_shows(place, which):
     """tl.minimum and tl.clamp on a GPU (not in the interpreter) would turn it into a number, and training would go on."""
@@ -274,7 +260,7 @@ def test_a_nan_in_a_token_that_counts_shows(place, which):
     assert gradient.isnan().tolist() == [token == 4 for token in range(9)]
 
 
-@every_backend
+@every_place
 def test_repeated_runs_agree_bit_for_bit(place):
     runs = [evaluate(place, *tokens(5 * BLOCK + 3), beta=0.1, delta=1.5) for _ in range(3)]
     for loss, gradient, stats in runs[1:]:
@@ -282,7 +268,7 @@ def test_repeated_runs_agree_bit_for_bit(place):
         assert all(torch.equal(a, b) for a, b in zip(stats, runs[0][2], strict=True))
 
 
-@every_backend
+@every_place
 def test_views_and_other_dtypes_are_read_as_they_are(place):
     """Every second row of a matrix, one expanded number, and old log-probabilities in bf16."""
     logprobs, old, ref, advantages, weights = tokens(2 * BLOCK)
@@ -301,7 +287,7 @@ def test_views_and_other_dtypes_are_read_as_they_are(place):
     torch.testing.assert_close(gradient, plain[1], rtol=1e-6, atol=1e-7)
 
 
-@every_backend
+@every_place
 def test_the_gradient_carries_the_upstream_scalar_and_is_there_once(place):
     backend, device = place
     inputs = [x.to(device) for x in tokens(BLOCK + 1)]
@@ -315,7 +301,7 @@ def test_the_gradient_carries_the_upstream_scalar_and_is_there_once(place):
         loss.backward()
 
 
-@every_backend
+@every_place
 def test_a_second_derivative_is_refused_instead_of_taken_for_zero(place):
     backend, device = place
     inputs = [x.to(device) for x in tokens(5)]
@@ -324,7 +310,7 @@ def test_a_second_derivative_is_refused_instead_of_taken_for_zero(place):
         torch.autograd.grad(loss, inputs[0], create_graph=True)
 
 
-@every_backend
+@every_place
 def test_without_a_gradient_the_numbers_are_the_same(place):
     backend, device = place
     inputs = [x.to(device) for x in tokens(BLOCK + 1)]
@@ -373,7 +359,7 @@ def test_a_million_tokens_on_a_gpu_without_being_told():
     assert wrong.double().mean() < 1e-3
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
 @pytest.mark.parametrize(
     "changes",

@@ -2,25 +2,11 @@
 
 import pytest
 import torch
+from backends import CUDA, every_place
 
 from lowmem_grpo.kernels import sample_tokens as module
 from lowmem_grpo.kernels.sample_tokens import BLOCK, sample_next, sample_tokens, selective_logprobs
 
-CUDA = torch.cuda.is_available()
-on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs CUDA"))
-every_backend = pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(("torch", "cpu"), id="twin"),
-        pytest.param(
-            ("triton", "cpu"),
-            id="interpreter",
-            marks=pytest.mark.skipif(CUDA or module.triton is None, reason="the kernel runs on the GPU, or not at all"),
-        ),
-        pytest.param(("torch", "cuda"), id="twin-gpu", marks=on_gpu),
-        pytest.param(("triton", "cuda"), id="gpu", marks=on_gpu),
-    ],
-)
 every_shape = pytest.mark.parametrize(
     "rows, size", [(0, 7), (1, 1), (3, 300), (9, BLOCK), (2, 2 * BLOCK + 1), (9, 4 * BLOCK)]
 )
@@ -38,7 +24,7 @@ def drawn(logits, uniforms, place, temperature=1.0):
     return tokens.cpu(), logprobs.cpu()
 
 
-@every_backend
+@every_place
 @every_shape
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
 def test_a_token_is_where_the_cdf_passes_its_uniform_and_has_its_own_logprob(rows, size, temperature, place):
@@ -52,7 +38,7 @@ def test_a_token_is_where_the_cdf_passes_its_uniform_and_has_its_own_logprob(row
     assert (before <= uniforms + 2e-6).all() and (uniforms <= cdf[row, tokens] + 2e-6).all()
 
 
-@every_backend
+@every_place
 def test_given_tokens_have_the_logprobs_of_a_log_softmax(place):
     logits, _ = rows_of(5, 2 * BLOCK + 1)
     tokens = torch.tensor([0, 1, BLOCK - 1, BLOCK, 2 * BLOCK])
@@ -63,7 +49,7 @@ def test_given_tokens_have_the_logprobs_of_a_log_softmax(place):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
 def test_a_token_that_is_ruled_out_is_never_drawn(uniform, place):
     logits = torch.full((3, 2 * BLOCK), -torch.inf)
@@ -73,7 +59,7 @@ def test_a_token_that_is_ruled_out_is_never_drawn(uniform, place):
     assert tokens[2] == (BLOCK - 1 if uniform < 0.5 else BLOCK + 1)
 
 
-@every_backend
+@every_place
 def test_the_largest_uniform_draws_no_token_that_is_ruled_out(place):
     """The sum over blocks is rounded otherwise than the sum that follows the largest logit, and may fall short of it."""
     logits = rows_of(16, 3 * BLOCK)[0].sort(1).values
@@ -82,7 +68,7 @@ def test_the_largest_uniform_draws_no_token_that_is_ruled_out(place):
     assert logprobs.isfinite().all() and (tokens < 2 * BLOCK - 50).all()
 
 
-@every_backend
+@every_place
 def test_a_row_does_not_depend_on_its_neighbours(place):
     logits, uniforms = rows_of(11, 500)
     tokens, logprobs = drawn(logits, uniforms, place)
@@ -105,14 +91,14 @@ def test_a_row_alone_is_added_up_as_among_others_by_any_number_of_threads():
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(together, zip(*alone, strict=True), strict=True))
 
 
-@every_backend
+@every_place
 def test_logits_that_are_all_the_smallest_number_are_equal(place):
     """As a mask by finfo.min leaves them."""
     _, logprobs = drawn(torch.full((2, 10), torch.finfo(torch.float32).min), torch.tensor([0.0, 0.9]), place)
     torch.testing.assert_close(logprobs, torch.full((2,), 10.0).log().neg())
 
 
-@every_backend
+@every_place
 def test_no_gradient_is_kept(place):
     logits, uniforms = (x.to(place[1]) for x in rows_of(3, 30))
     logits.requires_grad_()
@@ -129,7 +115,7 @@ def test_a_token_outside_of_the_vocabulary_is_nan_by_the_kernel():
     assert found.isnan().tolist() == [True, True, False]
 
 
-@every_backend
+@every_place
 def test_frequencies_are_the_probabilities(place):
     """Of 200 evenly spaced uniforms each of 20 tokens gets 200 p of them, give or take one at an edge."""
     logits = rows_of(1, 20)[0].div(3).expand(200, 20)
@@ -138,7 +124,7 @@ def test_frequencies_are_the_probabilities(place):
     assert (counts - 200 * logits[0].softmax(-1)).abs().max() < 1.001
 
 
-@every_backend
+@every_place
 def test_strided_logits_are_read_where_they_are(place):
     logits, uniforms = rows_of(4, 60)
     expected = drawn(logits[:, ::2].contiguous(), uniforms, place)
@@ -174,7 +160,7 @@ def next_of(logits, place, *, temperature=1.0, scale=1.0, softcap=None, uniform=
     return out.cpu(), token_ids.cpu(), uniforms[completions, drawn]
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("rows, size", [(1, 1), (3, 300), (9, BLOCK), (4, 2 * BLOCK + 1)])
 @pytest.mark.parametrize(
     "temperature, scale, softcap", [(1.0, 1.0, None), (0.1, 1.0, None), (0.7, 0.25, None), (1.3, 2.0, 6.0)]
@@ -195,7 +181,7 @@ def test_the_next_token_is_where_the_cdf_of_a_capped_row_passes_its_uniform(
     assert (before <= uniforms + 2e-6).all() and (uniforms <= cdf[row, tokens] + 2e-6).all()
 
 
-@every_backend
+@every_place
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
 def test_a_next_token_that_is_ruled_out_is_never_drawn(uniform, place):
     logits = torch.full((4, 3 * BLOCK), -torch.inf)
@@ -206,7 +192,7 @@ def test_a_next_token_that_is_ruled_out_is_never_drawn(uniform, place):
     assert 0 <= tokens[3] < 3 * BLOCK and out[1, 3].isnan()
 
 
-@every_backend
+@every_place
 def test_a_next_token_is_that_of_its_row_alone(place):
     logits, _ = rows_of(6, 500)
     spoiled = logits.clone()
@@ -216,7 +202,7 @@ def test_a_next_token_is_that_of_its_row_alone(place):
     assert other[1, 2:].isnan().all() and ((other[0] >= 0) & (other[0] < 500)).all()
 
 
-@every_backend
+@every_place
 def test_a_row_that_has_all_its_tokens_draws_the_last_again_and_again(place):
     backend, device = place
     logits, uniforms = rows_of(2, 40)[0].to(device), torch.rand(2, 3).to(device)
