@@ -22,11 +22,11 @@ def group_advantages(
     num_generations: int,
     reward_weights: list[float] | None,
     scale_rewards: str,  # "group", "batch" or "none"
-    penalty: Tensor | None = None,  # (B,) taken from each sum, such as a KL
+    penalty: Tensor | float = 0.0,  # (B,) taken from each sum, such as a KL
 ) -> Advantages:
     """Reward minus its group's mean, divided by the deviation (n - 1) of the group, of the batch, or by nothing."""
     total = weighted_rewards(rewards, reward_weights)
-    groups = (total if penalty is None else total - penalty).view(-1, num_generations)
+    groups = (total - penalty).view(-1, num_generations)
     centered = from_mean(groups, dim=1)
     deviation = nanstd(groups, dim=1, keepdim=True)
     if scale_rewards == "batch":
@@ -41,7 +41,7 @@ def gdpo_advantages(
     *,
     num_generations: int,
     reward_weights: list[float] | None,
-    penalty: Tensor | None = None,
+    penalty: Tensor | float = 0.0,
 ) -> Advantages:
     """Each reward scaled in its group, then their weighted sum in the batch (GDPO, https://arxiv.org/abs/2601.05242).
 
@@ -50,7 +50,7 @@ def gdpo_advantages(
     groups = rewards.view(-1, num_generations, rewards.shape[1])
     scaled = from_mean(groups, dim=1) / (nanstd(groups, dim=1, keepdim=True) + STD_FLOOR)
     total = weighted_rewards(scaled.flatten(0, 1), reward_weights)
-    return _over_batch(total, weighted_rewards(rewards, reward_weights), penalty)
+    return _over_batch(total - penalty, weighted_rewards(rewards, reward_weights))
 
 
 def rloo_advantages(
@@ -58,11 +58,11 @@ def rloo_advantages(
     *,
     num_generations: int,
     reward_weights: list[float] | None,
-    penalty: Tensor | None = None,
+    penalty: Tensor | float = 0.0,
 ) -> Advantages:
     """Reward minus the mean of the group's other rewards (RLOO, https://arxiv.org/abs/2402.14740)."""
     total = weighted_rewards(rewards, reward_weights)
-    groups = (total if penalty is None else total - penalty).view(-1, num_generations)
+    groups = (total - penalty).view(-1, num_generations)
     count = groups.isnan().logical_not().sum(dim=1, keepdim=True)
     # r - (sum - r) / (n - 1), where nobody else has a reward there is nothing to compare with.
     compared = from_mean(groups, dim=1) * (count / (count - 1).clamp(min=1))
@@ -76,11 +76,11 @@ def reinforce_plus_plus_advantages(
     num_generations: int,
     reward_weights: list[float] | None,
     group_baseline: bool,
-    penalty: Tensor | None = None,
+    penalty: Tensor | float = 0.0,
 ) -> Advantages:
     """Reward, or its distance from the group's mean, scaled in the batch (REINFORCE++, https://arxiv.org/abs/2501.03262)."""
-    own = total = weighted_rewards(rewards, reward_weights)
-    own = own if penalty is None else own - penalty
+    total = weighted_rewards(rewards, reward_weights)
+    own = total - penalty
     if group_baseline:
         own = from_mean(own.view(-1, num_generations), dim=1).flatten()
     return _over_batch(own, total)
@@ -91,17 +91,17 @@ def scores_alone(
     *,
     num_generations: int,
     reward_weights: list[float] | None,
-    penalty: Tensor | None = None,
+    penalty: Tensor | float = 0.0,
 ) -> Advantages:
     """Reward as it is, compared with nothing yet: gae.py makes it an advantage of each token."""
     total = weighted_rewards(rewards, reward_weights)
-    own = total if penalty is None else total - penalty
-    return Advantages(_where_rewarded(own, total), total, _is_zero(nanstd(total, dim=0, keepdim=True)).expand_as(total))
+    deviation = nanstd(total, dim=0, keepdim=True).expand_as(total)
+    return Advantages(_where_rewarded(total - penalty, total), total, _is_zero(deviation))
 
 
 def compare(
     rewards: Tensor, *, num_generations: int, reward_weights: list[float] | None, adv_estimator: str,
-    scale_rewards: str, multi_objective_aggregation: str, penalty: Tensor | None = None,
+    scale_rewards: str, multi_objective_aggregation: str, penalty: Tensor | float = 0.0,
 ) -> Advantages:  # fmt: skip
     """The advantages that a configuration asks for; 0 where its weights are, and rewards are measured alone."""
     given: dict[str, Any] = dict(num_generations=num_generations, reward_weights=reward_weights, penalty=penalty)
@@ -123,8 +123,7 @@ _ESTIMATORS: dict[str, Callable[[str], Callable[..., Advantages]]] = {  # by sca
 }
 
 
-def _over_batch(values: Tensor, rewards: Tensor, penalty: Tensor | None = None) -> Advantages:
-    values = values if penalty is None else values - penalty
+def _over_batch(values: Tensor, rewards: Tensor) -> Advantages:
     deviation = nanstd(values, dim=0, keepdim=True).expand_as(values)
     scaled = from_mean(values, dim=0) / (deviation + STD_FLOOR)
     return Advantages(_where_rewarded(scaled, rewards), rewards, _is_zero(deviation))

@@ -73,7 +73,7 @@ def sample_and_score(
     return Scored([*positions], drawn, judged.completions, judged.scores.rewards, judged.metrics, table)
 
 
-def compare_rewards(rewards: Tensor, config: GRPOConfig, penalty: Tensor | None = None) -> Advantages:
+def compare_rewards(rewards: Tensor, config: GRPOConfig, penalty: Tensor | float = 0.0) -> Advantages:
     """Advantages of rewards (B, R) as configured, after the penalty (B,) is taken from each sum."""
     return compare(
         rewards, num_generations=config.num_generations, reward_weights=config.reward_weights,
