@@ -6,7 +6,7 @@ from lowmem_grpo.doctor.doctor import Doctor, Finding
 from lowmem_grpo.doctor.symptoms import symptoms_of_examples
 from lowmem_grpo.inputs.examples import ExampleInputs
 from lowmem_grpo.model.find import ends_of_model
-from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.model.turn_end import named_ends, with_turn_end
 
 MANY_EPOCHS = 10  # over one dataset: cold starts take 2 to 3 (R1: 2, https://arxiv.org/abs/2501.12948)
 END = 4  # tokens at an example's end, among which its end-of-sequence token is: a template may write white space after
@@ -32,11 +32,10 @@ def evaluated_on_training_examples(inputs: ExampleInputs) -> str | None:
     return learnt_by_heart("examples", (tuple(one.ids) for one in inputs.examples.all), measured)
 
 
-def ends_of(inputs: ExampleInputs) -> set[int | None]:
+def ends_of(inputs: ExampleInputs) -> set[int]:
     """The ids that end a completion: the model's, and that with which the chat template ends a turn."""
-    ends = ends_of_model(inputs.model, inputs.config) | {inputs.tokenizer.eos_token_id}
-    of_turn = turn_end(inputs.tokenizer, ends)
-    return ends | ({of_turn.token_id} if of_turn else set())
+    ends = ends_of_model(inputs.model, inputs.config) | named_ends(inputs.tokenizer)
+    return with_turn_end(inputs.tokenizer, ends)
 
 
 def examples_without_an_end(inputs: ExampleInputs) -> str | None:

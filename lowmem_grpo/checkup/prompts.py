@@ -15,7 +15,7 @@ from lowmem_grpo.errors import counted
 from lowmem_grpo.inputs.prompts import Inputs
 from lowmem_grpo.inputs.rewards import parameters_of
 from lowmem_grpo.model.find import beyond_context, ends_of_model
-from lowmem_grpo.model.turn_end import turn_end, unseen_turn_end
+from lowmem_grpo.model.turn_end import named_ends, turn_end, unseen_turn_end
 from lowmem_grpo.preview.prompts import MARKS, read_gold
 from lowmem_grpo.rewards import reads_gold
 from lowmem_grpo.rewards.compare import compare
@@ -63,8 +63,7 @@ class Look:
     @property
     def ends(self) -> set[int]:
         """Ids that end a sequence by the model's settings or the tokenizer's."""
-        of_tokenizer = self.tokenizer.eos_token_id
-        return self.ends_of_model if of_tokenizer is None else self.ends_of_model | {of_tokenizer}
+        return self.ends_of_model | named_ends(self.tokenizer)
 
     def rendered(self, messages: list[dict], **settings: Any) -> str:
         """Render messages by the chat template; an empty text where it refuses them."""

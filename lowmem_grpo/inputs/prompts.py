@@ -58,7 +58,7 @@ from lowmem_grpo.model.find import ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_tokenizer, run_device
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.model.teacher import FoundTeacher, Teacher, find_teacher, load_teacher, refuse_other_tokens
-from lowmem_grpo.model.turn_end import unseen_turn_end
+from lowmem_grpo.model.turn_end import named_ends, unseen_turn_end
 from lowmem_grpo.objective.loss import try_out as try_out_objective
 from lowmem_grpo.output.folder import read_state
 from lowmem_grpo.paths import expanded
@@ -351,7 +351,7 @@ def _left_out(dropped: int, eval_dropped: int, config: DataFields) -> list[str]:
 
 def _open_ends(model: Any, tokenizer: Any, prompts: list[Prompt], config: GRPOConfig) -> list[str]:
     """Sentences that say where completions may go on without an end, or beyond the model's context."""
-    ends = ends_of_model(model, config) | {tokenizer.eos_token_id}
+    ends = ends_of_model(model, config) | named_ends(tokenizer)
     open_end = unseen_turn_end(tokenizer, ends, config.stop_strings or [])
     return [*filter(None, [check_prompts(model, prompts, config), open_end])]
 

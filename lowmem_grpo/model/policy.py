@@ -30,7 +30,7 @@ from lowmem_grpo.model.packed_attention import Packed, flash_serves
 from lowmem_grpo.model.packing import MicroBatch
 from lowmem_grpo.model.score_head import SCORE, ScoreHead, add_to_folder, config_without_head, without_head
 from lowmem_grpo.model.trial import difference_in_parts, difference_when_packed, once_more, refused
-from lowmem_grpo.model.turn_end import named_ends, turn_end
+from lowmem_grpo.model.turn_end import named_ends, with_turn_end
 from lowmem_grpo.warn import warn
 
 
@@ -366,5 +366,4 @@ def eos_token_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     for token_id in ids:
         if not isinstance(token_id, int):
             raise InputError(f"the model's end-of-sequence token is {token_id!r:.60}; set eos_token_id to a number")
-    of_turn = turn_end(tokenizer, ids)
-    return sorted(ids if of_turn is None or of_turn.token_id is None else {*ids, of_turn.token_id})
+    return sorted(with_turn_end(tokenizer, ids))

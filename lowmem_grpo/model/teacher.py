@@ -17,7 +17,7 @@ from lowmem_grpo.model.adapter_folder import read_adapter_config
 from lowmem_grpo.model.find import adapter_config, ends_of_model, find_model, read_config
 from lowmem_grpo.model.load import load_policy, load_tokenizer
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.model.turn_end import turn_end
+from lowmem_grpo.model.turn_end import named_ends, with_turn_end
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.warn import warn
 
@@ -132,9 +132,8 @@ def refuse_other_tokens(found: FoundTeacher, model: Any, tokenizer: Any, config:
 
 def _ends(model: Any, tokenizer: Any, config: GRPOConfig) -> set[int]:
     """The ids that end a completion: by the model's settings, the tokenizer and its chat template."""
-    ends = {one for one in {*ends_of_model(model, config), tokenizer.eos_token_id} if isinstance(one, int)}
-    of_turn = turn_end(tokenizer, ends)
-    return ends if of_turn is None or of_turn.token_id is None else {*ends, of_turn.token_id}
+    named = ends_of_model(model, config) | named_ends(tokenizer)
+    return with_turn_end(tokenizer, {one for one in named if isinstance(one, int)})
 
 
 class Teacher:

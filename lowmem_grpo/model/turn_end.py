@@ -40,6 +40,12 @@ def turn_end(tokenizer: Any, eos_token_ids: Collection[int]) -> TurnEnd | None:
     return TurnEnd(text, None) if is_marked else None
 
 
+def with_turn_end(tokenizer: Any, eos_token_ids: set[int]) -> set[int]:
+    """The ids of these tokens, and of the one with which the chat template ends a turn, if there is one."""
+    of_turn = turn_end(tokenizer, eos_token_ids)
+    return eos_token_ids if of_turn is None or of_turn.token_id is None else {*eos_token_ids, of_turn.token_id}
+
+
 def unseen_turn_end(tokenizer: Any, eos_token_ids: Collection[int], stop_strings: Collection[str]) -> str | None:
     """A sentence where sampling would not stop at the end of a turn; None where it does."""
     of_turn = turn_end(tokenizer, eos_token_ids)
