@@ -196,6 +196,10 @@ def test_what_is_no_reward_is_a_counted_failure_in_one_line(what, in_async, impa
         assert str(refused.value).isprintable()
 
 
+def test_a_list_without_an_end_is_read_as_far_as_it_says_it_goes():
+    assert score(named(lambda **_: Endless())).rewards.tolist() == [[1.0], [1.0]]
+
+
 def test_there_are_a_hundred_hostile_functions():
     assert len(HOSTILE) + len(CHANGES) + len(ENDLESS) >= 100
 
