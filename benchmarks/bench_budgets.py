@@ -9,7 +9,6 @@ result. Without one, only the prediction is made, for which neither weights nor 
 """
 
 import dataclasses
-import gc
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.generate.sample import Sampler
 from lowmem_grpo.objective.coefficients import Coefficients
-from lowmem_grpo.out_of_memory import TokenBudget
+from lowmem_grpo.out_of_memory import TokenBudget, let_go
 from lowmem_grpo.planner import plan as planner
 from lowmem_grpo.rollout.rollout import Rollout
 from lowmem_grpo.run.meter import Meter
@@ -81,8 +80,7 @@ def try_one(shape: str, config: GRPOConfig, on_gpu: bool) -> Iterator[dict[str, 
     result: dict[str, Any] = {"shape": shape, "budget": config.vram_budget, "plan": planner.as_dict(found)}
     yield result
     if on_gpu and found.remedy is None:
-        gc.collect()  # the model before has cycles, and would count
-        torch.cuda.empty_cache()
+        let_go()  # the model before has cycles, and would count
         with planner.limit_memory(found, torch.device("cuda", torch.cuda.current_device())):
             measured = measure.attempt(partial(measured_peaks, shape, found.config))
         yield result | {"measured": measured}

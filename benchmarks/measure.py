@@ -38,6 +38,7 @@ import torch
 from rich.cells import cell_len
 
 from lowmem_grpo.benchmarks import forked
+from lowmem_grpo.out_of_memory import let_go
 from lowmem_grpo.terminal import columns_of, fitted, table
 
 OUT_OF_MEMORY = "out of memory"
@@ -126,10 +127,7 @@ def attempt(run: Callable):
             words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
         )
         failed = Failed(OUT_OF_MEMORY if no_memory else type(error).__name__)
-    # Only here is the error gone, and with it the frames that hold the tensors.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()  # only here is the error gone, and with it the frames that hold the tensors
     return failed
 
 
