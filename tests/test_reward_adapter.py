@@ -24,7 +24,7 @@ from lowmem_grpo.inputs.identity import _settings
 from lowmem_grpo.model.load import load_policy
 from lowmem_grpo.model.turn_end import after_the_end
 from lowmem_grpo.planner import plan as planner
-from lowmem_grpo.rewards import get_adapter_reward
+from lowmem_grpo.rewards import get_adapter_reward, get_model_reward
 from lowmem_grpo.rewards.names import resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import _group
 from lowmem_grpo.rewards.reward_model import ids_as_in_a_pair
@@ -197,6 +197,15 @@ def test_texts_are_scored_with_their_end_where_they_are_tokenized_anew(adapter):
     texts, given = ["2", f"2{tokenizer.eos_token}"], dict(completion_ids=[[5]] * 2, prompt_ids=[[5]] * 2)
     one, other = reward(prompts=["1+1="] * 2, completions=texts, **given)
     assert one == other
+
+
+def test_a_text_is_scored_at_its_end_where_the_tokenizer_pads_with_it(adapter):
+    """As those of Qwen2.5's and Llama's bases; transformers takes the last token that is no padding."""
+    found, given = [], dict(prompts=["1+1=", "23+4="], completions=["2", "27"])
+    for name in ("<|pad|>", "<|end|>"):
+        tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, pad_token=name)
+        found.append(get_model_reward(adapter, tokenizer, device="cpu")(**given))
+    assert found[0] == found[1] and tokenizer.pad_token == tokenizer.eos_token
 
 
 def test_an_adapter_of_another_base_has_a_model_of_its_own(adapter):

@@ -1,12 +1,13 @@
 """A sequence-classification model as a reward function."""
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -43,7 +44,7 @@ def get_model_reward(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = scorer.config.get_text_config()
-    settings.pad_token_id = tokenizer.pad_token_id  # by which the model finds each text's last token
+    settings.pad_token_id = tokenizer.pad_token_id
     longest = getattr(settings, "max_position_embeddings", None) or token_budget
     scorer.eval()
 
@@ -139,8 +140,20 @@ def _batches(lengths: list[int], token_budget: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
-    """The model's logits (B,) fp32, of rows padded on the right as TRL pads them."""
-    width, pad = max(1, *map(len, ids)), model.config.get_text_config().pad_token_id
+    """The model's logits (B,) fp32, of rows padded on the right as TRL pads them.
+
+    An adapter has learnt to score a text's last token, and many a tokenizer pads with that: its rows have another pad.
+    """
+    settings = model.config.get_text_config()
+    pad = kept = settings.pad_token_id
+    if isinstance(model, PeftModel):
+        ends = {row[-1] for row in ids if row}
+        pad = next(token_id for token_id in itertools.count() if token_id not in ends)
+    width = max(1, *map(len, ids))
     rows = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=model.device)
-    return model(input_ids=rows, attention_mask=mask).logits[:, 0].float()
+    try:
+        settings.pad_token_id = pad  # by which the model finds each text's last token
+        return model(input_ids=rows, attention_mask=mask).logits[:, 0].float()
+    finally:
+        settings.pad_token_id = kept  # a resumed run knows the model by it
