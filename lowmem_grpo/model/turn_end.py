@@ -41,7 +41,7 @@ def turn_end(tokenizer: Any, eos_token_ids: Collection[int]) -> TurnEnd | None:
 
 
 def with_turn_end(tokenizer: Any, eos_token_ids: set[int]) -> set[int]:
-    """These ids, and that of the token with which the chat template ends a turn, if it is one."""
+    """Ids that end a sequence, with that of the token by which the chat template ends a turn."""
     of_turn = turn_end(tokenizer, eos_token_ids)
     return eos_token_ids if of_turn is None or of_turn.token_id is None else {*eos_token_ids, of_turn.token_id}
 
