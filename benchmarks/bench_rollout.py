@@ -80,8 +80,8 @@ def _random(work: Work) -> Policy:
 
 
 class HalfTheSlots(Sampler):
-    def store_shape(self, prompts: list[list[int]], num_generations: int, *limits: int) -> StoreShape:
-        return super().store_shape(prompts, num_generations, *limits).at_most(len(prompts) * num_generations // 2)
+    def store_shape(self, prompts: list[list[int]], num_generations: int, num_tokens: int) -> StoreShape:
+        return super().store_shape(prompts, num_generations, num_tokens).at_most(len(prompts) * num_generations // 2)
 
 
 @cache  # as in a run: what a first call learns serves the later ones

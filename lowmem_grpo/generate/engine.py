@@ -6,7 +6,7 @@ what is sampled, up to the rounding of the matrix products, which in fp32 is far
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +20,11 @@ from lowmem_grpo.generate.graphs import Captures, Counts, Graphs, Kept, cuda_cap
 from lowmem_grpo.generate.sampling import SamplingParams
 from lowmem_grpo.generate.scheduler import Scheduler
 from lowmem_grpo.generate.shape import PAGE, StoreShape, stored
-from lowmem_grpo.generate.slots import Slots
+from lowmem_grpo.generate.slots import Parked, Slots
 from lowmem_grpo.generate.states import OWN, States, StateShapes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.store import Store, can_outlive, goes_by_table
+from lowmem_grpo.generate.turns import Turns
 from lowmem_grpo.generate.weights import fast_linears
 from lowmem_grpo.kernels.decode_attention import prefix_splits
 from lowmem_grpo.model.attention import attending
@@ -115,7 +116,38 @@ class Request:
     captures: Captures | None  # None: no step is captured as a CUDA graph
     fast: FastStep | None  # None: the model's own layers decode
     states: StateShapes = field(default_factory=dict)  # of its layers that keep one
-    limits: Sequence[int] | None = None  # the most tokens of each completion, B; None: of each max_completion_length
+    turns: Turns | None = None  # what stands between the turns of completions; None: they have one each
+
+
+class Begun(NamedTuple):
+    """A completion with a turn behind it, as far as it is."""
+
+    ids: list[int]
+    logprobs: Tensor  # (T, 2) fp32 on the CPU, 0 of what was not drawn
+    parked: Parked | None  # what it goes on with; None: from its prompt on
+
+    def answered(self, ids: list[int]) -> "Begun":
+        """This, with tokens behind it that are not drawn."""
+        return self._replace(ids=[*self.ids, *ids], logprobs=torch.cat([self.logprobs, torch.zeros(len(ids), 2)]))
+
+
+@dataclass
+class _Text:
+    """A completion that is drawn."""
+
+    ids: list[int]
+    known: list[Tensor]  # (T, 2) log-probabilities of some of its tokens each, and of some behind the last
+    behind: int  # number of tokens before this turn
+
+    @staticmethod
+    def going_on(begun: Begun | None) -> "_Text":
+        """A completion in its first turn, or in the one after another."""
+        return _Text([], [], 0) if begun is None else _Text([*begun.ids], [begun.logprobs], len(begun.ids))
+
+    @property
+    def turn(self) -> list[int]:
+        """The tokens of this turn."""
+        return self.ids[self.behind :] if self.behind else self.ids
 
 
 class Ran(NamedTuple):
@@ -137,9 +169,10 @@ def run(request: Request, shape: StoreShape) -> Ran:
     others could let go may be enough, and then with half of the slots.
     """
     policy, count = request.policy, len(request.prompts) * request.num_generations
-    done: dict[int, Completion] = {}
+    done: dict[int, Completion] = {}  # with the turn that is drawn
+    begun: dict[int, Begun] = {}  # those that go on after it, or came to it after another
     captures = _captures(request, shape)
-    preempted, out_of_memory = 0, 0
+    preempted, out_of_memory, num_graphs = 0, 0, 0
     now = shape
 
     def attempt() -> None:
@@ -148,7 +181,7 @@ def run(request: Request, shape: StoreShape) -> Ran:
         now = now.at_most(len(todo))
         scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
         try:
-            _run(request, now, scheduler, done, captures)
+            _run(request, now, scheduler, done, begun, captures)
         finally:
             preempted += scheduler.preempted
 
@@ -164,6 +197,30 @@ def run(request: Request, shape: StoreShape) -> Ran:
         if out_of_memory > 1:  # what failed with few slots in use says nothing of all of them
             shape, now = now.halved() if now == shape else shape, now.halved()
 
+    while len(done) < count:
+        with _ready(request, captures):
+            tried_again(attempt, failed)
+        if captures is not None:
+            num_graphs = len(captures.replays)
+            if not captures.last or captures.refusal is not None or not _can_last(request):
+                captures.release()
+                if policy.device.type == "cuda":
+                    torch.cuda.empty_cache()  # the graphs' pool serves nobody else
+        answers = {} if request.turns is None else request.turns.answers()
+        begun = {i: begun[i].answered(ids) for i, ids in answers.items()}
+        for i in answers:
+            del done[i]
+        now = shape
+    counts = Counts() if captures is None else captures.counts
+    share = counts.replayed / counts.steps if counts.steps else 0.0
+    completions = [done[i] for i in range(count)]
+    return Ran(completions, shape, num_graphs, share, counts.capture_s, preempted, out_of_memory)
+
+
+@contextlib.contextmanager
+def _ready(request: Request, captures: Captures | None) -> Iterator[None]:
+    """The policy ready to decode: its weights as steps read them, and its attention as the engine has it."""
+    policy = request.policy
     keeping: dict[str, Any] = {} if captures is None else {"copy": captures.kept.copy}
     with contextlib.ExitStack() as ready:
         if request.fast is not None:
@@ -173,17 +230,7 @@ def run(request: Request, shape: StoreShape) -> Ran:
         linears = fast_linears(policy.base, policy.dtype, dense=request.dense, **keeping)
         for context in (policy.inference(), policy.autocast(), attending(policy.configs), linears):
             ready.enter_context(context)
-        tried_again(attempt, failed)
-    completions = [done[i] for i in range(count)]
-    if captures is None:
-        return Ran(completions, shape, 0, 0.0, 0.0, preempted, out_of_memory)
-    counts, num_graphs = captures.counts, len(captures.replays)
-    if not captures.last or captures.refusal is not None or not _can_last(request):
-        captures.release()
-        if policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # the graphs' pool serves nobody else
-    share = counts.replayed / counts.steps
-    return Ran(completions, shape, num_graphs, share, counts.capture_s, preempted, out_of_memory)
+        yield
 
 
 def _captures(request: Request, shape: StoreShape) -> Captures | None:
@@ -201,9 +248,10 @@ def _can_last(request: Request) -> bool:
 
 
 def _run(
-    request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion], captures: Captures | None
-) -> None:
-    """Sample the scheduler's completions into done."""
+    request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion], begun: dict[int, Begun],
+    captures: Captures | None,
+) -> None:  # fmt: skip
+    """Sample a turn of the scheduler's completions into done, and into begun those that may go on."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
     lasting = Kept() if captures is None else captures.kept
     layers = policy.layer_shapes
@@ -225,28 +273,46 @@ def _run(
         )  # fmt: skip
         step = Graphs(captures, slots.step, slots.state(), slots.held, kind, None if states is None else states.commit)
     finish_of = ending(policy, params)
-    block = ASK_EVERY[policy.device.type]
-    limits = request.limits or [params.max_completion_length] * len(request.uniforms)
-    texts: dict[int, tuple[list[int], list[Tensor]]] = {}  # token ids, and (block, 2) log-probabilities of each
+    length = params.max_completion_length
+    # What is drawn behind a turn's end would stay in states, and in what a penalty has seen.
+    only_one = request.turns is not None and (states is not None or slots.seen is not None)
+    block = 1 if only_one else ASK_EVERY[policy.device.type]
+    slots.parked = {i: text.parked for i, text in begun.items() if text.parked is not None and i not in done}
+    texts: dict[int, _Text] = {}
+    for i in scheduler.waiting:
+        texts[i] = _Text.going_on(begun.get(i))
+        if texts[i].ids:
+            slots.given[i] = texts[i].ids[slots.parked[i].fed if i in slots.parked else 0 :]
+
+    def ended(slot: int, text: _Text, finish: str) -> None:
+        completion = scheduler.slots[slot]
+        assert completion is not None
+        known = torch.cat(text.known)[: len(text.ids)]
+        own, proposal = (values.clone() for values in known.unbind(1))
+        done[completion] = Completion(text.ids, own, proposal, finish)
+        if request.turns is not None and request.turns.end(completion, done[completion]):
+            begun[completion] = Begun(text.ids, known, None)  # out of memory from here on, it is begun anew
+            prompt = request.prompts[scheduler.prompt_of(completion)]
+            begun[completion] = Begun(text.ids, known, slots.saved(slot, prompt, text.ids))
+        scheduler.finish(slot)
+
     while scheduler.waiting or scheduler.running:
-        for slot in slots.admit(request.prompts, request.prefill_tokens, block):
-            texts.setdefault(scheduler.slots[slot], ([], []))  # type: ignore[arg-type] # a new slot holds one
+        slots.admit(request.prompts, request.prefill_tokens, block)
         slots.reserve(block)
         slots.shrink(captured=captures is not None)
-        left = max(limits[c] - len(texts[c][0]) for c in scheduler.slots if c is not None)
-        made = torch.stack([slots.advance(step) for _ in range(min(block, left))]).cpu()  # one copy to the host
+        to_come = [length - len(texts[i].ids) + len(slots.given.get(i, ())) for i in scheduler.slots if i is not None]
+        steps = min(block, max(to_come))
+        given = slots.give(steps)
+        made = torch.stack([slots.advance(step, number) for number in range(steps)]).cpu()  # one copy to the host
         token_ids, logprobs = made[:, 0].long().t().tolist(), made[:, 1:].float().unbind(2)
         for slot, completion in enumerate(scheduler.slots):
             if completion is None:
                 continue
-            ids, known = texts[completion]
-            known.append(logprobs[slot])
-            for token_id in token_ids[slot]:
-                ids.append(token_id)
-                finish = finish_of(ids) or ("length" if len(ids) == limits[completion] else None)
+            text, drawn = texts[completion], slice(given[slot], None)
+            text.known.append(logprobs[slot][drawn])
+            for token_id in token_ids[slot][drawn]:
+                text.ids.append(token_id)
+                finish = finish_of(text.turn) or ("length" if len(text.ids) == length else None)
                 if finish is not None:
-                    own, proposal = (values.clone() for values in torch.cat(known)[: len(ids)].unbind(1))
-                    done[completion] = Completion(ids, own, proposal, finish)
-                    del texts[completion]
-                    scheduler.finish(slot)
+                    ended(slot, texts.pop(completion), finish)
                     break

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lowmem_grpo.errors import NotFiniteError
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
+from lowmem_grpo.generate.turns import Turns
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.out_of_memory import tried_again
 
@@ -50,6 +52,26 @@ def sample(
             wave = min(wave, len(rows) - len(sampled))
             sampled += tried_again(next_wave, failed)
     return [_cut(ids, ending(policy, params)) for ids in sampled], fitting
+
+
+def go_on(
+    policy: Policy, prompts: list[list[int]], completions: list[Completion], first: int, turns: Turns,
+    params: SamplingParams,
+) -> None:  # fmt: skip
+    """Draw the later turns of completions[first:], of a prompt each, one after another from all that is before."""
+    for number in range(first, len(completions)):
+        turns.end(number, completions[number])
+    while True:
+        with policy.fork_rng():  # whatever the answers draw
+            answers = turns.answers()
+        if not answers:
+            return
+        for number, ids in answers.items():
+            before = [*completions[number].ids, *ids]
+            room = replace(params, max_completion_length=params.max_completion_length - len(before))
+            [later], _ = sample(policy, [[*prompts[number - first], *before]], 1, room, 1)
+            completions[number] = Completion([*before, *later.ids], None, None, later.finish)
+            turns.end(number, completions[number])
 
 
 def _cut(ids: list[int], finish_of: Callable[[list[int]], str | None]) -> Completion:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from lowmem_grpo.generate.shape import StoreShape, state_tokens, store_shape, to
 from lowmem_grpo.generate.states import StateShapes, state_bytes, state_shapes
 from lowmem_grpo.generate.step import FastStep
 from lowmem_grpo.generate.step_trial import known_step
+from lowmem_grpo.generate.turns import Turns
 from lowmem_grpo.generate.weights import dense_bytes
 from lowmem_grpo.kernels import overlap
 from lowmem_grpo.kernels.backend import switched_off
@@ -151,24 +151,17 @@ class Sampler:
             warn(f"{name} is sampled from by its own layers, which is slower: {in_a_line(error)}")
             return None
 
-    def store_shape(
-        self, prompts: list[list[int]], num_generations: int, num_tokens: int, longest: int | None = None
-    ) -> StoreShape:
+    def store_shape(self, prompts: list[list[int]], num_generations: int, num_tokens: int) -> StoreShape:
         """The shape of a store with at most num_tokens tokens, or with room for one completion of the longest.
 
         A benchmark or test that wants another store overrides this.
         """
         return store_shape(
             prompt_tokens=max(map(len, prompts)), num_prompts=len(prompts), num_generations=num_generations,
-            max_completion_length=longest or self.config.max_completion_length, budget_tokens=num_tokens,
+            max_completion_length=self.config.max_completion_length, budget_tokens=num_tokens,
             paged=self.config.rollout_paged and self.policy.device.type == "cuda",
             state_tokens=self._state_tokens,
         )  # fmt: skip
-
-    def token_budget(self, at_most: int | None = None) -> int:
-        """The most tokens whose keys and values are in memory at once: as configured, asked for, and known to fit."""
-        limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
-        return min(limit for limit in limits if limit is not None)
 
     @property
     def _state_tokens(self) -> int:
@@ -177,12 +170,9 @@ class Sampler:
 
     def _sample(
         self, prompts: list[list[int]], num_generations: int, params: SamplingParams, share: range | None = None,
-        at_most: int | None = None, seeds: Sequence[int] | None = None, limits: Sequence[int] | None = None,
+        at_most: int | None = None, seeds: Sequence[int] | None = None, turns: Turns | None = None,
     ) -> Sampled:  # fmt: skip
-        """Completions as complete() draws them. With limits, one a prompt, they have at most so many tokens each.
-
-        Each prompt has a seed of its own then.
-        """
+        """Completions as complete() draws them. With turns, what those say stands between theirs."""
         if not prompts:
             return Sampled([], {})
         if not all(prompts):
@@ -195,9 +185,10 @@ class Sampler:
         if not share:
             return Sampled([], {})
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        num_tokens = self.token_budget(at_most)
+        limits = (self.config.rollout_token_budget, at_most, self.fitting_tokens)
+        num_tokens = min(limit for limit in limits if limit is not None)
         by = self._by_generate if self.engine_refusal else self._by_engine
-        return by(prompts, num_generations, params, draws, share, num_tokens, limits)
+        return by(prompts, num_generations, params, draws, share, num_tokens, turns)
 
     def _by_generate(
         self,
@@ -207,7 +198,7 @@ class Sampler:
         draws: list[torch.Generator],  # one, or one a prompt
         share: range,  # of the prompts
         num_tokens: int,
-        limits: Sequence[int] | None,  # one a prompt
+        turns: Turns | None,
     ) -> Sampled:
         for name, value in (("rollout_kv", "int8"), ("rollout_weights", "dense")):
             if getattr(self.config, name) == value:
@@ -226,11 +217,12 @@ class Sampler:
             for place, draw in enumerate(draws):
                 torch.manual_seed(draw.initial_seed())  # `generate` knows torch's own generators alone
                 drawn = prompts[place * size : (place + 1) * size]
-                if limits is not None:
-                    params = replace(params, max_completion_length=limits[share.start + place])
                 sampled, fitting = hf.sample(self.policy, drawn, num_generations, params, num_tokens)
-                completions += sampled
-                self.fitting_tokens = (None if limits else fitting) or self.fitting_tokens
+                self.fitting_tokens = fitting or self.fitting_tokens
+                first, completions = len(completions), completions + sampled
+                if turns is not None:
+                    asked = [prompt for prompt in drawn for _ in range(num_generations)]
+                    hf.go_on(self.policy, asked, completions, first, turns, params)
         return Sampled(completions, {})
 
     def _by_engine(
@@ -241,7 +233,7 @@ class Sampler:
         draws: list[torch.Generator],  # one, or one a prompt
         share: range,  # of the prompts
         num_tokens: int,
-        limits: Sequence[int] | None,  # one a prompt
+        turns: Turns | None,
     ) -> Sampled:
         config, policy = self.config, self.policy
         rows, length = len(prompts) * num_generations // len(draws), params.max_completion_length
@@ -249,12 +241,6 @@ class Sampler:
         uniforms = uniforms[share.start * num_generations : share.stop * num_generations]
         prompts = prompts[share.start : share.stop]
         shape = self.store_shape(prompts, num_generations, num_tokens)
-        if limits is not None:
-            limits = [limit for limit in limits[share.start : share.stop] for _ in range(num_generations)]
-            if shape.cost() > num_tokens:  # else steps that were captured for the whole length serve again
-                params = replace(params, max_completion_length=max(limits))
-                shape = self.store_shape(prompts, num_generations, num_tokens, max(limits))
-                uniforms = uniforms[:, : max(limits)]
         shape = shape.at_most(len(prompts) * num_generations)
         copy_bytes = self.copy_bytes
         if config.rollout_weights == "auto" and self.samples_dense is None:
@@ -265,15 +251,14 @@ class Sampler:
                 policy, prompts, num_generations, params, uniforms.to(policy.device),
                 prefill_tokens=config.token_budget, kv_dtype=self.kv_dtype, dense=dense,
                 captures=self.captures if config.has_cuda_graphs else None,
-                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens), states=self.state_shapes, limits=limits,
+                fast=self.fast_step(shape.prefix_tokens + shape.slot_tokens), states=self.state_shapes, turns=turns,
             ),
             shape,
         )  # fmt: skip
-        if limits is None:  # else it is a turn of a few that are left, which tells nothing of a whole rollout
-            if not any(completion.is_finite for completion in ran.completions):
-                raise NotFiniteError(NOT_FINITE)
-            if ran.shape != shape:
-                self.fitting_tokens = ran.shape.cost()
+        if not any(completion.is_finite for completion in ran.completions):
+            raise NotFiniteError(NOT_FINITE)
+        if ran.shape != shape:
+            self.fitting_tokens = ran.shape.cost()
         kv_bytes = ran.shape.num_tokens() * token_bytes(policy.layer_shapes, self.kv_dtype)
         kv_bytes += ran.shape.num_states * state_bytes(self.state_shapes)
         return Sampled(

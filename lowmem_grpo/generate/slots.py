@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import ceil
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,14 +19,18 @@ from lowmem_grpo.kernels.sample_tokens import sample_next
 from lowmem_grpo.model.attention import laid_out
 from lowmem_grpo.model.policy import Policy
 
+LEFT_FREE = 2**31  # bytes of CPU memory, which keys and values of turns leave alone
+
 
 class Parked(NamedTuple):
-    """A completion that waits for pages, with the keys and values that it goes on with."""
+    """A completion that waits for pages, or for what comes after a turn, with what it goes on with."""
 
     token: Tensor  # () the next to feed, on the device
-    column: int  # where that goes
+    fed: int  # how many were, from its prompt's last on
     seen: Tensor | None  # (V,) bool, on the device
-    saved: list[list[Tensor]]  # its pages, in CPU memory
+    saved: list[
+        list[Tensor]
+    ]  # its keys and values, in CPU memory: its pages, or its row with the prompt if that is there
     states: list[Tensor] | None  # of its layers that keep one, in CPU memory
 
 
@@ -56,7 +61,9 @@ class Slots:
         self.completions = zeros("completions", self.num_rows)
         self.prefix_rows = zeros("prefix_rows", self.num_rows)
         self.columns = [0] * self.num_rows  # where each slot's next token goes, as the host knows it
-        self.parked: dict[int, Parked] = {}  # by completion, until its pages are there again
+        self.parked: dict[int, Parked] = {}  # by completion, until it goes on
+        self.given: dict[int, list[int]] = {}  # by completion, the next tokens, which are not drawn
+        self.coming: Tensor | None = None  # (steps, S) those of the next steps, -1 where a token is drawn
         self.members: tuple[Tensor, Tensor] | None = None  # and places, of a Decode
         self.table: Tensor | None = None  # filled with NOBODYS, 0, where a slot has no page
         if shape.paged:
@@ -91,7 +98,10 @@ class Slots:
             if self.states is not None:
                 self.states.start(at, self._tensor([self.scheduler.prefixes.index(prompt) for prompt in asked]))
         else:
-            rows = {prompt: [s for s, p in zip(new, asked, strict=True) if p == prompt] for prompt in asked}
+            rows = {}
+            for slot, prompt, completion in zip(new, asked, completions, strict=True):
+                if completion not in self.parked:  # whose prompt was saved with it
+                    rows.setdefault(prompt, []).append(slot)
             self._prefill(prompts, rows, prefill_tokens)
         lengths = [len(prompts[p]) - 1 for p in asked]
         self.token_ids[at] = self._tensor([prompts[p][-1] for p in asked])
@@ -106,6 +116,8 @@ class Slots:
         for slot, completion in zip(new, completions, strict=True):
             if completion in self.parked:
                 self._go_on(slot, self.parked[completion])
+                if not self.shape.paged:
+                    self.store.own.copy_in([slot], self.parked.pop(completion).saved)
         self._arrange()
         return new
 
@@ -115,8 +127,8 @@ class Slots:
 
     def _more(self, completion: int, ahead: int) -> int:
         """Number of tokens that a waiting completion will hold, `ahead` after it goes on."""
-        column = self.parked[completion].column if completion in self.parked else 0
-        return min(column + ahead, self.shape.slot_tokens)
+        fed = self.parked[completion].fed if completion in self.parked else 0
+        return min(fed + ahead, self.shape.slot_tokens)
 
     def held(self) -> list[int]:
         """The rows in use that have a completion."""
@@ -125,8 +137,8 @@ class Slots:
     def _go_on(self, slot: int, parked: Parked) -> None:
         """Continue a parked completion in a new slot; its pages are copied when the slot has some."""
         self.token_ids[slot] = parked.token
-        self.positions[slot] += parked.column
-        self.columns[slot] = parked.column
+        self.positions[slot] += parked.fed
+        self.columns[slot] += parked.fed
         if self.states is not None and parked.states is not None:
             self.states.copy_in(slot, parked.states)
         if self.seen is not None and parked.seen is not None:
@@ -193,19 +205,35 @@ class Slots:
         for slot, completion in enumerate(self.scheduler.slots):
             if completion in self.parked:
                 parked = self.parked.pop(completion)
-                self.store.own.copy_in(self._filled(self.scheduler.pages[slot], parked.column), parked.saved)
+                self.store.own.copy_in(self._filled(self.scheduler.pages[slot], parked.fed), parked.saved)
         width = self.table.shape[1]
         self.table.copy_(self._tensor([pages + [NOBODYS] * (width - len(pages)) for pages in self.scheduler.pages]))
 
     def _park(self, slot: int, completion: int, pages: list[int]) -> None:
         """Save the keys and values of a preempted slot, before its pages are written over."""
-        column = self.columns[slot]
-        if completion in self.parked or not column:  # not gone on since the last time, or not begun
+        fed = self.columns[slot]  # a prompt has no column of a slot with pages
+        if completion in self.parked or not fed:  # not gone on since the last time, or not begun
             return
+        saved = self.store.own.copied_out(self._filled(pages, fed), self.shape.page_tokens)
+        self.parked[completion] = self._as_it_is(slot, self.token_ids[slot].clone(), fed, saved)
+
+    def saved(self, slot: int, prompt: list[int], ids: list[int]) -> Parked | None:
+        """What the completion in a slot goes on with after a turn, which ends with ids; None where CPU memory is short.
+
+        Where a step moves more on than keys and values, as states, nothing was drawn after ids.
+        """
+        if psutil.virtual_memory().available < LEFT_FREE:
+            return None
+        own, shape = self.store.own, self.shape
+        if shape.paged:
+            saved = own.copied_out(self._filled(self.scheduler.pages[slot], len(ids)), shape.page_tokens)
+        else:
+            saved = own.copied_out([slot], len(ids) + (0 if shape.shared else len(prompt) - 1))
+        return self._as_it_is(slot, self._tensor(ids[-1:])[0], len(ids), saved)
+
+    def _as_it_is(self, slot: int, token: Tensor, fed: int, saved: list[list[Tensor]]) -> Parked:
         seen = None if self.seen is None else self.seen[slot].clone()
-        saved = self.store.own.copied_out(self._filled(pages, column))
-        states = None if self.states is None else self.states.copied_out(slot)
-        self.parked[completion] = Parked(self.token_ids[slot].clone(), column, seen, saved, states)
+        return Parked(token, fed, seen, saved, None if self.states is None else self.states.copied_out(slot))
 
     def _filled(self, pages: list[int], columns: int) -> list[int]:
         """The first pages of a slot, as many as `columns` tokens fill."""
@@ -302,8 +330,37 @@ class Slots:
         torch.minimum(positions + 1, last, out=positions)
         return torch.stack([values.double() for values in choice])
 
-    def advance(self, step: Callable[[int], Tensor]) -> Tensor:
-        """Run a step, or a replay of one, on the rows in use, and move each slot's column on."""
+    def give(self, num_steps: int) -> list[int]:
+        """Have the next steps go on with what is given; returns in how many of them each slot does."""
+        counts, self.coming = [0] * self.num_rows, None
+        if not self.given:
+            return counts
+        coming = torch.full((num_steps, self.num_rows), -1)
+        for slot, completion in enumerate(self.scheduler.slots[: self.num_rows]):
+            if completion in self.given:
+                ids = self.given.pop(completion)
+                now, later = ids[:num_steps], ids[num_steps:]
+                counts[slot] = len(now)
+                coming[: len(now), slot] = torch.tensor(now)
+                if later:
+                    self.given[completion] = later
+        if any(counts):
+            self.coming = coming.to(self.policy.device)
+        return counts
+
+    def advance(self, step: Callable[[int], Tensor], number: int = 0) -> Tensor:
+        """Run a step, or a replay of one, on the rows in use, and move each slot's column on.
+
+        It is the step of that number since give(): a token that was given stands in for the one that was drawn.
+        """
+        given = None if self.coming is None else self.coming[number]
+        seen = None if given is None or self.seen is None else self.seen[: self.num_rows].clone()
         made = step(self.num_rows)
+        if given is not None:
+            now, is_given = self.token_ids[: self.num_rows], given >= 0
+            now.copy_(torch.where(is_given, given, now))
+            if seen is not None and self.seen is not None:
+                seen.scatter_(1, now[:, None], True)  # and not what was drawn
+                self.seen[: self.num_rows] = torch.where(is_given[:, None], seen, self.seen[: self.num_rows])
         self.columns = [min(column + 1, self.shape.slot_tokens - 1) for column in self.columns]
         return made

@@ -96,14 +96,14 @@ class Rows:
         for tensor in self._tensors():
             tensor[:, :, rows] = 0
 
-    def copied_out(self, rows: list[int]) -> list[list[Tensor]]:
-        """A copy of these rows in CPU memory, made a row at a time since GPU memory is short."""
-        return [[tensor[:, :, row].to("cpu", copy=True) for row in rows] for tensor in self._tensors()]
+    def copied_out(self, rows: list[int], num_tokens: int) -> list[list[Tensor]]:
+        """A copy of num_tokens tokens of these rows in CPU memory, made a row at a time since GPU memory is short."""
+        return [[tensor[:, :, row, :, :num_tokens].to("cpu", copy=True) for row in rows] for tensor in self._tensors()]
 
     def copy_in(self, rows: list[int], saved: list[list[Tensor]]) -> None:
         for tensor, held in zip(self._tensors(), saved, strict=True):
             for row, values in zip(rows, held, strict=True):
-                tensor[:, :, row] = values.to(tensor.device)
+                tensor[:, :, row, :, : values.shape[3]] = values.to(tensor.device)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         for tensor in self._tensors():
