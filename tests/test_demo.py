@@ -93,7 +93,7 @@ def test_the_model_reasons_at_times_and_is_right_when_it_does(tokenizer):
     prompts = prompts_of(problems, tokenizer)
     texts = [
         as_text(policy, p, c)[0]["content"]
-        for p, c in zip(prompts, Sampler(policy, config).complete_greedily(prompts), strict=True)
+        for p, c in zip(prompts, Sampler(policy, config).complete_greedily(prompts).completions, strict=True)
     ]
     right = [f"<answer>{sum(p)}</answer>" in text for p, text in zip(problems, texts, strict=True)]
     reasons = ["=" in text for text in texts]
@@ -123,7 +123,7 @@ def test_the_demo_learns(seed, tmp_path, capsys):
 def same_answers_in_plain_transformers(result, adapter):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     prompts = prompts_of(task.splits()[1][:64], tokenizer)
-    ours = [c.ids for c in Sampler(result.policy, recipe("unused", 0)).complete_greedily(prompts)]
+    ours = [c.ids for c in Sampler(result.policy, recipe("unused", 0)).complete_greedily(prompts).completions]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -670,11 +670,11 @@ def test_calls_are_answered_as_often_as_configured(calling, most):
 def test_greedy_completions_take_no_random_number(calling):
     sampler, state = make_sampler(calling), torch.get_rng_state()
     prompts = prompts_of(calling, *(f"{number}+1=" for number in range(8)))
-    completions = sampler.complete_greedily(prompts)
+    completions = sampler.complete_greedily(prompts).completions
     assert torch.equal(state, torch.get_rng_state())
     assert all(one.conversation is not None for one in completions)
     assert any(one.conversation.num_calls for one in completions)
-    assert [one.ids for one in completions] == [one.ids for one in sampler.complete_greedily(prompts)]
+    assert [one.ids for one in completions] == [one.ids for one in sampler.complete_greedily(prompts).completions]
 
 
 # --- learning ------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Look:
     @cached_property
     def keys(self) -> list[tuple]:
         """A key of each prompt that its repetitions share, whatever a template makes of it."""
-        return [(*prompt.ids, repr(prompt.text)) for prompt in self.prompts]
+        return [(*prompt.ids, repr(prompt.text), _situation(prompt)) for prompt in self.prompts]
 
     @cached_property
     def golds(self) -> list[str | None]:
@@ -90,8 +90,16 @@ def findings(inputs: Inputs) -> list[Finding]:
 
 def evaluated_on_training_prompts(look: Look) -> str | None:
     """Say how many evaluation prompts are trained on."""
-    measured = [tuple(prompt.ids) for prompt in look.inputs.eval_prompts]
-    return learnt_by_heart("prompts", (tuple(prompt.ids) for prompt in look.prompts), measured)
+    measured, learnt = (
+        [(*prompt.ids, _situation(prompt)) for prompt in prompts]
+        for prompts in (look.inputs.eval_prompts, look.prompts)
+    )
+    return learnt_by_heart("prompts", learnt, measured)
+
+
+def _situation(prompt: Prompt) -> str:
+    """The row that its environment is reset with, which may be another game with the same prompt."""
+    return "" if prompt.scene is None else repr(prompt.scene.row)
 
 
 def one_prompt(look: Look) -> str | None:

@@ -10,6 +10,7 @@ from lowmem_grpo.cli.parser import Commands, Once, add_config_flags, add_inputs
 from lowmem_grpo.cli.settings import INPUTS, OF_EVALUATION, PLANNED, count_of, read_settings
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.sections import CALLED
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.output.saved import as_json
 from lowmem_grpo.paths import expanded
@@ -85,15 +86,15 @@ def run_eval(given: dict[str, Any]) -> int:
     inputs, fields = read_settings(given, command="eval")
     config = GRPOConfig(**fields)
     model, dataset = inputs["model"], inputs["dataset"]
-    rewards, tools = inputs.get("reward_funcs"), inputs.get("tools")
+    rewards, called = inputs.get("reward_funcs"), {name: inputs.get(name) for name in CALLED}
     from lowmem_grpo.inputs.names import look_up_inputs
 
-    named = {"model": model, "eval_dataset": dataset, "reward_funcs": rewards, "tools": tools}
+    named = {"model": model, "eval_dataset": dataset, "reward_funcs": rewards, **called}
     look_up_inputs(named, config, needs_rewards=True)
     from lowmem_grpo.evaluation.evaluate import evaluate
     from lowmem_grpo.evaluation.show import as_difference_table, as_table, examples, examples_as_text
 
-    found = evaluate(model, rewards, dataset, config, tools)
+    found = evaluate(model, rewards, dataset, config, **called)
     metrics, chosen = {who: one.metrics for who, one in found.items()}, examples(found, num_shown)
     if in_json:
         with writing_output():
@@ -121,9 +122,8 @@ def run_data(given: dict[str, Any]) -> int:
     from lowmem_grpo.progress_bars import no_progress_bars
 
     with no_progress_bars():
-        found = read_data_inputs(
-            inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config, tools=inputs.get("tools")
-        )
+        called: dict[str, Any] = {name: inputs.get(name) for name in CALLED}
+        found = read_data_inputs(inputs["model"], inputs.get("reward_funcs"), inputs["dataset"], config, **called)
         previews = make_previews(found, count)
     with writing_output():
         told = [as_text(found, previews), *found.notes, *(fault.text for fault in faults(found.rewards, previews))]

@@ -10,7 +10,7 @@ from lowmem_grpo.cli.settings import INPUTS, OF_EXAMPLES, ONLY_DATASET
 from lowmem_grpo.config.fields import describe, field_types
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sample import SampleConfig
-from lowmem_grpo.config.sections import sections
+from lowmem_grpo.config.sections import CALLED, sections
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.terminal import WORD, columns_of, fitted, flowed
@@ -138,8 +138,8 @@ def refuse_unknown_flags(command: str, words: list[str], parser: argparse.Argume
             raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
         if command in ("pipeline", "r1"):
             raise InputError(f"--{name} is no flag of a pipeline; write the settings of its phases into its file")
-        if name == "tools":
-            raise InputError("--tools is for `lowmem-grpo train`, `eval` and `data`; leave it out")
+        if name in CALLED:
+            raise InputError(f"--{name} is for `lowmem-grpo train`, `eval` and `data`; leave it out")
     if "--help_all" in known:  # else it has no configuration
         refuse_unknown_fields(unknown, config)
 

@@ -8,6 +8,7 @@ from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.sections import CALLED
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import InputError, shown
@@ -33,6 +34,7 @@ INPUTS = (
         "one or more: accuracy_reward, get_regex_reward(pattern='...'), my_module.function; by default the task's own",
     ),
     ("tools", (), "one or more that the model may call: python (programs in a sandbox), my_module.function"),
+    ("environment_factory", (), "my_module.Class, of which each completion has an instance whose methods are tools"),
 )
 
 OF_EXAMPLES = (
@@ -52,7 +54,7 @@ OF_PAIRS = (
 )
 
 OF_EVALUATION = [one for one in INPUTS if one[0] != "eval_dataset"]
-OF_SAMPLING = [one for one in OF_EVALUATION if one[0] != "tools"]
+OF_SAMPLING = [one for one in OF_EVALUATION if one[0] not in CALLED]
 
 
 def read_settings(
@@ -75,8 +77,8 @@ def read_settings(
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
     if "eval_dataset" in inputs and command in ("eval", "sample"):
         raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
-    if "tools" in inputs and command == "sample":
-        raise InputError("tools is for `lowmem-grpo train`, `eval` and `data`; sampling into a file has none")
+    for name in [one for one in CALLED if one in inputs and command == "sample"]:
+        raise InputError(f"{name} is for `lowmem-grpo train`, `eval` and `data`; sampling into a file has none")
     refuse_unknown_fields(settings, config)
     return inputs, {name: from_text(config, name, value) for name, value in settings.items()}
 

@@ -7,6 +7,7 @@ from lowmem_grpo.cli.output import tell
 from lowmem_grpo.cli.parser import Commands, add_config_flags, add_inputs
 from lowmem_grpo.cli.settings import OF_EXAMPLES, OF_PAIRS, TRAININGS, read_settings
 from lowmem_grpo.config.reward import RewardConfig
+from lowmem_grpo.config.sections import CALLED
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError
 
@@ -61,7 +62,8 @@ def run_train(given: dict[str, Any]) -> int:
     from lowmem_grpo.loops.grpo import train
 
     model, rewards, dataset, held_out = (inputs.get(n) for n in ("model", "reward_funcs", "dataset", "eval_dataset"))
-    return _told(train(model, rewards, dataset, held_out, config, tools=inputs.get("tools")))
+    called: dict[str, Any] = {name: inputs.get(name) for name in CALLED}
+    return _told(train(model, rewards, dataset, held_out, config, **called))
 
 
 def run_sft(given: dict[str, Any]) -> int:
@@ -83,8 +85,8 @@ def _read(given: dict[str, Any], command: str, without_rewards: str = "") -> tup
     inputs, fields = read_settings(given, command=command, config=TRAININGS[command])
     if without_rewards and "reward_funcs" in inputs:
         raise InputError(f"reward_funcs is for `lowmem-grpo train`; {without_rewards}")
-    if without_rewards and "tools" in inputs:
-        raise InputError("tools is for `lowmem-grpo train`, where the model writes; leave it out")
+    for name in [one for one in CALLED if without_rewards and one in inputs]:
+        raise InputError(f"{name} is for `lowmem-grpo train`, where the model writes; leave it out")
     config = TRAININGS[command](**fields)
     from lowmem_grpo.inputs.names import look_up_training
 

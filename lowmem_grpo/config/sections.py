@@ -341,6 +341,9 @@ class SamplingFields(CompletionFields):
     )
 
 
+CALLED = ("tools", "environment_factory")  # inputs of what the policy calls while it writes, where it writes here
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToolFields(Checked):
     """How often a completion may call tools, and how long one may take."""

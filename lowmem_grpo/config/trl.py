@@ -59,7 +59,7 @@ _TRL_FIELDS = {
     "set importance_sampling_clip_max": "vllm_importance_sampling_cap",
     "set warmup_steps": "warmup_ratio",
     TO_TRAIN: "model_name_or_path dataset_name model dataset train_dataset eval_dataset reward_funcs peft_config "
-    "tokenizer processing_class callbacks tools",
+    "tokenizer processing_class callbacks tools environment_factory",
     "LoRA adapters are always what is trained; remove it": "use_peft lora_task_type",
     "the base is held in 4-bit, or with load_in_4bit=False in the compute dtype; remove it": "load_in_8bit",
     "4-bit is NF4 with double quantization; remove it, or give a 4-bit checkpoint": "bnb_4bit_quant_type "

@@ -1,7 +1,7 @@
 """Rows of a dataset to tokenized Prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,15 @@ from lowmem_grpo.errors import InputError
 
 
 @dataclass(frozen=True)
+class Scene:
+    """The start of a row's completions in their environments, which are all reset with the same row."""
+
+    row: Mapping[str, Any]  # as the dataset has it
+    observation: str | None  # what reset returns, which the last user message ends with
+    tools: Sequence[dict]  # descriptions of what may be called
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One row of a dataset, tokenized."""
 
@@ -31,6 +40,7 @@ class Prompt:
     columns: dict  # the row's other columns, which the reward functions get
     said: str = ""  # the end of the prompt that an answer begins with, `<think>` say: rewards read it with a completion
     teacher_ids: list[int] | None = None  # what the teacher reads in place of ids, where that is something else
+    scene: Scene | None = None  # where completions have environments
 
     @property
     def for_teacher(self) -> "Prompt":
@@ -40,14 +50,15 @@ class Prompt:
 
 def tokenize_prompts(
     rows: Dataset, tokenizer, config: DataFields, *, name: str = "train_dataset", teachers: str | None = None,
-    tools: Sequence[dict] = (),
+    tools: Sequence[dict] = (), scenes: Sequence[Scene] | None = None,
 ) -> tuple[list[Prompt], int]:  # fmt: skip
     """The rows' prompts, and how many were dropped for having more than max_prompt_length tokens.
 
     A string is tokenized as it is; a chat goes through the chat template with the row's `tools` and
     `chat_template_kwargs`, or, where the tokenizer has none, becomes a transcript that ends in `Assistant:`. A chat
     that ends with the assistant's words is one that the completion continues. `teachers` is a system message that a
-    teacher reads in place of the policy's, and `tools` what a run describes its tools by.
+    teacher reads in place of the policy's, and `tools` what a run describes its tools by. `scenes` are the rows' own,
+    where there are environments: with descriptions in place of `tools`, and a text at the end of the question.
 
     Raises:
         InputError: a prompt is neither, or none is left.
@@ -69,9 +80,12 @@ def tokenize_prompts(
     template.refuse_unread(config.chat_template_kwargs or {}, "chat_template_kwargs")
     prompts = []
     for index, row in enumerate(rows):
-        prompt = _prompt(row, template, config, f"row {index} of {name}", tools=tools)
+        scene = Scene({}, None, tools) if scenes is None else scenes[index]
+        prompt = _prompt(row, template, config, f"row {index} of {name}", scene)
+        if scenes is not None:
+            prompt = replace(prompt, scene=scene)
         if teachers is not None:
-            theirs = _prompt(row, template, config, f"row {index} of {name}, for the teacher,", teachers, tools)
+            theirs = _prompt(row, template, config, f"row {index} of {name}, for the teacher,", scene, teachers)
             prompt = replace(prompt, teacher_ids=theirs.ids)
         prompts.append(prompt)
     short = [p for p in prompts if limit is None or len(p.ids) <= limit]
@@ -111,7 +125,7 @@ def chat_prompts(rows: Dataset, config: ReadFields) -> list[Prompt]:
 
 
 def _prompt(
-    row: Any, template: Template, config: DataFields, where: str, system: str | None = None, tools: Sequence[dict] = ()
+    row: Any, template: Template, config: DataFields, where: str, scene: Scene, system: str | None = None
 ) -> Prompt:
     """A row's prompt; with `system` that is its system message, whatever the row or the configuration has."""
     given = row["prompt"]
@@ -120,7 +134,7 @@ def _prompt(
         text = str(given)
         refuse_chat_as_text(text, where)
         refuse_settings_of_text(row, where)
-        if tools:
+        if scene.tools:
             raise InputError(f"{where} is a text, and tools are shown by a chat template; make it a list of messages")
         ids = _not_empty(text_ids(template.tokenizer, text), [text], where)
         said = said_at_end(text)
@@ -130,6 +144,7 @@ def _prompt(
         messages = [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
     else:
         messages = with_system(messages, row, config.system_prompt)
+    messages, tools = _observed(messages, scene.observation, where), scene.tools
     settings = template_settings(row, template, config, where)
     if tools and "tools" in settings:
         raise InputError(f"{where} has tools of its own, which nothing calls beside the run's; remove the column")
@@ -138,6 +153,17 @@ def _prompt(
     asked = messages[:-1] if said and messages[-1]["role"] == "assistant" else messages
     words = [str(value) for message in messages for key, value in message.items() if key != "role"]
     return Prompt(asked, _not_empty(ids, words, where), columns, said)
+
+
+def _observed(messages: list[dict], observation: str | None, where: str) -> list[dict]:
+    """Messages whose last one of the user's ends with what an environment said."""
+    if observation is None:
+        return messages
+    place = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if place is None:
+        raise InputError(f"{where} has no message of the user's, for what its environment says; write one")
+    asked = {**messages[place], "content": messages[place]["content"] + observation}
+    return [*messages[:place], asked, *messages[place + 1 :]]
 
 
 def template_settings(row: Any, template: Template, config: RowFields, where: str) -> dict[str, Any]:

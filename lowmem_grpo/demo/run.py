@@ -104,8 +104,8 @@ def completions_table(policy: Policy, problems: list[task.Problem], config: GRPO
     prompts, _ = tokenize_prompts(load_rows(task.rows(problems), config), policy.tokenizer, config)
     sampler = Sampler(policy, config)
     with policy.as_reference():
-        before = sampler.complete_greedily(prompts)
-    after = sampler.complete_greedily(prompts)
+        before = sampler.complete_greedily(prompts).completions
+    after = sampler.complete_greedily(prompts).completions
     table = Table(title="\nThree held-out prompts", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, overflow="fold")

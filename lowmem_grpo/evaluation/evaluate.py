@@ -120,7 +120,7 @@ def _sampled(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig, share:
     """num_generations_eval completions a prompt, drawn as in training; one greedy one where it is None."""
     at_most = config.rollout_token_budget
     if config.num_generations_eval is None:
-        return Sampled(sampler.complete_greedily(prompts[share.start : share.stop], at_most=at_most), {})
+        return sampler.complete_greedily(prompts[share.start : share.stop], at_most=at_most)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         return sampler.complete(prompts, config.num_generations_eval, share, at_most=at_most)
@@ -128,23 +128,25 @@ def _sampled(sampler: Sampler, prompts: list[Prompt], config: GRPOConfig, share:
 
 @without_progress_bars
 def evaluate(
-    model: str, reward_funcs: Any = None, dataset: Any = None, config: GRPOConfig | None = None, tools: Any = None
-) -> dict[str, Evaluation]:
+    model: str, reward_funcs: Any = None, dataset: Any = None, config: GRPOConfig | None = None, tools: Any = None,
+    environment_factory: Any = None,
+) -> dict[str, Evaluation]:  # fmt: skip
     """The evaluation of a model, {"model": ...}, or of an adapter folder, {"base": ..., "adapter": ...}.
 
     The base is the same model with the adapter switched off; the adapter's metrics have their differences from it.
 
     Args:
         model: hub id, model folder, adapter folder, or a loaded model, which is changed in place.
-        reward_funcs: in any form that train() takes; None for a task, which has its own.
+        reward_funcs: in any form that train() takes; None for a task or environments that have their own.
         dataset: in any form that train() takes; of a hub dataset the `test` split, and of a task what it holds out.
         config: settings, of which those of sampling and loading are read; GRPOConfig() by default.
-        tools: in any form that train() takes.
+        tools, environment_factory: in any form that train() takes.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any weights are read.
     """
-    inputs = read_evaluation_inputs(model, reward_funcs, dataset, GRPOConfig() if config is None else config, tools)
+    config = GRPOConfig() if config is None else config
+    inputs = read_evaluation_inputs(model, reward_funcs, dataset, config, tools, environment_factory)
     for note in inputs.notes:
         log.warning(note)
     prompts, rewards, config, policy = inputs.eval_prompts, inputs.rewards, inputs.config, inputs.load_policy()

@@ -117,7 +117,7 @@ def _asked(policy: Policy, config: GRPOConfig, num_texts: int) -> list[Text]:
     tokenizer = policy.tokenizer
     ids = [[*_as_chat(tokenizer, one), tokenizer(one)["input_ids"]][0] for one in QUESTIONS[:num_texts]]
     prompts = [Prompt(text, its, {}) for text, its in zip(QUESTIONS, ids, strict=False)]
-    completions = Sampler(policy, replace(config, max_completion_length=64)).complete_greedily(prompts)
+    completions = Sampler(policy, replace(config, max_completion_length=64)).complete_greedily(prompts).completions
     return [Text(one.ids, done.ids) for one, done in zip(prompts, completions, strict=True) if done.ids]
 
 

@@ -36,6 +36,8 @@ FAST = {"cuda"}
 class Sampled(NamedTuple):
     completions: list[Completion]  # B, group after group
     metrics: dict[str, float]  # how it was done, as rollout/slots, kv_mib, dense_weights_mib, cuda_graphs, ...
+    # B instances, where a run has environments: None where one could not be reset, whose completion is not scored.
+    environments: list[Any] | None = None
 
 
 class Sampler:
@@ -89,12 +91,12 @@ class Sampler:
         """
         return self._sample([prompt.ids for prompt in prompts], num_generations, self.params, share, at_most, seeds)
 
-    def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
+    def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> Sampled:
         """Take the likeliest token each time, for one completion a prompt, without a random number.
 
         Memory and errors are as complete() has them.
         """
-        return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most=at_most).completions
+        return self._sample([prompt.ids for prompt in prompts], 1, self.greedy, at_most=at_most)
 
     def state(self) -> dict[str, Any]:
         """JSON from which a resumed run samples the completions that this run would have sampled."""

@@ -93,13 +93,23 @@ def source_of_objective(name: str) -> dict[str, Any]:
 
 
 def identity_of_tools(toolbox: Toolbox | None) -> dict[str, Any]:
-    """Descriptions and sources of tools, as SHA-256 by their names."""
+    """Descriptions and sources of tools and environments, as SHA-256 by their names."""
     if toolbox is None:
         return {}
-    return {
+    found = {
         "tools": {schema["function"]["name"]: digest_of([schema]) for schema in toolbox.schemas},
         "tool_sources": {name: [_of_the_users(one), _helpers(one)] for name, one in toolbox.functions.items()},
     }
+    if toolbox.environments is not None:
+        kinds = toolbox.environments.kinds
+        found["tools"] |= {
+            f"{name or kind.name}, an environment,": digest_of(kind.schemas) for name, kind in kinds.items()
+        }
+        found["environment_sources"] = {
+            name or kind.name: [_of_a_maker(kind.factory), _helpers(kind.factory), _helpers(kind.type)]
+            for name, kind in kinds.items()
+        }
+    return found
 
 
 def models_of(rewards: RewardRunner) -> dict[str, Any]:
@@ -213,8 +223,11 @@ def refuse_another_run(resume: Path, identity: Mapping[str, Any]) -> None:
             f"the reward {changed} has other source code or settings than in {resume}; start a new run if its values "
             "are others"
         )
-    for changed in _changed(identity.get("tool_sources", {}), saved.get("tool_sources", {}), both=True):
-        warn(f"the tool {changed} has other source code than in {resume}; start a new run if its results are others")
+    for what in ("tool", "environment"):
+        sources = f"{what}_sources"
+        for changed in _changed(identity.get(sources, {}), saved.get(sources, {}), both=True):
+            words = f"the {what} {changed} has other source code than in {resume}"
+            warn(f"{words}; start a new run if its results are others")
     for changed in _changed(identity.get("objective", {}), saved.get("objective", {}), both=True):
         warn(
             f"the objective {changed} has other source code or settings than in {resume}; start a new run if its "
@@ -366,6 +379,11 @@ def _of_the_users(function: Callable) -> str | None:
     with contextlib.suppress(Exception):  # of the user's own classes, or of a value within itself
         settings = _settings(function)
     return digest_of([source, settings])
+
+
+def _of_a_maker(function: Callable) -> str | None:
+    """SHA-256 as _of_the_users() has it; None for a class, whose numbers may be counters, and source a helper's."""
+    return None if inspect.isclass(function) else _of_the_users(function)
 
 
 def _helpers(function: Callable) -> str | None:

@@ -16,7 +16,7 @@ from lowmem_grpo.output.results import refuse_results
 from lowmem_grpo.paths import expanded
 from lowmem_grpo.rewards.names import look_up_rewards
 from lowmem_grpo.tasks import look_up_task, refuse_missing_rewards
-from lowmem_grpo.tools.names import find_tools
+from lowmem_grpo.tools.names import find_factories, find_tools
 from lowmem_grpo.torchrun import num_started
 
 
@@ -26,16 +26,20 @@ def look_up_inputs(inputs: Mapping[str, Any], config: Any, *, needs_rewards: boo
     `inputs` are a training's by name, or an evaluation's, whose dataset is the eval_dataset.
     """
     rewards, dataset = inputs.get("reward_funcs"), inputs.get("dataset", inputs.get("eval_dataset"))
+    may_score = inputs.get("environment_factory") is not None  # by its own get_reward, which is not known yet
     task = isinstance(dataset, str) and look_up_task(dataset)
     if rewards is not None:
         look_up_rewards(rewards)
-        refuse_other_number(config, len(rewards) if isinstance(rewards, list) else 1)
-    elif needs_rewards and not task and getattr(config, "teacher", None) is None:
+        if not may_score:
+            refuse_other_number(config, len(rewards) if isinstance(rewards, list) else 1)
+    elif needs_rewards and not task and not may_score and getattr(config, "teacher", None) is None:
         refuse_missing_rewards(dataset)
     if needs_rewards and not task and "eval_dataset" not in inputs:
         refuse_without_evaluation(config)
     if inputs.get("tools") is not None:
         find_tools(inputs["tools"])
+    if inputs.get("environment_factory") is not None:
+        find_factories(inputs["environment_factory"])
     model = inputs.get("model")
     if isinstance(model, str) and getattr(config, "base_url", None) is None and not _goes_on(config):
         look_up_model(expanded(model), config.model_init_kwargs)

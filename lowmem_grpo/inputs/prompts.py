@@ -1,6 +1,7 @@
 """The inputs of what samples completions, checked before long work: models, prompts, rewards, folders, a plan."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from lowmem_grpo.inputs.identity import (
 from lowmem_grpo.inputs.names import refuse_critic_init
 from lowmem_grpo.inputs.rewards import (
     missing_golds,
+    own_rewards,
     parameters_of,
     refuse_lost_bases,
     refuse_mixed_scales,
@@ -40,7 +42,7 @@ from lowmem_grpo.inputs.rewards import (
     try_out,
 )
 from lowmem_grpo.inputs.texts import unseen_columns
-from lowmem_grpo.inputs.tools import schemas_of, toolbox_of
+from lowmem_grpo.inputs.tools import resets_of, scenes_of, schemas_of, toolbox_of
 from lowmem_grpo.inputs.training import (
     RunInputs,
     begin,
@@ -117,7 +119,7 @@ class Inputs(RunInputs):
 @main_first
 def read_training_inputs(
     model: Any, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, config: GRPOConfig, peft_config: Any = None,
-    tokenizer: Any = None, callbacks: Any = (), tools: Any = None,
+    tokenizer: Any = None, callbacks: Any = (), tools: Any = None, environment_factory: Any = None,
 ) -> Inputs:  # fmt: skip
     """The inputs of train(), which documents them.
 
@@ -127,11 +129,19 @@ def read_training_inputs(
     refuse_other_config(config, GRPOConfig)
     callbacks = callbacks_of(callbacks)
     datasets = {"train": name_of(train_dataset), "eval": name_of(eval_dataset)}
-    train_dataset, eval_dataset, reward_funcs, config = with_tasks(train_dataset, eval_dataset, reward_funcs, config)
+    if train_dataset is None and environment_factory is not None:
+        raise InputError(
+            "train_dataset is missing; an environment that asks by itself is given rows, too: as many as an epoch has "
+            'of {"prompt": [{"role": "user", "content": ""}], "seed": 0}, each with another seed'
+        )
+    toolbox = toolbox_of(tools, environment_factory, config)
+    own = own_rewards(toolbox, config)
+    train_dataset, eval_dataset, reward_funcs, config = with_tasks(
+        train_dataset, eval_dataset, reward_funcs, config, needs_rewards=not own
+    )
     if eval_dataset is not None and datasets["eval"] is None:
         datasets["eval"] = f"held out by {datasets['train']}"
-    rewards = runner_of(reward_funcs, config)
-    toolbox = toolbox_of(tools, config)
+    rewards, config = runner_of(reward_funcs, config, own)
     try_out_objective(config, run_device(config))
     run = begin(model, config, peft_config, tokenizer, callbacks, datasets)
     model, tokenizer = run.model, run.tokenizer
@@ -143,17 +153,21 @@ def read_training_inputs(
     teacher = find_teacher(model, config)
     if teacher is not None:
         refuse_other_tokens(teacher, model, tokenizer, config)
-    run.notes.extend(try_out(rewards, rows, "train_dataset"))
+    run.notes.extend(try_out(rewards, rows, "train_dataset", toolbox))
     if eval_rows is not None:
         rewards.check_rows(eval_rows, "eval_dataset")
         run.notes.extend(missing_golds(rewards, eval_rows, "eval_dataset"))
     described = schemas_of(toolbox, tokenizer, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described)
+    prompts, dropped = tokenize_prompts(
+        rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described,
+        scenes=scenes_of(toolbox, rows, "train_dataset"),
+    )  # fmt: skip
     eval_prompts, eval_dropped = [], 0
     if eval_rows is not None:
         eval_prompts, eval_dropped = tokenize_prompts(
-            eval_rows, tokenizer, config, name="eval_dataset", tools=described
-        )
+            eval_rows, tokenizer, config, name="eval_dataset", tools=described,
+            scenes=scenes_of(toolbox, eval_rows, "eval_dataset"),
+        )  # fmt: skip
     check_prompts(model, prompts + eval_prompts, config)
     more = {"objective": source_of_objective(config.loss_type), **identity_of_tools(toolbox)}
     if teacher is not None:
@@ -167,7 +181,8 @@ def read_training_inputs(
         more["critic_init"] = _files_of_critic(run, read_config(model, config))
     read = [*prompts, *eval_prompts, *(prompt.for_teacher for prompt in prompts)]
     longest = max(len(prompt.ids) for prompt in read)
-    known = set().union(*map(parameters_of, rewards.functions))  # by rewards, as a judge may need a context
+    readers = [*rewards.functions, *resets_of(toolbox)]  # as a judge may need a context
+    known = set().union(*map(parameters_of, readers))
     unseen = [column for column in unseen_columns(rows) if column not in known]
     run = settled(run, columns_of(prompts), longest, rewards, teacher, more)
     run = replace(run, num_dropped=dropped, unseen=unseen)
@@ -231,7 +246,7 @@ def _refuse_critic(base: PreTrainedConfig, config: CriticFields) -> None:
 
 
 def read_evaluation_inputs(
-    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tools: Any = None
+    model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tools: Any = None, environment_factory: Any = None
 ) -> Inputs:
     """The inputs of an evaluation: a task's held-out rows, or a hub dataset's `test` split.
 
@@ -241,20 +256,23 @@ def read_evaluation_inputs(
     if config.vram_budget is not None:
         raise InputError("vram_budget plans a training run; leave it out, and set rollout_token_budget if need be")
     model, task = expanded(model), find_task(dataset)
-    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
+    toolbox = toolbox_of(tools, environment_factory, config)
+    own = own_rewards(toolbox, config)
+    _, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config, needs_rewards=not own)
     rows = load_rows(dataset if task is None else held_out(task), config, name="eval_dataset", split="test")
     if config.dataset_take is not None:  # which is of what is trained on, where something is
         rows = rows.take(min(config.dataset_take, len(rows)))
-    rewards = runner_of(reward_funcs, config)
-    toolbox = toolbox_of(tools, config)
+    rewards, config = runner_of(reward_funcs, config, own)
     if not rewards.names:
         raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
     find_model(model, config)
     refuse_lost_bases(rewards, model, config)
-    notes = try_out(rewards, rows, "eval_dataset")
+    notes = try_out(rewards, rows, "eval_dataset", toolbox)
     tokenizer = load_tokenizer(model, config)
-    described = schemas_of(toolbox, tokenizer, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, name="eval_dataset", tools=described)
+    prompts, dropped = tokenize_prompts(
+        rows, tokenizer, config, name="eval_dataset", tools=schemas_of(toolbox, tokenizer, config),
+        scenes=scenes_of(toolbox, rows, "eval_dataset"),
+    )  # fmt: skip
     notes += [*_open_ends(model, tokenizer, prompts, config), *_left_out(0, dropped, config)]
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=[], eval_prompts=prompts, rewards=rewards, given=config,
@@ -279,22 +297,24 @@ def read_sampling_inputs(
 
 def read_data_inputs(
     model: Any, reward_funcs: Any, dataset: Any, config: GRPOConfig, tokenizer: Any = None, *,
-    needs_weights: bool = False, tools: Any = None,
+    needs_weights: bool = False, tools: Any = None, environment_factory: Any = None,
 ) -> Inputs:  # fmt: skip
     """The inputs of a look at training data: prompts and rewards, without folder and weights.
 
     Raises:
         InputError: bad input, in one sentence with the remedy.
     """
-    model = expanded(model)
-    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config)
+    model, toolbox = expanded(model), toolbox_of(tools, environment_factory, config)
+    rows, rewards, config = _rows_and_rewards(dataset, reward_funcs, config, own_rewards(toolbox, config))
     find_model(model, config, needs_weights=needs_weights)
     if needs_weights:
         refuse_lost_bases(rewards, model, config)
-    notes = try_out(rewards, rows, "train_dataset")
-    tokenizer, toolbox = tokenizer_of(tokenizer, model, config), toolbox_of(tools, config)
-    described = schemas_of(toolbox, tokenizer, config)
-    prompts, dropped = tokenize_prompts(rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described)
+    notes = try_out(rewards, rows, "train_dataset", toolbox)
+    tokenizer = tokenizer_of(tokenizer, model, config)
+    prompts, dropped = tokenize_prompts(
+        rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=schemas_of(toolbox, tokenizer, config),
+        scenes=scenes_of(toolbox, rows, "train_dataset"),
+    )  # fmt: skip
     notes += _left_out(dropped, 0, config)
     return Inputs(
         model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=[], rewards=rewards, given=config,
@@ -336,12 +356,14 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
     )  # fmt: skip
 
 
-def _rows_and_rewards(dataset: Any, reward_funcs: Any, config: GRPOConfig) -> tuple[Dataset, RewardRunner, GRPOConfig]:
+def _rows_and_rewards(
+    dataset: Any, reward_funcs: Any, config: GRPOConfig, own: Sequence[Callable] = ()
+) -> tuple[Dataset, RewardRunner, GRPOConfig]:
     """Training rows and what scores them, which may be nothing, with what a task says of them."""
     rewards = RewardRunner([])
-    if reward_funcs is not None or find_task(dataset) is not None:
-        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config)
-        rewards = runner_of(reward_funcs, config)
+    if reward_funcs is not None or find_task(dataset) is not None or own:
+        dataset, _, reward_funcs, config = with_tasks(dataset, None, reward_funcs, config, needs_rewards=not own)
+        rewards, config = runner_of(reward_funcs, config, own)
     return load_rows(dataset, config), rewards, config
 
 

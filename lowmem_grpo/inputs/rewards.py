@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from datasets import Dataset
@@ -13,10 +13,12 @@ from lowmem_grpo.config.sections import ModelFields, RewardFields
 from lowmem_grpo.data.gold import COLUMNS, gold_of
 from lowmem_grpo.errors import InputError, shown
 from lowmem_grpo.inputs.names import refuse_other_number
+from lowmem_grpo.inputs.tools import begin_with
 from lowmem_grpo.model.find import find_base_of, read_config
 from lowmem_grpo.rewards import RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
+from lowmem_grpo.tools.toolbox import Toolbox
 
 
 def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterReward]:
@@ -60,20 +62,31 @@ def refuse_without_rewards(rewards: RewardRunner, config: GRPOConfig, eval_rows:
             raise InputError(f"{name} is about rewards, and there are no reward_funcs; give some, or leave {name} out")
 
 
-def runner_of(reward_funcs: Any, config: GRPOConfig) -> RewardRunner:
-    """A runner of the reward functions, which may be none beside a teacher.
+def own_rewards(toolbox: Toolbox | None, config: GRPOConfig) -> list[Callable]:
+    """The rewards that environments give by themselves."""
+    environments = None if toolbox is None else toolbox.environments
+    return [] if environments is None else environments.rewards(config.reward_timeout)
+
+
+def runner_of(reward_funcs: Any, config: GRPOConfig, own: Sequence[Callable] = ()) -> tuple[RewardRunner, GRPOConfig]:
+    """A runner of the reward functions, and of environments' own, and the configuration with a weight for each.
+
+    There may be none beside a teacher. An environment's own has the weight 1 unless reward_weights has one for it, too.
 
     Raises:
         InputError: one cannot be found or called, or reward_weights are not as many.
     """
-    if config.teacher is not None and reward_funcs == []:
-        return RewardRunner([])
-    rewards = RewardRunner(resolve_reward_funcs(reward_funcs), config.reward_timeout)
-    refuse_other_number(config, len(rewards.names))
-    return rewards
+    has_none = reward_funcs == [] and (own or config.teacher is not None)
+    given = [] if has_none else resolve_reward_funcs(reward_funcs)
+    weights = config.reward_weights
+    if own and weights is not None and len(weights) == len(given):
+        config = replace(config, reward_weights=[*weights, *[1.0] * len(own)])
+    if given or own:
+        refuse_other_number(config, len(given) + len(own))
+    return RewardRunner([*given, *own], config.reward_timeout), config
 
 
-def try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
+def try_out(rewards: RewardRunner, rows: Dataset, name: str, toolbox: Toolbox | None = None) -> list[str]:
     """Call each reward once on the first rows with made-up completions, and look for gold answers.
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
@@ -84,8 +97,12 @@ def try_out(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:
     notes = missing_golds(rewards, rows, name) + _routes(rewards, rows, name)
     # The first two rows, and the first of each reward that is not for those.
     firsts = [index for one in rewards.functions for index in rows_for(one, rows)[:1]]
-    trial = rows[sorted({*range(min(2, len(rows))), *firsts})]
-    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"})
+    indices = sorted({*range(min(2, len(rows))), *firsts})
+    trial, environments = rows[indices], None
+    if toolbox is not None and toolbox.environments is not None:
+        begun = begin_with(toolbox.environments, list(rows.select(indices)), name)
+        environments = [one.environment for one in begun]
+    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"}, environments)
     return notes
 
 

@@ -59,6 +59,7 @@ def train(
     tokenizer: Any = None,
     callbacks: Callback | Sequence[Callback] = (),
     tools: Any = None,
+    environment_factory: Any = None,
 ) -> TrainResult:
     """Train LoRA adapters on a frozen 4-bit model with GRPO (https://arxiv.org/abs/2402.03300).
 
@@ -67,8 +68,8 @@ def train(
             changed in place.
         reward_funcs: one or several functions, names (a built-in's, `module.function`, or a call of what makes one,
             `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on two
-            made-up completions before the model is loaded. None for a task, which has its own, or where config names a
-            teacher, which says what to learn.
+            made-up completions before the model is loaded. None for a task, which has its own, where config names a
+            teacher, which says what to learn, or where an environment has a get_reward.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
             task: its name, such as "countdown", or a Task of your own.
         eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.
@@ -80,6 +81,9 @@ def train(
             of theirs makes the last one; a metric that is the mean of nothing is NaN, and None in the result's history.
         tools: one function or several, or names ("python", `module.function`), which the policy calls while it writes:
             each with a type hint for every parameter, and with a docstring that says what it and they are.
+        environment_factory: a class, or a function that makes an instance, or `module.Class`; of several kinds a dict
+            by what the rows' column `environment` has. Each completion has an instance, reset(**row) before, whose
+            public methods are tools; what its get_reward() returns, where it has one, is a reward.
 
     Raises:
         InputError: bad input, in one sentence with the remedy, before any long work starts.
@@ -89,7 +93,7 @@ def train(
     """
     inputs = read_training_inputs(
         model, reward_funcs, train_dataset, eval_dataset, GRPOConfig() if config is None else config, peft_config,
-        tokenizer, callbacks, tools,
+        tokenizer, callbacks, tools, environment_factory,
     )  # fmt: skip
     doctor = doctor_of(inputs, show_preview(inputs))  # before any long work
     config, prompts, rewards, policy = inputs.config, inputs.prompts, inputs.rewards, inputs.load_policy()

@@ -142,6 +142,6 @@ def check_evaluation(pipeline: Pipeline, evaluation: Evaluation) -> Outlook:
     """Check what is evaluated on before any weights are read. Raise InputError for bad input."""
     with naming("eval"):
         found = read_evaluation_inputs(
-            pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, evaluation.tools
+            pipeline.model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, **evaluation.called
         )
     return Outlook([counted(len(found.eval_prompts), "prompt"), *found.notes])

@@ -14,6 +14,7 @@ from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
+from lowmem_grpo.config.sections import CALLED
 from lowmem_grpo.config.select import SelectConfig
 from lowmem_grpo.config.sft import SFTConfig
 from lowmem_grpo.errors import InputError, counted, shown
@@ -83,22 +84,22 @@ def _run_sft(model: Any, config: SFTConfig, output: Path, dataset: Any, eval_dat
 
 def _check_grpo(
     model: Any, config: GRPOConfig, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
-    critic_init: Any = None, tools: Any = None,
+    critic_init: Any = None, **called: Any,
 ) -> Outlook:  # fmt: skip
     from lowmem_grpo.inputs.prompts import read_training_inputs
 
     config = _with_critic(config, critic_init)
-    return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config, tools=tools))
+    return _outlook(read_training_inputs(model, reward_funcs, dataset, eval_dataset, config, **called))
 
 
 def _run_grpo(
     model: Any, config: GRPOConfig, output: Path, dataset: Any, reward_funcs: Any = None, eval_dataset: Any = None,
-    critic_init: Any = None, tools: Any = None,
+    critic_init: Any = None, **called: Any,
 ) -> dict[str, Any]:  # fmt: skip
     from lowmem_grpo.loops.grpo import train
 
     config = _with_critic(config, critic_init)
-    return train(model, reward_funcs, dataset, eval_dataset, config, tools=tools).history[-1]
+    return train(model, reward_funcs, dataset, eval_dataset, config, **called).history[-1]
 
 
 def _with_critic(config: GRPOConfig, critic_init: Any) -> GRPOConfig:
@@ -178,10 +179,10 @@ KINDS = {
         ),
         Kind(
             name="grpo", config=GRPOConfig, places=_of_a_run,
-            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init", "tools"), output="adapter", makes=POLICY,
+            inputs=("dataset", "eval_dataset", "reward_funcs", "critic_init", *CALLED), output="adapter", makes=POLICY,
             reads={
                 "dataset": PROMPTS, "eval_dataset": PROMPTS, "reward_funcs": (SCORER,), "critic_init": (SCORER,),
-                "tools": ("tools",),  # as no phase does
+                **{name: (name,) for name in CALLED},  # as no phase makes them
             },
             trains_policy=True, check=_check_grpo, run=_run_grpo,
         ),

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
-from lowmem_grpo.config.sections import AdapterFields
+from lowmem_grpo.config.sections import CALLED, AdapterFields
 from lowmem_grpo.config.trl import refuse_unknown_fields
 from lowmem_grpo.errors import (
     InputError,
@@ -61,7 +61,7 @@ class Evaluation:
 
     dataset: Any
     reward_funcs: Any
-    tools: Any
+    called: dict[str, Any]  # tools and environment_factory, where they are given
     config: GRPOConfig
     vram_budget: str | None  # of the common settings
 
@@ -177,7 +177,7 @@ def look_up(pipeline: Pipeline, model: str, until: str | None, begin_at: str | N
                 look_up_inputs(inputs, run.config, needs_rewards=run.kind.config is GRPOConfig)
     if pipeline.evaluation is not None and to_do:
         of = pipeline.evaluation
-        named = {"eval_dataset": of.dataset, "reward_funcs": of.reward_funcs, "tools": of.tools}
+        named = {"eval_dataset": of.dataset, "reward_funcs": of.reward_funcs, **of.called}
         with naming("eval"):
             look_up_inputs(named, pipeline.evaluation.config, needs_rewards=True)
 
@@ -278,7 +278,8 @@ def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> E
     if given is None:
         return None
     settings = dict(given)
-    dataset, rewards, tools = (settings.pop(name, None) for name in ("dataset", "reward_funcs", "tools"))
+    dataset, rewards = (settings.pop(name, None) for name in ("dataset", "reward_funcs"))
+    called = {name: settings.pop(name) for name in CALLED if settings.get(name) is not None}
     if dataset is None:
         raise InputError("eval has no dataset; name what to evaluate on, or leave eval out")
     for name in settings:
@@ -287,4 +288,4 @@ def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> E
             raise InputError(f"eval has {shown(name)}, which no evaluation reads; {hint}")
     settings = {**{name: value for name, value in common.items() if name in EVAL_FIELDS}, **settings}
     config = GRPOConfig(**{name: from_text(GRPOConfig, name, value) for name, value in settings.items()})
-    return Evaluation(dataset, rewards, tools, config, common.get("vram_budget"))
+    return Evaluation(dataset, rewards, called, config, common.get("vram_budget"))

@@ -70,6 +70,8 @@ def content(value: Any) -> Any:
         return _of_path(Path(expanded(value))) if there else str(value)
     if isinstance(value, (list, tuple, Dataset)):
         return digest_of(value)
+    if isinstance(value, Mapping):  # of environments
+        return {str(name): content(one) for name, one in value.items()}
     return getattr(value, "__name__", type(value).__name__)
 
 

@@ -60,14 +60,14 @@ def _identity(model: str, evaluation: Evaluation) -> dict[str, Any]:
         "dataset": content(evaluation.dataset),
         "reward_funcs": [content(one) for one in entries(evaluation.reward_funcs)],
     }
-    if evaluation.tools is not None:  # a key that evaluations of earlier versions lack
-        of["tools"] = [content(one) for one in entries(evaluation.tools)]
+    for name, given in evaluation.called.items():  # keys that evaluations of earlier versions lack
+        of[name] = [content(one) for one in entries(given)]
     return json.loads(json.dumps(of, default=str))
 
 
 def _measured(model: str, evaluation: Evaluation) -> dict[str, Any]:
     inputs = read_evaluation_inputs(
-        model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, evaluation.tools
+        model, evaluation.reward_funcs, evaluation.dataset, evaluation.config, **evaluation.called
     )
     config, found = inputs.config, None
     if evaluation.vram_budget is not None:

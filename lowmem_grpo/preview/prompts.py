@@ -146,6 +146,8 @@ def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
         return "it is async, as those that ask a server are"
     if "tests" in parameters_of(function):
         return "it runs programs"
+    if "environments" in parameters_of(function):
+        return "it asks environments"
     seconds = rewards.trial_s.get(_name(function), 0.0)
     if seconds > SLOW_S and function not in AT_BEST_1 and not reads_gold(function):
         return f"it took {seconds:.1f} s for two made-up completions"

@@ -162,7 +162,7 @@ def find_function(name: str, known: Mapping[str, Callable], none: str = "", *, k
         return known[name]
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
-        otherwise = f"the built-in ones are {', '.join(known)}"
+        otherwise = f"the built-in ones are {', '.join(known)}" if known else "there are no built-in ones"
         several = len(re.split(r"[\s,]+", name)) > 1
         hint = "give each of several by itself" if several else did_you_mean(name, known, otherwise)
         raise InputError(f"no {none or kind} is named {name!r}; {hint} (one of your own is module.function)")
@@ -185,9 +185,8 @@ def find_function(name: str, known: Mapping[str, Callable], none: str = "", *, k
 
 
 def _is_pythons(name: str, known: Mapping[str, Callable], kind: str) -> InputError:
-    return InputError(
-        f"{name} is of Python's own and no {kind}; give {', '.join(known)}, or module.function of your own"
-    )
+    others = "".join(f"{one}, " for one in known) + ("or " if known else "")
+    return InputError(f"{name} is of Python's own and no {kind}; give {others}module.function of your own")
 
 
 def reward_adapters(reward_funcs: Any) -> list[Callable]:

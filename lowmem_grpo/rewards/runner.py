@@ -55,16 +55,17 @@ class RewardRunner:
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],
-        global_step: int, prompt_ids: list[list[int]] | None = None,
+        global_step: int, prompt_ids: list[list[int]] | None = None, environments: list[Any] | None = None,
     ) -> Scores:  # fmt: skip
         """Rewards of B completions; prompts, completions, ids and every column have B entries.
 
         global_step is the number of steps that the policy has taken before it sampled them.
         prompt_ids are for the functions with an attribute reads_prompt_ids; these give no reward without.
+        environments are the completions' own, which are given as they are, and not copied.
 
         No function's error is raised: the run goes on without its reward.
         """
-        calls = self._call_all(prompts, completions, completion_ids, columns, global_step, prompt_ids)
+        calls = self._call_all(prompts, completions, completion_ids, columns, global_step, prompt_ids, environments)
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
         for name, function, call in zip(self.names, self.functions, calls, strict=True):
@@ -116,7 +117,7 @@ class RewardRunner:
                 except InputError as error:
                     raise InputError(f"row {index} of {name}: {error}") from error
 
-    def try_out(self, prompts: list, columns: dict[str, list]) -> None:
+    def try_out(self, prompts: list, columns: dict[str, list], environments: list[Any] | None = None) -> None:
         """Call every function once on made-up completions, so that a broken one stops the run at its start.
 
         Raises:
@@ -125,7 +126,9 @@ class RewardRunner:
         """
         trial = "<think>trial</think> <answer>0</answer>"
         completions = [trial if isinstance(p, str) else [{"role": "assistant", "content": trial}] for p in prompts]
-        calls = self._call_all(prompts, completions, [[0]] * len(prompts), columns, global_step=0)
+        calls = self._call_all(
+            prompts, completions, [[0]] * len(prompts), columns, global_step=0, environments=environments
+        )
         self.trial_s = {name: call.seconds for name, call in zip(self.names, calls, strict=True)}
         for call in calls:
             for failure in call.failures:
@@ -137,7 +140,7 @@ class RewardRunner:
 
     def _call_all(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],
-        global_step: int, prompt_ids: list[list[int]] | None = None,
+        global_step: int, prompt_ids: list[list[int]] | None = None, environments: list[Any] | None = None,
     ) -> list[Call]:  # fmt: skip
         """Call each function in turn, then await concurrently all that the async ones returned."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -149,9 +152,14 @@ class RewardRunner:
             own_given = {**copy.deepcopy(given), "trainer_state": copy.copy(state), **own.functions()}
             if getattr(inner_of(function), "reads_prompt_ids", False):
                 own_given["prompt_ids"] = copy.deepcopy(prompt_ids)
+            if environments is not None:
+                own_given["environments"] = [*environments]
+            limit_s = self.timeout_s
+            if limit_s is not None and getattr(inner_of(function), "one_by_one", False):  # each within reward_timeout
+                limit_s *= count + 1
             with process_kept():
                 work = partial(read, name, count, partial(function, **own_given))
-                outcomes.append(_timed(self.timeout_s, work, partial(_say, name)))
+                outcomes.append(_timed(limit_s, work, partial(_say, name)))
         waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
         if waiting:
             several = [read_awaited(self.names[index], count, outcomes[index].value) for index in waiting]

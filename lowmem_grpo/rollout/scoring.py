@@ -44,17 +44,37 @@ def complete_and_score(
 
 
 def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: RewardRunner, global_step: int) -> Judged:
-    completions, metrics = sampled
+    completions = sampled.completions
     if not prompts:
         return Judged([], [], Scores(torch.zeros(0, len(rewards.names)), {}, {}), {})
     num_generations = len(completions) // len(prompts)
     asked = [prompt for prompt in prompts for _ in range(num_generations)]
     texts = [as_text(policy, prompt, completion) for prompt, completion in zip(asked, completions, strict=True)]
-    columns = {key: [prompt.columns.get(key) for prompt in asked] for key in asked[0].columns}
-    ids = [prompt.ids for prompt in asked]
-    drawn = [completion.sampled_ids for completion in completions]
-    scores = rewards([prompt.text for prompt in asked], texts, drawn, columns, global_step, ids)
-    return Judged(completions, texts, scores, {**metrics, **scores.metrics})
+    # A completion whose environment could not be reset is not scored.
+    environments = sampled.environments
+    scored = [at for at in range(len(asked)) if environments is None or environments[at] is not None]
+    columns = {key: [asked[at].columns.get(key) for at in scored] for key in asked[0].columns}
+    scores = Scores(torch.zeros(0, len(rewards.names)), {}, {})
+    if scored:
+        scores = rewards(
+            [asked[at].text for at in scored], [texts[at] for at in scored],
+            [completions[at].sampled_ids for at in scored], columns, global_step, [asked[at].ids for at in scored],
+            None if environments is None else [environments[at] for at in scored],
+        )  # fmt: skip
+    if len(scored) < len(asked):
+        scores = _spread(scores, scored, len(asked))
+    return Judged(completions, texts, scores, {**sampled.metrics, **scores.metrics})
+
+
+def _spread(scores: Scores, places: list[int], count: int) -> Scores:
+    """The scores in their places among `count` completions, of which the others have none."""
+    rewards = torch.full((count, scores.rewards.shape[1]), torch.nan)
+    rewards[places] = scores.rewards
+    columns: dict[str, list] = {name: [None] * count for name in scores.extra_columns}
+    for name, values in scores.extra_columns.items():
+        for place, value in zip(places, values, strict=True):
+            columns[name][place] = value
+    return scores._replace(rewards=rewards, extra_columns=columns)
 
 
 def _as_sent(judged: Judged) -> Judged:

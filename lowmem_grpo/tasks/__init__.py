@@ -35,11 +35,14 @@ class Inputs(NamedTuple):
     config: GRPOConfig
 
 
-def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig) -> Inputs:
+def with_tasks(
+    train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config: GRPOConfig, *, needs_rewards: bool = True
+) -> Inputs:
     """Inputs with datasets in place of names of tasks; the training task fills what is left open.
 
     Without reward_funcs its verifier is the reward, without a system_prompt or stop_strings its own are used, and
     without an eval_dataset what it holds out. Generated rows that are held out never have a training row's prompt.
+    Where something else gives rewards, there need be no reward_funcs.
 
     Raises:
         InputError: no task of that name, an option that it has not, or neither a task nor reward_funcs.
@@ -56,8 +59,8 @@ def with_tasks(train_dataset: Any, eval_dataset: Any, reward_funcs: Any, config:
             config = dataclasses.replace(config, system_prompt=task.system_prompt)
         if config.stop_strings is None and task.stop_strings is not None:
             config = dataclasses.replace(config, stop_strings=task.stop_strings)
-    if reward_funcs is None and config.teacher is not None:
-        reward_funcs = []  # the teacher says what to learn
+    if reward_funcs is None and (config.teacher is not None or not needs_rewards):
+        reward_funcs = []  # the teacher says what to learn, or an environment
     if reward_funcs is None:
         refuse_missing_rewards(train_dataset)
     if is_generated and isinstance(train_dataset, list) and isinstance(eval_dataset, list):

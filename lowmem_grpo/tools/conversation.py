@@ -21,6 +21,7 @@ from lowmem_grpo.generate.completion import Completion, Conversation
 from lowmem_grpo.generate.sample import Sampled, Sampler
 from lowmem_grpo.model.policy import Policy
 from lowmem_grpo.tools.call_forms import Call
+from lowmem_grpo.tools.environments import Begun
 from lowmem_grpo.tools.form import ToolForm
 from lowmem_grpo.tools.toolbox import Result, Toolbox
 from lowmem_grpo.warn import warn
@@ -42,14 +43,15 @@ class ToolSampler(Sampler):
         super().__init__(policy, config)
         self.toolbox = toolbox
         self.template = Template(policy.tokenizer)
-        self.forms: dict[str, ToolForm] = {}  # by the settings of the chat template, which a row may have of its own
+        self.forms: dict[str, ToolForm] = {}  # by the settings of the chat template and the tools, both a row's own
 
     def form(self, prompt: Prompt) -> ToolForm:
         """How calls and results are written in a conversation that begins with a prompt."""
-        settings = template_settings(prompt.columns, self.template, self.config, "a row")
+        tools = self.toolbox.schemas if prompt.scene is None else prompt.scene.tools
+        settings = {**template_settings(prompt.columns, self.template, self.config, "a row"), "tools": tools}
         key = json.dumps(settings, sort_keys=True, default=str)
         if key not in self.forms:
-            self.forms[key] = ToolForm(self.policy.tokenizer, {**settings, "tools": self.toolbox.schemas})
+            self.forms[key] = ToolForm(self.policy.tokenizer, settings)
         return self.forms[key]
 
     def complete(
@@ -62,25 +64,31 @@ class ToolSampler(Sampler):
         ids = [prompt.ids for prompt in prompts]
         return talks.told(self._sample(ids, num_generations, self.params, share, at_most, seeds, talks))
 
-    def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> list[Completion]:
+    def complete_greedily(self, prompts: list[Prompt], *, at_most: int | None = None) -> Sampled:
         """Take the likeliest token each time, for one completion a prompt, with the results of tools in it."""
         talks, ids = self._talks(prompts), [prompt.ids for prompt in prompts]
-        return talks.told(self._sample(ids, 1, self.greedy, at_most=at_most, turns=talks)).completions
+        return talks.told(self._sample(ids, 1, self.greedy, at_most=at_most, turns=talks))
 
     def _talks(self, prompts: list[Prompt]) -> "_Talks":
-        most, config = self.config.max_completion_length, self.config
-        talks = [_Talk(prompt, self.form(prompt), self.policy, most) for prompt in prompts]
-        return _Talks(talks, self.toolbox, config.max_tool_calling_iterations)
+        """Conversations that begin with these prompts, each with an environment of its own where there are any."""
+        environments, started = self.toolbox.environments, time.perf_counter()
+        begun = [Begun()] * len(prompts)
+        if environments is not None:
+            begun = environments.begin([prompt.scene for prompt in prompts if prompt.scene is not None])
+        reset_s, most = time.perf_counter() - started, self.config.max_completion_length
+        talks = [
+            _Talk(prompt, self.form(prompt), self.policy, most, own) for prompt, own in zip(prompts, begun, strict=True)
+        ]
+        return _Talks(talks, self.toolbox, self.config.max_tool_calling_iterations, reset_s)
 
 
 class _Talks:
     """The completions of a call, as generate/turns.py has them: tools answer where one calls some."""
 
-    def __init__(self, talks: "list[_Talk]", toolbox: Toolbox, most: int | None):
-        """Begin them. At most `most` turns of each are answered."""
-        self.talks, self.toolbox, self.most = talks, toolbox, most
+    def __init__(self, talks: "list[_Talk]", toolbox: Toolbox, most: int | None, tools_s: float):
+        """Begin them, of each of which at most `most` turns are answered; tools have taken tools_s so far."""
+        self.talks, self.toolbox, self.most, self.tools_s = talks, toolbox, most, tools_s
         self.calling: list[int] = []  # that wait for results
-        self.tools_s = 0.0
 
     def end(self, number: int, completion: Completion) -> bool:
         """Take a turn's end; returns whether it calls tools that will answer."""
@@ -99,7 +107,8 @@ class _Talks:
         started = time.perf_counter()
         calling, self.calling = sorted(self.calling), []
         talks = [self.talks[number] for number in calling]
-        results = iter(self.toolbox([call for talk in talks for call in talk.calls]))
+        asked = [(call, talk.begun.methods) for talk in talks for call in talk.calls]
+        results = iter(self.toolbox([call for call, _ in asked], [methods for _, methods in asked]))
         answers = [talk.hear([next(results) for _ in talk.calls]) for talk in talks]
         self.tools_s += time.perf_counter() - started
         return {number: ids for number, ids in zip(calling, answers, strict=True) if ids}
@@ -107,14 +116,17 @@ class _Talks:
     def told(self, sampled: Sampled) -> Sampled:
         """What was sampled, as conversations."""
         told = [talk.as_completion(done) for talk, done in zip(self.talks, sampled.completions, strict=True)]
-        return Sampled(told, {**sampled.metrics, "time/tools_s": self.tools_s} if told else {})
+        metrics = {**sampled.metrics, "time/tools_s": self.tools_s} if told else {}
+        own = None if self.toolbox.environments is None else [talk.begun.environment for talk in self.talks]
+        return Sampled(told, metrics, own)
 
 
 class _Talk:
     """A completion as it grows, turn by turn."""
 
-    def __init__(self, prompt: Prompt, form: ToolForm, policy: Policy, most: int):
-        self.prompt, self.form, self.policy, self.said, self.most = prompt, form, policy, prompt.said, most
+    def __init__(self, prompt: Prompt, form: ToolForm, policy: Policy, most: int, begun: Begun):
+        self.prompt, self.form, self.policy, self.said = prompt, form, policy, prompt.said
+        self.most, self.begun = most, begun
         self.ids: list[int] = []
         self.drawn: list[bool] = []  # of each
         self.messages: list[dict] = []
@@ -124,12 +136,12 @@ class _Talk:
         self.finish = ""
 
     def say(self, completion: Completion) -> None:
-        """Add a turn of the policy's. A call in one that was cut off is none."""
+        """Add a turn of the policy's. A call in one that was cut off is none, nor one beside a lost environment."""
         turn = Completion(completion.ids[len(self.ids) :], None, None, completion.finish)
         before = Prompt([], [*self.prompt.ids, *self.ids], {}, self.said)
         words = words_of(self.policy, before, turn)
         found = self.form.calls(words)
-        self.calls = [] if turn.finish == "length" else found.calls
+        self.calls = [] if turn.finish == "length" or self.begun.fault else found.calls
         message: dict[str, Any] = {"role": "assistant", "content": words}
         if self.calls:
             calls = [call.as_message() for call in self.calls]

@@ -1,7 +1,7 @@
-"""Tools found by name."""
+"""Tools and environments found by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowmem_grpo.errors import InputError, shown
@@ -27,11 +27,33 @@ def find_tools(tools: Any) -> list[Callable]:
     return [_found(one.strip()) if isinstance(one, str) else _callable(one) for one in several]
 
 
-def _found(name: str) -> Callable:
-    function = find_function(name, BUILT_IN, kind="tool")
-    if name not in BUILT_IN and origin_of_function(function) != OWN:
+def find_factories(environment_factory: Any) -> Any:
+    """Makers of environments: a function, a class or the name of one, `module.Class`, or several by their names.
+
+    By name they are taken as tools are.
+
+    Raises:
+        InputError: nothing that can be called, or a name of none.
+    """
+    if isinstance(environment_factory, Mapping):
+        if not environment_factory:
+            raise InputError("environment_factory is empty; name an environment for each kind of rows, or leave it out")
+        return {name: find_factories(one) for name, one in environment_factory.items()}
+    if isinstance(environment_factory, str):
+        return _found(environment_factory.strip(), "environment", {})
+    if not callable(environment_factory):
         raise InputError(
-            f"tool {shown(name)} is of an installed package; write a function in a module of your own that calls it"
+            f"environment_factory {shown(environment_factory)} cannot be called; give a class, or a function that "
+            "makes an environment"
+        )
+    return environment_factory
+
+
+def _found(name: str, kind: str = "tool", known: Mapping[str, Callable] = BUILT_IN) -> Callable:
+    function = find_function(name, known, kind=kind)
+    if name not in known and origin_of_function(function) != OWN:
+        raise InputError(
+            f"{kind} {shown(name)} is of an installed package; write a function in a module of your own that calls it"
         )
     return function
 

@@ -3,10 +3,10 @@
 import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -16,6 +16,9 @@ from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within
 from lowmem_grpo.rewards.isolation.workers import WORKERS
 from lowmem_grpo.tools import program
 from lowmem_grpo.tools.call_forms import Call
+
+if TYPE_CHECKING:
+    from lowmem_grpo.tools.environments import Environments
 
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -31,47 +34,48 @@ class Toolbox:
     """Tools by name. Calls them as a model asks; one that fails tells the model, and the run goes on.
 
     Attributes:
-        functions: the tools by name.
-        schemas: what a chat template is given of each, in OpenAI's form.
+        functions: the tools by name, without those of environments.
+        schemas: what a chat template is given of each of these, in OpenAI's form.
+        environments: where a completion has one of its own, with tools of its own.
     """
 
-    def __init__(self, functions: Sequence[Callable], timeout_s: float | None):
+    def __init__(
+        self, functions: Sequence[Callable], timeout_s: float | None, environments: "Environments | None" = None
+    ):
         """Describe functions, each by its name, type hints and docstring.
 
         Raises:
             InputError: one cannot be described, two have one name, or the system cannot isolate programs.
         """
-        self.functions: dict[str, Callable] = {}
-        self.schemas, self.timeout_s = [], timeout_s
-        for function in functions:
-            schema = _described(function)
-            name = schema["function"]["name"]
-            if name in self.functions:
-                raise InputError(f"two tools are named {name}; rename one")
-            self.functions[name] = function
-            self.schemas.append(schema)
+        self.schemas, self.timeout_s, self.environments = described(functions), timeout_s, environments
+        names = [schema["function"]["name"] for schema in self.schemas]
+        self.functions: dict[str, Callable] = dict(zip(names, functions, strict=True))
         reason = program.why_not() if program.python in self.functions.values() else None
         if reason:
             raise InputError(f"the tool python cannot isolate programs here: {reason}; use another machine or tool")
 
-    def __call__(self, calls: Sequence[Call]) -> list[Result]:
-        """The results of all calls: programs side by side, other tools one after another, async ones together."""
+    def __call__(self, calls: Sequence[Call], methods: Sequence[Mapping[str, Callable]] | None = None) -> list[Result]:
+        """The results of all calls: programs side by side, other tools one after another, async ones together.
+
+        `methods` are further tools by name, of each call's own environment.
+        """
         results: dict[int, Any] = {}
+        known = [self.functions] * len(calls) if methods is None else [{**self.functions, **own} for own in methods]
+        functions = [own.get(call.name) for call, own in zip(calls, known, strict=True)]
         with process_kept(), ThreadPoolExecutor(WORKERS, thread_name_prefix="tools") as pool:
-            programs = [at for at, call in enumerate(calls) if self.functions.get(call.name) is program.python]
-            started = {at: pool.submit(self._called, calls[at]) for at in programs}
-            results |= {at: self._called(call) for at, call in enumerate(calls) if at not in started}
+            programs = [at for at, function in enumerate(functions) if function is program.python]
+            started = {at: pool.submit(self._called, functions[at], calls[at]) for at in programs}
+            results |= {at: self._called(functions[at], call) for at, call in enumerate(calls) if at not in started}
             results |= {at: future.result() for at, future in started.items()}
             waiting = [at for at, result in results.items() if not isinstance(result, Result)]
             if waiting:
                 awaited = await_within(self.timeout_s, [results[at] for at in waiting])
                 for at, one in zip(waiting, awaited, strict=True):
-                    results[at] = self._result(lambda one=one: Result(_as_text(_value(one)), False))
+                    results[at] = self._result(lambda one=one: Result(as_text(_value(one)), False))
         return [results[at] for at in range(len(calls))]
 
-    def _called(self, call: Call) -> Any:
-        """The result of a call, or what is to be awaited for it."""
-        function = self.functions.get(call.name)
+    def _called(self, function: Callable | None, call: Call) -> Any:
+        """The result of a function's call, or what is to be awaited for it."""
         if function is None:
             return _failure(f"Tool {call.name} not found.")
 
@@ -84,13 +88,28 @@ class Toolbox:
     def _result(self, work: Callable[[], Any]) -> Any:
         try:
             value = work()
-            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_text(value), False)
+            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(as_text(value), False)
         except OutOfTime:
             return _failure(f"The tool took longer than {self.timeout_s:g} s.")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # of foreign code, which may raise anything, or return what cannot be written
-            return _failure(_in_words(error))
+            return _failure(in_words(error))
+
+
+def described(functions: Sequence[Callable]) -> list[dict[str, Any]]:
+    """Descriptions of functions as chat templates are given them, by names, type hints and docstrings.
+
+    Raises:
+        InputError: one cannot be described, or two have one name.
+    """
+    schemas: dict[str, dict[str, Any]] = {}
+    for schema in map(_described, functions):
+        name = schema["function"]["name"]
+        if name in schemas:
+            raise InputError(f"two tools are named {name}; rename one")
+        schemas[name] = schema
+    return [*schemas.values()]
 
 
 def _described(function: Callable) -> dict[str, Any]:
@@ -115,7 +134,7 @@ def _value(outcome: Outcome) -> Any:
     return outcome.value
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A returned value as a message's content; what UTF-8 lacks is written as a question mark."""
     text = value
     if not isinstance(value, str):
@@ -131,7 +150,8 @@ def _as_json(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """An error of foreign code in a line, whatever its own text does."""
     try:
         return in_a_line(error)
     except BaseException:  # of its own __str__
@@ -139,4 +159,4 @@ def _in_words(error: BaseException) -> str:
 
 
 def _failure(words: str) -> Result:
-    return Result(_as_text({"error": words}), True)
+    return Result(as_text({"error": words}), True)
