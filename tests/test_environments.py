@@ -198,7 +198,7 @@ def test_a_fault_costs_its_own_completion_alone(playing, monkeypatch, caplog, fa
     for _ in range(2):
         monkeypatch.setattr(Faulty, "num_resets", 0)
         monkeypatch.setattr(Faulty, "faults", dict.fromkeys(lost_places, fault))
-        torch.manual_seed(0)
+        torch.manual_seed(6)
         judged.append(
             complete_and_score(playing, prompts, lambda share: sampler.complete(prompts, 4, share), rewards, 0)
         )
