@@ -10,7 +10,7 @@ from tiny_models import DEMO_MODEL, make_model, make_policy, wake_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, Qwen3MoeConfig
 
 from lowmem_grpo.config.grpo import GRPOConfig
-from lowmem_grpo.model.head import Head, probe_head, read_head
+from lowmem_grpo.model.head import Head, probe_head, probed_head, read_head
 from lowmem_grpo.model.load import (
     _placed,
     find_model,
@@ -97,6 +97,22 @@ def test_a_head_that_lacks_something_the_model_does_is_refused(dropped):
     assert without != head
     with pytest.raises(ValueError, match="does something besides bias, scale and tanh softcap"):
         probe_head(model, without)
+    if dropped != "bias":
+        found = probed_head(model, without)
+        assert found.logit_scale == pytest.approx(head.logit_scale, rel=1e-6) and found.softcap == head.softcap
+
+
+def test_rows_that_fill_up_a_vocabulary_are_no_part_of_the_head():
+    model = make_model("llama").requires_grad_(False)
+    original = type(model).forward
+
+    def cut(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits[..., :120]
+        return output
+
+    model.forward = cut.__get__(model)
+    assert probed_head(model, read_head(model)).weight.shape == (120, 64)
 
 
 def test_a_head_that_does_something_unknown_is_refused():

@@ -70,6 +70,36 @@ def read_head(model: PreTrainedModel) -> Head:
     return Head(rows, getattr(output, "bias", None), logit_scale, softcap, weight.dtype, scale)
 
 
+def probed_head(model: PreTrainedModel, head: Head) -> Head:
+    """The head, or where the model's logits are others the one that was measured on these; it is probed in its turn."""
+    try:
+        probe_head(model, head)
+    except InputError:
+        head = _measured(model, head)
+        probe_head(model, head)
+    return head
+
+
+def _measured(model: PreTrainedModel, head: Head) -> Head:
+    """The head with the scale and the softcap that the model's own logits show, and as many rows as there are logits.
+
+    Far below a softcap logits are the scale times the product, and far above it they are the softcap. Inkling divides
+    its logits by a number of its own, and cuts off the rows by which its vocabulary is filled up.
+    """
+    hidden = torch.randn(1, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight.device)
+    hidden /= _head_in_fp32(head, hidden).abs().max()
+    few, many = ((size * hidden).to(head.dtype).float() for size in (1e-2, 1e6))
+    theirs = _model_logits(model, few).double()
+    count = theirs.shape[-1]
+    weight, bias, scale = (of if of is None else of[:count] for of in (head.weight, head.bias, head.scale))
+    head = Head(weight, bias, 1.0, None, head.dtype, scale)
+    ours = _head_in_fp32(head, few).double()
+    logit_scale = ((ours * theirs).sum() / ours.square().sum()).item()
+    largest = _model_logits(model, many).abs().max().item()
+    capped = largest < 0.5 * abs(logit_scale) * _head_in_fp32(head, many).abs().max().item()
+    return head._replace(logit_scale=logit_scale, softcap=largest if capped else None)
+
+
 def probe_head(model: PreTrainedModel, head: Head) -> None:
     """Raise InputError where the head's logits differ from the model's own, in fp32.
 
@@ -92,6 +122,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
     with torch.no_grad():
         ours = linear_logprobs(hidden, labels=labels, **head.inputs())
     gap = (ours - theirs.gather(1, labels[:, None])[:, 0]).abs().max().item()
+    gap = gap if theirs.shape[1] == len(head.weight) else max(gap, 1.0)
     if math.isnan(gap):
         raise InputError(
             f"the head of {type(model).__name__} computes NaN: its weights are zero, infinite or NaN; take another copy"

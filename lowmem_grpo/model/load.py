@@ -43,7 +43,7 @@ from lowmem_grpo.model.find import (
     read_config,
     without_weights,
 )
-from lowmem_grpo.model.head import probe_head
+from lowmem_grpo.model.head import probed_head
 from lowmem_grpo.model.head_8bit import head_path, settle_head
 from lowmem_grpo.model.lora import keep_one_input
 from lowmem_grpo.model.mixing import install
@@ -102,7 +102,7 @@ def load_policy(
         raise InputError(
             f"the adapter to continue has numbers that are not finite, in {broken}; take an older one, or start anew"
         )
-    probe_head(policy.base, policy.head)
+    policy.head = probed_head(policy.base, policy.head)
     refuse_untrainable(policy)
     if config.activation_offloading:
         policy.saved_activations = Offloading(device)
