@@ -124,6 +124,17 @@ def test_logprobs_are_those_of_a_training_forward(family, truncation):
         torch.testing.assert_close(completion.logprobs, truth, atol=4e-5, rtol=0)
 
 
+def test_what_generate_raises_is_said_in_one_sentence(monkeypatch):
+    policy = make_policy()
+
+    def fails(**_):
+        raise ValueError("matC_old has wrong shape")
+
+    monkeypatch.setattr(policy.base, "generate", fails)
+    with pytest.raises(InputError, match="generate, which samples from Qwen2ForCausalLM, fails: matC_old has wrong shape"):
+        hf.sample(policy, PROMPTS, 1, SamplingParams(max_completion_length=4), 10_000)
+
+
 def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
     params = SamplingParams(max_completion_length=20, temperature=0)

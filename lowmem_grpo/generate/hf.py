@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from lowmem_grpo.errors import NotFiniteError
+from lowmem_grpo.errors import InputError, NotFiniteError, in_a_line
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
@@ -103,10 +103,18 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
     width = max(map(len, rows))
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
-    out = policy.base.generate(
-        input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
-        logits_processor=LogitsProcessorList([checked]),
-    )  # fmt: skip
+    try:
+        out = policy.base.generate(
+            input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
+            logits_processor=LogitsProcessorList([checked]),
+        )  # fmt: skip
+    except (torch.OutOfMemoryError, NotFiniteError):
+        raise
+    except Exception as error:  # of a family's own code, as xLSTM's, whose states have other sizes than its layers
+        raise InputError(
+            f"transformers' generate, which samples from {type(policy.base).__name__}, fails: {in_a_line(error)}; name "
+            "another model"
+        ) from error
     return out[:, width:].tolist()
 
 
