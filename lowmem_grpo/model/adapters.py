@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -312,10 +314,11 @@ def refuse_whole_in_4bit(model: nn.Module, config: Any) -> None:
 
 
 def _exclude_unfit(model: Any, config: Any) -> None:
-    """Leave out of all-linear the layers that LoRA cannot be added to, by their names.
+    """Leave out of all-linear the layers that LoRA cannot be added to, or does nothing in, by their names.
 
     PEFT refuses some projections of models with a state, which a kernel reads past their forward: `out_proj` of Mamba.
-    A router may be a linear layer by its class, and give more than its product.
+    A router may be a linear layer by its class, and give more than its product. What chooses the tokens that a sparse
+    attention sees has no gradient.
     """
     if config.target_modules != "all-linear":
         return
@@ -323,11 +326,32 @@ def _exclude_unfit(model: Any, config: Any) -> None:
         path.rpartition(".")[2]: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
     }
     unfit = sorted(name for name, module in linears.items() if not _takes_adapter(name, module, model, config))
+    unfit += sorted(set(_without_gradient(model)))
     excluded = config.exclude_modules or []
     if unfit and isinstance(excluded, str):
         config.exclude_modules = f"(?:{excluded})|.*\\.(?:{'|'.join(map(re.escape, unfit))})"
     elif unfit:
         config.exclude_modules = {*excluded, *unfit}
+
+
+def _without_gradient(model: nn.Module) -> Iterator[str]:
+    """The ends of paths of linear layers in modules whose forward is under no_grad, such as indexer.wq_b."""
+    for path, module in model.named_modules():
+        if _is_under_no_grad(type(module)):
+            place = path.rpartition(".")[2]
+            yield from (f"{place}.{name}" for name, part in module.named_modules() if isinstance(part, nn.Linear))
+
+
+@cache
+def _is_under_no_grad(kind: type) -> bool:
+    forward: Any = kind.forward  # type: ignore[attr-defined] # a module's
+    try:
+        decorators, _, _ = (
+            inspect.getsource(forward).partition("def ") if hasattr(forward, "__wrapped__") else ("",) * 3
+        )
+    except (OSError, TypeError):  # of code that came without its source
+        return False
+    return "no_grad" in decorators
 
 
 def _takes_adapter(name: str, linear: Any, model: Any, config: PeftConfig) -> bool:

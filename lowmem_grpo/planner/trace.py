@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 import json
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -228,11 +229,10 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[str | None, dict[int,
     with fake_policy(whole, tuple(distinct), _computing(compute_dtype)) as policy, _assumed_routes() as choices:
         try:
             reason = by_itself(policy)
-            if reason is None and mixers(policy.decoder):
-                run_in_parts(policy, "")
             if reason is None:
+                run_in_parts(policy, "")
                 of_kind, shapes = policy.layer_shapes, state_shapes(policy)
-        except (Differs, UnknownAttention) as error:
+        except (Differs, UnknownAttention, AttributeError, TypeError) as error:  # the latter of code that wants a mask
             reason = in_a_line(error)
         if reason is not None:
             return reason, {}, StateBytes(), 0
@@ -415,7 +415,7 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
     adapted = _with_layers(whole, chosen)
     # bfloat16 is of float16's size, and more operations have a fake of it.
     dtype = torch.bfloat16 if config.fp16 else getattr(torch, config.compute_dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), _unpacked_rows(), _assumed_routes():
+    with FakeTensorMode(allow_non_fake_inputs=True), _quietly(), _unpacked_rows(), _assumed_routes():
         made: dict[nn.Parameter, nn.Parameter] = {}  # one that stands in several places stays one
         for module in adapted.modules():
             for name, parameter in module._parameters.items():
@@ -433,6 +433,17 @@ def fake_policy(whole: PeftModel, chosen: tuple[int, ...], config: ModelFields) 
                 outlines = read_layers(policy, by_shape=True)
                 policy.outlined = OutlinedLayers(policy.decoder, outlines)
         yield policy
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep torch from logging the traceback of what fails without memory, beside the sentence that is raised."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextlib.contextmanager
