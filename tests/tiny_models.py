@@ -76,6 +76,7 @@ HYBRIDS = {
         **SMALL, **_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 96,
     },
     "kimi_linear": {**SMALL, **_LINEAR, **_KDA, **_LATENT, **_EXPERTS, "num_local_experts": 4},
+    "zaya": {**SMALL, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "router_hidden_size": 16},
     "falcon_h1": {**SMALL, **_MAMBA, "mamba_d_ssm": 128, "head_dim": 16},
     "nemotron_h": {
         **SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4,
@@ -235,7 +236,7 @@ def _widened(model):
                 parameter.normal_(std=0.15)
             elif name.endswith("sinks"):
                 parameter.copy_(torch.linspace(-30, 30, len(parameter)))
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "qk_norm.temp")):  # the latter of ZAYA, which multiplies keys
                 parameter.normal_(std=0.1)
     return model.eval()
 

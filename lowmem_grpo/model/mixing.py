@@ -6,8 +6,9 @@ gradient flows through. So one text can begin with the states of another.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,7 @@ class Call:
         self.before, self.writable = before or {}, writable
         self.after: States = {}
         self.mask: Tensor | None = None  # (B, T) bool, False for padding on the left
+        self.tells_inputs = False  # whether the mixer puts the inputs so far in front by itself
 
     @property
     def layers(self) -> "_At":
@@ -46,11 +48,12 @@ class Call:
             )
         )
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """Always None: so every convolution goes by `update_conv_state`, that of one token too.
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """None, so that a convolution goes by `update_conv_state`, that of one token too, wherever it can.
 
         A mixer that is told its inputs so far writes into them where the call is of one token (Kimi Linear).
         """
+        return self.before.get(("conv", state_idx)) if self.tells_inputs else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         state = self.before.get(("recurrent", state_idx))
@@ -65,7 +68,8 @@ class Call:
         """Inputs of the convolution (B, channels, T), with the last ones of the text before in front of them."""
         kernel = conv_kernel_size or conv_states.shape[-1]
         if self.mask is not None:  # the input of a projection is masked, and its bias makes something of that
-            conv_states = conv_states * self.mask[:, None]
+            late = F.pad(self.mask, (conv_states.shape[-1] - self.mask.shape[-1], 0))  # of the last inputs alone (ZAYA)
+            conv_states = conv_states * late[:, None]
         before = self.before.get(("conv", state_idx))
         if before is None:
             whole = F.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
@@ -111,6 +115,15 @@ def _cache_of(module: Any) -> str:
     return names[1] if len(names) > 2 else ""
 
 
+@cache
+def _drops_inputs(kind: type) -> bool:
+    """Whether a mixer's code makes nothing of what `update_conv_state` gives back, as ZAYA's, which asks before."""
+    try:
+        return bool(re.search(r"^\s*\w+\.update_conv_state\(", inspect.getsource(kind), re.MULTILINE))
+    except (OSError, TypeError):  # of code that came without its source
+        return False
+
+
 def install(model: nn.Module) -> None:
     """Have a model's mixers ask the layout in force, in training, sampling and recomputation."""
     for mixer in mixers(model):
@@ -129,21 +142,35 @@ class _Mixed:
         self.own: Any = vars(mixer).get("forward") or type(mixer).forward.__get__(mixer)
         if isinstance(self.own, _Mixed):  # of an earlier load
             self.own = self.own.own
+        self.sizes: list[torch.Size] | None = None  # of a token's outputs, where there are several
 
-    def __call__(self, hidden: Tensor | None = None, *arguments: Any, **keywords: Any) -> Tensor:
+    def __call__(self, hidden: Tensor | None = None, *arguments: Any, **keywords: Any) -> Any:
         hidden = keywords.pop("hidden_states") if hidden is None else hidden
         mix = getattr(layout_in_force(), "mix", None)  # not of layouts that look at attention alone
         if mix is not None:
-            return mix(self.mixer, self.one_call, hidden)
+            return self._parted(mix(self.mixer, self.one_call, hidden))
         if not arguments and keywords.get(self.cache) is None:
             keywords[self.cache] = Call()
         return self.own(hidden, *arguments, **keywords)
 
     def one_call(self, hidden: Tensor, call: Call, mask: Tensor | None = None) -> Tensor:
-        """The mixer's own output (B, T, D) for rows hidden (B, T, D) that begin with the call's states.
+        """The mixer's own output (B, T, E) for rows hidden (B, T, D) that begin with the call's states.
+
+        Where it gives several (B, T, ...), as ZAYA's gives queries, keys and values, they stand beside one another.
 
         The mask (B, T) is 0 where a row is padding, on its left. What else the model hands its layers, as positions in
         the packed row or sequence lengths, is of other rows than these, and is left out.
         """
-        call.mask = mask
-        return self.own(hidden, call, mask)
+        call.mask, call.tells_inputs = mask, _drops_inputs(type(self.mixer))
+        out: Any = self.own(hidden, call, mask)
+        if isinstance(out, Tensor):
+            return out
+        self.sizes = [part.shape[2:] for part in out]
+        return torch.cat([part.flatten(2) for part in out], -1)
+
+    def _parted(self, out: Tensor) -> Any:
+        """The mixer's output as its own code gives it."""
+        if self.sizes is None:
+            return out
+        parts = out.split([size.numel() for size in self.sizes], -1)
+        return tuple(part.unflatten(-1, size) for part, size in zip(parts, self.sizes, strict=True))

@@ -242,8 +242,10 @@ def refused(policy: Any, trial: Callable[[Any, str], str | None], *, in_a_layout
                     return None
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
+    except (Differs, UnknownAttention) as error:
         return in_a_line(error)
+    except Exception as error:  # whatever foreign code raises where it is called in a way that it does not expect
+        return f"its own code fails there, {in_a_line(error)}"
     return reason
 
 
@@ -259,7 +261,7 @@ class _Heard(Silent):
 
     def mix(self, mixer: Any, forward: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         self.layers.add(mixer.layer_idx)
-        return torch.zeros_like(hidden)
+        return forward(hidden, Call(), None)
 
 
 def by_itself(policy: Any) -> str | None:
