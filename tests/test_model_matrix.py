@@ -45,7 +45,7 @@ def random_model(row: Row) -> Any:
     model: Any = AutoModelForCausalLM.from_config(row.config(), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 or not parameter.any():  # as ZAYA's keys are multiplied by 0 at first
                 parameter.normal_(std=0.15)
     return model.eval()
 
@@ -73,13 +73,16 @@ def logprobs(policy: Policy, completions: list[list[int]], padding_free: bool) -
     return found
 
 
-def leave_bare_what_does_not_learn(policy: Policy) -> None:
-    """Set adapters that training passes by to zero, as they stay in a run: Gemma 3n reads a weight past its forward."""
+def leave_bare_what_does_not_learn(policy: Policy) -> set[str]:
+    """Set adapters that training passes by to zero, as they stay in a run; the names of their layers."""
     logprobs(policy, [[5, 6]] * 4, False).sum().backward()
+    bare = set()
     with torch.no_grad():
-        for parameter in policy.parameters_of(policy.adapter).values():
+        for name, parameter in policy.parameters_of(policy.adapter).items():
             if parameter.grad is None:
                 parameter.zero_()
+                bare.add(name.partition(".lora_")[0].rpartition(".")[2])
+    return bare
 
 
 def left_dense(model: PreTrainedModel) -> list[str]:
@@ -93,7 +96,7 @@ def left_dense(model: PreTrainedModel) -> list[str]:
     experts = [
         path
         for path, parameter in model.named_parameters()
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point() and "conv" not in path
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point() and "conv" not in path
     ]
     return linears + experts
 
@@ -113,7 +116,7 @@ def test_a_model_is_served_as_its_row_says(row):
             make_policy(model, **settings)
         return
     policy = make_policy(model, **settings)
-    leave_bare_what_does_not_learn(policy)
+    assert leave_bare_what_does_not_learn(policy) == set(row.bare)
     sampler = Sampler(policy, GRPOConfig(max_completion_length=4, use_cpu=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -152,11 +155,11 @@ def test_what_is_not_in_4_bits_is_what_the_row_says(row):
 @every_row
 @pytest.mark.filterwarnings("ignore")
 def test_the_planner_expects_of_a_model_what_its_row_says(row):
-    if row.refused:
-        pytest.skip("it is refused at load")
+    if row.refused or row.unplanned:
+        pytest.skip("it has no plan")
     config = row.config()
     whole = trace.skeleton(trace.Key(config, lora_config(short)), "float32", False, True)
-    assert bool(trace._shapes(whole, short.compute_dtype)[0]) == bool(row.padded or row.generates)
+    assert bool(trace._shapes(whole, short.compute_dtype)[0]) == bool(row.padded or row.generates) - row.unforeseen
 
 
 @pytest.mark.slow
@@ -166,9 +169,9 @@ def test_a_model_is_planned_or_refused_in_one_sentence(row):
     try:
         found = forecast(copy.deepcopy(row.config()), short)
     except InputError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error) and row.unplanned in str(error)
     else:
-        assert found.peak() > 0
+        assert found.peak() > 0 and not row.unplanned
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/status.md", "CHANGELOG.md"])
