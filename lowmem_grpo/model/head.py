@@ -71,7 +71,11 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def probed_head(model: PreTrainedModel, head: Head) -> Head:
-    """The head, or where the model's logits are others the one that was measured on these; it is probed in its turn."""
+    """Give back a model's head, or the one that was measured on its logits where they are others.
+
+    Raises:
+        InputError: the measured head has other log-probabilities than the model, too.
+    """
     try:
         probe_head(model, head)
     except InputError:
