@@ -21,6 +21,7 @@ from transformers import (
 
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
+from lowmem_grpo.errors import InputError
 from lowmem_grpo.generate import engine, hf, layouts, store
 from lowmem_grpo.generate import shape as shape_module
 from lowmem_grpo.generate.ending import ending
@@ -131,7 +132,9 @@ def test_what_generate_raises_is_said_in_one_sentence(monkeypatch):
         raise ValueError("matC_old has wrong shape")
 
     monkeypatch.setattr(policy.base, "generate", fails)
-    with pytest.raises(InputError, match="generate, which samples from Qwen2ForCausalLM, fails: matC_old has wrong shape"):
+    with pytest.raises(
+        InputError, match="generate, which samples from Qwen2ForCausalLM, fails: matC_old has wrong shape"
+    ):
         hf.sample(policy, PROMPTS, 1, SamplingParams(max_completion_length=4), 10_000)
 
 

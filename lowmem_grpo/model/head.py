@@ -85,7 +85,7 @@ def probed_head(model: PreTrainedModel, head: Head) -> Head:
 
 
 def _measured(model: PreTrainedModel, head: Head) -> Head:
-    """The head with the scale and the softcap that the model's own logits show, and as many rows as there are logits.
+    """Read a head's scale, softcap and number of rows off the model's own logits.
 
     Far below a softcap logits are the scale times the product, and far above it they are the softcap. Inkling divides
     its logits by a number of its own, and cuts off the rows by which its vocabulary is filled up.
