@@ -135,7 +135,7 @@ def test_what_generate_raises_is_said_in_one_sentence(monkeypatch):
     with pytest.raises(
         InputError, match="generate, which samples from Qwen2ForCausalLM, fails: matC_old has wrong shape"
     ):
-        hf.sample(policy, PROMPTS, 1, SamplingParams(max_completion_length=4), 10_000)
+        hf.sample(policy, PROMPTS, 1, SamplingParams(max_completion_length=4, temperature=0), 10_000)
 
 
 def test_greedy_completions_are_those_of_generate(family):
