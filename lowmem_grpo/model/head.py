@@ -95,8 +95,8 @@ def _measured(model: PreTrainedModel, head: Head) -> Head:
     few, many = ((size * hidden).to(head.dtype).float() for size in (1e-2, 1e6))
     theirs = _model_logits(model, few).double()
     count = theirs.shape[-1]
-    weight, bias, scale = (of if of is None else of[:count] for of in (head.weight, head.bias, head.scale))
-    head = Head(weight, bias, 1.0, None, head.dtype, scale)
+    bias, scale = (of if of is None else of[:count] for of in (head.bias, head.scale))
+    head = Head(head.weight[:count], bias, 1.0, None, head.dtype, scale)
     ours = _head_in_fp32(head, few).double()
     logit_scale = ((ours * theirs).sum() / ours.square().sum()).item()
     largest = _model_logits(model, many).abs().max().item()
