@@ -183,6 +183,8 @@ def test_what_follows_a_call_is_what_the_template_makes_of_its_result(name):
     contents = [answer["content"] for answer in answers]
     whole = form._shown([ASK, form._message(calls), *answers], True)
     following, said = form.results(calls, contents)
+    listed, _ = form.results(calls, [[("a", content)] for content in contents])
+    assert all(content in listed for content in contents)  # which many templates leave out of a list
     places = form._found(turn(form, calls))
     assert whole.endswith(turn(form, calls)[places[0].start : places[-1].stop] + following)
     assert not said or following.endswith(said)
@@ -416,6 +418,14 @@ def test_a_toolbox_answers_every_call_in_its_place():
     assert Toolbox([add], None)([]) == []
 
 
+class Uncopied:
+    def __reduce__(self):
+        raise TypeError
+
+    def __str__(self):
+        return "x"
+
+
 class Unspeakable(Exception):
     def __str__(self):
         raise RuntimeError
@@ -441,10 +451,11 @@ async def awaits_more():
     ("returned", "content"),
     [
         ({(1, 2): 3}, "{(1, 2): 3}"), (None, "null"), (np.arange(3), "[0, 1, 2]"), ({"x": np.int64(5)}, '{"x": 5}'),
+        ([("a", 1)], [("a", 1)]), ([Uncopied()], '["x"]'),
         (Unspeakable(), '{"error": "RuntimeError()"}'), (Unspeakable, '{"error": "Unspeakable"}'),
         (cancelled, '{"error": "CancelledError()"}'), (awaits_more, '"more"'), (GeneratorExit, '{"error": "GeneratorExit()"}'),
     ],
-    ids=["tuple_keys", "none", "array", "number", "no_text", "no_words", "cancelled", "awaits_more", "exit"],
+    ids=["tuple_keys", "none", "array", "number", "list", "odd_list", "no_text", "no_words", "cancelled", "awaits_more", "exit"],
 )  # fmt: skip
 def test_whatever_a_tool_returns_or_raises_the_run_goes_on(returned, content):
     def odd():
@@ -926,10 +937,10 @@ def test_a_conversation_is_read_whole(tmp_path):
     talk = [
         {"role": "assistant", "content": "So.", "tool_calls": [ADD.as_message(), SAY.as_message()]},
         {"role": "tool", "name": "add", "content": "13"},
-        {"role": "tool", "name": "later", "content": "so"},
+        {"role": "tool", "name": "later", "content": [(1, 2)]},
         {"role": "assistant", "content": "13."},
     ]
-    told = "So.\n[add(a=17, b=-4)]\n[later(word='it\\'s \"so\" {x}\\n  <b>', seconds=0.5)]\n[add: 13]\n[later: so]\n13."
+    told = "So.\n[add(a=17, b=-4)]\n[later(word='it\\'s \"so\" {x}\\n  <b>', seconds=0.5)]\n[add: 13]\n[later: [[1, 2]]]\n13."
     assert as_read(talk) == told
     assert as_read("x") == "x" and as_read(talk[-1:]) == "13."
     odd = [{**talk[0], "tool_calls": [Call("x", given).as_message()]} for given in ({}, {"a": "z"}, {"a": [1, None]})]

@@ -14,8 +14,24 @@ def completion_text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else _last_content(completion, "completion")
 
 
+def in_json(value: Any) -> str:
+    """A text as it is, anything else as JSON; what UTF-8 lacks is written as a question mark."""
+    text = value
+    if not isinstance(value, str):
+        try:
+            text = json.dumps(value, ensure_ascii=False, default=_simpler)
+        except (TypeError, ValueError, RecursionError):  # of keys that are no texts, say
+            text = str(value)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _simpler(value: Any) -> Any:
+    """The lists and numbers of an array, and of anything else the text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def as_logged(messages: Any) -> Any:
-    """Messages whose calls have their arguments in JSON, since a table has one type for those of all tools."""
+    """Messages with tools' results and calls' arguments in JSON, since a table has one type for those of all tools."""
     if not isinstance(messages, list):
         return messages
 
@@ -27,12 +43,14 @@ def as_logged(messages: Any) -> Any:
             return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), default=str)}}
         return call
 
-    return [
-        {**one, "tool_calls": [logged(call) for call in one["tool_calls"]]}
-        if isinstance(one, dict) and isinstance(one.get("tool_calls"), list)
-        else one
-        for one in messages
-    ]
+    written = []
+    for one in messages:
+        if isinstance(one, dict) and isinstance(one.get("tool_calls"), list):
+            one = {**one, "tool_calls": [logged(call) for call in one["tool_calls"]]}
+        if isinstance(one, dict) and one.get("role") == "tool" and isinstance(one.get("content"), list):
+            one = {**one, "content": in_json(one["content"])}
+        written.append(one)
+    return written
 
 
 def as_read(completion: str | list[dict]) -> str:
@@ -42,7 +60,7 @@ def as_read(completion: str | list[dict]) -> str:
     lines = []
     for message in completion:
         content = message.get("content") or ""
-        lines += [f"[{message.get('name')}: {content}]" if message["role"] == "tool" else content]
+        lines += [f"[{message.get('name')}: {in_json(content)}]" if message["role"] == "tool" else content]
         for call in message.get("tool_calls") or []:
             name, given = call["function"]["name"], call["function"]["arguments"]
             given = json.loads(given) if isinstance(given, str) else given

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from lowmem_grpo.data.prompts import Scene
+from lowmem_grpo.data.text import in_json
 from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import OutOfTime, await_within, call_within
 from lowmem_grpo.rewards.route import RoutedReward
-from lowmem_grpo.tools.toolbox import as_text, described, in_words
+from lowmem_grpo.tools.toolbox import described, in_words
 
 COLUMN = "environment"  # of the data, where there are several kinds
 OWN = ("reset", "get_reward")  # methods that are called for the run, and are no tools
@@ -77,7 +78,7 @@ class Kind:
             said = self._called(partial(instance.reset, **copy.deepcopy(dict(row))))
             if said is not None and not isinstance(said, str):
                 raise TypeError(f"reset returned {shown(said)}, which is neither None nor a text")
-            return Begun(instance, None if said is None else as_text(said), methods)
+            return Begun(instance, None if said is None else in_json(said), methods)
         except Exception as error:
             self.instances[place] = None
             return Begun(fault=f"the environment {self.name} could not be reset: {in_words(error)}")

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lowmem_grpo.data.chats import CLOSES_THOUGHTS, MARKER, OPENS_THOUGHTS, said_at_end
+from lowmem_grpo.data.text import in_json
 from lowmem_grpo.errors import InputError, cause
 from lowmem_grpo.tools.call_forms import (
     FIRST,
@@ -120,14 +121,15 @@ class ToolForm:
         )
         return Found(calls, "\n".join(filter(None, words)))
 
-    def results(self, calls: Sequence[Call], contents: Sequence[str], ended_by: str = "") -> tuple[str, str]:
+    def results(self, calls: Sequence[Call], contents: Sequence[Any], ended_by: str = "") -> tuple[str, str]:
         """The text between a turn with calls and the next one, and what the next is made to begin with.
 
+        A content that is no text is shown as JSON, since templates leave lists out, or take them for parts of a text.
         ended_by is the text of the token that ended the turn; without it, what ends a turn is in the text, too.
         """
         asked = self._message([Call(call.name, {}, call.id) for call in calls])  # the arguments leave no trace
         answers = [
-            {"role": "tool", "name": call.name, "content": content, "tool_call_id": shown["id"]}
+            {"role": "tool", "name": call.name, "content": in_json(content), "tool_call_id": shown["id"]}
             for call, content, shown in zip(calls, contents, asked["tool_calls"], strict=True)
         ]
         turn, after = self._turn(asked), self._shown([ASK, asked, *answers], add_generation_prompt=True)

@@ -1,8 +1,9 @@
 """The tools of a run, described to the model and called."""
 
+import contextlib
 import copy
 import inspect
-import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import get_json_schema
 
+from lowmem_grpo.data.text import in_json
 from lowmem_grpo.errors import InputError, in_a_line
 from lowmem_grpo.rewards.isolation.kept import process_kept
 from lowmem_grpo.rewards.isolation.limit import Outcome, OutOfTime, await_within, call_within
@@ -24,9 +26,9 @@ BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ON
 
 
 class Result(NamedTuple):
-    """The answer of a tool, as the model reads it."""
+    """The answer of a tool."""
 
-    content: str
+    content: Any  # of its message: a text, or the list that it returned, which the model reads as JSON
     failed: bool  # it raised, took too long, or is not there; the content says so
 
 
@@ -71,7 +73,7 @@ class Toolbox:
             if waiting:
                 awaited = await_within(self.timeout_s, [results[at] for at in waiting])
                 for at, one in zip(waiting, awaited, strict=True):
-                    results[at] = self._result(lambda one=one: Result(as_text(_value(one)), False))
+                    results[at] = self._result(lambda one=one: Result(_as_content(_value(one)), False))
         return [results[at] for at in range(len(calls))]
 
     def _called(self, function: Callable | None, call: Call) -> Any:
@@ -88,7 +90,7 @@ class Toolbox:
     def _result(self, work: Callable[[], Any]) -> Any:
         try:
             value = work()
-            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(as_text(value), False)
+            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_content(value), False)
         except OutOfTime:
             return _failure(f"The tool took longer than {self.timeout_s:g} s.")
         except KeyboardInterrupt:
@@ -134,20 +136,12 @@ def _value(outcome: Outcome) -> Any:
     return outcome.value
 
 
-def as_text(value: Any) -> str:
-    """A returned value as a message's content; what UTF-8 lacks is written as a question mark."""
-    text = value
-    if not isinstance(value, str):
-        try:
-            text = json.dumps(value, ensure_ascii=False, default=_as_json)
-        except (TypeError, ValueError, RecursionError):  # of keys that are no texts, say
-            text = str(value)
-    return text.encode("utf-8", "replace").decode()
-
-
-def _as_json(value: Any) -> Any:
-    """The lists and numbers of an array, and of anything else the text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def _as_content(value: Any) -> str | list:
+    """A returned value as a message's content: a copy of a list, as TRL has it, and the text of anything else."""
+    if isinstance(value, list):
+        with contextlib.suppress(Exception):  # of what cannot be copied for each reward, or sent to another rank
+            return pickle.loads(pickle.dumps(value))
+    return in_json(value)
 
 
 def in_words(error: BaseException) -> str:
@@ -159,4 +153,4 @@ def in_words(error: BaseException) -> str:
 
 
 def _failure(words: str) -> Result:
-    return Result(as_text({"error": words}), True)
+    return Result(in_json({"error": words}), True)
