@@ -176,7 +176,7 @@ def test_a_run_learns_from_a_judge_that_is_named_on_the_command_line(tmp_path):
             max_completion_length=6, gradient_checkpointing=False,
         )  # fmt: skip
         result = train(str(MODEL), named, task.rows(task.splits()[0][:8]), config=config)
-    assert len(server.requests) == 2 + 8, "two made-up completions, and a step"
+    assert len(server.requests) == 4 + 8, "a made-up group, and a step"
     assert server.most_at_once <= 4
     assert 0 < result.history[0]["rewards/judge_reward/mean"] < 1 and result.history[0]["reward_std"] > 0
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import DEMO_MODEL
@@ -154,7 +155,7 @@ def scored(model, completions, **kwargs):
 
 
 def slow(completions, **kwargs):
-    time.sleep(0.2)
+    time.sleep(0.1 * len(completions))
     return [0.0] * len(completions)
 
 
@@ -176,14 +177,16 @@ def test_models_servers_and_programs_are_not_run_and_that_is_said(monkeypatch):
     rows = asked("1+1=?", answer="2", tests=["assert f(1) == 1"])
     made = partial(scored, held)
     made.__name__ = "made"  # type: ignore[attr-defined]
-    inputs, previews = look(rows, [own, asks_a_server, slow, get_judge_reward(), closure, tested, made])
+    inputs, previews = look(
+        rows, [own, asks_a_server, slow, get_judge_reward(), closure, tested, made], num_generations=2
+    )
     assert len(calls) == 3, "each is tried out once, and not called again"
     assert previews[0].rewards == {}
     lines = as_text(inputs, previews).splitlines()[-7:]
     assert lines == [
         "  OwnModel: not called for this, since it asks a model",
         "  asks_a_server: not called for this, since it is async, as those that ask a server are",
-        "  slow: not called for this, since it took 0.2 s for two made-up completions",
+        "  slow: not called for this, since it took 0.1 s for each made-up completion",
         "  judge_reward: not called for this, since it asks a model",
         "  closure: not called for this, since it asks a model",
         "  tested: not called for this, since it runs programs",
@@ -219,6 +222,17 @@ def test_what_a_terminal_would_obey_is_written_out_and_a_long_prompt_is_cut():
     shown = as_text(inputs, previews, 100)
     assert "\x1b" not in shown and "\\x1b" in shown and " characters ...\n" in shown
     assert "x" * 500 in as_text(inputs, previews)
+
+
+def in_eights(completions, answer, **kwargs):
+    right = np.array([one[0]["content"] == "2" for one in completions], dtype=float).reshape(-1, 8)
+    return (right > right.min(axis=1, keepdims=True)).astype(float).ravel().tolist()
+
+
+def test_a_reward_of_whole_groups_is_shown_them():
+    inputs, previews = look(asked("1+1=?", answer="2") * 2, in_eights, count=2)
+    assert [preview.rewards["in_eights"] for preview in previews] == [(1.0, 0.0)] * 2
+    assert faults(inputs.rewards, previews) == []
 
 
 def draws(completions, **kwargs):

@@ -9,14 +9,18 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
+from lowmem_grpo import GRPOConfig
 from lowmem_grpo.errors import InputError
+from lowmem_grpo.inputs.rewards import try_groups, try_out
 from lowmem_grpo.objective.advantages import compare, nanstd
 from lowmem_grpo.rewards import (
     BUILT_IN,
@@ -336,12 +340,30 @@ def test_one_that_does_not_take_every_column_is_told_how():
         (lambda completions, **_: [one[0]["content"] for one in completions], "p", "; each completion is a text, since"),
         (lambda completions, **_: [one.strip() for one in completions], [{}], '; each completion is a list as [{"role"'),
         (lambda answer, **_: [1.0], "p", "missing 1 required positional argument: 'answer'; the data's columns, which "
-         "it is called with, are prompts, solution (on made-up"),
+         "it is called with, are prompts, solution (on 1 made-up"),
     ],
 )  # fmt: skip
 def test_one_that_takes_completions_or_columns_for_others_is_told_what_they_are(function, prompt, remedy):
     with pytest.raises(InputError, match=re.escape(remedy)):
         RewardRunner([function]).try_out([prompt], {"solution": ["2"]})
+
+
+def by_group(completions, **kwargs) -> list[float]:
+    lengths = np.array([len(one) for one in completions], dtype=float).reshape(-1, 4)
+    return (lengths == lengths.max(axis=1, keepdims=True)).astype(float).ravel().tolist()
+
+
+def test_a_reward_of_whole_groups_is_tried_on_them_and_is_told_of_evaluations_that_have_none():
+    rows = Dataset.from_list([{"prompt": f"{number}+1=", "answer": "2"} for number in range(8)])
+    config, rewards = GRPOConfig(num_generations=4), RewardRunner([by_group])
+    assert try_out(rewards, rows, "train_dataset", config) == []
+    few = "(on 3 made-up completions of eval_dataset, 1 of each prompt, which every reward is tried on first)"
+    remedy = "; set num_generations_eval=4 if it needs whole groups, since an evaluation has 1 completion of a prompt "
+    with pytest.raises(InputError, match=re.escape(remedy + few)):
+        try_groups(rewards, rows, "eval_dataset", config, is_eval=True)
+    try_groups(rewards, rows, "eval_dataset", replace(config, num_generations_eval=4), is_eval=True)
+    with pytest.raises(InputError, match=r"\(on 6 made-up completions of train_dataset, 6 of each prompt, which"):
+        try_groups(rewards, rows, "train_dataset", replace(config, num_generations=6), is_eval=False)
 
 
 def test_an_array_with_nan_for_what_does_not_apply_passes_the_try_out():

@@ -39,6 +39,7 @@ from lowmem_grpo.inputs.rewards import (
     refuse_mixed_scales,
     refuse_without_rewards,
     runner_of,
+    try_groups,
     try_out,
 )
 from lowmem_grpo.inputs.texts import unseen_columns
@@ -153,10 +154,11 @@ def read_training_inputs(
     teacher = find_teacher(model, config)
     if teacher is not None:
         refuse_other_tokens(teacher, model, tokenizer, config)
-    run.notes.extend(try_out(rewards, rows, "train_dataset", toolbox))
+    run.notes.extend(try_out(rewards, rows, "train_dataset", config, toolbox))
     if eval_rows is not None:
         rewards.check_rows(eval_rows, "eval_dataset")
         run.notes.extend(missing_golds(rewards, eval_rows, "eval_dataset"))
+        try_groups(rewards, eval_rows, "eval_dataset", config, toolbox, is_eval=True)
     described = schemas_of(toolbox, tokenizer, config)
     prompts, dropped = tokenize_prompts(
         rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=described,
@@ -267,7 +269,7 @@ def read_evaluation_inputs(
         raise InputError("an evaluation needs reward_funcs, and a teacher is none; give one or several")
     find_model(model, config)
     refuse_lost_bases(rewards, model, config)
-    notes = try_out(rewards, rows, "eval_dataset", toolbox)
+    notes = try_out(rewards, rows, "eval_dataset", config, toolbox, is_eval=True)
     tokenizer = load_tokenizer(model, config)
     prompts, dropped = tokenize_prompts(
         rows, tokenizer, config, name="eval_dataset", tools=schemas_of(toolbox, tokenizer, config),
@@ -309,7 +311,7 @@ def read_data_inputs(
     find_model(model, config, needs_weights=needs_weights)
     if needs_weights:
         refuse_lost_bases(rewards, model, config)
-    notes = try_out(rewards, rows, "train_dataset", toolbox)
+    notes = try_out(rewards, rows, "train_dataset", config, toolbox)
     tokenizer = tokenizer_of(tokenizer, model, config)
     prompts, dropped = tokenize_prompts(
         rows, tokenizer, config, teachers=config.teacher_system_prompt, tools=schemas_of(toolbox, tokenizer, config),
@@ -347,7 +349,7 @@ def read_endpoint_inputs(model: Any, reward_funcs: Any, dataset: Any, config: GR
         rows = Dataset.from_dict({**columns, "prompt": [prompt.text for prompt in prompts]})
         texts = counted(num_texts, "prompt is a text", "prompts are texts")
         notes = [f"{texts}, which the endpoint is given as what a user says"]
-    notes += try_out(rewards, rows, "train_dataset")
+    notes += try_out(rewards, rows, "train_dataset", config)
     data = {**columns_of(prompts), "prompt": [prompt.text for prompt in prompts]}
     identity = {"endpoint": {"model": model}, **identity_of_data(data, rewards)}
     return Inputs(

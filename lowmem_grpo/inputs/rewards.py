@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.sections import ModelFields, RewardFields
 from lowmem_grpo.data.gold import COLUMNS, gold_of
-from lowmem_grpo.errors import InputError, shown
+from lowmem_grpo.errors import InputError, counted, shown
 from lowmem_grpo.inputs.names import refuse_other_number
 from lowmem_grpo.inputs.tools import begin_with
 from lowmem_grpo.model.find import find_base_of, read_config
@@ -19,6 +19,8 @@ from lowmem_grpo.rewards import RewardRunner, reads_gold, resolve_reward_funcs
 from lowmem_grpo.rewards.reward_adapter import AdapterReward
 from lowmem_grpo.rewards.route import RoutedReward, inner_of, kinds_of_rows, rows_for
 from lowmem_grpo.tools.toolbox import Toolbox
+
+ALONE = 3  # rows that a reward is tried on where each has one completion
 
 
 def worn_by(base: PreTrainedConfig, functions: Sequence[Any]) -> list[AdapterReward]:
@@ -86,8 +88,13 @@ def runner_of(reward_funcs: Any, config: GRPOConfig, own: Sequence[Callable] = (
     return RewardRunner([*given, *own], config.reward_timeout), config
 
 
-def try_out(rewards: RewardRunner, rows: Dataset, name: str, toolbox: Toolbox | None = None) -> list[str]:
+def try_out(
+    rewards: RewardRunner, rows: Dataset, name: str, config: GRPOConfig, toolbox: Toolbox | None = None, *,
+    is_eval: bool = False,
+) -> list[str]:  # fmt: skip
     """Call each reward once on the first rows with made-up completions, and look for gold answers.
+
+    It is called with whole groups, as in a step; or as in an evaluation, where that is what the rows are for.
 
     Returns what to tell of rows without one. Raise InputError where a reward cannot work.
     """
@@ -95,15 +102,35 @@ def try_out(rewards: RewardRunner, rows: Dataset, name: str, toolbox: Toolbox | 
         return []
     rewards.check_rows(rows, name)
     notes = missing_golds(rewards, rows, name) + _routes(rewards, rows, name)
-    # The first two rows, and the first of each reward that is not for those.
+    try_groups(rewards, rows, name, config, toolbox, is_eval=is_eval)
+    return notes
+
+
+def try_groups(
+    rewards: RewardRunner, rows: Dataset, name: str, config: GRPOConfig, toolbox: Toolbox | None, *, is_eval: bool
+) -> None:
+    """Call each reward once with made-up completions, as many of a row as a step or an evaluation has.
+
+    Raises:
+        InputError: a reward cannot work so, as where it needs whole groups, and an evaluation has one of each.
+    """
+    size = (config.num_generations_eval or 1) if is_eval else config.num_generations
+    # Of groups one, else as many rows as make up few groups of another size; and the first of each routed reward.
     firsts = [index for one in rewards.functions for index in rows_for(one, rows)[:1]]
-    indices = sorted({*range(min(2, len(rows))), *firsts})
+    chosen = sorted({*range(min(1 if size > 1 else ALONE, len(rows))), *firsts})
+    indices = [index for index in chosen for _ in range(size)]
     trial, environments = rows[indices], None
     if toolbox is not None and toolbox.environments is not None:
         begun = begin_with(toolbox.environments, list(rows.select(indices)), name)
         environments = [one.environment for one in begun]
-    rewards.try_out(trial["prompt"], {key: values for key, values in trial.items() if key != "prompt"}, environments)
-    return notes
+    remedy = ""
+    if is_eval and size != config.num_generations:
+        remedy = (
+            f"; set num_generations_eval={config.num_generations} if it needs whole groups, since an evaluation has "
+            f"{counted(size, 'completion')} of a prompt"
+        )
+    columns = {key: values for key, values in trial.items() if key != "prompt"}
+    rewards.try_out(trial["prompt"], columns, environments, f" of {name}, {size} of each prompt", remedy)
 
 
 def missing_golds(rewards: RewardRunner, rows: Dataset, name: str) -> list[str]:

@@ -31,7 +31,7 @@ from lowmem_grpo.run.randomness import same_randomness
 from lowmem_grpo.terminal import indented
 
 NUM_ROWS = 4  # that are looked at; a run shows the first
-SLOW_S = 0.1  # for two completions, of a function of the user's
+SLOW_S = 0.05  # for a completion, of a function of the user's
 # How an answer is marked, by what a prompt that asks for it says.
 MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
 UNASKED = ("%s", *MARKS.values())  # the forms where a prompt names none
@@ -79,13 +79,16 @@ def make_previews(inputs: Inputs, count: int) -> list[Preview]:
     golds = [read_gold(prompt.columns) for prompt in prompts]
     asked_for = [[mark for mark in MARKS if mark in text] for text in rendered]
     answers = [_answers(*row) for row in zip(rendered, prompts, golds, asked_for, strict=True)]
-    # Of each prompt an empty completion, and its gold answer in every form.
-    texts = [(prompt, text) for prompt, own in zip(prompts, answers, strict=True) for text in (prompt.said, *own)]
+    # Of each prompt an empty completion, its gold answer in every form, and what makes whole groups of them.
+    size = inputs.config.num_generations
+    texts = [[prompt.said, *own] for prompt, own in zip(prompts, answers, strict=True)]
+    filled = [own + [own[0]] * (-len(own) % size) for own in texts]
+    asked_of = [(prompt, text) for prompt, own in zip(prompts, filled, strict=True) for text in own]
     with same_randomness():
-        values = iter(_rewards(texts, tokenizer, rewards))
+        values = iter(_rewards(asked_of, tokenizer, rewards))
     previews = []
-    for prompt, text, gold, asked, own in zip(prompts, rendered, golds, asked_for, answers, strict=True):
-        of_nothing, *of_answers = (next(values) for _ in (None, *own))
+    for prompt, text, gold, asked, own, group in zip(prompts, rendered, golds, asked_for, answers, filled, strict=True):
+        of_nothing, *of_answers = [next(values) for _ in group][: 1 + len(own)]
         best = max(range(len(own)), key=lambda place: _total(of_answers[place]), default=None)
         of_best = [math.nan] * len(tried) if best is None else of_answers[best]
         verdicts = dict(zip(rewards.names, zip(of_best, of_nothing, strict=True), strict=True))
@@ -150,7 +153,7 @@ def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
         return "it asks environments"
     seconds = rewards.trial_s.get(_name(function), 0.0)
     if seconds > SLOW_S and function not in AT_BEST_1 and not reads_gold(function):
-        return f"it took {seconds:.1f} s for two made-up completions"
+        return f"it took {seconds:.1f} s for each made-up completion"
     return None
 
 

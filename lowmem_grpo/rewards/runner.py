@@ -50,7 +50,7 @@ class RewardRunner:
         self.failed_calls: Counter = Counter()  # by name and kind
         self.slow_s = dict.fromkeys(self.names, SLOW_S)
         self.max_steps = 1  # of the run, where there is one: a function may divide by it
-        self.trial_s: dict[str, float] = {}  # what a function took for the made-up completions, by name
+        self.trial_s: dict[str, float] = {}  # what a function took for each made-up completion, by name
         self.empty_steps = 0
 
     def __call__(
@@ -117,8 +117,13 @@ class RewardRunner:
                 except InputError as error:
                     raise InputError(f"row {index} of {name}: {error}") from error
 
-    def try_out(self, prompts: list, columns: dict[str, list], environments: list[Any] | None = None) -> None:
+    def try_out(
+        self, prompts: list, columns: dict[str, list], environments: list[Any] | None = None, whose: str = "",
+        remedy: str = "",
+    ) -> None:  # fmt: skip
         """Call every function once on made-up completions, so that a broken one stops the run at its start.
+
+        An error says whose completions they are, and the remedy where none is known of the failure itself.
 
         Raises:
             InputError: a function raised, took too long, or returned something other than B numbers or Nones; a NaN
@@ -129,14 +134,11 @@ class RewardRunner:
         calls = self._call_all(
             prompts, completions, [[0]] * len(prompts), columns, global_step=0, environments=environments
         )
-        self.trial_s = {name: call.seconds for name, call in zip(self.names, calls, strict=True)}
-        for call in calls:
-            for failure in call.failures:
-                if failure.kind != "NaN":
-                    remedy = _remedy(failure, prompts, columns)
-                    raise InputError(
-                        f"{failure.message}{remedy} (on made-up completions, which every reward is tried on first)"
-                    )
+        self.trial_s = {name: call.seconds / len(prompts) for name, call in zip(self.names, calls, strict=True)}
+        for failure in (failure for call in calls for failure in call.failures if failure.kind != "NaN"):
+            of = f"{counted(len(prompts), 'made-up completion')}{whose}"
+            known = _remedy(failure, prompts, columns) or remedy
+            raise InputError(f"{failure.message}{known} (on {of}, which every reward is tried on first)")
 
     def _call_all(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],

@@ -90,7 +90,9 @@ class Toolbox:
     def _result(self, work: Callable[[], Any]) -> Any:
         try:
             value = work()
-            return value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_content(value), False)
+            return (
+                value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_content(value), False)
+            )
         except OutOfTime:
             return _failure(f"The tool took longer than {self.timeout_s:g} s.")
         except KeyboardInterrupt:
