@@ -277,6 +277,25 @@ def test_a_reward_that_never_applies_is_no_value(policy):
     assert all(math.isnan(found[name]) for name in ("eval_reward", "eval_pass@2", "eval_maj@2", "eval_reward/ci_low"))
 
 
+@pytest.mark.parametrize(("k", "sizes"), [(None, [2, 2, 1]), (2, [2] * 5), (3, [3] * 5)])
+def test_a_reward_is_called_with_as_many_completions_as_in_a_step(policy, k, sizes):
+    seen = []
+
+    def timed(completions, **kwargs):
+        seen.append(len(completions))
+        if len(seen) == 2:
+            raise TimeoutError
+        return [float(len(seen))] * len(completions)
+
+    config = GRPOConfig(
+        use_cpu=True, max_completion_length=2, num_generations_eval=k, prompts_per_step=1, num_generations=2
+    )
+    found = measure(Sampler(policy, config), prompts_of(policy, 5), RewardRunner([timed]), config, 0)
+    assert seen == sizes
+    given = [float("nan") if call == 2 else call for call, size in enumerate(sizes, 1) for _ in range(size)]
+    assert found.rewards["timed"] == pytest.approx(given, nan_ok=True)
+
+
 def test_a_run_is_the_same_however_often_it_is_evaluated(tmp_path):
     without = run(tmp_path / "without", noisy_reward, max_steps=2)
     for k in (None, 3):

@@ -280,6 +280,21 @@ def test_a_reward_gets_everything_by_keyword():
     assert "time/reward/reward_s" in scores.metrics
 
 
+def test_a_function_that_is_called_in_parts_has_the_same_to_say():
+    def reward(completions, number, log_extra, log_metric, **_):
+        if 3 in number:
+            raise ValueError
+        log_extra("of", number)
+        log_metric("mine", len(completions))
+        return [float(one) for one in number]
+
+    given = ["p"] * 5, ["x"] * 5, [[1]] * 5, {"number": [1, 2, 3, 4, 5]}
+    scores = RewardRunner([reward])(*given, 0, at_most=2)
+    assert scores.rewards[:, 0].nan_to_num(nan=-1.0).tolist() == [1, 2, -1, -1, 5]
+    assert scores.extra_columns == {"of": [1, 2, None, None, 5]}
+    assert scores.metrics["mine"] == 1.5 and scores.metrics["rewards/reward/failures"] == 2
+
+
 def test_none_is_a_reward_that_does_not_apply():
     assert score(lambda **_: [None, 1.0]).rewards[:, 0].isnan().tolist() == [True, False]
 

@@ -19,6 +19,7 @@ import torch
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.prompts import Prompt
 from lowmem_grpo.data.text import as_read, completion_text
+from lowmem_grpo.distributed import world_size
 from lowmem_grpo.evaluation.statistics import confidence_interval, differences, shares
 from lowmem_grpo.generate.completion import Completion
 from lowmem_grpo.generate.sample import Sampled, Sampler
@@ -71,11 +72,12 @@ def measure(
     """Sample and score completions; metrics have training's names with `eval_` before them, and pass@j.
 
     The same seed in every evaluation, so that two of them differ by the policy alone; torch's generator stays where it
-    was.
+    was. A reward is called with about as many completions as a step has, so that reward_timeout says the same of both.
     """
     k = config.num_generations_eval or 1
     sample = partial(_sampled, sampler, prompts, config)
-    completions, texts, scores, _ = complete_and_score(sampler.policy, prompts, sample, rewards, step)
+    per_call = max(config.prompts_per_step * config.num_generations // (k * world_size()), 1)
+    completions, texts, scores, _ = complete_and_score(sampler.policy, prompts, sample, rewards, step, per_call)
     total = weighted_rewards(scores.rewards, config.reward_weights)
     answers = [extract_answer(completion_text(text)) for text in texts]
     values = {"reward": total.view(-1, k).nanmean(dim=1).tolist(), **shares(scores.rewards[:, 0], answers, k)}

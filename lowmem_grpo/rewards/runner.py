@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -56,8 +57,11 @@ class RewardRunner:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, list],
         global_step: int, prompt_ids: list[list[int]] | None = None, environments: list[Any] | None = None,
+        at_most: int | None = None,
     ) -> Scores:  # fmt: skip
         """Rewards of B completions; prompts, completions, ids and every column have B entries.
+
+        A function is called with at most so many completions at once, where that is given, and with all else.
 
         global_step is the number of steps that the policy has taken before it sampled them.
         prompt_ids are for the functions with an attribute reads_prompt_ids; these give no reward without.
@@ -65,7 +69,17 @@ class RewardRunner:
 
         No function's error is raised: the run goes on without its reward.
         """
-        calls = self._call_all(prompts, completions, completion_ids, columns, global_step, prompt_ids, environments)
+        size = at_most or max(len(completions), 1)
+        parts = [
+            self._call_all(
+                prompts[part], completions[part], completion_ids[part],
+                {name: values[part] for name, values in columns.items()}, global_step,
+                None if prompt_ids is None else prompt_ids[part],
+                None if environments is None else environments[part],
+            )
+            for part in (slice(at, at + size) for at in range(0, max(len(completions), 1), size))
+        ]  # fmt: skip
+        calls = [*map(_joined, zip(*parts, strict=True))]
         metrics: dict[str, list[float]] = {}
         extra_columns: dict[str, list] = {}
         for name, function, call in zip(self.names, self.functions, calls, strict=True):
@@ -202,6 +216,20 @@ class RewardRunner:
         if call.seconds > self.slow_s[name]:
             self.slow_s[name] = 2 * call.seconds
             log.warning(f"reward function {name} took {call.seconds:.1f} s for {counted(count, 'completion')}")
+
+
+def _joined(calls: Sequence[Call]) -> Call:
+    """Calls of one function with some completions each as one call; where one failed, its columns have Nones."""
+    metrics: dict[str, list[float]] = {}
+    for name, values in (item for call in calls for item in call.metrics.items()):
+        metrics.setdefault(name, []).extend(values)
+    names = dict.fromkeys(name for call in calls for name in call.extra_columns)
+    columns = {name: [call.extra_columns.get(name, [None] * len(call.rewards)) for call in calls] for name in names}
+    return Call(
+        [*chain.from_iterable(call.rewards for call in calls)],
+        [*chain.from_iterable(call.failures for call in calls)], metrics,
+        {name: [*chain.from_iterable(values)] for name, values in columns.items()}, sum(call.seconds for call in calls),
+    )  # fmt: skip
 
 
 def _remedy(failure: Failure, prompts: list, columns: dict[str, list]) -> str:

@@ -26,24 +26,29 @@ class Judged(NamedTuple):
 
 
 def complete_and_score(
-    policy: Policy, prompts: list[Prompt], sample: Callable[[range], Sampled], rewards: RewardRunner, global_step: int
-) -> Judged:
+    policy: Policy, prompts: list[Prompt], sample: Callable[[range], Sampled], rewards: RewardRunner, global_step: int,
+    per_call: int | None = None,
+) -> Judged:  # fmt: skip
     """Completions of all prompts, where sample(share) returns those of a share of them, and the rewards' verdicts.
 
-    global_step is how many steps the policy has taken so far.
+    global_step is how many steps the policy has taken so far. A reward is called with all completions at once, or with
+    those of per_call prompts.
 
     Reward functions see the completions of this rank's share alone, which has whole groups.
     """
     own = share([1] * len(prompts))
 
     def work() -> Judged:
-        judged = _judged(policy, prompts[own.start : own.stop], sample(own), rewards, global_step)
+        judged = _judged(policy, prompts[own.start : own.stop], sample(own), rewards, global_step, per_call)
         return judged if world_size() == 1 else _as_sent(judged)
 
     return _joined(each(work))
 
 
-def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: RewardRunner, global_step: int) -> Judged:
+def _judged(
+    policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: RewardRunner, global_step: int,
+    per_call: int | None,
+) -> Judged:  # fmt: skip
     completions = sampled.completions
     if not prompts:
         return Judged([], [], Scores(torch.zeros(0, len(rewards.names)), {}, {}), {})
@@ -60,6 +65,7 @@ def _judged(policy: Policy, prompts: list[Prompt], sampled: Sampled, rewards: Re
             [asked[at].text for at in scored], [texts[at] for at in scored],
             [completions[at].sampled_ids for at in scored], columns, global_step, [asked[at].ids for at in scored],
             None if environments is None else [environments[at] for at in scored],
+            None if per_call is None else per_call * num_generations,
         )  # fmt: skip
     if len(scored) < len(asked):
         scores = _spread(scores, scored, len(asked))
