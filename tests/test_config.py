@@ -11,7 +11,7 @@ from lowmem_grpo.config.grpo import READ_ONLY, GRPOConfig
 from lowmem_grpo.config.losses import LOSS_TYPES, METHODS, OWN_LOSS
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import ModelFields, OptimizerFields, RunFields, SavingFields, sections
-from lowmem_grpo.config.trl import TO_TRAIN, UNSUPPORTED, UNSUPPORTED_GRPO
+from lowmem_grpo.config.trl import AS_DONE, TO_TRAIN, UNSUPPORTED, UNSUPPORTED_GRPO
 from lowmem_grpo.errors import InputError
 
 FIELDS = {field.name: field for field in dataclasses.fields(GRPOConfig)}
@@ -194,6 +194,10 @@ def test_every_field_of_trls_models_and_scripts_is_known():
         ("lmbda", "lowmem-grpo sft"), ("discount", "set gamma"), ("max_seq_length", "set max_prompt_length and"),
         ("random_state", "set seed"), ("fast_inference", "no second engine"), ("n_samples_per_prompt", "num_generations"),
         ("actor_learning_rate", "set learning_rate"), ("loss_agg_mode", "dapo for token-mean"), ("trainer", "sections"),
+        ("vllm_sampling_params", "nothing else; remove it"), ("vllm_dtype", "no second engine"), ("overwrite_output_dir", "folder without checkpoints"),
+        ("chat_template", "tokenizer.chat_template"), ("dataset_prompt_column", "rename the column"), ("dataset_mixture", "concatenate"),
+        ("stop", "set stop_strings"), ("num_completions_to_print", "writes all of them"), ("generation_kwargs", "nothing else; use those"),
+        ("presence_penalty", "nothing else; remove it"), ("wandb_entity", "WANDB_ENTITY"), ("hub_model_revision", "set hub_revision"),
         ("actor_rollout_ref.rollout.n", "set num_generations"), ("actor_rollout_ref.actor.optim.lr", "set learning_rate"),
         ("critic.optim.lr", "set critic_learning_rate"), ("critic.model.path", "set critic_init"),
         ("actor_rollout_ref.rollout.val_kwargs.n", "set num_generations_eval"), ("rollout.val_kwargs.top_p", "samples as training does"),
@@ -202,7 +206,7 @@ def test_every_field_of_trls_models_and_scripts_is_known():
 )  # fmt: skip
 def test_a_name_of_another_trainers_settings_gets_a_remedy_and_no_guess(name, remedy):
     with pytest.raises(TypeError, match=f"^GRPOConfig has no {name}: .*{re.escape(remedy)}") as caught:
-        GRPOConfig(**{name: True})
+        GRPOConfig(**{name: "x"})
     assert "did you mean" not in str(caught.value)
 
 
@@ -311,7 +315,23 @@ def test_a_field_of_trls_that_is_not_supported_is_refused_with_the_remedy():
     with pytest.raises(
         TypeError, match="GRPOConfig has no use_vllm: completions are sampled from the resident weights"
     ):
-        GRPOConfig(use_vllm=False)  # pyright: ignore[reportCallIssue]: no such field
+        GRPOConfig(use_vllm=True)  # pyright: ignore[reportCallIssue]: no such field
+
+
+def test_all_that_is_not_supported_is_said_at_once_and_what_is_done_anyway_is_taken():
+    said = """GRPOConfig has no
+  use_vllm, vllm_mode: completions are sampled from the resident weights, so there is no second engine to set up; remove it
+  logging_steps: every step is logged, so there is no interval to set; remove it
+  field 'learning_rat'; did you mean learning_rate?"""
+    given = {"use_vllm": True, "logging_steps": 5, "learning_rat": 1, "vllm_mode": "colocate", "use_peft": True}
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        GRPOConfig(**given)
+    assert set(AS_DONE) <= set(UNSUPPORTED_GRPO)
+    for name, values in AS_DONE.items():
+        for value in (*values, None):
+            assert GRPOConfig(**{name: value}) == GRPOConfig()
+    with pytest.raises(TypeError, match="no use_peft: LoRA adapters are always"):
+        GRPOConfig(use_peft=False)  # pyright: ignore[reportCallIssue]: no such field
 
 
 def test_a_misspelt_field_is_refused_with_the_nearest():

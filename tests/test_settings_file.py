@@ -123,7 +123,7 @@ def test_no_file_of_random_yaml_ends_in_a_librarys_error(tmp_path):
         text = "\n".join(lines) if number % 2 else "".join(draw.choices(PIECES, k=draw.randint(1, 12)))
         found = settings_of(tmp_path / "run.yaml", MODEL + text)
         if isinstance(found, str):
-            assert found.isprintable() and len(found) < 700, text
+            assert all(map(str.isprintable, found.split("\n"))) and len(found) < 2000, text
             continue
         try:
             taken += dataclasses.is_dataclass(GRPOConfig(**found))

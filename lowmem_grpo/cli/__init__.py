@@ -14,7 +14,7 @@ from lowmem_grpo.cli.settings import PLANNED, TRAININGS
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.config.pairs import PairsConfig
 from lowmem_grpo.config.select import SelectConfig
-from lowmem_grpo.errors import SENTENCES, InputError, printable
+from lowmem_grpo.errors import SENTENCES, InputError, UnknownNameError, printable, printable_text
 from lowmem_grpo.terminal import show
 from lowmem_grpo.torchrun import num_started
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = " ".join(["lowmem-grpo", *filter(str.isalnum, arguments[:1])])
         if speaks() or getattr(error, "speaks", False):
             with contextlib.suppress(OSError):  # a full disk
-                show(f"{command}: {printable(str(error))}", sys.stderr)
+                show(f"{command}: {_as_said(error)}", sys.stderr)
         else:
             time.sleep(OTHERS_STAY_S)
         return 2 if isinstance(error, InputError) else 1
@@ -54,6 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def _as_said(error: Exception) -> str:
+    """An error's sentence; of several unknown names a line each."""
+    return printable_text(str(error)) if isinstance(error, UnknownNameError) else printable(str(error))
 
 
 def run_command(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from lowmem_grpo.config.reward import RewardConfig
 from lowmem_grpo.config.sample import SampleConfig
 from lowmem_grpo.config.sections import CALLED
 from lowmem_grpo.config.sft import SFTConfig
-from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.config.trl import known_fields
 from lowmem_grpo.errors import InputError, shown
 
 TRAININGS: dict[str, type] = {"train": GRPOConfig, "sft": SFTConfig, "reward": RewardConfig}  # the commands that train
@@ -72,6 +72,7 @@ def read_settings(
     settings = read_config_file(flags.pop("config")) if "config" in flags else {}
     settings |= {name: as_list(value) for name, value in flags.items()}
     inputs = {name: settings.pop(name) for name, _, _ in INPUTS if name in settings}
+    settings = known_fields(settings, config)
     for name in needed:
         if not inputs.get(name):
             raise InputError(f"--{name} is missing; see `lowmem-grpo {command} --help`")
@@ -79,7 +80,6 @@ def read_settings(
         raise InputError(f"--eval_dataset is for training; name what to {ONLY_DATASET[command]} with --dataset")
     for name in [one for one in CALLED if one in inputs and command == "sample"]:
         raise InputError(f"{name} is for `lowmem-grpo train`, `eval` and `data`; sampling into a file has none")
-    refuse_unknown_fields(settings, config)
     return inputs, {name: from_text(config, name, value) for name, value in settings.items()}
 
 

@@ -10,25 +10,28 @@ from typing import Any, Literal
 
 from lowmem_grpo.config.fields import check_value, field_types, option
 from lowmem_grpo.config.losses import LOSS_TYPES
-from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.config.trl import known_fields
 from lowmem_grpo.errors import InputError, shown
 
 LONGEST_NAME = 255  # bytes, of a file or folder
 MOST_COMPLETIONS = 2**14  # of a step: DAPO has 8,192
 
 
+class _Named(type):
+    """A class that is made with the settings it has, and is told of others."""
+
+    def __call__(cls, *unnamed: Any, **given: Any):  # __init__ refuses those without a name
+        return super().__call__(*unnamed, **known_fields(given, cls))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class Checked(metaclass=_Named):
     """A dataclass whose values are checked as it is made: each by itself, then by every class's own `check`.
 
     Raises:
         UnknownNameError: a field that it has not; of a field of TRL's with the remedy.
         InputError: a value out of its range, or one that contradicts another.
     """
-
-    def __new__(cls, *unnamed: Any, **given: Any):  # __init__ refuses those without a name
-        refuse_unknown_fields(given, cls)
-        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         types = field_types(type(self))

@@ -4,15 +4,20 @@ Standard library only.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
-from lowmem_grpo.errors import UnknownNameError, did_you_mean, shown
+from lowmem_grpo.errors import UnknownNameError, did_you_mean, printable, shown
 
 _STEP = "a step holds prompts_per_step x num_generations completions and token_budget bounds a micro-batch; use those"
 _ONE_GPU = "each process has the whole model on one GPU, and torchrun starts several; remove it"
 _RESIDENT = "completions are sampled from the resident weights, so there is no second engine to set up; remove it"
 _CALLBACK = "metrics.jsonl has every step; pass a function in callbacks to compute more of it"
+_OF_SAMPLING = (
+    "sampling has temperature, top_p, top_k, min_p, repetition_penalty and stop_strings, each a field of its own, and "
+    "nothing else"
+)
 TO_TRAIN = "it is no setting but an argument of train(), or a flag of the command; pass it there"
 _LATER = "it is not supported yet; remove it"
 
@@ -41,15 +46,17 @@ _TRL_FIELDS = {
     "the adapter is uploaded once, after training; remove it": "hub_strategy hub_always_push",
     "every step is logged, so there is no interval to set; remove it": "logging_strategy logging_steps "
     "logging_first_step logging_nan_inf_filter log_level disable_tqdm include_num_input_tokens_seen "
-    "skip_memory_metrics log_multimodal num_completions_to_print log_unique_prompts",
-    "evaluation runs before and after training whenever there is an eval_dataset; use eval_steps": "eval_strategy "
-    "eval_delay eval_on_start do_train do_eval do_predict",
+    "skip_memory_metrics log_multimodal",
+    "log_completions writes all of them, and `lowmem-grpo watch` shows them; remove it": "num_completions_to_print "
+    "log_unique_prompts",
+    "evaluation runs before and after training whenever there is an eval_dataset; leave that out for none, or set "
+    "eval_steps for more": "eval_strategy eval_delay eval_on_start do_train do_eval do_predict",
     "set save_steps, which writes everything that a resume needs": "save_strategy save_only_model ignore_data_skip "
     "restore_callback_states_from_checkpoint enable_jit_checkpoint",
     "the head is always computed in fp32 tiles; remove it": "cast_lm_head_to_fp32",
     "the base's dropout is always off, and the adapters' is lora_dropout; set that": "disable_dropout",
     "every dataset column reaches the reward functions; remove it": "remove_unused_columns label_names",
-    "sampling settings have fields of their own (temperature, top_p, ...); use those": "generation_kwargs",
+    f"{_OF_SAMPLING}; use those": "generation_kwargs",
     "the data order follows seed; set that": "data_seed train_sampling_strategy length_column_name group_by_length",
     "prompts are tokenized once, in this process; remove it": "dataloader_drop_last dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
@@ -101,7 +108,9 @@ _PPO_FIELDS = {
     "the critic is an adapter on the policy's base; set critic_init for what it starts from":
         "value_model critic_pretrain critic_model critic_model_path",
     "the critic's adapter is like the policy's; set lora_r": "critic_lora_r",
-    "set stop_strings, or leave it: a completion ends with the model's own tokens": "stop_token stop_token_id",
+    "set stop_strings, or leave it: a completion ends with the model's own tokens": "stop stop_token stop_token_id",
+    f"{_OF_SAMPLING}; remove it": "vllm_sampling_params sampling_params no_repeat_ngram_size presence_penalty "
+        "frequency_penalty min_new_tokens min_tokens num_beams length_penalty",
     "set optim and the other optimizer fields, which the critic shares": "critic_optim critic_weight_decay",
 }  # fmt: skip
 # Of TRL's configurations of distillation.
@@ -113,8 +122,18 @@ _DISTILLATION_FIELDS = {
     "the policy learns from what it samples itself, which TRL calls lmbda=1; remove it, or let the teacher write "
     "examples for `lowmem-grpo sft`": "lmbda seq_kd",
 }
-# Unsloth's, of its models and their LoRA.
-_UNSLOTH_FIELDS = {
+# Of TRL's and of transformers' in earlier versions, of open-r1's scripts, and of Unsloth's models and their LoRA.
+_SCRIPT_FIELDS = {
+    "a fresh run needs a folder without checkpoints, and set resume_from_checkpoint=True to go on in one; remove it":
+        "overwrite_output_dir",
+    "set tokenizer.chat_template, and pass that tokenizer": "chat_template",
+    "rename the column to prompt": "dataset_prompt_column",
+    "make one of them, by datasets' concatenate_datasets, and give that": "dataset_mixture",
+    "set report_to, project and run_name, and for the rest W&B's variables of the environment, as WANDB_ENTITY":
+        "wandb_entity wandb_project wandb_run_group wandb_log_unique_prompts",
+    "set hub_revision": "hub_model_revision",
+    "set push_to_hub and hub_revision": "push_to_hub_revision overwrite_hub_revision",
+    "run `lowmem-grpo eval` after training; remove it": "benchmarks",
     "set max_prompt_length and max_completion_length": "max_seq_length",
     "set lora_r": "max_lora_rank lora_rank r",
     "set lora_target_modules": "target_modules",
@@ -122,7 +141,7 @@ _UNSLOTH_FIELDS = {
     "set seed": "random_state",
     "LoRA adapters are always what is trained; remove it": "full_finetuning",
     _RESIDENT: "fast_inference gpu_memory_utilization",
-}
+}  # fmt: skip
 # verl's, by the last of its names alone where that is enough, and OpenRLHF's and others' habits.
 _VERL_FIELDS = {
     "settings have no sections here; write each by its own name, as num_generations":
@@ -231,10 +250,10 @@ def _by_name(fields: dict[str, str]) -> dict[str, str]:
 
 
 UNSUPPORTED = _by_name(_TRL_FIELDS)
-_OF_OTHERS = _by_name(_PPO_FIELDS) | _by_name(_DISTILLATION_FIELDS) | _by_name(_VERL_FIELDS) | _by_name(_UNSLOTH_FIELDS)
+_OF_OTHERS = _by_name(_PPO_FIELDS) | _by_name(_DISTILLATION_FIELDS) | _by_name(_VERL_FIELDS) | _by_name(_SCRIPT_FIELDS)
 UNSUPPORTED_GRPO = _OF_OTHERS | UNSUPPORTED
-UNSUPPORTED_SFT = _by_name(_UNSLOTH_FIELDS) | UNSUPPORTED | _by_name(_SFT_FIELDS)
-UNSUPPORTED_REWARD = _by_name(_UNSLOTH_FIELDS) | UNSUPPORTED | _by_name(_REWARD_FIELDS)
+UNSUPPORTED_SFT = _by_name(_SCRIPT_FIELDS) | UNSUPPORTED | _by_name(_SFT_FIELDS)
+UNSUPPORTED_REWARD = _by_name(_SCRIPT_FIELDS) | UNSUPPORTED | _by_name(_REWARD_FIELDS)
 # By the name of a configuration: what it lacks, and the command that it is of.
 _OF_CONFIG = {
     "SFTConfig": (UNSUPPORTED_SFT, "sft"), "RewardConfig": (UNSUPPORTED_REWARD, "reward"),
@@ -243,20 +262,64 @@ _OF_CONFIG = {
 }  # fmt: skip
 
 
-def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
-    """Raise UnknownNameError for the first name that is no field: with the remedy, else the nearest name.
+MOST_NAMES = 50  # that are said at once
+# Values that say what is done anyway, of settings that configurations of these trainers often have.
+_AS_DONE = {
+    "use_vllm load_in_8bit remove_unused_columns use_dora use_rslora group_by_length save_only_model torch_compile "
+    "ddp_find_unused_parameters gradient_checkpointing_use_reentrant overwrite_output_dir": [False],
+    "use_peft logging_first_step": [True],
+    "logging_steps": [1],
+    "logging_strategy save_strategy": ["steps"],
+    "lora_task_type": ["CAUSAL_LM"],
+    "gradient_checkpointing_kwargs": [{}, {"use_reentrant": False}],
+}
+AS_DONE = {name: values for names, values in _AS_DONE.items() for name in names.split()}
 
-    Of a name with dots, as verl's `actor_rollout_ref.rollout.n`, the longest end that is known counts.
+
+def known_fields(given: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The settings that a configuration has, without those of others that ask for what is done anyway.
+
+    That is a value of AS_DONE, or None, of a name that has a remedy.
+
+    Raises:
+        UnknownNameError: as refuse_unknown_fields does.
     """
-    known, kind = [field.name for field in dataclasses.fields(config)], config.__name__
-    remedies, command = _OF_CONFIG.get(kind, (UNSUPPORTED_GRPO, "train"))
-    for name in given:
-        if name in known:
-            continue
+    remedies, _ = _of_config(config)
+    left = {
+        name: value
+        for name, value in given.items()
+        if name not in remedies or not (value is None or value in AS_DONE.get(name, ()))
+    }
+    refuse_unknown_fields(left, config)
+    return left
+
+
+def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
+    """Raise UnknownNameError for names that are no fields: with the remedy of each, else the nearest name.
+
+    Several are said at once, those of one remedy in a line. Of a name with dots, as verl's
+    `actor_rollout_ref.rollout.n`, the longest end that is known counts.
+    """
+    fields, kind = [field.name for field in dataclasses.fields(config)], config.__name__
+    remedies, command = _of_config(config)
+    unknown: dict[str, list[str]] = {}  # by what to do
+    for name in islice((name for name in given if name not in fields), MOST_NAMES):
         parts = name.split(".")
         ends = [".".join(parts[place:]) for place in range(len(parts))]
-        remedy = next((remedies.get(end) or f"write {end} alone" for end in ends if end in {*remedies, *known}), None)
+        remedy = next((remedies.get(end) or f"write {end} alone" for end in ends if end in {*remedies, *fields}), None)
+        if remedy is None and parts[-1].startswith("vllm_"):
+            remedy = _RESIDENT
         if remedy:
-            raise UnknownNameError(f"{kind} has no {name}: {remedy}")
-        hint = did_you_mean(parts[-1], known, f"see `lowmem-grpo {command} --help_all` for the fields")
-        raise UnknownNameError(f"{kind} has no field {shown(name)}; {hint}")
+            unknown.setdefault(f": {remedy}", []).append(printable(name))
+        else:
+            hint = did_you_mean(parts[-1], fields, f"see `lowmem-grpo {command} --help_all` for the fields")
+            unknown.setdefault(f"; {hint}", []).append(f"field {shown(name)}")
+    lines = [f"{', '.join(names)}{words}" for words, names in unknown.items()]
+    if lines:
+        between = " " if len(lines) == 1 else "\n  "
+        raise UnknownNameError(f"{kind} has no{between}{between.join(lines)}")
+
+
+def _of_config(config: Any) -> tuple[Mapping[str, str], str]:
+    """The remedies for what a configuration lacks, by name, and the command that it is of."""
+    return _OF_CONFIG.get(config.__name__, (UNSUPPORTED_GRPO, "train"))

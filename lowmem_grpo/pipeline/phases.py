@@ -11,7 +11,7 @@ from typing import Any
 from lowmem_grpo.config.fields import from_text
 from lowmem_grpo.config.grpo import EVAL_FIELDS, GRPOConfig
 from lowmem_grpo.config.sections import CALLED, AdapterFields
-from lowmem_grpo.config.trl import refuse_unknown_fields
+from lowmem_grpo.config.trl import known_fields
 from lowmem_grpo.errors import (
     InputError,
     NotFiniteError,
@@ -200,8 +200,8 @@ def _resolved(
     _refuse_other_outputs(kind, inputs, before)
     known = [field.name for field in dataclasses.fields(kind.config)]
     settings = {**{name: value for name, value in common.items() if name in known}, **settings}
-    refuse_unknown_fields(settings, kind.config)
-    settings = {name: from_text(kind.config, name, value) for name, value in settings.items()}
+    known_settings = known_fields(settings, kind.config)
+    settings = {name: from_text(kind.config, name, value) for name, value in known_settings.items()}
     adapter_fields = {name: value for name, value in settings.items() if name in OF_ADAPTERS}
     if origin is not None:
         adapter_fields = origin.adapter_fields
