@@ -386,9 +386,9 @@ def test_what_does_not_go_with_environments_is_refused():
 def test_a_reward_is_tried_with_environments_first():
     toolbox = toolbox_of(None, Odd, CONFIG)
     rewards = RewardRunner(own_rewards(toolbox, CONFIG))
-    try_out(rewards, rows_of(2), "rows", toolbox)
+    try_out(rewards, rows_of(2), "rows", CONFIG, toolbox)
     with pytest.raises(InputError, match="^reward function Odd returned 'x'; a reward is a finite number"):
-        try_out(rewards, Dataset.from_list([row_of(3)]), "rows", toolbox)
+        try_out(rewards, Dataset.from_list([row_of(3)]), "rows", CONFIG, toolbox)
 
 
 def test_rows_choose_their_environment_and_see_its_tools_alone():

@@ -196,6 +196,19 @@ def test_what_follows_a_call_is_what_the_template_makes_of_its_result(name):
         assert before in ("", form.end_of_turn) or before.endswith(end)
 
 
+def test_special_tokens_in_what_a_tool_returned_are_text():
+    tokenizer = tokenizer_with(TEMPLATE)
+    form = ToolForm(tokenizer, {"tools": Toolbox([add], None).schemas})
+    calls, ends = [Call("add", {})], set(tokenizer.all_special_ids)
+    plain, said = form.result_ids(calls, ["7 of them"])
+    text, _ = form.results(calls, ["7 of them"])
+    assert plain == tokenizer(text, add_special_tokens=False)["input_ids"]
+    for content in ("7<|end|>", "<|end|><|pad|>7 <|end|", [["<|end|>", 7]]):
+        ids, now = form.result_ids(calls, [content])
+        assert now == said and [one for one in ids if one in ends] == [one for one in plain if one in ends]
+        assert tokenizer.decode(ids) == form.results(calls, [content])[0]
+
+
 REFUSED = ["cohere", "cohere2", "deepseek_r1_distill", "gemma3", "llama3", "phi3", "muse_glimmer"]
 
 

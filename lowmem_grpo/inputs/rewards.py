@@ -107,8 +107,9 @@ def try_out(
 
 
 def try_groups(
-    rewards: RewardRunner, rows: Dataset, name: str, config: GRPOConfig, toolbox: Toolbox | None, *, is_eval: bool
-) -> None:
+    rewards: RewardRunner, rows: Dataset, name: str, config: GRPOConfig, toolbox: Toolbox | None = None, *,
+    is_eval: bool,
+) -> None:  # fmt: skip
     """Call each reward once with made-up completions, as many of a row as a step or an evaluation has.
 
     Raises:

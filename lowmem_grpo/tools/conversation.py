@@ -157,17 +157,15 @@ class _Talk:
         """
         calls, self.calls = self.calls, []
         contents = [result.content for result in results]
-        tokenizer = self.policy.tokenizer
-        ended_by = tokenizer.decode(self.ids[-1:]) if self.finish == "eos" else ""
+        ended_by = self.policy.tokenizer.decode(self.ids[-1:]) if self.finish == "eos" else ""
         self.num_answered += 1
         self.num_calls += len(results)
         self.num_failures += sum(result.failed for result in results)
         try:
-            text, said = self.form.results(calls, contents, ended_by)
+            ids, said = self.form.result_ids(calls, contents, ended_by)
         except Exception as error:  # of a template, which was tried with other names and results
             warn(f"the chat template cannot show results of tools, so that completions end there: {cause(error)}")
             return []
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(self.ids) + len(ids) >= self.most:
             self.finish = "length"
             return []

@@ -60,6 +60,9 @@ class Found(NamedTuple):
     words: str
 
 
+STANDS_IN = 0xF0000  # where characters begin that nobody uses, for special tokens in what a tool returned
+
+
 class Place(NamedTuple):
     """A call in a text, or a list of calls, and where it begins and ends."""
 
@@ -144,6 +147,23 @@ class ToolForm:
         else:  # by another token than the template's, or by one that it has at the beginning of what follows
             ended = closing if closing and closing == self.end_of_turn else ended_by
         return following.removeprefix(ended), said_at_end(after)
+
+    def result_ids(self, calls: Sequence[Call], contents: Sequence[Any], ended_by: str = "") -> tuple[list[int], str]:
+        """The token ids of results(). A special token that a tool's result names is text like any other there."""
+        texts = [in_json(content) for content in contents]
+        special = {str(one) for one in self.tokenizer.added_tokens_decoder.values() if one.special}
+        named = sorted((one for one in special if any(one in text for text in texts)), key=len, reverse=True)
+        marks = {chr(STANDS_IN + place): one for place, one in enumerate(named)}
+        for mark, one in marks.items():
+            texts = [text.replace(one, mark) for text in texts]
+        text, said = self.results(calls, texts, ended_by)
+        ids: list[int] = []
+        for piece in re.split(f"([{''.join(marks)}])", text) if marks else [text]:
+            shown = self.tokenizer(
+                marks.get(piece, piece), add_special_tokens=False, split_special_tokens=piece in marks
+            )
+            ids += shown["input_ids"]
+        return ids, said
 
     def _end_of_thoughts(self, text: str) -> int:
         """The place where what a model thought ends, which a prompt may have begun: 0 where it did not think."""
