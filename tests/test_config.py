@@ -231,6 +231,18 @@ def test_a_name_of_trls_or_unsloths_that_is_imported_says_what_to_call():
     assert not hasattr(lowmem_grpo, "GRPOTrainer")
 
 
+@pytest.mark.parametrize(
+    ("function", "name", "remedy"),
+    [
+        ("train", "args", "name it config"), ("train", "processing_class", "name it tokenizer"), ("sft", "formatting_func", "make the rows"),
+        ("train", "num_generations", "settings are given in config"), ("train_reward_model", "train_datasets", "did you mean train_dataset?"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_a_trainers_is_named_as_it_is_here(function, name, remedy):
+    with pytest.raises(TypeError, match=rf"^{function}\(\) has no argument '{name}'; {re.escape(remedy)}"):
+        getattr(lowmem_grpo, function)("model", **{name: None})
+
+
 def test_a_public_name_is_listed_before_it_is_loaded():
     assert set(lowmem_grpo.__all__) <= set(dir(lowmem_grpo))
 
@@ -407,7 +419,7 @@ def test_the_compute_dtype_follows_bf16_and_fp16():
 
 def test_a_config_is_frozen_and_can_be_replaced():
     config = GRPOConfig(beta=0.1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"by dataclasses.replace\(config, beta=...\)"):
         config.beta = 0.2  # type: ignore[misc] # it is frozen
     assert dataclasses.replace(config, seed=3) == GRPOConfig(beta=0.1, seed=3)
 

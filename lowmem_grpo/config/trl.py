@@ -262,6 +262,16 @@ _OF_CONFIG = {
 }  # fmt: skip
 
 
+# Of a trainer's arguments in TRL, what stands in their place here.
+_ARGUMENTS = _by_name({
+    "name it config": "args",
+    "name it tokenizer": "processing_class",
+    "give get_model_reward(model=..., tokenizer=...) among the reward_funcs": "reward_processing_classes",
+    "set load_in_4bit in config": "quantization_config",
+    "make the rows before, with datasets' map": "formatting_func data_collator",
+    "there is none; leave it out": "optimizers optimizer_cls_and_kwargs compute_metrics compute_loss_func "
+        "preprocess_logits_for_metrics environment_factory rollout_func model_init",
+})  # fmt: skip
 MOST_NAMES = 50  # that are said at once
 # Values that say what is done anyway, of settings that configurations of these trainers often have.
 _AS_DONE = {
@@ -318,6 +328,15 @@ def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     if lines:
         between = " " if len(lines) == 1 else "\n  "
         raise UnknownNameError(f"{kind} has no{between}{between.join(lines)}")
+
+
+def refuse_unknown_arguments(given: Iterable[str], known: Iterable[str], function: str) -> None:
+    """Raise UnknownNameError for an argument that a training does not take, with what takes its place."""
+    known = [*known]
+    for name in given:
+        if name not in known:
+            remedy = _ARGUMENTS.get(name) or did_you_mean(name, known, "settings are given in config")
+            raise UnknownNameError(f"{function}() has no argument {shown(name)}; {remedy}")
 
 
 def _of_config(config: Any) -> tuple[Mapping[str, str], str]:

@@ -67,9 +67,9 @@ def train(
         model: hub id, model folder, 4-bit checkpoint, adapter folder to continue from, or a loaded model, which is
             changed in place.
         reward_funcs: one or several functions, names (a built-in's, `module.function`, or a call of what makes one,
-            `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on two
-            made-up completions before the model is loaded. None for a task, which has its own, where config names a
-            teacher, which says what to learn, or where an environment has a get_reward.
+            `get_regex_reward(pattern='yes')`) or reward models (hub id, folder, or loaded). Each is tried once on a
+            made-up group before the model is loaded. None for a task, which has its own, where config names a teacher,
+            which says what to learn, or where an environment has a get_reward.
         train_dataset: hub id, JSONL, JSON, CSV or Parquet file, Dataset, or list of rows, with a `prompt` column; or a
             task: its name, such as "countdown", or a Task of your own.
         eval_dataset: in any of these forms, a hub dataset's `test` split; evaluated before, after and every eval_steps.

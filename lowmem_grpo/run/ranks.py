@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lowmem_grpo import distributed
+from lowmem_grpo.config.trl import refuse_unknown_arguments
 from lowmem_grpo.errors import InputError
 from lowmem_grpo.torchrun import num_started
 
@@ -29,6 +30,7 @@ def across_ranks(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_unknown_arguments(kwargs, signature.parameters, function.__name__)
         config = signature.bind(*args, **kwargs).arguments.get("config")
         device = _device(use_cpu=getattr(config, "use_cpu", False))
         with distributed.joined(device), _silent_but_for_main():
