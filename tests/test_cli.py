@@ -492,6 +492,7 @@ def test_an_evaluation_reads_the_fields_that_its_help_has():
     in_vain = {
         "vram_budget", "gradient_checkpointing", "activation_offloading", "optim", "lora_r", "lora_alpha",
         "lora_dropout", "lora_target_modules", "teacher",
+        "prompts_per_step", "num_generations",  # with how many completions at once a reward is called
     }  # fmt: skip
     assert read - in_vain == EVAL_FIELDS - {"dataset_config"}, "read of hub datasets alone"
 

@@ -139,7 +139,7 @@ def _value(outcome: Outcome) -> Any:
 
 
 def _as_content(value: Any) -> str | list:
-    """A returned value as a message's content: a copy of a list, as TRL has it, and the text of anything else."""
+    """A returned value as a message's content: a list as TRL has it, anything else as text."""
     if isinstance(value, list):
         with contextlib.suppress(Exception):  # of what cannot be copied for each reward, or sent to another rank
             return pickle.loads(pickle.dumps(value))
