@@ -419,7 +419,7 @@ def test_the_compute_dtype_follows_bf16_and_fp16():
 
 def test_a_config_is_frozen_and_can_be_replaced():
     config = GRPOConfig(beta=0.1)
-    with pytest.raises(dataclasses.FrozenInstanceError, match=r"by dataclasses.replace\(config, beta=...\)"):
+    with pytest.raises(dataclasses.FrozenInstanceError):
         config.beta = 0.2  # type: ignore[misc] # it is frozen
     assert dataclasses.replace(config, seed=3) == GRPOConfig(beta=0.1, seed=3)
 

@@ -18,21 +18,10 @@ MOST_COMPLETIONS = 2**14  # of a step: DAPO has 8,192
 
 
 class _Settings(type):
-    """A class of settings: one that it has not, or that is assigned to, is refused with the remedy."""
+    """A class of settings, which is told of those that it has not, and may leave some of them out."""
 
     def __call__(cls, *unnamed: Any, **given: Any):  # __init__ refuses those without a name
         return super().__call__(*unnamed, **known_fields(given, cls))
-
-    def __setattr__(cls, name: str, value: Any):
-        # A frozen dataclass is given its own __setattr__, whose error names no remedy.
-        super().__setattr__(name, _refuse_assignment if name == "__setattr__" else value)
-
-
-def _refuse_assignment(config: Any, name: str, value: Any) -> None:
-    raise dataclasses.FrozenInstanceError(
-        f"{type(config).__name__} is not changed once it is made; make another one, by "
-        f"dataclasses.replace(config, {name}=...)"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
