@@ -331,10 +331,9 @@ def test_a_field_of_trls_that_is_not_supported_is_refused_with_the_remedy():
 
 
 def test_all_that_is_not_supported_is_said_at_once_and_what_is_done_anyway_is_taken():
-    said = """GRPOConfig has no
-  use_vllm, vllm_mode: completions are sampled from the resident weights, so there is no second engine to set up; remove it
-  logging_steps: every step is logged, so there is no interval to set; remove it
-  field 'learning_rat'; did you mean learning_rate?"""
+    said = """GRPOConfig has no use_vllm, vllm_mode: completions are sampled from the resident weights, so there is no second engine to set up; remove it
+GRPOConfig has no logging_steps: every step is logged, so there is no interval to set; remove it
+GRPOConfig has no field 'learning_rat'; did you mean learning_rate?"""
     given = {"use_vllm": True, "logging_steps": 5, "learning_rat": 1, "vllm_mode": "colocate", "use_peft": True}
     with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
         GRPOConfig(**given)

@@ -312,7 +312,8 @@ def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
     """
     fields, kind = [field.name for field in dataclasses.fields(config)], config.__name__
     remedies, command = _of_config(config)
-    unknown: dict[str, list[str]] = {}  # by what to do
+    unknown: dict[str, list[str]] = {}  # by their remedy
+    lines = []
     for name in islice((name for name in given if name not in fields), MOST_NAMES):
         parts = name.split(".")
         ends = [".".join(parts[place:]) for place in range(len(parts))]
@@ -320,14 +321,13 @@ def refuse_unknown_fields(given: Iterable[str], config: Any) -> None:
         if remedy is None and parts[-1].startswith("vllm_"):
             remedy = _RESIDENT
         if remedy:
-            unknown.setdefault(f": {remedy}", []).append(printable(name))
+            unknown.setdefault(remedy, []).append(printable(name))
         else:
             hint = did_you_mean(parts[-1], fields, f"see `lowmem-grpo {command} --help_all` for the fields")
-            unknown.setdefault(f"; {hint}", []).append(f"field {shown(name)}")
-    lines = [f"{', '.join(names)}{words}" for words, names in unknown.items()]
+            lines.append(f"{kind} has no field {shown(name)}; {hint}")
+    lines = [f"{kind} has no {', '.join(names)}: {remedy}" for remedy, names in unknown.items()] + lines
     if lines:
-        between = " " if len(lines) == 1 else "\n  "
-        raise UnknownNameError(f"{kind} has no{between}{between.join(lines)}")
+        raise UnknownNameError("\n".join(lines))
 
 
 def refuse_unknown_arguments(given: Iterable[str], known: Iterable[str], function: str) -> None:

@@ -218,9 +218,10 @@ class Slots:
         self.parked[completion] = self._as_it_is(slot, self.token_ids[slot].clone(), fed, saved)
 
     def saved(self, slot: int, prompt: list[int], ids: list[int]) -> Parked | None:
-        """What the completion in a slot goes on with after a turn, which ends with ids; None where CPU memory is short.
+        """Copy what the completion in a slot, which ends with ids, goes on with after a turn.
 
-        Where a step moves more on than keys and values, as states, nothing was drawn after ids.
+        None where CPU memory is short. Nothing may have been drawn after ids where a step moves more on than keys and
+        values, as states.
         """
         if psutil.virtual_memory().available < LEFT_FREE:
             return None

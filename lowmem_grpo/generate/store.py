@@ -97,7 +97,10 @@ class Rows:
             tensor[:, :, rows] = 0
 
     def copied_out(self, rows: list[int], num_tokens: int) -> list[list[Tensor]]:
-        """A copy of num_tokens tokens of these rows in CPU memory, made a row at a time since GPU memory is short."""
+        """A copy of these rows' first num_tokens tokens in CPU memory.
+
+        It is made a row at a time, since GPU memory is short.
+        """
         return [[tensor[:, :, row, :, :num_tokens].to("cpu", copy=True) for row in rows] for tensor in self._tensors()]
 
     def copy_in(self, rows: list[int], saved: list[list[Tensor]]) -> None:

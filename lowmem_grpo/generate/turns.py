@@ -6,7 +6,7 @@ from lowmem_grpo.generate.completion import Completion
 
 
 class Turns(Protocol):
-    """What stands between the turns of a call's completions, each by its number among them."""
+    """Tokens that stand between the turns of a call's completions, each by its number among them."""
 
     def end(self, number: int, completion: Completion) -> bool:
         """Take a completion whose turn has ended, with all that was before; returns whether it may go on."""

@@ -114,7 +114,7 @@ class _Talks:
         return {number: ids for number, ids in zip(calling, answers, strict=True) if ids}
 
     def told(self, sampled: Sampled) -> Sampled:
-        """What was sampled, as conversations."""
+        """Give what was sampled its conversations."""
         told = [talk.as_completion(done) for talk, done in zip(self.talks, sampled.completions, strict=True)]
         metrics = {**sampled.metrics, "time/tools_s": self.tools_s} if told else {}
         own = None if self.toolbox.environments is None else [talk.begun.environment for talk in self.talks]
@@ -180,7 +180,7 @@ class _Talk:
         self.drawn += [drawn] * len(ids)
 
     def as_completion(self, sampled: Completion) -> Completion:
-        """What was sampled, with its conversation; log-probabilities are 0 where nothing was drawn."""
+        """Give what was sampled its conversation; log-probabilities are 0 where nothing was drawn."""
         drawn = torch.tensor(self.drawn)
 
         def of_drawn(values: Tensor | None) -> Tensor | None:
