@@ -348,6 +348,7 @@ class Refuses(Game):
         (Numbers, "^row 0 of rows: .* reset returned 5, which is neither None nor a text; mend it, or leave the row out$"),
         (Refuses, "^row 3 of rows: the environment Refuses could not be reset: three; mend it, or leave the row out$"),
         ({"a": Game}, "^row 0 of rows: the environment None is none of a; name one in that column$"),
+        ({1: Game, 2: Game}, "^row 0 of rows: the environment None is none of 1, 2; name one in that column$"),
         ({}, "^environment_factory is empty; name an environment for each kind of rows"),
         (5, "^environment_factory 5 cannot be called; give a class, or a function that makes an environment$"),
         ("Game", r"^no environment is named 'Game'; there are no built-in ones"),

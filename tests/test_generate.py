@@ -138,6 +138,21 @@ def test_what_generate_raises_is_said_in_one_sentence(monkeypatch):
         hf.sample(policy, PROMPTS, 1, SamplingParams(max_completion_length=4, temperature=0), 10_000)
 
 
+def test_generate_without_memory_is_tried_again_with_half(monkeypatch):
+    policy, calls = make_policy(), []
+    generate = policy.base.generate
+
+    def fails_once(input_ids, **settings):
+        calls.append(len(input_ids))
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        return generate(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(policy.base, "generate", fails_once)
+    hf.sample(policy, [[10], [11]], 2, SamplingParams(max_completion_length=4, temperature=0), 10_000)
+    assert calls == [4, 2, 2]
+
+
 def test_greedy_completions_are_those_of_generate(family):
     policy = make_policy(family)
     params = SamplingParams(max_completion_length=20, temperature=0)

@@ -119,14 +119,14 @@ class Request:
     turns: Turns | None = None  # what stands between the turns of completions; None: they have one each
 
 
-class Begun(NamedTuple):
+class Turned(NamedTuple):
     """A completion with a turn behind it, as far as it is."""
 
     ids: list[int]
     logprobs: Tensor  # (T, 2) fp32 on the CPU, 0 of what was not drawn
     parked: Parked | None  # what it goes on with; None: from its prompt on
 
-    def answered(self, ids: list[int]) -> "Begun":
+    def answered(self, ids: list[int]) -> "Turned":
         """This, with tokens behind it that are not drawn."""
         return self._replace(ids=[*self.ids, *ids], logprobs=torch.cat([self.logprobs, torch.zeros(len(ids), 2)]))
 
@@ -140,9 +140,9 @@ class _Text:
     behind: int  # number of tokens before this turn
 
     @staticmethod
-    def going_on(begun: Begun | None) -> "_Text":
+    def going_on(turned: Turned | None) -> "_Text":
         """A completion in its first turn, or in the one after another."""
-        return _Text([], [], 0) if begun is None else _Text([*begun.ids], [begun.logprobs], len(begun.ids))
+        return _Text([], [], 0) if turned is None else _Text([*turned.ids], [turned.logprobs], len(turned.ids))
 
     @property
     def turn(self) -> list[int]:
@@ -165,12 +165,12 @@ class Ran(NamedTuple):
 def run(request: Request, shape: StoreShape) -> Ran:
     """Sample the completions of a request, in a store of the given shape.
 
-    Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
+    Out of memory, everything in flight is let go, and what is not finished is turned again: once as it was, since what
     others could let go may be enough, and then with half of the slots.
     """
     policy, count = request.policy, len(request.prompts) * request.num_generations
     done: dict[int, Completion] = {}  # with the turn that is drawn
-    begun: dict[int, Begun] = {}  # those that go on after it, or came to it after another
+    turned: dict[int, Turned] = {}  # those that go on after it, or came to it after another
     captures = _captures(request, shape)
     preempted, out_of_memory, num_graphs = 0, 0, 0
     now = shape
@@ -178,10 +178,11 @@ def run(request: Request, shape: StoreShape) -> Ran:
     def attempt() -> None:
         nonlocal now, preempted
         todo = [i for i in range(count) if i not in done]
-        now = now.at_most(len(todo))
+        if captures is None:  # else numbers of rows that are captured follow from the number of slots
+            now = now.at_most(len(todo))
         scheduler = Scheduler(todo, request.num_generations, now.slots, now.prefixes, now.pages, now.page_tokens)
         try:
-            _run(request, now, scheduler, done, begun, captures)
+            _run(request, now, scheduler, done, turned, captures)
         finally:
             preempted += scheduler.preempted
 
@@ -201,13 +202,13 @@ def run(request: Request, shape: StoreShape) -> Ran:
         with _ready(request, captures):
             tried_again(attempt, failed)
         if captures is not None:
-            num_graphs = len(captures.replays)
+            num_graphs = max(num_graphs, len(captures.replays))
             if not captures.last or captures.refusal is not None or not _can_last(request):
                 captures.release()
                 if policy.device.type == "cuda":
                     torch.cuda.empty_cache()  # the graphs' pool serves nobody else
         answers = {} if request.turns is None else request.turns.answers()
-        begun = {i: begun[i].answered(ids) for i, ids in answers.items()}
+        turned = {i: turned[i].answered(ids) for i, ids in answers.items()}
         for i in answers:
             del done[i]
         now = shape
@@ -248,10 +249,10 @@ def _can_last(request: Request) -> bool:
 
 
 def _run(
-    request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion], begun: dict[int, Begun],
+    request: Request, shape: StoreShape, scheduler: Scheduler, done: dict[int, Completion], turned: dict[int, Turned],
     captures: Captures | None,
 ) -> None:  # fmt: skip
-    """Sample a turn of the scheduler's completions into done, and into begun those that may go on."""
+    """Sample a turn of the scheduler's completions into done, and into turned those that may go on."""
     policy, params, kv_dtype = request.policy, request.params, request.kv_dtype
     lasting = Kept() if captures is None else captures.kept
     layers = policy.layer_shapes
@@ -277,23 +278,24 @@ def _run(
     # What is drawn behind a turn's end would stay in states, and in what a penalty has seen.
     only_one = request.turns is not None and (states is not None or slots.seen is not None)
     block = 1 if only_one else ASK_EVERY[policy.device.type]
-    slots.parked = {i: text.parked for i, text in begun.items() if text.parked is not None and i not in done}
+    slots.parked = {i: text.parked for i, text in turned.items() if text.parked is not None and i not in done}
     texts: dict[int, _Text] = {}
     for i in scheduler.waiting:
-        texts[i] = _Text.going_on(begun.get(i))
+        texts[i] = _Text.going_on(turned.get(i))
         if texts[i].ids:
             slots.given[i] = texts[i].ids[slots.parked[i].fed if i in slots.parked else 0 :]
 
     def ended(slot: int, text: _Text, finish: str) -> None:
         completion = scheduler.slots[slot]
         assert completion is not None
+        turned.pop(completion, None)  # whose keys and values nobody needs any more
         known = torch.cat(text.known)[: len(text.ids)]
         own, proposal = (values.clone() for values in known.unbind(1))
         done[completion] = Completion(text.ids, own, proposal, finish)
         if request.turns is not None and request.turns.end(completion, done[completion]):
-            begun[completion] = Begun(text.ids, known, None)  # out of memory from here on, it is begun anew
+            turned[completion] = Turned(text.ids, known, None)  # out of memory from here on, it is begun anew
             prompt = request.prompts[scheduler.prompt_of(completion)]
-            begun[completion] = Begun(text.ids, known, slots.saved(slot, prompt, text.ids))
+            turned[completion] = Turned(text.ids, known, slots.set_aside(slot, prompt, text.ids))
         scheduler.finish(slot)
 
     while scheduler.waiting or scheduler.running:

@@ -15,7 +15,7 @@ from lowmem_grpo.generate.ending import ending
 from lowmem_grpo.generate.sampling import NOT_FINITE, SamplingParams
 from lowmem_grpo.generate.turns import Turns
 from lowmem_grpo.model.policy import Policy
-from lowmem_grpo.out_of_memory import tried_again
+from lowmem_grpo.out_of_memory import as_torch_says_it, tried_again
 
 
 def sample(
@@ -104,10 +104,11 @@ def _generate(policy: Policy, rows: list[list[int]], params: SamplingParams) -> 
     ids = torch.tensor([[policy.pad_token_id] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
     try:
-        out = policy.base.generate(
-            input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
-            logits_processor=LogitsProcessorList([checked]),
-        )  # fmt: skip
+        with as_torch_says_it():
+            out = policy.base.generate(
+                input_ids=ids, attention_mask=mask, stopping_criteria=criteria,
+                logits_processor=LogitsProcessorList([checked]),
+            )  # fmt: skip
     except (torch.OutOfMemoryError, NotFiniteError):
         raise
     except Exception as error:  # of a family's own code, as xLSTM's, whose states have other sizes than its layers

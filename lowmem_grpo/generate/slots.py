@@ -28,9 +28,8 @@ class Parked(NamedTuple):
     token: Tensor  # () the next to feed, on the device
     fed: int  # how many were, from its prompt's last on
     seen: Tensor | None  # (V,) bool, on the device
-    saved: list[
-        list[Tensor]
-    ]  # its keys and values, in CPU memory: its pages, or its row with the prompt if that is there
+    # Its keys and values, in CPU memory: its pages, or its row, with the prompt's where no prefix has them.
+    saved: list[list[Tensor]]
     states: list[Tensor] | None  # of its layers that keep one, in CPU memory
 
 
@@ -217,7 +216,7 @@ class Slots:
         saved = self.store.own.copied_out(self._filled(pages, fed), self.shape.page_tokens)
         self.parked[completion] = self._as_it_is(slot, self.token_ids[slot].clone(), fed, saved)
 
-    def saved(self, slot: int, prompt: list[int], ids: list[int]) -> Parked | None:
+    def set_aside(self, slot: int, prompt: list[int], ids: list[int]) -> Parked | None:
         """Copy what the completion in a slot, which ends with ids, goes on with after a turn.
 
         None where CPU memory is short. Nothing may have been drawn after ids where a step moves more on than keys and

@@ -97,16 +97,13 @@ class Rows:
             tensor[:, :, rows] = 0
 
     def copied_out(self, rows: list[int], num_tokens: int) -> list[list[Tensor]]:
-        """A copy of these rows' first num_tokens tokens in CPU memory.
-
-        It is made a row at a time, since GPU memory is short.
-        """
-        return [[tensor[:, :, row, :, :num_tokens].to("cpu", copy=True) for row in rows] for tensor in self._tensors()]
+        """A copy of these rows' first num_tokens tokens in CPU memory, made a row at a time: GPU memory is short."""
+        return [[_copied_out(tensor[:, :, row, :, :num_tokens]) for row in rows] for tensor in self._tensors()]
 
     def copy_in(self, rows: list[int], saved: list[list[Tensor]]) -> None:
         for tensor, held in zip(self._tensors(), saved, strict=True):
             for row, values in zip(rows, held, strict=True):
-                tensor[:, :, row, :, : values.shape[3]] = values.to(tensor.device)
+                _copy_in(tensor[:, :, row, :, : values.shape[3]], values)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         for tensor in self._tensors():
@@ -115,6 +112,21 @@ class Rows:
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for group in self.groups for tensor in group.tensors()]
+
+
+# What does not lie in one piece is copied on its device on the way to another: a layer at a time, which is little.
+def _copied_out(values: Tensor) -> Tensor:
+    if values.is_contiguous():
+        return values.to("cpu", copy=True)
+    return torch.stack([layer.cpu() for layer in values])
+
+
+def _copy_in(place: Tensor, values: Tensor) -> None:
+    if place.is_contiguous():
+        place.copy_(values)
+    else:
+        for layer, own in zip(place, values, strict=True):
+            layer.copy_(own)
 
 
 def dequantized(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -345,10 +345,10 @@ def _without_gradient(model: nn.Module) -> Iterator[str]:
 @cache
 def _is_under_no_grad(kind: type) -> bool:
     forward: Any = kind.forward  # type: ignore[attr-defined] # a module's
+    if not hasattr(forward, "__wrapped__"):
+        return False
     try:
-        decorators, _, _ = (
-            inspect.getsource(forward).partition("def ") if hasattr(forward, "__wrapped__") else ("",) * 3
-        )
+        decorators = inspect.getsource(forward).partition("def ")[0]
     except (OSError, TypeError):  # of code that came without its source
         return False
     return "no_grad" in decorators

@@ -92,7 +92,8 @@ def _measured(model: PreTrainedModel, head: Head) -> Head:
     """
     hidden = torch.randn(1, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight.device)
     hidden /= _head_in_fp32(head, hidden).abs().max()
-    few, many = ((size * hidden).to(head.dtype).float() for size in (1e-2, 1e6))
+    most = min(1e6, 3e4 / hidden.abs().max().item())  # which fp16 holds
+    few, many = ((size * hidden).to(head.dtype).float() for size in (1e-2, most))
     theirs = _model_logits(model, few).double()
     count = theirs.shape[-1]
     bias, scale = (of if of is None else of[:count] for of in (head.bias, head.scale))
@@ -116,12 +117,7 @@ def probe_head(model: PreTrainedModel, head: Head) -> None:
     hidden *= 2 * (head.softcap or 15.0) / largest
     hidden = hidden.to(head.dtype).float()  # Mamba casts them to the head's dtype itself
     hidden[0] = 0
-    try:
-        theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a family's own code, such as one that wants an image
-        raise InputError(f"{type(model).__name__} has no logits for a text alone: {in_a_line(error)}") from error
+    theirs = _model_logits(model, hidden).log_softmax(-1)  # (4, V)
     labels = torch.stack([theirs[0].argmin(), theirs[1].argmax(), theirs[2].argmin(), theirs[3].argmax()])
     with torch.no_grad():
         ours = linear_logprobs(hidden, labels=labels, **head.inputs())
@@ -147,7 +143,11 @@ class _LastHiddenState(BaseModelOutputWithPast):
 
 
 def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The model's own fp32 logits (R, V) for given last hidden states (R, D)."""
+    """The model's own fp32 logits (R, V) for given last hidden states (R, D).
+
+    Raises:
+        InputError: it has none for a text alone.
+    """
     output = model.get_output_embeddings()
     assert output is not None
     given, head = _LastHiddenState(last_hidden_state=hidden[None]), read_head(model)
@@ -156,7 +156,13 @@ def _model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         forward_replaced(model.get_decoder(), lambda *args, **kwargs: given),
         forward_replaced(output, lambda states: _head_in_fp32(head, states)),
     ):
-        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        try:
+            return model(input_ids=ids).logits[0].float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a family's own code, such as one that wants an image
+            raise InputError(f"{type(model).__name__} has no logits for a text alone: {in_a_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -279,7 +279,8 @@ def _evaluation(given: Mapping[str, Any] | None, common: Mapping[str, Any]) -> E
         return None
     settings = dict(given)
     dataset, rewards = (settings.pop(name, None) for name in ("dataset", "reward_funcs"))
-    called = {name: settings.pop(name) for name in CALLED if settings.get(name) is not None}
+    named = {name: settings.pop(name, None) for name in CALLED}
+    called = {name: value for name, value in named.items() if value is not None}
     if dataset is None:
         raise InputError("eval has no dataset; name what to evaluate on, or leave eval out")
     for name in settings:

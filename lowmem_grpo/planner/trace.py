@@ -232,7 +232,7 @@ def _shapes(whole: PeftModel, compute_dtype: str) -> tuple[str | None, dict[int,
             if reason is None:
                 run_in_parts(policy, "")
                 of_kind, shapes = policy.layer_shapes, state_shapes(policy)
-        except (Differs, UnknownAttention, AttributeError, TypeError) as error:  # the latter of code that wants a mask
+        except (Differs, UnknownAttention, AttributeError, TypeError) as error:  # the last two: code that wants a mask
             reason = in_a_line(error)
         if reason is not None:
             return reason, {}, StateBytes(), 0

@@ -71,7 +71,7 @@ def show_preview(inputs: Inputs) -> list[Finding]:
 
 def make_previews(inputs: Inputs, count: int) -> list[Preview]:
     """Previews of the first training prompts, by one call of each reward. Random generators stay where they are."""
-    tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs.rewards) is None]
+    tried = [function for function in inputs.rewards.functions if why_not_tried(function, inputs) is None]
     rewards, tokenizer = RewardRunner(tried, inputs.rewards.timeout_s), inputs.tokenizer
     prompts = inputs.prompts[:count]
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
@@ -140,19 +140,20 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
     return [begin + form.replace("%s", gold) for begin in begins for form in forms]
 
 
-def why_not_tried(function: Callable, rewards: RewardRunner) -> str | None:
+def why_not_tried(function: Callable, inputs: Inputs) -> str | None:
     """Why a reward function is not called for a preview, or None where it is."""
     function = inner_of(function)
+    built_in = function in AT_BEST_1 or reads_gold(function)
     if hasattr(function, "bind") or any(isinstance(value, nn.Module) for value in _held(function)):
         return "it asks a model"
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return "it is async, as those that ask a server are"
     if "tests" in parameters_of(function):
         return "it runs programs"
-    if "environments" in parameters_of(function):
-        return "it asks environments"
-    seconds = rewards.trial_s.get(_name(function), 0.0)
-    if seconds > SLOW_S and function not in AT_BEST_1 and not reads_gold(function):
+    if not built_in and any(prompt.scene is not None for prompt in (inputs.prompts or inputs.eval_prompts)[:1]):
+        return "it may ask environments"
+    seconds = inputs.rewards.trial_s.get(_name(function), 0.0)
+    if seconds > SLOW_S and not built_in:
         return f"it took {seconds:.1f} s for each made-up completion"
     return None
 
@@ -243,7 +244,7 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
                 *indented(cut(one.answer, most_characters)),
             ]
         for function, name in zip(inputs.rewards.functions, inputs.rewards.names, strict=True):
-            reason = why_not_tried(function, inputs.rewards)
+            reason = why_not_tried(function, inputs)
             if reason:
                 lines.append(f"  {printable(name)}: not called for this, since {reason}")
                 continue

@@ -75,9 +75,10 @@ class ToolSampler(Sampler):
         begun = [Begun()] * len(prompts)
         if environments is not None:
             begun = environments.begin([prompt.scene for prompt in prompts if prompt.scene is not None])
-        reset_s, most = time.perf_counter() - started, self.config.max_completion_length
+        reset_s, longest = time.perf_counter() - started, self.config.max_completion_length
         talks = [
-            _Talk(prompt, self.form(prompt), self.policy, most, own) for prompt, own in zip(prompts, begun, strict=True)
+            _Talk(prompt, self.form(prompt), self.policy, longest, own)
+            for prompt, own in zip(prompts, begun, strict=True)
         ]
         return _Talks(talks, self.toolbox, self.config.max_tool_calling_iterations, reset_s)
 
@@ -85,16 +86,16 @@ class ToolSampler(Sampler):
 class _Talks:
     """The completions of a call, as generate/turns.py has them: tools answer where one calls some."""
 
-    def __init__(self, talks: "list[_Talk]", toolbox: Toolbox, most: int | None, tools_s: float):
-        """Begin them, of each of which at most `most` turns are answered; tools have taken tools_s so far."""
-        self.talks, self.toolbox, self.most, self.tools_s = talks, toolbox, most, tools_s
+    def __init__(self, talks: "list[_Talk]", toolbox: Toolbox, most_turns: int | None, tools_s: float):
+        """Begin them, of each of which at most most_turns are answered; tools have taken tools_s so far."""
+        self.talks, self.toolbox, self.most_turns, self.tools_s = talks, toolbox, most_turns, tools_s
         self.calling: list[int] = []  # that wait for results
 
     def end(self, number: int, completion: Completion) -> bool:
         """Take a turn's end; returns whether it calls tools that will answer."""
         talk = self.talks[number]
         talk.say(completion)
-        answered = bool(talk.calls) and (self.most is None or talk.num_answered < self.most)
+        answered = bool(talk.calls) and (self.most_turns is None or talk.num_answered < self.most_turns)
         if answered:
             self.calling.append(number)
         return answered
@@ -124,9 +125,9 @@ class _Talks:
 class _Talk:
     """A completion as it grows, turn by turn."""
 
-    def __init__(self, prompt: Prompt, form: ToolForm, policy: Policy, most: int, begun: Begun):
+    def __init__(self, prompt: Prompt, form: ToolForm, policy: Policy, longest: int, begun: Begun):
         self.prompt, self.form, self.policy, self.said = prompt, form, policy, prompt.said
-        self.most, self.begun = most, begun
+        self.longest, self.begun = longest, begun
         self.ids: list[int] = []
         self.drawn: list[bool] = []  # of each
         self.messages: list[dict] = []
@@ -166,7 +167,7 @@ class _Talk:
         except Exception as error:  # of a template, which was tried with other names and results
             warn(f"the chat template cannot show results of tools, so that completions end there: {cause(error)}")
             return []
-        if len(self.ids) + len(ids) >= self.most:
+        if len(self.ids) + len(ids) >= self.longest:
             self.finish = "length"
             return []
         for call, content in zip(calls, contents, strict=True):

@@ -115,9 +115,11 @@ class Environments:
     def kind_of(self, row: Mapping[str, Any]) -> Kind:
         """The kind of a row's environment. Raise InputError where it names none."""
         name = row.get(COLUMN) if self.by_column else None
-        if name not in self.kinds:
-            raise InputError(f"the {COLUMN} {shown(name)} is none of {', '.join(self.kinds)}; name one in that column")
-        return self.kinds[name]
+        kind = next((kind for known, kind in self.kinds.items() if known == name), None)
+        if kind is None:
+            kinds = ", ".join(map(str, self.kinds))
+            raise InputError(f"the {COLUMN} {shown(name)} is none of {kinds}; name one in that column")
+        return kind
 
     def reset(self, rows: Sequence[Mapping[str, Any]]) -> list[Begun]:
         """An instance for each row, reset with it. Later calls reset the same instances."""

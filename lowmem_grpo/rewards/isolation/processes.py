@@ -49,6 +49,7 @@ def _reward_in_processes(
     log_extra,
     **columns,
 ) -> list:
+    columns.pop("environments", None)  # which live in this process
     columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     state = {"trainer_state": vars(trainer_state)}
     requests = [
