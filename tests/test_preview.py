@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -96,7 +97,7 @@ def length_of_answer(completions, answer, **kwargs):
         ),
         (asked(f"1+1=? {BOXED}", answer="2"), "answer_format_reward", "answer_format_reward"),
         (asked(f"1+1=? {BOXED}", answer="2"), "reasoning_accuracy_reward", None),
-        (asked("1+1=?", answer="2"), length_of_answer, "length_of_answer"),
+        (asked(f"1+1=? {BOXED}", answer="2"), length_of_answer, "length_of_answer"),
         (asked("1+1=?", answer="2"), get_soft_overlong_punishment(4, 2), None),
         (asked("1+1=?", answer="2"), "language_consistency_reward", None),
         (asked("1+1=?", answer="2"), "get_cosine_scaled_reward(max_len=100)", None),
@@ -107,6 +108,26 @@ def test_a_gold_answer_that_does_not_earn_the_most_is_warned_of(rows, rewards, n
     found = faults(inputs.rewards, previews)
     assert len(found) == (name is not None)
     assert name is None or found[0].text.startswith(f"{name} does not give the gold answer the most, in its only row: ")
+
+
+def in_tags(completions, answer, **kwargs):
+    found = [re.search(r"<SOLUTION>(.+)</SOLUTION>", one[0]["content"]) for one in completions]
+    return [float(mark is not None and mark[1] == gold) for mark, gold in zip(found, answer, strict=True)]
+
+
+def in_stars(completions, answer, **kwargs):
+    return [1.0 if f"*{gold}*" in one[0]["content"] else None for one, gold in zip(completions, answer, strict=True)]
+
+
+def test_a_mark_of_the_prompts_own_is_tried_and_one_that_is_not_known_is_no_finding(tmp_path, capsys):
+    rows = asked("1+1=? Between <SOLUTION> and </SOLUTION>.", answer="2")
+    inputs, previews = look(rows, [in_tags, in_stars])
+    assert previews[0].rewards["in_tags"] == (1.0, 0.0) and previews[0].answer == "<SOLUTION>2</SOLUTION>"
+    assert show_preview(replace(inputs, output_dir=tmp_path)) == []
+    remark = (
+        "in_stars does not give the gold answer the most, in its only row: '<SOLUTION>2</SOLUTION>' gets no reward;"
+    )
+    assert remark in capsys.readouterr().err and remark in (tmp_path / "data_preview.txt").read_text()
 
 
 SENTENCES = "Paris. It is the capital of France."

@@ -7,6 +7,7 @@ cannot learn to give it.
 import contextlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,9 @@ NUM_ROWS = 4  # that are looked at; a run shows the first
 SLOW_S = 0.05  # for a completion, of a function of the user's
 # How an answer is marked, by what a prompt that asks for it says.
 MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
-UNASKED = ("%s", *MARKS.values())  # the forms where a prompt names none
+UNASKED = ("%s", *MARKS.values())  # the forms where a prompt names none of these
+TAGS = re.compile(r"<(\w+)>(?=.*</\1>)", re.DOTALL)  # of the prompt's own, as <SOLUTION> and </SOLUTION>
+MOST_TAGS = 4
 THOUGHTS = "<think></think>"
 # Built-in rewards that are 1 for a right answer in their form.
 AT_BEST_1 = [f for name, f in BUILT_IN.items() if name not in ("language_consistency_reward", "code_reward")]
@@ -64,8 +67,9 @@ def show_preview(inputs: Inputs) -> list[Finding]:
         return []
     previews = make_previews(inputs, NUM_ROWS)
     found = faults(inputs.rewards, previews)
-    text = "\n".join([as_text(inputs, previews[:1]), *(fault.text for fault in found)])
-    show_and_write(inputs, text, as_text(inputs, previews[:1], MOST_CHARACTERS))
+    said = remarks(inputs.rewards, previews)  # the doctor says what was found
+    text = "\n".join([as_text(inputs, previews[:1]), *(fault.text for fault in found), *said])
+    show_and_write(inputs, text, "\n".join([as_text(inputs, previews[:1], MOST_CHARACTERS), *said]))
     return found
 
 
@@ -92,7 +96,7 @@ def make_previews(inputs: Inputs, count: int) -> list[Preview]:
         best = max(range(len(own)), key=lambda place: _total(of_answers[place]), default=None)
         of_best = [math.nan] * len(tried) if best is None else of_answers[best]
         verdicts = dict(zip(rewards.names, zip(of_best, of_nothing, strict=True), strict=True))
-        bare = [] if asked else of_answers[:: len(UNASKED)]
+        bare = [] if asked else of_answers[:: len(_forms(text, asked))]
         of_bare = {name: max(of_name) for name, *of_name in zip(rewards.names, *bare, strict=True)} if bare else {}
         answer = None if best is None else own[best]
         theirs = None if prompt.teacher_ids is None else decode(prompt.teacher_ids)
@@ -130,7 +134,7 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
     """The gold answer as completions: in the forms that the prompt asks for, else in all."""
     if gold is None:
         return []
-    forms = [MARKS[mark] for mark in asked_for] or UNASKED
+    forms = _forms(rendered, asked_for)
     if prompt.said:
         begins = [prompt.said + closing_of(prompt.said)]
     elif "<think>" in rendered:
@@ -138,6 +142,14 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
     else:
         begins = ["", THOUGHTS]
     return [begin + form.replace("%s", gold) for begin in begins for form in forms]
+
+
+def _forms(rendered: str, asked_for: list[str]) -> list[str]:
+    """The forms that a prompt asks for; where it names none that is known, all of them, and its own tags."""
+    if asked_for:
+        return [MARKS[mark] for mark in asked_for]
+    tags = [tag for tag in dict.fromkeys(TAGS.findall(rendered)) if tag != "think"][:MOST_TAGS]
+    return [*UNASKED, *(f"<{tag}>%s</{tag}>" for tag in tags)]
 
 
 def why_not_tried(function: Callable, inputs: Inputs) -> str | None:
@@ -183,15 +195,8 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
     for function, name in zip(rewards.functions, rewards.names, strict=True):
         shown = [one for one in previews if one.answer is not None and name in one.rewards]
         worth_less = [one for one in shown if _is_worth_less(function, *one.rewards[name])]
-        if worth_less:
-            first = worth_less[0]
-            value = in_words(first.rewards[name][0], ".3f")
-            of = "its only row" if len(previews) == 1 else f"{len(worth_less)} of the first {len(shown)} rows"
-            text = (
-                f"{name} does not give the gold answer the most, in {of}: {first.answer!r} has {value}; see whether it "
-                "reads the right column, and whether the prompt asks for answers in the form that it looks for"
-            )
-            found.append(Finding(f"gold_not_paid/{name}", text))
+        if worth_less and (function in AT_BEST_1 or any(one.is_asked_for for one in worth_less)):
+            found.append(Finding(f"gold_not_paid/{name}", _not_paid(name, worth_less, len(shown))))
             continue
         for_nothing = [one for one in shown if reads_gold(function) and one.rewards[name][1] >= 1]
         if for_nothing:
@@ -213,6 +218,30 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
             )
             found.append(Finding(f"gold_paid_if_marked/{name}", text))
     return found
+
+
+def remarks(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
+    """A sentence for each function of the user's to which a gold answer is worth nothing in any form that is known.
+
+    That is no finding: it may look for a form of its own, which no prompt names in a way that is understood.
+    """
+    said = []
+    for function, name in zip(rewards.functions, rewards.names, strict=True):
+        shown = [one for one in previews if one.answer is not None and name in one.rewards]
+        worth_less = [one for one in shown if _is_worth_less(function, *one.rewards[name])]
+        if worth_less and function not in AT_BEST_1 and not any(one.is_asked_for for one in worth_less):
+            said.append(f"{_not_paid(name, worth_less, len(shown))}, or ignore this if that form is one of its own")
+    return said
+
+
+def _not_paid(name: str, worth_less: list[Preview], count: int) -> str:
+    first = worth_less[0]
+    value, of = first.rewards[name][0], f"{len(worth_less)} of the first {count} rows" if count > 1 else "its only row"
+    has = "gets no reward" if math.isnan(value) else f"has {in_words(value, '.3f')}"
+    return (
+        f"{name} does not give the gold answer the most, in {of}: {first.answer!r} {has}; see whether it reads the "
+        "right column, and whether the prompt asks for answers in the form that it looks for"
+    )
 
 
 def _is_worth_less(function: Callable, of_gold: float, of_nothing: float) -> bool:
@@ -238,7 +267,11 @@ def as_text(inputs: Inputs, previews: list[Preview], most_characters: int | None
             else ["  gold answer, as it is read", *indented(cut(one.gold, most_characters))]
         )
         if one.answer is not None:
-            form = "that the prompt asks for" if one.is_asked_for else "that earns most, since the prompt asks for none"
+            form = (
+                "that the prompt asks for"
+                if one.is_asked_for
+                else "that earns most, since the prompt names none that is known"
+            )
             lines += [
                 f"  a completion that is the gold answer, in the form {form}",
                 *indented(cut(one.answer, most_characters)),
