@@ -221,9 +221,9 @@ def faults(rewards: RewardRunner, previews: list[Preview]) -> list[Finding]:
 
 
 def remarks(rewards: RewardRunner, previews: list[Preview]) -> list[str]:
-    """A sentence for each function of the user's to which a gold answer is worth nothing in any form that is known.
+    """A sentence for each function of the user's that pays a gold answer in no known form.
 
-    That is no finding: it may look for a form of its own, which no prompt names in a way that is understood.
+    It is no finding, where no prompt names a form: the function may look for one of its own.
     """
     said = []
     for function, name in zip(rewards.functions, rewards.names, strict=True):
