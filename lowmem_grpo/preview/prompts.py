@@ -145,7 +145,7 @@ def _answers(rendered: str, prompt: Prompt, gold: str | None, asked_for: list[st
 
 
 def _forms(rendered: str, asked_for: list[str]) -> list[str]:
-    """The forms that a prompt asks for; where it names none that is known, all of them, and its own tags."""
+    """The forms that a prompt asks for; where it names no known one, all of them and its own tags."""
     if asked_for:
         return [MARKS[mark] for mark in asked_for]
     tags = [tag for tag in dict.fromkeys(TAGS.findall(rendered)) if tag != "think"][:MOST_TAGS]
