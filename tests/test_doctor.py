@@ -39,7 +39,7 @@ def never(completions, **kwargs):
 
 
 def failing(completions, **kwargs):
-    if len(completions) > 2:  # not on the made-up completions
+    if "<think>trial</think>" not in str(completions):  # not on the made-up completions
         raise RuntimeError("the server is gone")
     return [0.0] * len(completions)
 
