@@ -226,7 +226,7 @@ def test_later_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
 
 def test_a_signal_in_the_first_step_leaves_the_folder_free(tmp_path):
     def fails_in_training(completions, **kwargs):
-        if len(completions) > 2:  # which the made-up ones are
+        if "<think>trial</think>" not in str(completions):  # which the made-up ones have
             signal.raise_signal(signal.SIGTERM)
         return [0.0 for _ in completions]
 
@@ -240,7 +240,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path):
 
     def dies_in_the_last_evaluation(completions, **kwargs):
         calls.append(0)
-        if len(calls) == 5:  # trial, evaluation, two steps
+        if len(calls) == 6:  # two trials, evaluation, two steps
             signal.raise_signal(signal.SIGINT)
         return text_reward(completions)
 

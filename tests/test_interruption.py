@@ -270,7 +270,7 @@ def test_a_signal_that_a_reward_swallows_ends_the_run(tmp_path, capsys, step, aw
 
 def test_a_signal_that_an_evaluation_swallows_leaves_no_result_of_it(tmp_path):
     def reward(completions, held_out, **kwargs):
-        if held_out[0]:
+        if held_out[0] and "<think>trial</think>" not in str(completions):
             try:
                 signal.raise_signal(signal.SIGINT)
             except:  # noqa: E722
