@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -213,7 +214,7 @@ def test_a_fault_costs_its_own_completion_alone(playing, monkeypatch, caplog, fa
     assert lost.scores.extra_columns["guesses"] == [guesses[at] if at in left else None for at in range(8)]
     kept = sampler.toolbox.environments.kinds[None].instances
     assert fault == "differs" or [at for at, one in enumerate(kept) if one is None] == lost_places, "used no more"
-    said = [record.message for record in caplog.records if "is not scored, and teaches nothing" in record.message]
+    said = [record.message for record in caplog.records if "is not scored, and has no advantage" in record.message]
     assert len(said) == 2 and "(1 completion so far)" in said[0] and "Faulty" in said[0]
     if fault == "raises":
         monkeypatch.setattr(Faulty, "faults", dict.fromkeys(range(100), "raises"))
@@ -335,6 +336,11 @@ class Refuses(Game):
             raise ValueError("three\nis none")
 
 
+def made_in_turn(*kinds):
+    kinds_in_turn = itertools.cycle(kinds)
+    return lambda: next(kinds_in_turn)()
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -349,6 +355,7 @@ class Refuses(Game):
         (Refuses, "^row 3 of rows: the environment Refuses could not be reset: three; mend it, or leave the row out$"),
         ({"a": Game}, "^row 0 of rows: the environment None is none of a; name one in that column$"),
         ({1: Game, 2: Game}, "^row 0 of rows: the environment None is none of 1, 2; name one in that column$"),
+        (made_in_turn(Game, Silent), "^row 0 of rows: .* its factory made a Silent; give a dict"),
         ({}, "^environment_factory is empty; name an environment for each kind of rows"),
         (5, "^environment_factory 5 cannot be called; give a class, or a function that makes an environment$"),
         ("Game", r"^no environment is named 'Game'; there are no built-in ones"),

@@ -37,7 +37,7 @@ from lowmem_grpo.tools.call_forms import Call
 from lowmem_grpo.tools.conversation import sampler_of
 from lowmem_grpo.tools.form import ASK, Found, ToolForm
 from lowmem_grpo.tools.names import find_tools
-from lowmem_grpo.tools.toolbox import Toolbox
+from lowmem_grpo.tools.toolbox import Result, Toolbox
 from lowmem_grpo.update.critic import with_gae
 from lowmem_grpo.update.passes import backward, logprobs_of
 from lowmem_grpo.update.token_metrics import TokenMeter
@@ -431,6 +431,31 @@ def test_a_toolbox_answers_every_call_in_its_place():
     assert Toolbox([add], None)([]) == []
 
 
+class Slow:
+    """A value whose text is long in coming."""
+
+    def __str__(self):
+        time.sleep(9)
+        return "late"
+
+
+def slow_value() -> Slow:
+    """Return what is slow to write."""
+    return Slow()
+
+
+async def slow_value_later() -> Slow:
+    """Return what is slow to write, when it is awaited."""
+    return Slow()
+
+
+def test_writing_a_value_is_part_of_the_call():
+    started = time.perf_counter()
+    results = Toolbox([slow_value, slow_value_later], 0.3)([Call("slow_value", {}), Call("slow_value_later", {})])
+    assert time.perf_counter() - started < 3
+    assert [result.content for result in results] == ['{"error": "The tool took longer than 0.3 s."}'] * 2
+
+
 class Uncopied:
     def __reduce__(self):
         raise TypeError
@@ -668,6 +693,16 @@ def test_little_memory_and_generate_keep_the_limits(calling):
     completions = by_generate.complete(prompts_of(calling, "what is 5*5?"), 8).completions
     assert any(one.conversation.num_calls for one in completions)
     assert all(len(one.ids) <= LENGTH and one.logprobs is None for one in completions)
+
+
+def test_a_result_that_cannot_fit_is_not_tokenized(calling, monkeypatch):
+    sampler = make_sampler(calling)
+    monkeypatch.setattr(Toolbox, "__call__", lambda self, calls, _: [Result("x" * 20_000_000, False)] * len(calls))
+    started = time.process_time()
+    completions = sampled(calling, sampler)
+    assert time.process_time() - started < 5
+    cut = [one for one in completions if one.conversation.num_calls]
+    assert cut and all(one.finish == "length" and one.conversation.num_calls == 1 for one in cut)
 
 
 def test_a_row_goes_on_by_its_own_settings_of_the_template(calling):

@@ -15,7 +15,7 @@ LENGTH, COUNT = 40, 3
 
 
 class Script:
-    """Up to three replies to each completion, of 1 to 11 tokens; some are promised, and not given."""
+    """Up to three replies to each completion, of at most 11 tokens; some are promised, and not given."""
 
     def __init__(self):
         self.spans: dict[int, list[tuple[int, int]]] = {}
@@ -25,7 +25,7 @@ class Script:
     def end(self, number, completion):
         self.ends.append(number)
         spans, have = self.spans.setdefault(number, []), len(completion.ids)
-        size = (3 * number + 5 * len(spans)) % 11 + 1
+        size = (3 * number + 5 * len(spans)) % 12
         if completion.finish == "length" or len(spans) == 3 or have + size >= LENGTH:
             return False
         if number % 5 == 4 and spans:
@@ -77,7 +77,7 @@ def check(policy, completions, turns, bound):
         assert turns.ends.count(number) == len(turns.spans[number]) + 1
         assert len(one.ids) == len(one.logprobs) <= LENGTH
         for place, (start, stop) in enumerate(turns.spans[number]):
-            size = (3 * number + 5 * place) % 11 + 1
+            size = (3 * number + 5 * place) % 12
             assert one.ids[start:stop] == [(40 + 7 * number + i) % 90 + 5 for i in range(size)]
         drawn = was_drawn(turns, number, one)
         assert drawn[-1]

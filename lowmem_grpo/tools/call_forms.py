@@ -91,7 +91,7 @@ class Objects:
         if isinstance(arguments, str):  # JSON within JSON
             arguments, _ = _decoded(arguments, 0)
         arguments = {} if value.get(self.arguments) is None else arguments
-        own = own if isinstance(own, str) else None
+        own = own if isinstance(own, str) and own.isascii() else None  # else a template may write what is no text
         return Call(value[self.name], arguments, own) if isinstance(arguments, dict) else None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem_grpo.config.grpo import GRPOConfig
 from lowmem_grpo.data.chats import Template
 from lowmem_grpo.data.prompts import Prompt, template_settings
+from lowmem_grpo.data.text import in_json
 from lowmem_grpo.errors import cause
 from lowmem_grpo.generate import words_of
 from lowmem_grpo.generate.completion import Completion, Conversation
@@ -25,6 +26,8 @@ from lowmem_grpo.tools.environments import Begun
 from lowmem_grpo.tools.form import ToolForm
 from lowmem_grpo.tools.toolbox import Result, Toolbox
 from lowmem_grpo.warn import warn
+
+LONGEST_TOKEN = 256  # characters: what has more for each token that has room is not tokenized to see that
 
 
 def sampler_of(policy: Policy, config: GRPOConfig, toolbox: Toolbox | None) -> Sampler:
@@ -112,7 +115,7 @@ class _Talks:
         results = iter(self.toolbox([call for call, _ in asked], [methods for _, methods in asked]))
         answers = [talk.hear([next(results) for _ in talk.calls]) for talk in talks]
         self.tools_s += time.perf_counter() - started
-        return {number: ids for number, ids in zip(calling, answers, strict=True) if ids}
+        return {number: ids for number, ids in zip(calling, answers, strict=True) if ids is not None}
 
     def told(self, sampled: Sampled) -> Sampled:
         """Give what was sampled its conversations."""
@@ -151,10 +154,10 @@ class _Talk:
         self.finish = turn.finish
         self._add(turn.ids, drawn=True)
 
-    def hear(self, results: list[Result]) -> list[int]:
+    def hear(self, results: list[Result]) -> list[int] | None:
         """Add the results of the calls; returns their tokens.
 
-        Where no token more would have room behind them, none are returned, and the completion is cut off.
+        Where no token more would have room behind them, that is None, and the completion is cut off.
         """
         calls, self.calls = self.calls, []
         contents = [result.content for result in results]
@@ -162,14 +165,16 @@ class _Talk:
         self.num_answered += 1
         self.num_calls += len(results)
         self.num_failures += sum(result.failed for result in results)
+        room, ids, said = self.longest - len(self.ids), None, ""
         try:
-            ids, said = self.form.result_ids(calls, contents, ended_by)
+            if sum(len(in_json(content)) for content in contents) < LONGEST_TOKEN * room:
+                ids, said = self.form.result_ids(calls, contents, ended_by)
         except Exception as error:  # of a template, which was tried with other names and results
             warn(f"the chat template cannot show results of tools, so that completions end there: {cause(error)}")
-            return []
-        if len(self.ids) + len(ids) >= self.longest:
+            return None
+        if ids is None or len(ids) >= room:
             self.finish = "length"
-            return []
+            return None
         for call, content in zip(calls, contents, strict=True):
             self.messages.append({"role": "tool", "name": call.name, "content": content})
         self.said = said

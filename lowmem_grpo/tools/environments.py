@@ -72,7 +72,9 @@ class Kind:
         self.instances += [None] * (place + 1 - len(self.instances))
         try:
             if self.instances[place] is None:
-                self.instances[place] = self._called(self.factory)
+                self.instances[place] = made = self._called(self.factory)
+                if type(made) is not self.type:
+                    raise TypeError(f"its factory made a {type(made).__name__}; give a dict of factories, one a class")
             instance = self.instances[place]
             methods = {name: getattr(instance, name) for name in self.methods}
             said = self._called(partial(instance.reset, **copy.deepcopy(dict(row))))
@@ -149,7 +151,7 @@ class Environments:
                 self.num_faults += 1
                 if self.num_faults.bit_count() == 1:
                     so_far = counted(self.num_faults, "completion")
-                    log.warning(f"{one.fault}; such a completion is not scored, and teaches nothing ({so_far} so far)")
+                    log.warning(f"{one.fault}; such a completion is not scored, and has no advantage ({so_far} so far)")
         return begun
 
     def rewards(self, timeout_s: float | None) -> list[Callable]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,7 +73,7 @@ class Toolbox:
             if waiting:
                 awaited = await_within(self.timeout_s, [results[at] for at in waiting])
                 for at, one in zip(waiting, awaited, strict=True):
-                    results[at] = self._result(lambda one=one: Result(_as_content(_value(one)), False))
+                    results[at] = self._result(partial(_value, one))
         return [results[at] for at in range(len(calls))]
 
     def _called(self, function: Callable | None, call: Call) -> Any:
@@ -82,17 +82,14 @@ class Toolbox:
             return _failure(f"Tool {call.name} not found.")
 
         def work() -> Any:
-            given = copy.deepcopy(call.arguments)  # which a tool may change, and rewards are told
-            return call_within(self.timeout_s, partial(function, **given))
+            value = function(**copy.deepcopy(call.arguments))  # which a tool may change, and rewards are told
+            return _awaited(value) if inspect.isawaitable(value) else _as_result(value)
 
-        return self._result(work)
+        return self._result(partial(call_within, self.timeout_s, work))
 
     def _result(self, work: Callable[[], Any]) -> Any:
         try:
-            value = work()
-            return (
-                value if isinstance(value, Result) or inspect.isawaitable(value) else Result(_as_content(value), False)
-            )
+            return work()
         except OutOfTime:
             return _failure(f"The tool took longer than {self.timeout_s:g} s.")
         except KeyboardInterrupt:
@@ -136,6 +133,15 @@ def _value(outcome: Outcome) -> Any:
     if outcome.error is not None:
         raise outcome.error
     return outcome.value
+
+
+async def _awaited(value: Awaitable[Any]) -> Result:
+    return _as_result(await value)
+
+
+def _as_result(value: Any) -> Result:
+    """The result that a returned value is; to write it may take as long as the call."""
+    return value if isinstance(value, Result) else Result(_as_content(value), False)
 
 
 def _as_content(value: Any) -> str | list:
