@@ -165,7 +165,7 @@ class Ran(NamedTuple):
 def run(request: Request, shape: StoreShape) -> Ran:
     """Sample the completions of a request, in a store of the given shape.
 
-    Out of memory, everything in flight is let go, and what is not finished is turned again: once as it was, since what
+    Out of memory, everything in flight is let go, and what is not finished is begun again: once as it was, since what
     others could let go may be enough, and then with half of the slots.
     """
     policy, count = request.policy, len(request.prompts) * request.num_generations
