@@ -323,7 +323,7 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({"model": "/no/such/folder"}, {}, "is not a folder on this machine"),
         ({"rows": [{"text": "x"}]}, {}, "has no column named prompt"),
         ({"rows": []}, {}, "train_dataset is empty"),
-        ({"rewards": lambda **_: [1.0]}, {}, "returned 1 value for 2 completions"),
+        ({"rewards": lambda **_: [1.0]}, {}, "returned 1 value for 4 completions"),
         ({"rewards": "no_such_reward"}, {}, "no reward function is named"),
         (
             {"rewards": [task.answer_reward, text_reward]},
@@ -339,7 +339,11 @@ def test_epochs_say_the_number_of_steps(tmp_path):
         ({}, {"dataset_split": "test"}, "dataset_config and dataset_split are for hub datasets"),
         ({"model": 7}, {}, "model is a int; pass a hub id"),
         ({"callbacks": 5}, {}, "callbacks=5 is neither a function nor a list of functions"),
-        ({"rows": [{"prompt": "\u6f22"}], "rewards": lambda **_: [1.0]}, {}, "without a single token"),
+        (
+            {"rows": [{"prompt": "\u6f22"}], "rewards": lambda completions, **_: [1.0] * len(completions)},
+            {},
+            "without a single token",
+        ),
         ({}, {"resume_from_checkpoint": "/no/such/checkpoint"}, "since it does not exist"),
     ],
 )
@@ -365,7 +369,7 @@ def test_a_run_outlives_rewards_that_fail(tmp_path, caplog):
     def sometimes(completions, trainer_state, **kwargs):
         values: list = text_reward(completions)
         match trainer_state.global_step:
-            case 0 if len(completions) > 2:  # which the made-up ones are
+            case 0 if len(completions) > 4:  # which the made-up ones are
                 raise OSError("the judge is gone")
             case 1:
                 return values[:-1]

@@ -97,7 +97,7 @@ class Rows:
             tensor[:, :, rows] = 0
 
     def copied_out(self, rows: list[int], num_tokens: int) -> list[list[Tensor]]:
-        """A copy of these rows' first num_tokens tokens in CPU memory, made a row at a time: GPU memory is short."""
+        """A copy of these rows' first num_tokens tokens in CPU memory, made a row at a time."""
         return [[_copied_out(tensor[:, :, row, :, :num_tokens]) for row in rows] for tensor in self._tensors()]
 
     def copy_in(self, rows: list[int], saved: list[list[Tensor]]) -> None:
@@ -114,7 +114,7 @@ class Rows:
         return [tensor for group in self.groups for tensor in group.tensors()]
 
 
-# What does not lie in one piece is copied on its device on the way to another: a layer at a time, which is little.
+# GPU memory is short, and what does not lie in one piece is copied there first: a layer at a time, which is little.
 def _copied_out(values: Tensor) -> Tensor:
     if values.is_contiguous():
         return values.to("cpu", copy=True)
