@@ -16,8 +16,8 @@ from typing import ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from test_tools import TEMPLATE, add, prompts_of, tokenizer_with
-from tiny_models import DEMO_MODEL, make_policy
+from test_tools import TEMPLATE, add, policy_that_calls, prompts_of, tokenizer_with
+from tiny_models import DEMO_MODEL
 
 from lowmem_grpo import GRPOConfig, Phase, cli
 from lowmem_grpo.checkup.prompts import Look, one_prompt
@@ -104,11 +104,7 @@ CONFIG = GRPOConfig(use_cpu=True, bf16=False, max_completion_length=LENGTH, stop
 @pytest.fixture
 def playing(monkeypatch):
     """A policy whose completions end at a 3 or a 7, and guess where they have a 7."""
-    monkeypatch.setattr(ToolForm, "calls", by_sevens)
-    tokenizer = tokenizer_with(TEMPLATE)
-    policy = make_policy(tokenizer=tokenizer)
-    policy.eos_token_ids = [*policy.eos_token_ids, tokenizer.convert_tokens_to_ids("3")]
-    return policy
+    return policy_that_calls(monkeypatch, by_sevens)
 
 
 def sampler_with(policy, factory) -> ToolSampler:

@@ -588,7 +588,12 @@ def by_sevens(self, text: str) -> Found:
 @pytest.fixture
 def calling(monkeypatch):
     """A policy whose completions end at a 3 or a 7, and call a tool where they have a 7."""
-    monkeypatch.setattr(ToolForm, "calls", by_sevens)
+    return policy_that_calls(monkeypatch, by_sevens)
+
+
+def policy_that_calls(monkeypatch, calls):
+    """A policy with TEMPLATE whose turns end at a 3, too, and whose calls are what `calls` finds in them."""
+    monkeypatch.setattr(ToolForm, "calls", calls)
     tokenizer = tokenizer_with(TEMPLATE)
     policy = make_policy(tokenizer=tokenizer)
     policy.eos_token_ids = [*policy.eos_token_ids, tokenizer.convert_tokens_to_ids("3")]
