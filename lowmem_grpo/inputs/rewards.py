@@ -116,7 +116,8 @@ def try_groups(
         InputError: a reward cannot work so, as where it needs whole groups, and an evaluation has one of each.
     """
     size = (config.num_generations_eval or 1) if is_eval else config.num_generations
-    # Of groups one, else as many rows as make up few groups of another size; and the first of each routed reward.
+    # One group, or rows of one completion each, three of which are no whole groups of 2 or 4; and the first row of each
+    # routed reward.
     firsts = [index for one in rewards.functions for index in rows_for(one, rows)[:1]]
     chosen = sorted({*range(min(1 if size > 1 else ALONE, len(rows))), *firsts})
     indices = [index for index in chosen for _ in range(size)]

@@ -36,7 +36,7 @@ SLOW_S = 0.05  # for a completion, of a function of the user's
 # How an answer is marked, by what a prompt that asks for it says.
 MARKS = {"\\boxed": "\\boxed{%s}", "<answer>": "<answer>%s</answer>", "####": "#### %s"}
 UNASKED = ("%s", *MARKS.values())  # the forms where a prompt names none of these
-TAGS = re.compile(r"<(\w+)>(?=.*</\1>)", re.DOTALL)  # of the prompt's own, as <SOLUTION> and </SOLUTION>
+OPENS = re.compile(r"<(\w+)>")  # a tag of the prompt's own, as <SOLUTION> and </SOLUTION>
 MOST_TAGS = 4
 THOUGHTS = "<think></think>"
 # Built-in rewards that are 1 for a right answer in their form.
@@ -148,8 +148,9 @@ def _forms(rendered: str, asked_for: list[str]) -> list[str]:
     """The forms that a prompt asks for; where it names no known one, all of them and its own tags."""
     if asked_for:
         return [MARKS[mark] for mark in asked_for]
-    tags = [tag for tag in dict.fromkeys(TAGS.findall(rendered)) if tag != "think"][:MOST_TAGS]
-    return [*UNASKED, *(f"<{tag}>%s</{tag}>" for tag in tags)]
+    opened = [tag for tag in dict.fromkeys(OPENS.findall(rendered)) if tag != "think"]
+    tags = [tag for tag in opened if f"</{tag}>" in rendered.partition(f"<{tag}>")[2]]
+    return [*UNASKED, *(f"<{tag}>%s</{tag}>" for tag in tags[:MOST_TAGS])]
 
 
 def why_not_tried(function: Callable, inputs: Inputs) -> str | None:
